@@ -1,0 +1,73 @@
+"""Settings of a command: a pydantic model filled from defaults < YAML file < flags, unknown keys refused."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from isic.errors import UserError, did_you_mean
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+
+
+class Settings(BaseModel):
+    """Base of every command's settings. Values are checked on construction and frozen afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def build(model: type[SettingsT], values: Mapping[str, Any], source: str = "") -> SettingsT:
+    """Validates `values` into `model`.
+
+    Raises:
+        UserError: names every wrong key or value; `source` (a file, say) is put in front.
+    """
+    try:
+        return model(**values)
+    except ValidationError as error:
+        problems = "; ".join(_sentence(model, dict(problem)) for problem in error.errors())
+        raise UserError(f"{source}: {problems}" if source else problems) from None
+
+
+def _sentence(model: type[Settings], problem: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f'unknown key "{key}", {did_you_mean(key, model.model_fields)}'
+    if problem["type"] == "missing":
+        return f"--{key} is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return f"--{key}: {message}, got {problem['input']!r}" if key else message
+
+
+def find_config(name: str) -> Path:
+    """Returns the YAML file for a name in `configs/` or a path to one."""
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"no config file {name}; give a name in {CONFIG_DIR.name}/ or a path that exists")
+        return path
+    path = CONFIG_DIR / f"{name}.yaml"
+    if not path.is_file():
+        known = (file.stem for file in CONFIG_DIR.glob("*.yaml"))
+        raise UserError(f'no config "{name}", {did_you_mean(name, known)}')
+    return path
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML mapping; an empty file is an empty mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"{path} is not valid YAML ({first_line}); mend it or name another config") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f'{path} must hold "key: value" lines, found a {type(values).__name__}')
+    return values

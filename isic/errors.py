@@ -1,0 +1,18 @@
+"""The one error type that a user can cause, and the hint it carries."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message is one sentence that says what is wrong and what to do.
+
+    Commands print it and exit with code 2. Anything else that escapes a command is a bug.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns the hint that names the known word nearest to `name`, or the list of all when none is near."""
+    words = sorted(known)
+    near = get_close_matches(name, words, n=1, cutoff=0.5)
+    return f'did you mean "{near[0]}"?' if near else f"known are: {', '.join(words)}"

@@ -1,0 +1,222 @@
+"""Image stores: JPEG bytes by id from an HDF5 file (by byte offset) or a folder, decoded from threads."""
+
+import contextlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import h5py
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from isic.errors import UserError
+from isic.files import atomic_path, digest
+from isic.preprocess import ImageError, Pixels, PreprocessSpec, decode_into
+
+JPEG_START = b"\xff\xd8"
+NO_OFFSET = -1
+INDEX_VERSION = 1
+
+
+class ImageStore(ABC):
+    """Images by `isic_id`. Safe to read from several threads, and from a forked process."""
+
+    def __init__(self, source: Path, ids: NDArray[np.str_]) -> None:
+        self.source = source
+        self.ids = ids
+        """[N] str, sorted."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def locate(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """Returns the position of each id in `self.ids`, -1 for an id without an image."""
+        wanted = np.asarray(ids, dtype=np.str_)
+        if not len(self.ids):
+            return np.full(len(wanted), -1)
+        position = np.minimum(np.searchsorted(self.ids, wanted), len(self.ids) - 1)
+        return np.where(self.ids[position] == wanted, position, -1)
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """Returns those of `ids` that have no image here."""
+        return [ids[i] for i in np.flatnonzero(self.locate(ids) < 0)]
+
+    def read(self, ids: Sequence[str]) -> list[bytes]:
+        """Returns the bytes of each image file.
+
+        Raises:
+            UserError: an id has no image.
+        """
+        positions = self.locate(ids)
+        absent = np.flatnonzero(positions < 0)
+        if len(absent):
+            raise UserError(
+                f"{self.source}: {len(absent)} of {len(ids)} ids have no image, the first is {ids[absent[0]]}; "
+                "run `python -m isic check` for the whole list"
+            )
+        return [self.read_at(int(position)) for position in positions]
+
+    @abstractmethod
+    def read_at(self, position: int) -> bytes:
+        """Returns the bytes of the image at a position of `self.ids`."""
+
+    def decode(
+        self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels, pool: ThreadPoolExecutor | None = None
+    ) -> dict[int, str]:
+        """Decodes and resizes the images of `ids` into `out`, with the threads of `pool` where one is given.
+
+        Args:
+            ids: N ids.
+            spec: size and interpolation.
+            out: uint8 [N, size, size, 3], contiguous; the row of an image that fails is set to zero.
+            pool: its size is the number of threads.
+
+        Returns:
+            The reason by row for every image that is absent or does not decode.
+        """
+        positions = self.locate(ids)
+        if pool is None:
+            return self._decode_rows(positions, spec, out, range(len(ids)))
+        num_threads = pool._max_workers
+        slices = [range(start, len(ids), num_threads) for start in range(num_threads)]
+        failed: dict[int, str] = {}
+        for part in pool.map(lambda rows: self._decode_rows(positions, spec, out, rows), slices):
+            failed.update(part)
+        return failed
+
+    def _decode_rows(
+        self, positions: NDArray[np.int64], spec: PreprocessSpec, out: Pixels, rows: range
+    ) -> dict[int, str]:
+        failed = {}
+        for row in rows:
+            try:
+                if positions[row] < 0:
+                    raise ImageError("no image for this id")
+                decode_into(self.read_at(int(positions[row])), spec, out[row])
+            except ImageError as error:
+                failed[row] = str(error)
+                out[row] = 0
+        return failed
+
+
+def decode_pool(num_threads: int) -> ThreadPoolExecutor:
+    """Threads for decoding. OpenCV's own threads are turned off: they would only get in each other's way."""
+    cv2.setNumThreads(1)
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+
+
+class FolderImages(ImageStore):
+    """A folder of `<isic_id>.jpg` files, at any depth."""
+
+    def __init__(self, folder: Path) -> None:
+        paths = sorted((path.stem, path) for path in folder.rglob("*.jpg"))
+        super().__init__(folder, np.array([name for name, _ in paths], dtype=np.str_))
+        self._paths = [path for _, path in paths]
+
+    def read_at(self, position: int) -> bytes:
+        return self._paths[position].read_bytes()
+
+
+class Hdf5Images(ImageStore):
+    """The challenge's HDF5 file: one scalar dataset of JPEG bytes per id.
+
+    h5py reads under one lock for the whole library. Where a dataset's bytes lie in the file as they are
+    (contiguous storage, no filter, not external), they are read by offset instead, which needs no lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        index = _load_index(path)
+        super().__init__(path, index["isic_id"].to_numpy().astype(np.str_))
+        self._offsets = index["offset"].to_numpy()
+        self._sizes = index["size"].to_numpy()
+        self._file = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def read_at(self, position: int) -> bytes:
+        offset = self._offsets[position]
+        if offset == NO_OFFSET:
+            with h5py.File(self.source, "r") as file:
+                return np.asarray(file[self.ids[position]][()]).tobytes()
+        return os.pread(self._file, self._sizes[position], offset)
+
+
+def open_images(root: Path, split: str) -> ImageStore | None:
+    """Opens the images of `train` or `test` under a dataset's folder: the HDF5 file, else the folder of JPEGs.
+
+    Returns:
+        None where the dataset has no images for this split.
+    """
+    path, folder = root / f"{split}-image.hdf5", root / f"{split}-image"
+    if path.is_file():
+        return Hdf5Images(path)
+    return FolderImages(folder) if folder.is_dir() else None
+
+
+def index_path(path: Path) -> Path:
+    """Where the offset index of an HDF5 file is kept: beside it, or in the user's cache if that is read-only."""
+    beside = path.with_name(f".{path.name}.index.parquet")
+    if beside.exists() or os.access(path.parent, os.W_OK):
+        return beside
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "isic-toolkit" / f"{digest(path.resolve())}.index.parquet"
+
+
+def build_index(path: Path) -> pl.DataFrame:
+    """Reads where each image's bytes lie in an HDF5 file.
+
+    Returns:
+        A table of `isic_id` (sorted), `offset` and `size` in bytes; offset -1 where only h5py can read the bytes.
+
+    Raises:
+        UserError: the file is truncated or not HDF5, or holds no images.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            rows = [_locate(file.id, name) for name in file.id]
+    except OSError as error:
+        reason = str(error).split("(")[-1].rstrip(")")
+        raise UserError(f"{path} is not a whole HDF5 file ({reason}); copy or download it again") from None
+    if not rows:
+        raise UserError(f"{path} holds no images; copy or download it again")
+    table = pl.DataFrame(rows, schema={"isic_id": pl.String, "offset": pl.Int64, "size": pl.Int64}, orient="row")
+    return _without_references(table.sort("isic_id"), path)
+
+
+def _locate(file: h5py.h5f.FileID, name: bytes) -> tuple[str, int, int]:
+    dataset = h5py.h5d.open(file, name)
+    offset = dataset.get_offset()  # None unless contiguous, in this file, and allocated
+    return name.decode(), NO_OFFSET if offset is None else offset, dataset.get_storage_size()
+
+
+def _without_references(table: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """Withdraws the offsets at which no JPEG begins and h5py reads something else: variable-length data is a pointer."""
+    with open(path, "rb", buffering=0) as file:
+        starts = [os.pread(file.fileno(), 2, offset) if offset >= 0 else b"" for offset in table["offset"]]
+    suspect = [row for row, start in enumerate(starts) if start not in (JPEG_START, b"")]
+    offsets = table["offset"].to_numpy().copy()
+    if suspect:
+        with h5py.File(path, "r") as file:
+            pointers = [row for row in suspect if file[table["isic_id"][row]].dtype.kind == "O"]
+        offsets[pointers] = NO_OFFSET
+    return table.with_columns(pl.Series("offset", offsets))
+
+
+def _load_index(path: Path) -> pl.DataFrame:
+    stat = path.stat()
+    key = digest(INDEX_VERSION, stat.st_size, stat.st_mtime_ns)
+    cached = index_path(path)
+    if cached.exists():
+        table = pl.read_parquet(cached)
+        if pl.read_parquet_metadata(cached).get("key") == key:
+            return table
+    table = build_index(path)
+    with contextlib.suppress(UserError), atomic_path(cached) as temporary:  # without a cache it is only slower
+        table.write_parquet(temporary, metadata={"key": key})
+    return table

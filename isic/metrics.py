@@ -1,0 +1,69 @@
+"""Scores of the challenge. Arrays in, a float out."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import roc_auc_score
+
+from isic.errors import UserError
+
+MIN_TPR = 0.8
+TOP_K = 15
+
+
+def pauc(target: ArrayLike, score: ArrayLike) -> float:
+    """Partial area under the ROC curve above 80 % true-positive rate, in [0, 0.2].
+
+    A constant score gives 0.02, a perfect one 0.2, an inverted one 0. Flipping labels and scores turns the region
+    above TPR 0.8 into the one left of FPR 0.2, whose area scikit-learn returns standardised by McClish's formula
+    (McClish 1989, Medical Decision Making 9:190): s = (1 + (area - 0.02) / (0.2 - 0.02)) / 2. This undoes it.
+
+    Args:
+        target: [N] of 0 and 1.
+        score: [N] finite numbers, higher is more likely malignant; only their order matters.
+
+    Raises:
+        UserError: only one class is present, or a score is not finite.
+    """
+    labels, scores = _checked(target, score)
+    max_fpr = 1 - MIN_TPR
+    min_area, max_area = max_fpr**2 / 2, max_fpr
+    standardised = roc_auc_score(1 - labels, -scores, max_fpr=max_fpr)
+    return float(min_area + (max_area - min_area) * (2 * standardised - 1))
+
+
+def roc_auc(target: ArrayLike, score: ArrayLike) -> float:
+    """Area under the whole ROC curve, in [0, 1]. Arguments and errors as for `pauc`."""
+    labels, scores = _checked(target, score)
+    return float(roc_auc_score(labels, scores))
+
+
+def top_k_sensitivity(target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_K) -> float:
+    """Share of malignant lesions that stand among the `k` highest scores of their patient, in [0, 1].
+
+    A tie counts against the lesion: its rank is the number of the patient's lesions that score at least as high.
+
+    Args:
+        target, score: as for `pauc`.
+        patient: [N] identifiers.
+    """
+    labels, scores = _checked(target, score)
+    _, group = np.unique(np.asarray(patient), return_inverse=True)
+    order = np.lexsort((-scores, group))
+    group, ordered = group[order], scores[order]
+    first = np.searchsorted(group, group, side="left")
+    # Within a patient the scores fall, so the last of a run of equal ones has the run's worst rank.
+    ends_run = np.append((group[1:] != group[:-1]) | (ordered[1:] != ordered[:-1]), True)
+    run_end = np.flatnonzero(ends_run)[np.cumsum(ends_run) - ends_run]
+    rank = run_end - first + 1
+    return float(np.mean(rank[labels[order] == 1] <= k))
+
+
+def _checked(target: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    labels = np.asarray(target, dtype=np.int64)
+    scores = np.asarray(score, dtype=np.float64)
+    assert labels.shape == scores.shape and labels.ndim == 1
+    if not np.isfinite(scores).all():
+        raise UserError(f"{np.count_nonzero(~np.isfinite(scores))} of {scores.size} scores are not finite numbers")
+    if labels.size == 0 or labels.min() == labels.max():
+        raise UserError("a score needs both classes: every target here is the same; use data with both")
+    return labels, scores
