@@ -7,7 +7,7 @@ from typing import Literal
 
 import polars as pl
 
-from isic import schema
+from isic import folds, schema
 from isic.errors import UserError
 from isic.images import ImageStore, open_images
 from isic.metadata import read_metadata
@@ -45,6 +45,11 @@ class Dataset:
     @property
     def masks_path(self) -> Path:
         return self.root / "masks.hdf5"
+
+    @property
+    def folds_path(self) -> Path:
+        """A fold plan that lies with the data, where somebody put one there."""
+        return self.root / folds.FILE
 
     @property
     def sample_submission_path(self) -> Path:

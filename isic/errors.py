@@ -11,8 +11,15 @@ class UserError(ValueError):
     """
 
 
+MAX_LISTED = 12
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns the hint that names the known word nearest to `name`, or the list of all when none is near."""
+    """Returns the hint that names the known word nearest to `name`, or all of a few when none is near."""
     words = sorted(known)
     near = get_close_matches(name, words, n=1, cutoff=0.5)
-    return f'did you mean "{near[0]}"?' if near else f"known are: {', '.join(words)}"
+    if near:
+        return f'did you mean "{near[0]}"?'
+    if len(words) <= MAX_LISTED:
+        return f"known are: {', '.join(words)}"
+    return f'the nearest known is "{get_close_matches(name, words, n=1, cutoff=0)[0]}"'

@@ -37,7 +37,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)  # mkstemp makes files private; these are for everybody the umask admits
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise _disk_error(path, error) from error
     finally:

@@ -47,7 +47,9 @@ class Folds:
         patients = with_patient(metadata).select(schema.PATIENT, fold)
         split = patients.group_by(schema.PATIENT).agg(pl.col("fold").n_unique()).filter(pl.col("fold") > 1)
         if len(split):
-            raise UserError(f"the fold plan {self.digest} puts patient {split[schema.PATIENT][0]} into two folds; delete it")
+            raise UserError(
+                f"the fold plan {self.digest} puts patient {split[schema.PATIENT][0]} into two folds; delete it"
+            )
         return fold
 
     def write(self, path: Path) -> None:
@@ -99,18 +101,25 @@ def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
     return Folds(table.select(schema.ID, pl.Series("fold", fold)))
 
 
-def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path) -> Folds:
-    """Returns the plan at `path` if there is one, else draws and writes it; checks that it fits `metadata`.
+def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path, pinned: Path) -> Folds:
+    """Returns the plan of a run, checked against `metadata`: decided once, then read.
+
+    Args:
+        metadata: the whole training table.
+        path: the run's own plan; written here the first time.
+        pinned: a plan that lies with the dataset; it wins over drawing one.
 
     Raises:
-        UserError: the plan at `path` is for other data or another number of folds.
+        UserError: the plan is for other data or another number of folds.
     """
-    if path.is_file():
-        folds = read_folds(path)
-        if folds.num_folds != num_folds:
-            raise UserError(f"{path} has {folds.num_folds} folds, not {num_folds}; use another output folder")
-    else:
-        folds = draw_folds(metadata, num_folds, seed)
-        folds.write(path)
+    source = next((candidate for candidate in (path, pinned) if candidate.is_file()), None)
+    folds = read_folds(source) if source else draw_folds(metadata, num_folds, seed)
+    if folds.num_folds != num_folds:
+        raise UserError(
+            f"{source} has {folds.num_folds} folds, not {num_folds}; use --num_folds {folds.num_folds}, "
+            "or another output folder"
+        )
     folds.of(metadata)
+    if source != path:
+        folds.write(path)
     return folds

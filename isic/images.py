@@ -43,7 +43,7 @@ class ImageStore(ABC):
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Returns those of `ids` that have no image here."""
-        return [ids[i] for i in np.flatnonzero(self.locate(ids) < 0)]
+        return [name for name, position in zip(ids, self.locate(ids), strict=True) if position < 0]
 
     def read(self, ids: Sequence[str]) -> list[bytes]:
         """Returns the bytes of each image file.
@@ -196,7 +196,7 @@ def _locate(file: h5py.h5f.FileID, name: bytes) -> tuple[str, int, int]:
 
 
 def _without_references(table: pl.DataFrame, path: Path) -> pl.DataFrame:
-    """Withdraws the offsets at which no JPEG begins and h5py reads something else: variable-length data is a pointer."""
+    """Withdraws the offsets of variable-length data, where the file holds a pointer instead of the bytes."""
     with open(path, "rb", buffering=0) as file:
         starts = [os.pread(file.fileno(), 2, offset) if offset >= 0 else b"" for offset in table["offset"]]
     suspect = [row for row, start in enumerate(starts) if start not in (JPEG_START, b"")]

@@ -48,7 +48,9 @@ def require(table: pl.DataFrame, columns: Iterable[str], source: Path | str) -> 
     """Raises a UserError that names the columns which `table` lacks."""
     missing = [name for name in columns if name not in table.columns]
     if missing:
-        raise UserError(f"{source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; add what is missing")
+        raise UserError(
+            f"{source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; add what is missing"
+        )
 
 
 def patient_group() -> pl.Expr:
@@ -70,7 +72,7 @@ def _typed(table: pl.DataFrame, name: str, path: Path) -> pl.Series:
     number = column.cast(pl.Float64, strict=False)
     wrong = (number.is_null() & column.is_not_null()) | number.is_infinite().fill_null(False)
     if wrong.any():
-        row = wrong.arg_max()
+        row = wrong.to_list().index(True)
         raise UserError(f'{path}: column {name} must hold finite numbers, row {row} has "{column[row]}"; mend the file')
     return number.fill_nan(None)  # polars' null functions do not see NaN
 
@@ -83,7 +85,9 @@ def _check_ids(table: pl.DataFrame, path: Path) -> None:
         raise UserError(f"{path}: {ids.null_count()} rows have no isic_id; give every row one")
     repeated = ids.filter(ids.is_duplicated()).unique(maintain_order=True)
     if len(repeated):
-        raise UserError(f"{path}: {len(repeated)} isic_id stand more than once, the first is {repeated[0]}; keep one row each")
+        raise UserError(
+            f"{path}: {len(repeated)} isic_id stand more than once, the first is {repeated[0]}; keep one row each"
+        )
 
 
 def _check_target(table: pl.DataFrame, path: Path) -> None:

@@ -1,0 +1,17 @@
+"""python -m isic synth | check"""
+
+from isic.cli import run
+from isic.check import CheckSettings, check
+from isic.synth import SynthSettings, synthesize
+
+
+def synth(settings: SynthSettings) -> None:
+    """Writes a stand-in dataset in the layout of the challenge."""
+    if synthesize(settings):
+        print(f"wrote a stand-in dataset of {settings.images} training rows to {settings.out}")
+    else:
+        print(f"{settings.out} already holds this very dataset; nothing to do")
+
+
+if __name__ == "__main__":
+    run({"synth": synth, "check": check})

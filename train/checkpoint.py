@@ -1,0 +1,49 @@
+"""Checkpoints: tensors and plain values only, written whole or not at all, never unpickled into code."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isic.errors import UserError
+from isic.files import atomic_path
+from train.config import TrainSettings
+
+BEST, LAST = "best_model.pth", "last.pth"
+KEYS = ("model_state_dict", "optimizer_state_dict", "best_pauc", "epoch", "config", "args")
+
+
+def save_checkpoint(path: Path, **values: Any) -> None:
+    """Writes a checkpoint. Raises UserError when the disk is full; the former file is then still whole."""
+    with atomic_path(path) as temporary:
+        torch.save(values, temporary)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU.
+
+    Raises:
+        UserError: no such file, damaged, not a checkpoint of this toolkit, or it holds anything but tensors and
+            plain values (which would be code to run, and is refused).
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; train this fold first")
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors and plain values and is not loaded; get it from its author "
+            "as plain tensors"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); train this fold again") from error
+    missing = [key for key in KEYS if key not in values] if isinstance(values, dict) else list(KEYS)
+    if missing:
+        raise UserError(f"{path} is no checkpoint of this toolkit: it lacks {', '.join(missing)}")
+    return dict(values)
+
+
+def checkpoint_settings(checkpoint: dict[str, Any]) -> TrainSettings:
+    """Returns the settings a checkpoint was trained with."""
+    return TrainSettings(**checkpoint["args"])

@@ -1,0 +1,94 @@
+"""What learning goes on from, and its file `last.pth`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+
+from isic.errors import UserError
+from train.checkpoint import load_checkpoint, save_checkpoint
+from train.config import TrainSettings
+from train.data import TrainData
+from train.model import Classifier, create_model
+from train.optim import create_optimizer
+
+FREE_TO_CHANGE = {"fold", "force", "resume", "num_workers", "device", "data", "output_dir", "on_error"}
+"""Settings that may differ when a run is resumed: they do not change what is learnt."""
+
+
+@dataclass
+class TrainState:
+    """Everything that learning goes on from; `last.pth` holds it between epochs."""
+
+    model: Classifier
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    averaged: ModelEmaV3 | None
+    epoch: int = 0
+    """Epochs finished."""
+    step: int = 0
+    """Optimizer steps finished."""
+    best_pauc: float = 0.0
+
+    @property
+    def evaluated(self) -> Classifier:
+        """The weights that are validated and saved: the moving average where there is one."""
+        model: Classifier = self.averaged.module if self.averaged else self.model
+        return model
+
+
+def create_state(settings: TrainSettings, device: torch.device, fold: int) -> TrainState:
+    """Builds model, optimizer, loss scaling and moving average; random weights depend on seed and fold alone."""
+    torch.manual_seed(hash((settings.seed, fold)))
+    model = create_model(settings).to(device)
+    averaged = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16)
+    return TrainState(model, create_optimizer(model, settings, device), scaler, averaged)
+
+
+def save_last(path: Path, state: TrainState, settings: TrainSettings, data: TrainData) -> None:
+    """Writes all that resuming needs."""
+    save_checkpoint(
+        path,
+        model_state_dict=state.model.state_dict(),
+        optimizer_state_dict=state.optimizer.state_dict(),
+        scaler_state_dict=state.scaler.state_dict(),
+        averaged_state_dict=state.averaged.state_dict() if state.averaged else None,
+        best_pauc=state.best_pauc,
+        epoch=state.epoch,
+        step=state.step,
+        config={"folds_digest": data.folds.digest},
+        args=settings.model_dump(mode="json"),
+    )
+
+
+def restore(state: TrainState, path: Path, settings: TrainSettings, data: TrainData) -> None:
+    """Puts the content of `last.pth` into `state`.
+
+    Raises:
+        UserError: it was made with other settings or other folds; the first difference is named.
+    """
+    saved = load_checkpoint(path)
+    refuse_difference(path, saved["args"], settings)
+    if saved["config"]["folds_digest"] != data.folds.digest:
+        raise UserError(f"{path} was trained on other folds; train afresh with --force")
+    state.model.load_state_dict(saved["model_state_dict"])
+    state.optimizer.load_state_dict(saved["optimizer_state_dict"])
+    state.scaler.load_state_dict(saved["scaler_state_dict"])
+    if state.averaged:
+        state.averaged.load_state_dict(saved["averaged_state_dict"])
+    state.epoch, state.step, state.best_pauc = saved["epoch"], saved["step"], saved["best_pauc"]
+
+
+def refuse_difference(path: Path, then: Mapping[str, Any], settings: TrainSettings) -> None:
+    """Raises a UserError that names the first setting in which the run that wrote `path` differs from this one."""
+    now = settings.model_dump(mode="json")
+    for key in sorted(now.keys() - FREE_TO_CHANGE):
+        if now[key] != then.get(key):
+            raise UserError(
+                f"{path} was made with {key}={then.get(key)}, now it is {now[key]}; go back to the former value, "
+                "choose another --name, or train it again with --force"
+            )
