@@ -16,7 +16,7 @@ from isic.dataset import Split
 from isic.errors import UserError
 from isic.files import atomic_path, read_json
 
-RUN_FILE = "run.json"
+PLAN_FILE, RUN_FILE = "plan.json", "run.json"
 ERRORS_FILE = "errors.parquet"
 
 

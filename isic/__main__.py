@@ -1,14 +1,14 @@
 """python -m isic synth | check"""
 
+from isic.check import check
 from isic.cli import run
-from isic.check import CheckSettings, check
 from isic.synth import SynthSettings, synthesize
 
 
 def synth(settings: SynthSettings) -> None:
     """Writes a stand-in dataset in the layout of the challenge."""
-    if synthesize(settings):
-        print(f"wrote a stand-in dataset of {settings.images} training rows to {settings.out}")
+    if synthesize(settings, say=print):
+        print(f"wrote a stand-in dataset to {settings.out}")
     else:
         print(f"{settings.out} already holds this very dataset; nothing to do")
 

@@ -1,12 +1,219 @@
-"""stub"""
+"""Says what is in a dataset, what is missing, and what its folds will look like, before hours are spent on it."""
 
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+import h5py
+import numpy as np
+import polars as pl
+from pydantic import Field
+
+from isic import schema
 from isic.config import Settings
+from isic.dataset import Dataset, Split
+from isic.errors import UserError
+from isic.folds import draw_folds
+from isic.images import ImageStore, decode_pool
+from isic.metadata import with_patient
+from isic.preprocess import PreprocessSpec
+
+DECODE_BATCH = 1_024
+DECODE_SPEC = PreprocessSpec(size=32)
+"""Only whether an image decodes matters here, so the pixels may be few."""
+
+SHOWN = 5
+"""How many ids or values a list shows before it says how many more there are."""
+
+COLUMNS: dict[Split, tuple[str, ...]] = {
+    "train": schema.TRAIN_ORDER,
+    "test": tuple(name for name in schema.TRAIN_ORDER if name not in schema.TRAIN_ONLY),
+}
+FEATURES = (schema.PATIENT, *schema.NUMERIC, *schema.CATEGORICAL)
+"""The columns whose blanks matter."""
+
+Facts = dict[str, str]
+Problems = list[str]
 
 
 class CheckSettings(Settings):
-    data: Path
+    """What to look at."""
+
+    data: Path = Field(description="folder in the layout of the challenge")
+    sample: int | None = Field(None, ge=1, description="decode this many images of each split instead of all")
+    num_folds: int = Field(5, ge=2, le=100, description="folds to draw")
+    seed: int = Field(42, ge=0, description="of the folds and of the sample")
+    num_threads: int = Field(os.cpu_count() or 1, ge=1, description="threads that decode")
 
 
-def check(settings: CheckSettings) -> int:
-    return 0
+def check(settings: CheckSettings) -> None:
+    """Prints what a dataset holds, what it lacks, which images do not decode, and its folds.
+
+    Raises:
+        UserError: a table cannot be read, or there is something to mend; all of it in one sentence.
+    """
+    dataset = Dataset(settings.data)
+    print(f"dataset {settings.data}")
+    problems: Problems = []
+    train = dataset.metadata("train")
+    _print_facts("train", _split_facts(dataset, "train", train, settings, problems))
+    if dataset.metadata_path("test").is_file():
+        test = dataset.metadata("test")
+        facts = _split_facts(dataset, "test", test, settings, problems)
+        facts |= _submission_facts(dataset, test, problems) | _unseen_facts(train, test)
+        _print_facts("test", facts)
+    else:
+        _print_facts("test", {"rows": "none (no test-metadata.csv)"})
+    _print_folds(train, settings, problems)
+    if problems:
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise UserError(f"{settings.data} has {count}: {'; '.join(problems)}")
+    print("\nno problems found")
+
+
+def _split_facts(
+    dataset: Dataset, split: Split, table: pl.DataFrame, settings: CheckSettings, problems: Problems
+) -> Facts:
+    facts = _table_facts(split, table)
+    images = dataset.find_images(split)
+    if images is None:
+        return facts | {"images": "none (metadata only)"}
+    facts |= _image_facts(split, table, images, problems)
+    facts |= _decode_facts(split, table, images, settings, problems)
+    return facts | _mask_facts(dataset.masks_path, table, problems)
+
+
+def _table_facts(split: Split, table: pl.DataFrame) -> Facts:
+    missing = [name for name in COLUMNS[split] if name not in table.columns]
+    extra = [name for name in table.columns if name not in COLUMNS[split]]
+    known = len(COLUMNS[split]) - len(missing)
+    facts = {"rows": f"{len(table):,}", "columns": f"{known} of the challenge's {len(COLUMNS[split])}"}
+    if missing:
+        facts["missing columns"] = _listed(missing)
+    if extra:
+        facts["other columns"] = _listed(extra)
+    if schema.TARGET in table.columns:
+        facts["positives"] = _share(int(table[schema.TARGET].sum()), len(table))
+    facts["patients"] = _patient_fact(table)
+    blanks = {name: table[name].null_count() for name in FEATURES if name in table.columns}
+    blank = [f"{name} {_share(count, len(table))}" for name, count in blanks.items() if count]
+    return facts | {"blanks": ", ".join(blank) or "none"}
+
+
+def _patient_fact(table: pl.DataFrame) -> str:
+    if schema.PATIENT not in table.columns:
+        return "not known (no patient_id); each image is its own group"
+    sizes = table.drop_nulls(schema.PATIENT).group_by(schema.PATIENT).len()["len"].to_numpy()
+    if not len(sizes):
+        return "not known (patient_id is blank); each image is its own group"
+    return f"{len(sizes):,} with {sizes.min():,} to {sizes.max():,} rows, median {np.median(sizes):g}"
+
+
+def _image_facts(split: Split, table: pl.DataFrame, images: ImageStore, problems: Problems) -> Facts:
+    absent = images.missing(table[schema.ID].to_list())
+    rowless = np.setdiff1d(images.ids, table[schema.ID].to_numpy().astype(np.str_)).tolist()
+    if absent:
+        problems.append(f"{len(absent):,} {split} rows have no image, the first is {absent[0]}")
+    facts = {"images": f"{len(images):,} in {images.source.name}"}
+    facts["rows without image"] = _listed(absent)
+    facts["images without row"] = _listed(rowless)
+    return facts
+
+
+def _decode_facts(
+    split: Split, table: pl.DataFrame, images: ImageStore, settings: CheckSettings, problems: Problems
+) -> Facts:
+    """Decodes every image that has a row, or a sample of them."""
+    ids = table[schema.ID].to_numpy().astype(np.str_)
+    ids = ids[images.locate(ids) >= 0]  # type: ignore[arg-type]
+    if settings.sample is not None and settings.sample < len(ids):
+        ids = np.random.default_rng(settings.seed).choice(ids, settings.sample, replace=False)
+    failed = _undecodable(images, ids.tolist(), settings.num_threads)
+    if failed:
+        name, reason = next(iter(failed.items()))
+        problems.append(f"{len(failed):,} {split} images do not decode, the first is {name} ({reason})")
+    shown = _listed([f"{name} ({reason})" for name, reason in failed.items()])
+    return {"decoded": f"{len(ids) - len(failed):,} of {len(ids):,}", "undecodable": shown}
+
+
+def _undecodable(images: ImageStore, ids: Sequence[str], num_threads: int) -> dict[str, str]:
+    """Returns the reason by id for each image that does not decode."""
+    out = np.empty((DECODE_BATCH, DECODE_SPEC.size, DECODE_SPEC.size, 3), dtype=np.uint8)
+    failed: dict[str, str] = {}
+    with decode_pool(num_threads) as pool:
+        for start in range(0, len(ids), DECODE_BATCH):
+            batch = ids[start : start + DECODE_BATCH]
+            reasons = images.decode(batch, DECODE_SPEC, out[: len(batch)], pool)
+            failed.update((batch[row], reasons[row]) for row in sorted(reasons))
+    return failed
+
+
+def _mask_facts(path: Path, table: pl.DataFrame, problems: Problems) -> Facts:
+    if not path.is_file():
+        return {"masks": "none"}
+    try:
+        with h5py.File(path, "r") as file:
+            names = set(file)
+    except OSError:
+        problems.append(f"{path.name} is not a whole HDF5 file; copy it again")
+        return {"masks": "unreadable"}
+    return {"masks": _share(len(names.intersection(table[schema.ID])), len(table))}
+
+
+def _submission_facts(dataset: Dataset, test: pl.DataFrame, problems: Problems) -> Facts:
+    if not dataset.sample_submission_path.is_file():
+        return {}
+    try:
+        sample = pl.read_csv(dataset.sample_submission_path, infer_schema=False)
+    except pl.exceptions.PolarsError:
+        sample = pl.DataFrame()
+    if schema.ID not in sample.columns or set(sample[schema.ID]) != set(test[schema.ID]):
+        problems.append("sample_submission.csv does not have the ids of the test table")
+        return {"sample submission": f"{len(sample):,} rows, other ids than the table's"}
+    return {"sample submission": f"{len(sample):,} rows, the table's ids"}
+
+
+def _unseen_facts(train: pl.DataFrame, test: pl.DataFrame) -> Facts:
+    """The values of each categorical column that training never sees."""
+    shared = [name for name in schema.CATEGORICAL if name in train.columns and name in test.columns]
+    unseen = {name: sorted(set(test[name].drop_nulls()) - set(train[name].drop_nulls())) for name in shared}
+    return {f"unseen {name}": _listed(values) for name, values in unseen.items() if values}
+
+
+def _print_folds(train: pl.DataFrame, settings: CheckSettings, problems: Problems) -> None:
+    try:
+        fold = draw_folds(train, settings.num_folds, settings.seed).of(train)
+    except UserError as error:
+        problems.append(f"no folds can be drawn: {error}")
+        return
+    counts = (
+        with_patient(train)
+        .with_columns(fold)
+        .group_by("fold")
+        .agg(pl.len(), pl.col(schema.PATIENT).n_unique(), pl.col(schema.TARGET).sum())
+        .sort("fold")
+    )
+    print(f"\nfolds (seed {settings.seed})")
+    print(f"  {'fold':>4} {'rows':>9} {'patients':>9} {'positives':>9}")
+    for row in counts.iter_rows():
+        print("  {:>4} {:>9,} {:>9,} {:>9,}".format(*row))
+
+
+def _print_facts(title: str, facts: Mapping[str, str]) -> None:
+    width = max(map(len, facts))
+    print(f"\n{title}")
+    for name, value in facts.items():
+        print(f"  {name:<{width}}  {value}")
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} ({100 * count / total:.2f} %)"
+
+
+def _listed(values: Iterable[object]) -> str:
+    """Counts and shows the first few of a list."""
+    shown = list(map(str, values))
+    if not shown:
+        return "none"
+    more = f" and {len(shown) - SHOWN:,} more" if len(shown) > SHOWN else ""
+    return f"{len(shown):,}: {', '.join(shown[:SHOWN])}{more}"

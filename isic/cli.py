@@ -28,14 +28,17 @@ def run(commands: Command | Mapping[str, Command], load: Callable[..., Settings]
         load: builds the settings from their type and the flags.
     """
     arguments = sys.argv[1:]
+    wants_help = bool({"--help", "-h"} & set(arguments))
+    component: Any
     if isinstance(commands, Mapping):
-        wants_help = not arguments or arguments[0] in {"--help", "-h"}
-        if not wants_help and arguments[0] not in commands:
-            hint = did_you_mean(arguments[0], commands)
-            sys.exit(_complain(f'unknown command "{arguments[0]}", {hint}'))
-        fire.Fire({name: _fire_function(command, load) for name, command in commands.items()})
+        if arguments and not wants_help and arguments[0] not in commands:
+            sys.exit(_complain(f'unknown command "{arguments[0]}", {did_you_mean(arguments[0], commands)}'))
+        component = {name: _fire_function(command, load) for name, command in commands.items()}
+        named = [word for word in arguments[:1] if word in commands]
     else:
-        fire.Fire(_fire_function(commands, load))
+        component, named = _fire_function(commands, load), []
+    # A command that takes every flag takes --help too, unless it stands behind Fire's own separator.
+    fire.Fire(component, command=[*named, "--", "--help"] if wants_help else arguments)
 
 
 def _complain(message: str) -> int:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import h5py
@@ -86,7 +87,7 @@ class ImageStore(ABC):
         failed: dict[int, str] = {}
         for part in pool.map(lambda rows: self._decode_rows(positions, spec, out, rows), slices):
             failed.update(part)
-        return failed
+        return dict(sorted(failed.items()))
 
     def _decode_rows(
         self, positions: NDArray[np.int64], spec: PreprocessSpec, out: Pixels, rows: range
@@ -101,6 +102,13 @@ class ImageStore(ABC):
                 failed[row] = str(error)
                 out[row] = 0
         return failed
+
+
+def _file_bytes(value: Any) -> bytes:
+    """Returns the bytes in what h5py read: fixed-length or variable-length, scalar or not."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "O":
+        return b"".join(map(_file_bytes, value.ravel()))
+    return value if isinstance(value, bytes) else bytes(value.tobytes())
 
 
 def decode_pool(num_threads: int) -> ThreadPoolExecutor:
@@ -143,7 +151,7 @@ class Hdf5Images(ImageStore):
         offset = self._offsets[position]
         if offset == NO_OFFSET:
             with h5py.File(self.source, "r") as file:
-                return np.asarray(file[self.ids[position]][()]).tobytes()
+                return _file_bytes(file[self.ids[position]][()])
         return os.pread(self._file, self._sizes[position], offset)
 
 
@@ -212,10 +220,9 @@ def _load_index(path: Path) -> pl.DataFrame:
     stat = path.stat()
     key = digest(INDEX_VERSION, stat.st_size, stat.st_mtime_ns)
     cached = index_path(path)
-    if cached.exists():
-        table = pl.read_parquet(cached)
+    with contextlib.suppress(pl.exceptions.PolarsError, FileNotFoundError):  # a damaged one is built again
         if pl.read_parquet_metadata(cached).get("key") == key:
-            return table
+            return pl.read_parquet(cached)
     table = build_index(path)
     with contextlib.suppress(UserError), atomic_path(cached) as temporary:  # without a cache it is only slower
         table.write_parquet(temporary, metadata={"key": key})

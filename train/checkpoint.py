@@ -36,7 +36,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} holds more than tensors and plain values and is not loaded; get it from its author "
             "as plain tensors"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); train this fold again") from error
     missing = [key for key in KEYS if key not in values] if isinstance(values, dict) else list(KEYS)
     if missing:

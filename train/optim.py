@@ -16,7 +16,7 @@ def create_optimizer(model: Classifier, settings: TrainSettings, device: torch.d
     no_decay: set[str] = getattr(model.backbone, "no_weight_decay", set)()
     groups: list[dict[str, Any]] = []
     for module, lr, skip in ((model.backbone, settings.lr_backbone, no_decay), (model.head, settings.lr, set())):
-        for group in param_groups_weight_decay(module, settings.weight_decay, skip):
+        for group in param_groups_weight_decay(module, settings.weight_decay, no_weight_decay_list=skip):
             groups.append({**group, "lr": lr, "peak_lr": lr})
     return torch.optim.AdamW(groups, fused=device.type in {"cuda", "cpu"})
 
@@ -33,4 +33,4 @@ def lr_schedule(num_steps: int, num_warmup: int) -> NDArray[np.float64]:
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Sets every group's learning rate to a factor of its peak."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * float(factor)  # numpy numbers do not load with weights_only

@@ -1,0 +1,40 @@
+# `make demo` and `make test` set everything up in .venv first. They need Python 3.11 or newer and make.
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.ready
+DATA := data/demo
+OUT := outputs
+
+.PHONY: setup demo test lint clean
+
+setup: $(SETUP)
+
+$(SETUP): setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -e ".[dev]"
+	touch $@
+
+demo: $(SETUP)
+	$(BIN)/python -m isic synth --out $(DATA) --images 3000
+	$(BIN)/python -m train --config demo --data $(DATA) --output_dir $(OUT)
+	$(BIN)/python -m export --config demo --model_dir $(OUT)/demo
+	$(BIN)/python -m infer embed --config demo --model_dir $(OUT)/demo --data $(DATA) --output_dir $(OUT)/embeddings
+	for features in image raw engineered multimodal; do \
+		$(BIN)/python -m infer fit --features $$features --data $(DATA) \
+			--embeddings $(OUT)/embeddings/demo --output_dir $(OUT)/ensemble || exit; \
+	done
+	$(BIN)/python -m infer predict --ensemble $(OUT)/ensemble/multimodal --data $(DATA) \
+		--embeddings $(OUT)/embeddings/demo --output $(OUT)/submission.csv
+	$(BIN)/python -m infer scores --output_dir $(OUT)/ensemble
+
+test: $(SETUP)
+	$(BIN)/python -m pytest
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv data/demo outputs build *.egg-info

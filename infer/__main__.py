@@ -1,0 +1,10 @@
+"""`python -m infer embed | fit | predict | doctor`: from engines to a submission."""
+
+from infer.doctor import doctor
+from infer.embed import embed
+from infer.fit import fit
+from infer.predict import predict
+from isic import cli
+
+if __name__ == "__main__":
+    cli.run({"embed": embed, "fit": fit, "predict": predict, "doctor": doctor})

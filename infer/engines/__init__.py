@@ -1,0 +1,54 @@
+"""Engines: an exported artifact that turns uint8 images into features and logits. One file an engine."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isic.errors import UserError
+from isic.files import read_manifest
+from isic.preprocess import Pixels, PreprocessSpec
+
+Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+class Engine(Protocol):
+    """A loaded artifact. It runs on the device it was asked for or not at all."""
+
+    device: str
+    """What it runs on: `cpu` or `cuda`."""
+
+    def run(self, images: Pixels) -> Outputs:
+        """Returns features [n, D] float32 and logits [n, 1] float32 of images uint8 [n, H, W, 3] RGB."""
+        ...
+
+
+MODULES = {"onnx": "infer.engines.onnxruntime"}
+"""The module with `create(path, manifest, device)` for each format a manifest can name."""
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def load(path: Path, device: str = "auto") -> Engine:
+    """Loads an artifact with the engine that its manifest names.
+
+    Raises:
+        UserError: no artifact, no manifest, one that was written for other bytes, or the engine does not work here.
+    """
+    return create(path, read_manifest(path), device)
+
+
+def create(path: Path, manifest: Mapping[str, Any], device: str = "auto") -> Engine:
+    """Loads an artifact whose manifest is at hand (before it has its final name, say)."""
+    if manifest.get("format") not in MODULES:
+        raise UserError(f'{path}: no engine runs the format "{manifest.get("format")}", known are {", ".join(MODULES)}')
+    engine: Engine = import_module(MODULES[manifest["format"]]).create(path, manifest, device)
+    return engine
+
+
+def manifest_spec(manifest: Mapping[str, Any]) -> PreprocessSpec:
+    """Returns the preprocessing that an artifact was exported for."""
+    return PreprocessSpec(**manifest["preprocess"])

@@ -1,0 +1,155 @@
+"""The image model's score as a feature of a lesion.
+
+Fold models differ in the scale of their logits, so each fold's are standardised by the mean and deviation of the
+training rows that it held out, before they stand in one column. A training row has the score of the one model that
+never saw its patient; a test row has the mean over all fold models.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from infer.embeddings import load, read_run
+from isic import schema
+from isic.dataset import Split
+from isic.errors import UserError
+from isic.folds import Folds
+from isic.metadata import with_patient
+
+SCORE = "image_score"
+RELATIVE = "image_score_patient_diff"
+FEATURES = (SCORE, RELATIVE)
+
+
+@dataclass(frozen=True)
+class Standard:
+    """Mean and deviation of each fold model's out-of-fold logits."""
+
+    folds: Mapping[int, tuple[float, float]]
+
+    def apply(self) -> pl.Expr:
+        """Returns (logit - mean) / std by the row's `fold`."""
+        keys = list(self.folds)
+        mean, std = (pl.Series([pair[i] for pair in self.folds.values()], dtype=pl.Float64) for i in (0, 1))
+        codes = pl.Series(keys, dtype=pl.Int8)
+        fold = pl.col("fold")
+        return (pl.col("logit") - fold.replace_strict(codes, mean)) / fold.replace_strict(codes, std)
+
+    def to_json(self) -> dict[str, list[float]]:
+        return {str(fold): list(pair) for fold, pair in self.folds.items()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Standard":
+        return cls({int(fold): (pair[0], pair[1]) for fold, pair in value.items()})
+
+
+def fit_standard(logits: pl.DataFrame) -> Standard:
+    """Learns the constants from out-of-fold `fold` and `logit`. A fold of equal logits has deviation 1."""
+    logit = pl.col("logit").cast(pl.Float64)
+    std = pl.when(logit.std() > 0).then(logit.std()).otherwise(1.0)
+    table = (
+        logits.sort("fold", schema.ID)
+        .group_by("fold", maintain_order=True)
+        .agg(logit.mean().alias("mean"), std.alias("std"))
+    )
+    return Standard({fold: (mean, deviation) for fold, mean, deviation in table.iter_rows()})
+
+
+def oof_logits(root: Path, metadata: pl.DataFrame, folds: Folds) -> pl.DataFrame:
+    """Reads each training row's logit from the model of the fold that held it out.
+
+    Returns:
+        `isic_id`, `fold` and `logit` Float64, in the order of `metadata`.
+
+    Raises:
+        UserError: the embeddings are of another fold plan, or lack rows.
+    """
+    check_folds(root, "train", folds.digest)
+    logits = _read(root, "train", [schema.ID])
+    plan = metadata.select(schema.ID).with_columns(folds.of(metadata).alias("fold"))
+    table = plan.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
+    _refuse_gaps(table, root, "train")
+    return table
+
+
+def scoring_logits(
+    root: Path, split: Split, metadata: pl.DataFrame, folds_digest: str, standard: Standard
+) -> pl.DataFrame:
+    """Reads the logits of every fold model for the rows to score.
+
+    Returns:
+        `isic_id`, `fold` and `logit` Float64; each row of `metadata` stands once a fold.
+
+    Raises:
+        UserError: the embeddings are of another fold plan, or lack rows or folds.
+    """
+    check_folds(root, split, folds_digest)
+    logits = _read(root, split, [schema.ID, "fold"])
+    every = pl.DataFrame({"fold": pl.Series(list(standard.folds), dtype=pl.Int8)})
+    table = metadata.select(schema.ID).join(every, how="cross", maintain_order="left_right")
+    table = table.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
+    _refuse_gaps(table, root, split)
+    return table
+
+
+def image_features(logits: pl.DataFrame, standard: Standard, metadata: pl.DataFrame) -> pl.DataFrame:
+    """Returns `isic_id` and FEATURES Float32 in the order of `metadata`.
+
+    The score is the mean over the folds that have one for the row; relative is its difference from the mean over the
+    patient's lesions. A ratio, as others use, has no meaning for a score around zero.
+    """
+    score = logits.with_columns(standard.apply().alias(SCORE)).sort(schema.ID, "fold")
+    score = score.group_by(schema.ID, maintain_order=True).agg(pl.col(SCORE).mean())
+    patient = with_patient(metadata.select(pl.col(schema.ID, f"^{schema.PATIENT}$")))
+    table = patient.join(score, on=schema.ID, how="left", maintain_order="left").with_row_index("_row")
+    table = table.sort(schema.PATIENT, schema.ID)
+    relative = pl.col(SCORE) - pl.col(SCORE).mean().over(schema.PATIENT)
+    table = table.with_columns(relative.alias(RELATIVE)).sort("_row")
+    return table.select(schema.ID, pl.col(FEATURES).cast(pl.Float32))
+
+
+def probability(table: pl.DataFrame) -> NDArray[np.float64]:
+    """Returns [N] the logistic function of the image score: what the image model says alone, in (0, 1)."""
+    score = table[SCORE].to_numpy().astype(np.float64)
+    return np.asarray(1 / (1 + np.exp(-score)))
+
+
+def check_folds(root: Path, split: Split, folds_digest: str) -> dict[str, Any]:
+    """Returns what the embedding run says of itself. Raises UserError where its fold plan is another one."""
+    run = read_run(root, split)
+    if run.get("folds_digest") != folds_digest:
+        raise UserError(
+            f"the {split} embeddings in {root} were made with the fold plan {run.get('folds_digest')}, this is "
+            f"{folds_digest}; use the embeddings of the same training run"
+        )
+    return run
+
+
+def _read(root: Path, split: Split, key: list[str]) -> pl.DataFrame:
+    logits = load(root, split, ["logit"]).with_columns(pl.col("logit").cast(pl.Float64)).collect()
+    wrong = logits.filter(~pl.col("logit").is_finite().fill_null(False))
+    if len(wrong):
+        raise UserError(
+            f"{root}: {len(wrong)} {split} logits are not finite, the first is of {wrong[schema.ID][0]}; embed again"
+        )
+    repeated = logits.filter(pl.struct(key).is_duplicated())
+    if len(repeated):
+        raise UserError(
+            f"{root}: {repeated[schema.ID][0]} has more than one {split} logit; embed again into an empty folder"
+        )
+    return logits
+
+
+def _refuse_gaps(table: pl.DataFrame, root: Path, split: Split) -> None:
+    gaps = table.filter(pl.col("logit").is_null())
+    if len(gaps):
+        raise UserError(
+            f"{root} lacks the {split} embeddings of {gaps[schema.ID].n_unique()} of {table[schema.ID].n_unique()} "
+            f"images, the first is {gaps[schema.ID][0]} for fold {gaps['fold'][0]}; "
+            f"run `python -m infer embed --split {split}` on all of them, for every fold"
+        )

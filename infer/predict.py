@@ -1,0 +1,124 @@
+"""Scores a table with a fitted ensemble and writes the submission. Nothing is fitted here."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from pydantic import Field
+
+from infer import image_scores
+from infer.boosters import read_booster
+from infer.ensemble import MANIFEST, Ensemble, open_ensemble
+from isic import schema
+from isic.config import Settings
+from isic.dataset import Dataset, Split
+from isic.errors import UserError
+from isic.features import needed_columns
+from isic.files import atomic_path, sha256, versions, write_manifest
+from isic.metadata import read_metadata, require
+
+
+class PredictSettings(Settings):
+    """Settings of `infer predict`."""
+
+    data: Path = Field(Path("data/isic-2024"), description="dataset folder")
+    ensemble: Path = Field(
+        Path("outputs/ensemble"), description="an ensemble's folder, or one with a single ensemble in it"
+    )
+    embeddings: Path | None = Field(
+        None, description="outputs/embeddings/<config>, where the ensemble uses image scores"
+    )
+    output: Path = Field(Path("submission.csv"), description="the submission to write")
+    split: Split = Field("test", description="which table to score")
+    num_threads: int = Field(0, ge=0, description="threads, 0 for all")
+
+
+def predict(settings: PredictSettings) -> None:
+    """Scores a table with a fitted ensemble and writes the submission. The settings' fields are the flags."""
+    ensemble = open_ensemble(settings.ensemble)
+    dataset = Dataset(settings.data)
+    path = dataset.metadata_path(settings.split)
+    metadata = read_metadata(path)
+    require(metadata, needed_columns(ensemble.spec.tabular), path)
+    order = submission_order(dataset, settings.split, metadata)
+    image, embeddings = _image(settings, ensemble, metadata)
+    score = score_table(ensemble, ensemble.spec.frame(metadata, image), settings.num_threads)
+    _write(settings.output, order.join(metadata.select(schema.ID, pl.Series(schema.TARGET, score)), on=schema.ID))
+    write_manifest(
+        settings.output,
+        ensemble=sha256(ensemble.root / MANIFEST),
+        folds_digest=ensemble.manifest["folds_digest"],
+        features=ensemble.manifest["features"],
+        embeddings=embeddings,
+        metadata_sha256=sha256(path),
+        versions=versions("isic-toolkit", "lightgbm", "numpy", "polars", "scikit-learn"),
+    )
+    print(f"submission: {settings.output} ({len(metadata)} rows, scores {score.min():.4f} to {score.max():.4f})")
+
+
+def score_table(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> NDArray[np.float64]:
+    """Returns each row's score in [0, 1]: the mean over all boosters, or the image model's score as a probability.
+
+    Args:
+        table: feature table of N rows.
+
+    Returns:
+        [N] float64.
+    """
+    boosters = ensemble.manifest["boosters"]
+    if not boosters:
+        return image_scores.probability(table)
+    total = np.zeros(len(table))
+    for fold, encoding in ensemble.state.encodings.items():
+        matrix = encoding.transform(table)
+        for entry in (entry for entry in boosters if entry["fold"] == fold):
+            total += read_booster(ensemble.root / entry["file"], entry["library"])(matrix, num_threads)
+    return np.clip(total / len(boosters), 0.0, 1.0)
+
+
+def submission_order(dataset: Dataset, split: Split, metadata: pl.DataFrame) -> pl.DataFrame:
+    """Returns the ids in the order to write: the sample submission's where the dataset has one, else the table's.
+
+    Raises:
+        UserError: the sample and the table do not have the same ids.
+    """
+    path = dataset.sample_submission_path
+    if split != "test" or not path.is_file():
+        return metadata.select(schema.ID)
+    order = read_metadata(path).select(schema.ID)
+    for ids, other, here, there in ((order, metadata, path, "the table"), (metadata, order, "the table", path)):
+        extra = ids.join(other, on=schema.ID, how="anti", maintain_order="left")[schema.ID]
+        if len(extra):
+            raise UserError(
+                f"{len(extra)} of the {len(ids)} ids in {here} are not in {there}, the first is {extra[0]}; "
+                f"use the sample submission of this dataset, or take {path.name} away"
+            )
+    return order
+
+
+def _image(
+    settings: PredictSettings, ensemble: Ensemble, metadata: pl.DataFrame
+) -> tuple[pl.DataFrame | None, dict[str, Any] | None]:
+    """The image features and what the embeddings' run says of itself."""
+    fitted, standard = ensemble.manifest["embeddings"], ensemble.state.standard
+    if standard is None:
+        return None, None
+    root = settings.embeddings
+    if root is None:
+        raise UserError(f"{ensemble.root} uses image scores; give --embeddings outputs/embeddings/{fitted['config']}")
+    run = image_scores.check_folds(root, settings.split, ensemble.manifest["folds_digest"])
+    if run.get("config") != fitted["config"]:
+        raise UserError(
+            f"{root} holds embeddings of {run.get('config')}, {ensemble.root} was fitted with those of "
+            f"{fitted['config']}; give --embeddings outputs/embeddings/{fitted['config']}"
+        )
+    logits = image_scores.scoring_logits(root, settings.split, metadata, ensemble.manifest["folds_digest"], standard)
+    return image_scores.image_features(logits, standard, metadata), run
+
+
+def _write(path: Path, table: pl.DataFrame) -> None:
+    assert table[schema.TARGET].is_finite().all()
+    with atomic_path(path) as temporary:
+        table.write_csv(temporary)

@@ -1,0 +1,57 @@
+"""How good out-of-fold scores are: pooled, by fold, and among each patient's own lesions."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isic.metrics import pauc, roc_auc, top_k_sensitivity
+
+Scores = NDArray[np.float64]
+
+
+def summarise(
+    target: NDArray[np.integer], score: Scores, fold: NDArray[np.integer], patient: NDArray[np.str_]
+) -> dict[str, Any]:
+    """Scores out-of-fold predictions.
+
+    pAUC is not additive: the value over all rows pooled and the mean over folds differ, so both are given.
+
+    Args:
+        target, score, fold, patient: [N] each.
+
+    Returns:
+        `pauc`, `auc` and `top_15_sensitivity` pooled; `pauc_by_fold` (None for a fold with one class), their
+        `pauc_mean` and `pauc_std` (of a sample, None under two folds).
+
+    Raises:
+        UserError: one class only, or a score that is not finite.
+    """
+    folds = np.unique(fold)
+    by_fold = [_pauc_or_none(target[fold == k], score[fold == k]) for k in folds]
+    known = [value for value in by_fold if value is not None]
+    return {
+        "pauc": pauc(target, score),
+        "auc": roc_auc(target, score),
+        "top_15_sensitivity": top_k_sensitivity(target, score, patient),
+        "pauc_by_fold": by_fold,
+        "pauc_mean": float(np.mean(known)) if known else None,
+        "pauc_std": float(np.std(known, ddof=1)) if len(known) > 1 else None,
+    }
+
+
+def _pauc_or_none(target: NDArray[np.integer], score: Scores) -> float | None:
+    return pauc(target, score) if target.min() < target.max() else None
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Returns the summaries as lines of text, one a row, under a heading."""
+    width = max(len(name) for name in rows)
+    heading = f"{'':{width}}  pAUC pooled  mean of folds ± std     AUC  top-15"
+    return "\n".join([heading, *(_line(name.ljust(width), summary) for name, summary in rows.items())])
+
+
+def _line(name: str, summary: dict[str, Any]) -> str:
+    mean, std = (summary[key] for key in ("pauc_mean", "pauc_std"))
+    folds = f"{mean:.4f}" + (f" ± {std:.4f}" if std is not None else "") if mean is not None else "-"
+    return f"{name}  {summary['pauc']:11.4f}  {folds:>19}  {summary['auc']:.4f}  {summary['top_15_sensitivity']:6.3f}"

@@ -1,0 +1,64 @@
+"""What is learnt about features from training rows: a code for each category, a number for each blank. Plain data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from isic.features.formulas import CATEGORIES
+
+UNSEEN = -1.0
+BLANK = -2.0
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Turns a feature table into the matrix that the boosters see.
+
+    A category becomes its place in the order of falling frequency among the training rows: 0 is the commonest. One
+    that they lack is UNSEEN, a blank is BLANK. A blank number becomes the median of the training rows, or 0 where
+    none of them has one.
+    """
+
+    names: tuple[str, ...]
+    """The columns of the matrix, in order."""
+    medians: Mapping[str, float]
+    categories: Mapping[str, tuple[str, ...]]
+
+    def transform(self, features: pl.DataFrame) -> NDArray[np.float32]:
+        """Returns [N, D] float32, C-ordered and finite."""
+        matrix = features.select(self._column(name) for name in self.names).to_numpy(order="c")
+        assert matrix.dtype == np.float32
+        return np.ascontiguousarray(matrix)
+
+    def _column(self, name: str) -> pl.Expr:
+        if name not in self.categories:
+            return pl.col(name).fill_null(self.medians[name]).cast(pl.Float32)
+        known = self.categories[name]
+        codes = pl.Series(range(len(known)), dtype=pl.Float32)
+        values = pl.Series(known, dtype=pl.String)
+        code = pl.col(name).replace_strict(values, codes, default=UNSEEN, return_dtype=pl.Float32)
+        return pl.when(pl.col(name).is_null()).then(pl.lit(BLANK, dtype=pl.Float32)).otherwise(code).alias(name)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"medians": dict(self.medians), "categories": {name: list(v) for name, v in self.categories.items()}}
+
+    @classmethod
+    def from_json(cls, names: tuple[str, ...], value: Mapping[str, Any]) -> "Encoding":
+        return cls(names, dict(value["medians"]), {name: tuple(v) for name, v in value["categories"].items()})
+
+
+def fit_encoding(features: pl.DataFrame, names: tuple[str, ...]) -> Encoding:
+    """Learns the encoding of the named columns from a feature table that holds training rows only."""
+    numeric = [name for name in names if name not in CATEGORIES]
+    medians = features.select(pl.col(numeric).median().fill_null(0).cast(pl.Float64)).row(0)
+    categories = {name: _by_frequency(features[name]) for name in names if name in CATEGORIES}
+    return Encoding(names, dict(zip(numeric, medians, strict=True)), categories)
+
+
+def _by_frequency(column: pl.Series) -> tuple[str, ...]:
+    counts = column.drop_nulls().value_counts().sort(["count", column.name], descending=[True, False])
+    return tuple(counts[column.name])

@@ -1,0 +1,158 @@
+"""What `check` says of a dataset, and that it ends with 2 where there is something to mend."""
+
+import re
+from pathlib import Path
+
+import h5py
+import numpy as np
+import polars as pl
+import pytest
+from conftest import Cli, jpeg, small_table, write_hdf5
+
+
+def facts(text: str, section: str) -> dict[str, str]:
+    """Reads back what stands under one heading."""
+    block = text.split(f"\n{section}", 1)[1].split("\n\n", 1)[0]
+    lines = (re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in block.splitlines()[1:])
+    return {parts[0]: parts[1] for parts in lines if len(parts) == 2}
+
+
+def fold_rows(text: str) -> list[list[int]]:
+    block = text.split("\nfolds", 1)[1].split("\n\n", 1)[0]
+    return [[int(cell.replace(",", "")) for cell in line.split()] for line in block.splitlines()[2:]]
+
+
+def rewrite(folder: Path, change: dict[str, bytes | None]) -> None:
+    """Changes or drops images of the training split."""
+    with h5py.File(folder / "train-image.hdf5") as file:
+        images = {name: bytes(file[name][()]) for name in file}
+    images |= {name: data for name, data in change.items() if data is not None}
+    write_hdf5(
+        folder / "train-image.hdf5", {name: images[name] for name in images if change.get(name, b"") is not None}
+    )
+
+
+def test_a_whole_dataset(synth_dataset: Path, cli: Cli) -> None:
+    ended = cli("isic", "check", "--data", synth_dataset)
+    assert ended.code == 0, ended.err
+    train, test = facts(ended.out, "train"), facts(ended.out, "test")
+    assert train["rows"] == "300" and train["columns"] == "55 of the challenge's 55"
+    assert train["positives"] == "15 (5.00 %)" and train["patients"].startswith("28 with ")
+    assert "sex 9 (3.00 %)" in train["blanks"] and "age_approx 2 (0.67 %)" in train["blanks"]
+    assert train["images"] == "300 in train-image.hdf5" and train["decoded"] == "300 of 300"
+    assert train["masks"] == "300 (100.00 %)" and train["undecodable"] == "none"
+    assert test["rows"] == "30" and test["columns"] == "44 of the challenge's 44" and "positives" not in test
+    assert "Stand-in University Hospital" in test["unseen attribution"]
+    assert test["sample submission"] == "30 rows, the table's ids"
+    folds = np.array(fold_rows(ended.out))
+    assert folds[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert folds[:, 1:].sum(axis=0).tolist() == [300, 28, 15]
+    assert ended.out.endswith("no problems found\n")
+
+
+def test_a_sample_of_the_images(synth_dataset: Path, cli: Cli) -> None:
+    ended = cli("isic", "check", "--data", synth_dataset, "--sample", 12)
+    assert ended.code == 0
+    assert facts(ended.out, "train")["decoded"] == facts(ended.out, "test")["decoded"] == "12 of 12"
+
+
+def test_a_table_of_ids_and_targets_only(tmp_path: Path, cli: Cli) -> None:
+    small_table().drop("patient_id").write_csv(tmp_path / "train-metadata.csv")
+    ended = cli("isic", "check", "--data", tmp_path)
+    assert ended.code == 0
+    train = facts(ended.out, "train")
+    assert train["patients"] == "not known (no patient_id); each image is its own group"
+    assert train["images"] == "none (metadata only)" and "53: " in train["missing columns"]
+    assert [row[2] for row in fold_rows(ended.out)] == [12] * 5
+
+
+def test_unknown_columns_are_named(small_dataset: Path, cli: Cli) -> None:
+    table = pl.read_csv(small_dataset / "train-metadata.csv").with_columns(pl.lit("x").alias("camera"))
+    table.write_csv(small_dataset / "train-metadata.csv")
+    ended = cli("isic", "check", "--data", small_dataset)
+    assert ended.code == 0 and facts(ended.out, "train")["other columns"] == "1: camera"
+
+
+def test_rows_without_image_and_images_without_row(small_dataset: Path, cli: Cli) -> None:
+    rewrite(small_dataset, {"ISIC_0000003": None, "ISIC_0000009": None, "ISIC_9999999": jpeg()})
+    ended = cli("isic", "check", "--data", small_dataset)
+    train = facts(ended.out, "train")
+    assert train["rows without image"] == "2: ISIC_0000003, ISIC_0000009"
+    assert train["images without row"] == "1: ISIC_9999999" and train["decoded"] == "58 of 58"
+    assert ended.code == 2 and "2 train rows have no image, the first is ISIC_0000003" in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
+
+
+def test_images_that_do_not_decode(small_dataset: Path, cli: Cli) -> None:
+    cut = jpeg(80)[:300]
+    rewrite(small_dataset, {"ISIC_0000004": cut, "ISIC_0000007": b"not a picture"})
+    ended = cli("isic", "check", "--data", small_dataset)
+    assert facts(ended.out, "train")["undecodable"] == "2: ISIC_0000004 (truncated JPEG), ISIC_0000007 (not an image)"
+    assert ended.code == 2
+    assert "1 problem: 2 train images do not decode, the first is ISIC_0000004 (truncated JPEG)" in ended.err
+
+
+def test_all_problems_stand_in_the_last_sentence(small_dataset: Path, cli: Cli) -> None:
+    rewrite(small_dataset, {"ISIC_0000003": None, "ISIC_0000004": b"x"})
+    (small_dataset / "masks.hdf5").write_bytes(b"half a file")
+    ended = cli("isic", "check", "--data", small_dataset)
+    assert ended.code == 2 and "3 problems" in ended.err and "masks.hdf5 is not a whole HDF5 file" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is not a readable table"),
+        ("isic_id,target\n", "has no rows"),
+        ("isic_id,patient_id\nISIC_1,a\n", "lacks the column target"),
+        ("isic_id,target\nISIC_1,3\n", "target must be 0 or 1"),
+        ("isic_id,target\nISIC_1,0\nISIC_1,1\n", "stand more than once"),
+    ],
+)
+def test_a_broken_training_table(tmp_path: Path, cli: Cli, text: str, words: str) -> None:
+    (tmp_path / "train-metadata.csv").write_text(text)
+    ended = cli("isic", "check", "--data", tmp_path)
+    assert ended.code == 2 and words in ended.err and len(ended.err.strip().splitlines()) == 1
+
+
+def test_no_such_folder(tmp_path: Path, cli: Cli) -> None:
+    ended = cli("isic", "check", "--data", tmp_path / "nowhere")
+    assert ended.code == 2 and "no such folder" in ended.err
+
+
+def test_a_truncated_image_file(small_dataset: Path, cli: Cli) -> None:
+    path = small_dataset / "train-image.hdf5"
+    path.write_bytes(path.read_bytes()[:5_000])
+    ended = cli("isic", "check", "--data", small_dataset)
+    assert ended.code == 2 and "not a whole HDF5 file" in ended.err
+
+
+def test_one_class_has_no_folds(tmp_path: Path, cli: Cli) -> None:
+    small_table().with_columns(pl.lit(0).alias("target")).write_csv(tmp_path / "train-metadata.csv")
+    ended = cli("isic", "check", "--data", tmp_path)
+    assert ended.code == 2 and "no folds can be drawn" in ended.err
+
+
+def test_a_submission_of_other_rows(small_dataset: Path, cli: Cli) -> None:
+    table = small_table().drop("target")
+    table.write_csv(small_dataset / "test-metadata.csv")
+    table[:30].select("isic_id", pl.lit(0.5).alias("target")).write_csv(small_dataset / "sample_submission.csv")
+    ended = cli("isic", "check", "--data", small_dataset)
+    assert ended.code == 2 and "sample_submission.csv does not have the ids of the test table" in ended.err
+    assert facts(ended.out, "test")["images"] == "none (metadata only)"
+
+
+@pytest.mark.parametrize(("name", "rows"), [("real-pairs", "320"), ("real-crops", "8,166"), ("real-tabular", "885")])
+def test_real_data(real_data: Path, cli: Cli, name: str, rows: str) -> None:
+    ended = cli("isic", "check", "--data", real_data / name, "--sample", 300)
+    assert ended.code == 0, ended.err
+    train = facts(ended.out, "train")
+    assert train["rows"] == rows and train["positives"].startswith("240 ")
+    assert train["images"] == "none (metadata only)" or train["decoded"] == "300 of 300"
+
+
+def test_the_challenges_own_test_stub(real_data: Path, cli: Cli) -> None:
+    ended = cli("isic", "check", "--data", real_data / "real-pairs", "--sample", 10)
+    test = facts(ended.out, "test")
+    assert test["columns"] == "44 of the challenge's 44" and "unseen attribution" in test
+    assert test["sample submission"] == "3 rows, the table's ids"

@@ -1,0 +1,70 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Cli
+
+from isic.errors import did_you_mean
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_nearest_word() -> None:
+    assert did_you_mean("epoch", ["epochs", "lr"]) == 'did you mean "epochs"?'
+    assert did_you_mean("zzz", ["epochs", "lr"]) == "known are: epochs, lr"
+    assert did_you_mean("zzz", map(str, range(50))).startswith("the nearest known is")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--config", "vit_tiny", "--epoch", "3"], 'unknown key "epoch", did you mean "epochs"?'),
+        (["train", "--config", "vit_tiny", "--no_such_key", "1"], 'unknown key "no_such_key", the nearest known is'),
+        (["train", "--config", "vit_tiny", "--lr", "fast"], "--lr: input should be a valid number"),
+        (["train", "--config", "vit_tiny", "--epochs", "0"], "--epochs: input should be greater than or equal to 1"),
+        (["train", "--config", "vit_tiny", "--fp16", "--bf16"], "choose one of --fp16 and --bf16"),
+        (["train", "--config", "vit_tiny", "--fold", "5"], "--fold 5 is not one of 0..4"),
+        (["train", "--config", "vit_tinny"], 'no config "vit_tinny", did you mean "vit_tiny"?'),
+        (["train", "--config", "none.yaml"], "no config file none.yaml"),
+        (["train", "--config", "demo", "--model_config", "demo"], "two names for one thing"),
+        (["train", "vit_tiny"], 'unexpected argument "vit_tiny"'),
+        (["train"], "--model is required"),
+        (["infer", "embedd"], 'unknown command "embedd", did you mean "embed"?'),
+        (["infer", "embed"], "--config is required"),
+        (["infer", "embed", "--config", "x", "--splitt", "train"], 'did you mean "split"?'),
+        (["export", "--config", "x", "--formats", "onix"], 'no format "onix", did you mean "onnx"?'),
+        (["isic", "check", "--dta", "x"], 'did you mean "data"?'),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence_and_exit_2(cli: Cli, arguments: list[str], words: str) -> None:
+    ended = cli(*arguments)
+    assert ended.code == 2
+    assert words in ended.err and ended.err.count("\n") == 1
+    assert ended.out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: [", "is not valid YAML"),
+        ("just words", 'must hold "key: value" lines'),
+        ("model: test_vit\nepochz: 3", 'broken.yaml: unknown key "epochz", did you mean "epochs"?'),
+        ("model: test_vit\nepochs: many", "broken.yaml: --epochs"),
+        ("", "--model is required"),
+    ],
+)
+def test_a_broken_config_names_the_file(cli: Cli, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    ended = cli("train", "--config", tmp_path / "broken.yaml")
+    assert ended.code == 2 and words in ended.err
+
+
+def test_help_lists_every_key() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    text = ended.stdout + ended.stderr
+    for key in ("--epochs", "--lr_backbone", "--focal_gamma", "--use_sample"):
+        assert key in text
+    assert "images a micro-batch" in text

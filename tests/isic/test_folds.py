@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import polars as pl
+import pytest
+from conftest import small_table
+
+from isic.dataset import Dataset
+from isic.errors import UserError
+from isic.folds import draw_folds, folds_for, read_folds
+
+
+def test_no_patient_stands_in_two_folds_and_positives_are_spread() -> None:
+    table = small_table(600, 60)
+    fold = draw_folds(table, 5, 42).of(table)
+    by_patient = table.with_columns(fold).group_by("patient_id").agg(pl.col("fold").n_unique())
+    assert (by_patient["fold"] == 1).all()
+    positives = table.with_columns(fold).group_by("fold").agg(pl.col("target").sum())["target"]
+    assert positives.min() >= 30 and fold.n_unique() == 5
+
+
+def test_the_plan_hangs_on_data_and_seed_not_on_row_order() -> None:
+    table = small_table()
+    plan = draw_folds(table, 5, 42)
+    assert draw_folds(table.sample(fraction=1, shuffle=True, seed=3), 5, 42).digest == plan.digest
+    assert draw_folds(table, 5, 43).digest != plan.digest
+    assert draw_folds(table, 4, 42).digest != plan.digest
+
+
+def test_rows_without_a_patient_are_their_own_group() -> None:
+    table = small_table().drop("patient_id")
+    assert draw_folds(table, 5, 42).of(table).n_unique() == 5
+
+
+def test_written_and_read_back(tmp_path: Path) -> None:
+    plan = draw_folds(small_table(), 5, 42)
+    plan.write(tmp_path / "folds.parquet")
+    assert read_folds(tmp_path / "folds.parquet").digest == plan.digest
+
+
+def test_a_plan_changed_by_hand_or_broken_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "folds.parquet"
+    plan = draw_folds(small_table(), 5, 42)
+    swapped = plan.table.with_columns(pl.col("fold").reverse())
+    swapped.write_parquet(path, metadata={"digest": plan.digest})
+    with pytest.raises(UserError, match="was changed"):
+        read_folds(path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="is not a fold plan"):
+        read_folds(path)
+    with pytest.raises(UserError, match="no fold plan"):
+        read_folds(tmp_path / "none.parquet")
+
+
+def test_a_run_keeps_its_plan_and_refuses_other_data(tmp_path: Path) -> None:
+    table, path, pinned = small_table(), tmp_path / "run" / "folds.parquet", tmp_path / "pinned.parquet"
+    first = folds_for(table, 5, 42, path, pinned)
+    assert folds_for(table, 5, 7, path, pinned).digest == first.digest, "decided once"
+    with pytest.raises(UserError, match="5 folds, not 4"):
+        folds_for(table, 4, 42, path, pinned)
+    with pytest.raises(UserError, match="lacks 40 rows"):
+        folds_for(small_table(100), 5, 42, path, pinned)
+    moved = table.with_columns(patient_id=pl.lit("IP_1"))
+    with pytest.raises(UserError, match="puts patient IP_1 into two folds"):
+        folds_for(moved, 5, 42, path, pinned)
+
+
+def test_a_plan_beside_the_data_wins(tmp_path: Path) -> None:
+    table, pinned = small_table(), tmp_path / "pinned.parquet"
+    plan = draw_folds(table, 5, 99)
+    plan.write(pinned)
+    assert folds_for(table, 5, 42, tmp_path / "run" / "folds.parquet", pinned).digest == plan.digest
+    assert (tmp_path / "run" / "folds.parquet").is_file()
+
+
+def test_one_class_and_too_few_positives_are_refused() -> None:
+    table = small_table()
+    with pytest.raises(UserError, match="every target is 0"):
+        draw_folds(table.with_columns(target=pl.lit(0)), 5, 42)
+    few = table.with_columns(target=(pl.col("isic_id") < "ISIC_0000003").cast(pl.Int8))
+    with pytest.raises(UserError, match="3 patients with a positive row are too few for 5 folds; use --num_folds 3"):
+        draw_folds(few, 5, 42)
+
+
+def test_real_plans(real_data: Path) -> None:
+    for folder in ("real-pairs", "real-tabular", "real-crops"):
+        table = Dataset(real_data / folder).metadata("train")
+        fold = draw_folds(table, 5, 42).of(table)
+        positives = table.with_columns(fold).group_by("fold").agg(pl.col("target").sum())["target"]
+        assert positives.max() - positives.min() <= 2

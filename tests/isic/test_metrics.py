@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+from sklearn.metrics import auc, roc_curve
+
+from isic.errors import UserError
+from isic.metrics import pauc, roc_auc, top_k_sensitivity
+
+
+def official_pauc(target: np.ndarray, score: np.ndarray) -> float:
+    """The competition's definition step by step: flip both, cut the ROC curve at FPR 0.2, integrate."""
+    fpr, tpr, _ = roc_curve(1 - target, -score)
+    stop = np.searchsorted(fpr, 0.2, side="right")
+    last = np.interp(0.2, fpr[stop - 1 : stop + 1], tpr[stop - 1 : stop + 1])
+    return float(auc(np.append(fpr[:stop], 0.2), np.append(tpr[:stop], last)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("levels", [2, 5, 1000, None])
+def test_pauc_is_the_official_algorithm(seed: int, levels: int | None) -> None:
+    random = np.random.default_rng(seed)
+    target = (random.random(500) < random.uniform(0.02, 0.6)).astype(int)
+    target[:2] = 0, 1
+    score = random.random(500) + 0.3 * target
+    if levels:
+        score = np.round(score * levels) / levels  # ties
+    assert pauc(target, score) == pytest.approx(official_pauc(target, score), abs=1e-12)
+
+
+def test_pauc_of_constant_perfect_and_inverted_scores() -> None:
+    target = np.array([0] * 90 + [1] * 10)
+    assert pauc(target, np.ones(100)) == pytest.approx(0.02, abs=1e-12)
+    assert pauc(target, target) == pytest.approx(0.2, abs=1e-12)
+    assert pauc(target, -target) == pytest.approx(0.0, abs=1e-12)
+    assert roc_auc(target, target) == 1.0
+
+
+def test_only_the_order_of_scores_matters() -> None:
+    random = np.random.default_rng(0)
+    target, score = random.integers(0, 2, 200), random.normal(size=200)
+    assert pauc(target, score) == pauc(target, np.exp(3 * score) + 7)
+
+
+@pytest.mark.parametrize(
+    ("target", "score", "words"),
+    [([0, 0, 0], [1, 2, 3], "both classes"), ([], [], "both classes"), ([0, 1], [0, np.nan], "not finite")],
+)
+def test_what_cannot_be_scored_is_refused(target: list[int], score: list[float], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        pauc(target, score)
+
+
+def test_top_15_sensitivity_ranks_within_the_patient() -> None:
+    patient = ["a"] * 20 + ["b"] * 20
+    target = np.zeros(40, int)
+    score = np.arange(40.0)
+    target[[19, 5, 4, 39]] = 1  # ranks 1, 15 and 16 of a's twenty lesions, and 1 of b's
+    assert top_k_sensitivity(target, score, patient) == 3 / 4
+    assert top_k_sensitivity(target, np.zeros(40), patient) == 0, "a tie counts against the lesion"
+    assert top_k_sensitivity(target, np.where(target == 1, 1.0, 0.0), patient) == 1
+
+
+def test_top_k_agrees_with_a_loop_over_patients() -> None:
+    random = np.random.default_rng(3)
+    patient, target = random.integers(0, 30, 900), (random.random(900) < 0.1).astype(int)
+    score = random.integers(0, 12, 900).astype(float)
+    hits = [np.sum((patient == patient[i]) & (score >= score[i])) <= 15 for i in np.flatnonzero(target)]
+    assert top_k_sensitivity(target, score, patient) == pytest.approx(np.mean(hits))

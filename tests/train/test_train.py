@@ -1,0 +1,388 @@
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from conftest import TINY, Cli, jpeg, small_table, write_hdf5
+
+from isic.errors import UserError
+from isic.files import read_manifest
+from isic.folds import read_folds
+from isic.metrics import pauc
+from train.augment import LEVELS, create_augmentation
+from train.checkpoint import BEST, KEYS, load_checkpoint, save_checkpoint
+from train.config import TrainSettings
+from train.data import EpochSampler, LesionImages, load_data, sample_rows
+from train.loop import batched, focal_loss, optimizer_step
+from train.model import create_model, preprocess_spec
+from train.optim import create_optimizer, lr_schedule
+from train.state import create_state
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FEATURES = {
+    "vit_tiny": 192,
+    "vit_small": 384,
+    "vit_base": 768,
+    "eva02_small": 384,
+    "eva02_base": 768,
+    "eva02_production": 768,
+}
+
+
+def tiny(**values: object) -> TrainSettings:
+    return TrainSettings(**{"model": "test_vit", "pretrained": False, "image_size": 32, "num_workers": 0, **values})  # type: ignore[arg-type]
+
+
+# --- what a run leaves behind
+
+
+def test_a_fold_leaves_the_files_of_the_contract(trained: Path, synth_dataset: Path) -> None:
+    names = {path.name for path in (trained / "fold_0").iterdir()}
+    assert names >= {BEST, BEST + ".json", "last.pth", "history.jsonl", "oof.parquet", "config.yaml"}
+    checkpoint = torch.load(trained / "fold_0" / BEST, weights_only=True)
+    assert set(KEYS) == set(checkpoint)
+    manifest = read_manifest(trained / "fold_0" / BEST)
+    assert manifest["folds_digest"] == read_folds(trained / "folds.parquet").digest
+    history = [json.loads(line) for line in (trained / "fold_0" / "history.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in history] == [1]
+    assert {"loss", "pauc", "auc", "images_per_second", "waiting_share"} <= set(history[0])
+
+
+def test_every_row_is_held_out_once_and_scored_by_the_saved_weights(trained: Path, synth_dataset: Path) -> None:
+    settings = tiny(data=synth_dataset, output_dir=trained.parent, name="tiny", num_folds=3)
+    data = load_data(settings)
+    oof = pl.concat([pl.read_parquet(trained / f"fold_{k}" / "oof.parquet") for k in range(3)])
+    assert sorted(oof["isic_id"]) == sorted(data.table["isic_id"])
+    assert (read_folds(trained / "folds.parquet").of(oof) == oof["fold"]).all()
+
+    checkpoint = load_checkpoint(trained / "fold_1" / BEST)
+    model = create_model(settings, pretrained=False)
+    model.load_state_dict(checkpoint["model_state_dict"])
+    images = LesionImages(data, preprocess_spec(settings))
+    rows = np.flatnonzero(data.fold == 1)[:5]
+    pixels = torch.from_numpy(np.stack([images[int(row), 0][0] for row in rows]))
+    with torch.inference_mode():
+        logits = model.eval()(pixels)[1].squeeze(1).numpy()
+    saved = (
+        oof.filter(pl.col("isic_id").is_in(data.table["isic_id"][rows].implode())).sort("isic_id")["logit"].to_numpy()
+    )
+    order = np.argsort(data.table["isic_id"][rows].to_numpy())
+    np.testing.assert_allclose(logits[order], saved, atol=1e-5)
+    assert checkpoint["best_pauc"] == pauc(*(oof.filter(pl.col("fold") == 1)[name] for name in ("target", "logit")))
+
+
+def test_finished_folds_are_skipped_and_other_settings_refused(trained: Path, synth_dataset: Path, cli: Cli) -> None:
+    flags = [*TINY, "--data", synth_dataset, "--output_dir", trained.parent, "--num_folds", 3]
+    before = (trained / "fold_0" / BEST).stat().st_mtime_ns
+    ended = cli("train", *flags, "--epochs", 1)
+    assert ended.code == 0 and "fold 2 is finished" in ended.out and "pooled" in ended.out
+    assert (trained / "fold_0" / BEST).stat().st_mtime_ns == before
+    ended = cli("train", *flags, "--epochs", 2)
+    assert ended.code == 2 and "epochs=1, now it is 2" in ended.err
+
+
+def test_it_learns_what_can_be_learnt(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+    """Malignant images are dark here: a model that learns at all gets them right."""
+    flags = ["--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 12, "--batch_size", 16]
+    ended = cli("train", *TINY, *flags, "--lr", 3e-3, "--lr_backbone", 3e-3, "--ema_decay", 0.8, "--focal_alpha", 0.5)
+    assert ended.code == 0
+    oof = pl.read_parquet(tmp_path / "tiny" / "fold_0" / "oof.parquet")
+    assert pauc(oof["target"], oof["logit"]) > 0.19
+
+
+def test_same_seed_same_weights_and_a_resumed_run_too(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+    flags = [
+        *TINY,
+        "--data",
+        small_dataset,
+        "--fold",
+        0,
+        "--batch_size",
+        8,
+        "--augmentation",
+        "medium",
+        "--ema_decay",
+        0.9,
+    ]
+    for name, epochs in (("a", 3), ("b", 3)):
+        assert cli("train", *flags, "--output_dir", tmp_path / name, "--epochs", epochs).code == 0
+    first, second = ((tmp_path / name / "tiny" / "fold_0" / "oof.parquet").read_bytes() for name in "ab")
+    assert first == second
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_end(
+    small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*TINY, "--data", small_dataset, "--fold", 0, "--batch_size", 8, "--epochs", 3, "--augmentation", "light"]
+    assert cli("train", *flags, "--output_dir", tmp_path / "whole").code == 0
+    steps = iter(range(10_000))
+
+    def interrupted(*arguments: object) -> bool:
+        if next(steps) == 8:  # within the second epoch
+            raise KeyboardInterrupt
+        return optimizer_step(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.loop.optimizer_step", interrupted)
+        cli("train", *flags, "--output_dir", tmp_path / "halves")
+    assert not (tmp_path / "halves" / "tiny" / "fold_0" / BEST).exists()
+    ended = cli("train", *flags, "--output_dir", tmp_path / "halves", "--lr", 0.5, "--resume")
+    assert ended.code == 2 and "lr=" in ended.err
+    assert cli("train", *flags, "--output_dir", tmp_path / "halves", "--resume").code == 0
+    for name in ("oof.parquet", "history.jsonl"):
+        whole, halves = ((tmp_path / run / "tiny" / "fold_0" / name) for run in ("whole", "halves"))
+        if name == "oof.parquet":
+            assert whole.read_bytes() == halves.read_bytes()
+        else:
+            assert len(whole.read_text().splitlines()) == len(halves.read_text().splitlines()) == 3
+    states = [
+        load_checkpoint(tmp_path / run / "tiny" / "fold_0" / BEST)["model_state_dict"] for run in ("whole", "halves")
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+# --- command lines
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--epochs", "2", "--batch_size", "32", "--fold", "0", "--use_sample"],
+        ["--epochs", "1", "--batch_size", "24", "--accumulation_steps", "3", "--fp16", "--fold", "1"],
+        ["--epochs", "1", "--bf16", "--fold", "0", "--select_epoch", "best"],
+        ["--lr", "5e-4", "--lr_backbone", "1e-5", "--epochs", "2", "--freeze_epochs", "1", "--fold", "0"],
+        ["--augmentation", "heavy", "--epochs", "1", "--fold", "0", "--num_workers", "2"],
+        ["--batch_size", "16", "--accumulation_steps", "4", "--epochs", "1", "--fold", "0"],
+    ],
+)
+def test_command_lines_run(small_dataset: Path, tmp_path: Path, cli: Cli, flags: list[str]) -> None:
+    ended = cli("train", *TINY, "--data", small_dataset, "--output_dir", tmp_path, *flags)
+    assert ended.code == 0, ended.err
+    assert "checkpoints in" in ended.out
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_config_builds_its_backbone(name: str) -> None:
+    from train.config import load_settings
+
+    settings = load_settings(TrainSettings, {"config": name})
+    assert settings.name == name and settings.run_dir == Path("outputs") / name
+    with torch.device("meta"):
+        model = create_model(settings, pretrained=False)
+    assert model.num_features == FEATURES.get(name, model.num_features)
+
+
+# --- parts
+
+
+def test_features_and_logits_have_the_contracts_shapes() -> None:
+    for name, size in (("test_vit", 32), ("test_convnext", 40)):
+        model = create_model(tiny(model=name, image_size=size)).eval()
+        with torch.inference_mode():
+            features, logits = model(torch.zeros(3, size, size, 3, dtype=torch.uint8))
+        assert features.shape == (3, model.num_features) and logits.shape == (3, 1)
+        assert features.dtype == logits.dtype == torch.float32
+
+
+def test_the_model_normalises_as_its_spec_says() -> None:
+    settings = tiny()
+    model, spec = create_model(settings).eval(), preprocess_spec(settings)
+    image = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    by_hand = ((image / 255 - torch.tensor(spec.mean)) / torch.tensor(spec.std)).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(image)[0], model.backbone(by_hand), atol=1e-4, rtol=1e-4)
+
+
+def test_focal_loss_is_its_formula() -> None:
+    logits, target = torch.linspace(-3, 3, 8), torch.tensor([0.0, 1.0] * 4)
+    p = torch.sigmoid(logits)
+    p_t, alpha_t = torch.where(target == 1, p, 1 - p), torch.where(target == 1, 0.3, 0.7)
+    expected = (-alpha_t * (1 - p_t) ** 1.5 * p_t.log()).mean()
+    torch.testing.assert_close(focal_loss(logits, target, tiny(focal_alpha=0.3, focal_gamma=1.5)), expected)
+
+
+def test_accumulated_batches_give_the_gradient_of_one(small_dataset: Path) -> None:
+    """Four micro-batches of 4 and one batch of 16 lead to the same weights."""
+    from train.loop import train_epoch
+
+    random = np.random.default_rng(0)
+    images = torch.from_numpy(random.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8))
+    target, rows = torch.from_numpy((random.random(16) < 0.5).astype(np.float32)), torch.arange(16)
+    weights = []
+    for size, steps in ((16, 1), (4, 4)):
+        settings = tiny(accumulation_steps=steps)
+        state = create_state(settings, torch.device("cpu"), 0)
+        batches = [(images[at : at + size], target[at : at + size], rows[at : at + size]) for at in range(0, 16, size)]
+        train_epoch(state, state.model, batches, np.ones(1), settings, torch.device("cpu"), "")
+        weights.append(torch.cat([p.detach().ravel() for p in state.model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
+    settings = tiny()
+    state = create_state(settings, torch.device("cpu"), 0)
+    before = state.model.head[1].weight.clone()
+    (state.model(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))[1].sum() * float("nan")).backward()
+    with pytest.raises(UserError, match=r"gradient is not finite at step 0 .*rows \[4, 5\]"):
+        optimizer_step(state, settings, [(torch.zeros(0), torch.zeros(0), torch.tensor([4, 5]))])
+    assert torch.equal(state.model.head[1].weight, before)
+
+
+def test_the_schedule_warms_up_and_falls_to_zero() -> None:
+    factor = lr_schedule(100, 10)
+    assert factor[0] == 0.1 and factor[9] == factor[10] == 1.0
+    assert (np.diff(factor[10:]) < 0).all() and factor[-1] < 0.001
+
+
+def test_head_and_backbone_have_their_own_rates_and_vectors_are_not_decayed() -> None:
+    settings = tiny(lr=1e-2, lr_backbone=1e-4, weight_decay=0.1)
+    model = create_model(settings)
+    groups = create_optimizer(model, settings, torch.device("cpu")).param_groups
+    head = {id(p) for p in model.head.parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["lr"] == (1e-2 if id(parameter) in head else 1e-4)
+            assert group["weight_decay"] == 0 or parameter.ndim > 1
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_the_sampler_redraws_negatives_and_hangs_on_seed_and_epoch_alone() -> None:
+    rows, target = np.arange(200), (np.arange(200) % 10 == 0).astype(np.float32)
+    settings = tiny(negatives_per_positive=3, positive_repeats=2)
+
+    def epoch(number: int) -> list[tuple[int, int]]:
+        return list(EpochSampler(rows, target, settings, epoch=number))
+
+    first, second = epoch(0), epoch(1)
+    assert first == epoch(0) and len(first) == len(EpochSampler(rows, target, settings)) == 2 * 20 + 60
+    drawn = [row for row, _ in first]
+    assert all(drawn.count(row) == 2 for row in range(0, 200, 10))
+    negatives = {row for row in drawn if row % 10}
+    assert len(negatives) == 60, "no negative twice"
+    assert negatives != {row for row, _ in second if row % 10}
+
+
+def test_use_sample_keeps_every_positive() -> None:
+    table = small_table(900)
+    sample = sample_rows(table, 400, seed=1)
+    assert len(sample) == 400 and sample["target"].sum() == 300
+    assert sample["isic_id"].is_sorted()
+    assert sample_rows(table, 5000, seed=1).equals(table)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_augmentation_keeps_shape_and_repeats_with_its_seed(level: str) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    augmentation = create_augmentation(level)
+    if augmentation is None:
+        return
+    results = []
+    for seed in (1, 2, 1):
+        augmentation.set_random_seed(seed)
+        results.append(augmentation(image=image)["image"])
+    assert results[0].shape == image.shape and results[0].dtype == np.uint8
+    assert (results[0] == results[2]).all() and (results[0] != results[1]).any()
+
+
+def test_batched_gives_a_shorter_last_group() -> None:
+    assert list(batched(range(5), 2)) == [[0, 1], [2, 3], [4]]
+
+
+# --- what can be wrong
+
+
+def test_weights_that_cannot_be_had_stop_the_run(cli: Cli, small_dataset: Path, tmp_path: Path) -> None:
+    flags = [
+        "--model",
+        "test_vit",
+        "--image_size",
+        32,
+        "--data",
+        small_dataset,
+        "--output_dir",
+        tmp_path,
+        "--num_workers",
+        0,
+    ]
+    for pretrained, words in (("true", "cannot be had"), (tmp_path / "none.safetensors", "no weights at")):
+        ended = cli("train", *flags, "--pretrained", pretrained)
+        assert ended.code == 2 and words in ended.err and "--pretrained false" in ended.err
+    (tmp_path / "broken.safetensors").write_bytes(b"not weights")
+    ended = cli("train", *flags, "--pretrained", tmp_path / "broken.safetensors")
+    assert ended.code == 2 and "cannot be had" in ended.err
+
+
+def test_a_local_file_of_weights_is_used(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    backbone = create_model(tiny()).backbone
+    save_file(backbone.state_dict(), tmp_path / "model.safetensors")
+    for given in (tmp_path / "model.safetensors", tmp_path):
+        loaded = create_model(tiny(pretrained=str(given))).backbone.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "vit_tinny_patch16_224"], 'timm has no model "vit_tinny_patch16_224", did you mean'),
+        (["--image_size", "40"], "--image_size must be a multiple of 16"),
+        (["--device", "cuda"], "no GPU that torch can use"),
+        (["--num_folds", "40"], "are too few for 40 folds"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_sentence(
+    cli: Cli, small_dataset: Path, tmp_path: Path, flags: list[str], words: str
+) -> None:
+    if torch.cuda.is_available() and "cuda" in flags:
+        pytest.skip("this machine has a GPU")
+    ended = cli("train", *TINY, "--data", small_dataset, "--output_dir", tmp_path, *flags)
+    assert ended.code == 2 and words in ended.err and ended.err.count("\n") == 1
+
+
+def test_bad_images_stop_the_run_or_are_left_out(cli: Cli, small_dataset: Path, tmp_path: Path) -> None:
+    with h5py.File(small_dataset / "train-image.hdf5", "a") as file:
+        del file["ISIC_0000004"], file["ISIC_0000007"]
+        file["ISIC_0000007"] = np.bytes_(jpeg()[:500])
+    flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
+    ended = cli("train", *flags)
+    assert ended.code == 2 and "2 of 60 images cannot be used, the first is ISIC_0000004" in ended.err
+    ended = cli("train", *flags, "--on_error", "skip")
+    assert ended.code == 0
+    errors = dict(pl.read_parquet(tmp_path / "tiny" / "errors.parquet").iter_rows())
+    assert errors == {"ISIC_0000004": "no image for this id", "ISIC_0000007": "truncated JPEG"}
+
+
+def test_one_class_only_is_refused(cli: Cli, tmp_path: Path) -> None:
+    table = small_table(20).with_columns(target=pl.lit(0))
+    table.write_csv(tmp_path / "train-metadata.csv")
+    write_hdf5(tmp_path / "train-image.hdf5", {name: jpeg(20) for name in table["isic_id"]})
+    ended = cli("train", *TINY, "--data", tmp_path, "--output_dir", tmp_path / "out")
+    assert ended.code == 2 and "every target is 0" in ended.err
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("executed",))
+
+
+def test_a_checkpoint_that_holds_code_is_refused_unexecuted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model_state_dict": Malicious()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="more than tensors and plain values"):
+        load_checkpoint(tmp_path / "evil.pth")
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_something_else_or_cut_short_is_refused(tmp_path: Path) -> None:
+    torch.save({"state": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="no checkpoint of this toolkit: it lacks model_state_dict"):
+        load_checkpoint(tmp_path / "other.pth")
+    save_checkpoint(tmp_path / "cut.pth", **dict.fromkeys(KEYS, torch.zeros(1000)))
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-700])
+    with pytest.raises(UserError, match="is damaged"):
+        load_checkpoint(tmp_path / "cut.pth")
+    with pytest.raises(UserError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "none.pth")
