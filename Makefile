@@ -23,9 +23,10 @@ demo: $(SETUP)
 		$(BIN)/python -m infer fit --features $$features --data $(DATA) \
 			--embeddings $(OUT)/embeddings/demo --output_dir $(OUT)/ensemble || exit; \
 	done
-	$(BIN)/python -m infer predict --ensemble $(OUT)/ensemble/multimodal --data $(DATA) \
+	$(BIN)/python -m infer predict --ensemble $(OUT)/ensemble/multimodal_demo --data $(DATA) \
 		--embeddings $(OUT)/embeddings/demo --output $(OUT)/submission.csv
 	$(BIN)/python -m infer scores --output_dir $(OUT)/ensemble
+	@echo "submission: $(OUT)/submission.csv"
 
 test: $(SETUP)
 	$(BIN)/python -m pytest

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, Field
 
 from export.formats import Format, find_format
 from export.parity import ParityError, check_parity
 from infer.engines import create
 from isic import schema
-from isic.config import Settings
+from isic.config import Settings, Several
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.files import manifest_path, read_json, sha256, versions, write_json, write_manifest
@@ -36,16 +36,11 @@ class ExportSettings(Settings):
     )
     model_dir: Path | None = Field(None, description="the trained run; outputs/<config> if not given")
     fold: int | None = Field(None, ge=0, description="export this fold alone; all trained folds if not given")
-    formats: tuple[str, ...] = Field(("onnx",), description="formats, separated by commas")
+    formats: Several[str] = Field(("onnx",), description="formats, separated by commas")
     data: Path | None = Field(
         None, description="dataset with real images for the parity gate; the training's if not given"
     )
     force: bool = Field(False, description="export again what is up to date")
-
-    @field_validator("formats", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
     @property
     def run_dir(self) -> Path:

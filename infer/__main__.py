@@ -1,10 +1,11 @@
-"""`python -m infer embed | fit | predict | doctor`: from engines to a submission."""
+"""`python -m infer embed | fit | predict | scores | doctor`: from engines to a submission."""
 
 from infer.doctor import doctor
 from infer.embed import embed
 from infer.fit import fit
 from infer.predict import predict
+from infer.scores import show
 from isic import cli
 
 if __name__ == "__main__":
-    cli.run({"embed": embed, "fit": fit, "predict": predict, "doctor": doctor})
+    cli.run({"embed": embed, "fit": fit, "predict": predict, "scores": show, "doctor": doctor})

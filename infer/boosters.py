@@ -33,8 +33,8 @@ LIGHTGBM: dict[str, Any] = {
     "lambda_l2": 0.004,
     "feature_fraction": 0.83,
     "feature_fraction_bynode": 0.40,
-    "bagging_fraction": 0.77,
-    "bagging_freq": 4,
+    "bagging_fraction": 0.5,
+    "bagging_freq": 1,
     "scale_pos_weight": 2.8,
     "verbosity": -1,
     # Boosters are fitted beside each other, each on one thread: no thread waits for another within a tree, and the
@@ -43,7 +43,11 @@ LIGHTGBM: dict[str, Any] = {
     "deterministic": True,
     "force_row_wise": True,
 }
-"""The settings in wide use for this challenge, but for `min_data_in_leaf`; see `min_data`."""
+"""The settings in wide use for this challenge, but for `min_data_in_leaf` (see `min_data`) and bagging.
+
+Wide use is to draw 0.77 of the rows every fourth round. Half of them every round gave 0.003 more pAUC on 885 real rows,
+for raw and engineered features alike, and the same on 60,000 synthetic ones.
+"""
 
 
 def min_data(num_rows: int) -> int:

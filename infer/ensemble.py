@@ -5,7 +5,7 @@
 worth, `folds.parquet` the fold plan. Nothing is ever unpickled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from isic.files import atomic_path, read_json, sha256, write_json
 MANIFEST = "ensemble.json"
 STATE = "state.json"
 OOF = "oof.parquet"
-SCORES = "scores.json"
+FORMAT = 1
 
 IMAGE_WORDS = ("image", "multimodal")
 
@@ -94,20 +94,15 @@ class Ensemble:
     spec: FeatureSpec
 
 
-def write_manifest(root: Path, fields: Mapping[str, Any]) -> None:
-    """Writes the manifest over every other file in the folder; call it last."""
-    files = {path.name: sha256(path) for path in sorted(root.iterdir()) if path.is_file()}
-    write_json(root / MANIFEST, {**fields, "files": files})
+def write_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) -> None:
+    """Writes the manifest over the named files; call it last."""
+    write_json(root / MANIFEST, {"format": FORMAT, **fields, "files": {name: sha256(root / name) for name in files}})
 
 
 def clear(root: Path) -> None:
-    """Takes an earlier ensemble's files away, its manifest first: a folder without one is no ensemble."""
-    if not (root / MANIFEST).is_file():
-        return
-    earlier = read_json(root / MANIFEST).get("files", {})
-    (root / MANIFEST).unlink()
-    for name in earlier:
-        (root / name).unlink(missing_ok=True)
+    """Takes an earlier ensemble's manifest and boosters away: a folder without a manifest is no ensemble."""
+    for path in (root / MANIFEST, *root.glob("*_fold_*_seed_*")):
+        path.unlink(missing_ok=True)
 
 
 def write_table(path: Path, table: pl.DataFrame) -> None:
@@ -127,6 +122,8 @@ def open_ensemble(path: Path) -> Ensemble:
     """
     root = _find(path)
     manifest = read_json(root / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{root / MANIFEST} is not of this version of the toolkit; fit the ensemble again")
     for name, expected in manifest["files"].items():
         if sha256(root / name) != expected:
             raise UserError(f"{root / name} is not the file that {MANIFEST} describes; fit the ensemble again")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from infer import image_scores, scores
 from infer.boosters import LIBRARIES
-from infer.ensemble import OOF, SCORES, STATE, FeatureSpec, State, clear, write_manifest, write_table
+from infer.ensemble import OOF, STATE, FeatureSpec, State, clear, write_manifest, write_table
 from infer.image_scores import Standard
 from isic import folds as fold_plans
 from isic import schema
@@ -51,13 +51,14 @@ class FitSettings(Settings):
 
 @dataclass(frozen=True)
 class Bag:
-    """Boosters and their out-of-fold scores."""
+    """Boosters, what their features were encoded with, and their out-of-fold scores."""
 
     boosters: dict[tuple[int, int], str]
     """By fold and seed, as text."""
     encodings: dict[int, Encoding]
-    scores: NDArray[np.float64]
-    """[num_seeds, N]."""
+    """By fold."""
+    scores: dict[str, NDArray[np.float64]]
+    """[N] by the model's name."""
 
 
 def fit(settings: FitSettings) -> None:
@@ -65,24 +66,23 @@ def fit(settings: FitSettings) -> None:
     spec = FeatureSpec.parse(settings.features)
     metadata = read_train(settings, spec)
     folds = plan_folds(settings, metadata)
-    fold = folds.of(metadata).to_numpy()
+    fold = folds.of(metadata)
     standard, image = _image(settings, spec, metadata, folds)
     table = spec.frame(metadata, image)
     _note_blank(table)
     if spec.names:
-        bag = fit_bag(table, spec.names, metadata[schema.TARGET].to_numpy(), fold, settings)
-        models = {f"{LIBRARY}_seed_{seed}": row for seed, row in zip(_seeds(settings), bag.scores, strict=True)}
+        bag = fit_bag(table, spec.names, metadata[schema.TARGET].to_numpy(), fold.to_numpy(), settings)
     else:
-        bag = Bag({}, {}, np.empty((0, len(table))))
-        models = {"image": image_scores.probability(table)}
-    models["blend"] = np.mean(list(models.values()), axis=0)
+        bag = Bag({}, {}, {"image": image_scores.probability(table)})
+    bag.scores["blend"] = np.mean(list(bag.scores.values()), axis=0)
+    oof = metadata.select(schema.ID, fold, schema.TARGET).with_columns(**bag.scores)
+    summaries = _summaries(with_patient(metadata)[schema.PATIENT].to_numpy(), oof, bag)
     root = settings.output_dir / (settings.name or _default_name(settings, spec))
-    summaries = _summaries(metadata, fold, models)
-    _write(root, settings, spec, folds, metadata, State(spec.names, bag.encodings, standard), bag, models, summaries)
-    size = f"{len(spec.names) or 1} features, {len(metadata)} rows, {folds.num_folds} folds"
-    print(f"{settings.features}: {size}, {len(bag.boosters)} boosters")
-    print(scores.table(summaries))
-    print(f"ensemble: {root}")
+    clear(root)
+    files = _write_files(root, bag, State(spec.names, bag.encodings, standard), folds, oof, summaries)
+    write_manifest(root, files, _manifest(settings, spec, folds, bag, summaries))
+    size = f"{len(spec.names) or 1} features, {len(table)} rows, {folds.num_folds} folds, {len(bag.boosters)} boosters"
+    print(f"{settings.features}: {size}\n{scores.table(summaries)}\nensemble: {root}")
 
 
 def read_train(settings: FitSettings, spec: FeatureSpec) -> pl.DataFrame:
@@ -130,10 +130,10 @@ def fit_bag(
     Raises:
         UserError: the rows outside a fold are of one class.
     """
-    seeds = _seeds(settings)
-    bag = Bag({}, {}, np.zeros((len(seeds), len(table))))
-    tasks = [(k, seed) for k in np.unique(fold).tolist() for seed in seeds]
-    for k in np.unique(fold).tolist():
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    plan = np.unique(fold).tolist()
+    bag = Bag({}, {}, {f"{LIBRARY}_seed_{seed}": np.zeros(len(table)) for seed in seeds})
+    for k in plan:
         _need_both_classes(target[fold != k], k)
         bag.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), names)
 
@@ -146,10 +146,11 @@ def fit_bag(
         return text, LIBRARIES[LIBRARY].load(text)(held_out, 1)
 
     with ThreadPoolExecutor(settings.num_threads or available_cpus()) as pool:
-        fitted = pool.map(fit_one, tasks)
-        for (k, seed), (text, score) in zip(tasks, tqdm(fitted, "boosters", len(tasks), leave=False), strict=True):
+        tasks = [(k, seed) for k in plan for seed in seeds]
+        fitted = tqdm(pool.map(fit_one, tasks), "boosters", len(tasks), leave=False, disable=None)
+        for (k, seed), (text, score) in zip(tasks, fitted, strict=True):
             bag.boosters[k, seed] = text
-            bag.scores[seed - seeds.start, fold == k] = score
+            bag.scores[f"{LIBRARY}_seed_{seed}"][fold == k] = score
     return bag
 
 
@@ -170,10 +171,6 @@ def _with_noise(
 def available_cpus() -> int:
     """The processors that this process may use, which in a container are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _seeds(settings: FitSettings) -> range:
-    return range(settings.seed, settings.seed + settings.seeds)
 
 
 def _need_both_classes(target: NDArray[np.integer], fold: int) -> None:
@@ -207,55 +204,46 @@ def _default_name(settings: FitSettings, spec: FeatureSpec) -> str:
     return f"{name}_{settings.embeddings.name}" if spec.image and settings.embeddings else name
 
 
-def _summaries(
-    metadata: pl.DataFrame, fold: NDArray[np.integer], models: dict[str, NDArray[np.float64]]
-) -> dict[str, Any]:
-    target = metadata[schema.TARGET].to_numpy()
-    patient = with_patient(metadata)[schema.PATIENT].to_numpy()
-    return {name: scores.summarise(target, score, fold, patient) for name, score in models.items()}
+def _summaries(patient: NDArray[np.str_], oof: pl.DataFrame, bag: Bag) -> dict[str, Any]:
+    target, fold = oof[schema.TARGET].to_numpy(), oof["fold"].to_numpy()
+    return {name: scores.summarise(target, score, fold, patient) for name, score in bag.scores.items()}
 
 
-def _write(
-    root: Path,
-    settings: FitSettings,
-    spec: FeatureSpec,
-    folds: Folds,
-    metadata: pl.DataFrame,
-    state: State,
-    bag: Bag,
-    models: dict[str, NDArray[np.float64]],
-    summaries: dict[str, Any],
-) -> None:
-    clear(root)
-    entries = []
-    for (k, seed), text in bag.boosters.items():
-        file = LIBRARIES[LIBRARY].file_name(LIBRARY, k, seed)
-        write_text(root / file, text)
-        entries.append({"file": file, "library": LIBRARY, "fold": k, "seed": seed})
+def _write_files(
+    root: Path, bag: Bag, state: State, folds: Folds, oof: pl.DataFrame, summaries: dict[str, Any]
+) -> list[str]:
+    """Writes all but the manifest and returns the names."""
+    boosters = {LIBRARIES[LIBRARY].file_name(LIBRARY, *key): text for key, text in bag.boosters.items()}
+    for name, text in boosters.items():
+        write_text(root / name, text)
     state.write(root / STATE)
     folds.write(root / fold_plans.FILE)
-    oof = metadata.select(schema.ID, folds.of(metadata).alias("fold"), schema.TARGET)
-    write_table(root / OOF, oof.with_columns(pl.Series(name, score) for name, score in models.items()))
-    write_json(root / SCORES, summaries)
-    fields = {
-        "features": settings.features,
-        "boosters": entries,
-        "folds_digest": folds.digest,
-        "embeddings": _embeddings_entry(settings, spec, folds),
-        "metadata_sha256": sha256(Dataset(settings.data).metadata_path("train")),
-        "settings": settings.model_dump(mode="json", include=MODEL_SETTINGS),
-        "scores": summaries["blend"],
-        "versions": versions("isic-toolkit", "lightgbm", "numpy", "polars", "scikit-learn"),
-    }
-    write_manifest(root, fields)
+    write_table(root / OOF, oof)
+    write_json(root / scores.FILE, summaries)
+    return [*boosters, STATE, fold_plans.FILE, OOF, scores.FILE]
 
 
 MODEL_SETTINGS = {"seeds", "seed", "num_rounds", "negatives", "image_noise", "num_folds", "split_seed"}
 """The settings that shape the model; where it was run and on how many threads do not."""
 
 
-def _embeddings_entry(settings: FitSettings, spec: FeatureSpec, folds: Folds) -> dict[str, Any] | None:
-    if not spec.image or settings.embeddings is None:
-        return None
-    run = image_scores.check_folds(settings.embeddings, "train", folds.digest)
-    return {key: run.get(key) for key in ("config", "folds", "folds_digest", "engines")}
+def _manifest(
+    settings: FitSettings, spec: FeatureSpec, folds: Folds, bag: Bag, summaries: dict[str, Any]
+) -> dict[str, Any]:
+    embeddings = None
+    if spec.image and settings.embeddings:
+        embeddings = image_scores.made_with(settings.embeddings, "train", folds.digest)
+    file_name = LIBRARIES[LIBRARY].file_name
+    return {
+        "features": settings.features,
+        "boosters": [
+            {"file": file_name(LIBRARY, k, seed), "library": LIBRARY, "fold": k, "seed": seed}
+            for k, seed in bag.boosters
+        ],
+        "folds_digest": folds.digest,
+        "embeddings": embeddings,
+        "metadata_sha256": sha256(Dataset(settings.data).metadata_path("train")),
+        "settings": settings.model_dump(mode="json", include=MODEL_SETTINGS),
+        "scores": summaries["blend"],
+        "versions": versions("isic-toolkit", "lightgbm", "numpy", "polars", "scikit-learn"),
+    }

@@ -2,7 +2,8 @@
 
 Fold models differ in the scale of their logits, so each fold's are standardised by the mean and deviation of the
 training rows that it held out, before they stand in one column. A training row has the score of the one model that
-never saw its patient; a test row has the mean over all fold models.
+never saw its patient; a test row has the mean over all fold models. An image that the embedding run could not read
+has a blank score.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from infer.embeddings import load, read_run
+from infer.embeddings import ERRORS_FILE, load, read_run
 from isic import schema
 from isic.dataset import Split
 from isic.errors import UserError
@@ -64,13 +65,13 @@ def oof_logits(root: Path, metadata: pl.DataFrame, folds: Folds) -> pl.DataFrame
     """Reads each training row's logit from the model of the fold that held it out.
 
     Returns:
-        `isic_id`, `fold` and `logit` Float64, in the order of `metadata`.
+        `isic_id`, `fold` and `logit` Float64 in the order of `metadata`; null for an image that could not be read.
 
     Raises:
         UserError: the embeddings are of another fold plan, or lack rows.
     """
-    check_folds(root, "train", folds.digest)
-    logits = _read(root, "train", [schema.ID])
+    made_with(root, "train", folds.digest)
+    logits = _read(root, "train")
     plan = metadata.select(schema.ID).with_columns(folds.of(metadata).alias("fold"))
     table = plan.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
     _refuse_gaps(table, root, "train")
@@ -83,13 +84,13 @@ def scoring_logits(
     """Reads the logits of every fold model for the rows to score.
 
     Returns:
-        `isic_id`, `fold` and `logit` Float64; each row of `metadata` stands once a fold.
+        `isic_id`, `fold` and `logit` Float64, null as above; each row of `metadata` stands once a fold.
 
     Raises:
         UserError: the embeddings are of another fold plan, or lack rows or folds.
     """
-    check_folds(root, split, folds_digest)
-    logits = _read(root, split, [schema.ID, "fold"])
+    made_with(root, split, folds_digest)
+    logits = _read(root, split)
     every = pl.DataFrame({"fold": pl.Series(list(standard.folds), dtype=pl.Int8)})
     table = metadata.select(schema.ID).join(every, how="cross", maintain_order="left_right")
     table = table.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
@@ -114,39 +115,52 @@ def image_features(logits: pl.DataFrame, standard: Standard, metadata: pl.DataFr
 
 
 def probability(table: pl.DataFrame) -> NDArray[np.float64]:
-    """Returns [N] the logistic function of the image score: what the image model says alone, in (0, 1)."""
-    score = table[SCORE].to_numpy().astype(np.float64)
+    """Returns [N] the logistic function of the image score: what the image model says alone, in (0, 1).
+
+    A blank score counts as 0, the mean of the training rows.
+    """
+    score = table[SCORE].fill_null(0.0).to_numpy().astype(np.float64)
     return np.asarray(1 / (1 + np.exp(-score)))
 
 
-def check_folds(root: Path, split: Split, folds_digest: str) -> dict[str, Any]:
-    """Returns what the embedding run says of itself. Raises UserError where its fold plan is another one."""
+def made_with(root: Path, split: Split, folds_digest: str) -> dict[str, Any]:
+    """Returns what an embedding run says of its origin: config, folds, fold plan and the engines' digests.
+
+    Raises:
+        UserError: there is no such run, or its fold plan is another one.
+    """
     run = read_run(root, split)
     if run.get("folds_digest") != folds_digest:
         raise UserError(
             f"the {split} embeddings in {root} were made with the fold plan {run.get('folds_digest')}, this is "
             f"{folds_digest}; use the embeddings of the same training run"
         )
-    return run
+    return {key: run.get(key) for key in ("config", "folds", "folds_digest", "engines")}
 
 
-def _read(root: Path, split: Split, key: list[str]) -> pl.DataFrame:
+def _read(root: Path, split: Split) -> pl.DataFrame:
+    """Returns `isic_id`, `fold` and `logit` Float64 of every row that the embeddings have."""
     logits = load(root, split, ["logit"]).with_columns(pl.col("logit").cast(pl.Float64)).collect()
     wrong = logits.filter(~pl.col("logit").is_finite().fill_null(False))
     if len(wrong):
         raise UserError(
-            f"{root}: {len(wrong)} {split} logits are not finite, the first is of {wrong[schema.ID][0]}; embed again"
+            f"{root}: {len(wrong)} {split} logits are not finite, the first is of {wrong[schema.ID][0]}; "
+            "train and export the model again"
         )
-    repeated = logits.filter(pl.struct(key).is_duplicated())
+    repeated = logits.filter(pl.struct(schema.ID, "fold").is_duplicated())
     if len(repeated):
         raise UserError(
-            f"{root}: {repeated[schema.ID][0]} has more than one {split} logit; embed again into an empty folder"
+            f"{root}: {repeated[schema.ID][0]} has more than one {split} logit of fold {repeated['fold'][0]}; "
+            "embed again into an empty folder"
         )
     return logits
 
 
 def _refuse_gaps(table: pl.DataFrame, root: Path, split: Split) -> None:
-    gaps = table.filter(pl.col("logit").is_null())
+    """Raises a UserError where a logit is missing, unless the run has said of that image that it cannot be used."""
+    errors = root / split / ERRORS_FILE
+    skipped = pl.read_parquet(errors)[schema.ID] if errors.is_file() else pl.Series(dtype=pl.String)
+    gaps = table.filter(pl.col("logit").is_null() & ~pl.col(schema.ID).is_in(skipped.implode()))
     if len(gaps):
         raise UserError(
             f"{root} lacks the {split} embeddings of {gaps[schema.ID].n_unique()} of {table[schema.ID].n_unique()} "

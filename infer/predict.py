@@ -45,7 +45,8 @@ def predict(settings: PredictSettings) -> None:
     order = submission_order(dataset, settings.split, metadata)
     image, embeddings = _image(settings, ensemble, metadata)
     score = score_table(ensemble, ensemble.spec.frame(metadata, image), settings.num_threads)
-    _write(settings.output, order.join(metadata.select(schema.ID, pl.Series(schema.TARGET, score)), on=schema.ID))
+    scored = metadata.select(schema.ID, pl.Series(schema.TARGET, score))
+    _write(settings.output, order.join(scored, on=schema.ID, maintain_order="left"))
     write_manifest(
         settings.output,
         ensemble=sha256(ensemble.root / MANIFEST),
@@ -87,7 +88,7 @@ def submission_order(dataset: Dataset, split: Split, metadata: pl.DataFrame) -> 
     path = dataset.sample_submission_path
     if split != "test" or not path.is_file():
         return metadata.select(schema.ID)
-    order = read_metadata(path).select(schema.ID)
+    order = _sample_ids(path)
     for ids, other, here, there in ((order, metadata, path, "the table"), (metadata, order, "the table", path)):
         extra = ids.join(other, on=schema.ID, how="anti", maintain_order="left")[schema.ID]
         if len(extra):
@@ -98,24 +99,37 @@ def submission_order(dataset: Dataset, split: Split, metadata: pl.DataFrame) -> 
     return order
 
 
+def _sample_ids(path: Path) -> pl.DataFrame:
+    """Reads the sample's ids alone: its target is a placeholder such as 0.3, which no table of labels may hold."""
+    try:
+        table = pl.read_csv(path, infer_schema=False)
+    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable table: {(str(error).splitlines() or ['no content'])[0]}") from None
+    require(table, [schema.ID], path)
+    ids = table.select(schema.ID)
+    if ids[schema.ID].null_count() or ids[schema.ID].is_duplicated().any():
+        raise UserError(f"{path} has blank or repeated ids; give every row one of its own, or take the file away")
+    return ids
+
+
 def _image(
     settings: PredictSettings, ensemble: Ensemble, metadata: pl.DataFrame
 ) -> tuple[pl.DataFrame | None, dict[str, Any] | None]:
-    """The image features and what the embeddings' run says of itself."""
+    """The image features and where the embeddings come from."""
     fitted, standard = ensemble.manifest["embeddings"], ensemble.state.standard
     if standard is None:
         return None, None
     root = settings.embeddings
     if root is None:
         raise UserError(f"{ensemble.root} uses image scores; give --embeddings outputs/embeddings/{fitted['config']}")
-    run = image_scores.check_folds(root, settings.split, ensemble.manifest["folds_digest"])
-    if run.get("config") != fitted["config"]:
+    origin = image_scores.made_with(root, settings.split, ensemble.manifest["folds_digest"])
+    if origin["config"] != fitted["config"]:
         raise UserError(
-            f"{root} holds embeddings of {run.get('config')}, {ensemble.root} was fitted with those of "
+            f"{root} holds embeddings of {origin['config']}, {ensemble.root} was fitted with those of "
             f"{fitted['config']}; give --embeddings outputs/embeddings/{fitted['config']}"
         )
-    logits = image_scores.scoring_logits(root, settings.split, metadata, ensemble.manifest["folds_digest"], standard)
-    return image_scores.image_features(logits, standard, metadata), run
+    logits = image_scores.scoring_logits(root, settings.split, metadata, origin["folds_digest"], standard)
+    return image_scores.image_features(logits, standard, metadata), origin
 
 
 def _write(path: Path, table: pl.DataFrame) -> None:

@@ -1,13 +1,34 @@
 """How good out-of-fold scores are: pooled, by fold, and among each patient's own lesions."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from isic.config import Settings
+from isic.errors import UserError
+from isic.files import read_json
 from isic.metrics import pauc, roc_auc, top_k_sensitivity
 
 Scores = NDArray[np.float64]
+
+FILE = "scores.json"
+
+
+class ScoresSettings(Settings):
+    """Settings of `infer scores`."""
+
+    output_dir: Path = Field(Path("outputs/ensemble"), description="folder with ensembles in it")
+
+
+def show(settings: ScoresSettings) -> None:
+    """Prints the out-of-fold scores of every ensemble in a folder, the lowest pAUC first."""
+    blends = {path.parent.name: read_json(path)["blend"] for path in settings.output_dir.glob(f"*/{FILE}")}
+    if not blends:
+        raise UserError(f"{settings.output_dir} holds no finished ensemble; run `python -m infer fit` first")
+    print(table(dict(sorted(blends.items(), key=lambda item: item[1]["pauc"]))))
 
 
 def summarise(

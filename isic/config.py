@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from isic.errors import UserError, did_you_mean
 
@@ -17,6 +17,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
+
+def _split(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+ItemT = TypeVar("ItemT")
+Several = Annotated[tuple[ItemT, ...], BeforeValidator(_split)]
+"""Values that a command line writes with commas between them."""
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 

@@ -137,7 +137,7 @@ ROW_FEATURES = (
     *(Feature(name, expr, "formula", NOTEBOOKS) for name, expr in NOTEBOOK_FORMULAS.items()),
     Feature(COMBINED_SITE, _combined_site, "formula", NOTEBOOKS),
     *(Feature(name, expr, "formula", SOLUTIONS) for name, expr in SOLUTION_FORMULAS.items()),
-    Feature("num_blanks", pl.sum_horizontal(pl.col(*schema.NUMERIC).is_null()), "formula", OURS),
+    Feature("num_blanks", pl.sum_horizontal(*(pl.col(name).is_null() for name in schema.NUMERIC)), "formula", OURS),
 )
 
 ROW_NUMERIC = tuple(f.name for f in ROW_FEATURES if f.name not in CATEGORIES and f.name != "num_blanks")

@@ -1,0 +1,173 @@
+"""`python -m benchmarks ingest`: from ids to uint8 batches, against the usual loaders, in one run."""
+
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import PIL.Image
+import torch
+from pydantic import Field
+from timm.data import create_transform
+
+from benchmarks.record import append
+from isic import schema
+from isic.config import Settings, Several
+from isic.dataset import Dataset
+from isic.images import Hdf5Images, build_index, decode_pool
+from isic.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec
+from isic.synth.write import write_images
+
+BATCH = 256
+FULL_SIZE = 401_059
+
+
+class IngestSettings(Settings):
+    """What `python -m benchmarks ingest` takes."""
+
+    data: Path = Field(Path("data/isic-2024"), description="dataset folder with train-image.hdf5")
+    size: int = Field(224, ge=8, description="side of the decoded images, pixels")
+    images: int = Field(4000, ge=1, description="images a repeat of ours; the slower peers read a tenth")
+    repeats: int = Field(5, ge=1, description="repeats, of which the median counts; all ways take turns in each")
+    threads: Several[int] = Field((1, 2), description="numbers of decoding threads, separated by commas")
+    index: bool = Field(True, description="also time the offset index of a file of 401,059 images")
+    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to turn ids into batches."""
+
+    name: str
+    run: Callable[[Sequence[str]], None]
+    share: float = 1.0
+    """Share of the images that it reads in a repeat."""
+
+
+def ingest(settings: IngestSettings) -> None:
+    """Measures images per second from ids to batches, for this toolkit and for the loaders that people use.
+
+    All ways read the same images, in turns, so that a machine that drifts drifts for all.
+    """
+    dataset = Dataset(settings.data)
+    ids = dataset.metadata("train")[schema.ID].to_list()[: settings.images]
+    store, spec = dataset.images("train"), PreprocessSpec(size=settings.size)
+    ways = [Way(f"ours, {n} threads", _ours(store, spec, n)) for n in settings.threads]
+    if isinstance(store, Hdf5Images):
+        ways.append(Way("h5py + PIL + numpy, 1 core", _usual(store.source, settings.size), share=0.1))
+    ways += [
+        Way(f"timm transform in a DataLoader, {n} workers", _data_loader(store, settings.size, n), 0.25) for n in (0, 2)
+    ]
+    rates = measure(ways, ids, settings.repeats)
+    rows = [_row(way, rates, settings, len(ids)) for way in ways]
+    if settings.index and isinstance(store, Hdf5Images):
+        rows += time_index(store)
+    for row in rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items()))
+    print(f"appended to {append('ingest', rows, settings.results) if settings.results else append('ingest', rows)}")
+
+
+def measure(ways: Sequence[Way], ids: Sequence[str], repeats: int) -> dict[str, list[float]]:
+    """Returns images per second of each way and repeat, after one warm-up of each."""
+    rates: dict[str, list[float]] = {way.name: [] for way in ways}
+    for repeat in range(repeats + 1):
+        for way in ways:
+            wanted = ids[: max(1, round(way.share * len(ids)))]
+            started = time.perf_counter()
+            way.run(wanted)
+            if repeat:
+                rates[way.name].append(len(wanted) / (time.perf_counter() - started))
+    return rates
+
+
+def _row(way: Way, rates: dict[str, list[float]], settings: IngestSettings, num_images: int) -> dict[str, Any]:
+    reference = rates[next(iter(rates))]
+    ratios = [ours / theirs for ours, theirs in zip(reference, rates[way.name], strict=True)]
+    return {
+        "what": way.name,
+        "images": num_images,
+        "size": settings.size,
+        "images_per_second": round(statistics.median(rates[way.name])),
+        "min": round(min(rates[way.name])),
+        "max": round(max(rates[way.name])),
+        "first_is_faster_by": round(statistics.median(ratios), 2),
+    }
+
+
+def _ours(store: Any, spec: PreprocessSpec, num_threads: int) -> Callable[[Sequence[str]], None]:
+    pool, out = decode_pool(num_threads), np.empty((BATCH, spec.size, spec.size, 3), np.uint8)
+
+    def run(ids: Sequence[str]) -> None:
+        for at in range(0, len(ids), BATCH):
+            batch = ids[at : at + BATCH]
+            assert not store.decode(batch, spec, out[: len(batch)], pool)
+
+    return run
+
+
+def _usual(path: Path, size: int) -> Callable[[Sequence[str]], None]:
+    """h5py by key, PIL with bicubic resize, normalised and transposed in numpy: what most public notebooks do."""
+    mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
+
+    def load(file: h5py.File, name: str) -> Any:
+        image = (
+            PIL.Image.open(io.BytesIO(file[name][()])).convert("RGB").resize((size, size), PIL.Image.Resampling.BICUBIC)
+        )
+        return ((np.asarray(image, np.float32) / 255 - mean) / std).transpose(2, 0, 1)
+
+    def run(ids: Sequence[str]) -> None:
+        with h5py.File(path) as file:
+            for at in range(0, len(ids), BATCH):
+                np.stack([load(file, name) for name in ids[at : at + BATCH]])
+
+    return run
+
+
+def _data_loader(store: Any, size: int, num_workers: int) -> Callable[[Sequence[str]], None]:
+    """timm's evaluation transform in a torch DataLoader: what most training code does."""
+    transform = create_transform((3, size, size), is_training=False, crop_pct=1.0)
+
+    class Images(torch.utils.data.Dataset[torch.Tensor]):
+        def __init__(self, ids: Sequence[str]) -> None:
+            self.ids = ids
+
+        def __len__(self) -> int:
+            return len(self.ids)
+
+        def __getitem__(self, row: int) -> torch.Tensor:
+            (data,) = store.read([self.ids[row]])
+            tensor: torch.Tensor = transform(PIL.Image.open(io.BytesIO(data)).convert("RGB"))
+            return tensor
+
+    def run(ids: Sequence[str]) -> None:
+        for _ in torch.utils.data.DataLoader(Images(ids), batch_size=BATCH, num_workers=num_workers):
+            pass
+
+    return run
+
+
+def time_index(store: Hdf5Images) -> list[dict[str, Any]]:
+    """Seconds to index a file of 401,059 images the first time, and from the cache afterwards."""
+    files = store.read(store.ids[:1000].tolist())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train-image.hdf5"
+        write_images(path, ((f"ISIC_{row:07d}", files[row % len(files)]) for row in range(FULL_SIZE)))
+        first = _seconds(lambda: build_index(path))
+        Hdf5Images(path)
+        cached = [_seconds(lambda: Hdf5Images(path)) for _ in range(5)]
+    return [
+        {"what": "offset index, built", "images": FULL_SIZE, "seconds": round(first, 2)},
+        {"what": "offset index, from the cache", "images": FULL_SIZE, "seconds": round(statistics.median(cached), 3)},
+    ]
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
