@@ -1,7 +1,9 @@
-"""`python -m benchmarks ingest`: what each step costs on this machine."""
+"""`python -m benchmarks ingest | accuracy | report`: what each step costs and gives on this machine."""
 
+from benchmarks.accuracy import accuracy
 from benchmarks.ingest import ingest
+from benchmarks.report import report
 from isic import cli
 
 if __name__ == "__main__":
-    cli.run({"ingest": ingest})
+    cli.run({"ingest": ingest, "accuracy": accuracy, "report": report})

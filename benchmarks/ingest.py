@@ -70,7 +70,7 @@ def ingest(settings: IngestSettings) -> None:
         rows += time_index(store)
     for row in rows:
         print("  ".join(f"{key}={value}" for key, value in row.items()))
-    print(f"appended to {append('ingest', rows, settings.results) if settings.results else append('ingest', rows)}")
+    print(f"appended to {append('ingest', rows, settings.results)}")
 
 
 def measure(ways: Sequence[Way], ids: Sequence[str], repeats: int) -> dict[str, list[float]]:

@@ -38,9 +38,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def append(benchmark: str, rows: Sequence[Mapping[str, Any]], results: Path = RESULTS) -> Path:
-    """Appends rows to `<results>/<benchmark>.csv`; columns that earlier rows lack are blank there."""
-    path = results / f"{benchmark}.csv"
+def append(benchmark: str, rows: Sequence[Mapping[str, Any]], results: Path | None = None) -> Path:
+    """Appends rows to `<results>/<benchmark>.csv`; columns that earlier rows lack are blank there.
+
+    `results` is benchmarks/results if not given.
+    """
+    path = (results or RESULTS) / f"{benchmark}.csv"
     here = machine()
     table = pl.DataFrame([{**here, **row} for row in rows], infer_schema_length=None)
     table = table.with_columns(pl.all().cast(pl.String))

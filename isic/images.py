@@ -3,8 +3,8 @@
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,17 @@ from numpy.typing import NDArray
 
 from isic.errors import UserError
 from isic.files import atomic_path, digest
-from isic.preprocess import ImageError, Pixels, PreprocessSpec, decode_into
+from isic.preprocess import JPEG_START, ImageError, Pixels, PreprocessSpec, decode_into
 
-JPEG_START = b"\xff\xd8"
 NO_OFFSET = -1
 INDEX_VERSION = 1
+
+CHUNK = 32
+"""Images that one thread reads and decodes at a time: few enough to share out a batch, enough to read at once."""
+MAX_GAP = 16 * 1024
+"""Bytes between two images that are rather read along than skipped with another call."""
+MAX_AHEAD = 8 * 1024 * 1024
+"""Bytes of a chunk above which its images are read one by one, to bound memory."""
 
 
 class ImageStore(ABC):
@@ -79,29 +85,54 @@ class ImageStore(ABC):
         Returns:
             The reason by row for every image that is absent or does not decode.
         """
-        positions = self.locate(ids)
         if pool is None:
-            return self._decode_rows(positions, spec, out, range(len(ids)))
-        num_threads = pool._max_workers
-        slices = [range(start, len(ids), num_threads) for start in range(num_threads)]
-        failed: dict[int, str] = {}
-        for part in pool.map(lambda rows: self._decode_rows(positions, spec, out, rows), slices):
-            failed.update(part)
-        return dict(sorted(failed.items()))
+            return self._decode_rows(self.locate(ids), spec, out, range(len(ids)))
+        return gather(self.submit(ids, spec, out, pool))
+
+    def submit(
+        self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels, pool: ThreadPoolExecutor
+    ) -> "list[Decoding]":
+        """Starts to decode into `out` as `decode` does, and returns at once; `gather` waits for what it returns."""
+        positions = self.locate(ids)
+        chunks = [range(start, min(start + CHUNK, len(ids))) for start in range(0, len(ids), CHUNK)]
+        return [pool.submit(self._decode_rows, positions, spec, out, rows) for rows in chunks]
+
+    def read_ahead(self, positions: Sequence[int]) -> dict[int, bytes]:
+        """Reads those images of some positions that are cheaper to read together. The rest is for `read_at`."""
+        return {}
 
     def _decode_rows(
         self, positions: NDArray[np.int64], spec: PreprocessSpec, out: Pixels, rows: range
     ) -> dict[int, str]:
+        wanted: list[int] = positions[rows.start : rows.stop].tolist()
+        files = self.read_ahead(wanted)
         failed = {}
-        for row in rows:
+        for row, position in zip(rows, wanted, strict=True):
             try:
-                if positions[row] < 0:
-                    raise ImageError("no image for this id")
-                decode_into(self.read_at(int(positions[row])), spec, out[row])
+                decode_into(files[position] if position in files else self._read_image(position), spec, out[row])
             except ImageError as error:
                 failed[row] = str(error)
                 out[row] = 0
         return failed
+
+    def _read_image(self, position: int) -> bytes:
+        if position < 0:
+            raise ImageError("no image for this id")
+        try:
+            return self.read_at(position)
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from None
+
+
+Decoding = Future[dict[int, str]]
+
+
+def gather(decodings: Sequence[Decoding]) -> dict[int, str]:
+    """Waits for what `submit` started. Returns the reason by row for every image that failed, rows ascending."""
+    failed: dict[int, str] = {}
+    for decoding in decodings:
+        failed.update(decoding.result())
+    return failed
 
 
 def _file_bytes(value: Any) -> bytes:
@@ -112,8 +143,12 @@ def _file_bytes(value: Any) -> bytes:
 
 
 def decode_pool(num_threads: int) -> ThreadPoolExecutor:
-    """Threads for decoding. OpenCV's own threads are turned off: they would only get in each other's way."""
+    """Threads for decoding. OpenCV's own threads are turned off: they would only get in each other's way.
+
+    So are its messages on standard error: what is wrong with an image stands in its ImageError.
+    """
     cv2.setNumThreads(1)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     return ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
 
@@ -153,6 +188,36 @@ class Hdf5Images(ImageStore):
             with h5py.File(self.source, "r") as file:
                 return _file_bytes(file[self.ids[position]][()])
         return os.pread(self._file, self._sizes[position], offset)
+
+    def read_ahead(self, positions: Sequence[int]) -> dict[int, bytes]:
+        """Reads neighbours in the file with one call."""
+        files: dict[int, bytes] = {}
+        offsets, sizes = self._offsets[positions].tolist(), self._sizes[positions].tolist()
+        places = [place for place in zip(offsets, sizes, positions, strict=True) if place[0] >= 0 <= place[2]]
+        if sum(size for _, size, _ in places) > MAX_AHEAD:
+            return files
+        for span in _neighbours(sorted(places)):
+            start, (last, size, _) = span[0][0], span[-1]
+            with contextlib.suppress(OSError):  # then they are read one by one, and each says why it cannot be
+                data = os.pread(self._file, last + size - start, start)
+                files |= {position: data[at - start : at - start + size] for at, size, position in span}
+        return files
+
+
+Place = tuple[int, int, int]
+"""Offset, size and position of an image's bytes."""
+
+
+def _neighbours(places: Sequence[Place]) -> Iterator[list[Place]]:
+    """Splits places, sorted by offset, wherever more than MAX_GAP lies between two."""
+    span: list[Place] = []
+    for place in places:
+        if span and place[0] - (span[-1][0] + span[-1][1]) > MAX_GAP:
+            yield span
+            span = []
+        span.append(place)
+    if span:
+        yield span
 
 
 def open_images(root: Path, split: str) -> ImageStore | None:

@@ -9,7 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_PIXELS = 4096 * 4096
+MAX_PIXELS = 8192 * 4096
+"""Above what dermatoscopes and cameras give (6,000 x 4,000); a thread needs three bytes for each while it decodes."""
+
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of the segment with height and width. The three left out lie in their range and mean something else."""
+JPEG_BARE = frozenset((0x01, *range(0xD0, 0xD9)))
+"""Markers that no length follows."""
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
 
 INTERPOLATION = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}
 
@@ -37,24 +45,59 @@ class PreprocessSpec(BaseModel):
 
 
 def decode(data: bytes) -> Pixels:
-    """Decodes an image file's bytes to uint8 [height, width, 3], RGB.
+    """Decodes a JPEG or PNG file's bytes to uint8 [height, width, 3], RGB.
+
+    Grey, CMYK, palette, 16-bit and transparent images become RGB. What the file claims to be is read from its header
+    first, so that memory is bounded whatever it claims.
 
     Raises:
-        ImageError: empty, truncated, too large, or not an image.
+        ImageError: empty, truncated, more than MAX_PIXELS, damaged, or neither JPEG nor PNG.
     """
-    if not data:
-        raise ImageError("zero bytes")
-    buffer = np.frombuffer(data, dtype=np.uint8)
-    # libjpeg paints the missing part of a cut file grey and calls it a success, so look for the end marker.
-    if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < len(data) // 2:
-        raise ImageError("truncated JPEG")
+    height, width = image_size(data)
+    if height * width > MAX_PIXELS:
+        raise ImageError(f"claims {width} x {height} pixels, more than {MAX_PIXELS:,}")
     try:
-        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
+        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
         raise ImageError(f"does not decode: {error.err}") from None
     if image is None:
-        raise ImageError("not an image")
+        raise ImageError("does not decode")
     return np.asarray(image, dtype=np.uint8)
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Returns height and width from the header of a JPEG or PNG file that has its end.
+
+    libjpeg paints the missing part of a cut file grey and calls it a success, so the end marker is looked for here.
+    Raises ImageError.
+    """
+    if not data:
+        raise ImageError("zero bytes")
+    if data.startswith(JPEG_START):
+        frame = _jpeg_frame(data)
+        if data.rfind(JPEG_END, frame) < 0:
+            raise ImageError("truncated JPEG")
+        return int.from_bytes(data[frame + 5 : frame + 7]), int.from_bytes(data[frame + 7 : frame + 9])
+    if data.startswith(PNG_START):
+        if data.rfind(PNG_END) < 24:
+            raise ImageError("truncated PNG")
+        return int.from_bytes(data[20:24]), int.from_bytes(data[16:20])
+    raise ImageError("not an image")
+
+
+def _jpeg_frame(data: bytes) -> int:
+    """Returns where the frame header starts: segments before it, such as a thumbnail's, are stepped over."""
+    at = data.find(b"\xff", 2)
+    while 0 <= at <= len(data) - 9:
+        marker = data[at + 1]
+        if marker in JPEG_FRAMES:
+            return at
+        if marker == 0xFF:  # padding
+            at += 1
+        else:
+            length = 0 if marker in JPEG_BARE else int.from_bytes(data[at + 2 : at + 4])
+            at = data.find(b"\xff", at + 2 + length)  # libjpeg, too, skips what lies between segments
+    raise ImageError("truncated JPEG")
 
 
 def resize(image: Pixels, spec: PreprocessSpec, out: Pixels | None = None) -> Pixels:

@@ -85,7 +85,7 @@ def test_a_sample_submission_of_other_ids_is_refused(road: Path, tmp_path: Path,
 def test_a_sample_submission_that_is_none_is_refused(road: Path, tmp_path: Path, text: str) -> None:
     data = copy(road, tmp_path, "data")
     (data / "sample_submission.csv").write_text(text)
-    with pytest.raises(UserError, match="sample_submission.csv"):
+    with pytest.raises(UserError, match=r"sample_submission\.csv"):
         run(road, data=data)
 
 

@@ -1,0 +1,97 @@
+"""`python -m benchmarks accuracy`: out-of-fold scores of trained runs and ensembles beside simple baselines."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import lightgbm
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from pydantic import Field
+
+from benchmarks.record import append
+from isic import schema
+from isic.config import Settings
+from isic.dataset import Dataset
+from isic.folds import draw_folds
+from isic.images import decode_pool
+from isic.metrics import pauc, roc_auc
+from isic.preprocess import Pixels, PreprocessSpec
+
+THUMBNAIL = 8
+DECODED = 96
+
+
+class AccuracySettings(Settings):
+    """What `python -m benchmarks accuracy` takes."""
+
+    data: Path = Field(description="dataset folder; its training rows are scored out of fold")
+    label: str = Field(description="what the data is, in a few words, for the table")
+    run: Path | None = Field(None, description="a trained run, outputs/<config>")
+    ensembles: Path | None = Field(None, description="folder with fitted ensembles, outputs/ensemble")
+    baseline: bool = Field(
+        True, description="also score LightGBM on colour statistics of the images, where there are any"
+    )
+    num_folds: int = Field(5, ge=2, description="folds of the baseline")
+    split_seed: int = Field(42, description="seed of the baseline's folds")
+    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+
+
+def accuracy(settings: AccuracySettings) -> None:
+    """Collects out-of-fold scores into a table: pooled, and by fold. Trains nothing but the colour baseline."""
+    tables: dict[str, pl.DataFrame] = {}
+    if settings.baseline and Dataset(settings.data).find_images("train"):
+        tables["colour statistics, LightGBM"] = colour_baseline(settings)
+    if settings.run:
+        parts = [pl.read_parquet(path) for path in sorted(settings.run.glob("fold_*/oof.parquet"))]
+        tables[f"{settings.run.name}, images only"] = pl.concat(parts).rename({"logit": "score"})
+    for path in sorted(settings.ensembles.glob("*/oof.parquet")) if settings.ensembles else []:
+        tables[f"{path.parent.name}, ensemble"] = pl.read_parquet(path).rename({"blend": "score"})
+    rows = [score(name, table, settings.label) for name, table in tables.items()]
+    for row in rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items()))
+    print(f"appended to {append('accuracy', rows, settings.results)}")
+
+
+def score(name: str, oof: pl.DataFrame, label: str) -> dict[str, Any]:
+    """Returns a row of the table from `target`, `fold` and `score` of every row."""
+    by_fold = [pauc(part["target"], part["score"]) for part in oof.partition_by("fold")]
+    return {
+        "what": name,
+        "data": label,
+        "rows": len(oof),
+        "positives": int(oof["target"].sum()),
+        "pauc_pooled": round(pauc(oof["target"], oof["score"]), 4),
+        "pauc_mean_of_folds": round(float(np.mean(by_fold)), 4),
+        "pauc_std_of_folds": round(float(np.std(by_fold, ddof=1)), 4) if len(by_fold) > 1 else None,
+        "auc_pooled": round(roc_auc(oof["target"], oof["score"]), 4),
+    }
+
+
+def colour_baseline(settings: AccuracySettings) -> pl.DataFrame:
+    """Scores LightGBM on what an image's colours say, without learning to see. Returns isic_id, target, fold, score."""
+    dataset = Dataset(settings.data)
+    table = dataset.metadata("train")
+    fold = draw_folds(table, settings.num_folds, settings.split_seed).of(table).to_numpy()
+    features, target = colour_statistics(dataset, table[schema.ID].to_list()), table[schema.TARGET].to_numpy()
+    scores = np.zeros(len(table))
+    for k in range(settings.num_folds):
+        model = lightgbm.LGBMClassifier(n_estimators=200, learning_rate=0.05, num_leaves=15, random_state=0, verbose=-1)
+        model.fit(features[fold != k], target[fold != k])
+        scores[fold == k] = np.asarray(model.predict_proba(features[fold == k]))[:, 1]
+    return table.select(schema.ID, schema.TARGET).with_columns(fold=pl.Series(fold), score=pl.Series(scores))
+
+
+def colour_statistics(dataset: Dataset, ids: list[str]) -> NDArray[np.float32]:
+    """Returns an 8 x 8 Lab thumbnail, the mean and deviation of each channel, and the file's size: [N, 199]."""
+    store = dataset.images("train")
+    images: Pixels = np.empty((len(ids), DECODED, DECODED, 3), np.uint8)
+    with decode_pool(1) as pool:
+        store.decode(ids, PreprocessSpec(size=DECODED, interpolation="area"), images, pool)
+    rows = []
+    for image, size in zip(images, map(len, store.read(ids)), strict=True):
+        lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
+        thumbnail = cv2.resize(lab, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
+        rows.append(np.concatenate([thumbnail.ravel(), lab.mean((0, 1)), lab.std((0, 1)), [size]]))
+    return np.stack(rows).astype(np.float32)

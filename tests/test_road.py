@@ -1,0 +1,44 @@
+"""The whole road on real lesions: images and metadata in, a submission for the challenge's own three test rows out."""
+
+from pathlib import Path
+
+import polars as pl
+from conftest import TINY, Cli
+
+from isic.files import read_json, sha256
+
+
+def test_real_pairs_to_a_submission(real_data: Path, tmp_path: Path, cli: Cli) -> None:
+    data, run, embeddings, ensembles = (
+        real_data / "real-pairs",
+        tmp_path / "tiny",
+        tmp_path / "embeddings",
+        tmp_path / "ens",
+    )
+    steps: list[list[object]] = [
+        ["train", *TINY, "--data", data, "--output_dir", tmp_path, "--epochs", 1, "--num_folds", 3],
+        ["export", "--config", "tiny", "--model_dir", run],
+        ["infer", "embed", "--config", "tiny", "--model_dir", run, "--data", data, "--output_dir", embeddings],
+        ["infer", "fit", "--features", "multimodal", "--data", data, "--embeddings", embeddings / "tiny"]
+        + ["--output_dir", ensembles, "--seeds", 1, "--num_rounds", 20],
+        ["infer", "predict", "--ensemble", ensembles, "--data", data, "--embeddings", embeddings / "tiny"]
+        + ["--output", tmp_path / "submission.csv"],
+    ]
+    for step in steps:
+        ended = cli(str(step[0]), *step[1:])
+        assert ended.code == 0, ended.err
+
+    submission = pl.read_csv(tmp_path / "submission.csv")
+    assert submission.columns == ["isic_id", "target"]
+    assert submission["isic_id"].equals(pl.read_csv(data / "sample_submission.csv")["isic_id"])
+    assert submission["target"].is_between(0, 1).all() and submission["target"].n_unique() == 3
+
+    # The chain from the submission back to the data.
+    chain = read_json(tmp_path / "submission.csv.json")
+    engines = {str(fold): sha256(run / f"fold_{fold}" / "model.onnx") for fold in range(3)}
+    assert chain["embeddings"]["engines"] == engines
+    exported = read_json(run / "fold_0" / "model.onnx.json")
+    trained = read_json(run / "fold_0" / "best_model.pth.json")
+    assert exported["made_from"]["sha256"] == trained["sha256"]
+    assert trained["made_from"]["metadata_sha256"] == sha256(data / "train-metadata.csv")
+    assert chain["folds_digest"] == exported["folds_digest"] == trained["folds_digest"]
