@@ -1,16 +1,22 @@
-"""Decoding ahead of the engine: a ring of preallocated batches between decoder threads and the one who reads them."""
+"""Decoding ahead of the engine: a ring of preallocated batches that decoder threads fill and one thread reads."""
 
 import time
-from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from queue import Queue
-from threading import Event, Thread
 
 import numpy as np
 
-from isic.images import ImageStore
+from isic.images import CHUNK, Decoding, ImageStore, gather
 from isic.preprocess import Pixels, PreprocessSpec
+
+MIN_DEPTH = 3
+"""One batch in the engine, one ready, one being filled."""
+CHUNKS_A_THREAD = 4
+"""Work that should wait for each thread, so that none runs dry while the engine is busy."""
+
+Shape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -26,51 +32,48 @@ class Decoded:
     """Seconds its reader had to wait for it."""
 
 
+def ring_depth(batch_size: int, num_threads: int) -> int:
+    """Returns how many batches keep `num_threads` decoders busy."""
+    chunks_a_batch = -(-batch_size // CHUNK)
+    return max(MIN_DEPTH, -(-CHUNKS_A_THREAD * num_threads // chunks_a_batch))
+
+
+def pageable(shape: Shape) -> Pixels:
+    """Allocates a batch in ordinary memory."""
+    return np.empty(shape, np.uint8)
+
+
 def decode_ahead(
     store: ImageStore,
     batches: Iterable[Sequence[str]],
     spec: PreprocessSpec,
     pool: ThreadPoolExecutor,
     batch_size: int,
-    depth: int = 3,
+    depth: int = MIN_DEPTH,
+    allocate: Callable[[Shape], Pixels] = pageable,
 ) -> Generator[Decoded, None, None]:
-    """Yields the batches in order, decoded by `pool` while the caller works on the one before.
+    """Yields the batches in order, decoded by `pool` while the caller works on those before.
 
-    Memory is `depth` batches whatever the number of images. An error in decoding is raised here; leaving the loop
-    early stops the decoder.
+    There is no thread beside the pool's: each time the caller comes back, the batch it has done with joins the end of
+    the ring. Memory is `depth` batches whatever the number of images. An error in decoding is raised here; leaving
+    the loop early, for whatever reason, drops what is not begun and waits for what is.
     """
-    free: Queue[Pixels] = Queue()
-    for _ in range(depth):
-        free.put(np.empty((batch_size, spec.size, spec.size, 3), np.uint8))
-    ready: Queue[tuple[Sequence[str], Pixels, dict[int, str]] | BaseException | None] = Queue()
-    stop = Event()
-
-    def produce() -> None:
-        try:
-            for ids in batches:
-                buffer = free.get()
-                if stop.is_set():
-                    return
-                ready.put((ids, buffer, store.decode(ids, spec, buffer[: len(ids)], pool)))
-            ready.put(None)
-        except BaseException as error:  # handed to the reader, who raises it
-            ready.put(error)
-
-    producer = Thread(target=produce, name="decode-ahead", daemon=True)
-    producer.start()
+    free = [allocate((batch_size, spec.size, spec.size, 3)) for _ in range(depth)]
+    ring: deque[tuple[Sequence[str], Pixels, list[Decoding]]] = deque()
+    upcoming = iter(batches)
     try:
         while True:
-            started = time.perf_counter()
-            item = ready.get()
-            waited = time.perf_counter() - started
-            if item is None:
+            while free and (ids := next(upcoming, None)) is not None:
+                buffer = free.pop()
+                ring.append((ids, buffer, store.submit(ids, spec, buffer[: len(ids)], pool)))
+            if not ring:
                 return
-            if isinstance(item, BaseException):
-                raise item
-            ids, buffer, failed = item
-            yield Decoded(ids, buffer[: len(ids)], failed, waited)
-            free.put(buffer)
+            ids, buffer, decodings = ring[0]
+            started = time.perf_counter()
+            failed = gather(decodings)
+            yield Decoded(ids, buffer[: len(ids)], failed, time.perf_counter() - started)
+            free.append(buffer)
+            ring.popleft()
     finally:
-        stop.set()
-        free.put(np.empty(0, np.uint8))  # wakes a producer that waits for a buffer
-        producer.join()
+        unfinished = [decoding for _, _, decodings in ring for decoding in decodings]
+        wait([decoding for decoding in unfinished if not decoding.cancel()])

@@ -3,21 +3,17 @@
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 import fire
 from fire.decorators import SetParseFn
+from pydantic.fields import FieldInfo
 
 from isic.config import Settings, build
 from isic.errors import UserError, did_you_mean
 
-SettingsT = TypeVar("SettingsT", bound=Settings)
 Command = Callable[[Any], int | None]
-
-
-class _Required:
-    def __repr__(self) -> str:
-        return "required"
+HELP = {"--help", "-h"}
 
 
 def run(commands: Command | Mapping[str, Command], load: Callable[..., Settings] = build) -> None:
@@ -28,22 +24,29 @@ def run(commands: Command | Mapping[str, Command], load: Callable[..., Settings]
         load: builds the settings from their type and the flags.
     """
     arguments = sys.argv[1:]
-    wants_help = bool({"--help", "-h"} & set(arguments))
-    component: Any
     if isinstance(commands, Mapping):
-        if arguments and not wants_help and arguments[0] not in commands:
+        if not arguments or arguments[0] in HELP:
+            _print_commands(commands)
+            return
+        if arguments[0] not in commands:
             sys.exit(_complain(f'unknown command "{arguments[0]}", {did_you_mean(arguments[0], commands)}'))
-        component = {name: _fire_function(command, load) for name, command in commands.items()}
-        named = [word for word in arguments[:1] if word in commands]
+        command, arguments = commands[arguments[0]], arguments[1:]
     else:
-        component, named = _fire_function(commands, load), []
-    # A command that takes every flag takes --help too, unless it stands behind Fire's own separator.
-    fire.Fire(component, command=[*named, "--", "--help"] if wants_help else arguments)
+        command = commands
+    if HELP & set(arguments):
+        _print_help(command)
+    else:
+        fire.Fire(_fire_function(command, load), command=arguments)
 
 
 def _complain(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def _settings_type(command: Command) -> type[Settings]:
+    settings: type[Settings] = next(iter(get_type_hints(command).values()))
+    return settings
 
 
 def _fire_function(command: Command, load: Callable[..., Settings]) -> Callable[..., None]:
@@ -52,26 +55,38 @@ def _fire_function(command: Command, load: Callable[..., Settings]) -> Callable[
     Fire calls a function before it complains of a flag it does not know, so the wrapper takes everything and
     leaves it to the settings to refuse. Values reach pydantic as the text that was typed.
     """
-    settings_type: type[Settings] = next(iter(get_type_hints(command).values()))
 
     def call(*extra: str, **flags: str) -> None:
         try:
             if extra:
                 raise UserError(f'unexpected argument "{extra[0]}"; options are written --key value')
-            code = command(load(settings_type, flags))
+            code = command(load(_settings_type(command), flags))
         except UserError as error:
             code = _complain(str(error))
         if code:
             sys.exit(code)
 
-    fields = settings_type.model_fields.items()
-    parameters = [inspect.Parameter("extra", inspect.Parameter.VAR_POSITIONAL)]
-    for name, field in fields:
-        default = _Required() if field.is_required() else field.get_default(call_default_factory=False)
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
-    parameters.append(inspect.Parameter("overrides", inspect.Parameter.VAR_KEYWORD))
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    arguments = "\n".join(f"    {name}: {field.description or ''}" for name, field in fields)
-    call.__doc__ = f"{inspect.getdoc(command) or ''}\n\nArgs:\n{arguments}"
     wrapped: Callable[..., None] = SetParseFn(str)(call)
     return wrapped
+
+
+def _print_commands(commands: Mapping[str, Command]) -> None:
+    for name, command in commands.items():
+        print(f"{name:12} {(inspect.getdoc(command) or '').splitlines()[0]}")
+    print("\n<command> --help lists a command's keys")
+
+
+def _print_help(command: Command) -> None:
+    print(f"{inspect.getdoc(command)}\n")
+    for name, field in _settings_type(command).model_fields.items():
+        print(f"  --{name:24} {_default(field):20} {field.description or ''}")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default is None or field.default == "":
+        return "-"
+    if isinstance(field.default, tuple):
+        return ",".join(map(str, field.default))
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,16 @@ class Engine(Protocol):
         ...
 
 
-MODULES = {"onnx": "infer.engines.onnxruntime"}
+@runtime_checkable
+class PinsMemory(Protocol):
+    """An engine that can allocate memory from which its device copies faster."""
+
+    def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
+        """Returns an uninitialised uint8 array of this shape in page-locked memory."""
+        ...
+
+
+MODULES = {"onnx": "infer.engines.onnxruntime", "null": "infer.engines.null"}
 """The module with `create(path, manifest, device)` for each format a manifest can name."""
 
 DEVICES = ("auto", "cpu", "cuda")

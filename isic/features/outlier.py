@@ -1,11 +1,15 @@
 """How unlike its patient's other lesions a lesion is: the local outlier factor, patient by patient."""
 
+import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.neighbors import LocalOutlierFactor
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from isic import schema
 from isic.features.formulas import SOLUTIONS
@@ -36,12 +40,23 @@ def patient_lof(measured: NDArray[np.float32], patient: NDArray[np.integer]) -> 
     """
     factor = np.full(len(patient), -1.0, dtype=np.float32)
     filled = np.nan_to_num(measured, nan=0.0, posinf=0.0, neginf=0.0)
-    bounds = np.flatnonzero(np.concatenate([[True], patient[1:] != patient[:-1], [True]]))
-    for start, stop in pairwise(bounds.tolist()):
-        if stop - start < MIN_LESIONS:
-            continue
-        model = LocalOutlierFactor(n_neighbors=min(stop - start - 1, MAX_NEIGHBORS))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "Duplicate values": the cut below is what we make of them
-            factor[start:stop] = model.fit(filled[start:stop]).negative_outlier_factor_
+    bounds = np.flatnonzero(np.concatenate([[True], patient[1:] != patient[:-1], [True]])).tolist()
+    groups = [slice(*ends) for ends in pairwise(bounds) if ends[1] - ends[0] >= MIN_LESIONS]
+    groups.sort(key=lambda rows: rows.start - rows.stop)  # the largest first: it takes longest
+    # One thread a patient: within one, scikit-learn's threads wait for each other, on a busy machine for five times as
+    # long as they work. Its loops take their number of threads from the thread that calls, BLAS from the process.
+    single = partial(threadpool_limits, 1, "openmp")
+    with (
+        warnings.catch_warnings(),
+        threadpool_limits(1, "blas"),
+        ThreadPoolExecutor(os.cpu_count(), initializer=single) as pool,
+    ):
+        warnings.simplefilter("ignore", UserWarning)  # "Duplicate values": the cut below is what we make of them
+        for rows, part in zip(groups, pool.map(lambda rows: _one_patient(filled[rows]), groups), strict=True):
+            factor[rows] = part
     return np.maximum(factor, np.float32(FLOOR))
+
+
+def _one_patient(measured: NDArray[np.float32]) -> NDArray[np.float64]:
+    model = LocalOutlierFactor(n_neighbors=min(len(measured) - 1, MAX_NEIGHBORS))
+    return np.asarray(model.fit(measured).negative_outlier_factor_)

@@ -1,0 +1,80 @@
+"""A stand-in engine that costs nothing: it shows what the pipeline around an engine can do, and what reached it.
+
+Its artifact is any file beside a manifest of the format `null`, which may pace it: `images_per_second`.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infer.engines import Outputs
+from isic import schema
+from isic.files import write_manifest
+from isic.folds import FILE as FOLDS_FILE
+from isic.folds import draw_folds
+from isic.metadata import read_metadata
+from isic.preprocess import Pixels, PreprocessSpec
+
+FORMAT, FILE = "null", "model.null"
+BATCH_SIZE = 256
+
+
+class NullEngine:
+    """Features are the first values of the image in [0, 1]; the logit is their mean plus the fold."""
+
+    device = "none"
+
+    def __init__(self, fold: int, num_features: int, images_per_second: float | None) -> None:
+        self._fold, self._num_features = fold, num_features
+        self._seconds_per_image = 1 / images_per_second if images_per_second else 0.0
+
+    def run(self, images: Pixels) -> Outputs:
+        features = images.reshape(len(images), -1)[:, : self._num_features].astype(np.float32) / np.float32(255)
+        if self._seconds_per_image:
+            time.sleep(self._seconds_per_image * len(images))
+        return features, features.mean(axis=1, keepdims=True) + np.float32(self._fold)
+
+
+def create(path: Path, manifest: Mapping[str, Any], device: str) -> NullEngine:
+    """Makes the engine that a manifest describes; it runs anywhere."""
+    return NullEngine(manifest["fold"], manifest["num_features"], manifest.get("images_per_second"))
+
+
+def write_run(
+    model_dir: Path,
+    metadata: Path,
+    spec: PreprocessSpec,
+    num_folds: int = 5,
+    num_features: int = 192,
+    images_per_second: float | None = None,
+) -> None:
+    """Writes a run of stand-in engines as an export leaves it: an artifact a fold, and the fold plan.
+
+    Args:
+        model_dir: its name is the config's.
+        metadata: the training table that the folds are drawn from.
+        spec: decides the size of the images.
+        num_folds: at least 2.
+        num_features: D, at most the number of values in an image.
+        images_per_second: of each engine; as fast as it goes if not given.
+    """
+    folds = draw_folds(read_metadata(metadata, [schema.TARGET]), num_folds, seed=0)
+    folds.write(model_dir / FOLDS_FILE)
+    for fold in range(num_folds):
+        artifact = model_dir / f"fold_{fold}" / FILE
+        artifact.parent.mkdir(parents=True, exist_ok=True)
+        artifact.write_bytes(f"stand-in {fold}\n".encode())
+        write_manifest(
+            artifact,
+            format=FORMAT,
+            name=model_dir.name,
+            fold=fold,
+            folds_digest=folds.digest,
+            num_features=num_features,
+            preprocess=spec.model_dump(mode="json"),
+            batch_size=BATCH_SIZE,
+            images_per_second=images_per_second,
+        )

@@ -1,0 +1,191 @@
+"""What an embedding run is to do: its ids cut into parts, the same cut whatever is done already, and what made them."""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from infer.embeddings import PLAN_FILE, part_path
+from infer.engines import manifest_spec
+from isic import schema
+from isic.dataset import Split
+from isic.errors import UserError
+from isic.files import digest, read_json, read_manifest, write_json
+from isic.folds import Folds
+from isic.metadata import NULLS, require
+from isic.preprocess import PreprocessSpec
+
+PART_ROWS = 4096
+STALE_SECONDS = 3600
+"""Age at which a temporary file belongs to a run that was killed, and not to one that goes on beside this one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One shard: some ids and the folds whose engines see them."""
+
+    ids: pl.Series
+    """[N] String."""
+    paths: dict[int, Path]
+    """The part's file by fold."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def errors_path(self) -> Path:
+        """The reasons for the part's bad images, kept here until the run is whole and gathers them."""
+        path = next(iter(self.paths.values()))
+        return path.with_name(path.name.replace("part-", "errors-"))
+
+    @property
+    def is_done(self) -> bool:
+        return all(path.is_file() for path in self.paths.values())
+
+    def bad(self) -> list[tuple[str, str]]:
+        """Returns id and reason of the images that could not be used, of a part that is done."""
+        return pl.read_parquet(self.errors_path).rows() if self.errors_path.is_file() else []
+
+
+@dataclass(frozen=True)
+class Models:
+    """The exported engine of each fold: its file, what its manifest says, and the preprocessing they all share."""
+
+    artifacts: dict[int, Path]
+    manifests: dict[int, dict[str, Any]]
+    spec: PreprocessSpec
+
+    @property
+    def folds(self) -> list[int]:
+        return list(self.artifacts)
+
+    @property
+    def num_features(self) -> int:
+        return int(next(iter(self.manifests.values()))["num_features"])
+
+    @property
+    def batch_size(self) -> int | None:
+        """What the engines were built for, where they were built for one."""
+        return next(iter(self.manifests.values())).get("batch_size")
+
+
+def find_models(model_dir: Path, config: str, engine: str) -> Models:
+    """Finds the exported engine of every fold that has one.
+
+    Raises:
+        UserError: none is exported, one is of another config, or they do not share their preprocessing.
+    """
+    found = {int(path.parent.name.removeprefix("fold_")): path for path in model_dir.glob(f"fold_*/{engine}")}
+    if not found:
+        raise UserError(f"{model_dir} has no fold_<k>/{engine}; run `python -m export --config {config}` first")
+    artifacts = {fold: found[fold].resolve() for fold in sorted(found)}
+    manifests = {fold: read_manifest(path) for fold, path in artifacts.items()}
+    for fold, manifest in manifests.items():
+        if (manifest["name"], manifest["fold"]) != (config, fold):
+            raise UserError(
+                f"{artifacts[fold]} is fold {manifest['fold']} of {manifest['name']}, not fold {fold} of {config}; "
+                "export it again"
+            )
+    specs = {manifest_spec(manifest) for manifest in manifests.values()}
+    if len(specs) > 1:
+        raise UserError(f"the folds in {model_dir} differ in their preprocessing; train and export them alike")
+    return Models(artifacts, manifests, specs.pop())
+
+
+def read_ids(path: Path) -> pl.Series:
+    """Reads the ids of a metadata table and nothing else: the other columns would be most of a run's memory.
+
+    Raises:
+        UserError: no such file, not a table, no `isic_id`, no rows, or an id that is blank or stands twice.
+    """
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; point --data at a folder in the layout of the challenge")
+    try:
+        table = _id_column(path)
+    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+        first_line = (str(error).splitlines() or ["no content"])[0]
+        raise UserError(f"{path} is not a readable table: {first_line}") from None
+    require(table, [schema.ID], path)
+    ids = table[schema.ID].cast(pl.String)
+    if ids.is_empty() or ids.null_count() or ids.n_unique() < len(ids):
+        raise UserError(f"{path}: every row needs an isic_id of its own; run `python -m isic check`")
+    return ids
+
+
+def _id_column(path: Path) -> pl.DataFrame:
+    if path.suffix == ".parquet":
+        return pl.scan_parquet(path).select(pl.col(f"^{schema.ID}$")).collect()
+    table = pl.scan_csv(path, infer_schema=False, null_values=NULLS)
+    return table.select(pl.col(f"^{schema.ID}$")).collect()
+
+
+def plan_parts(
+    root: Path, split: Split, ids: pl.Series, engines: Sequence[int], folds: Folds | None, mode: str
+) -> list[Part]:
+    """Cuts a split into parts of `PART_ROWS` ids in the table's order, the same cut whatever is already done.
+
+    Args:
+        folds: the plan that says which fold held an image out; None where no fold has seen any (test).
+        mode: `oof`: an image goes to the fold that held it out; `all`: to every fold.
+    """
+    if folds is None or mode == "all":
+        groups = [(list(engines), ids)]
+    else:
+        fold = folds.of(ids.to_frame())
+        groups = [([k], ids.filter(fold == k)) for k in engines]
+    parts = []
+    for seen_by, rows in groups:
+        for index, start in enumerate(range(0, len(rows), PART_ROWS)):
+            paths = {k: part_path(root, split, k, index) for k in seen_by}
+            parts.append(Part(rows.slice(start, PART_ROWS), paths))
+    return parts
+
+
+def ids_digest(ids: pl.Series) -> str:
+    """Returns the digest of a table's ids in their order."""
+    return digest(*ids)
+
+
+def begin(directory: Path, plan: Mapping[str, Any], force: bool) -> None:
+    """Writes the plan, or checks that it is the one an earlier run wrote; sweeps up what killed runs left behind.
+
+    Raises:
+        UserError: what is there was made with something else, and `force` does not say to replace it.
+    """
+    path = directory / PLAN_FILE
+    if path.is_file():
+        former = read_json(path)
+        changed = next((key for key in plan if plan[key] != former.get(key)), None)
+        if changed and not force:
+            raise UserError(
+                f"{directory} holds embeddings made with {changed} = {former.get(changed)}, now it is {plan[changed]}; "
+                "choose another --output_dir, or replace them with --force"
+            )
+        if changed:
+            shutil.rmtree(directory)
+    write_json(path, plan)
+    for left_behind in directory.rglob(".*.tmp"):
+        if time.time() - left_behind.stat().st_mtime > STALE_SECONDS:
+            left_behind.unlink(missing_ok=True)
+
+
+def complete(parts: Sequence[Part], run: Callable[[list[Part]], None]) -> None:
+    """Has `run` embed the parts that are missing, again and again while workers get lost and each round gets on.
+
+    Raises:
+        UserError: a whole round finished no part.
+    """
+    due = [part for part in parts if not part.is_done]
+    while due:
+        run(due)
+        left = [part for part in due if not part.is_done]
+        if len(left) == len(due):
+            raise UserError(
+                f"every worker was lost before it finished one of {len(due)} parts; see their messages above, "
+                "and try fewer --num_processes or a smaller --batch_size"
+            )
+        due = left
