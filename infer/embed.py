@@ -93,11 +93,12 @@ def embed(settings: EmbedSettings) -> int:
 
 def check_folds(models: Models, folds: Folds) -> None:
     """Raises a UserError where an engine was trained by another fold plan than the one that lies with it."""
+    digest = folds.digest
     for fold, manifest in models.manifests.items():
-        if manifest.get("folds_digest", folds.digest) != folds.digest:
+        if manifest.get("folds_digest", digest) != digest:
             raise UserError(
                 f"{models.artifacts[fold]} was trained with the fold plan {manifest['folds_digest']}, beside it is "
-                f"{folds.digest}; export it again from its own run"
+                f"{digest}; export it again from its own run"
             )
 
 

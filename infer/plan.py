@@ -2,10 +2,10 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import polars as pl
 
@@ -20,6 +20,9 @@ from isic.metadata import NULLS, require
 from isic.preprocess import PreprocessSpec
 
 PART_ROWS = 4096
+CSV_BLOCK = 4 * 1024 * 1024
+FOLDS_ROWS = 65536
+"""Rows whose folds are looked up at a time, to bound memory."""
 STALE_SECONDS = 3600
 """Age at which a temporary file belongs to a run that was killed, and not to one that goes on beside this one."""
 
@@ -117,10 +120,30 @@ def read_ids(path: Path) -> pl.Series:
 
 
 def _id_column(path: Path) -> pl.DataFrame:
+    """Returns the table's `isic_id` alone, or no column at all where it has none."""
     if path.suffix == ".parquet":
         return pl.scan_parquet(path).select(pl.col(f"^{schema.ID}$")).collect()
-    table = pl.scan_csv(path, infer_schema=False, null_values=NULLS)
-    return table.select(pl.col(f"^{schema.ID}$")).collect()
+    with open(path, "rb") as file:
+        header = file.readline()
+        if schema.ID not in (table := pl.read_csv(header, infer_schema=False)).columns:
+            return table
+        blocks = [table.select(schema.ID)]
+        for rows in _whole_rows(file):
+            blocks.append(pl.read_csv(header + rows, columns=[schema.ID], infer_schema=False, null_values=NULLS))
+    return pl.concat(blocks)
+
+
+def _whole_rows(file: BinaryIO) -> Iterator[bytes]:
+    """Yields the rest of a CSV in blocks that end where a row does: polars keeps all that it is given in memory."""
+    block = b""
+    while more := file.read(CSV_BLOCK):
+        block += more
+        end = block.rfind(b"\n") + 1
+        if end and block.count(b'"', 0, end) % 2 == 0:  # else that line end is inside a quoted text
+            yield block[:end]
+            block = block[end:]
+    if block:
+        yield block
 
 
 def plan_parts(
@@ -135,7 +158,8 @@ def plan_parts(
     if folds is None or mode == "all":
         groups = [(list(engines), ids)]
     else:
-        fold = folds.of(ids.to_frame())
+        starts = range(0, len(ids), FOLDS_ROWS)
+        fold = pl.concat([folds.of(ids.slice(start, FOLDS_ROWS).to_frame()) for start in starts])
         groups = [([k], ids.filter(fold == k)) for k in engines]
     parts = []
     for seen_by, rows in groups:

@@ -58,9 +58,10 @@ def _fire_function(command: Command, load: Callable[..., Settings]) -> Callable[
 
     def call(*extra: str, **flags: str) -> None:
         try:
-            if extra:
-                raise UserError(f'unexpected argument "{extra[0]}"; options are written --key value')
-            code = command(load(_settings_type(command), flags))
+            positional = _settings_type(command).positional
+            if len(extra) > len(positional):
+                raise UserError(f'unexpected argument "{extra[len(positional)]}"; options are written --key value')
+            code = command(load(_settings_type(command), {**dict(zip(positional, extra, strict=False)), **flags}))
         except UserError as error:
             code = _complain(str(error))
         if code:

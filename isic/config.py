@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -14,6 +14,9 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
 class Settings(BaseModel):
     """Base of every command's settings. Values are checked on construction and frozen afterwards."""
+
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Keys that a command line may also give by position."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -252,31 +253,37 @@ def build_index(path: Path) -> pl.DataFrame:
     """
     try:
         with h5py.File(path, "r") as file:
-            rows = [_locate(file.id, name) for name in file.id]
+            table = _locate_all(file.id)
     except OSError as error:
         reason = str(error).split("(")[-1].rstrip(")")
         raise UserError(f"{path} is not a whole HDF5 file ({reason}); copy or download it again") from None
-    if not rows:
+    if not len(table):
         raise UserError(f"{path} holds no images; copy or download it again")
-    table = pl.DataFrame(rows, schema={"isic_id": pl.String, "offset": pl.Int64, "size": pl.Int64}, orient="row")
     return _without_references(table.sort("isic_id"), path)
 
 
-def _locate(file: h5py.h5f.FileID, name: bytes) -> tuple[str, int, int]:
-    dataset = h5py.h5d.open(file, name)
-    offset = dataset.get_offset()  # None unless contiguous, in this file, and allocated
-    return name.decode(), NO_OFFSET if offset is None else offset, dataset.get_storage_size()
+def _locate_all(file: h5py.h5f.FileID) -> pl.DataFrame:
+    """Returns the index of every dataset. Arrays of numbers, because a full-size file has many."""
+    names, offsets, sizes = [], array("q"), array("q")
+    for name in file:
+        dataset = h5py.h5d.open(file, name)
+        offset = dataset.get_offset()  # None unless contiguous, in this file, and allocated
+        names.append(name.decode())
+        offsets.append(NO_OFFSET if offset is None else offset)
+        sizes.append(dataset.get_storage_size())
+    ids = pl.Series("isic_id", names, dtype=pl.String)
+    return pl.DataFrame([ids, pl.Series("offset", np.array(offsets)), pl.Series("size", np.array(sizes))])
 
 
 def _without_references(table: pl.DataFrame, path: Path) -> pl.DataFrame:
     """Withdraws the offsets of variable-length data, where the file holds a pointer instead of the bytes."""
-    with open(path, "rb", buffering=0) as file:
-        starts = [os.pread(file.fileno(), 2, offset) if offset >= 0 else b"" for offset in table["offset"]]
-    suspect = [row for row, start in enumerate(starts) if start not in (JPEG_START, b"")]
     offsets = table["offset"].to_numpy().copy()
+    with open(path, "rb", buffering=0) as file:
+        handle = file.fileno()
+        suspect = [row for row in np.flatnonzero(offsets >= 0) if os.pread(handle, 2, offsets[row]) != JPEG_START]
     if suspect:
         with h5py.File(path, "r") as file:
-            pointers = [row for row in suspect if file[table["isic_id"][row]].dtype.kind == "O"]
+            pointers = [row for row in suspect if file[table["isic_id"][int(row)]].dtype.kind == "O"]
         offsets[pointers] = NO_OFFSET
     return table.with_columns(pl.Series("offset", offsets))
 

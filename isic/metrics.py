@@ -1,5 +1,7 @@
 """Scores of the challenge. Arrays in, a float out."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import roc_auc_score
@@ -29,6 +31,57 @@ def pauc(target: ArrayLike, score: ArrayLike) -> float:
     min_area, max_area = max_fpr**2 / 2, max_fpr
     standardised = roc_auc_score(1 - labels, -scores, max_fpr=max_fpr)
     return float(min_area + (max_area - min_area) * (2 * standardised - 1))
+
+
+def bootstrap_pauc(
+    target: ArrayLike, scores: Sequence[ArrayLike], group: ArrayLike, num_draws: int, seed: int = 0
+) -> NDArray[np.float64]:
+    """Partial AUC of several scores under the same redraws of whole groups (patients) with replacement.
+
+    Args:
+        target: [N] of 0 and 1.
+        scores: M arrays [N].
+        group: [N] identifiers; the rows of a group are drawn together.
+        num_draws: redraws that hold both classes; others are drawn again.
+
+    Returns:
+        [num_draws, M].
+    """
+    checked = [_checked(target, score) for score in scores]
+    curves = [_Curve(labels, values) for labels, values in checked]
+    _, code = np.unique(np.asarray(group), return_inverse=True)
+    random, labels = np.random.default_rng(seed), checked[0][0]
+    num_groups = code.max() + 1
+    draws: list[list[float]] = []
+    while len(draws) < num_draws:
+        weight = np.bincount(random.integers(num_groups, size=num_groups), minlength=num_groups)[code]
+        if weight[labels == 1].any() and weight[labels == 0].any():
+            draws.append([curve.pauc(weight) for curve in curves])
+    return np.array(draws)
+
+
+class _Curve:
+    """A score sorted once, so that many weightings of its rows are cheap."""
+
+    def __init__(self, labels: NDArray[np.int64], scores: NDArray[np.float64]) -> None:
+        self.order = np.argsort(-scores, kind="stable")
+        ordered = scores[self.order]
+        self.positive = labels[self.order] == 1
+        self.starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+        """Where each distinct score begins: ties are one point of the curve."""
+
+    def pauc(self, weight: NDArray[np.int64]) -> float:
+        """Area between the curve, TPR 0.8 and TPR 1, to the right of the curve; weight: [N] times each row counts."""
+        ordered = weight[self.order]
+        positive, negative = (
+            np.append(0, np.cumsum(np.add.reduceat(ordered * mask, self.starts)))
+            for mask in (self.positive, ~self.positive)
+        )
+        tpr, fpr = positive / positive[-1], negative / negative[-1]
+        after = np.searchsorted(tpr, MIN_TPR, side="right")
+        share = (MIN_TPR - tpr[after - 1]) / (tpr[after] - tpr[after - 1])
+        first = fpr[after - 1] + share * (fpr[after] - fpr[after - 1])
+        return float(np.trapezoid(1 - np.append(first, fpr[after:]), np.append(MIN_TPR, tpr[after:])))
 
 
 def roc_auc(target: ArrayLike, score: ArrayLike) -> float:

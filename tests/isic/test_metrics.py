@@ -3,7 +3,7 @@ import pytest
 from sklearn.metrics import auc, roc_curve
 
 from isic.errors import UserError
-from isic.metrics import pauc, roc_auc, top_k_sensitivity
+from isic.metrics import bootstrap_pauc, pauc, roc_auc, top_k_sensitivity
 
 
 def official_pauc(target: np.ndarray, score: np.ndarray) -> float:
@@ -65,3 +65,18 @@ def test_top_k_agrees_with_a_loop_over_patients() -> None:
     score = random.integers(0, 12, 900).astype(float)
     hits = [np.sum((patient == patient[i]) & (score >= score[i])) <= 15 for i in np.flatnonzero(target)]
     assert top_k_sensitivity(target, score, patient) == pytest.approx(np.mean(hits))
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_a_bootstrap_draw_is_the_pauc_of_the_drawn_rows(levels: int) -> None:
+    random = np.random.default_rng(4)
+    target, group = (random.random(300) < 0.2).astype(int), random.integers(0, 40, 300)
+    score = np.round(random.random(300) * levels + 0.4 * target * levels)
+    draws = bootstrap_pauc(target, [score, -score], group, num_draws=5, seed=9)
+    assert draws.shape == (5, 2)
+    again = np.random.default_rng(9)
+    for drawn in draws:
+        groups = again.integers(40, size=40)
+        rows = np.concatenate([np.flatnonzero(group == g) for g in groups])
+        assert drawn[0] == pytest.approx(pauc(target[rows], score[rows]), abs=1e-12)
+        assert drawn[1] == pytest.approx(pauc(target[rows], -score[rows]), abs=1e-12)
