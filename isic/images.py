@@ -263,15 +263,18 @@ def build_index(path: Path) -> pl.DataFrame:
 
 
 def _locate_all(file: h5py.h5f.FileID) -> pl.DataFrame:
-    """Returns the index of every dataset. Arrays of numbers, because a full-size file has many."""
-    names, offsets, sizes = [], array("q"), array("q")
-    for name in file:
+    """Returns the index of every dataset.
+
+    A full-size file has many: numbers go into arrays, and all names are read first, because HDF5 holds on to three
+    times the memory where other calls come between them.
+    """
+    names, offsets, sizes = list(file), array("q"), array("q")
+    for name in names:
         dataset = h5py.h5d.open(file, name)
         offset = dataset.get_offset()  # None unless contiguous, in this file, and allocated
-        names.append(name.decode())
         offsets.append(NO_OFFSET if offset is None else offset)
         sizes.append(dataset.get_storage_size())
-    ids = pl.Series("isic_id", names, dtype=pl.String)
+    ids = pl.Series("isic_id", names, dtype=pl.Binary).cast(pl.String)
     return pl.DataFrame([ids, pl.Series("offset", np.array(offsets)), pl.Series("size", np.array(sizes))])
 
 
