@@ -1,4 +1,4 @@
-"""The ONNX graph: uint8 images in, features and logits out, any batch size."""
+"""The ONNX graph: uint8 images in, features, logits and perhaps a mask out, any batch size."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ def build(model: Classifier, size: int, path: Path) -> None:
             (example,),
             path,
             input_names=["images"],
-            output_names=["features", "logits"],
+            output_names=list(model.output_names),
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             opset_version=OPSET,
             external_data=False,

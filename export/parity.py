@@ -1,7 +1,7 @@
 """The parity gate: an artifact must say what its checkpoint says, on real images and noise, at several batch sizes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,16 +15,39 @@ BATCH_SIZES = (1, 2, 7)
 NUM_NOISE = 7
 
 
+NAMES = ("features", "logits", "mask")
+"""Outputs in their order; the mask is there where the network draws one."""
+
+Arrays = tuple[NDArray[np.float32], ...]
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """An engine that can run the optional output `mask`."""
+
+    def run_mask(self, images: Pixels) -> NDArray[np.float32]:
+        """Returns probabilities [n, h, w] float32 of images uint8 [n, H, W, 3]."""
+        ...
+
+
 class ParityError(Exception):
     """An artifact differs from its checkpoint; the message says in what and by how much."""
 
 
 @torch.inference_mode()
-def reference(model: Classifier, images: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Returns what the checkpoint says in float32: features [N, D] and logits [N, 1] of uint8 [N, H, W, 3]."""
+def reference(model: Classifier, images: Pixels) -> Arrays:
+    """Returns what the checkpoint says in float32 of uint8 [N, H, W, 3]: features [N, D], logits [N, 1], any mask."""
     outputs = [model(torch.from_numpy(images[at : at + 8])) for at in range(0, len(images), 8)]
-    features, logits = (torch.cat(part).numpy() for part in zip(*outputs, strict=True))
-    return features, logits
+    return tuple(torch.cat(part).numpy() for part in zip(*outputs, strict=True))
+
+
+def run_engine(engine: Engine, images: Pixels, with_mask: bool) -> Arrays:
+    """Returns what the engine says, in the order of `reference`. Raises ParityError where it cannot draw the mask."""
+    if not with_mask:
+        return engine.run(images)
+    if not isinstance(engine, Draws):
+        raise ParityError("the network draws masks, and this engine does not run them")
+    return (*engine.run(images), engine.run_mask(images))
 
 
 def check_parity(
@@ -41,10 +64,10 @@ def check_parity(
         model: the checkpoint in float32, in eval mode on the CPU.
         images: real ones, uint8 [N, H, W, 3]; as many images of noise are added.
         min_cosine: least cosine of any image's features.
-        max_logit_error: largest absolute error of any logit.
+        max_logit_error: largest absolute error of any logit, and of any probability of a mask.
 
     Returns:
-        The figures by batch size: `cosine`, `max_abs_error` of the features, `max_logit_error`.
+        The figures by batch size: `cosine`, `max_abs_error` of the features, `max_logit_error`, any `max_mask_error`.
 
     Raises:
         ParityError: outputs of the wrong shape or dtype, not finite, or too far off.
@@ -54,9 +77,10 @@ def check_parity(
     expected = reference(model, images)
     figures = {}
     for batch_size in batch_sizes:
-        batches = [engine.run(images[at : at + batch_size]) for at in range(0, len(images), batch_size)]
-        features, logits = (np.concatenate(part) for part in zip(*batches, strict=True))
-        figures[f"batch_{batch_size}"] = figure = compare(expected, (features, logits))
+        starts = range(0, len(images), batch_size)
+        batches = [run_engine(engine, images[at : at + batch_size], len(expected) > 2) for at in starts]
+        actual = tuple(np.concatenate(part) for part in zip(*batches, strict=True))
+        figures[f"batch_{batch_size}"] = figure = compare(expected, actual)
         if figure["cosine"] < min_cosine:
             raise ParityError(
                 f"at batch {batch_size} the cosine of the features is {figure['cosine']:.6f}, under {min_cosine}"
@@ -65,14 +89,16 @@ def check_parity(
             raise ParityError(
                 f"at batch {batch_size} a logit is off by {figure['max_logit_error']:.2g}, over {max_logit_error}"
             )
+        if figure.get("max_mask_error", 0.0) > max_logit_error:
+            raise ParityError(
+                f"at batch {batch_size} the mask is off by {figure['max_mask_error']:.2g}, over {max_logit_error}"
+            )
     return figures
 
 
-def compare(
-    expected: tuple[NDArray[np.float32], NDArray[np.float32]], actual: tuple[NDArray[np.float32], NDArray[np.float32]]
-) -> dict[str, float]:
+def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:
     """Returns the least cosine of any image's features and the largest absolute errors. Raises ParityError."""
-    for name, want, have in zip(("features", "logits"), expected, actual, strict=True):
+    for name, want, have in zip(NAMES, expected, actual, strict=False):
         if have.dtype != np.float32 or have.shape != want.shape:
             raise ParityError(f"{name} are {have.dtype} {list(have.shape)}, not float32 {list(want.shape)}")
         if not np.isfinite(have).all():
@@ -80,8 +106,6 @@ def compare(
     features, other = (part[0].astype(np.float64) for part in (expected, actual))
     norms = np.linalg.norm(features, axis=1) * np.linalg.norm(other, axis=1)
     cosine = (features * other).sum(axis=1) / np.maximum(norms, 1e-30)
-    return {
-        "cosine": float(cosine.min()),
-        "max_abs_error": float(np.abs(features - other).max()),
-        "max_logit_error": float(np.abs(expected[1] - actual[1]).max()),
-    }
+    errors = [float(np.abs(want - have).max()) for want, have in zip(expected, actual, strict=True)]
+    named = zip(("max_abs_error", "max_logit_error", "max_mask_error"), errors, strict=False)
+    return {"cosine": float(cosine.min()), **dict(named)}

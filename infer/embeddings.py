@@ -4,7 +4,8 @@
 `<root>/<split>/run.json` says what they were made with, and `<root>/folds.parquet` which fold held out which row.
 """
 
-from collections.abc import Iterable, Sequence
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,19 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from isic import schema
 from isic.dataset import Split
 from isic.errors import UserError
-from isic.files import atomic_path, read_json
+from isic.files import atomic_path, digest, read_json
+from isic.folds import FILE as FOLDS_FILE
+from isic.folds import read_folds
 
 PLAN_FILE, RUN_FILE = "plan.json", "run.json"
 ERRORS_FILE = "errors.parquet"
+ERRORS = {"isic_id": pl.String, "reason": pl.String}
+"""Schema of ERRORS_FILE."""
+SLICE_ROWS = 32768
+"""Ids that are looked at together where a full-size table of them would cost memory."""
 
 
 def fold_dir(root: Path, split: Split, fold: int) -> Path:
@@ -44,8 +52,20 @@ def write_part(path: Path, ids: Sequence[str], features: NDArray[np.floating], l
             "logit": pl.Series(logits, dtype=pl.Float32),
         }
     )
+    write_table(path, table)
+
+
+def write_table(path: Path, table: pl.DataFrame) -> None:
+    """Writes a small table as Parquet, atomically. Raises UserError where the disk is full."""
+    encoded = io.BytesIO()  # what polars raises for a full disk is not an OSError
+    table.write_parquet(encoded, compression="zstd", statistics=False)
     with atomic_path(path) as temporary:
-        table.write_parquet(temporary, compression="zstd", statistics=False)
+        temporary.write_bytes(encoded.getbuffer())
+
+
+def ids_digest(ids: pl.Series) -> str:
+    """Returns a digest of a table's ids in their order."""
+    return digest(*(digest(*rows[schema.ID]) for rows in ids.to_frame(schema.ID).iter_slices(SLICE_ROWS)))
 
 
 def read_run(root: Path, split: Split) -> dict[str, Any]:
@@ -75,3 +95,73 @@ def load(root: Path, split: Split, columns: Iterable[str] = ("features", "logit"
         frame = pl.scan_parquet(parts).select("isic_id", pl.lit(fold, dtype=pl.Int8).alias("fold"), *columns)
         frames.append(frame)
     return pl.concat(frames)
+
+
+def join(
+    root: Path,
+    split: Split,
+    metadata: pl.DataFrame,
+    columns: Iterable[str] = ("features", "logit"),
+    model_dir: Path | None = None,
+) -> pl.LazyFrame:
+    """Reads the embeddings of a split beside the metadata they belong to, every link between the two checked.
+
+    Args:
+        root: the run's folder, `<output_dir>/<config>`.
+        metadata: the split's whole table, in its order.
+        columns: of `features` and `logit`.
+        model_dir: where given, its engines must be those that made the embeddings.
+
+    Returns:
+        The columns of `metadata`, `fold` and the wanted columns, in the order of `metadata`: a row for each image and
+        fold that saw it, none for an image that the run says it could not use.
+
+    Raises:
+        UserError: another table, other folds or other engines than at hand, or an image that is not there exactly
+            once where it should be.
+    """
+    run = read_run(root, split)
+    if ids_digest(metadata[schema.ID]) != run["ids_digest"]:
+        raise UserError(f"the {split} embeddings in {root} were made for another table; embed this one with --force")
+    if model_dir:
+        _check_engines(root, model_dir, run)
+    _check_rows(root, split, metadata, run)
+    rows = load(root, split, columns)
+    return metadata.lazy().join(rows, on=schema.ID, how="inner", maintain_order="left_right")
+
+
+def _check_engines(root: Path, model_dir: Path, run: Mapping[str, Any]) -> None:
+    for fold, made_with in run["engines"].items():
+        manifests = (model_dir / f"fold_{fold}").glob("*.json")
+        if made_with not in {read_json(path).get("sha256") for path in manifests}:
+            raise UserError(
+                f"the embeddings in {root} were made with another engine of fold {fold} than {model_dir} has; "
+                "embed again with --force"
+            )
+
+
+def _check_rows(root: Path, split: Split, metadata: pl.DataFrame, run: Mapping[str, Any]) -> None:
+    """Raises a UserError unless each image stands once under each fold that saw it, and nothing else does."""
+    key = [schema.ID, "fold"]
+    found = load(root, split, []).collect()
+    bad = pl.read_parquet(root / split / ERRORS_FILE)
+    expected = _expected(root, split, metadata.select(schema.ID), run).join(bad, on=schema.ID, how="anti")
+    repeated = found.filter(pl.struct(key).is_duplicated()).unique(maintain_order=True)
+    surplus, absent = found.join(expected, on=key, how="anti"), expected.join(found, on=key, how="anti")
+    for rows, what in ((repeated, "more than once"), (surplus, "but should not be"), (absent, "not at all")):
+        if len(rows):
+            raise UserError(
+                f"{root}: {len(rows)} {split} embeddings are there {what}, the first of {rows[schema.ID][0]} by fold "
+                f"{rows['fold'][0]}; embed again into an empty folder"
+            )
+
+
+def _expected(root: Path, split: Split, ids: pl.DataFrame, run: Mapping[str, Any]) -> pl.DataFrame:
+    """Returns `isic_id` and `fold` of every row that a run should have made, had every image been good."""
+    made_by = pl.DataFrame({"fold": pl.Series(run["folds"], dtype=pl.Int8)})
+    if split == "test" or run["folds_mode"] == "all":
+        return ids.join(made_by, how="cross")
+    folds = read_folds(root / FOLDS_FILE)
+    if folds.digest != run["folds_digest"]:
+        raise UserError(f"{root / FOLDS_FILE} is not the fold plan that the embeddings were made with; embed again")
+    return ids.with_columns(folds.of(ids).alias("fold")).join(made_by, on="fold", how="semi")

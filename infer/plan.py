@@ -9,20 +9,18 @@ from typing import Any, BinaryIO
 
 import polars as pl
 
-from infer.embeddings import PLAN_FILE, part_path
+from infer.embeddings import PLAN_FILE, SLICE_ROWS, part_path
 from infer.engines import manifest_spec
 from isic import schema
 from isic.dataset import Split
 from isic.errors import UserError
-from isic.files import digest, read_json, read_manifest, write_json
+from isic.files import read_json, read_manifest, write_json
 from isic.folds import Folds
 from isic.metadata import NULLS, require
 from isic.preprocess import PreprocessSpec
 
 PART_ROWS = 4096
 CSV_BLOCK = 4 * 1024 * 1024
-FOLDS_ROWS = 65536
-"""Rows whose folds are looked up at a time, to bound memory."""
 STALE_SECONDS = 3600
 """Age at which a temporary file belongs to a run that was killed, and not to one that goes on beside this one."""
 
@@ -158,8 +156,7 @@ def plan_parts(
     if folds is None or mode == "all":
         groups = [(list(engines), ids)]
     else:
-        starts = range(0, len(ids), FOLDS_ROWS)
-        fold = pl.concat([folds.of(ids.slice(start, FOLDS_ROWS).to_frame()) for start in starts])
+        fold = pl.concat([folds.of(rows) for rows in ids.to_frame().iter_slices(SLICE_ROWS)])
         groups = [([k], ids.filter(fold == k)) for k in engines]
     parts = []
     for seen_by, rows in groups:
@@ -167,11 +164,6 @@ def plan_parts(
             paths = {k: part_path(root, split, k, index) for k in seen_by}
             parts.append(Part(rows.slice(start, PART_ROWS), paths))
     return parts
-
-
-def ids_digest(ids: pl.Series) -> str:
-    """Returns the digest of a table's ids in their order."""
-    return digest(*ids)
 
 
 def begin(directory: Path, plan: Mapping[str, Any], force: bool) -> None:

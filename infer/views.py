@@ -17,7 +17,7 @@ same for an image and its views."""
 
 
 def view(images: Pixels, turns: int, mirrored: bool) -> Pixels:
-    """Returns images uint8 [N, size, size, 3] turned and mirrored, contiguous; the same array for no change."""
+    """Returns images uint8 [N, size, size, 3] turned and mirrored, contiguous; the same memory for no change."""
     turned = np.rot90(images, turns, axes=(1, 2))
     return np.ascontiguousarray(turned[:, :, ::-1] if mirrored else turned)
 

@@ -252,8 +252,11 @@ def build_index(path: Path) -> pl.DataFrame:
         UserError: the file is truncated or not HDF5, or holds no images.
     """
     try:
+        # One file object that has listed a full-size file's names needs three times the memory to open what they name.
         with h5py.File(path, "r") as file:
-            table = _locate_all(file.id)
+            names = list(file.id)
+        with h5py.File(path, "r") as file:
+            table = _locate_all(file.id, names)
     except OSError as error:
         reason = str(error).split("(")[-1].rstrip(")")
         raise UserError(f"{path} is not a whole HDF5 file ({reason}); copy or download it again") from None
@@ -262,13 +265,9 @@ def build_index(path: Path) -> pl.DataFrame:
     return _without_references(table.sort("isic_id"), path)
 
 
-def _locate_all(file: h5py.h5f.FileID) -> pl.DataFrame:
-    """Returns the index of every dataset.
-
-    A full-size file has many: numbers go into arrays, and all names are read first, because HDF5 holds on to three
-    times the memory where other calls come between them.
-    """
-    names, offsets, sizes = list(file), array("q"), array("q")
+def _locate_all(file: h5py.h5f.FileID, names: Sequence[bytes]) -> pl.DataFrame:
+    """Returns the index of every dataset. Numbers go into arrays, because a full-size file has many."""
+    offsets, sizes = array("q"), array("q")
     for name in names:
         dataset = h5py.h5d.open(file, name)
         offset = dataset.get_offset()  # None unless contiguous, in this file, and allocated

@@ -15,14 +15,14 @@ def test_real_pairs_to_a_submission(real_data: Path, tmp_path: Path, cli: Cli) -
         tmp_path / "embeddings",
         tmp_path / "ens",
     )
+    fit = ["--features", "multimodal", "--seeds", 1, "--num_rounds", 20, "--output_dir", ensembles]
+    predict = ["--ensemble", ensembles, "--output", tmp_path / "submission.csv"]
     steps: list[list[object]] = [
         ["train", *TINY, "--data", data, "--output_dir", tmp_path, "--epochs", 1, "--num_folds", 3],
         ["export", "--config", "tiny", "--model_dir", run],
         ["infer", "embed", "--config", "tiny", "--model_dir", run, "--data", data, "--output_dir", embeddings],
-        ["infer", "fit", "--features", "multimodal", "--data", data, "--embeddings", embeddings / "tiny"]
-        + ["--output_dir", ensembles, "--seeds", 1, "--num_rounds", 20],
-        ["infer", "predict", "--ensemble", ensembles, "--data", data, "--embeddings", embeddings / "tiny"]
-        + ["--output", tmp_path / "submission.csv"],
+        ["infer", "fit", "--data", data, "--embeddings", embeddings / "tiny", *fit],
+        ["infer", "predict", "--data", data, "--embeddings", embeddings / "tiny", *predict],
     ]
     for step in steps:
         ended = cli(str(step[0]), *step[1:])

@@ -1,26 +1,44 @@
 """`python -m train --config vit_tiny`: trains the folds of a config."""
 
+import sys
+
 from isic import cli
+from train import distributed
 from train.config import TrainSettings, load_settings
 from train.data import load_data
-from train.loop import train_fold
+from train.interrupt import Interrupted, interruptible
+from train.loop import select_device, train_fold
 from train.outputs import is_finished, print_scores
 
 
-def train(settings: TrainSettings) -> None:
+def train(settings: TrainSettings) -> int:
     """Trains one fold or all of a config into <output_dir>/<name>/fold_<k>.
 
     --config (or --model_config) names a file in configs/ or a path; every key of it is a flag as well.
     """
+    try:
+        with interruptible(), distributed.process_group(select_device(settings.device)):
+            train_folds(settings)
+    except Interrupted as stop:
+        if distributed.is_main():
+            print(f"stopped by {stop}; the same command with --resume goes on from the last epoch", file=sys.stderr)
+        return stop.exit_code
+    return 0
+
+
+def train_folds(settings: TrainSettings) -> None:
+    """Trains the folds that are due and prints the scores of all."""
     folds = range(settings.num_folds) if settings.fold is None else [settings.fold]
-    due = [fold for fold in folds if settings.force or not is_finished(settings, fold)]
-    for fold in sorted(set(folds) - set(due)):
-        print(f"fold {fold} is finished; --force trains it again")
+    due = distributed.from_main([fold for fold in folds if settings.force or not is_finished(settings, fold)])
+    if distributed.is_main():
+        for fold in sorted(set(folds) - set(due)):
+            print(f"fold {fold} is finished; --force trains it again")
     if due:
         data = load_data(settings)
         for fold in due:
             train_fold(settings, data, fold)
-    print_scores(settings)
+    if distributed.is_main():
+        print_scores(settings)
 
 
 if __name__ == "__main__":

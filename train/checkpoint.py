@@ -16,8 +16,14 @@ KEYS = ("model_state_dict", "optimizer_state_dict", "best_pauc", "epoch", "confi
 
 def save_checkpoint(path: Path, **values: Any) -> None:
     """Writes a checkpoint. Raises UserError when the disk is full; the former file is then still whole."""
-    with atomic_path(path) as temporary:
-        torch.save(values, temporary)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(values, file)
+        except RuntimeError as error:
+            # torch's archive is closed on the way out of a failed write, and what that raises hides the OSError.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

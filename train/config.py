@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from isic.config import Settings, build, find_config, read_yaml
+from isic.config import Settings, Several, build, find_config, read_yaml
 from isic.errors import UserError
 
 
@@ -16,12 +16,21 @@ class TrainSettings(Settings):
     name: str = Field("custom", description="name of the run; the config's file name unless given")
     model: str = Field(description="timm name of the backbone")
     pretrained: bool | str = Field(
-        True, description="true: timm's weights for the model; a hub name; a local file of weights; false: random"
+        True,
+        description="true: timm's weights for the model; a hub name; a local file of weights or a folder such as "
+        "fold_<k>/backbone; false: random",
     )
     image_size: int = Field(224, ge=8, le=2048, description="side of the square input, pixels")
     interpolation: Literal["linear", "cubic", "area"] = Field("linear", description="resize method")
+    global_pool: Literal["avg", "max", "avgmax", "token"] | None = Field(
+        None, description="how the backbone pools its last map (token: transformers only); its own way if not given"
+    )
 
     data: Path = Field(Path("data/isic-2024"), description="dataset folder in the challenge's layout")
+    extra_data: Several[Path] = Field(
+        (), description="further labelled dataset folders, commas between them: trained on, never validated on"
+    )
+    extra_weight: float = Field(1.0, gt=0, description="how often an epoch shows each extra row; 0.5: half, redrawn")
     output_dir: Path = Field(Path("outputs"), description="the run lands in <output_dir>/<name>")
     fold: int | None = Field(None, ge=0, description="train this fold alone; all folds if not given")
     num_folds: int = Field(5, ge=2, le=50, description="number of folds")
@@ -31,22 +40,31 @@ class TrainSettings(Settings):
     resume: bool = Field(False, description="go on from last.pth where a fold was interrupted")
 
     epochs: int = Field(20, ge=1, description="passes over the (sampled) training rows")
-    batch_size: int = Field(64, ge=1, description="images a micro-batch")
+    batch_size: int = Field(64, ge=1, description="images a micro-batch, in each process")
     accumulation_steps: int = Field(1, ge=1, description="micro-batches an optimizer step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of the head")
     lr_backbone: float = Field(1e-4, gt=0, description="peak learning rate of the backbone")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor of the backbone's learning rate from each layer to the one below it"
+    )
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay of matrices")
     warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up before the cosine")
     freeze_epochs: int = Field(0, ge=0, description="first epochs in which only the head learns")
     clip_grad: float = Field(1.0, gt=0, description="largest norm of the gradient")
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head")
     drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the backbone")
+    mixup: float = Field(0.0, ge=0, description="mixup: alpha of the beta distribution (Zhang et al. 2018); 0: none")
+    cutmix: float = Field(0.0, ge=0, description="cutmix: alpha of the beta distribution (Yun et al. 2019); 0: none")
+    mask_weight: float = Field(
+        0.0, ge=0, description="weight of the segmentation loss where masks.hdf5 has a mask; 0: classification alone"
+    )
     focal_alpha: float = Field(0.25, ge=0, le=1, description="focal loss: weight of the positive class")
     focal_gamma: float = Field(2.0, ge=0, description="focal loss: how far easy examples are discounted")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="moving average of the weights, validated and saved; 0: none")
 
     fp16: bool = Field(False, description="autocast to float16 with loss scaling")
     bf16: bool = Field(False, description="autocast to bfloat16")
+    grad_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
     compile: bool = Field(False, description="torch.compile the model")
     device: str = Field("auto", description="cuda, cpu, or auto")
     num_workers: int = Field(4, ge=0, description="processes that decode and augment")
@@ -80,7 +98,16 @@ class TrainSettings(Settings):
             raise ValueError(
                 f"--freeze_epochs {self.freeze_epochs} leaves none of {self.epochs} epochs for the backbone"
             )
+        if self.mixes and self.batch_size % 2:
+            raise ValueError(f"--mixup and --cutmix pair images; make --batch_size {self.batch_size} even")
+        if self.mixes and self.mask_weight:
+            raise ValueError("--mixup and --cutmix would mix images but not their masks; choose them or --mask_weight")
         return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def run_dir(self) -> Path:

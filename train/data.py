@@ -3,15 +3,16 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from isic import schema
 from isic.dataset import Dataset as IsicDataset
@@ -19,18 +20,37 @@ from isic.errors import UserError
 from isic.files import atomic_path
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, folds_for
-from isic.images import ImageStore, decode_pool
+from isic.images import Hdf5Images, ImageStore, decode_pool
 from isic.preprocess import ImageError, PreprocessSpec, decode, resize
+from train import distributed
 from train.augment import create_augmentation
 from train.config import TrainSettings
+from train.interrupt import leave_to_parent
 
 SAMPLE_ROWS = 50_000
 READ_ROWS = 4096
 
-Item = tuple[NDArray[np.uint8], np.float32, int]
-Batch = tuple[Tensor, Tensor, Tensor]
+EXTRA = -1
+"""Fold of the rows of further datasets, which are never held out."""
+NO_MASK = 255
+"""Value of every pixel of a mask that an image does not have; the others are 0 and 1."""
+
+Item = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.uint8]]
 Key = tuple[int, int]
 """A row and the seed of its augmentation."""
+
+
+class Batch(NamedTuple):
+    """N rows as the loop takes them."""
+
+    images: Tensor
+    """uint8 [N, size, size, 3] RGB; once mixed, float32."""
+    target: Tensor
+    """float32 [N]."""
+    rows: Tensor
+    """int64 [N]: where they stand in the table."""
+    masks: Tensor = torch.empty(0)
+    """uint8 [N, size, size], 1 in the lesion and NO_MASK where an image has none; empty without segmentation."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +64,55 @@ class Jpegs:
     def __getitem__(self, row: int) -> bytes:
         return self.buffer[self.starts[row] : self.starts[row + 1]].tobytes()
 
+    def __add__(self, other: "Jpegs") -> "Jpegs":
+        starts = np.concatenate([self.starts, self.starts[-1] + other.starts[1:]])
+        return Jpegs(np.concatenate([self.buffer, other.buffer]), starts)
 
-def read_jpegs(store: ImageStore, ids: list[str]) -> Jpegs:
-    """Reads the image files of `ids` into one buffer. Raises UserError where one has none."""
-    parts, sizes = [], []
+
+def read_jpegs(store: ImageStore, ids: list[str], absent: frozenset[str] = frozenset()) -> Jpegs:
+    """Reads the image files of `ids` into one buffer; those in `absent` become empty.
+
+    Raises UserError where one of the others has none.
+    """
+    parts, sizes = [np.empty(0, np.uint8)], []
     for start in range(0, len(ids), READ_ROWS):
-        files = store.read(ids[start : start + READ_ROWS])
-        parts.append(np.frombuffer(b"".join(files), dtype=np.uint8))
-        sizes += [len(file) for file in files]
+        names = ids[start : start + READ_ROWS]
+        files = dict(zip(present := [name for name in names if name not in absent], store.read(present), strict=True))
+        parts.append(np.frombuffer(b"".join(files.values()), dtype=np.uint8))
+        sizes += [len(files.get(name, b"")) for name in names]
     return Jpegs(np.concatenate(parts), np.cumsum([0, *sizes]))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one dataset, all of which have an image that decodes."""
+
+    table: pl.DataFrame
+    """`isic_id`, `target` and, where the dataset knows it, `patient_id`."""
+    jpegs: Jpegs
+    masks: Jpegs | None
+    """PNG files, empty for a row without one; None where the run takes no notice of masks."""
+
+    def __add__(self, other: "Rows") -> "Rows":
+        masks = self.masks + other.masks if self.masks and other.masks else None
+        table = pl.concat([self.table, other.table], how="diagonal")
+        return Rows(table, self.jpegs + other.jpegs, masks)
 
 
 @dataclass(frozen=True)
 class TrainData:
     """The rows a run trains and validates on, their files and their folds."""
 
-    table: pl.DataFrame
+    rows: Rows
     fold: NDArray[np.int8]
-    jpegs: Jpegs
+    """[N]: EXTRA for the rows of further datasets."""
     folds: Folds
-    metadata_path: Path
+    metadata_paths: list[Path]
+    """The training table, and those of further datasets."""
+
+    @property
+    def table(self) -> pl.DataFrame:
+        return self.rows.table
 
     @property
     def target(self) -> NDArray[np.float32]:
@@ -74,14 +123,46 @@ def load_data(settings: TrainSettings) -> TrainData:
     """Reads the training table, its fold plan and its images, every one of which is decoded once to see that it can be.
 
     Raises:
-        UserError: anything wrong with the dataset; with `on_error=skip`, rows without a usable image are left out
+        UserError: anything wrong with a dataset; with `on_error=skip`, rows without a usable image are left out
             and listed in `errors.parquet` instead.
     """
     dataset = IsicDataset(settings.data)
     table = dataset.metadata("train")
-    folds = folds_for(table, settings.num_folds, settings.split_seed, settings.run_dir / FOLDS_FILE, dataset.folds_path)
-    if settings.use_sample:
-        table = sample_rows(table, SAMPLE_ROWS, settings.split_seed)
+    path = settings.run_dir / FOLDS_FILE
+    with distributed.main_first():
+        folds = folds_for(table, settings.num_folds, settings.split_seed, path, dataset.folds_path)
+    chosen = sample_rows(table, SAMPLE_ROWS, settings.split_seed) if settings.use_sample else table
+    rows = load_rows(dataset, chosen, settings)
+    fold = folds.of(rows.table).to_numpy()
+    paths = [dataset.metadata_path("train")]
+    for root in settings.extra_data:
+        extra = IsicDataset(root)
+        rows += load_rows(extra, unrelated(extra.metadata("train"), [table, rows.table], root), settings)
+        paths.append(extra.metadata_path("train"))
+    if rows.masks and not len(rows.masks.buffer):
+        raise UserError(f"{dataset.masks_path} has no mask of any training image; add masks, or set --mask_weight 0")
+    fold = np.concatenate([fold, np.full(len(rows.table) - len(fold), EXTRA, np.int8)])
+    return TrainData(rows, fold, folds, paths)
+
+
+def unrelated(table: pl.DataFrame, others: list[pl.DataFrame], root: Path) -> pl.DataFrame:
+    """Returns the rows of a further dataset whose image and patient stand in none of the others.
+
+    A patient who is trained on here and held out there would make the out-of-fold scores too good.
+    """
+    kept = table
+    for other in others:
+        for key in (schema.ID, schema.PATIENT):
+            if key in kept.columns and key in other.columns:
+                kept = kept.filter(~pl.col(key).is_in(other[key].drop_nulls().implode()).fill_null(False))
+    if len(kept) < len(table) and distributed.is_main():
+        print(f"{root}: {len(table) - len(kept)} rows are left out, their image or patient stands in another dataset")
+    return kept
+
+
+def load_rows(dataset: IsicDataset, table: pl.DataFrame, settings: TrainSettings) -> Rows:
+    """Reads the images (and masks, where the run learns them) of a table's rows. Raises UserError."""
+    table = table.select(name for name in (schema.ID, schema.TARGET, schema.PATIENT) if name in table.columns)
     store = dataset.images("train")
     ids = table[schema.ID].to_list()
     errors = dict.fromkeys(store.missing(ids), "no image for this id")
@@ -92,7 +173,22 @@ def load_data(settings: TrainSettings) -> TrainData:
         _report(errors, len(ids), settings)
         table = table.filter(~pl.col(schema.ID).is_in(list(errors)))
         jpegs = read_jpegs(store, table[schema.ID].to_list())
-    return TrainData(table, folds.of(table).to_numpy(), jpegs, folds, dataset.metadata_path("train"))
+    return Rows(
+        table, jpegs, load_masks(dataset.masks_path, table[schema.ID].to_list()) if settings.mask_weight else None
+    )
+
+
+def load_masks(path: Path, ids: list[str]) -> Jpegs:
+    """Reads the mask files of `ids`, empty for an image without one. Raises UserError where one does not decode."""
+    if not path.is_file():
+        return Jpegs(np.empty(0, np.uint8), np.zeros(len(ids) + 1, np.int64))
+    store = Hdf5Images(path)
+    masks = read_jpegs(store, ids, frozenset(store.missing(ids)))
+    wrong = {row: reason for row, reason in undecodable(masks, len(ids)).items() if masks[row]}
+    if wrong:
+        row, reason = next(iter(wrong.items()))
+        raise UserError(f"{path}: {len(wrong)} masks do not decode, the first is {ids[row]} ({reason}); mend them")
+    return masks
 
 
 def undecodable(jpegs: Jpegs, num_rows: int) -> dict[int, str]:
@@ -120,6 +216,8 @@ def _report(errors: dict[str, str], num_rows: int, settings: TrainSettings) -> N
     if settings.on_error == "raise":
         raise UserError(f"{summary}; mend them, or leave their rows out with --on_error skip")
     path = settings.run_dir / "errors.parquet"
+    if not distributed.is_main():
+        return
     with atomic_path(path) as temporary:
         pl.DataFrame({schema.ID: list(errors), "reason": list(errors.values())}).write_parquet(temporary)
     print(f"{summary}; their rows are left out and listed in {path}")
@@ -136,46 +234,86 @@ def sample_rows(table: pl.DataFrame, num_rows: int, seed: int) -> pl.DataFrame:
 
 
 class LesionImages(Dataset[Item]):
-    """Decoded rows: uint8 [size, size, 3], the target, and the row's number."""
+    """Decoded rows: uint8 [size, size, 3], the target, the row's number, and the mask uint8 [size, size]."""
 
     def __init__(self, data: TrainData, spec: PreprocessSpec, augmentation: Any | None = None) -> None:
-        self.jpegs, self.target = data.jpegs, data.target
+        self.jpegs, self.masks, self.target = data.rows.jpegs, data.rows.masks, data.target
         self.spec, self.augmentation = spec, augmentation
 
     def __getitem__(self, key: Key) -> Item:
         row, seed = key
-        image = resize(decode(self.jpegs[row]), self.spec)
+        pixels = {"image": resize(decode(self.jpegs[row]), self.spec)}
+        png = self.masks[row] if self.masks else b""
+        if png:
+            pixels["mask"] = (resize(decode(png), self.spec)[..., 0] > 127).astype(np.uint8)
         if self.augmentation is not None:
             self.augmentation.set_random_seed(seed)
-            image = self.augmentation(image=image)["image"]
-        return image, self.target[row], row
+            pixels = self.augmentation(**pixels)
+        return pixels["image"], self.target[row], row, pixels.get("mask", self._no_mask())
+
+    def _no_mask(self) -> NDArray[np.uint8]:
+        size = self.spec.size if self.masks else 0
+        return np.full((size, size), NO_MASK, np.uint8)
+
+
+def collate(items: list[Item]) -> Batch:
+    """Stacks items into a batch."""
+    return Batch(*default_collate(items))
 
 
 class EpochSampler(Sampler[Key]):
-    """Draws an epoch's rows: every positive `positive_repeats` times, negatives anew, all shuffled.
+    """Draws an epoch's rows: every positive `positive_repeats` times, negatives and extra rows anew, all shuffled.
 
     What is drawn, and the seed of each row's augmentation, depend on the seed and the epoch alone, not on how many
-    workers there are or whether an earlier epoch was run in this process.
+    workers or processes there are or whether an earlier epoch was run in this process.
     """
 
     def __init__(
-        self, rows: NDArray[np.int64], target: NDArray[np.float32], settings: TrainSettings, epoch: int = 0
+        self,
+        rows: NDArray[np.int64],
+        target: NDArray[np.float32],
+        settings: TrainSettings,
+        epoch: int = 0,
+        extra: NDArray[np.int64] | None = None,
     ) -> None:
         self.positives, self.negatives = rows[target == 1], rows[target == 0]
+        self.extra = np.empty(0, np.int64) if extra is None else extra
         self.repeats, self.seed, self.epoch = settings.positive_repeats, settings.seed, epoch
         per_positive = settings.negatives_per_positive
         wanted = len(self.negatives) if per_positive is None else round(per_positive * len(self.positives))
         self.num_negatives = min(wanted, len(self.negatives))
+        self.num_extra = round(settings.extra_weight * len(self.extra))
 
     def __len__(self) -> int:
-        return self.repeats * len(self.positives) + self.num_negatives
+        return self.repeats * len(self.positives) + self.num_negatives + self.num_extra
 
     def __iter__(self) -> Iterator[Key]:
         random = np.random.default_rng((self.seed, self.epoch))
         negatives = random.choice(self.negatives, self.num_negatives, replace=False)
-        rows = random.permutation(np.concatenate([np.tile(self.positives, self.repeats), negatives]))
+        drawn = [np.tile(self.positives, self.repeats), negatives]
+        if self.num_extra:
+            times, rest = divmod(self.num_extra, len(self.extra))
+            drawn += [np.tile(self.extra, times), random.choice(self.extra, rest, replace=False)]
+        rows = random.permutation(np.concatenate(drawn))
         seeds = random.integers(2**31, size=len(rows))
         return iter(zip(rows.tolist(), seeds.tolist(), strict=True))
+
+
+class Share(Sampler[Key]):
+    """One process's share of an epoch: batch for batch, all shares together are the batch that one process would take.
+
+    An incomplete last batch is left out, as its few rows would weigh as much as a whole one, unless it is the only one.
+    """
+
+    def __init__(self, epoch: EpochSampler, batch_size: int, rank: int, world_size: int) -> None:
+        self.epoch, self.rank, self.world_size = epoch, rank, world_size
+        self.num_keys = len(epoch) - len(epoch) % (batch_size * world_size) or len(epoch)
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.num_keys, self.world_size))
+
+    def __iter__(self) -> Iterator[Key]:
+        return islice(iter(self.epoch), self.rank, self.num_keys, self.world_size)
 
 
 class RowSampler(Sampler[Key]):
@@ -191,18 +329,17 @@ class RowSampler(Sampler[Key]):
         return iter((int(row), 0) for row in self.rows)
 
 
-def create_loader(
-    images: LesionImages, sampler: Sampler[Key], settings: TrainSettings, drop_last: bool
-) -> DataLoader[Item]:
-    """Returns a loader of batches (uint8 [N, size, size, 3], float32 [N], int64 [N] rows)."""
+def create_loader(images: LesionImages, sampler: Sampler[Key], settings: TrainSettings) -> DataLoader[Item]:
+    """Returns a loader of `Batch`es."""
     return DataLoader(
         images,
         batch_size=settings.batch_size,
         sampler=cast(Any, sampler),
-        drop_last=drop_last,
+        collate_fn=collate,
         num_workers=settings.num_workers,
         persistent_workers=settings.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_to_parent,
     )
 
 
@@ -211,18 +348,23 @@ def fold_loaders(
 ) -> tuple[DataLoader[Item], EpochSampler, DataLoader[Item]]:
     """Returns the training loader, its sampler (whose epoch the loop sets), and the validation loader of a fold.
 
+    Each of several processes gets loaders of its own share.
+
     Raises:
-        UserError: the training or the held-out rows lack a class.
+        UserError: the training or the held-out rows lack a class, or are fewer than the processes.
     """
-    training, held_out = np.flatnonzero(data.fold != fold), np.flatnonzero(data.fold == fold)
+    training = np.flatnonzero((data.fold != fold) & (data.fold != EXTRA))
+    held_out, extra = np.flatnonzero(data.fold == fold), np.flatnonzero(data.fold == EXTRA)
+    rank, world_size = distributed.rank(), distributed.world_size()
     for rows, name in ((training, "training"), (held_out, "held-out")):
         if len(np.unique(data.target[rows])) < 2:
             raise UserError(f"the {name} rows of fold {fold} hold one class only; use more data or fewer folds")
-    sampler = EpochSampler(training, data.target[training], settings)
+        if len(rows) < world_size:
+            raise UserError(f"{len(rows)} {name} rows are too few for {world_size} processes; start fewer")
+    sampler = EpochSampler(training, data.target[training], settings, extra=extra)
     augmented = LesionImages(data, spec, create_augmentation(settings.augmentation))
-    full_batches = len(sampler) >= settings.batch_size
     return (
-        create_loader(augmented, sampler, settings, drop_last=full_batches),
+        create_loader(augmented, Share(sampler, settings.batch_size, rank, world_size), settings),
         sampler,
-        create_loader(LesionImages(data, spec), RowSampler(held_out), settings, drop_last=False),
+        create_loader(LesionImages(data, spec), RowSampler(held_out[rank::world_size]), settings),
     )

@@ -7,11 +7,17 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from isic.errors import UserError, did_you_mean
 from isic.preprocess import PreprocessSpec
 from train.config import TrainSettings
+
+MASK_STRIDE = 2
+"""Masks are drawn at half the input's side: lesions of a few pixels lose their outline at a quarter of it."""
+TRUNK_STRIDE = 4
+"""Where feature maps are brought together that are all coarser; otherwise it is where the finest stands."""
 
 
 class Classifier(nn.Module):
@@ -19,6 +25,9 @@ class Classifier(nn.Module):
 
     mean: Tensor
     inverse_std: Tensor
+    output_names: tuple[str, ...] = ("features", "logits")
+    mask_stride: int | None = None
+    """Input pixels a side of one pixel of the mask, None where the network draws none."""
 
     def __init__(self, backbone: nn.Module, spec: PreprocessSpec, drop_rate: float = 0.0) -> None:
         super().__init__()
@@ -29,16 +38,94 @@ class Classifier(nn.Module):
         self.register_buffer("mean", (255 * torch.tensor(spec.mean)).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("inverse_std", (1 / scale).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns features [N, D] (the backbone before the head) and logits [N, 1], float32.
 
         Args:
-            images: uint8 [N, H, W, 3], RGB.
+            images: uint8 [N, H, W, 3], RGB; mixed images come as floats in [0, 255].
         """
+        features = self.backbone(self.normalised(images))
+        return features.float(), self.head(features).float()
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Returns the backbone's input, float32 [N, 3, H, W]."""
         # The cast stands before the transposition because TensorRT refuses to transpose uint8.
         pixels = images.to(torch.float32).permute(0, 3, 1, 2)
-        features = self.backbone((pixels - self.mean) * self.inverse_std)
-        return features.float(), self.head(features).float()
+        return (pixels - self.mean) * self.inverse_std
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """What learns at the head's rate: all but the backbone."""
+        return [self.head]
+
+
+class MultiTask(Classifier):
+    """A classifier that also draws the lesion, from the same feature maps."""
+
+    output_names = (*Classifier.output_names, "mask")
+
+    def __init__(self, backbone: nn.Module, spec: PreprocessSpec, drop_rate: float = 0.0) -> None:
+        super().__init__(backbone, spec, drop_rate)
+        deepest: dict[int, int] = {}
+        infos: Any = backbone.feature_info
+        for index, info in enumerate(infos):
+            deepest[info["reduction"]] = index
+        strides = [stride for stride in deepest if stride >= MASK_STRIDE]
+        self.map_indices = [deepest[stride] for stride in strides]
+        self.decoder = MaskDecoder([infos[index]["num_chs"] for index in self.map_indices], strides)
+        self.mask_stride = self.decoder.stride
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Returns features [N, D], logits [N, 1] and the mask [N, H / stride, W / stride], float32.
+
+        The mask is logits while training, for a loss that does not saturate, and probabilities in eval mode.
+        """
+        backbone: Any = self.backbone
+        last, maps = backbone.forward_intermediates(self.normalised(images), indices=self.map_indices)
+        features = backbone.forward_head(last)
+        mask = self.decoder(maps).float()
+        return features.float(), self.head(features).float(), mask if self.training else mask.sigmoid()
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        return [self.head, self.decoder]
+
+
+class MaskDecoder(nn.Module):
+    """Feature maps of one or several strides to one map of mask logits.
+
+    Each map is projected and unfolded to one stride, where they are summed. Unfolding (pixel shuffle) leaves no Resize
+    in the exported graph, whose coefficients differ between runtimes.
+    """
+
+    def __init__(self, channels: list[int], strides: list[int], width: int = 32) -> None:
+        super().__init__()
+        finest = min(strides)
+        trunk = next(stride for stride in (TRUNK_STRIDE, MASK_STRIDE, finest) if finest % stride == 0)
+        self.stride = MASK_STRIDE if trunk % MASK_STRIDE == 0 else trunk
+        self.projections = nn.ModuleList(
+            nn.Sequential(
+                LayerNorm2d(count),
+                nn.Conv2d(count, width * (stride // trunk) ** 2, 1),
+                nn.PixelShuffle(stride // trunk),
+            )
+            for count, stride in zip(channels, strides, strict=True)
+        )
+        finer = trunk // self.stride
+        self.draw = nn.Sequential(
+            LayerNorm2d(width),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, finer**2, 3, padding=1),
+            nn.PixelShuffle(finer),
+        )
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Returns logits [N, h, w] of maps [N, C_i, h_i, w_i]."""
+        drawn = [project(part) for project, part in zip(self.projections, maps, strict=True)]
+        logits: Tensor = self.draw(torch.stack(drawn).sum(dim=0))
+        return logits.squeeze(1)
 
 
 def preprocess_spec(settings: TrainSettings) -> PreprocessSpec:
@@ -60,16 +147,28 @@ def create_model(settings: TrainSettings, pretrained: bool | str | None = None) 
         UserError: no such model, it cannot take the image size, or its weights cannot be had.
     """
     pretrained = settings.pretrained if pretrained is None else pretrained
-    options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": settings.drop_path_rate}
-    if _takes_image_size(settings.model):
-        options["img_size"] = settings.image_size
-    backbone = _create_backbone(settings.model, pretrained, options)
+    backbone = _create_backbone(settings.model, pretrained, backbone_options(settings))
     patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", (1, 1))[0]
-    if settings.image_size % patch:
+    strides = [info["reduction"] for info in backbone.feature_info] if settings.mask_weight else []  # type: ignore[union-attr]
+    step = max(patch, *strides) if strides else patch
+    if settings.image_size % step:
         raise UserError(
-            f"{settings.model} cuts images into {patch} px patches; --image_size must be a multiple of {patch}"
+            f"{settings.model} cuts images into {step} px patches; --image_size must be a multiple of {step}"
         )
-    return Classifier(backbone, preprocess_spec(settings), settings.drop_rate)
+    if settings.grad_checkpointing:
+        backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    network = MultiTask if settings.mask_weight else Classifier
+    return network(backbone, preprocess_spec(settings), settings.drop_rate)
+
+
+def backbone_options(settings: TrainSettings) -> dict[str, Any]:
+    """Returns what timm needs beside the name to build the backbone of a config."""
+    options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": settings.drop_path_rate}
+    if takes_image_size(settings.model):
+        options["img_size"] = settings.image_size
+    if settings.global_pool:
+        options["global_pool"] = settings.global_pool
+    return options
 
 
 def _backbone_config(name: str) -> dict[str, Any]:
@@ -80,7 +179,7 @@ def _backbone_config(name: str) -> dict[str, Any]:
     return values
 
 
-def _takes_image_size(name: str) -> bool:
+def takes_image_size(name: str) -> bool:
     """Whether the backbone is built for one image size (transformers), or takes any (convolutional nets)."""
     return bool(_backbone_config(name).get("fixed_input_size"))
 
@@ -99,6 +198,10 @@ def _create_backbone(name: str, pretrained: bool | str, options: dict[str, Any])
         backbone: nn.Module = timm.create_model(
             name, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay, **options
         )
+    except AssertionError as error:
+        if "global_pool" not in options:
+            raise
+        raise UserError(f"{name} does not pool by {options['global_pool']}; choose another --global_pool") from error
     except (OSError, RuntimeError, SafetensorError, KeyError) as error:
         if not pretrained:
             raise

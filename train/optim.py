@@ -5,20 +5,36 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
 
 from train.config import TrainSettings
 from train.model import Classifier
 
 
 def create_optimizer(model: Classifier, settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:
-    """Returns AdamW over backbone and head with their learning rates; vectors (biases, norms) are not decayed."""
-    no_decay: set[str] = getattr(model.backbone, "no_weight_decay", set)()
-    groups: list[dict[str, Any]] = []
-    for module, lr, skip in ((model.backbone, settings.lr_backbone, no_decay), (model.head, settings.lr, set())):
-        for group in param_groups_weight_decay(module, settings.weight_decay, no_weight_decay_list=skip):
-            groups.append({**group, "lr": lr, "peak_lr": lr})
+    """Returns AdamW over backbone and heads with their learning rates; vectors (biases, norms) are not decayed."""
+    groups = [
+        {**group, "peak_lr": settings.lr_backbone * group.get("lr_scale", 1.0)}
+        for group in _backbone_groups(model.backbone, settings)
+    ]
+    for head in model.heads:
+        groups += [
+            {**group, "peak_lr": settings.lr} for group in param_groups_weight_decay(head, settings.weight_decay)
+        ]
+    for group in groups:
+        group["lr"] = group["peak_lr"]
     return torch.optim.AdamW(groups, fused=device.type in {"cuda", "cpu"})
+
+
+def _backbone_groups(backbone: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    no_decay: set[str] = getattr(backbone, "no_weight_decay", set)()
+    if settings.layer_decay == 1:
+        return list(param_groups_weight_decay(backbone, settings.weight_decay, no_weight_decay_list=no_decay))
+    groups = param_groups_layer_decay(
+        backbone, settings.weight_decay, no_weight_decay_list=no_decay, layer_decay=settings.layer_decay
+    )
+    return [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
 
 
 def lr_schedule(num_steps: int, num_warmup: int) -> NDArray[np.float64]:

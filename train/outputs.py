@@ -1,6 +1,8 @@
 """What a run leaves behind for people and for the next step: checkpoint, scores, history, the closing table."""
 
+import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,11 +14,14 @@ from numpy.typing import NDArray
 from isic import schema
 from isic.files import atomic_path, sha256, versions, write_manifest, write_text
 from isic.metrics import pauc, roc_auc
+from train import distributed
 from train.checkpoint import BEST, LAST, save_checkpoint
 from train.config import TrainSettings
 from train.data import TrainData
 from train.model import preprocess_spec
+from train.plots import ROC_FILE, draw_roc, write_scalars
 from train.state import TrainState, refuse_difference
+from train.weights import FOLDER, save_backbone
 
 CONFIG_FILE, OOF_FILE, HISTORY_FILE = "config.yaml", "oof.parquet", "history.jsonl"
 
@@ -33,26 +38,60 @@ class EpochStats:
     skipped_steps: int = 0
     """Optimizer steps left out because a float16 gradient overflowed; the loss scale then falls."""
 
+    @classmethod
+    def joined(cls, parts: list["EpochStats"]) -> "EpochStats":
+        """Returns what several processes that learnt together say: mean losses, all images, the slowest's time."""
+        losses: list[float] = np.mean([part.losses for part in parts], axis=0).tolist()
+        num_images, skipped = sum(part.num_images for part in parts), parts[0].skipped_steps
+        return cls(
+            losses, num_images, max(part.seconds for part in parts), max(part.waiting for part in parts), skipped
+        )
 
-def begin_fold(settings: TrainSettings, fold: int) -> None:
-    """Clears what a former run of the fold left, but for what a resume goes on from, and writes `config.yaml`."""
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of rows it was not trained on."""
+
+    rows: NDArray[np.int64]
+    """[N]: where they stand in the table."""
+    logits: NDArray[np.float32]
+    """[N]."""
+    dice: NDArray[np.float32]
+    """[N]: overlap with the mask, NaN where there is none."""
+
+    @classmethod
+    def joined(cls, parts: list["Predictions"]) -> "Predictions":
+        """Returns the parts of several processes as one, in the table's order."""
+        rows = np.concatenate([part.rows for part in parts])
+        order = np.argsort(rows)
+        logits, dice = (np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "dice"))
+        return cls(rows[order], logits[order], dice[order])
+
+
+def begin_fold(settings: TrainSettings, fold: int, resumes: bool) -> None:
+    """Writes `config.yaml`, and clears what a former run of the fold left unless this one goes on from it."""
+    if not distributed.is_main():
+        return
     directory = settings.fold_dir(fold)
-    leftovers = {OOF_FILE, BEST} | (set() if settings.resume else {LAST, HISTORY_FILE})
-    for name in leftovers:
+    for name in () if resumes else (OOF_FILE, BEST, LAST, HISTORY_FILE):
         (directory / name).unlink(missing_ok=True)
     write_text(directory / CONFIG_FILE, yaml.safe_dump(settings.model_dump(mode="json")))
 
 
 def is_finished(settings: TrainSettings, fold: int) -> bool:
-    """Whether the fold has its checkpoint and scores.
+    """Whether the fold has its checkpoint and scores, and its last epoch is in the history.
 
     Raises:
         UserError: it has, from a run with other settings.
     """
     directory = settings.fold_dir(fold)
-    if not ((directory / OOF_FILE).is_file() and (directory / BEST).is_file()):
+    if not all((directory / name).is_file() for name in (OOF_FILE, BEST, CONFIG_FILE, HISTORY_FILE)):
         return False
-    refuse_difference(directory, yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8")), settings)
+    then = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    last_line = (directory / HISTORY_FILE).read_text(encoding="utf-8").splitlines()[-1]
+    if json.loads(last_line)["epoch"] < then["epochs"]:
+        return False
+    refuse_difference(directory, then, settings)
     return True
 
 
@@ -62,10 +101,11 @@ def save_fold(
     settings: TrainSettings,
     data: TrainData,
     fold: int,
-    rows: NDArray[np.int64],
-    logits: NDArray[np.float32],
+    held: Predictions,
 ) -> None:
-    """Writes `best_model.pth`, its manifest, and last the out-of-fold scores that mark the fold as finished."""
+    """Writes `best_model.pth`, its manifest, the backbone by itself and the out-of-fold scores."""
+    if not distributed.is_main():
+        return
     config = {
         "name": settings.name,
         "model": settings.model,
@@ -74,6 +114,8 @@ def save_fold(
         "folds_digest": data.folds.digest,
         "preprocess": preprocess_spec(settings).model_dump(mode="json"),
     }
+    if state.model.mask_stride:
+        config["mask_stride"] = state.model.mask_stride
     save_checkpoint(
         directory / BEST,
         model_state_dict=state.evaluated.state_dict(),
@@ -83,14 +125,11 @@ def save_fold(
         config=config,
         args=settings.model_dump(mode="json"),
     )
-    oof = (
-        data.table[rows]
-        .select(schema.ID, schema.TARGET)
-        .with_columns(pl.lit(fold, dtype=pl.Int8).alias("fold"), pl.Series("logit", logits))
-    )
-    with atomic_path(directory / OOF_FILE) as temporary:
-        oof.write_parquet(temporary)
-    made_from = {"metadata_sha256": sha256(data.metadata_path), "num_rows": len(data.table)}
+    made_from = {
+        "metadata_sha256": sha256(data.metadata_paths[0]),
+        "extra_sha256": [sha256(path) for path in data.metadata_paths[1:]],
+        "num_rows": len(data.table),
+    }
     write_manifest(
         directory / BEST,
         **config,
@@ -99,12 +138,32 @@ def save_fold(
         made_from=made_from,
         versions=versions("torch", "timm", "albumentations", "opencv-python-headless"),
     )
+    facts = {**config, **made_from, "pauc": state.best_pauc, "auc": roc_auc(data.target[held.rows], held.logits)}
+    save_backbone(directory / FOLDER, state.evaluated, settings, facts)
+    _write_oof(directory / OOF_FILE, data, fold, held)
+
+
+def _write_oof(path: Path, data: TrainData, fold: int, held: Predictions) -> None:
+    oof = (
+        data.table[held.rows]
+        .select(schema.ID, schema.TARGET)
+        .with_columns(pl.lit(fold, dtype=pl.Int8).alias("fold"), pl.Series("logit", held.logits))
+    )
+    if data.rows.masks:
+        oof = oof.with_columns(pl.Series("dice", held.dice, nan_to_null=True))
+    content = io.BytesIO()  # polars hides the reason where the disk is full
+    oof.write_parquet(content)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getvalue())
 
 
 def log_epoch(
-    path: Path, settings: TrainSettings, fold: int, state: TrainState, stats: EpochStats, scores: dict[str, float]
+    directory: Path, settings: TrainSettings, fold: int, state: TrainState, stats: EpochStats, scores: dict[str, float]
 ) -> None:
     """Appends the epoch to `history.jsonl` and prints a line."""
+    if not distributed.is_main():
+        return
+    path = directory / HISTORY_FILE
     entry = {
         "fold": fold,
         "epoch": state.epoch,
@@ -118,9 +177,11 @@ def log_epoch(
     kept = [line for line in earlier if json.loads(line)["epoch"] < state.epoch]
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join([*kept, json.dumps(entry)]) + "\n", encoding="utf-8")
+    write_scalars(directory / "tensorboard", state.epoch, {name: entry[name] for name in ("loss", *scores)})
+    dice = f"Dice {scores['dice']:.3f}, " if "dice" in scores else ""
     print(
         f"fold {fold} epoch {state.epoch}/{settings.epochs}: loss {entry['loss']:.4f}, pAUC {scores['pauc']:.4f}, "
-        f"AUC {scores['auc']:.4f}, {entry['images_per_second']:.0f} img/s, waiting {entry['waiting_share']:.0%}",
+        f"AUC {scores['auc']:.4f}, {dice}{entry['images_per_second']:.0f} img/s, waiting {entry['waiting_share']:.0%}",
         flush=True,
     )
 
@@ -134,16 +195,32 @@ def print_scores(settings: TrainSettings) -> None:
     tables = [pl.read_parquet(path) for path in paths if path.is_file()]
     if not tables:
         return
-    print(f"\n{'fold':>8} {'rows':>8} {'positive':>8} {'pAUC':>8} {'AUC':>8}")
+    print(f"\n{'fold':>8} {'rows':>8} {'positive':>8} {'pAUC':>8} {'AUC':>8} {'Dice':>8}")
     scores = [_print_row(str(table["fold"][0]), table) for table in tables]
     if len(tables) > 1:
-        print(f"{'mean':>8} {'':>17} {np.mean(scores, axis=0)[0]:8.4f} {np.mean(scores, axis=0)[1]:8.4f}")
-        _print_row("pooled", pl.concat(tables))
-    print(f"\ncheckpoints in {settings.run_dir}")
+        pauc_, auc, dice = (_mean([row[column] for row in scores]) for column in range(3))
+        print(f"{'mean':>8} {'':>17} {pauc_:8.4f} {auc:8.4f} {_dice_text(dice)}")
+        _print_row("pooled", pl.concat(tables, how="diagonal"))
+    curves = {f"fold {table['fold'][0]}": table for table in tables}
+    curves |= {"pooled": pl.concat(tables, how="diagonal")} if len(tables) > 1 else {}
+    drawn = draw_roc(settings.run_dir / ROC_FILE, curves)
+    print(f"\ncheckpoints in {settings.run_dir}" + (f", ROC curves in {ROC_FILE}" if drawn else ""))
+    if not drawn:
+        print(f"no {ROC_FILE}: matplotlib is not installed (pip install matplotlib)")
 
 
-def _print_row(name: str, oof: pl.DataFrame) -> tuple[float, float]:
+def _print_row(name: str, oof: pl.DataFrame) -> tuple[float, float, float | None]:
     target, logit = oof[schema.TARGET], oof["logit"]
     score, auc = pauc(target, logit), roc_auc(target, logit)
-    print(f"{name:>8} {len(oof):8} {target.sum():8} {score:8.4f} {auc:8.4f}")
-    return score, auc
+    dice = _mean(oof["dice"].to_list()) if "dice" in oof.columns else None
+    print(f"{name:>8} {len(oof):8} {target.sum():8} {score:8.4f} {auc:8.4f} {_dice_text(dice)}")
+    return score, auc, dice
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _dice_text(dice: float | None) -> str:
+    return f"{'-':>8}" if dice is None else f"{dice:8.4f}"

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 
+from isic.config import build
 from isic.errors import UserError
+from train import distributed
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import TrainSettings
 from train.data import TrainData
-from train.model import Classifier, create_model
+from train.model import Classifier, create_model, takes_image_size
 from train.optim import create_optimizer
 
 FREE_TO_CHANGE = {"fold", "force", "resume", "num_workers", "device", "data", "output_dir", "on_error"}
@@ -32,6 +34,8 @@ class TrainState:
     step: int = 0
     """Optimizer steps finished."""
     best_pauc: float = 0.0
+    num_parts: int = 1
+    """Parts that a micro-batch is cut into because the GPU's memory does not hold it whole."""
 
     @property
     def evaluated(self) -> Classifier:
@@ -44,6 +48,8 @@ def create_state(settings: TrainSettings, device: torch.device, fold: int) -> Tr
     """Builds model, optimizer, loss scaling and moving average; random weights depend on seed and fold alone."""
     torch.manual_seed(hash((settings.seed, fold)))
     model = create_model(settings).to(device)
+    if device.type == "cuda" and not takes_image_size(settings.model):
+        model = model.to(memory_format=torch.channels_last)  # what cuDNN's convolutions are fast on
     averaged = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
     scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16)
     return TrainState(model, create_optimizer(model, settings, device), scaler, averaged)
@@ -51,6 +57,8 @@ def create_state(settings: TrainSettings, device: torch.device, fold: int) -> Tr
 
 def save_last(path: Path, state: TrainState, settings: TrainSettings, data: TrainData) -> None:
     """Writes all that resuming needs."""
+    if not distributed.is_main():
+        return
     save_checkpoint(
         path,
         model_state_dict=state.model.state_dict(),
@@ -86,9 +94,12 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, data: TrainD
 def refuse_difference(path: Path, then: Mapping[str, Any], settings: TrainSettings) -> None:
     """Raises a UserError that names the first setting in which the run that wrote `path` differs from this one."""
     now = settings.model_dump(mode="json")
+    then = build(TrainSettings, then, source=str(path)).model_dump(
+        mode="json"
+    )  # settings it does not know have defaults
     for key in sorted(now.keys() - FREE_TO_CHANGE):
-        if now[key] != then.get(key):
+        if now[key] != then[key]:
             raise UserError(
-                f"{path} was made with {key}={then.get(key)}, now it is {now[key]}; go back to the former value, "
+                f"{path} was made with {key}={then[key]}, now it is {now[key]}; go back to the former value, "
                 "choose another --name, or train it again with --force"
             )

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented
 
 from infer.engines import Outputs
@@ -55,6 +57,11 @@ class OnnxRuntimeEngine:
     def run(self, images: Pixels) -> Outputs:
         features, logits = self._session.run(["features", "logits"], {"images": images})
         return features, logits
+
+    def run_mask(self, images: Pixels) -> NDArray[np.float32]:
+        """Returns the lesion's probabilities [n, h, w] of a graph with the optional output `mask`."""
+        mask: NDArray[np.float32] = self._session.run(["mask"], {"images": images})[0]
+        return mask
 
     def _check_contract(self, path: Path, size: int) -> None:
         nodes = {node.name: node for node in (*self._session.get_inputs(), *self._session.get_outputs())}

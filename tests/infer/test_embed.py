@@ -1,10 +1,7 @@
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -13,8 +10,7 @@ import polars as pl
 import pytest
 from conftest import Cli, jpeg
 
-from infer import embed as embed_module
-from infer.embeddings import load, read_run, write_part
+from infer.embeddings import load, read_run
 from infer.engines import load as load_engine
 from isic.dataset import Dataset
 from isic.folds import read_folds
@@ -27,10 +23,6 @@ ROOT = Path(__file__).parents[2]
 def flags(exported: Path, data: Path, output: Path, *more: object) -> list[object]:
     where = ["--model_dir", exported, "--data", data, "--output_dir", output]
     return ["embed", "--model_config", "tiny", *where, *more]
-
-
-def parts(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("part-*.parquet"))}
 
 
 def test_each_train_image_once_by_the_fold_that_held_it_out_and_each_test_image_by_all(
@@ -97,33 +89,6 @@ def test_batch_size_and_threads_do_not_change_what_is_said(
         one, other = (load(root, split).collect() for root in (embedded, tmp_path / "tiny"))  # type: ignore[arg-type]
         assert one["isic_id"].equals(other["isic_id"])
         np.testing.assert_allclose(one["logit"], other["logit"], atol=1e-4)
-
-
-def test_killed_and_started_again_ends_with_the_same_bytes(exported: Path, synth_dataset: Path, tmp_path: Path) -> None:
-    """A real process, killed at several moments; parts of 20 rows so that there is something to resume."""
-    code = (
-        "import sys, time, runpy; import infer.embed as e; e.PART_ROWS = 20; run = e.embed_part\n"
-        "def slow(*a):\n    time.sleep(0.05); return run(*a)\n"
-        "e.embed_part = slow; sys.argv = ['infer', *sys.argv[1:]]; runpy.run_module('infer', run_name='__main__')"
-    )
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-
-    def start(output: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", code, *map(str, flags(exported, synth_dataset, output))]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    assert start(whole).wait() == 0
-    num_parts = len(parts(whole))
-    assert num_parts > 15
-    for wanted in (1, num_parts // 3, num_parts - 2):
-        process = start(killed)
-        while len(parts(killed)) < wanted and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (killed / "tiny" / "test" / "run.json").exists(), "it was killed before the end"
-    assert start(killed).wait() == 0
-    assert parts(killed) == parts(whole)
 
 
 @pytest.fixture
@@ -233,24 +198,6 @@ def test_a_gpu_that_is_not_there_is_said_and_nothing_falls_back(
     ended = cli("infer", *flags(exported, synth_dataset, tmp_path, "--device", "cuda"))
     assert ended.code == 2 and "--device cpu" in ended.err
     assert "does not work" in cli("infer", "doctor").out
-
-
-def test_a_full_disk_is_a_sentence_and_a_rerun_completes(
-    exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The disk is full for one part only here: a mock, because a test cannot mount a small one."""
-
-    def full(path: Path, *arguments: object) -> None:
-        if "fold_1" in str(path):
-            raise OSError(28, os.strerror(28))
-        write_part(path, *arguments)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(embed_module, "write_part", full)
-        with pytest.raises(OSError, match="No space"):
-            cli("infer", *flags(exported, synth_dataset, tmp_path, "--split", "train"))
-    assert not list(tmp_path.rglob("fold_1/part-*"))
-    assert cli("infer", *flags(exported, synth_dataset, tmp_path, "--split", "train")).code == 0
 
 
 def test_inference_imports_no_torch(exported: Path, synth_dataset: Path, tmp_path: Path) -> None:

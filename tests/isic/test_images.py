@@ -1,19 +1,24 @@
+import contextlib
+import io
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import cv2
 import h5py
 import numpy as np
+import PIL.Image
 import polars as pl
 import pytest
 from conftest import jpeg, write_hdf5
+from numpy.typing import NDArray
 
 from isic import images as images_module
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.images import NO_OFFSET, FolderImages, Hdf5Images, build_index, decode_pool, index_path, open_images
-from isic.preprocess import ImageError, PreprocessSpec, decode
+from isic.preprocess import ImageError, Pixels, PreprocessSpec, decode
 
 SPEC = PreprocessSpec(size=32)
 FILES = {f"ISIC_{i:07d}": jpeg(50 + i, seed=i) for i in range(9)}
@@ -113,23 +118,147 @@ def test_decoding_is_the_same_with_any_number_of_threads(hdf5: Path, num_threads
         assert (out[row] == cv2.resize(expected, (32, 32))).all()
 
 
-def bad_files() -> dict[str, bytes]:
-    grey = cv2.imencode(".jpg", np.zeros((40, 40), np.uint8))[1].tobytes()
-    return {
-        "zero bytes": b"",
-        "truncated JPEG": jpeg(60)[:900],
-        "not an image": b"hello, this is no image",
-        "": grey,
+def encode(image: PIL.Image.Image, kind: str, **settings: Any) -> bytes:
+    encoded = io.BytesIO()
+    image.save(encoded, kind, **settings)
+    return encoded.getvalue()
+
+
+def drawn() -> Pixels:
+    """A smooth image, uint8 [60, 50, 3] RGB, that JPEG keeps within a few steps."""
+    y, x = np.mgrid[0:60, 0:50]
+    return np.stack([x * 4, y * 3, 200 - x - y], axis=2).astype(np.uint8)
+
+
+def claims_jpeg(width: int, height: int) -> bytes:
+    """A small JPEG whose header claims to be `width` x `height`."""
+    data = bytearray(encode(PIL.Image.fromarray(drawn()), "JPEG"))
+    at = data.find(b"\xff\xc0") + 5
+    data[at : at + 4] = height.to_bytes(2) + width.to_bytes(2)
+    return bytes(data)
+
+
+def claims_png(width: int, height: int) -> bytes:
+    data = bytearray(png(drawn()))
+    data[16:24] = width.to_bytes(4) + height.to_bytes(4)
+    return bytes(data)
+
+
+def png(image: NDArray[Any]) -> bytes:
+    """A PNG of RGB or RGBA, of as many bits as the array has."""
+    return bytes(cv2.imencode(".png", image[..., [2, 1, 0, *range(3, image.shape[2])]])[1])
+
+
+IMAGE = PIL.Image.fromarray(drawn())
+OF_ALL_KINDS = {
+    "grey": (encode(IMAGE.convert("L"), "JPEG", quality=95), np.asarray(IMAGE.convert("L").convert("RGB"))),
+    "CMYK": (encode(IMAGE.convert("CMYK"), "JPEG", quality=95), drawn()),
+    "progressive": (encode(IMAGE, "JPEG", quality=95, progressive=True), drawn()),
+    "thumbnail": (
+        encode(IMAGE, "JPEG", quality=95, comment=b"\xff\xd8\xff\xc0 a comment like a header\xff\xd9"),
+        drawn(),
+    ),
+    "16 bit": (png(drawn().astype(np.uint16) * 257), drawn()),
+    "transparent": (png(np.dstack([drawn(), drawn()[..., 0]])), drawn()),
+    "palette": (encode(IMAGE.quantize(256), "PNG"), np.asarray(IMAGE.quantize(256).convert("RGB"))),
+    "one bit": (encode(IMAGE.convert("1"), "PNG"), np.asarray(IMAGE.convert("1").convert("RGB"))),
+}
+
+
+@pytest.mark.parametrize("kind", OF_ALL_KINDS)
+def test_whatever_its_channels_an_image_becomes_rgb(kind: str) -> None:
+    data, expected = OF_ALL_KINDS[kind]
+    image = decode(data)
+    assert image.shape == (60, 50, 3) and image.dtype == np.uint8
+    assert np.abs(image.astype(int) - expected).max() <= 12
+
+
+WHOLE_JPEG, WHOLE_PNG = encode(IMAGE, "JPEG"), png(drawn())
+BAD = {
+    "empty": (b"", "zero bytes"),
+    "text": (b"hello, this is no image", "not an image"),
+    "another format": (encode(IMAGE, "TIFF"), "not an image"),
+    "a JPEG's first bytes": (WHOLE_JPEG[:2], "truncated JPEG"),
+    "a JPEG's header": (WHOLE_JPEG[:100], "truncated JPEG"),
+    "half a JPEG": (WHOLE_JPEG[: len(WHOLE_JPEG) // 2], "truncated JPEG"),
+    "a JPEG but for its end": (WHOLE_JPEG[:-2], "truncated JPEG"),
+    "a thumbnail's end is not the image's": (
+        b"\xff\xd8\xff\xe1\x00\x06\xff\xd9ab" + WHOLE_JPEG[2:-2],
+        "truncated JPEG",
+    ),
+    "a PNG's header": (WHOLE_PNG[:30], "truncated PNG"),
+    "half a PNG": (WHOLE_PNG[: len(WHOLE_PNG) // 2], "truncated PNG"),
+    "no pixels": (claims_jpeg(0, 0), "does not decode"),
+    "huge JPEG": (claims_jpeg(65_500, 65_500), "claims 65500 x 65500 pixels, more than 33,554,432"),
+    "huge PNG": (claims_png(2**31 - 1, 2**31 - 1), "claims 2147483647 x 2147483647 pixels"),
+    "rather large": (claims_jpeg(8192, 4097), "claims 8192 x 4097 pixels"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_image_has_a_reason(kind: str) -> None:
+    data, reason = BAD[kind]
+    with pytest.raises(ImageError, match=reason):
+        decode(data)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_damage_is_an_image_or_a_reason(seed: int) -> None:
+    """No damage may end a run: bytes changed, removed and put in, half of them in the header."""
+    random = np.random.default_rng(seed)
+    for data in (WHOLE_JPEG, WHOLE_PNG):
+        for _ in range(50):
+            damaged = bytearray(data)
+            for at in random.integers(0, random.choice([200, len(data)]), 4):
+                damaged[at] = random.integers(256)
+            cut = int(random.integers(2, len(data)))
+            with contextlib.suppress(ImageError):
+                assert decode(bytes(damaged[:cut] + damaged[cut + int(random.integers(3)) :])).shape[2] == 3
+
+
+def test_an_image_that_cannot_be_read_is_a_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "train-image"
+    folder.mkdir()
+    for name in ("A", "B", "C"):
+        (folder / f"{name}.jpg").write_bytes(jpeg(20))
+    store = FolderImages(folder)
+    (folder / "A.jpg").unlink()
+    (folder / "C.jpg").unlink()
+    (folder / "C.jpg").mkdir()
+    out = np.empty((3, 32, 32, 3), np.uint8)
+    assert store.decode(["A", "B", "C"], SPEC, out) == {
+        0: "cannot be read: No such file or directory",
+        2: "cannot be read: Is a directory",
     }
+    assert out[1].any() and not out[0].any()
 
 
-@pytest.mark.parametrize(("reason", "data"), bad_files().items())
-def test_a_bad_image_has_a_reason_and_a_grey_one_is_fine(reason: str, data: bytes) -> None:
-    if reason:
-        with pytest.raises(ImageError, match=reason):
-            decode(data)
-    else:
-        assert decode(data).shape == (40, 40, 3)
+def test_neighbours_are_read_with_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 images in any order: one read for all where they lie together, none where they are too much for memory."""
+    files = {f"ISIC_{i:07d}": jpeg(40 + i, seed=i) for i in range(32)}
+    write_hdf5(tmp_path / "a.hdf5", files)
+    store, read, calls = Hdf5Images(tmp_path / "a.hdf5"), os.pread, []
+
+    def counted(*arguments: int) -> bytes:
+        calls.append(arguments)
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "pread", counted)
+    positions = np.random.default_rng(0).permutation(32).tolist()
+    assert store.read_ahead([*positions, -1]) == {position: list(files.values())[position] for position in positions}
+    assert len(calls) == 1
+    monkeypatch.setattr(images_module, "MAX_GAP", 0)
+    assert len(store.read_ahead([0, 1, 5, 30])) == 4 and len(calls) > 2
+    monkeypatch.setattr(images_module, "MAX_AHEAD", 1000)
+    assert store.read_ahead(positions) == {}
+
+
+def test_a_file_cut_short_after_it_was_indexed_is_a_reason(hdf5: Path) -> None:
+    store = Hdf5Images(hdf5)
+    os.truncate(hdf5, int(store._offsets[4]) + 50)
+    out = np.empty((9, 32, 32, 3), np.uint8)
+    failed = store.decode(list(FILES), SPEC, out)
+    assert failed[4] == "truncated JPEG" and set(failed) <= set(range(4, 9))
 
 
 def test_golden_image_pins_the_preprocessing() -> None:

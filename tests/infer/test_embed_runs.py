@@ -1,0 +1,370 @@
+"""What an embedding run must survive, and that every way to run it gives the same bytes."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+import polars as pl
+import pytest
+from conftest import Cli, jpeg
+from stand_in import PART_ROWS, ROOT, StandIn, embed_small_parts, grey, make_stand_in, parts
+
+from infer.embeddings import join, load, read_run
+from infer.engines.null import FILE, write_run
+from infer.plan import read_ids
+from isic.dataset import Dataset
+from isic.errors import UserError
+from isic.files import read_json, write_json
+from isic.folds import read_folds
+from isic.preprocess import PreprocessSpec
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
+    return make_stand_in(tmp_path_factory.mktemp("stand-in"))
+
+
+@pytest.fixture(scope="module")
+def whole(stand_in: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run gives that nothing disturbs."""
+    output = tmp_path_factory.mktemp("whole")
+    ended = stand_in.run(output)
+    assert ended.returncode == 0, ended.stderr
+    return output / "null"
+
+
+def test_every_image_once_with_its_own_values(whole: Path, stand_in: StandIn) -> None:
+    rows = load(whole, "train").collect().sort("isic_id")
+    assert rows["isic_id"].to_list() == [f"ISIC_{row:07d}" for row in range(300)]
+    np.testing.assert_array_equal(rows["features"].to_numpy()[:, 0], [grey(row) for row in range(300)])
+    assert (read_folds(whole / "folds.parquet").of(rows) == rows["fold"]).all()
+    np.testing.assert_allclose(rows["logit"] - rows["fold"], rows["features"].to_numpy()[:, 0], atol=1e-3)
+
+
+def test_a_run_says_what_it_did_and_where_the_time_went(whole: Path) -> None:
+    run = read_run(whole, "train")
+    assert (run["num_images"], run["num_bad"], run["embedded_now"], run["batch_size"]) == (300, 0, 300, 8)
+    assert set(run["seconds"]) == {"total", "decode_wait", "engine", "write_wait"}
+    assert sum(run["wait_shares"].values()) == pytest.approx(1)
+    assert run["bound_by"] in {"decode", "engine", "write"} and run["images_per_second"] > 0
+    assert {"numpy", "polars", "opencv-python-headless"} <= set(run["versions"])
+
+
+def test_the_last_line_is_for_scripts_and_a_pipe_sees_no_bar(stand_in: StandIn, tmp_path: Path) -> None:
+    ended = stand_in.run(tmp_path)
+    kind, *fields = ended.stdout.splitlines()[-1].split()
+    values = dict(field.split("=", 1) for field in fields)
+    assert kind == "embedded" and ended.stderr == ""
+    assert (values["images"], values["bad"], values["split"], values["config"]) == ("300", "0", "train", "null")
+    assert float(values["images_per_second"]) > 0 and Path(values["output"]) == tmp_path / "null" / "train"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_terminal_sees_a_bar_unless_it_wants_quiet(stand_in: StandIn, tmp_path: Path, quiet: bool) -> None:
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    command = stand_in.command(tmp_path, *(["--quiet"] if quiet else []))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs)
+    assert process.wait(60) == 0
+    os.set_blocking(ours, False)
+    os.close(theirs)
+    try:
+        shown = os.read(ours, 1 << 20).decode()
+    except OSError:  # nothing was written, and the other end is closed
+        shown = ""
+    os.close(ours)
+    assert ("img/s" in shown and "bound by" in shown) is not quiet
+
+
+def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real process and a real signal 9, at moments spread from its start to well into embedding."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system has no forkserver")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["stand_in"])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # before 3.13 the server does not get it otherwise
+    slow = make_stand_in(tmp_path / "slow", images_per_second=100)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def start(output: Path) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=embed_small_parts, args=(slow, output))
+        process.start()
+        return process
+
+    def seconds_of(process: multiprocessing.process.BaseProcess) -> float:
+        started = time.perf_counter()
+        process.join()
+        assert process.exitcode == 0
+        return time.perf_counter() - started
+
+    seconds_of(start(whole))
+    expected = parts(whole)
+    start_up = seconds_of(start(whole))  # it has nothing to do
+    moments, num_killed, num_done = random.Random(5), 0, set()
+    while num_killed < 20:
+        process = start(killed)
+        process.join(moments.uniform(0, start_up + 0.5))
+        process.kill()
+        process.join()
+        num_killed += process.exitcode == -signal.SIGKILL
+        found = parts(killed)
+        num_done.add(len(found))
+        assert all(expected[name] == data for name, data in found.items()), "a broken part"
+        if process.exitcode == 0:  # it was quicker than it should be: from the beginning
+            shutil.rmtree(killed)
+    assert len(num_done) > 2, "the moments were not spread over the work"
+    seconds_of(start(killed))
+    assert parts(killed) == expected
+
+
+def test_ctrl_c_ends_it_cleanly_and_it_goes_on_from_there(tmp_path: Path) -> None:
+    slow = make_stand_in(tmp_path / "slow", images_per_second=60)
+    process = subprocess.Popen(
+        slow.command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not parts(tmp_path) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors == "interrupted; the same command goes on where it stopped\n"
+    num_done = len(parts(tmp_path))
+    assert 0 < num_done < 15 and not list(tmp_path.rglob(".*.tmp"))
+    assert slow.run(tmp_path).returncode == 0 and len(parts(tmp_path)) == 16
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """Mounts a file system of a few kilobytes; skips where this user may not."""
+    folder.mkdir()
+    mounted = shutil.which("mount") and os.geteuid() == 0
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if not mounted or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_a_sentence_and_a_rerun_completes(tmp_path: Path) -> None:
+    """A file on a tmpfs takes whole pages of 4 KB, and there are 15 parts: ten pages do not hold them."""
+    wide = make_stand_in(tmp_path / "wide", num_features=256)
+    assert wide.run(tmp_path / "whole").returncode == 0
+    disk = tmp_path / "disk"
+    with small_disk(disk, "40k"):
+        ended = wide.run(disk)
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("error: the disk is full, so ") and ended.stderr.count("\n") == 1
+        written = parts(disk)
+        expected = parts(tmp_path / "whole")
+        assert 0 < len(written) < len(expected)
+        assert all(expected[name] == data for name, data in written.items()), "a broken part"
+        assert not list(disk.rglob(".*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+        ended = wide.run(disk)
+        assert ended.returncode == 0, ended.stderr
+        assert parts(disk) == expected
+
+
+def test_several_processes_give_the_same_bytes(whole: Path, stand_in: StandIn, tmp_path: Path) -> None:
+    ended = stand_in.run(tmp_path, "--num_processes", 3)
+    assert ended.returncode == 0, ended.stderr
+    assert "images=300" in ended.stdout
+    assert parts(tmp_path / "null") == parts(whole)
+
+
+def children(pid: int) -> list[int]:
+    """Returns the worker processes of a run; Linux only."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through /proc")
+def test_the_parts_of_a_lost_worker_are_done_again(tmp_path: Path) -> None:
+    slow = make_stand_in(tmp_path / "slow", images_per_second=100)
+    assert slow.run(tmp_path / "whole").returncode == 0
+    command = slow.command(tmp_path / "lost", "--num_processes", 2)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not parts(tmp_path / "lost") and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "a worker was lost (exit code -9)" in errors and "images=300" in out
+    assert parts(tmp_path / "lost") == parts(tmp_path / "whole")
+
+
+def test_what_a_worker_has_to_say_reaches_the_user(stand_in: StandIn, tmp_path: Path) -> None:
+    data = shutil.copytree(stand_in.data, tmp_path / "data")
+    with h5py.File(data / "train-image.hdf5", "a") as file:
+        for row in range(30):
+            del file[f"ISIC_{row:07d}"]
+    ended = StandIn(data, stand_in.model_dir).run(tmp_path / "out", "--num_processes", 2)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert "cannot be used (" in ended.stderr and "no image for this id" in ended.stderr
+
+
+def test_workers_that_all_die_end_the_run(stand_in: StandIn, tmp_path: Path) -> None:
+    """They are given cores that do not exist. Nothing is tried for ever."""
+    code = (
+        "import infer.workers as w\n"
+        "if __name__ == '__main__':\n"
+        "    from infer.embed import embed; from isic import cli\n"
+        "    w.share = lambda *a: [100_000]\n"
+        "    cli.run({'embed': embed})"
+    )
+    (tmp_path / "run.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "run.py"), *stand_in.flags(tmp_path / "out", "--num_processes", 2)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 2 and "every worker was lost before it finished one" in ended.stderr
+
+
+def test_more_bad_images_than_allowed_stop_a_run_however_it_is_cut_up(
+    stand_in: StandIn, tmp_path: Path, cli: Cli
+) -> None:
+    data = shutil.copytree(stand_in.data, tmp_path / "data")
+    with h5py.File(data / "train-image.hdf5", "a") as file:
+        for row in (3, 4, 5):
+            del file[f"ISIC_{row:07d}"]
+        file["ISIC_0000004"] = np.bytes_(jpeg(40)[:200])
+        file["ISIC_0000005"] = np.bytes_(b"text")
+    damaged = StandIn(data, stand_in.model_dir)
+    allowed = cli("infer", *damaged.flags(tmp_path / "out"))
+    assert allowed.code == 0 and "images=297 bad=3" in allowed.out
+    errors = dict(pl.read_parquet(tmp_path / "out/null/train/errors.parquet").sort("isic_id").iter_rows())
+    assert list(errors.values()) == ["no image for this id", "truncated JPEG", "not an image"]
+    stopped = cli("infer", *damaged.flags(tmp_path / "strict", "--max_bad", 0.005))
+    assert stopped.code == 2 and "images cannot be used (" in stopped.err and "--max_bad" in stopped.err
+    again = cli("infer", *damaged.flags(tmp_path / "out", "--on_error", "raise"))
+    assert again.code == 2 and "; mend it, or leave such images out" in again.err
+
+
+def test_test_time_augmentation_sees_every_view(tmp_path: Path) -> None:
+    """Features are the first pixels, so the average over the views must be that of the corners' pixels."""
+    data = tmp_path / "data" / "train-image"
+    data.mkdir(parents=True)
+    import cv2
+
+    for row in range(12):
+        image = np.random.default_rng(row).integers(0, 256, (16, 16, 3), np.uint8)
+        (data / f"ISIC_{row}.jpg").write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+    table = pl.DataFrame({"isic_id": [f"ISIC_{row}" for row in range(12)], "target": [row % 2 for row in range(12)]})
+    table.write_csv(tmp_path / "data" / "train-metadata.csv")
+    write_run(tmp_path / "null", tmp_path / "data" / "train-metadata.csv", PreprocessSpec(size=16), 2, 3)
+    for tta, corners in (("none", 1), ("flips", 4), ("d4", 4)):
+        stand_in = StandIn(tmp_path / "data", tmp_path / "null")
+        ended = stand_in.run(tmp_path / tta, "--tta", tta, "--dtype", "float32")
+        assert ended.returncode == 0, ended.stderr
+        for name, features in (
+            load(tmp_path / tta / "null", "train", ["features"]).select("isic_id", "features").collect().iter_rows()
+        ):
+            image = np.random.default_rng(int(name[5:])).integers(0, 256, (16, 16, 3), np.uint8) / 255
+            mean = np.mean([image[0, 0], image[0, 15], image[15, 0], image[15, 15]][:corners], axis=0)
+            np.testing.assert_allclose(features, mean, atol=1e-6)
+    assert read_run(tmp_path / "d4" / "null", "train")["tta"] == "d4"
+
+
+def test_joined_to_the_metadata_with_every_link_checked(whole: Path, stand_in: StandIn, tmp_path: Path) -> None:
+    metadata = Dataset(stand_in.data).metadata("train")
+    rows = join(whole, "train", metadata, model_dir=stand_in.model_dir).collect()
+    assert rows["isic_id"].equals(metadata["isic_id"]) and {"target", "fold", "logit"} <= set(rows.columns)
+    with pytest.raises(UserError, match="made for another table"):
+        join(whole, "train", metadata.reverse())
+    other = shutil.copytree(stand_in.model_dir, tmp_path / "null")
+    manifest = read_json(other / "fold_1" / f"{FILE}.json")
+    write_json(other / "fold_1" / f"{FILE}.json", {**manifest, "sha256": "0"})
+    with pytest.raises(UserError, match="another engine of fold 1"):
+        join(whole, "train", metadata, model_dir=other)
+
+
+def test_a_part_that_is_lost_or_doubled_is_noticed(whole: Path, stand_in: StandIn, tmp_path: Path) -> None:
+    metadata = Dataset(stand_in.data).metadata("train")
+    root = shutil.copytree(whole, tmp_path / "null")
+    first = root / "train" / "fold_0" / "part-00000.parquet"
+    shutil.copy(first, first.with_name("part-00099.parquet"))
+    with pytest.raises(UserError, match=f"{PART_ROWS} train embeddings are there more than once"):
+        join(root, "train", metadata)
+    first.with_name("part-00099.parquet").unlink()
+    first.unlink()
+    with pytest.raises(UserError, match=f"{PART_ROWS} train embeddings are there not at all"):
+        join(root, "train", metadata)
+
+
+def test_the_batch_size_of_a_run_is_kept_when_it_goes_on(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+    """What an engine computes may depend on it in the last bit."""
+    assert cli("infer", *stand_in.flags(tmp_path, "--batch_size", 7)).code == 0
+    next((tmp_path / "null").rglob("part-*.parquet")).unlink()
+    assert cli("infer", *stand_in.flags(tmp_path)).code == 0
+    assert read_run(tmp_path / "null", "train")["batch_size"] == 7
+    refused = cli("infer", *stand_in.flags(tmp_path, "--batch_size", 9))
+    assert refused.code == 2 and "made with batch_size = 7, now it is 9" in refused.err
+
+
+def test_what_a_killed_run_left_behind_is_swept_up(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+    assert cli("infer", *stand_in.flags(tmp_path)).code == 0
+    old, new = (tmp_path / "null" / "train" / "fold_0" / f".part-00000.parquet.{name}.tmp" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half a part")
+    os.utime(old, (1, 1))
+    assert cli("infer", *stand_in.flags(tmp_path)).out.startswith("up to date")
+    assert new.exists() and not old.exists(), "the new one may belong to a run that goes on beside this one"
+
+
+def test_ids_are_read_whatever_the_other_columns_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of a few bytes: no row is cut, not even where a text holds a line end or a quote."""
+    from infer import plan
+
+    rows = ['A1,"two\nlines",1', 'A2,"a ""quoted"" word",2', "A3,plain,3", 'A4,",",4']
+    path = tmp_path / "table.csv"
+    path.write_bytes(("isic_id,text,number\n" + "\n".join(rows)).encode())
+    for size in (1, 7, 16, 1000):
+        monkeypatch.setattr(plan, "CSV_BLOCK", size)
+        assert read_ids(path).to_list() == ["A1", "A2", "A3", "A4"]
+    for text, words in (
+        ("isic_id,x\nA,1\nA,2\n", "an isic_id of its own"),
+        ("isic_id,x\n,1\n", "an isic_id of its own"),
+        ("isic_id,x\n", "an isic_id of its own"),
+        ("name,x\nA,1\n", "lacks the column isic_id"),
+        ("", "not a readable table"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_ids(path)
+    pl.DataFrame({"x": [1], "isic_id": ["P"]}).write_parquet(tmp_path / "table.parquet")
+    assert read_ids(tmp_path / "table.parquet").to_list() == ["P"]
+
+
+def test_a_fold_plan_that_is_not_the_engines_is_refused(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+    model_dir = shutil.copytree(stand_in.model_dir, tmp_path / "null")
+    folds = read_folds(model_dir / "folds.parquet")
+    shifted = folds.table.with_columns((pl.col("fold") + 1) % 3)
+    type(folds)(shifted).write(model_dir / "folds.parquet")
+    ended = cli("infer", *StandIn(stand_in.data, model_dir).flags(tmp_path / "out"))
+    assert ended.code == 2 and "was trained with the fold plan" in ended.err
+
+
+def test_no_thread_is_left_behind(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+    before = set(threading.enumerate())
+    assert cli("infer", *stand_in.flags(tmp_path)).code == 0
+    assert {thread.name for thread in set(threading.enumerate()) - before} <= {"Thread-1"}, "tqdm's monitor at most"
+
+
+def test_settings_that_contradict_each_other_are_refused(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+    ended = cli("infer", *stand_in.flags(tmp_path, "--ray", "local", "--num_processes", 2))
+    assert ended.code == 2 and "leave out --num_processes" in ended.err

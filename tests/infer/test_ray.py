@@ -1,0 +1,111 @@
+"""Embedding on Ray: real clusters of node processes on this machine, one node killed during the run."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli
+from stand_in import StandIn, make_stand_in, parts
+
+from infer import plan
+from infer.ray_runner import actors
+
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else every init warns of a default to come
+
+try:
+    import ray
+except ImportError:
+    pytest.skip('Ray is not installed: pip install "isic-toolkit[ray]"', allow_module_level=True)
+from ray.cluster_utils import Cluster
+
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024 * 1024, "include_dashboard": False}
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
+    """300 images at 50 a second: seconds in which a node can be killed."""
+    return make_stand_in(tmp_path_factory.mktemp("slow"), images_per_second=50)
+
+
+@pytest.fixture(scope="module")
+def expected(slow: StandIn, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a single process gives."""
+    output = tmp_path_factory.mktemp("whole")
+    ended = slow.run(output)
+    assert ended.returncode == 0, ended.stderr
+    return parts(output)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """Two nodes of one core, each with processes of its own."""
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_node_killed_during_the_run_costs_nothing_but_time(
+    cluster: Any,
+    slow: StandIn,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan, "PART_ROWS", 20)
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while len(parts(tmp_path)) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        killed.append(len(parts(tmp_path)))
+        cluster.remove_node(next(node for node in cluster.list_all_nodes() if not node.head), allow_graceful=False)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    ended = cli("infer", *slow.flags(tmp_path, "--batch_size", 8, "--ray", cluster.address))
+    killer.join()
+    assert ended.code == 0, ended.err
+    assert 0 < killed[0] < 15, "the node was killed during the run"
+    assert "images=300" in ended.out
+    assert parts(tmp_path) == expected
+
+
+def test_a_cluster_of_its_own_gives_the_same_bytes_and_an_actors_error_is_a_sentence(
+    slow: StandIn, expected: dict[str, bytes], tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "PART_ROWS", 20)
+    try:
+        ended = cli("infer", *slow.flags(tmp_path, "--batch_size", 8, "--ray", "local"))
+        assert ended.code == 0, ended.err
+        assert parts(tmp_path) == expected
+        blocked = tmp_path / "blocked" / "null" / "train" / "fold_1"
+        blocked.parent.mkdir(parents=True)
+        blocked.write_text("a file where a folder must be")
+        failed = cli("infer", *slow.flags(tmp_path / "blocked", "--batch_size", 8, "--ray", "local"))
+        assert failed.code == 2 and "choose another output folder" in failed.err
+    finally:
+        ray.shutdown()
+
+
+def test_no_cluster_at_the_address_is_a_sentence(slow: StandIn, tmp_path: Path, cli: Cli) -> None:
+    ended = cli("infer", *slow.flags(tmp_path, "--ray", "nonsense"))
+    assert ended.code == 2 and "no Ray cluster at nonsense" in ended.err and "--ray local" in ended.err
+
+
+def test_an_actor_a_gpu_or_one_a_machine() -> None:
+    def node(alive: bool = True, **resources: float) -> dict[str, Any]:
+        return {"Alive": alive, "Resources": resources}
+
+    machines = [node(CPU=32, GPU=4), node(CPU=16, GPU=2), node(CPU=8), node(False, CPU=64, GPU=8), node(memory=1e9)]
+    assert actors(machines, "auto") == (6, {"num_cpus": 8, "num_gpus": 1})
+    assert actors(machines, "cpu") == (3, {"num_cpus": 8})
+    assert actors([node(CPU=2)], "auto") == (1, {"num_cpus": 2})

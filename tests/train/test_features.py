@@ -1,0 +1,338 @@
+"""What a config can switch on: mixing, layer decay, pooling, masks, further datasets; and the guards."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import timm
+import torch
+from conftest import TINY, Cli, jpeg, small_table, write_hdf5
+from torch import nn
+
+from isic.errors import UserError
+from train import loop
+from train.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from train.config import TrainSettings
+from train.data import NO_MASK, Batch, EpochSampler, LesionImages, Share, load_data
+from train.losses import dice, mask_loss
+from train.model import MultiTask, create_model, preprocess_spec
+from train.optim import create_optimizer
+from train.plots import draw_roc
+from train.state import create_state
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+SEED_LINES = [
+    "--model_config vit_tiny --epochs 5 --batch_size 32 --fold 0 --use_sample",
+    "--model_config eva02_base --epochs 20 --batch_size 24 --accumulation_steps 3 --fp16",
+    "--config configs/eva02_production.yaml --epochs 10",
+    "--model_config vit_tiny --lr 5e-4 --lr_backbone 1e-5",
+    "--model_config vit_tiny --augmentation heavy",
+    "--model_config vit_tiny --batch_size 16 --accumulation_steps 4",
+]
+
+
+def tiny(**values: object) -> TrainSettings:
+    return TrainSettings(**{"model": "test_vit", "pretrained": False, "image_size": 32, "num_workers": 0, **values})  # type: ignore[arg-type]
+
+
+def random_batch(size: int, side: int = 32, masks: bool = False) -> Batch:
+    random = np.random.default_rng(size)
+    images = torch.from_numpy(random.integers(0, 256, (size, side, side, 3), dtype=np.uint8))
+    drawn = torch.from_numpy(random.integers(0, 2, (size, side, side), dtype=np.uint8)) if masks else torch.empty(0)
+    return Batch(images, torch.arange(size) % 2 * 1.0, torch.arange(size), drawn)
+
+
+# --- command lines
+
+
+@pytest.mark.parametrize("line", SEED_LINES)
+def test_the_documented_command_lines_run(
+    line: str, small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As written, on a tiny network, and with the epochs cut to two."""
+    monkeypatch.chdir(ROOT)
+    small = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 2]
+    ended = cli("train", *line.split(), *small)
+    assert ended.code == 0, ended.err
+    config = (tmp_path / "tiny" / "fold_0" / "config.yaml").read_text()
+    words = line.split()
+    for key in ("batch_size", "accumulation_steps", "augmentation"):
+        if f"--{key}" in words:
+            assert f"{key}: {words[words.index(f'--{key}') + 1]}\n" in config
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mixup", "0.4", "--cutmix", "1.0", "--batch_size", "8"],
+        ["--layer_decay", "0.7", "--grad_checkpointing", "true", "--global_pool", "avg"],
+        ["--model", "test_convnext", "--image_size", "64", "--global_pool", "avgmax", "--drop_path_rate", "0.1"],
+    ],
+)
+def test_what_can_be_switched_on_trains(flags: list[str], small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+    fixed = ["--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 2]
+    ended = cli("train", *TINY, *fixed, *flags)
+    assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"mixup": 0.2, "batch_size": 7}, "make --batch_size 7 even"),
+        ({"cutmix": 0.2, "mask_weight": 1.0}, "not their masks"),
+    ],
+)
+def test_settings_that_exclude_each_other(values: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        tiny(**values)
+
+
+def test_a_pooling_that_the_backbone_lacks_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="test_convnext does not pool by token"):
+        create_model(tiny(model="test_convnext", image_size=64, global_pool="token"))
+
+
+def test_layer_decay_falls_towards_the_input_and_leaves_the_head_alone() -> None:
+    settings = tiny(layer_decay=0.5, lr=1e-2, lr_backbone=1e-3)
+    model = create_model(settings)
+    rate = {
+        id(weight): group["lr"]
+        for group in create_optimizer(model, settings, CPU).param_groups
+        for weight in group["params"]
+    }
+    blocks = [rate[id(block.mlp.fc1.weight)] for block in model.backbone.blocks]  # type: ignore[union-attr, attr-defined]
+    assert np.allclose(np.divide(blocks[1:], blocks[:-1]), 2) and max(blocks) <= 1e-3
+    assert {rate[id(weight)] for weight in model.head.parameters()} == {1e-2}
+    assert rate.keys() == {id(weight) for weight in model.parameters()}
+
+
+def test_mixing_mixes_images_and_targets_alike() -> None:
+    np.random.seed(0)  # noqa: NPY002 - timm's Mixup draws here
+    target = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    images = (target * 200).to(torch.uint8).view(4, 1, 1, 1).expand(4, 32, 32, 3)
+    mixed = loop.create_mixup(tiny(mixup=1.0, cutmix=1.0))(Batch(images, target, torch.arange(4)))
+    assert mixed.images.shape == images.shape and 0 < mixed.target[1] < 1
+    torch.testing.assert_close(mixed.images.mean(dim=(1, 2, 3)) / 200, mixed.target, atol=0.01, rtol=0)
+
+
+# --- shares of an epoch
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size", "world_size"), [(100, 8, 2), (61, 4, 3), (10, 8, 2)])
+def test_shares_make_up_the_batches_of_one_process(num_rows: int, batch_size: int, world_size: int) -> None:
+    rows = np.arange(num_rows)
+    epoch = EpochSampler(rows, (rows % 3 == 0).astype(np.float32), tiny(), epoch=3)
+    whole = list(Share(epoch, batch_size * world_size, 0, 1))
+    shares = [list(Share(epoch, batch_size, rank, world_size)) for rank in range(world_size)]
+    assert [len(share) for share in shares] == [len(Share(epoch, batch_size, r, world_size)) for r in range(world_size)]
+    drawn = [key for share in shares for key in share]
+    assert sorted(drawn) == sorted(whole) and len(set(drawn)) == len(drawn)
+    for at in range(0, len(shares[0]), batch_size):
+        batch = [key for share in shares for key in share[at : at + batch_size]]
+        assert sorted(batch) == sorted(whole[at * world_size : (at + batch_size) * world_size])
+
+
+# --- masks
+
+
+def test_images_without_a_mask_add_nothing_to_the_loss() -> None:
+    logits = torch.randn(4, 16, 16, requires_grad=True)
+    masks = torch.randint(0, 2, (4, 32, 32), dtype=torch.uint8)
+    masks[2:] = NO_MASK
+    loss = mask_loss(logits, masks)
+    torch.testing.assert_close(loss, mask_loss(logits[:2], masks[:2]))
+    loss.backward()
+    assert logits.grad is not None and logits.grad[:2].abs().sum() > 0 and logits.grad[2:].abs().sum() == 0
+    assert mask_loss(logits, torch.full_like(masks, NO_MASK)) == 0
+
+
+def test_dice_is_its_formula() -> None:
+    masks = torch.zeros(4, 4, 4, dtype=torch.uint8)
+    masks[0, :2] = masks[1, :2] = 1
+    masks[3] = NO_MASK
+    drawn = torch.zeros(4, 4, 4)
+    drawn[0, :2], drawn[1, 1:3] = 1, 1
+    expected = torch.tensor([1.0, 0.5, 1.0, torch.nan])
+    torch.testing.assert_close(dice(drawn, masks), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "stride"), [("test_vit", 32, 2), ("test_efficientnet", 64, 2), ("eva02_tiny_patch14_224", 56, 2)]
+)
+def test_a_mask_comes_third_and_the_rest_stays(name: str, size: int, stride: int) -> None:
+    model = create_model(tiny(model=name, image_size=size, mask_weight=1.0)).eval()
+    assert isinstance(model, MultiTask) and model.mask_stride == stride
+    images = random_batch(2, size).images
+    with torch.inference_mode():
+        features, logits, mask = model(images)
+        torch.testing.assert_close(features, model.backbone(model.normalised(images)))
+    assert logits.shape == (2, 1) and mask.shape == (2, size // stride, size // stride)
+    assert mask.min() >= 0 and mask.max() <= 1
+
+
+def test_masks_are_augmented_with_their_images(small_dataset: Path, tmp_path: Path) -> None:
+    """The mask of an image that is bright in one corner is bright where the augmented image is."""
+    from train.augment import create_augmentation
+
+    image = np.full((32, 32, 3), 20, np.uint8)
+    image[:12, :9] = 220
+    import cv2
+
+    png = cv2.imencode(".png", image)[1].tobytes()
+    write_hdf5(small_dataset / "train-image.hdf5", dict.fromkeys(small_table()["isic_id"], png))
+    mask = cv2.imencode(".png", (image > 100).astype(np.uint8)[..., 0] * 255)[1].tobytes()
+    write_hdf5(small_dataset / "masks.hdf5", dict.fromkeys(small_table()["isic_id"][:30], mask))
+    settings = tiny(data=small_dataset, output_dir=tmp_path, mask_weight=1.0)
+    images = LesionImages(load_data(settings), preprocess_spec(settings), create_augmentation("light"))
+    for seed in range(8):
+        pixels, _, _, drawn = images[3, seed]
+        assert ((pixels[..., 0] > 110) == drawn).mean() > 0.99
+    assert (images[40, 0][3] == NO_MASK).all(), "an image without a mask"
+
+
+def test_masks_are_learnt_scored_and_exported(synth_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+    flags = ["--config", "multitask_demo", "--name", "mt", "--data", synth_dataset, "--output_dir", tmp_path]
+    ended = cli("train", *flags, "--num_workers", 0, "--fold", 0, "--epochs", 3, "--num_folds", 3)
+    assert ended.code == 0, ended.err
+    assert "Dice 0." in ended.out
+    fold = tmp_path / "mt" / "fold_0"
+    last = json.loads((fold / "history.jsonl").read_text().splitlines()[-1])
+    assert last["dice"] == pytest.approx(pl.read_parquet(fold / "oof.parquet")["dice"].mean())
+    ended = cli("export", "--config", "mt", "--model_dir", tmp_path / "mt")
+    assert ended.code == 0, ended.out + ended.err
+    manifest = json.loads((fold / "model.onnx.json").read_text())
+    assert manifest["mask_stride"] == 2 and manifest["parity"]["batch_2"]["max_mask_error"] < 1e-3
+
+
+def test_a_dataset_without_masks_is_refused(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+    ended = cli("train", *TINY, "--data", small_dataset, "--output_dir", tmp_path, "--mask_weight", 1)
+    assert ended.code == 2 and "has no mask of any training image" in ended.err and ended.err.count("\n") == 1
+
+
+# --- further datasets
+
+
+def test_extra_rows_are_trained_on_and_never_validated_on(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    table = pl.DataFrame({"isic_id": ["OLD_1", "OLD_2", "OLD_3", "ISIC_0000001"], "target": [1, 0, 1, 0]})
+    table = table.with_columns(patient_id=pl.Series([None, None, "IP_0000003", None]))
+    table.write_csv(extra / "train-metadata.csv")
+    write_hdf5(extra / "train-image.hdf5", {name: jpeg(40) for name in table["isic_id"]})
+    flags = ["--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--num_folds", 3]
+    ended = cli("train", *TINY, *flags, "--extra_data", extra, "--extra_weight", 2.5)
+    assert ended.code == 0, ended.err
+    assert "2 rows are left out, their image or patient stands in another dataset" in ended.out
+    scored = pl.concat([pl.read_parquet(tmp_path / "tiny" / f"fold_{k}" / "oof.parquet") for k in range(3)])
+    assert sorted(scored["isic_id"]) == sorted(small_table()["isic_id"])
+    data = load_data(tiny(data=small_dataset, output_dir=tmp_path, name="tiny", num_folds=3, extra_data=[extra]))
+    assert data.table["isic_id"].to_list()[60:] == ["OLD_1", "OLD_2"] and (data.fold[60:] == -1).all()
+
+
+def test_extra_weight_says_how_often_extra_rows_are_shown() -> None:
+    rows, target, extra = np.arange(20), (np.arange(20) % 2).astype(np.float32), np.arange(20, 30)
+    for weight, counts in ((0.5, {0, 1}), (1.0, {1}), (2.5, {2, 3})):
+        epoch = EpochSampler(rows, target, tiny(extra_weight=weight), extra=extra)
+        drawn = [row for row, _ in epoch]
+        assert {drawn.count(row) for row in extra} == counts and len(drawn) == len(epoch) == 20 + 10 * weight
+
+
+# --- guards
+
+
+class OutOfMemory(nn.Module):
+    """Stands in for a GPU, which this machine may lack: it holds no more than `limit` images."""
+
+    def __init__(self, model: nn.Module, limit: int) -> None:
+        super().__init__()
+        self.model, self.limit, self.sizes = model, limit, list[int]()
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if len(images) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.sizes.append(len(images))
+        outputs: tuple[torch.Tensor, ...] = self.model(images)
+        return outputs
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+    weights = []
+    for limit in (16, 5):
+        state = create_state(tiny(batch_size=16), CPU, 0)
+        forward = OutOfMemory(state.model, limit)
+        loop.train_epoch(state, forward, [random_batch(16)] * 2, np.ones(2), tiny(batch_size=16), CPU, "")
+        weights.append(torch.cat([weight.detach().ravel() for weight in state.model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-3)
+    assert forward.sizes == [4] * 8 and state.step == 2
+    assert "micro-batches of 4 instead, 4 times as many a step" in capsys.readouterr().out
+
+
+def test_an_image_that_does_not_fit_is_one_sentence() -> None:
+    state = create_state(tiny(), CPU, 0)
+    with pytest.raises(UserError, match="does not hold 1 images; use a smaller"):
+        loop.accumulate(state, OutOfMemory(state.model, 0), [random_batch(4)], tiny(), CPU)
+
+
+def test_images_that_break_the_gradient_are_named(
+    small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(logits: torch.Tensor, target: torch.Tensor, settings: TrainSettings) -> torch.Tensor:
+        return logits.sum() * torch.nan
+
+    monkeypatch.setattr("train.loop.focal_loss", broken)
+    flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 1]
+    for precision in ("--bf16", "--fp16"):
+        ended = cli("train", *flags, precision, "--force", "--batch_size", 4, "--positive_repeats", 9)
+        assert ended.code == 2 and "not finite" in ended.err and "on the images ISIC_00000" in ended.err
+    assert load_checkpoint(tmp_path / "tiny" / "fold_0" / LAST)["epoch"] == 0
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_readable(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount the small disk that this fills")
+    values = dict.fromkeys(("model_state_dict", "optimizer_state_dict", "best_pauc", "epoch", "config", "args"), 0)
+    try:
+        save_checkpoint(disk / LAST, **values, weights=torch.ones(100_000))
+        with pytest.raises(UserError, match=r"the disk is full, so .*last\.pth was not written"):
+            save_checkpoint(disk / LAST, **values, weights=torch.zeros(400_000))
+        assert load_checkpoint(disk / LAST)["weights"].sum() == 100_000
+        assert [path.name for path in disk.iterdir()] == [LAST]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- what people look at, and weights for others
+
+
+def test_the_backbone_loads_in_timm_alone(trained: Path) -> None:
+    folder = trained / "fold_0" / "backbone"
+    backbone = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    settings = tiny()
+    model = create_model(settings, pretrained=False).eval()
+    model.load_state_dict(load_checkpoint(trained / "fold_0" / BEST)["model_state_dict"])
+    images = random_batch(3).images
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone(model.normalised(images)), model(images)[0])
+    assert tuple(backbone.pretrained_cfg["mean"]) == preprocess_spec(settings).mean
+    again = create_model(tiny(pretrained=str(folder)))
+    assert all(torch.equal(a, b) for a, b in zip(again.backbone.parameters(), backbone.parameters(), strict=True))
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: timm\n") and "was held out" in card
+
+
+def test_roc_curves_are_drawn(trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert (trained / "roc.png").read_bytes().startswith(b"\x89PNG")
+    assert draw_roc(tmp_path / "one.png", {"fold 0": pl.read_parquet(trained / "fold_0" / "oof.parquet")})
+
+
+def test_scalars_reach_tensorboard(trained: Path) -> None:
+    pytest.importorskip("tensorboard")
+    assert list((trained / "fold_0" / "tensorboard").glob("events.out.tfevents.*"))
