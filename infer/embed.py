@@ -146,10 +146,10 @@ def usual_batch_size(directory: Path, models: Models, settings: EmbedSettings) -
     For a new one it is what the engine was built for (`batch_size` in its manifest), or what suits the device.
     """
     plan = directory / PLAN_FILE
-    if plan.is_file() and not settings.force:
-        return int(read_json(plan)["batch_size"])
-    if models.batch_size:
-        return models.batch_size
+    former = read_json(plan).get("batch_size") if plan.is_file() and not settings.force else None
+    known = former or models.batch_size
+    if known:
+        return int(known)
     on_gpu = settings.device == "cuda" or (settings.device == "auto" and bool(gpus()))
     return BATCH_GPU if on_gpu else BATCH_CPU
 

@@ -23,7 +23,7 @@ NO_OFFSET = -1
 INDEX_VERSION = 1
 
 CHUNK = 32
-"""Images that one thread reads and decodes at a time: few enough to share out a batch, enough to read at once."""
+"""Images that one thread reads and decodes at a time, at most: few enough to share out, enough to read at once."""
 MAX_GAP = 16 * 1024
 """Bytes between two images that are rather read along than skipped with another call."""
 MAX_AHEAD = 8 * 1024 * 1024
@@ -95,7 +95,8 @@ class ImageStore(ABC):
     ) -> "list[Decoding]":
         """Starts to decode into `out` as `decode` does, and returns at once; `gather` waits for what it returns."""
         positions = self.locate(ids)
-        chunks = [range(start, min(start + CHUNK, len(ids))) for start in range(0, len(ids), CHUNK)]
+        size = max(1, min(CHUNK, -(-len(ids) // pool._max_workers)))
+        chunks = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
         return [pool.submit(self._decode_rows, positions, spec, out, rows) for rows in chunks]
 
     def read_ahead(self, positions: Sequence[int]) -> dict[int, bytes]:
