@@ -58,7 +58,7 @@ def ingest(settings: IngestSettings) -> None:
     dataset = Dataset(settings.data)
     ids = dataset.metadata("train")[schema.ID].to_list()[: settings.images]
     store, spec = dataset.images("train"), PreprocessSpec(size=settings.size)
-    ways = [Way(f"ours, {n} threads", _ours(store, spec, n)) for n in settings.threads]
+    ways = [Way(f"ours, {n} thread{'s' * (n > 1)}", _ours(store, spec, n)) for n in settings.threads]
     if isinstance(store, Hdf5Images):
         ways.append(Way("h5py + PIL + numpy, 1 core", _usual(store.source, settings.size), share=0.1))
     ways += [

@@ -85,6 +85,6 @@ def with_tables(text: str, results: Path) -> str:
 
 def markdown(rows: pl.DataFrame, table: Table) -> str:
     """Renders the last row of each kind."""
-    last = rows.unique(table.key, keep="last", maintain_order=True).select(table.columns).fill_null("")
+    last = rows.unique(table.key, keep="last", maintain_order=True).select(list(table.columns)).fill_null("")
     lines = [list(table.columns.values()), ["---"] * len(table.columns), *map(list, last.iter_rows())]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

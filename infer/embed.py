@@ -10,7 +10,7 @@ import polars as pl
 from pydantic import AliasChoices, Field, model_validator
 
 from infer.embedder import Embedder, Job
-from infer.embeddings import ERRORS, ERRORS_FILE, PLAN_FILE, RUN_FILE, ids_digest, write_table
+from infer.embeddings import ERRORS, ERRORS_FILE, PLAN_FILE, RUN_FILE, ids_digest
 from infer.plan import Models, Part, begin, complete, find_models, plan_parts, read_ids
 from infer.progress import Tally
 from infer.ray_runner import run_ray
@@ -18,7 +18,7 @@ from infer.workers import gpus, run_processes
 from isic.config import Settings
 from isic.dataset import Dataset, Split
 from isic.errors import UserError
-from isic.files import read_json, sha256, versions, write_json
+from isic.files import read_json, sha256, versions, write_json, write_parquet
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, read_folds
 
@@ -206,5 +206,5 @@ def runner(job: Job, settings: EmbedSettings, tally: Tally) -> Callable[[list[Pa
 def gather_errors(directory: Path, parts: list[Part]) -> int:
     """Writes `errors.parquet` from the parts' own and returns how many images it names."""
     bad = [row for part in parts for row in part.bad()]
-    write_table(directory / ERRORS_FILE, pl.DataFrame(bad, ERRORS, orient="row"))
+    write_parquet(directory / ERRORS_FILE, pl.DataFrame(bad, ERRORS, orient="row"))
     return len(bad)

@@ -14,13 +14,14 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from infer.embeddings import ERRORS, write_part, write_table
+from infer.embeddings import ERRORS, write_part
 from infer.engines import Engine, Outputs, PinsMemory, create
 from infer.pipeline import Decoded, decode_ahead, pageable, ring_depth
 from infer.plan import Models, Part
 from infer.views import averaged
 from isic.dataset import Dataset, Split
 from isic.errors import UserError
+from isic.files import write_parquet
 from isic.images import decode_pool
 
 MAX_PARTS_WAITING = 2
@@ -181,6 +182,6 @@ def _await_all_but(number: int, written: deque[Future[None]], report: Report) ->
 def write(part: Part, outputs: PartOutputs) -> None:
     """Writes a part's files, the reasons for its bad images first: a part that exists has said all it knows."""
     if outputs.bad:
-        write_table(part.errors_path, pl.DataFrame(list(outputs.bad.items()), ERRORS, orient="row"))
+        write_parquet(part.errors_path, pl.DataFrame(list(outputs.bad.items()), ERRORS, orient="row"))
     for fold, path in part.paths.items():
         write_part(path, outputs.ids, outputs.features[fold], outputs.logits[fold])

@@ -4,7 +4,6 @@
 `<root>/<split>/run.json` says what they were made with, and `<root>/folds.parquet` which fold held out which row.
 """
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from isic import schema
 from isic.dataset import Split
 from isic.errors import UserError
-from isic.files import atomic_path, digest, read_json
+from isic.files import digest, read_json, write_parquet
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import read_folds
 
@@ -52,15 +51,7 @@ def write_part(path: Path, ids: Sequence[str], features: NDArray[np.floating], l
             "logit": pl.Series(logits, dtype=pl.Float32),
         }
     )
-    write_table(path, table)
-
-
-def write_table(path: Path, table: pl.DataFrame) -> None:
-    """Writes a small table as Parquet, atomically. Raises UserError where the disk is full."""
-    encoded = io.BytesIO()  # what polars raises for a full disk is not an OSError
-    table.write_parquet(encoded, compression="zstd", statistics=False)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(encoded.getbuffer())
+    write_parquet(path, table)
 
 
 def ids_digest(ids: pl.Series) -> str:

@@ -17,7 +17,7 @@ from infer.image_scores import Standard
 from isic import features
 from isic.errors import UserError
 from isic.features import Encoding
-from isic.files import atomic_path, read_json, sha256, write_json
+from isic.files import read_json, sha256, write_json
 
 MANIFEST = "ensemble.json"
 STATE = "state.json"
@@ -103,11 +103,6 @@ def clear(root: Path) -> None:
     """Takes an earlier ensemble's manifest and boosters away: a folder without a manifest is no ensemble."""
     for path in (root / MANIFEST, *root.glob("*_fold_*_seed_*")):
         path.unlink(missing_ok=True)
-
-
-def write_table(path: Path, table: pl.DataFrame) -> None:
-    with atomic_path(path) as temporary:
-        table.write_parquet(temporary)
 
 
 def open_ensemble(path: Path) -> Ensemble:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from infer import image_scores, scores
 from infer.boosters import LIBRARIES
-from infer.ensemble import OOF, STATE, FeatureSpec, State, clear, write_manifest, write_table
+from infer.ensemble import OOF, STATE, FeatureSpec, State, clear, write_manifest
 from infer.image_scores import Standard
 from isic import folds as fold_plans
 from isic import schema
@@ -22,7 +22,7 @@ from isic.config import Settings
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.features import Encoding, fit_encoding, needed_columns
-from isic.files import sha256, versions, write_json, write_text
+from isic.files import sha256, versions, write_json, write_parquet, write_text
 from isic.folds import Folds, draw_folds, read_folds
 from isic.metadata import require, with_patient
 
@@ -218,7 +218,7 @@ def _write_files(
         write_text(root / name, text)
     state.write(root / STATE)
     folds.write(root / fold_plans.FILE)
-    write_table(root / OOF, oof)
+    write_parquet(root / OOF, oof)
     write_json(root / scores.FILE, summaries)
     return [*boosters, STATE, fold_plans.FILE, OOF, scores.FILE]
 

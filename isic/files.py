@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -10,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import polars as pl
 
 from isic.errors import UserError
 
@@ -56,6 +59,14 @@ def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_parquet(path: Path, table: pl.DataFrame, metadata: dict[str, str] | None = None) -> None:
+    """Writes a table as Parquet, atomically; equal tables give equal bytes."""
+    encoded = io.BytesIO()  # what polars raises for a full disk is not an OSError and does not say so
+    table.write_parquet(encoded, compression="zstd", statistics=False, metadata=metadata)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(encoded.getbuffer())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from isic import schema
 from isic.errors import UserError
-from isic.files import atomic_path, digest
+from isic.files import digest, write_parquet
 from isic.metadata import with_patient
 
 FILE = "folds.parquet"
@@ -53,8 +53,7 @@ class Folds:
         return fold
 
     def write(self, path: Path) -> None:
-        with atomic_path(path) as temporary:
-            self.table.write_parquet(temporary, metadata={"digest": self.digest})
+        write_parquet(path, self.table, {"digest": self.digest})
 
 
 def read_folds(path: Path) -> Folds:

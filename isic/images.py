@@ -16,7 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from isic.errors import UserError
-from isic.files import atomic_path, digest
+from isic.files import digest, write_parquet
 from isic.preprocess import JPEG_START, ImageError, Pixels, PreprocessSpec, decode_into
 
 NO_OFFSET = -1
@@ -299,6 +299,6 @@ def _load_index(path: Path) -> pl.DataFrame:
         if pl.read_parquet_metadata(cached).get("key") == key:
             return pl.read_parquet(cached)
     table = build_index(path)
-    with contextlib.suppress(UserError), atomic_path(cached) as temporary:  # without a cache it is only slower
-        table.write_parquet(temporary, metadata={"key": key})
+    with contextlib.suppress(UserError):  # without a cache it is only slower
+        write_parquet(cached, table, {"key": key})
     return table

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from isic import schema
 from isic.dataset import Dataset as IsicDataset
 from isic.errors import UserError
-from isic.files import atomic_path
+from isic.files import write_parquet
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, folds_for
 from isic.images import Hdf5Images, ImageStore, decode_pool
@@ -218,8 +218,7 @@ def _report(errors: dict[str, str], num_rows: int, settings: TrainSettings) -> N
     path = settings.run_dir / "errors.parquet"
     if not distributed.is_main():
         return
-    with atomic_path(path) as temporary:
-        pl.DataFrame({schema.ID: list(errors), "reason": list(errors.values())}).write_parquet(temporary)
+    write_parquet(path, pl.DataFrame({schema.ID: list(errors), "reason": list(errors.values())}))
     print(f"{summary}; their rows are left out and listed in {path}")
 
 

@@ -1,6 +1,5 @@
 """What a run leaves behind for people and for the next step: checkpoint, scores, history, the closing table."""
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import yaml
 from numpy.typing import NDArray
 
 from isic import schema
-from isic.files import atomic_path, sha256, versions, write_manifest, write_text
+from isic.files import atomic_path, sha256, versions, write_manifest, write_parquet, write_text
 from isic.metrics import pauc, roc_auc
 from train import distributed
 from train.checkpoint import BEST, LAST, save_checkpoint
@@ -151,10 +150,7 @@ def _write_oof(path: Path, data: TrainData, fold: int, held: Predictions) -> Non
     )
     if data.rows.masks:
         oof = oof.with_columns(pl.Series("dice", held.dice, nan_to_null=True))
-    content = io.BytesIO()  # polars hides the reason where the disk is full
-    oof.write_parquet(content)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content.getvalue())
+    write_parquet(path, oof)
 
 
 def log_epoch(

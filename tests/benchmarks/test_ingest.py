@@ -12,7 +12,7 @@ def test_every_way_reads_the_images_and_lands_in_the_csv(small_dataset: Path, tm
     assert ended.code == 0, ended.err
     rows = pl.read_csv(tmp_path / "ingest.csv")
     assert len(rows) == 5 and (rows["images_per_second"] > 0).all()
-    assert rows["what"][0] == "ours, 1 threads" and rows["first_is_faster_by"][0] == 1.0
+    assert rows["what"][0] == "ours, 1 thread" and rows["first_is_faster_by"][0] == 1.0
 
 
 def test_results_are_appended_and_new_columns_are_blank_in_old_rows(tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ def test_the_last_row_of_each_kind_stands_in_the_table(tmp_path: Path, cli: Cli)
     append("accuracy", [{"what": "m", "data": "d", **dict.fromkeys(columns, 0.5)}], tmp_path)
     append("ingest", [{"what": "a", "seconds": 3, "min": 0, "max": 0, "first_is_faster_by": 1}], tmp_path)
     readme = tmp_path / "README.md"
-    marks = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in ("ingest", "accuracy"))
+    marks = "".join(f"<!-- table: {name} -->\nstale\n<!-- end -->\n" for name in ("ingest", "accuracy"))
     readme.write_text(f"before\n{marks}after\n")
     ended = cli("benchmarks", "report", "--readme", readme, "--results", tmp_path)
     assert ended.code == 0, ended.err
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     assert "| a |  | 0 | 0 | 1 | 3 |" in text and "| b | 5 |  |  |  |  |" in text and "| m |" in text
 
 
