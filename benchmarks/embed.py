@@ -1,10 +1,11 @@
-"""What embedding costs beside its parts: the ingest alone, the engines alone, and both end to end, in turns."""
+"""`python -m benchmarks embed`: embedding end to end beside its parts, and a whole run in a process of its own."""
 
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,13 +13,66 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from pydantic import Field
 
+from benchmarks.record import append
+from infer.embed import BATCH_CPU
 from infer.embedder import Embedder, Job, Step, cores
-from infer.engines import create
-from infer.plan import plan_parts
+from infer.engines import create, null
+from infer.plan import Models, find_models, plan_parts, read_ids
 from infer.views import averaged
+from isic.config import Settings
 from isic.dataset import Dataset
 from isic.images import decode_pool
+from isic.preprocess import PreprocessSpec
+
+STAND_IN = "null"
+"""The config that is no model: a stand-in engine that costs nothing shows what the pipeline itself can do."""
+
+
+class EmbedSettings(Settings):
+    """What `python -m benchmarks embed` takes."""
+
+    config: str = Field(STAND_IN, description="exported config to embed with; null: a stand-in that costs nothing")
+    model_dir: Path | None = Field(None, description="the exported run; outputs/<config> if not given")
+    data: Path = Field(Path("data/isic-2024"), description="dataset folder; its training images are embedded")
+    images: int = Field(4000, ge=1, description="images a repeat")
+    repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
+    whole: bool = Field(False, description="instead time one `infer embed` of every training image, and its memory")
+    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+
+
+def embed(settings: EmbedSettings) -> None:
+    """Measures images per second of the ingest alone, the engine of fold 0 alone, and both end to end, in turns."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model_dir = settings.model_dir or Path("outputs") / settings.config
+        if settings.config == STAND_IN:
+            model_dir = folder / STAND_IN
+            null.write_run(model_dir, settings.data / "train-metadata.csv", PreprocessSpec(size=224))
+        engine = null.FILE if settings.config == STAND_IN else "model.onnx"
+        measured = _whole if settings.whole else _rates
+        figures = measured(settings, model_dir, engine, folder)
+    row = {"what": settings.config, "data": settings.data.name, **figures}
+    print("  ".join(f"{key}={value}" for key, value in row.items()))
+    print(f"appended to {append('embed', [row], settings.results)}")
+
+
+def _rates(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) -> dict[str, Any]:
+    found = find_models(model_dir, settings.config, engine)
+    first = min(found.artifacts)
+    models = Models({first: found.artifacts[first]}, {first: found.manifests[first]}, found.spec)
+    batch_size = models.batch_size or BATCH_CPU
+    job = Job(settings.data.resolve(), "train", models, "auto", "float16", "none", batch_size, None, None)
+    ids = read_ids(settings.data / "train-metadata.csv")[: settings.images]
+    measured = rates(job, ids, folder / "parts", settings.repeats)
+    return {"images": len(ids), **{name: round(value, 3 if name == "share" else 0) for name, value in measured.items()}}
+
+
+def _whole(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) -> dict[str, Any]:
+    where = ("--data", settings.data, "--model_dir", model_dir, "--output_dir", folder / "embeddings")
+    said = whole_run("--config", settings.config, "--engine", engine, "--split", "train", *where)
+    return {key: said[key] for key in ("images", "bad", "seconds", "peak_mb", "bound_by")}
 
 
 def rates(job: Job, ids: pl.Series, folder: Path, repeats: int = 5) -> dict[str, float]:

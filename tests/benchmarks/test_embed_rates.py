@@ -1,0 +1,16 @@
+from pathlib import Path
+
+import polars as pl
+from conftest import Cli
+
+
+def test_the_pipeline_is_measured_beside_its_parts_and_as_a_whole(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags = ["--data", small_dataset, "--results", tmp_path]
+    for more in (["--images", 40, "--repeats", 1], ["--whole"]):
+        ended = cli("benchmarks", "embed", *flags, *more)
+        assert ended.code == 0, ended.err
+    rows = pl.read_csv(tmp_path / "embed.csv")
+    assert rows["end_to_end"][0] > 0 and 0 < rows["share"][0] < 2
+    assert rows["images"].to_list() == [40, 60] and rows["seconds"][1] > 0 and rows["peak_mb"][1] > 50
