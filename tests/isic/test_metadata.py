@@ -82,6 +82,6 @@ def test_the_challenges_public_test_table(real_data: Path) -> None:
 
 
 def test_a_command_says_it_and_exits_2(tmp_path: Path, cli: Cli) -> None:
-    ended = cli("train", "--config", "demo", "--data", tmp_path / "nowhere")
+    ended = cli("train", "--config", "demo", "--data", tmp_path / "nowhere", "--output_dir", tmp_path)
     assert ended.code == 2
     assert ended.err.startswith("error: no such folder") and ended.err.count("\n") == 1
