@@ -8,6 +8,9 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+_arrived: list[int] = []
+"""Signals that this process got within the block."""
+
 
 class Interrupted(BaseException):
     """A signal asked the run to end. No `except Exception` between here and the command may swallow it."""
@@ -25,14 +28,23 @@ def interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:
             os._exit(128 + number)  # a loader's process that has not yet set its own handlers
+        _arrived.append(number)
         raise Interrupted(number)
 
+    _arrived.clear()
     before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
         yield
+        check()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def check() -> None:
+    """Raises Interrupted where a signal came whose exception was lost: Python drops those raised in a destructor."""
+    if _arrived:
+        raise Interrupted(_arrived[0])
 
 
 def leave_to_parent(_: int) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from isic import schema
 from isic.errors import UserError
 from isic.metrics import pauc, roc_auc
-from train import distributed
+from train import distributed, interrupt
 from train.checkpoint import LAST
 from train.config import TrainSettings
 from train.data import Batch, TrainData, fold_loaders
@@ -119,6 +119,7 @@ def train_epoch(
     )
     mix = create_mixup(settings)
     for micro_batches in batched(progress, settings.accumulation_steps):
+        interrupt.check()
         set_lr(state.optimizer, schedule[state.step])
         mixed = [mix(to_device(batch, device)) for batch in micro_batches]
         loss = accumulate(state, forward, mixed, settings, device)

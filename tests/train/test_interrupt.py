@@ -1,0 +1,33 @@
+"""A signal ends a run, whatever it interrupts."""
+
+import os
+import signal
+
+import pytest
+
+from train.interrupt import SIGNALS, Interrupted, check, interruptible
+
+
+class Finalized:
+    """Its destructor gets a signal, as any code does that runs at an unlucky moment."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_within_a_destructor_is_not_lost(number: signal.Signals) -> None:
+    passed = False
+    with pytest.raises(Interrupted, match=number.name), interruptible():
+        Finalized(number)
+        passed = True  # Python dropped the exception
+        check()
+    assert passed
+    with pytest.raises(Interrupted), interruptible():
+        Finalized(number)
+    with interruptible():
+        check()
