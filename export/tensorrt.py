@@ -1,0 +1,364 @@
+"""TensorRT plans: one strongly typed path for TensorRT 10 and 11 and for TensorRT-RTX.
+
+Precision lives in the ONNX graph, so the plan has the types that the graph has: nothing here lowers a layer.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from tqdm import tqdm
+
+from infer.engines import cudart
+from infer.engines.tensorrt import AMPERE_PLUS, FLAVOURS, import_runtime, logger
+from isic.config import Settings, Several
+from isic.errors import UserError
+from isic.files import atomic_path
+
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "UINT8": "uint8",
+    "INT8": "int8",
+    "FP8": "float8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+}
+"""TensorRT's data types by their usual names."""
+INTEGERS = frozenset({"int32", "int64", "bool"})
+"""Types of shape arithmetic, which says nothing of precision."""
+CONTRACT = {
+    "images": ("uint8", (None, None, 3)),
+    "features": ("float32", (None,)),
+    "logits": ("float32", (1,)),
+    "mask": ("float32", (None, None)),
+}
+"""Type of each input and output, and its sizes after the batch; None stands for any that is fixed. A mask may lack."""
+
+Log = Callable[[str], None]
+
+
+class PlanOptions(Settings):
+    """How a plan is built. Flags of `python -m export` for the formats `tensorrt` and `tensorrt_rtx`."""
+
+    min_batch: int = Field(1, ge=1, description="TensorRT: smallest batch of the profile")
+    opt_batch: int = Field(64, ge=1, description="TensorRT: the batch that kernels are chosen for")
+    max_batch: int = Field(256, ge=1, description="TensorRT: largest batch of the profile")
+    workspace_mib: int | None = Field(
+        None, ge=1, description="TensorRT: scratch memory a layer may use, MiB; all of the GPU's if not given"
+    )
+    optimization_level: int = Field(
+        3, ge=0, le=5, description="TensorRT: 0 builds fastest, 5 looks longest for fast kernels"
+    )
+    version_compatible: bool = Field(
+        False, description="tensorrt: the plan also runs in later versions of the same major version"
+    )
+    hardware_compatible: bool = Field(
+        False, description="tensorrt: the plan runs on Ampere and newer GPUs, slower than one for this GPU alone"
+    )
+    compute_capabilities: Several[Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121", "CURRENT"]] = Field(
+        (), description="tensorrt_rtx: architectures to build for; Ampere and newer if not given"
+    )
+    cuda_graph: bool = Field(
+        False, description="TensorRT: batches of --opt_batch run as one CUDA graph, which spares small models launches"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "PlanOptions":
+        if not self.min_batch <= self.opt_batch <= self.max_batch:
+            raise ValueError(
+                f"--min_batch {self.min_batch}, --opt_batch {self.opt_batch} and --max_batch {self.max_batch} must "
+                "not fall"
+            )
+        if "CURRENT" in self.compute_capabilities and len(self.compute_capabilities) > 1:
+            raise ValueError("--compute_capabilities CURRENT stands alone")
+        return self
+
+    @property
+    def profile(self) -> dict[str, int]:
+        return {"min": self.min_batch, "opt": self.opt_batch, "max": self.max_batch}
+
+
+OPTIONS_OF = {
+    "version_compatible": "tensorrt",
+    "hardware_compatible": "tensorrt",
+    "compute_capabilities": "tensorrt_rtx",
+}
+"""The options that one flavour alone has."""
+
+
+def check_options(options: PlanOptions, flavours: Collection[str]) -> None:
+    """Raises UserError for an option that none of the flavours to be built has."""
+    for name, flavour in OPTIONS_OF.items():
+        if getattr(options, name) and flavour not in flavours:
+            raise UserError(f"--{name} is for --formats {flavour} alone; leave it out, or build that format too")
+
+
+@dataclass(frozen=True)
+class PlanFacts:
+    """What a plan is, for its manifest (under `plan`)."""
+
+    runtime: str
+    version: str
+    """Of the library that built it, and that alone runs it, unless it is version compatible."""
+    version_compatible: bool
+    architectures: tuple[str, ...]
+    """GPUs that it runs on: `sm89`, or AMPERE_PLUS."""
+    profile: dict[str, int]
+    """Batch: `min`, `opt` and `max`."""
+    cuda_graph: bool
+    tensors: dict[str, dict[str, Any]]
+    """`dtype` and `shape` of each input and output, -1 for the batch."""
+    layers: dict[str, dict[str, int]]
+    """Number of layers by kind and by the type of what they compute, without shape arithmetic."""
+    seconds: float
+    """Time that the build took."""
+
+
+def architectures(flavour: str, options: PlanOptions) -> tuple[str, ...]:
+    """Returns the GPU architectures that a plan is to run on. Raises UserError where it takes a GPU and has none."""
+    named = options.compute_capabilities if FLAVOURS[flavour].portable else ()
+    if FLAVOURS[flavour].portable and "CURRENT" not in named:
+        return tuple(name.lower() for name in named) or (AMPERE_PLUS,)
+    current = cudart.architecture()
+    return (AMPERE_PLUS,) if options.hardware_compatible and not FLAVOURS[flavour].portable else (current,)
+
+
+def plan_name(config: str, fold: int, precision: str, flavour: str, options: PlanOptions) -> str:
+    """Returns the file name of a plan: all that decides whether it is the one to run.
+
+    For example `vit_tiny-fold_0-fp16-sm80plus-tensorrt_rtx_1.7.1.116.plan`. Raises UserError where the library is not
+    installed, or a GPU is needed and not there.
+    """
+    version = import_runtime(flavour).__version__
+    return f"{config}-fold_{fold}-{precision}-{'-'.join(architectures(flavour, options))}-{flavour}_{version}.plan"
+
+
+def build_plan(
+    onnx_path: Path,
+    plan_path: Path,
+    flavour: str,
+    options: PlanOptions,
+    log: Log = print,
+    timing_cache: Path | None = None,
+) -> PlanFacts:
+    """Builds a plan from a strongly typed ONNX graph and writes it, whole or not at all.
+
+    Args:
+        onnx_path: a graph of this toolkit's contract in any precision, external data beside it.
+        plan_path: where the plan goes.
+        flavour: a key of FLAVOURS. TensorRT builds for the GPU of this machine; TensorRT-RTX needs none.
+        options: how to build; what belongs to another flavour is left aside.
+        log: hears what is worth a line.
+        timing_cache: file with TensorRT's timings of kernels, which folds of one config share; made if not there.
+            TensorRT-RTX times nothing and leaves it alone.
+
+    Raises:
+        UserError: the library or the GPU is missing, the graph does not parse or is not of the contract, or TensorRT
+            cannot build it.
+        KeyboardInterrupt: Ctrl-C; no plan is left behind.
+    """
+    trt = import_runtime(flavour)
+    targets = architectures(flavour, options)
+    title = f"{FLAVOURS[flavour].title} {trt.__version__}"
+    builder = trt.Builder(logger(trt))
+    network, _parser = parse(trt, builder, onnx_path, title)
+    tensors = check_contract(network, onnx_path)
+    allow_decomposed_attention(trt, network)
+    config = configure(trt, builder, network, FLAVOURS[flavour].portable, options)
+    started = time.perf_counter()
+    timings = None if FLAVOURS[flavour].portable or timing_cache is None else timing_cache
+    if timings:
+        read_timings(config, timings, log)
+    plan = serialize(trt, builder, network, config, onnx_path, title)
+    if timings:
+        write_timings(config, timings)
+    with atomic_path(plan_path) as temporary:
+        temporary.write_bytes(plan)
+    return PlanFacts(
+        runtime=flavour,
+        version=trt.__version__,
+        version_compatible=options.version_compatible and not FLAVOURS[flavour].portable,
+        architectures=targets,
+        profile=options.profile,
+        cuda_graph=options.cuda_graph,
+        tensors=tensors,
+        layers=layer_types(network),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def parse(trt: ModuleType, builder: Any, onnx_path: Path, title: str) -> tuple[Any, Any]:
+    """Returns the network of an ONNX file, and the parser, which owns weights that the network points to.
+
+    Raises:
+        UserError: says what the parser says first.
+    """
+    # TensorRT 11 is always strongly typed and ignores the flag; 10 needs it.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger(trt))
+    if parser.parse_from_file(str(onnx_path)):
+        return network, parser
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    said = "; ".join(dict.fromkeys(_parser_sentence(error) for error in errors[:3])) or logger(trt).reason()
+    raise UserError(f"{title} cannot read {onnx_path} ({said}); export the ONNX file again, or with another opset")
+
+
+def _parser_sentence(error: Any) -> str:
+    text = " ".join(error.desc().split())
+    node = " ".join(filter(None, (error.node_operator(), error.node_name())))
+    return f"{node}: {text}" if node else text
+
+
+def check_contract(network: Any, onnx_path: Path) -> dict[str, dict[str, Any]]:
+    """Returns type and shape of each input and output. Raises UserError where they are not those of CONTRACT."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    tensors = {
+        tensor.name: {"dtype": DTYPES[tensor.dtype.name], "shape": list(tensor.shape)} for tensor in (*inputs, *outputs)
+    }
+    if [tensor.name for tensor in inputs] != ["images"] or not {"features", "logits"} <= set(tensors) <= set(CONTRACT):
+        raise UserError(f"{onnx_path} has {', '.join(tensors)}, not images, features and logits; export it again")
+    for name, tensor in tensors.items():
+        dtype, sizes = CONTRACT[name]
+        batch, *rest = tensor["shape"]
+        fits = [have == want if want else have > 0 for have, want in zip(rest, sizes, strict=False)]
+        if tensor["dtype"] != dtype or batch != -1 or len(rest) != len(sizes) or not all(fits):
+            wanted = ", ".join(["N", *(str(want or "fixed") for want in sizes)])
+            raise UserError(
+                f"{onnx_path}: {name} is {tensor['dtype']} {tensor['shape']}, not {dtype} [{wanted}]; export it again"
+            )
+    return tensors
+
+
+def allow_decomposed_attention(trt: ModuleType, network: Any) -> None:
+    """Lets attention fall back to several kernels where there is no fused one for its type and head size.
+
+    There is none for float32, and the build would fail; where there is one it is used as before.
+    """
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)  # TensorRT before 10.14 has no such layer
+    for layer in _layers(network):
+        if layer.type == kind:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+
+
+def configure(trt: ModuleType, builder: Any, network: Any, portable: bool, options: PlanOptions) -> Any:
+    """Returns the builder's configuration of a network with its one batch profile."""
+    config = builder.create_builder_config()
+    config.builder_optimization_level = options.optimization_level
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 islands are there to be exact
+    if options.workspace_mib:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * 1024**2)
+    if portable:
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for index, name in enumerate(options.compute_capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+    if options.version_compatible and not portable:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible and not portable:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    profile = builder.create_optimization_profile()
+    size = tuple(network.get_input(0).shape)[1:]
+    profile.set_shape("images", *((batch, *size) for batch in options.profile.values()))
+    config.add_optimization_profile(profile)
+    return config
+
+
+def read_timings(config: Any, path: Path, log: Log) -> None:
+    """Gives the builder the timings of earlier builds; those of another GPU or version are left aside."""
+    known = path.read_bytes() if path.is_file() else b""
+    if not config.set_timing_cache(config.create_timing_cache(known), False):
+        log(f"{path} is of another GPU or TensorRT version, so kernels are timed anew")
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def write_timings(config: Any, path: Path) -> None:
+    """Writes the timings of earlier builds and of this one, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(config.get_timing_cache().serialize())
+
+
+def serialize(trt: ModuleType, builder: Any, network: Any, config: Any, onnx_path: Path, title: str) -> memoryview:
+    """Builds the plan and returns its bytes. Raises UserError with TensorRT's reason, KeyboardInterrupt on Ctrl-C."""
+    logger(trt).errors.clear()
+    with interrupts() as interrupted, tqdm(desc=title, unit="step", leave=False, disable=None) as bar:
+        config.progress_monitor = monitor = progress_monitor(trt, bar, interrupted)
+        plan = builder.build_serialized_network(network, config)
+        config.progress_monitor = None  # the monitor outlives all that uses it
+        del monitor
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+    if plan is None:
+        raise UserError(
+            f"{title} cannot build {onnx_path} ({logger(trt).reason()}); try another --precision, a smaller "
+            "--max_batch or other architectures"
+        )
+    return memoryview(plan)
+
+
+def progress_monitor(trt: ModuleType, bar: Any, interrupted: threading.Event) -> Any:
+    """Returns TensorRT's reporter that shows the phase in progress on `bar` and ends the build when interrupted."""
+
+    class Progress(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._shown = ""
+
+        def phase_start(self, phase: str, parent: str | None, num_steps: int) -> None:
+            self._shown = phase
+            bar.reset(total=num_steps)
+            bar.set_description(f"TensorRT: {phase}")
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase == self._shown:
+                bar.update()
+            return not interrupted.is_set()
+
+        def phase_finish(self, phase: str) -> None:
+            pass
+
+    return Progress()
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """Notes Ctrl-C instead of raising it: an exception may not pass through TensorRT's own frames."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted  # signals reach the main thread alone
+        return
+    former = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def layer_types(network: Any) -> dict[str, dict[str, int]]:
+    """Returns the number of layers by kind and by type of the first output, without shape arithmetic.
+
+    A strongly typed plan computes each layer in the type that the network states; TensorRT may fuse layers, and may
+    not change types.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for layer in _layers(network):
+        dtype = DTYPES.get(layer.get_output(0).dtype.name, "other")
+        if dtype not in INTEGERS:
+            counts[layer.type.name.lower()][dtype] += 1
+    return {kind: dict(counter) for kind, counter in sorted(counts.items())}
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    return (network.get_layer(index) for index in range(network.num_layers))

@@ -1,0 +1,141 @@
+"""The little of CUDA that an engine needs: which GPU is there, memory that is freed, streams and events.
+
+Calls go to NVIDIA's CUDA Python (the package `cuda-bindings`), so that an engine needs no torch.
+"""
+
+import weakref
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from isic.errors import UserError
+from isic.preprocess import Pixels
+
+
+class CudaError(RuntimeError):
+    """A CUDA call failed; the message names the call and CUDA's reason."""
+
+
+@cache
+def runtime() -> ModuleType:
+    """Returns CUDA Python's module of the CUDA runtime. Raises UserError where it is not installed."""
+    try:
+        return import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise UserError(f"CUDA Python does not load ({error}); install it with `pip install cuda-bindings`") from None
+
+
+def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
+    """Calls a function of the CUDA runtime and returns what it returns beside its status. Raises CudaError."""
+    status, *values = function(*arguments)
+    if int(status) != 0:
+        raise CudaError(f"{getattr(function, '__name__', function)} failed: {_reason(status)}")
+    return values[0] if values else None
+
+
+def _reason(status: Any) -> str:
+    _, text = runtime().cudaGetErrorString(status)
+    return text.decode() if isinstance(text, bytes) else str(text)
+
+
+def architecture() -> str:
+    """Returns the architecture of the current GPU as NVIDIA writes it: `sm89` for compute capability 8.9.
+
+    Raises:
+        UserError: CUDA Python is not installed, or there is no GPU that CUDA can use.
+    """
+    cuda = runtime()
+    status, count = cuda.cudaGetDeviceCount()
+    if int(status) != 0 or not count:
+        reason = _reason(status) if int(status) else "no device"
+        raise UserError(f"no NVIDIA GPU can be used here (CUDA says: {reason}), and TensorRT needs one; use a machine "
+                        "that has one, or the format onnx")  # fmt: skip
+    device = call(cuda.cudaGetDevice)
+    major, minor = (
+        call(cuda.cudaDeviceGetAttribute, getattr(cuda.cudaDeviceAttr, f"cudaDevAttrComputeCapability{part}"), device)
+        for part in ("Major", "Minor")
+    )
+    return f"sm{major}{minor}"
+
+
+class Pinned:
+    """Page-locked host memory, from which the GPU copies faster and without waiting. Freed when nothing uses it."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        cuda, self._dtype = runtime(), np.dtype(dtype)
+        size = max(int(np.prod(shape)) * self._dtype.itemsize, 1)
+        self._pointer = int(call(cuda.cudaHostAlloc, size, cuda.cudaHostAllocDefault))
+        self._shape = shape
+        weakref.finalize(self, cuda.cudaFreeHost, self._pointer)
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"shape": self._shape, "typestr": self._dtype.str, "data": (self._pointer, False), "version": 3}
+
+
+def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """Returns an uninitialised array in page-locked memory, which lives as long as the array or a view of it does."""
+    return np.asarray(Pinned(shape, dtype))
+
+
+def is_pinned(images: Pixels) -> bool:
+    """Whether the GPU can copy straight from the array: page-locked and contiguous."""
+    cuda = runtime()
+    status, attributes = cuda.cudaPointerGetAttributes(images.ctypes.data)
+    is_host = int(status) == 0 and attributes.type == cuda.cudaMemoryType.cudaMemoryTypeHost
+    return bool(images.flags.c_contiguous and is_host)
+
+
+class DeviceMemory:
+    """Memory of the GPU, freed with the object."""
+
+    def __init__(self, num_bytes: int) -> None:
+        cuda = runtime()
+        self.pointer = int(call(cuda.cudaMalloc, max(num_bytes, 1)))
+        weakref.finalize(self, cuda.cudaFree, self.pointer)
+
+
+class Stream:
+    """A CUDA stream of its own, which does not wait for the default one."""
+
+    def __init__(self) -> None:
+        cuda = runtime()
+        self.handle = call(cuda.cudaStreamCreateWithFlags, cuda.cudaStreamNonBlocking)
+        weakref.finalize(self, cuda.cudaStreamDestroy, self.handle)
+
+    def upload(self, target: DeviceMemory, source: np.ndarray[Any, Any]) -> None:
+        """Copies a contiguous array to the GPU in this stream's turn."""
+        cuda = runtime()
+        kind = cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        call(cuda.cudaMemcpyAsync, target.pointer, source.ctypes.data, source.nbytes, kind, self.handle)
+
+    def download(self, target: np.ndarray[Any, Any], source: DeviceMemory) -> None:
+        """Copies from the GPU into a contiguous array in this stream's turn."""
+        cuda = runtime()
+        kind = cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        call(cuda.cudaMemcpyAsync, target.ctypes.data, source.pointer, target.nbytes, kind, self.handle)
+
+    def record(self, event: "Event") -> None:
+        """Marks in `event` what the stream has been given so far."""
+        call(runtime().cudaEventRecord, event.handle, self.handle)
+
+    def wait_for(self, event: "Event") -> None:
+        """Lets what the stream is given from now on wait for `event`; the host does not wait."""
+        call(runtime().cudaStreamWaitEvent, self.handle, event.handle, 0)
+
+
+class Event:
+    """A mark in a stream that others can wait for."""
+
+    def __init__(self) -> None:
+        cuda = runtime()
+        self.handle = call(cuda.cudaEventCreateWithFlags, cuda.cudaEventDisableTiming)
+        weakref.finalize(self, cuda.cudaEventDestroy, self.handle)
+
+    def wait(self) -> None:
+        """Waits on the host until what was marked is done. Raises CudaError for what failed on the way."""
+        call(runtime().cudaEventSynchronize, self.handle)
