@@ -1,28 +1,81 @@
-"""The formats an export can have, as data: a new one is a row here and a file beside this one."""
+"""The formats an export can have, as data: a new one is a row here and a module beside this one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from isic.errors import UserError, did_you_mean
+from isic.preprocess import PreprocessSpec
 from train.model import Classifier
 
-Builder = Callable[[Classifier, int, Path], None]
-"""Writes the artifact of a model for images of a size under a path."""
+if TYPE_CHECKING:
+    from export.tensorrt import PlanOptions
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one artifact is to be."""
+
+    config: str
+    fold: int
+    format: str
+    precision: str
+    device: str
+    """What it will run on: `cpu` or `cuda`."""
+    spec: PreprocessSpec
+    options: "PlanOptions"
+    cache_dir: Path
+    """Where builders keep what the folds of a config share."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says was asked for; another answer makes the artifact stale."""
+        options = self.options.model_dump(mode="json", include=set(FORMATS[self.format].options))
+        return {
+            "name": self.config,
+            "fold": self.fold,
+            "format": self.format,
+            "precision": self.precision,
+            "device": self.device,
+            "options": options,
+        }
+
+    @property
+    def size(self) -> int:
+        return self.spec.size
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Batches that must all say the same: 1 and 2, that kernels are chosen for, and the largest."""
+        most = (8, 16) if self.device == "cpu" else (self.options.opt_batch, self.options.max_batch)
+        return tuple(sorted({batch for batch in (1, 2, *most) if batch >= self.options.min_batch}))
+
+
+Builder = Callable[[Classifier, Target, Path], Mapping[str, Any]]
+"""Writes the artifact of a model, in eval mode on the CPU, under a path; returns what its manifest is to say of it."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format: what its files are called and who builds them."""
+    """One format and the module that builds it, with `file_name(target)` and `build(model, target, path)`."""
 
-    suffix: str
     module: str
-    """Module with `build(model, size, path)`."""
-    min_cosine: float
-    """Parity: least cosine of any image's features to the checkpoint in float32."""
-    max_logit_error: float
-    """Parity: largest absolute error of a logit."""
+    precisions: Mapping[str, tuple[str, ...]]
+    """What it offers on each device it runs on, the usual one first."""
+    options: tuple[str, ...] = ()
+    """Fields of PlanOptions that its build follows."""
+    portable: bool = False
+    """It is built where it cannot run; the parity gate is then left to the machine that runs it."""
+
+    def device(self, device: str) -> str:
+        """Returns what an artifact is built for on a machine that has `device`."""
+        return device if device in self.precisions else next(iter(self.precisions))
+
+    def file_name(self, target: Target) -> str:
+        name: str = import_module(self.module).file_name(target)
+        return name
 
     @property
     def build(self) -> Builder:
@@ -30,12 +83,72 @@ class Format:
         return builder
 
 
+PLAN_OPTIONS = ("min_batch", "opt_batch", "max_batch", "workspace_mib", "optimization_level", "cuda_graph")
+"""What every TensorRT plan follows."""
+
 FORMATS = {
-    "onnx": Format(suffix=".onnx", module="export.onnx_graph", min_cosine=0.99999, max_logit_error=1e-3),
+    "onnx": Format("export.onnx_graph", {"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16", "bf16")}),
+    "aoti": Format(
+        "export.aoti",
+        {"cpu": ("fp32", "bf16", "fp16"), "cuda": ("bf16", "fp16", "fp32")},
+        options=("max_batch", "max_autotune"),
+    ),
+    "tensorrt": Format(
+        "export.tensorrt",
+        {"cuda": ("fp16", "bf16", "fp32")},
+        options=(*PLAN_OPTIONS, "version_compatible", "hardware_compatible"),
+    ),
+    "tensorrt_rtx": Format(
+        "export.tensorrt",
+        {"cuda": ("fp16", "bf16", "fp32")},
+        options=(*PLAN_OPTIONS, "compute_capabilities"),
+        portable=True,
+    ),
 }
 
 
-def find_format(name: str) -> Format:
-    if name not in FORMATS:
-        raise UserError(f'--formats: no format "{name}", {did_you_mean(name, FORMATS)}')
-    return FORMATS[name]
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an artifact may be from its checkpoint in float32."""
+
+    min_cosine: float
+    """Of any image's features."""
+    max_logit_error: float
+    """Of any logit, in standard deviations of the logits where that is over 1; and of any probability of a mask."""
+    min_rank_correlation: float
+    """Spearman's, of the logits of real images."""
+
+
+TOLERANCES = {
+    "fp32": Tolerance(0.99999, 1e-3, 0.9999),
+    "fp16": Tolerance(0.999, 2e-2, 0.999),
+    "bf16": Tolerance(0.995, 1e-1, 0.99),
+    "int8": Tolerance(0.99, 0.5, 0.97),
+}
+
+
+def find_formats(names: tuple[str, ...], precisions: tuple[str, ...], device: str) -> list[tuple[str, str]]:
+    """Returns each format with each of the precisions that it offers, its usual one where none is named.
+
+    Raises:
+        UserError: no such format or precision, or one that has none of the others.
+    """
+    for name in names:
+        if name not in FORMATS:
+            raise UserError(f'--formats: no format "{name}", {did_you_mean(name, FORMATS)}')
+    for precision in precisions:
+        if precision not in TOLERANCES:
+            raise UserError(f'--precision: no precision "{precision}", {did_you_mean(precision, TOLERANCES)}')
+    chosen = []
+    for name in names:
+        offered = FORMATS[name].precisions[FORMATS[name].device(device)]
+        wanted = [precision for precision in precisions if precision in offered] if precisions else [offered[0]]
+        if not wanted:
+            raise UserError(
+                f"--precision {','.join(precisions)}: {name} on {device} offers {', '.join(offered)}; choose from these"
+            )
+        chosen += [(name, precision) for precision in wanted]
+    unused = set(precisions) - {precision for _, precision in chosen}
+    if unused:
+        raise UserError(f"--precision {min(unused)}: none of {', '.join(names)} offers it on {device}")
+    return chosen

@@ -2,41 +2,109 @@
 
 import contextlib
 import io
+import json
 import logging
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import onnx
 import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import Tensor
 
+from export.formats import Target
+from export.precision import lowered
 from train.model import Classifier
 
 OPSET = 20
 """Gelu is one node from opset 20 on, and ONNX Runtime runs it from version 1.17 on."""
+ATTENTION_OPSET = 23
+"""Attention is one node from opset 23 on, which TensorRT fuses; ONNX Runtime on a CPU is no faster for it."""
 TRACED_BATCH = 2
 """torch.export specialises a dimension of size 0 or 1, so the graph is traced with two images."""
+QUANTIZED = ["MatMul", "Gemm"]
+"""What int8 is for: the few convolutions are slower as integers, and the rest has no weights."""
 
 
-def build(model: Classifier, size: int, path: Path) -> None:
-    """Writes the graph of `model` (in eval mode, on the CPU) for images [N, size, size, 3]."""
+def file_name(target: Target) -> str:
+    return "model.onnx" if target.precision == "fp32" else f"model.{target.precision}.onnx"
+
+
+def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
+    """Writes the graph of `model` for images [N, size, size, 3] and says in its metadata what it is."""
+    if target.precision == "int8":
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / "model.onnx"
+            graph = trace(model, target.size, OPSET)
+            del graph.graph.value_info[:]  # the quantizer infers shapes itself, and stumbles over the exporter's
+            onnx.save(graph, whole)
+            quantize(whole, path)
+        graph = onnx.load(path)
+    else:
+        graph = trace(lowered(model, target.precision), target.size, OPSET)
+    onnx.helper.set_model_props(graph, metadata(target))
+    onnx.save(graph, path)
+    return {"opset": OPSET}
+
+
+def metadata(target: Target) -> dict[str, str]:
+    """Returns what the file says of itself, as ONNX metadata properties."""
+    return {
+        "name": target.config,
+        "fold": str(target.fold),
+        "precision": target.precision,
+        "preprocess": target.spec.model_dump_json(),
+        "labels": json.dumps({"logits": ["malignant"]}),
+    }
+
+
+def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
+    """Returns the graph of `model` (in eval mode, on the CPU) for images uint8 [N, size, size, 3]."""
     example = torch.zeros((TRACED_BATCH, size, size, 3), dtype=torch.uint8)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore")  # the exporter's notes on its own internals
-        torch.onnx.export(
-            model,
+        program = torch.export.export(
+            model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, strict=False
+        )
+        if opset < ATTENTION_OPSET:
+            program = program.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: attention})
+        exported = torch.onnx.export(
+            program,
             (example,),
-            path,
             input_names=["images"],
             output_names=list(model.output_names),
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            opset_version=OPSET,
+            opset_version=opset,
             external_data=False,
             dynamo=True,
         )
+    assert exported is not None
+    graph: onnx.ModelProto = exported.model_proto
+    for node in graph.graph.node:
+        if node.op_type == "Attention":  # its softmax is a float32 island, as in `attention`
+            node.attribute.append(onnx.helper.make_attribute("softmax_precision", onnx.TensorProto.FLOAT))
+    return graph
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
+    """Scaled dot-product attention without a mask, its softmax in float32 whatever the inputs are."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query * scale) @ key.transpose(-2, -1)
+    # A cast of its own: the exporter would write softmax's argument `dtype` as a cast of its result.
+    return scores.to(torch.float32).softmax(dim=-1).to(value.dtype) @ value
+
+
+def quantize(source: Path, path: Path) -> None:
+    """Writes a float32 graph with int8 weights, whose activations are quantized as they come."""
+    with _quiet("root"):
+        quantize_dynamic(source, path, op_types_to_quantize=QUANTIZED, weight_type=QuantType.QInt8, per_channel=True)
 
 
 @contextlib.contextmanager
-def _quiet(*names: str):  # type: ignore[no-untyped-def]
-    loggers = [logging.getLogger(name) for name in names]
+def _quiet(*names: str) -> Iterator[None]:
+    loggers = [logging.getLogger(name if name != "root" else None) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -1,33 +1,40 @@
 """Exports folds: build, gate, publish."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import polars as pl
+from numpy.typing import NDArray
 from pydantic import AliasChoices, Field
 
-from export.formats import Format, find_format
-from export.parity import ParityError, check_parity
-from infer.engines import create
+from export.formats import FORMATS, TOLERANCES, Target, find_formats
+from export.parity import ParityError, Reference, check_parity
+from export.tensorrt import PlanOptions
+from infer.engines import create, works
 from isic import schema
-from isic.config import Settings, Several
+from isic.config import Several
 from isic.dataset import Dataset
 from isic.errors import UserError
-from isic.files import manifest_path, read_json, sha256, versions, write_json, write_manifest
+from isic.files import manifest_path, read_json, read_manifest, sha256, versions, write_json, write_manifest
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import read_folds
 from isic.images import decode_pool
 from isic.preprocess import Pixels, PreprocessSpec
 from train.checkpoint import BEST, checkpoint_settings, load_checkpoint
+from train.loop import select_device
 from train.model import Classifier, create_model
 
-NUM_PARITY_IMAGES = 14
 PARITY_FILE = "parity.json"
+PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+HEADER = "fold format       types      MB  seconds     cosine  logit error     rank  artifact"
 
 
-class ExportSettings(Settings):
+class ExportSettings(PlanOptions):
     """What `python -m export` takes."""
 
     config: str = Field(
@@ -36,10 +43,16 @@ class ExportSettings(Settings):
     )
     model_dir: Path | None = Field(None, description="the trained run; outputs/<config> if not given")
     fold: int | None = Field(None, ge=0, description="export this fold alone; all trained folds if not given")
-    formats: Several[str] = Field(("onnx",), description="formats, separated by commas")
+    formats: Several[str] = Field(("onnx",), description=f"of {', '.join(FORMATS)}, separated by commas")
+    precision: Several[str] = Field(
+        (), description="fp32, fp16, bf16 or int8, separated by commas; each format's usual one if not given"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what the artifacts will run on")
     data: Path | None = Field(
         None, description="dataset with real images for the parity gate; the training's if not given"
     )
+    parity_images: int = Field(256, ge=1, description="held-out images that the parity gate compares")
+    check: bool = Field(False, description="gate what is there on this machine, and build nothing")
     force: bool = Field(False, description="export again what is up to date")
 
     @property
@@ -57,11 +70,17 @@ class Source:
     config: dict[str, Any]
     """Name, fold, features, folds digest and preprocessing, as the checkpoint has them."""
     data: Path
-    """The dataset it was trained on."""
+    """The dataset whose images the gate compares on."""
+    num_images: int
 
     @property
     def spec(self) -> PreprocessSpec:
         return PreprocessSpec(**self.config["preprocess"])
+
+    @cached_property
+    def reference(self) -> Reference:
+        """What the checkpoint says, computed once for all formats."""
+        return Reference(self.model, *parity_sample(self))
 
 
 def export(settings: ExportSettings) -> int:
@@ -69,17 +88,21 @@ def export(settings: ExportSettings) -> int:
 
     Exits with 1 where an artifact fails the gate; it is then not left under its final name.
     """
-    formats = {name: find_format(name) for name in settings.formats}
-    paths = find_checkpoints(settings)
-    failed = 0
-    print(f"{'fold':>4} {'format':8} {'MB':>7} {'seconds':>8} {'cosine':>10} {'logit error':>12}  artifact")
-    for fold, path in paths.items():
-        for name, format_ in formats.items():
-            artifact = path.with_name(f"model{format_.suffix}")
-            if is_current(artifact, path, settings.config, fold) and not settings.force:
-                print(f"{fold:4} {name:8} up to date: {artifact}")
-            else:
-                failed += not export_one(load_source(path, fold, settings), name, format_, artifact, settings)
+    device = select_device(settings.device).type
+    wanted = find_formats(settings.formats, settings.precision, device)
+    failed, artifacts = 0, []
+    print(HEADER)
+    for fold, path in find_checkpoints(settings).items():
+        source: Source | None = None
+        for name, precision in wanted:
+            target = target_of(path, fold, name, precision, device, settings)
+            artifact = path.with_name(FORMATS[name].file_name(target))
+            artifacts.append(artifact)
+            if is_current(artifact, path, target) and not settings.force and not settings.check:
+                print(f"{fold:4} {name:12} {precision:5} up to date: {artifact}")
+                continue
+            source = source or load_source(path, fold, settings)
+            failed += not (check_one if settings.check else export_one)(source, target, artifact)
     return 1 if failed else 0
 
 
@@ -96,13 +119,28 @@ def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def is_current(artifact: Path, checkpoint: Path, config: str, fold: int) -> bool:
-    """Whether the artifact was made from this very checkpoint of this config and fold, and is whole."""
+def target_of(checkpoint: Path, fold: int, name: str, precision: str, device: str, settings: ExportSettings) -> Target:
+    """Returns what one artifact of a fold is to be."""
+    return Target(
+        config=settings.config,
+        fold=fold,
+        format=name,
+        precision=precision,
+        device=FORMATS[name].device(device),
+        spec=PreprocessSpec(**load_checkpoint(checkpoint)["config"]["preprocess"]),
+        options=settings,
+        cache_dir=checkpoint.parents[1],
+    )
+
+
+def is_current(artifact: Path, checkpoint: Path, target: Target) -> bool:
+    """Whether the artifact is whole, and is what the target asks for from this very checkpoint."""
     if not (artifact.is_file() and manifest_path(artifact).is_file()):
         return False
     manifest = read_json(manifest_path(artifact))
-    is_of = (manifest["name"], manifest["fold"], manifest["made_from"]["sha256"])
-    return is_of == (config, fold, sha256(checkpoint)) and bool(manifest["sha256"] == sha256(artifact))
+    asked = {**target.facts, "made_from": {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint)}}
+    same = all(manifest.get(key) == value for key, value in asked.items())
+    return same and bool(manifest["sha256"] == sha256(artifact))
 
 
 def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
@@ -124,57 +162,126 @@ def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
         model.load_state_dict(checkpoint["model_state_dict"])
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {trained_with.model} ({str(error).splitlines()[1].strip()})") from None
-    return Source(path, sha256(path), model.eval(), config, settings.data or trained_with.data)
+    return Source(path, sha256(path), model.eval(), config, settings.data or trained_with.data, settings.parity_images)
 
 
-def export_one(source: Source, name: str, format_: Format, artifact: Path, settings: ExportSettings) -> bool:
+def export_one(source: Source, target: Target, artifact: Path) -> bool:
     """Builds one artifact beside its final name, gates it, and moves it there. Returns whether it passed."""
-    fold, spec = source.config["fold"], source.spec
-    images = parity_images(source)
-    manifest = {**source.config, "format": name, "precision": "fp32"}
-    candidate = artifact.with_name(f".candidate{format_.suffix}")
+    candidate = artifact.with_name(f".candidate-{artifact.name}")
+    manifest = {**source.config, **target.facts}
     try:
         started = time.perf_counter()
-        format_.build(source.model, spec.size, candidate)
+        manifest |= FORMATS[target.format].build(source.model, target, candidate)
         seconds = time.perf_counter() - started
-        engine = create(candidate, manifest, device="cpu")
-        figures = check_parity(source.model, engine, images, format_.min_cosine, format_.max_logit_error)
-        del engine  # Windows does not move a file that is open
+        parity = gate(source, target, candidate, manifest)
         manifest_path(artifact).unlink(missing_ok=True)
         candidate.replace(artifact)
     except ParityError as error:
-        artifact.unlink(missing_ok=True)
-        write_json(artifact.with_name(PARITY_FILE), {**manifest, "passed": False, "reason": str(error)})
-        print(f"{fold:4} {name:8} failed the parity gate: {error}")
+        fail(artifact, manifest, error)
         return False
     finally:
         candidate.unlink(missing_ok=True)
-    made_from = {"checkpoint": source.path.name, "sha256": source.sha256}
-    built_with = versions("torch", "timm", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
-    write_manifest(artifact, **manifest, made_from=made_from, parity=figures, versions=built_with)
-    write_json(artifact.with_name(PARITY_FILE), {**manifest, "passed": True, "parity": figures})
-    worst = {key: [figure[key] for figure in figures.values()] for key in ("cosine", "max_logit_error")}
-    print(
-        f"{fold:4} {name:8} {artifact.stat().st_size / 1e6:7.1f} {seconds:8.1f} {min(worst['cosine']):10.7f} "
-        f"{max(worst['max_logit_error']):12.1e}  {artifact}"
-    )
+    manifest["made_from"] = {"checkpoint": source.path.name, "sha256": source.sha256}
+    publish(artifact, {**manifest, "build_seconds": round(seconds, 1), "versions": versions(*PACKAGES)}, parity)
     return True
 
 
-def parity_images(source: Source) -> Pixels:
-    """Returns real images of the fold's held-out rows, uint8 [14, size, size, 3], by inference's own decoder."""
+def check_one(source: Source, target: Target, artifact: Path) -> bool:
+    """Gates an artifact that is there, on this machine. Returns whether it passed."""
+    manifest = read_manifest(artifact)
+    if manifest["made_from"]["sha256"] != source.sha256:
+        raise UserError(f"{artifact} was made from another checkpoint than {source.path}; export it again")
+    try:
+        publish(artifact, manifest, gate(source, target, artifact, manifest))
+    except ParityError as error:
+        fail(artifact, manifest, error)
+        return False
+    return True
+
+
+def gate(source: Source, target: Target, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the parity figures of an artifact, None where it was built for another machine than this.
+
+    Raises:
+        ParityError: it does not say what its checkpoint says.
+        UserError: its engine does not work here.
+    """
+    if FORMATS[target.format].portable and works(target.format, target.device):
+        return None
+    engine = create(path, manifest, target.device)
+    return check_parity(source.reference, engine, TOLERANCES[target.precision], target.batch_sizes)
+
+
+def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | None) -> None:
+    """Writes the manifest of an artifact that is in its place, and says so."""
+    manifest = {**manifest, "parity": parity}
+    write_manifest(artifact, **{key: value for key, value in manifest.items() if key not in ("artifact", "sha256")})
+    start = (
+        f"{manifest['fold']:4} {manifest['format']:12} {manifest['precision']:5} {artifact.stat().st_size / 1e6:7.1f}"
+    )
+    seconds = f"{manifest['build_seconds']:8.1f}"
+    if parity is None:
+        gated = f"not gated: {works(manifest['format'], manifest['device'])}; run it with --check where one is"
+        print(f"{start} {seconds} {gated}  {artifact}")
+        return
+    record(artifact, {"passed": True, **parity})
+    worst = summary(parity)
+    print(
+        f"{start} {seconds} {worst['cosine']:10.7f} {worst['max_logit_error']:12.1e} {worst['rank_correlation']:8.5f}  "
+        f"{artifact}"
+    )
+
+
+def summary(parity: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the worst of the parity figures over all batch sizes."""
+    figures = [figure for name, figure in parity.items() if name.startswith("batch_")]
+    return {
+        "cosine": min(figure["cosine"] for figure in figures),
+        "max_logit_error": max(figure["max_logit_error"] for figure in figures),
+        "rank_correlation": parity.get("rank_correlation", float("nan")),
+    }
+
+
+def record(artifact: Path, result: dict[str, Any]) -> None:
+    """Notes in `parity.json` how an artifact of this folder did at the gate."""
+    path = artifact.with_name(PARITY_FILE)
+    results = read_json(path) if path.is_file() else {}
+    write_json(path, {**results, artifact.name: result})
+
+
+def fail(artifact: Path, manifest: Mapping[str, Any], error: ParityError) -> None:
+    """Takes an artifact that failed the gate away and says why."""
+    artifact.unlink(missing_ok=True)
+    manifest_path(artifact).unlink(missing_ok=True)
+    record(artifact, {"passed": False, "reason": str(error)})
+    print(f"{manifest['fold']:4} {manifest['format']:12} {manifest['precision']:5} failed the parity gate: {error}")
+
+
+def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
+    """Returns images of the fold's held-out rows, by inference's own decoder, and their targets.
+
+    A quarter at most are positives, as far as there are any; the others are spread over the table.
+
+    Returns:
+        uint8 [R, size, size, 3], float32 [R]; R is `source.num_images` or what the fold has.
+    """
     dataset = Dataset(source.data)
     table = dataset.metadata("train")
     held_out = table.filter(read_folds(source.path.parents[1] / FOLDS_FILE).of(table) == source.config["fold"])
     store = dataset.images("train")
-    ids = [
-        name for name in held_out[schema.ID].to_list() if name not in set(store.missing(held_out[schema.ID].to_list()))
-    ]
-    ids = ids[:NUM_PARITY_IMAGES]
-    images = np.empty((len(ids), source.spec.size, source.spec.size, 3), np.uint8)
+    held_out = held_out.filter(~pl.col(schema.ID).is_in(store.missing(held_out[schema.ID].to_list())))
+    positives, negatives = (held_out.filter(pl.col(schema.TARGET) == target) for target in (1, 0))
+    rows = pl.concat([every(positives, source.num_images // 4), every(negatives, source.num_images)])
+    rows = rows.head(source.num_images)
+    images = np.empty((len(rows), source.spec.size, source.spec.size, 3), np.uint8)
     with decode_pool(1) as pool:
-        failed = store.decode(ids, source.spec, images, pool)
-    good = [row for row in range(len(ids)) if row not in failed]
+        failed = store.decode(rows[schema.ID].to_list(), source.spec, images, pool)
+    good = [row for row in range(len(rows)) if row not in failed]
     if not good:
         raise UserError(f"no image of fold {source.config['fold']} in {source.data} can be read; give --data")
-    return images[good]
+    return images[good], rows[schema.TARGET].cast(pl.Float32).to_numpy()[good]
+
+
+def every(table: pl.DataFrame, count: int) -> pl.DataFrame:
+    """Returns at most `count` rows, at even distances."""
+    return table.gather_every(max(1, -(-len(table) // max(count, 1)))) if count else table.clear()

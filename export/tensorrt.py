@@ -5,23 +5,29 @@ Precision lives in the ONNX graph, so the plan has the types that the graph has:
 
 import contextlib
 import signal
+import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import onnx
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
+from export.formats import Target
+from export.onnx_graph import ATTENTION_OPSET, OPSET, trace
+from export.precision import lowered
 from infer.engines import cudart
 from infer.engines.tensorrt import AMPERE_PLUS, FLAVOURS, import_runtime, logger
 from isic.config import Settings, Several
 from isic.errors import UserError
 from isic.files import atomic_path
+from train.model import Classifier
 
 DTYPES = {
     "FLOAT": "float32",
@@ -45,11 +51,14 @@ CONTRACT = {
 }
 """Type of each input and output, and its sizes after the batch; None stands for any that is fixed. A mask may lack."""
 
+ATTENTION_VERSION = (10, 14)
+"""TensorRT's first with a parser for ONNX's Attention."""
+
 Log = Callable[[str], None]
 
 
 class PlanOptions(Settings):
-    """How a plan is built. Flags of `python -m export` for the formats `tensorrt` and `tensorrt_rtx`."""
+    """How engines are built that are compiled for one machine."""
 
     min_batch: int = Field(1, ge=1, description="TensorRT: smallest batch of the profile")
     opt_batch: int = Field(64, ge=1, description="TensorRT: the batch that kernels are chosen for")
@@ -69,6 +78,7 @@ class PlanOptions(Settings):
     compute_capabilities: Several[Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121", "CURRENT"]] = Field(
         (), description="tensorrt_rtx: architectures to build for; Ampere and newer if not given"
     )
+    max_autotune: bool = Field(False, description="aoti: look longest for fast kernels")
     cuda_graph: bool = Field(
         False, description="TensorRT: batches of --opt_batch run as one CUDA graph, which spares small models launches"
     )
@@ -132,6 +142,27 @@ def architectures(flavour: str, options: PlanOptions) -> tuple[str, ...]:
         return tuple(name.lower() for name in named) or (AMPERE_PLUS,)
     current = cudart.architecture()
     return (AMPERE_PLUS,) if options.hardware_compatible and not FLAVOURS[flavour].portable else (current,)
+
+
+def file_name(target: Target) -> str:
+    return plan_name(target.config, target.fold, target.precision, target.format, target.options)
+
+
+def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
+    """Builds the plan of `model` by way of a graph that has the target's types."""
+    opset = ATTENTION_OPSET if parses_attention(target.format) else OPSET
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        graph = Path(folder) / "model.onnx"
+        onnx.save(trace(lowered(model, target.precision), target.size, opset), graph)
+        timings = target.cache_dir / f"{target.format}.timings"
+        facts = build_plan(graph, path, target.format, target.options, timing_cache=timings)
+    return {"opset": opset, "plan": asdict(facts)}
+
+
+def parses_attention(flavour: str) -> bool:
+    """Whether the library reads ONNX's Attention node; older ones get it in parts."""
+    trt = import_runtime(flavour)
+    return FLAVOURS[flavour].portable or tuple(map(int, trt.__version__.split(".")[:2])) >= ATTENTION_VERSION
 
 
 def plan_name(config: str, fold: int, precision: str, flavour: str, options: PlanOptions) -> str:

@@ -26,6 +26,8 @@ class Classifier(nn.Module):
     mean: Tensor
     inverse_std: Tensor
     output_names: tuple[str, ...] = ("features", "logits")
+    dtype = torch.float32
+    """What the backbone computes in where its weights were cast; AMP casts by itself."""
     mask_stride: int | None = None
     """Input pixels a side of one pixel of the mask, None where the network draws none."""
 
@@ -48,10 +50,10 @@ class Classifier(nn.Module):
         return features.float(), self.head(features).float()
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Returns the backbone's input, float32 [N, 3, H, W]."""
+        """Returns the backbone's input [N, 3, H, W], normalised in float32."""
         # The cast stands before the transposition because TensorRT refuses to transpose uint8.
         pixels = images.to(torch.float32).permute(0, 3, 1, 2)
-        return (pixels - self.mean) * self.inverse_std
+        return ((pixels - self.mean) * self.inverse_std).to(self.dtype)
 
     @property
     def heads(self) -> list[nn.Module]:

@@ -35,10 +35,14 @@ class PinsMemory(Protocol):
         ...
 
 
-MODULES = {"onnx": "infer.engines.onnxruntime", "null": "infer.engines.null"}
+MODULES = {
+    "onnx": "infer.engines.onnxruntime",
+    "aoti": "infer.engines.aoti",
+    "tensorrt": "infer.engines.tensorrt",
+    "tensorrt_rtx": "infer.engines.tensorrt",
+    "null": "infer.engines.null",
+}
 """The module with `create(path, manifest, device)` for each format a manifest can name."""
-
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def load(path: Path, device: str = "auto") -> Engine:
@@ -56,6 +60,23 @@ def create(path: Path, manifest: Mapping[str, Any], device: str = "auto") -> Eng
         raise UserError(f'{path}: no engine runs the format "{manifest.get("format")}", known are {", ".join(MODULES)}')
     engine: Engine = import_module(MODULES[manifest["format"]]).create(path, manifest, device)
     return engine
+
+
+def works(name: str, device: str) -> str | None:
+    """Returns why the engine of a format cannot run on a device (`cpu` or `cuda`) here, None where it can."""
+    try:
+        engine = import_module(MODULES[name])
+    except ImportError as error:
+        return f"{error.name} is not installed"
+    reason: str | None = engine.works(name, device)
+    return reason
+
+
+def load_many(
+    artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str
+) -> dict[int, Engine]:
+    """Loads the engines of several folds, all of which stay resident: a batch is decoded once and run by each."""
+    return {fold: create(path, manifests[fold], device) for fold, path in artifacts.items()}
 
 
 def manifest_spec(manifest: Mapping[str, Any]) -> PreprocessSpec:

@@ -43,6 +43,11 @@ def create(path: Path, manifest: Mapping[str, Any], device: str) -> NullEngine:
     return NullEngine(manifest["fold"], manifest["num_features"], manifest.get("images_per_second"))
 
 
+def works(name: str, device: str) -> str | None:
+    """Returns None: it runs anywhere."""
+    return None
+
+
 def write_run(
     model_dir: Path,
     metadata: Path,

@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU or on CUDA."""
+"""ONNX Runtime, on the CPU, on CUDA, or on a GPU by way of TensorRT."""
 
 import os
 from collections.abc import Mapping
@@ -14,7 +14,12 @@ from infer.engines import Outputs
 from isic.errors import UserError
 from isic.preprocess import Pixels
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider"],
+}
+"""By device, the provider that must load first, and what runs the nodes that it does not."""
 LOAD_ERRORS = (Fail, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented)
 CONTRACT = {
     "images": ("tensor(uint8)", 4),
@@ -33,35 +38,44 @@ class OnnxRuntimeEngine:
         Args:
             path: the ONNX file.
             size: side of its images, pixels.
-            device: `cpu` or `cuda`.
+            device: a key of PROVIDERS.
 
         Raises:
             UserError: the file is not a graph of this toolkit's contract, or the device's provider does not load.
         """
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        self.device = "cpu" if device == "cpu" else "cuda"
+        wanted, *others = PROVIDERS[device]
+        if self.device == "cuda":
+            ort.preload_dlls()  # finds the CUDA libraries that torch brings
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[device]])
+            self._session = ort.InferenceSession(str(path), session_options(), providers=[wanted, *others])
         except LOAD_ERRORS as error:
             raise UserError(f"{path} does not load in ONNX Runtime ({_first_line(error)}); export it again") from None
         loaded = self._session.get_providers()[0]
-        if loaded != PROVIDERS[device]:
+        if loaded != wanted:
             raise UserError(
-                f"ONNX Runtime fell back to {loaded}: {PROVIDERS[device]} does not load here; run "
+                f"ONNX Runtime fell back to {loaded}: {wanted} does not load here; run "
                 "`python -m infer doctor`, or use --device cpu"
             )
-        self.device = device
         self._check_contract(path, size)
 
     def run(self, images: Pixels) -> Outputs:
-        features, logits = self._session.run(["features", "logits"], {"images": images})
+        features, logits = self._run(("features", "logits"), images)
         return features, logits
 
     def run_mask(self, images: Pixels) -> NDArray[np.float32]:
         """Returns the lesion's probabilities [n, h, w] of a graph with the optional output `mask`."""
-        mask: NDArray[np.float32] = self._session.run(["mask"], {"images": images})[0]
-        return mask
+        return self._run(("mask",), images)[0]
+
+    def _run(self, names: tuple[str, ...], images: Pixels) -> list[NDArray[np.float32]]:
+        """Runs the graph with its input and outputs bound to the device, so that each is copied once."""
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input("images", ort.OrtValue.ortvalue_from_numpy(images, self.device, 0))
+        for name in names:
+            binding.bind_output(name, self.device)
+        self._session.run_with_iobinding(binding)
+        outputs: list[NDArray[np.float32]] = binding.copy_outputs_to_cpu()
+        return outputs
 
     def _check_contract(self, path: Path, size: int) -> None:
         nodes = {node.name: node for node in (*self._session.get_inputs(), *self._session.get_outputs())}
@@ -80,17 +94,31 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
+def session_options() -> ort.SessionOptions:
+    """Returns options with a thread for each core that this process may use.
+
+    Threads that wait give their core back instead of spinning: another fold's session, the decoder or another process
+    has work for it.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return options
+
+
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> OnnxRuntimeEngine:
     """Opens the session on `device`; `auto` is CUDA where ONNX Runtime can use a GPU."""
     if device == "auto":
-        device = "cuda" if cuda_works() is None else "cpu"
+        device = "cuda" if works("onnx", "cuda") is None else "cpu"
     return OnnxRuntimeEngine(path, manifest["preprocess"]["size"], device)
 
 
-def cuda_works() -> str | None:
-    """Returns why the CUDA provider cannot be used here, None where it can."""
-    if PROVIDERS["cuda"] not in ort.get_available_providers():
-        return "this build of ONNX Runtime has no CUDA; install onnxruntime-gpu"
-    if not Path("/dev/nvidiactl").exists() and os.name != "nt":
+def works(name: str, device: str) -> str | None:
+    """Returns why the provider of a device (a key of PROVIDERS) cannot be used here, None where it can."""
+    provider = PROVIDERS[device][0]
+    if provider not in ort.get_available_providers():
+        return f"this build of ONNX Runtime has no {provider}; install onnxruntime-gpu"
+    if device != "cpu" and not Path("/dev/nvidiactl").exists() and os.name != "nt":
         return "no NVIDIA GPU or driver on this machine"
     return None

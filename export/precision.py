@@ -1,0 +1,46 @@
+"""Low precision written into the model before it is traced, so that every runtime computes in the same types."""
+
+import copy
+
+import torch
+from timm.layers.grn import GlobalResponseNorm
+from torch import Tensor, nn
+
+from train.model import Classifier
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+ISLANDS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, GlobalResponseNorm)
+"""Layers that stay in float32: they square activations, which overflows float16, or sum many, which costs bfloat16."""
+
+
+def lowered(model: Classifier, precision: str) -> Classifier:
+    """Returns a copy of the model that computes in `precision`, with its normalisation layers as float32 islands.
+
+    It takes uint8 images and gives float32 outputs like the model itself. Explicit casts, unlike torch.autocast, leave
+    no LayerNormalization with inputs of two types, which ONNX Runtime and TensorRT refuse.
+    """
+    model, dtype = copy.deepcopy(model), DTYPES[precision]
+    if dtype == torch.float32:
+        return model
+    for part in (model.backbone, *model.heads):
+        part.to(dtype)
+    model.dtype = dtype
+    for module in model.modules():
+        if isinstance(module, ISLANDS):
+            module.float()
+            module.register_forward_pre_hook(_into_float32)
+            module.register_forward_hook(_OutOfFloat32(dtype))
+    return model
+
+
+def _into_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(part.float() for part in inputs)
+
+
+class _OutOfFloat32:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.to(self.dtype)

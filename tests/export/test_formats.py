@@ -1,0 +1,153 @@
+"""Every format in every precision that this machine runs, from small networks of each family."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from export.formats import FORMATS, TOLERANCES, Target, find_formats
+from export.onnx_graph import ATTENTION_OPSET, trace
+from export.parity import ParityError, Reference, check_parity
+from export.precision import lowered
+from export.tensorrt import PlanOptions
+from infer.engines import Engine, create
+from isic.errors import UserError
+from train.config import TrainSettings
+from train.model import Classifier, create_model, preprocess_spec
+
+SIZES = {"test_vit3": 64, "test_convnext": 64, "test_convnext3": 64, "eva02_tiny_patch14_224": 56}
+"""A small network of each family and its image size; test_convnext3 has GRN."""
+
+
+@cache
+def network(name: str) -> tuple[Classifier, Reference]:
+    model = create_model(TrainSettings(model=name, pretrained=False, image_size=SIZES[name])).eval()
+    images = np.random.default_rng(1).integers(0, 256, (25, SIZES[name], SIZES[name], 3), dtype=np.uint8)
+    return model, Reference(model, images)
+
+
+def target_of(name: str, format_name: str, precision: str, **options: object) -> Target:
+    return Target(
+        config=name,
+        fold=0,
+        format=format_name,
+        precision=precision,
+        device="cpu",
+        spec=preprocess_spec(TrainSettings(model=name, pretrained=False, image_size=SIZES[name])),
+        options=PlanOptions.model_validate(options),
+        cache_dir=Path(),
+    )
+
+
+def built(model: Classifier, target: Target, folder: Path) -> Engine:
+    path = folder / FORMATS[target.format].file_name(target)
+    facts = FORMATS[target.format].build(model, target, path)
+    return create(path, {**target.facts, "preprocess": {"size": target.size}, **facts}, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *((name, "fp16") for name in SIZES),
+        ("test_vit3", "int8"),
+        ("test_convnext", "int8"),
+    ],
+)
+def test_onnx_passes_the_gate(name: str, precision: str, tmp_path: Path) -> None:
+    model, reference = network(name)
+    target = target_of(name, "onnx", precision)
+    assert check_parity(reference, built(model, target, tmp_path), TOLERANCES[precision], target.batch_sizes)
+    said = {prop.key: prop.value for prop in onnx.load(next(tmp_path.glob("*.onnx"))).metadata_props}
+    assert said["name"] == name and said["precision"] == precision and '"size":' in said["preprocess"]
+
+
+@pytest.mark.parametrize(("name", "precision"), [("test_vit3", "fp32"), ("test_convnext3", "bf16")])
+def test_aoti_passes_the_gate(name: str, precision: str, tmp_path: Path) -> None:
+    model, reference = network(name)
+    target = target_of(name, "aoti", precision, max_batch=16, opt_batch=8)
+    engine = built(model, target, tmp_path)
+    assert check_parity(reference, engine, TOLERANCES[precision], target.batch_sizes)
+    whole, pieces = engine.run(reference.images), [engine.run(part) for part in np.split(reference.images, 4)]
+    np.testing.assert_allclose(whole[1], np.concatenate([logits for _, logits in pieces]), atol=1e-2)
+
+
+@pytest.mark.parametrize("opset", [20, ATTENTION_OPSET])
+@pytest.mark.parametrize("name", ["test_vit3", "test_convnext3"])
+def test_normalisation_and_softmax_stay_in_float32(name: str, opset: int) -> None:
+    graph = onnx.shape_inference.infer_shapes(trace(lowered(network(name)[0], "fp16"), SIZES[name], opset))
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.graph.value_info, *graph.graph.input)}
+    kinds |= {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    seen: dict[str, set[int]] = {}
+    for node in graph.graph.node:
+        if node.op_type == "Attention":
+            assert next(a.i for a in node.attribute if a.name == "softmax_precision") == single
+        seen.setdefault(node.op_type, set()).update(kinds[name] for name in node.input if name in kinds)
+    assert seen["LayerNormalization"] == {single}
+    assert seen.get("Softmax", {single}) == {single} and seen.get("ReduceL2", {single}) <= {
+        single,
+        onnx.TensorProto.INT64,
+    }
+    assert half in seen["MatMul"], "the work itself is in float16"
+
+
+def test_a_saturated_norm_fails_the_gate(tmp_path: Path) -> None:
+    """Activations beyond float16's range are what the float32 islands cannot save."""
+    model, _ = network("test_vit3")
+    loud = lowered(model, "fp32")
+    loud.backbone.blocks[0].mlp.fc2.weight.data *= 1e6  # type: ignore[index, union-attr]
+    images = np.random.default_rng(1).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
+    engine = built(loud, target_of("test_vit3", "onnx", "fp16"), tmp_path)
+    with pytest.raises(ParityError, match=r"not finite|cosine"):
+        check_parity(Reference(loud, images), engine, TOLERANCES["fp16"], (1, 8))
+
+
+class Fixed:
+    """An engine that says what it was told."""
+
+    device = "cpu"
+
+    def __init__(self, reference: Reference, logits: NDArray[np.float32]) -> None:
+        self.answers = dict(zip((image.tobytes() for image in reference.images), logits, strict=True))
+        self.features = dict(zip(self.answers, reference.outputs[0], strict=True))
+
+    def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        keys = [image.tobytes() for image in images]
+        return np.stack([self.features[key] for key in keys]), np.stack([self.answers[key] for key in keys])
+
+
+def test_the_order_of_the_logits_counts_and_so_does_the_score() -> None:
+    model, plain = network("test_vit3")
+    order = plain.outputs[1][: plain.num_real, 0].argsort()
+    target = np.zeros(plain.num_real, np.float32)
+    target[order[-12:]] = 1
+    reference = Reference(model, plain.images[: plain.num_real], target)
+    tolerance = replace(TOLERANCES["fp32"], max_logit_error=1e9)
+    assert check_parity(reference, Fixed(reference, reference.outputs[1]), tolerance, (4,))["pauc_change"] == 0
+    swapped = reference.outputs[1].copy()
+    swapped[[order[0], order[-1]]] = swapped[[order[-1], order[0]]]
+    with pytest.raises(ParityError, match="rank correlation"):
+        check_parity(reference, Fixed(reference, swapped), tolerance, (4,))
+    with pytest.raises(ParityError, match="pAUC changes by -"):
+        check_parity(reference, Fixed(reference, swapped), replace(tolerance, min_rank_correlation=0.0), (4,))
+
+
+def test_formats_and_precisions_are_chosen_as_asked() -> None:
+    assert find_formats(("onnx", "aoti"), (), "cpu") == [("onnx", "fp32"), ("aoti", "fp32")]
+    assert find_formats(("onnx", "tensorrt_rtx"), ("int8", "fp16"), "cpu") == [
+        ("onnx", "int8"),
+        ("onnx", "fp16"),
+        ("tensorrt_rtx", "fp16"),
+    ]
+    for formats, precisions, words in (
+        (("onxx",), (), 'no format "onxx", did you mean "onnx"'),
+        (("onnx",), ("fp15",), 'no precision "fp15", did you mean'),
+        (("aoti",), ("int8",), "aoti on cpu offers fp32, bf16, fp16"),
+        (("onnx",), ("fp32", "bf16"), "bf16: none of onnx offers it on cpu"),
+    ):
+        with pytest.raises(UserError, match=words):
+            find_formats(formats, precisions, "cpu")
