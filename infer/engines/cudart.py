@@ -127,6 +127,20 @@ class Stream:
         """Lets what the stream is given from now on wait for `event`; the host does not wait."""
         call(runtime().cudaStreamWaitEvent, self.handle, event.handle, 0)
 
+    def recorded(self, enqueue: Callable[[], None]) -> Any:
+        """Returns the CUDA graph of what `enqueue` gives this stream, which does not run it."""
+        cuda = runtime()
+        call(cuda.cudaStreamSynchronize, self.handle)
+        call(cuda.cudaStreamBeginCapture, self.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        enqueue()
+        graph = call(cuda.cudaGraphInstantiate, call(cuda.cudaStreamEndCapture, self.handle), 0)
+        weakref.finalize(self, cuda.cudaGraphExecDestroy, graph)
+        return graph
+
+    def replay(self, graph: Any) -> None:
+        """Runs a recorded graph in this stream's turn."""
+        call(runtime().cudaGraphLaunch, graph, self.handle)
+
 
 class Event:
     """A mark in a stream that others can wait for."""

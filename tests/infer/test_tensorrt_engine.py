@@ -1,0 +1,263 @@
+"""The TensorRT engine without a GPU: what it refuses is refused for real, how it runs is shown on a stand-in CUDA."""
+
+import dataclasses
+import gc
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_cuda import FakeContext, FakeCuda
+
+from infer.engines import cudart, tensorrt
+from infer.engines.tensorrt import AMPERE_PLUS, Profile, TensorRTEngine
+from isic.errors import UserError
+from isic.files import manifest_path, read_manifest, write_manifest
+
+SHAPES = {"images": (4, 4, 3), "features": (5,), "logits": (1,), "mask": (2, 2)}
+PROFILE = Profile(min=2, opt=8, max=16)
+
+
+def network(images: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """What the stand-in plan computes: it tells every image and every pixel apart."""
+    values = images.astype(np.float32)
+    weights = np.arange(1, 49, dtype=np.float32).reshape(4, 4, 3)
+    return {
+        "features": values.reshape(len(images), 48)[:, :5].copy(),
+        "logits": (values * weights).sum(axis=(1, 2, 3))[:, None],
+        "mask": values[:, ::2, ::2, 0].copy(),
+    }
+
+
+def pictures(number: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).integers(0, 256, (number, 4, 4, 3), dtype=np.uint8)
+
+
+@pytest.fixture(params=[False, True], ids=["late", "eager copies"])
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """A stand-in for CUDA, which this machine lacks, in its two extreme orders of work."""
+    fake = FakeCuda(eager_copies=request.param)
+    monkeypatch.setattr(cudart, "runtime", lambda: fake)
+    return fake
+
+
+def stand_in(cuda: FakeCuda, cuda_graph: bool = False) -> tuple[TensorRTEngine, FakeContext]:
+    context = FakeContext(cuda, network, PROFILE.max)
+    return TensorRTEngine(context, SHAPES, PROFILE, cuda_graph), context
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_batches_of_any_size_are_right(cuda: FakeCuda, cuda_graph: bool, pinned: bool) -> None:
+    """On a stand-in for CUDA: every piece meets its own images, whatever the order of the two streams."""
+    engine, _ = stand_in(cuda, cuda_graph)
+    for number in (0, 1, 2, 3, 8, 9, 16, 17, 24, 61):
+        images = engine.allocate((number, 4, 4, 3)) if pinned else np.empty((number, 4, 4, 3), np.uint8)
+        images[:] = pictures(number, seed=number)
+        features, logits = engine.run(images)
+        expected = network(images)
+        np.testing.assert_array_equal(features, expected["features"])
+        np.testing.assert_array_equal(logits, expected["logits"])
+        np.testing.assert_array_equal(engine.run_mask(images), expected["mask"])
+
+
+def test_a_batch_over_the_profile_goes_in_pieces_and_the_tail_is_padded(cuda: FakeCuda) -> None:
+    """On a stand-in for CUDA."""
+    engine, context = stand_in(cuda)
+    engine.run(pictures(21))
+    assert context.batches == [8, 8, 8]  # the last with five images
+    engine.run(pictures(16))
+    assert context.batches[3:] == [16]
+
+
+def test_the_full_batch_replays_a_cuda_graph(cuda: FakeCuda) -> None:
+    """On a stand-in for CUDA."""
+    engine, context = stand_in(cuda, cuda_graph=True)
+    recorded = len(context.batches)
+    engine.run(pictures(40))
+    assert cuda.replays == 5 and len(context.batches) == recorded
+    engine.run(pictures(3))
+    assert cuda.replays == 5 and context.batches[recorded:] == [4]
+
+
+def test_pinned_images_are_not_copied_on_the_host(cuda: FakeCuda) -> None:
+    """On a stand-in for CUDA."""
+    engine, _ = stand_in(cuda)
+    images = engine.allocate((8, 4, 4, 3))
+    before = len(cuda.host)
+    engine.run(images)
+    assert len(cuda.host) == before
+    engine.run(images[:, ::-1])  # page-locked, but not in one run of bytes
+    engine.run(pictures(8))
+    assert len(cuda.host) > before
+
+
+def test_memory_is_freed_and_outlives_the_engine_where_it_is_in_use(cuda: FakeCuda) -> None:
+    """On a stand-in for CUDA."""
+    engine, _ = stand_in(cuda)
+    images = engine.allocate((3, 4, 4, 3))[1:]
+    engine.run(images)
+    del engine
+    gc.collect()
+    assert not cuda.device and len(cuda.host) == 1
+    images[:] = 1
+    del images
+    gc.collect()
+    assert not cuda.host
+
+
+def test_pieces_cover_a_batch_and_padding_takes_few_sizes() -> None:
+    profile = Profile(min=1, opt=48, max=200)
+    for number in (0, 1, 47, 200, 201, 1000):
+        pieces = list(profile.pieces(number))
+        assert [row for piece in pieces for row in range(piece.start, piece.stop)] == list(range(number))
+        assert all(piece.stop - piece.start <= profile.max for piece in pieces)
+    assert len(list(profile.pieces(200))) == 1
+    padded = {number: profile.padded(number) for number in range(1, 201)}
+    assert all(number <= size <= 200 for number, size in padded.items())
+    assert sorted(set(padded.values())) == [1, 2, 4, 8, 16, 32, 48, 64, 128, 200]
+    assert Profile(min=8, opt=8, max=8).padded(1) == 8
+
+
+@pytest.fixture(scope="module")
+def built(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TensorRT-RTX plan of the tiny run's first fold, built here for real, with its manifest."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    from export.tensorrt import PlanOptions, build_plan
+
+    source = exported / "fold_0" / "model.onnx"
+    path = tmp_path_factory.mktemp("plan") / "model.plan"
+    facts = build_plan(source, path, "tensorrt_rtx", PlanOptions(opt_batch=4, max_batch=8))
+    of_source = {key: read_manifest(source)[key] for key in ("name", "fold", "preprocess")}
+    write_manifest(path, **of_source, format="tensorrt_rtx", precision="fp32", plan=dataclasses.asdict(facts))
+    return path
+
+
+def changed(manifest: dict[str, Any], **plan: Any) -> dict[str, Any]:
+    return {**manifest, "plan": {**manifest["plan"], **plan}}
+
+
+def refusal(path: Path, manifest: dict[str, Any], device: str = "cuda") -> str:
+    with pytest.raises(UserError) as raised:
+        tensorrt.create(path, manifest, device)
+    text = str(raised.value)
+    assert "\n" not in text
+    return text
+
+
+AGAIN = "python -m export --config tiny --fold 0 --formats tensorrt_rtx --precision fp32 --force"
+
+
+def test_what_the_manifest_rules_out_is_refused(built: Path) -> None:
+    manifest = read_manifest(built)
+    version = manifest["plan"]["version"]
+    other = refusal(built, changed(manifest, version="1.0.0.5"))
+    assert "built by TensorRT-RTX 1.0.0.5" in other and version in other and AGAIN in other
+    assert "has not passed the parity gate" in refusal(built, {**manifest, "parity": None})
+    assert "use --device cuda" in refusal(built, manifest, device="cpu")
+    del manifest["plan"]
+    assert "does not say what the plan was built for" in refusal(built, manifest)
+
+
+def test_version_compatible_plans_run_in_later_versions_of_one_major() -> None:
+    plan = {"version": "10.14.1.48", "version_compatible": True}
+    manifest = {"format": "tensorrt", "plan": plan}
+    for version in ("10.14.1.48", "10.16.0.1"):
+        tensorrt.check_manifest(Path("a.plan"), manifest, version, "")
+    for version in ("10.13.0.1", "11.0.0.1"):
+        with pytest.raises(UserError, match="was built by TensorRT 10"):
+            tensorrt.check_manifest(Path("a.plan"), manifest, version, "")
+    plan["version_compatible"] = False
+    with pytest.raises(UserError, match=r"was built by TensorRT 10\.14\.1\.48, and here is 10\.16"):
+        tensorrt.check_manifest(Path("a.plan"), manifest, "10.16.0.1", "")
+
+
+def test_a_plan_for_another_gpu_is_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is a name here, because this machine has none; the plan and the refusal are real."""
+    monkeypatch.setattr(cudart, "architecture", lambda: "sm75")
+    assert f"was built for {AMPERE_PLUS}, and this GPU is sm75" in refusal(built, read_manifest(built))
+    for architectures, here in (([AMPERE_PLUS], "sm120"), (["sm80", "sm89"], "sm89")):
+        tensorrt.check_architecture(built, architectures, here, "")
+    with pytest.raises(UserError, match="built for sm80 and sm89, and this GPU is sm90"):
+        tensorrt.check_architecture(built, ["sm80", "sm89"], "sm90", "")
+
+
+def test_a_damaged_plan_is_refused(built: Path, tmp_path: Path) -> None:
+    plan, fields = built.read_bytes(), read_manifest(built)
+    path = tmp_path / "model.plan"
+    path.write_bytes(plan[: len(plan) // 2])
+    manifest_path(path).write_bytes(manifest_path(built).read_bytes())
+    with pytest.raises(UserError, match="is not the file its manifest describes"):
+        read_manifest(path)
+    path.write_bytes(b"not a plan" * 100)
+    assert "is damaged or not a plan" in refusal(path, fields)
+
+
+def test_what_tensorrt_does_not_load_is_refused_with_its_reason(built: Path) -> None:
+    trt = tensorrt.import_runtime("tensorrt_rtx")
+    half = built.read_bytes()[:-1000]
+    with pytest.raises(UserError, match=r"model\.plan does not load \(.+\); build it"):
+        tensorrt.deserialize(trt, trt.Runtime(tensorrt.logger(trt)), built, half, "build it again")
+
+
+def test_another_contract_is_refused() -> None:
+    """The engine's description is made up, because TensorRT needs a GPU to open a plan."""
+    trt = tensorrt.import_runtime("tensorrt_rtx") if importlib.util.find_spec("tensorrt_rtx") else None
+    if trt is None:
+        pytest.skip("TensorRT-RTX is not installed")
+
+    def described(**types: Any) -> Any:
+        shapes = {"images": (-1, 8, 8, 3), "features": (-1, 5), "logits": (-1, 1)}
+        return SimpleNamespace(
+            num_io_tensors=len(types),
+            get_tensor_name=list(types).__getitem__,
+            get_tensor_dtype=types.__getitem__,
+            get_tensor_shape=shapes.__getitem__,
+            get_tensor_profile_shape=lambda name, profile: [(batch, 8, 8, 3) for batch in (1, 4, 8)],
+        )
+
+    uint8, half, single = trt.DataType.UINT8, trt.DataType.HALF, trt.DataType.FLOAT
+    right = described(images=uint8, features=single, logits=single)
+    shapes, profile = tensorrt.check_engine(trt, right, Path("a.plan"), 8, "")
+    assert profile == Profile(1, 4, 8) and shapes["features"] == (5,)
+    for engine, size, words in (
+        (right, 9, r"takes images \[8, 8, 3\], not \[9, 9, 3\]"),
+        (described(images=uint8, features=half, logits=single), 8, "features HALF"),
+        (described(images=uint8, features=single), 8, "a.plan has images UINT8, features FLOAT, not"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tensorrt.check_engine(trt, engine, Path("a.plan"), size, "")
+
+
+def test_no_gpu_is_one_sentence(built: Path) -> None:
+    if tensorrt.works("tensorrt_rtx") is None:
+        pytest.skip("there is a GPU here")
+    assert "no NVIDIA GPU can be used here" in refusal(built, read_manifest(built))
+
+
+def test_a_missing_package_is_named(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(built)
+    if importlib.util.find_spec("tensorrt") is None:
+        assert "pip install isic-toolkit[tensorrt]" in refusal(built, {**manifest, "format": "tensorrt"})
+        assert "pip install isic-toolkit[tensorrt]" in str(tensorrt.works("tensorrt"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    cudart.runtime.cache_clear()
+    assert "pip install cuda-bindings" in refusal(built, manifest)
+    cudart.runtime.cache_clear()
+
+
+def test_the_engine_needs_no_torch(built: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from infer.engines import tensorrt; from isic.files import read_manifest\n"
+        f"path = Path({str(built)!r})\n"
+        "try: tensorrt.create(path, read_manifest(path), 'cuda')\n"
+        "except ValueError as error: print(error)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
