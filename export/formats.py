@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infer.engines import works
 from isic.errors import UserError, did_you_mean
 from isic.preprocess import PreprocessSpec
 from train.model import Classifier
@@ -69,10 +70,6 @@ class Format:
     portable: bool = False
     """It is built where it cannot run; the parity gate is then left to the machine that runs it."""
 
-    def device(self, device: str) -> str:
-        """Returns what an artifact is built for on a machine that has `device`."""
-        return device if device in self.precisions else next(iter(self.precisions))
-
     def file_name(self, target: Target) -> str:
         name: str = import_module(self.module).file_name(target)
         return name
@@ -127,6 +124,13 @@ TOLERANCES = {
 }
 
 
+def device_of(name: str, device: str) -> str:
+    """Returns what a format is built for: the device asked for where it has that, `auto` by what runs here."""
+    if device == "auto":
+        device = "cuda" if works(name, "cuda") is None else "cpu"
+    return device if device in FORMATS[name].precisions else next(iter(FORMATS[name].precisions))
+
+
 def find_formats(names: tuple[str, ...], precisions: tuple[str, ...], device: str) -> list[tuple[str, str]]:
     """Returns each format with each of the precisions that it offers, its usual one where none is named.
 
@@ -141,14 +145,15 @@ def find_formats(names: tuple[str, ...], precisions: tuple[str, ...], device: st
             raise UserError(f'--precision: no precision "{precision}", {did_you_mean(precision, TOLERANCES)}')
     chosen = []
     for name in names:
-        offered = FORMATS[name].precisions[FORMATS[name].device(device)]
+        offered = FORMATS[name].precisions[device_of(name, device)]
         wanted = [precision for precision in precisions if precision in offered] if precisions else [offered[0]]
         if not wanted:
+            where = f"{name} on {device_of(name, device)}"
             raise UserError(
-                f"--precision {','.join(precisions)}: {name} on {device} offers {', '.join(offered)}; choose from these"
+                f"--precision {','.join(precisions)}: {where} offers {', '.join(offered)}; choose one of these"
             )
         chosen += [(name, precision) for precision in wanted]
     unused = set(precisions) - {precision for _, precision in chosen}
     if unused:
-        raise UserError(f"--precision {min(unused)}: none of {', '.join(names)} offers it on {device}")
+        raise UserError(f"--precision {min(unused)}: {', '.join(names)} does not offer it here")
     return chosen

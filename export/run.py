@@ -12,7 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import AliasChoices, Field
 
-from export.formats import FORMATS, TOLERANCES, Target, find_formats
+from export.formats import FORMATS, TOLERANCES, Target, device_of, find_formats
 from export.parity import ParityError, Reference, check_parity
 from export.tensorrt import PlanOptions
 from infer.engines import create, works
@@ -26,7 +26,6 @@ from isic.folds import read_folds
 from isic.images import decode_pool
 from isic.preprocess import Pixels, PreprocessSpec
 from train.checkpoint import BEST, checkpoint_settings, load_checkpoint
-from train.loop import select_device
 from train.model import Classifier, create_model
 
 PARITY_FILE = "parity.json"
@@ -88,14 +87,13 @@ def export(settings: ExportSettings) -> int:
 
     Exits with 1 where an artifact fails the gate; it is then not left under its final name.
     """
-    device = select_device(settings.device).type
-    wanted = find_formats(settings.formats, settings.precision, device)
+    wanted = find_formats(settings.formats, settings.precision, settings.device)
     failed, artifacts = 0, []
     print(HEADER)
     for fold, path in find_checkpoints(settings).items():
         source: Source | None = None
         for name, precision in wanted:
-            target = target_of(path, fold, name, precision, device, settings)
+            target = target_of(path, fold, name, precision, settings)
             artifact = path.with_name(FORMATS[name].file_name(target))
             artifacts.append(artifact)
             if is_current(artifact, path, target) and not settings.force and not settings.check:
@@ -119,14 +117,14 @@ def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def target_of(checkpoint: Path, fold: int, name: str, precision: str, device: str, settings: ExportSettings) -> Target:
+def target_of(checkpoint: Path, fold: int, name: str, precision: str, settings: ExportSettings) -> Target:
     """Returns what one artifact of a fold is to be."""
     return Target(
         config=settings.config,
         fold=fold,
         format=name,
         precision=precision,
-        device=FORMATS[name].device(device),
+        device=device_of(name, settings.device),
         spec=PreprocessSpec(**load_checkpoint(checkpoint)["config"]["preprocess"]),
         options=settings,
         cache_dir=checkpoint.parents[1],
@@ -208,7 +206,8 @@ def gate(source: Source, target: Target, path: Path, manifest: Mapping[str, Any]
     """
     if FORMATS[target.format].portable and works(target.format, target.device):
         return None
-    engine = create(path, manifest, target.device)
+    ungated = {key: value for key, value in manifest.items() if key != "parity"}  # or its engine refuses it
+    engine = create(path, ungated, target.device)
     return check_parity(source.reference, engine, TOLERANCES[target.precision], target.batch_sizes)
 
 

@@ -77,7 +77,7 @@ def logger(trt: ModuleType) -> Any:
     return Log()
 
 
-def works(flavour: str) -> str | None:
+def works(flavour: str, device: str = "cuda") -> str | None:
     """Returns why a flavour's plans cannot run here, None where they can."""
     try:
         import_runtime(flavour)
