@@ -22,7 +22,9 @@ from train.model import Classifier
 OPSET = 20
 """Gelu is one node from opset 20 on, and ONNX Runtime runs it from version 1.17 on."""
 ATTENTION_OPSET = 23
-"""Attention is one node from opset 23 on, which TensorRT fuses; ONNX Runtime on a CPU is no faster for it."""
+"""Attention is one node from opset 23 on, which TensorRT fuses; ONNX Runtime on a CPU is no faster for it.
+
+The node's own `softmax_precision` is left out, because TensorRT's parser refuses it; its fused kernels decide."""
 TRACED_BATCH = 2
 """torch.export specialises a dimension of size 0 or 1, so the graph is traced with two images."""
 QUANTIZED = ["MatMul", "Gemm"]
@@ -82,9 +84,6 @@ def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
         )
     assert exported is not None
     graph: onnx.ModelProto = exported.model_proto
-    for node in graph.graph.node:
-        if node.op_type == "Attention":  # its softmax is a float32 island, as in `attention`
-            node.attribute.append(onnx.helper.make_attribute("softmax_precision", onnx.TensorProto.FLOAT))
     return graph
 
 
