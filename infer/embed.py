@@ -1,5 +1,6 @@
 """`python -m infer embed`: features and logits of every image, by the engines of every fold that should see it."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,7 @@ from infer.workers import gpus, run_processes
 from isic.config import Settings
 from isic.dataset import Dataset, Split
 from isic.errors import UserError
-from isic.files import read_json, sha256, versions, write_json, write_parquet
+from isic.files import atomic_path, read_json, sha256, versions, write_json, write_parquet
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, read_folds
 
@@ -78,12 +79,10 @@ def embed(settings: EmbedSettings) -> int:
     dataset = Dataset(settings.data)
     model_dir = settings.model_dir or Path("outputs") / settings.config
     models = find_models(model_dir, settings.config, settings.engine)
-    folds = read_folds(model_dir / FOLDS_FILE)
-    check_folds(models, folds)
     splits = present_splits(dataset) if settings.split == "all" else [settings.split]
     try:
         for split in splits:
-            embed_split(dataset, split, models, folds, settings)
+            embed_split(dataset, split, models, model_dir / FOLDS_FILE, settings)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
@@ -110,26 +109,20 @@ def present_splits(dataset: Dataset) -> list[Split]:
     return found
 
 
-def embed_split(dataset: Dataset, split: Split, models: Models, folds: Folds, settings: EmbedSettings) -> None:
+def embed_split(dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings) -> None:
     """Embeds one split and writes its `run.json`."""
-    root, directory = settings.run_dir.resolve(), settings.run_dir.resolve() / split
-    ids = read_ids(dataset.metadata_path(split))
-    batch_size = settings.batch_size or usual_batch_size(directory, models, settings)
-    plan = {
-        **run_plan(dataset, split, models, folds, settings),
-        "batch_size": batch_size,
-        "ids_digest": ids_digest(ids),
-    }
-    parts = plan_parts(root, split, ids, models.folds, folds if split == "train" else None, settings.folds)
+    directory = settings.run_dir.resolve() / split
+    plan, parts = draw_up(dataset, split, models, folds_path, settings)
     begin(directory, plan, settings.force)
     tally = Tally(parts, settings.on_error, settings.max_bad, settings.quiet)
     if not tally.num_now and (directory / RUN_FILE).is_file():
         print(f"up to date config={settings.config} split={split} output={settings.run_dir / split}")
         return
     with tally:
-        complete(parts, runner(job_of(dataset, split, models, settings, batch_size), settings, tally))
+        complete(parts, runner(job_of(dataset, split, models, settings, plan["batch_size"]), settings, tally))
     if split == "train":
-        folds.write(root / FOLDS_FILE)
+        with atomic_path(directory.parent / FOLDS_FILE) as temporary:
+            shutil.copyfile(folds_path, temporary)
     bad = gather_errors(directory, parts)
     counts = {"num_images": sum(map(len, parts)) - bad, "num_bad": bad, "embedded_now": tally.num_now}
     write_json(directory / RUN_FILE, {**plan, **counts, **tally.facts()})
@@ -138,6 +131,22 @@ def embed_split(dataset: Dataset, split: Split, models: Models, folds: Folds, se
         f"seconds={tally.total_seconds:.1f} images_per_second={tally.num_now / tally.total_seconds:.0f} "
         f"bound_by={tally.bound_by} output={settings.run_dir / split}"
     )
+
+
+def draw_up(
+    dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings
+) -> tuple[dict[str, Any], list[Part]]:
+    """Returns all that decides what the parts contain, and the parts; the tables they come from are let go here."""
+    folds = read_folds(folds_path)
+    check_folds(models, folds)
+    ids = read_ids(dataset.metadata_path(split))
+    root = settings.run_dir.resolve()
+    plan = {
+        **run_plan(dataset, split, models, folds, settings),
+        "batch_size": settings.batch_size or usual_batch_size(root / split, models, settings),
+        "ids_digest": ids_digest(ids),
+    }
+    return plan, plan_parts(root, split, ids, models.folds, folds if split == "train" else None, settings.folds)
 
 
 def usual_batch_size(directory: Path, models: Models, settings: EmbedSettings) -> int:
@@ -155,7 +164,7 @@ def usual_batch_size(directory: Path, models: Models, settings: EmbedSettings) -
 
 
 def run_plan(dataset: Dataset, split: Split, models: Models, folds: Folds, settings: EmbedSettings) -> dict[str, Any]:
-    """Returns all that decides what the parts contain; a run goes on only where this is the same."""
+    """Returns what a run is made with; it goes on only where this is the same."""
     images = dataset.images(split)
     return {
         "config": settings.config,

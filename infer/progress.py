@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -68,6 +69,7 @@ class Tally:
             "seconds": {"total": self.total_seconds, **self.seconds},
             "wait_shares": self.shares,
             "bound_by": self.bound_by,
+            "peak_memory_mb": peak_memory_mb(),
         }
 
     def add(self, step: Step) -> None:
@@ -94,3 +96,13 @@ class Tally:
                 f"{num_bad} of the first {self.num_images} images cannot be used ({summary}), such as {name}; "
                 "look at the dataset with `python -m isic check`, or allow more with --max_bad"
             )
+
+
+def peak_memory_mb() -> int | None:
+    """Returns the most memory this process has held, in MB; None where there is no /proc.
+
+    The system's resource usage would do anywhere, but counts what the parent held when it started this process.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")), None)

@@ -58,6 +58,7 @@ def test_a_run_says_what_it_did_and_where_the_time_went(whole: Path) -> None:
     assert set(run["seconds"]) == {"total", "decode_wait", "engine", "write_wait"}
     assert sum(run["wait_shares"].values()) == pytest.approx(1)
     assert run["bound_by"] in {"decode", "engine", "write"} and run["images_per_second"] > 0
+    assert run["peak_memory_mb"] is None or 20 < run["peak_memory_mb"] < 1500
     assert {"numpy", "polars", "opencv-python-headless"} <= set(run["versions"])
 
 
