@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from infer.embedder import Step
 from infer.plan import Part
+from isic import interrupt
 from isic.errors import UserError
 
 OnError = Literal["raise", "skip"]
@@ -73,7 +74,8 @@ class Tally:
         }
 
     def add(self, step: Step) -> None:
-        """Adds what a worker reports. Raises UserError where bad images end the run."""
+        """Adds what a worker reports. Raises UserError or Interrupted where bad images or a signal end the run."""
+        interrupt.check()
         self.seconds["decode_wait"] += step.decode_wait
         self.seconds["engine"] += step.engine
         self.seconds["write_wait"] += step.write_wait
