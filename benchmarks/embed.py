@@ -19,6 +19,7 @@ from infer.embed import BATCH_CPU
 from infer.embedder import Embedder, Job, Step, cores
 from infer.embeddings import RUN_FILE
 from infer.engines import create, null
+from infer.pipeline import decode_ahead, ring_depth
 from infer.plan import Models, find_models, plan_parts, read_ids
 from infer.views import averaged
 from isic.config import Settings
@@ -111,14 +112,15 @@ def _batches(ids: pl.Series, size: int) -> Iterable[list[str]]:
 
 
 def _ingest(job: Job, ids: pl.Series) -> Callable[[], None]:
-    store, spec = Dataset(job.data).images(job.split), job.models.spec
-    out = np.empty((job.batch_size, spec.size, spec.size, 3), np.uint8)
+    """The ring of decoded batches, read by nobody who needs time."""
+    store, spec, size = Dataset(job.data).images(job.split), job.models.spec, job.batch_size
     num_threads = job.num_threads or len(cores())
+    depth = job.depth or ring_depth(size, num_threads)
 
     def run() -> None:
         with decode_pool(num_threads) as pool:
-            for batch in _batches(ids, job.batch_size):
-                store.decode(batch, spec, out[: len(batch)], pool)
+            for _ in decode_ahead(store, _batches(ids, size), spec, pool, size, depth):
+                pass
 
     return run
 
