@@ -101,7 +101,7 @@ class Tally:
 
 
 def peak_memory_mb() -> int | None:
-    """Returns the most memory this process has held, in MB; None where there is no /proc.
+    """Returns the most memory this process (not its workers) has held, in MB; None where there is no /proc.
 
     The system's resource usage would do anywhere, but counts what the parent held when it started this process.
     """
