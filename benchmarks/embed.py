@@ -1,6 +1,5 @@
 """`python -m benchmarks embed`: embedding end to end beside its parts, and a whole run in a process of its own."""
 
-import os
 import shutil
 import statistics
 import subprocess
@@ -18,12 +17,15 @@ from pydantic import Field
 from benchmarks.record import append
 from infer.embed import BATCH_CPU
 from infer.embedder import Embedder, Job, Step, cores
+from infer.embeddings import RUN_FILE
 from infer.engines import create, null
+from infer.pipeline import decode_ahead, ring_depth
 from infer.plan import Models, find_models, plan_parts, read_ids
 from infer.views import averaged
 from isic.config import Settings
 from isic.dataset import Dataset
-from isic.images import decode_pool
+from isic.files import read_json
+from isic.images import decode_pool, index_path
 from isic.preprocess import PreprocessSpec
 
 STAND_IN = "null"
@@ -71,6 +73,7 @@ def _rates(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) 
 
 def _whole(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) -> dict[str, Any]:
     where = ("--data", settings.data, "--model_dir", model_dir, "--output_dir", folder / "embeddings")
+    index_path(settings.data / "train-image.hdf5").unlink(missing_ok=True)  # a first run has none
     said = whole_run("--config", settings.config, "--engine", engine, "--split", "train", *where)
     return {key: said[key] for key in ("images", "bad", "seconds", "peak_mb", "bound_by")}
 
@@ -109,14 +112,15 @@ def _batches(ids: pl.Series, size: int) -> Iterable[list[str]]:
 
 
 def _ingest(job: Job, ids: pl.Series) -> Callable[[], None]:
-    store, spec = Dataset(job.data).images(job.split), job.models.spec
-    out = np.empty((job.batch_size, spec.size, spec.size, 3), np.uint8)
+    """The ring of decoded batches, read by nobody who needs time."""
+    store, spec, size = Dataset(job.data).images(job.split), job.models.spec, job.batch_size
     num_threads = job.num_threads or len(cores())
+    depth = job.depth or ring_depth(size, num_threads)
 
     def run() -> None:
         with decode_pool(num_threads) as pool:
-            for batch in _batches(ids, job.batch_size):
-                store.decode(batch, spec, out[: len(batch)], pool)
+            for _ in decode_ahead(store, _batches(ids, size), spec, pool, size, depth):
+                pass
 
     return run
 
@@ -150,21 +154,16 @@ def whole_run(*flags: object) -> dict[str, Any]:
     """Runs `python -m infer embed` with some flags in a process of its own.
 
     Returns:
-        `seconds` from its start to its end, `peak_mb` of memory, and what the last line says of the run.
+        `seconds` from its start to its end, `peak_mb` of memory as it says itself (what the system says of a process
+        counts what its parent held when it was started), and what the last line says of the run.
 
     Raises:
         subprocess.CalledProcessError: it failed.
     """
     command = [sys.executable, "-m", "infer", "embed", *map(str, flags)]
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    with process.stdout as stdout:
-        lines = stdout.read().splitlines()
-    _, status, usage = os.wait4(process.pid, 0)  # unlike wait, it tells of this process's memory
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    said = dict(field.split("=", 1) for field in lines[-1].split()[1:])
+    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     seconds = time.perf_counter() - started
-    return {**said, "seconds": round(seconds, 1), "peak_mb": round(usage.ru_maxrss / 1024)}
+    said = dict(field.split("=", 1) for field in lines[-1].split()[1:])
+    run = read_json(Path(said["output"]) / RUN_FILE)
+    return {**said, "seconds": round(seconds, 1), "peak_mb": run["peak_memory_mb"]}

@@ -1,27 +1,32 @@
 """`python -m benchmarks ingest`: from ids to uint8 batches, against the usual loaders, in one run."""
 
 import io
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import h5py
 import numpy as np
 import PIL.Image
+import polars as pl
 import torch
 from pydantic import Field
 from timm.data import create_transform
 
 from benchmarks.record import append
+from infer.pipeline import decode_ahead, ring_depth
 from isic import schema
 from isic.config import Settings, Several
 from isic.dataset import Dataset
-from isic.images import Hdf5Images, build_index, decode_pool
-from isic.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec
+from isic.images import Hdf5Images, ImageStore, build_index, decode_pool
+from isic.preprocess import IMAGENET_MEAN, IMAGENET_STD, Pixels, PreprocessSpec
 from isic.synth.write import write_images
 
 BATCH = 256
@@ -60,6 +65,8 @@ def ingest(settings: IngestSettings) -> None:
     store, spec = dataset.images("train"), PreprocessSpec(size=settings.size)
     ways = [Way(f"ours, {n} thread{'s' * (n > 1)}", _ours(store, spec, n)) for n in settings.threads]
     if isinstance(store, Hdf5Images):
+        bare = partial(_bare, store.source, build_index(store.source), settings.size)
+        ways += [Way(f"bare pread + cv2, {n} thread{'s' * (n > 1)}", bare(n)) for n in settings.threads]
         ways.append(Way("h5py + PIL + numpy, 1 core", _usual(store.source, settings.size), share=0.1))
     ways += [
         Way(f"timm transform in a DataLoader, {n} workers", _data_loader(store, settings.size, n), 0.25) for n in (0, 2)
@@ -100,15 +107,39 @@ def _row(way: Way, rates: dict[str, list[float]], settings: IngestSettings, num_
     }
 
 
-def _ours(store: Any, spec: PreprocessSpec, num_threads: int) -> Callable[[Sequence[str]], None]:
-    pool, out = decode_pool(num_threads), np.empty((BATCH, spec.size, spec.size, 3), np.uint8)
+def _ours(store: ImageStore, spec: PreprocessSpec, num_threads: int) -> Callable[[Sequence[str]], None]:
+    """The ring of batches that embedding reads, without an engine behind it."""
+    pool, depth = decode_pool(num_threads), ring_depth(BATCH, num_threads)
+    ring = [np.empty((BATCH, spec.size, spec.size, 3), np.uint8) for _ in range(depth)]
 
     def run(ids: Sequence[str]) -> None:
-        for at in range(0, len(ids), BATCH):
-            batch = ids[at : at + BATCH]
-            assert not store.decode(batch, spec, out[: len(batch)], pool)
+        free = iter(ring)  # memory that is there already: a run allocates it once, whatever the number of images
+        for batch in decode_ahead(store, _batches(ids), spec, pool, BATCH, depth, lambda _: next(free)):
+            assert not batch.failed
 
     return run
+
+
+def _bare(path: Path, index: pl.DataFrame, size: int, num_threads: int) -> Callable[[Sequence[str]], None]:
+    """Nothing but a read, a decode and a resize for each image, a share of the images a thread: the machine's limit."""
+    pool, file = decode_pool(num_threads), os.open(path, os.O_RDONLY)
+    places = {name: (length, offset) for name, offset, length in index.iter_rows()}
+    outs = [np.empty((BATCH, size, size, 3), np.uint8) for _ in range(num_threads)]
+
+    def decode(ids: Sequence[str], out: Pixels) -> None:
+        for row, name in enumerate(ids):
+            image = cv2.imdecode(np.frombuffer(os.pread(file, *places[name]), np.uint8), cv2.IMREAD_COLOR_RGB)
+            assert image is not None
+            cv2.resize(image, (size, size), dst=out[row % BATCH])
+
+    def run(ids: Sequence[str]) -> None:
+        list(pool.map(decode, (ids[thread::num_threads] for thread in range(num_threads)), outs))
+
+    return run
+
+
+def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (ids[at : at + BATCH] for at in range(0, len(ids), BATCH))
 
 
 def _usual(path: Path, size: int) -> Callable[[Sequence[str]], None]:
@@ -123,8 +154,8 @@ def _usual(path: Path, size: int) -> Callable[[Sequence[str]], None]:
 
     def run(ids: Sequence[str]) -> None:
         with h5py.File(path) as file:
-            for at in range(0, len(ids), BATCH):
-                np.stack([load(file, name) for name in ids[at : at + BATCH]])
+            for batch in _batches(ids):
+                np.stack([load(file, name) for name in batch])
 
     return run
 

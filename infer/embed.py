@@ -1,7 +1,9 @@
 """`python -m infer embed`: features and logits of every image, by the engines of every fold that should see it."""
 
+import json
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +12,7 @@ import polars as pl
 from pydantic import AliasChoices, Field, model_validator
 
 from infer.embedder import Embedder, Job
-from infer.embeddings import ERRORS, ERRORS_FILE, PLAN_FILE, RUN_FILE, ids_digest
+from infer.embeddings import ERRORS, ERRORS_FILE, PLAN_FILE, PLAN_KEY, RUN_FILE, ids_digest
 from infer.plan import Models, Part, begin, complete, find_models, plan_parts, read_ids
 from infer.progress import Tally
 from infer.ray_runner import run_ray
@@ -18,13 +20,13 @@ from infer.workers import gpus, run_processes
 from isic.config import Settings
 from isic.dataset import Dataset, Split
 from isic.errors import UserError
-from isic.files import read_json, sha256, versions, write_json, write_parquet
+from isic.files import atomic_path, digest, read_json, sha256, versions, write_json, write_parquet
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, read_folds
+from isic.interrupt import Interrupted, interruptible
 
 BATCH_CPU, BATCH_GPU = 16, 256
 """Fastest on a CPU, where a batch should fit its caches; enough to fill a GPU."""
-INTERRUPTED = 130
 PACKAGES = ("onnxruntime-gpu", "onnxruntime", "opencv-python-headless", "numpy", "polars")
 
 
@@ -75,29 +77,32 @@ def embed(settings: EmbedSettings) -> int:
 
     Parts that exist are kept, so a run that was interrupted goes on where it stopped.
     """
+    try:
+        with interruptible():
+            embed_splits(settings)
+    except Interrupted as stop:
+        print(f"stopped by {stop}; the same command goes on where it stopped", file=sys.stderr)
+        return stop.exit_code
+    return 0
+
+
+def embed_splits(settings: EmbedSettings) -> None:
+    """Embeds one split or all that the dataset has."""
     dataset = Dataset(settings.data)
     model_dir = settings.model_dir or Path("outputs") / settings.config
     models = find_models(model_dir, settings.config, settings.engine)
-    folds = read_folds(model_dir / FOLDS_FILE)
-    check_folds(models, folds)
-    splits = present_splits(dataset) if settings.split == "all" else [settings.split]
-    try:
-        for split in splits:
-            embed_split(dataset, split, models, folds, settings)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    for split in present_splits(dataset) if settings.split == "all" else [settings.split]:
+        embed_split(dataset, split, models, model_dir / FOLDS_FILE, settings)
 
 
 def check_folds(models: Models, folds: Folds) -> None:
     """Raises a UserError where an engine was trained by another fold plan than the one that lies with it."""
-    digest = folds.digest
+    ours = folds.digest
     for fold, manifest in models.manifests.items():
-        if manifest.get("folds_digest", digest) != digest:
+        if manifest.get("folds_digest", ours) != ours:
             raise UserError(
                 f"{models.artifacts[fold]} was trained with the fold plan {manifest['folds_digest']}, beside it is "
-                f"{digest}; export it again from its own run"
+                f"{ours}; export it again from its own run"
             )
 
 
@@ -110,26 +115,20 @@ def present_splits(dataset: Dataset) -> list[Split]:
     return found
 
 
-def embed_split(dataset: Dataset, split: Split, models: Models, folds: Folds, settings: EmbedSettings) -> None:
+def embed_split(dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings) -> None:
     """Embeds one split and writes its `run.json`."""
-    root, directory = settings.run_dir.resolve(), settings.run_dir.resolve() / split
-    ids = read_ids(dataset.metadata_path(split))
-    batch_size = settings.batch_size or usual_batch_size(directory, models, settings)
-    plan = {
-        **run_plan(dataset, split, models, folds, settings),
-        "batch_size": batch_size,
-        "ids_digest": ids_digest(ids),
-    }
-    parts = plan_parts(root, split, ids, models.folds, folds if split == "train" else None, settings.folds)
+    directory = settings.run_dir.resolve() / split
+    plan, parts = draw_up(dataset, split, models, folds_path, settings)
     begin(directory, plan, settings.force)
+    if split == "train":
+        with atomic_path(directory.parent / FOLDS_FILE) as temporary:
+            shutil.copyfile(folds_path, temporary)
     tally = Tally(parts, settings.on_error, settings.max_bad, settings.quiet)
     if not tally.num_now and (directory / RUN_FILE).is_file():
         print(f"up to date config={settings.config} split={split} output={settings.run_dir / split}")
         return
     with tally:
-        complete(parts, runner(job_of(dataset, split, models, settings, batch_size), settings, tally))
-    if split == "train":
-        folds.write(root / FOLDS_FILE)
+        complete(parts, runner(job_of(dataset, split, models, settings, plan), settings, tally))
     bad = gather_errors(directory, parts)
     counts = {"num_images": sum(map(len, parts)) - bad, "num_bad": bad, "embedded_now": tally.num_now}
     write_json(directory / RUN_FILE, {**plan, **counts, **tally.facts()})
@@ -138,6 +137,23 @@ def embed_split(dataset: Dataset, split: Split, models: Models, folds: Folds, se
         f"seconds={tally.total_seconds:.1f} images_per_second={tally.num_now / tally.total_seconds:.0f} "
         f"bound_by={tally.bound_by} output={settings.run_dir / split}"
     )
+
+
+def draw_up(
+    dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings
+) -> tuple[dict[str, Any], list[Part]]:
+    """Returns all that decides what the parts contain, and the parts; the tables they come from are let go here."""
+    folds = read_folds(folds_path)
+    check_folds(models, folds)
+    ids = read_ids(dataset.metadata_path(split))
+    root = settings.run_dir.resolve()
+    plan = {
+        **run_plan(dataset, split, models, folds, settings),
+        "batch_size": settings.batch_size or usual_batch_size(root / split, models, settings),
+        "ids_digest": ids_digest(ids),
+    }
+    plan[PLAN_KEY] = digest(json.dumps(plan))
+    return plan, plan_parts(root, split, ids, models.folds, folds if split == "train" else None, settings.folds)
 
 
 def usual_batch_size(directory: Path, models: Models, settings: EmbedSettings) -> int:
@@ -155,7 +171,7 @@ def usual_batch_size(directory: Path, models: Models, settings: EmbedSettings) -
 
 
 def run_plan(dataset: Dataset, split: Split, models: Models, folds: Folds, settings: EmbedSettings) -> dict[str, Any]:
-    """Returns all that decides what the parts contain; a run goes on only where this is the same."""
+    """Returns what a run is made with; it goes on only where this is the same."""
     images = dataset.images(split)
     return {
         "config": settings.config,
@@ -174,7 +190,7 @@ def run_plan(dataset: Dataset, split: Split, models: Models, folds: Folds, setti
     }
 
 
-def job_of(dataset: Dataset, split: Split, models: Models, settings: EmbedSettings, batch_size: int) -> Job:
+def job_of(dataset: Dataset, split: Split, models: Models, settings: EmbedSettings, plan: Mapping[str, Any]) -> Job:
     """Returns what each worker needs to know."""
     return Job(
         data=dataset.root.resolve(),
@@ -183,9 +199,10 @@ def job_of(dataset: Dataset, split: Split, models: Models, settings: EmbedSettin
         device=settings.device,
         dtype=settings.dtype,
         tta=settings.tta,
-        batch_size=batch_size,
+        batch_size=plan["batch_size"],
         num_threads=settings.num_threads,
         depth=settings.depth,
+        plan_digest=plan[PLAN_KEY],
     )
 
 

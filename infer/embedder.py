@@ -44,6 +44,8 @@ class Job:
     """Decoding threads of one process; None: one a core that it may use."""
     depth: int | None
     """Batches in the ring; None: what keeps the threads busy."""
+    plan_digest: str | None = None
+    """Of the run's plan; each part says that it was made by it."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Embedder:
         stream = self._decoded(parts)
         with contextlib.closing(stream), ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
             for part in parts:
-                written.append(writer.submit(write, part, self._embed(part, stream, report)))
+                written.append(writer.submit(write, part, self._embed(part, stream, report), self._job.plan_digest))
                 _await_all_but(MAX_PARTS_WAITING, written, report)
             _await_all_but(0, written, report)
 
@@ -179,9 +181,9 @@ def _await_all_but(number: int, written: deque[Future[None]], report: Report) ->
     report(Step(write_wait=time.perf_counter() - started))
 
 
-def write(part: Part, outputs: PartOutputs) -> None:
+def write(part: Part, outputs: PartOutputs, plan_digest: str | None) -> None:
     """Writes a part's files, the reasons for its bad images first: a part that exists has said all it knows."""
     if outputs.bad:
         write_parquet(part.errors_path, pl.DataFrame(list(outputs.bad.items()), ERRORS, orient="row"))
     for fold, path in part.paths.items():
-        write_part(path, outputs.ids, outputs.features[fold], outputs.logits[fold])
+        write_part(path, outputs.ids, outputs.features[fold], outputs.logits[fold], plan_digest)

@@ -23,6 +23,8 @@ PLAN_FILE, RUN_FILE = "plan.json", "run.json"
 ERRORS_FILE = "errors.parquet"
 ERRORS = {"isic_id": pl.String, "reason": pl.String}
 """Schema of ERRORS_FILE."""
+PLAN_KEY = "plan_digest"
+"""What says in a run's JSON and in the metadata of each of its parts which plan made it."""
 SLICE_ROWS = 32768
 """Ids that are looked at together where a full-size table of them would cost memory."""
 
@@ -35,13 +37,20 @@ def part_path(root: Path, split: Split, fold: int, part: int) -> Path:
     return fold_dir(root, split, fold) / f"part-{part:05d}.parquet"
 
 
-def write_part(path: Path, ids: Sequence[str], features: NDArray[np.floating], logits: NDArray[np.float32]) -> None:
+def write_part(
+    path: Path,
+    ids: Sequence[str],
+    features: NDArray[np.floating],
+    logits: NDArray[np.float32],
+    plan_digest: str | None = None,
+) -> None:
     """Writes one part, atomically and with bytes that depend on nothing but the arguments.
 
     Args:
         ids: N ids.
         features: [N, D] float16 or float32; stored in that type.
         logits: [N] float32.
+        plan_digest: of the plan of the run that made it, kept in the file's metadata.
     """
     inner = pl.Float16 if features.dtype == np.float16 else pl.Float32
     table = pl.DataFrame(
@@ -51,7 +60,7 @@ def write_part(path: Path, ids: Sequence[str], features: NDArray[np.floating], l
             "logit": pl.Series(logits, dtype=pl.Float32),
         }
     )
-    write_parquet(path, table)
+    write_parquet(path, table, {PLAN_KEY: plan_digest} if plan_digest else None)
 
 
 def ids_digest(ids: pl.Series) -> str:
@@ -75,7 +84,7 @@ def load(root: Path, split: Split, columns: Iterable[str] = ("features", "logit"
         under the fold that held it out; a test image stands once a fold.
 
     Raises:
-        UserError: the run is not finished, or a fold it names has no parts.
+        UserError: the run is not finished, a fold it names has no parts, or a part is of another run or damaged.
     """
     run = read_run(root, split)
     frames = []
@@ -83,9 +92,21 @@ def load(root: Path, split: Split, columns: Iterable[str] = ("features", "logit"
         parts = sorted(fold_dir(root, split, fold).glob("part-*.parquet"))
         if not parts:
             raise UserError(f"{fold_dir(root, split, fold)} has no parts; run `python -m infer embed` again")
+        _check_origin(parts, run)
         frame = pl.scan_parquet(parts).select("isic_id", pl.lit(fold, dtype=pl.Int8).alias("fold"), *columns)
         frames.append(frame)
     return pl.concat(frames)
+
+
+def _check_origin(parts: Iterable[Path], run: Mapping[str, Any]) -> None:
+    """Raises a UserError unless each part is whole and says that it was made by the plan of this run."""
+    for path in parts:
+        try:
+            made_by = pl.read_parquet_metadata(path).get(PLAN_KEY)
+        except pl.exceptions.PolarsError:
+            raise UserError(f"{path} is damaged; delete it and run `python -m infer embed` again") from None
+        if made_by != run.get(PLAN_KEY):
+            raise UserError(f"{path} was made by another run than the one beside it; embed again with --force")
 
 
 def join(

@@ -3,12 +3,14 @@
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
 from infer.embedder import Step
 from infer.plan import Part
+from isic import interrupt
 from isic.errors import UserError
 
 OnError = Literal["raise", "skip"]
@@ -68,10 +70,12 @@ class Tally:
             "seconds": {"total": self.total_seconds, **self.seconds},
             "wait_shares": self.shares,
             "bound_by": self.bound_by,
+            "peak_memory_mb": peak_memory_mb(),
         }
 
     def add(self, step: Step) -> None:
-        """Adds what a worker reports. Raises UserError where bad images end the run."""
+        """Adds what a worker reports. Raises UserError or Interrupted where bad images or a signal end the run."""
+        interrupt.check()
         self.seconds["decode_wait"] += step.decode_wait
         self.seconds["engine"] += step.engine
         self.seconds["write_wait"] += step.write_wait
@@ -94,3 +98,13 @@ class Tally:
                 f"{num_bad} of the first {self.num_images} images cannot be used ({summary}), such as {name}; "
                 "look at the dataset with `python -m isic check`, or allow more with --max_bad"
             )
+
+
+def peak_memory_mb() -> int | None:
+    """Returns the most memory this process (not its workers) has held, in MB; None where there is no /proc.
+
+    The system's resource usage would do anywhere, but counts what the parent held when it started this process.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")), None)

@@ -6,6 +6,7 @@ Every node needs this toolkit, and sees dataset, engines and output folder under
 import dataclasses
 import json
 import logging
+import signal
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -94,11 +95,14 @@ def connect(address: str) -> Any:
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         settings |= {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False, "num_cpus": len(cores())}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no Ray cluster at {address} ({reason}); give its address, or --ray local") from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own there, which exits with 15
     return ray
 
 

@@ -1,9 +1,10 @@
 """Several processes on one machine, one a GPU: each embeds its share of the parts with its share of the cores."""
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -12,8 +13,11 @@ from pathlib import Path
 from infer.embedder import Embedder, Job, Report, cores
 from infer.plan import Part
 from isic.errors import UserError
+from isic.interrupt import Interrupted, interruptible
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+GRACE_SECONDS = 30
+"""For a worker that is told to stop, to bring what it has to disk."""
 
 
 def gpus() -> list[str]:
@@ -44,14 +48,27 @@ def run_processes(parts: Sequence[Part], job: Job, number: int, report: Report) 
             arguments = (parts[index::number], job, theirs, gpus()[index % len(gpus())] if gpus() else None)
             process = context.Process(target=_work, args=(*arguments, share(cores(), index, number)), daemon=True)
             workers[ours] = process
-            process.start()
+            with _deaf_to_ctrl_c():
+                process.start()
             theirs.close()
         _listen(dict(workers), report)
     finally:
-        for process in workers.values():
-            if process.pid is not None:
-                process.terminate()
-                process.join()
+        started = [process for process in workers.values() if process.pid is not None]
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join(GRACE_SECONDS)
+            process.kill()
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started in the block never hear of the Ctrl-C that reaches all of a terminal: this one ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _listen(workers: dict[Connection, SpawnProcess], report: Report) -> None:
@@ -76,15 +93,16 @@ def _listen(workers: dict[Connection, SpawnProcess], report: Report) -> None:
 
 def _work(parts: list[Part], job: Job, pipe: Connection, gpu: str | None, own_cores: list[int]) -> None:
     """The worker: embeds its parts and tells of each batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent ends this one
     if gpu is not None:
         os.environ[VISIBLE] = gpu
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, own_cores)
     try:
-        with Embedder(job) as embedder:
+        with interruptible(), Embedder(job) as embedder:
             embedder.run(parts, pipe.send)
     except UserError as error:
         pipe.send(error)
+    except Interrupted as stop:
+        sys.exit(stop.exit_code)
     except BrokenPipeError:
         sys.exit(1)  # the parent is gone

@@ -21,6 +21,7 @@ from isic.preprocess import JPEG_START, ImageError, Pixels, PreprocessSpec, deco
 
 NO_OFFSET = -1
 INDEX_VERSION = 1
+HDF5_CACHE = 1024 * 1024
 
 CHUNK = 32
 """Images that one thread reads and decodes at a time, at most: few enough to share out, enough to read at once."""
@@ -33,21 +34,26 @@ MAX_AHEAD = 8 * 1024 * 1024
 class ImageStore(ABC):
     """Images by `isic_id`. Safe to read from several threads, and from a forked process."""
 
-    def __init__(self, source: Path, ids: NDArray[np.str_]) -> None:
+    def __init__(self, source: Path, ids: pl.Series) -> None:
+        """Keeps the sorted ids as UTF-8: a quarter of what numpy's strings take, and in the same order."""
         self.source = source
-        self.ids = ids
-        """[N] str, sorted."""
+        self._names = _encoded(ids)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._names)
+
+    @property
+    def ids(self) -> NDArray[np.str_]:
+        """[N] str, sorted; made anew for each caller."""
+        return np.char.decode(self._names, "utf-8")
 
     def locate(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """Returns the position of each id in `self.ids`, -1 for an id without an image."""
-        wanted = np.asarray(ids, dtype=np.str_)
-        if not len(self.ids):
-            return np.full(len(wanted), -1)
-        position = np.minimum(np.searchsorted(self.ids, wanted), len(self.ids) - 1)
-        return np.where(self.ids[position] == wanted, position, -1)
+        if not len(self):
+            return np.full(len(ids), -1)
+        wanted = np.array([name.encode() for name in ids], dtype=np.bytes_)
+        position = np.minimum(np.searchsorted(self._names, wanted), len(self) - 1)
+        return np.where(self._names[position] == wanted, position, -1)
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Returns those of `ids` that have no image here."""
@@ -137,6 +143,13 @@ def gather(decodings: Sequence[Decoding]) -> dict[int, str]:
     return failed
 
 
+def _encoded(ids: pl.Series) -> NDArray[np.bytes_]:
+    """Returns ids as UTF-8, a slice at a time: a full-size file's as Python objects leave memory full of holes."""
+    kind = np.dtype((np.bytes_, int(ids.str.len_bytes().max() or 1)))  # type: ignore[arg-type]
+    slices = [np.array(rows.to_series().cast(pl.Binary).to_list(), dtype=kind) for rows in ids.to_frame().iter_slices()]
+    return np.concatenate(slices) if slices else np.array([], dtype=kind)
+
+
 def _file_bytes(value: Any) -> bytes:
     """Returns the bytes in what h5py read: fixed-length or variable-length, scalar or not."""
     if isinstance(value, np.ndarray) and value.dtype.kind == "O":
@@ -159,7 +172,7 @@ class FolderImages(ImageStore):
 
     def __init__(self, folder: Path) -> None:
         paths = sorted((path.stem, path) for path in folder.rglob("*.jpg"))
-        super().__init__(folder, np.array([name for name, _ in paths], dtype=np.str_))
+        super().__init__(folder, pl.Series([name for name, _ in paths], dtype=pl.String))
         self._paths = [path for _, path in paths]
 
     def read_at(self, position: int) -> bytes:
@@ -175,7 +188,7 @@ class Hdf5Images(ImageStore):
 
     def __init__(self, path: Path) -> None:
         index = _load_index(path)
-        super().__init__(path, index["isic_id"].to_numpy().astype(np.str_))
+        super().__init__(path, index["isic_id"])
         self._offsets = index["offset"].to_numpy()
         self._sizes = index["size"].to_numpy()
         self._file = os.open(path, os.O_RDONLY)
@@ -188,7 +201,7 @@ class Hdf5Images(ImageStore):
         offset = self._offsets[position]
         if offset == NO_OFFSET:
             with h5py.File(self.source, "r") as file:
-                return _file_bytes(file[self.ids[position]][()])
+                return _file_bytes(file[bytes(self._names[position])][()])
         return os.pread(self._file, self._sizes[position], offset)
 
     def read_ahead(self, positions: Sequence[int]) -> dict[int, bytes]:
@@ -253,12 +266,9 @@ def build_index(path: Path) -> pl.DataFrame:
         UserError: the file is truncated or not HDF5, or holds no images.
     """
     try:
-        # One file object that has listed a full-size file's names needs three times the memory to open what they name.
-        with h5py.File(path, "r") as file:
-            names = list(file.id)
-        with h5py.File(path, "r") as file:
-            table = _locate_all(file.id, names)
-    except OSError as error:
+        with h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, _frugal_access())) as file:
+            table = _locate_all(file.id)
+    except (OSError, RuntimeError, KeyError) as error:  # h5py's, in this order for the file, its tree, a dataset
         reason = str(error).split("(")[-1].rstrip(")")
         raise UserError(f"{path} is not a whole HDF5 file ({reason}); copy or download it again") from None
     if not len(table):
@@ -266,14 +276,29 @@ def build_index(path: Path) -> pl.DataFrame:
     return _without_references(table.sort("isic_id"), path)
 
 
-def _locate_all(file: h5py.h5f.FileID, names: Sequence[bytes]) -> pl.DataFrame:
-    """Returns the index of every dataset. Numbers go into arrays, because a full-size file has many."""
+def _frugal_access() -> h5py.h5p.PropFAID:
+    """Opens a file with a small cache for its structure: each of a full-size file's headers is looked at once."""
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    cache = access.get_mdc_config()
+    cache.set_initial_size = True
+    cache.initial_size = cache.min_size = cache.max_size = HDF5_CACHE
+    access.set_mdc_config(cache)
+    return access
+
+
+def _locate_all(file: h5py.h5f.FileID) -> pl.DataFrame:
+    """Returns the index of every dataset, in one walk: a list of a full-size file's names takes HDF5 100 MB."""
+    names: list[bytes] = []
     offsets, sizes = array("q"), array("q")
-    for name in names:
+
+    def locate(name: bytes) -> None:
         dataset = h5py.h5d.open(file, name)
         offset = dataset.get_offset()  # None unless contiguous, in this file, and allocated
+        names.append(name)
         offsets.append(NO_OFFSET if offset is None else offset)
         sizes.append(dataset.get_storage_size())
+
+    file.links.iterate(locate)
     ids = pl.Series("isic_id", names, dtype=pl.Binary).cast(pl.String)
     return pl.DataFrame([ids, pl.Series("offset", np.array(offsets)), pl.Series("size", np.array(sizes))])
 

@@ -3,10 +3,10 @@
 import sys
 
 from isic import cli
+from isic.interrupt import Interrupted, interruptible
 from train import distributed
 from train.config import TrainSettings, load_settings
 from train.data import load_data
-from train.interrupt import Interrupted, interruptible
 from train.loop import select_device, train_fold
 from train.outputs import is_finished, print_scores
 

@@ -21,11 +21,11 @@ from isic.files import write_parquet
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, folds_for
 from isic.images import Hdf5Images, ImageStore, decode_pool
+from isic.interrupt import leave_to_parent
 from isic.preprocess import ImageError, PreprocessSpec, decode, resize
 from train import distributed
 from train.augment import create_augmentation
 from train.config import TrainSettings
-from train.interrupt import leave_to_parent
 
 SAMPLE_ROWS = 50_000
 READ_ROWS = 4096

@@ -13,10 +13,10 @@ from timm.data import Mixup
 from torch import Tensor
 from tqdm import tqdm
 
-from isic import schema
+from isic import interrupt, schema
 from isic.errors import UserError
 from isic.metrics import pauc, roc_auc
-from train import distributed, interrupt
+from train import distributed
 from train.checkpoint import LAST
 from train.config import TrainSettings
 from train.data import Batch, TrainData, fold_loaders

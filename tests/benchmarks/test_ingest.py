@@ -11,7 +11,7 @@ def test_every_way_reads_the_images_and_lands_in_the_csv(small_dataset: Path, tm
     ended = cli("benchmarks", "ingest", "--data", small_dataset, *flags)
     assert ended.code == 0, ended.err
     rows = pl.read_csv(tmp_path / "ingest.csv")
-    assert len(rows) == 5 and (rows["images_per_second"] > 0).all()
+    assert len(rows) == 7 and (rows["images_per_second"] > 0).all()
     assert rows["what"][0] == "ours, 1 thread" and rows["first_is_faster_by"][0] == 1.0
 
 

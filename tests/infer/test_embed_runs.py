@@ -58,6 +58,7 @@ def test_a_run_says_what_it_did_and_where_the_time_went(whole: Path) -> None:
     assert set(run["seconds"]) == {"total", "decode_wait", "engine", "write_wait"}
     assert sum(run["wait_shares"].values()) == pytest.approx(1)
     assert run["bound_by"] in {"decode", "engine", "write"} and run["images_per_second"] > 0
+    assert run["peak_memory_mb"] is None or 20 < run["peak_memory_mb"] < 1500
     assert {"numpy", "polars", "opencv-python-headless"} <= set(run["versions"])
 
 
@@ -131,17 +132,19 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
     assert parts(killed) == expected
 
 
-def test_ctrl_c_ends_it_cleanly_and_it_goes_on_from_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "num_processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_a_signal_ends_it_cleanly_and_it_goes_on_from_there(
+    tmp_path: Path, number: signal.Signals, num_processes: int
+) -> None:
     slow = make_stand_in(tmp_path / "slow", images_per_second=60)
-    process = subprocess.Popen(
-        slow.command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = slow.command(tmp_path, "--num_processes", num_processes)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not parts(tmp_path) and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert errors == "interrupted; the same command goes on where it stopped\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert errors == f"stopped by {number.name}; the same command goes on where it stopped\n"
     num_done = len(parts(tmp_path))
     assert 0 < num_done < 15 and not list(tmp_path.rglob(".*.tmp"))
     assert slow.run(tmp_path).returncode == 0 and len(parts(tmp_path)) == 16
@@ -303,6 +306,34 @@ def test_a_part_that_is_lost_or_doubled_is_noticed(whole: Path, stand_in: StandI
     first.with_name("part-00099.parquet").unlink()
     first.unlink()
     with pytest.raises(UserError, match=f"{PART_ROWS} train embeddings are there not at all"):
+        join(root, "train", metadata)
+
+
+def test_a_part_of_another_run_is_noticed(whole: Path, stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+    """It holds the very ids it should, but another plan made it."""
+    root, place = shutil.copytree(whole, tmp_path / "null"), Path("train/fold_0/part-00000.parquet")
+    flags = stand_in.flags(tmp_path / "other", "--batch_size", 8, "--dtype", "float32")
+    assert cli("infer", *flags).code == 0
+    shutil.copy(next((tmp_path / "other/null/train/fold_0").glob("part-*.parquet")), root / place)
+    with pytest.raises(UserError, match=r"part-00000\.parquet was made by another run"):
+        load(root, "train")
+    (root / place).write_bytes((whole / place).read_bytes()[:100])
+    with pytest.raises(UserError, match=r"part-00000\.parquet is damaged; delete it"):
+        load(root, "train")
+    shutil.copy(whole / place, root / place)
+    assert len(load(root, "train").collect()) == 300
+    (root / "train" / "run.json").unlink()
+    with pytest.raises(UserError, match="has no finished train embeddings"):
+        load(root, "train")
+
+
+def test_a_fold_plan_that_did_not_make_the_embeddings_is_noticed(
+    whole: Path, stand_in: StandIn, tmp_path: Path
+) -> None:
+    metadata, root = Dataset(stand_in.data).metadata("train"), shutil.copytree(whole, tmp_path / "null")
+    folds = read_folds(root / "folds.parquet")
+    type(folds)(folds.table.with_columns((pl.col("fold") + 1) % 3)).write(root / "folds.parquet")
+    with pytest.raises(UserError, match="is not the fold plan that the embeddings were made with"):
         join(root, "train", metadata)
 
 

@@ -15,11 +15,12 @@ from infer.embedder import Embedder, Job, Step
 from infer.engines import PinsMemory, load
 from infer.engines.null import FILE
 from infer.pipeline import decode_ahead, pageable, ring_depth
-from infer.plan import Part, complete, find_models
+from infer.plan import Part, complete, find_models, fold_of
 from infer.progress import Tally
 from infer.views import VIEWS, averaged, view
 from infer.workers import gpus, share
 from isic.errors import UserError
+from isic.folds import Folds
 from isic.images import Hdf5Images, ImageStore, decode_pool
 from isic.preprocess import Pixels, PreprocessSpec
 
@@ -180,6 +181,16 @@ def test_rounds_end_when_all_is_there_or_nothing_gets_on(tmp_path: Path) -> None
     parts[0].paths[0].unlink()
     with pytest.raises(UserError, match="before it finished one of 1 parts"):
         complete(parts, lambda due: None)
+
+
+def test_folds_by_search_are_those_by_join() -> None:
+    ids = pl.Series("isic_id", ["B", "A", "D", "C"])
+    plan = Folds(pl.DataFrame({"isic_id": ["A", "B", "C", "D"], "fold": pl.Series([2, 0, 1, 0], dtype=pl.Int8)}))
+    unsorted = Folds(plan.table.reverse())
+    for folds in (plan, unsorted):
+        assert fold_of(ids, folds).to_list() == folds.of(ids.to_frame()).to_list() == [0, 2, 0, 1]
+    with pytest.raises(UserError, match="lacks 1 rows of this dataset, the first is E"):
+        fold_of(pl.Series("isic_id", ["A", "E"]), plan)
 
 
 def test_an_engine_that_overflows_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,20 @@ def test_an_id_without_an_image_is_named(hdf5: Path) -> None:
         store.read(["ISIC_0000001", "ISIC_9"])
 
 
+def test_names_of_any_length_and_script_are_found(tmp_path: Path) -> None:
+    files = {
+        name: jpeg(20, value) for value, name in enumerate(["a", "läsion", "病変", "a longer name than the others"])
+    }
+    write_hdf5(tmp_path / "train-image.hdf5", files)
+    store = Hdf5Images(tmp_path / "train-image.hdf5")
+    assert store.ids.tolist() == sorted(files)
+    assert store.read(list(files)) == list(files.values())
+    assert store.missing(["ä", "a longer name than the others, and not there", "病変"]) == [
+        "ä",
+        "a longer name than the others, and not there",
+    ]
+
+
 @pytest.mark.parametrize("num_threads", [None, 1, 2, 5])
 def test_decoding_is_the_same_with_any_number_of_threads(hdf5: Path, num_threads: int | None) -> None:
     ids = [*FILES, "absent", *reversed(FILES)]

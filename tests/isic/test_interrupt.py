@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from train.interrupt import SIGNALS, Interrupted, check, interruptible
+from isic.interrupt import SIGNALS, Interrupted, check, interruptible
 
 
 class Finalized:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an exception that ends a run where it stands; `last.pth` is what it goes on from."""
+"""SIGINT and SIGTERM as an exception that ends a long run cleanly; the same command goes on from there."""
 
 import contextlib
 import os
