@@ -15,6 +15,7 @@ from pydantic import AliasChoices, Field
 from export.formats import FORMATS, TOLERANCES, Target, device_of, find_formats
 from export.parity import ParityError, Reference, check_parity
 from export.tensorrt import PlanOptions
+from export.triton import write_repository
 from infer.engines import create, works
 from isic import schema
 from isic.config import Several
@@ -52,6 +53,7 @@ class ExportSettings(PlanOptions):
     )
     parity_images: int = Field(256, ge=1, description="held-out images that the parity gate compares")
     check: bool = Field(False, description="gate what is there on this machine, and build nothing")
+    triton: Path | None = Field(None, description="also write a model repository for NVIDIA Triton into this folder")
     force: bool = Field(False, description="export again what is up to date")
 
     @property
@@ -101,6 +103,8 @@ def export(settings: ExportSettings) -> int:
                 continue
             source = source or load_source(path, fold, settings)
             failed += not (check_one if settings.check else export_one)(source, target, artifact)
+    if settings.triton and not failed:
+        print(f"Triton: {', '.join(write_repository(settings.triton, artifacts))} in {settings.triton}")
     return 1 if failed else 0
 
 

@@ -46,8 +46,13 @@ class EmbedSettings(Settings):
     tta: Literal["none", "flips", "d4"] = Field(
         "none", description="average over the image's flips (4 views), or its flips and quarter turns (8)"
     )
-    engine: str = Field("model.onnx", description="file name of the exported engine in each fold's folder")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the engine runs")
+    engine: str = Field(
+        "model.onnx", description="the exported engine of each fold: a format (onnx, aoti, tensorrt) or a file name"
+    )
+    precision: str | None = Field(None, description="which one, where a format has several: fp32, fp16, bf16 or int8")
+    device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+        "auto", description="where the engine runs; tensorrt: an ONNX file by way of ONNX Runtime's TensorRT"
+    )
     dtype: Literal["float16", "float32"] = Field("float16", description="type in which features are stored")
     batch_size: int | None = Field(
         None, ge=1, description=f"images a call of the engine; {BATCH_CPU} on a CPU, {BATCH_GPU} on a GPU if not given"
@@ -90,7 +95,7 @@ def embed_splits(settings: EmbedSettings) -> None:
     """Embeds one split or all that the dataset has."""
     dataset = Dataset(settings.data)
     model_dir = settings.model_dir or Path("outputs") / settings.config
-    models = find_models(model_dir, settings.config, settings.engine)
+    models = find_models(model_dir, settings.config, settings.engine, settings.precision)
     for split in present_splits(dataset) if settings.split == "all" else [settings.split]:
         embed_split(dataset, split, models, model_dir / FOLDS_FILE, settings)
 
@@ -166,7 +171,7 @@ def usual_batch_size(directory: Path, models: Models, settings: EmbedSettings) -
     known = former or models.batch_size
     if known:
         return int(known)
-    on_gpu = settings.device == "cuda" or (settings.device == "auto" and bool(gpus()))
+    on_gpu = settings.device in {"cuda", "tensorrt"} or (settings.device == "auto" and bool(gpus()))
     return BATCH_GPU if on_gpu else BATCH_CPU
 
 

@@ -15,7 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from infer.embeddings import ERRORS, write_part
-from infer.engines import Engine, Outputs, PinsMemory, create
+from infer.engines import Outputs, PinsMemory, load_many
 from infer.pipeline import Decoded, decode_ahead, pageable, ring_depth
 from infer.plan import Models, Part
 from infer.views import averaged
@@ -88,10 +88,7 @@ class Embedder:
     def __init__(self, job: Job) -> None:
         """Loads the engines and opens the images. Raises UserError where either does not work here."""
         self._job = job
-        models = job.models
-        self._engines: dict[int, Engine] = {
-            fold: create(path, models.manifests[fold], job.device) for fold, path in models.artifacts.items()
-        }
+        self._engines = load_many(job.models.artifacts, job.models.manifests, job.device)
         self._store = Dataset(job.data).images(job.split)
         self._num_threads = job.num_threads or len(cores())
         self._pool = decode_pool(self._num_threads)

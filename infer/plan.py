@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import polars as pl
 
 from infer.embeddings import PLAN_FILE, part_path
-from infer.engines import manifest_spec
+from infer.engines import MODULES, manifest_spec
 from isic import schema
 from isic.dataset import Split
 from isic.errors import UserError
@@ -74,16 +74,30 @@ class Models:
         return next(iter(self.manifests.values())).get("batch_size")
 
 
-def find_models(model_dir: Path, config: str, engine: str) -> Models:
+def find_models(model_dir: Path, config: str, engine: str, precision: str | None = None) -> Models:
     """Finds the exported engine of every fold that has one.
 
+    Args:
+        model_dir: the run, with a folder a fold.
+        config: the name of the run's config.
+        engine: file name of the artifact, or a format that an artifact may have.
+        precision: of the artifact, where a format is given; any if None.
+
     Raises:
-        UserError: none is exported, one is of another config, or they do not share their preprocessing.
+        UserError: none is exported or several are, one is of another config, or they differ in preprocessing.
     """
-    found = {int(path.parent.name.removeprefix("fold_")): path for path in model_dir.glob(f"fold_*/{engine}")}
-    if not found:
-        raise UserError(f"{model_dir} has no fold_<k>/{engine}; run `python -m export --config {config}` first")
-    artifacts = {fold: found[fold].resolve() for fold in sorted(found)}
+    folders = {int(path.name.removeprefix("fold_")): path for path in model_dir.glob("fold_*")}
+    artifacts: dict[int, Path] = {}
+    for fold, folder in sorted(folders.items()):
+        found = of_format(folder, engine, precision) if engine in MODULES else list(folder.glob(engine))
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise UserError(f"{folder} has {names}; choose with --precision, or give a file name as --engine")
+        for path in found:
+            artifacts[fold] = path.resolve()
+    if not artifacts:
+        what = f"{engine} in {precision}" if precision else engine
+        raise UserError(f"{model_dir} has no fold_<k> with {what}; run `python -m export --config {config}` first")
     manifests = {fold: read_manifest(path) for fold, path in artifacts.items()}
     for fold, manifest in manifests.items():
         if (manifest["name"], manifest["fold"]) != (config, fold):
@@ -95,6 +109,16 @@ def find_models(model_dir: Path, config: str, engine: str) -> Models:
     if len(specs) > 1:
         raise UserError(f"the folds in {model_dir} differ in their preprocessing; train and export them alike")
     return Models(artifacts, manifests, specs.pop())
+
+
+def of_format(folder: Path, name: str, precision: str | None) -> list[Path]:
+    """Returns the artifacts of a format in a fold's folder, by their manifests."""
+    manifests = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    return [
+        folder / manifest["artifact"]
+        for manifest in manifests
+        if manifest.get("format") == name and precision in {None, manifest.get("precision")}
+    ]
 
 
 def read_ids(path: Path) -> pl.Series:
@@ -185,7 +209,7 @@ def begin(directory: Path, plan: Mapping[str, Any], force: bool) -> None:
     if path.is_file():
         former = read_json(path)
         changed = next((key for key in plan if plan[key] != former.get(key)), None)
-        if changed and not force:
+        if changed and not force and next(directory.rglob("part-*"), None):  # else an engine refused before the first
             raise UserError(
                 f"{directory} holds embeddings made with {changed} = {former.get(changed)}, now it is {plan[changed]}; "
                 "choose another --output_dir, or replace them with --force"

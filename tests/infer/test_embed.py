@@ -12,6 +12,7 @@ from conftest import Cli, jpeg
 
 from infer.embeddings import load, read_run
 from infer.engines import load as load_engine
+from infer.engines import works
 from isic.dataset import Dataset
 from isic.folds import read_folds
 from isic.images import decode_pool
@@ -191,9 +192,7 @@ def test_a_graph_of_another_contract_is_refused(tmp_path: Path) -> None:
 def test_a_gpu_that_is_not_there_is_said_and_nothing_falls_back(
     exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    from infer.engines.onnxruntime import cuda_works
-
-    if cuda_works() is None:
+    if works("onnx", "cuda") is None:
         pytest.skip("this machine has a GPU")
     ended = cli("infer", *flags(exported, synth_dataset, tmp_path, "--device", "cuda"))
     assert ended.code == 2 and "--device cpu" in ended.err
