@@ -99,7 +99,7 @@ def reliability_figure(oof: pl.DataFrame) -> Markup:
     """Observed shares by mean score, with 95 % intervals."""
     target, score = _arrays(oof)
     bins = reliability(target, score)
-    low = _lowest(target, bins.mean_score)
+    low = _lowest(target, min(bins.mean_score.min(), bins.observed[bins.observed > 0].min()))
     plot = Plot(
         _probability("mean score of the bin", low), _probability("share that is malignant", low), "Calibration."
     )
@@ -123,7 +123,7 @@ def _bin(plot: Plot, bins: Reliability, index: int) -> list[Markup]:
 def distribution_figure(oof: pl.DataFrame) -> Markup:
     """Histograms of the scores of both classes."""
     target, score = _arrays(oof)
-    axis = _probability("score", _lowest(target, score))
+    axis = _probability("score", _lowest(target, float(np.quantile(score, 0.01))))
     places = axis.place(score)
     edges = np.linspace(0, 1, NUM_BARS + 1)
     shares = [np.histogram(places[target == label], edges)[0] / max((target == label).sum(), 1) for label in (0, 1)]
@@ -145,13 +145,11 @@ def _outline(edges: Values, shares: Values) -> tuple[Values, Values]:
     return np.repeat(edges, 2), np.concatenate([[0.0], np.repeat(shares, 2), [0.0]])
 
 
-def _lowest(target: Labels, scores: Values) -> float:
-    """Where the axis of probabilities begins: 0, or a power of ten where malignant lesions are rare."""
-    share = float(target.mean())
-    if share > RARE:
+def _lowest(target: Labels, smallest: float) -> float:
+    """Where an axis of probabilities begins: 0, or a power of ten under `smallest` where lesions are rarely malignant."""
+    if target.mean() > RARE:
         return 0.0
-    smallest = min(share, float(np.quantile(scores, 0.01)))
-    return float(10.0 ** np.floor(np.log10(max(smallest, LOWEST))))
+    return float(10.0 ** np.floor(np.log10(np.clip(smallest, LOWEST, RARE))))
 
 
 def _probability(label: str, low: float) -> Axis:

@@ -10,9 +10,9 @@ from infer.report.markup import Markup, join, number, tag
 
 Values = NDArray[np.float64]
 
-WIDTH, HEIGHT = 360, 330
+WIDTH, HEIGHT = 360, 336
 """In CSS pixels, about the size at which a chart is shown on a phone and on a wide screen: its text is then 12 px."""
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 42
+LEFT, RIGHT, TOP, BOTTOM = 48, 14, 10, 48
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Plot:
     def _x_tick(self, value: float) -> Markup:
         ((right, _),) = self.at(value, self.y.low)
         rule = tag("path", d=f"M{number(right)} {TOP}V{HEIGHT - BOTTOM}", class_="grid")
-        return join(rule, tag("text", f"{value:g}", x=right, y=HEIGHT - BOTTOM + 16, text_anchor="middle"))
+        return join(rule, tag("text", f"{value:g}", x=right, y=HEIGHT - BOTTOM + 20, text_anchor="middle"))
 
     def _y_tick(self, value: float) -> Markup:
         ((_, down),) = self.at(self.x.low, value)
