@@ -146,7 +146,7 @@ def _outline(edges: Values, shares: Values) -> tuple[Values, Values]:
 
 
 def _lowest(target: Labels, smallest: float) -> float:
-    """Where an axis of probabilities begins: 0, or a power of ten under `smallest` where lesions are rarely malignant."""
+    """Where an axis of probabilities begins: 0, or a power of ten under `smallest` where malignancy is rare."""
     if target.mean() > RARE:
         return 0.0
     return float(10.0 ** np.floor(np.log10(np.clip(smallest, LOWEST, RARE))))
