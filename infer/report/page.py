@@ -11,7 +11,6 @@ from infer.report.markup import Markup, join, tag
 CSS = Path(__file__).with_name("page.css")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """What a browser lets the page load: nothing from outside, and no script even if one got in."""
-CAVEAT = "These are research scores for comparing models: they are no diagnosis and must not guide anyone's care."
 
 ROW = {
     "Diagnosis": ("iddx_full", ""),
