@@ -178,8 +178,8 @@ def map_figure(fold: int, projection: Projection, ids: Sequence[str], target: La
 
 
 def _spread(points: Values) -> Values:
-    """Returns pixels: the middle 96 % fill the map, what lies further out is put on its edge."""
-    low, high = np.quantile(points, [0.02, 0.98], axis=0)
+    """Returns pixels: the middle 99 % fill the map, what lies further out is put on its edge."""
+    low, high = np.quantile(points, [0.005, 0.995], axis=0)
     width = np.where(high > low, high - low, 1.0)
     places = np.where(high > low, np.clip((points - low) / width, -0.04, 1.04), 0.5)
     inside = MAP_SIDE - 4 * MAP_MARGIN

@@ -133,7 +133,9 @@ def case(item: Case, large: Pictures, small: Pictures) -> Markup:
 def _standing(item: Case) -> Markup:
     other = "malignant" if item.lesion.target == 0 else "benign"
     place = (
-        f"number {item.rank} of its patient's {item.num_lesions}" if item.num_lesions > 1 else "its patient's only one"
+        f"number {item.rank:,} of its patient's {item.num_lesions:,}"
+        if item.num_lesions > 1
+        else "its patient's only one"
     )
     return join(
         tag("p", "score ", tag("b", score(item.lesion.score)), class_="score"),
@@ -156,7 +158,7 @@ def _others(item: Case, small: Pictures) -> Markup:
         return tag("p", "The dataset does not say whose lesion this is.", class_="beside")
     if not item.others:
         return tag("p", f"Patient {item.patient} has no other lesion here.", class_="beside")
-    shown = f"the {len(item.others)} of {item.num_lesions - 1} others that score highest"
+    shown = f"the {len(item.others)} of {item.num_lesions - 1:,} others that score highest"
     if len(item.others) == item.num_lesions - 1:
         shown = "the only other lesion" if len(item.others) == 1 else f"the {len(item.others)} other lesions"
     beside = tag("p", f"Patient {item.patient}: {shown}", class_="beside")

@@ -12,7 +12,9 @@ Values = NDArray[np.float64]
 
 WIDTH, HEIGHT = 360, 336
 """In CSS pixels, about the size at which a chart is shown on a phone and on a wide screen: its text is then 12 px."""
-LEFT, RIGHT, TOP, BOTTOM = 48, 14, 10, 48
+LEFT, RIGHT, TOP, BOTTOM = 54, 14, 10, 48
+
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ class Axis:
         if self.log:
             return np.asarray(self.low * (self.high / self.low) ** at)
         return np.asarray(self.low + at * (self.high - self.low))
+
+    def write(self, tick: float) -> str:
+        """Returns a tick's text: small powers of ten as such, which are short."""
+        if self.log and tick < 0.01:
+            return "10" + str(round(np.log10(tick))).translate(SUPERSCRIPT)
+        return f"{tick:g}"
 
 
 @dataclass(frozen=True)
@@ -91,12 +99,12 @@ class Plot:
     def _x_tick(self, value: float) -> Markup:
         ((right, _),) = self.at(value, self.y.low)
         rule = tag("path", d=f"M{number(right)} {TOP}V{HEIGHT - BOTTOM}", class_="grid")
-        return join(rule, tag("text", f"{value:g}", x=right, y=HEIGHT - BOTTOM + 20, text_anchor="middle"))
+        return join(rule, tag("text", self.x.write(value), x=right, y=HEIGHT - BOTTOM + 20, text_anchor="middle"))
 
     def _y_tick(self, value: float) -> Markup:
         ((_, down),) = self.at(self.x.low, value)
         rule = tag("path", d=f"M{LEFT} {number(down)}H{WIDTH - RIGHT}", class_="grid")
-        return join(rule, tag("text", f"{value:g}", x=LEFT - 6, y=down + 4, text_anchor="end"))
+        return join(rule, tag("text", self.y.write(value), x=LEFT - 6, y=down + 4, text_anchor="end"))
 
 
 def _title(text: str) -> list[Markup]:

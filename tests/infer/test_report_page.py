@@ -253,7 +253,7 @@ def test_rare_lesions_are_drawn_on_a_logarithmic_axis() -> None:
     score = np.clip(rng.lognormal(-6, 1, len(target)) * (1 + 20 * target), 0, 1)
     table = pl.DataFrame({"target": target, "fold": np.arange(len(target)) % 2, "blend": score})
     for draw_figure in (reliability_figure, distribution_figure):
-        assert ">0.001</text>" in draw_figure(table) and ">0.6</text>" not in draw_figure(table)
+        assert ">10⁻³</text>" in draw_figure(table) and ">0.6</text>" not in draw_figure(table)
     one_sided = table.with_columns(fold=pl.col("target"))
     assert 'class="line part"' not in roc_figure(one_sided)
 
