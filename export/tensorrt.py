@@ -241,14 +241,14 @@ def parse(trt: ModuleType, builder: Any, onnx_path: Path, title: str) -> tuple[A
     if parser.parse_from_file(str(onnx_path)):
         return network, parser
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    said = "; ".join(dict.fromkeys(_parser_sentence(error) for error in errors[:3])) or logger(trt).reason()
+    said = "; ".join(dict.fromkeys(_parser_sentence(error) for error in errors[:2])) or logger(trt).reason()
     raise UserError(f"{title} cannot read {onnx_path} ({said}); export the ONNX file again, or with another opset")
 
 
 def _parser_sentence(error: Any) -> str:
     text = " ".join(error.desc().split())
     node = " ".join(filter(None, (error.node_operator(), error.node_name())))
-    return f"{node}: {text}" if node else text
+    return (f"{node}: {text}" if node else text)[:200]
 
 
 def check_contract(network: Any, onnx_path: Path) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from infer import image_scores, scores
 from infer.boosters import LIBRARIES
 from infer.ensemble import OOF, STATE, FeatureSpec, State, clear, write_manifest
 from infer.image_scores import Standard
+from infer.report import write_report
 from isic import folds as fold_plans
 from isic import schema
 from isic.config import Settings
@@ -83,6 +84,7 @@ def fit(settings: FitSettings) -> None:
     write_manifest(root, files, _manifest(settings, spec, folds, bag, summaries))
     size = f"{len(spec.names) or 1} features, {len(table)} rows, {folds.num_folds} folds, {len(bag.boosters)} boosters"
     print(f"{settings.features}: {size}\n{scores.table(summaries)}\nensemble: {root}")
+    print(f"report: {write_report(root, settings.data, settings.embeddings)}")
 
 
 def read_train(settings: FitSettings, spec: FeatureSpec) -> pl.DataFrame:

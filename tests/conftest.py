@@ -3,7 +3,7 @@
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import h5py
 import numpy as np
 import polars as pl
 import pytest
+from browser import open_browser
+from playwright.sync_api import Browser
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -24,6 +26,13 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"real images and metadata are not at {REAL_DATA}")
     return REAL_DATA
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium for the tests of a module; see `browser.look`."""
+    with open_browser() as running:
+        yield running
 
 
 @dataclass(frozen=True)

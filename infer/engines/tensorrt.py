@@ -227,7 +227,7 @@ def create(path: Path, manifest: Mapping[str, Any], device: str) -> TensorRTEngi
             of the contract; or the library, CUDA Python or a GPU is missing. Nothing of this touches the GPU but
             the last step.
     """
-    flavour, again = manifest["format"], f"build it again with `{rebuild_command(manifest)}`"
+    flavour, again = manifest["format"], f"build it again with `{export_command(path, manifest)} --force`"
     trt = import_runtime(flavour)
     check_manifest(path, manifest, trt.__version__, again)
     if device == "cpu":
@@ -247,11 +247,13 @@ def create(path: Path, manifest: Mapping[str, Any], device: str) -> TensorRTEngi
         raise UserError(f"{path} does not run on this GPU ({error}); {again} and a smaller --max_batch") from None
 
 
-def rebuild_command(manifest: Mapping[str, Any]) -> str:
-    """Returns the command that builds a plan for this machine."""
+def export_command(path: Path, manifest: Mapping[str, Any]) -> str:
+    """Returns the command whose artifact a plan is."""
     flags = {"config": "name", "fold": "fold", "formats": "format", "precision": "precision"}
-    given = (f"--{flag} {manifest[key]}" for flag, key in flags.items() if key in manifest)
-    return " ".join(("python -m export", *given, "--force"))
+    given = [f"--{flag} {manifest[key]}" for flag, key in flags.items() if key in manifest]
+    if path.parent.name.startswith("fold_"):
+        given.insert(1, f"--model_dir {path.parent.parent}")
+    return " ".join(("python -m export", *given))
 
 
 def check_manifest(path: Path, manifest: Mapping[str, Any], version: str, again: str) -> None:
@@ -265,7 +267,10 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], version: str, again:
         title = FLAVOURS[manifest["format"]].title
         raise UserError(f"{path} was built by {title} {plan['version']}, and here is {version}; {again}")
     if "parity" in manifest and manifest["parity"] is None:
-        raise UserError(f"{path} has not passed the parity gate, for want of a GPU where it was built; {again}")
+        raise UserError(
+            f"{path} has not passed the parity gate, for want of a GPU where it was built; gate it here with "
+            f"`{export_command(path, manifest)} --check`"
+        )
 
 
 def check_architecture(path: Path, architectures: Sequence[str], here: str, again: str) -> None:

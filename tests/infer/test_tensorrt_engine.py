@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fake_cuda import FakeContext, FakeCuda
 
-from infer.engines import cudart, tensorrt
+from infer.engines import cudart, load, tensorrt
 from infer.engines.tensorrt import AMPERE_PLUS, Profile, TensorRTEngine
 from isic.errors import UserError
 from isic.files import manifest_path, read_manifest, write_manifest
@@ -149,15 +149,18 @@ def refusal(path: Path, manifest: dict[str, Any], device: str = "cuda") -> str:
     return text
 
 
-AGAIN = "python -m export --config tiny --fold 0 --formats tensorrt_rtx --precision fp32 --force"
+COMMAND = "python -m export --config tiny --fold 0 --formats tensorrt_rtx --precision fp32"
 
 
 def test_what_the_manifest_rules_out_is_refused(built: Path) -> None:
     manifest = read_manifest(built)
     version = manifest["plan"]["version"]
     other = refusal(built, changed(manifest, version="1.0.0.5"))
-    assert "built by TensorRT-RTX 1.0.0.5" in other and version in other and AGAIN in other
-    assert "has not passed the parity gate" in refusal(built, {**manifest, "parity": None})
+    assert "built by TensorRT-RTX 1.0.0.5" in other and version in other and f"{COMMAND} --force" in other
+    ungated = refusal(built, {**manifest, "parity": None})
+    assert "has not passed the parity gate" in ungated and f"`{COMMAND} --check`" in ungated
+    elsewhere = tensorrt.export_command(Path("runs/a/fold_0/model.plan"), manifest)
+    assert elsewhere.startswith("python -m export --config tiny --model_dir runs/a --fold 0 ")
     assert "use --device cuda" in refusal(built, manifest, device="cpu")
     del manifest["plan"]
     assert "does not say what the plan was built for" in refusal(built, manifest)
@@ -192,7 +195,7 @@ def test_a_damaged_plan_is_refused(built: Path, tmp_path: Path) -> None:
     path.write_bytes(plan[: len(plan) // 2])
     manifest_path(path).write_bytes(manifest_path(built).read_bytes())
     with pytest.raises(UserError, match="is not the file its manifest describes"):
-        read_manifest(path)
+        load(path, "cuda")
     path.write_bytes(b"not a plan" * 100)
     assert "is damaged or not a plan" in refusal(path, fields)
 

@@ -1,0 +1,220 @@
+"""Plans built for real by TensorRT-RTX, which needs no GPU to build."""
+
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import timm
+from pydantic import ValidationError
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+from export.onnx_graph import ATTENTION_OPSET, trace
+from export.precision import lowered
+from export.tensorrt import (
+    PlanFacts,
+    PlanOptions,
+    architectures,
+    build_plan,
+    check_options,
+    configure,
+    parse,
+    plan_name,
+    read_timings,
+    write_timings,
+)
+from infer.engines.tensorrt import AMPERE_PLUS, import_runtime, logger, works
+from isic.errors import UserError
+from isic.preprocess import PreprocessSpec
+from train.config import TrainSettings
+from train.model import Classifier, create_model
+
+RTX = "tensorrt_rtx"
+OPTIONS = PlanOptions(opt_batch=4, max_batch=8)
+LOW = {"fp16": "float16", "bf16": "bfloat16"}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "test_vit": {"img_size": 32, "depth": 2},
+    "test_convnext3": {},
+    "eva02_tiny_patch14_224": {"img_size": 28, "depth": 2},
+}
+"""A ConvNeXt, and two blocks of a ViT and of an EVA02, with what makes them small."""
+
+
+def write_graph(model: Classifier, size: int, precision: str, path: Path) -> Path:
+    onnx.save(trace(lowered(model.eval(), precision), size, ATTENTION_OPSET), path)
+    return path
+
+
+def graph(name: str, precision: str, path: Path) -> Path:
+    size = FAMILIES[name].get("img_size", 32)
+    backbone = timm.create_model(name, num_classes=0, **FAMILIES[name])
+    return write_graph(Classifier(backbone, PreprocessSpec(size=size)), size, precision, path)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float16 graph with a mask that builds in a second."""
+    model = create_model(TrainSettings(model="test_efficientnet", pretrained=False, image_size=32, mask_weight=1.0))
+    return write_graph(model, 32, "fp16", tmp_path_factory.mktemp("graph") / "model.onnx")
+
+
+def built(onnx_path: Path, plan: Path, options: PlanOptions = OPTIONS) -> PlanFacts:
+    facts = build_plan(onnx_path, plan, RTX, options)
+    assert plan.stat().st_size > 100_000 and not list(plan.parent.glob(".*"))
+    return facts
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("precision", LOW)
+def test_every_family_builds_in_its_precision_with_float32_islands(name: str, precision: str, tmp_path: Path) -> None:
+    size = FAMILIES[name].get("img_size", 32)
+    facts = built(graph(name, precision, tmp_path / "model.onnx"), tmp_path / "model.plan")
+    layers = facts.layers
+    num_features = facts.tensors["features"]["shape"][1]
+    assert facts.tensors == {
+        "images": {"dtype": "uint8", "shape": [-1, size, size, 3]},
+        "features": {"dtype": "float32", "shape": [-1, num_features]},
+        "logits": {"dtype": "float32", "shape": [-1, 1]},
+    }
+    assert facts.profile == {"min": 1, "opt": 4, "max": 8}
+    for kind in ("normalization", "softmax"):
+        assert set(layers.get(kind, {})) <= {"float32"}, f"{kind} is a float32 island"
+    assert layers["normalization"]["float32"] > 4
+    assert layers["convolution"] == {LOW[precision]: layers["convolution"][LOW[precision]]}
+    assert layers["matrix_multiply"][LOW[precision]] > 8 * layers["matrix_multiply"].get("float32", 0)
+
+
+def test_float32_builds_and_an_attention_without_a_fused_kernel_is_decomposed(tmp_path: Path) -> None:
+    facts = built(graph("test_vit", "fp32", tmp_path / "model.onnx"), tmp_path / "model.plan")
+    assert {dtype for counts in facts.layers.values() for dtype in counts} == {"float32"}
+    assert "attention_input" in facts.layers
+
+
+def test_a_mask_is_an_output_too(tiny: Path, tmp_path: Path) -> None:
+    assert built(tiny, tmp_path / "model.plan").tensors["mask"] == {"dtype": "float32", "shape": [-1, 16, 16]}
+
+
+def test_architectures_are_named_and_built(tiny: Path, tmp_path: Path) -> None:
+    options = OPTIONS.model_copy(update={"compute_capabilities": ("SM80", "SM89", "SM120")})
+    facts = built(tiny, tmp_path / "model.plan", options)
+    assert facts.architectures == ("sm80", "sm89", "sm120")
+    assert architectures(RTX, OPTIONS) == (AMPERE_PLUS,)
+    assert (facts.runtime, facts.version) == (RTX, import_runtime(RTX).__version__)
+
+
+def test_the_name_says_what_decides_whether_a_plan_fits() -> None:
+    version = import_runtime(RTX).__version__
+    name = plan_name("vit_tiny", 3, "bf16", RTX, OPTIONS)
+    assert name == f"vit_tiny-fold_3-bf16-{AMPERE_PLUS}-tensorrt_rtx_{version}.plan"
+    options = OPTIONS.model_copy(update={"compute_capabilities": ("SM75",)})
+    assert "-sm75-" in plan_name("vit_tiny", 3, "bf16", RTX, options)
+
+
+def renamed(source: Path, path: Path, change: str) -> Path:
+    model = onnx.load(source)
+    if change == "name":
+        for node in model.graph.node:
+            node.output[:] = ["scores" if name == "logits" else name for name in node.output]
+        next(output for output in model.graph.output if output.name == "logits").name = "scores"
+    if change == "batch":
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    if change == "dtype":
+        half = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT16, ["batch", 1])
+        for node in model.graph.node:
+            node.output[:] = ["logits_32" if name == "logits" else name for name in node.output]
+        model.graph.node.append(onnx.helper.make_node("Cast", ["logits_32"], ["logits"], to=onnx.TensorProto.FLOAT16))
+        outputs = [half if output.name == "logits" else output for output in model.graph.output]
+        del model.graph.output[:]
+        model.graph.output.extend(outputs)
+    if change == "operator":
+        model.graph.node[3].op_type = "NoSuchOperator"
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("name", "has images, features, scores, mask, not images, features and logits"),
+        ("batch", r"images is uint8 \[4, 32, 32, 3\], not uint8 \[N, "),
+        ("dtype", r"logits is float16 \[-1, 1\], not float32 \[N, 1\]"),
+        ("operator", "cannot read .*NoSuchOperator"),
+    ],
+)
+def test_another_graph_is_refused(tiny: Path, tmp_path: Path, change: str, words: str) -> None:
+    source = renamed(tiny, tmp_path / "other.onnx", change)
+    with pytest.raises(UserError, match=words) as raised:
+        build_plan(source, tmp_path / "model.plan", RTX, OPTIONS)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "model.plan").exists()
+
+
+def test_what_tensorrt_cannot_build_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    """Turing has no bfloat16."""
+    source = graph("test_vit", "bf16", tmp_path / "model.onnx")
+    options = OPTIONS.model_copy(update={"compute_capabilities": ("SM75",)})
+    with pytest.raises(UserError, match=r"cannot build .*sm75.*try another --precision"):
+        build_plan(source, tmp_path / "model.plan", RTX, options)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path: Path) -> None:
+    source = graph("test_vit", "fp16", tmp_path / "model.onnx")
+    former = signal.getsignal(signal.SIGINT)
+    presser = threading.Thread(target=_press_ctrl_c_during_the_build)
+    presser.start()
+    with pytest.raises(KeyboardInterrupt):
+        build_plan(source, tmp_path / "model.plan", RTX, OPTIONS)
+    presser.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert signal.getsignal(signal.SIGINT) is former
+
+
+def _press_ctrl_c_during_the_build() -> None:
+    """Waits until the build listens, which is when its handler stands in."""
+    before = signal.getsignal(signal.SIGINT)
+    while signal.getsignal(signal.SIGINT) is before:
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_timings_are_kept_for_the_next_fold(tiny: Path, tmp_path: Path) -> None:
+    """TensorRT-RTX has the calls and times nothing, so this shows the file and not what it spares."""
+    trt = import_runtime(RTX)
+    builder = trt.Builder(logger(trt))
+    network, _parser = parse(trt, builder, tiny, "TensorRT")
+    path, said = tmp_path / "timings.cache", []
+    for _ in range(2):
+        config = configure(trt, builder, network, True, OPTIONS)
+        read_timings(config, path, said.append)
+        write_timings(config, path)
+    assert path.stat().st_size > 0 and not said
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValidationError, match="must not fall"):
+        PlanOptions(min_batch=8, opt_batch=4)
+    with pytest.raises(ValidationError, match="stands alone"):
+        PlanOptions(compute_capabilities=("CURRENT", "SM89"))
+    check_options(PlanOptions(compute_capabilities=("SM89",)), ["tensorrt", RTX])
+    for options, flavour in (({"compute_capabilities": ("SM89",)}, "tensorrt"), ({"version_compatible": True}, RTX)):
+        with pytest.raises(UserError, match=re.escape(f"--{next(iter(options))} is for --formats")):
+            check_options(PlanOptions(**options), [flavour])
+
+
+def test_without_a_gpu_or_the_library_it_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
+    reason = works("tensorrt")
+    if reason is None:
+        pytest.skip("TensorRT and a GPU are here")
+    with pytest.raises(UserError) as raised:
+        build_plan(tiny, tmp_path / "model.plan", "tensorrt", OPTIONS)
+    assert str(raised.value) == reason
+    if works(RTX) is not None:
+        with pytest.raises(UserError, match="no NVIDIA GPU can be used here"):
+            build_plan(tiny, tmp_path / "model.plan", RTX, PlanOptions(compute_capabilities=("CURRENT",)))

@@ -1,0 +1,28 @@
+"""What looks at the pages must see what is wrong with one."""
+
+from pathlib import Path
+
+from browser import look
+from playwright.sync_api import Browser
+
+BAD = """<!doctype html><title>t</title>
+<link rel="stylesheet" href="missing.css"><script>nothing()</script>
+<p>above</p><p style="margin-top: -2em">below</p>
+<svg width="200" height="50"><text x="9" y="20">one</text><text x="12" y="22">two</text><text x="-9" y="45">cut</text>
+</svg>
+<img src="data:image/png;base64,AAAA"><div style="width: 500px">wide</div>"""
+GOOD = """<!doctype html><title>t</title><p>one</p><p>two</p>
+<div style="overflow-x: auto"><div style="width: 900px; text-align: right">out of sight</div></div>"""
+
+
+def test_faults_are_seen(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "bad.html").write_text(BAD)
+    seen = look(browser, tmp_path / "bad.html", 390)
+    assert seen.errors and seen.requests == [(tmp_path / "missing.css").as_uri()]
+    assert seen.overlaps == ['"above" and "below"', '"one" and "two"'] and seen.cut == ["cut"]
+    assert seen.broken and seen.without_alt and seen.num_images == 1 and seen.overflow > 100
+
+
+def test_a_sound_page_is_sound(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "good.html").write_text(GOOD)
+    look(browser, tmp_path / "good.html", 390).assert_sound()
