@@ -13,7 +13,7 @@ from conftest import TINY, Cli, jpeg, small_table, write_hdf5
 from torch import nn
 
 from isic.errors import UserError
-from train import loop
+from train import loop, step
 from train.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from train.config import TrainSettings
 from train.data import NO_MASK, Batch, EpochSampler, LesionImages, Share, load_data
@@ -101,7 +101,7 @@ def test_layer_decay_falls_towards_the_input_and_leaves_the_head_alone() -> None
     model = create_model(settings)
     rate = {
         id(weight): group["lr"]
-        for group in create_optimizer(model, settings, CPU).param_groups
+        for group in create_optimizer(model, settings).param_groups
         for weight in group["params"]
     }
     blocks = [rate[id(block.mlp.fc1.weight)] for block in model.backbone.blocks]  # type: ignore[union-attr, attr-defined]
@@ -274,7 +274,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(capsys: pytest.
 def test_an_image_that_does_not_fit_is_one_sentence() -> None:
     state = create_state(tiny(), CPU, 0)
     with pytest.raises(UserError, match="does not hold 1 images; use a smaller"):
-        loop.accumulate(state, OutOfMemory(state.model, 0), [random_batch(4)], tiny(), CPU)
+        step.accumulate(state, OutOfMemory(state.model, 0), [random_batch(4)], tiny(), CPU)
 
 
 def test_images_that_break_the_gradient_are_named(
@@ -283,7 +283,7 @@ def test_images_that_break_the_gradient_are_named(
     def broken(logits: torch.Tensor, target: torch.Tensor, settings: TrainSettings) -> torch.Tensor:
         return logits.sum() * torch.nan
 
-    monkeypatch.setattr("train.loop.focal_loss", broken)
+    monkeypatch.setattr("train.step.focal_loss", broken)
     flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 1]
     for precision in ("--bf16", "--fp16"):
         ended = cli("train", *flags, precision, "--force", "--batch_size", 4, "--positive_repeats", 9)
