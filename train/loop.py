@@ -170,7 +170,7 @@ def predict(state: TrainState, loader: Iterable[Batch], settings: TrainSettings,
     """Returns what the model says of the loader's rows; how well it draws only where it was taught to."""
     model = state.evaluated.eval()
     rows, logits, overlap = [], [], []
-    for whole in loader:
+    for whole in Waiting(loader):
         for batch in split(whole, state.num_parts):
             on_device = to_device(batch, device)
             with autocast(settings, device):
@@ -204,7 +204,8 @@ class Waiting:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.loader)
+        with interrupt.held():
+            batches = iter(self.loader)
         while True:
             started = time.perf_counter()
             batch = next(batches, None)

@@ -382,5 +382,9 @@ def test_a_checkpoint_of_something_else_or_cut_short_is_refused(tmp_path: Path) 
     (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-700])
     with pytest.raises(UserError, match="is damaged"):
         load_checkpoint(tmp_path / "cut.pth")
+    for content in (b"", b"hello\nworld", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(100)):
+        (tmp_path / "cut.pth").write_bytes(content)
+        with pytest.raises(UserError, match=r"is damaged|is not loaded"):
+            load_checkpoint(tmp_path / "cut.pth")
     with pytest.raises(UserError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "none.pth")
