@@ -24,7 +24,7 @@ from isic.errors import UserError
 from train.config import TrainSettings
 from train.data import Batch, fold_loaders, load_data
 from train.loop import select_device, train_epoch
-from train.memory import keep_freed_memory
+from train.machine import prepare
 from train.model import backbone_options, create_model, preprocess_spec
 from train.state import TrainState, create_state
 from train.step import autocast
@@ -137,8 +137,7 @@ def in_memory(settings: TrainSettings, device: torch.device) -> Iterable[Batch]:
 
 def create_loop(settings: TrainRateSettings, device: torch.device) -> Callable[[Iterable[Batch]], Window]:
     """Returns what learns from some batches, by the loop of `python -m train`, and times it."""
-    if device.type == "cpu":
-        keep_freed_memory()
+    prepare(device)
     state = create_state(settings.model_copy(update={"pretrained": False}), device, 0)
     forward: Any = torch.compile(state.model) if settings.compile else state.model
     return lambda batches: _learn(state, forward, batches, settings, device)

@@ -8,7 +8,7 @@ from train.config import TrainSettings, load_settings
 from train.data import load_data
 from train.interrupt import Interrupted, interruptible
 from train.loop import select_device, train_fold
-from train.memory import keep_freed_memory
+from train.machine import prepare
 from train.outputs import is_finished, print_scores
 
 
@@ -36,8 +36,7 @@ def train_folds(settings: TrainSettings) -> None:
             print(f"fold {fold} is finished; --force trains it again")
     if due:
         data = load_data(settings)
-        if select_device(settings.device).type == "cpu":
-            keep_freed_memory()
+        prepare(select_device(settings.device))
         for fold in due:
             train_fold(settings, data, fold)
     if distributed.is_main():

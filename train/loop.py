@@ -44,6 +44,8 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int) -> None:
     resumes = distributed.from_main(settings.resume and (directory / LAST).is_file())
     if resumes:
         restore(state, directory / LAST, settings, data)
+        if state.epoch == settings.epochs:
+            raise UserError(f"the last epoch of {directory} is done, but its results are gone; add --force")
     begin_fold(settings, fold, resumes)
     if not resumes:
         save_last(directory / LAST, state, settings, data)  # what a run stopped within its first epoch goes on from
@@ -64,8 +66,11 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int) -> None:
         held = Predictions.joined(distributed.gather(predict(state, held_out, settings, device)))
         state.epoch += 1
         scores = score(data.target[held.rows], held)
-        chosen = scores["pauc"] > state.best_pauc if settings.select_epoch == "best" else state.epoch == settings.epochs
-        state.best_pauc = max(scores["pauc"], state.best_pauc) if settings.select_epoch == "best" else scores["pauc"]
+        if settings.select_epoch == "best":
+            chosen = state.epoch == 1 or scores["pauc"] > state.best_pauc
+        else:
+            chosen = state.epoch == settings.epochs
+        state.best_pauc = scores["pauc"] if chosen or settings.select_epoch == "last" else state.best_pauc
         stats = EpochStats.joined(distributed.gather(stats))
         if chosen:
             save_fold(directory, state, settings, data, fold, held)
@@ -188,7 +193,13 @@ def predict(state: TrainState, loader: Iterable[Batch], settings: TrainSettings,
 
 
 def score(target: NDArray[np.float32], held: Predictions) -> dict[str, float]:
-    """Returns `pauc`, `auc` and, where held-out images have masks, their mean `dice`."""
+    """Returns `pauc`, `auc` and, where held-out images have masks, their mean `dice`.
+
+    Raises:
+        UserError: a score is not finite.
+    """
+    if not np.isfinite(held.logits).all():
+        raise UserError("the network's scores of held-out images are not finite; lower --lr, or use --bf16 for --fp16")
     scores = {"pauc": pauc(target, held.logits), "auc": roc_auc(target, held.logits)}
     drawn = held.dice[~np.isnan(held.dice)]
     return {**scores, "dice": float(drawn.mean())} if len(drawn) else scores

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,6 +12,7 @@ import timm
 import torch
 from conftest import TINY, Cli, jpeg, small_table, write_hdf5
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from isic.errors import UserError
 from train import loop, step
@@ -239,6 +241,50 @@ def test_extra_weight_says_how_often_extra_rows_are_shown() -> None:
         epoch = EpochSampler(rows, target, tiny(extra_weight=weight), extra=extra)
         drawn = [row for row, _ in epoch]
         assert {drawn.count(row) for row in extra} == counts and len(drawn) == len(epoch) == 20 + 10 * weight
+
+
+# --- the device is never asked for a value
+
+
+class Asked(TorchDispatchMode):
+    """Collects the operations that hand the host a value, for which a GPU would have to finish all its work."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.ASKING:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_asks_the_device_is_noticed() -> None:
+    with Asked() as asked:
+        torch.ones(2).sum().item()
+    assert len(asked.names) == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"ema_decay": 0.9, "accumulation_steps": 2},
+        {"fp16": True, "mask_weight": 1.0},
+        {"bf16": True, "mixup": 0.4, "cutmix": 0.4, "model": "test_efficientnet", "drop_path_rate": 0.1},
+    ],
+)
+def test_a_step_asks_the_device_for_nothing(values: dict[str, object]) -> None:
+    settings = tiny(**values)
+    state = create_state(settings, CPU, 0)
+    mix = loop.create_mixup(settings)
+    with Asked() as asked:
+        for _ in range(2):
+            batches = [mix(loop.to_device(random_batch(8, masks=settings.mask_weight > 0), CPU))]
+            loss = step.accumulate(state, state.model, batches, settings, CPU)
+            step.optimizer_step(state, settings, loss)
+    assert asked.names == []
 
 
 # --- guards

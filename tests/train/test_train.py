@@ -17,10 +17,11 @@ from train.augment import LEVELS, create_augmentation
 from train.checkpoint import BEST, KEYS, load_checkpoint, save_checkpoint
 from train.config import TrainSettings
 from train.data import Batch, EpochSampler, LesionImages, load_data, sample_rows
-from train.loop import batched, train_epoch
+from train.loop import batched, score, train_epoch
 from train.losses import focal_loss
 from train.model import create_model, preprocess_spec
 from train.optim import create_optimizer, lr_schedule
+from train.outputs import Predictions
 from train.state import create_state
 from train.step import NotFinite
 
@@ -326,6 +327,7 @@ def test_a_local_file_of_weights_is_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--force", "--resume"], "choose one"),
         (["--model", "vit_tinny_patch16_224"], 'timm has no model "vit_tinny_patch16_224", did you mean'),
         (["--image_size", "40"], "--image_size must be a multiple of 16"),
         (["--device", "cuda"], "no GPU that torch can use"),
@@ -360,6 +362,12 @@ def test_one_class_only_is_refused(cli: Cli, tmp_path: Path) -> None:
     write_hdf5(tmp_path / "train-image.hdf5", {name: jpeg(20) for name in table["isic_id"]})
     ended = cli("train", *TINY, "--data", tmp_path, "--output_dir", tmp_path / "out")
     assert ended.code == 2 and "every target is 0" in ended.err
+
+
+def test_a_network_that_scores_nothing_finite_is_one_sentence() -> None:
+    held = Predictions(np.arange(2), np.array([0.5, np.nan], np.float32), np.full(2, np.nan, np.float32))
+    with pytest.raises(UserError, match=r"not finite; lower --lr"):
+        score(np.array([0, 1], np.float32), held)
 
 
 class Malicious:

@@ -1,10 +1,21 @@
-"""Memory of the C library's allocator, which training on a CPU asks for the same blocks at every step."""
+"""Settings of the machine's libraries that training wants and that are off by default."""
 
 import ctypes
 import sys
 
+import torch
+
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt(3)."""
+
+
+def prepare(device: torch.device) -> None:
+    """Chooses the fast way of what a device can do in several."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, where the run is not in half precision anyway
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
