@@ -10,6 +10,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _arrived: list[int] = []
 """Signals that this process got within the block."""
+_held: list[bool] = []
+"""One entry for each `held` block that is being run."""
 
 
 class Interrupted(BaseException):
@@ -27,9 +29,10 @@ def interruptible() -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:
-            os._exit(128 + number)  # a loader's process that has not yet set its own handlers
+            os._exit(0)  # a loader's process that has not yet set its own handlers
         _arrived.append(number)
-        raise Interrupted(number)
+        if not _held:
+            raise Interrupted(number)
 
     _arrived.clear()
     before = {number: signal.signal(number, interrupt) for number in SIGNALS}
@@ -47,7 +50,21 @@ def check() -> None:
         raise Interrupted(_arrived[0])
 
 
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Lets the block end before a signal is raised: in the middle of a fork there is nobody to catch it."""
+    _held.append(True)
+    try:
+        yield
+    finally:
+        _held.pop()
+    check()
+
+
 def leave_to_parent(_: int) -> None:
-    """Makes a loader's process ignore Ctrl-C, which a terminal sends to all; the main process ends it."""
+    """Makes a loader's process ignore Ctrl-C, which a terminal sends to all, and end quietly when told to.
+
+    The main process got the same signal and says so; a loader's process that fails would have it complain of that.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

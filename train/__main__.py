@@ -8,6 +8,7 @@ from train import distributed
 from train.config import TrainSettings, load_settings
 from train.data import load_data
 from train.loop import select_device, train_fold
+from train.machine import prepare
 from train.outputs import is_finished, print_scores
 
 
@@ -35,6 +36,7 @@ def train_folds(settings: TrainSettings) -> None:
             print(f"fold {fold} is finished; --force trains it again")
     if due:
         data = load_data(settings)
+        prepare(select_device(settings.device))
         for fold in due:
             train_fold(settings, data, fold)
     if distributed.is_main():

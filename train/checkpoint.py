@@ -13,6 +13,9 @@ from train.config import TrainSettings
 BEST, LAST = "best_model.pth", "last.pth"
 KEYS = ("model_state_dict", "optimizer_state_dict", "best_pauc", "epoch", "config", "args")
 
+DAMAGE = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
+"""What reading a file with a few wrong bytes has been seen to raise."""
+
 
 def save_checkpoint(path: Path, **values: Any) -> None:
     """Writes a checkpoint. Raises UserError when the disk is full; the former file is then still whole."""
@@ -42,8 +45,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} holds more than tensors and plain values and is not loaded; get it from its author "
             "as plain tensors"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); train this fold again") from error
+    except DAMAGE as error:
+        reason = next(iter(str(error).splitlines()), "it ends too early")
+        raise UserError(f"{path} is damaged ({reason}); train this fold again") from error
     missing = [key for key in KEYS if key not in values] if isinstance(values, dict) else list(KEYS)
     if missing:
         raise UserError(f"{path} is no checkpoint of this toolkit: it lacks {', '.join(missing)}")

@@ -94,6 +94,8 @@ class TrainSettings(Settings):
             raise ValueError("choose one of --fp16 and --bf16")
         if self.fold is not None and self.fold >= self.num_folds:
             raise ValueError(f"--fold {self.fold} is not one of 0..{self.num_folds - 1}")
+        if self.force and self.resume:
+            raise ValueError("--force trains afresh and --resume goes on; choose one")
         if self.freeze_epochs >= self.epochs:
             raise ValueError(
                 f"--freeze_epochs {self.freeze_epochs} leaves none of {self.epochs} epochs for the backbone"

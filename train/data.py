@@ -1,7 +1,7 @@
 """Rows and pixels for the loop: JPEG bytes in one buffer, a sampler that redraws negatives, loaders."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from train.config import TrainSettings
 
 SAMPLE_ROWS = 50_000
 READ_ROWS = 4096
+CHECK_ROWS = 256
 
 EXTRA = -1
 """Fold of the rows of further datasets, which are never held out."""
@@ -59,14 +60,27 @@ class Jpegs:
 
     buffer: NDArray[np.uint8]
     starts: NDArray[np.int64]
-    """[N + 1]: row i is buffer[starts[i]:starts[i + 1]]."""
+    ends: NDArray[np.int64]
+    """[N] each: row i is buffer[starts[i]:ends[i]]."""
+
+    def __len__(self) -> int:
+        return len(self.starts)
 
     def __getitem__(self, row: int) -> bytes:
-        return self.buffer[self.starts[row] : self.starts[row + 1]].tobytes()
+        return self.buffer[self.starts[row] : self.ends[row]].tobytes()
 
     def __add__(self, other: "Jpegs") -> "Jpegs":
-        starts = np.concatenate([self.starts, self.starts[-1] + other.starts[1:]])
-        return Jpegs(np.concatenate([self.buffer, other.buffer]), starts)
+        before = len(self.buffer)
+        return Jpegs(
+            np.concatenate([self.buffer, other.buffer]),
+            np.concatenate([self.starts, before + other.starts]),
+            np.concatenate([self.ends, before + other.ends]),
+        )
+
+    def without(self, rows: Iterable[int]) -> "Jpegs":
+        """Returns the other rows; the buffer stays as it is."""
+        kept = np.delete(np.arange(len(self)), list(rows))
+        return Jpegs(self.buffer, self.starts[kept], self.ends[kept])
 
 
 def read_jpegs(store: ImageStore, ids: list[str], absent: frozenset[str] = frozenset()) -> Jpegs:
@@ -74,13 +88,14 @@ def read_jpegs(store: ImageStore, ids: list[str], absent: frozenset[str] = froze
 
     Raises UserError where one of the others has none.
     """
-    parts, sizes = [np.empty(0, np.uint8)], []
+    buffer, sizes = bytearray(), []  # it grows in place: the files are never in memory twice
     for start in range(0, len(ids), READ_ROWS):
         names = ids[start : start + READ_ROWS]
         files = dict(zip(present := [name for name in names if name not in absent], store.read(present), strict=True))
-        parts.append(np.frombuffer(b"".join(files.values()), dtype=np.uint8))
+        buffer += b"".join(files.values())
         sizes += [len(files.get(name, b"")) for name in names]
-    return Jpegs(np.concatenate(parts), np.cumsum([0, *sizes]))
+    ends = np.cumsum(sizes, dtype=np.int64)
+    return Jpegs(np.frombuffer(buffer, dtype=np.uint8), ends - sizes, ends)
 
 
 @dataclass(frozen=True)
@@ -168,11 +183,11 @@ def load_rows(dataset: IsicDataset, table: pl.DataFrame, settings: TrainSettings
     errors = dict.fromkeys(store.missing(ids), "no image for this id")
     present = [name for name in ids if name not in errors]
     jpegs = read_jpegs(store, present)
-    errors |= {present[row]: reason for row, reason in undecodable(jpegs, len(present)).items()}
+    wrong = undecodable(jpegs)
+    errors |= {present[row]: reason for row, reason in wrong.items()}
     if errors:
         _report(errors, len(ids), settings)
-        table = table.filter(~pl.col(schema.ID).is_in(list(errors)))
-        jpegs = read_jpegs(store, table[schema.ID].to_list())
+        table, jpegs = table.filter(~pl.col(schema.ID).is_in(list(errors))), jpegs.without(wrong)
     return Rows(
         table, jpegs, load_masks(dataset.masks_path, table[schema.ID].to_list()) if settings.mask_weight else None
     )
@@ -181,33 +196,36 @@ def load_rows(dataset: IsicDataset, table: pl.DataFrame, settings: TrainSettings
 def load_masks(path: Path, ids: list[str]) -> Jpegs:
     """Reads the mask files of `ids`, empty for an image without one. Raises UserError where one does not decode."""
     if not path.is_file():
-        return Jpegs(np.empty(0, np.uint8), np.zeros(len(ids) + 1, np.int64))
+        return Jpegs(np.empty(0, np.uint8), *np.zeros((2, len(ids)), np.int64))
     store = Hdf5Images(path)
     masks = read_jpegs(store, ids, frozenset(store.missing(ids)))
-    wrong = {row: reason for row, reason in undecodable(masks, len(ids)).items() if masks[row]}
+    wrong = {row: reason for row, reason in undecodable(masks).items() if masks[row]}
     if wrong:
         row, reason = next(iter(wrong.items()))
         raise UserError(f"{path}: {len(wrong)} masks do not decode, the first is {ids[row]} ({reason}); mend them")
     return masks
 
 
-def undecodable(jpegs: Jpegs, num_rows: int) -> dict[int, str]:
+def undecodable(jpegs: Jpegs) -> dict[int, str]:
     """Returns the reason by row for every file that does not decode.
 
     A run of hours should not end at a broken file; looking at all of them first takes a ten-thousandth of a second
     each and core.
     """
 
-    def reason(row: int) -> str | None:
-        try:
-            decode(jpegs[row])
-        except ImageError as error:
-            return str(error)
-        return None
+    def reasons(rows: range) -> dict[int, str]:
+        found = {}
+        for row in rows:
+            try:
+                decode(jpegs[row])
+            except ImageError as error:
+                found[row] = str(error)
+        return found
 
+    # a task for each row would take more memory than the files do
+    parts = [range(at, min(at + CHECK_ROWS, len(jpegs))) for at in range(0, len(jpegs), CHECK_ROWS)]
     with decode_pool(os.cpu_count() or 1) as pool:
-        reasons = pool.map(reason, range(num_rows), chunksize=READ_ROWS)
-        return {row: text for row, text in enumerate(reasons) if text is not None}
+        return {row: reason for found in pool.map(reasons, parts) for row, reason in found.items()}
 
 
 def _report(errors: dict[str, str], num_rows: int, settings: TrainSettings) -> None:

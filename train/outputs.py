@@ -1,6 +1,7 @@
 """What a run leaves behind for people and for the next step: checkpoint, scores, history, the closing table."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,16 @@ class EpochStats:
     """Seconds in which the loop waited for a batch."""
     skipped_steps: int = 0
     """Optimizer steps left out because a float16 gradient overflowed; the loss scale then falls."""
+
+    def mean_loss(self, last: int = 0) -> float | None:
+        """Mean loss of the last steps, of all if 0, without those that overflowed; None where that leaves none."""
+        finite = [loss for loss in self.losses[-last:] if math.isfinite(loss)]
+        return float(np.mean(finite)) if finite else None
+
+    def add(self, loss: float, skipped: bool) -> None:
+        """Counts an optimizer step."""
+        self.losses.append(loss)
+        self.skipped_steps += skipped
 
     @classmethod
     def joined(cls, parts: list["EpochStats"]) -> "EpochStats":
@@ -163,7 +174,7 @@ def log_epoch(
     entry = {
         "fold": fold,
         "epoch": state.epoch,
-        "loss": float(np.mean(stats.losses)),
+        "loss": stats.mean_loss(),
         **scores,
         "images_per_second": stats.num_images / stats.seconds,
         "waiting_share": stats.waiting / stats.seconds,
@@ -173,10 +184,10 @@ def log_epoch(
     kept = [line for line in earlier if json.loads(line)["epoch"] < state.epoch]
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join([*kept, json.dumps(entry)]) + "\n", encoding="utf-8")
-    write_scalars(directory / "tensorboard", state.epoch, {name: entry[name] for name in ("loss", *scores)})
+    write_scalars(directory / "tensorboard", state.epoch, {"loss": stats.mean_loss(), **scores})
     dice = f"Dice {scores['dice']:.3f}, " if "dice" in scores else ""
     print(
-        f"fold {fold} epoch {state.epoch}/{settings.epochs}: loss {entry['loss']:.4f}, pAUC {scores['pauc']:.4f}, "
+        f"fold {fold} epoch {state.epoch}/{settings.epochs}: loss {loss_text(stats)}, pAUC {scores['pauc']:.4f}, "
         f"AUC {scores['auc']:.4f}, {dice}{entry['images_per_second']:.0f} img/s, waiting {entry['waiting_share']:.0%}",
         flush=True,
     )
@@ -203,6 +214,12 @@ def print_scores(settings: TrainSettings) -> None:
     print(f"\ncheckpoints in {settings.run_dir}" + (f", ROC curves in {ROC_FILE}" if drawn else ""))
     if not drawn:
         print(f"no {ROC_FILE}: matplotlib is not installed (pip install matplotlib)")
+
+
+def loss_text(stats: EpochStats, last: int = 0) -> str:
+    """The mean loss as people read it."""
+    loss = stats.mean_loss(last)
+    return "-" if loss is None else f"{loss:.4f}"
 
 
 def _print_row(name: str, oof: pl.DataFrame) -> tuple[float, float, float | None]:

@@ -44,7 +44,7 @@ def draw_roc(path: Path, tables: Mapping[str, pl.DataFrame]) -> bool:
     return True
 
 
-def write_scalars(directory: Path, epoch: int, scalars: Mapping[str, float]) -> None:
+def write_scalars(directory: Path, epoch: int, scalars: Mapping[str, float | None]) -> None:
     """Adds an epoch's scalars to TensorBoard's event files in `directory`, where tensorboard is installed."""
     if find_spec("tensorboard") is None:
         return
@@ -53,4 +53,5 @@ def write_scalars(directory: Path, epoch: int, scalars: Mapping[str, float]) -> 
     # An epoch that a resumed run repeats hides what the stopped run wrote of it.
     with SummaryWriter(directory, purge_step=epoch) as writer:
         for name, value in scalars.items():
-            writer.add_scalar(name, value, epoch)
+            if value is not None:
+                writer.add_scalar(name, value, epoch)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
+from torch import Tensor
 
 from isic.config import build
 from isic.errors import UserError
@@ -29,6 +30,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     averaged: ModelEmaV3 | None
+    stopped: Tensor
+    """float32 scalar on the device: 1 from the first step on after which the run cannot go on, or 0."""
     epoch: int = 0
     """Epochs finished."""
     step: int = 0
@@ -48,11 +51,12 @@ def create_state(settings: TrainSettings, device: torch.device, fold: int) -> Tr
     """Builds model, optimizer, loss scaling and moving average; random weights depend on seed and fold alone."""
     torch.manual_seed(hash((settings.seed, fold)))
     model = create_model(settings).to(device)
-    if device.type == "cuda" and not takes_image_size(settings.model):
-        model = model.to(memory_format=torch.channels_last)  # what cuDNN's convolutions are fast on
+    if not takes_image_size(settings.model):
+        model = model.to(memory_format=torch.channels_last)  # what cuDNN's and oneDNN's convolutions are fast on
     averaged = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
     scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16)
-    return TrainState(model, create_optimizer(model, settings, device), scaler, averaged)
+    stopped = torch.zeros((), device=device)
+    return TrainState(model, create_optimizer(model, settings), scaler, averaged, stopped)
 
 
 def save_last(path: Path, state: TrainState, settings: TrainSettings, data: TrainData) -> None:

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from isic.interrupt import SIGNALS, Interrupted, check, interruptible
+from isic.interrupt import SIGNALS, Interrupted, check, held, interruptible
 
 
 class Finalized:
@@ -31,3 +31,16 @@ def test_a_signal_within_a_destructor_is_not_lost(number: signal.Signals) -> Non
         Finalized(number)
     with interruptible():
         check()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_is_held_comes_at_the_end(number: signal.Signals) -> None:
+    reached = []
+    with pytest.raises(Interrupted, match=number.name), interruptible():
+        with held():
+            os.kill(os.getpid(), number)
+            reached.append("the end of the block")
+        reached.append("what follows")
+    assert reached == ["the end of the block"]
+    with interruptible(), held():
+        pass

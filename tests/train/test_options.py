@@ -3,6 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,9 +12,10 @@ import timm
 import torch
 from conftest import TINY, Cli, jpeg, small_table, write_hdf5
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from isic.errors import UserError
-from train import loop
+from train import loop, step
 from train.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from train.config import TrainSettings
 from train.data import NO_MASK, Batch, EpochSampler, LesionImages, Share, load_data
@@ -101,7 +103,7 @@ def test_layer_decay_falls_towards_the_input_and_leaves_the_head_alone() -> None
     model = create_model(settings)
     rate = {
         id(weight): group["lr"]
-        for group in create_optimizer(model, settings, CPU).param_groups
+        for group in create_optimizer(model, settings).param_groups
         for weight in group["params"]
     }
     blocks = [rate[id(block.mlp.fc1.weight)] for block in model.backbone.blocks]  # type: ignore[union-attr, attr-defined]
@@ -241,6 +243,50 @@ def test_extra_weight_says_how_often_extra_rows_are_shown() -> None:
         assert {drawn.count(row) for row in extra} == counts and len(drawn) == len(epoch) == 20 + 10 * weight
 
 
+# --- the device is never asked for a value
+
+
+class Asked(TorchDispatchMode):
+    """Collects the operations that hand the host a value, for which a GPU would have to finish all its work."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.ASKING:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_asks_the_device_is_noticed() -> None:
+    with Asked() as asked:
+        torch.ones(2).sum().item()
+    assert len(asked.names) == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"ema_decay": 0.9, "accumulation_steps": 2},
+        {"fp16": True, "mask_weight": 1.0},
+        {"bf16": True, "mixup": 0.4, "cutmix": 0.4, "model": "test_efficientnet", "drop_path_rate": 0.1},
+    ],
+)
+def test_a_step_asks_the_device_for_nothing(values: dict[str, object]) -> None:
+    settings = tiny(**values)
+    state = create_state(settings, CPU, 0)
+    mix = loop.create_mixup(settings)
+    with Asked() as asked:
+        for _ in range(2):
+            batches = [mix(loop.to_device(random_batch(8, masks=settings.mask_weight > 0), CPU))]
+            loss = step.accumulate(state, state.model, batches, settings, CPU)
+            step.optimizer_step(state, settings, loss)
+    assert asked.names == []
+
+
 # --- guards
 
 
@@ -274,7 +320,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(capsys: pytest.
 def test_an_image_that_does_not_fit_is_one_sentence() -> None:
     state = create_state(tiny(), CPU, 0)
     with pytest.raises(UserError, match="does not hold 1 images; use a smaller"):
-        loop.accumulate(state, OutOfMemory(state.model, 0), [random_batch(4)], tiny(), CPU)
+        step.accumulate(state, OutOfMemory(state.model, 0), [random_batch(4)], tiny(), CPU)
 
 
 def test_images_that_break_the_gradient_are_named(
@@ -283,7 +329,7 @@ def test_images_that_break_the_gradient_are_named(
     def broken(logits: torch.Tensor, target: torch.Tensor, settings: TrainSettings) -> torch.Tensor:
         return logits.sum() * torch.nan
 
-    monkeypatch.setattr("train.loop.focal_loss", broken)
+    monkeypatch.setattr("train.step.focal_loss", broken)
     flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 1]
     for precision in ("--bf16", "--fp16"):
         ended = cli("train", *flags, precision, "--force", "--batch_size", 4, "--positive_repeats", 9)

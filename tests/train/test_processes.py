@@ -82,6 +82,8 @@ def test_a_run_on_other_folds_does_not_go_on(small_dataset: Path, tmp_path: Path
     assert cli("train", *flags).code == 0
     plan = read_folds(tmp_path / "tiny" / "folds.parquet")
     (tmp_path / "tiny" / "fold_0" / "oof.parquet").unlink()
+    ended = cli("train", *flags, "--resume")
+    assert ended.code == 2 and "done, but its results are gone; add --force" in ended.err
     other = pl.col("fold").replace({0: 1, 1: 0}).cast(pl.Int8)
     type(plan)(plan.table.with_columns(other)).write(tmp_path / "tiny" / "folds.parquet")
     ended = cli("train", *flags, "--resume")

@@ -1,3 +1,4 @@
+import contextlib
 import json
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from train.augment import LEVELS, create_augmentation
 from train.checkpoint import BEST, KEYS, load_checkpoint, save_checkpoint
 from train.config import TrainSettings
 from train.data import Batch, EpochSampler, LesionImages, load_data, sample_rows
-from train.loop import NotFinite, batched, optimizer_step
+from train.loop import batched, score, train_epoch
 from train.losses import focal_loss
 from train.model import create_model, preprocess_spec
 from train.optim import create_optimizer, lr_schedule
+from train.outputs import Predictions
 from train.state import create_state
+from train.step import NotFinite
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FEATURES = {
@@ -180,8 +183,6 @@ def test_focal_loss_is_its_formula() -> None:
 
 def test_accumulated_batches_give_the_gradient_of_one(small_dataset: Path) -> None:
     """Four micro-batches of 4 and one batch of 16 lead to the same weights."""
-    from train.loop import train_epoch
-
     random = np.random.default_rng(0)
     images = torch.from_numpy(random.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8))
     target, rows = torch.from_numpy((random.random(16) < 0.5).astype(np.float32)), torch.arange(16)
@@ -195,16 +196,38 @@ def test_accumulated_batches_give_the_gradient_of_one(small_dataset: Path) -> No
     torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-3)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
-    settings = tiny()
-    state = create_state(settings, torch.device("cpu"), 0)
-    before = state.model.head[1].weight.clone()
-    (state.model(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))[1].sum() * float("nan")).backward()
-    with pytest.raises(NotFinite) as stopped:
-        optimizer_step(state, settings, [Batch(torch.zeros(0), torch.zeros(0), torch.tensor([4, 5]))])
+def broken_batch(row: int, value: float = 1.0) -> Batch:
+    """A batch of two equal images; a target that is not a number breaks loss and gradient."""
+    return Batch(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.full((2,), value), torch.tensor([row, row + 1]))
+
+
+@pytest.mark.parametrize("num_after", [0, 5])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(num_after: int) -> None:
+    """However many steps are under way when the host gets to know, the weights are those before the broken one."""
+    settings, cpu = tiny(clip_grad=1e9), torch.device("cpu")
+    weights = []
+    for tail in ([], [broken_batch(4, torch.nan), *[broken_batch(8)] * num_after]):
+        state = create_state(settings, cpu, 0)
+        with contextlib.suppress(NotFinite) if not tail else pytest.raises(NotFinite) as stopped:
+            train_epoch(state, state.model, [broken_batch(0), *tail], np.ones(9), settings, cpu, "")
+        moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
+        weights.append([*state.model.state_dict().values(), *moments])
+    assert all(torch.equal(one, two) for one, two in zip(*weights, strict=True))
     sentence = stopped.value.sentence(small_table()["isic_id"])
-    assert "not finite at step 0, in epoch 1, on the images ISIC_0000004, ISIC_0000005; lower --lr" in sentence
-    assert torch.equal(state.model.head[1].weight, before)
+    assert "not finite at step 1, in epoch 1, on the images ISIC_0000004, ISIC_0000005; lower --lr" in sentence
+
+
+def test_loss_scaling_leaves_out_what_overflows_and_goes_on() -> None:
+    settings, cpu = tiny(fp16=True), torch.device("cpu")
+    state = create_state(settings, cpu, 0)
+    batches = [broken_batch(0), broken_batch(2, torch.nan), broken_batch(4)]
+    stats = train_epoch(state, state.model, batches, np.ones(3), settings, cpu, "")
+    assert stats.skipped_steps == 1 and len(stats.losses) == state.step == 3 and stats.mean_loss() is not None
+    assert state.scaler.get_scale() == 65536 / 2
+    assert all(entry["step"] == 2 for entry in state.optimizer.state.values())
+    assert all(weight.isfinite().all() for weight in state.model.parameters())
+    with pytest.raises(NotFinite, match="not finite"):
+        train_epoch(state, state.model, [broken_batch(2, torch.nan)] * 40, np.ones(50), settings, cpu, "")
 
 
 def test_the_schedule_warms_up_and_falls_to_zero() -> None:
@@ -216,7 +239,7 @@ def test_the_schedule_warms_up_and_falls_to_zero() -> None:
 def test_head_and_backbone_have_their_own_rates_and_vectors_are_not_decayed() -> None:
     settings = tiny(lr=1e-2, lr_backbone=1e-4, weight_decay=0.1)
     model = create_model(settings)
-    groups = create_optimizer(model, settings, torch.device("cpu")).param_groups
+    groups = create_optimizer(model, settings).param_groups
     head = {id(p) for p in model.head.parameters()}
     for group in groups:
         for parameter in group["params"]:
@@ -304,6 +327,7 @@ def test_a_local_file_of_weights_is_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--force", "--resume"], "choose one"),
         (["--model", "vit_tinny_patch16_224"], 'timm has no model "vit_tinny_patch16_224", did you mean'),
         (["--image_size", "40"], "--image_size must be a multiple of 16"),
         (["--device", "cuda"], "no GPU that torch can use"),
@@ -340,6 +364,12 @@ def test_one_class_only_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert ended.code == 2 and "every target is 0" in ended.err
 
 
+def test_a_network_that_scores_nothing_finite_is_one_sentence() -> None:
+    held = Predictions(np.arange(2), np.array([0.5, np.nan], np.float32), np.full(2, np.nan, np.float32))
+    with pytest.raises(UserError, match=r"not finite; lower --lr"):
+        score(np.array([0, 1], np.float32), held)
+
+
 class Malicious:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (print, ("executed",))
@@ -360,5 +390,9 @@ def test_a_checkpoint_of_something_else_or_cut_short_is_refused(tmp_path: Path) 
     (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-700])
     with pytest.raises(UserError, match="is damaged"):
         load_checkpoint(tmp_path / "cut.pth")
+    for content in (b"", b"hello\nworld", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(100)):
+        (tmp_path / "cut.pth").write_bytes(content)
+        with pytest.raises(UserError, match=r"is damaged|is not loaded"):
+            load_checkpoint(tmp_path / "cut.pth")
     with pytest.raises(UserError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "none.pth")

@@ -1,0 +1,286 @@
+"""`python -m benchmarks train`: the training loop on a dataset's files, against a bare loop on tensors in memory."""
+
+import itertools
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from pydantic import Field
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.record import append
+from isic.errors import UserError
+from train.config import TrainSettings
+from train.data import Batch, fold_loaders, load_data
+from train.loop import select_device, train_epoch
+from train.machine import prepare
+from train.model import backbone_options, create_model, preprocess_spec
+from train.state import TrainState, create_state
+from train.step import autocast
+
+NUM_IN_MEMORY = 4
+"""Random batches that are used in turns where none are read."""
+PASSES = 3
+"""Work of a training step in forward passes: the backward pass computes two gradients for each product."""
+
+
+class TrainRateSettings(TrainSettings):
+    """What `python -m benchmarks train` takes: every key of training, and how long to measure."""
+
+    steps: int = Field(30, ge=1, description="optimizer steps a repeat")
+    warmup_steps: int = Field(5, ge=1, description="steps before them that are not timed")
+    repeats: int = Field(5, ge=1, description="repeats, of which the median counts; the loops take turns in each")
+    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+
+
+@dataclass
+class Window:
+    """Batches for a loop, without end in themselves, of which the later ones are timed.
+
+    Those before fill the queues, and the queues are as full at the end, so that no batch counts as free.
+    """
+
+    batches: Iterable[Batch]
+    warmup: int
+    timed: int
+    device: torch.device
+    seconds: float = field(default=0.0, init=False)
+    waiting: float = field(default=0.0, init=False)
+    """Seconds of the timed part that the loop waited for a batch."""
+    num_images: int = field(default=0, init=False)
+
+    def __len__(self) -> int:
+        return self.warmup + self.timed
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.batches)
+        for number in range(len(self)):
+            if number == self.warmup:
+                started, self.waiting, self.num_images = self._now(), 0.0, 0
+            asked = time.perf_counter()
+            batch = next(batches)
+            self.waiting += time.perf_counter() - asked
+            self.num_images += len(batch.images)
+            yield batch
+        self.seconds = self._now() - started
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @property
+    def rate(self) -> float:
+        """Images a second."""
+        return self.num_images / self.seconds
+
+
+def train(settings: TrainRateSettings) -> None:
+    """Measures images per second of training on files, on tensors in memory, and of a bare timm and torch loop.
+
+    The three take turns, the bare loop in a process of its own, which this toolkit's settings do not reach.
+    """
+    if settings.mask_weight:
+        raise UserError("a bare loop draws no masks; give --mask_weight 0")
+    device = select_device(settings.device)
+    with tempfile.TemporaryDirectory() as folder, BareLoop(settings) as bare:
+        files = read_files(settings.model_copy(update={"output_dir": Path(folder)}))
+        run = create_loop(settings, device)
+        windows: dict[str, list[Window]] = {"files": [], "memory": []}
+        bare_rates = []
+        for _ in range(settings.repeats):
+            windows["files"].append(run(files))
+            windows["memory"].append(run(in_memory(settings, device)))
+            bare_rates.append(bare.rate())
+    row = figures(settings, device, windows, bare_rates)
+    print("  ".join(f"{key}={value}" for key, value in row.items()))
+    print(f"appended to {append('train', [row], settings.results)}")
+
+
+def read_files(settings: TrainSettings) -> Iterable[Batch]:
+    """Returns the training batches of a fold, epoch after epoch."""
+    data = load_data(settings)
+    loader, _, _ = fold_loaders(data, settings.fold or 0, preprocess_spec(settings), settings)
+    return Endless(loader)
+
+
+@dataclass(frozen=True)
+class Endless:
+    """Goes through an iterable again and again."""
+
+    items: Iterable[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(itertools.repeat(self.items))
+
+
+def in_memory(settings: TrainSettings, device: torch.device) -> Iterable[Batch]:
+    """Returns random batches that lie on the device, in turns."""
+    size, shape = settings.batch_size, (settings.batch_size, settings.image_size, settings.image_size, 3)
+    batches = [
+        Batch(torch.randint(256, shape, dtype=torch.uint8), torch.randint(2, (size,)).float(), torch.arange(size))
+        for _ in range(NUM_IN_MEMORY)
+    ]
+    return Endless([Batch(*(part.to(device) for part in batch)) for batch in batches])
+
+
+def create_loop(settings: TrainRateSettings, device: torch.device) -> Callable[[Iterable[Batch]], Window]:
+    """Returns what learns from some batches, by the loop of `python -m train`, and times it."""
+    prepare(device)
+    state = create_state(settings.model_copy(update={"pretrained": False}), device, 0)
+    forward: Any = torch.compile(state.model) if settings.compile else state.model
+    return lambda batches: _learn(state, forward, batches, settings, device)
+
+
+def _learn(
+    state: TrainState, forward: Any, batches: Iterable[Batch], settings: TrainRateSettings, device: torch.device
+) -> Window:
+    window, state.step = create_window(settings, batches, device), 0
+    schedule = np.full(settings.warmup_steps + settings.steps, 0.1)
+    train_epoch(state, forward, window, schedule, settings, device, "benchmark")
+    return window
+
+
+def create_window(settings: TrainRateSettings, batches: Iterable[Batch], device: torch.device) -> Window:
+    """Returns a window of whole optimizer steps."""
+    each = settings.accumulation_steps
+    return Window(batches, settings.warmup_steps * each, settings.steps * each, device)
+
+
+class BareLoop:
+    """A process with the loop that one writes first: timm's model, AdamW as it comes, and nothing else."""
+
+    def __init__(self, settings: TrainRateSettings) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve_bare_loop, args=(theirs, settings), daemon=True)
+
+    def __enter__(self) -> "BareLoop":
+        self.process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.join()
+
+    def rate(self) -> float:
+        """Runs it once and returns images per second."""
+        self.connection.send(None)
+        while not self.connection.poll(timeout=1):
+            if not self.process.is_alive():
+                raise RuntimeError("the process of the bare loop has died; its error stands above")
+        rate: float = self.connection.recv()
+        return rate
+
+
+def serve_bare_loop(connection: Connection, settings: TrainRateSettings) -> None:
+    """Builds the model and runs the loop whenever it is asked to."""
+    device = select_device(settings.device)
+    model = timm.create_model(settings.model, **{**backbone_options(settings), "num_classes": 1}).to(device)
+    forward = torch.compile(model) if settings.compile else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    while True:
+        connection.recv()
+        window = create_window(settings, normalised(settings, device), device)
+        run_bare_loop(forward, optimizer, window, settings, device)
+        connection.send(window.rate)
+
+
+def normalised(settings: TrainSettings, device: torch.device) -> Iterable[Batch]:
+    """Returns batches in memory as a bare loop takes them: float32 [N, 3, size, size]."""
+    shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
+    target = torch.randint(2, (settings.batch_size,)).float()
+    batches = [Batch(torch.randn(shape), target, torch.empty(0)) for _ in range(NUM_IN_MEMORY)]
+    return Endless([Batch(*(part.to(device) for part in batch)) for batch in batches])
+
+
+def run_bare_loop(
+    model: Any, optimizer: torch.optim.Optimizer, batches: Window, settings: TrainSettings, device: torch.device
+) -> None:
+    """Learns from the batches at the run's precision and accumulation."""
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16)
+    model.train()
+    for number, batch in enumerate(batches, start=1):
+        with autocast(settings, device):
+            loss = binary_cross_entropy_with_logits(model(batch.images).squeeze(1), batch.target)
+        scaler.scale(loss / settings.accumulation_steps).backward()  # type: ignore[no-untyped-call]
+        if number % settings.accumulation_steps == 0:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+
+def figures(
+    settings: TrainRateSettings, device: torch.device, windows: dict[str, list[Window]], bare: list[float]
+) -> dict[str, Any]:
+    """Returns the row of the CSV. Ratios are of turns that followed each other, and their spread that between turns."""
+    ours, memory = ([window.rate for window in windows[name]] for name in ("files", "memory"))
+    flops, peak = PASSES * forward_flops(settings), matmul_rate(settings, device)
+    return {
+        "what": settings.name,
+        "model": settings.model,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "size": settings.image_size,
+        "batch": f"{settings.batch_size} x {settings.accumulation_steps}",
+        "precision": "fp16" if settings.fp16 else "bf16" if settings.bf16 else "fp32",
+        "compile": str(settings.compile).lower(),
+        "workers": settings.num_workers,
+        "images_per_second": _round(statistics.median(ours)),
+        "in_memory": _round(statistics.median(memory)),
+        "bare": _round(statistics.median(bare)),
+        **_ratio("over_bare", ours, bare),
+        **_ratio("over_memory", ours, memory),
+        "waiting": round(statistics.median(window.waiting / window.seconds for window in windows["files"]), 4),
+        "gflop_per_image": _round(flops / 1e9),
+        "matmul_tflop_per_second": _round(peak / 1e12),
+        "mfu": round(statistics.median(ours) * flops / peak, 3),
+    }
+
+
+def _ratio(name: str, ours: list[float], theirs: list[float]) -> dict[str, float]:
+    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    spread = {"": statistics.median(ratios), "_min": min(ratios), "_max": max(ratios)}
+    return {name + key: round(value, 3) for key, value in spread.items()}
+
+
+def _round(value: float) -> float:
+    """Three significant digits, and all of a number with more before the point."""
+    return float(f"{value:.3g}") if value < 1000 else round(value)
+
+
+def forward_flops(settings: TrainSettings) -> int:
+    """Returns the floating-point operations of one image's forward pass, a multiplication and an addition being two."""
+    with torch.device("meta"):
+        model = create_model(settings, pretrained=False).eval()
+        image = torch.zeros(1, settings.image_size, settings.image_size, 3, dtype=torch.uint8)
+    # fused attention is not counted on every device; written as two products it is
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(image)
+    return int(counter.get_total_flops())
+
+
+def matmul_rate(settings: TrainSettings, device: torch.device, side: int | None = None) -> float:
+    """Returns the operations per second of the fastest of ten products of square matrices, at the run's precision."""
+    dtype = torch.float16 if settings.fp16 else torch.bfloat16 if settings.bf16 else torch.float32
+    side = side or (8192 if device.type == "cuda" else 2048)
+    left, right = torch.randn(2, side, side, device=device, dtype=dtype)
+    wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = []
+    for _ in range(10):
+        wait()
+        started = time.perf_counter()
+        left @ right
+        wait()
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / min(seconds)
