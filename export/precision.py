@@ -5,13 +5,17 @@ import copy
 import torch
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from train.model import Classifier
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-ISLANDS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, GlobalResponseNorm)
-"""Layers that stay in float32: they square activations, which overflows float16, or sum many, which costs bfloat16."""
+ISLANDS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, GlobalResponseNorm, _BatchNorm)
+"""Layers that stay in float32: they square activations, which overflows float16, or sum many, which costs bfloat16.
+
+Batch normalisation is among them because the exporter folds it into a bfloat16 convolution in another type.
+"""
 
 
 def lowered(model: Classifier, precision: str) -> Classifier:
@@ -24,7 +28,8 @@ def lowered(model: Classifier, precision: str) -> Classifier:
     if dtype == torch.float32:
         return model
     for part in (model.backbone, *model.heads):
-        part.to(dtype)
+        if part is not model.head:  # a few numbers, whose last digits order the logits
+            part.to(dtype)
     model.dtype = dtype
     for module in model.modules():
         if isinstance(module, ISLANDS):

@@ -14,7 +14,7 @@ from pydantic import AliasChoices, Field
 
 from export.formats import FORMATS, TOLERANCES, Target, device_of, find_formats
 from export.parity import ParityError, Reference, check_parity
-from export.tensorrt import PlanOptions
+from export.tensorrt import PlanOptions, check_options
 from export.triton import write_repository
 from infer.engines import create, works
 from isic import schema
@@ -89,6 +89,7 @@ def export(settings: ExportSettings) -> int:
 
     Exits with 1 where an artifact fails the gate; it is then not left under its final name.
     """
+    check_options(settings, settings.formats)
     wanted = find_formats(settings.formats, settings.precision, settings.device)
     failed, artifacts = 0, []
     print(HEADER)

@@ -156,7 +156,8 @@ def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
         onnx.save(trace(lowered(model, target.precision), target.size, opset), graph)
         timings = target.cache_dir / f"{target.format}.timings"
         facts = build_plan(graph, path, target.format, target.options, timing_cache=timings)
-    return {"opset": opset, "plan": asdict(facts)}
+    # Twice the largest batch keeps both of the engine's streams busy.
+    return {"opset": opset, "plan": asdict(facts), "batch_size": 2 * target.options.max_batch}
 
 
 def parses_attention(flavour: str) -> bool:

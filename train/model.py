@@ -46,8 +46,8 @@ class Classifier(nn.Module):
         Args:
             images: uint8 [N, H, W, 3], RGB; mixed images come as floats in [0, 255].
         """
-        features = self.backbone(self.normalised(images))
-        return features.float(), self.head(features).float()
+        features = self.backbone(self.normalised(images)).float()
+        return features, self.head(features).float()
 
     def normalised(self, images: Tensor) -> Tensor:
         """Returns the backbone's input [N, 3, H, W], normalised in float32."""
@@ -84,9 +84,9 @@ class MultiTask(Classifier):
         """
         backbone: Any = self.backbone
         last, maps = backbone.forward_intermediates(self.normalised(images), indices=self.map_indices)
-        features = backbone.forward_head(last)
+        features = backbone.forward_head(last).float()
         mask = self.decoder(maps).float()
-        return features.float(), self.head(features).float(), mask if self.training else mask.sigmoid()
+        return features, self.head(features).float(), mask if self.training else mask.sigmoid()
 
     @property
     def heads(self) -> list[nn.Module]:
