@@ -149,7 +149,9 @@ def mapped_columns(
         rows, features = found["_row"].to_numpy(), _matrix(found, root, len(map_.matrix))
         total[rows] += map_.apply(features)
         number[rows] += 1
-    columns = pl.DataFrame(total / np.maximum(number, 1)[:, None], list(column_names(form, total.shape[1])))
+    columns = pl.DataFrame(
+        total / np.maximum(number, 1).astype(np.float32)[:, None], list(column_names(form, total.shape[1]))
+    )
     blank = pl.Series(number == 0)
     return metadata.select(schema.ID).hstack(
         columns.with_columns(pl.when(~blank).then(pl.all())) if blank.any() else columns
