@@ -149,13 +149,11 @@ def mapped_columns(
         rows, features = found["_row"].to_numpy(), _matrix(found, root, len(map_.matrix))
         total[rows] += map_.apply(features)
         number[rows] += 1
-    columns = pl.DataFrame(
-        total / np.maximum(number, 1).astype(np.float32)[:, None], list(column_names(form, total.shape[1]))
-    )
-    blank = pl.Series(number == 0)
-    return metadata.select(schema.ID).hstack(
-        columns.with_columns(pl.when(~blank).then(pl.all())) if blank.any() else columns
-    )
+    mean = total / np.maximum(number, 1).astype(np.float32)[:, None]
+    table = pl.DataFrame(mean, list(column_names(form, mean.shape[1])))
+    if not number.all():
+        table = table.with_columns(pl.when(pl.Series(number > 0)).then(pl.all()))
+    return metadata.select(schema.ID).hstack(table)
 
 
 @dataclass(frozen=True)

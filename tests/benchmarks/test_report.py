@@ -19,8 +19,10 @@ def test_the_last_row_of_each_kind_stands_in_the_table(tmp_path: Path, cli: Cli)
     columns = ["rows", "positives", "pauc_pooled", "pauc_mean_of_folds", "pauc_std_of_folds", "auc_pooled"]
     append("accuracy", [{"what": "m", "data": "d", **dict.fromkeys(columns, 0.5)}], tmp_path)
     append("ingest", [{"what": "a", "seconds": 3, "min": 0, "max": 0, "first_is_faster_by": 1}], tmp_path)
+    columns = ["num_features", "pauc", "auc", "difference", "better_in", "p"]
+    append("ablation", [{"data": "d", "features": "f", "model": "m", **dict.fromkeys(columns, 0.5)}], tmp_path)
     readme = tmp_path / "README.md"
-    marks = "".join(f"<!-- table: {name} -->\nstale\n<!-- end -->\n" for name in ("ingest", "accuracy"))
+    marks = "".join(f"<!-- table: {name} -->\nstale\n<!-- end -->\n" for name in ("ingest", "accuracy", "ablation"))
     readme.write_text(f"before\n{marks}after\n")
     ended = cli("benchmarks", "report", "--readme", readme, "--results", tmp_path)
     assert ended.code == 0, ended.err
