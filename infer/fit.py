@@ -18,7 +18,7 @@ from infer import image_scores, scores
 from infer.blend import blend, model_name
 from infer.boosters import LIBRARIES, file_name, parameters_of
 from infer.ensemble import OOF, FeatureSpec, State, clear, write_manifest
-from infer.image_features import ImageState, Sources, learn, origins, train_frames
+from infer.image_features import ImageState, Sources, frames, learn, origins
 from infer.report import write_report
 from isic import folds as fold_plans
 from isic import schema
@@ -138,7 +138,7 @@ def fit(settings: FitSettings) -> None:
     folds = plan_folds(settings, metadata)
     fold = folds.of(metadata)
     image = learn(spec.score, spec.forms, settings.sources, metadata, folds, settings.components)
-    table = spec.frame(metadata, train_frames(image, settings.sources, metadata, folds))
+    table = spec.frame(metadata, frames(image, settings.sources, "train", metadata, folds.digest, folds))
     _note_blank(table)
     names = spec.names(image)
     if names:

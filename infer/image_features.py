@@ -26,6 +26,9 @@ from isic.dataset import Split
 from isic.errors import UserError
 from isic.folds import Folds
 
+NEEDS_EMBEDDINGS = "image features need --embeddings outputs/embeddings/<config>; run `python -m infer embed` first"
+NEEDS_FROZEN = "frozen columns need --frozen outputs/embeddings/<config>, of a model that was trained on other images"
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -98,57 +101,54 @@ def learn(
         UserError: embeddings that are needed are not given, not finished, or of another fold plan.
     """
     forms = tuple(forms)
+    frozen = find_frozen(_given(sources.frozen, NEEDS_FROZEN), metadata) if FROZEN in forms else None
     mapped = [form for form in forms if form in MAPPED]
-    if (score or mapped) and sources.embeddings is None:
-        raise UserError(
-            "image features need --embeddings outputs/embeddings/<config>; run `python -m infer embed` first"
-        )
-    if FROZEN in forms and sources.frozen is None:
-        raise UserError(
-            "frozen columns need --frozen outputs/embeddings/<config>, of a model that was trained on other images"
-        )
-    state = ImageState(frozen=find_frozen(sources.frozen, metadata) if FROZEN in forms and sources.frozen else None)
-    if sources.embeddings is None or not (score or mapped):
-        return state
-    image_scores.made_with(sources.embeddings, "train", folds.digest)
-    standard = (
-        image_scores.fit_standard(image_scores.oof_logits(sources.embeddings, metadata, folds)) if score else None
-    )
-    maps = {form: fit_maps(sources.embeddings, form, metadata, folds, components) for form in mapped}
-    return ImageState(standard, maps, state.frozen)
+    if not (score or mapped):
+        return ImageState(frozen=frozen)
+    root = _given(sources.embeddings, NEEDS_EMBEDDINGS)
+    image_scores.made_with(root, "train", folds.digest)
+    standard = image_scores.fit_standard(image_scores.oof_logits(root, metadata, folds)) if score else None
+    return ImageState(standard, {form: fit_maps(root, form, metadata, folds, components) for form in mapped}, frozen)
 
 
-def train_frames(state: ImageState, sources: Sources, metadata: pl.DataFrame, folds: Folds) -> list[pl.DataFrame]:
-    """Returns tables of `isic_id` and columns in the order of `metadata`, each row from the model that held it out."""
-    frames = []
-    if state.standard and sources.embeddings:
-        logits = image_scores.oof_logits(sources.embeddings, metadata, folds)
-        frames.append(image_scores.image_features(logits, state.standard, metadata))
-    for form, maps in state.maps.items():
-        assert sources.embeddings
-        frames.append(mapped_columns(sources.embeddings, "train", form, metadata, maps, folds.of(metadata)))
-    return frames + _frozen(state, sources, "train", metadata)
-
-
-def scoring_frames(
-    state: ImageState, sources: Sources, split: Split, metadata: pl.DataFrame, folds_digest: str
+def frames(
+    state: ImageState, sources: Sources, split: Split, metadata: pl.DataFrame, folds_digest: str, folds: Folds | None
 ) -> list[pl.DataFrame]:
-    """Returns the same for rows to score: the mean over every fold's model."""
-    frames = []
-    if state.standard and sources.embeddings:
-        logits = image_scores.scoring_logits(sources.embeddings, split, metadata, folds_digest, state.standard)
-        frames.append(image_scores.image_features(logits, state.standard, metadata))
+    """Reads the image features of some rows.
+
+    Args:
+        folds_digest: of the fold plan that the embeddings were made with.
+        folds: where given, a row's come from the model that held it out; else they are the mean over every fold's.
+
+    Returns:
+        Tables of `isic_id` and columns in the order of `metadata`.
+
+    Raises:
+        UserError: embeddings are not given, missing, or of another fold plan.
+    """
+    tables = []
+    if state.standard:
+        root = _given(sources.embeddings, NEEDS_EMBEDDINGS)
+        logits = (
+            image_scores.oof_logits(root, metadata, folds)
+            if folds
+            else image_scores.scoring_logits(root, split, metadata, folds_digest, state.standard)
+        )
+        tables.append(image_scores.image_features(logits, state.standard, metadata))
+    fold = folds.of(metadata) if folds else None
     for form, maps in state.maps.items():
-        assert sources.embeddings
-        frames.append(mapped_columns(sources.embeddings, split, form, metadata, maps, None))
-    return frames + _frozen(state, sources, split, metadata)
+        root = _given(sources.embeddings, NEEDS_EMBEDDINGS)
+        tables.append(mapped_columns(root, split, form, metadata, maps, fold))
+    if state.frozen:
+        root = _given(sources.frozen, NEEDS_FROZEN)
+        tables.append(frozen_columns(root, split, metadata, state.frozen))
+    return tables
 
 
-def _frozen(state: ImageState, sources: Sources, split: Split, metadata: pl.DataFrame) -> list[pl.DataFrame]:
-    if not state.frozen:
-        return []
-    assert sources.frozen
-    return [frozen_columns(sources.frozen, split, metadata, state.frozen)]
+def _given(root: Path | None, otherwise: str) -> Path:
+    if root is None:
+        raise UserError(otherwise)
+    return root
 
 
 def origins(state: ImageState, sources: Sources, split: Split, folds_digest: str) -> dict[str, Any]:

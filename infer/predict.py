@@ -11,7 +11,7 @@ from infer import image_scores
 from infer.blend import Scores, blend, model_name
 from infer.boosters import read_booster
 from infer.ensemble import MANIFEST, Ensemble, open_ensemble
-from infer.image_features import Sources, origins, scoring_frames
+from infer.image_features import Sources, frames, origins
 from isic import schema
 from isic.config import Settings
 from isic.dataset import Dataset, Split
@@ -141,7 +141,7 @@ def _image(
             f"{settings.embeddings} holds embeddings of {found['embeddings']['config']}, {ensemble.root} was fitted "
             f"with those of {fitted['config']}; give --embeddings outputs/embeddings/{fitted['config']}"
         )
-    return scoring_frames(state, sources, settings.split, metadata, digest), found
+    return frames(state, sources, settings.split, metadata, digest, None), found
 
 
 def _write(path: Path, table: pl.DataFrame) -> None:
