@@ -135,9 +135,10 @@ def test_what_the_images_show_is_found_and_predicted(
 
 
 def test_two_fits_give_the_same_bytes(data: Path, run: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        fit(settings(data, tmp_path, features="raw,aligned,components", embeddings=run, components=4, name=name))
-    first, second = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab")
+    for name in "ab":
+        chosen = {"features": "raw,aligned,components", "components": 4, "name": "same"}
+        fit(settings(data, tmp_path / name, embeddings=run, **chosen))
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path / name / "same").iterdir()} for name in "ab")
     assert first == second and {"maps_aligned.parquet", "maps_components.parquet"} < set(first)
 
 
