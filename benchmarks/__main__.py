@@ -1,12 +1,14 @@
-"""`python -m benchmarks ingest | train | embed | accuracy | report`: what each step costs and gives on this machine."""
+"""`python -m benchmarks ingest | train | embed | tabular | accuracy | ablation | report`: what each step costs and gives."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.ablation import ablation
 from benchmarks.accuracy import accuracy
 from benchmarks.embed import embed
 from benchmarks.ingest import ingest
 from benchmarks.report import report
+from benchmarks.tabular import tabular
 from benchmarks.train import train
 from isic import cli
 from isic.config import Settings, build
@@ -23,7 +25,9 @@ if __name__ == "__main__":
         "ingest": ingest,
         "train": train,
         "embed": embed,
+        "tabular": tabular,
         "accuracy": accuracy,
+        "ablation": ablation,
         "report": report,
     }
     cli.run(commands, load)

@@ -22,7 +22,10 @@ PACKAGES = (
     "h5py",
     "numpy",
     "polars",
+    "pandas",
     "lightgbm",
+    "xgboost-cpu",
+    "catboost",
 )
 
 

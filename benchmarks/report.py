@@ -79,6 +79,21 @@ TABLES = {
             "auc_pooled": "AUC",
         },
     ),
+    "ablation": Table(
+        "ablation",
+        ("data", "features", "model"),
+        {
+            "data": "data",
+            "model": "boosters",
+            "features": "features",
+            "num_features": "columns",
+            "pauc": "pAUC, pooled",
+            "auc": "AUC",
+            "difference": "pAUC above raw, mean of seeds",
+            "better_in": "better in",
+            "p": "p",
+        },
+    ),
 }
 MARK = r"(<!-- table: {name} -->\n).*?(<!-- end -->)"
 

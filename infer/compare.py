@@ -1,7 +1,7 @@
 """`python -m infer compare A B`: whether one ensemble is better than another out of fold, or only luckier."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import polars as pl
@@ -9,15 +9,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.stats import ttest_rel
 
-from infer.ensemble import OOF, open_ensemble
-from infer.scores import FILE as SCORES_FILE
+from infer.blend import blend, model_name, seeds_of
+from infer.ensemble import Ensemble, open_ensemble
 from isic import schema
 from isic.config import Settings
 from isic.dataset import Dataset
 from isic.errors import UserError
-from isic.files import read_json
 from isic.metadata import with_patient
-from isic.metrics import bootstrap_pauc
+from isic.metrics import bootstrap_pauc, pauc
 
 SIGNIFICANT = 0.05
 
@@ -40,13 +39,14 @@ def compare(settings: CompareSettings) -> None:
     The seeds say whether the difference outlasts the chance in fitting, the patients whether it outlasts the chance
     in who was examined. It is noise unless both say otherwise.
     """
-    roots = [open_ensemble(path).root for path in (settings.first, settings.second)]
-    first, second = (pl.read_parquet(root / OOF).sort(schema.ID) for root in roots)
+    ensembles = [open_ensemble(path) for path in (settings.first, settings.second)]
+    first, second = (ensemble.oof().sort(schema.ID) for ensemble in ensembles)
     if not first.select(schema.ID, "fold", schema.TARGET).equals(second.select(schema.ID, "fold", schema.TARGET)):
-        raise UserError(f"{roots[0]} and {roots[1]} were scored on other rows or folds; fit both on the same")
+        raise UserError(
+            f"{ensembles[0].root} and {ensembles[1].root} were scored on other rows or folds; fit both on the same"
+        )
     print(f"{'':12} {'first':>8} {'second':>8} {'second - first':>15}")
-    seeds = _seeds(*(read_json(root / SCORES_FILE) for root in roots))
-    by_seed = _test_seeds(seeds)
+    by_seed = _test_seeds(paired(*(pauc_by_seed(ensemble) for ensemble in ensembles)))
     by_patient = _test_patients(first, second, _patients(first, settings.data), settings)
     if by_seed is None:
         print("the ensembles share fewer than two seeds, so the bootstrap alone decides")
@@ -54,10 +54,20 @@ def compare(settings: CompareSettings) -> None:
     print(f"\nsecond against first: {'a difference' if certain else 'noise'}")
 
 
-def _seeds(first: dict[str, Any], second: dict[str, Any]) -> NDArray[np.float64]:
-    """Returns [num_seeds, 2] pooled pAUC of the models that both have, the blends left out."""
-    shared = [name for name in first if name in second and "_seed_" in name]
-    return np.array([[scores[name]["pauc"] for scores in (first, second)] for name in shared]).reshape(-1, 2)
+def pauc_by_seed(ensemble: Ensemble) -> dict[int, float]:
+    """Returns the pooled pAUC of what an ensemble would be with one seed alone; empty where it has no boosters."""
+    weights, models = ensemble.weights, ensemble.oof_models()
+    target = ensemble.oof()[schema.TARGET].to_numpy()
+    found = {}
+    for seed in seeds_of(models, weights) if ensemble.manifest["boosters"] else []:
+        of_seed = {name: models[name] for name in (model_name(library, seed) for library in weights)}
+        found[seed] = pauc(target, blend(of_seed, weights, of_seed))
+    return found
+
+
+def paired(first: dict[int, float], second: dict[int, float]) -> NDArray[np.float64]:
+    """Returns [num_seeds, 2] for the seeds that both have."""
+    return np.array([[first[seed], second[seed]] for seed in first if seed in second]).reshape(-1, 2)
 
 
 def _test_seeds(seeds: NDArray[np.float64]) -> bool | None:

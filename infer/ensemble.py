@@ -1,8 +1,8 @@
 """A fitted ensemble on disk: a folder of data files that one manifest, written last, ties together.
 
-`ensemble.json` names every file with its sha256, the features, the boosters, the fold plan and the embeddings;
-`state.json` holds what was learnt about features, `oof.parquet` the out-of-fold scores, `scores.json` what they are
-worth, `folds.parquet` the fold plan. Nothing is ever unpickled.
+`ensemble.json` names every file with its sha256, the features, the boosters, the weights of their libraries, the fold
+plan and the embeddings; `state.json` and `maps_<form>.parquet` hold what was learnt about features, `oof.parquet` the
+out-of-fold scores, `scores.json` what they are worth, `folds.parquet` the fold plan. Nothing is ever unpickled.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,9 +12,10 @@ from typing import Any
 
 import polars as pl
 
-from infer import image_scores
-from infer.image_scores import Standard
-from isic import features
+from infer.blend import Scores
+from infer.image_columns import FORMS
+from infer.image_features import ImageState
+from isic import features, schema
 from isic.errors import UserError
 from isic.features import Encoding
 from isic.files import read_json, sha256, write_json
@@ -22,7 +23,7 @@ from isic.files import read_json, sha256, write_json
 MANIFEST = "ensemble.json"
 STATE = "state.json"
 OOF = "oof.parquet"
-FORMAT = 1
+FORMAT = 2
 
 IMAGE_WORDS = ("image", "multimodal")
 
@@ -33,55 +34,64 @@ class FeatureSpec:
 
     words: tuple[str, ...]
     tabular: tuple[str, ...]
-    image: bool
+    score: bool
+    """Whether the image model's score is a feature."""
+    forms: tuple[str, ...]
+    """Which embedding columns are."""
 
     @classmethod
     def parse(cls, text: str) -> "FeatureSpec":
         """Reads a comma-separated list of sets, groups and features.
 
-        `image` is the image model's score; `multimodal` is that and the engineered features.
+        `image` is the image model's score, `multimodal` that and the engineered features; `aligned`, `components` and
+        `frozen` are embeddings as columns.
 
         Raises:
             UserError: an unknown word, or a column that only training tables have.
         """
         words = tuple(word.strip() for word in text.split(","))
-        plain = [word for word in words if word not in IMAGE_WORDS]
+        plain = [word for word in words if word not in (*IMAGE_WORDS, *FORMS)]
         if "multimodal" in words:
             plain.append("engineered")
-        return cls(words, features.expand(plain, IMAGE_WORDS), any(word in IMAGE_WORDS for word in words))
+        forms = tuple(form for form in FORMS if form in words)
+        score = any(word in IMAGE_WORDS for word in words)
+        return cls(words, features.expand(plain, (*IMAGE_WORDS, *FORMS)), score, forms)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The columns of the boosters' matrix; none where the image model's score stands alone."""
-        return (*self.tabular, *(image_scores.FEATURES if self.image else ())) if self.tabular else ()
+    def images(self) -> bool:
+        return self.score or bool(self.forms)
 
-    def frame(self, metadata: pl.DataFrame, image: pl.DataFrame | None) -> pl.DataFrame:
+    def names(self, image: ImageState) -> tuple[str, ...]:
+        """The columns of the boosters' matrix; none where the image model's score stands alone."""
+        return (*self.tabular, *image.names) if self.tabular or self.forms else ()
+
+    def frame(self, metadata: pl.DataFrame, image: Iterable[pl.DataFrame]) -> pl.DataFrame:
         """Returns the feature table, in the order of `metadata`: `isic_id`, tabular, image."""
-        table = features.compute(metadata, self.tabular)
-        if image is None:
-            return table
-        return table.hstack(image.select(image_scores.FEATURES))
+        tabular = features.compute(metadata, self.tabular)
+        return pl.concat([tabular, *(table.drop(schema.ID) for table in image)], how="horizontal")
 
 
 @dataclass(frozen=True)
 class State:
-    """What was learnt about features: an encoding a fold, and how to standardise image logits."""
+    """What was learnt about features: an encoding a fold, and how to read embeddings."""
 
     names: tuple[str, ...]
     encodings: Mapping[int, Encoding]
-    standard: Standard | None
+    image: ImageState
 
-    def write(self, path: Path) -> None:
-        image = self.standard.to_json() if self.standard else None
+    def write(self, root: Path) -> list[str]:
+        """Writes the state and returns the names of its files."""
         encodings = {str(fold): encoding.to_json() for fold, encoding in self.encodings.items()}
-        write_json(path, {"names": list(self.names), "image": image, "encodings": encodings})
+        value = {"names": list(self.names), **self.image.to_json(), "encodings": encodings}
+        write_json(root / STATE, value)
+        return [STATE, *self.image.write(root)]
 
     @classmethod
-    def read(cls, path: Path) -> "State":
-        value = read_json(path)
+    def read(cls, root: Path) -> "State":
+        value = read_json(root / STATE)
         names = tuple(value["names"])
         encodings = {int(fold): Encoding.from_json(names, part) for fold, part in value["encodings"].items()}
-        return cls(names, encodings, Standard.from_json(value["image"]) if value["image"] else None)
+        return cls(names, encodings, ImageState.read(root, value))
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,20 @@ class Ensemble:
     state: State
     spec: FeatureSpec
 
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The weight of each library, or of the image model's score alone."""
+        return dict(self.manifest["weights"])
+
+    def oof(self) -> pl.DataFrame:
+        """Returns the out-of-fold scores: `isic_id`, `fold`, `target`, a column a model, and `blend`."""
+        return pl.read_parquet(self.root / OOF)
+
+    def oof_models(self) -> dict[str, Scores]:
+        """Returns [N] out-of-fold scores by the model's name."""
+        models = self.oof().drop(schema.ID, "fold", schema.TARGET, "blend")
+        return {column.name: column.to_numpy() for column in models}
+
 
 def write_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) -> None:
     """Writes the manifest over the named files; call it last."""
@@ -100,8 +124,8 @@ def write_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) 
 
 
 def clear(root: Path) -> None:
-    """Takes an earlier ensemble's manifest and boosters away: a folder without a manifest is no ensemble."""
-    for path in (root / MANIFEST, *root.glob("*_fold_*_seed_*")):
+    """Takes an earlier ensemble's manifest, boosters and maps away: a folder without a manifest is no ensemble."""
+    for path in (root / MANIFEST, *root.glob("*_fold_*_seed_*"), *root.glob("maps_*.parquet")):
         path.unlink(missing_ok=True)
 
 
@@ -122,12 +146,13 @@ def open_ensemble(path: Path) -> Ensemble:
     for name, expected in manifest["files"].items():
         if sha256(root / name) != expected:
             raise UserError(f"{root / name} is not the file that {MANIFEST} describes; fit the ensemble again")
-    state = State.read(root / STATE)
+    state = State.read(root)
     spec = FeatureSpec.parse(manifest["features"])
-    if spec.names != state.names:
-        changed = sorted({*spec.names} ^ {*state.names})
+    names = spec.names(state.image)
+    if names != state.names:
+        changed = sorted({*names} ^ {*state.names})
         raise UserError(
-            f"{root} was fitted on {len(state.names)} features and this version has {len(spec.names)} for "
+            f"{root} was fitted on {len(state.names)} features and this version has {len(names)} for "
             f"{manifest['features']} (different: {', '.join(changed[:3]) or 'their order'}); fit the ensemble again"
         )
     return Ensemble(root, manifest, state, spec)

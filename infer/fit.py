@@ -1,61 +1,130 @@
-"""Fits the ensemble: seeds x folds of boosters, each on its fold's training rows, and scores them out of fold."""
+"""Fits the ensemble: libraries x seeds x folds of boosters, each on its fold's training rows, scored out of fold."""
 
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import polars as pl
+import yaml
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from tqdm import tqdm
 
 from infer import image_scores, scores
-from infer.boosters import LIBRARIES
-from infer.ensemble import OOF, STATE, FeatureSpec, State, clear, write_manifest
-from infer.image_scores import Standard
+from infer.blend import blend, model_name
+from infer.boosters import LIBRARIES, file_name, parameters_of
+from infer.ensemble import OOF, FeatureSpec, State, clear, write_manifest
+from infer.image_features import ImageState, Sources, frames, learn, origins
 from infer.report import write_report
 from isic import folds as fold_plans
 from isic import schema
-from isic.config import Settings
+from isic.config import Settings, Several, build, find_config, read_yaml
 from isic.dataset import Dataset
-from isic.errors import UserError
+from isic.errors import UserError, did_you_mean
 from isic.features import Encoding, fit_encoding, needed_columns
 from isic.files import sha256, versions, write_json, write_parquet, write_text
 from isic.folds import Folds, draw_folds, read_folds
 from isic.metadata import require, with_patient
 
-LIBRARY = "lightgbm"
+
+def _mapping(value: Any) -> Any:
+    """A flag is text: `--lightgbm "{max_depth: 5}"` is the YAML of a mapping."""
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return value
+
+
+Changes = Annotated[dict[str, bool | int | float | str], BeforeValidator(_mapping)]
+"""Some of a library's settings: those in `infer.boosters` with other values."""
 
 
 class FitSettings(Settings):
     """Settings of `infer fit`."""
 
+    config: str | None = Field(
+        None, description="YAML file with any of these keys: a name in configs/ or a path; flags win over it"
+    )
     data: Path = Field(Path("data/isic-2024"), description="dataset folder")
     features: str = Field(
-        "engineered", description="raw, engineered, extended, image, multimodal, or a comma-separated list"
+        "engineered",
+        description="raw, engineered, extended, image, multimodal, aligned, components, frozen, groups and features, "
+        "with commas between them",
     )
-    embeddings: Path | None = Field(None, description="outputs/embeddings/<config>, for image and multimodal")
+    embeddings: Path | None = Field(None, description="outputs/embeddings/<config>, for all image words but frozen")
+    frozen: Path | None = Field(None, description="embeddings by a model trained on other images, for frozen")
+    components: int = Field(16, ge=1, description="columns of the form components")
     output_dir: Path = Field(Path("outputs/ensemble"), description="the ensemble lands in a folder of its own in it")
     name: str = Field("", description="that folder's name; by default the features and the embeddings' config")
-    seeds: int = Field(3, ge=1, description="boosters a fold, each with its own draw of negatives")
+    libraries: Several[str] = Field(("lightgbm",), description=f"some of {', '.join(LIBRARIES)}")
+    weights: Several[float] = Field((), description="a number a library, of their ranks; equal if not given")
+    lightgbm: Changes = Field({}, description='changed settings, such as "{max_depth: 5}"')
+    xgboost: Changes = Field({}, description="the same")
+    catboost: Changes = Field({}, description="the same")
+    seeds: int = Field(3, ge=1, description="boosters a fold and library, each with its own draw of negatives")
     seed: int = Field(0, ge=0, description="the first of the seeds")
     num_folds: int = Field(5, ge=2, description="folds to draw where neither embeddings nor dataset bring a plan")
     split_seed: int = Field(42, ge=0, description="seed of that draw")
-    num_rounds: int = Field(200, ge=1, description="boosting rounds")
+    num_rounds: int | None = Field(None, ge=1, description="boosting rounds; each library's own if not given")
     negatives: float = Field(100.0, gt=0, description="negatives kept for each positive")
     image_noise: float = Field(0.1, ge=0, description="deviation of the noise on training rows' image scores")
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_file(cls, values: Any) -> Any:
+        """Fills what is not given from the config file."""
+        if not isinstance(values, Mapping) or not values.get("config"):
+            return values
+        path = find_config(values["config"])
+        from_file = read_yaml(path)
+        build(cls, from_file, str(path))  # by itself, so that an error names the file
+        return {**from_file, **values}
+
+    @field_validator("libraries")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in LIBRARIES:
+                raise ValueError(f'unknown library "{name}", {did_you_mean(name, LIBRARIES)}')
+        if not value or len(set(value)) < len(value):
+            raise ValueError("name each library once")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FitSettings":
+        if self.weights and len(self.weights) != len(self.libraries):
+            raise ValueError(f"--weights needs {len(self.libraries)} numbers, one for each of --libraries")
+        if any(weight <= 0 for weight in self.weights):
+            raise ValueError("--weights must be above 0; leave a library out of --libraries instead")
+        for name in LIBRARIES:
+            parameters_of(name, getattr(self, name))
+        return self
+
+    def parameters(self, library: str) -> dict[str, Any]:
+        """Returns a library's settings as they are used."""
+        rounds = {"num_rounds": self.num_rounds} if self.num_rounds else {}
+        return parameters_of(library, {**getattr(self, library), **rounds})
+
+    @property
+    def library_weights(self) -> dict[str, float]:
+        return dict(zip(self.libraries, self.weights or (1.0,) * len(self.libraries), strict=True))
+
+    @property
+    def sources(self) -> Sources:
+        return Sources(self.embeddings, self.frozen)
 
 
 @dataclass(frozen=True)
 class Bag:
     """Boosters, what their features were encoded with, and their out-of-fold scores."""
 
-    boosters: dict[tuple[int, int], str]
-    """By fold and seed, as text."""
+    boosters: dict[tuple[str, int, int], str]
+    """By library, fold and seed, as text."""
     encodings: dict[int, Encoding]
     """By fold."""
     scores: dict[str, NDArray[np.float64]]
@@ -68,21 +137,23 @@ def fit(settings: FitSettings) -> None:
     metadata = read_train(settings, spec)
     folds = plan_folds(settings, metadata)
     fold = folds.of(metadata)
-    standard, image = _image(settings, spec, metadata, folds)
-    table = spec.frame(metadata, image)
+    image = learn(spec.score, spec.forms, settings.sources, metadata, folds, settings.components)
+    table = spec.frame(metadata, frames(image, settings.sources, "train", metadata, folds.digest, folds))
     _note_blank(table)
-    if spec.names:
-        bag = fit_bag(table, spec.names, metadata[schema.TARGET].to_numpy(), fold.to_numpy(), settings)
+    names = spec.names(image)
+    if names:
+        bag = fit_bag(table, names, metadata[schema.TARGET].to_numpy(), fold.to_numpy(), settings)
     else:
         bag = Bag({}, {}, {"image": image_scores.probability(table)})
-    bag.scores["blend"] = np.mean(list(bag.scores.values()), axis=0)
-    oof = metadata.select(schema.ID, fold, schema.TARGET).with_columns(**bag.scores)
-    summaries = _summaries(with_patient(metadata)[schema.PATIENT].to_numpy(), oof, bag)
+    weights = settings.library_weights if names else {"image": 1.0}
+    blended = blend(bag.scores, weights, bag.scores)
+    oof = metadata.select(schema.ID, fold, schema.TARGET).with_columns(**bag.scores, blend=blended)
+    summaries = _summaries(with_patient(metadata)[schema.PATIENT].to_numpy(), oof)
     root = settings.output_dir / (settings.name or _default_name(settings, spec))
     clear(root)
-    files = _write_files(root, bag, State(spec.names, bag.encodings, standard), folds, oof, summaries)
-    write_manifest(root, files, _manifest(settings, spec, folds, bag, summaries))
-    size = f"{len(spec.names) or 1} features, {len(table)} rows, {folds.num_folds} folds, {len(bag.boosters)} boosters"
+    files = _write_files(root, bag, State(names, bag.encodings, image), folds, oof, summaries)
+    write_manifest(root, files, _manifest(settings, image, folds, bag, weights, summaries))
+    size = f"{len(names) or 1} features, {len(table)} rows, {folds.num_folds} folds, {len(bag.boosters)} boosters"
     print(f"{settings.features}: {size}\n{scores.table(summaries)}\nensemble: {root}")
     print(f"report: {write_report(root, settings.data, settings.embeddings)}")
 
@@ -122,7 +193,7 @@ def fit_bag(
     fold: NDArray[np.integer],
     settings: FitSettings,
 ) -> Bag:
-    """Fits one booster a fold and seed on the other folds' rows and scores the fold's own rows with it.
+    """Fits one booster a library, fold and seed on the other folds' rows and scores the fold's own rows with it.
 
     Args:
         table: feature table of N rows.
@@ -134,25 +205,25 @@ def fit_bag(
     """
     seeds = range(settings.seed, settings.seed + settings.seeds)
     plan = np.unique(fold).tolist()
-    bag = Bag({}, {}, {f"{LIBRARY}_seed_{seed}": np.zeros(len(table)) for seed in seeds})
+    tasks = [(library, k, seed) for library in settings.libraries for k in plan for seed in seeds]
+    bag = Bag({}, {}, {model_name(library, seed): np.zeros(len(table)) for library, _, seed in tasks})
     for k in plan:
         _need_both_classes(target[fold != k], k)
         bag.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), names)
 
-    def fit_one(task: tuple[int, int]) -> tuple[str, NDArray[np.float64]]:
-        k, seed = task
+    def fit_one(task: tuple[str, int, int]) -> tuple[str, NDArray[np.float64]]:
+        library, k, seed = task
         rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
         matrix = _with_noise(bag.encodings[k].transform(table[rows]), names, settings.image_noise, (seed, k))
-        text = LIBRARIES[LIBRARY].fit(matrix, target[rows], names, settings.num_rounds, seed)
+        text = LIBRARIES[library].fit(matrix, target[rows], names, settings.parameters(library), seed)
         held_out = bag.encodings[k].transform(table.filter(pl.Series(fold == k)))
-        return text, LIBRARIES[LIBRARY].load(text)(held_out, 1)
+        return text, LIBRARIES[library].load(text)(held_out, 1)
 
     with ThreadPoolExecutor(settings.num_threads or available_cpus()) as pool:
-        tasks = [(k, seed) for k in plan for seed in seeds]
         fitted = tqdm(pool.map(fit_one, tasks), "boosters", len(tasks), leave=False, disable=None)
-        for (k, seed), (text, score) in zip(tasks, fitted, strict=True):
-            bag.boosters[k, seed] = text
-            bag.scores[f"{LIBRARY}_seed_{seed}"][fold == k] = score
+        for (library, k, seed), (text, score) in zip(tasks, fitted, strict=True):
+            bag.boosters[library, k, seed] = text
+            bag.scores[model_name(library, seed)][fold == k] = score
     return bag
 
 
@@ -180,21 +251,6 @@ def _need_both_classes(target: NDArray[np.integer], fold: int) -> None:
         raise UserError(f"the rows outside fold {fold} all have target {target[0]}; use fewer folds or more data")
 
 
-def _image(
-    settings: FitSettings, spec: FeatureSpec, metadata: pl.DataFrame, folds: Folds
-) -> tuple[Standard | None, pl.DataFrame | None]:
-    if not spec.image:
-        return None, None
-    if settings.embeddings is None:
-        raise UserError(
-            f"--features {settings.features} needs --embeddings outputs/embeddings/<config>; "
-            "run `python -m infer embed` first"
-        )
-    logits = image_scores.oof_logits(settings.embeddings, metadata, folds)
-    standard = image_scores.fit_standard(logits)
-    return standard, image_scores.image_features(logits, standard, metadata)
-
-
 def _note_blank(table: pl.DataFrame) -> None:
     blank = [column.name for column in table if column.null_count() == len(table)]
     if blank:
@@ -202,50 +258,56 @@ def _note_blank(table: pl.DataFrame) -> None:
 
 
 def _default_name(settings: FitSettings, spec: FeatureSpec) -> str:
-    name = "+".join(spec.words)
-    return f"{name}_{settings.embeddings.name}" if spec.image and settings.embeddings else name
+    root = settings.embeddings or settings.frozen
+    return "+".join(spec.words) + (f"_{root.name}" if spec.images and root else "")
 
 
-def _summaries(patient: NDArray[np.str_], oof: pl.DataFrame, bag: Bag) -> dict[str, Any]:
+def _summaries(patient: NDArray[np.str_], oof: pl.DataFrame) -> dict[str, Any]:
     target, fold = oof[schema.TARGET].to_numpy(), oof["fold"].to_numpy()
-    return {name: scores.summarise(target, score, fold, patient) for name, score in bag.scores.items()}
+    models = oof.drop(schema.ID, schema.TARGET, "fold")
+    return {column.name: scores.summarise(target, column.to_numpy(), fold, patient) for column in models}
 
 
 def _write_files(
     root: Path, bag: Bag, state: State, folds: Folds, oof: pl.DataFrame, summaries: dict[str, Any]
 ) -> list[str]:
     """Writes all but the manifest and returns the names."""
-    boosters = {LIBRARIES[LIBRARY].file_name(LIBRARY, *key): text for key, text in bag.boosters.items()}
+    boosters = {file_name(*key): text for key, text in bag.boosters.items()}
     for name, text in boosters.items():
         write_text(root / name, text)
-    state.write(root / STATE)
+    state_files = state.write(root)
     folds.write(root / fold_plans.FILE)
     write_parquet(root / OOF, oof)
     write_json(root / scores.FILE, summaries)
-    return [*boosters, STATE, fold_plans.FILE, OOF, scores.FILE]
+    return [*boosters, *state_files, fold_plans.FILE, OOF, scores.FILE]
 
 
-MODEL_SETTINGS = {"seeds", "seed", "num_rounds", "negatives", "image_noise", "num_folds", "split_seed"}
+MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "num_folds", "split_seed", "components"}
 """The settings that shape the model; where it was run and on how many threads do not."""
 
 
 def _manifest(
-    settings: FitSettings, spec: FeatureSpec, folds: Folds, bag: Bag, summaries: dict[str, Any]
+    settings: FitSettings,
+    image: ImageState,
+    folds: Folds,
+    bag: Bag,
+    weights: Mapping[str, float],
+    summaries: dict[str, Any],
 ) -> dict[str, Any]:
-    embeddings = None
-    if spec.image and settings.embeddings:
-        embeddings = image_scores.made_with(settings.embeddings, "train", folds.digest)
-    file_name = LIBRARIES[LIBRARY].file_name
+    libraries = [library for library in weights if library in LIBRARIES]
+    packages = (LIBRARIES[library].package for library in libraries)
     return {
         "features": settings.features,
         "boosters": [
-            {"file": file_name(LIBRARY, k, seed), "library": LIBRARY, "fold": k, "seed": seed}
-            for k, seed in bag.boosters
+            {"file": file_name(library, k, seed), "library": library, "fold": k, "seed": seed}
+            for library, k, seed in bag.boosters
         ],
+        "weights": dict(weights),
+        "parameters": {library: settings.parameters(library) for library in libraries},
         "folds_digest": folds.digest,
-        "embeddings": embeddings,
+        **origins(image, settings.sources, "train", folds.digest),
         "metadata_sha256": sha256(Dataset(settings.data).metadata_path("train")),
         "settings": settings.model_dump(mode="json", include=MODEL_SETTINGS),
         "scores": summaries["blend"],
-        "versions": versions("isic-toolkit", "lightgbm", "numpy", "polars", "scikit-learn"),
+        "versions": versions("isic-toolkit", *packages, "numpy", "polars", "scikit-learn"),
     }

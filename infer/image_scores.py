@@ -74,7 +74,7 @@ def oof_logits(root: Path, metadata: pl.DataFrame, folds: Folds) -> pl.DataFrame
     logits = _read(root, "train")
     plan = metadata.select(schema.ID).with_columns(folds.of(metadata).alias("fold"))
     table = plan.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
-    _refuse_gaps(table, root, "train")
+    _refuse_blank(table, root, "train")
     return table
 
 
@@ -94,7 +94,7 @@ def scoring_logits(
     every = pl.DataFrame({"fold": pl.Series(list(standard.folds), dtype=pl.Int8)})
     table = metadata.select(schema.ID).join(every, how="cross", maintain_order="left_right")
     table = table.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
-    _refuse_gaps(table, root, split)
+    _refuse_blank(table, root, split)
     return table
 
 
@@ -156,14 +156,25 @@ def _read(root: Path, split: Split) -> pl.DataFrame:
     return logits
 
 
-def _refuse_gaps(table: pl.DataFrame, root: Path, split: Split) -> None:
-    """Raises a UserError where a logit is missing, unless the run has said of that image that it cannot be used."""
+def _refuse_blank(table: pl.DataFrame, root: Path, split: Split) -> None:
+    refuse_gaps(table.filter(pl.col("logit").is_null()), table[schema.ID].n_unique(), root, split)
+
+
+def refuse_gaps(gaps: pl.DataFrame, num_images: int, root: Path, split: Split) -> None:
+    """Raises a UserError where an embedding is missing, unless the run has said of that image that it cannot be used.
+
+    Args:
+        gaps: `isic_id` and `fold` of what is missing.
+        num_images: how many images there should be.
+    """
     errors = root / split / ERRORS_FILE
+    if gaps.is_empty():
+        return
     skipped = pl.read_parquet(errors)[schema.ID] if errors.is_file() else pl.Series(dtype=pl.String)
-    gaps = table.filter(pl.col("logit").is_null() & ~pl.col(schema.ID).is_in(skipped.implode()))
+    gaps = gaps.filter(~pl.col(schema.ID).is_in(skipped.implode()))
     if len(gaps):
         raise UserError(
-            f"{root} lacks the {split} embeddings of {gaps[schema.ID].n_unique()} of {table[schema.ID].n_unique()} "
+            f"{root} lacks the {split} embeddings of {gaps[schema.ID].n_unique()} of {num_images} "
             f"images, the first is {gaps[schema.ID][0]} for fold {gaps['fold'][0]}; "
             f"run `python -m infer embed --split {split}` on all of them, for every fold"
         )

@@ -5,18 +5,19 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 from pydantic import Field
 
 from infer import image_scores
+from infer.blend import Scores, blend, model_name
 from infer.boosters import read_booster
 from infer.ensemble import MANIFEST, Ensemble, open_ensemble
+from infer.image_features import Sources, frames, origins
 from isic import schema
 from isic.config import Settings
 from isic.dataset import Dataset, Split
 from isic.errors import UserError
 from isic.features import needed_columns
-from isic.files import atomic_path, sha256, versions, write_manifest
+from isic.files import atomic_path, sha256, versions, write_manifest, write_parquet
 from isic.metadata import read_metadata, require
 
 
@@ -28,8 +29,9 @@ class PredictSettings(Settings):
         Path("outputs/ensemble"), description="an ensemble's folder, or one with a single ensemble in it"
     )
     embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, where the ensemble uses image scores"
+        None, description="outputs/embeddings/<config>, where the ensemble uses the fold models"
     )
+    frozen: Path | None = Field(None, description="the frozen model's embeddings, where the ensemble uses them")
     output: Path = Field(Path("submission.csv"), description="the submission to write")
     split: Split = Field("test", description="which table to score")
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
@@ -43,40 +45,50 @@ def predict(settings: PredictSettings) -> None:
     metadata = read_metadata(path)
     require(metadata, needed_columns(ensemble.spec.tabular), path)
     order = submission_order(dataset, settings.split, metadata)
-    image, embeddings = _image(settings, ensemble, metadata)
-    score = score_table(ensemble, ensemble.spec.frame(metadata, image), settings.num_threads)
+    image, made_with = _image(settings, ensemble, metadata)
+    models = score_models(ensemble, ensemble.spec.frame(metadata, image), settings.num_threads)
+    reference = ensemble.oof_models() if len(ensemble.weights) > 1 else {}
+    score = np.clip(blend(models, ensemble.weights, reference), 0.0, 1.0)
     scored = metadata.select(schema.ID, pl.Series(schema.TARGET, score))
     _write(settings.output, order.join(scored, on=schema.ID, maintain_order="left"))
+    write_parquet(models_path(settings.output), metadata.select(schema.ID).with_columns(**models, blend=score))
     write_manifest(
         settings.output,
         ensemble=sha256(ensemble.root / MANIFEST),
         folds_digest=ensemble.manifest["folds_digest"],
         features=ensemble.manifest["features"],
-        embeddings=embeddings,
+        **made_with,
         metadata_sha256=sha256(path),
-        versions=versions("isic-toolkit", "lightgbm", "numpy", "polars", "scikit-learn"),
+        models={"file": models_path(settings.output).name, "sha256": sha256(models_path(settings.output))},
+        versions=versions("isic-toolkit", *ensemble.manifest["versions"]),
     )
     print(f"submission: {settings.output} ({len(metadata)} rows, scores {score.min():.4f} to {score.max():.4f})")
 
 
-def score_table(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> NDArray[np.float64]:
-    """Returns each row's score in [0, 1]: the mean over all boosters, or the image model's score as a probability.
+def models_path(submission: Path) -> Path:
+    """The probabilities of each model beside `submission.csv`: `submission_models.parquet`."""
+    return submission.with_name(f"{submission.stem}_models.parquet")
+
+
+def score_models(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> dict[str, Scores]:
+    """Returns each model's probabilities: the mean over its folds' boosters, or the image model's score as one.
 
     Args:
         table: feature table of N rows.
 
     Returns:
-        [N] float64.
+        [N] float64 by the model's name, as in `oof.parquet`.
     """
     boosters = ensemble.manifest["boosters"]
     if not boosters:
-        return image_scores.probability(table)
-    total = np.zeros(len(table))
+        return {"image": image_scores.probability(table)}
+    totals = {model_name(entry["library"], entry["seed"]): np.zeros(len(table)) for entry in boosters}
     for fold, encoding in ensemble.state.encodings.items():
         matrix = encoding.transform(table)
         for entry in (entry for entry in boosters if entry["fold"] == fold):
-            total += read_booster(ensemble.root / entry["file"], entry["library"])(matrix, num_threads)
-    return np.clip(total / len(boosters), 0.0, 1.0)
+            score = read_booster(ensemble.root / entry["file"], entry["library"])(matrix, num_threads)
+            totals[model_name(entry["library"], entry["seed"])] += score
+    return {name: total / len(ensemble.state.encodings) for name, total in totals.items()}
 
 
 def submission_order(dataset: Dataset, split: Split, metadata: pl.DataFrame) -> pl.DataFrame:
@@ -114,22 +126,22 @@ def _sample_ids(path: Path) -> pl.DataFrame:
 
 def _image(
     settings: PredictSettings, ensemble: Ensemble, metadata: pl.DataFrame
-) -> tuple[pl.DataFrame | None, dict[str, Any] | None]:
+) -> tuple[list[pl.DataFrame], dict[str, Any]]:
     """The image features and where the embeddings come from."""
-    fitted, standard = ensemble.manifest["embeddings"], ensemble.state.standard
-    if standard is None:
-        return None, None
-    root = settings.embeddings
-    if root is None:
-        raise UserError(f"{ensemble.root} uses image scores; give --embeddings outputs/embeddings/{fitted['config']}")
-    origin = image_scores.made_with(root, settings.split, ensemble.manifest["folds_digest"])
-    if origin["config"] != fitted["config"]:
+    state, digest = ensemble.state.image, ensemble.manifest["folds_digest"]
+    sources = Sources(settings.embeddings, settings.frozen)
+    for flag, needed in state.needs.items():
+        if needed and getattr(sources, flag) is None:
+            config = ensemble.manifest[flag]["config"]
+            raise UserError(f"{ensemble.root} uses images; give --{flag} outputs/embeddings/{config}")
+    found = origins(state, sources, settings.split, digest)
+    fitted = ensemble.manifest["embeddings"]
+    if fitted and found["embeddings"]["config"] != fitted["config"]:
         raise UserError(
-            f"{root} holds embeddings of {origin['config']}, {ensemble.root} was fitted with those of "
-            f"{fitted['config']}; give --embeddings outputs/embeddings/{fitted['config']}"
+            f"{settings.embeddings} holds embeddings of {found['embeddings']['config']}, {ensemble.root} was fitted "
+            f"with those of {fitted['config']}; give --embeddings outputs/embeddings/{fitted['config']}"
         )
-    logits = image_scores.scoring_logits(root, settings.split, metadata, origin["folds_digest"], standard)
-    return image_scores.image_features(logits, standard, metadata), origin
+    return frames(state, sources, settings.split, metadata, digest, None), found
 
 
 def _write(path: Path, table: pl.DataFrame) -> None:

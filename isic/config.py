@@ -65,7 +65,7 @@ def find_config(name: str) -> Path:
         return path
     path = CONFIG_DIR / f"{name}.yaml"
     if not path.is_file():
-        known = (file.stem for file in CONFIG_DIR.glob("*.yaml"))
+        known = (file.relative_to(CONFIG_DIR).with_suffix("").as_posix() for file in CONFIG_DIR.rglob("*.yaml"))
         raise UserError(f'no config "{name}", {did_you_mean(name, known)}')
     return path
 

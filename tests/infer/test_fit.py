@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from ensembles import settings, write_dataset, write_embeddings, write_run
 
-from infer.boosters import fit_lightgbm, load_lightgbm, min_data
+from infer.boosters import LIBRARIES, min_data, parameters_of, read_booster
 from infer.embeddings import part_path
 from infer.fit import fit, undersample
 from infer.image_scores import fit_standard, image_features
@@ -185,13 +185,46 @@ def test_min_data_is_in_proportion_to_the_rows() -> None:
     assert [min_data(n) for n in (10, 700, 10_000, 31_700, 320_000)] == [10, 10, 27, 85, 85]
 
 
-def test_a_booster_read_back_scores_the_same_whatever_the_batch() -> None:
-    rng = np.random.default_rng(0)
-    matrix = rng.standard_normal((300, 4)).astype(np.float32)
-    target = (matrix[:, 0] > 0).astype(np.int8)
-    predict = load_lightgbm(fit_lightgbm(matrix, target, list("abcd"), 20, 0))
+@pytest.fixture(scope="module")
+def booster_texts() -> dict[str, str]:
+    """A booster of every library that knows the sign of the first of four columns."""
+    parts = {name: (*library_rows(), list("abcd"), parameters_of(name, {"num_rounds": 20}), 0) for name in LIBRARIES}
+    return {name: LIBRARIES[name].fit(*arguments) for name, arguments in parts.items()}
+
+
+def library_rows() -> tuple[np.ndarray, np.ndarray]:
+    matrix = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
+    return matrix, (matrix[:, 0] > 0).astype(np.int8)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_booster_read_back_scores_the_same_whatever_the_batch(booster_texts: dict[str, str], library: str) -> None:
+    matrix, target = library_rows()
+    predict = LIBRARIES[library].load(booster_texts[library])
     whole = predict(matrix, 2)
     assert np.array_equal(whole[5:6], predict(matrix[5:6], 1)) and whole[target == 1].min() > whole[target == 0].max()
+    assert whole.dtype == np.float64 and whole.min() >= 0 and whole.max() <= 1
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_same_seed_gives_the_same_text_and_another_another(booster_texts: dict[str, str], library: str) -> None:
+    arguments = (*library_rows(), list("abcd"), parameters_of(library, {"num_rounds": 20}))
+    assert LIBRARIES[library].fit(*arguments, 0) == booster_texts[library] != LIBRARIES[library].fit(*arguments, 1)
+
+
+@pytest.mark.parametrize("cut", [0, 30, 0.5])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_booster_cut_short_is_refused(
+    booster_texts: dict[str, str], library: str, cut: float, tmp_path: Path
+) -> None:
+    """Half a file makes each of the libraries abort, so one that gets that far would end these tests."""
+    text = booster_texts[library]
+    kept = {0: "", 30: text[:-30], 0.5: text[: len(text) // 2]}[cut]
+    (tmp_path / "model").write_text(kept)
+    with pytest.raises(UserError, match="model does not load"):
+        read_booster(tmp_path / "model", library)
+    with pytest.raises(UserError, match="is missing"):
+        read_booster(tmp_path / "gone", library)
 
 
 def test_a_fold_of_one_class_has_no_score_of_its_own() -> None:
@@ -245,8 +278,10 @@ def test_bad_tables_are_refused(data: Path, tmp_path: Path, message: str) -> Non
         ("lesion_id", "lesion_id stands in training tables only"),
         ("engineerd", 'did you mean "engineered"'),
         ("multimodl", 'did you mean "multimodal"'),
-        ("multimodal", "needs --embeddings"),
-        ("image", "needs --embeddings"),
+        ("multimodal", "need --embeddings"),
+        ("image", "need --embeddings"),
+        ("raw,aligned", "need --embeddings"),
+        ("raw,frozen", "need --frozen"),
     ],
 )
 def test_bad_features_are_refused(data: Path, tmp_path: Path, features: str, message: str) -> None:

@@ -1,6 +1,10 @@
 """Feature values known by hand, and what they must not depend on: labels, other patients, the order of rows."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -180,6 +184,19 @@ def test_the_order_of_rows_changes_nothing(table: pl.DataFrame, extended: pl.Dat
     again = compute(shuffled, EXTENDED)
     assert again[schema.ID].to_list() == shuffled[schema.ID].to_list()
     assert same(again.sort(schema.ID), extended.sort(schema.ID))
+
+
+def test_the_number_of_threads_changes_nothing(table: pl.DataFrame, extended: pl.DataFrame, tmp_path: Path) -> None:
+    """Polars takes its number of threads when it is first imported, so the other number needs another process."""
+    assert pl.thread_pool_size() != 3, "this test must use another number"
+    table.write_parquet(tmp_path / "table.parquet")
+    script = (
+        "import sys, polars as pl; from isic.features import SETS, compute; assert pl.thread_pool_size() == 3; "
+        "compute(pl.read_parquet(sys.argv[1]), SETS['extended']).write_parquet(sys.argv[2])"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "table.parquet", tmp_path / "features.parquet"]
+    subprocess.run(command, env=os.environ | {"POLARS_MAX_THREADS": "3"}, cwd=Path(__file__).parents[2], check=True)
+    assert same(pl.read_parquet(tmp_path / "features.parquet"), extended)
 
 
 def test_labels_change_nothing(table: pl.DataFrame, extended: pl.DataFrame) -> None:

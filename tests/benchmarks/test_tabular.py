@@ -1,0 +1,21 @@
+from pathlib import Path
+
+import polars as pl
+from conftest import Cli
+
+from benchmarks.tabular import WAYS, check_same, write_table
+
+
+def test_pandas_and_ours_make_the_same_features(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.parquet", 1500)
+    check_same(tmp_path / "t.parquet")
+
+
+def test_every_way_has_its_row(tmp_path: Path, cli: Cli) -> None:
+    few = ["--rows", 60, "--predict_rows", 500, "--trees", 2, "--fit_rounds", 2, "--repeats", 1]
+    ended = cli("benchmarks", "tabular", *few, "--results", tmp_path)
+    assert ended.code == 0, ended.err
+    rows = pl.read_csv(tmp_path / "tabular.csv")
+    boosters = [f"{name}, one booster" for name in ("lightgbm", "xgboost", "catboost")]
+    assert rows["what"].to_list() == [*WAYS, *boosters, "predict, 2 trees, 968 features"]
+    assert rows["peak_mb"].drop_nulls().min() > 50 and rows["rows_per_second"][-1] > 0

@@ -1,0 +1,158 @@
+"""Several libraries in one ensemble: their settings, how they are blended, and that prediction follows."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from conftest import Cli
+from ensembles import NUM_FOLDS, settings, write_dataset
+
+from infer.blend import blend, rank, seeds_of
+from infer.boosters import LIBRARIES
+from infer.fit import FitSettings, fit
+from infer.predict import PredictSettings, predict
+from isic.config import CONFIG_DIR, build
+from isic.errors import UserError
+from isic.files import sha256
+
+QUICK = {"num_rounds": 8}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("libraries") / "data")
+
+
+@pytest.fixture(scope="module")
+def config(data: Path) -> Path:
+    """Settings of all three libraries in a file, one of them changed."""
+    path = data.parent / "mine.yaml"
+    path.write_text(
+        "features: raw\nlibraries: lightgbm, xgboost, catboost\nweights: 2, 1, 1\nseeds: 2\nnum_folds: 3\n"
+        "num_rounds: 8\ncatboost: {depth: 3}\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted(data: Path, config: Path) -> Path:
+    fit(FitSettings(config=str(config), data=data, output_dir=data.parent, name="three", num_threads=1))
+    return data.parent / "three"
+
+
+def test_every_library_has_its_boosters_scores_and_settings(fitted: Path) -> None:
+    manifest = json.loads((fitted / "ensemble.json").read_text())
+    assert {entry["library"] for entry in manifest["boosters"]} == set(LIBRARIES)
+    assert len(manifest["boosters"]) == 3 * NUM_FOLDS * 2 and manifest["weights"]["lightgbm"] == 2
+    assert manifest["parameters"]["catboost"]["depth"] == 3 and manifest["parameters"]["xgboost"]["num_rounds"] == 8
+    assert json.loads((fitted / "xgboost_fold_0_seed_1.json").read_text())["learner"]
+    assert json.loads((fitted / "catboost_fold_0_seed_1.json").read_text())["oblivious_trees"]
+    oof = pl.read_parquet(fitted / "oof.parquet")
+    models = [f"{library}_seed_{seed}" for library in LIBRARIES for seed in range(2)]
+    assert oof.columns == ["isic_id", "fold", "target", *models, "blend"]
+    assert {"lightgbm", "xgboost-cpu", "catboost"} < set(manifest["versions"])
+
+
+def test_the_blend_is_the_weighted_mean_of_ranks(fitted: Path) -> None:
+    oof = pl.read_parquet(fitted / "oof.parquet")
+    ranks = {}
+    for library in LIBRARIES:
+        mean = (oof[f"{library}_seed_0"] + oof[f"{library}_seed_1"]) / 2
+        ranks[library] = (mean.rank("average") - 0.5) / len(mean)
+    expected = (2 * ranks["lightgbm"] + ranks["xgboost"] + ranks["catboost"]) / 4
+    np.testing.assert_allclose(oof["blend"], expected, atol=1e-12)
+
+
+def test_another_number_of_threads_gives_the_same_bytes(data: Path, config: Path, fitted: Path, cli: Cli) -> None:
+    flags = ["--data", data, "--output_dir", data.parent / "threads", "--name", "three", "--num_threads", 3]
+    ended = cli("infer", "fit", "--config", config, *flags)
+    assert ended.code == 0, ended.err
+    roots = (data.parent / "threads" / "three", fitted)
+    again, before = ({path.name: path.read_bytes() for path in root.iterdir()} for root in roots)
+    assert again == before
+
+
+def test_flags_win_over_the_file(config: Path) -> None:
+    chosen = build(FitSettings, {"config": str(config), "catboost": "{depth: 2}", "seeds": "4"})
+    assert chosen.parameters("catboost")["depth"] == 2 and chosen.seeds == 4 and chosen.features == "raw"
+
+
+def test_prediction_blends_as_fitting_did_and_one_row_scores_what_it_scores_among_others(
+    data: Path, fitted: Path, tmp_path: Path
+) -> None:
+    where = {"ensemble": fitted, "num_threads": 2}
+    predict(PredictSettings(data=data, output=tmp_path / "s.csv", **where))
+    models, submission = pl.read_parquet(tmp_path / "s_models.parquet"), pl.read_csv(tmp_path / "s.csv")
+    oof = pl.read_parquet(fitted / "oof.parquet")
+    assert models.columns == ["isic_id", *oof.columns[3:]]
+    assert models["blend"].equals(submission["target"], check_names=False)
+    columns = [{name: frame[name].to_numpy() for name in oof.columns[3:-1]} for frame in (models, oof)]
+    np.testing.assert_array_equal(
+        models["blend"], blend(columns[0], dict.fromkeys(LIBRARIES, 1) | {"lightgbm": 2}, columns[1])
+    )
+    manifest = json.loads((tmp_path / "s.csv.json").read_text())
+    assert manifest["models"] == {"file": "s_models.parquet", "sha256": sha256(tmp_path / "s_models.parquet")}
+    one = tmp_path / "one"
+    one.mkdir()
+    pl.read_csv(data / "test-metadata.csv", infer_schema=False)[:1].write_csv(one / "test-metadata.csv")
+    predict(PredictSettings(data=one, output=one / "s.csv", **where))
+    again = pl.read_parquet(one / "s_models.parquet").row(0, named=True)
+    assert again == models.filter(isic_id=again["isic_id"]).row(0, named=True)
+
+
+def test_compare_blends_seed_by_seed(data: Path, fitted: Path, cli: Cli) -> None:
+    fit(settings(data, data.parent, features="raw", seeds=2, name="one", **QUICK))
+    ended = cli("infer", "compare", data.parent / "one", fitted, "--data", data, "--draws", 100)
+    assert ended.code == 0, ended.err
+    assert "of 2\n" in ended.out and "second against first" in ended.out
+
+
+def test_ranks_keep_every_order_and_reach_beyond_what_was_seen() -> None:
+    reference = np.array([0.2, 0.4, 0.4, 0.6])
+    score = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 1.0])
+    ranks = rank(score, reference)
+    assert (np.diff(ranks) > 0).all() and ranks.min() > 0 and ranks.max() < 1
+    assert ranks[[2, 4, 5]].tolist() == [0.125, 0.5, 0.875]
+
+
+def test_a_library_alone_keeps_its_probabilities() -> None:
+    models = {"lightgbm_seed_3": np.array([0.1, 0.9]), "lightgbm_seed_4": np.array([0.3, 0.7])}
+    assert blend(models, {"lightgbm": 5.0}, {}).tolist() == pytest.approx([0.2, 0.8])
+    assert seeds_of([*models, "xgboost_seed_4"], ["lightgbm", "xgboost"]) == [4]
+
+
+BAD = {
+    "unknown library \"xgbost\", did you mean \"xgboost\"": {"libraries": "lightgbm,xgbost"},
+    "name each library once": {"libraries": "xgboost,xgboost"},
+    "weights needs 2 numbers": {"libraries": "xgboost,lightgbm", "weights": "1,2,3"},
+    "weights must be above 0": {"weights": "0"},
+    "xgboost has no setting \"max_dept\" here, did you mean \"max_depth\"": {"xgboost": "{max_dept: 3}"},
+    "--lightgbm: .*dictionary": {"lightgbm": "3"},
+    "no config \"ensembles/thre\", did you mean \"ensembles/three\"": {"config": "ensembles/thre"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_settings_are_refused(message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(FitSettings, BAD[message])
+
+
+def test_a_config_with_an_unknown_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("seds: 3\n")
+    with pytest.raises(UserError, match=r'bad\.yaml: unknown key "seds", did you mean "seeds"'):
+        build(FitSettings, {"config": str(tmp_path / "bad.yaml")})
+
+
+@pytest.mark.parametrize("path", sorted((CONFIG_DIR / "ensembles").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_valid(path: Path) -> None:
+    build(FitSettings, {"config": f"ensembles/{path.stem}"})
+
+
+def test_a_library_that_is_not_installed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "catboost", None)
+    with pytest.raises(UserError, match="catboost is not installed; run `pip install"):
+        LIBRARIES["catboost"].load("{}")
