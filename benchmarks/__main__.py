@@ -1,18 +1,20 @@
-"""`python -m benchmarks ingest | train | embed | tabular | accuracy | ablation | report`: what each step costs and gives."""
+"""`python -m benchmarks <command>`: what each step costs and gives on this machine."""
 
+import sys
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
-from benchmarks.ablation import ablation
-from benchmarks.accuracy import accuracy
-from benchmarks.embed import embed
-from benchmarks.ingest import ingest
-from benchmarks.report import report
-from benchmarks.tabular import tabular
-from benchmarks.train import train
 from isic import cli
 from isic.config import Settings, build
 from train.config import TrainSettings, load_settings
+
+COMMANDS = (
+    *("throughput", "export", "peers", "ingest", "train", "embed", "tabular", "accuracy", "ablation"),
+    *("report", "check", "pack", "gpu"),
+)
+"""Each is a function of a module of the same name. Only the one that is asked for is imported: what another needs may
+be missing here."""
 
 
 def load(model: type[Settings], flags: Mapping[str, Any]) -> Settings:
@@ -21,13 +23,5 @@ def load(model: type[Settings], flags: Mapping[str, Any]) -> Settings:
 
 
 if __name__ == "__main__":
-    commands: dict[str, cli.Command] = {
-        "ingest": ingest,
-        "train": train,
-        "embed": embed,
-        "tabular": tabular,
-        "accuracy": accuracy,
-        "ablation": ablation,
-        "report": report,
-    }
-    cli.run(commands, load)
+    asked = [name for name in sys.argv[1:2] if name in COMMANDS]
+    cli.run({name: getattr(import_module(f"benchmarks.{name}"), name) for name in asked or COMMANDS}, load)

@@ -2,9 +2,11 @@
 
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ import polars as pl
 from isic.files import atomic_path, versions
 
 RESULTS = Path(__file__).parent / "results"
+COMMIT_FILE = Path(__file__).parent / "COMMIT"
+"""Names the commit where the code was copied without its history."""
+MACHINE = ("processor", "accelerator", "cores")
+"""Columns that tell one kind of machine from another."""
 PACKAGES = (
     "torch",
     "timm",
@@ -26,15 +32,18 @@ PACKAGES = (
     "lightgbm",
     "xgboost-cpu",
     "catboost",
+    "tensorrt",
+    "tensorrt_rtx",
 )
 
 
 def machine() -> dict[str, Any]:
-    """Returns what a figure depends on beside the code: processor, cores, Python, packages, commit, time."""
+    """Returns what a figure depends on beside the code: processor, cores, GPU, Python, packages, commit, time."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "processor": _processor(),
+        "accelerator": accelerator(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         "versions": " ".join(f"{name}={version}" for name, version in versions(*PACKAGES).items()),
@@ -57,11 +66,25 @@ def append(benchmark: str, rows: Sequence[Mapping[str, Any]], results: Path | No
     return path
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Returns the short hash of the code that runs, `unknown` where nothing says it."""
+    if COMMIT_FILE.is_file():
+        return COMMIT_FILE.read_text().strip()
     ended = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
     )
     return ended.stdout.strip() or "unknown"
+
+
+@cache
+def accelerator() -> str | None:
+    """Returns the name of the machine's GPU, None where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    ended = subprocess.run(query, capture_output=True, text=True, check=False)
+    names = ended.stdout.split("\n")
+    return names[0].strip() or None if ended.returncode == 0 else None
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: writes the README's tables from the CSVs, so that they hold no other numbers."""
+"""`python -m benchmarks report`: the README's tables and a page of charts from the CSVs: they hold no other numbers."""
 
 import re
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ from pathlib import Path
 import polars as pl
 from pydantic import Field
 
-from benchmarks.record import RESULTS
+from benchmarks.page import last_rows, read, render
+from benchmarks.record import MACHINE, RESULTS
 from isic.config import Settings
-from isic.errors import UserError
+from isic.errors import UserError, did_you_mean
 from isic.files import write_text
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -20,6 +21,7 @@ class ReportSettings(Settings):
 
     readme: Path = Field(README, description="file whose tables are written anew")
     results: Path = Field(RESULTS, description="folder of the CSVs")
+    page: Path = Field(Path("outputs/benchmarks.html"), description="the page of charts and all tables")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,83 @@ class Table:
 
 
 TABLES = {
+    "throughput": Table(
+        "throughput",
+        (*MACHINE, "what", "engine", "precision", "batch", "device", "input"),
+        {
+            "what": "config",
+            "processor": "processor",
+            "accelerator": "GPU",
+            "engine": "engine",
+            "precision": "precision",
+            "batch": "batch",
+            "images_per_second": "images/s (median)",
+            "min": "min",
+            "max": "max",
+            "p50_ms": "ms, median",
+            "p99_ms": "ms, 99th percentile",
+            "peak_mb": "peak MB",
+            "of_matmul": "of the matmul rate",
+            "of_copy": "of the copy bandwidth",
+            "bound_by": "bound by",
+            "cosine": "cosine",
+            "reason": "not measured, because",
+        },
+    ),
+    "export": Table(
+        "export",
+        (*MACHINE, "what", "format", "precision"),
+        {
+            "what": "config",
+            "format": "format",
+            "precision": "precision",
+            "seconds": "seconds",
+            "megabytes": "MB",
+            "cosine": "cosine",
+            "max_logit_error": "logit error",
+            "reason": "not exported, because",
+        },
+    ),
+    "peers": Table(
+        "peers",
+        (*MACHINE, "what", "data", "batch", "ours", "peer"),
+        {
+            "what": "config",
+            "ours": "ours",
+            "ours_images_per_second": "images/s",
+            "peer": "peer",
+            "images_per_second": "images/s",
+            "ratio": "ours is faster by",
+            "ratio_min": "min",
+            "ratio_max": "max",
+            "cosine": "cosine",
+            "reason": "not measured, because",
+        },
+    ),
+    "growth": Table(
+        "embed",
+        (*MACHINE, "what", "data", "images"),
+        {
+            "what": "engine",
+            "data": "data",
+            "images": "images",
+            "seconds": "seconds",
+            "us_per_row": "µs an image",
+            "peak_mb": "peak MB",
+            "bound_by": "bound by",
+        },
+    ),
+    "growth_tabular": Table(
+        "tabular",
+        (*MACHINE, "what", "rows"),
+        {
+            "what": "step",
+            "rows": "rows",
+            "seconds": "seconds",
+            "us_per_row": "µs a row",
+            "peak_mb": "peak MB",
+        },
+    ),
     "ingest": Table(
         "ingest",
         ("what",),
@@ -95,30 +174,36 @@ TABLES = {
         },
     ),
 }
-MARK = r"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def report(settings: ReportSettings) -> None:
-    """Writes every table of the README anew from the last results."""
+    """Writes every table of the README anew from the last results, and a page that shows them all."""
     text = settings.readme.read_text(encoding="utf-8")
     write_text(settings.readme, with_tables(text, settings.results))
-    print(f"wrote the tables of {settings.readme}")
+    write_text(settings.page, render(settings.results))
+    print(f"wrote the tables of {settings.readme}, and {settings.page}")
 
 
 def with_tables(text: str, results: Path) -> str:
     """Returns a Markdown text with the tables between its marks made from the CSVs."""
-    for name, table in TABLES.items():
-        path = results / f"{table.csv}.csv"
-        pattern = re.compile(MARK.format(name=name), re.DOTALL)
-        if not path.is_file() or not pattern.search(text):
-            raise UserError(f"the table {name} needs {path} and its mark in the text; run the benchmark first")
-        rendered = markdown(pl.read_csv(path, infer_schema=False), table)
-        text = pattern.sub(lambda match, body=rendered: match[1] + body + match[2], text)  # type: ignore[misc]
-    return text
+    return MARK.sub(lambda match: match[1] + _table(match[2], results) + match[3], text)
+
+
+def _table(name: str, results: Path) -> str:
+    if name not in TABLES:
+        raise UserError(f'there is no table "{name}", {did_you_mean(name, TABLES)}')
+    path = results / f"{TABLES[name].csv}.csv"
+    if not path.is_file():
+        raise UserError(f"the table {name} needs {path}; run the benchmark first")
+    return markdown(read(path), TABLES[name])
 
 
 def markdown(rows: pl.DataFrame, table: Table) -> str:
-    """Renders the last row of each kind."""
-    last = rows.unique(table.key, keep="last", maintain_order=True).select(list(table.columns)).fill_null("")
-    lines = [list(table.columns.values()), ["---"] * len(table.columns), *map(list, last.iter_rows())]
+    """Renders the last row of each kind, without the columns that are blank in all."""
+    last = last_rows(rows, table.key)
+    shown = {name: heading for name, heading in table.columns.items() if name in last.columns}
+    last = last.select(list(shown))
+    shown = {name: heading for name, heading in shown.items() if last[name].null_count() < len(last)}
+    lines = [list(shown.values()), ["---"] * len(shown), *map(list, last.select(list(shown)).fill_null("").iter_rows())]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

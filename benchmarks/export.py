@@ -1,0 +1,83 @@
+"""`python -m benchmarks export`: what building each format takes, how large it is, and how near to the network."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from benchmarks.fresh import (
+    ALL,
+    BUILD_ERRORS,
+    Fresh,
+    build_artifact,
+    chosen,
+    create_fresh,
+    example_images,
+    find_configs,
+    first_line,
+)
+from benchmarks.record import append
+from export.formats import FORMATS, TOLERANCES, device_of
+from export.parity import ParityError, Reference, check_parity
+from export.run import summary
+from infer.engines import create, works
+from isic.config import Settings, Several
+
+NUM_IMAGES = 32
+CONFIGS = (
+    "vit_tiny",
+    "vit_small",
+    "vit_base",
+    "eva02_small",
+    "eva02_base",
+    "convnext_tiny",
+    "multitask_vit_tiny",
+)
+
+
+class ExportSettings(Settings):
+    """What `python -m benchmarks export` takes."""
+
+    config: Several[str] = Field(CONFIGS, description="configs, separated by commas, or all")
+    formats: Several[str] = Field((ALL,), description="formats, separated by commas, or all")
+    precision: Several[str] = Field((ALL,), description="precisions, separated by commas, or all")
+    data: Path | None = Field(None, description="dataset whose images the parity gate sees; noise if not given")
+    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+
+
+def export(settings: ExportSettings) -> None:
+    """Builds fresh networks in every format and precision, and has the parity gate compare them in float32."""
+    offered = {name: FORMATS[name].precisions[device_of(name, "auto")] for name in FORMATS}
+    known = [(name, precision) for name, precisions in offered.items() for precision in precisions]
+    names = chosen("formats", settings.formats, list(dict.fromkeys(name for name, _ in known)))
+    precisions = chosen("precision", settings.precision, list(dict.fromkeys(precision for _, precision in known)))
+    for config in find_configs(settings.config):
+        fresh = create_fresh(config)
+        reference = Reference(fresh.model, example_images(settings.data, fresh.spec, NUM_IMAGES))
+        for name, precision in known:
+            if name in names and precision in precisions:
+                row = {"what": fresh.settings.name, "format": name, "precision": precision}
+                row |= figures(fresh, reference, name, precision)
+                print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+                append("export", [row], settings.results)
+
+
+def figures(fresh: Fresh, reference: Reference, name: str, precision: str) -> dict[str, Any]:
+    """Returns seconds, size and parity of one artifact, or the `reason` why it has none."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            artifact = build_artifact(fresh, name, precision, Path(folder))
+        except BUILD_ERRORS as error:
+            return {"reason": f"does not build: {first_line(error)}"}
+        built = {"seconds": round(artifact.seconds, 1), "megabytes": round(artifact.megabytes, 1)}
+        if FORMATS[name].portable and (reason := works(name, artifact.target.device)):
+            return {**built, "reason": f"not compared: {reason}"}
+        try:
+            engine = create(artifact.path, artifact.manifest, artifact.target.device)
+            parity = check_parity(reference, engine, TOLERANCES[precision], artifact.target.batch_sizes)
+        except (ParityError, *BUILD_ERRORS) as error:
+            return {**built, "reason": first_line(error)}
+    worst = summary(parity)
+    error_ = float(f"{worst['max_logit_error']:.1e}")
+    return {**built, "cosine": round(worst["cosine"], 7), "max_logit_error": error_}

@@ -1,0 +1,85 @@
+"""`python -m benchmarks gpu`: every part that says something about a GPU, within a time, each in its own process."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from isic.config import Settings, Several
+from isic.errors import UserError, did_you_mean
+
+SHARES = {"throughput": 0.6, "peers": 0.2, "export": 0.1, "ingest": 0.1}
+"""The parts in their order, and the share of the time after which each is stopped; its rows until then stay."""
+CONFIGS = ("vit_tiny", "convnext_tiny", "vit_base", "eva02_base", "vit_small", "eva02_small", "convnext_base")
+"""The most telling first: time may run out."""
+
+
+class GpuSettings(Settings):
+    """What `python -m benchmarks gpu` takes."""
+
+    data: Path | None = Field(None, description="dataset whose images are used; noise, and fewer parts, if not given")
+    parts: Several[str] = Field(tuple(SHARES), description=f"of {', '.join(SHARES)}, separated by commas")
+    config: Several[str] = Field(CONFIGS, description="configs, separated by commas; the peers run the first")
+    engine: Several[str] = Field(("all",), description="engines of the throughput, separated by commas, or all")
+    precision: Several[str] = Field(("bf16",), description="precisions of the engines, separated by commas, or all")
+    batch: int = Field(256, ge=1, description="images a call")
+    images: int = Field(4096, ge=1, description="images a repeat of peers and ingest")
+    repeats: int = Field(3, ge=1, description="repeats of each part")
+    seconds: float = Field(0.5, gt=0, description="of each repeat of the throughput, at least")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the networks run")
+    minutes: float = Field(9.5, gt=0, description="for all parts together")
+    results: Path | None = Field(None, description="folder of the CSVs; benchmarks/results if not given")
+
+
+def gpu(settings: GpuSettings) -> int:
+    """Runs all parts. One that fails or takes too long costs its own rows only; exits with 1 where none succeeds."""
+    for name in settings.parts:
+        if name not in SHARES:
+            raise UserError(f'--parts: no part "{name}", {did_you_mean(name, SHARES)}')
+    ends = time.monotonic() + 60 * settings.minutes
+    succeeded = 0
+    for at, name in enumerate(settings.parts):
+        left = ends - time.monotonic()
+        of_it = SHARES[name] / sum(SHARES[later] for later in settings.parts[at:])
+        succeeded += run_part(name, flags(name, settings), left * of_it)
+    print(f"{succeeded} of {len(settings.parts)} parts went through")
+    return 0 if succeeded else 1
+
+
+def flags(name: str, settings: GpuSettings) -> dict[str, object]:
+    """Returns the flags of a part's command."""
+    common = {"data": settings.data, "results": settings.results}
+    configs = ",".join(settings.config)
+    precisions, repeats = ",".join(settings.precision), settings.repeats
+    if name == "throughput":
+        engines, where = ",".join(settings.engine), {"device": settings.device, "batch": settings.batch}
+        timing = {"repeats": repeats, "seconds": settings.seconds, "patience": 120}
+        return {**common, **where, **timing, "config": configs, "engine": engines, "precision": precisions}
+    if name == "export":
+        return {**common, "config": configs, "precision": precisions}
+    sized = {**common, "images": settings.images, "repeats": repeats}
+    if name == "ingest":
+        return {**sized, "threads": "1,2,4,8,16", "index": "false"}
+    return {**sized, "config": settings.config[0], "batch": settings.batch, "device": settings.device, "peers": "timm"}
+
+
+def run_part(name: str, wanted: dict[str, object], seconds: float) -> bool:
+    """Runs a part's command for some seconds at most. Returns whether it went through."""
+    command: Sequence[str] = [sys.executable, "-m", "benchmarks", name]
+    command = [
+        *command,
+        *(text for key, value in wanted.items() if value is not None for text in (f"--{key}", f"{value}")),
+    ]
+    print(f"{name}: at most {seconds:.0f} s", flush=True)
+    started = time.monotonic()
+    try:
+        code = subprocess.run(command, timeout=max(seconds, 1.0), check=False).returncode
+    except subprocess.TimeoutExpired:
+        code = None
+    how = "stopped: no time left" if code is None else f"ended with {code}"
+    print(f"{name}: {how} after {time.monotonic() - started:.0f} s", flush=True)
+    return code == 0

@@ -1,0 +1,150 @@
+"""What the machine can do at most, measured, and what a network asks of it, counted."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+MIN_CALLS = 3
+SECONDS = 1.0
+"""Of a measurement, about."""
+MAX_SECONDS = 3.0
+"""Of one large matrix product, as the small one foretells it."""
+SIDES = {"cpu": (256, 1024), "cuda": (1024, 8192)}
+"""Of the square matrices that are multiplied: the first to find out how long it takes, the second to measure."""
+COPIED = {"cpu": 2**28, "cuda": 2**32}
+"""Bytes of the array that is copied: many times the caches."""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ACTIVATION_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4}
+"""Of a value between two layers; layers in int8 take and give float32."""
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a network asks for."""
+
+    flops: float
+    """Floating-point operations an image, a multiply-add being two."""
+    activations: float
+    """Values that matrix products, convolutions and attention read and write an image; the rest can be fused."""
+    weights: float
+    """Values of weights that they read a batch."""
+
+    def bytes_per_image(self, precision: str, batch: int) -> float:
+        """Returns the least memory traffic of an image in a batch of some size."""
+        per_batch = self.weights * WEIGHT_BYTES[precision]
+        return self.activations * ACTIVATION_BYTES[precision] + per_batch / batch
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device does at most in a precision."""
+
+    matmul: float
+    """Floating-point operations a second in a large matrix product."""
+    copy: float
+    """Bytes a second, read and written, in a large copy."""
+
+    def of(self, work: Work, precision: str, batch: int, images_per_second: float) -> dict[str, Any]:
+        """Returns what a rate means: what it achieves, its share of either limit, and which of the two binds.
+
+        `limit_images_per_second` is what the binding one alone would allow.
+        """
+        traffic = work.bytes_per_image(precision, batch)
+        allowed = {"matmul": self.matmul / work.flops, "copy": self.copy / traffic}
+        binding = min(allowed, key=lambda name: allowed[name])
+        return {
+            "gflop_per_image": round(work.flops / 1e9, 3),
+            "achieved_gflops": round(images_per_second * work.flops / 1e9, 1),
+            "matmul_gflops": round(self.matmul / 1e9, 1),
+            "copy_gb_per_second": round(self.copy / 1e9, 1),
+            "of_matmul": round(images_per_second / allowed["matmul"], 4),
+            "of_copy": round(images_per_second / allowed["copy"], 4),
+            "bound_by": binding,
+            "limit_images_per_second": round(allowed[binding], 1),
+        }
+
+
+@cache
+def limits(device: str, precision: str) -> Limits:
+    """Measures a device, once a process. A precision that it computes slower than float32 has float32's limit."""
+    rates = [_matmul_rate(device, name) for name in {"fp32", precision}]
+    return Limits(max(rates), _copy_rate(device))
+
+
+def _matmul_rate(device: str, precision: str) -> float:
+    small, large = SIDES[device]
+    if _seconds(_product(device, precision, small), device) * (large / small) ** 3 > MAX_SECONDS:
+        large = small  # a type that the device emulates
+    return 2.0 * large**3 / _seconds(_product(device, precision, large), device)
+
+
+def _product(device: str, precision: str, side: int) -> Callable[[], object]:
+    if precision == "int8":
+        left, right = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
+        return lambda: torch._int_mm(left, right)
+    left, right = (torch.randn((side, side), device=device).to(DTYPES[precision]) for _ in range(2))
+    return lambda: left @ right
+
+
+@cache
+def _copy_rate(device: str) -> float:
+    source = torch.randint(0, 256, (COPIED[device],), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPIED[device] / _seconds(lambda: target.copy_(source), device)
+
+
+def _seconds(work: Callable[[], object], device: str) -> float:
+    """Returns the seconds of the best call, the device waited for after each: this is to be a limit."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    work()
+    wait()
+    calls: list[float] = []
+    while len(calls) < MIN_CALLS or sum(calls) < SECONDS:
+        started = time.perf_counter()
+        work()
+        wait()
+        calls.append(time.perf_counter() - started)
+    return min(calls)
+
+
+def count_work(model: nn.Module, size: int) -> Work:
+    """Counts the work of a network over uint8 images [N, size, size, 3], in eval mode on the CPU.
+
+    What two images cost more than one is the image's, the rest is the weights'.
+    """
+    one, two = (_counted(model, torch.zeros((n, size, size, 3), dtype=torch.uint8)) for n in (1, 2))
+    activations = float(two.values - one.values)
+    return Work(float(two.flops - one.flops), activations, one.values - activations)
+
+
+@torch.no_grad()  # in inference mode a linear layer would not show as the product that it is
+def _counted(model: nn.Module, images: torch.Tensor) -> "_Counter":
+    with _Counter() as counter:
+        model(images)
+    return counter
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the operations of torch's own table of formulas, and the values that those operators read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+            self.values += sum(leaf.numel() for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor))
+        return out

@@ -1,0 +1,114 @@
+"""`python -m benchmarks pack`: a folder that a GPU machine without a network needs to run the benchmarks."""
+
+import shutil
+import stat
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import Field
+
+from benchmarks.record import COMMIT_FILE, commit
+from isic import schema
+from isic.config import Settings, Several
+from isic.dataset import Dataset
+from isic.errors import UserError
+from isic.files import write_text
+from isic.images import Hdf5Images
+from isic.synth.write import write_images
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("isic", "train", "export", "infer", "benchmarks", "configs")
+WHEELS = (
+    "fire",
+    "termcolor",
+    "pydantic",
+    "pydantic-core",
+    "annotated-types",
+    "typing-inspection",
+    "polars",
+    "polars-runtime-32",
+    "lightgbm",
+)
+"""What a machine set up for PyTorch, timm and ONNX usually lacks."""
+SCRIPT = """#!/bin/sh
+# Installs what is missing beside this file, not into the machine, and runs the benchmarks. Rows land in results/.
+set -eu
+cd "$(dirname "$0")"
+PYTHON=${PYTHON:-python3}
+if [ ! -d site ] && ls wheels/*.whl >/dev/null 2>&1; then
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade --target site wheels/*.whl
+fi
+export PYTHONPATH="$PWD/code:$PWD/site${PYTHONPATH:+:$PYTHONPATH}"
+exec "$PYTHON" -m benchmarks gpu --data data --results results "$@"
+"""
+
+
+class PackSettings(Settings):
+    """What `python -m benchmarks pack` takes."""
+
+    out: Path = Field(description="folder to write; it may not exist yet")
+    data: Path = Field(Path("data/isic-2024"), description="dataset from which a sample of images goes along")
+    images: int = Field(4096, ge=1, description="images of the sample")
+    wheels: Several[str] = Field(WHEELS, description="packages that the machine lacks, as wheels; none: none")
+    python: str = Field("3.12", description="the machine's Python")
+    platform: Several[str] = Field(
+        ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"),
+        description="the machine's platform tags",
+    )
+
+
+def pack(settings: PackSettings) -> None:
+    """Writes code, wheels, a sample of images and the script `run.sh` into a folder to copy over."""
+    if settings.out.exists():
+        raise UserError(f"{settings.out} is there already; name a folder that is not")
+    copy_code(settings.out / "code")
+    copy_sample(settings.data, settings.out / "data", settings.images)
+    if settings.wheels != ("none",):
+        fetch_wheels(settings)
+    script = settings.out / "run.sh"
+    write_text(script, SCRIPT)
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    size = sum(path.stat().st_size for path in settings.out.rglob("*") if path.is_file())
+    print(f"packed {size / 1e6:.0f} MB into {settings.out}; there, run {script.name} and bring back results/")
+
+
+def copy_code(target: Path) -> None:
+    """Copies the rooms without results, and says which commit they are."""
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, target / room, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    write_text(target / COMMIT_FILE.relative_to(ROOT), commit() + "\n")
+
+
+def copy_sample(data: Path, target: Path, number: int) -> None:
+    """Writes the first images of a dataset, and their rows, as a dataset."""
+    dataset = Dataset(data)
+    table = dataset.metadata("train")
+    store = dataset.images("train")
+    names = table[schema.ID].to_list()
+    absent = set(store.missing(names))
+    names = [name for name in names if name not in absent][:number]
+    target.mkdir(parents=True)
+    write_images(target / "train-image.hdf5", zip(names, store.read(names), strict=True))
+    table.filter(table[schema.ID].is_in(names)).write_csv(target / "train-metadata.csv")
+    Hdf5Images(target / "train-image.hdf5")  # writes the index
+
+
+def fetch_wheels(settings: PackSettings) -> None:
+    """Downloads wheels for the other machine in the versions that are installed here. Raises UserError."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", settings.python]
+    command += [part for tag in settings.platform for part in ("--platform", tag)]
+    command += ["--dest", str(settings.out / "wheels"), *map(_pinned, settings.wheels)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        last = (ended.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"pip could not download the wheels ({last}); name others with --wheels, or none")
+
+
+def _pinned(package: str) -> str:
+    try:
+        return f"{package}=={version(package)}"
+    except PackageNotFoundError:
+        return package

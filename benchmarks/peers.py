@@ -1,0 +1,199 @@
+"""`python -m benchmarks peers`: embedding the same images with the same network the way people do it today."""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors.torch import save_file
+
+from benchmarks.fresh import BUILD_ERRORS, Features, Fresh, build_artifact, create_fresh, first_line, least_cosine
+from benchmarks.record import append
+from benchmarks.ways import WAYS, Task
+from infer.embedder import cores
+from isic import schema
+from isic.config import Settings, Several
+from isic.dataset import Dataset
+from isic.errors import UserError
+from isic.files import write_json
+from train.model import backbone_options
+
+OURS = next(iter(WAYS))
+
+
+class PeersSettings(Settings):
+    """What `python -m benchmarks peers` takes."""
+
+    config: str = Field("vit_tiny", description="config whose network, with fresh weights, embeds the images")
+    data: Path = Field(Path("data/isic-2024"), description="dataset folder with train-image.hdf5")
+    format: str = Field("onnx", description="format of ours")
+    precision: Several[str] = Field(("fp32",), description="precisions of ours; the peers compute in float32")
+    peers: Several[str] = Field(("all",), description="parts of the peers' names, separated by commas, or all")
+    images: int = Field(512, ge=1, description="images a repeat")
+    batch: int = Field(16, ge=1, description="images a call of the network")
+    repeats: int = Field(5, ge=1, description="repeats, in which all ways take turns")
+    num_workers: int | None = Field(None, ge=0, description="of the peers' DataLoader; one a core if not given")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the network runs")
+    hf: Path | None = Field(
+        None,
+        description="folder with transformers and optimum, which want an older huggingface_hub than the rest: "
+        "pip install --no-deps --target FOLDER optimum-onnx optimum transformers==4.57.6 tokenizers==0.22.2 "
+        "huggingface_hub==0.36.2 regex",
+    )
+    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+
+
+def peers(settings: PeersSettings) -> None:
+    """Measures `infer embed` end to end beside its peers, in turns, and compares their features by cosine."""
+    fresh = create_fresh(settings.config)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        tasks, reasons = draw_up(fresh, settings, Path(folder))
+        ways = {name: Way(task, Path(folder) / f"task_{at}.json", settings.hf) for at, (name, task) in enumerate(tasks)}
+        reasons |= {name: way.reason for name, way in ways.items() if way.reason}
+        ready = {name: way for name, way in ways.items() if not way.reason}
+        rates = take_turns(ready, len(tasks[0][1].ids), settings.repeats)
+        features = {name: way.features() for name, way in ready.items()}
+    rows = compare_all(rates, features, reasons, [name for name in ways if not name.startswith(OURS)])
+    common = {"what": fresh.settings.name, "data": settings.data.name, "images": len(tasks[0][1].ids)}
+    rows = [{**common, "batch": settings.batch, **row} for row in rows]
+    for row in rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items()))
+    print(f"appended to {append('peers', rows, settings.results)}")
+
+
+def draw_up(fresh: Fresh, settings: PeersSettings, folder: Path) -> tuple[list[tuple[str, Task]], dict[str, str]]:
+    """Returns a task for each way, ours once a precision, and why some of ours cannot be built."""
+    ids = Dataset(settings.data).metadata("train")[schema.ID].to_list()[: settings.images]
+    save_file(fresh.model.backbone.state_dict(), folder / "backbone.safetensors")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    common: dict[str, Any] = {
+        "data": str(settings.data),
+        "ids": ids,
+        "model": fresh.settings.model,
+        "options": backbone_options(fresh.settings),
+        "weights": str(folder / "backbone.safetensors"),
+        "num_features": fresh.model.num_features,
+        "size": fresh.spec.size,
+        "mean": list(fresh.spec.mean),
+        "std": list(fresh.spec.std),
+        "batch": settings.batch,
+        "num_workers": len(cores()) if settings.num_workers is None else settings.num_workers,
+        "device": device,
+    }
+    tasks, reasons = [], {}
+    for precision in settings.precision:
+        name = f"{OURS}, {settings.format} {precision}"
+        try:
+            artifact = build_artifact(fresh, settings.format, precision, folder, device, settings.batch)
+        except BUILD_ERRORS as error:
+            reasons[name] = first_line(error)
+            continue
+        own = {"way": OURS, "folder": _folder(folder, name), "artifact": str(artifact.path)}
+        tasks.append((name, Task(**own, manifest=artifact.manifest, **common)))
+    for name in chosen_peers(settings.peers):
+        tasks.append((name, Task(way=name, folder=_folder(folder, name), **common)))
+    return tasks, reasons
+
+
+def chosen_peers(wanted: tuple[str, ...]) -> list[str]:
+    """Returns the peers that a flag names by parts of their names. Raises UserError for one that there is not."""
+    known = [name for name in WAYS if name != OURS]
+    for part in wanted:
+        if part != "all" and not any(part in name for name in known):
+            raise UserError(f'--peers: no peer has "{part}" in its name; there are {"; ".join(known)}')
+    return [name for name in known if any(part == "all" or part in name for part in wanted)]
+
+
+def _folder(parent: Path, name: str) -> str:
+    folder = parent / "".join(letter if letter.isalnum() else "_" for letter in name)
+    folder.mkdir()
+    return str(folder)
+
+
+class Way:
+    """A way in its own process, opened and waiting to be told to run."""
+
+    def __init__(self, task: Task, path: Path, extra: Path | None) -> None:
+        """Starts it and waits until it is ready. `reason` says why it is not, if it is not."""
+        write_json(path, asdict(task))
+        self.path = path
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        if extra and ("transformers" in task.way or "optimum" in task.way):
+            environment["PYTHONPATH"] = os.pathsep.join([str(extra.resolve()), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "-m", "benchmarks.ways", str(path)]
+        self._log = open(path.with_suffix(".log"), "w+", encoding="utf-8")  # noqa: SIM115  until the process ends
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        self._process = subprocess.Popen(command, text=True, env=environment, **pipes)
+        self.reason = None if self._answer() == "ready" else self._complaint()
+
+    def run(self) -> float:
+        """Embeds all images once and returns the seconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        if not answer:
+            raise UserError(f"a peer ended in the middle: {self._complaint()}; leave it out with --peers")
+        return float(answer)
+
+    def features(self) -> Features:
+        """Ends the process and returns what it computed last, [N, D] float32."""
+        self._process.communicate()
+        self._log.close()
+        return np.asarray(np.load(self.path.with_suffix(".npy")), np.float32)
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def _complaint(self) -> str:
+        self._process.communicate()
+        lines = self.path.with_suffix(".log").read_text(encoding="utf-8").strip().splitlines()
+        self._log.close()
+        return lines[-1][:200] if lines else f"ended with {self._process.returncode}"
+
+
+def take_turns(ways: Mapping[str, Way], num_images: int, repeats: int) -> dict[str, list[float]]:
+    """Returns images per second by way and repeat, after one repeat to warm up."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            rate = num_images / way.run()
+            rates[name] += [rate] if repeat else []
+    return rates
+
+
+def compare_all(
+    rates: Mapping[str, list[float]],
+    features: Mapping[str, Features],
+    reasons: Mapping[str, str],
+    names: list[str],
+) -> list[dict[str, Any]]:
+    """Returns a row for each of ours and each peer: rates, their ratio with its spread, and the least cosine."""
+    ours = [name for name in (*rates, *reasons) if name.startswith(OURS)]
+    rows: list[dict[str, Any]] = []
+    for own in ours:
+        for peer in names:
+            row: dict[str, Any] = {"ours": own, "peer": peer}
+            missing = reasons.get(own) or reasons.get(peer)
+            if missing:
+                rows.append({**row, "reason": missing})
+                continue
+            ratios = [mine / theirs for mine, theirs in zip(rates[own], rates[peer], strict=True)]
+            row |= {
+                "ours_images_per_second": round(statistics.median(rates[own]), 1),
+                "images_per_second": round(statistics.median(rates[peer]), 1),
+                "ratio": round(statistics.median(ratios), 2),
+                "ratio_min": round(min(ratios), 2),
+                "ratio_max": round(max(ratios), 2),
+            }
+            rows.append({**row, "cosine": round(least_cosine(features[own], features[peer]), 7)})
+    return rows

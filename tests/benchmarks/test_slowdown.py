@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+from conftest import Cli
+
+from benchmarks import record
+
+
+def write(folder: Path, *rates: tuple[float, float, float], **columns: object) -> None:
+    for median, low, high in rates:
+        row = {"what": "vit", "engine": "onnx", "precision": "fp32", "batch": 1, "device": "cpu", "input": "noise"}
+        row |= {"images_per_second": median, "min": low, "max": high, **columns}
+        record.append("throughput", [row], folder)
+
+
+@pytest.mark.parametrize(
+    ("before", "last", "code"),
+    [
+        ((100, 95, 105), (80, 76, 84), 1),
+        ((100, 95, 105), (92, 88, 97), 0),  # the ranges meet
+        ((100, 99.5, 100.5), (97, 96.5, 97.5), 0),  # they do not, but it is little
+        ((100, 95, 105), (200, 190, 210), 0),
+    ],
+)
+def test_only_a_slowdown_beyond_noise_fails(
+    before: tuple[float, float, float], last: tuple[float, float, float], code: int, tmp_path: Path, cli: Cli
+) -> None:
+    write(tmp_path, before, last)
+    ended = cli("benchmarks", "check", "--results", tmp_path)
+    assert ended.code == code, ended.out
+    assert f"{last[0] / before[0]:.2f}" in ended.out and "1 compared" in ended.out
+
+
+def test_other_machines_and_other_things_are_not_compared(
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, (100, 99, 101))
+    write(tmp_path, (10, 9, 11), batch=2)
+    write(tmp_path, (None, None, None), reason="not here")  # type: ignore[arg-type]
+    monkeypatch.setattr(record, "accelerator", lambda: "a GPU")
+    write(tmp_path, (1, 0.9, 1.1))
+    ended = cli("benchmarks", "check", "--results", tmp_path)
+    assert ended.code == 0 and "0 compared" in ended.out
+
+
+def test_figures_without_repeats_have_the_noise_that_is_said(tmp_path: Path, cli: Cli) -> None:
+    for rate in (100, 85):
+        record.append("embed", [{"what": "null", "data": "d", "images": 9, "end_to_end": rate}], tmp_path)
+    assert cli("benchmarks", "check", "--results", tmp_path).code == 1
+    assert cli("benchmarks", "check", "--results", tmp_path, "--noise", 0.3).code == 0
+
+
+def test_an_unknown_benchmark_is_a_sentence(tmp_path: Path, cli: Cli) -> None:
+    ended = cli("benchmarks", "check", "--benchmark", "throughputs", "--results", tmp_path)
+    assert ended.code == 2 and 'did you mean "throughput"?' in ended.err

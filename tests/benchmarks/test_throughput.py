@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from conftest import Cli
+
+from benchmarks.fresh import create_fresh
+from benchmarks.limits import Limits, Work, count_work, limits
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A config of a network that runs in a millisecond."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text("model: test_vit\npretrained: false\nimage_size: 32\n")
+    return path
+
+
+def test_every_engine_is_measured_in_its_own_process(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    flags = ["--precision", "fp32", "--batch", "1,2", "--repeats", 2, "--seconds", 0.01, "--device", "cpu"]
+    ended = cli("benchmarks", "throughput", "--config", tiny, "--engine", "eager,onnx", *flags, "--results", tmp_path)
+    assert ended.code == 0, ended.err
+    rows = pl.read_csv(tmp_path / "throughput.csv")
+    assert rows.select("what", "engine", "batch").rows() == [("tiny", e, b) for e in ("eager", "onnx") for b in (1, 2)]
+    assert (rows["min"] <= rows["images_per_second"]).all() and (rows["images_per_second"] <= rows["max"]).all()
+    assert (rows["p50_ms"] <= rows["p99_ms"]).all() and (rows["cosine"] > 0.99999).all()
+    eager, onnx = rows["peak_mb"].gather([0, 2])
+    assert 20 < onnx < eager, "ONNX Runtime's process has no torch in it"
+    assert set(rows["bound_by"]) <= {"matmul", "copy"} and (rows["of_matmul"] > 0).all()
+
+
+def test_an_engine_that_is_given_up_costs_its_row_only(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    flags = ["--engine", "eager", "--patience", 0.01, "--results", tmp_path, "--device", "cpu"]
+    ended = cli("benchmarks", "throughput", "--config", tiny, *flags)
+    assert ended.code == 0, ended.err
+    assert pl.read_csv(tmp_path / "throughput.csv")["reason"].to_list() == ["took longer than 0 s"]
+
+
+def test_unknown_engines_and_configs_are_sentences(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    for flags, hint in (
+        (["--config", tiny, "--engine", "onxx"], 'did you mean "onnx"?'),
+        (["--config", "vit_tyni"], 'did you mean "vit_tiny"?'),
+        (["--config", tiny, "--engine", "eager", "--precision", "int8", "--device", "cpu"], "--precision"),
+    ):
+        ended = cli("benchmarks", "throughput", *flags, "--results", tmp_path)
+        assert ended.code == 2 and hint in ended.err, ended.err
+    assert not (tmp_path / "throughput.csv").exists()
+
+
+class Two(torch.nn.Module):
+    """A product and a convolution whose cost is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 4, stride=4, bias=False)
+        self.linear = torch.nn.Linear(8, 5, bias=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.conv(images.float().permute(0, 3, 1, 2))
+        result: torch.Tensor = self.linear(maps.flatten(2).transpose(1, 2).relu())
+        return result
+
+
+def test_work_is_counted_an_image_and_weights_a_batch() -> None:
+    work = count_work(Two().eval(), 8)
+    patches = 4
+    assert work.flops == 2 * patches * (48 * 8 + 8 * 5)
+    assert work.weights == 48 * 8 + 8 * 5
+    assert work.activations == 8 * 8 * 3 + patches * 8 + patches * 8 + patches * 5
+    assert work.bytes_per_image("fp16", 2) == 2 * work.activations + 2 * work.weights / 2
+
+
+def test_the_slower_of_the_two_limits_binds() -> None:
+    work = Work(flops=100.0, activations=10.0, weights=0.0)
+    row = Limits(matmul=1000.0, copy=4000.0).of(work, "fp32", 1, 5.0)
+    assert row["bound_by"] == "matmul" and row["limit_images_per_second"] == 10 and row["of_matmul"] == 0.5
+    assert Limits(matmul=1000.0, copy=40.0).of(work, "fp32", 1, 0.5)["bound_by"] == "copy"
+
+
+def test_the_machine_is_measured() -> None:
+    measured = limits("cpu", "fp32")
+    assert 1e8 < measured.matmul < 1e14 and 1e7 < measured.copy < 1e13
+
+
+def test_fresh_networks_are_the_same_every_time(tiny: Path) -> None:
+    first, second = (create_fresh(str(tiny)).model.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
