@@ -224,7 +224,7 @@ def test_without_trees_and_without_images(data: Path, embeddings: Path, tmp_path
     fit(settings(data, tmp_path, features="image", embeddings=embeddings))
     assert "There are no trees" in (tmp_path / "image_tiny" / "report.html").read_text()
     fit(settings(data, tmp_path, features="numeric", embeddings=embeddings, num_rounds=2))
-    assert "looks at no image" in (tmp_path / "numeric" / "report.html").read_text()
+    assert "so there is none to map" in (tmp_path / "numeric" / "report.html").read_text()
 
 
 def test_reliability_of_scores_that_are_probabilities() -> None:
