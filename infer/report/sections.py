@@ -176,7 +176,7 @@ def _map(scored: Scored, embeddings: Path | None) -> Section:
     title = "Map of the embeddings"
     manifest = scored.ensemble.manifest
     if manifest["embeddings"] is None:
-        return title, (tag("p", "This ensemble looks at no image, so there are no embeddings to map."),)
+        return title, (tag("p", "This ensemble uses no fold model's view of the images, so there is none to map."),)
     if embeddings is None:
         text = "Not drawn: `infer report` was given no --embeddings."
         return title, (tag("p", text),)

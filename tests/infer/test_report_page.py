@@ -20,7 +20,7 @@ from infer.embeddings import load, part_path, write_part
 from infer.fit import fit
 from infer.report import write_report
 from infer.report.cases import NUM_CASES, NUM_OTHERS, worst_false_alarms, worst_misses
-from infer.report.curves import pca, reliability, wilson
+from infer.report.curves import pca, reliability, roc, scored_region, wilson
 from infer.report.figures import distribution_figure, reliability_figure, roc_figure
 from infer.report.importance import GAINS, by_group, importance
 from infer.report.maps import MOST, draw, projections
@@ -114,9 +114,17 @@ def test_the_filled_area_is_the_partial_auc(page: str, oof: pl.DataFrame, title:
     assert area == pytest.approx(pauc(oof["target"], oof["blend"]), abs=1e-3)
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.5, 3.0])
+def test_the_scored_region_has_the_area_of_any_score(strength: float) -> None:
+    rng = np.random.default_rng(0)
+    target = (np.arange(500) < 60).astype(np.int8)
+    score = np.round(strength * target + rng.standard_normal(500), 1)  # with ties
+    assert polygon_area(np.stack(scored_region(*roc(target, score)), axis=1)) == pytest.approx(pauc(target, score))
+
+
 def test_the_curves_have_the_areas_of_the_scores(page: str, oof: pl.DataFrame) -> None:
-    roc = drawn(chart(page, "ROC"), "whole")
-    assert np.trapezoid(roc[:, 1], roc[:, 0]) == pytest.approx(roc_auc(oof["target"], oof["blend"]), abs=1e-3)
+    curve = drawn(chart(page, "ROC"), "whole")
+    assert np.trapezoid(curve[:, 1], curve[:, 0]) == pytest.approx(roc_auc(oof["target"], oof["blend"]), abs=1e-3)
     recall, precision = drawn(chart(page, "Precision and recall"), "whole").T
     expected = average_precision_score(oof["target"], oof["blend"])
     assert np.trapezoid(precision, recall) == pytest.approx(expected, abs=2e-3)
@@ -224,7 +232,7 @@ def test_without_trees_and_without_images(data: Path, embeddings: Path, tmp_path
     fit(settings(data, tmp_path, features="image", embeddings=embeddings))
     assert "There are no trees" in (tmp_path / "image_tiny" / "report.html").read_text()
     fit(settings(data, tmp_path, features="numeric", embeddings=embeddings, num_rounds=2))
-    assert "looks at no image" in (tmp_path / "numeric" / "report.html").read_text()
+    assert "so there is none to map" in (tmp_path / "numeric" / "report.html").read_text()
 
 
 def test_reliability_of_scores_that_are_probabilities() -> None:
