@@ -141,7 +141,9 @@ def test_a_failed_gate_leaves_no_artifact_and_exits_1(run: Path, cli: Cli, monke
         facts = real_build(model, target, path)
         graph = onnx.load(path)
         weight = max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data))
-        weight.raw_data = bytes(len(weight.raw_data))  # one weight matrix of zeros
+        values = onnx.numpy_helper.to_array(weight).copy()
+        values.flat[0] += 10  # one weight of one matrix
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
         onnx.save(graph, path)
         return facts
 

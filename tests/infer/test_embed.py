@@ -189,6 +189,22 @@ def test_a_graph_of_another_contract_is_refused(tmp_path: Path) -> None:
         create(tmp_path / "model.onnx", {"format": "caffe"}, "cpu")
 
 
+def test_two_folds_that_traded_their_engines_are_found_out(
+    exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    run = shutil.copytree(exported, tmp_path / "tiny")
+    for suffix, words in (
+        ("", "is not the file its manifest describes"),
+        (".json", "is fold 1 of tiny, not fold 0 of tiny"),
+    ):
+        first, second = (run / f"fold_{fold}" / f"model.onnx{suffix}" for fold in (0, 1))
+        first.rename(tmp_path / "traded")
+        second.rename(first)
+        (tmp_path / "traded").rename(second)
+        ended = cli("infer", *flags(run, synth_dataset, tmp_path / "out"))
+        assert ended.code == 2 and words in ended.err
+
+
 def test_a_gpu_that_is_not_there_is_said_and_nothing_falls_back(
     exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
