@@ -9,6 +9,7 @@ from benchmarks.limits import DTYPES
 from benchmarks.worker import Allocate, Run
 from infer.engines import Outputs
 from isic.preprocess import Pixels
+from train.model import Classifier
 
 ENGINES = ("eager", "compile")
 
@@ -16,15 +17,15 @@ ENGINES = ("eager", "compile")
 class _Lowered(nn.Module):
     """Backbone and head with weights in a low precision; the input is normalised in float32."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: Classifier, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
-        model.backbone.to(dtype)  # type: ignore[operator, union-attr]
-        model.head.to(dtype)  # type: ignore[operator, union-attr]
+        model.backbone.to(dtype)
+        model.head.to(dtype)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.model.backbone(self.model.normalised(images).to(self.dtype))  # type: ignore[operator, union-attr]
-        return features.float(), self.model.head(features).float()  # type: ignore[operator, union-attr]
+        features = self.model.backbone(self.model.normalised(images).to(self.dtype))
+        return features.float(), self.model.head(features).float()
 
 
 def open_eager(config: str, engine: str, precision: str, device: str) -> tuple[Run, Allocate]:

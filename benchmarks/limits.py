@@ -104,7 +104,7 @@ def _copy_rate(device: str) -> float:
 
 def _seconds(work: Callable[[], object], device: str) -> float:
     """Returns the seconds of the best call, the device waited for after each: this is to be a limit."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
     work()
     wait()
     calls: list[float] = []
@@ -128,16 +128,17 @@ def count_work(model: nn.Module, size: int) -> Work:
 
 @torch.no_grad()  # in inference mode a linear layer would not show as the product that it is
 def _counted(model: nn.Module, images: torch.Tensor) -> "_Counter":
-    with _Counter() as counter:
+    counter = _Counter()
+    with counter:
         model(images)
     return counter
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the operations of torch's own table of formulas, and the values that those operators read and write."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self.values = 0
 

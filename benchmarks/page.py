@@ -63,8 +63,9 @@ NUMBERS = ("images_per_second", "min", "max", "limit_images_per_second", "gflop_
 
 def _numbers(rows: pl.DataFrame) -> pl.DataFrame:
     """Returns the rows that were measured, their figures as numbers."""
-    present = [name for name in NUMBERS if name in rows.columns]
-    rows = rows.with_columns(pl.col(present).cast(pl.Float64))
+    needed = (*NUMBERS, *KEY[1:], "bound_by")
+    rows = rows.with_columns(pl.lit(None, pl.String).alias(name) for name in needed if name not in rows.columns)
+    rows = rows.with_columns(pl.col(NUMBERS).cast(pl.Float64))
     rows = rows.filter(pl.col("images_per_second").is_not_null())
     share = pl.col("images_per_second") / pl.col("limit_images_per_second")
     return rows.with_columns(machine=_machine(), share=share)
@@ -91,7 +92,15 @@ def _throughput(rows: pl.DataFrame) -> Section:
 def _fastest(machine: Any, rows: pl.DataFrame) -> Markup:
     lines = rows.select("what", "engine", "precision", "batch", "images_per_second", "min", "max", "bound_by", "share")
     cells = (
-        (what, f"{engine} {precision}", batch, f"{rate:,.1f}", f"{low:,.1f} to {high:,.1f}", page.percent(share), bound)
+        (
+            what,
+            f"{engine} {precision}",
+            batch,
+            f"{rate:,.1f}",
+            f"{low:,.1f} to {high:,.1f}",
+            page.NONE if share is None else page.percent(share),
+            bound or page.NONE,
+        )
         for what, engine, precision, batch, rate, low, high, bound, share in lines.iter_rows()
     )
     heading = ("config", "engine", "batch", "images/s", "spread", "of the limit", "bound by")
@@ -99,7 +108,7 @@ def _fastest(machine: Any, rows: pl.DataFrame) -> Markup:
 
 
 def _limit(rows: pl.DataFrame) -> Section:
-    last = last_rows(rows, KEY)
+    last = last_rows(rows, KEY).filter(pl.col("share").is_not_null() & pl.col("gflop_per_image").is_not_null())
     figures = [_limit_figure(str(machine), part) for (machine,), part in last.group_by("machine", maintain_order=True)]
     intro = (
         "Each dot is an engine at its best batch. At 1 it would do what the machine's matrix products or its memory "
@@ -203,7 +212,7 @@ def _growth_table(name: str, rows: pl.DataFrame) -> Markup:
     number = "images" if "images" in rows.columns else "rows"
     last = last_rows(rows, (*MACHINE, "what", *GROWS))
     cells = (
-        (what, f"{int(count):,}", seconds, cost, peak or page.NONE)
+        (what, f"{float(count):,.0f}", seconds, cost, peak or page.NONE)
         for what, count, seconds, cost, peak in last.select(
             "what", number, "seconds", "us_per_row", "peak_mb" if "peak_mb" in last.columns else pl.lit(None)
         ).iter_rows()

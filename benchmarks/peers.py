@@ -53,9 +53,10 @@ class PeersSettings(Settings):
 
 def peers(settings: PeersSettings) -> None:
     """Measures `infer embed` end to end beside its peers, in turns, and compares their features by cosine."""
+    others = chosen_peers(settings.peers)
     fresh = create_fresh(settings.config)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        tasks, reasons = draw_up(fresh, settings, Path(folder))
+        tasks, reasons = draw_up(fresh, others, settings, Path(folder))
         ways = {name: Way(task, Path(folder) / f"task_{at}.json", settings.hf) for at, (name, task) in enumerate(tasks)}
         reasons |= {name: way.reason for name, way in ways.items() if way.reason}
         ready = {name: way for name, way in ways.items() if not way.reason}
@@ -69,7 +70,9 @@ def peers(settings: PeersSettings) -> None:
     print(f"appended to {append('peers', rows, settings.results)}")
 
 
-def draw_up(fresh: Fresh, settings: PeersSettings, folder: Path) -> tuple[list[tuple[str, Task]], dict[str, str]]:
+def draw_up(
+    fresh: Fresh, others: list[str], settings: PeersSettings, folder: Path
+) -> tuple[list[tuple[str, Task]], dict[str, str]]:
     """Returns a task for each way, ours once a precision, and why some of ours cannot be built."""
     ids = Dataset(settings.data).metadata("train")[schema.ID].to_list()[: settings.images]
     save_file(fresh.model.backbone.state_dict(), folder / "backbone.safetensors")
@@ -96,9 +99,9 @@ def draw_up(fresh: Fresh, settings: PeersSettings, folder: Path) -> tuple[list[t
         except BUILD_ERRORS as error:
             reasons[name] = first_line(error)
             continue
-        own = {"way": OURS, "folder": _folder(folder, name), "artifact": str(artifact.path)}
+        own: dict[str, Any] = {"way": OURS, "folder": _folder(folder, name), "artifact": str(artifact.path)}
         tasks.append((name, Task(**own, manifest=artifact.manifest, **common)))
-    for name in chosen_peers(settings.peers):
+    for name in others:
         tasks.append((name, Task(way=name, folder=_folder(folder, name), **common)))
     return tasks, reasons
 
@@ -152,7 +155,7 @@ class Way:
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
+        return str(self._process.stdout.readline()).strip()
 
     def _complaint(self) -> str:
         self._process.communicate()

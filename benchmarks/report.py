@@ -204,6 +204,6 @@ def markdown(rows: pl.DataFrame, table: Table) -> str:
     last = last_rows(rows, table.key)
     shown = {name: heading for name, heading in table.columns.items() if name in last.columns}
     last = last.select(list(shown))
-    shown = {name: heading for name, heading in shown.items() if last[name].null_count() < len(last)}
+    shown = {name: heading for name, heading in shown.items() if not len(last) or last[name].null_count() < len(last)}
     lines = [list(shown.values()), ["---"] * len(shown), *map(list, last.select(list(shown)).fill_null("").iter_rows())]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -133,7 +133,8 @@ def onnx_loop(task: Task) -> Embed:
 
     def load(file: Any, key: str) -> NDArray[np.float32]:
         picture = _picture(file, key).resize((task.size, task.size), 2)  # PIL.Image.BILINEAR
-        return ((np.asarray(picture, np.float32) / 255 - mean) / std).transpose(2, 0, 1)
+        pixels = (np.asarray(picture, np.float32) / 255 - mean) / std
+        return np.asarray(pixels.transpose(2, 0, 1), np.float32)
 
     def embed() -> Features:
         with _open(task) as file:
