@@ -23,8 +23,8 @@ from benchmarks.record import append
 from isic.errors import UserError
 from train.config import TrainSettings
 from train.data import Batch, fold_loaders, load_data
-from train.loop import select_device, train_epoch
-from train.machine import prepare
+from train.loop import train_epoch
+from train.machine import default_workers, prepare, select_device
 from train.model import backbone_options, create_model, preprocess_spec
 from train.state import TrainState, create_state
 from train.step import autocast
@@ -96,12 +96,12 @@ def train(settings: TrainRateSettings) -> None:
     device = select_device(settings.device)
     with tempfile.TemporaryDirectory() as folder, BareLoop(settings) as bare:
         files = read_files(settings.model_copy(update={"output_dir": Path(folder)}))
-        run = create_loop(settings, device)
+        memory, run = in_memory(settings, device), create_loop(settings, device)
         windows: dict[str, list[Window]] = {"files": [], "memory": []}
         bare_rates = []
         for _ in range(settings.repeats):
             windows["files"].append(run(files))
-            windows["memory"].append(run(in_memory(settings, device)))
+            windows["memory"].append(run(memory))
             bare_rates.append(bare.rate())
     row = figures(settings, device, windows, bare_rates)
     print("  ".join(f"{key}={value}" for key, value in row.items()))
@@ -235,7 +235,7 @@ def figures(
         "batch": f"{settings.batch_size} x {settings.accumulation_steps}",
         "precision": "fp16" if settings.fp16 else "bf16" if settings.bf16 else "fp32",
         "compile": str(settings.compile).lower(),
-        "workers": settings.num_workers,
+        "workers": default_workers(device) if settings.num_workers is None else settings.num_workers,
         "images_per_second": _round(statistics.median(ours)),
         "in_memory": _round(statistics.median(memory)),
         "bare": _round(statistics.median(bare)),

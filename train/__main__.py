@@ -7,8 +7,8 @@ from isic.interrupt import Interrupted, interruptible
 from train import distributed
 from train.config import TrainSettings, load_settings
 from train.data import load_data
-from train.loop import select_device, train_fold
-from train.machine import prepare
+from train.loop import train_fold
+from train.machine import prepare, select_device
 from train.outputs import is_finished, print_scores
 
 

@@ -67,7 +67,9 @@ class TrainSettings(Settings):
     grad_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
     compile: bool = Field(False, description="torch.compile the model")
     device: str = Field("auto", description="cuda, cpu, or auto")
-    num_workers: int = Field(4, ge=0, description="processes that decode and augment")
+    num_workers: int | None = Field(
+        None, ge=0, description="processes that decode and augment; if not given, one a core with a GPU, else one"
+    )
 
     on_error: Literal["raise", "skip"] = Field("raise", description="an image that is absent or does not decode")
     augmentation: Literal["none", "light", "medium", "heavy"] = Field("light", description="strength of augmentation")

@@ -26,6 +26,7 @@ from isic.preprocess import ImageError, PreprocessSpec, decode, resize
 from train import distributed
 from train.augment import create_augmentation
 from train.config import TrainSettings
+from train.machine import default_workers, select_device
 
 SAMPLE_ROWS = 50_000
 READ_ROWS = 4096
@@ -348,13 +349,16 @@ class RowSampler(Sampler[Key]):
 
 def create_loader(images: LesionImages, sampler: Sampler[Key], settings: TrainSettings) -> DataLoader[Item]:
     """Returns a loader of `Batch`es."""
+    num_workers = settings.num_workers
+    if num_workers is None:
+        num_workers = default_workers(select_device(settings.device))
     return DataLoader(
         images,
         batch_size=settings.batch_size,
         sampler=cast(Any, sampler),
         collate_fn=collate,
-        num_workers=settings.num_workers,
-        persistent_workers=settings.num_workers > 0,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_to_parent,
     )

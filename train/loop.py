@@ -20,6 +20,7 @@ from train.checkpoint import LAST
 from train.config import TrainSettings
 from train.data import Batch, TrainData, fold_loaders
 from train.losses import dice
+from train.machine import select_device
 from train.model import preprocess_spec
 from train.optim import lr_schedule, set_lr
 from train.outputs import EpochStats, Predictions, begin_fold, log_epoch, loss_text, save_fold
@@ -82,18 +83,6 @@ def seed_epoch(settings: TrainSettings, fold: int, epoch: int) -> None:
     """Seeds what an epoch draws, so that it repeats after a resume; each process drops other units."""
     torch.manual_seed(hash((settings.seed, fold, epoch)) + distributed.rank())
     np.random.seed(hash((settings.seed, fold, epoch, distributed.rank())) % 2**32)  # noqa: NPY002 - timm's Mixup draws here
-
-
-def select_device(name: str) -> torch.device:
-    """Returns the device of a setting: `auto` is the GPU where there is one, of several this process's own."""
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no GPU that torch can use; use --device cpu")
-    if name in {"auto", "cuda"}:
-        return torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UserError(f'--device "{name}" is no device; use auto, cpu, cuda or cuda:N') from None
 
 
 def train_epoch(

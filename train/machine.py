@@ -1,12 +1,39 @@
-"""Settings of the machine's libraries that training wants and that are off by default."""
+"""What training makes of a machine: its device, its cores, and settings of its libraries that are off by default."""
 
 import ctypes
+import os
 import sys
 
 import torch
 
+from isic.errors import UserError
+from train import distributed
+
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt(3)."""
+
+
+def select_device(name: str) -> torch.device:
+    """Returns the device of a setting: `auto` is the GPU where there is one, of several this process's own."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no GPU that torch can use; use --device cpu")
+    if name in {"auto", "cuda"}:
+        return torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f'--device "{name}" is no device; use auto, cpu, cuda or cuda:N') from None
+
+
+def default_workers(device: torch.device) -> int:
+    """Returns how many processes should decode and augment for one that trains: a GPU wants all the cores there are.
+
+    Without a GPU the network needs the cores itself, and one process keeps ahead of it.
+    """
+    if device.type == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // distributed.local_world_size())
 
 
 def prepare(device: torch.device) -> None:

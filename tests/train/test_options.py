@@ -20,10 +20,11 @@ from train.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from train.config import TrainSettings
 from train.data import NO_MASK, Batch, EpochSampler, LesionImages, Share, load_data
 from train.losses import dice, mask_loss
+from train.machine import default_workers
 from train.model import MultiTask, create_model, preprocess_spec
 from train.optim import create_optimizer
 from train.plots import draw_roc
-from train.state import create_state
+from train.state import TrainState, create_state, restore, save_last
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -136,6 +137,13 @@ def test_shares_make_up_the_batches_of_one_process(num_rows: int, batch_size: in
     for at in range(0, len(shares[0]), batch_size):
         batch = [key for share in shares for key in share[at : at + batch_size]]
         assert sorted(batch) == sorted(whole[at * world_size : (at + batch_size) * world_size])
+
+
+def test_a_gpu_gets_the_cores_and_its_processes_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_workers(CPU) == 1
+    cores = default_workers(torch.device("cuda"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert default_workers(torch.device("cuda")) == max(1, cores // 2)
 
 
 # --- masks
@@ -352,6 +360,37 @@ def test_a_full_disk_leaves_the_last_checkpoint_readable(tmp_path: Path) -> None
         assert [path.name for path in disk.iterdir()] == [LAST]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_restored_state_learns_on_to_the_same_bits(small_dataset: Path, tmp_path: Path) -> None:
+    """With what a transformer in float32 lacks: batch statistics, channels-last weights, and a loss scale that fell."""
+    settings = tiny(
+        model="test_efficientnet",
+        data=small_dataset,
+        output_dir=tmp_path,
+        fp16=True,
+        ema_decay=0.9,
+        accumulation_steps=2,
+    )
+    data = load_data(settings)
+
+    def learn(state: TrainState, num_batches: int, broken: float = 1.0) -> None:
+        batches = [random_batch(8)._replace(target=torch.full((8,), broken)) for _ in range(num_batches)]
+        torch.manual_seed(state.step)
+        loop.train_epoch(state, state.model, batches, np.ones(99), settings, CPU, "")
+
+    state, restored = create_state(settings, CPU, 0), create_state(settings, CPU, 1)
+    learn(state, 3)
+    learn(state, 1, broken=torch.nan)
+    save_last(tmp_path / LAST, state, settings, data)
+    restore(restored, tmp_path / LAST, settings, data)
+    ends = []
+    for each in (state, restored):
+        learn(each, 5)
+        moments = [value for entry in each.optimizer.state.values() for value in entry.values()]
+        ends.append([*each.model.state_dict().values(), *each.evaluated.state_dict().values(), *moments])
+    assert all(torch.equal(one, two) for one, two in zip(*ends, strict=True))
+    assert state.scaler.state_dict() == restored.scaler.state_dict() and state.scaler.get_scale() == 65536 / 2
 
 
 # --- what people look at, and weights for others
