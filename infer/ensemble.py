@@ -124,8 +124,8 @@ def write_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) 
 
 
 def clear(root: Path) -> None:
-    """Takes an earlier ensemble's manifest, boosters and maps away: a folder without a manifest is no ensemble."""
-    for path in (root / MANIFEST, *root.glob("*_fold_*_seed_*"), *root.glob("maps_*.parquet")):
+    """Takes what an earlier ensemble wrote away, its manifest first: a folder without one is no ensemble."""
+    for path in (root / MANIFEST, root / "report.html", *root.glob("*_fold_*_seed_*"), *root.glob("maps_*.parquet")):
         path.unlink(missing_ok=True)
 
 
