@@ -70,7 +70,7 @@ TABLES = {
             "megabytes": "MB",
             "cosine": "cosine",
             "max_logit_error": "logit error",
-            "reason": "not exported, because",
+            "reason": "not compared, because",
         },
     ),
     "peers": Table(
@@ -87,6 +87,19 @@ TABLES = {
             "ratio_max": "max",
             "cosine": "cosine",
             "reason": "not measured, because",
+        },
+    ),
+    "embed": Table(
+        "embed",
+        (*MACHINE, "what", "data", "images"),
+        {
+            "what": "engine",
+            "data": "data",
+            "images": "images a repeat",
+            "ingest": "reading alone, images/s",
+            "engine": "engine alone",
+            "end_to_end": "end to end",
+            "share": "of the slower of the two",
         },
     ),
     "growth": Table(
@@ -202,8 +215,10 @@ def _table(name: str, results: Path) -> str:
 
 
 def markdown(rows: pl.DataFrame, table: Table) -> str:
-    """Renders the last row of each kind, without the columns that are blank in all."""
+    """Renders the last row of each kind that has a figure, without the columns that are blank in all."""
     last = last_rows(rows, table.key)
+    figures = [name for name in table.columns if name in last.columns and name not in table.key]
+    last = last.filter(pl.any_horizontal(pl.col(name).is_not_null() for name in figures))
     shown = {name: heading for name, heading in table.columns.items() if name in last.columns}
     last = last.select(list(shown))
     shown = {name: heading for name, heading in shown.items() if not len(last) or last[name].null_count() < len(last)}
