@@ -10,7 +10,7 @@ import torch
 from torch._inductor import aoti_compile_and_package
 
 from export.formats import Target
-from export.onnx_graph import TRACED_BATCH
+from export.onnx_graph import TRACED_BATCH, quiet
 from export.precision import lowered
 from infer.engines.aoti import architecture
 from isic.errors import UserError
@@ -30,7 +30,8 @@ def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
     low = lowered(model, target.precision).to(target.device)
     example = torch.zeros((TRACED_BATCH, target.size, target.size, 3), dtype=torch.uint8, device=target.device)
     batch = torch.export.Dim("batch", min=1, max=target.options.max_batch)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+    notes = quiet("torch.utils.cpp_extension")
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), notes, torch.no_grad():
         warnings.simplefilter("ignore")  # the compiler's notes on its own internals
         program = torch.export.export(low, (example,), dynamic_shapes={"images": {0: batch}}, strict=False)
         options = {"max_autotune": True} if target.options.max_autotune else {}

@@ -118,8 +118,8 @@ class Tolerance:
 
 TOLERANCES = {
     "fp32": Tolerance(0.99999, 1e-3, 0.9999),
-    "fp16": Tolerance(0.999, 2e-2, 0.999),
-    "bf16": Tolerance(0.995, 1e-1, 0.99),
+    "fp16": Tolerance(0.999, 5e-2, 0.999),
+    "bf16": Tolerance(0.995, 3e-1, 0.99),
     "int8": Tolerance(0.99, 0.5, 0.97),
 }
 

@@ -66,7 +66,7 @@ def metadata(target: Target) -> dict[str, str]:
 def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
     """Returns the graph of `model` (in eval mode, on the CPU) for images uint8 [N, size, size, 3]."""
     example = torch.zeros((TRACED_BATCH, size, size, 3), dtype=torch.uint8)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript"):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), quiet("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore")  # the exporter's notes on its own internals
         program = torch.export.export(
             model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, strict=False
@@ -97,12 +97,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float |
 
 def quantize(source: Path, path: Path) -> None:
     """Writes a float32 graph with int8 weights, whose activations are quantized as they come."""
-    with _quiet("root"):
+    with quiet("root"):
         quantize_dynamic(source, path, op_types_to_quantize=QUANTIZED, weight_type=QuantType.QInt8, per_channel=True)
 
 
 @contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
+def quiet(*names: str) -> Iterator[None]:
+    """Keeps the warnings of some loggers to itself; `root` is the logger above all."""
     loggers = [logging.getLogger(name if name != "root" else None) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
