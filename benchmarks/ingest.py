@@ -15,7 +15,6 @@ import cv2
 import h5py
 import numpy as np
 import PIL.Image
-import polars as pl
 import torch
 from pydantic import Field
 from timm.data import create_transform
@@ -25,7 +24,7 @@ from infer.pipeline import decode_ahead, ring_depth
 from isic import schema
 from isic.config import Settings, Several
 from isic.dataset import Dataset
-from isic.images import Hdf5Images, ImageStore, build_index, decode_pool
+from isic.images import Hdf5Images, ImageStore, Index, build_index, decode_pool
 from isic.preprocess import IMAGENET_MEAN, IMAGENET_STD, Pixels, PreprocessSpec
 from isic.synth.write import write_images
 
@@ -120,10 +119,11 @@ def _ours(store: ImageStore, spec: PreprocessSpec, num_threads: int) -> Callable
     return run
 
 
-def _bare(path: Path, index: pl.DataFrame, size: int, num_threads: int) -> Callable[[Sequence[str]], None]:
+def _bare(path: Path, index: Index, size: int, num_threads: int) -> Callable[[Sequence[str]], None]:
     """Nothing but a read, a decode and a resize for each image, a share of the images a thread: the machine's limit."""
     pool, file = decode_pool(num_threads), os.open(path, os.O_RDONLY)
-    places = {name: (length, offset) for name, offset, length in index.iter_rows()}
+    names, offsets, sizes = np.char.decode(index["isic_id"]), index["offset"], index["size"]
+    places = dict(zip(names.tolist(), zip(sizes.tolist(), offsets.tolist(), strict=True), strict=True))
     outs = [np.empty((BATCH, size, size, 3), np.uint8) for _ in range(num_threads)]
 
     def decode(ids: Sequence[str], out: Pixels) -> None:

@@ -2,8 +2,8 @@
 
 import contextlib
 import os
+import zipfile
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,16 +12,18 @@ from typing import Any
 import cv2
 import h5py
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
 from isic.errors import UserError
-from isic.files import digest, write_parquet
+from isic.files import atomic_path, digest
 from isic.preprocess import JPEG_START, ImageError, Pixels, PreprocessSpec, decode_into
 
 NO_OFFSET = -1
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 HDF5_CACHE = 1024 * 1024
+INDEX_SLICE = 32768
+"""Rows that are Python objects at a time while an index is built: those of a full-size file leave memory full of
+holes."""
 
 CHUNK = 32
 """Images that one thread reads and decodes at a time, at most: few enough to share out, enough to read at once."""
@@ -34,10 +36,10 @@ MAX_AHEAD = 8 * 1024 * 1024
 class ImageStore(ABC):
     """Images by `isic_id`. Safe to read from several threads, and from a forked process."""
 
-    def __init__(self, source: Path, ids: pl.Series) -> None:
+    def __init__(self, source: Path, names: NDArray[np.bytes_]) -> None:
         """Keeps the sorted ids as UTF-8: a quarter of what numpy's strings take, and in the same order."""
         self.source = source
-        self._names = _encoded(ids)
+        self._names = names
 
     def __len__(self) -> int:
         return len(self._names)
@@ -143,13 +145,6 @@ def gather(decodings: Sequence[Decoding]) -> dict[int, str]:
     return failed
 
 
-def _encoded(ids: pl.Series) -> NDArray[np.bytes_]:
-    """Returns ids as UTF-8, a slice at a time: a full-size file's as Python objects leave memory full of holes."""
-    kind = np.dtype((np.bytes_, int(ids.str.len_bytes().max() or 1)))  # type: ignore[arg-type]
-    slices = [np.array(rows.to_series().cast(pl.Binary).to_list(), dtype=kind) for rows in ids.to_frame().iter_slices()]
-    return np.concatenate(slices) if slices else np.array([], dtype=kind)
-
-
 def _file_bytes(value: Any) -> bytes:
     """Returns the bytes in what h5py read: fixed-length or variable-length, scalar or not."""
     if isinstance(value, np.ndarray) and value.dtype.kind == "O":
@@ -172,7 +167,7 @@ class FolderImages(ImageStore):
 
     def __init__(self, folder: Path) -> None:
         paths = sorted((path.stem, path) for path in folder.rglob("*.jpg"))
-        super().__init__(folder, pl.Series([name for name, _ in paths], dtype=pl.String))
+        super().__init__(folder, np.array([name.encode() for name, _ in paths], dtype=np.bytes_))
         self._paths = [path for _, path in paths]
 
     def read_at(self, position: int) -> bytes:
@@ -189,8 +184,7 @@ class Hdf5Images(ImageStore):
     def __init__(self, path: Path) -> None:
         index = _load_index(path)
         super().__init__(path, index["isic_id"])
-        self._offsets = index["offset"].to_numpy()
-        self._sizes = index["size"].to_numpy()
+        self._offsets, self._sizes = index["offset"], index["size"]
         self._file = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
@@ -218,6 +212,9 @@ class Hdf5Images(ImageStore):
                 files |= {position: data[at - start : at - start + size] for at, size, position in span}
         return files
 
+
+DAMAGED = (zipfile.BadZipFile, ValueError, EOFError, KeyError)
+"""What numpy raises for an archive that is not one, is cut short or holds something else."""
 
 Place = tuple[int, int, int]
 """Offset, size and position of an image's bytes."""
@@ -249,31 +246,38 @@ def open_images(root: Path, split: str) -> ImageStore | None:
 
 def index_path(path: Path) -> Path:
     """Where the offset index of an HDF5 file is kept: beside it, or in the user's cache if that is read-only."""
-    beside = path.with_name(f".{path.name}.index.parquet")
+    beside = path.with_name(f".{path.name}.index.npz")
     if beside.exists() or os.access(path.parent, os.W_OK):
         return beside
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache / "isic-toolkit" / f"{digest(path.resolve())}.index.parquet"
+    return cache / "isic-toolkit" / f"{digest(path.resolve())}.index.npz"
 
 
-def build_index(path: Path) -> pl.DataFrame:
+Index = dict[str, NDArray[Any]]
+"""Where each image's bytes lie, by column, [N] each: `isic_id` UTF-8 (sorted), `offset` and `size` int64, in bytes."""
+
+
+def build_index(path: Path) -> Index:
     """Reads where each image's bytes lie in an HDF5 file.
 
     Returns:
-        A table of `isic_id` (sorted), `offset` and `size` in bytes; offset -1 where only h5py can read the bytes.
+        The index; offset -1 where only h5py can read the bytes.
 
     Raises:
         UserError: the file is truncated or not HDF5, or holds no images.
     """
     try:
         with h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, _frugal_access())) as file:
-            table = _locate_all(file.id)
+            index = _locate_all(file.id)
     except (OSError, RuntimeError, KeyError) as error:  # h5py's, in this order for the file, its tree, a dataset
         reason = str(error).split("(")[-1].rstrip(")")
         raise UserError(f"{path} is not a whole HDF5 file ({reason}); copy or download it again") from None
-    if not len(table):
+    if not len(index["isic_id"]):
         raise UserError(f"{path} holds no images; copy or download it again")
-    return _without_references(table.sort("isic_id"), path)
+    order = np.argsort(index["isic_id"])
+    index = {name: column[order] for name, column in index.items()}
+    index["offset"][_pointers(index, path)] = NO_OFFSET
+    return index
 
 
 def _frugal_access() -> h5py.h5p.PropFAID:
@@ -286,44 +290,52 @@ def _frugal_access() -> h5py.h5p.PropFAID:
     return access
 
 
-def _locate_all(file: h5py.h5f.FileID) -> pl.DataFrame:
+def _locate_all(file: h5py.h5f.FileID) -> Index:
     """Returns the index of every dataset, in one walk: a list of a full-size file's names takes HDF5 100 MB."""
-    names: list[bytes] = []
-    offsets, sizes = array("q"), array("q")
+    rows: list[tuple[bytes, int, int]] = []
+    slices: list[list[NDArray[Any]]] = []
 
     def locate(name: bytes) -> None:
         dataset = h5py.h5d.open(file, name)
         offset = dataset.get_offset()  # None unless contiguous, in this file, and allocated
-        names.append(name)
-        offsets.append(NO_OFFSET if offset is None else offset)
-        sizes.append(dataset.get_storage_size())
+        rows.append((name, NO_OFFSET if offset is None else offset, dataset.get_storage_size()))
+        if len(rows) == INDEX_SLICE:
+            slices.append(_columns(rows))
+            rows.clear()
 
     file.links.iterate(locate)
-    ids = pl.Series("isic_id", names, dtype=pl.Binary).cast(pl.String)
-    return pl.DataFrame([ids, pl.Series("offset", np.array(offsets)), pl.Series("size", np.array(sizes))])
+    slices.append(_columns(rows))
+    names, offsets, sizes = (np.concatenate(parts) for parts in zip(*slices, strict=True))
+    return {"isic_id": names, "offset": offsets, "size": sizes}
 
 
-def _without_references(table: pl.DataFrame, path: Path) -> pl.DataFrame:
-    """Withdraws the offsets of variable-length data, where the file holds a pointer instead of the bytes."""
-    offsets = table["offset"].to_numpy().copy()
+def _columns(rows: Sequence[tuple[bytes, int, int]]) -> list[NDArray[Any]]:
+    kinds = (np.bytes_, np.int64, np.int64)
+    return [np.array([row[number] for row in rows], dtype=kind) for number, kind in enumerate(kinds)]
+
+
+def _pointers(index: Index, path: Path) -> list[int]:
+    """Returns the rows of variable-length data, where the file holds a pointer instead of the bytes."""
+    offsets = index["offset"]
     with open(path, "rb", buffering=0) as file:
         handle = file.fileno()
-        suspect = [row for row in np.flatnonzero(offsets >= 0) if os.pread(handle, 2, offsets[row]) != JPEG_START]
-    if suspect:
-        with h5py.File(path, "r") as file:
-            pointers = [row for row in suspect if file[table["isic_id"][int(row)]].dtype.kind == "O"]
-        offsets[pointers] = NO_OFFSET
-    return table.with_columns(pl.Series("offset", offsets))
+        inside = np.flatnonzero(offsets >= 0).tolist()
+        suspect = [row for row in inside if os.pread(handle, 2, offsets[row]) != JPEG_START]
+    if not suspect:
+        return []
+    with h5py.File(path, "r") as file:
+        return [row for row in suspect if file[bytes(index["isic_id"][row])].dtype.kind == "O"]
 
 
-def _load_index(path: Path) -> pl.DataFrame:
+def _load_index(path: Path) -> Index:
     stat = path.stat()
     key = digest(INDEX_VERSION, stat.st_size, stat.st_mtime_ns)
     cached = index_path(path)
-    with contextlib.suppress(pl.exceptions.PolarsError, FileNotFoundError):  # a damaged one is built again
-        if pl.read_parquet_metadata(cached).get("key") == key:
-            return pl.read_parquet(cached)
-    table = build_index(path)
-    with contextlib.suppress(UserError):  # without a cache it is only slower
-        write_parquet(cached, table, {"key": key})
-    return table
+    with contextlib.suppress(FileNotFoundError, *DAMAGED), np.load(cached) as archive:  # a damaged one is built again
+        if archive["key"] == key:
+            return {name: archive[name] for name in ("isic_id", "offset", "size")}
+    index = build_index(path)
+    # without a cache it is only slower
+    with contextlib.suppress(UserError), atomic_path(cached) as temporary, open(temporary, "wb") as file:
+        np.savez(file, key=np.array(key), **index)  # type: ignore[arg-type]
+    return index

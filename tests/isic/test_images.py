@@ -47,9 +47,11 @@ def test_storage_that_has_no_offset_is_read_through_h5py(tmp_path: Path) -> None
         kind = h5py.vlen_dtype(np.uint8)
         file.create_dataset("variable", (1,), dtype=kind)[0] = raw
         file.create_dataset("plain", data=np.bytes_(raw.tobytes()))
-    index = dict(build_index(path).select("isic_id", "offset").iter_rows())
-    assert index["chunked"] == index["variable"] == NO_OFFSET
-    assert index["plain"] > 0
+    index = build_index(path)
+    assert index["isic_id"].tolist() == [b"chunked", b"plain", b"variable"]
+    chunked, plain, variable = index["offset"]
+    assert chunked == variable == NO_OFFSET
+    assert plain > 0
     store = Hdf5Images(path)
     assert store.read(["chunked", "plain", "variable"]) == [FILES["ISIC_0000001"]] * 3
 
@@ -67,8 +69,18 @@ def test_the_index_is_cached_and_a_changed_file_noticed(hdf5: Path, monkeypatch:
 
 def test_a_damaged_index_is_built_again(hdf5: Path) -> None:
     Hdf5Images(hdf5)
-    index_path(hdf5).write_bytes(b"PAR1 not a table")
-    assert len(Hdf5Images(hdf5)) == 9
+    whole = index_path(hdf5).read_bytes()
+    for damaged in (b"not an archive", b"", whole[: len(whole) // 2], whole.replace(b"size.npy", b"sise.npy")):
+        index_path(hdf5).write_bytes(damaged)
+        assert len(Hdf5Images(hdf5)) == 9
+        assert index_path(hdf5).read_bytes() == whole
+
+
+def test_names_of_every_slice_of_a_large_file_are_found(hdf5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_module, "INDEX_SLICE", 2)
+    store = Hdf5Images(hdf5)
+    assert store.ids.tolist() == sorted(FILES)
+    assert store.read(list(FILES)) == list(FILES.values())
 
 
 def test_a_read_only_folder_keeps_its_index_in_the_cache(hdf5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +302,7 @@ def test_real_images(real_data: Path, tmp_path: Path) -> None:
     for folder, count in (("real-pairs", 320), ("real-crops", 8166)):
         shutil.copy(real_data / folder / "train-image.hdf5", tmp_path / "train-image.hdf5")
         index = build_index(tmp_path / "train-image.hdf5")
-        assert len(index) == count and (index["offset"] > 0).all()
+        assert len(index["isic_id"]) == count and (index["offset"] > 0).all()
         store = Hdf5Images(tmp_path / "train-image.hdf5")
         with h5py.File(tmp_path / "train-image.hdf5") as file:
             for name in store.ids[:: count // 50]:
