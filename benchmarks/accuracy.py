@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from benchmarks.record import append
+from infer.ensemble import open_ensemble
 from isic import schema
 from isic.config import Settings
 from isic.dataset import Dataset
@@ -19,6 +20,8 @@ from isic.images import decode_pool
 from isic.metrics import pauc, roc_auc
 from isic.preprocess import Pixels, PreprocessSpec
 
+PUBLISHED = {"tabular": "0.162 to 0.165", "image": "0.140 to 0.142", "both": "0.169 to 0.173"}
+"""pAUC of published solutions on the challenge's private board, by what they look at; of its own data alone."""
 THUMBNAIL = 8
 DECODED = 96
 
@@ -40,32 +43,42 @@ class AccuracySettings(Settings):
 
 def accuracy(settings: AccuracySettings) -> None:
     """Collects out-of-fold scores into a table: pooled, and by fold. Trains nothing but the colour baseline."""
-    tables: dict[str, pl.DataFrame] = {}
+    rows: list[dict[str, Any]] = []
     if settings.baseline and Dataset(settings.data).find_images("train"):
-        tables["colour statistics, LightGBM"] = colour_baseline(settings)
+        rows.append(score("colour statistics, LightGBM", colour_baseline(settings), "image"))
     if settings.run:
         parts = [pl.read_parquet(path) for path in sorted(settings.run.glob("fold_*/oof.parquet"))]
-        tables[f"{settings.run.name}, images only"] = pl.concat(parts).rename({"logit": "score"})
+        rows.append(score(f"{settings.run.name}, images only", pl.concat(parts).rename({"logit": "score"}), "image"))
     for path in sorted(settings.ensembles.glob("*/oof.parquet")) if settings.ensembles else []:
-        tables[f"{path.parent.name}, ensemble"] = pl.read_parquet(path).rename({"blend": "score"})
-    rows = [score(name, table, settings.label) for name, table in tables.items()]
+        oof = pl.read_parquet(path).rename({"blend": "score"})
+        rows.append(score(f"{path.parent.name}, ensemble", oof, sees(path.parent)))
+    rows = [{**row, "data": settings.label} for row in rows]
     for row in rows:
         print("  ".join(f"{key}={value}" for key, value in row.items()))
     print(f"appended to {append('accuracy', rows, settings.results)}")
 
 
-def score(name: str, oof: pl.DataFrame, label: str) -> dict[str, Any]:
-    """Returns a row of the table from `target`, `fold` and `score` of every row."""
-    by_fold = [pauc(part["target"], part["score"]) for part in oof.partition_by("fold")]
+def sees(ensemble: Path) -> str:
+    """Returns what an ensemble looks at, a key of PUBLISHED."""
+    spec = open_ensemble(ensemble).spec
+    if not spec.images:
+        return "tabular"
+    return "both" if spec.tabular else "image"
+
+
+def score(name: str, oof: pl.DataFrame, kind: str) -> dict[str, Any]:
+    """Returns a row of the table from `target`, `fold` and `score` of every row; `kind` is a key of PUBLISHED."""
+    by_fold = [pauc(part["target"], part["score"]) for part in oof.sort("fold").partition_by("fold")]
     return {
         "what": name,
-        "data": label,
         "rows": len(oof),
         "positives": int(oof["target"].sum()),
         "pauc_pooled": round(pauc(oof["target"], oof["score"]), 4),
         "pauc_mean_of_folds": round(float(np.mean(by_fold)), 4),
         "pauc_std_of_folds": round(float(np.std(by_fold, ddof=1)), 4) if len(by_fold) > 1 else None,
         "auc_pooled": round(roc_auc(oof["target"], oof["score"]), 4),
+        "pauc_by_fold": " ".join(f"{value:.3f}" for value in by_fold),
+        "published": PUBLISHED[kind],
     }
 
 

@@ -30,6 +30,7 @@ from isic.synth.write import write_images
 
 BATCH = 256
 FULL_SIZE = 401_059
+BARE = "bare pread + cv2"
 
 
 class IngestSettings(Settings):
@@ -52,6 +53,8 @@ class Way:
     run: Callable[[Sequence[str]], None]
     share: float = 1.0
     """Share of the images that it reads in a repeat."""
+    bare: str | None = None
+    """Name of the way that does the same and nothing else."""
 
 
 def ingest(settings: IngestSettings) -> None:
@@ -62,10 +65,11 @@ def ingest(settings: IngestSettings) -> None:
     dataset = Dataset(settings.data)
     ids = dataset.metadata("train")[schema.ID].to_list()[: settings.images]
     store, spec = dataset.images("train"), PreprocessSpec(size=settings.size)
-    ways = [Way(f"ours, {n} thread{'s' * (n > 1)}", _ours(store, spec, n)) for n in settings.threads]
+    threads = {n: f"{n} thread{'s' * (n > 1)}" for n in settings.threads}
+    ways = [Way(f"ours, {text}", _ours(store, spec, n), bare=f"{BARE}, {text}") for n, text in threads.items()]
     if isinstance(store, Hdf5Images):
         bare = partial(_bare, store.source, build_index(store.source), settings.size)
-        ways += [Way(f"bare pread + cv2, {n} thread{'s' * (n > 1)}", bare(n)) for n in settings.threads]
+        ways += [Way(f"{BARE}, {text}", bare(n)) for n, text in threads.items()]
         ways.append(Way("h5py + PIL + numpy, 1 core", _usual(store.source, settings.size), share=0.1))
     ways += [
         Way(f"timm transform in a DataLoader, {n} workers", _data_loader(store, settings.size, n), 0.25) for n in (0, 2)
@@ -93,17 +97,26 @@ def measure(ways: Sequence[Way], ids: Sequence[str], repeats: int) -> dict[str, 
 
 
 def _row(way: Way, rates: dict[str, list[float]], settings: IngestSettings, num_images: int) -> dict[str, Any]:
-    reference = rates[next(iter(rates))]
-    ratios = [ours / theirs for ours, theirs in zip(reference, rates[way.name], strict=True)]
-    return {
+    first, own = rates[next(iter(rates))], rates[way.name]
+    row = {
         "what": way.name,
         "images": num_images,
         "size": settings.size,
-        "images_per_second": round(statistics.median(rates[way.name])),
-        "min": round(min(rates[way.name])),
-        "max": round(max(rates[way.name])),
-        "first_is_faster_by": round(statistics.median(ratios), 2),
+        "images_per_second": round(statistics.median(own)),
+        "min": round(min(own)),
+        "max": round(max(own)),
+        "first_is_faster_by": round(statistics.median(_ratios(first, own)), 2),
     }
+    if way.bare not in rates:
+        return row
+    of_bare = [round(ratio, 3) for ratio in _ratios(own, rates[way.bare])]
+    spread = {"of_bare": statistics.median(of_bare), "of_bare_min": min(of_bare), "of_bare_max": max(of_bare)}
+    return {**row, **spread}
+
+
+def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Returns the ratios of repeats that followed each other."""
+    return [mine / other for mine, other in zip(ours, theirs, strict=True)]
 
 
 def _ours(store: ImageStore, spec: PreprocessSpec, num_threads: int) -> Callable[[Sequence[str]], None]:

@@ -21,13 +21,17 @@ GROWS = ("data", "images", "rows")
 
 
 def read(path: Path) -> pl.DataFrame:
-    """Reads a CSV of results as text; a run's cost a row is added where it has seconds and a number of rows."""
+    """Reads a CSV of results as text.
+
+    Where it has seconds and a number of rows, the cost of a row beyond that of starting is added.
+    """
     rows = pl.read_csv(path, infer_schema=False)
     rows = rows.with_columns(pl.lit(None, pl.String).alias(name) for name in MACHINE if name not in rows.columns)
     number = next((name for name in ("images", "rows") if name in rows.columns), None)
     if number is None or "seconds" not in rows.columns:
         return rows
-    cost = 1e6 * pl.col("seconds").cast(pl.Float64) / pl.col(number).cast(pl.Float64)
+    start = pl.col("start_seconds").cast(pl.Float64).fill_null(0) if "start_seconds" in rows.columns else 0.0
+    cost = 1e6 * (pl.col("seconds").cast(pl.Float64) - start) / pl.col(number).cast(pl.Float64)
     return rows.with_columns(us_per_row=cost.round(1).cast(pl.String))
 
 

@@ -88,7 +88,12 @@ def accelerator() -> str | None:
 
 
 def _processor() -> str:
+    """Returns the processor's name with its family and model: a cloud's virtual machines say the name of the maker."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    pairs = (line.split(":", 1) for line in reversed(lines) if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in pairs}
+    if "model name" not in facts:
+        return platform.processor()
+    numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    return " ".join((facts["model name"], f"({', '.join(numbers)})" if numbers else "")).strip()

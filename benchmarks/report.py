@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: the README's tables and a page of charts from the CSVs: they hold no other numbers."""
+"""`python -m benchmarks report`: the documents' tables and a page of charts from the CSVs, which hold all the numbers."""
 
 import re
 from dataclasses import dataclass
@@ -8,25 +8,26 @@ import polars as pl
 from pydantic import Field
 
 from benchmarks.page import last_rows, read, render
-from benchmarks.record import MACHINE, RESULTS
-from isic.config import Settings
+from benchmarks.record import RESULTS
+from isic.config import Settings, Several
 from isic.errors import UserError, did_you_mean
 from isic.files import write_text
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 
 class ReportSettings(Settings):
     """What `python -m benchmarks report` takes."""
 
-    readme: Path = Field(README, description="file whose tables are written anew")
+    documents: Several[Path] = Field(DOCUMENTS, description="Markdown files whose tables are written anew")
     results: Path = Field(RESULTS, description="folder of the CSVs")
     page: Path = Field(Path("outputs/benchmarks.html"), description="the page of charts and all tables")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the README: the last row of each kind in a CSV."""
+    """A table of a document: the last row of each kind in a CSV."""
 
     csv: str
     key: tuple[str, ...]
@@ -38,10 +39,9 @@ class Table:
 TABLES = {
     "throughput": Table(
         "throughput",
-        (*MACHINE, "what", "engine", "precision", "batch", "device", "input"),
+        ("accelerator", "what", "engine", "precision", "batch", "device", "input"),
         {
             "what": "config",
-            "processor": "processor",
             "accelerator": "GPU",
             "engine": "engine",
             "precision": "precision",
@@ -59,9 +59,26 @@ TABLES = {
             "reason": "not measured, because",
         },
     ),
+    "engines": Table(
+        "throughput",
+        ("accelerator", "what", "engine", "precision", "device", "input"),
+        {
+            "what": "config",
+            "accelerator": "GPU",
+            "engine": "engine",
+            "precision": "precision",
+            "batch": "batch",
+            "images_per_second": "images/s (median)",
+            "min": "min",
+            "max": "max",
+            "peak_mb": "peak MB",
+            "of_matmul": "of the matmul rate",
+            "cosine": "cosine",
+        },
+    ),
     "export": Table(
         "export",
-        (*MACHINE, "what", "format", "precision"),
+        ("accelerator", "what", "format", "precision"),
         {
             "what": "config",
             "format": "format",
@@ -75,7 +92,7 @@ TABLES = {
     ),
     "peers": Table(
         "peers",
-        (*MACHINE, "what", "data", "batch", "ours", "peer"),
+        ("accelerator", "what", "data", "batch", "ours", "peer"),
         {
             "what": "config",
             "ours": "ours",
@@ -91,7 +108,7 @@ TABLES = {
     ),
     "embed": Table(
         "embed",
-        (*MACHINE, "what", "data", "images"),
+        ("accelerator", "what", "data", "images"),
         {
             "what": "engine",
             "data": "data",
@@ -104,25 +121,27 @@ TABLES = {
     ),
     "growth": Table(
         "embed",
-        (*MACHINE, "what", "data", "images"),
+        ("accelerator", "what", "data", "images"),
         {
             "what": "engine",
             "data": "data",
             "images": "images",
             "seconds": "seconds",
-            "us_per_row": "µs an image",
+            "start_seconds": "of which to start",
+            "us_per_row": "the rest, µs an image",
             "peak_mb": "peak MB",
             "bound_by": "bound by",
         },
     ),
     "growth_tabular": Table(
         "tabular",
-        (*MACHINE, "what", "rows"),
+        ("accelerator", "what", "rows"),
         {
             "what": "step",
             "rows": "rows",
             "seconds": "seconds",
-            "us_per_row": "µs a row",
+            "start_seconds": "of which to start",
+            "us_per_row": "the rest, µs a row",
             "peak_mb": "peak MB",
             "ours_is_faster_by": "the part here is faster by",
             "rows_per_second": "rows/s",
@@ -137,6 +156,7 @@ TABLES = {
             "min": "min",
             "max": "max",
             "first_is_faster_by": "the first is faster by",
+            "of_bare": "of the bare loop",
             "seconds": "seconds",
         },
     ),
@@ -171,6 +191,8 @@ TABLES = {
             "pauc_mean_of_folds": "mean of folds",
             "pauc_std_of_folds": "± between folds",
             "auc_pooled": "AUC",
+            "pauc_by_fold": "pAUC by fold",
+            "published": "published for the whole data",
         },
     ),
     "ablation": Table(
@@ -193,11 +215,11 @@ MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def report(settings: ReportSettings) -> None:
-    """Writes every table of the README anew from the last results, and a page that shows them all."""
-    text = settings.readme.read_text(encoding="utf-8")
-    write_text(settings.readme, with_tables(text, settings.results))
+    """Writes every table of the documents anew from the last results, and a page that shows them all."""
+    for path in settings.documents:
+        write_text(path, with_tables(path.read_text(encoding="utf-8"), settings.results))
     write_text(settings.page, render(settings.results))
-    print(f"wrote the tables of {settings.readme}, and {settings.page}")
+    print(f"wrote the tables of {', '.join(map(str, settings.documents))}, and {settings.page}")
 
 
 def with_tables(text: str, results: Path) -> str:

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import polars as pl
+import pytest
 from conftest import Cli
 
 from benchmarks.record import append
@@ -13,6 +14,9 @@ def test_every_way_reads_the_images_and_lands_in_the_csv(small_dataset: Path, tm
     rows = pl.read_csv(tmp_path / "ingest.csv")
     assert len(rows) == 7 and (rows["images_per_second"] > 0).all()
     assert rows["what"][0] == "ours, 1 thread" and rows["first_is_faster_by"][0] == 1.0
+    ours, bare = rows["images_per_second"][0], rows["images_per_second"][2]
+    assert rows["what"][2] == "bare pread + cv2, 1 thread" and rows["of_bare"][2:].null_count() == 5
+    assert rows["of_bare"][0] == pytest.approx(ours / bare, rel=0.01)
 
 
 def test_results_are_appended_and_new_columns_are_blank_in_old_rows(tmp_path: Path) -> None:

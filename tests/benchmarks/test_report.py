@@ -7,12 +7,14 @@ from conftest import Cli
 from benchmarks.limits import Limits, Work
 from benchmarks.page import render
 from benchmarks.record import RESULTS, append
-from benchmarks.report import README, TABLES, with_tables
+from benchmarks.report import DOCUMENTS, TABLES, with_tables
 from isic.errors import UserError
 
 
-def test_the_readmes_tables_are_the_csvs() -> None:
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_documents_tables_are_the_csvs(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert "<!-- table:" in text
     assert with_tables(text, RESULTS) == text, "run `python -m benchmarks report`"
 
 
@@ -22,15 +24,15 @@ def test_the_last_row_of_each_kind_stands_in_the_table(tmp_path: Path, cli: Cli)
     for table in TABLES.values():
         if table.csv != "ingest":
             append(table.csv, [dict.fromkeys([*table.key, *table.columns], 0.5) | {"what": "m"}], tmp_path)
-    append("ingest", [{"what": "a", "seconds": 3, "min": 0, "max": 0, "first_is_faster_by": 1}], tmp_path)
+    append("ingest", [{"what": "a", "seconds": 3, "min": 0, "max": 0, "first_is_faster_by": 1, "of_bare": 1}], tmp_path)
     readme = tmp_path / "README.md"
     marks = "".join(f"<!-- table: {name} -->\nstale\n<!-- end -->\n" for name in TABLES)
     readme.write_text(f"before\n{marks}after\n")
-    ended = cli("benchmarks", "report", "--readme", readme, "--results", tmp_path, "--page", tmp_path / "page.html")
+    ended = cli("benchmarks", "report", "--documents", readme, "--results", tmp_path, "--page", tmp_path / "page.html")
     assert ended.code == 0, ended.err
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    assert "| a |  | 0 | 0 | 1 | 3 |" in text and "| b | 5 |  |  |  |  |" in text and "| m |" in text
+    assert "| a |  | 0 | 0 | 1 | 1 | 3 |" in text and "| b | 5 |  |  |  |  |  |" in text and "| m |" in text
 
 
 def test_a_table_without_results_or_name_is_a_sentence(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from benchmarks import record
 def write(folder: Path, *rates: tuple[float, float, float], **columns: object) -> None:
     for median, low, high in rates:
         row = {"what": "vit", "engine": "onnx", "precision": "fp32", "batch": 1, "device": "cpu", "input": "noise"}
-        row |= {"images_per_second": median, "min": low, "max": high, **columns}
+        row |= {"images_per_second": median, "min": low, "max": high, "matmul_gflops": 50, **columns}
         record.append("throughput", [row], folder)
 
 
@@ -43,9 +43,18 @@ def test_other_machines_and_other_things_are_not_compared(
     assert ended.code == 0 and "0 compared" in ended.out
 
 
+def test_a_machine_at_half_its_speed_is_no_slowdown(tmp_path: Path, cli: Cli) -> None:
+    write(tmp_path, (100, 99, 101), matmul_gflops=50)
+    write(tmp_path, (50, 49, 51), matmul_gflops=25)
+    ended = cli("benchmarks", "check", "--results", tmp_path)
+    assert ended.code == 0 and "1.00 (0.97 to 1.03)" in ended.out
+    write(tmp_path, (50, 49, 51), matmul_gflops=50)
+    assert cli("benchmarks", "check", "--results", tmp_path).code == 1
+
+
 def test_figures_without_repeats_have_the_noise_that_is_said(tmp_path: Path, cli: Cli) -> None:
-    for rate in (100, 85):
-        record.append("embed", [{"what": "null", "data": "d", "images": 9, "end_to_end": rate}], tmp_path)
+    for share in (1.0, 0.85):
+        record.append("embed", [{"what": "null", "data": "d", "images": 9, "share": share}], tmp_path)
     assert cli("benchmarks", "check", "--results", tmp_path).code == 1
     assert cli("benchmarks", "check", "--results", tmp_path, "--noise", 0.3).code == 0
 
