@@ -110,7 +110,7 @@ def rates(job: Job, ids: pl.Series, folder: Path, repeats: int = 5) -> dict[str,
     return {name: statistics.median(values) for name, values in measured.items()}
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def _seconds(run: Callable[[], object]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: the documents' tables and a page of charts from the CSVs, which hold all the numbers."""
+"""`python -m benchmarks report`: the documents' tables and a page of charts, all from the CSVs and nothing else."""
 
 import re
 from dataclasses import dataclass

@@ -49,9 +49,8 @@ def tabular(settings: TabularSettings) -> None:
     """Measures seconds and memory of the default features, a part of them here and in pandas, fitting, predicting."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        start = {
-            row["what"]: row["seconds"] for row in _features(write_table(Path(folder), FEW_ROWS), settings.repeats)
-        }
+        few = _features(write_table(Path(folder), FEW_ROWS), settings.repeats)
+        start = {row["what"]: row["seconds"] for row in few}
         for number in settings.rows:
             path = write_table(Path(folder), number)
             features = _features(path, settings.repeats)
