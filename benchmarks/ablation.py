@@ -11,10 +11,10 @@ from pydantic import Field
 from scipy.stats import ttest_rel
 
 from benchmarks.record import append
-from infer.boosters import LIBRARIES
-from infer.compare import paired, pauc_by_seed
-from infer.ensemble import Ensemble, open_ensemble
-from infer.fit import FitSettings, fit
+from infer.ensemble.artifact import Ensemble, open_ensemble
+from infer.ensemble.boosters import LIBRARIES
+from infer.ensemble.compare import paired, pauc_by_seed
+from infer.ensemble.fit import FitSettings, fit
 from isic.config import Settings, Several, build
 
 ALL = "+".join(LIBRARIES)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from benchmarks.record import append
-from infer.ensemble import open_ensemble
+from infer.ensemble.artifact import open_ensemble
 from isic import schema
 from isic.config import Settings
 from isic.dataset import Dataset

@@ -15,13 +15,13 @@ import polars as pl
 from pydantic import Field
 
 from benchmarks.record import append
-from infer.embed import BATCH_CPU
-from infer.embedder import Embedder, Job, Step, cores
+from infer.embedding.embed import BATCH_CPU
+from infer.embedding.embedder import Embedder, Job, Step, cores
+from infer.embedding.pipeline import decode_ahead, ring_depth
+from infer.embedding.plan import Models, find_models, plan_parts, read_ids
+from infer.embedding.views import averaged
 from infer.embeddings import RUN_FILE
 from infer.engines import create, null
-from infer.pipeline import decode_ahead, ring_depth
-from infer.plan import Models, find_models, plan_parts, read_ids
-from infer.views import averaged
 from isic.config import Settings
 from isic.dataset import Dataset
 from isic.files import read_json

@@ -20,7 +20,7 @@ from pydantic import Field
 from timm.data import create_transform
 
 from benchmarks.record import append
-from infer.pipeline import decode_ahead, ring_depth
+from infer.embedding.pipeline import decode_ahead, ring_depth
 from isic import schema
 from isic.config import Settings, Several
 from isic.dataset import Dataset

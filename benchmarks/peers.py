@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from benchmarks.fresh import BUILD_ERRORS, Features, Fresh, build_artifact, create_fresh, first_line, least_cosine
 from benchmarks.record import append
 from benchmarks.ways import WAYS, Task
-from infer.embedder import cores
+from infer.embedding.embedder import cores
 from isic import schema
 from isic.config import Settings, Several
 from isic.dataset import Dataset

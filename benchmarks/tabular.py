@@ -15,8 +15,8 @@ import polars as pl
 from pydantic import Field
 
 from benchmarks.record import append
-from infer.boosters import LIBRARIES, parameters_of
-from infer.fit import available_cpus, undersample
+from infer.ensemble.boosters import LIBRARIES, parameters_of
+from infer.ensemble.fit import available_cpus, undersample
 from isic import schema
 from isic.config import Settings, Several
 from isic.features import SETS, compute, fit_encoding

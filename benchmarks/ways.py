@@ -56,9 +56,9 @@ def ours(task: Task) -> Embed:
     """The pipeline of `python -m infer embed` with an exported artifact, from the file to parts on disk."""
     import polars as pl  # noqa: PLC0415  each way brings its own libraries, here and below
 
-    from infer.embedder import Embedder, Job  # noqa: PLC0415
+    from infer.embedding.embedder import Embedder, Job  # noqa: PLC0415
+    from infer.embedding.plan import Models, plan_parts  # noqa: PLC0415
     from infer.engines import manifest_spec  # noqa: PLC0415
-    from infer.plan import Models, plan_parts  # noqa: PLC0415
 
     assert task.artifact is not None and task.manifest is not None
     models = Models({0: Path(task.artifact)}, {0: task.manifest}, manifest_spec(task.manifest))

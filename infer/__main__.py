@@ -1,12 +1,12 @@
 """`python -m infer embed | fit | predict | scores | compare | report | doctor`: from engines to a submission."""
 
-from infer.compare import compare
 from infer.doctor import doctor
-from infer.embed import embed
-from infer.fit import fit
-from infer.predict import predict
+from infer.embedding.embed import embed
+from infer.ensemble.compare import compare
+from infer.ensemble.fit import fit
+from infer.ensemble.predict import predict
+from infer.ensemble.scores import show
 from infer.report import report
-from infer.scores import show
 from isic import cli
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from infer.ensemble import OOF, Ensemble
+from infer.ensemble.artifact import OOF, Ensemble
 from isic import schema
 from isic.dataset import Dataset
 from isic.errors import UserError

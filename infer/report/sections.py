@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from infer import image_scores
+from infer.ensemble import image_scores
 from infer.report import figures, page
 from infer.report.cases import Case, pictures, worst_false_alarms, worst_misses
 from infer.report.curves import reliability

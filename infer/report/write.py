@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from infer.ensemble import open_ensemble
+from infer.ensemble.artifact import open_ensemble
 from infer.report import page
 from infer.report.markup import tag
 from infer.report.scored import read_scored

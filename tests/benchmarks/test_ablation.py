@@ -6,7 +6,7 @@ import pytest
 from conftest import Cli
 
 from benchmarks.ablation import IMAGES, TABULAR, AblationSettings
-from infer.ensemble import FeatureSpec
+from infer.ensemble.artifact import FeatureSpec
 from isic.config import build
 from isic.synth.rows import draw_rows
 

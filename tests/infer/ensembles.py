@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 
 from infer.embeddings import part_path, write_part
-from infer.fit import FitSettings
+from infer.ensemble.fit import FitSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.files import write_json

@@ -10,8 +10,8 @@ import numpy as np
 import polars as pl
 from conftest import jpeg, write_hdf5
 
-from infer import plan
-from infer.embed import EmbedSettings, embed
+from infer.embedding import plan
+from infer.embedding.embed import EmbedSettings, embed
 from infer.engines.null import FILE, write_run
 from isic.preprocess import PreprocessSpec
 
@@ -34,8 +34,8 @@ class StandIn:
     def command(self, output: Path, *more: object, part_rows: int = PART_ROWS) -> list[str]:
         """A process of its own, with parts so small that there are many."""
         code = (
-            f"import sys, infer.plan; infer.plan.PART_ROWS = {part_rows}\n"
-            "from infer.embed import embed; from isic import cli; cli.run({'embed': embed})"
+            f"import sys, infer.embedding.plan; infer.embedding.plan.PART_ROWS = {part_rows}\n"
+            "from infer.embedding.embed import embed; from isic import cli; cli.run({'embed': embed})"
         )
         return [sys.executable, "-c", code, *self.flags(output, "--batch_size", 8, *more)]
 

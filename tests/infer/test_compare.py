@@ -6,7 +6,7 @@ import pytest
 from conftest import Cli, run_module
 from ensembles import write_dataset
 
-from infer.compare import _test_seeds
+from infer.ensemble.compare import _test_seeds
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ import pytest
 from conftest import Cli, jpeg
 from stand_in import PART_ROWS, ROOT, StandIn, embed_small_parts, grey, make_stand_in, parts
 
+from infer.embedding.plan import read_ids
 from infer.embeddings import join, load, read_run
 from infer.engines.null import FILE, write_run
-from infer.plan import read_ids
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.files import read_json, write_json
@@ -225,9 +225,9 @@ def test_what_a_worker_has_to_say_reaches_the_user(stand_in: StandIn, tmp_path: 
 def test_workers_that_all_die_end_the_run(stand_in: StandIn, tmp_path: Path) -> None:
     """They are given cores that do not exist. Nothing is tried for ever."""
     code = (
-        "import infer.workers as w\n"
+        "import infer.embedding.workers as w\n"
         "if __name__ == '__main__':\n"
-        "    from infer.embed import embed; from isic import cli\n"
+        "    from infer.embedding.embed import embed; from isic import cli\n"
         "    w.share = lambda *a: [100_000]\n"
         "    cli.run({'embed': embed})"
     )
@@ -359,7 +359,7 @@ def test_what_a_killed_run_left_behind_is_swept_up(stand_in: StandIn, tmp_path: 
 
 def test_ids_are_read_whatever_the_other_columns_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks of a few bytes: no row is cut, not even where a text holds a line end or a quote."""
-    from infer import plan
+    from infer.embedding import plan
 
     rows = ['A1,"two\nlines",1', 'A2,"a ""quoted"" word",2', "A3,plain,3", 'A4,",",4']
     path = tmp_path / "table.csv"

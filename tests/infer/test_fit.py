@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 from ensembles import settings, write_dataset, write_embeddings, write_run
 
-from infer.boosters import LIBRARIES, min_data, parameters_of, read_booster
 from infer.embeddings import part_path
-from infer.fit import fit, undersample
-from infer.image_scores import fit_standard, image_features
-from infer.scores import ScoresSettings, show, summarise
+from infer.ensemble.boosters import LIBRARIES, min_data, parameters_of, read_booster
+from infer.ensemble.fit import fit, undersample
+from infer.ensemble.image_scores import fit_standard, image_features
+from infer.ensemble.scores import ScoresSettings, show, summarise
 from isic import schema
 from isic.dataset import Dataset
 from isic.errors import UserError

@@ -10,9 +10,9 @@ import pytest
 from ensembles import ENGINES, NUM_FOLDS, settings, write_dataset
 
 from infer.embeddings import part_path, write_part
-from infer.fit import fit
-from infer.image_columns import FORMS, MAPPED, Map, fit_maps, mapped_columns, procrustes, read_maps, write_maps
-from infer.predict import PredictSettings, predict
+from infer.ensemble.fit import fit
+from infer.ensemble.image_columns import FORMS, MAPPED, Map, fit_maps, mapped_columns, procrustes, read_maps, write_maps
+from infer.ensemble.predict import PredictSettings, predict
 from isic import schema
 from isic.dataset import Dataset
 from isic.errors import UserError

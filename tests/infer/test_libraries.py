@@ -10,10 +10,10 @@ import pytest
 from conftest import Cli
 from ensembles import NUM_FOLDS, settings, write_dataset
 
-from infer.blend import blend, rank, seeds_of
-from infer.boosters import LIBRARIES
-from infer.fit import FitSettings, fit
-from infer.predict import PredictSettings, predict
+from infer.ensemble.blend import blend, rank, seeds_of
+from infer.ensemble.boosters import LIBRARIES
+from infer.ensemble.fit import FitSettings, fit
+from infer.ensemble.predict import PredictSettings, predict
 from isic.config import CONFIG_DIR, build
 from isic.errors import UserError
 from isic.files import sha256

@@ -11,14 +11,14 @@ import pytest
 from conftest import jpeg, write_hdf5
 from stand_in import StandIn, make_stand_in
 
-from infer.embedder import Embedder, Job, Step
+from infer.embedding.embedder import Embedder, Job, Step
+from infer.embedding.pipeline import decode_ahead, pageable, ring_depth
+from infer.embedding.plan import Part, complete, find_models, fold_of
+from infer.embedding.progress import Tally
+from infer.embedding.views import VIEWS, averaged, view
+from infer.embedding.workers import gpus, share
 from infer.engines import PinsMemory, load
 from infer.engines.null import FILE
-from infer.pipeline import decode_ahead, pageable, ring_depth
-from infer.plan import Part, complete, find_models, fold_of
-from infer.progress import Tally
-from infer.views import VIEWS, averaged, view
-from infer.workers import gpus, share
 from isic.errors import UserError
 from isic.folds import Folds
 from isic.images import Hdf5Images, ImageStore, decode_pool

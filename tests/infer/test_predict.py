@@ -10,8 +10,8 @@ import pytest
 from ensembles import settings, write_dataset, write_embeddings, write_run
 
 from infer.embeddings import part_path
-from infer.fit import fit
-from infer.predict import PredictSettings, predict
+from infer.ensemble.fit import fit
+from infer.ensemble.predict import PredictSettings, predict
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.files import sha256

@@ -11,8 +11,8 @@ import pytest
 from conftest import Cli
 from stand_in import StandIn, make_stand_in, parts
 
-from infer import plan
-from infer.ray_runner import actors
+from infer.embedding import plan
+from infer.embedding.ray_runner import actors
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else every init warns of a default to come
 

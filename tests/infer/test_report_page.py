@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
 
 from infer.embeddings import load, part_path, write_part
-from infer.fit import fit
+from infer.ensemble.fit import fit
 from infer.report import write_report
 from infer.report.cases import NUM_CASES, NUM_OTHERS, worst_false_alarms, worst_misses
 from infer.report.curves import pca, reliability, roc, scored_region, wilson

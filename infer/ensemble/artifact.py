@@ -12,9 +12,9 @@ from typing import Any
 
 import polars as pl
 
-from infer.blend import Scores
-from infer.image_columns import FORMS
-from infer.image_features import ImageState
+from infer.ensemble.blend import Scores
+from infer.ensemble.image_columns import FORMS
+from infer.ensemble.image_features import ImageState
 from isic import features, schema
 from isic.errors import UserError
 from isic.features import Encoding

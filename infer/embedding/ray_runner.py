@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from infer.embedder import Embedder, Job, Report, Step, cores
-from infer.plan import Part
+from infer.embedding.embedder import Embedder, Job, Report, Step, cores
+from infer.embedding.plan import Part
 from isic.errors import UserError
 
 PARTS_A_TASK = 4

@@ -10,8 +10,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from infer.embedder import Embedder, Job, Report, cores
-from infer.plan import Part
+from infer.embedding.embedder import Embedder, Job, Report, cores
+from infer.embedding.plan import Part
 from isic.errors import UserError
 from isic.interrupt import Interrupted, interruptible
 

@@ -7,11 +7,11 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from infer import image_scores
-from infer.blend import Scores, blend, model_name
-from infer.boosters import read_booster
-from infer.ensemble import MANIFEST, Ensemble, open_ensemble
-from infer.image_features import Sources, frames, origins
+from infer.ensemble import image_scores
+from infer.ensemble.artifact import MANIFEST, Ensemble, open_ensemble
+from infer.ensemble.blend import Scores, blend, model_name
+from infer.ensemble.boosters import read_booster
+from infer.ensemble.image_features import Sources, frames, origins
 from isic import schema
 from isic.config import Settings
 from isic.dataset import Dataset, Split

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.stats import ttest_rel
 
-from infer.blend import blend, model_name, seeds_of
-from infer.ensemble import Ensemble, open_ensemble
+from infer.ensemble.artifact import Ensemble, open_ensemble
+from infer.ensemble.blend import blend, model_name, seeds_of
 from isic import schema
 from isic.config import Settings
 from isic.dataset import Dataset

@@ -14,11 +14,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from infer.embedding.pipeline import Decoded, decode_ahead, pageable, ring_depth
+from infer.embedding.plan import Models, Part
+from infer.embedding.views import averaged
 from infer.embeddings import ERRORS, write_part
 from infer.engines import Outputs, PinsMemory, load_many
-from infer.pipeline import Decoded, decode_ahead, pageable, ring_depth
-from infer.plan import Models, Part
-from infer.views import averaged
 from isic.dataset import Dataset, Split
 from isic.errors import UserError
 from isic.files import write_parquet

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from infer.embedder import Step
-from infer.plan import Part
+from infer.embedding.embedder import Step
+from infer.embedding.plan import Part
 from isic import interrupt
 from isic.errors import UserError
 

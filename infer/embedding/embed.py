@@ -11,12 +11,12 @@ from typing import Any, Literal
 import polars as pl
 from pydantic import AliasChoices, Field, model_validator
 
-from infer.embedder import Embedder, Job
+from infer.embedding.embedder import Embedder, Job
+from infer.embedding.plan import Models, Part, begin, complete, find_models, plan_parts, read_ids
+from infer.embedding.progress import Tally
+from infer.embedding.ray_runner import run_ray
+from infer.embedding.workers import gpus, run_processes
 from infer.embeddings import ERRORS, ERRORS_FILE, PLAN_FILE, PLAN_KEY, RUN_FILE, ids_digest
-from infer.plan import Models, Part, begin, complete, find_models, plan_parts, read_ids
-from infer.progress import Tally
-from infer.ray_runner import run_ray
-from infer.workers import gpus, run_processes
 from isic.config import Settings
 from isic.dataset import Dataset, Split
 from isic.errors import UserError

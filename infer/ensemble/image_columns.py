@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from infer.embeddings import load, read_run
-from infer.image_scores import refuse_gaps
+from infer.ensemble.image_scores import refuse_gaps
 from isic import schema
 from isic.dataset import Split
 from isic.errors import UserError

@@ -7,8 +7,8 @@ from typing import Any
 
 import polars as pl
 
-from infer import image_scores
-from infer.image_columns import (
+from infer.ensemble import image_scores
+from infer.ensemble.image_columns import (
     FROZEN,
     MAPPED,
     Frozen,
@@ -21,7 +21,7 @@ from infer.image_columns import (
     read_maps,
     write_maps,
 )
-from infer.image_scores import Standard
+from infer.ensemble.image_scores import Standard
 from isic.dataset import Split
 from isic.errors import UserError
 from isic.folds import Folds

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from tqdm import tqdm
 
-from infer import image_scores, scores
-from infer.blend import blend, model_name
-from infer.boosters import LIBRARIES, file_name, parameters_of
-from infer.ensemble import OOF, FeatureSpec, State, clear, write_manifest
-from infer.image_features import ImageState, Sources, frames, learn, origins
+from infer.ensemble import image_scores, scores
+from infer.ensemble.artifact import OOF, FeatureSpec, State, clear, write_manifest
+from infer.ensemble.blend import blend, model_name
+from infer.ensemble.boosters import LIBRARIES, file_name, parameters_of
+from infer.ensemble.image_features import ImageState, Sources, frames, learn, origins
 from infer.report import write_report
 from isic import folds as fold_plans
 from isic import schema
@@ -40,7 +40,7 @@ def _mapping(value: Any) -> Any:
 
 
 Changes = Annotated[dict[str, bool | int | float | str], BeforeValidator(_mapping)]
-"""Some of a library's settings: those in `infer.boosters` with other values."""
+"""Some of a library's settings: those in `infer.ensemble.boosters` with other values."""
 
 
 class FitSettings(Settings):
