@@ -67,7 +67,7 @@ def figures(fresh: Fresh, reference: Reference, name: str, precision: str) -> di
     """Returns seconds, size and parity of one artifact, or the `reason` why it has none."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
-            artifact = build_artifact(fresh, name, precision, Path(folder))
+            artifact = build_artifact(fresh, name, precision, Path(folder), images=reference.images)
         except BUILD_ERRORS as error:
             return {"reason": f"does not build: {first_line(error)}"}
         built = {"seconds": round(artifact.seconds, 1), "megabytes": round(artifact.megabytes, 1)}

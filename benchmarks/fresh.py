@@ -24,6 +24,8 @@ from train.model import Classifier, create_model, preprocess_spec
 ALL = "all"
 LARGEST = 16
 """Batch that artifacts are built for where nobody says."""
+NUM_CALIBRATION = 32
+"""Images that int8 and fp8 are calibrated on."""
 BUILD_ERRORS = (UserError, ImportError, RuntimeError, OSError, ValueError, TypeError, KeyError, AttributeError)
 """What builders raise where something that they need is missing or refuses a network: one row then says so."""
 LAYER_SCALE = 0.5
@@ -85,7 +87,13 @@ def _open_branches(model: nn.Module) -> None:
 
 
 def build_artifact(
-    fresh: Fresh, name: str, precision: str, folder: Path, device: str = "auto", largest: int = LARGEST
+    fresh: Fresh,
+    name: str,
+    precision: str,
+    folder: Path,
+    device: str = "auto",
+    largest: int = LARGEST,
+    images: Pixels | None = None,
 ) -> Artifact:
     """Exports a fresh network as `python -m export` would.
 
@@ -93,10 +101,12 @@ def build_artifact(
         folder: for the artifact and what its builder keeps.
         device: what it is to run on.
         largest: the batch that it is built for, and up to.
+        images: what a precision is calibrated on that needs it; noise if not given.
 
     Raises:
         What the builder does: see BUILD_ERRORS.
     """
+    calibration = example_images(None, fresh.spec, NUM_CALIBRATION) if images is None else images[:NUM_CALIBRATION]
     target = Target(
         config=fresh.settings.name,
         fold=0,
@@ -106,6 +116,7 @@ def build_artifact(
         spec=fresh.spec,
         options=PlanOptions(opt_batch=largest, max_batch=largest),
         cache_dir=folder,
+        calibration=lambda: calibration,
     )
     path = folder / FORMATS[name].file_name(target)
     manifest = {**fresh.manifest, **target.facts}

@@ -21,10 +21,10 @@ SIDES = {"cpu": (256, 1024), "cuda": (1024, 8192)}
 """Of the square matrices that are multiplied: the first to find out how long it takes, the second to measure."""
 COPIED = {"cpu": 2**28, "cuda": 2**32}
 """Bytes of the array that is copied: many times the caches."""
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ACTIVATION_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4}
-"""Of a value between two layers; layers in int8 take and give float32."""
-WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+ACTIVATION_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 2}
+"""Of a value between two layers; layers in int8 on a CPU take and give float32, those in fp8 float16."""
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,9 @@ def _product(device: str, precision: str, side: int) -> Callable[[], object]:
         left, right = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
         return lambda: torch._int_mm(left, right)
     left, right = (torch.randn((side, side), device=device).to(DTYPES[precision]) for _ in range(2))
+    if precision == "fp8":
+        one = torch.ones((), device=device)
+        return lambda: torch._scaled_mm(left, right.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
     return lambda: left @ right
 
 

@@ -49,7 +49,7 @@ class ThroughputSettings(Settings):
 
     config: Several[str] = Field((ALL,), description="configs, separated by commas, or all")
     engine: Several[str] = Field((ALL,), description="eager, compile, or formats of an export, separated by commas")
-    precision: Several[str] = Field((ALL,), description="fp32, fp16, bf16, int8, separated by commas")
+    precision: Several[str] = Field((ALL,), description="fp32, fp16, bf16, int8, fp8, separated by commas")
     batch: Several[int] = Field((), description="images a call, separated by commas; 1,16 on a CPU, 1,256 on a GPU")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the engines run")
     data: Path | None = Field(None, description="dataset whose images are the input; noise if not given")
@@ -123,7 +123,7 @@ def measure(
             yield {"reason": reason}
             return
         try:
-            artifact = build_artifact(fresh, engine, precision, folder, settings.where, max(settings.batches))
+            artifact = build_artifact(fresh, engine, precision, folder, settings.where, max(settings.batches), images)
         except BUILD_ERRORS as error:
             yield {"reason": f"does not build: {first_line(error)}"}
             return

@@ -6,13 +6,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from infer.engines import works
 from isic.errors import UserError, did_you_mean
-from isic.preprocess import PreprocessSpec
+from isic.preprocess import Pixels, PreprocessSpec
 from train.model import Classifier
 
 if TYPE_CHECKING:
     from export.tensorrt import PlanOptions
+
+
+def no_images() -> Pixels:
+    """Returns no images at all, where nobody said which to calibrate on."""
+    return np.empty((0, 0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,15 @@ class Target:
     options: "PlanOptions"
     cache_dir: Path
     """Where builders keep what the folds of a config share."""
+    calibration: Callable[[], Pixels] = no_images
+    """Images [R, size, size, 3] for the precisions that are calibrated, read where one of them is built."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the manifest says was asked for; another answer makes the artifact stale."""
-        options = self.options.model_dump(mode="json", include=set(FORMATS[self.format].options))
+        kind = FORMATS[self.format]
+        named = {*kind.options, *(CALIBRATION_OPTIONS if self.precision in kind.calibrated else ())}
+        options = self.options.model_dump(mode="json", include=named)
         return {
             "name": self.config,
             "fold": self.fold,
@@ -67,6 +78,8 @@ class Format:
     """What it offers on each device it runs on, the usual one first."""
     options: tuple[str, ...] = ()
     """Fields of PlanOptions that its build follows."""
+    calibrated: tuple[str, ...] = ()
+    """Precisions whose scales come from images."""
     portable: bool = False
     """It is built where it cannot run; the parity gate is then left to the machine that runs it."""
 
@@ -82,6 +95,8 @@ class Format:
 
 PLAN_OPTIONS = ("min_batch", "opt_batch", "max_batch", "workspace_mib", "optimization_level", "cuda_graph")
 """What every TensorRT plan follows."""
+CALIBRATION_OPTIONS = ("calibration_images",)
+"""What a calibrated precision follows as well."""
 
 FORMATS = {
     "onnx": Format("export.onnx_graph", {"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16", "bf16")}),
@@ -92,13 +107,15 @@ FORMATS = {
     ),
     "tensorrt": Format(
         "export.tensorrt",
-        {"cuda": ("fp16", "bf16", "fp32")},
+        {"cuda": ("fp16", "bf16", "fp32", "int8", "fp8")},
         options=(*PLAN_OPTIONS, "version_compatible", "hardware_compatible"),
+        calibrated=("int8", "fp8"),
     ),
     "tensorrt_rtx": Format(
         "export.tensorrt",
-        {"cuda": ("fp16", "bf16", "fp32")},
+        {"cuda": ("fp16", "bf16", "fp32", "int8", "fp8")},
         options=(*PLAN_OPTIONS, "compute_capabilities"),
+        calibrated=("int8", "fp8"),
         portable=True,
     ),
 }
@@ -121,6 +138,7 @@ TOLERANCES = {
     "fp16": Tolerance(0.999, 5e-2, 0.999),
     "bf16": Tolerance(0.995, 3e-1, 0.99),
     "int8": Tolerance(0.99, 0.5, 0.97),
+    "fp8": Tolerance(0.99, 0.5, 0.97),
 }
 
 

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +45,7 @@ class ExportSettings(PlanOptions):
     fold: int | None = Field(None, ge=0, description="export this fold alone; all trained folds if not given")
     formats: Several[str] = Field(("onnx",), description=f"of {', '.join(FORMATS)}, separated by commas")
     precision: Several[str] = Field(
-        (), description="fp32, fp16, bf16 or int8, separated by commas; each format's usual one if not given"
+        (), description="fp32, fp16, bf16, int8 or fp8, separated by commas; each format's usual one if not given"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what the artifacts will run on")
     data: Path | None = Field(
@@ -171,6 +171,7 @@ def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
 def export_one(source: Source, target: Target, artifact: Path) -> bool:
     """Builds one artifact beside its final name, gates it, and moves it there. Returns whether it passed."""
     candidate = artifact.with_name(f".candidate-{artifact.name}")
+    target = replace(target, calibration=partial(calibration_sample, source, target.options.calibration_images))
     manifest = {**source.config, **target.facts}
     try:
         started = time.perf_counter()
@@ -263,25 +264,43 @@ def fail(artifact: Path, manifest: Mapping[str, Any], error: ParityError) -> Non
 def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
     """Returns images of the fold's held-out rows, by inference's own decoder, and their targets.
 
-    A quarter at most are positives, as far as there are any; the others are spread over the table.
-
     Returns:
         uint8 [R, size, size, 3], float32 [R]; R is `source.num_images` or what the fold has.
+
+    Raises:
+        UserError: none can be read.
+    """
+    images, target = read_sample(source, source.num_images, held_out=True)
+    if not len(images):
+        raise UserError(f"no image of fold {source.config['fold']} in {source.data} can be read; give --data")
+    return images, target
+
+
+def calibration_sample(source: Source, num_images: int) -> Pixels:
+    """Returns at most `num_images` of the fold's training images, uint8 [R, size, size, 3], R perhaps 0.
+
+    The held-out ones are for the gate, which is to judge what calibration has not seen.
+    """
+    return read_sample(source, num_images, held_out=False)[0]
+
+
+def read_sample(source: Source, num_images: int, held_out: bool) -> tuple[Pixels, NDArray[np.float32]]:
+    """Returns images and targets of rows that the fold holds out, or of those that it trains on.
+
+    A quarter at most are positives, as far as there are any; the others are spread over the table.
     """
     dataset = Dataset(source.data)
     table = dataset.metadata("train")
-    held_out = table.filter(read_folds(source.path.parents[1] / FOLDS_FILE).of(table) == source.config["fold"])
+    fold = read_folds(source.path.parents[1] / FOLDS_FILE).of(table)
+    table = table.filter((fold == source.config["fold"]) == held_out)
     store = dataset.images("train")
-    held_out = held_out.filter(~pl.col(schema.ID).is_in(store.missing(held_out[schema.ID].to_list())))
-    positives, negatives = (held_out.filter(pl.col(schema.TARGET) == target) for target in (1, 0))
-    rows = pl.concat([every(positives, source.num_images // 4), every(negatives, source.num_images)])
-    rows = rows.head(source.num_images)
+    table = table.filter(~pl.col(schema.ID).is_in(store.missing(table[schema.ID].to_list())))
+    positives, negatives = (table.filter(pl.col(schema.TARGET) == target) for target in (1, 0))
+    rows = pl.concat([every(positives, num_images // 4), every(negatives, num_images)]).head(num_images)
     images = np.empty((len(rows), source.spec.size, source.spec.size, 3), np.uint8)
     with decode_pool(1) as pool:
         failed = store.decode(rows[schema.ID].to_list(), source.spec, images, pool)
     good = [row for row in range(len(rows)) if row not in failed]
-    if not good:
-        raise UserError(f"no image of fold {source.config['fold']} in {source.data} can be read; give --data")
     return images[good], rows[schema.TARGET].cast(pl.Float32).to_numpy()[good]
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from export.formats import Target
 from export.onnx_graph import ATTENTION_OPSET, OPSET, trace
 from export.precision import lowered
+from export.quantize import BASE, QUANTIZED, quantize
 from infer.engines import cudart
 from infer.engines.tensorrt import AMPERE_PLUS, FLAVOURS, import_runtime, logger
 from isic.config import Settings, Several
@@ -54,6 +55,9 @@ CONTRACT = {
 ATTENTION_VERSION = (10, 14)
 """TensorRT's first with a parser for ONNX's Attention."""
 
+CAPABILITIES = {"fp8": ("SM89", "SM120", "SM121")}
+"""Architectures that TensorRT-RTX builds a precision for where not all from Ampere on compute in it."""
+
 Log = Callable[[str], None]
 
 
@@ -79,6 +83,9 @@ class PlanOptions(Settings):
         (), description="tensorrt_rtx: architectures to build for; Ampere and newer if not given"
     )
     max_autotune: bool = Field(False, description="aoti: look longest for fast kernels")
+    calibration_images: int = Field(
+        128, ge=1, description="int8 and fp8 plans: training images that show how large activations are"
+    )
     cuda_graph: bool = Field(
         False, description="TensorRT: batches of --opt_batch run as one CUDA graph, which spares small models launches"
     )
@@ -151,13 +158,30 @@ def file_name(target: Target) -> str:
 def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
     """Builds the plan of `model` by way of a graph that has the target's types."""
     opset = ATTENTION_OPSET if parses_attention(target.format) else OPSET
+    graph, calibration = typed_graph(model, target, opset)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        graph = Path(folder) / "model.onnx"
-        onnx.save(trace(lowered(model, target.precision), target.size, opset), graph)
+        onnx_path = Path(folder) / "model.onnx"
+        onnx.save(graph, onnx_path)
         timings = target.cache_dir / f"{target.format}.timings"
-        facts = build_plan(graph, path, target.format, target.options, timing_cache=timings)
+        options = options_for(target.precision, target.format, target.options)
+        facts = build_plan(onnx_path, path, target.format, options, timing_cache=timings)
     # Twice the largest batch keeps both of the engine's streams busy.
-    return {"opset": opset, "plan": asdict(facts), "batch_size": 2 * target.options.max_batch}
+    return {"opset": opset, **calibration, "plan": asdict(facts), "batch_size": 2 * target.options.max_batch}
+
+
+def typed_graph(model: Classifier, target: Target, opset: int) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """Returns the graph of `model` in the target's precision, and for the manifest what it was calibrated on."""
+    if target.precision not in QUANTIZED:
+        return trace(lowered(model, target.precision), target.size, opset), {}
+    graph = trace(lowered(model, BASE), target.size, opset)
+    return graph, {"calibration": quantize(graph, target.precision, target.calibration())}
+
+
+def options_for(precision: str, flavour: str, options: PlanOptions) -> PlanOptions:
+    """Returns the options with the architectures that a precision takes, where none is asked for."""
+    if options.compute_capabilities or not FLAVOURS[flavour].portable:
+        return options
+    return options.model_copy(update={"compute_capabilities": CAPABILITIES.get(precision, ())})
 
 
 def parses_attention(flavour: str) -> bool:
@@ -173,6 +197,7 @@ def plan_name(config: str, fold: int, precision: str, flavour: str, options: Pla
     installed, or a GPU is needed and not there.
     """
     version = import_runtime(flavour).__version__
+    options = options_for(precision, flavour, options)
     return f"{config}-fold_{fold}-{precision}-{'-'.join(architectures(flavour, options))}-{flavour}_{version}.plan"
 
 
@@ -382,11 +407,18 @@ def layer_types(network: Any) -> dict[str, dict[str, int]]:
     """Returns the number of layers by kind and by type of the first output, without shape arithmetic.
 
     A strongly typed plan computes each layer in the type that the network states; TensorRT may fuse layers, and may
-    not change types.
+    not change types. A product of dequantized inputs is one of the quantized type.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
+    quantized = {
+        layer.get_output(0).name: DTYPES[layer.get_input(0).dtype.name]
+        for layer in _layers(network)
+        if layer.type.name == "DEQUANTIZE"
+    }
     for layer in _layers(network):
         dtype = DTYPES.get(layer.get_output(0).dtype.name, "other")
+        if layer.num_inputs:
+            dtype = quantized.get(layer.get_input(0).name, dtype)
         if dtype not in INTEGERS:
             counts[layer.type.name.lower()][dtype] += 1
     return {kind: dict(counter) for kind, counter in sorted(counts.items())}

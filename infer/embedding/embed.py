@@ -49,7 +49,9 @@ class EmbedSettings(Settings):
     engine: str = Field(
         "model.onnx", description="the exported engine of each fold: a format (onnx, aoti, tensorrt) or a file name"
     )
-    precision: str | None = Field(None, description="which one, where a format has several: fp32, fp16, bf16 or int8")
+    precision: str | None = Field(
+        None, description="which one, where a format has several: fp32, fp16, bf16, int8 or fp8"
+    )
     device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
         "auto", description="where the engine runs; tensorrt: an ONNX file by way of ONNX Runtime's TensorRT"
     )

@@ -139,6 +139,7 @@ def test_formats_and_precisions_are_chosen_as_asked() -> None:
     assert find_formats(("onnx", "tensorrt_rtx"), ("int8", "fp16"), "cpu") == [
         ("onnx", "int8"),
         ("onnx", "fp16"),
+        ("tensorrt_rtx", "int8"),
         ("tensorrt_rtx", "fp16"),
     ]
     for formats, precisions, words in (
