@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from export.formats import FORMATS, Target, device_of
-from export.tensorrt import PlanOptions
+from export.options import PlanOptions
 from isic import schema
 from isic.config import CONFIG_DIR
 from isic.dataset import Dataset

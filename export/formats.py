@@ -4,17 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from export.options import PlanOptions
 from infer.engines import works
 from isic.errors import UserError, did_you_mean
 from isic.preprocess import Pixels, PreprocessSpec
 from train.model import Classifier
-
-if TYPE_CHECKING:
-    from export.tensorrt import PlanOptions
 
 
 def no_images() -> Pixels:
@@ -33,7 +31,7 @@ class Target:
     device: str
     """What it will run on: `cpu` or `cuda`."""
     spec: PreprocessSpec
-    options: "PlanOptions"
+    options: PlanOptions
     cache_dir: Path
     """Where builders keep what the folds of a config share."""
     calibration: Callable[[], Pixels] = no_images

@@ -99,8 +99,8 @@ def quantize(source: Path, path: Path) -> None:
     """Writes a float32 graph with int8 weights, whose activations are quantized as they come.
 
     Ranges calibrated on real images (static Q/DQ of the same products) do not win: on two cores with VNNI they took 1
-    to 11 % more CPU time than this for a ViT-Tiny, a ConvNeXt-Tiny and a small trained ViT, and whatever the
-    calibration method the error (1 - cosine) was one and a half to six times this one's.
+    to 11 % more CPU time than this for a ViT-Tiny, a ConvNeXt-Tiny and a small trained ViT, and the error (1 - cosine)
+    was one and a half to six times this one's.
     """
     with quiet("root"):
         quantize_dynamic(source, path, op_types_to_quantize=QUANTIZED, weight_type=QuantType.QInt8, per_channel=True)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from pydantic import AliasChoices, Field
 
 from export.formats import FORMATS, TOLERANCES, Target, device_of, find_formats
+from export.options import PlanOptions, check_options
 from export.parity import ParityError, Reference, check_parity
-from export.tensorrt import PlanOptions, check_options
 from export.triton import write_repository
 from infer.engines import create, works
 from isic import schema

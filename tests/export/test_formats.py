@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from export.formats import FORMATS, TOLERANCES, Target, find_formats
 from export.onnx_graph import ATTENTION_OPSET, trace
+from export.options import PlanOptions
 from export.parity import ParityError, Reference, check_parity
 from export.precision import lowered
-from export.tensorrt import PlanOptions
 from infer.engines import Engine, create
 from isic.errors import UserError
 from train.config import TrainSettings

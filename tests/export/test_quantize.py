@@ -21,11 +21,12 @@ from onnx import TensorProto, numpy_helper
 
 from export.formats import TOLERANCES
 from export.onnx_graph import ATTENTION_OPSET, trace
+from export.options import PlanOptions
 from export.parity import Reference, check_parity
 from export.precision import lowered
 from export.quantize import BASE, QUANTIZED, quantize
 from export.run import ExportSettings, calibration_sample, load_source, parity_sample, target_of
-from export.tensorrt import PlanOptions, build_plan, options_for, plan_name
+from export.tensorrt import build_plan, options_for, plan_name
 from infer.engines import create
 from infer.engines.tensorrt import import_runtime, logger
 from isic.errors import UserError

@@ -16,13 +16,12 @@ from pydantic import ValidationError
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 from export.onnx_graph import ATTENTION_OPSET, trace
+from export.options import PlanOptions, check_options
 from export.precision import lowered
 from export.tensorrt import (
     PlanFacts,
-    PlanOptions,
     architectures,
     build_plan,
-    check_options,
     configure,
     parse,
     plan_name,

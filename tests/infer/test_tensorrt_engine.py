@@ -127,7 +127,8 @@ def test_pieces_cover_a_batch_and_padding_takes_few_sizes() -> None:
 def built(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TensorRT-RTX plan of the tiny run's first fold, built here for real, with its manifest."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from export.tensorrt import PlanOptions, build_plan
+    from export.options import PlanOptions
+    from export.tensorrt import build_plan
 
     source = exported / "fold_0" / "model.onnx"
     path = tmp_path_factory.mktemp("plan") / "model.plan"
