@@ -30,6 +30,10 @@ WHEELS = (
     "polars",
     "polars-runtime-32",
     "lightgbm",
+    "albumentations",
+    "albucore",
+    "stringzilla",
+    "simsimd",
 )
 """What a machine set up for PyTorch, timm and ONNX usually lacks."""
 SCRIPT = """#!/bin/sh
