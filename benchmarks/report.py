@@ -1,7 +1,7 @@
 """`python -m benchmarks report`: the documents' tables and a page of charts, all from the CSVs and nothing else."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
@@ -34,6 +34,8 @@ class Table:
     """Columns that tell one kind of row from another."""
     columns: dict[str, str]
     """Heading by column."""
+    only: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Values that a column may have in it, and their order; a column that is not named may have any."""
 
 
 TABLES = {
@@ -72,8 +74,13 @@ TABLES = {
             "min": "min",
             "max": "max",
             "peak_mb": "peak MB",
-            "of_matmul": "of the matmul rate",
             "cosine": "cosine",
+        },
+        {
+            "what": (
+                *("vit_tiny", "vit_small", "vit_base", "eva02_small", "eva02_base"),
+                *("convnext_tiny", "convnext_base", "multitask_vit_tiny"),
+            ),
         },
     ),
     "export": Table(
@@ -239,6 +246,8 @@ def _table(name: str, results: Path) -> str:
 def markdown(rows: pl.DataFrame, table: Table) -> str:
     """Renders the last row of each kind that has a figure, without the columns that are blank in all."""
     last = last_rows(rows, table.key)
+    for name, values in table.only.items():
+        last = last.filter(pl.col(name).is_in(values)).sort(pl.col(name).cast(pl.Enum(values)), maintain_order=True)
     figures = [name for name in table.columns if name in last.columns and name not in table.key]
     last = last.filter(pl.any_horizontal(pl.col(name).is_not_null() for name in figures))
     shown = {name: heading for name, heading in table.columns.items() if name in last.columns}
