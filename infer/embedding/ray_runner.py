@@ -6,6 +6,7 @@ Every node needs this toolkit, and sees dataset, engines and output folder under
 import dataclasses
 import json
 import logging
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -19,6 +20,10 @@ PARTS_A_TASK = 4
 """Parts that an actor runs through without a pause, and that are lost with it."""
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 """Of a cluster started here: only counts travel through it, the images and features go from disk to disk."""
+
+NO_AUTO_CONNECT = ("RAY_ENABLE_AUTO_CONNECT", "0")
+"""Read when Ray is imported. Otherwise a thread that Ray Data leaves running starts a cluster of its own where it comes
+too late for the one that has been shut down, and that cluster's end takes the process with it."""
 
 
 class PartsActor:
@@ -83,6 +88,7 @@ def connect(address: str) -> Any:
     Raises:
         UserError: Ray is not installed, or nothing answers.
     """
+    os.environ.setdefault(*NO_AUTO_CONNECT)
     try:
         ray = import_module("ray")
         import_module("ray.data")

@@ -12,9 +12,10 @@ from conftest import Cli
 from stand_in import StandIn, make_stand_in, parts
 
 from infer.embedding import plan
-from infer.embedding.ray_runner import actors
+from infer.embedding.ray_runner import NO_AUTO_CONNECT, actors
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else every init warns of a default to come
+os.environ.setdefault(*NO_AUTO_CONNECT)  # these processes shut clusters down and go on
 
 try:
     import ray
@@ -99,6 +100,13 @@ def test_a_cluster_of_its_own_gives_the_same_bytes_and_an_actors_error_is_a_sent
 def test_no_cluster_at_the_address_is_a_sentence(slow: StandIn, tmp_path: Path, cli: Cli) -> None:
     ended = cli("infer", *slow.flags(tmp_path, "--ray", "nonsense"))
     assert ended.code == 2 and "no Ray cluster at nonsense" in ended.err and "--ray local" in ended.err
+
+
+def test_nothing_starts_a_cluster_that_nobody_asked_for() -> None:
+    assert not ray.is_initialized()
+    with pytest.raises(ray.exceptions.RaySystemError, match="has not been started"):
+        ray.get([])
+    assert not ray.is_initialized()
 
 
 def test_an_actor_a_gpu_or_one_a_machine() -> None:
