@@ -106,7 +106,10 @@ def build_artifact(
     Raises:
         What the builder does: see BUILD_ERRORS.
     """
-    calibration = example_images(None, fresh.spec, NUM_CALIBRATION) if images is None else images[:NUM_CALIBRATION]
+
+    def calibration() -> Pixels:
+        return example_images(None, fresh.spec, NUM_CALIBRATION) if images is None else images[:NUM_CALIBRATION]
+
     target = Target(
         config=fresh.settings.name,
         fold=0,
@@ -116,7 +119,7 @@ def build_artifact(
         spec=fresh.spec,
         options=PlanOptions(opt_batch=largest, max_batch=largest),
         cache_dir=folder,
-        calibration=lambda: calibration,
+        calibration=calibration,
     )
     path = folder / FORMATS[name].file_name(target)
     manifest = {**fresh.manifest, **target.facts}

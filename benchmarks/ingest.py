@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from timm.data import create_transform
 
-from benchmarks.record import append
+from benchmarks.record import append, ratio
 from infer.embedding.pipeline import decode_ahead, ring_depth
 from isic import schema
 from isic.config import Settings, Several
@@ -105,18 +105,9 @@ def _row(way: Way, rates: dict[str, list[float]], settings: IngestSettings, num_
         "images_per_second": round(statistics.median(own)),
         "min": round(min(own)),
         "max": round(max(own)),
-        "first_is_faster_by": round(statistics.median(_ratios(first, own)), 2),
+        "first_is_faster_by": ratio("first", first, own, digits=2)["first"],
     }
-    if way.bare not in rates:
-        return row
-    of_bare = [round(ratio, 3) for ratio in _ratios(own, rates[way.bare])]
-    spread = {"of_bare": statistics.median(of_bare), "of_bare_min": min(of_bare), "of_bare_max": max(of_bare)}
-    return {**row, **spread}
-
-
-def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Returns the ratios of repeats that followed each other."""
-    return [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    return {**row, **ratio("of_bare", own, rates[way.bare])} if way.bare in rates else row
 
 
 def _ours(store: ImageStore, spec: PreprocessSpec, num_threads: int) -> Callable[[Sequence[str]], None]:

@@ -16,7 +16,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 
 from benchmarks.fresh import BUILD_ERRORS, Features, Fresh, build_artifact, create_fresh, first_line, least_cosine
-from benchmarks.record import append
+from benchmarks.record import append, ratio
 from benchmarks.ways import WAYS, Task
 from infer.embedding.embedder import cores
 from isic import schema
@@ -190,13 +190,10 @@ def compare_all(
             if missing:
                 rows.append({**row, "reason": missing})
                 continue
-            ratios = [mine / theirs for mine, theirs in zip(rates[own], rates[peer], strict=True)]
             row |= {
                 "ours_images_per_second": round(statistics.median(rates[own]), 1),
                 "images_per_second": round(statistics.median(rates[peer]), 1),
-                "ratio": round(statistics.median(ratios), 2),
-                "ratio_min": round(min(ratios), 2),
-                "ratio_max": round(max(ratios), 2),
+                **ratio("ratio", rates[own], rates[peer], digits=2),
             }
             rows.append({**row, "cosine": round(least_cosine(features[own], features[peer]), 7)})
     return rows

@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -64,6 +65,16 @@ def append(benchmark: str, rows: Sequence[Mapping[str, Any]], results: Path | No
     with atomic_path(path) as temporary:
         table.write_csv(temporary)
     return path
+
+
+def ratio(name: str, ours: Sequence[float], theirs: Sequence[float], digits: int = 3) -> dict[str, float]:
+    """Returns the columns `<name>`, `<name>_min` and `<name>_max`: median, least and most of the ratios of repeats.
+
+    Each of ours is set against the one of theirs that took its turn beside it.
+    """
+    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    spread = {"": statistics.median(ratios), "_min": min(ratios), "_max": max(ratios)}
+    return {name + key: round(value, digits) for key, value in spread.items()}
 
 
 def commit() -> str:

@@ -38,44 +38,37 @@ class Table:
     """Values that a column may have in it, and their order; a column that is not named may have any."""
 
 
+THROUGHPUT = {
+    "what": "config",
+    "accelerator": "GPU",
+    "engine": "engine",
+    "precision": "precision",
+    "batch": "batch",
+    "images_per_second": "images/s (median)",
+    "min": "min",
+    "max": "max",
+    "p50_ms": "ms, median",
+    "p99_ms": "ms, 99th percentile",
+    "peak_mb": "peak MB",
+    "of_matmul": "of the matmul rate",
+    "of_copy": "of the copy bandwidth",
+    "bound_by": "bound by",
+    "cosine": "cosine",
+    "reason": "not measured, because",
+}
+SHORT = {
+    *("what", "accelerator", "engine", "precision", "batch"),
+    *("images_per_second", "min", "max", "peak_mb", "cosine"),
+}
+"""Columns of THROUGHPUT that the README shows."""
 TABLES = {
     "throughput": Table(
-        "throughput",
-        ("accelerator", "what", "engine", "precision", "batch", "device", "input"),
-        {
-            "what": "config",
-            "accelerator": "GPU",
-            "engine": "engine",
-            "precision": "precision",
-            "batch": "batch",
-            "images_per_second": "images/s (median)",
-            "min": "min",
-            "max": "max",
-            "p50_ms": "ms, median",
-            "p99_ms": "ms, 99th percentile",
-            "peak_mb": "peak MB",
-            "of_matmul": "of the matmul rate",
-            "of_copy": "of the copy bandwidth",
-            "bound_by": "bound by",
-            "cosine": "cosine",
-            "reason": "not measured, because",
-        },
+        "throughput", ("accelerator", "what", "engine", "precision", "batch", "device", "input"), THROUGHPUT
     ),
     "engines": Table(
         "throughput",
         ("accelerator", "what", "engine", "precision", "device", "input"),
-        {
-            "what": "config",
-            "accelerator": "GPU",
-            "engine": "engine",
-            "precision": "precision",
-            "batch": "batch",
-            "images_per_second": "images/s (median)",
-            "min": "min",
-            "max": "max",
-            "peak_mb": "peak MB",
-            "cosine": "cosine",
-        },
+        {name: heading for name, heading in THROUGHPUT.items() if name in SHORT},
         {
             "what": (
                 *("vit_tiny", "vit_small", "vit_base", "eva02_small", "eva02_base"),

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.record import append
+from benchmarks.record import append, ratio
 from isic.errors import UserError
 from train.config import TrainSettings
 from train.data import Batch, fold_loaders, load_data
@@ -239,19 +239,13 @@ def figures(
         "images_per_second": _round(statistics.median(ours)),
         "in_memory": _round(statistics.median(memory)),
         "bare": _round(statistics.median(bare)),
-        **_ratio("over_bare", ours, bare),
-        **_ratio("over_memory", ours, memory),
+        **ratio("over_bare", ours, bare),
+        **ratio("over_memory", ours, memory),
         "waiting": round(statistics.median(window.waiting / window.seconds for window in windows["files"]), 4),
         "gflop_per_image": _round(flops / 1e9),
         "matmul_tflop_per_second": _round(peak / 1e12),
         "mfu": round(statistics.median(ours) * flops / peak, 3),
     }
-
-
-def _ratio(name: str, ours: list[float], theirs: list[float]) -> dict[str, float]:
-    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-    spread = {"": statistics.median(ratios), "_min": min(ratios), "_max": max(ratios)}
-    return {name + key: round(value, 3) for key, value in spread.items()}
 
 
 def _round(value: float) -> float:

@@ -93,6 +93,8 @@ class Format:
 
 PLAN_OPTIONS = ("min_batch", "opt_batch", "max_batch", "workspace_mib", "optimization_level", "cuda_graph")
 """What every TensorRT plan follows."""
+CALIBRATED = ("int8", "fp8")
+PLAN_PRECISIONS = {"cuda": ("fp16", "bf16", "fp32", *CALIBRATED)}
 CALIBRATION_OPTIONS = ("calibration_images",)
 """What a calibrated precision follows as well."""
 
@@ -105,15 +107,15 @@ FORMATS = {
     ),
     "tensorrt": Format(
         "export.tensorrt",
-        {"cuda": ("fp16", "bf16", "fp32", "int8", "fp8")},
+        PLAN_PRECISIONS,
         options=(*PLAN_OPTIONS, "version_compatible", "hardware_compatible"),
-        calibrated=("int8", "fp8"),
+        calibrated=CALIBRATED,
     ),
     "tensorrt_rtx": Format(
         "export.tensorrt",
-        {"cuda": ("fp16", "bf16", "fp32", "int8", "fp8")},
+        PLAN_PRECISIONS,
         options=(*PLAN_OPTIONS, "compute_capabilities"),
-        calibrated=("int8", "fp8"),
+        calibrated=CALIBRATED,
         portable=True,
     ),
 }
