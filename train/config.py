@@ -68,7 +68,7 @@ class TrainSettings(Settings):
     compile: bool = Field(False, description="torch.compile the model")
     device: str = Field("auto", description="cuda, cpu, or auto")
     num_workers: int | None = Field(
-        None, ge=0, description="processes that decode and augment; if not given, one a core with a GPU, else one"
+        None, ge=0, description="processes that decode and augment; if not given, one a core with a GPU, else none"
     )
 
     on_error: Literal["raise", "skip"] = Field("raise", description="an image that is absent or does not decode")

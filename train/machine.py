@@ -28,10 +28,11 @@ def select_device(name: str) -> torch.device:
 def default_workers(device: torch.device) -> int:
     """Returns how many processes should decode and augment for one that trains: a GPU wants all the cores there are.
 
-    Without a GPU the network needs the cores itself, and one process keeps ahead of it.
+    Without a GPU it is none: the network's threads share each layer evenly, so that whoever takes a core from one of
+    them makes all of them wait, and handing batches over comes on top.
     """
     if device.type == "cpu":
-        return 1
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // distributed.local_world_size())
 

@@ -140,7 +140,7 @@ def test_shares_make_up_the_batches_of_one_process(num_rows: int, batch_size: in
 
 
 def test_a_gpu_gets_the_cores_and_its_processes_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert default_workers(CPU) == 1
+    assert default_workers(CPU) == 0
     cores = default_workers(torch.device("cuda"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert default_workers(torch.device("cuda")) == max(1, cores // 2)
