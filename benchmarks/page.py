@@ -1,7 +1,7 @@
 """The page of `python -m benchmarks report`: how fast, against the limit, against peers, over time, and every table."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,28 +178,29 @@ def _time_figure(machine: str, series: pl.DataFrame) -> Markup:
 
 def _peers(rows: pl.DataFrame) -> Section:
     last = last_rows(rows, (*MACHINE, "what", "data", "batch", "ours", "peer"))
-    columns = ("what", "ours", "peer", "ratio", "ratio_min", "ratio_max", "cosine")
+    columns = ("what", "ours", "peer", "ratio", "ratio_min", "ratio_max", "cosine_same_pixels", "cosine")
     last = last.with_columns(pl.lit(None, pl.String).alias(name) for name in columns if name not in last.columns)
-    cells = (
-        (
-            f"{what}: {peer}",
-            ours,
-            f"{ratio} times" if ratio else "not measured",
-            f"{low} to {high}" if ratio else page.NONE,
-            cosine or page.NONE,
-        )
-        for what, ours, peer, ratio, low, high, cosine in last.select(columns).iter_rows()
+    heading = ("config and peer", "ours", "ours is faster by", "spread", "least cosine, same pixels", "own pixels")
+
+    def cells(part: pl.DataFrame) -> Iterator[tuple[str, ...]]:
+        for what, ours, peer, ratio, low, high, same, own in part.select(columns).iter_rows():
+            figures = (f"{ratio} times", f"{low} to {high}") if ratio else ("not measured", page.NONE)
+            yield f"{what}: {peer}", ours, *figures, same or page.NONE, own or page.NONE
+
+    tables = (page.table(machine, heading, cells(part)) for machine, part in _by_machine(last))
+    intro = (
+        "The same images and the same weights, in turns, from the file to features. Same pixels: decoded and resized "
+        "once for all; own pixels: by each way, of which those that use PIL antialias where they shrink."
     )
-    heading = ("config and peer", "ours", "ours is faster by", "spread", "least cosine")
-    intro = "The same images and the same weights, in turns, from the file to features."
-    return (
-        "Peers",
-        "Against what people use",
-        (
-            tag("p", intro),
-            tag("div", page.table("End to end", heading, cells), class_="tables"),
-        ),
-    )
+    return "Peers", "Against what people use", (tag("p", intro), tag("div", *tables, class_="tables"))
+
+
+def _by_machine(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
+    """Yields the rows of each machine, the last measured first."""
+    on = "device" if "device" in rows.columns else pl.lit(None, pl.String).alias("device")
+    rows = rows.with_columns(on).with_columns(machine=_machine())
+    groups = rows.reverse().partition_by("machine", maintain_order=True)
+    return ((str(part["machine"][0]), part.reverse()) for part in groups)
 
 
 def _growth(tables: dict[str, pl.DataFrame]) -> list[Section]:
@@ -207,12 +208,13 @@ def _growth(tables: dict[str, pl.DataFrame]) -> list[Section]:
     for name in ("embed", "tabular"):
         rows = tables.get(name, pl.DataFrame())
         if "us_per_row" in rows.columns:
-            shown.append(_growth_table(name, rows.filter(pl.col("us_per_row").is_not_null())))
+            rows = rows.filter(pl.col("us_per_row").is_not_null())
+            shown += [_growth_table(f"{name}, {machine}", part) for machine, part in _by_machine(rows)]
     intro = "Whole runs: what a row costs should not depend on how many there are, and memory should not grow."
     return [("Growth", "As work grows", (tag("p", intro), tag("div", *shown, class_="tables")))] if shown else []
 
 
-def _growth_table(name: str, rows: pl.DataFrame) -> Markup:
+def _growth_table(title: str, rows: pl.DataFrame) -> Markup:
     number = "images" if "images" in rows.columns else "rows"
     last = last_rows(rows, (*MACHINE, "what", *GROWS))
     cells = (
@@ -221,7 +223,7 @@ def _growth_table(name: str, rows: pl.DataFrame) -> Markup:
             "what", number, "seconds", "us_per_row", "peak_mb" if "peak_mb" in last.columns else pl.lit(None)
         ).iter_rows()
     )
-    return page.table(name, ("what", number, "seconds", "µs each", "peak MB"), cells)
+    return page.table(title, ("what", number, "seconds", "µs each", "peak MB"), cells)
 
 
 def _tables(tables: dict[str, pl.DataFrame]) -> Section:

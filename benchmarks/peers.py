@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import torch
 from pydantic import Field
@@ -17,13 +18,15 @@ from safetensors.torch import save_file
 
 from benchmarks.fresh import BUILD_ERRORS, Features, Fresh, build_artifact, create_fresh, first_line, least_cosine
 from benchmarks.record import append, ratio
-from benchmarks.ways import WAYS, Task
+from benchmarks.ways import FILE, WAYS, Task
 from infer.embedding.embedder import cores
 from isic import schema
 from isic.config import Settings, Several
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.files import write_json
+from isic.preprocess import PreprocessSpec, decode, resize
+from isic.synth.write import write_images
 from train.model import backbone_options
 
 OURS = next(iter(WAYS))
@@ -52,33 +55,48 @@ class PeersSettings(Settings):
 
 
 def peers(settings: PeersSettings) -> None:
-    """Measures `infer embed` end to end beside its peers, in turns, and compares their features by cosine."""
+    """Measures `infer embed` end to end beside its peers, in turns, and compares their features by cosine.
+
+    Once as each reads the images, and once from the very same pixels: PIL antialiases where it shrinks an image, and
+    rounds otherwise, which is no matter of the network.
+    """
     others = chosen_peers(settings.peers)
     fresh = create_fresh(settings.config)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        tasks, reasons = draw_up(fresh, others, settings, Path(folder))
+        ids = Dataset(settings.data).metadata("train")[schema.ID].to_list()[: settings.images]
+        tasks, reasons = draw_up(fresh, ids, others, settings, Path(folder))
         ways = {name: Way(task, Path(folder) / f"task_{at}.json", settings.hf) for at, (name, task) in enumerate(tasks)}
         reasons |= {name: way.reason for name, way in ways.items() if way.reason}
         ready = {name: way for name, way in ways.items() if not way.reason}
-        rates = take_turns(ready, len(tasks[0][1].ids), settings.repeats)
-        features = {name: way.features() for name, way in ready.items()}
+        rates = take_turns(ready, settings.data.resolve(), len(ids), settings.repeats)
+        features = {"cosine": {name: way.features() for name, way in ready.items()}}
+        resized = write_resized(Dataset(settings.data), ids, fresh.spec, Path(folder))
+        features["cosine_same_pixels"] = {name: way.close(resized) for name, way in ready.items()}
     rows = compare_all(rates, features, reasons, [name for name in ways if not name.startswith(OURS)])
-    common = {"what": fresh.settings.name, "data": settings.data.name, "images": len(tasks[0][1].ids)}
+    common = {"what": fresh.settings.name, "data": settings.data.name, "images": len(ids)}
     rows = [{**common, "batch": settings.batch, **row} for row in rows]
     for row in rows:
         print("  ".join(f"{key}={value}" for key, value in row.items()))
     print(f"appended to {append('peers', rows, settings.results)}")
 
 
+def write_resized(dataset: Dataset, ids: list[str], spec: PreprocessSpec, folder: Path) -> Path:
+    """Writes the images as PNGs of the network's size, which every way reads alike. Returns their folder."""
+    pixels = [resize(decode(data), spec) for data in dataset.images("train").read(ids)]
+    files = [cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes() for image in pixels]
+    resized = folder / "resized"
+    resized.mkdir()
+    write_images(resized / FILE, zip(ids, files, strict=True))
+    return resized
+
+
 def draw_up(
-    fresh: Fresh, others: list[str], settings: PeersSettings, folder: Path
+    fresh: Fresh, ids: list[str], others: list[str], settings: PeersSettings, folder: Path
 ) -> tuple[list[tuple[str, Task]], dict[str, str]]:
     """Returns a task for each way, ours once a precision, and why some of ours cannot be built."""
-    ids = Dataset(settings.data).metadata("train")[schema.ID].to_list()[: settings.images]
     save_file(fresh.model.backbone.state_dict(), folder / "backbone.safetensors")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
     common: dict[str, Any] = {
-        "data": str(settings.data),
         "ids": ids,
         "model": fresh.settings.model,
         "options": backbone_options(fresh.settings),
@@ -137,10 +155,10 @@ class Way:
         self._process = subprocess.Popen(command, text=True, env=environment, **pipes)
         self.reason = None if self._answer() == "ready" else self._complaint()
 
-    def run(self) -> float:
-        """Embeds all images once and returns the seconds."""
+    def run(self, data: Path) -> float:
+        """Embeds all images, as a dataset folder has them, once and returns the seconds."""
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(f"{data}\n")
         self._process.stdin.flush()
         answer = self._answer()
         if not answer:
@@ -148,10 +166,15 @@ class Way:
         return float(answer)
 
     def features(self) -> Features:
-        """Ends the process and returns what it computed last, [N, D] float32."""
+        """Returns what it computed last, [N, D] float32."""
+        return np.asarray(np.load(self.path.with_suffix(".npy")), np.float32)
+
+    def close(self, data: Path) -> Features:
+        """Embeds the images of a dataset folder, returns their features and ends the process."""
+        self.run(data)
         self._process.communicate()
         self._log.close()
-        return np.asarray(np.load(self.path.with_suffix(".npy")), np.float32)
+        return self.features()
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -164,23 +187,26 @@ class Way:
         return lines[-1][:200] if lines else f"ended with {self._process.returncode}"
 
 
-def take_turns(ways: Mapping[str, Way], num_images: int, repeats: int) -> dict[str, list[float]]:
+def take_turns(ways: Mapping[str, Way], data: Path, num_images: int, repeats: int) -> dict[str, list[float]]:
     """Returns images per second by way and repeat, after one repeat to warm up."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, way in ways.items():
-            rate = num_images / way.run()
+            rate = num_images / way.run(data)
             rates[name] += [rate] if repeat else []
     return rates
 
 
 def compare_all(
     rates: Mapping[str, list[float]],
-    features: Mapping[str, Features],
+    features: Mapping[str, Mapping[str, Features]],
     reasons: Mapping[str, str],
     names: list[str],
 ) -> list[dict[str, Any]]:
-    """Returns a row for each of ours and each peer: rates, their ratio with its spread, and the least cosine."""
+    """Returns a row for each of ours and each peer: rates, their ratio with its spread, and the least cosines.
+
+    `features` holds those of every way by the column that their cosine goes to.
+    """
     ours = [name for name in (*rates, *reasons) if name.startswith(OURS)]
     rows: list[dict[str, Any]] = []
     for own in ours:
@@ -195,5 +221,5 @@ def compare_all(
                 "images_per_second": round(statistics.median(rates[peer]), 1),
                 **ratio("ratio", rates[own], rates[peer], digits=2),
             }
-            rows.append({**row, "cosine": round(least_cosine(features[own], features[peer]), 7)})
+            rows.append(row | {name: round(least_cosine(of[own], of[peer]), 7) for name, of in features.items()})
     return rows

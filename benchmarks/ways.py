@@ -1,7 +1,7 @@
 """The ways to turn ids into features that `benchmarks peers` compares, each in a process of its own.
 
 All but the first are written with other people's libraries, as their own documentation does it. A way is opened once;
-then each line on standard input has it embed all images, and it answers with the seconds that took.
+then each line on standard input names a dataset folder whose images it embeds, and it answers with the seconds.
 """
 
 import io
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from numpy.typing import NDArray
 from isic.files import read_json
 
 Features = NDArray[np.float32]
-Embed = Callable[[], Features]
+Embed = Callable[[Path], Features]
+"""Embeds the images of a task in the file of a dataset folder."""
+
+FILE = "train-image.hdf5"
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,6 @@ class Task:
     way: str
     folder: str
     """For what a way writes."""
-    data: str
-    """Dataset folder with train-image.hdf5."""
     ids: list[str]
     model: str
     """timm's name."""
@@ -47,10 +49,6 @@ class Task:
     artifact: str | None = None
     manifest: dict[str, Any] | None = None
 
-    @property
-    def images(self) -> Path:
-        return Path(self.data) / "train-image.hdf5"
-
 
 def ours(task: Task) -> Embed:
     """The pipeline of `python -m infer embed` with an exported artifact, from the file to parts on disk."""
@@ -62,13 +60,16 @@ def ours(task: Task) -> Embed:
 
     assert task.artifact is not None and task.manifest is not None
     models = Models({0: Path(task.artifact)}, {0: task.manifest}, manifest_spec(task.manifest))
-    job = Job(Path(task.data).resolve(), "train", models, task.device, "float32", "none", task.batch, None, None)
-    embedder, root = Embedder(job), Path(task.folder) / "parts"
+    root = Path(task.folder) / "parts"
 
-    def embed() -> Features:
+    @cache
+    def embedder(data: Path) -> Embedder:
+        return Embedder(Job(data, "train", models, task.device, "float32", "none", task.batch, None, None))
+
+    def embed(data: Path) -> Features:
         shutil.rmtree(root, ignore_errors=True)
         parts = plan_parts(root, "train", pl.Series("isic_id", task.ids), models.folds, None, "all")
-        embedder.run(parts, lambda step: None)
+        embedder(data).run(parts, lambda step: None)
         tables = [pl.read_parquet(part.paths[0]) for part in parts]
         return np.concatenate([np.asarray(table["features"].to_numpy(), np.float32) for table in tables])
 
@@ -90,18 +91,21 @@ def timm_eager(task: Task, compiled: bool = False) -> Embed:
     class Images(torch.utils.data.Dataset[torch.Tensor]):
         file: Any = None
 
+        def __init__(self, data: Path) -> None:
+            self.data = data
+
         def __len__(self) -> int:
             return len(task.ids)
 
         def __getitem__(self, row: int) -> torch.Tensor:
-            self.file = self.file or _open(task)  # once in each worker
+            self.file = self.file or _open(self.data)  # once in each worker
             tensor: torch.Tensor = transform(_picture(self.file, task.ids[row]))
             return tensor
 
     @torch.inference_mode()
-    def embed() -> Features:
+    def embed(data: Path) -> Features:
         loader = torch.utils.data.DataLoader(
-            Images(), task.batch, num_workers=task.num_workers, pin_memory=task.device == "cuda"
+            Images(data), task.batch, num_workers=task.num_workers, pin_memory=task.device == "cuda"
         )
         parts = [model(images.to(task.device, non_blocking=True)).cpu() for images in loader]
         return np.asarray(torch.cat(parts).numpy(), np.float32)
@@ -136,8 +140,8 @@ def onnx_loop(task: Task) -> Embed:
         pixels = (np.asarray(picture, np.float32) / 255 - mean) / std
         return np.asarray(pixels.transpose(2, 0, 1), np.float32)
 
-    def embed() -> Features:
-        with _open(task) as file:
+    def embed(data: Path) -> Features:
+        with _open(data) as file:
             batches = (np.stack([load(file, key) for key in keys]) for keys in _batches(task))
             return np.concatenate([session.run(None, {name: batch})[0] for batch in batches])
 
@@ -179,13 +183,13 @@ WAYS: dict[str, Callable[[Task], Embed]] = {
 
 
 def _piped(task: Task, pipe: Any) -> Embed:
-    def pictures() -> Iterable[Any]:
-        with _open(task) as file:
+    def pictures(data: Path) -> Iterable[Any]:
+        with _open(data) as file:
             for name in task.ids:
                 yield _picture(file, name)
 
-    def embed() -> Features:
-        outputs = pipe(pictures(), batch_size=task.batch, return_tensors=True)
+    def embed(data: Path) -> Features:
+        outputs = pipe(pictures(data), batch_size=task.batch, return_tensors=True)
         return np.concatenate([np.asarray(output[:, 0], np.float32) for output in outputs])  # the class token
 
     return embed
@@ -263,10 +267,10 @@ def _pieces(name: str, part: str) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
-def _open(task: Task) -> Any:
+def _open(data: Path) -> Any:
     import h5py  # noqa: PLC0415
 
-    return h5py.File(task.images)
+    return h5py.File(data / FILE)
 
 
 def _picture(file: Any, name: str) -> Any:
@@ -280,18 +284,18 @@ def _batches(task: Task) -> Iterable[Sequence[str]]:
 
 
 def main(path: Path) -> None:
-    """Opens the way of the task at a path, answers every line with seconds, and writes the features at the end."""
+    """Opens the way of the task at a path, answers every line with seconds, and leaves the last features beside it."""
     task = Task(**read_json(path))
     answers = sys.stdout
     sys.stdout = sys.stderr  # libraries talk; only answers are for the one who asked
     embed = WAYS[task.way](task)
     print("ready", file=answers, flush=True)
-    features: Features = np.empty(0, np.float32)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         started = time.perf_counter()
-        features = embed()
-        print(time.perf_counter() - started, file=answers, flush=True)
-    np.save(path.with_suffix(".npy"), features)
+        features = embed(Path(line.strip()))
+        seconds = time.perf_counter() - started
+        np.save(path.with_suffix(".npy"), features)
+        print(seconds, file=answers, flush=True)
 
 
 if __name__ == "__main__":

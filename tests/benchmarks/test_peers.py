@@ -7,20 +7,34 @@ import pytest
 from conftest import Cli
 
 from benchmarks.fresh import least_cosine
-from benchmarks.peers import compare_all
+from benchmarks.peers import compare_all, write_resized
+from isic.dataset import Dataset
+from isic.preprocess import PreprocessSpec, decode, resize
 
 
 def test_the_same_images_give_the_same_features_everywhere(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
     config = tmp_path / "tiny.yaml"
-    config.write_text("model: test_vit\npretrained: false\nimage_size: 80\n")  # larger than the images: no antialias
+    config.write_text(
+        "model: test_vit\npretrained: false\nimage_size: 32\n"
+    )  # smaller than the images: PIL antialiases
     flags = ["--images", 24, "--batch", 8, "--repeats", 1, "--num_workers", 0, "--device", "cpu"]
     flags += ["--peers", "eager,transformers", "--results", tmp_path]
     ended = cli("benchmarks", "peers", "--config", config, "--data", small_dataset, *flags)
     assert ended.code == 0, ended.err
     eager, transformers = pl.read_csv(tmp_path / "peers.csv").rows(named=True)
-    assert eager["peer"] == "timm eager + DataLoader" and eager["cosine"] > 0.9999 and eager["ratio"] > 0
+    assert eager["peer"] == "timm eager + DataLoader" and eager["ratio"] > 0
+    assert eager["cosine_same_pixels"] > 0.99999 and eager["cosine"] > 0.9999
     if importlib.util.find_spec("transformers") is None:
         assert "transformers" in transformers["reason"] and transformers["ratio"] is None
+
+
+def test_resized_images_read_back_to_the_very_pixels(small_dataset: Path, tmp_path: Path) -> None:
+    dataset, spec = Dataset(small_dataset), PreprocessSpec(size=32)
+    ids = dataset.metadata("train")["isic_id"].to_list()[:5]
+    again = Dataset(write_resized(dataset, ids, spec, tmp_path))
+    for before, after in zip(dataset.images("train").read(ids), again.images("train").read(ids), strict=True):
+        pixels = decode(after)
+        assert (pixels == resize(decode(before), spec)).all() and (resize(pixels, spec) == pixels).all()
 
 
 def test_an_unknown_peer_is_a_sentence(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
@@ -31,9 +45,9 @@ def test_an_unknown_peer_is_a_sentence(small_dataset: Path, tmp_path: Path, cli:
 def test_ratios_are_taken_within_each_repeat() -> None:
     rates = {"infer embed, onnx fp32": [10.0, 30.0], "peer": [5.0, 10.0]}
     features = {name: np.ones((2, 3), np.float32) for name in rates}
-    (row,) = compare_all(rates, features, {}, ["peer"])
+    (row,) = compare_all(rates, {"cosine": features}, {}, ["peer"])
     assert (row["ratio_min"], row["ratio"], row["ratio_max"], row["cosine"]) == (2.0, 2.5, 3.0, 1.0)
-    (row,) = compare_all({"infer embed, onnx fp32": [1.0]}, features, {"peer": "is not there"}, ["peer"])
+    (row,) = compare_all({"infer embed, onnx fp32": [1.0]}, {"cosine": features}, {"peer": "is not there"}, ["peer"])
     assert row["reason"] == "is not there"
 
 
