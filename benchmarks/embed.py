@@ -22,14 +22,18 @@ from infer.embedding.plan import Models, find_models, plan_parts, read_ids
 from infer.embedding.views import averaged
 from infer.embeddings import RUN_FILE
 from infer.engines import create, null
+from isic import schema
 from isic.config import Settings
 from isic.dataset import Dataset
 from isic.files import read_json
 from isic.images import decode_pool, index_path
 from isic.preprocess import PreprocessSpec
+from isic.synth.write import write_images
 
 STAND_IN = "null"
 """The config that is no model: a stand-in engine that costs nothing shows what the pipeline itself can do."""
+IMAGES, METADATA = "train-image.hdf5", "train-metadata.csv"
+FEW_IMAGES = 64
 
 
 class EmbedSettings(Settings):
@@ -51,7 +55,7 @@ def embed(settings: EmbedSettings) -> None:
         model_dir = settings.model_dir or Path("outputs") / settings.config
         if settings.config == STAND_IN:
             model_dir = folder / STAND_IN
-            null.write_run(model_dir, settings.data / "train-metadata.csv", PreprocessSpec(size=224))
+            null.write_run(model_dir, settings.data / METADATA, PreprocessSpec(size=224))
         engine = null.FILE if settings.config == STAND_IN else "model.onnx"
         measured = _whole if settings.whole else _rates
         figures = measured(settings, model_dir, engine, folder)
@@ -66,25 +70,37 @@ def _rates(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) 
     models = Models({first: found.artifacts[first]}, {first: found.manifests[first]}, found.spec)
     batch_size = models.batch_size or BATCH_CPU
     job = Job(settings.data.resolve(), "train", models, "auto", "float16", "none", batch_size, None, None)
-    ids = read_ids(settings.data / "train-metadata.csv")[: settings.images]
+    ids = read_ids(settings.data / METADATA)[: settings.images]
     measured = rates(job, ids, folder / "parts", settings.repeats)
     return {"images": len(ids), **{name: round(value, 3 if name == "share" else 0) for name, value in measured.items()}}
 
 
 def _whole(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) -> dict[str, Any]:
-    where = ("--data", settings.data, "--model_dir", model_dir, "--output_dir", folder / "embeddings")
-    runs, starts = [], []
+    few, output = write_few(Dataset(settings.data), folder / "few"), folder / "embeddings"
+    flags = ("--config", settings.config, "--engine", engine, "--split", "train", "--model_dir", model_dir)
+    runs: list[dict[str, Any]] = []
+    starts: list[dict[str, Any]] = []
     for _ in range(settings.repeats):
-        shutil.rmtree(folder / "embeddings", ignore_errors=True)
-        index_path(settings.data / "train-image.hdf5").unlink(missing_ok=True)  # a first run has none
-        starts.append(_seconds(lambda: run_infer("--help")))
-        runs.append(whole_run("--config", settings.config, "--engine", engine, "--split", "train", *where))
+        for data, found in ((few, starts), (settings.data, runs)):
+            shutil.rmtree(output, ignore_errors=True)
+            index_path(data / IMAGES).unlink(missing_ok=True)  # a first run has none
+            found.append(whole_run(*flags, "--data", data, "--output_dir", output))
     return {
         **{key: runs[-1][key] for key in ("images", "bad", "bound_by")},
         "seconds": round(statistics.median(run["seconds"] for run in runs), 2),
-        "start_seconds": round(statistics.median(starts), 2),
+        "start_seconds": round(statistics.median(run["seconds"] for run in starts), 2),
         "peak_mb": max(run["peak_mb"] for run in runs),
     }
+
+
+def write_few(dataset: Dataset, folder: Path) -> Path:
+    """Writes a dataset of the first few training images of another, which costs what starting costs. Returns it."""
+    table = dataset.metadata("train").head(FEW_IMAGES).sort(schema.ID)
+    ids = table[schema.ID].to_list()
+    folder.mkdir()
+    write_images(folder / IMAGES, zip(ids, dataset.images("train").read(ids), strict=True))
+    table.write_csv(folder / METADATA)
+    return folder
 
 
 def rates(job: Job, ids: pl.Series, folder: Path, repeats: int = 5) -> dict[str, float]:
@@ -170,14 +186,9 @@ def whole_run(*flags: object) -> dict[str, Any]:
         subprocess.CalledProcessError: it failed.
     """
     started = time.perf_counter()
-    lines = run_infer(*flags).splitlines()
+    command = [sys.executable, "-m", "infer", "embed", *map(str, flags)]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     seconds = time.perf_counter() - started
-    said = dict(field.split("=", 1) for field in lines[-1].split()[1:])
+    said = dict(field.split("=", 1) for field in printed.splitlines()[-1].split()[1:])
     run = read_json(Path(said["output"]) / RUN_FILE)
     return {**said, "seconds": seconds, "peak_mb": run["peak_memory_mb"]}
-
-
-def run_infer(*flags: object) -> str:
-    """Runs `python -m infer embed` and returns what it prints; with `--help` it does nothing but start."""
-    command = [sys.executable, "-m", "infer", "embed", *map(str, flags)]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -15,6 +15,8 @@ from pydantic import ValidationError
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
+import train.model
+from benchmarks.fresh import create_fresh, find_configs
 from export.onnx_graph import ATTENTION_OPSET, trace
 from export.options import PlanOptions, check_options
 from export.precision import lowered
@@ -32,7 +34,7 @@ from infer.engines.tensorrt import AMPERE_PLUS, import_runtime, logger, works
 from isic.errors import UserError
 from isic.preprocess import PreprocessSpec
 from train.config import TrainSettings
-from train.model import Classifier, create_model
+from train.model import Classifier, backbone_options, create_model
 
 RTX = "tensorrt_rtx"
 OPTIONS = PlanOptions(opt_batch=4, max_batch=8)
@@ -43,6 +45,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "eva02_tiny_patch14_224": {"img_size": 28, "depth": 2},
 }
 """A ConvNeXt, and two blocks of a ViT and of an EVA02, with what makes them small."""
+
+SHALLOW: dict[str, dict[str, Any]] = {
+    "vit": {"depth": 2},
+    "eva02": {"depth": 2},
+    "convnext": {"depths": (1, 1, 1, 1)},
+}
+"""What leaves a backbone its width and its operators, and few blocks, by how its name starts."""
 
 
 def write_graph(model: Classifier, size: int, precision: str, path: Path) -> Path:
@@ -87,6 +96,25 @@ def test_every_family_builds_in_its_precision_with_float32_islands(name: str, pr
     assert layers["normalization"]["float32"] > 4
     assert layers["convolution"] == {LOW[precision]: layers["convolution"][LOW[precision]]}
     assert layers["matrix_multiply"][LOW[precision]] > 4 and layers["matrix_multiply"]["float32"] == 1, "the head"
+
+
+@pytest.mark.parametrize("config", find_configs(("all",)))
+@pytest.mark.parametrize("precision", LOW)
+def test_every_config_builds(config: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shallow(settings: TrainSettings) -> dict[str, Any]:
+        few = [options for name, options in SHALLOW.items() if settings.model.startswith(name)]
+        return backbone_options(settings) | (few[0] if few else {})
+
+    monkeypatch.setattr(train.model, "backbone_options", shallow)
+    fresh = create_fresh(config)
+    facts = built(
+        write_graph(fresh.model, fresh.spec.size, precision, tmp_path / "model.onnx"), tmp_path / "model.plan"
+    )
+    assert set(facts.tensors) == {"images", *fresh.model.output_names}
+    assert facts.tensors["images"]["shape"] == [-1, fresh.spec.size, fresh.spec.size, 3]
+    assert facts.tensors["features"] == {"dtype": "float32", "shape": [-1, fresh.model.num_features]}
+    assert facts.layers["convolution"] == {LOW[precision]: facts.layers["convolution"][LOW[precision]]}
+    assert set(facts.layers.get("normalization", {})) <= {"float32"}
 
 
 def test_float32_builds_and_an_attention_without_a_fused_kernel_is_decomposed(tmp_path: Path) -> None:
