@@ -16,7 +16,7 @@ from pydantic import Field
 
 from benchmarks.record import append
 from infer.embedding.embed import BATCH_CPU
-from infer.embedding.embedder import Embedder, Job, Step, cores
+from infer.embedding.embedder import Embedder, Job, Step
 from infer.embedding.pipeline import decode_ahead, ring_depth
 from infer.embedding.plan import Models, find_models, plan_parts, read_ids
 from infer.embedding.views import averaged
@@ -27,6 +27,7 @@ from isic.config import Settings
 from isic.dataset import Dataset
 from isic.files import read_json
 from isic.images import decode_pool, index_path
+from isic.machine import cores
 from isic.preprocess import PreprocessSpec
 from isic.synth.write import write_images
 

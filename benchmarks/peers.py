@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from benchmarks.fresh import BUILD_ERRORS, Features, Fresh, build_artifact, create_fresh, first_line, least_cosine
 from benchmarks.record import append, ratio
 from benchmarks.ways import FILE, WAYS, Task
-from infer.embedding.embedder import cores
 from isic import schema
 from isic.config import Settings, Several
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.files import write_json
+from isic.machine import cores
 from isic.preprocess import PreprocessSpec, decode, resize
 from isic.synth.write import write_images
 from train.model import backbone_options

@@ -1,6 +1,5 @@
 """Rows of results: one append-only CSV a benchmark, with machine, versions and commit in every row."""
 
-import os
 import platform
 import shutil
 import statistics
@@ -14,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from isic.files import atomic_path, versions
+from isic.machine import cores
 
 RESULTS = Path(__file__).parent / "results"
 COMMIT_FILE = Path(__file__).parent / "COMMIT"
@@ -45,7 +45,7 @@ def machine() -> dict[str, Any]:
         "commit": commit(),
         "processor": _processor(),
         "accelerator": accelerator(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(cores()),
         "python": platform.python_version(),
         "versions": " ".join(f"{name}={version}" for name, version in versions(*PACKAGES).items()),
     }

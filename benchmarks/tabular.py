@@ -16,13 +16,14 @@ from pydantic import Field
 
 from benchmarks.record import append
 from infer.ensemble.boosters import LIBRARIES, parameters_of
-from infer.ensemble.fit import available_cpus, undersample
+from infer.ensemble.fit import undersample
 from isic import schema
 from isic.config import Settings, Several
 from isic.features import SETS, compute, fit_encoding
 from isic.features.formulas import ERR
 from isic.features.relative import EXTREMES, RANKED
 from isic.files import write_parquet
+from isic.machine import cores, peak_memory_mb
 from isic.metadata import read_metadata
 from isic.synth.rows import default_positives, draw_rows, num_patients
 
@@ -105,17 +106,7 @@ def _measure(name: str, path: Path) -> tuple[float, int | None]:
     run(table.head(FEW_ROWS))
     started = time.perf_counter()
     run(table)
-    return time.perf_counter() - started, peak_mb()
-
-
-def peak_mb() -> int | None:
-    """Returns the most memory this process ever held, where the system tells (Linux).
-
-    `ru_maxrss` would not do: a process that was spawned starts from what its parent held.
-    """
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:")), None)
+    return time.perf_counter() - started, peak_memory_mb()
 
 
 def _part_names() -> tuple[str, ...]:
@@ -208,7 +199,7 @@ def predict_rate(num_rows: int, num_trees: int, repeats: int) -> dict[str, Any]:
     rates = []
     for _ in range(repeats + 1):  # the first one warms up
         started = time.perf_counter()
-        predict(matrix, available_cpus())
+        predict(matrix, len(cores()))
         rates.append(num_rows / (time.perf_counter() - started))
     what = f"predict, {num_trees} trees, {WIDE} features"
     return {"what": what, "rows": num_rows, "rows_per_second": round(statistics.median(rates[1:]))}

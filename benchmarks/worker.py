@@ -15,6 +15,7 @@ import numpy as np
 from infer.engines import Outputs, PinsMemory, create
 from isic.errors import UserError
 from isic.files import read_json, write_json
+from isic.machine import peak_memory_mb
 from isic.preprocess import Pixels
 
 WARM_UP = 2
@@ -95,7 +96,7 @@ def measure(run: Run, allocate: Allocate, images: Pixels, batch: int, job: Job) 
     rates = sorted(batch * len(calls) / sum(calls) for calls in repeats)
     latencies = 1000 * np.concatenate(repeats)
     percentiles = {f"p{p}_ms": round(float(np.percentile(latencies, p)), 3) for p in (50, 90, 99)}
-    return {**spread(rates), **percentiles, "calls": len(latencies), "peak_mb": round(_peak_bytes(job.device) / 1e6)}
+    return {**spread(rates), **percentiles, "calls": len(latencies), "peak_mb": _peak_mb(job.device)}
 
 
 def _repeat(run: Run, inputs: Sequence[Pixels], seconds: float) -> list[float]:
@@ -122,20 +123,14 @@ def _reset_peak() -> None:
         clear.write_text("5")  # Linux: the peak begins anew at what is used now
 
 
-def _peak_bytes(device: str) -> float:
+def _peak_mb(device: str) -> int | None:
     """Returns the peak resident memory of this process, or what the GPU has given out by now."""
     if device == "cuda":
         import torch  # noqa: PLC0415
 
         free, total = torch.cuda.mem_get_info()
-        return total - free
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return 1024 * float(line.split()[1])
-    import resource  # noqa: PLC0415  absent on Windows
-
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return int((total - free) // 2**20)
+    return peak_memory_mb()
 
 
 def job_file(job: Job, path: Path) -> None:

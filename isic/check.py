@@ -1,6 +1,5 @@
 """Says what is in a dataset, what is missing, and what its folds will look like, before hours are spent on it."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from isic.dataset import Dataset, Split
 from isic.errors import UserError
 from isic.folds import draw_folds
 from isic.images import ImageStore, decode_pool
+from isic.machine import cores
 from isic.metadata import with_patient
 from isic.preprocess import PreprocessSpec
 
@@ -43,7 +43,7 @@ class CheckSettings(Settings):
     sample: int | None = Field(None, ge=1, description="decode this many images of each split instead of all")
     num_folds: int = Field(5, ge=2, le=100, description="folds to draw")
     seed: int = Field(42, ge=0, description="of the folds and of the sample")
-    num_threads: int = Field(os.cpu_count() or 1, ge=1, description="threads that decode")
+    num_threads: int = Field(len(cores()), ge=1, description="threads that decode")
 
 
 def check(settings: CheckSettings) -> None:

@@ -1,6 +1,5 @@
 """Rows and pixels for the loop: JPEG bytes in one buffer, a sampler that redraws negatives, loaders."""
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +21,7 @@ from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, folds_for
 from isic.images import Hdf5Images, ImageStore, decode_pool
 from isic.interrupt import leave_to_parent
+from isic.machine import cores
 from isic.preprocess import ImageError, PreprocessSpec, decode, resize
 from train import distributed
 from train.augment import create_augmentation
@@ -225,7 +225,7 @@ def undecodable(jpegs: Jpegs) -> dict[int, str]:
 
     # a task for each row would take more memory than the files do
     parts = [range(at, min(at + CHECK_ROWS, len(jpegs))) for at in range(0, len(jpegs), CHECK_ROWS)]
-    with decode_pool(os.cpu_count() or 1) as pool:
+    with decode_pool(len(cores())) as pool:
         return {row: reason for found in pool.map(reasons, parts) for row, reason in found.items()}
 
 

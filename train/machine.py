@@ -1,12 +1,12 @@
 """What training makes of a machine: its device, its cores, and settings of its libraries that are off by default."""
 
 import ctypes
-import os
 import sys
 
 import torch
 
 from isic.errors import UserError
+from isic.machine import cores
 from train import distributed
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
@@ -33,8 +33,7 @@ def default_workers(device: torch.device) -> int:
     """
     if device.type == "cpu":
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // distributed.local_world_size())
+    return max(1, len(cores()) // distributed.local_world_size())
 
 
 def prepare(device: torch.device) -> None:

@@ -1,7 +1,6 @@
 """Engines, images and threads of one process, and the one function that embeds parts, wherever that process runs."""
 
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from isic.dataset import Dataset, Split
 from isic.errors import UserError
 from isic.files import write_parquet
 from isic.images import decode_pool
+from isic.machine import cores
 
 MAX_PARTS_WAITING = 2
 """Parts that may wait for the disk before the engines do."""
@@ -73,13 +73,6 @@ class PartOutputs:
     logits: dict[int, NDArray[np.float32]]
     """[N] by fold."""
     bad: dict[str, str]
-
-
-def cores() -> list[int]:
-    """Returns the numbers of the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 class Embedder:

@@ -3,7 +3,6 @@
 import time
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -12,6 +11,7 @@ from infer.embedding.embedder import Step
 from infer.embedding.plan import Part
 from isic import interrupt
 from isic.errors import UserError
+from isic.machine import peak_memory_mb
 
 OnError = Literal["raise", "skip"]
 
@@ -98,13 +98,3 @@ class Tally:
                 f"{num_bad} of the first {self.num_images} images cannot be used ({summary}), such as {name}; "
                 "look at the dataset with `python -m isic check`, or allow more with --max_bad"
             )
-
-
-def peak_memory_mb() -> int | None:
-    """Returns the most memory this process (not its workers) has held, in MB; None where there is no /proc.
-
-    The system's resource usage would do anywhere, but counts what the parent held when it started this process.
-    """
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")), None)

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from infer.embedding.embedder import Embedder, Job, Report, Step, cores
+from infer.embedding.embedder import Embedder, Job, Report, Step
 from infer.embedding.plan import Part
 from isic.errors import UserError
+from isic.machine import cores
 
 PARTS_A_TASK = 4
 """Parts that an actor runs through without a pause, and that are lost with it."""

@@ -10,10 +10,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from infer.embedding.embedder import Embedder, Job, Report, cores
+from infer.embedding.embedder import Embedder, Job, Report
 from infer.embedding.plan import Part
 from isic.errors import UserError
 from isic.interrupt import Interrupted, interruptible
+from isic.machine import cores
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 GRACE_SECONDS = 30

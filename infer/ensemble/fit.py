@@ -1,6 +1,5 @@
 """Fits the ensemble: libraries x seeds x folds of boosters, each on its fold's training rows, scored out of fold."""
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from isic.errors import UserError, did_you_mean
 from isic.features import Encoding, fit_encoding, needed_columns
 from isic.files import sha256, versions, write_json, write_parquet, write_text
 from isic.folds import Folds, draw_folds, read_folds
+from isic.machine import cores
 from isic.metadata import require, with_patient
 
 
@@ -219,7 +219,7 @@ def fit_bag(
         held_out = bag.encodings[k].transform(table.filter(pl.Series(fold == k)))
         return text, LIBRARIES[library].load(text)(held_out, 1)
 
-    with ThreadPoolExecutor(settings.num_threads or available_cpus()) as pool:
+    with ThreadPoolExecutor(settings.num_threads or len(cores())) as pool:
         fitted = tqdm(pool.map(fit_one, tasks), "boosters", len(tasks), leave=False, disable=None)
         for (library, k, seed), (text, score) in zip(tasks, fitted, strict=True):
             bag.boosters[library, k, seed] = text
@@ -239,11 +239,6 @@ def _with_noise(
         noise = np.random.default_rng((*seed, 1)).normal(0, deviation, (len(matrix), 1))
         matrix[:, columns] += noise.astype(np.float32)
     return matrix
-
-
-def available_cpus() -> int:
-    """The processors that this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _need_both_classes(target: NDArray[np.integer], fold: int) -> None:

@@ -1,6 +1,5 @@
 """How unlike its patient's other lesions a lesion is: the local outlier factor, patient by patient."""
 
-import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,6 +12,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from isic import schema
 from isic.features.formulas import SOLUTIONS
+from isic.machine import cores
 
 NAME = "patient_lof"
 SOURCE = f"{SOLUTIONS}; Breunig et al. 2000, LOF: identifying density-based local outliers"
@@ -49,7 +49,7 @@ def patient_lof(measured: NDArray[np.float32], patient: NDArray[np.integer]) -> 
     with (
         warnings.catch_warnings(),
         threadpool_limits(1, "blas"),
-        ThreadPoolExecutor(os.cpu_count(), initializer=single) as pool,
+        ThreadPoolExecutor(len(cores()), initializer=single) as pool,
     ):
         warnings.simplefilter("ignore", UserWarning)  # "Duplicate values": the cut below is what we make of them
         for rows, part in zip(groups, pool.map(lambda rows: _one_patient(filled[rows]), groups), strict=True):
