@@ -35,7 +35,7 @@ class Table:
     columns: dict[str, str]
     """Heading by column."""
     only: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Values that a column may have in it, and their order; a column that is not named may have any."""
+    """Values that a column may have in it, and their order, the last column's first; one not named may have any."""
 
 
 THROUGHPUT = {
@@ -70,6 +70,8 @@ TABLES = {
         ("accelerator", "what", "engine", "precision", "device", "input"),
         {name: heading for name, heading in THROUGHPUT.items() if name in SHORT},
         {
+            "precision": ("fp32", "bf16", "int8"),
+            "engine": ("eager", "onnx", "aoti"),
             "what": (
                 *("vit_tiny", "vit_small", "vit_base", "eva02_small", "eva02_base"),
                 *("convnext_tiny", "convnext_base", "multitask_vit_tiny"),
