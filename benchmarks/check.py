@@ -30,7 +30,8 @@ class Speed:
 
 SPEEDS = {
     "throughput": Speed(
-        ("what", "engine", "precision", "batch", "device", "input"), "images_per_second", "min", "max", "matmul_gflops"
+        ("what", "engine", "precision", "batch", "device", "input", "matmul_by"),
+        *("images_per_second", "min", "max", "matmul_gflops"),
     ),
     "peers": Speed(("what", "data", "batch", "ours", "peer"), "ratio", "ratio_min", "ratio_max"),
     "ingest": Speed(("what", "images", "size"), "of_bare", "of_bare_min", "of_bare_max"),

@@ -59,6 +59,8 @@ class Limits:
     """Floating-point operations a second in a large matrix product."""
     copy: float
     """Bytes a second, read and written, in a large copy."""
+    matmul_by: str = "torch"
+    """The library whose product that was: rates of two are no measure of a machine that changes."""
 
     def of(self, work: Work, precision: str, batch: int, images_per_second: float) -> dict[str, Any]:
         """Returns what a rate means: what it achieves, its share of either limit, and which of the two binds.
@@ -72,6 +74,7 @@ class Limits:
             "gflop_per_image": round(work.flops / 1e9, 3),
             "achieved_gflops": round(images_per_second * work.flops / 1e9, 1),
             "matmul_gflops": round(self.matmul / 1e9, 1),
+            "matmul_by": self.matmul_by,
             "copy_gb_per_second": round(self.copy / 1e9, 1),
             "of_matmul": round(images_per_second / allowed["matmul"], 4),
             "of_copy": round(images_per_second / allowed["copy"], 4),
@@ -83,14 +86,11 @@ class Limits:
 @cache
 def limits(device: str, precision: str) -> Limits:
     """Measures a device, once a process. A precision that it computes slower than float32 has float32's limit."""
-    rates = [_matmul_rate(device, name) for name in {"fp32", precision}]
-    return Limits(max(rates), _copy_rate(device))
-
-
-def _matmul_rate(device: str, precision: str) -> float:
-    """Returns the rate of the fastest library at hand: on some CPUs torch's is not."""
-    rate = _torch_rate(device, precision)
-    return max(rate, _onnxruntime_rate()) if (device, precision) == ("cpu", "fp32") else rate
+    rates = [(_torch_rate(device, name), "torch") for name in {"fp32", precision}]
+    if device == "cpu":
+        rates.append((_onnxruntime_rate(), "onnxruntime"))  # on some CPUs torch's is not the fastest
+    matmul, library = max(rates)
+    return Limits(matmul, _copy_rate(device), library)
 
 
 @cache

@@ -88,9 +88,14 @@ def _throughput(rows: pl.DataFrame) -> Section:
     best = last_rows(rows, KEY).sort("images_per_second", descending=True)
     best = best.unique(["machine", "what"], keep="first", maintain_order=True)
     groups = best.group_by("machine", maintain_order=True)
-    content = (tag("div", _fastest(machine, part), class_="tables") for (machine,), part in groups)
+    content = (_alone(_fastest(machine, part)) for (machine,), part in groups)
     intro = "The fastest engine of each config, and how much of the machine's limit it reaches."
     return "Throughput", "Images a second", (tag("p", intro), *content)
+
+
+def _alone(table: Markup) -> Markup:
+    """A table with the page's width to itself."""
+    return tag("div", table, class_="tables")
 
 
 def _fastest(machine: Any, rows: pl.DataFrame) -> Markup:
@@ -187,12 +192,12 @@ def _peers(rows: pl.DataFrame) -> Section:
             figures = (f"{ratio} times", f"{low} to {high}") if ratio else ("not measured", page.NONE)
             yield f"{what}: {peer}", ours, *figures, same or page.NONE, own or page.NONE
 
-    tables = (page.table(machine, heading, cells(part)) for machine, part in _by_machine(last))
+    tables = (_alone(page.table(machine, heading, cells(part))) for machine, part in _by_machine(last))
     intro = (
         "The same images and the same weights, in turns, from the file to features. Same pixels: decoded and resized "
         "once for all; own pixels: by each way, of which those that use PIL antialias where they shrink."
     )
-    return "Peers", "Against what people use", (tag("p", intro), tag("div", *tables, class_="tables"))
+    return "Peers", "Against what people use", (tag("p", intro), *tables)
 
 
 def _by_machine(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
@@ -209,9 +214,9 @@ def _growth(tables: dict[str, pl.DataFrame]) -> list[Section]:
         rows = tables.get(name, pl.DataFrame())
         if "us_per_row" in rows.columns:
             rows = rows.filter(pl.col("us_per_row").is_not_null())
-            shown += [_growth_table(f"{name}, {machine}", part) for machine, part in _by_machine(rows)]
+            shown += [_alone(_growth_table(f"{name}, {machine}", part)) for machine, part in _by_machine(rows)]
     intro = "Whole runs: what a row costs should not depend on how many there are, and memory should not grow."
-    return [("Growth", "As work grows", (tag("p", intro), tag("div", *shown, class_="tables")))] if shown else []
+    return [("Growth", "As work grows", (tag("p", intro), *shown))] if shown else []
 
 
 def _growth_table(title: str, rows: pl.DataFrame) -> Markup:
