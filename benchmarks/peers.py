@@ -86,7 +86,7 @@ def write_resized(dataset: Dataset, ids: list[str], spec: PreprocessSpec, folder
     files = [cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes() for image in pixels]
     resized = folder / "resized"
     resized.mkdir()
-    write_images(resized / FILE, zip(ids, files, strict=True))
+    write_images(resized / FILE, sorted(zip(ids, files, strict=True)))
     return resized
 
 
