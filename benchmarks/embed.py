@@ -31,7 +31,6 @@ from isic.preprocess import PreprocessSpec
 
 STAND_IN = "null"
 """The config that is no model: a stand-in engine that costs nothing shows what the pipeline itself can do."""
-IMAGES, METADATA = "train-image.hdf5", "train-metadata.csv"
 
 
 class EmbedSettings(Settings):
@@ -53,7 +52,7 @@ def embed(settings: EmbedSettings) -> None:
         model_dir = settings.model_dir or Path("outputs") / settings.config
         if settings.config == STAND_IN:
             model_dir = folder / STAND_IN
-            null.write_run(model_dir, settings.data / METADATA, PreprocessSpec(size=224))
+            null.write_run(model_dir, Dataset(settings.data).metadata_path("train"), PreprocessSpec(size=224))
         engine = null.FILE if settings.config == STAND_IN else "model.onnx"
         measured = _whole if settings.whole else _rates
         figures = measured(settings, model_dir, engine, folder)
@@ -68,7 +67,7 @@ def _rates(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) 
     models = Models({first: found.artifacts[first]}, {first: found.manifests[first]}, found.spec)
     batch_size = models.batch_size or BATCH_CPU
     job = Job(settings.data.resolve(), "train", models, "auto", "float16", "none", batch_size, None, None)
-    ids = read_ids(settings.data / METADATA)[: settings.images]
+    ids = read_ids(Dataset(settings.data).metadata_path("train"))[: settings.images]
     measured = rates(job, ids, folder / "parts", settings.repeats)
     return {"images": len(ids), **{name: round(value, 3 if name == "share" else 0) for name, value in measured.items()}}
 
@@ -78,7 +77,7 @@ def _whole(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) 
     runs = []
     for _ in range(settings.repeats):
         shutil.rmtree(folder / "embeddings", ignore_errors=True)
-        index_path(settings.data / IMAGES).unlink(missing_ok=True)  # a first run has none
+        index_path(settings.data / "train-image.hdf5").unlink(missing_ok=True)  # a first run has none
         runs.append(whole_run("--config", settings.config, "--engine", engine, "--split", "train", *where))
     return {
         **{key: runs[-1][key] for key in ("images", "bad", "bound_by")},

@@ -83,9 +83,8 @@ class Limits:
         }
 
 
-@cache
 def limits(device: str, precision: str) -> Limits:
-    """Measures a device, once a process. A precision that it computes slower than float32 has float32's limit."""
+    """Measures a device. A precision that it computes slower than float32 has the limit of float32."""
     rates = [(_torch_rate(device, name), "torch") for name in {"fp32", precision}]
     if device == "cpu":
         rates.append((_onnxruntime_rate(), "onnxruntime"))  # on some CPUs torch's is not the fastest
@@ -108,6 +107,7 @@ def _onnxruntime_rate() -> float:
     return 2.0 * side**3 / _seconds(lambda: session.run(None, {"left": left}), "cpu")
 
 
+@cache
 def _torch_rate(device: str, precision: str) -> float:
     small, large = SIDES[device]
     if _seconds(_product(device, precision, small), device) * (large / small) ** 3 > MAX_SECONDS:
@@ -126,6 +126,7 @@ def _product(device: str, precision: str, side: int) -> Callable[[], object]:
     return lambda: left @ right
 
 
+@cache
 @cache
 def _copy_rate(device: str) -> float:
     source = torch.randint(0, 256, (COPIED[device],), dtype=torch.uint8, device=device)

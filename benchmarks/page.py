@@ -26,7 +26,8 @@ def read(path: Path) -> pl.DataFrame:
     Where it has seconds and a number of rows, the cost of a row beyond that of starting is added.
     """
     rows = pl.read_csv(path, infer_schema=False)
-    rows = rows.with_columns(pl.lit(None, pl.String).alias(name) for name in MACHINE if name not in rows.columns)
+    needed = (*MACHINE, "device")
+    rows = rows.with_columns(pl.lit(None, pl.String).alias(name) for name in needed if name not in rows.columns)
     number = next((name for name in ("images", "rows") if name in rows.columns), None)
     if number is None or "seconds" not in rows.columns:
         return rows
@@ -76,7 +77,7 @@ def _numbers(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def _machine() -> pl.Expr:
-    on_gpu = (pl.col("device") == "cuda") & pl.col("accelerator").is_not_null()
+    on_gpu = (pl.col("device").fill_null("cuda") == "cuda") & pl.col("accelerator").is_not_null()
     processor = pl.concat_str(pl.col("processor"), pl.lit(", "), pl.col("cores"), pl.lit(" cores"))
     return pl.when(on_gpu).then(pl.col("accelerator")).otherwise(processor)
 
@@ -202,9 +203,7 @@ def _peers(rows: pl.DataFrame) -> Section:
 
 def _by_machine(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
     """Yields the rows of each machine, the last measured first."""
-    on = "device" if "device" in rows.columns else pl.lit(None, pl.String).alias("device")
-    rows = rows.with_columns(on).with_columns(machine=_machine())
-    groups = rows.reverse().partition_by("machine", maintain_order=True)
+    groups = rows.with_columns(machine=_machine()).reverse().partition_by("machine", maintain_order=True)
     return ((str(part["machine"][0]), part.reverse()) for part in groups)
 
 

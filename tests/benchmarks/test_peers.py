@@ -14,9 +14,7 @@ from isic.preprocess import PreprocessSpec, decode, resize
 
 def test_the_same_images_give_the_same_features_everywhere(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
     config = tmp_path / "tiny.yaml"
-    config.write_text(
-        "model: test_vit\npretrained: false\nimage_size: 32\n"
-    )  # smaller than the images: PIL antialiases
+    config.write_text("model: test_vit\npretrained: false\nimage_size: 80\n")  # larger than the images: no antialias
     flags = ["--images", 24, "--batch", 8, "--repeats", 1, "--num_workers", 0, "--device", "cpu"]
     flags += ["--peers", "eager,transformers", "--results", tmp_path]
     ended = cli("benchmarks", "peers", "--config", config, "--data", small_dataset, *flags)

@@ -102,8 +102,8 @@ def test_every_family_builds_in_its_precision_with_float32_islands(name: str, pr
 @pytest.mark.parametrize("precision", LOW)
 def test_every_config_builds(config: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def shallow(settings: TrainSettings) -> dict[str, Any]:
-        few = [options for name, options in SHALLOW.items() if settings.model.startswith(name)]
-        return backbone_options(settings) | (few[0] if few else {})
+        few = (options for name, options in SHALLOW.items() if settings.model.startswith(name))
+        return backbone_options(settings) | next(few, {})
 
     monkeypatch.setattr(train.model, "backbone_options", shallow)
     fresh = create_fresh(config)
