@@ -85,15 +85,18 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
         UserError: a needed column is missing.
     """
     names = tuple(names)
-    require(metadata, needed_columns(names), "the metadata")
-    ordered = _in_canonical_order(metadata, needed_columns(names))
-    rows = ordered.lazy().with_columns(f.expr.alias(f.name) for f in _needed_rows(names))
+    columns = needed_columns(names)
+    require(metadata, columns, "the metadata")
+    rows = _in_canonical_order(metadata, columns).with_columns(f.expr.alias(f.name) for f in _needed_rows(names))
     wanted = [f for f in _RELATIVE if f.name in names]
-    # Float32 at once: two hundred columns of doubles are what would set the peak of memory.
-    table = rows.with_columns(f.expr.cast(pl.Float32).alias(f.name) for f in wanted).collect()
+    own = [name for name in names if name in rows.columns]
+    # Float32 at once, and no table kept that is done with: two hundred columns are what would set the peak of memory.
+    table = rows.select("_row", schema.ID, *own, *(f.expr.cast(pl.Float32).alias(f.name) for f in wanted))
     if outlier.NAME in names:
-        table = table.with_columns(_lof(table))
-    return table.sort("_row").select(schema.ID, *(_finite(name) for name in names))
+        table = table.with_columns(_lof(rows))
+    del rows
+    table = table.select("_row", schema.ID, *(_finite(name) for name in names))
+    return table.sort("_row").drop("_row")
 
 
 def _in_canonical_order(metadata: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:

@@ -162,14 +162,17 @@ def test_rows_without_a_patient_are_patients_of_their_own(table: pl.DataFrame) -
 
 def test_the_outlier_factor_is_scikit_learns_and_finds_the_odd_one_out() -> None:
     rng = np.random.default_rng(0)
-    measured = rng.standard_normal((80, 5)).astype(np.float32)
-    measured[7] = 12
-    patient = np.repeat([0, 1, 2], [60, 18, 2])
-    factor = patient_lof(measured, patient)
-    for rows, neighbors in ((slice(60), 30), (slice(60, 78), 17)):
-        expected = LocalOutlierFactor(n_neighbors=neighbors).fit(measured[rows]).negative_outlier_factor_
-        np.testing.assert_array_equal(factor[rows], expected.astype(np.float32))
-    assert factor[:60].argmin() == 7 and factor[78:].tolist() == [-1, -1]
+    sizes = (900, 60, 18, 2)  # the first needs several blocks of distances, the third has fewer than 30 neighbours
+    measured = rng.standard_normal((sum(sizes), 5)).astype(np.float32)
+    measured[907] = 12
+    factor = patient_lof(measured, np.repeat(range(4), sizes))
+    start = 0
+    for size, neighbors in zip(sizes[:3], (30, 30, 17), strict=True):
+        rows = slice(start, start + size)
+        theirs = LocalOutlierFactor(n_neighbors=neighbors).fit(measured[rows].astype(np.float64))
+        np.testing.assert_allclose(factor[rows], theirs.negative_outlier_factor_, rtol=1e-6)
+        start += size
+    assert factor[900:960].argmin() == 7 and factor[start:].tolist() == [-1, -1]
 
 
 def test_identical_lesions_have_a_finite_outlier_factor() -> None:
