@@ -25,8 +25,8 @@ from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, read_folds
 from isic.interrupt import Interrupted, interruptible
 
-BATCH_CPU, BATCH_GPU = 16, 256
-"""Fastest on a CPU, where a batch should fit its caches; enough to fill a GPU."""
+BATCH_CPU, BATCH_GPU = 64, 256
+"""Several images for each core of a large CPU, which takes them one by one; enough to fill a GPU."""
 PACKAGES = ("onnxruntime-gpu", "onnxruntime", "opencv-python-headless", "numpy", "polars")
 
 

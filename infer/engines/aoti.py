@@ -1,6 +1,7 @@
 """AOTInductor packages, on the CPU or the GPU they were compiled for. The one engine that needs torch."""
 
 import platform
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from torch._inductor import aoti_load_package
 from infer.engines import Outputs
 from isic.errors import UserError
 from isic.preprocess import Pixels
+
+CPU_PIECE = 8
+"""Images that a CPU works on at once: its caches then hold the activations."""
 
 
 class AotiEngine:
@@ -41,7 +45,7 @@ class AotiEngine:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is not a whole AOTInductor package ({reason}); export it again") from None
-        self._max_batch = int(manifest["max_batch"])
+        self._piece = min(int(manifest["max_batch"]), CPU_PIECE if device == "cpu" else sys.maxsize)
 
     def run(self, images: Pixels) -> Outputs:
         features, logits, *_ = self._outputs(images)
@@ -58,12 +62,11 @@ class AotiEngine:
 
     @torch.inference_mode()
     def _outputs(self, images: Pixels) -> list[NDArray[np.float32]]:
-        """Runs a batch in pieces of the largest size that was compiled; the GPU works on one while the next is sent."""
+        """Runs a batch in pieces, the largest that suit the device; a GPU works on one while the next is sent."""
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
-        pieces = [
-            self._forward(part.to(self.device, non_blocking=True)) for part in torch.split(pixels, self._max_batch)
-        ]
-        return [torch.cat(parts).cpu().numpy() for parts in zip(*pieces, strict=True)]
+        parts = torch.split(pixels, self._piece)
+        pieces = [self._forward(part.to(self.device, non_blocking=True)) for part in parts]
+        return [torch.cat(outputs).cpu().numpy() for outputs in zip(*pieces, strict=True)]
 
 
 def architecture(device: str) -> str:

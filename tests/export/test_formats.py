@@ -60,7 +60,10 @@ def built(model: Classifier, target: Target, folder: Path) -> Engine:
 def test_onnx_passes_the_gate(name: str, precision: str, tmp_path: Path) -> None:
     model, reference = network(name)
     target = target_of(name, "onnx", precision)
-    assert check_parity(reference, built(model, target, tmp_path), TOLERANCES[precision], target.batch_sizes)
+    engine = built(model, target, tmp_path)
+    assert check_parity(reference, engine, TOLERANCES[precision], target.batch_sizes)
+    whole, alone = engine.run(reference.images)[0], engine.run(reference.images[3:4])[0]
+    np.testing.assert_array_equal(whole[3:4], alone, "an image's features are its own, whatever the batch")
     said = {prop.key: prop.value for prop in onnx.load(next(tmp_path.glob("*.onnx"))).metadata_props}
     assert said["name"] == name and said["precision"] == precision and '"size":' in said["preprocess"]
 
