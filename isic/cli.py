@@ -1,8 +1,11 @@
 """Command lines: Fire over one typed function a command, settings validated before anything runs."""
 
+import contextlib
 import inspect
+import os
+import select
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_type_hints
 
 import fire
@@ -23,7 +26,32 @@ def run(commands: Command | Mapping[str, Command], load: Callable[..., Settings]
         commands: a function of one settings argument, or several by name. Its return value is the exit code.
         load: builds the settings from their type and the flags.
     """
-    arguments = sys.argv[1:]
+    with _while_somebody_reads():
+        _dispatch(commands, load, sys.argv[1:])
+
+
+@contextlib.contextmanager
+def _while_somebody_reads() -> Iterator[None]:
+    """Ends with exit code 1 and no word where the reader of the output has left, as `| head` does."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise  # another pipe broke, a worker's say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        sys.exit(1)
+
+
+def _reader_has_left() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _dispatch(commands: Command | Mapping[str, Command], load: Callable[..., Settings], arguments: list[str]) -> None:
     if isinstance(commands, Mapping):
         if not arguments or arguments[0] in HELP:
             _print_commands(commands)

@@ -68,3 +68,13 @@ def test_help_lists_every_key() -> None:
     for key in ("--epochs", "--lr_backbone", "--focal_gamma", "--use_sample"):
         assert key in text
     assert "images a micro-batch" in text
+
+
+@pytest.mark.parametrize("arguments", [["isic"], ["infer", "doctor"]])
+def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
