@@ -32,6 +32,14 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 ACTIVATION_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 2}
 """Of a value between two layers; layers in int8 on a CPU take and give float32, those in fp8 float16."""
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+FLOPS = {
+    **flop_registry,
+    # torch 2.14 has no formula for its attention on a CPU
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
+}
+"""The operations that an operator counts as, by torch's formulas."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class Limits:
 
 def limits(device: str, precision: str) -> Limits:
     """Measures a device. A precision that it computes slower than float32 has the limit of float32."""
-    rates = [(_torch_rate(device, name), "torch") for name in {"fp32", precision}]
+    rates = [(torch_rate(device, name), "torch") for name in {"fp32", precision}]
     if device == "cpu":
         rates.append((_onnxruntime_rate(), "onnxruntime"))  # on some CPUs torch's is not the fastest
     matmul, library = max(rates)
@@ -108,7 +116,8 @@ def _onnxruntime_rate() -> float:
 
 
 @cache
-def _torch_rate(device: str, precision: str) -> float:
+def torch_rate(device: str, precision: str) -> float:
+    """Returns operations a second of torch's product of two large matrices on `cpu` or `cuda`."""
     small, large = SIDES[device]
     if _seconds(_product(device, precision, small), device) * (large / small) ** 3 > MAX_SECONDS:
         large = small  # a type that the device emulates
@@ -126,7 +135,6 @@ def _product(device: str, precision: str, side: int) -> Callable[[], object]:
     return lambda: left @ right
 
 
-@cache
 @cache
 def _copy_rate(device: str) -> float:
     source = torch.randint(0, 256, (COPIED[device],), dtype=torch.uint8, device=device)
@@ -167,7 +175,7 @@ def _counted(model: nn.Module, images: torch.Tensor) -> "_Counter":
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the operations of torch's own table of formulas, and the values that those operators read and write."""
+    """Adds up the operations of FLOPS, and the values that those operators read and write."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -176,7 +184,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = FLOPS.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
             self.values += sum(leaf.numel() for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor))

@@ -15,10 +15,9 @@ import numpy as np
 import timm
 import torch
 from pydantic import Field
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.limits import count_work, torch_rate
 from benchmarks.record import append, ratio
 from isic.errors import UserError
 from train.config import TrainSettings
@@ -226,14 +225,16 @@ def figures(
 ) -> dict[str, Any]:
     """Returns the row of the CSV. Ratios are of turns that followed each other, and their spread that between turns."""
     ours, memory = ([window.rate for window in windows[name]] for name in ("files", "memory"))
-    flops, peak = PASSES * forward_flops(settings), matmul_rate(settings, device)
+    precision = "fp16" if settings.fp16 else "bf16" if settings.bf16 else "fp32"
+    network = create_model(settings, pretrained=False).eval()
+    flops, peak = PASSES * count_work(network, settings.image_size).flops, torch_rate(device.type, precision)
     return {
         "what": settings.name,
         "model": settings.model,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "size": settings.image_size,
         "batch": f"{settings.batch_size} x {settings.accumulation_steps}",
-        "precision": "fp16" if settings.fp16 else "bf16" if settings.bf16 else "fp32",
+        "precision": precision,
         "compile": str(settings.compile).lower(),
         "workers": default_workers(device) if settings.num_workers is None else settings.num_workers,
         "images_per_second": _round(statistics.median(ours)),
@@ -251,30 +252,3 @@ def figures(
 def _round(value: float) -> float:
     """Three significant digits, and all of a number with more before the point."""
     return float(f"{value:.3g}") if value < 1000 else round(value)
-
-
-def forward_flops(settings: TrainSettings) -> int:
-    """Returns the floating-point operations of one image's forward pass, a multiplication and an addition being two."""
-    with torch.device("meta"):
-        model = create_model(settings, pretrained=False).eval()
-        image = torch.zeros(1, settings.image_size, settings.image_size, 3, dtype=torch.uint8)
-    # fused attention is not counted on every device; written as two products it is
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(image)
-    return int(counter.get_total_flops())
-
-
-def matmul_rate(settings: TrainSettings, device: torch.device, side: int | None = None) -> float:
-    """Returns the operations per second of the fastest of ten products of square matrices, at the run's precision."""
-    dtype = torch.float16 if settings.fp16 else torch.bfloat16 if settings.bf16 else torch.float32
-    side = side or (8192 if device.type == "cuda" else 2048)
-    left, right = torch.randn(2, side, side, device=device, dtype=dtype)
-    wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = []
-    for _ in range(10):
-        wait()
-        started = time.perf_counter()
-        left @ right
-        wait()
-        seconds.append(time.perf_counter() - started)
-    return 2 * side**3 / min(seconds)

@@ -71,6 +71,12 @@ def test_work_is_counted_an_image_and_weights_a_batch() -> None:
     assert work.bytes_per_image("fp16", 2) == 2 * work.activations + 2 * work.weights / 2
 
 
+@pytest.mark.parametrize(("config", "gflop"), [("vit_tiny", 2.51), ("convnext_tiny", 8.91), ("eva02_small", 12.28)])
+def test_flops_are_the_published_ones(config: str, gflop: float) -> None:
+    fresh = create_fresh(config)
+    assert count_work(fresh.model, fresh.spec.size).flops / 1e9 == pytest.approx(gflop, rel=0.01)
+
+
 def test_the_slower_of_the_two_limits_binds() -> None:
     work = Work(flops=100.0, activations=10.0, weights=0.0)
     row = Limits(matmul=1000.0, copy=4000.0).of(work, "fp32", 1, 5.0)

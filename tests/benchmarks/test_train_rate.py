@@ -1,11 +1,10 @@
 from pathlib import Path
 
 import polars as pl
-import pytest
 import torch
 from conftest import TINY, Cli
 
-from benchmarks.train import TrainRateSettings, Window, forward_flops, matmul_rate
+from benchmarks.train import Window
 from train.data import Batch
 
 CPU = torch.device("cpu")
@@ -35,15 +34,3 @@ def test_a_window_counts_what_comes_after_the_warm_up() -> None:
     window = Window(iter([batch(2), batch(3), batch(4), batch(5)]), warmup=1, timed=2, device=CPU)
     assert [len(each.images) for each in window] == [2, 3, 4] and len(window) == 3
     assert window.num_images == 7 and window.rate == 7 / window.seconds > 0 <= window.waiting <= window.seconds
-
-
-@pytest.mark.parametrize(
-    ("model", "size", "gflop"), [("vit_tiny_patch16_224", 224, 2.51), ("convnext_tiny", 224, 8.91)]
-)
-def test_flops_are_the_published_ones(model: str, size: int, gflop: float) -> None:
-    settings = TrainRateSettings(model=model, image_size=size, pretrained=False)
-    assert forward_flops(settings) / 1e9 == pytest.approx(gflop, rel=0.01)
-
-
-def test_the_matmul_rate_is_a_rate() -> None:
-    assert 1e8 < matmul_rate(TrainRateSettings(model="test_vit"), CPU, side=256) < 1e15
