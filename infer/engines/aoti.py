@@ -1,7 +1,6 @@
 """AOTInductor packages, on the CPU or the GPU they were compiled for. The one engine that needs torch."""
 
 import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,8 @@ class AotiEngine:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is not a whole AOTInductor package ({reason}); export it again") from None
-        self._piece = min(int(manifest["max_batch"]), CPU_PIECE if device == "cpu" else sys.maxsize)
+        most = int(manifest["max_batch"])
+        self._piece = min(most, CPU_PIECE) if device == "cpu" else most
 
     def run(self, images: Pixels) -> Outputs:
         features, logits, *_ = self._outputs(images)
