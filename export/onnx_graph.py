@@ -16,7 +16,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor
 
 from export.formats import Target
-from export.precision import lowered
+from export.precision import lowered, with_products
 from train.model import Classifier
 
 OPSET = 20
@@ -28,7 +28,7 @@ The node's own `softmax_precision` is left out, because TensorRT's parser refuse
 TRACED_BATCH = 2
 """torch.export specialises a dimension of size 0 or 1, so the graph is traced with two images."""
 QUANTIZED = ["MatMul", "Gemm"]
-"""What int8 is for: the few convolutions are slower as integers, and the rest has no weights."""
+"""What int8 is for: convolutions that are no products are slower as integers, and the rest has no weights."""
 
 
 def file_name(target: Target) -> str:
@@ -40,7 +40,7 @@ def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
     if target.precision == "int8":
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             whole = Path(folder) / "model.onnx"
-            graph = trace(model, target.size, OPSET)
+            graph = trace(with_products(model), target.size, OPSET)
             del graph.graph.value_info[:]  # the quantizer infers shapes itself, and stumbles over the exporter's
             onnx.save(graph, whole)
             quantize(whole, path)

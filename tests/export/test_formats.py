@@ -19,7 +19,9 @@ from isic.errors import UserError
 from train.config import TrainSettings
 from train.model import Classifier, create_model, preprocess_spec
 
-SIZES = {"test_vit3": 64, "test_convnext": 64, "test_convnext3": 64, "eva02_tiny_patch14_224": 56}
+POINTWISE = "test_efficientnet"
+"""A network of 1x1 convolutions, two of them wide."""
+SIZES = {POINTWISE: 64, "test_vit3": 64, "test_convnext": 64, "test_convnext3": 64, "eva02_tiny_patch14_224": 56}
 """A small network of each family and its image size; test_convnext3 has GRN."""
 
 
@@ -55,6 +57,7 @@ def built(model: Classifier, target: Target, folder: Path) -> Engine:
         *((name, "fp16") for name in SIZES),
         ("test_vit3", "int8"),
         ("test_convnext", "int8"),
+        (POINTWISE, "int8"),
     ],
 )
 def test_onnx_passes_the_gate(name: str, precision: str, tmp_path: Path) -> None:
@@ -66,6 +69,15 @@ def test_onnx_passes_the_gate(name: str, precision: str, tmp_path: Path) -> None
     np.testing.assert_array_equal(whole[3:4], alone, "an image's features are its own, whatever the batch")
     said = {prop.key: prop.value for prop in onnx.load(next(tmp_path.glob("*.onnx"))).metadata_props}
     assert said["name"] == name and said["precision"] == precision and '"size":' in said["preprocess"]
+
+
+def test_wide_1x1_convolutions_are_quantized(tmp_path: Path) -> None:
+    model, _ = network(POINTWISE)
+    names = {name for name, _ in model.named_parameters()}
+    built(model, target_of(POINTWISE, "onnx", "int8"), tmp_path)
+    products = [node.op_type for node in onnx.load(next(tmp_path.glob("*.onnx"))).graph.node]
+    assert products.count("MatMulInteger") >= 2 and "Conv" in products, "the narrow and the spatial ones stay"
+    assert names == {name for name, _ in model.named_parameters()}, "the model itself is left alone"
 
 
 def test_aoti_passes_the_gate(tmp_path: Path) -> None:
