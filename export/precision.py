@@ -16,6 +16,8 @@ ISLANDS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, GlobalResponseNorm, _BatchNor
 
 Batch normalisation is among them because the exporter folds it into a bfloat16 convolution in another type.
 """
+WIDE = 64
+"""Channels from which on a 1x1 convolution's product in int8 saves more than the transpositions around it cost."""
 
 
 def lowered(model: Classifier, precision: str) -> Classifier:
@@ -51,10 +53,6 @@ class _OutOfFloat32:
         return output.to(self.dtype)
 
 
-MIN_CHANNELS = 64
-"""From here on a 1x1 convolution's product in int8 saves more than the two transpositions around it cost."""
-
-
 def with_products(model: Classifier) -> Classifier:
     """Returns a copy whose wide 1x1 convolutions are linear layers over the channels, for what quantizes only those."""
     model = copy.deepcopy(model)
@@ -67,7 +65,7 @@ def with_products(model: Classifier) -> Classifier:
 
 def _is_product(conv: nn.Conv2d) -> bool:
     form = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
-    return form == ((1, 1), (1, 1), (0, 0), 1) and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
+    return form == ((1, 1), (1, 1), (0, 0), 1) and min(conv.in_channels, conv.out_channels) >= WIDE
 
 
 class _Product(nn.Module):

@@ -53,9 +53,9 @@ class OnnxRuntimeEngine:
         wanted, *others = PROVIDERS[device]
         if self.device == "cuda":
             ort.preload_dlls()  # finds the CUDA libraries that torch brings
-            self._run, options = self._run_whole, session_options()
+            options = session_options()
         else:
-            self._run, options = self._run_each, session_options(num_threads=1)
+            options = session_options(num_threads=1)
             self._pool = ThreadPoolExecutor(len(cores()), thread_name_prefix="onnxruntime")
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[wanted, *others])
@@ -76,6 +76,9 @@ class OnnxRuntimeEngine:
     def run_mask(self, images: Pixels) -> NDArray[np.float32]:
         """Returns the lesion's probabilities [n, h, w] of a graph with the optional output `mask`."""
         return self._run(("mask",), images)[0]
+
+    def _run(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
+        return self._run_whole(names, images) if self.device == "cuda" else self._run_each(names, images)
 
     def _run_each(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
         """Runs the graph on each image, as many at once as there are cores."""

@@ -1,5 +1,7 @@
 """Every format in every precision that this machine runs, from small networks of each family."""
 
+import gc
+import weakref
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -78,6 +80,19 @@ def test_wide_1x1_convolutions_are_quantized(tmp_path: Path) -> None:
     products = [node.op_type for node in onnx.load(next(tmp_path.glob("*.onnx"))).graph.node]
     assert products.count("MatMulInteger") >= 2 and "Conv" in products, "the narrow and the spatial ones stay"
     assert names == {name for name, _ in model.named_parameters()}, "the model itself is left alone"
+
+
+def test_an_engine_is_freed_once_nobody_holds_it(tmp_path: Path) -> None:
+    model, reference = network(POINTWISE)
+    engine = built(model, target_of(POINTWISE, "onnx", "fp32"), tmp_path)
+    engine.run(reference.images)
+    gc.disable()  # a session must not wait for the garbage collector
+    try:
+        held = weakref.ref(engine)
+        del engine
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_aoti_passes_the_gate(tmp_path: Path) -> None:
