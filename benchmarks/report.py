@@ -146,7 +146,7 @@ TABLES = {
             "start_seconds": "of which to start",
             "us_per_row": "the rest, µs a row",
             "peak_mb": "peak MB",
-            "ours_is_faster_by": "the part here is faster by",
+            "ours_is_faster_by": "ours is faster by",
             "rows_per_second": "rows/s",
         },
     ),

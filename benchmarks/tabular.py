@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import lightgbm
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -59,7 +60,7 @@ def tabular(settings: TabularSettings) -> None:
             features = _features(path, settings.repeats)
             rows += [{**row, "start_seconds": start[row["what"]]} for row in features]
             rows += _fits(path, settings.fit_rounds)
-    rows.append(predict_rate(settings.predict_rows, settings.trees, settings.repeats))
+    rows += predict_rates(settings.predict_rows, settings.trees, settings.repeats)
     for row in rows:
         print("  ".join(f"{key}={value}" for key, value in row.items()))
     print(f"appended to {append('tabular', rows, settings.results)}")
@@ -188,8 +189,11 @@ def _fits(path: Path, rounds: int | None) -> list[dict[str, Any]]:
     return measured
 
 
-def predict_rate(num_rows: int, num_trees: int, repeats: int) -> dict[str, Any]:
-    """Measures LightGBM's predictions from a C-ordered float32 matrix of WIDE columns, on all cores."""
+def predict_rates(num_rows: int, num_trees: int, repeats: int) -> list[dict[str, Any]]:
+    """Measures LightGBM's predictions of WIDE columns on all cores, in turns.
+
+    Ours are from a C-ordered float32 matrix, the others from an Arrow table, as LightGBM takes one.
+    """
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal((num_rows, WIDE), dtype=np.float32)
     fitted_on = matrix[:FIT_ROWS]
@@ -197,11 +201,28 @@ def predict_rate(num_rows: int, num_trees: int, repeats: int) -> dict[str, Any]:
     shape = {"num_rounds": num_trees, "num_leaves": LEAVES, "max_depth": -1, "feature_fraction_bynode": 0.1}
     names = [f"f{i}" for i in range(WIDE)]
     library = LIBRARIES["lightgbm"]
-    predict = library.load(library.fit(fitted_on, target, names, parameters_of("lightgbm", shape), 0))
-    rates = []
-    for _ in range(repeats + 1):  # the first one warms up
-        started = time.perf_counter()
-        predict(matrix, len(cores()))
-        rates.append(num_rows / (time.perf_counter() - started))
+    text = library.fit(fitted_on, target, names, parameters_of("lightgbm", shape), 0)
+    predict, booster, table = library.load(text), lightgbm.Booster(model_str=text), pl.from_numpy(matrix, names)
+    arrow = table.to_arrow()
     what = f"predict, {num_trees} trees, {WIDE} features"
-    return {"what": what, "rows": num_rows, "rows_per_second": round(statistics.median(rates[1:]))}
+    ways: dict[str, Callable[[], Any]] = {
+        what: lambda: predict(matrix, len(cores())),
+        f"{what}, from an Arrow table": lambda: booster.predict(arrow),
+    }
+    np.testing.assert_allclose(*(run() for run in ways.values()))  # warms up, too
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, run in ways.items():
+            started = time.perf_counter()
+            run()
+            rates[name].append(num_rows / (time.perf_counter() - started))
+    medians = {name: statistics.median(measured) for name, measured in rates.items()}
+    return [
+        {
+            "what": name,
+            "rows": num_rows,
+            "rows_per_second": round(rate),
+            "ours_is_faster_by": round(medians[what] / rate, 1),
+        }
+        for name, rate in medians.items()
+    ]

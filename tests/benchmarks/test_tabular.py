@@ -16,6 +16,7 @@ def test_every_way_has_its_row(tmp_path: Path, cli: Cli) -> None:
     assert ended.code == 0, ended.err
     rows = pl.read_csv(tmp_path / "tabular.csv")
     boosters = [f"{name}, one booster" for name in ("lightgbm", "xgboost", "catboost")]
-    assert rows["what"].to_list() == [*WAYS, *boosters, "predict, 2 trees, 968 features"]
+    predict = "predict, 2 trees, 968 features"
+    assert rows["what"].to_list() == [*WAYS, *boosters, predict, f"{predict}, from an Arrow table"]
     assert rows["start_seconds"].drop_nulls().min() > 0
     assert rows["peak_mb"].drop_nulls().min() > 50 and rows["rows_per_second"][-1] > 0
