@@ -3,8 +3,9 @@
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
-from types import FrameType
+from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -68,3 +69,10 @@ def leave_to_parent(_: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    sys.excepthook = _report_unless_left
+
+
+def _report_unless_left(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """Reports an error of the thread that hands batches over, unless the main process ended while it took one."""
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, where)
