@@ -36,6 +36,8 @@ class Table:
     """Heading by column."""
     only: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Values that a column may have in it, and their order, the last column's first; one not named may have any."""
+    sort: tuple[str, ...] = ()
+    """Columns to sort by, numbers as numbers; without them, kinds stand in the order in which they were first seen."""
 
 
 THROUGHPUT = {
@@ -43,6 +45,7 @@ THROUGHPUT = {
     "accelerator": "GPU",
     "engine": "engine",
     "precision": "precision",
+    "device": "device",
     "batch": "batch",
     "images_per_second": "images/s (median)",
     "min": "min",
@@ -63,7 +66,10 @@ SHORT = {
 """Columns of THROUGHPUT that the README shows."""
 TABLES = {
     "throughput": Table(
-        "throughput", ("accelerator", "what", "engine", "precision", "batch", "device", "input"), THROUGHPUT
+        "throughput",
+        ("accelerator", "what", "engine", "precision", "batch", "device", "input"),
+        THROUGHPUT,
+        sort=("what", "accelerator", "engine", "precision", "batch"),
     ),
     "engines": Table(
         "throughput",
@@ -91,6 +97,7 @@ TABLES = {
             "max_logit_error": "logit error",
             "reason": "not compared, because",
         },
+        sort=("what", "accelerator", "format", "precision"),
     ),
     "peers": Table(
         "peers",
@@ -149,6 +156,7 @@ TABLES = {
             "ours_is_faster_by": "ours is faster by",
             "rows_per_second": "rows/s",
         },
+        sort=("what", "accelerator", "rows"),
     ),
     "ingest": Table(
         "ingest",
@@ -173,6 +181,7 @@ TABLES = {
             "batch": "batch x accumulated",
             "precision": "precision",
             "compile": "compiled",
+            "workers": "loader processes",
             "images_per_second": "images/s",
             "over_bare": "over a bare loop",
             "over_bare_min": "min",
@@ -181,6 +190,7 @@ TABLES = {
             "waiting": "share waiting for data",
             "mfu": "MFU",
         },
+        sort=("accelerator", "what", "workers"),
     ),
     "accuracy": Table(
         "accuracy",
@@ -242,6 +252,8 @@ def _table(name: str, results: Path) -> str:
 def markdown(rows: pl.DataFrame, table: Table) -> str:
     """Renders the last row of each kind that has a figure, without the columns that are blank in all."""
     last = last_rows(rows, table.key)
+    by = (pl.col(name) for name in table.sort if name in last.columns)
+    last = last.sort([key for column in by for key in (column.cast(pl.Float64, strict=False), column)])
     for name, values in table.only.items():
         last = last.filter(pl.col(name).is_in(values)).sort(pl.col(name).cast(pl.Enum(values)), maintain_order=True)
     figures = [name for name in table.columns if name in last.columns and name not in table.key]
