@@ -1,12 +1,10 @@
 """The network in PyTorch itself, as timm gives it: eagerly, and through torch.compile."""
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.fresh import create_fresh
 from benchmarks.limits import DTYPES
-from benchmarks.worker import Allocate, Run
 from infer.engines import Outputs
 from isic.preprocess import Pixels
 from train.model import Classifier
@@ -28,23 +26,23 @@ class _Lowered(nn.Module):
         return features.float(), self.model.head(features).float()
 
 
-def open_eager(config: str, engine: str, precision: str, device: str) -> tuple[Run, Allocate]:
-    """Returns what runs a config's fresh network from host to host, and what allocates its input (pinned for a GPU)."""
-    fresh = create_fresh(config)
-    network: nn.Module = fresh.model
-    if precision != "fp32":
-        network = _Lowered(fresh.model, DTYPES[precision])
-    network = network.to(device)
-    if engine == "compile":
-        network.compile(dynamic=False)
+class EagerEngine:
+    """A config's fresh network as an engine, from host to host."""
+
+    def __init__(self, config: str, engine: str, precision: str, device: str) -> None:
+        model = create_fresh(config).model
+        network = model if precision == "fp32" else _Lowered(model, DTYPES[precision])
+        self.device, self._model = device, network.to(device)
+        if engine == "compile":
+            self._model.compile(dynamic=False)
 
     @torch.inference_mode()
-    def run(images: Pixels) -> Outputs:
-        outputs = network(torch.from_numpy(images).to(device, non_blocking=True))
+    def run(self, images: Pixels) -> Outputs:
+        outputs = self._model(torch.from_numpy(images).to(self.device, non_blocking=True))
         features, logits = (part.to("cpu").numpy() for part in outputs[:2])
         return features, logits
 
-    def allocate(shape: tuple[int, int, int, int]) -> Pixels:
-        return np.asarray(torch.empty(shape, dtype=torch.uint8, pin_memory=device == "cuda").numpy(), np.uint8)
-
-    return run, allocate
+    def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
+        """Returns an uninitialised uint8 array of this shape, in page-locked memory where the device is a GPU."""
+        array: Pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device == "cuda").numpy()
+        return array

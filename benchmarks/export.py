@@ -23,8 +23,10 @@ from export.parity import ParityError, Reference, check_parity
 from export.run import summary
 from infer.engines import create, works
 from isic.config import Settings, Several
+from isic.preprocess import Pixels
 
 NUM_IMAGES = 32
+"""Images that are compared; as many others calibrate int8 and fp8."""
 CONFIGS = (
     "vit_tiny",
     "vit_small",
@@ -54,20 +56,21 @@ def export(settings: ExportSettings) -> None:
     precisions = chosen("precision", settings.precision, list(dict.fromkeys(precision for _, precision in known)))
     for config in find_configs(settings.config):
         fresh = create_fresh(config)
-        reference = Reference(fresh.model, example_images(settings.data, fresh.spec, NUM_IMAGES))
+        images = example_images(settings.data, fresh.spec, 2 * NUM_IMAGES)
+        reference, calibration = Reference(fresh.model, images[:NUM_IMAGES]), images[NUM_IMAGES:]
         for name, precision in known:
             if name in names and precision in precisions:
                 row = {"what": fresh.settings.name, "format": name, "precision": precision}
-                row |= figures(fresh, reference, name, precision)
+                row |= figures(fresh, reference, calibration, name, precision)
                 print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
                 append("export", [row], settings.results)
 
 
-def figures(fresh: Fresh, reference: Reference, name: str, precision: str) -> dict[str, Any]:
+def figures(fresh: Fresh, reference: Reference, calibration: Pixels, name: str, precision: str) -> dict[str, Any]:
     """Returns seconds, size and parity of one artifact, or the `reason` why it has none."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
-            artifact = build_artifact(fresh, name, precision, Path(folder), images=reference.images)
+            artifact = build_artifact(fresh, name, precision, Path(folder), images=calibration)
         except BUILD_ERRORS as error:
             return {"reason": f"does not build: {first_line(error)}"}
         built = {"seconds": round(artifact.seconds, 1), "megabytes": round(artifact.megabytes, 1)}

@@ -123,7 +123,9 @@ def measure(
             yield {"reason": reason}
             return
         try:
-            artifact = build_artifact(fresh, engine, precision, folder, settings.where, max(settings.batches), images)
+            artifact = build_artifact(
+                fresh, engine, precision, folder, settings.where, max(settings.batches), images[NUM_CHECKED:]
+            )
         except BUILD_ERRORS as error:
             yield {"reason": f"does not build: {first_line(error)}"}
             return

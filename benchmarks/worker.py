@@ -5,14 +5,14 @@ Started by `benchmarks.throughput` with the path of a job; writes what it measur
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from infer.engines import Outputs, PinsMemory, create
+from infer.engines import Engine, allocator, create
 from isic.errors import UserError
 from isic.files import read_json, write_json
 from isic.machine import peak_memory_mb
@@ -24,9 +24,6 @@ NUM_INPUTS = 4
 """Batches that take turns, so that no cache holds the answer."""
 NUM_CHECKED = 16
 """Images whose features go back to be compared."""
-
-Run = Callable[[Pixels], Outputs]
-Allocate = Callable[[tuple[int, int, int, int]], Pixels]
 
 
 @dataclass(frozen=True)
@@ -53,57 +50,53 @@ def main(path: Path) -> None:
     result: dict[str, Any] = {"rows": []}
     try:
         started = time.perf_counter()
-        run, allocate = open_engine(job)
+        engine = open_engine(job)
         images = np.load(job.images)
-        features = np.concatenate([run(images[at : at + 1])[0] for at in range(NUM_CHECKED)])
+        features = np.concatenate([engine.run(images[at : at + 1])[0] for at in range(NUM_CHECKED)])
         np.save(path.with_suffix(".features.npy"), features)
         result["load_seconds"] = round(time.perf_counter() - started, 2)
         for batch in job.batches:
-            result["rows"].append({"batch": batch, **measure(run, allocate, images, batch, job)})
+            result["rows"].append({"batch": batch, **measure(engine, images, batch, job)})
             write_json(path.with_suffix(".result"), result)
     except (UserError, ImportError, RuntimeError, MemoryError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         write_json(path.with_suffix(".result"), {**result, "reason": reason[0]})
 
 
-def open_engine(job: Job) -> tuple[Run, Allocate]:
-    """Returns what runs a batch from host to host, and what allocates its input."""
+def open_engine(job: Job) -> Engine:
+    """Returns what runs a batch from host to host."""
     if job.artifact is None or job.manifest is None:
-        from benchmarks.eager import open_eager  # noqa: PLC0415  an artifact's process has no torch in it
+        from benchmarks.eager import EagerEngine  # noqa: PLC0415  an artifact's process has no torch in it
 
-        return open_eager(job.config, job.engine, job.precision, job.device)
-    engine = create(Path(job.artifact), job.manifest, job.device)
-    return engine.run, engine.allocate if isinstance(engine, PinsMemory) else _pageable
-
-
-def _pageable(shape: tuple[int, int, int, int]) -> Pixels:
-    return np.empty(shape, np.uint8)
+        return EagerEngine(job.config, job.engine, job.precision, job.device)
+    return create(Path(job.artifact), job.manifest, job.device)
 
 
-def measure(run: Run, allocate: Allocate, images: Pixels, batch: int, job: Job) -> dict[str, Any]:
+def measure(engine: Engine, images: Pixels, batch: int, job: Job) -> dict[str, Any]:
     """Measures calls of one batch size, each from uint8 on the host to float32 on the host, which waits for the device.
 
     Returns:
         Images per second (median, least and most of the repeats), latency percentiles, and peak memory.
     """
+    allocate = allocator(engine)
     inputs = [allocate((batch, *images.shape[1:])) for _ in range(NUM_INPUTS)]
     for number, array in enumerate(inputs):
         array[...] = images[(np.arange(batch) + number * batch) % len(images)]
     _reset_peak()
     for number in range(WARM_UP):
-        run(inputs[number % NUM_INPUTS])
-    repeats = [_repeat(run, inputs, job.seconds) for _ in range(job.repeats)]
+        engine.run(inputs[number % NUM_INPUTS])
+    repeats = [_repeat(engine, inputs, job.seconds) for _ in range(job.repeats)]
     rates = sorted(batch * len(calls) / sum(calls) for calls in repeats)
     latencies = 1000 * np.concatenate(repeats)
     percentiles = {f"p{p}_ms": round(float(np.percentile(latencies, p)), 3) for p in (50, 90, 99)}
     return {**spread(rates), **percentiles, "calls": len(latencies), "peak_mb": _peak_mb(job.device)}
 
 
-def _repeat(run: Run, inputs: Sequence[Pixels], seconds: float) -> list[float]:
+def _repeat(engine: Engine, inputs: Sequence[Pixels], seconds: float) -> list[float]:
     calls: list[float] = []
     while not calls or sum(calls) < seconds:
         started = time.perf_counter()
-        run(inputs[len(calls) % NUM_INPUTS])
+        engine.run(inputs[len(calls) % NUM_INPUTS])
         calls.append(time.perf_counter() - started)
     return calls
 

@@ -13,11 +13,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from infer.embedding.pipeline import Decoded, decode_ahead, pageable, ring_depth
+from infer.embedding.pipeline import Decoded, decode_ahead, ring_depth
 from infer.embedding.plan import Models, Part
 from infer.embedding.views import averaged
 from infer.embeddings import ERRORS, write_part
-from infer.engines import Outputs, PinsMemory, load_many
+from infer.engines import Outputs, allocator, load_many
 from isic.dataset import Dataset, Split
 from isic.errors import UserError
 from isic.files import write_parquet
@@ -113,8 +113,7 @@ class Embedder:
     def _decoded(self, parts: Sequence[Part]) -> Generator[Decoded, None, None]:
         size = self._job.batch_size
         batches = (part.ids.slice(at, size).to_list() for part in parts for at in range(0, len(part), size))
-        engine = next(iter(self._engines.values()))
-        allocate = engine.allocate if isinstance(engine, PinsMemory) else pageable
+        allocate = allocator(next(iter(self._engines.values())))
         depth = self._job.depth or ring_depth(size, self._num_threads)
         return decode_ahead(self._store, batches, self._job.models.spec, self._pool, size, depth, allocate)
 

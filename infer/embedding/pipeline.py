@@ -6,8 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-import numpy as np
-
+from infer.engines import pageable
 from isic.images import CHUNK, Decoding, ImageStore, gather
 from isic.preprocess import Pixels, PreprocessSpec
 
@@ -36,11 +35,6 @@ def ring_depth(batch_size: int, num_threads: int) -> int:
     """Returns how many batches keep `num_threads` decoders busy."""
     chunks_a_batch = -(-batch_size // CHUNK)
     return max(MIN_DEPTH, -(-CHUNKS_A_THREAD * num_threads // chunks_a_batch))
-
-
-def pageable(shape: Shape) -> Pixels:
-    """Allocates a batch in ordinary memory."""
-    return np.empty(shape, np.uint8)
 
 
 def decode_ahead(

@@ -1,6 +1,6 @@
 """Engines: an exported artifact that turns uint8 images into features and logits. One file an engine."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -33,6 +33,16 @@ class PinsMemory(Protocol):
     def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
         """Returns an uninitialised uint8 array of this shape in page-locked memory."""
         ...
+
+
+def allocator(engine: Engine) -> Callable[[tuple[int, int, int, int]], Pixels]:
+    """Returns what allocates an uninitialised batch where the engine's device copies it from fastest."""
+    return engine.allocate if isinstance(engine, PinsMemory) else pageable
+
+
+def pageable(shape: tuple[int, int, int, int]) -> Pixels:
+    """Returns an uninitialised batch in ordinary memory."""
+    return np.empty(shape, np.uint8)
 
 
 MODULES = {

@@ -12,7 +12,7 @@ from conftest import jpeg, write_hdf5
 from stand_in import StandIn, make_stand_in
 
 from infer.embedding.embedder import Embedder, Job, Step
-from infer.embedding.pipeline import decode_ahead, pageable, ring_depth
+from infer.embedding.pipeline import decode_ahead, ring_depth
 from infer.embedding.plan import Part, complete, find_models, fold_of
 from infer.embedding.progress import Tally
 from infer.embedding.views import VIEWS, averaged, view
@@ -56,7 +56,7 @@ def test_memory_is_the_ring_and_nothing_is_decoded_further_ahead(store: ImageSto
 
     def allocate(shape: tuple[int, int, int, int]) -> Pixels:
         allocated.append(shape)
-        return pageable(shape)
+        return np.empty(shape, np.uint8)
 
     def upcoming() -> Iterator[list[str]]:
         for batch in batches(5):
