@@ -66,7 +66,7 @@ def write_parquet(path: Path, table: pl.DataFrame, metadata: dict[str, str] | No
     encoded = io.BytesIO()  # what polars raises for a full disk is not an OSError and does not say so
     table.write_parquet(encoded, compression="zstd", statistics=False, metadata=metadata)
     with atomic_path(path) as temporary:
-        temporary.write_bytes(encoded.getbuffer())
+        temporary.write_bytes(encoded.getvalue())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -2,14 +2,12 @@
 
 import os
 import signal
-import socket
-from multiprocessing import resource_sharer
+import subprocess
+import sys
 
 import pytest
-import torch
-from torch.utils.data import DataLoader
 
-from isic.interrupt import SIGNALS, Interrupted, check, held, interruptible, leave_to_parent
+from isic.interrupt import SIGNALS, Interrupted, check, held, interruptible
 
 
 class Finalized:
@@ -50,19 +48,25 @@ def test_a_signal_that_is_held_comes_at_the_end(number: signal.Signals) -> None:
         pass
 
 
-def test_a_loader_is_quiet_where_its_main_process_ends_while_it_takes_a_batch(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    sharer = resource_sharer._resource_sharer  # type: ignore[attr-defined]
-    connect, left = sharer.get_connection, []
+LEFT = """
+import multiprocessing.resource_sharer as sharing, socket, torch
+from isic.interrupt import leave_to_parent
+from torch.utils.data import DataLoader
 
-    def leave_then_connect(ident: tuple[str, int]) -> object:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(ident[0])
-        left.append(ident)
-        return connect(ident)  # which is served after the one that was left
+connect, left = sharing._resource_sharer.get_connection, []
 
-    monkeypatch.setattr(type(sharer), "get_connection", staticmethod(leave_then_connect))
-    loader = DataLoader(torch.arange(8.0), batch_size=4, num_workers=1, worker_init_fn=leave_to_parent)  # type: ignore[arg-type]
-    assert torch.equal(torch.cat(list(loader)), torch.arange(8.0)) and left
-    assert capfd.readouterr().err == ""
+def leave_then_connect(ident):
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(ident[0])
+    left.append(ident)
+    return connect(ident)  # which is served after the one that was left
+
+type(sharing._resource_sharer).get_connection = staticmethod(leave_then_connect)
+loader = DataLoader(torch.arange(8.0), batch_size=4, num_workers=1, worker_init_fn=leave_to_parent)
+assert torch.equal(torch.cat(list(loader)), torch.arange(8.0)) and left
+"""
+
+
+def test_a_loader_is_quiet_where_its_main_process_ends_while_it_takes_a_batch() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=False, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
