@@ -76,6 +76,30 @@ def read_run(root: Path, split: Split) -> dict[str, Any]:
     return read_json(path)
 
 
+ORIGIN = {
+    "config": "another config",
+    "checkpoints": "other trained weights",
+    "tta": "another --tta",
+    "preprocess": "another preprocessing",
+}
+"""What decides which values a run's images get. The engine does not: it has passed the gate against its checkpoint."""
+
+
+def refuse_other_origin(root: Path, split: Split, found: Mapping[str, Any], fitted: Mapping[str, Any]) -> None:
+    """Raises a UserError where embeddings do not mean what those meant that an ensemble was fitted with.
+
+    Args:
+        found, fitted: what the run of `root` and the run of then say of themselves, ORIGIN at least.
+    """
+    for key, what in ORIGIN.items():
+        if found.get(key) != fitted.get(key):
+            words = f" ({found.get(key)}, not {fitted.get(key)})" if isinstance(found.get(key), str) else ""
+            raise UserError(
+                f"the {split} embeddings in {root} were made with {what}{words} than those that the ensemble was "
+                "fitted with; embed with the same, or fit again"
+            )
+
+
 def load(root: Path, split: Split, columns: Iterable[str] = ("features", "logit")) -> pl.LazyFrame:
     """Reads the embeddings of a split back.
 

@@ -14,6 +14,9 @@ from isic.files import digest, write_parquet
 from isic.metadata import with_patient
 
 FILE = "folds.parquet"
+KNOWN_FILE = "trained_on.parquet"
+"""Beside a checkpoint: the images and patients of its data, those that it held out and further datasets' too."""
+KNOWN = (schema.ID, schema.PATIENT)
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,47 @@ class Folds:
 
 def read_folds(path: Path) -> Folds:
     """Reads a fold plan. Raises UserError where it is missing, not a plan, or changed since it was written."""
-    if not path.is_file():
-        raise UserError(f"no fold plan at {path}; run the step that makes it again")
-    try:
-        folds = Folds(pl.read_parquet(path, columns=[schema.ID, "fold"]))
-        written = pl.read_parquet_metadata(path).get("digest")
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"{path} is not a fold plan ({str(error).splitlines()[0]}); delete it") from None
+    table = _read(path, {schema.ID: pl.String(), "fold": pl.Int8()}, "fold plan")
+    folds = Folds(table)
+    written = pl.read_parquet_metadata(path).get("digest")
     if written not in (None, folds.digest):
         raise UserError(f"{path} was changed after it was written; delete it and draw the folds again")
+    present = table["fold"].unique().sort().to_list()
+    if not present or present != list(range(len(present))) or table[schema.ID].is_duplicated().any():
+        raise UserError(
+            f"{path} is not a fold plan: every row needs an isic_id of its own, and the folds are 0, 1, 2 and so on; "
+            "mend it, or delete it"
+        )
     return folds
+
+
+def write_known(path: Path, table: pl.DataFrame) -> None:
+    """Writes which images and patients a model knows, from a table of `isic_id` and perhaps `patient_id`."""
+    write_parquet(path, with_patient(table).select(KNOWN).unique().sort(schema.ID))
+
+
+def read_known(path: Path) -> pl.DataFrame:
+    """Reads `isic_id` and `patient_id` of what a model knows. Raises UserError where there is no such list."""
+    return _read(path, dict.fromkeys(KNOWN, pl.String()), "list of what a model was trained on")
+
+
+def known_rows(metadata: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
+    """Returns the rows of `metadata` whose image or patient stands in what `read_known` gives."""
+    met = pl.any_horizontal(pl.col(key).is_in(known[key].implode()) for key in KNOWN)
+    return metadata.filter(with_patient(metadata).select(met).to_series())
+
+
+def _read(path: Path, columns: dict[str, pl.DataType], what: str) -> pl.DataFrame:
+    """Reads the columns of a table, none of them blank. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"no {what} at {path}; run the step that makes it again")
+    try:
+        table = pl.read_parquet(path, columns=list(columns)).cast(columns)  # type: ignore[arg-type]
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{path} is not a {what} ({str(error).splitlines()[0]}); delete it") from None
+    if sum(table.null_count().row(0)):
+        raise UserError(f"{path} is not a {what}: it has blanks; mend it, or delete it")
+    return table
 
 
 def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:

@@ -1,6 +1,7 @@
 """Image stores: JPEG bytes by id from an HDF5 file (by byte offset) or a folder, decoded from threads."""
 
 import contextlib
+import hashlib
 import os
 import zipfile
 from abc import ABC, abstractmethod
@@ -79,6 +80,14 @@ class ImageStore(ABC):
     @abstractmethod
     def read_at(self, position: int) -> bytes:
         """Returns the bytes of the image at a position of `self.ids`."""
+
+    @abstractmethod
+    def sizes(self) -> NDArray[np.int64]:
+        """Returns [N] the bytes of each image in the order of `self.ids`."""
+
+    def sizes_digest(self) -> str:
+        """Returns what tells images that were replaced by others, short of reading them all."""
+        return hashlib.sha256(self.sizes().astype("<i8").tobytes()).hexdigest()[:16]
 
     def decode(
         self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels, pool: ThreadPoolExecutor | None = None
@@ -173,6 +182,9 @@ class FolderImages(ImageStore):
     def read_at(self, position: int) -> bytes:
         return self._paths[position].read_bytes()
 
+    def sizes(self) -> NDArray[np.int64]:
+        return np.array([path.stat().st_size for path in self._paths], np.int64)
+
 
 class Hdf5Images(ImageStore):
     """The challenge's HDF5 file: one scalar dataset of JPEG bytes per id.
@@ -197,6 +209,9 @@ class Hdf5Images(ImageStore):
             with h5py.File(self.source, "r") as file:
                 return _file_bytes(file[bytes(self._names[position])][()])
         return os.pread(self._file, self._sizes[position], offset)
+
+    def sizes(self) -> NDArray[np.int64]:
+        return self._sizes
 
     def read_ahead(self, positions: Sequence[int]) -> dict[int, bytes]:
         """Reads neighbours in the file with one call."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from isic import schema
 from isic.files import atomic_path, sha256, versions, write_manifest, write_parquet, write_text
+from isic.folds import KNOWN_FILE, write_known
 from isic.metrics import pauc, roc_auc
 from train import distributed
 from train.checkpoint import BEST, LAST, save_checkpoint
@@ -113,7 +114,7 @@ def save_fold(
     fold: int,
     held: Predictions,
 ) -> None:
-    """Writes `best_model.pth`, its manifest, the backbone by itself and the out-of-fold scores."""
+    """Writes `best_model.pth`, its manifest, the backbone by itself, what it knows and the out-of-fold scores."""
     if not distributed.is_main():
         return
     config = {
@@ -150,6 +151,7 @@ def save_fold(
     )
     facts = {**config, **made_from, "pauc": state.best_pauc, "auc": roc_auc(data.target[held.rows], held.logits)}
     save_backbone(directory / FOLDER, state.evaluated, settings, facts)
+    write_known(directory / KNOWN_FILE, data.table)
     _write_oof(directory / OOF_FILE, data, fold, held)
 
 

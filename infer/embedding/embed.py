@@ -22,7 +22,7 @@ from isic.dataset import Dataset, Split
 from isic.errors import UserError
 from isic.files import atomic_path, digest, read_json, sha256, versions, write_json, write_parquet
 from isic.folds import FILE as FOLDS_FILE
-from isic.folds import Folds, read_folds
+from isic.folds import KNOWN_FILE, Folds, read_folds, read_known, write_known
 from isic.interrupt import Interrupted, interruptible
 
 BATCH_CPU, BATCH_GPU = 64, 256
@@ -99,7 +99,7 @@ def embed_splits(settings: EmbedSettings) -> None:
     model_dir = settings.model_dir or Path("outputs") / settings.config
     models = find_models(model_dir, settings.config, settings.engine, settings.precision)
     for split in present_splits(dataset) if settings.split == "all" else [settings.split]:
-        embed_split(dataset, split, models, model_dir / FOLDS_FILE, settings)
+        embed_split(dataset, split, models, model_dir, settings)
 
 
 def check_folds(models: Models, folds: Folds) -> None:
@@ -122,14 +122,13 @@ def present_splits(dataset: Dataset) -> list[Split]:
     return found
 
 
-def embed_split(dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings) -> None:
+def embed_split(dataset: Dataset, split: Split, models: Models, model_dir: Path, settings: EmbedSettings) -> None:
     """Embeds one split and writes its `run.json`."""
     directory = settings.run_dir.resolve() / split
-    plan, parts = draw_up(dataset, split, models, folds_path, settings)
+    plan, parts = draw_up(dataset, split, models, model_dir / FOLDS_FILE, settings)
     begin(directory, plan, settings.force)
     if split == "train":
-        with atomic_path(directory.parent / FOLDS_FILE) as temporary:
-            shutil.copyfile(folds_path, temporary)
+        carry_over(models, model_dir / FOLDS_FILE, directory.parent)
     tally = Tally(parts, settings.on_error, settings.max_bad, settings.quiet)
     if not tally.num_now and (directory / RUN_FILE).is_file():
         print(f"up to date config={settings.config} split={split} output={settings.run_dir / split}")
@@ -144,6 +143,15 @@ def embed_split(dataset: Dataset, split: Split, models: Models, folds_path: Path
         f"seconds={tally.total_seconds:.1f} images_per_second={tally.num_now / tally.total_seconds:.0f} "
         f"bound_by={tally.bound_by} output={settings.run_dir / split}"
     )
+
+
+def carry_over(models: Models, folds_path: Path, root: Path) -> None:
+    """Puts beside the embeddings what is to be known of their models: the fold plan, and what they were trained on."""
+    with atomic_path(root / FOLDS_FILE) as temporary:
+        shutil.copyfile(folds_path, temporary)
+    lists = [path.parent / KNOWN_FILE for path in models.artifacts.values()]
+    if all(path.is_file() for path in lists):
+        write_known(root / KNOWN_FILE, pl.concat(map(read_known, lists)))
 
 
 def draw_up(
@@ -187,12 +195,15 @@ def run_plan(dataset: Dataset, split: Split, models: Models, folds: Folds, setti
         "folds_mode": settings.folds,
         "folds_digest": folds.digest,
         "engines": {str(fold): manifest["sha256"] for fold, manifest in models.manifests.items()},
+        "checkpoints": {
+            str(k): manifest.get("made_from", manifest)["sha256"] for k, manifest in models.manifests.items()
+        },
         "preprocess": models.spec.model_dump(mode="json"),
         "tta": settings.tta,
         "dtype": settings.dtype,
         "num_features": models.num_features,
         "metadata_sha256": sha256(dataset.metadata_path(split)),
-        "images": {"number": len(images), "bytes": images.source.stat().st_size if images.source.is_file() else None},
+        "images": {"number": len(images), "sizes": images.sizes_digest()},
         "versions": versions(*PACKAGES),
     }
 

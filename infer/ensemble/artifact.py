@@ -23,7 +23,7 @@ from isic.files import read_json, sha256, write_json
 MANIFEST = "ensemble.json"
 STATE = "state.json"
 OOF = "oof.parquet"
-FORMAT = 2
+FORMAT = 3
 
 IMAGE_WORDS = ("image", "multimodal")
 

@@ -12,20 +12,20 @@ other has seen the label, and a rotation of hundreds of columns has room to carr
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from infer.embeddings import load, read_run
+from infer.embeddings import ORIGIN, load, read_run, refuse_other_origin
 from infer.ensemble.image_scores import refuse_gaps
 from isic import schema
 from isic.dataset import Split
 from isic.errors import UserError
 from isic.files import write_parquet
-from isic.folds import FILE as FOLDS_FILE
-from isic.folds import Folds, read_folds
+from isic.folds import KNOWN_FILE, Folds, known_rows, read_known
 
 MAPPED = ("aligned", "components")
 FROZEN = "frozen"
@@ -158,45 +158,43 @@ def mapped_columns(
 
 @dataclass(frozen=True)
 class Frozen:
-    """The one engine whose embeddings stand in the columns as they are."""
+    """The one model whose embeddings stand in the columns as they are."""
 
     config: str
     fold: int
-    engine: str
-    """Its sha256."""
+    made_with: Mapping[str, Any]
+    """ORIGIN of it."""
     width: int
 
 
 def find_frozen(root: Path, metadata: pl.DataFrame) -> Frozen:
-    """Finds the engine of a run that saw all images with a model trained on none of them: the lowest of its folds.
+    """Finds the model of a run that saw all images with a model trained on none of them: the lowest of its folds.
 
     Raises:
-        UserError: the run is of held-out images only, or its model was trained on images of this table.
+        UserError: the run's models were trained on images or patients of this table.
     """
     run = read_run(root, "train")
-    trained_on = read_folds(root / FOLDS_FILE).table
-    seen = metadata.select(schema.ID).join(trained_on, on=schema.ID, how="semi")
+    seen = known_rows(metadata, read_known(root / KNOWN_FILE))
     if len(seen):
         raise UserError(
-            f"the model behind {root} was trained on {len(seen)} images of this table, the first is "
+            f"the run behind {root} was trained on {len(seen)} rows of this table or on their patients, the first is "
             f"{seen[schema.ID][0]}; a frozen backbone must know none of their labels: train it on other images"
         )
     fold = min(run["folds"])
-    return Frozen(run["config"], fold, run["engines"][str(fold)], int(run["num_features"]))
+    return Frozen(run["config"], fold, _origin(run, fold), int(run["num_features"]))
+
+
+def _origin(run: Mapping[str, Any], fold: int) -> dict[str, Any]:
+    return {key: run.get(key) for key in ORIGIN} | {"checkpoints": (run.get("checkpoints") or {}).get(str(fold))}
 
 
 def frozen_columns(root: Path, split: Split, metadata: pl.DataFrame, frozen: Frozen) -> pl.DataFrame:
     """Returns `isic_id` and the embedding's columns Float32, as `mapped_columns` does.
 
     Raises:
-        UserError: as there, or the run is of another engine.
+        UserError: as there, or the run is of another model.
     """
-    run = read_run(root, split)
-    if run["engines"].get(str(frozen.fold)) != frozen.engine:
-        raise UserError(
-            f"{root}: the {split} embeddings are not of the engine that the columns were fitted with (fold "
-            f"{frozen.fold} of {frozen.config}); embed with that one"
-        )
+    refuse_other_origin(root, split, _origin(read_run(root, split), frozen.fold), frozen.made_with)
     identity = Map(np.eye(frozen.width), np.zeros(frozen.width))
     return mapped_columns(root, split, FROZEN, metadata, {frozen.fold: identity}, None)
 

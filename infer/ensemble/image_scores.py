@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from infer.embeddings import ERRORS_FILE, load, read_run
+from infer.embeddings import ERRORS_FILE, ORIGIN, load, read_run
 from isic import schema
 from isic.dataset import Split
 from isic.errors import UserError
@@ -124,7 +124,7 @@ def probability(table: pl.DataFrame) -> NDArray[np.float64]:
 
 
 def made_with(root: Path, split: Split, folds_digest: str) -> dict[str, Any]:
-    """Returns what an embedding run says of its origin: config, folds, fold plan and the engines' digests.
+    """Returns what an embedding run says of itself: folds, fold plan, the engines' digests, and ORIGIN.
 
     Raises:
         UserError: there is no such run, or its fold plan is another one.
@@ -135,7 +135,7 @@ def made_with(root: Path, split: Split, folds_digest: str) -> dict[str, Any]:
             f"the {split} embeddings in {root} were made with the fold plan {run.get('folds_digest')}, this is "
             f"{folds_digest}; use the embeddings of the same training run"
         )
-    return {key: run.get(key) for key in ("config", "folds", "folds_digest", "engines")}
+    return {key: run.get(key) for key in ("folds", "folds_digest", "engines", *ORIGIN)}
 
 
 def _read(root: Path, split: Split) -> pl.DataFrame:

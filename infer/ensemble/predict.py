@@ -1,4 +1,4 @@
-"""Scores a table with a fitted ensemble and writes the submission. Nothing is fitted here."""
+"""Scores the test table with a fitted ensemble and writes the submission. Nothing is fitted here."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
+from infer.embeddings import refuse_other_origin
 from infer.ensemble import image_scores
 from infer.ensemble.artifact import MANIFEST, Ensemble, open_ensemble
 from infer.ensemble.blend import Scores, blend, model_name
@@ -14,7 +15,7 @@ from infer.ensemble.boosters import read_booster
 from infer.ensemble.image_features import Sources, frames, origins
 from isic import schema
 from isic.config import Settings
-from isic.dataset import Dataset, Split
+from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.features import needed_columns
 from isic.files import atomic_path, sha256, versions, write_manifest, write_parquet
@@ -33,18 +34,17 @@ class PredictSettings(Settings):
     )
     frozen: Path | None = Field(None, description="the frozen model's embeddings, where the ensemble uses them")
     output: Path = Field(Path("submission.csv"), description="the submission to write")
-    split: Split = Field("test", description="which table to score")
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
 
 
 def predict(settings: PredictSettings) -> None:
-    """Scores a table with a fitted ensemble and writes the submission. The settings' fields are the flags."""
+    """Scores the test table with a fitted ensemble and writes the submission. The settings' fields are the flags."""
     ensemble = open_ensemble(settings.ensemble)
     dataset = Dataset(settings.data)
-    path = dataset.metadata_path(settings.split)
+    path = dataset.metadata_path("test")
     metadata = read_metadata(path)
     require(metadata, needed_columns(ensemble.spec.tabular), path)
-    order = submission_order(dataset, settings.split, metadata)
+    order = submission_order(dataset, metadata)
     image, made_with = _image(settings, ensemble, metadata)
     models = score_models(ensemble, ensemble.spec.frame(metadata, image), settings.num_threads)
     reference = ensemble.oof_models() if len(ensemble.weights) > 1 else {}
@@ -91,14 +91,14 @@ def score_models(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> d
     return {name: total / len(ensemble.state.encodings) for name, total in totals.items()}
 
 
-def submission_order(dataset: Dataset, split: Split, metadata: pl.DataFrame) -> pl.DataFrame:
+def submission_order(dataset: Dataset, metadata: pl.DataFrame) -> pl.DataFrame:
     """Returns the ids in the order to write: the sample submission's where the dataset has one, else the table's.
 
     Raises:
         UserError: the sample and the table do not have the same ids.
     """
     path = dataset.sample_submission_path
-    if split != "test" or not path.is_file():
+    if not path.is_file():
         return metadata.select(schema.ID)
     order = _sample_ids(path)
     for ids, other, here, there in ((order, metadata, path, "the table"), (metadata, order, "the table", path)):
@@ -134,14 +134,10 @@ def _image(
         if needed and getattr(sources, flag) is None:
             config = ensemble.manifest[flag]["config"]
             raise UserError(f"{ensemble.root} uses images; give --{flag} outputs/embeddings/{config}")
-    found = origins(state, sources, settings.split, digest)
-    fitted = ensemble.manifest["embeddings"]
-    if fitted and found["embeddings"]["config"] != fitted["config"]:
-        raise UserError(
-            f"{settings.embeddings} holds embeddings of {found['embeddings']['config']}, {ensemble.root} was fitted "
-            f"with those of {fitted['config']}; give --embeddings outputs/embeddings/{fitted['config']}"
-        )
-    return frames(state, sources, settings.split, metadata, digest, None), found
+    found = origins(state, sources, "test", digest)
+    if settings.embeddings and (fitted := ensemble.manifest["embeddings"]):
+        refuse_other_origin(settings.embeddings, "test", found["embeddings"], fitted)
+    return frames(state, sources, "test", metadata, digest, None), found
 
 
 def _write(path: Path, table: pl.DataFrame) -> None:

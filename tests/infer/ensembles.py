@@ -54,6 +54,7 @@ def write_embeddings(root: Path, data: Path, folds: Folds | None = None, seed: i
 
 def write_run(root: Path, split: str, plan: Folds) -> None:
     run = {"config": root.name, "folds": list(range(plan.num_folds)), "folds_digest": plan.digest, "engines": ENGINES}
+    run |= {"checkpoints": ENGINES, "tta": "none", "preprocess": {"size": 8}}
     write_json(root / split / "run.json", run)
 
 

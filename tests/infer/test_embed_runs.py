@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import polars as pl
 import pytest
-from conftest import Cli, jpeg
+from conftest import Cli, jpeg, write_hdf5
 from stand_in import PART_ROWS, ROOT, StandIn, embed_small_parts, grey, make_stand_in, parts
 
 from infer.embedding.plan import read_ids
@@ -26,7 +26,7 @@ from infer.engines.null import FILE, write_run
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.files import read_json, write_json
-from isic.folds import read_folds
+from isic.folds import read_folds, read_known, write_known
 from isic.preprocess import PreprocessSpec
 
 
@@ -388,6 +388,38 @@ def test_a_fold_plan_that_is_not_the_engines_is_refused(stand_in: StandIn, tmp_p
     type(folds)(shifted).write(model_dir / "folds.parquet")
     ended = cli("infer", *StandIn(stand_in.data, model_dir).flags(tmp_path / "out"))
     assert ended.code == 2 and "was trained with the fold plan" in ended.err
+
+
+def test_images_that_were_replaced_are_noticed(tmp_path: Path, cli: Cli) -> None:
+    """In a folder of as many files of the same names, and in a file of the same size."""
+    stand_in = make_stand_in(tmp_path / "made", num_images=40)
+    folder, file = stand_in.data / "train-image", stand_in.data / "train-image.hdf5"
+    names = pl.read_csv(stand_in.data / "train-metadata.csv")["isic_id"].to_list()
+    images = [jpeg(16 + row) for row in range(len(names))]
+
+    def write_folder(order: list[bytes]) -> None:
+        folder.mkdir(exist_ok=True)
+        for name, image in zip(names, order, strict=True):
+            (folder / f"{name}.jpg").write_bytes(image)
+
+    for write in (lambda order: write_hdf5(file, dict(zip(names, order, strict=True))), write_folder):
+        for path in (tmp_path / "out", file):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        write(images)
+        assert cli("infer", *stand_in.flags(tmp_path / "out")).code == 0
+        assert cli("infer", *stand_in.flags(tmp_path / "out")).out.startswith("up to date")
+        write(images[1:] + images[:1])
+        ended = cli("infer", *stand_in.flags(tmp_path / "out"))
+        assert ended.code == 2 and "holds embeddings made with images" in ended.err
+
+
+def test_what_the_models_know_goes_along(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+    model_dir = Path(shutil.copytree(stand_in.model_dir, tmp_path / "null"))
+    for fold, names in enumerate((["a", "x"], ["b", "x"], ["c", "x"])):
+        write_known(model_dir / f"fold_{fold}" / "trained_on.parquet", pl.DataFrame({"isic_id": names}))
+    assert cli("infer", *StandIn(stand_in.data, model_dir).flags(tmp_path / "out")).code == 0
+    known = read_known(tmp_path / "out" / "null" / "trained_on.parquet")
+    assert known["isic_id"].to_list() == ["a", "b", "c", "x"]
 
 
 def test_no_thread_is_left_behind(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:

@@ -17,7 +17,7 @@ from isic import schema
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.files import write_json
-from isic.folds import Folds, draw_folds
+from isic.folds import Folds, draw_folds, write_known
 from isic.metrics import pauc, roc_auc
 
 WIDTH = 12
@@ -33,6 +33,7 @@ def spaces(width: int) -> list[np.ndarray]:
 
 def write_run(root: Path, split: str, plan: Folds, engines: dict[str, str] = ENGINES, width: int = WIDTH) -> None:
     run = {"config": root.name, "folds": [int(k) for k in engines], "folds_digest": plan.digest, "engines": engines}
+    run |= {"checkpoints": engines, "tta": "none", "preprocess": {"size": 8}}
     write_json(root / split / "run.json", {**run, "folds_mode": "all", "num_features": width})
 
 
@@ -83,6 +84,7 @@ def frozen(data: Path, run: Path) -> Path:
     shutil.copytree(run, root)
     other = Folds(pl.DataFrame({"isic_id": ["ISIC_9"], "fold": pl.Series([0], dtype=pl.Int8)}))
     other.write(root / "folds.parquet")
+    write_known(root / "trained_on.parquet", other.table)
     for split in ("train", "test"):
         write_run(root, split, other, {"1": "b"})
     return root
@@ -160,7 +162,7 @@ def test_shuffled_labels_give_chance(data: Path, form: str, tmp_path: Path) -> N
     run = embed(tmp_path / "blind", tmp_path / "data", plan, 0.0, 0.0 if form == "frozen" else REMEMBERED)
     elsewhere: dict[str, object] = {"embeddings": run}
     if form == "frozen":
-        Folds(plan.table.with_columns(pl.format("other_{}", "isic_id").alias("isic_id"))).write(run / "folds.parquet")
+        write_known(run / "trained_on.parquet", pl.DataFrame({"isic_id": ["other"]}))
         elsewhere = {"frozen": run}
     features = "raw,image" if form == "image" else form
     fit(settings(tmp_path / "data", tmp_path, features=features, name="blind", components=8, seeds=3, **elsewhere))
@@ -233,16 +235,24 @@ def test_an_image_that_could_not_be_read_has_blank_columns(data: Path, run: Path
 
 
 def test_a_backbone_that_has_seen_the_labels_is_not_frozen(data: Path, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="was trained on 400 images of this table"):
+    with pytest.raises(UserError, match=r"no list of what a model was trained on at .*trained_on.parquet"):
         fit(settings(data, tmp_path, features="frozen", frozen=run))
+    root, metadata = Path(shutil.copytree(run, tmp_path / "knowing")), Dataset(data).metadata("train")
+    write_known(root / "trained_on.parquet", metadata)
+    with pytest.raises(UserError, match="was trained on 400 rows of this table or on their patients"):
+        fit(settings(data, tmp_path, features="frozen", frozen=root))
+    patient = metadata["patient_id"][0]
+    write_known(root / "trained_on.parquet", pl.DataFrame({"isic_id": ["ISIC_9"], "patient_id": [patient]}))
+    with pytest.raises(UserError, match=f"was trained on {(metadata['patient_id'] == patient).sum()} rows of this"):
+        fit(settings(data, tmp_path, features="frozen", frozen=root))
 
 
-def test_the_frozen_engine_must_be_the_same_one(data: Path, frozen: Path, tmp_path: Path) -> None:
+def test_the_frozen_model_must_be_the_same_one(data: Path, frozen: Path, tmp_path: Path) -> None:
     fit(settings(data, tmp_path, features="raw,frozen", frozen=frozen, num_rounds=2, name="f"))
     root = Path(shutil.copytree(frozen, tmp_path / "elsewhere"))
     said = json.loads((root / "test" / "run.json").read_text())
-    write_json(root / "test" / "run.json", said | {"engines": {"1": "another"}})
-    with pytest.raises(UserError, match="not of the engine that the columns were fitted with"):
+    write_json(root / "test" / "run.json", said | {"checkpoints": {"1": "another"}})
+    with pytest.raises(UserError, match="were made with other trained weights"):
         predict(PredictSettings(data=data, ensemble=tmp_path / "f", frozen=root, output=tmp_path / "s.csv"))
     with pytest.raises(UserError, match="give --frozen outputs/embeddings/elsewhere"):
         predict(PredictSettings(data=data, ensemble=tmp_path / "f", output=tmp_path / "s.csv"))

@@ -14,7 +14,7 @@ from infer.ensemble.fit import fit
 from infer.ensemble.predict import PredictSettings, predict
 from isic.dataset import Dataset
 from isic.errors import UserError
-from isic.files import sha256
+from isic.files import sha256, write_json
 from isic.folds import draw_folds
 
 
@@ -206,11 +206,26 @@ def test_embeddings_of_another_plan_or_config_are_refused(road: Path, tmp_path: 
         run(road, embeddings=root)
     other = Path(shutil.copytree(road / "embeddings" / "tiny", tmp_path / "huge"))
     write_run(other, "test", draw_folds(train, 3, 42))
-    with pytest.raises(UserError, match=r"holds embeddings of huge, .* was fitted with those of tiny"):
+    with pytest.raises(UserError, match=r"were made with another config \(huge, not tiny\)"):
         run(road, embeddings=other)
 
 
-def test_training_rows_have_no_score_of_every_fold_model(road: Path) -> None:
-    with pytest.raises(UserError, match="lacks the train embeddings"):
-        run(road, split="train")
-    assert len(run(road, "engineered", split="train")) == 400
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"checkpoints": {"0": "x", "1": "y", "2": "z"}}, "other trained weights than those"),
+        ({"tta": "d4"}, r"another --tta \(d4, not none\)"),
+        ({"preprocess": {"size": 16}}, "another preprocessing"),
+    ],
+)
+def test_embeddings_of_other_models_or_views_than_fitted_with_are_refused(
+    road: Path, tmp_path: Path, changed: dict[str, object], words: str
+) -> None:
+    """Their logits would be standardised by constants of other ones."""
+    root = copy(road, tmp_path, "embeddings/tiny")
+    said = json.loads((root / "test" / "run.json").read_text())
+    write_json(root / "test" / "run.json", said | {"engines": {"0": "int8", "1": "int8", "2": "int8"}})
+    run(road, embeddings=root)  # other engines of the same weights may be used
+    write_json(root / "test" / "run.json", said | changed)
+    with pytest.raises(UserError, match=words):
+        run(road, embeddings=root)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isic.errors import UserError
+from isic.folds import read_known
 from train import loop, step
 from train.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from train.config import TrainSettings
@@ -241,6 +242,8 @@ def test_extra_rows_are_trained_on_and_never_validated_on(small_dataset: Path, t
     assert sorted(scored["isic_id"]) == sorted(small_table()["isic_id"])
     data = load_data(tiny(data=small_dataset, output_dir=tmp_path, name="tiny", num_folds=3, extra_data=[extra]))
     assert data.table["isic_id"].to_list()[60:] == ["OLD_1", "OLD_2"] and (data.fold[60:] == -1).all()
+    known = read_known(tmp_path / "tiny" / "fold_1" / "trained_on.parquet")
+    assert sorted(known["isic_id"]) == sorted(data.table["isic_id"]), "what was held out, and the further rows too"
 
 
 def test_extra_weight_says_how_often_extra_rows_are_shown() -> None:
