@@ -67,6 +67,8 @@ def with_patient(table: pl.DataFrame) -> pl.DataFrame:
 
 def _typed(table: pl.DataFrame, name: str, path: Path) -> pl.Series:
     column, wanted = table[name], schema.DTYPES[name]
+    if column.dtype == pl.String:  # of a Parquet file: what is a blank in the one format is one in the other
+        column = table.select(pl.when(~pl.col(name).is_in(NULLS)).then(pl.col(name))).to_series()
     if wanted == pl.String():
         return column.cast(pl.String)
     number = column.cast(pl.Float64, strict=False)

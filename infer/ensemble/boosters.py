@@ -97,9 +97,10 @@ def fit_lightgbm(
     matrix: Matrix, target: NDArray[np.integer], names: Sequence[str], parameters: Parameters, seed: int
 ) -> str:
     """Fits one booster and returns it in LightGBM's text format."""
+    automatic = parameters["min_data_in_leaf"] is None
     options = {
         **parameters,
-        "min_data_in_leaf": parameters["min_data_in_leaf"] or min_data(len(target)),
+        "min_data_in_leaf": min_data(len(target)) if automatic else parameters["min_data_in_leaf"],
         "objective": "binary",
         "seed": seed,
         "num_threads": 1,
@@ -249,12 +250,43 @@ LIBRARIES = {
 
 
 def parameters_of(library: str, changes: Parameters) -> dict[str, Any]:
-    """Returns a library's settings with some of them changed. Raises UserError for a key it does not have."""
+    """Returns a library's settings with some of them changed. Raises UserError for a key or a type it does not have."""
     defaults = LIBRARIES[library].defaults
-    for key in changes:
+    for key, value in changes.items():
         if key not in defaults:
             raise UserError(f'{library} has no setting "{key}" here, {did_you_mean(key, defaults)}')
+        kind = int if defaults[key] is None else type(defaults[key])
+        if type(value) not in ({int, float} if kind is float else {kind}):
+            raise UserError(f"{library}: {key} is {WORDS[kind]}, not {value}; change --{library}")
+    if changes.get("num_rounds", 1) < 1:
+        raise UserError(f"{library}: num_rounds is {changes['num_rounds']}; give one round at least")
     return {**defaults, **changes}
+
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def fit_booster(
+    library: str, matrix: Matrix, target: NDArray[np.integer], names: Sequence[str], parameters: Parameters, seed: int
+) -> str:
+    """Fits one booster and returns it as text.
+
+    Args:
+        matrix: [N, D].
+        target: [N], 0 or 1.
+        names: D columns.
+        parameters: as `parameters_of` gives them.
+
+    Raises:
+        UserError: the library is not installed, or refuses a setting's value.
+    """
+    try:
+        return LIBRARIES[library].fit(matrix, target, names, parameters, seed)
+    except Exception as error:
+        if not type(error).__module__.startswith((library, f"_{library}")):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{library} does not fit ({reason}); change --{library}") from None
 
 
 def file_name(library: str, fold: int, seed: int) -> str:

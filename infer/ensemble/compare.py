@@ -37,7 +37,7 @@ def compare(settings: CompareSettings) -> None:
     """Compares two ensembles: a paired test over their seeds and a bootstrap over patients.
 
     The seeds say whether the difference outlasts the chance in fitting, the patients whether it outlasts the chance
-    in who was examined. It is noise unless both say otherwise.
+    in who was examined. It is noise unless both say otherwise, and the same way.
     """
     ensembles = [open_ensemble(path) for path in (settings.first, settings.second)]
     first, second = (ensemble.oof().sort(schema.ID) for ensemble in ensembles)
@@ -50,7 +50,7 @@ def compare(settings: CompareSettings) -> None:
     by_patient = _test_patients(first, second, _patients(first, settings.data), settings)
     if by_seed is None:
         print("the ensembles share fewer than two seeds, so the bootstrap alone decides")
-    certain = by_patient and by_seed is not False
+    certain = by_patient and by_seed in (None, by_patient)
     print(f"\nsecond against first: {'a difference' if certain else 'noise'}")
 
 
@@ -70,8 +70,8 @@ def paired(first: dict[int, float], second: dict[int, float]) -> NDArray[np.floa
     return np.array([[first[seed], second[seed]] for seed in first if seed in second]).reshape(-1, 2)
 
 
-def _test_seeds(seeds: NDArray[np.float64]) -> bool | None:
-    """Prints the paired test. Returns whether the difference is significant, None with fewer than two seeds."""
+def _test_seeds(seeds: NDArray[np.float64]) -> int | None:
+    """Prints the paired test. Returns the sign of a significant difference, else 0; None with fewer than two seeds."""
     if len(seeds) < 2:
         return None
     mean, difference = seeds.mean(axis=0), seeds[:, 1] - seeds[:, 0]
@@ -81,11 +81,11 @@ def _test_seeds(seeds: NDArray[np.float64]) -> bool | None:
         f"{'seeds':12} {mean[0]:8.4f} {mean[1]:8.4f} {difference.mean():+15.4f}"
         f"   p = {p:.2g}, better in {wins} of {len(seeds)}"
     )
-    return p < SIGNIFICANT
+    return int(np.sign(difference.mean())) if p < SIGNIFICANT else 0
 
 
-def _test_patients(first: pl.DataFrame, second: pl.DataFrame, patient: pl.Series, settings: CompareSettings) -> bool:
-    """Prints the bootstrap of the blends. Returns whether its 95 % interval leaves zero out."""
+def _test_patients(first: pl.DataFrame, second: pl.DataFrame, patient: pl.Series, settings: CompareSettings) -> int:
+    """Prints the bootstrap of the blends. Returns the sign of its 95 % interval, 0 where zero lies in it."""
     draws = bootstrap_pauc(
         first[schema.TARGET], [first["blend"], second["blend"]], patient, settings.draws, settings.seed
     )
@@ -94,7 +94,7 @@ def _test_patients(first: pl.DataFrame, second: pl.DataFrame, patient: pl.Series
     print(
         f"{'patients':12} {mean[0]:8.4f} {mean[1]:8.4f} {middle:+15.4f}   95 % of redraws in {low:+.4f} .. {high:+.4f}"
     )
-    return bool(low > 0 or high < 0)
+    return int(low > 0) - int(high < 0)
 
 
 def _patients(oof: pl.DataFrame, data: Path) -> pl.Series:

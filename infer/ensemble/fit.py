@@ -1,5 +1,6 @@
 """Fits the ensemble: libraries x seeds x folds of boosters, each on its fold's training rows, scored out of fold."""
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from infer.ensemble import image_scores, scores
 from infer.ensemble.artifact import OOF, FeatureSpec, State, clear, write_manifest
 from infer.ensemble.blend import blend, model_name
-from infer.ensemble.boosters import LIBRARIES, file_name, parameters_of
+from infer.ensemble.boosters import LIBRARIES, file_name, fit_booster, parameters_of
 from infer.ensemble.image_features import ImageState, Sources, frames, learn, origins
 from infer.report import write_report
 from isic import folds as fold_plans
@@ -70,8 +71,10 @@ class FitSettings(Settings):
     num_folds: int = Field(5, ge=2, description="folds to draw where neither embeddings nor dataset bring a plan")
     split_seed: int = Field(42, ge=0, description="seed of that draw")
     num_rounds: int | None = Field(None, ge=1, description="boosting rounds; each library's own if not given")
-    negatives: float = Field(100.0, gt=0, description="negatives kept for each positive")
-    image_noise: float = Field(0.1, ge=0, description="deviation of the noise on training rows' image scores")
+    negatives: float = Field(100.0, gt=0, allow_inf_nan=False, description="negatives kept for each positive")
+    image_noise: float = Field(
+        0.1, ge=0, allow_inf_nan=False, description="deviation of the noise on training rows' image scores"
+    )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
 
     @model_validator(mode="before")
@@ -99,8 +102,8 @@ class FitSettings(Settings):
     def _consistent(self) -> "FitSettings":
         if self.weights and len(self.weights) != len(self.libraries):
             raise ValueError(f"--weights needs {len(self.libraries)} numbers, one for each of --libraries")
-        if any(weight <= 0 for weight in self.weights):
-            raise ValueError("--weights must be above 0; leave a library out of --libraries instead")
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError("--weights must be numbers above 0; leave a library out of --libraries instead")
         for name in LIBRARIES:
             parameters_of(name, getattr(self, name))
         return self
@@ -178,9 +181,9 @@ def plan_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
 def undersample(
     target: NDArray[np.integer], rows: NDArray[np.int64], negatives: float, seed: tuple[int, int]
 ) -> NDArray[np.int64]:
-    """Returns the rows with every positive and at most `negatives` drawn negatives for each, sorted."""
+    """Returns the rows with every positive and at most `negatives` drawn negatives for each (one at least), sorted."""
     positive, negative = rows[target[rows] == 1], rows[target[rows] == 0]
-    num_kept = int(len(positive) * negatives)
+    num_kept = max(int(len(positive) * negatives), 1)
     if num_kept < len(negative):
         negative = np.random.default_rng(seed).choice(negative, num_kept, replace=False)
     return np.sort(np.concatenate([positive, negative]))
@@ -215,7 +218,7 @@ def fit_bag(
         library, k, seed = task
         rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
         matrix = _with_noise(bag.encodings[k].transform(table[rows]), names, settings.image_noise, (seed, k))
-        text = LIBRARIES[library].fit(matrix, target[rows], names, settings.parameters(library), seed)
+        text = fit_booster(library, matrix, target[rows], names, settings.parameters(library), seed)
         held_out = bag.encodings[k].transform(table.filter(pl.Series(fold == k)))
         return text, LIBRARIES[library].load(text)(held_out, 1)
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from infer.ensemble.artifact import MANIFEST
 from isic.config import Settings
 from isic.errors import UserError
 from isic.files import read_json
@@ -25,7 +26,7 @@ class ScoresSettings(Settings):
 
 def show(settings: ScoresSettings) -> None:
     """Prints the out-of-fold scores of every ensemble in a folder, the lowest pAUC first."""
-    blends = {path.parent.name: read_json(path)["blend"] for path in settings.output_dir.glob(f"*/{FILE}")}
+    blends = {path.parent.name: read_json(path)["scores"] for path in settings.output_dir.glob(f"*/{MANIFEST}")}
     if not blends:
         raise UserError(f"{settings.output_dir} holds no finished ensemble; run `python -m infer fit` first")
     print(table(dict(sorted(blends.items(), key=lambda item: item[1]["pauc"]))))

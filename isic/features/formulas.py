@@ -52,6 +52,8 @@ delta_a, delta_b, delta_l, delta_lb = (pl.col(f"tbp_lv_delta{name}") for name in
 area, perim, minor = (
     pl.col(f"tbp_lv_{name}MM{power}") for name, power in (("area", 2), ("perimeter", ""), ("minorAxis", ""))
 )
+possible_area = pl.when(area >= 0).then(area)
+"""What a logarithm or a root takes: one NaN would blank all of a patient's lesions that are measured against it."""
 area_perim, ecc, nevi = (pl.col(f"tbp_lv_{name}") for name in ("area_perim_ratio", "eccentricity", "nevi_confidence"))
 border, color, symm = (pl.col(f"tbp_lv_{name}") for name in ("norm_border", "norm_color", "symm_2axis"))
 color_std, radial = pl.col("tbp_lv_color_std_mean"), pl.col("tbp_lv_radial_color_std_max")
@@ -83,7 +85,7 @@ NOTEBOOK_FORMULAS = MappingProxyType(
         "lesion_severity_index": (border + color + ecc) / 3,
         "shape_complexity_index": border_complexity + shape_index,
         "color_contrast_index": delta_a + delta_b + delta_l + delta_lb,
-        "log_lesion_area": (area + 1).log(),
+        "log_lesion_area": (possible_area + 1).log(),
         "normalized_lesion_size": ratio(size, age),
         "mean_hue_difference": (hue + hue_ext) / 2,
         "std_dev_contrast": norm(delta_a, delta_b, delta_l) / math.sqrt(3),
@@ -102,7 +104,7 @@ NOTEBOOK_FORMULAS = MappingProxyType(
         "volume_approximation_3d": area * norm(x, y, z),
         "color_range": (lum - lum_ext).abs() + (a - a_ext).abs() + (b - b_ext).abs(),
         "shape_color_consistency": ecc * color_std,
-        "border_length_ratio": ratio(perim, 2 * (math.pi * area).sqrt()),
+        "border_length_ratio": ratio(perim, 2 * (math.pi * possible_area).sqrt()),
         "age_size_symmetry_index": age * size * symm,
         "index_age_size_symmetry": age * area * symm,
     }

@@ -81,7 +81,8 @@ def default_positives(num_rows: int) -> int:
 def num_patients(num_rows: int) -> int:
     """How many patients a table of `num_rows` has: the challenge's count at its size."""
     share = num_rows / margins.FULL_ROWS
-    return max(round(margins.FULL_PATIENTS * (share if share > 1 else share**PATIENTS_OF_SMALL)), FEWEST_PATIENTS)
+    usual = round(margins.FULL_PATIENTS * (share if share > 1 else share**PATIENTS_OF_SMALL))
+    return min(max(usual, FEWEST_PATIENTS), num_rows)
 
 
 def draw_rows(
@@ -157,8 +158,9 @@ def _normal_by_rows(shared: Floats, sizes: Ints) -> Floats:
     rows = sizes[order]
     level = np.empty_like(shared)
     np.put_along_axis(level, order, ndtri((np.cumsum(rows, axis=0) - rows / 2) / sizes.sum()), axis=0)
-    mean = np.average(level, axis=0, weights=sizes)
-    return np.asarray((level - mean) / np.sqrt(np.average((level - mean) ** 2, axis=0, weights=sizes)))
+    level -= np.average(level, axis=0, weights=sizes)
+    spread = np.sqrt(np.average(level**2, axis=0, weights=sizes))
+    return np.asarray(level / np.where(spread > 0, spread, 1))  # a single patient has none
 
 
 def _strength(num_rows: int, rng: Generator) -> Floats:

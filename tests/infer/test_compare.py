@@ -34,8 +34,9 @@ def test_a_real_difference_and_none(ensembles: Path, tables: Path, cli: Cli) -> 
 
 def test_the_paired_test_sees_what_every_seed_says(capsys: pytest.CaptureFixture[str]) -> None:
     base = np.array([0.150, 0.140, 0.155, 0.145])
-    assert _test_seeds(np.stack([base, base + 0.001 + np.array([0, 1, 0, 1]) * 1e-4], axis=1)) is True
-    assert _test_seeds(np.stack([base, base[::-1]], axis=1)) is False
+    assert _test_seeds(np.stack([base, base + 0.001 + np.array([0, 1, 0, 1]) * 1e-4], axis=1)) == 1
+    assert _test_seeds(np.stack([base + 0.001 + np.array([0, 1, 0, 1]) * 1e-4, base], axis=1)) == -1
+    assert _test_seeds(np.stack([base, base[::-1]], axis=1)) == 0
     assert _test_seeds(base.reshape(-1, 2)[:1]) is None
 
 

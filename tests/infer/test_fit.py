@@ -1,6 +1,7 @@
 """Fitting the ensemble: what it writes, that it repeats itself, that it does not leak, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from ensembles import settings, write_dataset, write_embeddings, write_run
 
 from infer.embeddings import part_path
+from infer.ensemble.artifact import clear
 from infer.ensemble.boosters import LIBRARIES, min_data, parameters_of, read_booster
 from infer.ensemble.fit import fit, undersample
 from infer.ensemble.image_scores import fit_standard, image_features
@@ -179,6 +181,7 @@ def test_negatives_are_drawn_only_where_there_are_more_than_wanted() -> None:
     assert undersample(target, rows, 5, (0, 0)).tolist() == drawn.tolist()
     assert undersample(target, rows, 5, (1, 0)).tolist() != drawn.tolist()
     assert undersample(target, rows, 100, (0, 0)).tolist() == rows.tolist()
+    assert target[undersample(target, rows, 0.01, (0, 0))].sum() == 2 < len(undersample(target, rows, 0.01, (0, 0)))
 
 
 def test_min_data_is_in_proportion_to_the_rows() -> None:
@@ -235,9 +238,15 @@ def test_a_fold_of_one_class_has_no_score_of_its_own() -> None:
     assert summary["pauc_std"] is None
 
 
-def test_all_ensembles_of_a_folder_in_one_table(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_finished_ensembles_of_a_folder_in_one_table(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     show(ScoresSettings(output_dir=fitted.parent))
     assert "engineered" in capsys.readouterr().out
+    broken = Path(shutil.copytree(fitted, tmp_path / "broken"))
+    clear(broken)
+    with pytest.raises(UserError, match="holds no finished ensemble"):
+        show(ScoresSettings(output_dir=tmp_path))
     with pytest.raises(UserError, match="holds no finished ensemble"):
         show(ScoresSettings(output_dir=fitted))
 

@@ -128,7 +128,15 @@ BAD = {
     "unknown library \"xgbost\", did you mean \"xgboost\"": {"libraries": "lightgbm,xgbost"},
     "name each library once": {"libraries": "xgboost,xgboost"},
     "weights needs 2 numbers": {"libraries": "xgboost,lightgbm", "weights": "1,2,3"},
-    "weights must be above 0": {"weights": "0"},
+    "weights must be numbers above 0": {"weights": "0"},
+    "weights must be numbers above 0; leave": {"weights": "nan"},
+    "negatives.*finite": {"negatives": "inf"},
+    "image_noise.*finite": {"image_noise": "inf"},
+    "lightgbm: max_depth is a whole number, not deep": {"lightgbm": "{max_depth: deep}"},
+    "lightgbm: min_data_in_leaf is a whole number, not 1.5": {"lightgbm": "{min_data_in_leaf: 1.5}"},
+    "lightgbm: learning_rate is a number, not True": {"lightgbm": "{learning_rate: true}"},
+    "lightgbm: extra_trees is true or false, not 1": {"lightgbm": "{extra_trees: 1}"},
+    "xgboost: num_rounds is 0; give one round at least": {"xgboost": "{num_rounds: 0}"},
     "xgboost has no setting \"max_dept\" here, did you mean \"max_depth\"": {"xgboost": "{max_dept: 3}"},
     "--lightgbm: .*dictionary": {"lightgbm": "3"},
     "no config \"ensembles/thre\", did you mean \"ensembles/three\"": {"config": "ensembles/thre"},
@@ -139,6 +147,25 @@ BAD = {
 def test_bad_settings_are_refused(message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(FitSettings, BAD[message])
+
+
+@pytest.mark.parametrize(
+    ("library", "setting"),
+    [
+        ("lightgbm", "{bagging_fraction: 2}"),
+        ("lightgbm", "{num_leaves: 1}"),
+        ("lightgbm", "{scale_pos_weight: 0}"),
+        ("xgboost", "{subsample: 2}"),
+        ("xgboost", "{max_depth: -3}"),
+        ("catboost", "{depth: 40}"),
+        ("catboost", "{subsample: 2}"),
+    ],
+)
+def test_a_value_that_a_library_refuses_is_a_sentence(data: Path, tmp_path: Path, library: str, setting: str) -> None:
+    flags = {"features": "raw", "libraries": library, library: setting, "num_rounds": 2}
+    with pytest.raises(UserError, match=rf"^{library} does not fit \(.+\); change --{library}$"):
+        fit(settings(data, tmp_path, **flags))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_config_with_an_unknown_key_is_named(tmp_path: Path) -> None:

@@ -34,6 +34,11 @@ def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
     small_table().with_columns(age_approx=pl.lit(40)).write_parquet(tmp_path / "t.parquet")
     table = read_metadata(tmp_path / "t.parquet")
     assert table["age_approx"].dtype == pl.Float64 and table["target"].dtype == pl.Int8
+    blanks = pl.DataFrame({"isic_id": ["a", "b"], "patient_id": ["", "NA"], "sex": ["NA", "male"], "age_approx": "NA"})
+    for name, write_to in (("t.parquet", blanks.write_parquet), ("t.csv", blanks.write_csv)):
+        write_to(tmp_path / name)
+    table = read_metadata(tmp_path / "t.parquet")
+    assert table.equals(read_metadata(tmp_path / "t.csv")) and table.null_count().row(0) == (0, 2, 1, 2)
 
 
 @pytest.mark.parametrize(

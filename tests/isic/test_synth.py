@@ -102,6 +102,11 @@ class TestLayout:
         assert margins.UNSEEN in set(dataset.metadata("test")["attribution"])
         assert set(dataset.metadata("train")["attribution"]) == set(margins.ATTRIBUTIONS)
 
+    @pytest.mark.parametrize("test_images", [1, 2, 9])
+    def test_a_test_split_of_a_few_rows(self, test_images: int, tmp_path: Path) -> None:
+        assert synthesize(SynthSettings(out=tmp_path, images=50, test_images=test_images))
+        assert len(Dataset(tmp_path).metadata("test")) == test_images
+
     @pytest.mark.parametrize("images", [50, 120])
     def test_the_smallest_table_still_has_five_folds(self, images: int) -> None:
         rows = draw(images, default_positives(images))
