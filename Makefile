@@ -16,7 +16,7 @@ $(SETUP): setup.cfg pyproject.toml
 
 demo: $(SETUP)
 	$(BIN)/python -m isic synth --out $(DATA) --images 3000
-	$(BIN)/python -m train --config demo --data $(DATA) --output_dir $(OUT)
+	$(BIN)/python -m train --config demo --data $(DATA) --output_dir $(OUT) --resume
 	$(BIN)/python -m export --config demo --model_dir $(OUT)/demo
 	$(BIN)/python -m infer embed --config demo --model_dir $(OUT)/demo --data $(DATA) --output_dir $(OUT)/embeddings
 	for features in image raw engineered multimodal; do \

@@ -1,5 +1,6 @@
 """Exports folds: build, gate, publish."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -184,7 +185,8 @@ def export_one(source: Source, target: Target, artifact: Path) -> bool:
         fail(artifact, manifest, error)
         return False
     finally:
-        candidate.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that cannot be written has been told of
+            candidate.unlink(missing_ok=True)
     manifest["made_from"] = {"checkpoint": source.path.name, "sha256": source.sha256}
     publish(artifact, {**manifest, "build_seconds": round(seconds, 1), "versions": versions(*PACKAGES)}, parity)
     return True

@@ -61,6 +61,8 @@ def check(settings: CheckSettings) -> None:
         test = dataset.metadata("test")
         facts = _split_facts(dataset, "test", test, settings, problems)
         facts |= _submission_facts(dataset, test, problems) | _unseen_facts(train, test)
+        if lacking := [name for name in FEATURES if name in train.columns and name not in test.columns]:
+            problems.append(f"the test table lacks columns that features are made of ({_listed(lacking)})")
         _print_facts("test", facts)
     else:
         _print_facts("test", {"rows": "none (no test-metadata.csv)"})

@@ -26,8 +26,12 @@ def run(commands: Command | Mapping[str, Command], load: Callable[..., Settings]
         commands: a function of one settings argument, or several by name. Its return value is the exit code.
         load: builds the settings from their type and the flags.
     """
-    with _while_somebody_reads():
-        _dispatch(commands, load, sys.argv[1:])
+    try:
+        with _while_somebody_reads():
+            _dispatch(commands, load, sys.argv[1:])
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextlib.contextmanager

@@ -51,6 +51,8 @@ def _sentence(model: type[Settings], problem: Mapping[str, Any]) -> str:
         return f'unknown key "{key}", {did_you_mean(key, model.model_fields)}'
     if problem["type"] == "missing":
         return f"--{key} is required"
+    if problem["input"] == "True":
+        return f"--{key} needs a value"  # a flag without one reads as true
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     return f"--{key}: {message}, got {problem['input']!r}" if key else message

@@ -50,7 +50,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def _disk_error(path: Path, error: OSError) -> Exception:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return UserError(f"the disk is full, so {path} was not written; make room and run the same command again")
-    if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST}:
+    if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}:
         return UserError(f"cannot write {path} ({os.strerror(error.errno)}); choose another output folder")
     return error
 

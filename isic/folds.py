@@ -135,11 +135,11 @@ def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
 
 
 def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path, pinned: Path) -> Folds:
-    """Returns the plan of a run, checked against `metadata`: decided once, then read.
+    """Returns the plan of a run, checked against `metadata`: the one it began with, else the dataset's, else a draw.
 
     Args:
         metadata: the whole training table.
-        path: the run's own plan; written here the first time.
+        path: the run's own plan, where it has one already.
         pinned: a plan that lies with the dataset; it wins over drawing one.
 
     Raises:
@@ -153,6 +153,4 @@ def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path, pin
             "or another output folder"
         )
     folds.of(metadata)
-    if source != path:
-        folds.write(path)
     return folds

@@ -9,6 +9,8 @@ from isic import schema
 from isic.errors import UserError
 
 NULLS = ["", "NA"]
+LONGEST_ROW = 65_536
+"""Bytes at the end of a CSV in which its last row is looked for."""
 
 
 def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:
@@ -32,6 +34,7 @@ def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:
             table = pl.read_parquet(path)
         else:
             table = pl.read_csv(path, infer_schema=False, null_values=NULLS)
+            _refuse_cut(path, table.width)
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
         first_line = (str(error).splitlines() or ["no content"])[0]
         raise UserError(f"{path} is not a readable table: {first_line}") from None
@@ -42,6 +45,18 @@ def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:
         _check_target(table, path)
         table = table.with_columns(pl.col(schema.TARGET).cast(pl.Int8))
     return table
+
+
+def _refuse_cut(path: Path, num_columns: int) -> None:
+    """Raises a UserError where the last row is short: half a file would be taken for a whole one, with blanks."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST_ROW))
+        last = file.read().rstrip().rsplit(b"\n", 1)[-1]
+    num_fields = last.count(b",") + 1
+    if num_fields < num_columns and b'"' not in last:
+        raise UserError(
+            f"{path}: the last row has {num_fields} of {num_columns} fields; it is cut short, copy or download it again"
+        )
 
 
 def require(table: pl.DataFrame, columns: Iterable[str], source: Path | str) -> None:

@@ -2,8 +2,11 @@
 
 import os
 import runpy
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +91,20 @@ def write_hdf5(path: Path, files: dict[str, bytes]) -> None:
     with h5py.File(path, "w") as file:
         for name, data in files.items():
             file.create_dataset(name, data=np.bytes_(data))
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """Mounts a file system of a few kilobytes; skips where this user may not."""
+    folder.mkdir()
+    mounted = shutil.which("mount") and os.geteuid() == 0
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if not mounted or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def small_table(num_rows: int = 60, num_patients: int = 15) -> pl.DataFrame:

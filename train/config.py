@@ -13,7 +13,7 @@ from isic.errors import UserError
 class TrainSettings(Settings):
     """What `python -m train` takes. Precedence: these defaults < the YAML file < flags."""
 
-    name: str = Field("custom", description="name of the run; the config's file name unless given")
+    name: str = Field("custom", min_length=1, description="name of the run; the config's file name unless given")
     model: str = Field(description="timm name of the backbone")
     pretrained: bool | str = Field(
         True,

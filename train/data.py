@@ -96,7 +96,7 @@ def read_jpegs(store: ImageStore, ids: list[str], absent: frozenset[str] = froze
         buffer += b"".join(files.values())
         sizes += [len(files.get(name, b"")) for name in names]
     ends = np.cumsum(sizes, dtype=np.int64)
-    return Jpegs(np.frombuffer(buffer, dtype=np.uint8), ends - sizes, ends)
+    return Jpegs(np.frombuffer(buffer, dtype=np.uint8), ends - np.array(sizes, np.int64), ends)
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,7 @@ def load_data(settings: TrainSettings) -> TrainData:
     dataset = IsicDataset(settings.data)
     table = dataset.metadata("train")
     path = settings.run_dir / FOLDS_FILE
-    with distributed.main_first():
-        folds = folds_for(table, settings.num_folds, settings.split_seed, path, dataset.folds_path)
+    folds = folds_for(table, settings.num_folds, settings.split_seed, path, dataset.folds_path)
     chosen = sample_rows(table, SAMPLE_ROWS, settings.split_seed) if settings.use_sample else table
     rows = load_rows(dataset, chosen, settings)
     fold = folds.of(rows.table).to_numpy()

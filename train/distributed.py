@@ -53,16 +53,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-@contextlib.contextmanager
-def main_first() -> Iterator[None]:
-    """Lets the main process through the block alone, then the others: they find what it wrote."""
-    if not is_main():
-        dist.barrier()
-    yield
-    if is_main() and world_size() > 1:
-        dist.barrier()
-
-
 def from_main(value: T) -> T:
     """Returns the main process's value in all of them."""
     if world_size() == 1:

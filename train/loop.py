@@ -47,7 +47,7 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int) -> None:
         restore(state, directory / LAST, settings, data)
         if state.epoch == settings.epochs:
             raise UserError(f"the last epoch of {directory} is done, but its results are gone; add --force")
-    begin_fold(settings, fold, resumes)
+    begin_fold(settings, data, fold, resumes)
     if not resumes:
         save_last(directory / LAST, state, settings, data)  # what a run stopped within its first epoch goes on from
     network: Any = torch.compile(state.model) if settings.compile else state.model

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError
@@ -34,7 +35,8 @@ class Classifier(nn.Module):
     def __init__(self, backbone: nn.Module, spec: PreprocessSpec, drop_rate: float = 0.0) -> None:
         super().__init__()
         self.backbone = backbone
-        self.num_features = int(backbone.num_features)  # type: ignore[arg-type]
+        # Some backbones go on to another width between pooling and the classifier.
+        self.num_features = int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
         self.head = nn.Sequential(nn.Dropout(drop_rate), nn.Linear(self.num_features, 1))
         scale = 255 * torch.tensor(spec.std)
         self.register_buffer("mean", (255 * torch.tensor(spec.mean)).view(1, 3, 1, 1), persistent=False)
@@ -150,7 +152,7 @@ def create_model(settings: TrainSettings, pretrained: bool | str | None = None) 
     """
     pretrained = settings.pretrained if pretrained is None else pretrained
     backbone = _create_backbone(settings.model, pretrained, backbone_options(settings))
-    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", (1, 1))[0]
+    patch = int(np.max(getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)))
     strides = [info["reduction"] for info in backbone.feature_info] if settings.mask_weight else []  # type: ignore[union-attr]
     step = max(patch, *strides) if strides else patch
     if settings.image_size % step:
@@ -187,6 +189,7 @@ def takes_image_size(name: str) -> bool:
 
 
 def _create_backbone(name: str, pretrained: bool | str, options: dict[str, Any]) -> nn.Module:
+    """Builds a backbone, with weights perhaps. Raises UserError where the model or its weights cannot be had."""
     overlay: dict[str, Any] | None = None
     if isinstance(pretrained, str):
         path = Path(pretrained)
@@ -196,6 +199,7 @@ def _create_backbone(name: str, pretrained: bool | str, options: dict[str, Any])
         if looks_local and not path.is_file():
             raise UserError(f"no weights at {pretrained}; give a file that exists, a hub name, or --pretrained false")
         overlay = {"file": str(path)} if looks_local else {"hf_hub_id": pretrained.removeprefix("hf-hub:")}
+    drawn_from = torch.get_rng_state()
     try:
         backbone: nn.Module = timm.create_model(
             name, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay, **options
@@ -204,6 +208,12 @@ def _create_backbone(name: str, pretrained: bool | str, options: dict[str, Any])
         if "global_pool" not in options:
             raise
         raise UserError(f"{name} does not pool by {options['global_pool']}; choose another --global_pool") from error
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        if options.pop("drop_path_rate"):
+            raise UserError(f"{name} has no stochastic depth; set --drop_path_rate 0") from None
+        return _create_backbone(name, pretrained, options)
     except (OSError, RuntimeError, SafetensorError, KeyError) as error:
         if not pretrained:
             raise
@@ -212,4 +222,22 @@ def _create_backbone(name: str, pretrained: bool | str, options: dict[str, Any])
             f"the pretrained weights of {name} cannot be had ({reason}); connect to the hub, give a local file "
             "(--pretrained weights.safetensors), or start from random weights on purpose (--pretrained false)"
         ) from error
+    if isinstance(pretrained, str):
+        _refuse_unfilled(backbone, name, pretrained, options, drawn_from)
     return backbone
+
+
+def _refuse_unfilled(
+    backbone: nn.Module, name: str, pretrained: str, options: dict[str, Any], drawn_from: Tensor
+) -> None:
+    """Raises a UserError where weights still have the values that `drawn_from` gave them; timm would only log it."""
+    with torch.random.fork_rng():
+        torch.set_rng_state(drawn_from)
+        random = timm.create_model(name, **options).state_dict()
+    drawn = {key for key, value in random.items() if value.ndim > 1 and value.float().std() > 0}
+    unfilled = [key for key, value in backbone.state_dict().items() if key in drawn and torch.equal(value, random[key])]
+    if unfilled:
+        raise UserError(
+            f"{pretrained} fills {len(drawn) - len(unfilled)} of the {len(drawn)} weight matrices of {name}, not "
+            f"{unfilled[0]}; give weights of this backbone (of a run of this toolkit: its folder fold_<k>/backbone)"
+        )

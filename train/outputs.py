@@ -12,7 +12,10 @@ import yaml
 from numpy.typing import NDArray
 
 from isic import schema
+from isic.config import read_yaml
+from isic.errors import UserError
 from isic.files import atomic_path, sha256, versions, write_manifest, write_parquet, write_text
+from isic.folds import FILE as FOLDS_FILE
 from isic.folds import KNOWN_FILE, write_known
 from isic.metrics import pauc, roc_auc
 from train import distributed
@@ -79,11 +82,31 @@ class Predictions:
         return cls(rows[order], logits[order], dice[order])
 
 
-def begin_fold(settings: TrainSettings, fold: int, resumes: bool) -> None:
-    """Writes `config.yaml`, and clears what a former run of the fold left unless this one goes on from it."""
+def refuse_to_lose(directory: Path, settings: TrainSettings) -> None:
+    """Raises a UserError where a fold has epochs that starting again would throw away."""
+    path = directory / HISTORY_FILE
+    if path.is_file() and not settings.force:
+        done = len(path.read_text(encoding="utf-8").splitlines())
+        raise UserError(
+            f"{directory} holds {done} of {settings.epochs} epochs; go on with --resume, or start again with --force"
+        )
+
+
+def begin_fold(settings: TrainSettings, data: TrainData, fold: int, resumes: bool) -> None:
+    """Writes the fold plan and `config.yaml`, and clears what a former run left unless this one goes on from it.
+
+    Nothing is written before this: what can be wrong with settings or data has been found by now.
+
+    Raises:
+        UserError: it would throw epochs away, and nobody said --force.
+    """
+    directory = settings.fold_dir(fold)
+    if not resumes:
+        refuse_to_lose(directory, settings)
     if not distributed.is_main():
         return
-    directory = settings.fold_dir(fold)
+    if not (settings.run_dir / FOLDS_FILE).is_file():
+        data.folds.write(settings.run_dir / FOLDS_FILE)
     for name in () if resumes else (OOF_FILE, BEST, LAST, HISTORY_FILE):
         (directory / name).unlink(missing_ok=True)
     write_text(directory / CONFIG_FILE, yaml.safe_dump(settings.model_dump(mode="json")))
@@ -98,7 +121,9 @@ def is_finished(settings: TrainSettings, fold: int) -> bool:
     directory = settings.fold_dir(fold)
     if not all((directory / name).is_file() for name in (OOF_FILE, BEST, CONFIG_FILE, HISTORY_FILE)):
         return False
-    then = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    then = read_yaml(directory / CONFIG_FILE)
+    if not {"model", "epochs"} <= set(then):
+        raise UserError(f"{directory / CONFIG_FILE} is damaged; train fold {fold} again with --force")
     last_line = (directory / HISTORY_FILE).read_text(encoding="utf-8").splitlines()[-1]
     if json.loads(last_line)["epoch"] < then["epochs"]:
         return False
@@ -201,7 +226,7 @@ def print_scores(settings: TrainSettings) -> None:
     The partial AUC is not additive: the mean over folds is not the pooled value, so both are shown.
     """
     paths = [settings.fold_dir(fold) / OOF_FILE for fold in range(settings.num_folds)]
-    tables = [pl.read_parquet(path) for path in paths if path.is_file()]
+    tables = [_read_oof(path) for path in paths if path.is_file()]
     if not tables:
         return
     print(f"\n{'fold':>8} {'rows':>8} {'positive':>8} {'pAUC':>8} {'AUC':>8} {'Dice':>8}")
@@ -216,6 +241,13 @@ def print_scores(settings: TrainSettings) -> None:
     print(f"\ncheckpoints in {settings.run_dir}" + (f", ROC curves in {ROC_FILE}" if drawn else ""))
     if not drawn:
         print(f"no {ROC_FILE}: matplotlib is not installed (pip install matplotlib)")
+
+
+def _read_oof(path: Path) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(path)
+    except pl.exceptions.PolarsError:
+        raise UserError(f"{path} is damaged; train that fold again with --force") from None
 
 
 def loss_text(stats: EpochStats, last: int = 0) -> str:

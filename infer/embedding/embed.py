@@ -17,6 +17,7 @@ from infer.embedding.progress import Tally
 from infer.embedding.ray_runner import run_ray
 from infer.embedding.workers import gpus, run_processes
 from infer.embeddings import ERRORS, ERRORS_FILE, PLAN_FILE, PLAN_KEY, RUN_FILE, ids_digest
+from infer.engines import MODULES
 from isic.config import Settings
 from isic.dataset import Dataset, Split
 from isic.errors import UserError
@@ -49,8 +50,8 @@ class EmbedSettings(Settings):
     engine: str = Field(
         "model.onnx", description="the exported engine of each fold: a format (onnx, aoti, tensorrt) or a file name"
     )
-    precision: str | None = Field(
-        None, description="which one, where a format has several: fp32, fp16, bf16, int8 or fp8"
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = Field(
+        None, description="which one, where a format has several"
     )
     device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
         "auto", description="where the engine runs; tensorrt: an ONNX file by way of ONNX Runtime's TensorRT"
@@ -76,6 +77,8 @@ class EmbedSettings(Settings):
     def _one_way_to_run(self) -> "EmbedSettings":
         if self.ray and self.num_processes > 1:
             raise ValueError("--ray decides itself how many processes there are; leave out --num_processes")
+        if self.precision and self.engine not in MODULES:
+            raise ValueError(f"--precision chooses among a format's engines; add --engine onnx, not {self.engine}")
         return self
 
 
@@ -98,6 +101,8 @@ def embed_splits(settings: EmbedSettings) -> None:
     dataset = Dataset(settings.data)
     model_dir = settings.model_dir or Path("outputs") / settings.config
     models = find_models(model_dir, settings.config, settings.engine, settings.precision)
+    if without := sorted({path.name for path in model_dir.glob("fold_*")} - {f"fold_{k}" for k in models.folds}):
+        print(f"note: {', '.join(without)} in {model_dir} has no such engine; images that it held out are left out")
     for split in present_splits(dataset) if settings.split == "all" else [settings.split]:
         embed_split(dataset, split, models, model_dir, settings)
 

@@ -97,7 +97,12 @@ def find_models(model_dir: Path, config: str, engine: str, precision: str | None
             artifacts[fold] = path.resolve()
     if not artifacts:
         what = f"{engine} in {precision}" if precision else engine
-        raise UserError(f"{model_dir} has no fold_<k> with {what}; run `python -m export --config {config}` first")
+        flags = (f" --formats {engine}" if engine in MODULES else "") + (
+            f" --precision {precision}" if precision else ""
+        )
+        raise UserError(
+            f"{model_dir} has no fold_<k> with {what}; run `python -m export --config {config}{flags}` first"
+        )
     manifests = {fold: read_manifest(path) for fold, path in artifacts.items()}
     for fold, manifest in manifests.items():
         if (manifest["name"], manifest["fold"]) != (config, fold):
@@ -203,13 +208,15 @@ def begin(directory: Path, plan: Mapping[str, Any], force: bool) -> None:
     """Writes the plan, or checks that it is the one an earlier run wrote; sweeps up what killed runs left behind.
 
     Raises:
-        UserError: what is there was made with something else, and `force` does not say to replace it.
+        UserError: what is there was made with something else, and `force` does not say to begin anew.
     """
     path = directory / PLAN_FILE
+    if force and path.is_file():
+        shutil.rmtree(directory)
     if path.is_file():
         former = read_json(path)
         changed = next((key for key in plan if plan[key] != former.get(key)), None)
-        if changed and not force and next(directory.rglob("part-*"), None):  # else an engine refused before the first
+        if changed and next(directory.rglob("part-*"), None):  # else an engine refused before the first
             raise UserError(
                 f"{directory} holds embeddings made with {changed} = {former.get(changed)}, now it is {plan[changed]}; "
                 "choose another --output_dir, or replace them with --force"

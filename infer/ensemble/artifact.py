@@ -5,7 +5,8 @@ plan and the embeddings; `state.json` and `maps_<form>.parquet` hold what was le
 out-of-fold scores, `scores.json` what they are worth, `folds.parquet` the fold plan. Nothing is ever unpickled.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,34 @@ def write_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) 
 
 def clear(root: Path) -> None:
     """Takes what an earlier ensemble wrote away, its manifest first: a folder without one is no ensemble."""
-    for path in (root / MANIFEST, root / "report.html", *root.glob("*_fold_*_seed_*"), *root.glob("maps_*.parquet")):
-        path.unlink(missing_ok=True)
+    if root.is_dir():
+        boosters, maps = root.glob("[!.]*_fold_*_seed_*"), root.glob("maps_*.parquet")
+        for path in (root / MANIFEST, root / "report.html", *boosters, *maps):
+            path.unlink(missing_ok=True)
+
+
+def refuse_another(root: Path, fields: Mapping[str, Any]) -> None:
+    """Raises a UserError where the folder holds an ensemble of whose manifest some of these fields differ."""
+    if not (root / MANIFEST).is_file():
+        return
+    manifest = read_json(root / MANIFEST)
+    now = dict(_flat(json.loads(json.dumps(fields))))
+    then = dict(_flat({key: manifest.get(key) for key in fields}))
+    changed = next((key for key in {**now, **then} if now.get(key) != then.get(key)), None)
+    if changed:
+        raise UserError(
+            f"{root} holds an ensemble with {changed} = {then.get(changed)}, now it is {now.get(changed)}; choose "
+            "another --name, or replace it with --force"
+        )
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the values of nested mappings by their dotted names."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, part in value.items():
+        yield from _flat(part, f"{name}.{key}" if name else key)
 
 
 def open_ensemble(path: Path) -> Ensemble:

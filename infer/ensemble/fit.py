@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from tqdm import tqdm
 
 from infer.ensemble import image_scores, scores
-from infer.ensemble.artifact import OOF, FeatureSpec, State, clear, write_manifest
+from infer.ensemble.artifact import OOF, FeatureSpec, State, clear, refuse_another, write_manifest
 from infer.ensemble.blend import blend, model_name
 from infer.ensemble.boosters import LIBRARIES, file_name, fit_booster, parameters_of
 from infer.ensemble.image_features import ImageState, Sources, frames, learn, origins
@@ -76,6 +76,7 @@ class FitSettings(Settings):
         0.1, ge=0, allow_inf_nan=False, description="deviation of the noise on training rows' image scores"
     )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
+    force: bool = Field(False, description="replace an ensemble of that name that was fitted otherwise")
 
     @model_validator(mode="before")
     @classmethod
@@ -141,21 +142,38 @@ def fit(settings: FitSettings) -> None:
     folds = plan_folds(settings, metadata)
     fold = folds.of(metadata)
     image = learn(spec.score, spec.forms, settings.sources, metadata, folds, settings.components)
+    names = spec.names(image)
+    weights = settings.library_weights if names else {"image": 1.0}
+    root = settings.output_dir / (settings.name or _default_name(settings, spec))
+    origin = _origin(settings, image, folds, weights)
+    if not settings.force:
+        refuse_another(root, origin)
     table = spec.frame(metadata, frames(image, settings.sources, "train", metadata, folds.digest, folds))
     _note_blank(table)
-    names = spec.names(image)
     if names:
         bag = fit_bag(table, names, metadata[schema.TARGET].to_numpy(), fold.to_numpy(), settings)
     else:
         bag = Bag({}, {}, {"image": image_scores.probability(table)})
-    weights = settings.library_weights if names else {"image": 1.0}
     blended = blend(bag.scores, weights, bag.scores)
     oof = metadata.select(schema.ID, fold, schema.TARGET).with_columns(**bag.scores, blend=blended)
     summaries = _summaries(with_patient(metadata)[schema.PATIENT].to_numpy(), oof)
-    root = settings.output_dir / (settings.name or _default_name(settings, spec))
     clear(root)
     files = _write_files(root, bag, State(names, bag.encodings, image), folds, oof, summaries)
-    write_manifest(root, files, _manifest(settings, image, folds, bag, weights, summaries))
+    boosters = [
+        {"file": file_name(library, k, seed), "library": library, "fold": k, "seed": seed}
+        for library, k, seed in bag.boosters
+    ]
+    packages = [LIBRARIES[library].package for library in origin["parameters"]]
+    write_manifest(
+        root,
+        files,
+        {
+            **origin,
+            "boosters": boosters,
+            "scores": summaries["blend"],
+            "versions": versions("isic-toolkit", *packages, "numpy", "polars", "scikit-learn"),
+        },
+    )
     size = f"{len(names) or 1} features, {len(table)} rows, {folds.num_folds} folds, {len(bag.boosters)} boosters"
     print(f"{settings.features}: {size}\n{scores.table(summaries)}\nensemble: {root}")
     print(f"report: {write_report(root, settings.data, settings.embeddings)}")
@@ -222,11 +240,14 @@ def fit_bag(
         held_out = bag.encodings[k].transform(table.filter(pl.Series(fold == k)))
         return text, LIBRARIES[library].load(text)(held_out, 1)
 
-    with ThreadPoolExecutor(settings.num_threads or len(cores())) as pool:
+    pool = ThreadPoolExecutor(settings.num_threads or len(cores()))
+    try:
         fitted = tqdm(pool.map(fit_one, tasks), "boosters", len(tasks), leave=False, disable=None)
         for (library, k, seed), (text, score) in zip(tasks, fitted, strict=True):
             bag.boosters[library, k, seed] = text
             bag.scores[model_name(library, seed)][fold == k] = score
+    finally:
+        pool.shutdown(cancel_futures=True)  # where one fails, or at Ctrl-C, nobody wants the others
     return bag
 
 
@@ -284,28 +305,14 @@ MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "num_folds", "spl
 """The settings that shape the model; where it was run and on how many threads do not."""
 
 
-def _manifest(
-    settings: FitSettings,
-    image: ImageState,
-    folds: Folds,
-    bag: Bag,
-    weights: Mapping[str, float],
-    summaries: dict[str, Any],
-) -> dict[str, Any]:
-    libraries = [library for library in weights if library in LIBRARIES]
-    packages = (LIBRARIES[library].package for library in libraries)
+def _origin(settings: FitSettings, image: ImageState, folds: Folds, weights: Mapping[str, float]) -> dict[str, Any]:
+    """Returns what decides an ensemble: the fields of its manifest that are known before it is fitted."""
     return {
         "features": settings.features,
-        "boosters": [
-            {"file": file_name(library, k, seed), "library": library, "fold": k, "seed": seed}
-            for library, k, seed in bag.boosters
-        ],
         "weights": dict(weights),
-        "parameters": {library: settings.parameters(library) for library in libraries},
+        "parameters": {library: settings.parameters(library) for library in weights if library in LIBRARIES},
         "folds_digest": folds.digest,
         **origins(image, settings.sources, "train", folds.digest),
         "metadata_sha256": sha256(Dataset(settings.data).metadata_path("train")),
         "settings": settings.model_dump(mode="json", include=MODEL_SETTINGS),
-        "scores": summaries["blend"],
-        "versions": versions("isic-toolkit", *packages, "numpy", "polars", "scikit-learn"),
     }

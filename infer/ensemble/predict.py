@@ -45,6 +45,7 @@ def predict(settings: PredictSettings) -> None:
     metadata = read_metadata(path)
     require(metadata, needed_columns(ensemble.spec.tabular), path)
     order = submission_order(dataset, metadata)
+    _refuse_own_files(settings.output, dataset)
     image, made_with = _image(settings, ensemble, metadata)
     models = score_models(ensemble, ensemble.spec.frame(metadata, image), settings.num_threads)
     reference = ensemble.oof_models() if len(ensemble.weights) > 1 else {}
@@ -63,6 +64,13 @@ def predict(settings: PredictSettings) -> None:
         versions=versions("isic-toolkit", *ensemble.manifest["versions"]),
     )
     print(f"submission: {settings.output} ({len(metadata)} rows, scores {score.min():.4f} to {score.max():.4f})")
+
+
+def _refuse_own_files(output: Path, dataset: Dataset) -> None:
+    """Raises a UserError where the submission would be written over one of the dataset's tables."""
+    tables = (dataset.metadata_path("train"), dataset.metadata_path("test"), dataset.sample_submission_path)
+    if output.resolve() in {path.resolve() for path in tables}:
+        raise UserError(f"--output {output} is a table of the dataset; choose another file")
 
 
 def models_path(submission: Path) -> Path:

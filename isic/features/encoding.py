@@ -55,7 +55,7 @@ class Encoding:
 def fit_encoding(features: pl.DataFrame, names: tuple[str, ...]) -> Encoding:
     """Learns the encoding of the named columns from a feature table that holds training rows only."""
     numeric = [name for name in names if name not in CATEGORIES]
-    medians = features.select(pl.col(numeric).median().fill_null(0).cast(pl.Float64)).row(0)
+    medians = features.select(pl.col(numeric).median().fill_null(0).cast(pl.Float64)).row(0) if numeric else ()
     categories = {name: _by_frequency(features[name]) for name in names if name in CATEGORIES}
     return Encoding(names, dict(zip(numeric, medians, strict=True)), categories)
 

@@ -9,15 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
 import polars as pl
 import pytest
-from conftest import Cli, jpeg, write_hdf5
+from conftest import Cli, jpeg, small_disk, write_hdf5
 from stand_in import PART_ROWS, ROOT, StandIn, embed_small_parts, grey, make_stand_in, parts
 
 from infer.embedding.plan import read_ids
@@ -148,20 +146,6 @@ def test_a_signal_ends_it_cleanly_and_it_goes_on_from_there(
     num_done = len(parts(tmp_path))
     assert 0 < num_done < 15 and not list(tmp_path.rglob(".*.tmp"))
     assert slow.run(tmp_path).returncode == 0 and len(parts(tmp_path)) == 16
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """Mounts a file system of a few kilobytes; skips where this user may not."""
-    folder.mkdir()
-    mounted = shutil.which("mount") and os.geteuid() == 0
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if not mounted or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("only root may mount a small disk")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_is_a_sentence_and_a_rerun_completes(tmp_path: Path) -> None:
@@ -411,6 +395,27 @@ def test_images_that_were_replaced_are_noticed(tmp_path: Path, cli: Cli) -> None
         write(images[1:] + images[:1])
         ended = cli("infer", *stand_in.flags(tmp_path / "out"))
         assert ended.code == 2 and "holds embeddings made with images" in ended.err
+
+
+def test_force_begins_anew(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+    assert cli("infer", *stand_in.flags(tmp_path)).code == 0
+    assert cli("infer", *stand_in.flags(tmp_path)).out.startswith("up to date")
+    (tmp_path / "null" / "train" / "plan.json").write_text("half")
+    assert cli("infer", *stand_in.flags(tmp_path, "--force")).out.startswith("embedded ")
+
+
+def test_a_fold_without_an_engine_is_told_of(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+    model_dir = Path(shutil.copytree(stand_in.model_dir, tmp_path / "null"))
+    (model_dir / "fold_1" / FILE).unlink()
+    ended = cli("infer", *StandIn(stand_in.data, model_dir).flags(tmp_path / "out"))
+    assert ended.code == 0 and "note: fold_1 in" in ended.out and "are left out" in ended.out
+
+
+def test_a_precision_is_of_a_format(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+    ended = cli("infer", *stand_in.flags(tmp_path, "--precision", "int8"))
+    assert ended.code == 2 and "add --engine onnx" in ended.err
+    ended = cli("infer", *stand_in.flags(tmp_path, "--engine", "onnx", "--precision", "int8"))
+    assert ended.code == 2 and "export --config null --formats onnx --precision int8` first" in ended.err
 
 
 def test_what_the_models_know_goes_along(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:

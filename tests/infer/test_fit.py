@@ -129,9 +129,31 @@ def test_another_seed_gives_other_boosters(fitted: Path, data: Path, tmp_path: P
 
 
 def test_a_second_fit_into_the_folder_leaves_nothing_of_the_first(data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "numeric"
     fit(settings(data, tmp_path, features="numeric", seeds=2, num_rounds=2))
-    fit(settings(data, tmp_path, features="numeric", seeds=1, num_rounds=2))
-    assert not (tmp_path / "numeric" / "lightgbm_fold_0_seed_1.txt").exists()
+    before = {path.name: path.read_bytes() for path in root.iterdir()}
+    for other, words in (
+        ({"seeds": 1}, "settings.seeds = 2, now it is 1"),
+        ({"lightgbm": {"max_depth": 3}}, "parameters.lightgbm.max_depth = 4, now it is 3"),
+        ({"libraries": "lightgbm,xgboost"}, "weights.xgboost = None, now it is 1.0"),
+    ):
+        with pytest.raises(UserError, match=f"{words}; choose another --name, or replace it with --force"):
+            fit(settings(data, tmp_path, features="numeric", **{"seeds": 2, "num_rounds": 2} | other))
+    fit(settings(data, tmp_path, features="numeric", seeds=2, num_rounds=2))
+    assert before == {path.name: path.read_bytes() for path in root.iterdir()}
+    fit(settings(data, tmp_path, features="numeric", seeds=1, num_rounds=2, force=True))
+    assert not (root / "lightgbm_fold_0_seed_1.txt").exists()
+
+
+def test_categories_alone_are_features_enough(data: Path, tmp_path: Path) -> None:
+    fit(settings(data, tmp_path, features="sex", num_rounds=2))
+    assert (tmp_path / "sex" / "ensemble.json").is_file()
+
+
+def test_an_output_folder_that_is_a_file_is_a_sentence(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write .*; choose another output folder"):
+        fit(settings(data, tmp_path / "file", features="sex", num_rounds=2))
 
 
 def test_the_image_score_alone_and_with_the_rest(data: Path, embeddings: Path, tmp_path: Path) -> None:

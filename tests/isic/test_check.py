@@ -1,6 +1,7 @@
 """What `check` says of a dataset, and that it ends with 2 where there is something to mend."""
 
 import re
+import shutil
 from pathlib import Path
 
 import h5py
@@ -71,6 +72,13 @@ def test_unknown_columns_are_named(small_dataset: Path, cli: Cli) -> None:
     table.write_csv(small_dataset / "train-metadata.csv")
     ended = cli("isic", "check", "--data", small_dataset)
     assert ended.code == 0 and facts(ended.out, "train")["other columns"] == "1: camera"
+
+
+def test_a_test_table_that_lacks_a_feature(synth_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+    data = Path(shutil.copytree(synth_dataset, tmp_path / "data"))
+    pl.read_csv(data / "test-metadata.csv").drop("tbp_lv_H").write_csv(data / "test-metadata.csv")
+    ended = cli("isic", "check", "--data", data)
+    assert ended.code == 2 and "the test table lacks columns that features are made of (1: tbp_lv_H)" in ended.err
 
 
 def test_rows_without_image_and_images_without_row(small_dataset: Path, cli: Cli) -> None:

@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,12 @@ def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+def test_ctrl_c_is_a_word(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "isic", "synth", "--out", str(tmp_path / "data"), "--images", "200000"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and "drawing" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (130, "stopped by SIGINT\n")

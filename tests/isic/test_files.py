@@ -47,6 +47,12 @@ def test_a_full_disk_and_a_read_only_folder_are_sentences(tmp_path: Path) -> Non
         write_text(tmp_path / "file" / "below", "x")
 
 
+def test_a_folder_in_the_way_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*there"):
+        write_text(tmp_path / "there", "text")
+
+
 def test_a_manifest_knows_its_artifact(tmp_path: Path) -> None:
     artifact = tmp_path / "model.onnx"
     artifact.write_bytes(b"bytes")

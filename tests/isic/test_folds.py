@@ -84,6 +84,8 @@ def test_rows_that_a_model_knows_by_image_or_patient(tmp_path: Path) -> None:
 def test_a_run_keeps_its_plan_and_refuses_other_data(tmp_path: Path) -> None:
     table, path, pinned = small_table(), tmp_path / "run" / "folds.parquet", tmp_path / "pinned.parquet"
     first = folds_for(table, 5, 42, path, pinned)
+    assert not path.exists(), "a run writes its plan when it begins to train"
+    first.write(path)
     assert folds_for(table, 5, 7, path, pinned).digest == first.digest, "decided once"
     with pytest.raises(UserError, match="5 folds, not 4"):
         folds_for(table, 4, 42, path, pinned)
@@ -99,7 +101,6 @@ def test_a_plan_beside_the_data_wins(tmp_path: Path) -> None:
     plan = draw_folds(table, 5, 99)
     plan.write(pinned)
     assert folds_for(table, 5, 42, tmp_path / "run" / "folds.parquet", pinned).digest == plan.digest
-    assert (tmp_path / "run" / "folds.parquet").is_file()
 
 
 def test_one_class_and_too_few_positives_are_refused() -> None:

@@ -54,6 +54,7 @@ def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
         ("isic_id,target\n", "no rows"),
         ("", "not a readable table"),
         ("isic_id,target\na,0,5,6\n", "not a readable table"),
+        ("isic_id,target,sex\na,0,male\nb,1", "the last row has 2 of 3 fields; it is cut short"),
     ],
 )
 def test_a_bad_table_is_refused_in_one_sentence(tmp_path: Path, text: str, words: str) -> None:

@@ -12,7 +12,7 @@ import lightgbm as lgb
 import numpy as np
 import polars as pl
 import pytest
-from conftest import Cli
+from conftest import Cli, small_disk
 from numpy.typing import NDArray
 
 from isic import schema
@@ -268,6 +268,11 @@ class TestCommand:
         whole = files(tmp_path)
         (tmp_path / "train-image.hdf5").write_bytes(whole["train-image.hdf5"][:-100])
         assert synthesize(settings) and files(tmp_path) == whole
+
+    def test_a_full_disk_is_a_sentence(self, tmp_path: Path, cli: Cli) -> None:
+        with small_disk(tmp_path / "disk", "600k"):
+            ended = cli("isic", "synth", "--out", tmp_path / "disk" / "data", "--images", 200)
+            assert ended.code == 2 and ended.err.startswith("error: the disk is full"), ended.err
 
     def test_a_small_pool_is_used_again(self, tmp_path: Path) -> None:
         synthesize(SynthSettings(out=tmp_path, images=400, pool=100, test_images=50))

@@ -246,6 +246,12 @@ def test_extra_rows_are_trained_on_and_never_validated_on(small_dataset: Path, t
     assert sorted(known["isic_id"]) == sorted(data.table["isic_id"]), "what was held out, and the further rows too"
 
 
+def test_further_rows_that_are_all_known_are_none(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+    flags = ["--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
+    ended = cli("train", *TINY, *flags, "--extra_data", small_dataset)
+    assert ended.code == 0 and "60 rows are left out" in ended.out, ended.err
+
+
 def test_extra_weight_says_how_often_extra_rows_are_shown() -> None:
     rows, target, extra = np.arange(20), (np.arange(20) % 2).astype(np.float32), np.arange(20, 30)
     for weight, counts in ((0.5, {0, 1}), (1.0, {1}), (2.5, {2, 3})):

@@ -6,8 +6,10 @@ import h5py
 import numpy as np
 import polars as pl
 import pytest
+import timm
 import torch
 from conftest import TINY, Cli, jpeg, small_table, write_hdf5
+from safetensors.torch import save_file
 
 from isic.errors import UserError
 from isic.files import read_manifest
@@ -90,6 +92,66 @@ def test_finished_folds_are_skipped_and_other_settings_refused(trained: Path, sy
     assert (trained / "fold_0" / BEST).stat().st_mtime_ns == before
     ended = cli("train", *flags, "--epochs", 2)
     assert ended.code == 2 and "epochs=1, now it is 2" in ended.err
+
+
+def test_epochs_are_not_thrown_away_unasked(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+    flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
+    folder = tmp_path / "tiny" / "fold_0"
+    assert cli("train", *flags).code == 0
+    (folder / "oof.parquet").write_bytes(b"half")
+    ended = cli("train", *flags)
+    assert ended.code == 2 and "oof.parquet is damaged; train that fold again with --force" in ended.err
+    (folder / "oof.parquet").unlink()
+    ended = cli("train", *flags)
+    assert ended.code == 2 and "holds 1 of 1 epochs; go on with --resume, or start again with --force" in ended.err
+    assert cli("train", *flags, "--force").code == 0
+    (folder / "config.yaml").write_text("name: tiny")
+    ended = cli("train", *flags)
+    assert ended.code == 2 and "config.yaml is damaged; train fold 0 again with --force" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--extra_data", "nowhere"], "nowhere"),
+        (["--model", "test_vit3", "--image_size", "30"], "cuts images into"),
+        (["--mask_weight", "1"], "has no mask"),
+        (["--pretrained", "nowhere.safetensors"], "no weights at"),
+        (["--epochs"], "--epochs needs a value"),
+        (["--name", ""], "--name"),
+    ],
+)
+def test_what_is_refused_has_changed_nothing(
+    small_dataset: Path, tmp_path: Path, cli: Cli, flags: list[str], words: str
+) -> None:
+    ended = cli("train", *TINY, "--data", small_dataset, "--output_dir", tmp_path / "out", *flags)
+    assert ended.code == 2 and words in ended.err and not (tmp_path / "out").exists(), ended.err
+
+
+@pytest.mark.parametrize(
+    "name", ["test_mambaout", "mobilenetv3_small_050", "repghostnet_050", "xcit_nano_12_p16_224", "test_resnet"]
+)
+def test_backbones_of_many_kinds(name: str) -> None:
+    """Whose head has a width of its own, that know no stochastic depth, or whose patch is a number."""
+    model = create_model(tiny(model=name, image_size=64)).eval()
+    with torch.inference_mode():
+        features, logits = model(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))
+    assert features.shape == (2, model.num_features) and logits.shape == (2, 1)
+
+
+def test_stochastic_depth_where_there_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match="has no stochastic depth; set --drop_path_rate 0"):
+        create_model(tiny(model="repghostnet_050", image_size=64, drop_path_rate=0.1))
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_vit2"])
+def test_weights_that_do_not_fill_the_backbone_are_refused(tmp_path: Path, model: str) -> None:
+    """A checkpoint of ours, whose names begin with `backbone.`, and another architecture's weights: timm takes both."""
+    torch.save({"model_state_dict": create_model(tiny()).state_dict()}, tmp_path / "best_model.pth")
+    save_file(timm.create_model("test_efficientnet", num_classes=0).state_dict(), tmp_path / "other.safetensors")
+    for name in ("best_model.pth", "other.safetensors"):
+        with pytest.raises(UserError, match=rf"fills 0 of the \d+ weight matrices of {model}"):
+            create_model(tiny(model=model, pretrained=str(tmp_path / name)))
 
 
 def test_it_learns_what_can_be_learnt(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
@@ -315,8 +377,6 @@ def test_weights_that_cannot_be_had_stop_the_run(cli: Cli, small_dataset: Path, 
 
 
 def test_a_local_file_of_weights_is_used(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     backbone = create_model(tiny()).backbone
     save_file(backbone.state_dict(), tmp_path / "model.safetensors")
     for given in (tmp_path / "model.safetensors", tmp_path):
