@@ -3,11 +3,13 @@
 import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._inductor import aoti_compile_and_package
+from torch._inductor.exc import InductorError
 
 from export.formats import Target
 from export.onnx_graph import TRACED_BATCH, quiet
@@ -15,6 +17,9 @@ from export.precision import lowered
 from infer.engines.aoti import architecture
 from isic.errors import UserError
 from train.model import Classifier
+
+MARKS = ("error:", "cannot find")
+"""What stands in the line in which a compiler or a linker says what is wrong."""
 
 
 def file_name(target: Target) -> str:
@@ -25,20 +30,35 @@ def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
     """Compiles `model` for batches of 1 to `max_batch` images on the target's device.
 
     Raises:
-        UserError: there is no working compiler on this machine.
+        UserError: what compiles on this machine does not work.
     """
     low = lowered(model, target.precision).to(target.device)
-    example = torch.zeros((TRACED_BATCH, target.size, target.size, 3), dtype=torch.uint8, device=target.device)
-    batch = torch.export.Dim("batch", min=1, max=target.options.max_batch)
+    example = torch.zeros((traced_batch(target), target.size, target.size, 3), dtype=torch.uint8, device=target.device)
+    most = max(target.options.max_batch, TRACED_BATCH)  # torch takes no range of one size
+    batch = torch.export.Dim("batch", min=1, max=most)
     notes = quiet("torch.utils.cpp_extension")
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), notes, torch.no_grad():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), notes, torch.no_grad(), complaints():
         warnings.simplefilter("ignore")  # the compiler's notes on its own internals
         program = torch.export.export(low, (example,), dynamic_shapes={"images": {0: batch}}, strict=False)
         options = {"max_autotune": True} if target.options.max_autotune else {}
-        try:
-            aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-        except torch._inductor.exc.CppCompileError as error:
-            raise UserError(f"torch cannot compile here ({str(error).splitlines()[0]}); install g++") from None
-        except torch._inductor.exc.InvalidCxxCompiler:
-            raise UserError("AOTInductor needs a C++ compiler; install g++, or leave out --formats aoti") from None
+        aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
     return {"architecture": architecture(target.device), "max_batch": target.options.max_batch}
+
+
+def traced_batch(target: Target) -> int:
+    """Returns the images of the example: on a GPU kernels are chosen for them, and one would count as a constant."""
+    return max(target.options.opt_batch, TRACED_BATCH) if target.device == "cuda" else TRACED_BATCH
+
+
+@contextlib.contextmanager
+def complaints() -> Iterator[None]:
+    """Turns what torch's compiler raises, with whole command lines in it, into a UserError of one sentence."""
+    try:
+        yield
+    except InductorError as error:
+        lines = str(error).strip().splitlines()
+        told = next((line.strip() for line in lines if any(mark in line for mark in MARKS)), lines[0])
+        raise UserError(
+            f"torch cannot compile here ({told}); AOTInductor needs g++, and for a GPU CUDA's headers and libcuda.so "
+            "where g++ finds them: install what is missing, or leave out --formats aoti"
+        ) from error

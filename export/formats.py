@@ -103,7 +103,7 @@ FORMATS = {
     "aoti": Format(
         "export.aoti",
         {"cpu": ("fp32", "bf16", "fp16"), "cuda": ("bf16", "fp16", "fp32")},
-        options=("max_batch", "max_autotune"),
+        options=("opt_batch", "max_batch", "max_autotune"),
     ),
     "tensorrt": Format(
         "export.tensorrt",

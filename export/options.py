@@ -13,8 +13,8 @@ class PlanOptions(Settings):
     """How engines are built that are compiled for one machine."""
 
     min_batch: int = Field(1, ge=1, description="TensorRT: smallest batch of the profile")
-    opt_batch: int = Field(64, ge=1, description="TensorRT: the batch that kernels are chosen for")
-    max_batch: int = Field(256, ge=1, description="TensorRT: largest batch of the profile")
+    opt_batch: int = Field(64, ge=1, description="TensorRT, aoti on a GPU: the batch that kernels are chosen for")
+    max_batch: int = Field(256, ge=1, description="TensorRT: largest batch of the profile; aoti: largest batch")
     workspace_mib: int | None = Field(
         None, ge=1, description="TensorRT: scratch memory a layer may use, MiB; all of the GPU's if not given"
     )

@@ -1,0 +1,63 @@
+"""AOTInductor packages where the compiler fails, and of one image a call."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.fresh import build_artifact, create_fresh
+from infer.engines import create
+
+BROKEN = """#!/bin/sh
+case "$*" in *--version*) exec c++ "$@";; esac
+echo "In file included from model.cpp:3:" >&2
+echo "model.cpp:7:10: fatal error: cuda.h: No such file or directory" >&2
+exit 1
+"""
+"""A compiler that works until it is to compile."""
+CODE = """
+import sys
+from pathlib import Path
+from benchmarks.fresh import build_artifact, create_fresh
+from isic.errors import UserError
+try:
+    build_artifact(create_fresh(sys.argv[1]), "aoti", "fp32", Path(sys.argv[2]), "cpu")
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text("model: test_vit\npretrained: false\nimage_size: 32\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("compiler", "told"),
+    [(None, "No working C++ compiler"), (BROKEN, "(model.cpp:7:10: fatal error: cuda.h: No such file or directory)")],
+)
+def test_a_compiler_that_fails_is_one_sentence(compiler: str | None, told: str, tiny: Path, tmp_path: Path) -> None:
+    script = tmp_path / "c++"
+    if compiler:
+        script.write_text(compiler)
+        script.chmod(0o755)
+    fresh_cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # or what was compiled before would be taken
+    command = [sys.executable, "-c", CODE, str(tiny), str(tmp_path)]
+    environment = {**os.environ, "CXX": str(script), **fresh_cache}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    (sentence,) = ended.stdout.splitlines()
+    assert told in sentence and sentence.endswith("leave out --formats aoti")
+
+
+def test_a_package_for_one_image_a_call_takes_more_in_pieces(tiny: Path, tmp_path: Path) -> None:
+    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=1)
+    engine = create(artifact.path, artifact.manifest)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    features = np.concatenate([engine.run(images[row : row + 1])[0] for row in range(3)])
+    np.testing.assert_allclose(engine.run(images)[0], features, atol=1e-5)
