@@ -14,7 +14,7 @@ from torch._inductor.exc import InductorError
 from export.formats import Target
 from export.onnx_graph import TRACED_BATCH, quiet
 from export.precision import lowered
-from infer.engines.aoti import architecture
+from infer.engines.aoti import architecture, forbid_tf32
 from isic.errors import UserError
 from train.model import Classifier
 
@@ -32,6 +32,7 @@ def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
     Raises:
         UserError: what compiles on this machine does not work.
     """
+    forbid_tf32()
     low = lowered(model, target.precision).to(target.device)
     example = torch.zeros((traced_batch(target), target.size, target.size, 3), dtype=torch.uint8, device=target.device)
     most = max(target.options.max_batch, TRACED_BATCH)  # torch takes no range of one size

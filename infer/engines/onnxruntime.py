@@ -22,6 +22,8 @@ PROVIDERS = {
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider"],
 }
 """By device, the provider that must load first, and what runs the nodes that it does not."""
+PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+"""float32 is to be float32: TF32 fails the parity gate."""
 LOAD_ERRORS = (Fail, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented)
 CONTRACT = {
     "images": ("tensor(uint8)", 4),
@@ -50,7 +52,8 @@ class OnnxRuntimeEngine:
             UserError: the file is not a graph of this toolkit's contract, or the device's provider does not load.
         """
         self.device = "cpu" if device == "cpu" else "cuda"
-        wanted, *others = PROVIDERS[device]
+        wanted = PROVIDERS[device][0]
+        providers = [(name, PROVIDER_OPTIONS.get(name, {})) for name in PROVIDERS[device]]
         if self.device == "cuda":
             ort.preload_dlls()  # finds the CUDA libraries that torch brings
             options = session_options()
@@ -58,7 +61,7 @@ class OnnxRuntimeEngine:
             options = session_options(num_threads=1)
             self._pool = ThreadPoolExecutor(len(cores()), thread_name_prefix="onnxruntime")
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[wanted, *others])
+            self._session = ort.InferenceSession(str(path), options, providers=providers)
         except LOAD_ERRORS as error:
             raise UserError(f"{path} does not load in ONNX Runtime ({_first_line(error)}); export it again") from None
         loaded = self._session.get_providers()[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.fresh import build_artifact, create_fresh
 from infer.engines import create
@@ -61,3 +62,11 @@ def test_a_package_for_one_image_a_call_takes_more_in_pieces(tiny: Path, tmp_pat
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     features = np.concatenate([engine.run(images[row : row + 1])[0] for row in range(3)])
     np.testing.assert_allclose(engine.run(images)[0], features, atol=1e-5)
+
+
+def test_float32_is_no_tf32_once_an_engine_is_open(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2)
+    torch.backends.cudnn.allow_tf32 = True
+    create(artifact.path, artifact.manifest)
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
