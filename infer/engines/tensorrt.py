@@ -80,8 +80,7 @@ def logger(trt: ModuleType) -> Any:
 def works(flavour: str, device: str = "cuda") -> str | None:
     """Returns why a flavour's plans cannot run here, None where they can."""
     try:
-        import_runtime(flavour)
-        cudart.architecture()
+        check_gpu(flavour, import_runtime(flavour), cudart.architecture())
     except UserError as error:
         return str(error)
     return None
@@ -235,7 +234,9 @@ def create(path: Path, manifest: Mapping[str, Any], device: str) -> TensorRTEngi
     plan = path.read_bytes()
     runtime = trt.Runtime(logger(trt))
     check_header(trt, runtime, path, plan, again)
-    check_architecture(path, manifest["plan"]["architectures"], cudart.architecture(), again)
+    here = cudart.architecture()
+    check_gpu(flavour, trt, here)
+    check_architecture(path, manifest["plan"]["architectures"], here, again)
     runtime.engine_host_code_allowed = manifest["plan"]["version_compatible"]  # such a plan brings its own runtime
     engine = deserialize(trt, runtime, path, plan, again)
     shapes, profile = check_engine(trt, engine, path, manifest["preprocess"]["size"], again)
@@ -271,6 +272,16 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], version: str, again:
             f"{path} has not passed the parity gate, for want of a GPU where it was built; gate it here with "
             f"`{export_command(path, manifest)} --check`"
         )
+
+
+def check_gpu(flavour: str, trt: ModuleType, here: str) -> None:
+    """Raises UserError where a flavour has no kernels for this GPU (`sm90`) at all, whatever a plan was built for.
+
+    TensorRT-RTX lists the GPUs that it is for; not all from Ampere on are among them.
+    """
+    if FLAVOURS[flavour].portable and here.upper() not in trt.ComputeCapability.__members__:
+        known = ", ".join(name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
+        raise UserError(f"{FLAVOURS[flavour].title} runs on {known}, and this GPU is {here}; use another format")
 
 
 def check_architecture(path: Path, architectures: Sequence[str], here: str, again: str) -> None:

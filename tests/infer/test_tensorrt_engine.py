@@ -190,6 +190,16 @@ def test_a_plan_for_another_gpu_is_refused(built: Path, monkeypatch: pytest.Monk
         tensorrt.check_architecture(built, ["sm80", "sm89"], "sm90", "")
 
 
+def test_a_gpu_that_tensorrt_rtx_does_not_know_is_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is a name here too. It is newer than Ampere, and the plan is for Ampere and newer."""
+    monkeypatch.setattr(cudart, "architecture", lambda: "sm90")
+    said = refusal(built, read_manifest(built))
+    assert said.startswith("TensorRT-RTX runs on sm75") and said.endswith("this GPU is sm90; use another format")
+    assert tensorrt.works("tensorrt_rtx") == said
+    monkeypatch.setattr(cudart, "architecture", lambda: "sm89")
+    assert tensorrt.works("tensorrt_rtx") is None
+
+
 def test_a_damaged_plan_is_refused(built: Path, tmp_path: Path) -> None:
     plan, fields = built.read_bytes(), read_manifest(built)
     path = tmp_path / "model.plan"
