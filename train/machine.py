@@ -37,8 +37,9 @@ def default_workers(device: torch.device) -> int:
 
 
 def prepare(device: torch.device) -> None:
-    """Chooses the fast way of what a device can do in several."""
+    """Makes a device the one that work goes to, and chooses the fast way of what it can do in several."""
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # events are recorded on the current one
         torch.set_float32_matmul_precision("high")  # TF32, where the run is not in half precision anyway
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
     if device.type == "cpu":
