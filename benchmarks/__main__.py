@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from benchmarks.process import terminable
 from isic import cli
 from isic.config import Settings, build
 from train.config import TrainSettings, load_settings
@@ -24,4 +25,5 @@ def load(model: type[Settings], flags: Mapping[str, Any]) -> Settings:
 
 if __name__ == "__main__":
     asked = [name for name in sys.argv[1:2] if name in COMMANDS]
-    cli.run({name: getattr(import_module(f"benchmarks.{name}"), name) for name in asked or COMMANDS}, load)
+    with terminable():
+        cli.run({name: getattr(import_module(f"benchmarks.{name}"), name) for name in asked or COMMANDS}, load)

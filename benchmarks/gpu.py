@@ -9,11 +9,16 @@ from typing import Literal
 
 from pydantic import Field
 
+from benchmarks.process import run
 from isic.config import Settings, Several
 from isic.errors import UserError, did_you_mean
 
 SHARES = {"throughput": 0.45, "train": 0.25, "peers": 0.15, "export": 0.1, "ingest": 0.05}
-"""The parts in their order, and the share of the time after which each is stopped; its rows until then stay."""
+"""The parts in their order, and the share of the time after which each is stopped.
+
+What it has measured whole until then stays: an engine of throughput, a format of export, a config of train, a peer of
+peers; all of ingest takes turns.
+"""
 CONFIGS = ("vit_tiny", "convnext_tiny", "vit_base", "eva02_base", "vit_small", "eva02_small", "convnext_base")
 """The most telling first: time may run out."""
 TRAIN_STEPS = 10
@@ -97,6 +102,6 @@ def run_command(name: str, wanted: Flags, ends: float) -> int | None:
     given = (text for key, value in wanted.items() if value is not None for text in (f"--{key}", f"{value}"))
     left = max(ends - time.monotonic(), 1.0)
     try:
-        return subprocess.run([sys.executable, "-m", "benchmarks", name, *given], timeout=left, check=False).returncode
+        return run([sys.executable, "-m", "benchmarks", name, *given], left).returncode
     except subprocess.TimeoutExpired:
         return None

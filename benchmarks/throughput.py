@@ -27,6 +27,7 @@ from benchmarks.fresh import (
     least_cosine,
 )
 from benchmarks.limits import Work, count_work, limits
+from benchmarks.process import run
 from benchmarks.record import append
 from benchmarks.worker import NUM_CHECKED, Job, job_file
 from export.formats import FORMATS
@@ -169,7 +170,7 @@ def run_job(
     command = [sys.executable, "-m", "benchmarks.worker", str(path)]
     reason = None
     try:
-        ended = subprocess.run(command, timeout=settings.patience, capture_output=True, text=True, check=False)
+        ended = run(command, settings.patience, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if ended.returncode:
             reason = f"its process ended with {ended.returncode}: {(ended.stderr.splitlines() or [''])[-1]}"
     except subprocess.TimeoutExpired:
