@@ -1,25 +1,24 @@
 """`python -m benchmarks export`: what building each format takes, how large it is, and how near to the network."""
 
 import tempfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
 from benchmarks.fresh import (
     ALL,
-    BUILD_ERRORS,
     Fresh,
     build_artifact,
     chosen,
     create_fresh,
     example_images,
     find_configs,
-    first_line,
 )
-from benchmarks.record import append
+from benchmarks.record import Row, append_each, reason
 from export.formats import FORMATS, TOLERANCES, device_of
-from export.parity import ParityError, Reference, check_parity
+from export.parity import Reference, check_parity
 from export.run import summary
 from infer.engines import create, works
 from isic.config import Settings, Several
@@ -54,33 +53,36 @@ def export(settings: ExportSettings) -> None:
     known = [(name, precision) for name, precisions in offered.items() for precision in precisions]
     names = chosen("formats", settings.formats, list(dict.fromkeys(name for name, _ in known)))
     precisions = chosen("precision", settings.precision, list(dict.fromkeys(precision for _, precision in known)))
-    for config in find_configs(settings.config):
-        fresh = create_fresh(config)
-        images = example_images(settings.data, fresh.spec, 2 * NUM_IMAGES)
-        reference, calibration = Reference(fresh.model, images[:NUM_IMAGES]), images[NUM_IMAGES:]
-        for name, precision in known:
-            if name in names and precision in precisions:
-                row = {"what": fresh.settings.name, "format": name, "precision": precision}
-                row |= figures(fresh, reference, calibration, name, precision)
-                print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-                append("export", [row], settings.results)
+    wanted = [(name, precision) for name, precision in known if name in names and precision in precisions]
+    rows_of = partial(rows, wanted=wanted, data=settings.data)
+    append_each("export", find_configs(settings.config), rows_of, settings.results)
 
 
-def figures(fresh: Fresh, reference: Reference, calibration: Pixels, name: str, precision: str) -> dict[str, Any]:
+def rows(config: str, wanted: list[tuple[str, str]], data: Path | None) -> Iterator[Row]:
+    """Yields the row of each of a config's artifacts."""
+    fresh = create_fresh(config)
+    images = example_images(data, fresh.spec, 2 * NUM_IMAGES)
+    reference, calibration = Reference(fresh.model, images[:NUM_IMAGES]), images[NUM_IMAGES:]
+    for name, precision in wanted:
+        row = {"what": fresh.settings.name, "format": name, "precision": precision}
+        yield {**row, **figures(fresh, reference, calibration, name, precision)}
+
+
+def figures(fresh: Fresh, reference: Reference, calibration: Pixels, name: str, precision: str) -> Row:
     """Returns seconds, size and parity of one artifact, or the `reason` why it has none."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
             artifact = build_artifact(fresh, name, precision, Path(folder), images=calibration)
-        except BUILD_ERRORS as error:
-            return {"reason": f"does not build: {first_line(error)}"}
+        except Exception as error:  # of any type, and it costs this row alone
+            return {"reason": f"does not build: {reason(error)}"}
         built = {"seconds": round(artifact.seconds, 1), "megabytes": round(artifact.megabytes, 1)}
         if FORMATS[name].portable and works(name, artifact.target.device):
             return {**built, "reason": "no GPU runs it here"}
         try:
             engine = create(artifact.path, artifact.manifest, artifact.target.device)
             parity = check_parity(reference, engine, TOLERANCES[precision], artifact.target.batch_sizes)
-        except (ParityError, *BUILD_ERRORS) as error:
-            return {**built, "reason": first_line(error)}
+        except Exception as error:
+            return {**built, "reason": reason(error)}
     worst = summary(parity)
     error_ = float(f"{worst['max_logit_error']:.1e}")
     return {**built, "cosine": round(worst["cosine"], 7), "max_logit_error": error_}

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from benchmarks.process import run
+from infer.engines import works
 from isic.config import Settings, Several
 from isic.errors import UserError, did_you_mean
 
@@ -77,14 +78,22 @@ def flags(name: str, settings: GpuSettings) -> Flags:
     precisions, repeats = ",".join(settings.precision), settings.repeats
     if name == "throughput":
         engines, where = ",".join(settings.engine), {"device": settings.device, "batch": settings.batch}
-        timing = {"repeats": repeats, "seconds": settings.seconds, "patience": 120}
+        timing = {"repeats": repeats, "seconds": settings.seconds, "patience": 240}
         return {**common, **where, **timing, "config": configs, "engine": engines, "precision": precisions}
     if name == "export":
         return {**common, "config": configs, "precision": precisions}
     sized = {**common, "images": settings.images, "repeats": repeats}
     if name == "ingest":
         return {**sized, "threads": "1,2,4,8,16", "index": "false"}
-    return {**sized, "config": settings.config[0], "batch": settings.batch, "device": settings.device, "peers": "timm"}
+    precision = "fp32" if "all" in settings.precision else precisions
+    ours = {"format": peers_format(settings.device), "precision": precision, "device": settings.device}
+    return {**sized, **ours, "config": settings.config[0], "batch": settings.batch, "peers": "timm"}
+
+
+def peers_format(device: str) -> str:
+    """Returns the format that goes beside the peers: ONNX, but on a GPU that this build of ONNX Runtime cannot use."""
+    has_gpu = device != "cpu" and works("aoti", "cuda") is None
+    return "aoti" if has_gpu and works("onnx", "cuda") else "onnx"
 
 
 def run_part(name: str, wanted: Sequence[Flags], seconds: float) -> bool:

@@ -1,11 +1,12 @@
 """`python -m benchmarks peers`: embedding the same images with the same network the way people do it today."""
 
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,8 @@ import torch
 from pydantic import Field
 from safetensors.torch import save_file
 
-from benchmarks.fresh import BUILD_ERRORS, Features, Fresh, build_artifact, create_fresh, first_line, least_cosine
-from benchmarks.record import append, ratio
+from benchmarks.fresh import Features, Fresh, build_artifact, create_fresh, least_cosine
+from benchmarks.record import Row, append, ratio, reason
 from benchmarks.ways import FILE, WAYS, Task
 from isic import schema
 from isic.config import Settings, Several
@@ -55,29 +56,34 @@ class PeersSettings(Settings):
 
 
 def peers(settings: PeersSettings) -> None:
-    """Measures `infer embed` end to end beside its peers, in turns, and compares their features by cosine.
+    """Measures `infer embed` end to end beside each of its peers, in turns, and compares their features by cosine.
 
     Once as each reads the images, and once from the very same pixels: PIL antialiases where it shrinks an image, and
     rounds otherwise, which is no matter of the network.
     """
     others = chosen_peers(settings.peers)
     fresh = create_fresh(settings.config)
+    dataset = Dataset(settings.data)
+    ids = dataset.metadata("train")[schema.ID].to_list()[: settings.images]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        ids = Dataset(settings.data).metadata("train")[schema.ID].to_list()[: settings.images]
-        tasks, reasons = draw_up(fresh, ids, others, settings, Path(folder))
-        ways = {name: Way(task, Path(folder) / f"task_{at}.json", settings.hf) for at, (name, task) in enumerate(tasks)}
-        reasons |= {name: way.reason for name, way in ways.items() if way.reason}
-        ready = {name: way for name, way in ways.items() if not way.reason}
-        rates = take_turns(ready, settings.data.resolve(), len(ids), settings.repeats)
-        features = {"cosine": {name: way.features() for name, way in ready.items()}}
-        resized = write_resized(Dataset(settings.data), ids, fresh.spec, Path(folder))
-        features["cosine_same_pixels"] = {name: way.close(resized) for name, way in ready.items()}
-    rows = compare_all(rates, features, reasons, [name for name in ways if not name.startswith(OURS)])
-    common = {"what": fresh.settings.name, "data": settings.data.name, "images": len(ids)}
-    rows = [{**common, "batch": settings.batch, **row} for row in rows]
+        common = describe(fresh, ids, settings, Path(folder))
+        ours, reasons = build_ours(fresh, common, settings, Path(folder))
+        resized = write_resized(dataset, ids, fresh.spec, Path(folder))
+        for peer in others:
+            tasks = {**ours, peer: Task(way=peer, folder=_folder(Path(folder), peer), **common)}
+            ways = {name: Way(task, settings.hf) for name, task in tasks.items()}
+            rates, features = embed_in_turns(ways, settings.data.resolve(), resized, len(ids), settings.repeats)
+            failed = {name: way.reason for name, way in ways.items() if way.reason}
+            rows = compare_all(rates, features, {**reasons, **failed}, [peer])
+            write(rows, fresh, settings, len(ids))
+
+
+def write(rows: Sequence[Row], fresh: Fresh, settings: PeersSettings, num_images: int) -> None:
+    """Prints and appends the rows of one peer."""
+    common = {"what": fresh.settings.name, "data": settings.data.name, "images": num_images, "batch": settings.batch}
     for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
-    print(f"appended to {append('peers', rows, settings.results)}")
+        print("  ".join(f"{key}={value}" for key, value in {**common, **row}.items()), flush=True)
+    append("peers", [{**common, **row} for row in rows], settings.results)
 
 
 def write_resized(dataset: Dataset, ids: list[str], spec: PreprocessSpec, folder: Path) -> Path:
@@ -90,13 +96,12 @@ def write_resized(dataset: Dataset, ids: list[str], spec: PreprocessSpec, folder
     return resized
 
 
-def draw_up(
-    fresh: Fresh, ids: list[str], others: list[str], settings: PeersSettings, folder: Path
-) -> tuple[list[tuple[str, Task]], dict[str, str]]:
-    """Returns a task for each way, ours once a precision, and why some of ours cannot be built."""
+def describe(fresh: Fresh, ids: list[str], settings: PeersSettings, folder: Path) -> dict[str, Any]:
+    """Returns the fields of a Task that are the same for every way, and writes the weights."""
     save_file(fresh.model.backbone.state_dict(), folder / "backbone.safetensors")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-    common: dict[str, Any] = {
+    return {
+        "data": str(settings.data.resolve()),
         "ids": ids,
         "model": fresh.settings.model,
         "options": backbone_options(fresh.settings),
@@ -109,18 +114,22 @@ def draw_up(
         "num_workers": len(cores()) if settings.num_workers is None else settings.num_workers,
         "device": device,
     }
-    tasks, reasons = [], {}
+
+
+def build_ours(
+    fresh: Fresh, common: dict[str, Any], settings: PeersSettings, folder: Path
+) -> tuple[dict[str, Task], dict[str, str]]:
+    """Returns a task for each precision of ours, and why there is none for the others."""
+    tasks, reasons = {}, {}
     for precision in settings.precision:
         name = f"{OURS}, {settings.format} {precision}"
         try:
-            artifact = build_artifact(fresh, settings.format, precision, folder, device, settings.batch)
-        except BUILD_ERRORS as error:
-            reasons[name] = first_line(error)
+            artifact = build_artifact(fresh, settings.format, precision, folder, common["device"], settings.batch)
+        except Exception as error:  # of any type, and it costs this precision alone
+            reasons[name] = reason(error)
             continue
         own: dict[str, Any] = {"way": OURS, "folder": _folder(folder, name), "artifact": str(artifact.path)}
-        tasks.append((name, Task(**own, manifest=artifact.manifest, **common)))
-    for name in others:
-        tasks.append((name, Task(way=name, folder=_folder(folder, name), **common)))
+        tasks[name] = Task(**own, manifest=artifact.manifest, **common)
     return tasks, reasons
 
 
@@ -142,39 +151,42 @@ def _folder(parent: Path, name: str) -> str:
 class Way:
     """A way in its own process, opened and waiting to be told to run."""
 
-    def __init__(self, task: Task, path: Path, extra: Path | None) -> None:
+    def __init__(self, task: Task, extra: Path | None) -> None:
         """Starts it and waits until it is ready. `reason` says why it is not, if it is not."""
-        write_json(path, asdict(task))
-        self.path = path
+        self.path = Path(task.folder) / "task.json"
+        write_json(self.path, asdict(task))
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         if extra and ("transformers" in task.way or "optimum" in task.way):
             environment["PYTHONPATH"] = os.pathsep.join([str(extra.resolve()), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, "-m", "benchmarks.ways", str(path)]
-        self._log = open(path.with_suffix(".log"), "w+", encoding="utf-8")  # noqa: SIM115  until the process ends
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
-        self._process = subprocess.Popen(command, text=True, env=environment, **pipes)
+        command = [sys.executable, "-m", "benchmarks.ways", str(self.path)]
+        with open(self.path.with_suffix(".log"), "w", encoding="utf-8") as log:
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+            self._process = subprocess.Popen(command, text=True, env=environment, **pipes)
         self.reason = None if self._answer() == "ready" else self._complaint()
 
-    def run(self, data: Path) -> float:
-        """Embeds all images, as a dataset folder has them, once and returns the seconds."""
+    def run(self, data: Path) -> float | None:
+        """Embeds all images, as a dataset folder has them, once and returns the seconds.
+
+        None where it has failed, now or before; `reason` then says why.
+        """
+        if self.reason:
+            return None
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{data}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended since, and no answer comes
+            self._process.stdin.write(f"{data}\n")
+            self._process.stdin.flush()
         answer = self._answer()
         if not answer:
-            raise UserError(f"a peer ended in the middle: {self._complaint()}; leave it out with --peers")
-        return float(answer)
+            self.reason = self._complaint()
+        return float(answer) if answer else None
 
     def features(self) -> Features:
         """Returns what it computed last, [N, D] float32."""
         return np.asarray(np.load(self.path.with_suffix(".npy")), np.float32)
 
-    def close(self, data: Path) -> Features:
-        """Embeds the images of a dataset folder, returns their features and ends the process."""
-        self.run(data)
+    def close(self) -> None:
+        """Ends the process."""
         self._process.communicate()
-        self._log.close()
-        return self.features()
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -183,18 +195,30 @@ class Way:
     def _complaint(self) -> str:
         self._process.communicate()
         lines = self.path.with_suffix(".log").read_text(encoding="utf-8").strip().splitlines()
-        self._log.close()
         return lines[-1][:200] if lines else f"ended with {self._process.returncode}"
 
 
-def take_turns(ways: Mapping[str, Way], data: Path, num_images: int, repeats: int) -> dict[str, list[float]]:
-    """Returns images per second by way and repeat, after one repeat to warm up."""
+def embed_in_turns(
+    ways: Mapping[str, Way], data: Path, resized: Path, num_images: int, repeats: int
+) -> tuple[dict[str, list[float]], dict[str, dict[str, Features]]]:
+    """Has ways embed a dataset's images in turns, then the same ones in the network's size, and ends them.
+
+    Returns:
+        Images per second by way and repeat, after one repeat to warm up, and the features by column of their cosine and
+        by way. A way that fails is left out from then on.
+    """
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, way in ways.items():
-            rate = num_images / way.run(data)
-            rates[name] += [rate] if repeat else []
-    return rates
+            seconds = way.run(data)
+            rates[name] += [num_images / seconds] if repeat and seconds else []
+    features = {"cosine": {name: way.features() for name, way in ways.items() if not way.reason}}
+    for way in ways.values():
+        way.run(resized)
+    features["cosine_same_pixels"] = {name: way.features() for name, way in ways.items() if not way.reason}
+    for way in ways.values():
+        way.close()
+    return rates, features
 
 
 def compare_all(
@@ -202,13 +226,13 @@ def compare_all(
     features: Mapping[str, Mapping[str, Features]],
     reasons: Mapping[str, str],
     names: list[str],
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Returns a row for each of ours and each peer: rates, their ratio with its spread, and the least cosines.
 
     `features` holds those of every way by the column that their cosine goes to.
     """
-    ours = [name for name in (*rates, *reasons) if name.startswith(OURS)]
-    rows: list[dict[str, Any]] = []
+    ours = [name for name in dict.fromkeys((*rates, *reasons)) if name.startswith(OURS)]
+    rows: list[Row] = []
     for own in ours:
         for peer in names:
             row: dict[str, Any] = {"ours": own, "peer": peer}

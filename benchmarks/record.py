@@ -4,7 +4,7 @@ import platform
 import shutil
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 
+from isic.errors import UserError
 from isic.files import atomic_path, versions
 from isic.machine import cores
 
@@ -20,6 +21,8 @@ COMMIT_FILE = Path(__file__).parent / "COMMIT"
 """Names the commit where the code was copied without its history."""
 MACHINE = ("processor", "accelerator", "cores")
 """Columns that tell one kind of machine from another."""
+MAX_REASON = 200
+"""Characters of a reason that a library gives."""
 PACKAGES = (
     "torch",
     "timm",
@@ -36,6 +39,9 @@ PACKAGES = (
     "tensorrt",
     "tensorrt_rtx",
 )
+
+
+Row = dict[str, Any]
 
 
 def machine() -> dict[str, Any]:
@@ -65,6 +71,35 @@ def append(benchmark: str, rows: Sequence[Mapping[str, Any]], results: Path | No
     with atomic_path(path) as temporary:
         table.write_csv(temporary)
     return path
+
+
+def append_each(
+    benchmark: str, names: Iterable[str], rows_of: Callable[[str], Iterable[Row]], results: Path | None = None
+) -> None:
+    """Prints and appends the rows of each name as they come, and for a name that fails one with the `reason`.
+
+    Raises:
+        UserError: the first that a name raises; it is of what was asked for.
+    """
+
+    def write(row: Row) -> None:
+        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        append(benchmark, [row], results)
+
+    for name in names:
+        try:
+            for row in rows_of(name):
+                write(row)
+        except UserError:
+            raise
+        except Exception as error:  # what engines and compilers raise has no other base
+            write({"what": name, "reason": reason(error)})
+
+
+def reason(error: Exception) -> str:
+    """Returns what an exception says, short enough for a table: a sentence for users, or the type and a first line."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}"[:MAX_REASON]
 
 
 def ratio(name: str, ours: Sequence[float], theirs: Sequence[float], digits: int = 3) -> dict[str, float]:

@@ -1,9 +1,11 @@
 """`python -m benchmarks throughput`: every config in every engine that runs here, against what the machine could do."""
 
+import contextlib
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,6 @@ from pydantic import Field
 from benchmarks.eager import ENGINES
 from benchmarks.fresh import (
     ALL,
-    BUILD_ERRORS,
     Artifact,
     Features,
     Fresh,
@@ -23,12 +24,11 @@ from benchmarks.fresh import (
     create_fresh,
     example_images,
     find_configs,
-    first_line,
     least_cosine,
 )
 from benchmarks.limits import Work, count_work, limits
 from benchmarks.process import run
-from benchmarks.record import append
+from benchmarks.record import Row, append_each, reason
 from benchmarks.worker import NUM_CHECKED, Job, job_file
 from export.formats import FORMATS
 from export.parity import run_model
@@ -75,19 +75,20 @@ def throughput(settings: ThroughputSettings) -> None:
 
     A row says what was measured and what it is of the machine's limits, or why it could not be measured.
     """
-    wanted = engines(settings)
-    for config in find_configs(settings.config):
-        fresh = create_fresh(config)
-        work = count_work(fresh.model, fresh.spec.size)
-        images = example_images(settings.data, fresh.spec, POOL)
-        expected = run_model(fresh.model, images[:NUM_CHECKED])[0]
-        for engine, precision in wanted:
-            with tempfile.TemporaryDirectory() as folder:
-                figures = list(measure(fresh, engine, precision, images, expected, settings, Path(folder)))
-            rows = [_row(fresh, engine, precision, part, work, settings) for part in figures]
-            for row in rows:
-                print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-            append("throughput", rows, settings.results)
+    rows_of = partial(rows, wanted=engines(settings), settings=settings)
+    append_each("throughput", find_configs(settings.config), rows_of, settings.results)
+
+
+def rows(config: str, wanted: list[tuple[str, str]], settings: ThroughputSettings) -> Iterator[Row]:
+    """Yields the rows of a config in each of some engines and precisions."""
+    fresh = create_fresh(config)
+    work = count_work(fresh.model, fresh.spec.size)
+    images = example_images(settings.data, fresh.spec, POOL)
+    expected = run_model(fresh.model, images[:NUM_CHECKED])[0]
+    for engine, precision in wanted:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            for figures in measure(fresh, engine, precision, images, expected, settings, Path(folder)):
+                yield _row(fresh, engine, precision, figures, work, settings)
 
 
 def engines(settings: ThroughputSettings) -> list[tuple[str, str]]:
@@ -110,7 +111,7 @@ def measure(
     expected: Features,
     settings: ThroughputSettings,
     folder: Path,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Yields the figures of each batch size, or a `reason` why there are none.
 
     Args:
@@ -120,15 +121,15 @@ def measure(
     """
     artifact: Artifact | None = None
     if engine not in ENGINES:
-        if reason := works(engine, settings.where):
-            yield {"reason": reason}
+        if missing := works(engine, settings.where):
+            yield {"reason": missing}
             return
         try:
             artifact = build_artifact(
                 fresh, engine, precision, folder, settings.where, max(settings.batches), images[NUM_CHECKED:]
             )
-        except BUILD_ERRORS as error:
-            yield {"reason": f"does not build: {first_line(error)}"}
+        except Exception as error:  # of any type, and it costs this row alone
+            yield {"reason": f"does not build: {reason(error)}"}
             return
     result = run_job(fresh, engine, precision, images, artifact, settings, folder / "job.json")
     common = {"load_seconds": result.get("load_seconds"), "build_seconds": artifact and round(artifact.seconds, 1)}
@@ -168,24 +169,23 @@ def run_job(
         path,
     )
     command = [sys.executable, "-m", "benchmarks.worker", str(path)]
-    reason = None
+    failed = None
     try:
         ended = run(command, settings.patience, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if ended.returncode:
-            reason = f"its process ended with {ended.returncode}: {(ended.stderr.splitlines() or [''])[-1]}"
+            failed = f"its process ended with {ended.returncode}: {(ended.stderr.splitlines() or [''])[-1]}"
     except subprocess.TimeoutExpired:
-        reason = f"took longer than {settings.patience:.0f} s"
+        failed = f"took longer than {settings.patience:.0f} s"
     result = read_json(path.with_suffix(".result")) if path.with_suffix(".result").is_file() else {"rows": []}
-    return {**result, **({"reason": reason} if reason else {})}
+    return {**result, **({"reason": failed} if failed else {})}
 
 
-def _row(
-    fresh: Fresh, engine: str, precision: str, figures: dict[str, Any], work: Work, settings: ThroughputSettings
-) -> dict[str, Any]:
+def _row(fresh: Fresh, engine: str, precision: str, figures: Row, work: Work, settings: ThroughputSettings) -> Row:
     row = {"what": fresh.settings.name, "engine": engine, "precision": precision, "device": settings.where, **figures}
     row["input"] = settings.data.name if settings.data else "noise"
     row["size"] = fresh.spec.size
     if "reason" in figures:
         return row
-    limit = limits(settings.where, precision).of(work, precision, figures["batch"], figures["images_per_second"])
-    return {**row, **limit}
+    with contextlib.suppress(Exception):  # a rate counts also where torch has no product of that precision
+        row |= limits(settings.where, precision).of(work, precision, figures["batch"], figures["images_per_second"])
+    return row

@@ -6,24 +6,56 @@ import polars as pl
 import pytest
 from conftest import Cli
 
-from benchmarks.fresh import least_cosine
-from benchmarks.peers import compare_all, write_resized
+from benchmarks.fresh import create_fresh, least_cosine
+from benchmarks.peers import OURS, PeersSettings, Way, build_ours, compare_all, describe, embed_in_turns, write_resized
+from infer.engines import works
 from isic.dataset import Dataset
 from isic.preprocess import PreprocessSpec, decode, resize
 
 
-def test_the_same_images_give_the_same_features_everywhere(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
-    config = tmp_path / "tiny.yaml"
-    config.write_text("model: test_vit\npretrained: false\nimage_size: 80\n")  # larger than the images: no antialias
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A config whose images are larger than those of the dataset, so that no way antialiases."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text("model: test_vit\npretrained: false\nimage_size: 80\n")
+    return path
+
+
+def test_the_same_images_give_the_same_features_everywhere(
+    tiny: Path, small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
     flags = ["--images", 24, "--batch", 8, "--repeats", 1, "--num_workers", 0, "--device", "cpu"]
     flags += ["--peers", "eager,transformers", "--results", tmp_path]
-    ended = cli("benchmarks", "peers", "--config", config, "--data", small_dataset, *flags)
+    ended = cli("benchmarks", "peers", "--config", tiny, "--data", small_dataset, *flags)
     assert ended.code == 0, ended.err
     eager, transformers = pl.read_csv(tmp_path / "peers.csv").rows(named=True)
     assert eager["peer"] == "timm eager + DataLoader" and eager["ratio"] > 0
     assert eager["cosine_same_pixels"] > 0.99999 and eager["cosine"] > 0.9999
     if importlib.util.find_spec("transformers") is None:
         assert "transformers" in transformers["reason"] and transformers["ratio"] is None
+
+
+def test_an_engine_that_does_not_open_costs_its_rows_only(
+    tiny: Path, small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    if works("aoti", "cuda") is None:
+        pytest.skip("there is a GPU here")
+    flags = ["--images", 8, "--repeats", 1, "--device", "cuda", "--peers", "eager", "--results", tmp_path]
+    ended = cli("benchmarks", "peers", "--config", tiny, "--data", small_dataset, *flags)
+    assert ended.code == 0, ended.err
+    (row,) = pl.read_csv(tmp_path / "peers.csv").to_dicts()
+    assert "ONNX Runtime fell back to CPUExecutionProvider" in row["reason"], "not that its first run failed"
+
+
+def test_a_way_that_fails_in_its_turn_is_left_out(tiny: Path, small_dataset: Path, tmp_path: Path) -> None:
+    settings = PeersSettings(config=str(tiny), data=small_dataset, batch=2, device="cpu")
+    fresh, ids = create_fresh(str(tiny)), Dataset(small_dataset).metadata("train")["isic_id"].to_list()[:2]
+    ours, reasons = build_ours(fresh, describe(fresh, ids, settings, tmp_path), settings, tmp_path)
+    ways = {name: Way(task, None) for name, task in ours.items()}
+    rates, features = embed_in_turns(ways, tmp_path / "absent", tmp_path / "absent", len(ids), repeats=1)
+    (way,) = ways.values()
+    assert not reasons and way.reason and "absent" in way.reason
+    assert rates == {f"{OURS}, onnx fp32": []} and features == {"cosine": {}, "cosine_same_pixels": {}}
 
 
 def test_resized_images_read_back_to_the_very_pixels(small_dataset: Path, tmp_path: Path) -> None:
