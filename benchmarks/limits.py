@@ -25,7 +25,8 @@ MAX_SECONDS = 3.0
 SIDES = {"cpu": (256, 1024), "cuda": (1024, 8192)}
 """Of the square matrices that are multiplied: the first to find out how long it takes, the second to measure."""
 COPIED = {"cpu": 2**28, "cuda": 2**32}
-"""Bytes of the array that is copied: many times the caches."""
+"""Bytes of the array that is copied: many times the caches. On a GPU it and its copy take half of what is free at most.
+"""
 MATMUL_OPSET, MATMUL_IR = 13, 8
 """Old enough for every ONNX Runtime that runs the engines."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -97,7 +98,10 @@ def limits(device: str, precision: str) -> Limits:
     if device == "cpu":
         rates.append((_onnxruntime_rate(), "onnxruntime"))  # on some CPUs torch's is not the fastest
     matmul, library = max(rates)
-    return Limits(matmul, _copy_rate(device), library)
+    measured = Limits(matmul, _copy_rate(device), library)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what is kept here an engine's process cannot have
+    return measured
 
 
 @cache
@@ -137,9 +141,11 @@ def _product(device: str, precision: str, side: int) -> Callable[[], object]:
 
 @cache
 def _copy_rate(device: str) -> float:
-    source = torch.randint(0, 256, (COPIED[device],), dtype=torch.uint8, device=device)
+    room = torch.cuda.mem_get_info()[0] // 4 if device == "cuda" else COPIED[device]
+    size = min(COPIED[device], room)
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * COPIED[device] / _seconds(lambda: target.copy_(source), device)
+    return 2 * size / _seconds(lambda: target.copy_(source), device)
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:

@@ -3,6 +3,7 @@
 Started by `benchmarks.throughput` with the path of a job; writes what it measured beside it.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from benchmarks.record import reason
 from infer.engines import Engine, allocator, create
-from isic.errors import UserError
 from isic.files import read_json, write_json
 from isic.machine import peak_memory_mb
 from isic.preprocess import Pixels
@@ -49,18 +51,19 @@ def main(path: Path) -> None:
     job = Job(**read_json(path))
     result: dict[str, Any] = {"rows": []}
     try:
+        used_before = _used_mb() if job.device == "cuda" else None
         started = time.perf_counter()
         engine = open_engine(job)
         images = np.load(job.images)
-        features = np.concatenate([engine.run(images[at : at + 1])[0] for at in range(NUM_CHECKED)])
-        np.save(path.with_suffix(".features.npy"), features)
+        np.save(path.with_suffix(".features.npy"), checked_features(engine, images, job.batches[0]))
         result["load_seconds"] = round(time.perf_counter() - started, 2)
         for batch in job.batches:
-            result["rows"].append({"batch": batch, **measure(engine, images, batch, job)})
+            rates = measure(engine, images, batch, job)
+            peak = peak_memory_mb() if used_before is None else _used_mb() - used_before
+            result["rows"].append({"batch": batch, **rates, "peak_mb": peak})
             write_json(path.with_suffix(".result"), result)
-    except (UserError, ImportError, RuntimeError, MemoryError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        write_json(path.with_suffix(".result"), {**result, "reason": reason[0]})
+    except Exception as error:  # what engines raise has no other base
+        write_json(path.with_suffix(".result"), {**result, "reason": reason(error)})
 
 
 def open_engine(job: Job) -> Engine:
@@ -72,11 +75,21 @@ def open_engine(job: Job) -> Engine:
     return create(Path(job.artifact), job.manifest, job.device)
 
 
+def checked_features(engine: Engine, images: Pixels, batch: int) -> NDArray[np.float32]:
+    """Returns the features [NUM_CHECKED, D] of the first images, by calls of a batch that is measured anyway.
+
+    Another batch might have to be compiled for, which can take longer than the measurement.
+    """
+    starts = range(0, NUM_CHECKED, batch)
+    pieces = [engine.run(images[np.arange(at, at + batch) % len(images)])[0] for at in starts]
+    return np.concatenate(pieces)[:NUM_CHECKED]
+
+
 def measure(engine: Engine, images: Pixels, batch: int, job: Job) -> dict[str, Any]:
     """Measures calls of one batch size, each from uint8 on the host to float32 on the host, which waits for the device.
 
     Returns:
-        Images per second (median, least and most of the repeats), latency percentiles, and peak memory.
+        Images per second (median, least and most of the repeats) and latency percentiles.
     """
     allocate = allocator(engine)
     inputs = [allocate((batch, *images.shape[1:])) for _ in range(NUM_INPUTS)]
@@ -89,7 +102,7 @@ def measure(engine: Engine, images: Pixels, batch: int, job: Job) -> dict[str, A
     rates = sorted(batch * len(calls) / sum(calls) for calls in repeats)
     latencies = 1000 * np.concatenate(repeats)
     percentiles = {f"p{p}_ms": round(float(np.percentile(latencies, p)), 3) for p in (50, 90, 99)}
-    return {**spread(rates), **percentiles, "calls": len(latencies), "peak_mb": _peak_mb(job.device)}
+    return {**spread(rates), **percentiles, "calls": len(latencies)}
 
 
 def _repeat(engine: Engine, inputs: Sequence[Pixels], seconds: float) -> list[float]:
@@ -111,19 +124,19 @@ def spread(rates: Sequence[float]) -> dict[str, float]:
 
 
 def _reset_peak() -> None:
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")  # Linux: the peak begins anew at what is used now
+    with contextlib.suppress(OSError):  # there is none, or a container may not write it
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew at what is used now
 
 
-def _peak_mb(device: str) -> int | None:
-    """Returns the peak resident memory of this process, or what the GPU has given out by now."""
-    if device == "cuda":
-        import torch  # noqa: PLC0415
+def _used_mb() -> int:
+    """Returns what the GPU has given out by now, to this process and to others, CUDA's own part in this one included.
 
-        free, total = torch.cuda.mem_get_info()
-        return int((total - free) // 2**20)
-    return peak_memory_mb()
+    Engines keep what they once had, so that what it has grown by since they were opened is their peak.
+    """
+    import torch  # noqa: PLC0415  a CPU artifact's process has no torch in it
+
+    free, total = torch.cuda.mem_get_info()
+    return int((total - free) // 2**20)
 
 
 def job_file(job: Job, path: Path) -> None:

@@ -1,5 +1,7 @@
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -7,6 +9,12 @@ from conftest import Cli
 
 from benchmarks.fresh import create_fresh
 from benchmarks.limits import Limits, Work, count_work, limits
+from benchmarks.record import Row, append_each
+from benchmarks.worker import Job, checked_features, job_file, main
+from infer.engines import Outputs
+from isic.errors import UserError
+from isic.files import read_json
+from isic.preprocess import Pixels
 
 
 @pytest.fixture
@@ -92,3 +100,41 @@ def test_the_machine_is_measured() -> None:
 def test_fresh_networks_are_the_same_every_time(tiny: Path) -> None:
     first, second = (create_fresh(str(tiny)).model.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_error_of_any_type_costs_its_row_only(tmp_path: Path) -> None:
+    def rows_of(name: str) -> Iterator[Row]:
+        yield {"what": name, "rate": 1}
+        if name == "bad":
+            raise Exception("a library's own\nwith a page of notes")
+        yield {"what": name, "rate": 2}
+
+    append_each("b", ["bad", "good"], rows_of, tmp_path)
+    rows = pl.read_csv(tmp_path / "b.csv")
+    assert rows["what"].to_list() == ["bad", "bad", "good", "good"]
+    assert rows["reason"].to_list() == [None, "Exception: a library's own", None, None]
+    with pytest.raises(UserError):
+        append_each("b", ["vit_tyni"], lambda name: [{"what": create_fresh(name).config}], tmp_path)
+
+
+def test_an_engine_that_ends_in_an_error_says_its_type(tiny: Path, tmp_path: Path) -> None:
+    job = Job(str(tiny), "eager", "fp32", "cpu", str(tmp_path / "absent.npy"), [1], repeats=1, seconds=0.01)
+    job_file(job, tmp_path / "job.json")
+    main(tmp_path / "job.json")
+    assert read_json(tmp_path / "job.result")["reason"].startswith("FileNotFoundError: ")
+
+
+@pytest.mark.parametrize("batch", [5, 16, 40])
+def test_checked_features_come_from_calls_of_the_measured_size(batch: int) -> None:
+    class Numbered:
+        """An engine whose features are the images' own numbers."""
+
+        device, sizes = "cpu", set[int]()
+
+        def run(self, images: Pixels) -> Outputs:
+            self.sizes.add(len(images))
+            numbers = images[:, 0, 0, :1].astype(np.float32)
+            return numbers, numbers
+
+    engine, images = Numbered(), np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
+    assert checked_features(engine, images, batch)[:, 0].tolist() == list(range(16)) and engine.sizes == {batch}
