@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from timm.data import create_transform
 
-from benchmarks.record import append, ratio
+from benchmarks.record import ratio, write
 from infer.embedding.pipeline import decode_ahead, ring_depth
 from isic import schema
 from isic.config import Settings, Several
@@ -75,12 +75,9 @@ def ingest(settings: IngestSettings) -> None:
         Way(f"timm transform in a DataLoader, {n} workers", _data_loader(store, settings.size, n), 0.25) for n in (0, 2)
     ]
     rates = measure(ways, ids, settings.repeats)
-    rows = [_row(way, rates, settings, len(ids)) for way in ways]
+    write("ingest", [_row(way, rates, settings, len(ids)) for way in ways], settings.results)
     if settings.index and isinstance(store, Hdf5Images):
-        rows += time_index(store)
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
-    print(f"appended to {append('ingest', rows, settings.results)}")
+        write("ingest", time_index(store), settings.results)
 
 
 def measure(ways: Sequence[Way], ids: Sequence[str], repeats: int) -> dict[str, list[float]]:

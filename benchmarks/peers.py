@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 
 from benchmarks.fresh import Features, Fresh, build_artifact, create_fresh, least_cosine
-from benchmarks.record import Row, append, ratio, reason
+from benchmarks.record import Row, ratio, reason, write
 from benchmarks.ways import FILE, WAYS, Task
 from isic import schema
 from isic.config import Settings, Several
@@ -65,6 +65,7 @@ def peers(settings: PeersSettings) -> None:
     fresh = create_fresh(settings.config)
     dataset = Dataset(settings.data)
     ids = dataset.metadata("train")[schema.ID].to_list()[: settings.images]
+    asked = {"what": fresh.settings.name, "data": settings.data.name, "images": len(ids), "batch": settings.batch}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         common = describe(fresh, ids, settings, Path(folder))
         ours, reasons = build_ours(fresh, common, settings, Path(folder))
@@ -75,15 +76,7 @@ def peers(settings: PeersSettings) -> None:
             rates, features = embed_in_turns(ways, settings.data.resolve(), resized, len(ids), settings.repeats)
             failed = {name: way.reason for name, way in ways.items() if way.reason}
             rows = compare_all(rates, features, {**reasons, **failed}, [peer])
-            write(rows, fresh, settings, len(ids))
-
-
-def write(rows: Sequence[Row], fresh: Fresh, settings: PeersSettings, num_images: int) -> None:
-    """Prints and appends the rows of one peer."""
-    common = {"what": fresh.settings.name, "data": settings.data.name, "images": num_images, "batch": settings.batch}
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in {**common, **row}.items()), flush=True)
-    append("peers", [{**common, **row} for row in rows], settings.results)
+            write("peers", [{**asked, **row} for row in rows], settings.results)
 
 
 def write_resized(dataset: Dataset, ids: list[str], spec: PreprocessSpec, folder: Path) -> Path:

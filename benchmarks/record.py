@@ -73,6 +73,13 @@ def append(benchmark: str, rows: Sequence[Mapping[str, Any]], results: Path | No
     return path
 
 
+def write(benchmark: str, rows: Sequence[Row], results: Path | None = None) -> None:
+    """Prints rows and appends them."""
+    for row in rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    append(benchmark, rows, results)
+
+
 def append_each(
     benchmark: str, names: Iterable[str], rows_of: Callable[[str], Iterable[Row]], results: Path | None = None
 ) -> None:
@@ -81,19 +88,14 @@ def append_each(
     Raises:
         UserError: the first that a name raises; it is of what was asked for.
     """
-
-    def write(row: Row) -> None:
-        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-        append(benchmark, [row], results)
-
     for name in names:
         try:
             for row in rows_of(name):
-                write(row)
+                write(benchmark, [row], results)
         except UserError:
             raise
         except Exception as error:  # what engines and compilers raise has no other base
-            write({"what": name, "reason": reason(error)})
+            write(benchmark, [{"what": name, "reason": reason(error)}], results)
 
 
 def reason(error: Exception) -> str:
