@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import polars as pl
 from pydantic import Field
 
 from benchmarks.record import COMMIT_FILE, commit
@@ -29,24 +30,13 @@ WHEELS = (
     "typing-inspection",
     "polars",
     "polars-runtime-32",
-    "lightgbm",
     "albumentations",
     "albucore",
     "stringzilla",
     "simsimd",
 )
 """What a machine set up for PyTorch, timm and ONNX usually lacks."""
-SCRIPT = """#!/bin/sh
-# Installs what is missing beside this file, not into the machine, and runs the benchmarks. Rows land in results/.
-set -eu
-cd "$(dirname "$0")"
-PYTHON=${PYTHON:-python3}
-if [ ! -d site ] && ls wheels/*.whl >/dev/null 2>&1; then
-  "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade --target site wheels/*.whl
-fi
-export PYTHONPATH="$PWD/code:$PWD/site${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m benchmarks gpu --data data --results results "$@"
-"""
+SCRIPT = Path(__file__).with_name("run.sh")
 
 
 class PackSettings(Settings):
@@ -71,9 +61,8 @@ def pack(settings: PackSettings) -> None:
     copy_sample(settings.data, settings.out / "data", settings.images)
     if settings.wheels != ("none",):
         fetch_wheels(settings)
-    script = settings.out / "run.sh"
-    write_text(script, SCRIPT)
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    script = Path(shutil.copy(SCRIPT, settings.out))
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)  # a wheel has lost it
     size = sum(path.stat().st_size for path in settings.out.rglob("*") if path.is_file())
     print(f"packed {size / 1e6:.0f} MB into {settings.out}; there, run {script.name} and bring back results/")
 
@@ -86,16 +75,21 @@ def copy_code(target: Path) -> None:
 
 
 def copy_sample(data: Path, target: Path, number: int) -> None:
-    """Writes the first images of a dataset, and their rows, as a dataset."""
+    """Writes some images of a dataset, and their rows, as a dataset that can be trained on.
+
+    The first rows of the challenge's table have hardly a positive: all positives come first, up to half of the sample.
+    """
     dataset = Dataset(data)
     table = dataset.metadata("train")
     store = dataset.images("train")
-    names = table[schema.ID].to_list()
-    absent = set(store.missing(names))
-    names = [name for name in names if name not in absent][:number]
+    table = table.filter(~table[schema.ID].is_in(store.missing(table[schema.ID].to_list())))
+    is_positive = table[schema.TARGET] == 1
+    positives = table.filter(is_positive).head(number // 2)
+    sample = pl.concat([positives, table.filter(~is_positive).head(number - len(positives))]).sort(schema.ID)
     target.mkdir(parents=True)
+    names = sample[schema.ID].to_list()
     write_images(target / "train-image.hdf5", zip(names, store.read(names), strict=True))
-    table.filter(table[schema.ID].is_in(names)).write_csv(target / "train-metadata.csv")
+    sample.write_csv(target / "train-metadata.csv")
     Hdf5Images(target / "train-image.hdf5")  # writes the index
 
 
