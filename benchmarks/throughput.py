@@ -1,6 +1,5 @@
 """`python -m benchmarks throughput`: every config in every engine that runs here, against what the machine could do."""
 
-import contextlib
 import subprocess
 import sys
 import tempfile
@@ -186,6 +185,8 @@ def _row(fresh: Fresh, engine: str, precision: str, figures: Row, work: Work, se
     row["size"] = fresh.spec.size
     if "reason" in figures:
         return row
-    with contextlib.suppress(Exception):  # a rate counts also where torch has no product of that precision
-        row |= limits(settings.where, precision).of(work, precision, figures["batch"], figures["images_per_second"])
-    return row
+    try:
+        limit = limits(settings.where, precision).of(work, precision, figures["batch"], figures["images_per_second"])
+    except Exception as error:  # a rate counts also where torch has no product of that precision
+        return {**row, "reason": f"no limit to compare with: {reason(error)}"}
+    return {**row, **limit}
