@@ -1,5 +1,7 @@
 """python -m isic synth | check"""
 
+from functools import partial
+
 from isic.check import check
 from isic.cli import run
 from isic.synth import SynthSettings, synthesize
@@ -7,7 +9,7 @@ from isic.synth import SynthSettings, synthesize
 
 def synth(settings: SynthSettings) -> None:
     """Writes a stand-in dataset in the layout of the challenge."""
-    if synthesize(settings, say=print):
+    if synthesize(settings, say=partial(print, flush=True)):
         print(f"wrote a stand-in dataset to {settings.out}")
     else:
         print(f"{settings.out} already holds this very dataset; nothing to do")

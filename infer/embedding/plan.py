@@ -217,9 +217,11 @@ def begin(directory: Path, plan: Mapping[str, Any], force: bool) -> None:
         former = read_json(path)
         changed = next((key for key in plan if plan[key] != former.get(key)), None)
         if changed and next(directory.rglob("part-*"), None):  # else an engine refused before the first
+            is_short = not isinstance(plan[changed], dict)  # digests by fold are nothing to read
+            what = f"{changed} = {former.get(changed)}, now it is {plan[changed]}" if is_short else f"other {changed}"
             raise UserError(
-                f"{directory} holds embeddings made with {changed} = {former.get(changed)}, now it is {plan[changed]}; "
-                "choose another --output_dir, or replace them with --force"
+                f"{directory} holds embeddings made with {what}; choose another --output_dir, or replace them with "
+                "--force"
             )
         if changed:
             shutil.rmtree(directory)

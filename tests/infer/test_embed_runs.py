@@ -394,7 +394,7 @@ def test_images_that_were_replaced_are_noticed(tmp_path: Path, cli: Cli) -> None
         assert cli("infer", *stand_in.flags(tmp_path / "out")).out.startswith("up to date")
         write(images[1:] + images[:1])
         ended = cli("infer", *stand_in.flags(tmp_path / "out"))
-        assert ended.code == 2 and "holds embeddings made with images" in ended.err
+        assert ended.code == 2 and "holds embeddings made with other images" in ended.err
 
 
 def test_force_begins_anew(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
