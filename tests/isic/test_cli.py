@@ -83,7 +83,9 @@ def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
 
 def test_ctrl_c_is_a_word(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "isic", "synth", "--out", str(tmp_path / "data"), "--images", "200000"]
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        signal.signal(signal.SIGINT, former)
         assert process.stdout and "drawing" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
