@@ -9,7 +9,7 @@ from train.config import TrainSettings, load_settings
 from train.data import load_data
 from train.loop import train_fold
 from train.machine import prepare, select_device
-from train.outputs import is_finished, print_scores
+from train.outputs import is_finished, print_scores, refuse_to_lose
 
 
 def train(settings: TrainSettings) -> int:
@@ -34,6 +34,8 @@ def train_folds(settings: TrainSettings) -> None:
     if distributed.is_main():
         for fold in sorted(set(folds) - set(due)):
             print(f"fold {fold} is finished; --force trains it again")
+    for fold in due:
+        refuse_to_lose(settings, fold)
     if due:
         data = load_data(settings)
         prepare(select_device(settings.device))

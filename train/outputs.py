@@ -82,10 +82,12 @@ class Predictions:
         return cls(rows[order], logits[order], dice[order])
 
 
-def refuse_to_lose(directory: Path, settings: TrainSettings) -> None:
-    """Raises a UserError where a fold has epochs that starting again would throw away."""
+def refuse_to_lose(settings: TrainSettings, fold: int) -> None:
+    """Raises a UserError where a fold has epochs that this run would begin again, and nobody said --force."""
+    directory = settings.fold_dir(fold)
     path = directory / HISTORY_FILE
-    if path.is_file() and not settings.force:
+    goes_on = settings.resume and (directory / LAST).is_file()
+    if path.is_file() and not (settings.force or goes_on):
         done = len(path.read_text(encoding="utf-8").splitlines())
         raise UserError(
             f"{directory} holds {done} of {settings.epochs} epochs; go on with --resume, or start again with --force"
@@ -96,15 +98,10 @@ def begin_fold(settings: TrainSettings, data: TrainData, fold: int, resumes: boo
     """Writes the fold plan and `config.yaml`, and clears what a former run left unless this one goes on from it.
 
     Nothing is written before this: what can be wrong with settings or data has been found by now.
-
-    Raises:
-        UserError: it would throw epochs away, and nobody said --force.
     """
-    directory = settings.fold_dir(fold)
-    if not resumes:
-        refuse_to_lose(directory, settings)
     if not distributed.is_main():
         return
+    directory = settings.fold_dir(fold)
     if not (settings.run_dir / FOLDS_FILE).is_file():
         data.folds.write(settings.run_dir / FOLDS_FILE)
     for name in () if resumes else (OOF_FILE, BEST, LAST, HISTORY_FILE):

@@ -104,7 +104,7 @@ def embed_splits(settings: EmbedSettings) -> None:
     if without := sorted({path.name for path in model_dir.glob("fold_*")} - {f"fold_{k}" for k in models.folds}):
         print(f"note: {', '.join(without)} in {model_dir} has no such engine; images that it held out are left out")
     for split in present_splits(dataset) if settings.split == "all" else [settings.split]:
-        embed_split(dataset, split, models, model_dir, settings)
+        embed_split(dataset, split, models, model_dir / FOLDS_FILE, settings)
 
 
 def check_folds(models: Models, folds: Folds) -> None:
@@ -127,13 +127,13 @@ def present_splits(dataset: Dataset) -> list[Split]:
     return found
 
 
-def embed_split(dataset: Dataset, split: Split, models: Models, model_dir: Path, settings: EmbedSettings) -> None:
+def embed_split(dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings) -> None:
     """Embeds one split and writes its `run.json`."""
     directory = settings.run_dir.resolve() / split
-    plan, parts = draw_up(dataset, split, models, model_dir / FOLDS_FILE, settings)
+    plan, parts = draw_up(dataset, split, models, folds_path, settings)
     begin(directory, plan, settings.force)
     if split == "train":
-        carry_over(models, model_dir / FOLDS_FILE, directory.parent)
+        carry_over(models, folds_path, directory.parent)
     tally = Tally(parts, settings.on_error, settings.max_bad, settings.quiet)
     if not tally.num_now and (directory / RUN_FILE).is_file():
         print(f"up to date config={settings.config} split={split} output={settings.run_dir / split}")

@@ -97,9 +97,8 @@ def find_models(model_dir: Path, config: str, engine: str, precision: str | None
             artifacts[fold] = path.resolve()
     if not artifacts:
         what = f"{engine} in {precision}" if precision else engine
-        flags = (f" --formats {engine}" if engine in MODULES else "") + (
-            f" --precision {precision}" if precision else ""
-        )
+        asked = {"formats": engine if engine in MODULES else None, "precision": precision}
+        flags = "".join(f" --{key} {value}" for key, value in asked.items() if value)
         raise UserError(
             f"{model_dir} has no fold_<k> with {what}; run `python -m export --config {config}{flags}` first"
         )

@@ -159,21 +159,7 @@ def fit(settings: FitSettings) -> None:
     summaries = _summaries(with_patient(metadata)[schema.PATIENT].to_numpy(), oof)
     clear(root)
     files = _write_files(root, bag, State(names, bag.encodings, image), folds, oof, summaries)
-    boosters = [
-        {"file": file_name(library, k, seed), "library": library, "fold": k, "seed": seed}
-        for library, k, seed in bag.boosters
-    ]
-    packages = [LIBRARIES[library].package for library in origin["parameters"]]
-    write_manifest(
-        root,
-        files,
-        {
-            **origin,
-            "boosters": boosters,
-            "scores": summaries["blend"],
-            "versions": versions("isic-toolkit", *packages, "numpy", "polars", "scikit-learn"),
-        },
-    )
+    write_manifest(root, files, {**origin, **_outcome(bag, summaries)})
     size = f"{len(names) or 1} features, {len(table)} rows, {folds.num_folds} folds, {len(bag.boosters)} boosters"
     print(f"{settings.features}: {size}\n{scores.table(summaries)}\nensemble: {root}")
     print(f"report: {write_report(root, settings.data, settings.embeddings)}")
@@ -315,4 +301,17 @@ def _origin(settings: FitSettings, image: ImageState, folds: Folds, weights: Map
         **origins(image, settings.sources, "train", folds.digest),
         "metadata_sha256": sha256(Dataset(settings.data).metadata_path("train")),
         "settings": settings.model_dump(mode="json", include=MODEL_SETTINGS),
+    }
+
+
+def _outcome(bag: Bag, summaries: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields that fitting adds."""
+    packages = dict.fromkeys(LIBRARIES[library].package for library, _, _ in bag.boosters)
+    return {
+        "boosters": [
+            {"file": file_name(library, k, seed), "library": library, "fold": k, "seed": seed}
+            for library, k, seed in bag.boosters
+        ],
+        "scores": summaries["blend"],
+        "versions": versions("isic-toolkit", *packages, "numpy", "polars", "scikit-learn"),
     }

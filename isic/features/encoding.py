@@ -20,8 +20,7 @@ class Encoding:
 
     A category becomes its place in the order of falling frequency among the training rows: 0 is the commonest. One
     that they lack is UNSEEN, a blank is BLANK; trees, which have met no UNSEEN, send it the way of its neighbours BLANK
-    and 0. A blank number becomes the median of the training rows, or 0 where
-    none of them has one.
+    and 0. A blank number becomes the median of the training rows, or 0 where none of them has one.
     """
 
     names: tuple[str, ...]
