@@ -10,7 +10,7 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field
 
-from benchmarks.record import append
+from benchmarks.record import write
 from infer.ensemble.artifact import open_ensemble
 from isic import schema
 from isic.config import Settings
@@ -53,9 +53,7 @@ def accuracy(settings: AccuracySettings) -> None:
         oof = pl.read_parquet(path).rename({"blend": "score"})
         rows.append(score(f"{path.parent.name}, ensemble", oof, sees(path.parent)))
     rows = [{**row, "data": settings.label} for row in rows]
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
-    print(f"appended to {append('accuracy', rows, settings.results)}")
+    print(f"appended to {write('accuracy', rows, settings.results)}")
 
 
 def sees(ensemble: Path) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from benchmarks.record import append
+from benchmarks.record import write
 from infer.embedding.embed import BATCH_CPU
 from infer.embedding.embedder import Embedder, Job, Step
 from infer.embedding.pipeline import decode_ahead, ring_depth
@@ -57,8 +57,7 @@ def embed(settings: EmbedSettings) -> None:
         measured = _whole if settings.whole else _rates
         figures = measured(settings, model_dir, engine, folder)
     row = {"what": settings.config, "data": settings.data.name, **figures}
-    print("  ".join(f"{key}={value}" for key, value in row.items()))
-    print(f"appended to {append('embed', [row], settings.results)}")
+    print(f"appended to {write('embed', [row], settings.results)}")
 
 
 def _rates(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) -> dict[str, Any]:

@@ -25,8 +25,7 @@ MAX_SECONDS = 3.0
 SIDES = {"cpu": (256, 1024), "cuda": (1024, 8192)}
 """Of the square matrices that are multiplied: the first to find out how long it takes, the second to measure."""
 COPIED = {"cpu": 2**28, "cuda": 2**32}
-"""Bytes of the array that is copied: many times the caches. On a GPU it and its copy take half of what is free at most.
-"""
+"""Bytes of the array that is copied: many times the caches. On a GPU half of what is free holds it and its copy."""
 MATMUL_OPSET, MATMUL_IR = 13, 8
 """Old enough for every ONNX Runtime that runs the engines."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}

@@ -73,11 +73,11 @@ def append(benchmark: str, rows: Sequence[Mapping[str, Any]], results: Path | No
     return path
 
 
-def write(benchmark: str, rows: Sequence[Row], results: Path | None = None) -> None:
-    """Prints rows and appends them."""
+def write(benchmark: str, rows: Sequence[Row], results: Path | None = None) -> Path:
+    """Prints rows and appends them, as `append` does."""
     for row in rows:
         print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    append(benchmark, rows, results)
+    return append(benchmark, rows, results)
 
 
 def append_each(

@@ -15,7 +15,7 @@ import pandas as pd
 import polars as pl
 from pydantic import Field
 
-from benchmarks.record import append
+from benchmarks.record import write
 from infer.ensemble.boosters import LIBRARIES, parameters_of
 from infer.ensemble.fit import undersample
 from isic import schema
@@ -61,9 +61,7 @@ def tabular(settings: TabularSettings) -> None:
             rows += [{**row, "start_seconds": start[row["what"]]} for row in features]
             rows += _fits(path, settings.fit_rounds)
     rows += predict_rates(settings.predict_rows, settings.trees, settings.repeats)
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
-    print(f"appended to {append('tabular', rows, settings.results)}")
+    print(f"appended to {write('tabular', rows, settings.results)}")
 
 
 def write_table(folder: Path, number: int) -> Path:

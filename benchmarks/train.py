@@ -18,7 +18,7 @@ from pydantic import Field
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks.limits import count_work, torch_rate
-from benchmarks.record import append, ratio
+from benchmarks.record import ratio, write
 from isic.errors import UserError
 from train.config import TrainSettings
 from train.data import Batch, fold_loaders, load_data
@@ -103,8 +103,7 @@ def train(settings: TrainRateSettings) -> None:
             windows["memory"].append(run(memory))
             bare_rates.append(bare.rate())
     row = figures(settings, device, windows, bare_rates)
-    print("  ".join(f"{key}={value}" for key, value in row.items()))
-    print(f"appended to {append('train', [row], settings.results)}")
+    print(f"appended to {write('train', [row], settings.results)}")
 
 
 def read_files(settings: TrainSettings) -> Iterable[Batch]:
