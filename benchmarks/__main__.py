@@ -11,7 +11,17 @@ from isic.config import Settings, build
 from train.config import TrainSettings, load_settings
 
 COMMANDS = (
-    *("throughput", "export", "peers", "ingest", "train", "embed", "tabular", "accuracy", "ablation"),
+    *(
+        "throughput",
+        "export",
+        "peers",
+        "ingest",
+        "train",
+        "embed",
+        "tabular",
+        "accuracy",
+        "ablation",
+    ),
     *("report", "check", "pack", "gpu"),
 )
 """Each is a function of a module of the same name. Only the one that is asked for is imported: what another needs may
@@ -26,4 +36,10 @@ def load(model: type[Settings], flags: Mapping[str, Any]) -> Settings:
 if __name__ == "__main__":
     asked = [name for name in sys.argv[1:2] if name in COMMANDS]
     with terminable():
-        cli.run({name: getattr(import_module(f"benchmarks.{name}"), name) for name in asked or COMMANDS}, load)
+        cli.run(
+            {
+                name: getattr(import_module(f"benchmarks.{name}"), name)
+                for name in asked or COMMANDS
+            },
+            load,
+        )

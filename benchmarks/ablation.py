@@ -37,16 +37,27 @@ class AblationSettings(Settings):
 
     data: Path = Field(description="dataset folder; its training rows are scored out of fold")
     label: str = Field(description="what the data is, in a few words, for the table")
-    embeddings: Path | None = Field(None, description="outputs/embeddings/<config>, made with --folds all")
+    embeddings: Path | None = Field(
+        None, description="outputs/embeddings/<config>, made with --folds all"
+    )
     frozen: Path | None = Field(None, description="embeddings by a model trained on other images")
     features: Several[str] = Field(
-        (), description="feature sets, commas between them and + within; the first is what the others are compared with"
+        (),
+        description="feature sets, commas between them and + within; the first is what the others are compared with",
     )
-    libraries: Several[str] = Field((*LIBRARIES, ALL), description="libraries, or several with + between them")
+    libraries: Several[str] = Field(
+        (*LIBRARIES, ALL), description="libraries, or several with + between them"
+    )
     seeds: int = Field(10, ge=2, description="seeds of every fit")
-    split_seed: int = Field(42, ge=0, description="seed of the folds, where the embeddings bring none")
-    num_rounds: int | None = Field(None, ge=1, description="boosting rounds; each library's own if not given")
-    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+    split_seed: int = Field(
+        42, ge=0, description="seed of the folds, where the embeddings bring none"
+    )
+    num_rounds: int | None = Field(
+        None, ge=1, description="boosting rounds; each library's own if not given"
+    )
+    results: Path | None = Field(
+        None, description="folder of the CSV; benchmarks/results if not given"
+    )
 
 
 def ablation(settings: AblationSettings) -> None:
@@ -57,15 +68,25 @@ def ablation(settings: AblationSettings) -> None:
         with tempfile.TemporaryDirectory() as folder:
             first = _fitted(settings, sets[0], libraries, Path(folder))
             for words in sets:
-                ensemble = first if words == sets[0] else _fitted(settings, words, libraries, Path(folder))
-                rows.append({"data": settings.label, "features": words, "model": libraries, **judged(first, ensemble)})
+                ensemble = (
+                    first if words == sets[0] else _fitted(settings, words, libraries, Path(folder))
+                )
+                rows.append(
+                    {
+                        "data": settings.label,
+                        "features": words,
+                        "model": libraries,
+                        **judged(first, ensemble),
+                    }
+                )
                 print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
     print(f"appended to {append('ablation', rows, settings.results)}")
 
 
 def _fitted(settings: AblationSettings, features: str, libraries: str, folder: Path) -> Ensemble:
     chosen = {
-        key: getattr(settings, key) for key in ("data", "embeddings", "frozen", "seeds", "split_seed", "num_rounds")
+        key: getattr(settings, key)
+        for key in ("data", "embeddings", "frozen", "seeds", "split_seed", "num_rounds")
     }
     words = {"features": features.replace("+", ","), "libraries": tuple(libraries.split("+"))}
     with contextlib.redirect_stdout(io.StringIO()):

@@ -32,13 +32,18 @@ class AccuracySettings(Settings):
     data: Path = Field(description="dataset folder; its training rows are scored out of fold")
     label: str = Field(description="what the data is, in a few words, for the table")
     run: Path | None = Field(None, description="a trained run, outputs/<config>")
-    ensembles: Path | None = Field(None, description="folder with fitted ensembles, outputs/ensemble")
+    ensembles: Path | None = Field(
+        None, description="folder with fitted ensembles, outputs/ensemble"
+    )
     baseline: bool = Field(
-        True, description="also score LightGBM on colour statistics of the images, where there are any"
+        True,
+        description="also score LightGBM on colour statistics of the images, where there are any",
     )
     num_folds: int = Field(5, ge=2, description="folds of the baseline")
     split_seed: int = Field(42, description="seed of the baseline's folds")
-    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+    results: Path | None = Field(
+        None, description="folder of the CSV; benchmarks/results if not given"
+    )
 
 
 def accuracy(settings: AccuracySettings) -> None:
@@ -48,7 +53,13 @@ def accuracy(settings: AccuracySettings) -> None:
         rows.append(score("colour statistics, LightGBM", colour_baseline(settings), "image"))
     if settings.run:
         parts = [pl.read_parquet(path) for path in sorted(settings.run.glob("fold_*/oof.parquet"))]
-        rows.append(score(f"{settings.run.name}, images only", pl.concat(parts).rename({"logit": "score"}), "image"))
+        rows.append(
+            score(
+                f"{settings.run.name}, images only",
+                pl.concat(parts).rename({"logit": "score"}),
+                "image",
+            )
+        )
     for path in sorted(settings.ensembles.glob("*/oof.parquet")) if settings.ensembles else []:
         oof = pl.read_parquet(path).rename({"blend": "score"})
         rows.append(score(f"{path.parent.name}, ensemble", oof, sees(path.parent)))
@@ -66,7 +77,9 @@ def sees(ensemble: Path) -> str:
 
 def score(name: str, oof: pl.DataFrame, kind: str) -> dict[str, Any]:
     """Returns a row of the table from `target`, `fold` and `score` of every row; `kind` is a key of PUBLISHED."""
-    by_fold = [pauc(part["target"], part["score"]) for part in oof.sort("fold").partition_by("fold")]
+    by_fold = [
+        pauc(part["target"], part["score"]) for part in oof.sort("fold").partition_by("fold")
+    ]
     return {
         "what": name,
         "rows": len(oof),
@@ -85,13 +98,20 @@ def colour_baseline(settings: AccuracySettings) -> pl.DataFrame:
     dataset = Dataset(settings.data)
     table = dataset.metadata("train")
     fold = draw_folds(table, settings.num_folds, settings.split_seed).of(table).to_numpy()
-    features, target = colour_statistics(dataset, table[schema.ID].to_list()), table[schema.TARGET].to_numpy()
+    features, target = (
+        colour_statistics(dataset, table[schema.ID].to_list()),
+        table[schema.TARGET].to_numpy(),
+    )
     scores = np.zeros(len(table))
     for k in range(settings.num_folds):
-        model = lightgbm.LGBMClassifier(n_estimators=200, learning_rate=0.05, num_leaves=15, random_state=0, verbose=-1)
+        model = lightgbm.LGBMClassifier(
+            n_estimators=200, learning_rate=0.05, num_leaves=15, random_state=0, verbose=-1
+        )
         model.fit(features[fold != k], target[fold != k])
         scores[fold == k] = np.asarray(model.predict_proba(features[fold == k]))[:, 1]
-    return table.select(schema.ID, schema.TARGET).with_columns(fold=pl.Series(fold), score=pl.Series(scores))
+    return table.select(schema.ID, schema.TARGET).with_columns(
+        fold=pl.Series(fold), score=pl.Series(scores)
+    )
 
 
 def colour_statistics(dataset: Dataset, ids: list[str]) -> NDArray[np.float32]:

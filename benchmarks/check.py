@@ -46,9 +46,13 @@ SPEEDS = {
 class CheckSettings(Settings):
     """What `python -m benchmarks check` takes."""
 
-    benchmark: Several[str] = Field((), description="CSVs to look at, separated by commas; all if not given")
+    benchmark: Several[str] = Field(
+        (), description="CSVs to look at, separated by commas; all if not given"
+    )
     tolerance: float = Field(0.05, ge=0, lt=1, description="slowdown that is never complained of")
-    noise: float = Field(0.1, ge=0, lt=1, description="spread of a figure whose repeats are not in its row")
+    noise: float = Field(
+        0.1, ge=0, lt=1, description="spread of a figure whose repeats are not in its row"
+    )
     results: Path = Field(RESULTS, description="folder of the CSVs")
 
 
@@ -73,17 +77,27 @@ def check(settings: CheckSettings) -> int:
     """
     unknown = [name for name in settings.benchmark if name not in SPEEDS]
     if unknown:
-        raise UserError(f'--benchmark: nothing to check in "{unknown[0]}", {did_you_mean(unknown[0], SPEEDS)}')
+        raise UserError(
+            f'--benchmark: nothing to check in "{unknown[0]}", {did_you_mean(unknown[0], SPEEDS)}'
+        )
     changes = []
     for name in settings.benchmark or SPEEDS:
         path = settings.results / f"{name}.csv"
         if path.is_file():
-            changes += list(find_changes(pl.read_csv(path, infer_schema=False), SPEEDS[name], name, settings.noise))
+            changes += list(
+                find_changes(
+                    pl.read_csv(path, infer_schema=False), SPEEDS[name], name, settings.noise
+                )
+            )
     slower = [change for change in changes if change.is_slower(settings.tolerance)]
     for change in sorted(changes, key=lambda change: change.ratio):
         mark = "SLOWER" if change in slower else "ok"
-        print(f"{mark:6} {change.ratio:6.2f} ({change.low:.2f} to {change.high:.2f})  {change.name}")
-    print(f"{len(changes)} compared with the last on the same kind of machine, {len(slower)} slower beyond noise")
+        print(
+            f"{mark:6} {change.ratio:6.2f} ({change.low:.2f} to {change.high:.2f})  {change.name}"
+        )
+    print(
+        f"{len(changes)} compared with the last on the same kind of machine, {len(slower)} slower beyond noise"
+    )
     return 1 if slower else 0
 
 
@@ -99,9 +113,13 @@ def find_changes(rows: pl.DataFrame, speed: Speed, csv: str, noise: float) -> It
     measured = measured.with_columns(pl.col(numbers).cast(pl.Float64) / unit)
     for _, group in measured.group_by(key, maintain_order=True):
         if len(group) > 1:
-            before, last = (_bounds(row, speed, noise) for row in group.tail(2).iter_rows(named=True))
+            before, last = (
+                _bounds(row, speed, noise) for row in group.tail(2).iter_rows(named=True)
+            )
             named = group.row(-1, named=True)
-            name = " · ".join([csv, *(str(named[column]) for column in speed.key if named.get(column))])
+            name = " · ".join(
+                [csv, *(str(named[column]) for column in speed.key if named.get(column))]
+            )
             yield Change(name, last[0] / before[0], last[1] / before[2], last[2] / before[1])
 
 

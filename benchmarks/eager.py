@@ -44,5 +44,7 @@ class EagerEngine:
 
     def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
         """Returns an uninitialised uint8 array of this shape, in page-locked memory where the device is a GPU."""
-        array: Pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device == "cuda").numpy()
+        array: Pixels = torch.empty(
+            shape, dtype=torch.uint8, pin_memory=self.device == "cuda"
+        ).numpy()
         return array

@@ -36,13 +36,23 @@ STAND_IN = "null"
 class EmbedSettings(Settings):
     """What `python -m benchmarks embed` takes."""
 
-    config: str = Field(STAND_IN, description="exported config to embed with; null: a stand-in that costs nothing")
-    model_dir: Path | None = Field(None, description="the exported run; outputs/<config> if not given")
-    data: Path = Field(Path("data/isic-2024"), description="dataset folder; its training images are embedded")
+    config: str = Field(
+        STAND_IN, description="exported config to embed with; null: a stand-in that costs nothing"
+    )
+    model_dir: Path | None = Field(
+        None, description="the exported run; outputs/<config> if not given"
+    )
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset folder; its training images are embedded"
+    )
     images: int = Field(4000, ge=1, description="images a repeat")
     repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
-    whole: bool = Field(False, description="instead time `infer embed` of every training image, and its memory")
-    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+    whole: bool = Field(
+        False, description="instead time `infer embed` of every training image, and its memory"
+    )
+    results: Path | None = Field(
+        None, description="folder of the CSV; benchmarks/results if not given"
+    )
 
 
 def embed(settings: EmbedSettings) -> None:
@@ -52,7 +62,9 @@ def embed(settings: EmbedSettings) -> None:
         model_dir = settings.model_dir or Path("outputs") / settings.config
         if settings.config == STAND_IN:
             model_dir = folder / STAND_IN
-            null.write_run(model_dir, Dataset(settings.data).metadata_path("train"), PreprocessSpec(size=224))
+            null.write_run(
+                model_dir, Dataset(settings.data).metadata_path("train"), PreprocessSpec(size=224)
+            )
         engine = null.FILE if settings.config == STAND_IN else "model.onnx"
         measured = _whole if settings.whole else _rates
         figures = measured(settings, model_dir, engine, folder)
@@ -65,22 +77,41 @@ def _rates(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) 
     first = min(found.artifacts)
     models = Models({first: found.artifacts[first]}, {first: found.manifests[first]}, found.spec)
     batch_size = models.batch_size or BATCH_CPU
-    job = Job(settings.data.resolve(), "train", models, "auto", "float16", "none", batch_size, None, None)
+    job = Job(
+        settings.data.resolve(), "train", models, "auto", "float16", "none", batch_size, None, None
+    )
     ids = read_ids(Dataset(settings.data).metadata_path("train"))[: settings.images]
     measured = rates(job, ids, folder / "parts", settings.repeats)
-    return {"images": len(ids), **{name: round(value, 3 if name == "share" else 0) for name, value in measured.items()}}
+    return {
+        "images": len(ids),
+        **{name: round(value, 3 if name == "share" else 0) for name, value in measured.items()},
+    }
 
 
 def _whole(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) -> dict[str, Any]:
-    where = ("--data", settings.data, "--model_dir", model_dir, "--output_dir", folder / "embeddings")
+    where = (
+        "--data",
+        settings.data,
+        "--model_dir",
+        model_dir,
+        "--output_dir",
+        folder / "embeddings",
+    )
     runs = []
     for _ in range(settings.repeats):
         shutil.rmtree(folder / "embeddings", ignore_errors=True)
-        index_path(settings.data / "train-image.hdf5").unlink(missing_ok=True)  # a first run has none
-        runs.append(whole_run("--config", settings.config, "--engine", engine, "--split", "train", *where))
+        index_path(settings.data / "train-image.hdf5").unlink(
+            missing_ok=True
+        )  # a first run has none
+        runs.append(
+            whole_run("--config", settings.config, "--engine", engine, "--split", "train", *where)
+        )
     return {
         **{key: runs[-1][key] for key in ("images", "bad", "bound_by")},
-        **{key: round(statistics.median(run[key] for run in runs), 3) for key in ("seconds", "start_seconds")},
+        **{
+            key: round(statistics.median(run[key] for run in runs), 3)
+            for key in ("seconds", "start_seconds")
+        },
         "peak_mb": max(run["peak_mb"] for run in runs),
     }
 
@@ -98,7 +129,11 @@ def rates(job: Job, ids: pl.Series, folder: Path, repeats: int = 5) -> dict[str,
         Medians of `ingest`, `engine` and `end_to_end` in images per second, and of `share`: what end to end reaches of
         the slower of the two within each repeat.
     """
-    ways = {"ingest": _ingest(job, ids), "engine": _engine(job, ids), "end_to_end": _end_to_end(job, ids, folder)}
+    ways = {
+        "ingest": _ingest(job, ids),
+        "engine": _engine(job, ids),
+        "end_to_end": _end_to_end(job, ids, folder),
+    }
     measured: dict[str, list[float]] = {name: [] for name in (*ways, "share")}
     for repeat in range(repeats + 1):
         rate = {name: len(ids) / _seconds(run) for name, run in ways.items()}
@@ -134,7 +169,10 @@ def _ingest(job: Job, ids: pl.Series) -> Callable[[], None]:
 
 def _engine(job: Job, ids: pl.Series) -> Callable[[], None]:
     models = job.models
-    engines = {fold: create(path, models.manifests[fold], job.device) for fold, path in models.artifacts.items()}
+    engines = {
+        fold: create(path, models.manifests[fold], job.device)
+        for fold, path in models.artifacts.items()
+    }
     batch = next(iter(_batches(ids, job.batch_size)))
     images = np.empty((len(batch), models.spec.size, models.spec.size, 3), np.uint8)
     Dataset(job.data).images(job.split).decode(batch, models.spec, images)
@@ -152,7 +190,9 @@ def _end_to_end(job: Job, ids: pl.Series, folder: Path) -> Callable[[], None]:
 
     def run() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        embedder.run(plan_parts(folder, job.split, ids, job.models.folds, None, "all"), steps.append)
+        embedder.run(
+            plan_parts(folder, job.split, ids, job.models.folds, None, "all"), steps.append
+        )
 
     return run
 

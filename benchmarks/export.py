@@ -43,8 +43,12 @@ class ExportSettings(Settings):
     config: Several[str] = Field(CONFIGS, description="configs, separated by commas, or all")
     formats: Several[str] = Field((ALL,), description="formats, separated by commas, or all")
     precision: Several[str] = Field((ALL,), description="precisions, separated by commas, or all")
-    data: Path | None = Field(None, description="dataset whose images the parity gate sees; noise if not given")
-    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+    data: Path | None = Field(
+        None, description="dataset whose images the parity gate sees; noise if not given"
+    )
+    results: Path | None = Field(
+        None, description="folder of the CSV; benchmarks/results if not given"
+    )
 
 
 def export(settings: ExportSettings) -> None:
@@ -52,8 +56,12 @@ def export(settings: ExportSettings) -> None:
     offered = {name: FORMATS[name].precisions[device_of(name, "auto")] for name in FORMATS}
     known = [(name, precision) for name, precisions in offered.items() for precision in precisions]
     names = chosen("formats", settings.formats, list(dict.fromkeys(name for name, _ in known)))
-    precisions = chosen("precision", settings.precision, list(dict.fromkeys(precision for _, precision in known)))
-    wanted = [(name, precision) for name, precision in known if name in names and precision in precisions]
+    precisions = chosen(
+        "precision", settings.precision, list(dict.fromkeys(precision for _, precision in known))
+    )
+    wanted = [
+        (name, precision) for name, precision in known if name in names and precision in precisions
+    ]
     rows_of = partial(rows, wanted=wanted, data=settings.data)
     append_each("export", find_configs(settings.config), rows_of, settings.results)
 
@@ -68,7 +76,9 @@ def rows(config: str, wanted: list[tuple[str, str]], data: Path | None) -> Itera
         yield {**row, **figures(fresh, reference, calibration, name, precision)}
 
 
-def figures(fresh: Fresh, reference: Reference, calibration: Pixels, name: str, precision: str) -> Row:
+def figures(
+    fresh: Fresh, reference: Reference, calibration: Pixels, name: str, precision: str
+) -> Row:
     """Returns seconds, size and parity of one artifact, or the `reason` why it has none."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
@@ -80,7 +90,9 @@ def figures(fresh: Fresh, reference: Reference, calibration: Pixels, name: str, 
             return {**built, "reason": "no GPU runs it here"}
         try:
             engine = create(artifact.path, artifact.manifest, artifact.target.device)
-            parity = check_parity(reference, engine, TOLERANCES[precision], artifact.target.batch_sizes)
+            parity = check_parity(
+                reference, engine, TOLERANCES[precision], artifact.target.batch_sizes
+            )
         except Exception as error:
             return {**built, "reason": reason(error)}
     worst = summary(parity)

@@ -106,7 +106,11 @@ def build_artifact(
     """
 
     def calibration() -> Pixels:
-        return example_images(None, fresh.spec, NUM_CALIBRATION) if images is None else images[:NUM_CALIBRATION]
+        return (
+            example_images(None, fresh.spec, NUM_CALIBRATION)
+            if images is None
+            else images[:NUM_CALIBRATION]
+        )
 
     target = Target(
         config=fresh.settings.name,
@@ -152,7 +156,9 @@ def chosen(key: str, wanted: tuple[str, ...], known: list[str]) -> list[str]:
 def example_images(data: Path | None, spec: PreprocessSpec, number: int) -> Pixels:
     """Returns uint8 [number, size, size, 3]: a dataset's images over and over, or noise where no dataset is given."""
     if data is None:
-        noise = np.random.default_rng(0).integers(0, 256, (number, spec.size, spec.size, 3), dtype=np.uint8)
+        noise = np.random.default_rng(0).integers(
+            0, 256, (number, spec.size, spec.size, 3), dtype=np.uint8
+        )
         return np.asarray(noise, np.uint8)
     dataset = Dataset(data)
     ids = dataset.metadata("train")[schema.ID].to_list()[:number]
@@ -160,5 +166,7 @@ def example_images(data: Path | None, spec: PreprocessSpec, number: int) -> Pixe
     with decode_pool(1) as pool:
         failed = dataset.images("train").decode(ids, spec, images, pool)
     if failed:
-        raise UserError(f"{data}: {len(failed)} of {len(ids)} images cannot be read; run `python -m isic check`")
+        raise UserError(
+            f"{data}: {len(failed)} of {len(ids)} images cannot be read; run `python -m isic check`"
+        )
     return images[np.arange(number) % len(ids)]

@@ -20,7 +20,15 @@ SHARES = {"throughput": 0.45, "train": 0.25, "peers": 0.15, "export": 0.1, "inge
 What it has measured whole until then stays: an engine of throughput, a format of export, a config of train, a peer of
 peers; all of ingest takes turns.
 """
-CONFIGS = ("vit_tiny", "convnext_tiny", "vit_base", "eva02_base", "vit_small", "eva02_small", "convnext_base")
+CONFIGS = (
+    "vit_tiny",
+    "convnext_tiny",
+    "vit_base",
+    "eva02_base",
+    "vit_small",
+    "eva02_small",
+    "convnext_base",
+)
 """The most telling first: time may run out."""
 TRAIN_STEPS = 10
 """Optimizer steps a repeat of training."""
@@ -29,18 +37,30 @@ TRAIN_STEPS = 10
 class GpuSettings(Settings):
     """What `python -m benchmarks gpu` takes."""
 
-    data: Path | None = Field(None, description="dataset whose images are used; noise, and fewer parts, if not given")
-    parts: Several[str] = Field(tuple(SHARES), description=f"of {', '.join(SHARES)}, separated by commas")
-    config: Several[str] = Field(CONFIGS, description="configs, separated by commas; the peers run the first")
-    engine: Several[str] = Field(("all",), description="engines of the throughput, separated by commas, or all")
-    precision: Several[str] = Field(("bf16",), description="precisions of the engines, separated by commas, or all")
+    data: Path | None = Field(
+        None, description="dataset whose images are used; noise, and fewer parts, if not given"
+    )
+    parts: Several[str] = Field(
+        tuple(SHARES), description=f"of {', '.join(SHARES)}, separated by commas"
+    )
+    config: Several[str] = Field(
+        CONFIGS, description="configs, separated by commas; the peers run the first"
+    )
+    engine: Several[str] = Field(
+        ("all",), description="engines of the throughput, separated by commas, or all"
+    )
+    precision: Several[str] = Field(
+        ("bf16",), description="precisions of the engines, separated by commas, or all"
+    )
     batch: int = Field(256, ge=1, description="images a call")
     images: int = Field(4096, ge=1, description="images a repeat of peers and ingest")
     repeats: int = Field(3, ge=1, description="repeats of each part")
     seconds: float = Field(0.5, gt=0, description="of each repeat of the throughput, at least")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the networks run")
     minutes: float = Field(9.5, gt=0, description="for all parts together")
-    results: Path | None = Field(None, description="folder of the CSVs; benchmarks/results if not given")
+    results: Path | None = Field(
+        None, description="folder of the CSVs; benchmarks/results if not given"
+    )
 
 
 def gpu(settings: GpuSettings) -> int:
@@ -77,16 +97,30 @@ def flags(name: str, settings: GpuSettings) -> Flags:
     configs = ",".join(settings.config)
     precisions, repeats = ",".join(settings.precision), settings.repeats
     if name == "throughput":
-        engines, where = ",".join(settings.engine), {"device": settings.device, "batch": settings.batch}
+        engines, where = (
+            ",".join(settings.engine),
+            {"device": settings.device, "batch": settings.batch},
+        )
         timing = {"repeats": repeats, "seconds": settings.seconds, "patience": 240}
-        return {**common, **where, **timing, "config": configs, "engine": engines, "precision": precisions}
+        return {
+            **common,
+            **where,
+            **timing,
+            "config": configs,
+            "engine": engines,
+            "precision": precisions,
+        }
     if name == "export":
         return {**common, "config": configs, "precision": precisions}
     sized = {**common, "images": settings.images, "repeats": repeats}
     if name == "ingest":
         return {**sized, "threads": "1,2,4,8,16", "index": "false"}
     precision = "fp32" if "all" in settings.precision else precisions
-    ours = {"format": peers_format(settings.device), "precision": precision, "device": settings.device}
+    ours = {
+        "format": peers_format(settings.device),
+        "precision": precision,
+        "device": settings.device,
+    }
     return {**sized, **ours, "config": settings.config[0], "batch": settings.batch, "peers": "timm"}
 
 
@@ -101,14 +135,21 @@ def run_part(name: str, wanted: Sequence[Flags], seconds: float) -> bool:
     print(f"{name}: at most {seconds:.0f} s", flush=True)
     started = time.monotonic()
     codes = [run_command(name, each, started + seconds) for each in wanted]
-    how = ", ".join("stopped: no time left" if code is None else f"ended with {code}" for code in codes)
+    how = ", ".join(
+        "stopped: no time left" if code is None else f"ended with {code}" for code in codes
+    )
     print(f"{name}: {how} after {time.monotonic() - started:.0f} s", flush=True)
     return 0 in codes
 
 
 def run_command(name: str, wanted: Flags, ends: float) -> int | None:
     """Runs one command until some time of the monotonic clock. Returns its exit code, None where time ran out."""
-    given = (text for key, value in wanted.items() if value is not None for text in (f"--{key}", f"{value}"))
+    given = (
+        text
+        for key, value in wanted.items()
+        if value is not None
+        for text in (f"--{key}", f"{value}")
+    )
     left = max(ends - time.monotonic(), 1.0)
     try:
         return run([sys.executable, "-m", "benchmarks", name, *given], left).returncode

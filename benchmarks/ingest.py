@@ -38,11 +38,19 @@ class IngestSettings(Settings):
 
     data: Path = Field(Path("data/isic-2024"), description="dataset folder with train-image.hdf5")
     size: int = Field(224, ge=8, description="side of the decoded images, pixels")
-    images: int = Field(4000, ge=1, description="images a repeat of ours; the slower peers read a tenth")
-    repeats: int = Field(5, ge=1, description="repeats, of which the median counts; all ways take turns in each")
-    threads: Several[int] = Field((1, 2), description="numbers of decoding threads, separated by commas")
+    images: int = Field(
+        4000, ge=1, description="images a repeat of ours; the slower peers read a tenth"
+    )
+    repeats: int = Field(
+        5, ge=1, description="repeats, of which the median counts; all ways take turns in each"
+    )
+    threads: Several[int] = Field(
+        (1, 2), description="numbers of decoding threads, separated by commas"
+    )
     index: bool = Field(True, description="also time the offset index of a file of 401,059 images")
-    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+    results: Path | None = Field(
+        None, description="folder of the CSV; benchmarks/results if not given"
+    )
 
 
 @dataclass(frozen=True)
@@ -66,13 +74,23 @@ def ingest(settings: IngestSettings) -> None:
     ids = dataset.metadata("train")[schema.ID].to_list()[: settings.images]
     store, spec = dataset.images("train"), PreprocessSpec(size=settings.size)
     threads = {n: f"{n} thread{'s' * (n > 1)}" for n in settings.threads}
-    ways = [Way(f"ours, {text}", _ours(store, spec, n), bare=f"{BARE}, {text}") for n, text in threads.items()]
+    ways = [
+        Way(f"ours, {text}", _ours(store, spec, n), bare=f"{BARE}, {text}")
+        for n, text in threads.items()
+    ]
     if isinstance(store, Hdf5Images):
         bare = partial(_bare, store.source, build_index(store.source), settings.size)
         ways += [Way(f"{BARE}, {text}", bare(n)) for n, text in threads.items()]
-        ways.append(Way("h5py + PIL + numpy, 1 core", _usual(store.source, settings.size), share=0.1))
+        ways.append(
+            Way("h5py + PIL + numpy, 1 core", _usual(store.source, settings.size), share=0.1)
+        )
     ways += [
-        Way(f"timm transform in a DataLoader, {n} workers", _data_loader(store, settings.size, n), 0.25) for n in (0, 2)
+        Way(
+            f"timm transform in a DataLoader, {n} workers",
+            _data_loader(store, settings.size, n),
+            0.25,
+        )
+        for n in (0, 2)
     ]
     rates = measure(ways, ids, settings.repeats)
     write("ingest", [_row(way, rates, settings, len(ids)) for way in ways], settings.results)
@@ -93,7 +111,9 @@ def measure(ways: Sequence[Way], ids: Sequence[str], repeats: int) -> dict[str, 
     return rates
 
 
-def _row(way: Way, rates: dict[str, list[float]], settings: IngestSettings, num_images: int) -> dict[str, Any]:
+def _row(
+    way: Way, rates: dict[str, list[float]], settings: IngestSettings, num_images: int
+) -> dict[str, Any]:
     first, own = rates[next(iter(rates))], rates[way.name]
     row = {
         "what": way.name,
@@ -107,14 +127,20 @@ def _row(way: Way, rates: dict[str, list[float]], settings: IngestSettings, num_
     return {**row, **ratio("of_bare", own, rates[way.bare])} if way.bare in rates else row
 
 
-def _ours(store: ImageStore, spec: PreprocessSpec, num_threads: int) -> Callable[[Sequence[str]], None]:
+def _ours(
+    store: ImageStore, spec: PreprocessSpec, num_threads: int
+) -> Callable[[Sequence[str]], None]:
     """The ring of batches that embedding reads, without an engine behind it."""
     pool, depth = decode_pool(num_threads), ring_depth(BATCH, num_threads)
     ring = [np.empty((BATCH, spec.size, spec.size, 3), np.uint8) for _ in range(depth)]
 
     def run(ids: Sequence[str]) -> None:
-        free = iter(ring)  # memory that is there already: a run allocates it once, whatever the number of images
-        for batch in decode_ahead(store, _batches(ids), spec, pool, BATCH, depth, lambda _: next(free)):
+        free = iter(
+            ring
+        )  # memory that is there already: a run allocates it once, whatever the number of images
+        for batch in decode_ahead(
+            store, _batches(ids), spec, pool, BATCH, depth, lambda _: next(free)
+        ):
             assert not batch.failed
 
     return run
@@ -124,12 +150,16 @@ def _bare(path: Path, index: Index, size: int, num_threads: int) -> Callable[[Se
     """Nothing but a read, a decode and a resize for each image, a share of the images a thread: the machine's limit."""
     pool, file = decode_pool(num_threads), os.open(path, os.O_RDONLY)
     names, offsets, sizes = np.char.decode(index["isic_id"]), index["offset"], index["size"]
-    places = dict(zip(names.tolist(), zip(sizes.tolist(), offsets.tolist(), strict=True), strict=True))
+    places = dict(
+        zip(names.tolist(), zip(sizes.tolist(), offsets.tolist(), strict=True), strict=True)
+    )
     outs = [np.empty((BATCH, size, size, 3), np.uint8) for _ in range(num_threads)]
 
     def decode(ids: Sequence[str], out: Pixels) -> None:
         for row, name in enumerate(ids):
-            image = cv2.imdecode(np.frombuffer(os.pread(file, *places[name]), np.uint8), cv2.IMREAD_COLOR_RGB)
+            image = cv2.imdecode(
+                np.frombuffer(os.pread(file, *places[name]), np.uint8), cv2.IMREAD_COLOR_RGB
+            )
             assert image is not None
             cv2.resize(image, (size, size), dst=out[row % BATCH])
 
@@ -149,7 +179,9 @@ def _usual(path: Path, size: int) -> Callable[[Sequence[str]], None]:
 
     def load(file: h5py.File, name: str) -> Any:
         image = (
-            PIL.Image.open(io.BytesIO(file[name][()])).convert("RGB").resize((size, size), PIL.Image.Resampling.BICUBIC)
+            PIL.Image.open(io.BytesIO(file[name][()]))
+            .convert("RGB")
+            .resize((size, size), PIL.Image.Resampling.BICUBIC)
         )
         return ((np.asarray(image, np.float32) / 255 - mean) / std).transpose(2, 0, 1)
 
@@ -178,7 +210,9 @@ def _data_loader(store: Any, size: int, num_workers: int) -> Callable[[Sequence[
             return tensor
 
     def run(ids: Sequence[str]) -> None:
-        for _ in torch.utils.data.DataLoader(Images(ids), batch_size=BATCH, num_workers=num_workers):
+        for _ in torch.utils.data.DataLoader(
+            Images(ids), batch_size=BATCH, num_workers=num_workers
+        ):
             pass
 
     return run
@@ -189,13 +223,19 @@ def time_index(store: Hdf5Images) -> list[dict[str, Any]]:
     files = store.read(store.ids[:1000].tolist())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train-image.hdf5"
-        write_images(path, ((f"ISIC_{row:07d}", files[row % len(files)]) for row in range(FULL_SIZE)))
+        write_images(
+            path, ((f"ISIC_{row:07d}", files[row % len(files)]) for row in range(FULL_SIZE))
+        )
         first = _seconds(lambda: build_index(path))
         Hdf5Images(path)
         cached = [_seconds(lambda: Hdf5Images(path)) for _ in range(5)]
     return [
         {"what": "offset index, built", "images": FULL_SIZE, "seconds": round(first, 2)},
-        {"what": "offset index, from the cache", "images": FULL_SIZE, "seconds": round(statistics.median(cached), 3)},
+        {
+            "what": "offset index, from the cache",
+            "images": FULL_SIZE,
+            "seconds": round(statistics.median(cached), 3),
+        },
     ]
 
 

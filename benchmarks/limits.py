@@ -28,7 +28,12 @@ COPIED = {"cpu": 2**28, "cuda": 2**32}
 """Bytes of the array that is copied: many times the caches. On a GPU half of what is free holds it and its copy."""
 MATMUL_OPSET, MATMUL_IR = 13, 8
 """Old enough for every ONNX Runtime that runs the engines."""
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+}
 ACTIVATION_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 2}
 """Of a value between two layers; layers in int8 on a CPU take and give float32, those in fp8 float16."""
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
@@ -70,7 +75,9 @@ class Limits:
     matmul_by: str = "torch"
     """The library whose product that was: rates of two are no measure of a machine that changes."""
 
-    def of(self, work: Work, precision: str, batch: int, images_per_second: float) -> dict[str, Any]:
+    def of(
+        self, work: Work, precision: str, batch: int, images_per_second: float
+    ) -> dict[str, Any]:
         """Returns what a rate means: what it achieves, its share of either limit, and which of the two binds.
 
         `limit_images_per_second` is what the binding one alone would allow.
@@ -95,7 +102,9 @@ def limits(device: str, precision: str) -> Limits:
     """Measures a device. A precision that it computes slower than float32 has the limit of float32."""
     rates = [(torch_rate(device, name), "torch") for name in {"fp32", precision}]
     if device == "cpu":
-        rates.append((_onnxruntime_rate(), "onnxruntime"))  # on some CPUs torch's is not the fastest
+        rates.append(
+            (_onnxruntime_rate(), "onnxruntime")
+        )  # on some CPUs torch's is not the fastest
     matmul, library = max(rates)
     measured = Limits(matmul, _copy_rate(device), library)
     if device == "cuda":
@@ -107,14 +116,24 @@ def limits(device: str, precision: str) -> Limits:
 def _onnxruntime_rate() -> float:
     """Returns float32 operations a second of a product by a constant, as a network's layers are, on the CPU."""
     side = SIDES["cpu"][1]
-    left, right = (np.random.default_rng(seed).standard_normal((side, side), dtype=np.float32) for seed in (0, 1))
+    left, right = (
+        np.random.default_rng(seed).standard_normal((side, side), dtype=np.float32)
+        for seed in (0, 1)
+    )
     shape = [side, side]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("left", "product")]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name in ("left", "product")
+    ]
     node = helper.make_node("MatMul", ["left", "right"], ["product"])
-    graph = helper.make_graph([node], "product", ends[:1], ends[1:], [numpy_helper.from_array(right, "right")])
+    graph = helper.make_graph(
+        [node], "product", ends[:1], ends[1:], [numpy_helper.from_array(right, "right")]
+    )
     opset = [helper.make_opsetid("", MATMUL_OPSET)]
     model = helper.make_model(graph, opset_imports=opset, ir_version=MATMUL_IR).SerializeToString()
-    session = onnxruntime.InferenceSession(model, session_options(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        model, session_options(), providers=["CPUExecutionProvider"]
+    )
     return 2.0 * side**3 / _seconds(lambda: session.run(None, {"left": left}), "cpu")
 
 
@@ -129,12 +148,17 @@ def torch_rate(device: str, precision: str) -> float:
 
 def _product(device: str, precision: str, side: int) -> Callable[[], object]:
     if precision == "int8":
-        left, right = (torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device) for _ in range(2))
+        left, right = (
+            torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device)
+            for _ in range(2)
+        )
         return lambda: torch._int_mm(left, right)
     left, right = (torch.randn((side, side), device=device).to(DTYPES[precision]) for _ in range(2))
     if precision == "fp8":
         one = torch.ones((), device=device)
-        return lambda: torch._scaled_mm(left, right.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        return lambda: torch._scaled_mm(
+            left, right.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16
+        )
     return lambda: left @ right
 
 
@@ -192,5 +216,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = FLOPS.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
-            self.values += sum(leaf.numel() for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor))
+            self.values += sum(
+                leaf.numel() for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor)
+            )
         return out

@@ -43,12 +43,21 @@ class PackSettings(Settings):
     """What `python -m benchmarks pack` takes."""
 
     out: Path = Field(description="folder to write; it may not exist yet")
-    data: Path = Field(Path("data/isic-2024"), description="dataset from which a sample of images goes along")
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset from which a sample of images goes along"
+    )
     images: int = Field(4096, ge=1, description="images of the sample")
-    wheels: Several[str] = Field(WHEELS, description="packages that the machine lacks, as wheels; none: none")
+    wheels: Several[str] = Field(
+        WHEELS, description="packages that the machine lacks, as wheels; none: none"
+    )
     python: str = Field("3.12", description="the machine's Python")
     platform: Several[str] = Field(
-        ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"),
+        (
+            "manylinux_2_28_x86_64",
+            "manylinux_2_27_x86_64",
+            "manylinux_2_17_x86_64",
+            "manylinux2014_x86_64",
+        ),
         description="the machine's platform tags",
     )
 
@@ -64,13 +73,17 @@ def pack(settings: PackSettings) -> None:
     script = Path(shutil.copy(SCRIPT, settings.out))
     script.chmod(script.stat().st_mode | stat.S_IXUSR)  # a wheel has lost it
     size = sum(path.stat().st_size for path in settings.out.rglob("*") if path.is_file())
-    print(f"packed {size / 1e6:.0f} MB into {settings.out}; there, run {script.name} and bring back results/")
+    print(
+        f"packed {size / 1e6:.0f} MB into {settings.out}; there, run {script.name} and bring back results/"
+    )
 
 
 def copy_code(target: Path) -> None:
     """Copies the rooms without results, and says which commit they are."""
     for room in ROOMS:
-        shutil.copytree(ROOT / room, target / room, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copytree(
+            ROOT / room, target / room, ignore=shutil.ignore_patterns("__pycache__", "results")
+        )
     write_text(target / COMMIT_FILE.relative_to(ROOT), commit() + "\n")
 
 
@@ -85,7 +98,9 @@ def copy_sample(data: Path, target: Path, number: int) -> None:
     table = table.filter(~table[schema.ID].is_in(store.missing(table[schema.ID].to_list())))
     is_positive = table[schema.TARGET] == 1
     positives = table.filter(is_positive).head(number // 2)
-    sample = pl.concat([positives, table.filter(~is_positive).head(number - len(positives))]).sort(schema.ID)
+    sample = pl.concat([positives, table.filter(~is_positive).head(number - len(positives))]).sort(
+        schema.ID
+    )
     target.mkdir(parents=True)
     names = sample[schema.ID].to_list()
     write_images(target / "train-image.hdf5", zip(names, store.read(names), strict=True))
@@ -95,14 +110,30 @@ def copy_sample(data: Path, target: Path, number: int) -> None:
 
 def fetch_wheels(settings: PackSettings) -> None:
     """Downloads wheels for the other machine in the versions that are installed here. Raises UserError."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", settings.python]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
+    command += [
+        "--only-binary=:all:",
+        "--implementation",
+        "cp",
+        "--python-version",
+        settings.python,
+    ]
     command += [part for tag in settings.platform for part in ("--platform", tag)]
     command += ["--dest", str(settings.out / "wheels"), *map(_pinned, settings.wheels)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"pip could not download the wheels ({last}); name others with --wheels, or none")
+        raise UserError(
+            f"pip could not download the wheels ({last}); name others with --wheels, or none"
+        )
 
 
 def _pinned(package: str) -> str:

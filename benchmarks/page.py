@@ -27,11 +27,17 @@ def read(path: Path) -> pl.DataFrame:
     """
     rows = pl.read_csv(path, infer_schema=False)
     needed = (*MACHINE, "device")
-    rows = rows.with_columns(pl.lit(None, pl.String).alias(name) for name in needed if name not in rows.columns)
+    rows = rows.with_columns(
+        pl.lit(None, pl.String).alias(name) for name in needed if name not in rows.columns
+    )
     number = next((name for name in ("images", "rows") if name in rows.columns), None)
     if number is None or "seconds" not in rows.columns:
         return rows
-    start = pl.col("start_seconds").cast(pl.Float64).fill_null(0) if "start_seconds" in rows.columns else 0.0
+    start = (
+        pl.col("start_seconds").cast(pl.Float64).fill_null(0)
+        if "start_seconds" in rows.columns
+        else 0.0
+    )
     cost = 1e6 * (pl.col("seconds").cast(pl.Float64) - start) / pl.col(number).cast(pl.Float64)
     return rows.with_columns(us_per_row=cost.round(1).cast(pl.String))
 
@@ -56,7 +62,11 @@ def render(results: Path) -> str:
     head = (
         tag("p", "isic-toolkit", class_="over"),
         tag("h1", "What it costs"),
-        tag("p", "Every figure was measured by a command of this toolkit; its row names the machine.", class_="lead"),
+        tag(
+            "p",
+            "Every figure was measured by a command of this toolkit; its row names the machine.",
+            class_="lead",
+        ),
         page.links(name for name, _, _ in sections),
     )
     body = (page.section(name, title, *content) for name, title, content in sections)
@@ -69,7 +79,9 @@ NUMBERS = ("images_per_second", "min", "max", "limit_images_per_second", "gflop_
 def _numbers(rows: pl.DataFrame) -> pl.DataFrame:
     """Returns the rows that were measured, their figures as numbers."""
     needed = (*NUMBERS, *KEY[1:], "bound_by")
-    rows = rows.with_columns(pl.lit(None, pl.String).alias(name) for name in needed if name not in rows.columns)
+    rows = rows.with_columns(
+        pl.lit(None, pl.String).alias(name) for name in needed if name not in rows.columns
+    )
     rows = rows.with_columns(pl.col(NUMBERS).cast(pl.Float64))
     rows = rows.filter(pl.col("images_per_second").is_not_null())
     share = pl.col("images_per_second") / pl.col("limit_images_per_second")
@@ -100,7 +112,17 @@ def _alone(table: Markup) -> Markup:
 
 
 def _fastest(machine: Any, rows: pl.DataFrame) -> Markup:
-    lines = rows.select("what", "engine", "precision", "batch", "images_per_second", "min", "max", "bound_by", "share")
+    lines = rows.select(
+        "what",
+        "engine",
+        "precision",
+        "batch",
+        "images_per_second",
+        "min",
+        "max",
+        "bound_by",
+        "share",
+    )
     cells = (
         (
             what,
@@ -118,8 +140,13 @@ def _fastest(machine: Any, rows: pl.DataFrame) -> Markup:
 
 
 def _limit(rows: pl.DataFrame) -> Section:
-    last = last_rows(rows, KEY).filter(pl.col("share").is_not_null() & pl.col("gflop_per_image").is_not_null())
-    figures = [_limit_figure(str(machine), part) for (machine,), part in last.group_by("machine", maintain_order=True)]
+    last = last_rows(rows, KEY).filter(
+        pl.col("share").is_not_null() & pl.col("gflop_per_image").is_not_null()
+    )
+    figures = [
+        _limit_figure(str(machine), part)
+        for (machine,), part in last.group_by("machine", maintain_order=True)
+    ]
     intro = (
         "Each dot is an engine at its best batch. At 1 it would do what the machine's matrix products or its memory "
         "allow, whichever is less; both were measured in the same run."
@@ -128,14 +155,29 @@ def _limit(rows: pl.DataFrame) -> Section:
 
 
 def _limit_figure(machine: str, rows: pl.DataFrame) -> Markup:
-    best = rows.sort("images_per_second").unique(["what", "engine", "precision"], keep="last", maintain_order=True)
+    best = rows.sort("images_per_second").unique(
+        ["what", "engine", "precision"], keep="last", maintain_order=True
+    )
     x = _log_axis("operations an image, GFLOP", best["gflop_per_image"])
     high = max(1.0, math.ceil(5 * best["share"].max()) / 5)  # type: ignore[operator, arg-type]
     y = Axis("share of the limit", 0, high, [at / 5 for at in range(round(5 * high) + 1)])
     plot = Plot(x, y, f"Share of the limit by size of the network on {machine}")
-    columns = ("what", "engine", "precision", "batch", "gflop_per_image", "images_per_second", "share")
+    columns = (
+        "what",
+        "engine",
+        "precision",
+        "batch",
+        "gflop_per_image",
+        "images_per_second",
+        "share",
+    )
     dots = (
-        plot.dot(size, share, "", f"{what}, {engine} {precision}, batch {batch}: {rate:,.1f} images/s, {share:.0%}")
+        plot.dot(
+            size,
+            share,
+            "",
+            f"{what}, {engine} {precision}, batch {batch}: {rate:,.1f} images/s, {share:.0%}",
+        )
         for what, engine, precision, batch, size, rate, share in best.select(columns).iter_rows()
     )
     return tag("figure", tag("h3", machine), plot.draw(*dots))
@@ -167,15 +209,22 @@ def _time(rows: pl.DataFrame) -> Section:
 
 def _time_figure(machine: str, series: pl.DataFrame) -> Markup:
     longest = int(series["time"].list.len().max())  # type: ignore[arg-type]
-    ratios = [[rate / rates[0] for rate in rates] for rates in series["images_per_second"].to_list()]
+    ratios = [
+        [rate / rates[0] for rate in rates] for rates in series["images_per_second"].to_list()
+    ]
     high = max(1.5, *(max(ratio) for ratio in ratios))
     step = 0.5 if high <= 3 else 1.0
     ticks = [step * at for at in range(int(high / step) + 2)]
     x = Axis("measurement", 1, longest, list(range(1, longest + 1)))
-    plot = Plot(x, Axis("rate relative to the first", 0, ticks[-1], ticks), f"Rates over time on {machine}")
+    plot = Plot(
+        x, Axis("rate relative to the first", 0, ticks[-1], ticks), f"Rates over time on {machine}"
+    )
     lines = [
         plot.line(
-            list(range(1, len(ratio) + 1)), ratio, "part", " ".join([name[1], name[2], name[3], f"batch {name[4]}"])
+            list(range(1, len(ratio) + 1)),
+            ratio,
+            "part",
+            " ".join([name[1], name[2], name[3], f"batch {name[4]}"]),
         )
         for ratio, name in zip(ratios, series.select(KEY).iter_rows(), strict=True)
     ]
@@ -184,16 +233,38 @@ def _time_figure(machine: str, series: pl.DataFrame) -> Markup:
 
 def _peers(rows: pl.DataFrame) -> Section:
     last = last_rows(rows, (*MACHINE, "what", "data", "batch", "ours", "peer"))
-    columns = ("what", "ours", "peer", "ratio", "ratio_min", "ratio_max", "cosine_same_pixels", "cosine")
-    last = last.with_columns(pl.lit(None, pl.String).alias(name) for name in columns if name not in last.columns)
-    heading = ("config and peer", "ours", "ours is faster by", "spread", "least cosine, same pixels", "own pixels")
+    columns = (
+        "what",
+        "ours",
+        "peer",
+        "ratio",
+        "ratio_min",
+        "ratio_max",
+        "cosine_same_pixels",
+        "cosine",
+    )
+    last = last.with_columns(
+        pl.lit(None, pl.String).alias(name) for name in columns if name not in last.columns
+    )
+    heading = (
+        "config and peer",
+        "ours",
+        "ours is faster by",
+        "spread",
+        "least cosine, same pixels",
+        "own pixels",
+    )
 
     def cells(part: pl.DataFrame) -> Iterator[tuple[str, ...]]:
         for what, ours, peer, ratio, low, high, same, own in part.select(columns).iter_rows():
-            figures = (f"{ratio} times", f"{low} to {high}") if ratio else ("not measured", page.NONE)
+            figures = (
+                (f"{ratio} times", f"{low} to {high}") if ratio else ("not measured", page.NONE)
+            )
             yield f"{what}: {peer}", ours, *figures, same or page.NONE, own or page.NONE
 
-    tables = (_alone(page.table(machine, heading, cells(part))) for machine, part in _by_machine(last))
+    tables = (
+        _alone(page.table(machine, heading, cells(part))) for machine, part in _by_machine(last)
+    )
     intro = (
         "The same images and the same weights, in turns, from the file to features. Same pixels: decoded and resized "
         "once for all; own pixels: by each way, of which those that use PIL antialias where they shrink."
@@ -203,7 +274,9 @@ def _peers(rows: pl.DataFrame) -> Section:
 
 def _by_machine(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
     """Yields the rows of each machine, the last measured first."""
-    groups = rows.with_columns(machine=_machine()).reverse().partition_by("machine", maintain_order=True)
+    groups = (
+        rows.with_columns(machine=_machine()).reverse().partition_by("machine", maintain_order=True)
+    )
     return ((str(part["machine"][0]), part.reverse()) for part in groups)
 
 
@@ -213,7 +286,10 @@ def _growth(tables: dict[str, pl.DataFrame]) -> list[Section]:
         rows = tables.get(name, pl.DataFrame())
         if "us_per_row" in rows.columns:
             rows = rows.filter(pl.col("us_per_row").is_not_null())
-            shown += [_alone(_growth_table(f"{name}, {machine}", part)) for machine, part in _by_machine(rows)]
+            shown += [
+                _alone(_growth_table(f"{name}, {machine}", part))
+                for machine, part in _by_machine(rows)
+            ]
     intro = "Whole runs: what a row costs should not depend on how many there are, and memory should not grow."
     return [("Growth", "As work grows", (tag("p", intro), *shown))] if shown else []
 
@@ -224,7 +300,11 @@ def _growth_table(title: str, rows: pl.DataFrame) -> Markup:
     cells = (
         (what, f"{float(count):,.0f}", seconds, cost, peak or page.NONE)
         for what, count, seconds, cost, peak in last.select(
-            "what", number, "seconds", "us_per_row", "peak_mb" if "peak_mb" in last.columns else pl.lit(None)
+            "what",
+            number,
+            "seconds",
+            "us_per_row",
+            "peak_mb" if "peak_mb" in last.columns else pl.lit(None),
         ).iter_rows()
     )
     return page.table(title, ("what", number, "seconds", "µs each", "peak MB"), cells)
@@ -236,10 +316,19 @@ def _tables(tables: dict[str, pl.DataFrame]) -> Section:
 
 
 def _whole(name: str, rows: pl.DataFrame) -> Markup:
-    shown = [column for column in rows.columns if column not in NOT_SHOWN and rows[column].null_count() < len(rows)]
-    shown = sorted(shown, key=lambda column: column in MACHINE)  # what was measured comes first, where comes last
+    shown = [
+        column
+        for column in rows.columns
+        if column not in NOT_SHOWN and rows[column].null_count() < len(rows)
+    ]
+    shown = sorted(
+        shown, key=lambda column: column in MACHINE
+    )  # what was measured comes first, where comes last
     cells = (
-        [value or page.NONE for value in row] for row in rows.reverse().select(*shown, "time", "commit").iter_rows()
+        [value or page.NONE for value in row]
+        for row in rows.reverse().select(*shown, "time", "commit").iter_rows()
     )
-    table = page.table(name, [*(column.replace("_", " ") for column in shown), "time", "commit"], cells)
+    table = page.table(
+        name, [*(column.replace("_", " ") for column in shown), "time", "commit"], cells
+    )
     return tag("details", tag("summary", join(name, f", {len(rows)} rows")), table)

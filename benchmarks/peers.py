@@ -36,15 +36,23 @@ OURS = next(iter(WAYS))
 class PeersSettings(Settings):
     """What `python -m benchmarks peers` takes."""
 
-    config: str = Field("vit_tiny", description="config whose network, with fresh weights, embeds the images")
+    config: str = Field(
+        "vit_tiny", description="config whose network, with fresh weights, embeds the images"
+    )
     data: Path = Field(Path("data/isic-2024"), description="dataset folder with train-image.hdf5")
     format: str = Field("onnx", description="format of ours")
-    precision: Several[str] = Field(("fp32",), description="precisions of ours; the peers compute in float32")
-    peers: Several[str] = Field(("all",), description="parts of the peers' names, separated by commas, or all")
+    precision: Several[str] = Field(
+        ("fp32",), description="precisions of ours; the peers compute in float32"
+    )
+    peers: Several[str] = Field(
+        ("all",), description="parts of the peers' names, separated by commas, or all"
+    )
     images: int = Field(512, ge=1, description="images a repeat")
     batch: int = Field(16, ge=1, description="images a call of the network")
     repeats: int = Field(5, ge=1, description="repeats, in which all ways take turns")
-    num_workers: int | None = Field(None, ge=0, description="of the peers' DataLoader; one a core if not given")
+    num_workers: int | None = Field(
+        None, ge=0, description="of the peers' DataLoader; one a core if not given"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the network runs")
     hf: Path | None = Field(
         None,
@@ -52,7 +60,9 @@ class PeersSettings(Settings):
         "pip install --no-deps --target FOLDER optimum-onnx optimum transformers==4.57.6 tokenizers==0.22.2 "
         "huggingface_hub==0.36.2 regex",
     )
-    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+    results: Path | None = Field(
+        None, description="folder of the CSV; benchmarks/results if not given"
+    )
 
 
 def peers(settings: PeersSettings) -> None:
@@ -65,7 +75,12 @@ def peers(settings: PeersSettings) -> None:
     fresh = create_fresh(settings.config)
     dataset = Dataset(settings.data)
     ids = dataset.metadata("train")[schema.ID].to_list()[: settings.images]
-    asked = {"what": fresh.settings.name, "data": settings.data.name, "images": len(ids), "batch": settings.batch}
+    asked = {
+        "what": fresh.settings.name,
+        "data": settings.data.name,
+        "images": len(ids),
+        "batch": settings.batch,
+    }
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         common = describe(fresh, ids, settings, Path(folder))
         ours, reasons = build_ours(fresh, common, settings, Path(folder))
@@ -73,7 +88,9 @@ def peers(settings: PeersSettings) -> None:
         for peer in others:
             tasks = {**ours, peer: Task(way=peer, folder=_folder(Path(folder), peer), **common)}
             ways = {name: Way(task, settings.hf) for name, task in tasks.items()}
-            rates, features = embed_in_turns(ways, settings.data.resolve(), resized, len(ids), settings.repeats)
+            rates, features = embed_in_turns(
+                ways, settings.data.resolve(), resized, len(ids), settings.repeats
+            )
             failed = {name: way.reason for name, way in ways.items() if way.reason}
             rows = compare_all(rates, features, {**reasons, **failed}, [peer])
             write("peers", [{**asked, **row} for row in rows], settings.results)
@@ -82,7 +99,10 @@ def peers(settings: PeersSettings) -> None:
 def write_resized(dataset: Dataset, ids: list[str], spec: PreprocessSpec, folder: Path) -> Path:
     """Writes the images as PNGs of the network's size, which every way reads alike. Returns their folder."""
     pixels = [resize(decode(data), spec) for data in dataset.images("train").read(ids)]
-    files = [cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes() for image in pixels]
+    files = [
+        cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
+        for image in pixels
+    ]
     resized = folder / "resized"
     resized.mkdir()
     write_images(resized / FILE, sorted(zip(ids, files, strict=True)))
@@ -92,7 +112,11 @@ def write_resized(dataset: Dataset, ids: list[str], spec: PreprocessSpec, folder
 def describe(fresh: Fresh, ids: list[str], settings: PeersSettings, folder: Path) -> dict[str, Any]:
     """Returns the fields of a Task that are the same for every way, and writes the weights."""
     save_file(fresh.model.backbone.state_dict(), folder / "backbone.safetensors")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    device = (
+        ("cuda" if torch.cuda.is_available() else "cpu")
+        if settings.device == "auto"
+        else settings.device
+    )
     return {
         "data": str(settings.data.resolve()),
         "ids": ids,
@@ -117,11 +141,17 @@ def build_ours(
     for precision in settings.precision:
         name = f"{OURS}, {settings.format} {precision}"
         try:
-            artifact = build_artifact(fresh, settings.format, precision, folder, common["device"], settings.batch)
+            artifact = build_artifact(
+                fresh, settings.format, precision, folder, common["device"], settings.batch
+            )
         except Exception as error:  # of any type, and it costs this precision alone
             reasons[name] = reason(error)
             continue
-        own: dict[str, Any] = {"way": OURS, "folder": _folder(folder, name), "artifact": str(artifact.path)}
+        own: dict[str, Any] = {
+            "way": OURS,
+            "folder": _folder(folder, name),
+            "artifact": str(artifact.path),
+        }
         tasks[name] = Task(**own, manifest=artifact.manifest, **common)
     return tasks, reasons
 
@@ -131,7 +161,9 @@ def chosen_peers(wanted: tuple[str, ...]) -> list[str]:
     known = [name for name in WAYS if name != OURS]
     for part in wanted:
         if part != "all" and not any(part in name for name in known):
-            raise UserError(f'--peers: no peer has "{part}" in its name; there are {"; ".join(known)}')
+            raise UserError(
+                f'--peers: no peer has "{part}" in its name; there are {"; ".join(known)}'
+            )
     return [name for name in known if any(part == "all" or part in name for part in wanted)]
 
 
@@ -150,10 +182,16 @@ class Way:
         write_json(self.path, asdict(task))
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         if extra and ("transformers" in task.way or "optimum" in task.way):
-            environment["PYTHONPATH"] = os.pathsep.join([str(extra.resolve()), os.environ.get("PYTHONPATH", "")])
+            environment["PYTHONPATH"] = os.pathsep.join(
+                [str(extra.resolve()), os.environ.get("PYTHONPATH", "")]
+            )
         command = [sys.executable, "-m", "benchmarks.ways", str(self.path)]
         with open(self.path.with_suffix(".log"), "w", encoding="utf-8") as log:
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+            pipes: dict[str, Any] = {
+                "stdin": subprocess.PIPE,
+                "stdout": subprocess.PIPE,
+                "stderr": log,
+            }
             self._process = subprocess.Popen(command, text=True, env=environment, **pipes)
         self.reason = None if self._answer() == "ready" else self._complaint()
 
@@ -208,7 +246,9 @@ def embed_in_turns(
     features = {"cosine": {name: way.features() for name, way in ways.items() if not way.reason}}
     for way in ways.values():
         way.run(resized)
-    features["cosine_same_pixels"] = {name: way.features() for name, way in ways.items() if not way.reason}
+    features["cosine_same_pixels"] = {
+        name: way.features() for name, way in ways.items() if not way.reason
+    }
     for way in ways.values():
         way.close()
     return rates, features
@@ -238,5 +278,8 @@ def compare_all(
                 "images_per_second": round(statistics.median(rates[peer]), 1),
                 **ratio("ratio", rates[own], rates[peer], digits=2),
             }
-            rows.append(row | {name: round(least_cosine(of[own], of[peer]), 7) for name, of in features.items()})
+            rows.append(
+                row
+                | {name: round(least_cosine(of[own], of[peer]), 7) for name, of in features.items()}
+            )
     return rows

@@ -12,7 +12,9 @@ GRACE = 5.0
 """Seconds that a process has to tidy up after it is asked to end."""
 
 
-def run(command: Sequence[str], seconds: float, **options: Any) -> "subprocess.CompletedProcess[str]":
+def run(
+    command: Sequence[str], seconds: float, **options: Any
+) -> "subprocess.CompletedProcess[str]":
     """Runs a command for some seconds at most, and ends what it leaves running: compilers, loaders, engines.
 
     Args:

@@ -81,7 +81,10 @@ def write(benchmark: str, rows: Sequence[Row], results: Path | None = None) -> P
 
 
 def append_each(
-    benchmark: str, names: Iterable[str], rows_of: Callable[[str], Iterable[Row]], results: Path | None = None
+    benchmark: str,
+    names: Iterable[str],
+    rows_of: Callable[[str], Iterable[Row]],
+    results: Path | None = None,
 ) -> None:
     """Prints and appends the rows of each name as they come, and for a name that fails one with the `reason`.
 
@@ -101,10 +104,16 @@ def append_each(
 def reason(error: Exception) -> str:
     """Returns what an exception says, short enough for a table: a sentence for users, or the type and a first line."""
     lines = str(error).strip().splitlines() or [""]
-    return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}"[:MAX_REASON]
+    return (
+        lines[0]
+        if isinstance(error, UserError)
+        else f"{type(error).__name__}: {lines[0]}"[:MAX_REASON]
+    )
 
 
-def ratio(name: str, ours: Sequence[float], theirs: Sequence[float], digits: int = 3) -> dict[str, float]:
+def ratio(
+    name: str, ours: Sequence[float], theirs: Sequence[float], digits: int = 3
+) -> dict[str, float]:
     """Returns the columns `<name>`, `<name>_min` and `<name>_max`: median, least and most of the ratios of repeats.
 
     Each of ours is set against the one of theirs that took its turn beside it.
@@ -119,7 +128,11 @@ def commit() -> str:
     if COMMIT_FILE.is_file():
         return COMMIT_FILE.read_text().strip()
     ended = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=RESULTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return ended.stdout.strip() or "unknown"
 

@@ -20,9 +20,13 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 class ReportSettings(Settings):
     """What `python -m benchmarks report` takes."""
 
-    documents: Several[Path] = Field(DOCUMENTS, description="Markdown files whose tables are written anew")
+    documents: Several[Path] = Field(
+        DOCUMENTS, description="Markdown files whose tables are written anew"
+    )
     results: Path = Field(RESULTS, description="folder of the CSVs")
-    page: Path = Field(Path("outputs/benchmarks.html"), description="the page of charts and all tables")
+    page: Path = Field(
+        Path("outputs/benchmarks.html"), description="the page of charts and all tables"
+    )
 
 
 @dataclass(frozen=True)
@@ -253,13 +257,25 @@ def markdown(rows: pl.DataFrame, table: Table) -> str:
     """Renders the last row of each kind that has a figure, without the columns that are blank in all."""
     last = last_rows(rows, table.key)
     by = (pl.col(name) for name in table.sort if name in last.columns)
-    last = last.sort([key for column in by for key in (column.cast(pl.Float64, strict=False), column)])
+    last = last.sort(
+        [key for column in by for key in (column.cast(pl.Float64, strict=False), column)]
+    )
     for name, values in table.only.items():
-        last = last.filter(pl.col(name).is_in(values)).sort(pl.col(name).cast(pl.Enum(values)), maintain_order=True)
+        last = last.filter(pl.col(name).is_in(values)).sort(
+            pl.col(name).cast(pl.Enum(values)), maintain_order=True
+        )
     figures = [name for name in table.columns if name in last.columns and name not in table.key]
     last = last.filter(pl.any_horizontal(pl.col(name).is_not_null() for name in figures))
     shown = {name: heading for name, heading in table.columns.items() if name in last.columns}
     last = last.select(list(shown))
-    shown = {name: heading for name, heading in shown.items() if not len(last) or last[name].null_count() < len(last)}
-    lines = [list(shown.values()), ["---"] * len(shown), *map(list, last.select(list(shown)).fill_null("").iter_rows())]
+    shown = {
+        name: heading
+        for name, heading in shown.items()
+        if not len(last) or last[name].null_count() < len(last)
+    }
+    lines = [
+        list(shown.values()),
+        ["---"] * len(shown),
+        *map(list, last.select(list(shown)).fill_null("").iter_rows()),
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

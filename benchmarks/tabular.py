@@ -41,12 +41,18 @@ TOLERANCE = 1e-4
 class TabularSettings(Settings):
     """What `python -m benchmarks tabular` takes."""
 
-    rows: Several[int] = Field((4_000, 40_000, 401_059), description="sizes of the synthetic tables")
+    rows: Several[int] = Field(
+        (4_000, 40_000, 401_059), description="sizes of the synthetic tables"
+    )
     predict_rows: int = Field(100_000, ge=1, description="rows of the matrix to predict")
     trees: int = Field(TREES, ge=1, description="trees of the booster to predict with")
-    fit_rounds: int | None = Field(None, ge=1, description="boosting rounds to fit; each library's own if not given")
+    fit_rounds: int | None = Field(
+        None, ge=1, description="boosting rounds to fit; each library's own if not given"
+    )
     repeats: int = Field(3, ge=1, description="repeats of each, of which the median counts")
-    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+    results: Path | None = Field(
+        None, description="folder of the CSV; benchmarks/results if not given"
+    )
 
 
 def tabular(settings: TabularSettings) -> None:
@@ -80,7 +86,9 @@ def _features(path: Path, repeats: int) -> list[dict[str, Any]]:
     for _ in range(repeats):
         for name in WAYS:
             found[name].append(alone(name, path))
-    seconds = {name: statistics.median(time for time, _ in measured) for name, measured in found.items()}
+    seconds = {
+        name: statistics.median(time for time, _ in measured) for name, measured in found.items()
+    }
     check_same(path)
     number = len(pl.read_parquet(path, columns=[schema.ID]))
     return [
@@ -122,7 +130,9 @@ def compute_part(metadata: pl.DataFrame) -> pl.DataFrame:
     return compute(metadata, _part_names())
 
 
-def compute_pandas(table: pd.DataFrame, zscore: Callable[[Any, pd.Series], pd.Series]) -> pd.DataFrame:
+def compute_pandas(
+    table: pd.DataFrame, zscore: Callable[[Any, pd.Series], pd.Series]
+) -> pd.DataFrame:
     """Returns the same as `compute_part` does; `zscore` takes the column by patient, and as it is."""
     group = table.groupby("patient_id")
     columns = {schema.ID: table[schema.ID]}
@@ -156,11 +166,16 @@ def check_same(path: Path) -> None:
         assert ours[schema.ID].to_list() == theirs[schema.ID].to_list()
         for name in _part_names():
             values = theirs[name].to_numpy(np.float64)
-            np.testing.assert_allclose(ours[name].to_numpy(), values, rtol=TOLERANCE, atol=TOLERANCE, err_msg=name)
+            np.testing.assert_allclose(
+                ours[name].to_numpy(), values, rtol=TOLERANCE, atol=TOLERANCE, err_msg=name
+            )
 
 
 FULL, PART = "default features", "part of them"
-PANDAS, PANDAS_FUNCTION = 'the part in pandas, transform("mean")', "the part in pandas, transform(lambda)"
+PANDAS, PANDAS_FUNCTION = (
+    'the part in pandas, transform("mean")',
+    "the part in pandas, transform(lambda)",
+)
 WAYS: dict[str, tuple[Callable[[Path], Any], Callable[[Any], Any]]] = {
     FULL: (read_metadata, lambda table: compute(table, SETS["engineered"])),
     PART: (read_metadata, compute_part),
@@ -195,12 +210,23 @@ def predict_rates(num_rows: int, num_trees: int, repeats: int) -> list[dict[str,
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal((num_rows, WIDE), dtype=np.float32)
     fitted_on = matrix[:FIT_ROWS]
-    target = (fitted_on[:, :50].sum(axis=1) + rng.standard_normal(len(fitted_on)) * 3 > 10).astype(np.int8)
-    shape = {"num_rounds": num_trees, "num_leaves": LEAVES, "max_depth": -1, "feature_fraction_bynode": 0.1}
+    target = (fitted_on[:, :50].sum(axis=1) + rng.standard_normal(len(fitted_on)) * 3 > 10).astype(
+        np.int8
+    )
+    shape = {
+        "num_rounds": num_trees,
+        "num_leaves": LEAVES,
+        "max_depth": -1,
+        "feature_fraction_bynode": 0.1,
+    }
     names = [f"f{i}" for i in range(WIDE)]
     library = LIBRARIES["lightgbm"]
     text = library.fit(fitted_on, target, names, parameters_of("lightgbm", shape), 0)
-    predict, booster, table = library.load(text), lightgbm.Booster(model_str=text), pl.from_numpy(matrix, names)
+    predict, booster, table = (
+        library.load(text),
+        lightgbm.Booster(model_str=text),
+        pl.from_numpy(matrix, names),
+    )
     arrow = table.to_arrow()
     what = f"predict, {num_trees} trees, {WIDE} features"
     ways: dict[str, Callable[[], Any]] = {

@@ -48,15 +48,27 @@ class ThroughputSettings(Settings):
     """What `python -m benchmarks throughput` takes."""
 
     config: Several[str] = Field((ALL,), description="configs, separated by commas, or all")
-    engine: Several[str] = Field((ALL,), description="eager, compile, or formats of an export, separated by commas")
-    precision: Several[str] = Field((ALL,), description="fp32, fp16, bf16, int8, fp8, separated by commas")
-    batch: Several[int] = Field((), description="images a call, separated by commas; 1,16 on a CPU, 1,256 on a GPU")
+    engine: Several[str] = Field(
+        (ALL,), description="eager, compile, or formats of an export, separated by commas"
+    )
+    precision: Several[str] = Field(
+        (ALL,), description="fp32, fp16, bf16, int8, fp8, separated by commas"
+    )
+    batch: Several[int] = Field(
+        (), description="images a call, separated by commas; 1,16 on a CPU, 1,256 on a GPU"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the engines run")
-    data: Path | None = Field(None, description="dataset whose images are the input; noise if not given")
+    data: Path | None = Field(
+        None, description="dataset whose images are the input; noise if not given"
+    )
     repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
-    seconds: float = Field(1.0, gt=0, description="of each repeat, at least; one call where that takes longer")
+    seconds: float = Field(
+        1.0, gt=0, description="of each repeat, at least; one call where that takes longer"
+    )
     patience: float = Field(900.0, gt=0, description="seconds after which an engine is given up")
-    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+    results: Path | None = Field(
+        None, description="folder of the CSV; benchmarks/results if not given"
+    )
 
     @property
     def where(self) -> str:
@@ -86,19 +98,31 @@ def rows(config: str, wanted: list[tuple[str, str]], settings: ThroughputSetting
     expected = run_model(fresh.model, images[:NUM_CHECKED])[0]
     for engine, precision in wanted:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            for figures in measure(fresh, engine, precision, images, expected, settings, Path(folder)):
+            for figures in measure(
+                fresh, engine, precision, images, expected, settings, Path(folder)
+            ):
                 yield _row(fresh, engine, precision, figures, work, settings)
 
 
 def engines(settings: ThroughputSettings) -> list[tuple[str, str]]:
     """Returns the engines and precisions that are asked for. Raises UserError where there is none such."""
-    known = [(engine, precision) for engine in ENGINES for precision in TORCH_PRECISIONS[settings.where]]
-    known += [(name, precision) for name in FORMATS for precision in FORMATS[name].precisions.get(settings.where, ())]
+    known = [
+        (engine, precision) for engine in ENGINES for precision in TORCH_PRECISIONS[settings.where]
+    ]
+    known += [
+        (name, precision)
+        for name in FORMATS
+        for precision in FORMATS[name].precisions.get(settings.where, ())
+    ]
     names = chosen("engine", settings.engine, list(dict.fromkeys(name for name, _ in known)))
-    precisions = chosen("precision", settings.precision, list(dict.fromkeys(precision for _, precision in known)))
+    precisions = chosen(
+        "precision", settings.precision, list(dict.fromkeys(precision for _, precision in known))
+    )
     found = [pair for pair in known if pair[0] in names and pair[1] in precisions]
     if not found:
-        raise UserError(f"no engine of --engine has a --precision that is asked for; there are {known}")
+        raise UserError(
+            f"no engine of --engine has a --precision that is asked for; there are {known}"
+        )
     return found
 
 
@@ -125,13 +149,22 @@ def measure(
             return
         try:
             artifact = build_artifact(
-                fresh, engine, precision, folder, settings.where, max(settings.batches), images[NUM_CHECKED:]
+                fresh,
+                engine,
+                precision,
+                folder,
+                settings.where,
+                max(settings.batches),
+                images[NUM_CHECKED:],
             )
         except Exception as error:  # of any type, and it costs this row alone
             yield {"reason": f"does not build: {reason(error)}"}
             return
     result = run_job(fresh, engine, precision, images, artifact, settings, folder / "job.json")
-    common = {"load_seconds": result.get("load_seconds"), "build_seconds": artifact and round(artifact.seconds, 1)}
+    common = {
+        "load_seconds": result.get("load_seconds"),
+        "build_seconds": artifact and round(artifact.seconds, 1),
+    }
     if (folder / "job.features.npy").is_file():
         features = np.load(folder / "job.features.npy").astype(np.float32)
         common["cosine"] = round(least_cosine(expected, features), 7)
@@ -175,18 +208,37 @@ def run_job(
             failed = f"its process ended with {ended.returncode}: {(ended.stderr.splitlines() or [''])[-1]}"
     except subprocess.TimeoutExpired:
         failed = f"took longer than {settings.patience:.0f} s"
-    result = read_json(path.with_suffix(".result")) if path.with_suffix(".result").is_file() else {"rows": []}
+    result = (
+        read_json(path.with_suffix(".result"))
+        if path.with_suffix(".result").is_file()
+        else {"rows": []}
+    )
     return {**result, **({"reason": failed} if failed else {})}
 
 
-def _row(fresh: Fresh, engine: str, precision: str, figures: Row, work: Work, settings: ThroughputSettings) -> Row:
-    row = {"what": fresh.settings.name, "engine": engine, "precision": precision, "device": settings.where, **figures}
+def _row(
+    fresh: Fresh,
+    engine: str,
+    precision: str,
+    figures: Row,
+    work: Work,
+    settings: ThroughputSettings,
+) -> Row:
+    row = {
+        "what": fresh.settings.name,
+        "engine": engine,
+        "precision": precision,
+        "device": settings.where,
+        **figures,
+    }
     row["input"] = settings.data.name if settings.data else "noise"
     row["size"] = fresh.spec.size
     if "reason" in figures:
         return row
     try:
-        limit = limits(settings.where, precision).of(work, precision, figures["batch"], figures["images_per_second"])
+        limit = limits(settings.where, precision).of(
+            work, precision, figures["batch"], figures["images_per_second"]
+        )
     except Exception as error:  # a rate counts also where torch has no product of that precision
         return {**row, "reason": f"no limit to compare with: {reason(error)}"}
     return {**row, **limit}

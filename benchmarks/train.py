@@ -39,8 +39,12 @@ class TrainRateSettings(TrainSettings):
 
     steps: int = Field(30, ge=1, description="optimizer steps a repeat")
     warmup_steps: int = Field(5, ge=1, description="steps before them that are not timed")
-    repeats: int = Field(5, ge=1, description="repeats, of which the median counts; the loops take turns in each")
-    results: Path | None = Field(None, description="folder of the CSV; benchmarks/results if not given")
+    repeats: int = Field(
+        5, ge=1, description="repeats, of which the median counts; the loops take turns in each"
+    )
+    results: Path | None = Field(
+        None, description="folder of the CSV; benchmarks/results if not given"
+    )
 
 
 @dataclass
@@ -125,15 +129,24 @@ class Endless:
 
 def in_memory(settings: TrainSettings, device: torch.device) -> Iterable[Batch]:
     """Returns random batches that lie on the device, in turns."""
-    size, shape = settings.batch_size, (settings.batch_size, settings.image_size, settings.image_size, 3)
+    size, shape = (
+        settings.batch_size,
+        (settings.batch_size, settings.image_size, settings.image_size, 3),
+    )
     batches = [
-        Batch(torch.randint(256, shape, dtype=torch.uint8), torch.randint(2, (size,)).float(), torch.arange(size))
+        Batch(
+            torch.randint(256, shape, dtype=torch.uint8),
+            torch.randint(2, (size,)).float(),
+            torch.arange(size),
+        )
         for _ in range(NUM_IN_MEMORY)
     ]
     return Endless([Batch(*(part.to(device) for part in batch)) for batch in batches])
 
 
-def create_loop(settings: TrainRateSettings, device: torch.device) -> Callable[[Iterable[Batch]], Window]:
+def create_loop(
+    settings: TrainRateSettings, device: torch.device
+) -> Callable[[Iterable[Batch]], Window]:
     """Returns what learns from some batches, by the loop of `python -m train`, and times it."""
     prepare(device)
     state = create_state(settings.model_copy(update={"pretrained": False}), device, 0)
@@ -142,7 +155,11 @@ def create_loop(settings: TrainRateSettings, device: torch.device) -> Callable[[
 
 
 def _learn(
-    state: TrainState, forward: Any, batches: Iterable[Batch], settings: TrainRateSettings, device: torch.device
+    state: TrainState,
+    forward: Any,
+    batches: Iterable[Batch],
+    settings: TrainRateSettings,
+    device: torch.device,
 ) -> Window:
     window, state.step = create_window(settings, batches, device), 0
     schedule = np.full(settings.warmup_steps + settings.steps, 0.1)
@@ -150,7 +167,9 @@ def _learn(
     return window
 
 
-def create_window(settings: TrainRateSettings, batches: Iterable[Batch], device: torch.device) -> Window:
+def create_window(
+    settings: TrainRateSettings, batches: Iterable[Batch], device: torch.device
+) -> Window:
     """Returns a window of whole optimizer steps."""
     each = settings.accumulation_steps
     return Window(batches, settings.warmup_steps * each, settings.steps * each, device)
@@ -185,7 +204,9 @@ class BareLoop:
 def serve_bare_loop(connection: Connection, settings: TrainRateSettings) -> None:
     """Builds the model and runs the loop whenever it is asked to."""
     device = select_device(settings.device)
-    model = timm.create_model(settings.model, **{**backbone_options(settings), "num_classes": 1}).to(device)
+    model = timm.create_model(
+        settings.model, **{**backbone_options(settings), "num_classes": 1}
+    ).to(device)
     forward = torch.compile(model) if settings.compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     while True:
@@ -204,7 +225,11 @@ def normalised(settings: TrainSettings, device: torch.device) -> Iterable[Batch]
 
 
 def run_bare_loop(
-    model: Any, optimizer: torch.optim.Optimizer, batches: Window, settings: TrainSettings, device: torch.device
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batches: Window,
+    settings: TrainSettings,
+    device: torch.device,
 ) -> None:
     """Learns from the batches at the run's precision and accumulation."""
     scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16)
@@ -220,13 +245,19 @@ def run_bare_loop(
 
 
 def figures(
-    settings: TrainRateSettings, device: torch.device, windows: dict[str, list[Window]], bare: list[float]
+    settings: TrainRateSettings,
+    device: torch.device,
+    windows: dict[str, list[Window]],
+    bare: list[float],
 ) -> dict[str, Any]:
     """Returns the row of the CSV. Ratios are of turns that followed each other, and their spread that between turns."""
     ours, memory = ([window.rate for window in windows[name]] for name in ("files", "memory"))
     precision = "fp16" if settings.fp16 else "bf16" if settings.bf16 else "fp32"
     network = create_model(settings, pretrained=False).eval()
-    flops, peak = PASSES * count_work(network, settings.image_size).flops, torch_rate(device.type, precision)
+    flops, peak = (
+        PASSES * count_work(network, settings.image_size).flops,
+        torch_rate(device.type, precision),
+    )
     return {
         "what": settings.name,
         "model": settings.model,
@@ -235,13 +266,17 @@ def figures(
         "batch": f"{settings.batch_size} x {settings.accumulation_steps}",
         "precision": precision,
         "compile": str(settings.compile).lower(),
-        "workers": default_workers(device) if settings.num_workers is None else settings.num_workers,
+        "workers": default_workers(device)
+        if settings.num_workers is None
+        else settings.num_workers,
         "images_per_second": _round(statistics.median(ours)),
         "in_memory": _round(statistics.median(memory)),
         "bare": _round(statistics.median(bare)),
         **ratio("over_bare", ours, bare),
         **ratio("over_memory", ours, memory),
-        "waiting": round(statistics.median(window.waiting / window.seconds for window in windows["files"]), 4),
+        "waiting": round(
+            statistics.median(window.waiting / window.seconds for window in windows["files"]), 4
+        ),
         "gflop_per_image": _round(flops / 1e9),
         "matmul_tflop_per_second": _round(peak / 1e12),
         "mfu": round(statistics.median(ours) * flops / peak, 3),

@@ -66,7 +66,9 @@ def ours(task: Task) -> Embed:
 
     @cache
     def embedder(data: Path) -> Embedder:
-        return Embedder(Job(data, "train", models, task.device, "float32", "none", task.batch, None, None))
+        return Embedder(
+            Job(data, "train", models, task.device, "float32", "none", task.batch, None, None)
+        )
 
     embedder(Path(task.data))  # an engine that does not work here says so before it takes turns
 
@@ -75,7 +77,9 @@ def ours(task: Task) -> Embed:
         parts = plan_parts(root, "train", pl.Series("isic_id", task.ids), models.folds, None, "all")
         embedder(data).run(parts, lambda step: None)
         tables = [pl.read_parquet(part.paths[0]) for part in parts]
-        return np.concatenate([np.asarray(table["features"].to_numpy(), np.float32) for table in tables])
+        return np.concatenate(
+            [np.asarray(table["features"].to_numpy(), np.float32) for table in tables]
+        )
 
     return embed
 
@@ -89,7 +93,12 @@ def timm_eager(task: Task, compiled: bool = False) -> Embed:
     if compiled:
         model.compile()
     transform = create_transform(
-        (3, task.size, task.size), False, interpolation="bilinear", mean=task.mean, std=task.std, crop_pct=1.0
+        (3, task.size, task.size),
+        False,
+        interpolation="bilinear",
+        mean=task.mean,
+        std=task.std,
+        crop_pct=1.0,
     )
 
     class Images(torch.utils.data.Dataset[torch.Tensor]):
@@ -130,7 +139,11 @@ def onnx_loop(task: Task) -> Embed:
     path = Path(task.folder) / "backbone.onnx"
     example = torch.zeros((2, 3, task.size, task.size))
     torch.onnx.export(
-        _timm_model(task), (example,), path, dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False
+        _timm_model(task),
+        (example,),
+        path,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        external_data=False,
     )
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[task.device]
     session = onnxruntime.InferenceSession(str(path), providers=[provider])
@@ -159,7 +172,9 @@ def transformers_pipeline(task: Task) -> Embed:
     folder = _hugging_face_model(task)
     model = ViTModel.from_pretrained(folder, add_pooling_layer=False)
     processor = ViTImageProcessor.from_pretrained(folder)
-    pipe = pipeline("image-feature-extraction", model=model, image_processor=processor, device=task.device)
+    pipe = pipeline(
+        "image-feature-extraction", model=model, image_processor=processor, device=task.device
+    )
     return _piped(task, pipe)
 
 
@@ -172,7 +187,9 @@ def optimum_pipeline(task: Task) -> Embed:
     folder = _hugging_face_model(task)
     model = ORTModelForFeatureExtraction.from_pretrained(folder, export=True)
     processor = ViTImageProcessor.from_pretrained(folder)
-    pipe = pipeline("image-feature-extraction", model=model, image_processor=processor, accelerator="ort")
+    pipe = pipeline(
+        "image-feature-extraction", model=model, image_processor=processor, accelerator="ort"
+    )
     return _piped(task, pipe)
 
 
@@ -194,7 +211,9 @@ def _piped(task: Task, pipe: Any) -> Embed:
 
     def embed(data: Path) -> Features:
         outputs = pipe(pictures(data), batch_size=task.batch, return_tensors=True)
-        return np.concatenate([np.asarray(output[:, 0], np.float32) for output in outputs])  # the class token
+        return np.concatenate(
+            [np.asarray(output[:, 0], np.float32) for output in outputs]
+        )  # the class token
 
     return embed
 
@@ -234,7 +253,9 @@ def _hugging_face_model(task: Task) -> str:
     folder = str(Path(task.folder) / "transformers")
     model.save_pretrained(folder)
     size = {"height": task.size, "width": task.size}
-    ViTImageProcessor(size=size, resample=2, image_mean=task.mean, image_std=task.std).save_pretrained(folder)
+    ViTImageProcessor(
+        size=size, resample=2, image_mean=task.mean, image_std=task.std
+    ).save_pretrained(folder)
     return folder
 
 

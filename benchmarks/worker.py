@@ -125,7 +125,9 @@ def spread(rates: Sequence[float]) -> dict[str, float]:
 
 def _reset_peak() -> None:
     with contextlib.suppress(OSError):  # there is none, or a container may not write it
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew at what is used now
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # Linux: the peak begins anew at what is used now
 
 
 def _used_mb() -> int:

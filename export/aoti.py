@@ -34,13 +34,23 @@ def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
     """
     forbid_tf32()
     low = lowered(model, target.precision).to(target.device)
-    example = torch.zeros((traced_batch(target), target.size, target.size, 3), dtype=torch.uint8, device=target.device)
+    example = torch.zeros(
+        (traced_batch(target), target.size, target.size, 3), dtype=torch.uint8, device=target.device
+    )
     most = max(target.options.max_batch, TRACED_BATCH)  # torch takes no range of one size
     batch = torch.export.Dim("batch", min=1, max=most)
     notes = quiet("torch.utils.cpp_extension")
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), notes, torch.no_grad(), complaints():
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        notes,
+        torch.no_grad(),
+        complaints(),
+    ):
         warnings.simplefilter("ignore")  # the compiler's notes on its own internals
-        program = torch.export.export(low, (example,), dynamic_shapes={"images": {0: batch}}, strict=False)
+        program = torch.export.export(
+            low, (example,), dynamic_shapes={"images": {0: batch}}, strict=False
+        )
         options = {"max_autotune": True} if target.options.max_autotune else {}
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
     return {"architecture": architecture(target.device), "max_batch": target.options.max_batch}
@@ -58,7 +68,9 @@ def complaints() -> Iterator[None]:
         yield
     except InductorError as error:
         lines = str(error).strip().splitlines()
-        told = next((line.strip() for line in lines if any(mark in line for mark in MARKS)), lines[0])
+        told = next(
+            (line.strip() for line in lines if any(mark in line for mark in MARKS)), lines[0]
+        )
         raise UserError(
             f"torch cannot compile here ({told}); AOTInductor needs g++, and for a GPU CUDA's headers and libcuda.so "
             "where g++ finds them: install what is missing, or leave out --formats aoti"

@@ -91,7 +91,14 @@ class Format:
         return builder
 
 
-PLAN_OPTIONS = ("min_batch", "opt_batch", "max_batch", "workspace_mib", "optimization_level", "cuda_graph")
+PLAN_OPTIONS = (
+    "min_batch",
+    "opt_batch",
+    "max_batch",
+    "workspace_mib",
+    "optimization_level",
+    "cuda_graph",
+)
 """What every TensorRT plan follows."""
 CALIBRATED = ("int8", "fp8")
 PLAN_PRECISIONS = {"cuda": ("fp16", "bf16", "fp32", *CALIBRATED)}
@@ -99,7 +106,9 @@ CALIBRATION_OPTIONS = ("calibration_images",)
 """What a calibrated precision follows as well."""
 
 FORMATS = {
-    "onnx": Format("export.onnx_graph", {"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16", "bf16")}),
+    "onnx": Format(
+        "export.onnx_graph", {"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16", "bf16")}
+    ),
     "aoti": Format(
         "export.aoti",
         {"cpu": ("fp32", "bf16", "fp16"), "cuda": ("bf16", "fp16", "fp32")},
@@ -149,7 +158,9 @@ def device_of(name: str, device: str) -> str:
     return device if device in FORMATS[name].precisions else next(iter(FORMATS[name].precisions))
 
 
-def find_formats(names: tuple[str, ...], precisions: tuple[str, ...], device: str) -> list[tuple[str, str]]:
+def find_formats(
+    names: tuple[str, ...], precisions: tuple[str, ...], device: str
+) -> list[tuple[str, str]]:
     """Returns each format with each of the precisions that it offers, its usual one where none is named.
 
     Raises:
@@ -160,11 +171,17 @@ def find_formats(names: tuple[str, ...], precisions: tuple[str, ...], device: st
             raise UserError(f'--formats: no format "{name}", {did_you_mean(name, FORMATS)}')
     for precision in precisions:
         if precision not in TOLERANCES:
-            raise UserError(f'--precision: no precision "{precision}", {did_you_mean(precision, TOLERANCES)}')
+            raise UserError(
+                f'--precision: no precision "{precision}", {did_you_mean(precision, TOLERANCES)}'
+            )
     chosen = []
     for name in names:
         offered = FORMATS[name].precisions[device_of(name, device)]
-        wanted = [precision for precision in precisions if precision in offered] if precisions else [offered[0]]
+        wanted = (
+            [precision for precision in precisions if precision in offered]
+            if precisions
+            else [offered[0]]
+        )
         if not wanted:
             where = f"{name} on {device_of(name, device)}"
             raise UserError(

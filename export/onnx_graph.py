@@ -41,7 +41,9 @@ def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             whole = Path(folder) / "model.onnx"
             graph = trace(with_products(model), target.size, OPSET)
-            del graph.graph.value_info[:]  # the quantizer infers shapes itself, and stumbles over the exporter's
+            del graph.graph.value_info[
+                :
+            ]  # the quantizer infers shapes itself, and stumbles over the exporter's
             onnx.save(graph, whole)
             quantize(whole, path)
         graph = onnx.load(path)
@@ -66,13 +68,22 @@ def metadata(target: Target) -> dict[str, str]:
 def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
     """Returns the graph of `model` (in eval mode, on the CPU) for images uint8 [N, size, size, 3]."""
     example = torch.zeros((TRACED_BATCH, size, size, 3), dtype=torch.uint8)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), quiet("torch.onnx", "onnxscript"):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        quiet("torch.onnx", "onnxscript"),
+    ):
         warnings.simplefilter("ignore")  # the exporter's notes on its own internals
         program = torch.export.export(
-            model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, strict=False
+            model,
+            (example,),
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            strict=False,
         )
         if opset < ATTENTION_OPSET:
-            program = program.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: attention})
+            program = program.run_decompositions(
+                {torch.ops.aten.scaled_dot_product_attention.default: attention}
+            )
         exported = torch.onnx.export(
             program,
             (example,),
@@ -87,7 +98,9 @@ def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
     return graph
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any
+) -> Tensor:
     """Scaled dot-product attention without a mask, its softmax in float32 whatever the inputs are."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query * scale) @ key.transpose(-2, -1)
@@ -103,7 +116,13 @@ def quantize(source: Path, path: Path) -> None:
     was one and a half to six times this one's.
     """
     with quiet("root"):
-        quantize_dynamic(source, path, op_types_to_quantize=QUANTIZED, weight_type=QuantType.QInt8, per_channel=True)
+        quantize_dynamic(
+            source,
+            path,
+            op_types_to_quantize=QUANTIZED,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+        )
 
 
 @contextlib.contextmanager

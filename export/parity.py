@@ -41,7 +41,9 @@ class ParityError(Exception):
 class Reference:
     """What the checkpoint says in float32 of real images and of noise."""
 
-    def __init__(self, model: Classifier, images: Pixels, target: NDArray[np.float32] | None = None) -> None:
+    def __init__(
+        self, model: Classifier, images: Pixels, target: NDArray[np.float32] | None = None
+    ) -> None:
         """Runs the checkpoint.
 
         Args:
@@ -49,7 +51,9 @@ class Reference:
             images: real ones, uint8 [R, H, W, 3]; noise is added.
             target: [R] 0 or 1, where the images have labels.
         """
-        noise = np.random.default_rng(0).integers(0, 256, (NUM_NOISE, *images.shape[1:]), dtype=np.uint8)
+        noise = np.random.default_rng(0).integers(
+            0, 256, (NUM_NOISE, *images.shape[1:]), dtype=np.uint8
+        )
         self.images: Pixels = np.concatenate([images, noise])
         self.outputs = run_model(model, self.images)
         self.num_real = len(images)
@@ -111,7 +115,9 @@ def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:
     """
     for name, want, have in zip(NAMES, expected, actual, strict=False):
         if have.dtype != np.float32 or have.shape != want.shape:
-            raise ParityError(f"{name} are {have.dtype} {list(have.shape)}, not float32 {list(want.shape)}")
+            raise ParityError(
+                f"{name} are {have.dtype} {list(have.shape)}, not float32 {list(want.shape)}"
+            )
         if not np.isfinite(have).all():
             raise ParityError(f"{name} hold values that are not finite")
     features, other = (part[0].astype(np.float64) for part in (expected, actual))
@@ -126,11 +132,15 @@ def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:
 def check_figure(figure: dict[str, float], tolerance: Tolerance, where: str) -> None:
     """Raises ParityError where a figure of `compare` is beyond the tolerance."""
     if figure["cosine"] < tolerance.min_cosine:
-        raise ParityError(f"{where} the cosine of the features is {figure['cosine']:.6f}, under {tolerance.min_cosine}")
+        raise ParityError(
+            f"{where} the cosine of the features is {figure['cosine']:.6f}, under {tolerance.min_cosine}"
+        )
     for name in ("logit", "mask"):
         error = figure.get(f"max_{name}_error", 0.0)
         if error > tolerance.max_logit_error:
-            raise ParityError(f"{where} a {name} is off by {error:.2g}, over {tolerance.max_logit_error}")
+            raise ParityError(
+                f"{where} a {name} is off by {error:.2g}, over {tolerance.max_logit_error}"
+            )
 
 
 def compare_order(reference: Reference, logits: NDArray[np.float32]) -> dict[str, float]:
@@ -148,11 +158,15 @@ def check_order(figures: dict[str, Any], tolerance: Tolerance, reference: Refere
     """Raises ParityError where the order of the logits, or the score they reach, is not the checkpoint's."""
     rank = figures.get("rank_correlation", 1.0)
     if rank < tolerance.min_rank_correlation:
-        raise ParityError(f"the logits' rank correlation is {rank:.4f}, under {tolerance.min_rank_correlation}")
+        raise ParityError(
+            f"the logits' rank correlation is {rank:.4f}, under {tolerance.min_rank_correlation}"
+        )
     if reference.target is None:
         return
     positives = float(reference.target.sum())
     one_pair = 1 / (positives * (len(reference.target) - positives))
-    allowed = max(MAX_PAUC_CHANGE, one_pair)  # a small sample cannot show less than one pair that trades places
+    allowed = max(
+        MAX_PAUC_CHANGE, one_pair
+    )  # a small sample cannot show less than one pair that trades places
     if abs(figures["pauc_change"]) > allowed:
         raise ParityError(f"pAUC changes by {figures['pauc_change']:+.4f}, over {allowed:.4f}")

@@ -74,4 +74,6 @@ class _Product(nn.Module):
         self.weight, self.bias = nn.Parameter(conv.weight.flatten(1)), conv.bias
 
     def forward(self, maps: Tensor) -> Tensor:
-        return nn.functional.linear(maps.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+        return nn.functional.linear(maps.permute(0, 2, 3, 1), self.weight, self.bias).permute(
+            0, 3, 1, 2
+        )

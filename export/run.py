@@ -22,7 +22,15 @@ from isic import schema
 from isic.config import Several
 from isic.dataset import Dataset
 from isic.errors import UserError
-from isic.files import manifest_path, read_json, read_manifest, sha256, versions, write_json, write_manifest
+from isic.files import (
+    manifest_path,
+    read_json,
+    read_manifest,
+    sha256,
+    versions,
+    write_json,
+    write_manifest,
+)
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import read_folds
 from isic.images import decode_pool
@@ -42,19 +50,33 @@ class ExportSettings(PlanOptions):
         validation_alias=AliasChoices("config", "model_config"),
         description="name of the trained config (--model_config)",
     )
-    model_dir: Path | None = Field(None, description="the trained run; outputs/<config> if not given")
-    fold: int | None = Field(None, ge=0, description="export this fold alone; all trained folds if not given")
-    formats: Several[str] = Field(("onnx",), description=f"of {', '.join(FORMATS)}, separated by commas")
+    model_dir: Path | None = Field(
+        None, description="the trained run; outputs/<config> if not given"
+    )
+    fold: int | None = Field(
+        None, ge=0, description="export this fold alone; all trained folds if not given"
+    )
+    formats: Several[str] = Field(
+        ("onnx",), description=f"of {', '.join(FORMATS)}, separated by commas"
+    )
     precision: Several[str] = Field(
-        (), description="fp32, fp16, bf16, int8 or fp8, separated by commas; each format's usual one if not given"
+        (),
+        description="fp32, fp16, bf16, int8 or fp8, separated by commas; each format's usual one if not given",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what the artifacts will run on")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="what the artifacts will run on"
+    )
     data: Path | None = Field(
-        None, description="dataset with real images for the parity gate; the training's if not given"
+        None,
+        description="dataset with real images for the parity gate; the training's if not given",
     )
-    parity_images: int = Field(256, ge=1, description="held-out images that the parity gate compares")
+    parity_images: int = Field(
+        256, ge=1, description="held-out images that the parity gate compares"
+    )
     check: bool = Field(False, description="gate what is there on this machine, and build nothing")
-    triton: Path | None = Field(None, description="also write a model repository for NVIDIA Triton into this folder")
+    triton: Path | None = Field(
+        None, description="also write a model repository for NVIDIA Triton into this folder"
+    )
     force: bool = Field(False, description="export again what is up to date")
 
     @property
@@ -106,13 +128,18 @@ def export(settings: ExportSettings) -> int:
             source = source or load_source(path, fold, settings)
             failed += not (check_one if settings.check else export_one)(source, target, artifact)
     if settings.triton and not failed:
-        print(f"Triton: {', '.join(write_repository(settings.triton, artifacts))} in {settings.triton}")
+        print(
+            f"Triton: {', '.join(write_repository(settings.triton, artifacts))} in {settings.triton}"
+        )
     return 1 if failed else 0
 
 
 def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
     """Returns the checkpoint by fold. Raises UserError where there is none."""
-    found = {int(path.parent.name.removeprefix("fold_")): path for path in settings.run_dir.glob(f"fold_*/{BEST}")}
+    found = {
+        int(path.parent.name.removeprefix("fold_")): path
+        for path in settings.run_dir.glob(f"fold_*/{BEST}")
+    }
     if settings.fold is not None:
         found = {fold: path for fold, path in found.items() if fold == settings.fold}
     if not found:
@@ -123,7 +150,9 @@ def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def target_of(checkpoint: Path, fold: int, name: str, precision: str, settings: ExportSettings) -> Target:
+def target_of(
+    checkpoint: Path, fold: int, name: str, precision: str, settings: ExportSettings
+) -> Target:
     """Returns what one artifact of a fold is to be."""
     return Target(
         config=settings.config,
@@ -142,7 +171,10 @@ def is_current(artifact: Path, checkpoint: Path, target: Target) -> bool:
     if not (artifact.is_file() and manifest_path(artifact).is_file()):
         return False
     manifest = read_json(manifest_path(artifact))
-    asked = {**target.facts, "made_from": {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint)}}
+    asked = {
+        **target.facts,
+        "made_from": {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint)},
+    }
     same = all(manifest.get(key) == value for key, value in asked.items())
     return same and bool(manifest["sha256"] == sha256(artifact))
 
@@ -165,14 +197,25 @@ def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
     try:
         model.load_state_dict(checkpoint["model_state_dict"])
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit {trained_with.model} ({str(error).splitlines()[1].strip()})") from None
-    return Source(path, sha256(path), model.eval(), config, settings.data or trained_with.data, settings.parity_images)
+        raise UserError(
+            f"{path} does not fit {trained_with.model} ({str(error).splitlines()[1].strip()})"
+        ) from None
+    return Source(
+        path,
+        sha256(path),
+        model.eval(),
+        config,
+        settings.data or trained_with.data,
+        settings.parity_images,
+    )
 
 
 def export_one(source: Source, target: Target, artifact: Path) -> bool:
     """Builds one artifact beside its final name, gates it, and moves it there. Returns whether it passed."""
     candidate = artifact.with_name(f".candidate-{artifact.name}")
-    target = replace(target, calibration=partial(calibration_sample, source, target.options.calibration_images))
+    target = replace(
+        target, calibration=partial(calibration_sample, source, target.options.calibration_images)
+    )
     manifest = {**source.config, **target.facts}
     try:
         started = time.perf_counter()
@@ -188,7 +231,11 @@ def export_one(source: Source, target: Target, artifact: Path) -> bool:
         with contextlib.suppress(OSError):  # a folder that cannot be written has been told of
             candidate.unlink(missing_ok=True)
     manifest["made_from"] = {"checkpoint": source.path.name, "sha256": source.sha256}
-    publish(artifact, {**manifest, "build_seconds": round(seconds, 1), "versions": versions(*PACKAGES)}, parity)
+    publish(
+        artifact,
+        {**manifest, "build_seconds": round(seconds, 1), "versions": versions(*PACKAGES)},
+        parity,
+    )
     return True
 
 
@@ -196,7 +243,9 @@ def check_one(source: Source, target: Target, artifact: Path) -> bool:
     """Gates an artifact that is there, on this machine. Returns whether it passed."""
     manifest = read_manifest(artifact)
     if manifest["made_from"]["sha256"] != source.sha256:
-        raise UserError(f"{artifact} was made from another checkpoint than {source.path}; export it again")
+        raise UserError(
+            f"{artifact} was made from another checkpoint than {source.path}; export it again"
+        )
     try:
         publish(artifact, manifest, gate(source, target, artifact, manifest))
     except ParityError as error:
@@ -205,7 +254,9 @@ def check_one(source: Source, target: Target, artifact: Path) -> bool:
     return True
 
 
-def gate(source: Source, target: Target, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+def gate(
+    source: Source, target: Target, path: Path, manifest: Mapping[str, Any]
+) -> dict[str, Any] | None:
     """Returns the parity figures of an artifact, None where it was built for another machine than this.
 
     Raises:
@@ -214,7 +265,9 @@ def gate(source: Source, target: Target, path: Path, manifest: Mapping[str, Any]
     """
     if FORMATS[target.format].portable and works(target.format, target.device):
         return None
-    ungated = {key: value for key, value in manifest.items() if key != "parity"}  # or its engine refuses it
+    ungated = {
+        key: value for key, value in manifest.items() if key != "parity"
+    }  # or its engine refuses it
     engine = create(path, ungated, target.device)
     return check_parity(source.reference, engine, TOLERANCES[target.precision], target.batch_sizes)
 
@@ -222,13 +275,19 @@ def gate(source: Source, target: Target, path: Path, manifest: Mapping[str, Any]
 def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | None) -> None:
     """Writes the manifest of an artifact that is in its place, and says so."""
     manifest = {**manifest, "parity": parity}
-    write_manifest(artifact, **{key: value for key, value in manifest.items() if key not in ("artifact", "sha256")})
+    write_manifest(
+        artifact,
+        **{key: value for key, value in manifest.items() if key not in ("artifact", "sha256")},
+    )
+    megabytes = artifact.stat().st_size / 1e6
     start = (
-        f"{manifest['fold']:4} {manifest['format']:12} {manifest['precision']:5} {artifact.stat().st_size / 1e6:7.1f}"
+        f"{manifest['fold']:4} {manifest['format']:12} {manifest['precision']:5} {megabytes:7.1f}"
     )
     seconds = f"{manifest['build_seconds']:8.1f}"
     if parity is None:
-        print(f"{start} {seconds} {'not gated: --check does it on a machine that runs it':>32}  {artifact}")
+        print(
+            f"{start} {seconds} {'not gated: --check does it on a machine that runs it':>32}  {artifact}"
+        )
         return
     record(artifact, {"passed": True, **parity})
     worst = summary(parity)
@@ -260,7 +319,9 @@ def fail(artifact: Path, manifest: Mapping[str, Any], error: ParityError) -> Non
     artifact.unlink(missing_ok=True)
     manifest_path(artifact).unlink(missing_ok=True)
     record(artifact, {"passed": False, "reason": str(error)})
-    print(f"{manifest['fold']:4} {manifest['format']:12} {manifest['precision']:5} failed the parity gate: {error}")
+    print(
+        f"{manifest['fold']:4} {manifest['format']:12} {manifest['precision']:5} failed the parity gate: {error}"
+    )
 
 
 def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
@@ -274,7 +335,9 @@ def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
     """
     images, target = read_sample(source, source.num_images, held_out=True)
     if not len(images):
-        raise UserError(f"no image of fold {source.config['fold']} in {source.data} can be read; give --data")
+        raise UserError(
+            f"no image of fold {source.config['fold']} in {source.data} can be read; give --data"
+        )
     return images, target
 
 
@@ -286,7 +349,9 @@ def calibration_sample(source: Source, num_images: int) -> Pixels:
     return read_sample(source, num_images, held_out=False)[0]
 
 
-def read_sample(source: Source, num_images: int, held_out: bool) -> tuple[Pixels, NDArray[np.float32]]:
+def read_sample(
+    source: Source, num_images: int, held_out: bool
+) -> tuple[Pixels, NDArray[np.float32]]:
     """Returns images and targets of rows that the fold holds out, or of those that it trains on.
 
     A quarter at most are positives, as far as there are any; the others are spread over the table.
@@ -298,7 +363,9 @@ def read_sample(source: Source, num_images: int, held_out: bool) -> tuple[Pixels
     store = dataset.images("train")
     table = table.filter(~pl.col(schema.ID).is_in(store.missing(table[schema.ID].to_list())))
     positives, negatives = (table.filter(pl.col(schema.TARGET) == target) for target in (1, 0))
-    rows = pl.concat([every(positives, num_images // 4), every(negatives, num_images)]).head(num_images)
+    rows = pl.concat([every(positives, num_images // 4), every(negatives, num_images)]).head(
+        num_images
+    )
     images = np.empty((len(rows), source.spec.size, source.spec.size, 3), np.uint8)
     with decode_pool(1) as pool:
         failed = store.decode(rows[schema.ID].to_list(), source.spec, images, pool)

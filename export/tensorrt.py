@@ -87,7 +87,11 @@ def architectures(flavour: str, options: PlanOptions) -> tuple[str, ...]:
     if FLAVOURS[flavour].portable and "CURRENT" not in named:
         return tuple(name.lower() for name in named) or (AMPERE_PLUS,)
     current = cudart.architecture()
-    return (AMPERE_PLUS,) if options.hardware_compatible and not FLAVOURS[flavour].portable else (current,)
+    return (
+        (AMPERE_PLUS,)
+        if options.hardware_compatible and not FLAVOURS[flavour].portable
+        else (current,)
+    )
 
 
 def file_name(target: Target) -> str:
@@ -105,10 +109,17 @@ def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
         options = options_for(target.precision, target.format, target.options)
         facts = build_plan(onnx_path, path, target.format, options, timing_cache=timings)
     # Twice the largest batch keeps both of the engine's streams busy.
-    return {"opset": opset, **calibration, "plan": asdict(facts), "batch_size": 2 * target.options.max_batch}
+    return {
+        "opset": opset,
+        **calibration,
+        "plan": asdict(facts),
+        "batch_size": 2 * target.options.max_batch,
+    }
 
 
-def typed_graph(model: Classifier, target: Target, opset: int) -> tuple[onnx.ModelProto, dict[str, Any]]:
+def typed_graph(
+    model: Classifier, target: Target, opset: int
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """Returns the graph of `model` in the target's precision, and for the manifest what it was calibrated on."""
     if target.precision not in QUANTIZED:
         return trace(lowered(model, target.precision), target.size, opset), {}
@@ -126,7 +137,10 @@ def options_for(precision: str, flavour: str, options: PlanOptions) -> PlanOptio
 def parses_attention(flavour: str) -> bool:
     """Whether the library reads ONNX's Attention node; older ones get it in parts."""
     trt = import_runtime(flavour)
-    return FLAVOURS[flavour].portable or tuple(map(int, trt.__version__.split(".")[:2])) >= ATTENTION_VERSION
+    return (
+        FLAVOURS[flavour].portable
+        or tuple(map(int, trt.__version__.split(".")[:2])) >= ATTENTION_VERSION
+    )
 
 
 def plan_name(config: str, fold: int, precision: str, flavour: str, options: PlanOptions) -> str:
@@ -206,8 +220,13 @@ def parse(trt: ModuleType, builder: Any, onnx_path: Path, title: str) -> tuple[A
     if parser.parse_from_file(str(onnx_path)):
         return network, parser
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    said = "; ".join(dict.fromkeys(_parser_sentence(error) for error in errors[:2])) or logger(trt).reason()
-    raise UserError(f"{title} cannot read {onnx_path} ({said}); export the ONNX file again, or with another opset")
+    said = (
+        "; ".join(dict.fromkeys(_parser_sentence(error) for error in errors[:2]))
+        or logger(trt).reason()
+    )
+    raise UserError(
+        f"{title} cannot read {onnx_path} ({said}); export the ONNX file again, or with another opset"
+    )
 
 
 def _parser_sentence(error: Any) -> str:
@@ -221,10 +240,15 @@ def check_contract(network: Any, onnx_path: Path) -> dict[str, dict[str, Any]]:
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     tensors = {
-        tensor.name: {"dtype": DTYPES[tensor.dtype.name], "shape": list(tensor.shape)} for tensor in (*inputs, *outputs)
+        tensor.name: {"dtype": DTYPES[tensor.dtype.name], "shape": list(tensor.shape)}
+        for tensor in (*inputs, *outputs)
     }
-    if [tensor.name for tensor in inputs] != ["images"] or not {"features", "logits"} <= set(tensors) <= set(CONTRACT):
-        raise UserError(f"{onnx_path} has {', '.join(tensors)}, not images, features and logits; export it again")
+    if [tensor.name for tensor in inputs] != ["images"] or not {"features", "logits"} <= set(
+        tensors
+    ) <= set(CONTRACT):
+        raise UserError(
+            f"{onnx_path} has {', '.join(tensors)}, not images, features and logits; export it again"
+        )
     for name, tensor in tensors.items():
         dtype, sizes = CONTRACT[name]
         batch, *rest = tensor["shape"]
@@ -242,14 +266,18 @@ def allow_decomposed_attention(trt: ModuleType, network: Any) -> None:
 
     There is none for float32, and the build would fail; where there is one it is used as before.
     """
-    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)  # TensorRT before 10.14 has no such layer
+    kind = getattr(
+        trt.LayerType, "ATTENTION_INPUT", None
+    )  # TensorRT before 10.14 has no such layer
     for layer in _layers(network):
         if layer.type == kind:
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True
 
 
-def configure(trt: ModuleType, builder: Any, network: Any, portable: bool, options: PlanOptions) -> Any:
+def configure(
+    trt: ModuleType, builder: Any, network: Any, portable: bool, options: PlanOptions
+) -> Any:
     """Returns the builder's configuration of a network with its one batch profile."""
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
@@ -286,10 +314,15 @@ def write_timings(config: Any, path: Path) -> None:
         temporary.write_bytes(config.get_timing_cache().serialize())
 
 
-def serialize(trt: ModuleType, builder: Any, network: Any, config: Any, onnx_path: Path, title: str) -> memoryview:
+def serialize(
+    trt: ModuleType, builder: Any, network: Any, config: Any, onnx_path: Path, title: str
+) -> memoryview:
     """Builds the plan and returns its bytes. Raises UserError with TensorRT's reason, KeyboardInterrupt on Ctrl-C."""
     logger(trt).errors.clear()
-    with interrupts() as interrupted, tqdm(desc=title, unit="step", leave=False, disable=None) as bar:
+    with (
+        interrupts() as interrupted,
+        tqdm(desc=title, unit="step", leave=False, disable=None) as bar,
+    ):
         config.progress_monitor = monitor = progress_monitor(trt, bar, interrupted)
         plan = builder.build_serialized_network(network, config)
         config.progress_monitor = None  # the monitor outlives all that uses it

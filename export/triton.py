@@ -42,13 +42,17 @@ class FoldModel:
 
     @property
     def max_batch(self) -> int:
-        return int(self.manifest["plan"]["profile"]["max"]) if "plan" in self.manifest else MAX_BATCH
+        return (
+            int(self.manifest["plan"]["profile"]["max"]) if "plan" in self.manifest else MAX_BATCH
+        )
 
     def shapes(self) -> Shapes:
         """Returns the inputs and outputs, from the manifest of a plan or from the ONNX file itself."""
         if "plan" in self.manifest:
             tensors = self.manifest["plan"]["tensors"]
-            return {name: (tensor["dtype"], tensor["shape"][1:]) for name, tensor in tensors.items()}
+            return {
+                name: (tensor["dtype"], tensor["shape"][1:]) for name, tensor in tensors.items()
+            }
         graph = onnx.load(self.artifact, load_external_data=False).graph
         types = {value.name: value.type.tensor_type for value in (*graph.input, *graph.output)}
         return {
@@ -97,7 +101,9 @@ def read_models(artifacts: Sequence[Path]) -> list[FoldModel]:
     of = [(model.manifest["name"], model.manifest["preprocess"]) for model in models]
     folds = [model.manifest["fold"] for model in models]
     if any(other != of[0] for other in of) or len(set(folds)) < len(folds):
-        raise UserError("--triton: the artifacts are not one a fold of one config with one preprocessing")
+        raise UserError(
+            "--triton: the artifacts are not one a fold of one config with one preprocessing"
+        )
     return models
 
 
@@ -105,7 +111,11 @@ def fold_config(model: FoldModel) -> dict[str, Any]:
     """Returns the fields of a fold's config.pbtxt (Triton's ModelConfig)."""
     backend, file = BACKENDS[model.manifest["format"]]
     shapes = model.shapes()
-    preferred = {"preferred_batch_size": [model.manifest["plan"]["profile"]["opt"]]} if "plan" in model.manifest else {}
+    preferred = (
+        {"preferred_batch_size": [model.manifest["plan"]["profile"]["opt"]]}
+        if "plan" in model.manifest
+        else {}
+    )
     # a plan runs on a GPU; for the others Triton takes one where there is one
     kind = Word("KIND_GPU" if "plan" in model.manifest else "KIND_AUTO")
     told = {key: model.manifest[key] for key in ("fold", "precision", "preprocess", "sha256")}
@@ -118,7 +128,9 @@ def fold_config(model: FoldModel) -> dict[str, Any]:
         "output": [_tensor(name, shapes) for name in shapes if name != "images"],
         "dynamic_batching": {**preferred, "max_queue_delay_microseconds": QUEUE_DELAY_US},
         "instance_group": [{"count": 1, "kind": kind}],
-        "parameters": [{"key": key, "value": {"string_value": _text(value)}} for key, value in told.items()],
+        "parameters": [
+            {"key": key, "value": {"string_value": _text(value)}} for key, value in told.items()
+        ],
     }
 
 
@@ -130,7 +142,11 @@ def ensemble_config(name: str, mean: str, models: Sequence[FoldModel]) -> dict[s
     logits = {_logits(model): _logits(model) for model in models}
     steps.append(_step(mean, logits, {"logits": "logits", "probabilities": "probabilities"}))
     outputs = {"logits": shapes["logits"], "probabilities": shapes["logits"]}
-    outputs |= {f"{output}_{model.manifest['fold']}": model.shapes()[output] for output in own for model in models}
+    outputs |= {
+        f"{output}_{model.manifest['fold']}": model.shapes()[output]
+        for output in own
+        for model in models
+    }
     return {
         "name": name,
         "platform": "ensemble",
@@ -153,7 +169,9 @@ def mean_model(names: Sequence[str]) -> onnx.ModelProto:
     ]
     outputs = [tensor("logits"), tensor("probabilities")]
     graph = helper.make_graph(nodes, "mean", [tensor(name) for name in names], outputs)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)  # any server's runtime
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8
+    )  # any server's runtime
 
 
 def _write_fold(folder: Path, model: FoldModel) -> None:
@@ -192,7 +210,10 @@ def _outputs(model: FoldModel) -> dict[str, str]:
 
 def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> dict[str, Any]:
     maps = {"input_map": inputs, "output_map": outputs}
-    entries = {field: [{"key": key, "value": value} for key, value in names.items()] for field, names in maps.items()}
+    entries = {
+        field: [{"key": key, "value": value} for key, value in names.items()]
+        for field, names in maps.items()
+    }
     return {"model_name": model, "model_version": -1, **entries}
 
 

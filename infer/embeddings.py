@@ -65,14 +65,18 @@ def write_part(
 
 def ids_digest(ids: pl.Series) -> str:
     """Returns a digest of a table's ids in their order."""
-    return digest(*(digest(*rows[schema.ID]) for rows in ids.to_frame(schema.ID).iter_slices(SLICE_ROWS)))
+    return digest(
+        *(digest(*rows[schema.ID]) for rows in ids.to_frame(schema.ID).iter_slices(SLICE_ROWS))
+    )
 
 
 def read_run(root: Path, split: Split) -> dict[str, Any]:
     """Reads what a finished embedding run says of itself. Raises UserError where there is none."""
     path = root / split / RUN_FILE
     if not path.is_file():
-        raise UserError(f"{root} has no finished {split} embeddings; run `python -m infer embed --split {split}` first")
+        raise UserError(
+            f"{root} has no finished {split} embeddings; run `python -m infer embed --split {split}` first"
+        )
     return read_json(path)
 
 
@@ -85,7 +89,9 @@ ORIGIN = {
 """What decides which values a run's images get. The engine does not: it has passed the gate against its checkpoint."""
 
 
-def refuse_other_origin(root: Path, split: Split, found: Mapping[str, Any], fitted: Mapping[str, Any]) -> None:
+def refuse_other_origin(
+    root: Path, split: Split, found: Mapping[str, Any], fitted: Mapping[str, Any]
+) -> None:
     """Raises a UserError where embeddings do not mean what those meant that an ensemble was fitted with.
 
     Args:
@@ -93,7 +99,11 @@ def refuse_other_origin(root: Path, split: Split, found: Mapping[str, Any], fitt
     """
     for key, what in ORIGIN.items():
         if found.get(key) != fitted.get(key):
-            words = f" ({found.get(key)}, not {fitted.get(key)})" if isinstance(found.get(key), str) else ""
+            words = (
+                f" ({found.get(key)}, not {fitted.get(key)})"
+                if isinstance(found.get(key), str)
+                else ""
+            )
             raise UserError(
                 f"the {split} embeddings in {root} were made with {what}{words} than those that the ensemble was "
                 "fitted with; embed with the same, or fit again"
@@ -115,9 +125,13 @@ def load(root: Path, split: Split, columns: Iterable[str] = ("features", "logit"
     for fold in run["folds"]:
         parts = sorted(fold_dir(root, split, fold).glob("part-*.parquet"))
         if not parts:
-            raise UserError(f"{fold_dir(root, split, fold)} has no parts; run `python -m infer embed` again")
+            raise UserError(
+                f"{fold_dir(root, split, fold)} has no parts; run `python -m infer embed` again"
+            )
         _check_origin(parts, run)
-        frame = pl.scan_parquet(parts).select("isic_id", pl.lit(fold, dtype=pl.Int8).alias("fold"), *columns)
+        frame = pl.scan_parquet(parts).select(
+            "isic_id", pl.lit(fold, dtype=pl.Int8).alias("fold"), *columns
+        )
         frames.append(frame)
     return pl.concat(frames)
 
@@ -128,9 +142,13 @@ def _check_origin(parts: Iterable[Path], run: Mapping[str, Any]) -> None:
         try:
             made_by = pl.read_parquet_metadata(path).get(PLAN_KEY)
         except pl.exceptions.PolarsError:
-            raise UserError(f"{path} is damaged; delete it and run `python -m infer embed` again") from None
+            raise UserError(
+                f"{path} is damaged; delete it and run `python -m infer embed` again"
+            ) from None
         if made_by != run.get(PLAN_KEY):
-            raise UserError(f"{path} was made by another run than the one beside it; embed again with --force")
+            raise UserError(
+                f"{path} was made by another run than the one beside it; embed again with --force"
+            )
 
 
 def join(
@@ -158,7 +176,9 @@ def join(
     """
     run = read_run(root, split)
     if ids_digest(metadata[schema.ID]) != run["ids_digest"]:
-        raise UserError(f"the {split} embeddings in {root} were made for another table; embed this one with --force")
+        raise UserError(
+            f"the {split} embeddings in {root} were made for another table; embed this one with --force"
+        )
     if model_dir:
         _check_engines(root, model_dir, run)
     _check_rows(root, split, metadata, run)
@@ -181,10 +201,19 @@ def _check_rows(root: Path, split: Split, metadata: pl.DataFrame, run: Mapping[s
     key = [schema.ID, "fold"]
     found = load(root, split, []).collect()
     bad = pl.read_parquet(root / split / ERRORS_FILE)
-    expected = _expected(root, split, metadata.select(schema.ID), run).join(bad, on=schema.ID, how="anti")
+    expected = _expected(root, split, metadata.select(schema.ID), run).join(
+        bad, on=schema.ID, how="anti"
+    )
     repeated = found.filter(pl.struct(key).is_duplicated()).unique(maintain_order=True)
-    surplus, absent = found.join(expected, on=key, how="anti"), expected.join(found, on=key, how="anti")
-    for rows, what in ((repeated, "more than once"), (surplus, "but should not be"), (absent, "not at all")):
+    surplus, absent = (
+        found.join(expected, on=key, how="anti"),
+        expected.join(found, on=key, how="anti"),
+    )
+    for rows, what in (
+        (repeated, "more than once"),
+        (surplus, "but should not be"),
+        (absent, "not at all"),
+    ):
         if len(rows):
             raise UserError(
                 f"{root}: {len(rows)} {split} embeddings are there {what}, the first of {rows[schema.ID][0]} by fold "
@@ -199,5 +228,7 @@ def _expected(root: Path, split: Split, ids: pl.DataFrame, run: Mapping[str, Any
         return ids.join(made_by, how="cross")
     folds = read_folds(root / FOLDS_FILE)
     if folds.digest != run["folds_digest"]:
-        raise UserError(f"{root / FOLDS_FILE} is not the fold plan that the embeddings were made with; embed again")
+        raise UserError(
+            f"{root / FOLDS_FILE} is not the fold plan that the embeddings were made with; embed again"
+        )
     return ids.with_columns(folds.of(ids).alias("fold")).join(made_by, on="fold", how="semi")

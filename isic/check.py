@@ -40,7 +40,9 @@ class CheckSettings(Settings):
     """What to look at."""
 
     data: Path = Field(description="folder in the layout of the challenge")
-    sample: int | None = Field(None, ge=1, description="decode this many images of each split instead of all")
+    sample: int | None = Field(
+        None, ge=1, description="decode this many images of each split instead of all"
+    )
     num_folds: int = Field(5, ge=2, le=100, description="folds to draw")
     seed: int = Field(42, ge=0, description="of the folds and of the sample")
     num_threads: int = Field(len(cores()), ge=1, description="threads that decode")
@@ -61,8 +63,12 @@ def check(settings: CheckSettings) -> None:
         test = dataset.metadata("test")
         facts = _split_facts(dataset, "test", test, settings, problems)
         facts |= _submission_facts(dataset, test, problems) | _unseen_facts(train, test)
-        if lacking := [name for name in FEATURES if name in train.columns and name not in test.columns]:
-            problems.append(f"the test table lacks columns that features are made of ({_listed(lacking)})")
+        if lacking := [
+            name for name in FEATURES if name in train.columns and name not in test.columns
+        ]:
+            problems.append(
+                f"the test table lacks columns that features are made of ({_listed(lacking)})"
+            )
         _print_facts("test", facts)
     else:
         _print_facts("test", {"rows": "none (no test-metadata.csv)"})
@@ -89,7 +95,10 @@ def _table_facts(split: Split, table: pl.DataFrame) -> Facts:
     missing = [name for name in COLUMNS[split] if name not in table.columns]
     extra = [name for name in table.columns if name not in COLUMNS[split]]
     known = len(COLUMNS[split]) - len(missing)
-    facts = {"rows": f"{len(table):,}", "columns": f"{known} of the challenge's {len(COLUMNS[split])}"}
+    facts = {
+        "rows": f"{len(table):,}",
+        "columns": f"{known} of the challenge's {len(COLUMNS[split])}",
+    }
     if missing:
         facts["missing columns"] = _listed(missing)
     if extra:
@@ -108,10 +117,14 @@ def _patient_fact(table: pl.DataFrame) -> str:
     sizes = table.drop_nulls(schema.PATIENT).group_by(schema.PATIENT).len()["len"].to_numpy()
     if not len(sizes):
         return "not known (patient_id is blank); each image is its own group"
-    return f"{len(sizes):,} with {sizes.min():,} to {sizes.max():,} rows, median {np.median(sizes):g}"
+    return (
+        f"{len(sizes):,} with {sizes.min():,} to {sizes.max():,} rows, median {np.median(sizes):g}"
+    )
 
 
-def _image_facts(split: Split, table: pl.DataFrame, images: ImageStore, problems: Problems) -> Facts:
+def _image_facts(
+    split: Split, table: pl.DataFrame, images: ImageStore, problems: Problems
+) -> Facts:
     absent = images.missing(table[schema.ID].to_list())
     rowless = np.setdiff1d(images.ids, table[schema.ID].to_numpy().astype(np.str_)).tolist()
     if absent:
@@ -123,7 +136,11 @@ def _image_facts(split: Split, table: pl.DataFrame, images: ImageStore, problems
 
 
 def _decode_facts(
-    split: Split, table: pl.DataFrame, images: ImageStore, settings: CheckSettings, problems: Problems
+    split: Split,
+    table: pl.DataFrame,
+    images: ImageStore,
+    settings: CheckSettings,
+    problems: Problems,
 ) -> Facts:
     """Decodes every image that has a row, or a sample of them."""
     ids = table[schema.ID].to_numpy().astype(np.str_)
@@ -133,7 +150,9 @@ def _decode_facts(
     failed = _undecodable(images, ids.tolist(), settings.num_threads)
     if failed:
         name, reason = next(iter(failed.items()))
-        problems.append(f"{len(failed):,} {split} images do not decode, the first is {name} ({reason})")
+        problems.append(
+            f"{len(failed):,} {split} images do not decode, the first is {name} ({reason})"
+        )
     shown = _listed([f"{name} ({reason})" for name, reason in failed.items()])
     return {"decoded": f"{len(ids) - len(failed):,} of {len(ids):,}", "undecodable": shown}
 
@@ -178,7 +197,10 @@ def _submission_facts(dataset: Dataset, test: pl.DataFrame, problems: Problems) 
 def _unseen_facts(train: pl.DataFrame, test: pl.DataFrame) -> Facts:
     """The values of each categorical column that training never sees."""
     shared = [name for name in schema.CATEGORICAL if name in train.columns and name in test.columns]
-    unseen = {name: sorted(set(test[name].drop_nulls()) - set(train[name].drop_nulls())) for name in shared}
+    unseen = {
+        name: sorted(set(test[name].drop_nulls()) - set(train[name].drop_nulls()))
+        for name in shared
+    }
     return {f"unseen {name}": _listed(values) for name, values in unseen.items() if values}
 
 

@@ -45,7 +45,9 @@ def _while_somebody_reads() -> Iterator[None]:
     except BrokenPipeError:
         if not _reader_has_left():
             raise  # another pipe broke, a worker's say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python flushes once more when it ends
         sys.exit(1)
 
 
@@ -55,13 +57,19 @@ def _reader_has_left() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _dispatch(commands: Command | Mapping[str, Command], load: Callable[..., Settings], arguments: list[str]) -> None:
+def _dispatch(
+    commands: Command | Mapping[str, Command], load: Callable[..., Settings], arguments: list[str]
+) -> None:
     if isinstance(commands, Mapping):
         if not arguments or arguments[0] in HELP:
             _print_commands(commands)
             return
         if arguments[0] not in commands:
-            sys.exit(_complain(f'unknown command "{arguments[0]}", {did_you_mean(arguments[0], commands)}'))
+            sys.exit(
+                _complain(
+                    f'unknown command "{arguments[0]}", {did_you_mean(arguments[0], commands)}'
+                )
+            )
         command, arguments = commands[arguments[0]], arguments[1:]
     else:
         command = commands
@@ -92,8 +100,14 @@ def _fire_function(command: Command, load: Callable[..., Settings]) -> Callable[
         try:
             positional = _settings_type(command).positional
             if len(extra) > len(positional):
-                raise UserError(f'unexpected argument "{extra[len(positional)]}"; options are written --key value')
-            code = command(load(_settings_type(command), {**dict(zip(positional, extra, strict=False)), **flags}))
+                raise UserError(
+                    f'unexpected argument "{extra[len(positional)]}"; options are written --key value'
+                )
+            code = command(
+                load(
+                    _settings_type(command), {**dict(zip(positional, extra, strict=False)), **flags}
+                )
+            )
         except UserError as error:
             code = _complain(str(error))
         if code:

@@ -18,7 +18,9 @@ class Settings(BaseModel):
     positional: ClassVar[tuple[str, ...]] = ()
     """Keys that a command line may also give by position."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=()
+    )
 
 
 def _split(value: Any) -> Any:
@@ -63,11 +65,16 @@ def find_config(name: str) -> Path:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"no config file {name}; give a name in {CONFIG_DIR.name}/ or a path that exists")
+            raise UserError(
+                f"no config file {name}; give a name in {CONFIG_DIR.name}/ or a path that exists"
+            )
         return path
     path = CONFIG_DIR / f"{name}.yaml"
     if not path.is_file():
-        known = (file.relative_to(CONFIG_DIR).with_suffix("").as_posix() for file in CONFIG_DIR.rglob("*.yaml"))
+        known = (
+            file.relative_to(CONFIG_DIR).with_suffix("").as_posix()
+            for file in CONFIG_DIR.rglob("*.yaml")
+        )
         raise UserError(f'no config "{name}", {did_you_mean(name, known)}')
     return path
 
@@ -78,7 +85,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         first_line = str(error).splitlines()[0]
-        raise UserError(f"{path} is not valid YAML ({first_line}); mend it or name another config") from None
+        raise UserError(
+            f"{path} is not valid YAML ({first_line}); mend it or name another config"
+        ) from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -23,7 +23,9 @@ class Dataset:
 
     def metadata_path(self, split: Split) -> Path:
         if not self.root.is_dir():
-            raise UserError(f"no such folder: {self.root}; point --data at a dataset in the layout of the challenge")
+            raise UserError(
+                f"no such folder: {self.root}; point --data at a dataset in the layout of the challenge"
+            )
         parquet = self.root / f"{split}-metadata.parquet"
         return parquet if parquet.is_file() else self.root / f"{split}-metadata.csv"
 
@@ -36,7 +38,9 @@ class Dataset:
         """Opens the images of a split. Raises UserError where there are none."""
         images = self.find_images(split)
         if images is None:
-            raise UserError(f"{self.root} has neither {split}-image.hdf5 nor {split}-image/; add the images")
+            raise UserError(
+                f"{self.root} has neither {split}-image.hdf5 nor {split}-image/; add the images"
+            )
         return images
 
     def find_images(self, split: Split) -> ImageStore | None:

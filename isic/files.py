@@ -39,7 +39,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp makes files private; these are for everybody the umask admits
+        temporary.chmod(
+            0o666 & ~mask
+        )  # mkstemp makes files private; these are for everybody the umask admits
         temporary.replace(path)
     except OSError as error:
         raise _disk_error(path, error) from error
@@ -49,9 +51,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def _disk_error(path: Path, error: OSError) -> Exception:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return UserError(f"the disk is full, so {path} was not written; make room and run the same command again")
-    if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}:
-        return UserError(f"cannot write {path} ({os.strerror(error.errno)}); choose another output folder")
+        return UserError(
+            f"the disk is full, so {path} was not written; make room and run the same command again"
+        )
+    if error.errno in {
+        errno.EACCES,
+        errno.EROFS,
+        errno.EPERM,
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.EISDIR,
+    }:
+        return UserError(
+            f"cannot write {path} ({os.strerror(error.errno)}); choose another output folder"
+        )
     return error
 
 
@@ -63,7 +76,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_parquet(path: Path, table: pl.DataFrame, metadata: dict[str, str] | None = None) -> None:
     """Writes a table as Parquet, atomically; equal tables give equal bytes."""
-    encoded = io.BytesIO()  # what polars raises for a full disk is not an OSError and does not say so
+    encoded = (
+        io.BytesIO()
+    )  # what polars raises for a full disk is not an OSError and does not say so
     table.write_parquet(encoded, compression="zstd", statistics=False, metadata=metadata)
     with atomic_path(path) as temporary:
         temporary.write_bytes(encoded.getvalue())
@@ -81,7 +96,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run the step that makes it again") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); run the step that makes it again") from None
+        raise UserError(
+            f"{path} is not valid JSON ({error}); run the step that makes it again"
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, found a {type(value).__name__}")
     return value
@@ -117,7 +134,9 @@ def manifest_path(artifact: Path) -> Path:
 
 def write_manifest(artifact: Path, **fields: Any) -> None:
     """Writes the manifest beside an artifact; its `sha256` is added here."""
-    write_json(manifest_path(artifact), {"artifact": artifact.name, "sha256": sha256(artifact), **fields})
+    write_json(
+        manifest_path(artifact), {"artifact": artifact.name, "sha256": sha256(artifact), **fields}
+    )
 
 
 def read_manifest(artifact: Path) -> dict[str, Any]:

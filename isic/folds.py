@@ -40,7 +40,9 @@ class Folds:
         Raises:
             UserError: a row is not in the plan, or a patient stands in two folds.
         """
-        fold = metadata.select(schema.ID).join(self.table, on=schema.ID, how="left", maintain_order="left")["fold"]
+        fold = metadata.select(schema.ID).join(
+            self.table, on=schema.ID, how="left", maintain_order="left"
+        )["fold"]
         if fold.null_count():
             unknown = metadata.filter(fold.is_null())[schema.ID][0]
             raise UserError(
@@ -48,7 +50,11 @@ class Folds:
                 "it was made for other data: use that data, or another output folder"
             )
         patients = with_patient(metadata).select(schema.PATIENT, fold)
-        split = patients.group_by(schema.PATIENT).agg(pl.col("fold").n_unique()).filter(pl.col("fold") > 1)
+        split = (
+            patients.group_by(schema.PATIENT)
+            .agg(pl.col("fold").n_unique())
+            .filter(pl.col("fold") > 1)
+        )
         if len(split):
             raise UserError(
                 f"the fold plan {self.digest} puts patient {split[schema.PATIENT][0]} into two folds; delete it"
@@ -65,9 +71,15 @@ def read_folds(path: Path) -> Folds:
     folds = Folds(table)
     written = pl.read_parquet_metadata(path).get("digest")
     if written not in (None, folds.digest):
-        raise UserError(f"{path} was changed after it was written; delete it and draw the folds again")
+        raise UserError(
+            f"{path} was changed after it was written; delete it and draw the folds again"
+        )
     present = table["fold"].unique().sort().to_list()
-    if not present or present != list(range(len(present))) or table[schema.ID].is_duplicated().any():
+    if (
+        not present
+        or present != list(range(len(present)))
+        or table[schema.ID].is_duplicated().any()
+    ):
         raise UserError(
             f"{path} is not a fold plan: every row needs an isic_id of its own, and the folds are 0, 1, 2 and so on; "
             "mend it, or delete it"
@@ -98,7 +110,9 @@ def _read(path: Path, columns: dict[str, pl.DataType], what: str) -> pl.DataFram
     try:
         table = pl.read_parquet(path, columns=list(columns)).cast(columns)  # type: ignore[arg-type]
     except pl.exceptions.PolarsError as error:
-        raise UserError(f"{path} is not a {what} ({str(error).splitlines()[0]}); delete it") from None
+        raise UserError(
+            f"{path} is not a {what} ({str(error).splitlines()[0]}); delete it"
+        ) from None
     if sum(table.null_count().row(0)):
         raise UserError(f"{path} is not a {what}: it has blanks; mend it, or delete it")
     return table
@@ -117,7 +131,9 @@ def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
     target = table[schema.TARGET].to_numpy()
     group = table[schema.PATIENT].to_numpy()
     if target.min() == target.max():
-        raise UserError(f"every target is {target[0]}; training and scoring need rows of both classes")
+        raise UserError(
+            f"every target is {target[0]}; training and scoring need rows of both classes"
+        )
     for label, name in ((1, "positive"), (0, "negative")):
         num_groups = len(np.unique(group[target == label]))
         if num_groups < num_folds:
@@ -128,7 +144,9 @@ def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
     fold = np.zeros(len(table), dtype=np.int8)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "least populated class": counted by group above
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # "least populated class": counted by group above
         for k, (_, held_out) in enumerate(splitter.split(target, target, group)):
             fold[held_out] = k
     return Folds(table.select(schema.ID, pl.Series("fold", fold)))

@@ -90,7 +90,11 @@ class ImageStore(ABC):
         return hashlib.sha256(self.sizes().astype("<i8").tobytes()).hexdigest()[:16]
 
     def decode(
-        self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels, pool: ThreadPoolExecutor | None = None
+        self,
+        ids: Sequence[str],
+        spec: PreprocessSpec,
+        out: Pixels,
+        pool: ThreadPoolExecutor | None = None,
     ) -> dict[int, str]:
         """Decodes and resizes the images of `ids` into `out`, with the threads of `pool` where one is given.
 
@@ -128,7 +132,11 @@ class ImageStore(ABC):
         failed = {}
         for row, position in zip(rows, wanted, strict=True):
             try:
-                decode_into(files[position] if position in files else self._read_image(position), spec, out[row])
+                decode_into(
+                    files[position] if position in files else self._read_image(position),
+                    spec,
+                    out[row],
+                )
             except ImageError as error:
                 failed[row] = str(error)
                 out[row] = 0
@@ -217,14 +225,22 @@ class Hdf5Images(ImageStore):
         """Reads neighbours in the file with one call."""
         files: dict[int, bytes] = {}
         offsets, sizes = self._offsets[positions].tolist(), self._sizes[positions].tolist()
-        places = [place for place in zip(offsets, sizes, positions, strict=True) if place[0] >= 0 <= place[2]]
+        places = [
+            place
+            for place in zip(offsets, sizes, positions, strict=True)
+            if place[0] >= 0 <= place[2]
+        ]
         if sum(size for _, size, _ in places) > MAX_AHEAD:
             return files
         for span in _neighbours(sorted(places)):
             start, (last, size, _) = span[0][0], span[-1]
-            with contextlib.suppress(OSError):  # then they are read one by one, and each says why it cannot be
+            with contextlib.suppress(
+                OSError
+            ):  # then they are read one by one, and each says why it cannot be
                 data = os.pread(self._file, last + size - start, start)
-                files |= {position: data[at - start : at - start + size] for at, size, position in span}
+                files |= {
+                    position: data[at - start : at - start + size] for at, size, position in span
+                }
         return files
 
 
@@ -282,11 +298,19 @@ def build_index(path: Path) -> Index:
         UserError: the file is truncated or not HDF5, or holds no images.
     """
     try:
-        with h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, _frugal_access())) as file:
+        with h5py.File(
+            h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, _frugal_access())
+        ) as file:
             index = _locate_all(file.id)
-    except (OSError, RuntimeError, KeyError) as error:  # h5py's, in this order for the file, its tree, a dataset
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+    ) as error:  # h5py's, in this order for the file, its tree, a dataset
         reason = str(error).split("(")[-1].rstrip(")")
-        raise UserError(f"{path} is not a whole HDF5 file ({reason}); copy or download it again") from None
+        raise UserError(
+            f"{path} is not a whole HDF5 file ({reason}); copy or download it again"
+        ) from None
     if not len(index["isic_id"]):
         raise UserError(f"{path} holds no images; copy or download it again")
     order = np.argsort(index["isic_id"])
@@ -326,7 +350,9 @@ def _locate_all(file: h5py.h5f.FileID) -> Index:
 
 def _columns(rows: Sequence[tuple[bytes, int, int]]) -> list[NDArray[Any]]:
     kinds = (np.bytes_, np.int64, np.int64)
-    return [np.array([row[number] for row in rows], dtype=kind) for number, kind in enumerate(kinds)]
+    return [
+        np.array([row[number] for row in rows], dtype=kind) for number, kind in enumerate(kinds)
+    ]
 
 
 def _pointers(index: Index, path: Path) -> list[int]:
@@ -346,11 +372,18 @@ def _load_index(path: Path) -> Index:
     stat = path.stat()
     key = digest(INDEX_VERSION, stat.st_size, stat.st_mtime_ns)
     cached = index_path(path)
-    with contextlib.suppress(FileNotFoundError, *DAMAGED), np.load(cached) as archive:  # a damaged one is built again
+    with (
+        contextlib.suppress(FileNotFoundError, *DAMAGED),
+        np.load(cached) as archive,
+    ):  # a damaged one is built again
         if archive["key"] == key:
             return {name: archive[name] for name in ("isic_id", "offset", "size")}
     index = build_index(path)
     # without a cache it is only slower
-    with contextlib.suppress(UserError), atomic_path(cached) as temporary, open(temporary, "wb") as file:
+    with (
+        contextlib.suppress(UserError),
+        atomic_path(cached) as temporary,
+        open(temporary, "wb") as file,
+    ):
         np.savez(file, key=np.array(key), **index)  # type: ignore[arg-type]
     return index

@@ -72,7 +72,9 @@ def leave_to_parent(_: int) -> None:
     sys.excepthook = _report_unless_left
 
 
-def _report_unless_left(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+def _report_unless_left(
+    kind: type[BaseException], error: BaseException, where: TracebackType | None
+) -> None:
     """Reports an error of the thread that hands batches over, unless the main process ended while it took one."""
     if not isinstance(error, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, where)

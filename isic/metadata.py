@@ -28,7 +28,9 @@ def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:
             other than 0 or 1, duplicate or blank ids, no rows.
     """
     if not path.is_file():
-        raise UserError(f"no such file: {path}; point --data at a folder in the layout of the challenge")
+        raise UserError(
+            f"no such file: {path}; point --data at a folder in the layout of the challenge"
+        )
     try:
         if path.suffix == ".parquet":
             table = pl.read_parquet(path)
@@ -39,7 +41,9 @@ def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:
         first_line = (str(error).splitlines() or ["no content"])[0]
         raise UserError(f"{path} is not a readable table: {first_line}") from None
     require(table, (schema.ID, *need), path)
-    table = table.with_columns(_typed(table, name, path) for name in table.columns if name in schema.DTYPES)
+    table = table.with_columns(
+        _typed(table, name, path) for name in table.columns if name in schema.DTYPES
+    )
     _check_ids(table, path)
     if schema.TARGET in table.columns:
         _check_target(table, path)
@@ -82,7 +86,9 @@ def with_patient(table: pl.DataFrame) -> pl.DataFrame:
 
 def _typed(table: pl.DataFrame, name: str, path: Path) -> pl.Series:
     column, wanted = table[name], schema.DTYPES[name]
-    if column.dtype == pl.String:  # of a Parquet file: what is a blank in the one format is one in the other
+    if (
+        column.dtype == pl.String
+    ):  # of a Parquet file: what is a blank in the one format is one in the other
         column = table.select(pl.when(~pl.col(name).is_in(NULLS)).then(pl.col(name))).to_series()
     if wanted == pl.String():
         return column.cast(pl.String)
@@ -90,7 +96,9 @@ def _typed(table: pl.DataFrame, name: str, path: Path) -> pl.Series:
     wrong = (number.is_null() & column.is_not_null()) | number.is_infinite().fill_null(False)
     if wrong.any():
         row = wrong.to_list().index(True)
-        raise UserError(f'{path}: column {name} must hold finite numbers, row {row} has "{column[row]}"; mend the file')
+        raise UserError(
+            f'{path}: column {name} must hold finite numbers, row {row} has "{column[row]}"; mend the file'
+        )
     return number.fill_nan(None)  # polars' null functions do not see NaN
 
 
@@ -111,4 +119,6 @@ def _check_target(table: pl.DataFrame, path: Path) -> None:
     wrong = table.filter(~pl.col(schema.TARGET).is_in([0.0, 1.0]).fill_null(False))
     if len(wrong):
         value, name = wrong[schema.TARGET][0], wrong[schema.ID][0]
-        raise UserError(f"{path}: target must be 0 or 1 in every row, {name} has {value}; mend the file")
+        raise UserError(
+            f"{path}: target must be 0 or 1 in every row, {name} has {value}; mend the file"
+        )

@@ -54,7 +54,9 @@ def bootstrap_pauc(
     num_groups = code.max() + 1
     draws: list[list[float]] = []
     while len(draws) < num_draws:
-        weight = np.bincount(random.integers(num_groups, size=num_groups), minlength=num_groups)[code]
+        weight = np.bincount(random.integers(num_groups, size=num_groups), minlength=num_groups)[
+            code
+        ]
         if weight[labels == 1].any() and weight[labels == 0].any():
             draws.append([curve.pauc(weight) for curve in curves])
     return np.array(draws)
@@ -81,7 +83,9 @@ class _Curve:
         after = np.searchsorted(tpr, MIN_TPR, side="right")
         share = (MIN_TPR - tpr[after - 1]) / (tpr[after] - tpr[after - 1])
         first = fpr[after - 1] + share * (fpr[after] - fpr[after - 1])
-        return float(np.trapezoid(1 - np.append(first, fpr[after:]), np.append(MIN_TPR, tpr[after:])))
+        return float(
+            np.trapezoid(1 - np.append(first, fpr[after:]), np.append(MIN_TPR, tpr[after:]))
+        )
 
 
 def roc_auc(target: ArrayLike, score: ArrayLike) -> float:
@@ -90,7 +94,9 @@ def roc_auc(target: ArrayLike, score: ArrayLike) -> float:
     return float(roc_auc_score(labels, scores))
 
 
-def top_k_sensitivity(target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_K) -> float:
+def top_k_sensitivity(
+    target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_K
+) -> float:
     """Share of malignant lesions that stand among the `k` highest scores of their patient, in [0, 1].
 
     A tie counts against the lesion: its rank is the number of the patient's lesions that score at least as high.
@@ -116,7 +122,11 @@ def _checked(target: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.int64], ND
     scores = np.asarray(score, dtype=np.float64)
     assert labels.shape == scores.shape and labels.ndim == 1
     if not np.isfinite(scores).all():
-        raise UserError(f"{np.count_nonzero(~np.isfinite(scores))} of {scores.size} scores are not finite numbers")
+        raise UserError(
+            f"{np.count_nonzero(~np.isfinite(scores))} of {scores.size} scores are not finite numbers"
+        )
     if labels.size == 0 or labels.min() == labels.max():
-        raise UserError("a score needs both classes: every target here is the same; use data with both")
+        raise UserError(
+            "a score needs both classes: every target here is the same; use data with both"
+        )
     return labels, scores

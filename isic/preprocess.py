@@ -77,7 +77,9 @@ def image_size(data: bytes) -> tuple[int, int]:
         frame = _jpeg_frame(data)
         if data.rfind(JPEG_END, frame) < 0:
             raise ImageError("truncated JPEG")
-        return int.from_bytes(data[frame + 5 : frame + 7]), int.from_bytes(data[frame + 7 : frame + 9])
+        return int.from_bytes(data[frame + 5 : frame + 7]), int.from_bytes(
+            data[frame + 7 : frame + 9]
+        )
     if data.startswith(PNG_START):
         if data.rfind(PNG_END) < 24:
             raise ImageError("truncated PNG")
@@ -96,14 +98,19 @@ def _jpeg_frame(data: bytes) -> int:
             at += 1
         else:
             length = 0 if marker in JPEG_BARE else int.from_bytes(data[at + 2 : at + 4])
-            at = data.find(b"\xff", at + 2 + length)  # libjpeg, too, skips what lies between segments
+            at = data.find(
+                b"\xff", at + 2 + length
+            )  # libjpeg, too, skips what lies between segments
     raise ImageError("truncated JPEG")
 
 
 def resize(image: Pixels, spec: PreprocessSpec, out: Pixels | None = None) -> Pixels:
     """Resizes uint8 [h, w, 3] to [size, size, 3], into `out` where it is given."""
     interpolation = INTERPOLATION[spec.interpolation]
-    return np.asarray(cv2.resize(image, (spec.size, spec.size), dst=out, interpolation=interpolation), dtype=np.uint8)
+    return np.asarray(
+        cv2.resize(image, (spec.size, spec.size), dst=out, interpolation=interpolation),
+        dtype=np.uint8,
+    )
 
 
 def decode_into(data: bytes, spec: PreprocessSpec, out: Pixels) -> None:

@@ -55,7 +55,16 @@ CATEGORICAL = (
     "copyright_license",
 )
 
-TRAIN_ONLY_TEXT = ("lesion_id", "iddx_full", "iddx_1", "iddx_2", "iddx_3", "iddx_4", "iddx_5", "mel_mitotic_index")
+TRAIN_ONLY_TEXT = (
+    "lesion_id",
+    "iddx_full",
+    "iddx_1",
+    "iddx_2",
+    "iddx_3",
+    "iddx_4",
+    "iddx_5",
+    "mel_mitotic_index",
+)
 TRAIN_ONLY_NUMERIC = ("mel_thick_mm", "tbp_lv_dnn_lesion_confidence")
 TRAIN_ONLY = (TARGET, *TRAIN_ONLY_TEXT, *TRAIN_ONLY_NUMERIC)
 """Columns that the test table lacks: never features."""
@@ -69,7 +78,15 @@ DTYPES: dict[str, pl.DataType] = {
 }
 
 TRAIN_ORDER = (
-    *("isic_id", "target", "patient_id", "age_approx", "sex", "anatom_site_general", "clin_size_long_diam_mm"),
+    *(
+        "isic_id",
+        "target",
+        "patient_id",
+        "age_approx",
+        "sex",
+        "anatom_site_general",
+        "clin_size_long_diam_mm",
+    ),
     *("image_type", "tbp_tile_type"),
     *(name for name in NUMERIC[2:21]),
     *("tbp_lv_location", "tbp_lv_location_simple"),

@@ -89,7 +89,11 @@ class Sight:
 
     def assert_sound(self) -> None:
         assert self.num_texts > 0, "the page is blank"
-        faults = {name: value for name, value in vars(self).items() if value and not name.startswith("num_")}
+        faults = {
+            name: value
+            for name, value in vars(self).items()
+            if value and not name.startswith("num_")
+        }
         assert not faults, faults
 
 
@@ -105,7 +109,9 @@ def open_browser() -> Iterator[Browser]:
         browser.close()
 
 
-def look(browser: Browser, path: Path, width: int, scheme: str = "light", screenshot: Path | None = None) -> Sight:
+def look(
+    browser: Browser, path: Path, width: int, scheme: str = "light", screenshot: Path | None = None
+) -> Sight:
     """Opens an HTML file in a window of a width.
 
     Args:
@@ -116,12 +122,16 @@ def look(browser: Browser, path: Path, width: int, scheme: str = "light", screen
     errors: list[str] = []
     requests: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on(
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
+    )
     page.on("request", lambda request: requests.append(request.url))
     page.goto(path.resolve().as_uri(), wait_until="load")
     seen = page.evaluate(LOOK)
     if screenshot:
         page.screenshot(path=screenshot, full_page=True)
     page.close()
-    foreign = [url for url in requests if url != path.resolve().as_uri() and not url.startswith("data:")]
+    foreign = [
+        url for url in requests if url != path.resolve().as_uri() and not url.startswith("data:")
+    ]
     return Sight(errors, foreign, **seen)

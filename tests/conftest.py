@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never waits for a hub
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads leave the cores to the other libraries
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # idle threads leave the cores to the other libraries
 
 import cv2
 import h5py
@@ -126,7 +128,10 @@ def small_dataset(tmp_path: Path) -> Path:
     table = small_table()
     table.write_csv(folder / "train-metadata.csv")
     rows = enumerate(table.select("isic_id", "target").iter_rows())
-    write_hdf5(folder / "train-image.hdf5", {name: jpeg(40 + i % 30, 90 if y else 180) for i, (name, y) in rows})
+    write_hdf5(
+        folder / "train-image.hdf5",
+        {name: jpeg(40 + i % 30, 90 if y else 180) for i, (name, y) in rows},
+    )
     return folder
 
 
@@ -138,7 +143,18 @@ def synth_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-TINY = ("--model", "test_vit", "--pretrained", "false", "--image_size", 32, "--num_workers", 0, "--name", "tiny")
+TINY = (
+    "--model",
+    "test_vit",
+    "--pretrained",
+    "false",
+    "--image_size",
+    32,
+    "--num_workers",
+    0,
+    "--name",
+    "tiny",
+)
 """Flags of a model that trains in seconds."""
 
 
@@ -163,6 +179,15 @@ def embedded(exported: Path, synth_dataset: Path) -> Path:
     """Embeddings of both splits of the synthetic dataset by the exported folds."""
     output = exported.parent / "embeddings"
     run_module(
-        "infer", "embed", "--config", "tiny", "--model_dir", exported, "--data", synth_dataset, "--output_dir", output
+        "infer",
+        "embed",
+        "--config",
+        "tiny",
+        "--model_dir",
+        exported,
+        "--data",
+        synth_dataset,
+        "--output_dir",
+        output,
     )
     return output / "tiny"

@@ -20,7 +20,18 @@ def test_real_pairs_to_a_submission(real_data: Path, tmp_path: Path, cli: Cli) -
     steps: list[list[object]] = [
         ["train", *TINY, "--data", data, "--output_dir", tmp_path, "--epochs", 1, "--num_folds", 3],
         ["export", "--config", "tiny", "--model_dir", run],
-        ["infer", "embed", "--config", "tiny", "--model_dir", run, "--data", data, "--output_dir", embeddings],
+        [
+            "infer",
+            "embed",
+            "--config",
+            "tiny",
+            "--model_dir",
+            run,
+            "--data",
+            data,
+            "--output_dir",
+            embeddings,
+        ],
         ["infer", "fit", "--data", data, "--embeddings", embeddings / "tiny", *fit],
         ["infer", "predict", "--data", data, "--embeddings", embeddings / "tiny", *predict],
     ]

@@ -22,7 +22,10 @@ def train(settings: TrainSettings) -> int:
             train_folds(settings)
     except Interrupted as stop:
         if distributed.is_main():
-            print(f"stopped by {stop}; the same command with --resume goes on from the last epoch", file=sys.stderr)
+            print(
+                f"stopped by {stop}; the same command with --resume goes on from the last epoch",
+                file=sys.stderr,
+            )
         return stop.exit_code
     return 0
 
@@ -30,7 +33,9 @@ def train(settings: TrainSettings) -> int:
 def train_folds(settings: TrainSettings) -> None:
     """Trains the folds that are due and prints the scores of all."""
     folds = range(settings.num_folds) if settings.fold is None else [settings.fold]
-    due = distributed.from_main([fold for fold in folds if settings.force or not is_finished(settings, fold)])
+    due = distributed.from_main(
+        [fold for fold in folds if settings.force or not is_finished(settings, fold)]
+    )
     if distributed.is_main():
         for fold in sorted(set(folds) - set(due)):
             print(f"fold {fold} is finished; --force trains it again")

@@ -3,7 +3,9 @@
 import os
 from typing import Any
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise importing it asks the network for a newer version
+os.environ.setdefault(
+    "NO_ALBUMENTATIONS_UPDATE", "1"
+)  # otherwise importing it asks the network for a newer version
 import albumentations as A
 
 LIGHT: tuple[Any, ...] = (
@@ -13,14 +15,20 @@ LIGHT: tuple[Any, ...] = (
 MEDIUM: tuple[Any, ...] = (
     *LIGHT,
     A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=20, val_shift_limit=10, p=0.5),
-    A.Affine(scale=(0.85, 1.15), translate_percent=(-0.06, 0.06), rotate=(-30, 30), border_mode=4, p=0.7),
+    A.Affine(
+        scale=(0.85, 1.15), translate_percent=(-0.06, 0.06), rotate=(-30, 30), border_mode=4, p=0.7
+    ),
 )
 HEAVY: tuple[Any, ...] = (
     *MEDIUM,
     A.OneOf([A.GaussianBlur(blur_limit=(3, 5)), A.MotionBlur(blur_limit=5), A.GaussNoise()], p=0.4),
-    A.OneOf([A.ElasticTransform(alpha=40, sigma=6), A.GridDistortion(), A.OpticalDistortion()], p=0.3),
+    A.OneOf(
+        [A.ElasticTransform(alpha=40, sigma=6), A.GridDistortion(), A.OpticalDistortion()], p=0.3
+    ),
     A.CLAHE(clip_limit=3.0, p=0.3),
-    A.CoarseDropout(num_holes_range=(1, 4), hole_height_range=(0.08, 0.2), hole_width_range=(0.08, 0.2), p=0.4),
+    A.CoarseDropout(
+        num_holes_range=(1, 4), hole_height_range=(0.08, 0.2), hole_width_range=(0.08, 0.2), p=0.4
+    ),
 )
 LEVELS: dict[str, tuple[Any, ...]] = {"none": (), "light": LIGHT, "medium": MEDIUM, "heavy": HEAVY}
 

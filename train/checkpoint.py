@@ -13,7 +13,16 @@ from train.config import TrainSettings
 BEST, LAST = "best_model.pth", "last.pth"
 KEYS = ("model_state_dict", "optimizer_state_dict", "best_pauc", "epoch", "config", "args")
 
-DAMAGE = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
+DAMAGE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)
 """What reading a file with a few wrong bytes has been seen to raise."""
 
 

@@ -13,7 +13,9 @@ from isic.errors import UserError
 class TrainSettings(Settings):
     """What `python -m train` takes. Precedence: these defaults < the YAML file < flags."""
 
-    name: str = Field("custom", min_length=1, description="name of the run; the config's file name unless given")
+    name: str = Field(
+        "custom", min_length=1, description="name of the run; the config's file name unless given"
+    )
     model: str = Field(description="timm name of the backbone")
     pretrained: bool | str = Field(
         True,
@@ -23,16 +25,24 @@ class TrainSettings(Settings):
     image_size: int = Field(224, ge=8, le=2048, description="side of the square input, pixels")
     interpolation: Literal["linear", "cubic", "area"] = Field("linear", description="resize method")
     global_pool: Literal["avg", "max", "avgmax", "token"] | None = Field(
-        None, description="how the backbone pools its last map (token: transformers only); its own way if not given"
+        None,
+        description="how the backbone pools its last map (token: transformers only); its own way if not given",
     )
 
-    data: Path = Field(Path("data/isic-2024"), description="dataset folder in the challenge's layout")
-    extra_data: Several[Path] = Field(
-        (), description="further labelled dataset folders, commas between them: trained on, never validated on"
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset folder in the challenge's layout"
     )
-    extra_weight: float = Field(1.0, gt=0, description="how often an epoch shows each extra row; 0.5: half, redrawn")
+    extra_data: Several[Path] = Field(
+        (),
+        description="further labelled dataset folders, commas between them: trained on, never validated on",
+    )
+    extra_weight: float = Field(
+        1.0, gt=0, description="how often an epoch shows each extra row; 0.5: half, redrawn"
+    )
     output_dir: Path = Field(Path("outputs"), description="the run lands in <output_dir>/<name>")
-    fold: int | None = Field(None, ge=0, description="train this fold alone; all folds if not given")
+    fold: int | None = Field(
+        None, ge=0, description="train this fold alone; all folds if not given"
+    )
     num_folds: int = Field(5, ge=2, le=50, description="number of folds")
     split_seed: int = Field(42, description="seed of the fold plan")
     seed: int = Field(42, ge=0, description="seed of everything random in training")
@@ -45,7 +55,10 @@ class TrainSettings(Settings):
     lr: float = Field(1e-3, gt=0, description="peak learning rate of the head")
     lr_backbone: float = Field(1e-4, gt=0, description="peak learning rate of the backbone")
     layer_decay: float = Field(
-        1.0, gt=0, le=1, description="factor of the backbone's learning rate from each layer to the one below it"
+        1.0,
+        gt=0,
+        le=1,
+        description="factor of the backbone's learning rate from each layer to the one below it",
     )
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay of matrices")
     warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up before the cosine")
@@ -53,29 +66,53 @@ class TrainSettings(Settings):
     clip_grad: float = Field(1.0, gt=0, description="largest norm of the gradient")
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head")
     drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the backbone")
-    mixup: float = Field(0.0, ge=0, description="mixup: alpha of the beta distribution (Zhang et al. 2018); 0: none")
-    cutmix: float = Field(0.0, ge=0, description="cutmix: alpha of the beta distribution (Yun et al. 2019); 0: none")
-    mask_weight: float = Field(
-        0.0, ge=0, description="weight of the segmentation loss where masks.hdf5 has a mask; 0: classification alone"
+    mixup: float = Field(
+        0.0, ge=0, description="mixup: alpha of the beta distribution (Zhang et al. 2018); 0: none"
     )
-    focal_alpha: float = Field(0.25, ge=0, le=1, description="focal loss: weight of the positive class")
-    focal_gamma: float = Field(2.0, ge=0, description="focal loss: how far easy examples are discounted")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="moving average of the weights, validated and saved; 0: none")
+    cutmix: float = Field(
+        0.0, ge=0, description="cutmix: alpha of the beta distribution (Yun et al. 2019); 0: none"
+    )
+    mask_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the segmentation loss where masks.hdf5 has a mask; 0: classification alone",
+    )
+    focal_alpha: float = Field(
+        0.25, ge=0, le=1, description="focal loss: weight of the positive class"
+    )
+    focal_gamma: float = Field(
+        2.0, ge=0, description="focal loss: how far easy examples are discounted"
+    )
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="moving average of the weights, validated and saved; 0: none"
+    )
 
     fp16: bool = Field(False, description="autocast to float16 with loss scaling")
     bf16: bool = Field(False, description="autocast to bfloat16")
-    grad_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
+    grad_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory"
+    )
     compile: bool = Field(False, description="torch.compile the model")
     device: str = Field("auto", description="cuda, cpu, or auto")
     num_workers: int | None = Field(
-        None, ge=0, description="processes that decode and augment; if not given, one a core with a GPU, else none"
+        None,
+        ge=0,
+        description="processes that decode and augment; if not given, one a core with a GPU, else none",
     )
 
-    on_error: Literal["raise", "skip"] = Field("raise", description="an image that is absent or does not decode")
-    augmentation: Literal["none", "light", "medium", "heavy"] = Field("light", description="strength of augmentation")
-    use_sample: bool = Field(False, description="train and validate on 50,000 rows that keep every positive")
+    on_error: Literal["raise", "skip"] = Field(
+        "raise", description="an image that is absent or does not decode"
+    )
+    augmentation: Literal["none", "light", "medium", "heavy"] = Field(
+        "light", description="strength of augmentation"
+    )
+    use_sample: bool = Field(
+        False, description="train and validate on 50,000 rows that keep every positive"
+    )
     negatives_per_positive: float | None = Field(
-        None, gt=0, description="negatives drawn anew each epoch for one positive; all of them if not given"
+        None,
+        gt=0,
+        description="negatives drawn anew each epoch for one positive; all of them if not given",
     )
     positive_repeats: int = Field(1, ge=1, description="how often an epoch shows each positive")
     select_epoch: Literal["last", "best"] = Field(
@@ -88,7 +125,11 @@ class TrainSettings(Settings):
     @classmethod
     def _truth_from_text(cls, value: Any) -> Any:
         """A flag is text, and the text "false" is no hub name."""
-        return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+        return (
+            {"true": True, "false": False}.get(value.lower(), value)
+            if isinstance(value, str)
+            else value
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -103,9 +144,13 @@ class TrainSettings(Settings):
                 f"--freeze_epochs {self.freeze_epochs} leaves none of {self.epochs} epochs for the backbone"
             )
         if self.mixes and self.batch_size % 2:
-            raise ValueError(f"--mixup and --cutmix pair images; make --batch_size {self.batch_size} even")
+            raise ValueError(
+                f"--mixup and --cutmix pair images; make --batch_size {self.batch_size} even"
+            )
         if self.mixes and self.mask_weight:
-            raise ValueError("--mixup and --cutmix would mix images but not their masks; choose them or --mask_weight")
+            raise ValueError(
+                "--mixup and --cutmix would mix images but not their masks; choose them or --mask_weight"
+            )
         return self
 
     @property

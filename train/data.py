@@ -92,7 +92,13 @@ def read_jpegs(store: ImageStore, ids: list[str], absent: frozenset[str] = froze
     buffer, sizes = bytearray(), []  # it grows in place: the files are never in memory twice
     for start in range(0, len(ids), READ_ROWS):
         names = ids[start : start + READ_ROWS]
-        files = dict(zip(present := [name for name in names if name not in absent], store.read(present), strict=True))
+        files = dict(
+            zip(
+                present := [name for name in names if name not in absent],
+                store.read(present),
+                strict=True,
+            )
+        )
         buffer += b"".join(files.values())
         sizes += [len(files.get(name, b"")) for name in names]
     ends = np.cumsum(sizes, dtype=np.int64)
@@ -152,10 +158,14 @@ def load_data(settings: TrainSettings) -> TrainData:
     paths = [dataset.metadata_path("train")]
     for root in settings.extra_data:
         extra = IsicDataset(root)
-        rows += load_rows(extra, unrelated(extra.metadata("train"), [table, rows.table], root), settings)
+        rows += load_rows(
+            extra, unrelated(extra.metadata("train"), [table, rows.table], root), settings
+        )
         paths.append(extra.metadata_path("train"))
     if rows.masks and not len(rows.masks.buffer):
-        raise UserError(f"{dataset.masks_path} has no mask of any training image; add masks, or set --mask_weight 0")
+        raise UserError(
+            f"{dataset.masks_path} has no mask of any training image; add masks, or set --mask_weight 0"
+        )
     fold = np.concatenate([fold, np.full(len(rows.table) - len(fold), EXTRA, np.int8)])
     return TrainData(rows, fold, folds, paths)
 
@@ -169,15 +179,21 @@ def unrelated(table: pl.DataFrame, others: list[pl.DataFrame], root: Path) -> pl
     for other in others:
         for key in (schema.ID, schema.PATIENT):
             if key in kept.columns and key in other.columns:
-                kept = kept.filter(~pl.col(key).is_in(other[key].drop_nulls().implode()).fill_null(False))
+                kept = kept.filter(
+                    ~pl.col(key).is_in(other[key].drop_nulls().implode()).fill_null(False)
+                )
     if len(kept) < len(table) and distributed.is_main():
-        print(f"{root}: {len(table) - len(kept)} rows are left out, their image or patient stands in another dataset")
+        print(
+            f"{root}: {len(table) - len(kept)} rows are left out, their image or patient stands in another dataset"
+        )
     return kept
 
 
 def load_rows(dataset: IsicDataset, table: pl.DataFrame, settings: TrainSettings) -> Rows:
     """Reads the images (and masks, where the run learns them) of a table's rows. Raises UserError."""
-    table = table.select(name for name in (schema.ID, schema.TARGET, schema.PATIENT) if name in table.columns)
+    table = table.select(
+        name for name in (schema.ID, schema.TARGET, schema.PATIENT) if name in table.columns
+    )
     store = dataset.images("train")
     ids = table[schema.ID].to_list()
     errors = dict.fromkeys(store.missing(ids), "no image for this id")
@@ -189,7 +205,11 @@ def load_rows(dataset: IsicDataset, table: pl.DataFrame, settings: TrainSettings
         _report(errors, len(ids), settings)
         table, jpegs = table.filter(~pl.col(schema.ID).is_in(list(errors))), jpegs.without(wrong)
     return Rows(
-        table, jpegs, load_masks(dataset.masks_path, table[schema.ID].to_list()) if settings.mask_weight else None
+        table,
+        jpegs,
+        load_masks(dataset.masks_path, table[schema.ID].to_list())
+        if settings.mask_weight
+        else None,
     )
 
 
@@ -202,7 +222,9 @@ def load_masks(path: Path, ids: list[str]) -> Jpegs:
     wrong = {row: reason for row, reason in undecodable(masks).items() if masks[row]}
     if wrong:
         row, reason = next(iter(wrong.items()))
-        raise UserError(f"{path}: {len(wrong)} masks do not decode, the first is {ids[row]} ({reason}); mend them")
+        raise UserError(
+            f"{path}: {len(wrong)} masks do not decode, the first is {ids[row]} ({reason}); mend them"
+        )
     return masks
 
 
@@ -253,7 +275,9 @@ def sample_rows(table: pl.DataFrame, num_rows: int, seed: int) -> pl.DataFrame:
 class LesionImages(Dataset[Item]):
     """Decoded rows: uint8 [size, size, 3], the target, the row's number, and the mask uint8 [size, size]."""
 
-    def __init__(self, data: TrainData, spec: PreprocessSpec, augmentation: Any | None = None) -> None:
+    def __init__(
+        self, data: TrainData, spec: PreprocessSpec, augmentation: Any | None = None
+    ) -> None:
         self.jpegs, self.masks, self.target = data.rows.jpegs, data.rows.masks, data.target
         self.spec, self.augmentation = spec, augmentation
 
@@ -297,7 +321,11 @@ class EpochSampler(Sampler[Key]):
         self.extra = np.empty(0, np.int64) if extra is None else extra
         self.repeats, self.seed, self.epoch = settings.positive_repeats, settings.seed, epoch
         per_positive = settings.negatives_per_positive
-        wanted = len(self.negatives) if per_positive is None else round(per_positive * len(self.positives))
+        wanted = (
+            len(self.negatives)
+            if per_positive is None
+            else round(per_positive * len(self.positives))
+        )
         self.num_negatives = min(wanted, len(self.negatives))
         self.num_extra = round(settings.extra_weight * len(self.extra))
 
@@ -346,7 +374,9 @@ class RowSampler(Sampler[Key]):
         return iter((int(row), 0) for row in self.rows)
 
 
-def create_loader(images: LesionImages, sampler: Sampler[Key], settings: TrainSettings) -> DataLoader[Item]:
+def create_loader(
+    images: LesionImages, sampler: Sampler[Key], settings: TrainSettings
+) -> DataLoader[Item]:
     """Returns a loader of `Batch`es."""
     num_workers = settings.num_workers
     if num_workers is None:
@@ -378,9 +408,13 @@ def fold_loaders(
     rank, world_size = distributed.rank(), distributed.world_size()
     for rows, name in ((training, "training"), (held_out, "held-out")):
         if len(np.unique(data.target[rows])) < 2:
-            raise UserError(f"the {name} rows of fold {fold} hold one class only; use more data or fewer folds")
+            raise UserError(
+                f"the {name} rows of fold {fold} hold one class only; use more data or fewer folds"
+            )
         if len(rows) < world_size:
-            raise UserError(f"{len(rows)} {name} rows are too few for {world_size} processes; start fewer")
+            raise UserError(
+                f"{len(rows)} {name} rows are too few for {world_size} processes; start fewer"
+            )
     sampler = EpochSampler(training, data.target[training], settings, extra=extra)
     augmented = LesionImages(data, spec, create_augmentation(settings.augmentation))
     return (

@@ -86,4 +86,8 @@ def parallel(module: Any) -> Any:
 
 def averaging(module: Any, now: bool) -> contextlib.AbstractContextManager[Any]:
     """Within the block gradients are averaged over the processes, or only added up until a later block does it."""
-    return module.no_sync() if isinstance(module, DistributedDataParallel) and not now else contextlib.nullcontext()
+    return (
+        module.no_sync()
+        if isinstance(module, DistributedDataParallel) and not now
+        else contextlib.nullcontext()
+    )

@@ -40,16 +40,22 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int) -> None:
     directory, device = settings.fold_dir(fold), select_device(settings.device)
     loader, sampler, held_out = fold_loaders(data, fold, preprocess_spec(settings), settings)
     steps_per_epoch = -(-len(loader) // settings.accumulation_steps)
-    schedule = lr_schedule(steps_per_epoch * settings.epochs, round(steps_per_epoch * settings.warmup_epochs))
+    schedule = lr_schedule(
+        steps_per_epoch * settings.epochs, round(steps_per_epoch * settings.warmup_epochs)
+    )
     state = create_state(settings, device, fold)
     resumes = distributed.from_main(settings.resume and (directory / LAST).is_file())
     if resumes:
         restore(state, directory / LAST, settings, data)
         if state.epoch == settings.epochs:
-            raise UserError(f"the last epoch of {directory} is done, but its results are gone; add --force")
+            raise UserError(
+                f"the last epoch of {directory} is done, but its results are gone; add --force"
+            )
     begin_fold(settings, data, fold, resumes)
     if not resumes:
-        save_last(directory / LAST, state, settings, data)  # what a run stopped within its first epoch goes on from
+        save_last(
+            directory / LAST, state, settings, data
+        )  # what a run stopped within its first epoch goes on from
     network: Any = torch.compile(state.model) if settings.compile else state.model
     forward: Any = None
 
@@ -58,12 +64,16 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int) -> None:
         sampler.epoch = state.epoch
         if forward is None or state.epoch == settings.freeze_epochs:
             state.model.backbone.requires_grad_(state.epoch >= settings.freeze_epochs)
-            forward = distributed.parallel(network)  # it must know which weights will have a gradient
+            forward = distributed.parallel(
+                network
+            )  # it must know which weights will have a gradient
         try:
             stats = train_epoch(state, forward, loader, schedule, settings, device, f"fold {fold}")
         except NotFinite as error:
             raise UserError(error.sentence(data.table[schema.ID])) from None
-        distributed.share(state.evaluated)  # each process has its own moving average and batch statistics
+        distributed.share(
+            state.evaluated
+        )  # each process has its own moving average and batch statistics
         held = Predictions.joined(distributed.gather(predict(state, held_out, settings, device)))
         state.epoch += 1
         scores = score(data.target[held.rows], held)
@@ -71,12 +81,16 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int) -> None:
             chosen = state.epoch == 1 or scores["pauc"] > state.best_pauc
         else:
             chosen = state.epoch == settings.epochs
-        state.best_pauc = scores["pauc"] if chosen or settings.select_epoch == "last" else state.best_pauc
+        state.best_pauc = (
+            scores["pauc"] if chosen or settings.select_epoch == "last" else state.best_pauc
+        )
         stats = EpochStats.joined(distributed.gather(stats))
         if chosen:
             save_fold(directory, state, settings, data, fold, held)
         log_epoch(directory, settings, fold, state, stats, scores)
-        save_last(directory / LAST, state, settings, data)  # at last: a run killed before it repeats the epoch
+        save_last(
+            directory / LAST, state, settings, data
+        )  # at last: a run killed before it repeats the epoch
 
 
 def seed_epoch(settings: TrainSettings, fold: int, epoch: int) -> None:
@@ -160,7 +174,9 @@ def create_mixup(settings: TrainSettings) -> Callable[[Batch], Batch]:
 
 
 @torch.inference_mode()
-def predict(state: TrainState, loader: Iterable[Batch], settings: TrainSettings, device: torch.device) -> Predictions:
+def predict(
+    state: TrainState, loader: Iterable[Batch], settings: TrainSettings, device: torch.device
+) -> Predictions:
     """Returns what the model says of the loader's rows; how well it draws only where it was taught to."""
     model = state.evaluated.eval()
     rows, logits, overlap = [], [], []
@@ -188,7 +204,9 @@ def score(target: NDArray[np.float32], held: Predictions) -> dict[str, float]:
         UserError: a score is not finite.
     """
     if not np.isfinite(held.logits).all():
-        raise UserError("the network's scores of held-out images are not finite; lower --lr, or use --bf16 for --fp16")
+        raise UserError(
+            "the network's scores of held-out images are not finite; lower --lr, or use --bf16 for --fp16"
+        )
     scores = {"pauc": pauc(target, held.logits), "auc": roc_auc(target, held.logits)}
     drawn = held.dice[~np.isnan(held.dice)]
     return {**scores, "dice": float(drawn.mean())} if len(drawn) else scores

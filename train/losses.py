@@ -12,7 +12,11 @@ from train.data import NO_MASK
 def focal_loss(logits: Tensor, target: Tensor, settings: TrainSettings) -> Tensor:
     """Mean focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5) of logits [N] and targets [N], in float32."""
     loss: Tensor = sigmoid_focal_loss(
-        logits.float(), target, alpha=settings.focal_alpha, gamma=settings.focal_gamma, reduction="mean"
+        logits.float(),
+        target,
+        alpha=settings.focal_alpha,
+        gamma=settings.focal_gamma,
+        reduction="mean",
     )
     return loss
 
@@ -31,9 +35,13 @@ def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """
     has_mask = (masks[:, 0, 0] != NO_MASK).float()
     # the share of a coarse pixel that the lesion covers
-    covered = functional.adaptive_avg_pool2d((masks == 1).float(), (logits.shape[1], logits.shape[2]))
+    covered = functional.adaptive_avg_pool2d(
+        (masks == 1).float(), (logits.shape[1], logits.shape[2])
+    )
     logits = logits.float()
-    entropy = functional.binary_cross_entropy_with_logits(logits, covered, reduction="none").mean(dim=(1, 2))
+    entropy = functional.binary_cross_entropy_with_logits(logits, covered, reduction="none").mean(
+        dim=(1, 2)
+    )
     drawn = logits.sigmoid()
     overlap = 2 * (drawn * covered).sum(dim=(1, 2)) + 1
     soft_dice = overlap / (drawn.sum(dim=(1, 2)) + covered.sum(dim=(1, 2)) + 1)
@@ -51,7 +59,9 @@ def dice(drawn: Tensor, masks: Tensor) -> Tensor:
     Returns:
         float32 [N] in [0, 1], NaN for an image without a mask.
     """
-    full = functional.interpolate(drawn.float()[:, None], masks.shape[1:], mode="bilinear", align_corners=False)
+    full = functional.interpolate(
+        drawn.float()[:, None], masks.shape[1:], mode="bilinear", align_corners=False
+    )
     ours, theirs = full[:, 0] > 0.5, masks == 1
     both, sizes = (ours & theirs).sum(dim=(1, 2)), ours.sum(dim=(1, 2)) + theirs.sum(dim=(1, 2))
     overlap = torch.where(sizes > 0, 2 * both / sizes.clamp(min=1), 1.0)

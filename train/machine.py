@@ -16,9 +16,15 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 def select_device(name: str) -> torch.device:
     """Returns the device of a setting: `auto` is the GPU where there is one, of several this process's own."""
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no GPU that torch can use; use --device cpu")
+        raise UserError(
+            "--device cuda: this machine has no GPU that torch can use; use --device cpu"
+        )
     if name in {"auto", "cuda"}:
-        return torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        return (
+            torch.device("cuda", distributed.local_rank())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
     try:
         return torch.device(name)
     except RuntimeError:
@@ -40,7 +46,9 @@ def prepare(device: torch.device) -> None:
     """Makes a device the one that work goes to, and chooses the fast way of what it can do in several."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events are recorded on the current one
-        torch.set_float32_matmul_precision("high")  # TF32, where the run is not in half precision anyway
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32, where the run is not in half precision anyway
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
     if device.type == "cpu":
         keep_freed_memory()

@@ -36,10 +36,14 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         # Some backbones go on to another width between pooling and the classifier.
-        self.num_features = int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
+        self.num_features = int(
+            getattr(backbone, "head_hidden_size", None) or backbone.num_features
+        )  # type: ignore[arg-type]
         self.head = nn.Sequential(nn.Dropout(drop_rate), nn.Linear(self.num_features, 1))
         scale = 255 * torch.tensor(spec.std)
-        self.register_buffer("mean", (255 * torch.tensor(spec.mean)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer(
+            "mean", (255 * torch.tensor(spec.mean)).view(1, 3, 1, 1), persistent=False
+        )
         self.register_buffer("inverse_std", (1 / scale).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -85,7 +89,9 @@ class MultiTask(Classifier):
         The mask is logits while training, for a loss that does not saturate, and probabilities in eval mode.
         """
         backbone: Any = self.backbone
-        last, maps = backbone.forward_intermediates(self.normalised(images), indices=self.map_indices)
+        last, maps = backbone.forward_intermediates(
+            self.normalised(images), indices=self.map_indices
+        )
         features = backbone.forward_head(last).float()
         mask = self.decoder(maps).float()
         return features, self.head(features).float(), mask if self.training else mask.sigmoid()
@@ -105,7 +111,9 @@ class MaskDecoder(nn.Module):
     def __init__(self, channels: list[int], strides: list[int], width: int = 32) -> None:
         super().__init__()
         finest = min(strides)
-        trunk = next(stride for stride in (TRUNK_STRIDE, MASK_STRIDE, finest) if finest % stride == 0)
+        trunk = next(
+            stride for stride in (TRUNK_STRIDE, MASK_STRIDE, finest) if finest % stride == 0
+        )
         self.stride = MASK_STRIDE if trunk % MASK_STRIDE == 0 else trunk
         self.projections = nn.ModuleList(
             nn.Sequential(
@@ -136,7 +144,10 @@ def preprocess_spec(settings: TrainSettings) -> PreprocessSpec:
     """Returns the preprocessing of a config: its size and resize method, the backbone's own mean and std."""
     config = resolve_model_data_config(None, pretrained_cfg=_backbone_config(settings.model))
     return PreprocessSpec(
-        size=settings.image_size, interpolation=settings.interpolation, mean=config["mean"], std=config["std"]
+        size=settings.image_size,
+        interpolation=settings.interpolation,
+        mean=config["mean"],
+        std=config["std"],
     )
 
 
@@ -197,8 +208,14 @@ def _create_backbone(name: str, pretrained: bool | str, options: dict[str, Any])
             path = path / "model.safetensors"
         looks_local = path.suffix in {".safetensors", ".pth", ".pt", ".bin"} or path.exists()
         if looks_local and not path.is_file():
-            raise UserError(f"no weights at {pretrained}; give a file that exists, a hub name, or --pretrained false")
-        overlay = {"file": str(path)} if looks_local else {"hf_hub_id": pretrained.removeprefix("hf-hub:")}
+            raise UserError(
+                f"no weights at {pretrained}; give a file that exists, a hub name, or --pretrained false"
+            )
+        overlay = (
+            {"file": str(path)}
+            if looks_local
+            else {"hf_hub_id": pretrained.removeprefix("hf-hub:")}
+        )
     drawn_from = torch.get_rng_state()
     try:
         backbone: nn.Module = timm.create_model(
@@ -207,7 +224,9 @@ def _create_backbone(name: str, pretrained: bool | str, options: dict[str, Any])
     except AssertionError as error:
         if "global_pool" not in options:
             raise
-        raise UserError(f"{name} does not pool by {options['global_pool']}; choose another --global_pool") from error
+        raise UserError(
+            f"{name} does not pool by {options['global_pool']}; choose another --global_pool"
+        ) from error
     except TypeError as error:
         if "drop_path_rate" not in str(error):
             raise
@@ -235,7 +254,11 @@ def _refuse_unfilled(
         torch.set_rng_state(drawn_from)
         random = timm.create_model(name, **options).state_dict()
     drawn = {key for key, value in random.items() if value.ndim > 1 and value.float().std() > 0}
-    unfilled = [key for key, value in backbone.state_dict().items() if key in drawn and torch.equal(value, random[key])]
+    unfilled = [
+        key
+        for key, value in backbone.state_dict().items()
+        if key in drawn and torch.equal(value, random[key])
+    ]
     if unfilled:
         raise UserError(
             f"{pretrained} fills {len(drawn) - len(unfilled)} of the {len(drawn)} weight matrices of {name}, not "

@@ -20,21 +20,33 @@ def create_optimizer(model: Classifier, settings: TrainSettings) -> torch.optim.
     ]
     for head in model.heads:
         groups += [
-            {**group, "peak_lr": settings.lr} for group in param_groups_weight_decay(head, settings.weight_decay)
+            {**group, "peak_lr": settings.lr}
+            for group in param_groups_weight_decay(head, settings.weight_decay)
         ]
     for group in groups:
         group["lr"] = group["peak_lr"]
-    return torch.optim.AdamW(groups, fused=True)  # the only kind that can leave a step out without asking the device
+    return torch.optim.AdamW(
+        groups, fused=True
+    )  # the only kind that can leave a step out without asking the device
 
 
 def _backbone_groups(backbone: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
     no_decay: set[str] = getattr(backbone, "no_weight_decay", set)()
     if settings.layer_decay == 1:
-        return list(param_groups_weight_decay(backbone, settings.weight_decay, no_weight_decay_list=no_decay))
+        return list(
+            param_groups_weight_decay(
+                backbone, settings.weight_decay, no_weight_decay_list=no_decay
+            )
+        )
     groups = param_groups_layer_decay(
-        backbone, settings.weight_decay, no_weight_decay_list=no_decay, layer_decay=settings.layer_decay
+        backbone,
+        settings.weight_decay,
+        no_weight_decay_list=no_decay,
+        layer_decay=settings.layer_decay,
     )
-    return [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
+    return [
+        {key: value for key, value in group.items() if key != "param_names"} for group in groups
+    ]
 
 
 def lr_schedule(num_steps: int, num_warmup: int) -> NDArray[np.float64]:
@@ -49,4 +61,6 @@ def lr_schedule(num_steps: int, num_warmup: int) -> NDArray[np.float64]:
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Sets every group's learning rate to a factor of its peak."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * float(factor)  # numpy numbers do not load with weights_only
+        group["lr"] = group["peak_lr"] * float(
+            factor
+        )  # numpy numbers do not load with weights_only

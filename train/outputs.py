@@ -58,7 +58,11 @@ class EpochStats:
         losses: list[float] = np.mean([part.losses for part in parts], axis=0).tolist()
         num_images, skipped = sum(part.num_images for part in parts), parts[0].skipped_steps
         return cls(
-            losses, num_images, max(part.seconds for part in parts), max(part.waiting for part in parts), skipped
+            losses,
+            num_images,
+            max(part.seconds for part in parts),
+            max(part.waiting for part in parts),
+            skipped,
         )
 
 
@@ -78,7 +82,9 @@ class Predictions:
         """Returns the parts of several processes as one, in the table's order."""
         rows = np.concatenate([part.rows for part in parts])
         order = np.argsort(rows)
-        logits, dice = (np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "dice"))
+        logits, dice = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "dice")
+        )
         return cls(rows[order], logits[order], dice[order])
 
 
@@ -116,11 +122,15 @@ def is_finished(settings: TrainSettings, fold: int) -> bool:
         UserError: it has, from a run with other settings.
     """
     directory = settings.fold_dir(fold)
-    if not all((directory / name).is_file() for name in (OOF_FILE, BEST, CONFIG_FILE, HISTORY_FILE)):
+    if not all(
+        (directory / name).is_file() for name in (OOF_FILE, BEST, CONFIG_FILE, HISTORY_FILE)
+    ):
         return False
     then = read_yaml(directory / CONFIG_FILE)
     if not {"model", "epochs"} <= set(then):
-        raise UserError(f"{directory / CONFIG_FILE} is damaged; train fold {fold} again with --force")
+        raise UserError(
+            f"{directory / CONFIG_FILE} is damaged; train fold {fold} again with --force"
+        )
     last_line = (directory / HISTORY_FILE).read_text(encoding="utf-8").splitlines()[-1]
     if json.loads(last_line)["epoch"] < then["epochs"]:
         return False
@@ -171,7 +181,12 @@ def save_fold(
         made_from=made_from,
         versions=versions("torch", "timm", "albumentations", "opencv-python-headless"),
     )
-    facts = {**config, **made_from, "pauc": state.best_pauc, "auc": roc_auc(data.target[held.rows], held.logits)}
+    facts = {
+        **config,
+        **made_from,
+        "pauc": state.best_pauc,
+        "auc": roc_auc(data.target[held.rows], held.logits),
+    }
     save_backbone(directory / FOLDER, state.evaluated, settings, facts)
     write_known(directory / KNOWN_FILE, data.table)
     _write_oof(directory / OOF_FILE, data, fold, held)
@@ -189,7 +204,12 @@ def _write_oof(path: Path, data: TrainData, fold: int, held: Predictions) -> Non
 
 
 def log_epoch(
-    directory: Path, settings: TrainSettings, fold: int, state: TrainState, stats: EpochStats, scores: dict[str, float]
+    directory: Path,
+    settings: TrainSettings,
+    fold: int,
+    state: TrainState,
+    stats: EpochStats,
+    scores: dict[str, float],
 ) -> None:
     """Appends the epoch to `history.jsonl` and prints a line."""
     if not distributed.is_main():
@@ -204,7 +224,9 @@ def log_epoch(
         "waiting_share": stats.waiting / stats.seconds,
         "skipped_steps": stats.skipped_steps,
     }
-    earlier = path.read_text(encoding="utf-8").splitlines() if path.is_file() and state.epoch > 1 else []
+    earlier = (
+        path.read_text(encoding="utf-8").splitlines() if path.is_file() and state.epoch > 1 else []
+    )
     kept = [line for line in earlier if json.loads(line)["epoch"] < state.epoch]
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join([*kept, json.dumps(entry)]) + "\n", encoding="utf-8")

@@ -37,7 +37,13 @@ def draw_roc(path: Path, tables: Mapping[str, pl.DataFrame]) -> bool:
         style = {"color": "black", "linewidth": 2.2} if is_last else {"linewidth": 1, "alpha": 0.8}
         label = f"{name}: pAUC {pauc(table[schema.TARGET], table['logit']):.4f}"
         axes.plot(false_positives, true_positives, label=label, **style)
-    axes.set(xlabel="false-positive rate", ylabel="true-positive rate", xlim=(0, 1), ylim=(0, 1.005), aspect="equal")
+    axes.set(
+        xlabel="false-positive rate",
+        ylabel="true-positive rate",
+        xlim=(0, 1),
+        ylim=(0, 1.005),
+        aspect="equal",
+    )
     axes.legend(loc="lower right")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

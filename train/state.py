@@ -18,7 +18,16 @@ from train.data import TrainData
 from train.model import Classifier, create_model, takes_image_size
 from train.optim import create_optimizer
 
-FREE_TO_CHANGE = {"fold", "force", "resume", "num_workers", "device", "data", "output_dir", "on_error"}
+FREE_TO_CHANGE = {
+    "fold",
+    "force",
+    "resume",
+    "num_workers",
+    "device",
+    "data",
+    "output_dir",
+    "on_error",
+}
 """Settings that may differ when a run is resumed: they do not change what is learnt."""
 
 
@@ -52,8 +61,12 @@ def create_state(settings: TrainSettings, device: torch.device, fold: int) -> Tr
     torch.manual_seed(hash((settings.seed, fold)))
     model = create_model(settings).to(device)
     if not takes_image_size(settings.model):
-        model = model.to(memory_format=torch.channels_last)  # what cuDNN's and oneDNN's convolutions are fast on
-    averaged = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
+        model = model.to(
+            memory_format=torch.channels_last
+        )  # what cuDNN's and oneDNN's convolutions are fast on
+    averaged = (
+        ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16)
     stopped = torch.zeros((), device=device)
     return TrainState(model, create_optimizer(model, settings), scaler, averaged, stopped)

@@ -25,7 +25,11 @@ MIN_SCALE = 1e-3
 
 
 def accumulate(
-    state: TrainState, forward: Any, micro_batches: list[Batch], settings: TrainSettings, device: torch.device
+    state: TrainState,
+    forward: Any,
+    micro_batches: list[Batch],
+    settings: TrainSettings,
+    device: torch.device,
 ) -> Tensor:
     """Adds the gradient of the micro-batches' mean loss to the weights and returns that loss, a scalar.
 
@@ -47,18 +51,30 @@ def accumulate(
                 ) from None
             state.num_parts *= 2
             size = -(-settings.batch_size // state.num_parts)
-            tqdm.write(f"out of memory: micro-batches of {size} instead, {state.num_parts} times as many a step")
-        state.optimizer.zero_grad(set_to_none=True)  # outside `except`, whose traceback holds the activations
+            tqdm.write(
+                f"out of memory: micro-batches of {size} instead, {state.num_parts} times as many a step"
+            )
+        state.optimizer.zero_grad(
+            set_to_none=True
+        )  # outside `except`, whose traceback holds the activations
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def backward(
-    state: TrainState, forward: Any, micro_batches: list[Batch], settings: TrainSettings, device: torch.device
+    state: TrainState,
+    forward: Any,
+    micro_batches: list[Batch],
+    settings: TrainSettings,
+    device: torch.device,
 ) -> Tensor:
     """One forward and backward pass over every part of every micro-batch. Returns the mean loss, a scalar."""
     total = torch.zeros((), device=device)
-    parts = [(part, len(batch.images)) for batch in micro_batches for part in split(batch, state.num_parts)]
+    parts = [
+        (part, len(batch.images))
+        for batch in micro_batches
+        for part in split(batch, state.num_parts)
+    ]
     for number, (part, size) in enumerate(parts, start=1):
         with distributed.averaging(forward, now=number == len(parts)):
             with autocast(settings, device):
@@ -75,7 +91,9 @@ def backward(
 def split(batch: Batch, num_parts: int) -> list[Batch]:
     """Cuts a batch into at most `num_parts` parts of about the same size."""
     size = -(-len(batch.images) // num_parts)
-    return [Batch(*(part[at : at + size] for part in batch)) for at in range(0, len(batch.images), size)]
+    return [
+        Batch(*(part[at : at + size] for part in batch)) for at in range(0, len(batch.images), size)
+    ]
 
 
 def autocast(settings: TrainSettings, device: torch.device) -> torch.autocast:

@@ -16,7 +16,9 @@ LICENSE = "cc-by-nc-4.0"
 """Images of several sites of the challenge's dataset allow no commercial use, nor do weights learnt from them."""
 
 
-def save_backbone(directory: Path, model: Classifier, settings: TrainSettings, facts: dict[str, Any]) -> None:
+def save_backbone(
+    directory: Path, model: Classifier, settings: TrainSettings, facts: dict[str, Any]
+) -> None:
     """Writes `model.safetensors`, `config.json` and `README.md`; `timm.create_model("local-dir:...")` reads them.
 
     Args:
@@ -48,13 +50,17 @@ def timm_config(model: Classifier, settings: TrainSettings) -> dict[str, Any]:
         "architecture": settings.model,
         "num_classes": 0,
         "num_features": model.num_features,
-        "model_args": {name: value for name, value in options.items() if name in {"img_size", "global_pool"}},
+        "model_args": {
+            name: value for name, value in options.items() if name in {"img_size", "global_pool"}
+        },
         "pretrained_cfg": {
             "num_classes": 0,
             "input_size": [3, spec.size, spec.size],
             "mean": list(spec.mean),
             "std": list(spec.std),
-            "interpolation": {"linear": "bilinear", "cubic": "bicubic", "area": "box"}[spec.interpolation],
+            "interpolation": {"linear": "bilinear", "cubic": "bicubic", "area": "box"}[
+                spec.interpolation
+            ],
             "crop_pct": 1.0,
             "license": LICENSE,
         },
@@ -64,9 +70,15 @@ def timm_config(model: Classifier, settings: TrainSettings) -> dict[str, Any]:
 def model_card(model: Classifier, settings: TrainSettings, facts: dict[str, Any]) -> str:
     """Returns a card in the form of the Hugging Face hub: YAML between dashes, then text."""
     name = f"{settings.name}, fold {facts['fold']}"
-    metrics = [{"type": kind, "value": round(facts[kind], 4), "name": kind} for kind in ("pauc", "auc")]
+    metrics = [
+        {"type": kind, "value": round(facts[kind], 4), "name": kind} for kind in ("pauc", "auc")
+    ]
     task = {"type": "image-classification", "name": "malignant or benign skin lesion"}
-    result = {"task": task, "dataset": {"type": "isic-2024", "name": "ISIC 2024 (SLICE-3D)"}, "metrics": metrics}
+    result = {
+        "task": task,
+        "dataset": {"type": "isic-2024", "name": "ISIC 2024 (SLICE-3D)"},
+        "metrics": metrics,
+    }
     header = {
         "library_name": "timm",
         "license": LICENSE,

@@ -35,39 +35,70 @@ class EmbedSettings(Settings):
     """What `python -m infer embed` takes."""
 
     config: str = Field(
-        validation_alias=AliasChoices("config", "model_config"), description="name of the model config (--model_config)"
+        validation_alias=AliasChoices("config", "model_config"),
+        description="name of the model config (--model_config)",
     )
-    data: Path = Field(Path("data/isic-2024"), description="dataset folder in the challenge's layout")
-    model_dir: Path | None = Field(None, description="run with exported folds; outputs/<config> if not given")
-    output_dir: Path = Field(Path("outputs/embeddings"), description="embeddings land in <output_dir>/<config>")
-    split: Literal["train", "test", "all"] = Field("all", description="which images; all: what the dataset has")
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset folder in the challenge's layout"
+    )
+    model_dir: Path | None = Field(
+        None, description="run with exported folds; outputs/<config> if not given"
+    )
+    output_dir: Path = Field(
+        Path("outputs/embeddings"), description="embeddings land in <output_dir>/<config>"
+    )
+    split: Literal["train", "test", "all"] = Field(
+        "all", description="which images; all: what the dataset has"
+    )
     folds: Literal["oof", "all"] = Field(
-        "oof", description="train images by the fold that did not see them, or by all; test images always by all"
+        "oof",
+        description="train images by the fold that did not see them, or by all; test images always by all",
     )
     tta: Literal["none", "flips", "d4"] = Field(
-        "none", description="average over the image's flips (4 views), or its flips and quarter turns (8)"
+        "none",
+        description="average over the image's flips (4 views), or its flips and quarter turns (8)",
     )
     engine: str = Field(
-        "model.onnx", description="the exported engine of each fold: a format (onnx, aoti, tensorrt) or a file name"
+        "model.onnx",
+        description="the exported engine of each fold: a format (onnx, aoti, tensorrt) or a file name",
     )
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = Field(
         None, description="which one, where a format has several"
     )
     device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
-        "auto", description="where the engine runs; tensorrt: an ONNX file by way of ONNX Runtime's TensorRT"
+        "auto",
+        description="where the engine runs; tensorrt: an ONNX file by way of ONNX Runtime's TensorRT",
     )
-    dtype: Literal["float16", "float32"] = Field("float16", description="type in which features are stored")
+    dtype: Literal["float16", "float32"] = Field(
+        "float16", description="type in which features are stored"
+    )
     batch_size: int | None = Field(
-        None, ge=1, description=f"images a call of the engine; {BATCH_CPU} on a CPU, {BATCH_GPU} on a GPU if not given"
+        None,
+        ge=1,
+        description=f"images a call of the engine; {BATCH_CPU} on a CPU, {BATCH_GPU} on a GPU if not given",
     )
-    num_threads: int | None = Field(None, ge=1, description="decoding threads of a process; one a core if not given")
-    depth: int | None = Field(None, ge=2, description="batches decoded ahead; what keeps the threads busy if not given")
-    num_processes: int = Field(1, ge=1, description="processes on this machine, each with its GPU and its cores")
-    ray: str | None = Field(None, description="address of a Ray cluster, or local: an actor a GPU embeds the parts")
-    on_error: Literal["raise", "skip"] = Field("skip", description="an image that is absent or does not decode")
-    max_bad: float = Field(0.01, ge=0, le=1, description="share of skipped images above which the run stops")
+    num_threads: int | None = Field(
+        None, ge=1, description="decoding threads of a process; one a core if not given"
+    )
+    depth: int | None = Field(
+        None, ge=2, description="batches decoded ahead; what keeps the threads busy if not given"
+    )
+    num_processes: int = Field(
+        1, ge=1, description="processes on this machine, each with its GPU and its cores"
+    )
+    ray: str | None = Field(
+        None, description="address of a Ray cluster, or local: an actor a GPU embeds the parts"
+    )
+    on_error: Literal["raise", "skip"] = Field(
+        "skip", description="an image that is absent or does not decode"
+    )
+    max_bad: float = Field(
+        0.01, ge=0, le=1, description="share of skipped images above which the run stops"
+    )
     quiet: bool = Field(False, description="no progress bar")
-    force: bool = Field(False, description="replace embeddings that were made with other engines or data")
+    force: bool = Field(
+        False, description="replace embeddings that were made with other engines or data"
+    )
 
     @property
     def run_dir(self) -> Path:
@@ -76,9 +107,13 @@ class EmbedSettings(Settings):
     @model_validator(mode="after")
     def _one_way_to_run(self) -> "EmbedSettings":
         if self.ray and self.num_processes > 1:
-            raise ValueError("--ray decides itself how many processes there are; leave out --num_processes")
+            raise ValueError(
+                "--ray decides itself how many processes there are; leave out --num_processes"
+            )
         if self.precision and self.engine not in MODULES:
-            raise ValueError(f"--precision chooses among a format's engines; add --engine onnx, not {self.engine}")
+            raise ValueError(
+                f"--precision chooses among a format's engines; add --engine onnx, not {self.engine}"
+            )
         return self
 
 
@@ -101,8 +136,12 @@ def embed_splits(settings: EmbedSettings) -> None:
     dataset = Dataset(settings.data)
     model_dir = settings.model_dir or Path("outputs") / settings.config
     models = find_models(model_dir, settings.config, settings.engine, settings.precision)
-    if without := sorted({path.name for path in model_dir.glob("fold_*")} - {f"fold_{k}" for k in models.folds}):
-        print(f"note: {', '.join(without)} in {model_dir} has no such engine; images that it held out are left out")
+    if without := sorted(
+        {path.name for path in model_dir.glob("fold_*")} - {f"fold_{k}" for k in models.folds}
+    ):
+        print(
+            f"note: {', '.join(without)} in {model_dir} has no such engine; images that it held out are left out"
+        )
     for split in present_splits(dataset) if settings.split == "all" else [settings.split]:
         embed_split(dataset, split, models, model_dir / FOLDS_FILE, settings)
 
@@ -121,13 +160,21 @@ def check_folds(models: Models, folds: Folds) -> None:
 def present_splits(dataset: Dataset) -> list[Split]:
     """Returns the splits of a dataset that have a table and images."""
     splits: tuple[Split, ...] = ("train", "test")
-    found = [split for split in splits if dataset.metadata_path(split).is_file() and dataset.find_images(split)]
+    found = [
+        split
+        for split in splits
+        if dataset.metadata_path(split).is_file() and dataset.find_images(split)
+    ]
     if not found:
-        raise UserError(f"{dataset.root} has no split with both a table and images; run `python -m isic check`")
+        raise UserError(
+            f"{dataset.root} has no split with both a table and images; run `python -m isic check`"
+        )
     return found
 
 
-def embed_split(dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings) -> None:
+def embed_split(
+    dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings
+) -> None:
     """Embeds one split and writes its `run.json`."""
     directory = settings.run_dir.resolve() / split
     plan, parts = draw_up(dataset, split, models, folds_path, settings)
@@ -136,12 +183,18 @@ def embed_split(dataset: Dataset, split: Split, models: Models, folds_path: Path
         carry_over(models, folds_path, directory.parent)
     tally = Tally(parts, settings.on_error, settings.max_bad, settings.quiet)
     if not tally.num_now and (directory / RUN_FILE).is_file():
-        print(f"up to date config={settings.config} split={split} output={settings.run_dir / split}")
+        print(
+            f"up to date config={settings.config} split={split} output={settings.run_dir / split}"
+        )
         return
     with tally:
         complete(parts, runner(job_of(dataset, split, models, settings, plan), settings, tally))
     bad = gather_errors(directory, parts)
-    counts = {"num_images": sum(map(len, parts)) - bad, "num_bad": bad, "embedded_now": tally.num_now}
+    counts = {
+        "num_images": sum(map(len, parts)) - bad,
+        "num_bad": bad,
+        "embedded_now": tally.num_now,
+    }
     write_json(directory / RUN_FILE, {**plan, **counts, **tally.facts()})
     print(
         f"embedded config={settings.config} split={split} images={counts['num_images']} bad={bad} "
@@ -173,7 +226,9 @@ def draw_up(
         "ids_digest": ids_digest(ids),
     }
     plan[PLAN_KEY] = digest(json.dumps(plan))
-    return plan, plan_parts(root, split, ids, models.folds, folds if split == "train" else None, settings.folds)
+    return plan, plan_parts(
+        root, split, ids, models.folds, folds if split == "train" else None, settings.folds
+    )
 
 
 def usual_batch_size(directory: Path, models: Models, settings: EmbedSettings) -> int:
@@ -190,7 +245,9 @@ def usual_batch_size(directory: Path, models: Models, settings: EmbedSettings) -
     return BATCH_GPU if on_gpu else BATCH_CPU
 
 
-def run_plan(dataset: Dataset, split: Split, models: Models, folds: Folds, settings: EmbedSettings) -> dict[str, Any]:
+def run_plan(
+    dataset: Dataset, split: Split, models: Models, folds: Folds, settings: EmbedSettings
+) -> dict[str, Any]:
     """Returns what a run is made with; it goes on only where this is the same."""
     images = dataset.images(split)
     return {
@@ -201,7 +258,8 @@ def run_plan(dataset: Dataset, split: Split, models: Models, folds: Folds, setti
         "folds_digest": folds.digest,
         "engines": {str(fold): manifest["sha256"] for fold, manifest in models.manifests.items()},
         "checkpoints": {
-            str(k): manifest.get("made_from", manifest)["sha256"] for k, manifest in models.manifests.items()
+            str(k): manifest.get("made_from", manifest)["sha256"]
+            for k, manifest in models.manifests.items()
         },
         "preprocess": models.spec.model_dump(mode="json"),
         "tta": settings.tta,
@@ -213,7 +271,9 @@ def run_plan(dataset: Dataset, split: Split, models: Models, folds: Folds, setti
     }
 
 
-def job_of(dataset: Dataset, split: Split, models: Models, settings: EmbedSettings, plan: Mapping[str, Any]) -> Job:
+def job_of(
+    dataset: Dataset, split: Split, models: Models, settings: EmbedSettings, plan: Mapping[str, Any]
+) -> Job:
     """Returns what each worker needs to know."""
     return Job(
         data=dataset.root.resolve(),

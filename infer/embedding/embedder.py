@@ -104,18 +104,29 @@ class Embedder:
         """
         written: deque[Future[None]] = deque()
         stream = self._decoded(parts)
-        with contextlib.closing(stream), ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        with (
+            contextlib.closing(stream),
+            ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
+        ):
             for part in parts:
-                written.append(writer.submit(write, part, self._embed(part, stream, report), self._job.plan_digest))
+                written.append(
+                    writer.submit(
+                        write, part, self._embed(part, stream, report), self._job.plan_digest
+                    )
+                )
                 _await_all_but(MAX_PARTS_WAITING, written, report)
             _await_all_but(0, written, report)
 
     def _decoded(self, parts: Sequence[Part]) -> Generator[Decoded, None, None]:
         size = self._job.batch_size
-        batches = (part.ids.slice(at, size).to_list() for part in parts for at in range(0, len(part), size))
+        batches = (
+            part.ids.slice(at, size).to_list() for part in parts for at in range(0, len(part), size)
+        )
         allocate = allocator(next(iter(self._engines.values())))
         depth = self._job.depth or ring_depth(size, self._num_threads)
-        return decode_ahead(self._store, batches, self._job.models.spec, self._pool, size, depth, allocate)
+        return decode_ahead(
+            self._store, batches, self._job.models.spec, self._pool, size, depth, allocate
+        )
 
     def _embed(self, part: Part, stream: Iterator[Decoded], report: Report) -> PartOutputs:
         """Takes a part's batches off the stream and runs every engine of the part on each."""
@@ -173,6 +184,8 @@ def _await_all_but(number: int, written: deque[Future[None]], report: Report) ->
 def write(part: Part, outputs: PartOutputs, plan_digest: str | None) -> None:
     """Writes a part's files, the reasons for its bad images first: a part that exists has said all it knows."""
     if outputs.bad:
-        write_parquet(part.errors_path, pl.DataFrame(list(outputs.bad.items()), ERRORS, orient="row"))
+        write_parquet(
+            part.errors_path, pl.DataFrame(list(outputs.bad.items()), ERRORS, orient="row")
+        )
     for fold, path in part.paths.items():
         write_part(path, outputs.ids, outputs.features[fold], outputs.logits[fold], plan_digest)

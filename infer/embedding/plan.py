@@ -89,10 +89,14 @@ def find_models(model_dir: Path, config: str, engine: str, precision: str | None
     folders = {int(path.name.removeprefix("fold_")): path for path in model_dir.glob("fold_*")}
     artifacts: dict[int, Path] = {}
     for fold, folder in sorted(folders.items()):
-        found = of_format(folder, engine, precision) if engine in MODULES else list(folder.glob(engine))
+        found = (
+            of_format(folder, engine, precision) if engine in MODULES else list(folder.glob(engine))
+        )
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
-            raise UserError(f"{folder} has {names}; choose with --precision, or give a file name as --engine")
+            raise UserError(
+                f"{folder} has {names}; choose with --precision, or give a file name as --engine"
+            )
         for path in found:
             artifacts[fold] = path.resolve()
     if not artifacts:
@@ -111,7 +115,9 @@ def find_models(model_dir: Path, config: str, engine: str, precision: str | None
             )
     specs = {manifest_spec(manifest) for manifest in manifests.values()}
     if len(specs) > 1:
-        raise UserError(f"the folds in {model_dir} differ in their preprocessing; train and export them alike")
+        raise UserError(
+            f"the folds in {model_dir} differ in their preprocessing; train and export them alike"
+        )
     return Models(artifacts, manifests, specs.pop())
 
 
@@ -132,7 +138,9 @@ def read_ids(path: Path) -> pl.Series:
         UserError: no such file, not a table, no `isic_id`, no rows, or an id that is blank or stands twice.
     """
     if not path.is_file():
-        raise UserError(f"no such file: {path}; point --data at a folder in the layout of the challenge")
+        raise UserError(
+            f"no such file: {path}; point --data at a folder in the layout of the challenge"
+        )
     try:
         table = _id_column(path)
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
@@ -141,7 +149,9 @@ def read_ids(path: Path) -> pl.Series:
     require(table, [schema.ID], path)
     ids = table[schema.ID].cast(pl.String)
     if ids.is_empty() or ids.null_count() or ids.n_unique() < len(ids):
-        raise UserError(f"{path}: every row needs an isic_id of its own; run `python -m isic check`")
+        raise UserError(
+            f"{path}: every row needs an isic_id of its own; run `python -m isic check`"
+        )
     return ids
 
 
@@ -155,7 +165,11 @@ def _id_column(path: Path) -> pl.DataFrame:
             return table
         blocks = [table.select(schema.ID)]
         for rows in _whole_rows(file):
-            blocks.append(pl.read_csv(header + rows, columns=[schema.ID], infer_schema=False, null_values=NULLS))
+            blocks.append(
+                pl.read_csv(
+                    header + rows, columns=[schema.ID], infer_schema=False, null_values=NULLS
+                )
+            )
     return pl.concat(blocks)
 
 
@@ -200,7 +214,9 @@ def fold_of(ids: pl.Series, folds: Folds) -> pl.Series:
     position = known.search_sorted(ids).clip(upper_bound=len(known) - 1)
     if (known.gather(position) == ids).all():
         return fold.gather(position)
-    return folds.of(ids.to_frame(schema.ID))  # a plan that is not sorted, or lacks an id: it says which
+    return folds.of(
+        ids.to_frame(schema.ID)
+    )  # a plan that is not sorted, or lacks an id: it says which
 
 
 def begin(directory: Path, plan: Mapping[str, Any], force: bool) -> None:
@@ -215,9 +231,15 @@ def begin(directory: Path, plan: Mapping[str, Any], force: bool) -> None:
     if path.is_file():
         former = read_json(path)
         changed = next((key for key in plan if plan[key] != former.get(key)), None)
-        if changed and next(directory.rglob("part-*"), None):  # else an engine refused before the first
+        if changed and next(
+            directory.rglob("part-*"), None
+        ):  # else an engine refused before the first
             is_short = not isinstance(plan[changed], dict)  # digests by fold are nothing to read
-            what = f"{changed} = {former.get(changed)}, now it is {plan[changed]}" if is_short else f"other {changed}"
+            what = (
+                f"{changed} = {former.get(changed)}, now it is {plan[changed]}"
+                if is_short
+                else f"other {changed}"
+            )
             raise UserError(
                 f"{directory} holds embeddings made with {what}; choose another --output_dir, or replace them with "
                 "--force"

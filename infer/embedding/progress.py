@@ -19,7 +19,9 @@ OnError = Literal["raise", "skip"]
 class Tally:
     """Adds up what the workers report. Use it as a context: it owns the bar."""
 
-    def __init__(self, parts: Iterable[Part], on_error: OnError, max_bad: float, quiet: bool) -> None:
+    def __init__(
+        self, parts: Iterable[Part], on_error: OnError, max_bad: float, quiet: bool
+    ) -> None:
         """Counts what is done already, bad images too.
 
         Raises:
@@ -56,7 +58,9 @@ class Tally:
     def shares(self) -> dict[str, float]:
         """Each stage's share of the control threads' time; what is missing to 1 went into Python between them."""
         busy = max(sum(self.seconds.values()), 1e-9)
-        return {stage.removesuffix("_wait"): seconds / busy for stage, seconds in self.seconds.items()}
+        return {
+            stage.removesuffix("_wait"): seconds / busy for stage, seconds in self.seconds.items()
+        }
 
     @property
     def bound_by(self) -> str:
@@ -90,7 +94,9 @@ class Tally:
         self._reasons.update(reason for _, reason in bad)
         name, reason = bad[0]
         if self._on_error == "raise":
-            raise UserError(f"{name}: {reason}; mend it, or leave such images out with --on_error skip")
+            raise UserError(
+                f"{name}: {reason}; mend it, or leave such images out with --on_error skip"
+            )
         num_bad = self._reasons.total()
         if num_bad > self._max_bad * self._num_planned:
             summary = ", ".join(f"{count} {why}" for why, count in self._reasons.most_common(3))

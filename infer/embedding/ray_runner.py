@@ -49,7 +49,10 @@ def _sum(steps: Sequence[Step]) -> Step:
     return Step(
         sum(step.num_images for step in steps),
         [bad for step in steps for bad in step.bad],
-        *(sum(getattr(step, name) for step in steps) for name in ("decode_wait", "engine", "write_wait")),
+        *(
+            sum(getattr(step, name) for step in steps)
+            for name in ("decode_wait", "engine", "write_wait")
+        ),
     )
 
 
@@ -101,13 +104,19 @@ def connect(address: str) -> Any:
         return ray
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        settings |= {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False, "num_cpus": len(cores())}
+        settings |= {
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+            "num_cpus": len(cores()),
+        }
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"no Ray cluster at {address} ({reason}); give its address, or --ray local") from None
+        raise UserError(
+            f"no Ray cluster at {address} ({reason}); give its address, or --ray local"
+        ) from None
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own there, which exits with 15
     return ray
@@ -115,7 +124,11 @@ def connect(address: str) -> Any:
 
 def actors(nodes: Sequence[Mapping[str, Any]], device: str) -> tuple[int, dict[str, float]]:
     """Returns how many actors a cluster should have, and what each reserves: a GPU, or all cores of a machine."""
-    alive = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    alive = [
+        node["Resources"]
+        for node in nodes
+        if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
+    ]
     with_gpu = [node for node in alive if node.get("GPU", 0) >= 1 and device != "cpu"]
     if with_gpu:
         num_cpus = min(max(node["CPU"] // node["GPU"], 1) for node in with_gpu)

@@ -46,8 +46,15 @@ def run_processes(parts: Sequence[Part], job: Job, number: int, report: Report) 
     try:
         for index in range(number):
             ours, theirs = context.Pipe()
-            arguments = (parts[index::number], job, theirs, gpus()[index % len(gpus())] if gpus() else None)
-            process = context.Process(target=_work, args=(*arguments, share(cores(), index, number)), daemon=True)
+            arguments = (
+                parts[index::number],
+                job,
+                theirs,
+                gpus()[index % len(gpus())] if gpus() else None,
+            )
+            process = context.Process(
+                target=_work, args=(*arguments, share(cores(), index, number)), daemon=True
+            )
             workers[ours] = process
             with _deaf_to_ctrl_c():
                 process.start()
@@ -84,7 +91,8 @@ def _listen(workers: dict[Connection, SpawnProcess], report: Report) -> None:
                 process.join()
                 if process.exitcode:
                     print(
-                        f"a worker was lost (exit code {process.exitcode}), its parts are done again", file=sys.stderr
+                        f"a worker was lost (exit code {process.exitcode}), its parts are done again",
+                        file=sys.stderr,
                     )
                 continue
             if isinstance(message, UserError):
@@ -92,7 +100,9 @@ def _listen(workers: dict[Connection, SpawnProcess], report: Report) -> None:
             report(message)
 
 
-def _work(parts: list[Part], job: Job, pipe: Connection, gpu: str | None, own_cores: list[int]) -> None:
+def _work(
+    parts: list[Part], job: Job, pipe: Connection, gpu: str | None, own_cores: list[int]
+) -> None:
     """The worker: embeds its parts and tells of each batch."""
     if gpu is not None:
         os.environ[VISIBLE] = gpu

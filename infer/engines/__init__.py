@@ -67,7 +67,9 @@ def load(path: Path, device: str = "auto") -> Engine:
 def create(path: Path, manifest: Mapping[str, Any], device: str = "auto") -> Engine:
     """Loads an artifact whose manifest is at hand (before it has its final name, say)."""
     if manifest.get("format") not in MODULES:
-        raise UserError(f'{path}: no engine runs the format "{manifest.get("format")}", known are {", ".join(MODULES)}')
+        raise UserError(
+            f'{path}: no engine runs the format "{manifest.get("format")}", known are {", ".join(MODULES)}'
+        )
     engine: Engine = import_module(MODULES[manifest["format"]]).create(path, manifest, device)
     return engine
 

@@ -44,7 +44,9 @@ class AotiEngine:
             self._forward = aoti_load_package(str(path))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is not a whole AOTInductor package ({reason}); export it again") from None
+            raise UserError(
+                f"{path} is not a whole AOTInductor package ({reason}); export it again"
+            ) from None
         most = int(manifest["max_batch"])
         self._piece = min(most, CPU_PIECE) if device == "cpu" else most
 
@@ -58,7 +60,9 @@ class AotiEngine:
 
     def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
         """Returns an uninitialised uint8 array of this shape, in page-locked memory where the device is a GPU."""
-        array: Pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device == "cuda").numpy()
+        array: Pixels = torch.empty(
+            shape, dtype=torch.uint8, pin_memory=self.device == "cuda"
+        ).numpy()
         return array
 
     @torch.inference_mode()
@@ -95,7 +99,11 @@ def architecture(device: str) -> str:
 
 def works(name: str, device: str) -> str | None:
     """Returns why packages for a device cannot run here, None where they can."""
-    return None if device == "cpu" or torch.cuda.is_available() else "torch sees no NVIDIA GPU on this machine"
+    return (
+        None
+        if device == "cpu" or torch.cuda.is_available()
+        else "torch sees no NVIDIA GPU on this machine"
+    )
 
 
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> AotiEngine:

@@ -26,7 +26,9 @@ def runtime() -> ModuleType:
     try:
         return import_module("cuda.bindings.runtime")
     except ImportError as error:
-        raise UserError(f"CUDA Python does not load ({error}); install it with `pip install cuda-bindings`") from None
+        raise UserError(
+            f"CUDA Python does not load ({error}); install it with `pip install cuda-bindings`"
+        ) from None
 
 
 def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
@@ -56,7 +58,11 @@ def architecture() -> str:
                         "that has one, or the format onnx")  # fmt: skip
     device = call(cuda.cudaGetDevice)
     major, minor = (
-        call(cuda.cudaDeviceGetAttribute, getattr(cuda.cudaDeviceAttr, f"cudaDevAttrComputeCapability{part}"), device)
+        call(
+            cuda.cudaDeviceGetAttribute,
+            getattr(cuda.cudaDeviceAttr, f"cudaDevAttrComputeCapability{part}"),
+            device,
+        )
         for part in ("Major", "Minor")
     )
     return f"sm{major}{minor}"
@@ -74,7 +80,12 @@ class Pinned:
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        return {"shape": self._shape, "typestr": self._dtype.str, "data": (self._pointer, False), "version": 3}
+        return {
+            "shape": self._shape,
+            "typestr": self._dtype.str,
+            "data": (self._pointer, False),
+            "version": 3,
+        }
 
 
 def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
@@ -111,13 +122,27 @@ class Stream:
         """Copies a contiguous array to the GPU in this stream's turn."""
         cuda = runtime()
         kind = cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        call(cuda.cudaMemcpyAsync, target.pointer, source.ctypes.data, source.nbytes, kind, self.handle)
+        call(
+            cuda.cudaMemcpyAsync,
+            target.pointer,
+            source.ctypes.data,
+            source.nbytes,
+            kind,
+            self.handle,
+        )
 
     def download(self, target: np.ndarray[Any, Any], source: DeviceMemory) -> None:
         """Copies from the GPU into a contiguous array in this stream's turn."""
         cuda = runtime()
         kind = cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        call(cuda.cudaMemcpyAsync, target.ctypes.data, source.pointer, target.nbytes, kind, self.handle)
+        call(
+            cuda.cudaMemcpyAsync,
+            target.ctypes.data,
+            source.pointer,
+            target.nbytes,
+            kind,
+            self.handle,
+        )
 
     def record(self, event: "Event") -> None:
         """Marks in `event` what the stream has been given so far."""
@@ -131,7 +156,11 @@ class Stream:
         """Returns the CUDA graph of what `enqueue` gives this stream, which does not run it."""
         cuda = runtime()
         call(cuda.cudaStreamSynchronize, self.handle)
-        call(cuda.cudaStreamBeginCapture, self.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        call(
+            cuda.cudaStreamBeginCapture,
+            self.handle,
+            cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal,
+        )
         enqueue()
         graph = call(cuda.cudaGraphInstantiate, call(cuda.cudaStreamEndCapture, self.handle), 0)
         weakref.finalize(self, cuda.cudaGraphExecDestroy, graph)

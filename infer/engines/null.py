@@ -32,7 +32,9 @@ class NullEngine:
         self._seconds_per_image = 1 / images_per_second if images_per_second else 0.0
 
     def run(self, images: Pixels) -> Outputs:
-        features = images.reshape(len(images), -1)[:, : self._num_features].astype(np.float32) / np.float32(255)
+        features = images.reshape(len(images), -1)[:, : self._num_features].astype(
+            np.float32
+        ) / np.float32(255)
         if self._seconds_per_image:
             time.sleep(self._seconds_per_image * len(images))
         return features, features.mean(axis=1, keepdims=True) + np.float32(self._fold)

@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    Fail,
+    InvalidGraph,
+    InvalidProtobuf,
+    NoSuchFile,
+    NotImplemented,
+)
 
 from infer.engines import Outputs
 from isic.errors import UserError
@@ -63,7 +69,9 @@ class OnnxRuntimeEngine:
         try:
             self._session = ort.InferenceSession(str(path), options, providers=providers)
         except LOAD_ERRORS as error:
-            raise UserError(f"{path} does not load in ONNX Runtime ({_first_line(error)}); export it again") from None
+            raise UserError(
+                f"{path} does not load in ONNX Runtime ({_first_line(error)}); export it again"
+            ) from None
         loaded = self._session.get_providers()[0]
         if loaded != wanted:
             raise UserError(
@@ -81,21 +89,32 @@ class OnnxRuntimeEngine:
         return self._run(("mask",), images)[0]
 
     def _run(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
-        return self._run_whole(names, images) if self.device == "cuda" else self._run_each(names, images)
+        return (
+            self._run_whole(names, images)
+            if self.device == "cuda"
+            else self._run_each(names, images)
+        )
 
     def _run_each(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
         """Runs the graph on each image, as many at once as there are cores."""
 
         def run(at: int) -> list[NDArray[np.float32]]:
-            outputs: list[NDArray[np.float32]] = self._session.run(names, {"images": images[at : at + 1]})
+            outputs: list[NDArray[np.float32]] = self._session.run(
+                names, {"images": images[at : at + 1]}
+            )
             return outputs
 
-        return [np.concatenate(values) for values in zip(*self._pool.map(run, range(len(images))), strict=True)]
+        return [
+            np.concatenate(values)
+            for values in zip(*self._pool.map(run, range(len(images))), strict=True)
+        ]
 
     def _run_whole(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
         """Runs the graph with its input and outputs bound to the device, so that each is copied once."""
         binding = self._session.io_binding()
-        binding.bind_ortvalue_input("images", ort.OrtValue.ortvalue_from_numpy(images, self.device, 0))
+        binding.bind_ortvalue_input(
+            "images", ort.OrtValue.ortvalue_from_numpy(images, self.device, 0)
+        )
         for name in names:
             binding.bind_output(name, self.device)
         self._session.run_with_iobinding(binding)
@@ -103,7 +122,9 @@ class OnnxRuntimeEngine:
         return outputs
 
     def _check_contract(self, path: Path, size: int) -> None:
-        nodes = {node.name: node for node in (*self._session.get_inputs(), *self._session.get_outputs())}
+        nodes = {
+            node.name: node for node in (*self._session.get_inputs(), *self._session.get_outputs())
+        }
         for name, (dtype, rank) in CONTRACT.items():
             node = nodes.get(name)
             if node is None:
@@ -111,8 +132,12 @@ class OnnxRuntimeEngine:
             if node.type != dtype or len(node.shape) != rank:
                 raise UserError(f"{path}: {name} is {node.type} of rank {len(node.shape)}, not {dtype} of rank {rank}; "
                                 "export it again")  # fmt: skip
-        if list(nodes["images"].shape[1:]) != [size, size, 3] or isinstance(nodes["images"].shape[0], int):
-            raise UserError(f"{path} takes images {nodes['images'].shape}, not [N, {size}, {size}, 3]; export it again")
+        if list(nodes["images"].shape[1:]) != [size, size, 3] or isinstance(
+            nodes["images"].shape[0], int
+        ):
+            raise UserError(
+                f"{path} takes images {nodes['images'].shape}, not [N, {size}, {size}, 3]; export it again"
+            )
 
 
 def _first_line(error: Exception) -> str:

@@ -110,7 +110,9 @@ class Profile:
         batches should not each have their own.
         """
         powers = (2**exponent for exponent in range(self.max.bit_length()))
-        sizes: list[int] = sorted({self.min, self.opt, self.max, *(power for power in powers if power > self.min)})
+        sizes: list[int] = sorted(
+            {self.min, self.opt, self.max, *(power for power in powers if power > self.min)}
+        )
         return sizes[bisect_left(sizes, num_images)]
 
 
@@ -119,11 +121,19 @@ class Slot:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], max_batch: int) -> None:
         """Allocates for `max_batch` images; `shapes` are an image's (`images`) and the outputs', without the batch."""
-        image, outputs = shapes["images"], {name: shape for name, shape in shapes.items() if name != "images"}
+        image, outputs = (
+            shapes["images"],
+            {name: shape for name, shape in shapes.items() if name != "images"},
+        )
         self._staging_shape = (max_batch, *image)
         self.images = cudart.DeviceMemory(max_batch * prod(image))
-        self.outputs = {name: cudart.DeviceMemory(4 * max_batch * prod(shape)) for name, shape in outputs.items()}
-        self.host = {name: cudart.pinned((max_batch, *shape), np.float32) for name, shape in outputs.items()}
+        self.outputs = {
+            name: cudart.DeviceMemory(4 * max_batch * prod(shape))
+            for name, shape in outputs.items()
+        }
+        self.host = {
+            name: cudart.pinned((max_batch, *shape), np.float32) for name, shape in outputs.items()
+        }
         self.uploaded, self.done = cudart.Event(), cudart.Event()
         self.graph: Any = None
 
@@ -138,7 +148,13 @@ class TensorRTEngine:
 
     device = "cuda"
 
-    def __init__(self, context: Any, shapes: Mapping[str, tuple[int, ...]], profile: Profile, cuda_graph: bool) -> None:
+    def __init__(
+        self,
+        context: Any,
+        shapes: Mapping[str, tuple[int, ...]],
+        profile: Profile,
+        cuda_graph: bool,
+    ) -> None:
         """Allocates buffers.
 
         Args:
@@ -172,7 +188,10 @@ class TensorRTEngine:
         return cudart.pinned(shape, np.uint8)
 
     def _run(self, images: Pixels, names: Sequence[str]) -> list[NDArray[np.float32]]:
-        assert images.dtype == np.uint8 and images.shape[1:] == self._shapes["images"], (images.dtype, images.shape)
+        assert images.dtype == np.uint8 and images.shape[1:] == self._shapes["images"], (
+            images.dtype,
+            images.shape,
+        )
         results = [np.empty((len(images), *self._shapes[name]), np.float32) for name in names]
         flying: deque[tuple[Slot, slice]] = deque()
 
@@ -197,7 +216,9 @@ class TensorRTEngine:
         if not cudart.is_pinned(images):
             slot.staging[:num_images] = images
             images = slot.staging[:num_images]
-        self._copies.upload(slot.images, images)  # what pads it is an earlier piece's images, and nobody reads that
+        self._copies.upload(
+            slot.images, images
+        )  # what pads it is an earlier piece's images, and nobody reads that
         self._copies.record(slot.uploaded)
         self._kernels.wait_for(slot.uploaded)
         size = self._profile.padded(num_images)
@@ -226,26 +247,37 @@ def create(path: Path, manifest: Mapping[str, Any], device: str) -> TensorRTEngi
             of the contract; or the library, CUDA Python or a GPU is missing. Nothing of this touches the GPU but
             the last step.
     """
-    flavour, again = manifest["format"], f"build it again with `{export_command(path, manifest)} --force`"
+    flavour, again = (
+        manifest["format"],
+        f"build it again with `{export_command(path, manifest)} --force`",
+    )
     trt = import_runtime(flavour)
     check_manifest(path, manifest, trt.__version__, again)
     if device == "cpu":
-        raise UserError(f"{path} is a {FLAVOURS[flavour].title} plan and runs on a GPU; use --device cuda")
+        raise UserError(
+            f"{path} is a {FLAVOURS[flavour].title} plan and runs on a GPU; use --device cuda"
+        )
     plan = path.read_bytes()
     runtime = trt.Runtime(logger(trt))
     check_header(trt, runtime, path, plan, again)
     here = cudart.architecture()
     check_gpu(flavour, trt, here)
     check_architecture(path, manifest["plan"]["architectures"], here, again)
-    runtime.engine_host_code_allowed = manifest["plan"]["version_compatible"]  # such a plan brings its own runtime
+    runtime.engine_host_code_allowed = manifest["plan"][
+        "version_compatible"
+    ]  # such a plan brings its own runtime
     engine = deserialize(trt, runtime, path, plan, again)
     shapes, profile = check_engine(trt, engine, path, manifest["preprocess"]["size"], again)
     cuda_graph = manifest["plan"]["cuda_graph"]
     try:
         context = create_context(trt, engine, FLAVOURS[flavour].portable, cuda_graph)
-        return TensorRTEngine(context, shapes, profile, cuda_graph and not FLAVOURS[flavour].portable)
+        return TensorRTEngine(
+            context, shapes, profile, cuda_graph and not FLAVOURS[flavour].portable
+        )
     except cudart.CudaError as error:
-        raise UserError(f"{path} does not run on this GPU ({error}); {again} and a smaller --max_batch") from None
+        raise UserError(
+            f"{path} does not run on this GPU ({error}); {again} and a smaller --max_batch"
+        ) from None
 
 
 def export_command(path: Path, manifest: Mapping[str, Any]) -> str:
@@ -263,10 +295,16 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], version: str, again:
     if plan is None:
         raise UserError(f"the manifest of {path} does not say what the plan was built for; {again}")
     built, here = (tuple(map(int, text.split(".")[:3])) for text in (plan["version"], version))
-    fits = built[0] == here[0] and built <= here if plan["version_compatible"] else plan["version"] == version
+    fits = (
+        built[0] == here[0] and built <= here
+        if plan["version_compatible"]
+        else plan["version"] == version
+    )
     if not fits:
         title = FLAVOURS[manifest["format"]].title
-        raise UserError(f"{path} was built by {title} {plan['version']}, and here is {version}; {again}")
+        raise UserError(
+            f"{path} was built by {title} {plan['version']}, and here is {version}; {again}"
+        )
     if "parity" in manifest and manifest["parity"] is None:
         raise UserError(
             f"{path} has not passed the parity gate, for want of a GPU where it was built; gate it here with "
@@ -280,15 +318,21 @@ def check_gpu(flavour: str, trt: ModuleType, here: str) -> None:
     TensorRT-RTX lists the GPUs that it is for; not all from Ampere on are among them.
     """
     if FLAVOURS[flavour].portable and here.upper() not in trt.ComputeCapability.__members__:
-        known = ", ".join(name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
-        raise UserError(f"{FLAVOURS[flavour].title} runs on {known}, and this GPU is {here}; use another format")
+        known = ", ".join(
+            name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")
+        )
+        raise UserError(
+            f"{FLAVOURS[flavour].title} runs on {known}, and this GPU is {here}; use another format"
+        )
 
 
 def check_architecture(path: Path, architectures: Sequence[str], here: str, again: str) -> None:
     """Raises UserError where a plan's architectures do not include this GPU's (`sm89`)."""
     is_ampere_plus = AMPERE_PLUS in architectures and int(here.removeprefix("sm")) >= 80
     if here not in architectures and not is_ampere_plus:
-        raise UserError(f"{path} was built for {' and '.join(architectures)}, and this GPU is {here}; {again}")
+        raise UserError(
+            f"{path} was built for {' and '.join(architectures)}, and this GPU is {here}; {again}"
+        )
 
 
 INVALID = {
@@ -335,9 +379,13 @@ def check_engine(
     expected = dict.fromkeys(names, trt.DataType.FLOAT) | {"images": trt.DataType.UINT8}
     if not {"images", "features", "logits"} <= set(names) or types != expected:
         found = ", ".join(f"{name} {dtype.name}" for name, dtype in types.items())
-        raise UserError(f"{path} has {found}, not images UINT8, features FLOAT and logits FLOAT; {again}")
+        raise UserError(
+            f"{path} has {found}, not images UINT8, features FLOAT and logits FLOAT; {again}"
+        )
     if shapes["images"] != (size, size, 3):
-        raise UserError(f"{path} takes images {list(shapes['images'])}, not [{size}, {size}, 3]; {again}")
+        raise UserError(
+            f"{path} takes images {list(shapes['images'])}, not [{size}, {size}, 3]; {again}"
+        )
     batches = [int(shape[0]) for shape in engine.get_tensor_profile_shape("images", 0)]
     return shapes, Profile(*batches)
 
@@ -348,7 +396,9 @@ def create_context(trt: ModuleType, engine: Any, portable: bool, cuda_graph: boo
         return _made(trt, engine.create_execution_context())
     config = engine.create_runtime_config()
     # Left to itself it changes kernels under way, and the parity gate would have seen others than those that go on.
-    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    config.dynamic_shapes_kernel_specialization_strategy = (
+        trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    )
     if cuda_graph:
         config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     return _made(trt, engine.create_execution_context(config))

@@ -91,7 +91,9 @@ class State:
     def read(cls, root: Path) -> "State":
         value = read_json(root / STATE)
         names = tuple(value["names"])
-        encodings = {int(fold): Encoding.from_json(names, part) for fold, part in value["encodings"].items()}
+        encodings = {
+            int(fold): Encoding.from_json(names, part) for fold, part in value["encodings"].items()
+        }
         return cls(names, encodings, ImageState.read(root, value))
 
 
@@ -121,7 +123,10 @@ class Ensemble:
 
 def write_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) -> None:
     """Writes the manifest over the named files; call it last."""
-    write_json(root / MANIFEST, {"format": FORMAT, **fields, "files": {name: sha256(root / name) for name in files}})
+    write_json(
+        root / MANIFEST,
+        {"format": FORMAT, **fields, "files": {name: sha256(root / name) for name in files}},
+    )
 
 
 def clear(root: Path) -> None:
@@ -169,10 +174,14 @@ def open_ensemble(path: Path) -> Ensemble:
     root = _find(path)
     manifest = read_json(root / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{root / MANIFEST} is not of this version of the toolkit; fit the ensemble again")
+        raise UserError(
+            f"{root / MANIFEST} is not of this version of the toolkit; fit the ensemble again"
+        )
     for name, expected in manifest["files"].items():
         if sha256(root / name) != expected:
-            raise UserError(f"{root / name} is not the file that {MANIFEST} describes; fit the ensemble again")
+            raise UserError(
+                f"{root / name} is not the file that {MANIFEST} describes; fit the ensemble again"
+            )
     state = State.read(root)
     spec = FeatureSpec.parse(manifest["features"])
     names = spec.names(state.image)
@@ -192,5 +201,7 @@ def _find(path: Path) -> Path:
     if not inside:
         raise UserError(f"{path} holds no finished ensemble; run `python -m infer fit` first")
     if len(inside) > 1:
-        raise UserError(f"{path} holds several ensembles, choose one: {', '.join(str(root) for root in inside)}")
+        raise UserError(
+            f"{path} holds several ensembles, choose one: {', '.join(str(root) for root in inside)}"
+        )
     return inside[0]

@@ -18,11 +18,16 @@ def model_name(library: str, seed: int) -> str:
 
 def seeds_of(names: Iterable[str], libraries: Iterable[str]) -> list[int]:
     """Returns the seeds that every one of the libraries has a model of, ascending."""
-    seeds = [{int(name.rpartition("_")[2]) for name in names if _is_of(name, library)} for library in libraries]
+    seeds = [
+        {int(name.rpartition("_")[2]) for name in names if _is_of(name, library)}
+        for library in libraries
+    ]
     return sorted(set.intersection(*seeds))
 
 
-def blend(models: Mapping[str, Scores], weights: Mapping[str, float], reference: Mapping[str, Scores]) -> Scores:
+def blend(
+    models: Mapping[str, Scores], weights: Mapping[str, float], reference: Mapping[str, Scores]
+) -> Scores:
     """Returns [N] one score a row in [0, 1].
 
     Args:
@@ -33,7 +38,10 @@ def blend(models: Mapping[str, Scores], weights: Mapping[str, float], reference:
     if len(weights) == 1:
         return _mean(models, next(iter(weights)))
     total = sum(weights.values())
-    ranks = (weight * rank(_mean(models, name), _mean(reference, name)) for name, weight in weights.items())
+    ranks = (
+        weight * rank(_mean(models, name), _mean(reference, name))
+        for name, weight in weights.items()
+    )
     return np.asarray(sum(ranks) / total)
 
 
@@ -49,7 +57,9 @@ def rank(score: Scores, reference: Scores) -> Scores:
 
 
 def _mean(models: Mapping[str, Scores], library: str) -> Scores:
-    return np.asarray(np.mean([score for name, score in models.items() if _is_of(name, library)], axis=0))
+    return np.asarray(
+        np.mean([score for name, score in models.items() if _is_of(name, library)], axis=0)
+    )
 
 
 def _is_of(name: str, library: str) -> bool:

@@ -90,11 +90,18 @@ def min_data(num_rows: int) -> int:
 
     A leaf of 85 of 31,700 rows is 0.27 % of them. With 85 of 700 a tree could not set the rare lesions apart.
     """
-    return max(SMALLEST_MIN_DATA, min(REFERENCE_MIN_DATA, round(REFERENCE_MIN_DATA * num_rows / REFERENCE_ROWS)))
+    return max(
+        SMALLEST_MIN_DATA,
+        min(REFERENCE_MIN_DATA, round(REFERENCE_MIN_DATA * num_rows / REFERENCE_ROWS)),
+    )
 
 
 def fit_lightgbm(
-    matrix: Matrix, target: NDArray[np.integer], names: Sequence[str], parameters: Parameters, seed: int
+    matrix: Matrix,
+    target: NDArray[np.integer],
+    names: Sequence[str],
+    parameters: Parameters,
+    seed: int,
 ) -> str:
     """Fits one booster and returns it in LightGBM's text format."""
     automatic = parameters["min_data_in_leaf"] is None
@@ -135,7 +142,11 @@ def load_lightgbm(text: str) -> Predict:
 
 
 def fit_xgboost(
-    matrix: Matrix, target: NDArray[np.integer], names: Sequence[str], parameters: Parameters, seed: int
+    matrix: Matrix,
+    target: NDArray[np.integer],
+    names: Sequence[str],
+    parameters: Parameters,
+    seed: int,
 ) -> str:
     """Fits one booster and returns it in XGBoost's JSON format."""
     xgboost = _optional("xgboost")
@@ -148,7 +159,9 @@ def fit_xgboost(
         "nthread": 1,
     }
     num_rounds = options.pop("num_rounds")
-    data = xgboost.QuantileDMatrix(matrix, target, feature_names=list(names), max_bin=parameters["max_bin"], nthread=1)
+    data = xgboost.QuantileDMatrix(
+        matrix, target, feature_names=list(names), max_bin=parameters["max_bin"], nthread=1
+    )
     return bytes(xgboost.train(options, data, num_rounds).save_raw("json")).decode()
 
 
@@ -174,7 +187,11 @@ UNREPEATED = ("model_guid", "train_finish_time")
 
 
 def fit_catboost(
-    matrix: Matrix, target: NDArray[np.integer], names: Sequence[str], parameters: Parameters, seed: int
+    matrix: Matrix,
+    target: NDArray[np.integer],
+    names: Sequence[str],
+    parameters: Parameters,
+    seed: int,
 ) -> str:
     """Fits one booster and returns it in CatBoost's JSON format, less UNREPEATED."""
     catboost = _optional("catboost")
@@ -212,7 +229,9 @@ def load_catboost(text: str) -> Predict:
         raise _broken("CatBoost", error) from None
 
     def predict(matrix: Matrix, num_threads: int) -> NDArray[np.float64]:
-        scores = model.predict(matrix, prediction_type="Probability", thread_count=num_threads or -1)
+        scores = model.predict(
+            matrix, prediction_type="Probability", thread_count=num_threads or -1
+        )
         return np.asarray(scores, dtype=np.float64)[:, 1]
 
     return predict
@@ -222,7 +241,9 @@ def _optional(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        raise UserError(f'{module} is not installed; run `pip install "isic-toolkit[boosters]"`') from None
+        raise UserError(
+            f'{module} is not installed; run `pip install "isic-toolkit[boosters]"`'
+        ) from None
 
 
 def _broken(library: str, error: Exception) -> UserError:
@@ -259,7 +280,9 @@ def parameters_of(library: str, changes: Parameters) -> dict[str, Any]:
         if type(value) not in ({int, float} if kind is float else {kind}):
             raise UserError(f"{library}: {key} is {WORDS[kind]}, not {value}; change --{library}")
     if changes.get("num_rounds", 1) < 1:
-        raise UserError(f"{library}: num_rounds is {changes['num_rounds']}; give one round at least")
+        raise UserError(
+            f"{library}: num_rounds is {changes['num_rounds']}; give one round at least"
+        )
     return {**defaults, **changes}
 
 
@@ -267,7 +290,12 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def fit_booster(
-    library: str, matrix: Matrix, target: NDArray[np.integer], names: Sequence[str], parameters: Parameters, seed: int
+    library: str,
+    matrix: Matrix,
+    target: NDArray[np.integer],
+    names: Sequence[str],
+    parameters: Parameters,
+    seed: int,
 ) -> str:
     """Fits one booster and returns it as text.
 

@@ -41,7 +41,9 @@ def compare(settings: CompareSettings) -> None:
     """
     ensembles = [open_ensemble(path) for path in (settings.first, settings.second)]
     first, second = (ensemble.oof().sort(schema.ID) for ensemble in ensembles)
-    if not first.select(schema.ID, "fold", schema.TARGET).equals(second.select(schema.ID, "fold", schema.TARGET)):
+    if not first.select(schema.ID, "fold", schema.TARGET).equals(
+        second.select(schema.ID, "fold", schema.TARGET)
+    ):
         raise UserError(
             f"{ensembles[0].root} and {ensembles[1].root} were scored on other rows or folds; fit both on the same"
         )
@@ -60,14 +62,18 @@ def pauc_by_seed(ensemble: Ensemble) -> dict[int, float]:
     target = ensemble.oof()[schema.TARGET].to_numpy()
     found = {}
     for seed in seeds_of(models, weights) if ensemble.manifest["boosters"] else []:
-        of_seed = {name: models[name] for name in (model_name(library, seed) for library in weights)}
+        of_seed = {
+            name: models[name] for name in (model_name(library, seed) for library in weights)
+        }
         found[seed] = pauc(target, blend(of_seed, weights, of_seed))
     return found
 
 
 def paired(first: dict[int, float], second: dict[int, float]) -> NDArray[np.float64]:
     """Returns [num_seeds, 2] for the seeds that both have."""
-    return np.array([[first[seed], second[seed]] for seed in first if seed in second]).reshape(-1, 2)
+    return np.array([[first[seed], second[seed]] for seed in first if seed in second]).reshape(
+        -1, 2
+    )
 
 
 def _test_seeds(seeds: NDArray[np.float64]) -> int | None:
@@ -84,10 +90,16 @@ def _test_seeds(seeds: NDArray[np.float64]) -> int | None:
     return int(np.sign(difference.mean())) if p < SIGNIFICANT else 0
 
 
-def _test_patients(first: pl.DataFrame, second: pl.DataFrame, patient: pl.Series, settings: CompareSettings) -> int:
+def _test_patients(
+    first: pl.DataFrame, second: pl.DataFrame, patient: pl.Series, settings: CompareSettings
+) -> int:
     """Prints the bootstrap of the blends. Returns the sign of its 95 % interval, 0 where zero lies in it."""
     draws = bootstrap_pauc(
-        first[schema.TARGET], [first["blend"], second["blend"]], patient, settings.draws, settings.seed
+        first[schema.TARGET],
+        [first["blend"], second["blend"]],
+        patient,
+        settings.draws,
+        settings.seed,
     )
     low, middle, high = np.percentile(draws[:, 1] - draws[:, 0], [2.5, 50, 97.5])
     mean = draws.mean(axis=0)
@@ -99,7 +111,11 @@ def _test_patients(first: pl.DataFrame, second: pl.DataFrame, patient: pl.Series
 
 def _patients(oof: pl.DataFrame, data: Path) -> pl.Series:
     metadata = with_patient(Dataset(data).metadata("train")).select(schema.ID, schema.PATIENT)
-    patient = oof.select(schema.ID).join(metadata, on=schema.ID, how="left", maintain_order="left")[schema.PATIENT]
+    patient = oof.select(schema.ID).join(metadata, on=schema.ID, how="left", maintain_order="left")[
+        schema.PATIENT
+    ]
     if patient.null_count():
-        raise UserError(f"{data} lacks {patient.null_count()} of the scored rows; give the --data they were fitted on")
+        raise UserError(
+            f"{data} lacks {patient.null_count()} of the scored rows; give the --data they were fitted on"
+        )
     return patient

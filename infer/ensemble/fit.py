@@ -48,7 +48,8 @@ class FitSettings(Settings):
     """Settings of `infer fit`."""
 
     config: str | None = Field(
-        None, description="YAML file with any of these keys: a name in configs/ or a path; flags win over it"
+        None,
+        description="YAML file with any of these keys: a name in configs/ or a path; flags win over it",
     )
     data: Path = Field(Path("data/isic-2024"), description="dataset folder")
     features: str = Field(
@@ -56,27 +57,50 @@ class FitSettings(Settings):
         description="raw, engineered, extended, image, multimodal, aligned, components, frozen, groups and features, "
         "with commas between them",
     )
-    embeddings: Path | None = Field(None, description="outputs/embeddings/<config>, for all image words but frozen")
-    frozen: Path | None = Field(None, description="embeddings by a model trained on other images, for frozen")
+    embeddings: Path | None = Field(
+        None, description="outputs/embeddings/<config>, for all image words but frozen"
+    )
+    frozen: Path | None = Field(
+        None, description="embeddings by a model trained on other images, for frozen"
+    )
     components: int = Field(16, ge=1, description="columns of the form components")
-    output_dir: Path = Field(Path("outputs/ensemble"), description="the ensemble lands in a folder of its own in it")
-    name: str = Field("", description="that folder's name; by default the features and the embeddings' config")
+    output_dir: Path = Field(
+        Path("outputs/ensemble"), description="the ensemble lands in a folder of its own in it"
+    )
+    name: str = Field(
+        "", description="that folder's name; by default the features and the embeddings' config"
+    )
     libraries: Several[str] = Field(("lightgbm",), description=f"some of {', '.join(LIBRARIES)}")
-    weights: Several[float] = Field((), description="a number a library, of their ranks; equal if not given")
+    weights: Several[float] = Field(
+        (), description="a number a library, of their ranks; equal if not given"
+    )
     lightgbm: Changes = Field({}, description='changed settings, such as "{max_depth: 5}"')
     xgboost: Changes = Field({}, description="the same")
     catboost: Changes = Field({}, description="the same")
-    seeds: int = Field(3, ge=1, description="boosters a fold and library, each with its own draw of negatives")
+    seeds: int = Field(
+        3, ge=1, description="boosters a fold and library, each with its own draw of negatives"
+    )
     seed: int = Field(0, ge=0, description="the first of the seeds")
-    num_folds: int = Field(5, ge=2, description="folds to draw where neither embeddings nor dataset bring a plan")
+    num_folds: int = Field(
+        5, ge=2, description="folds to draw where neither embeddings nor dataset bring a plan"
+    )
     split_seed: int = Field(42, ge=0, description="seed of that draw")
-    num_rounds: int | None = Field(None, ge=1, description="boosting rounds; each library's own if not given")
-    negatives: float = Field(100.0, gt=0, allow_inf_nan=False, description="negatives kept for each positive")
+    num_rounds: int | None = Field(
+        None, ge=1, description="boosting rounds; each library's own if not given"
+    )
+    negatives: float = Field(
+        100.0, gt=0, allow_inf_nan=False, description="negatives kept for each positive"
+    )
     image_noise: float = Field(
-        0.1, ge=0, allow_inf_nan=False, description="deviation of the noise on training rows' image scores"
+        0.1,
+        ge=0,
+        allow_inf_nan=False,
+        description="deviation of the noise on training rows' image scores",
     )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
-    force: bool = Field(False, description="replace an ensemble of that name that was fitted otherwise")
+    force: bool = Field(
+        False, description="replace an ensemble of that name that was fitted otherwise"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -102,9 +126,13 @@ class FitSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> "FitSettings":
         if self.weights and len(self.weights) != len(self.libraries):
-            raise ValueError(f"--weights needs {len(self.libraries)} numbers, one for each of --libraries")
+            raise ValueError(
+                f"--weights needs {len(self.libraries)} numbers, one for each of --libraries"
+            )
         if not all(0 < weight < math.inf for weight in self.weights):
-            raise ValueError("--weights must be numbers above 0; leave a library out of --libraries instead")
+            raise ValueError(
+                "--weights must be numbers above 0; leave a library out of --libraries instead"
+            )
         for name in LIBRARIES:
             parameters_of(name, getattr(self, name))
         return self
@@ -148,7 +176,9 @@ def fit(settings: FitSettings) -> None:
     origin = _origin(settings, image, folds, weights)
     if not settings.force:
         refuse_another(root, origin)
-    table = spec.frame(metadata, frames(image, settings.sources, "train", metadata, folds.digest, folds))
+    table = spec.frame(
+        metadata, frames(image, settings.sources, "train", metadata, folds.digest, folds)
+    )
     _note_blank(table)
     if names:
         bag = fit_bag(table, names, metadata[schema.TARGET].to_numpy(), fold.to_numpy(), settings)
@@ -213,7 +243,9 @@ def fit_bag(
     seeds = range(settings.seed, settings.seed + settings.seeds)
     plan = np.unique(fold).tolist()
     tasks = [(library, k, seed) for library in settings.libraries for k in plan for seed in seeds]
-    bag = Bag({}, {}, {model_name(library, seed): np.zeros(len(table)) for library, _, seed in tasks})
+    bag = Bag(
+        {}, {}, {model_name(library, seed): np.zeros(len(table)) for library, _, seed in tasks}
+    )
     for k in plan:
         _need_both_classes(target[fold != k], k)
         bag.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), names)
@@ -221,7 +253,9 @@ def fit_bag(
     def fit_one(task: tuple[str, int, int]) -> tuple[str, NDArray[np.float64]]:
         library, k, seed = task
         rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
-        matrix = _with_noise(bag.encodings[k].transform(table[rows]), names, settings.image_noise, (seed, k))
+        matrix = _with_noise(
+            bag.encodings[k].transform(table[rows]), names, settings.image_noise, (seed, k)
+        )
         text = fit_booster(library, matrix, target[rows], names, settings.parameters(library), seed)
         held_out = bag.encodings[k].transform(table.filter(pl.Series(fold == k)))
         return text, LIBRARIES[library].load(text)(held_out, 1)
@@ -253,13 +287,17 @@ def _with_noise(
 
 def _need_both_classes(target: NDArray[np.integer], fold: int) -> None:
     if target.min() == target.max():
-        raise UserError(f"the rows outside fold {fold} all have target {target[0]}; use fewer folds or more data")
+        raise UserError(
+            f"the rows outside fold {fold} all have target {target[0]}; use fewer folds or more data"
+        )
 
 
 def _note_blank(table: pl.DataFrame) -> None:
     blank = [column.name for column in table if column.null_count() == len(table)]
     if blank:
-        print(f"note: {len(blank)} features are blank in every row and say nothing, the first is {blank[0]}")
+        print(
+            f"note: {len(blank)} features are blank in every row and say nothing, the first is {blank[0]}"
+        )
 
 
 def _default_name(settings: FitSettings, spec: FeatureSpec) -> str:
@@ -270,7 +308,9 @@ def _default_name(settings: FitSettings, spec: FeatureSpec) -> str:
 def _summaries(patient: NDArray[np.str_], oof: pl.DataFrame) -> dict[str, Any]:
     target, fold = oof[schema.TARGET].to_numpy(), oof["fold"].to_numpy()
     models = oof.drop(schema.ID, schema.TARGET, "fold")
-    return {column.name: scores.summarise(target, column.to_numpy(), fold, patient) for column in models}
+    return {
+        column.name: scores.summarise(target, column.to_numpy(), fold, patient) for column in models
+    }
 
 
 def _write_files(
@@ -287,16 +327,28 @@ def _write_files(
     return [*boosters, *state_files, fold_plans.FILE, OOF, scores.FILE]
 
 
-MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "num_folds", "split_seed", "components"}
+MODEL_SETTINGS = {
+    "seeds",
+    "seed",
+    "negatives",
+    "image_noise",
+    "num_folds",
+    "split_seed",
+    "components",
+}
 """The settings that shape the model; where it was run and on how many threads do not."""
 
 
-def _origin(settings: FitSettings, image: ImageState, folds: Folds, weights: Mapping[str, float]) -> dict[str, Any]:
+def _origin(
+    settings: FitSettings, image: ImageState, folds: Folds, weights: Mapping[str, float]
+) -> dict[str, Any]:
     """Returns what decides an ensemble: the fields of its manifest that are known before it is fitted."""
     return {
         "features": settings.features,
         "weights": dict(weights),
-        "parameters": {library: settings.parameters(library) for library in weights if library in LIBRARIES},
+        "parameters": {
+            library: settings.parameters(library) for library in weights if library in LIBRARIES
+        },
         "folds_digest": folds.digest,
         **origins(image, settings.sources, "train", folds.digest),
         "metadata_sha256": sha256(Dataset(settings.data).metadata_path("train")),

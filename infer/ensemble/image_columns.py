@@ -51,7 +51,10 @@ class Map:
     def apply(self, features: Floats) -> NDArray[np.float32]:
         """Takes [N, D] to [N, C]. In float64, so that how BLAS cuts the rows does not show in float32."""
         blocks = [features[start : start + BLOCK] for start in range(0, len(features), BLOCK)]
-        mapped = [(block.astype(np.float64) @ self.matrix + self.offset).astype(np.float32) for block in blocks]
+        mapped = [
+            (block.astype(np.float64) @ self.matrix + self.offset).astype(np.float32)
+            for block in blocks
+        ]
         return np.concatenate(mapped) if mapped else np.empty((0, len(self.offset)), np.float32)
 
 
@@ -96,11 +99,15 @@ def fit_maps(root: Path, form: str, metadata: pl.DataFrame, folds: Folds, compon
             "run `python -m infer embed` with --folds all into an empty folder"
         )
     if folds.num_folds < 3:
-        raise UserError(f"{form} needs at least 3 folds, so that two models share images they were trained on")
+        raise UserError(
+            f"{form} needs at least 3 folds, so that two models share images they were trained on"
+        )
     ids = metadata.select(schema.ID).with_columns(folds.of(metadata).alias("fold")).sort(schema.ID)
     anchors = ids.gather_every(-(-len(ids) // MAX_ANCHORS))
     first, *others = range(folds.num_folds)
-    with threadpool_limits(1, "blas"):  # the bytes of a decomposition depend on the number of threads
+    with threadpool_limits(
+        1, "blas"
+    ):  # the bytes of a decomposition depend on the number of threads
         own = _read(root, "train", first, anchors.filter(pl.col("fold") != first))
         center = own.mean(axis=0)
         axes = _axes(own - center, form, components, root)
@@ -125,7 +132,9 @@ def _axes(centred: Floats, form: str, components: int, root: Path) -> NDArray[np
     columns = width if form == "aligned" else components
     if columns > width or columns > num_images:
         hint = "use components, or more images" if form == "aligned" else "use fewer --components"
-        raise UserError(f"{root}: {num_images} images of {width} features do not determine {columns} columns; {hint}")
+        raise UserError(
+            f"{root}: {num_images} images of {width} features do not determine {columns} columns; {hint}"
+        )
     return np.eye(width) if form == "aligned" else principal_axes(centred, components)
 
 
@@ -185,10 +194,14 @@ def find_frozen(root: Path, metadata: pl.DataFrame) -> Frozen:
 
 
 def _origin(run: Mapping[str, Any], fold: int) -> dict[str, Any]:
-    return {key: run.get(key) for key in ORIGIN} | {"checkpoints": (run.get("checkpoints") or {}).get(str(fold))}
+    return {key: run.get(key) for key in ORIGIN} | {
+        "checkpoints": (run.get("checkpoints") or {}).get(str(fold))
+    }
 
 
-def frozen_columns(root: Path, split: Split, metadata: pl.DataFrame, frozen: Frozen) -> pl.DataFrame:
+def frozen_columns(
+    root: Path, split: Split, metadata: pl.DataFrame, frozen: Frozen
+) -> pl.DataFrame:
     """Returns `isic_id` and the embedding's columns Float32, as `mapped_columns` does.
 
     Raises:
@@ -202,7 +215,9 @@ def frozen_columns(root: Path, split: Split, metadata: pl.DataFrame, frozen: Fro
 def write_maps(path: Path, maps: Maps) -> None:
     """Writes maps as a table: for each fold the rows of its matrix and, last, the offset."""
     parts = [
-        pl.DataFrame({"values": np.vstack([map_.matrix, map_.offset])}).with_columns(fold=pl.lit(k, dtype=pl.Int8))
+        pl.DataFrame({"values": np.vstack([map_.matrix, map_.offset])}).with_columns(
+            fold=pl.lit(k, dtype=pl.Int8)
+        )
         for k, map_ in maps.items()
     ]
     write_parquet(path, pl.concat(parts))
@@ -211,7 +226,10 @@ def write_maps(path: Path, maps: Maps) -> None:
 def read_maps(path: Path) -> Maps:
     """Reads what `write_maps` wrote."""
     table = pl.read_parquet(path)
-    values = {k: table.filter(fold=k)["values"].to_numpy() for k in table["fold"].unique().sort().to_list()}
+    values = {
+        k: table.filter(fold=k)["values"].to_numpy()
+        for k in table["fold"].unique().sort().to_list()
+    }
     return {k: Map(rows[:-1], rows[-1]) for k, rows in values.items()}
 
 
@@ -220,20 +238,28 @@ def _found(root: Path, split: Split, fold: int, wanted: pl.DataFrame) -> pl.Data
     rows = load(root, split, ["features"]).filter(pl.col("fold") == fold)
     found = wanted.lazy().join(rows, on=schema.ID, how="inner", maintain_order="left").collect()
     if found[schema.ID].is_duplicated().any():
-        raise UserError(f"{root}: an image has more than one {split} embedding of fold {fold}; embed again")
-    gaps = wanted.join(found, on=schema.ID, how="anti").select(schema.ID, pl.lit(fold, dtype=pl.Int8).alias("fold"))
+        raise UserError(
+            f"{root}: an image has more than one {split} embedding of fold {fold}; embed again"
+        )
+    gaps = wanted.join(found, on=schema.ID, how="anti").select(
+        schema.ID, pl.lit(fold, dtype=pl.Int8).alias("fold")
+    )
     refuse_gaps(gaps, len(wanted), root, split)
     return found
 
 
 def _read(root: Path, split: Split, fold: int, wanted: pl.DataFrame) -> NDArray[np.float64]:
-    return _matrix(_found(root, split, fold, wanted.select(schema.ID)), root, None).astype(np.float64)
+    return _matrix(_found(root, split, fold, wanted.select(schema.ID)), root, None).astype(
+        np.float64
+    )
 
 
 def _matrix(found: pl.DataFrame, root: Path, width: int | None) -> Floats:
     features = found["features"].to_numpy()
     if width is not None and features.shape[1] != width:
-        raise UserError(f"{root} holds embeddings of {features.shape[1]} features, not {width}; give the same model's")
+        raise UserError(
+            f"{root} holds embeddings of {features.shape[1]} features, not {width}; give the same model's"
+        )
     if not np.isfinite(features).all():
         raise UserError(f"{root}: embeddings are not finite; train and export the model again")
     return features

@@ -88,7 +88,12 @@ def _file(form: str) -> str:
 
 
 def learn(
-    score: bool, forms: Iterable[str], sources: Sources, metadata: pl.DataFrame, folds: Folds, components: int
+    score: bool,
+    forms: Iterable[str],
+    sources: Sources,
+    metadata: pl.DataFrame,
+    folds: Folds,
+    components: int,
 ) -> ImageState:
     """Learns how to read a training table's embeddings.
 
@@ -101,18 +106,31 @@ def learn(
         UserError: embeddings that are needed are not given, not finished, or of another fold plan.
     """
     forms = tuple(forms)
-    frozen = find_frozen(_given(sources.frozen, NEEDS_FROZEN), metadata) if FROZEN in forms else None
+    frozen = (
+        find_frozen(_given(sources.frozen, NEEDS_FROZEN), metadata) if FROZEN in forms else None
+    )
     mapped = [form for form in forms if form in MAPPED]
     if not (score or mapped):
         return ImageState(frozen=frozen)
     root = _given(sources.embeddings, NEEDS_EMBEDDINGS)
     image_scores.made_with(root, "train", folds.digest)
-    standard = image_scores.fit_standard(image_scores.oof_logits(root, metadata, folds)) if score else None
-    return ImageState(standard, {form: fit_maps(root, form, metadata, folds, components) for form in mapped}, frozen)
+    standard = (
+        image_scores.fit_standard(image_scores.oof_logits(root, metadata, folds)) if score else None
+    )
+    return ImageState(
+        standard,
+        {form: fit_maps(root, form, metadata, folds, components) for form in mapped},
+        frozen,
+    )
 
 
 def frames(
-    state: ImageState, sources: Sources, split: Split, metadata: pl.DataFrame, folds_digest: str, folds: Folds | None
+    state: ImageState,
+    sources: Sources,
+    split: Split,
+    metadata: pl.DataFrame,
+    folds_digest: str,
+    folds: Folds | None,
 ) -> list[pl.DataFrame]:
     """Reads the image features of some rows.
 

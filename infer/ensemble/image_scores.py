@@ -36,10 +36,14 @@ class Standard:
     def apply(self) -> pl.Expr:
         """Returns (logit - mean) / std by the row's `fold`."""
         keys = list(self.folds)
-        mean, std = (pl.Series([pair[i] for pair in self.folds.values()], dtype=pl.Float64) for i in (0, 1))
+        mean, std = (
+            pl.Series([pair[i] for pair in self.folds.values()], dtype=pl.Float64) for i in (0, 1)
+        )
         codes = pl.Series(keys, dtype=pl.Int8)
         fold = pl.col("fold")
-        return (pl.col("logit") - fold.replace_strict(codes, mean)) / fold.replace_strict(codes, std)
+        return (pl.col("logit") - fold.replace_strict(codes, mean)) / fold.replace_strict(
+            codes, std
+        )
 
     def to_json(self) -> dict[str, list[float]]:
         return {str(fold): list(pair) for fold, pair in self.folds.items()}
@@ -98,7 +102,9 @@ def scoring_logits(
     return table
 
 
-def image_features(logits: pl.DataFrame, standard: Standard, metadata: pl.DataFrame) -> pl.DataFrame:
+def image_features(
+    logits: pl.DataFrame, standard: Standard, metadata: pl.DataFrame
+) -> pl.DataFrame:
     """Returns `isic_id` and FEATURES Float32 in the order of `metadata`.
 
     The score is the mean over the folds that have one for the row; relative is its difference from the mean over the
@@ -107,7 +113,9 @@ def image_features(logits: pl.DataFrame, standard: Standard, metadata: pl.DataFr
     score = logits.with_columns(standard.apply().alias(SCORE)).sort(schema.ID, "fold")
     score = score.group_by(schema.ID, maintain_order=True).agg(pl.col(SCORE).mean())
     patient = with_patient(metadata.select(pl.col(schema.ID, f"^{schema.PATIENT}$")))
-    table = patient.join(score, on=schema.ID, how="left", maintain_order="left").with_row_index("_row")
+    table = patient.join(score, on=schema.ID, how="left", maintain_order="left").with_row_index(
+        "_row"
+    )
     table = table.sort(schema.PATIENT, schema.ID)
     relative = pl.col(SCORE) - pl.col(SCORE).mean().over(schema.PATIENT)
     table = table.with_columns(relative.alias(RELATIVE)).sort("_row")

@@ -27,12 +27,15 @@ class PredictSettings(Settings):
 
     data: Path = Field(Path("data/isic-2024"), description="dataset folder")
     ensemble: Path = Field(
-        Path("outputs/ensemble"), description="an ensemble's folder, or one with a single ensemble in it"
+        Path("outputs/ensemble"),
+        description="an ensemble's folder, or one with a single ensemble in it",
     )
     embeddings: Path | None = Field(
         None, description="outputs/embeddings/<config>, where the ensemble uses the fold models"
     )
-    frozen: Path | None = Field(None, description="the frozen model's embeddings, where the ensemble uses them")
+    frozen: Path | None = Field(
+        None, description="the frozen model's embeddings, where the ensemble uses them"
+    )
     output: Path = Field(Path("submission.csv"), description="the submission to write")
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
 
@@ -52,7 +55,9 @@ def predict(settings: PredictSettings) -> None:
     score = np.clip(blend(models, ensemble.weights, reference), 0.0, 1.0)
     scored = metadata.select(schema.ID, pl.Series(schema.TARGET, score))
     _write(settings.output, order.join(scored, on=schema.ID, maintain_order="left"))
-    write_parquet(models_path(settings.output), metadata.select(schema.ID).with_columns(**models, blend=score))
+    write_parquet(
+        models_path(settings.output), metadata.select(schema.ID).with_columns(**models, blend=score)
+    )
     write_manifest(
         settings.output,
         ensemble=sha256(ensemble.root / MANIFEST),
@@ -60,15 +65,24 @@ def predict(settings: PredictSettings) -> None:
         features=ensemble.manifest["features"],
         **made_with,
         metadata_sha256=sha256(path),
-        models={"file": models_path(settings.output).name, "sha256": sha256(models_path(settings.output))},
+        models={
+            "file": models_path(settings.output).name,
+            "sha256": sha256(models_path(settings.output)),
+        },
         versions=versions("isic-toolkit", *ensemble.manifest["versions"]),
     )
-    print(f"submission: {settings.output} ({len(metadata)} rows, scores {score.min():.4f} to {score.max():.4f})")
+    print(
+        f"submission: {settings.output} ({len(metadata)} rows, scores {score.min():.4f} to {score.max():.4f})"
+    )
 
 
 def _refuse_own_files(output: Path, dataset: Dataset) -> None:
     """Raises a UserError where the submission would be written over one of the dataset's tables."""
-    tables = (dataset.metadata_path("train"), dataset.metadata_path("test"), dataset.sample_submission_path)
+    tables = (
+        dataset.metadata_path("train"),
+        dataset.metadata_path("test"),
+        dataset.sample_submission_path,
+    )
     if output.resolve() in {path.resolve() for path in tables}:
         raise UserError(f"--output {output} is a table of the dataset; choose another file")
 
@@ -90,11 +104,15 @@ def score_models(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> d
     boosters = ensemble.manifest["boosters"]
     if not boosters:
         return {"image": image_scores.probability(table)}
-    totals = {model_name(entry["library"], entry["seed"]): np.zeros(len(table)) for entry in boosters}
+    totals = {
+        model_name(entry["library"], entry["seed"]): np.zeros(len(table)) for entry in boosters
+    }
     for fold, encoding in ensemble.state.encodings.items():
         matrix = encoding.transform(table)
         for entry in (entry for entry in boosters if entry["fold"] == fold):
-            score = read_booster(ensemble.root / entry["file"], entry["library"])(matrix, num_threads)
+            score = read_booster(ensemble.root / entry["file"], entry["library"])(
+                matrix, num_threads
+            )
             totals[model_name(entry["library"], entry["seed"])] += score
     return {name: total / len(ensemble.state.encodings) for name, total in totals.items()}
 
@@ -109,7 +127,10 @@ def submission_order(dataset: Dataset, metadata: pl.DataFrame) -> pl.DataFrame:
     if not path.is_file():
         return metadata.select(schema.ID)
     order = _sample_ids(path)
-    for ids, other, here, there in ((order, metadata, path, "the table"), (metadata, order, "the table", path)):
+    for ids, other, here, there in (
+        (order, metadata, path, "the table"),
+        (metadata, order, "the table", path),
+    ):
         extra = ids.join(other, on=schema.ID, how="anti", maintain_order="left")[schema.ID]
         if len(extra):
             raise UserError(
@@ -124,11 +145,15 @@ def _sample_ids(path: Path) -> pl.DataFrame:
     try:
         table = pl.read_csv(path, infer_schema=False)
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a readable table: {(str(error).splitlines() or ['no content'])[0]}") from None
+        raise UserError(
+            f"{path} is not a readable table: {(str(error).splitlines() or ['no content'])[0]}"
+        ) from None
     require(table, [schema.ID], path)
     ids = table.select(schema.ID)
     if ids[schema.ID].null_count() or ids[schema.ID].is_duplicated().any():
-        raise UserError(f"{path} has blank or repeated ids; give every row one of its own, or take the file away")
+        raise UserError(
+            f"{path} has blank or repeated ids; give every row one of its own, or take the file away"
+        )
     return ids
 
 
@@ -141,7 +166,9 @@ def _image(
     for flag, needed in state.needs.items():
         if needed and getattr(sources, flag) is None:
             config = ensemble.manifest[flag]["config"]
-            raise UserError(f"{ensemble.root} uses images; give --{flag} outputs/embeddings/{config}")
+            raise UserError(
+                f"{ensemble.root} uses images; give --{flag} outputs/embeddings/{config}"
+            )
     found = origins(state, sources, "test", digest)
     if settings.embeddings and (fitted := ensemble.manifest["embeddings"]):
         refuse_other_origin(settings.embeddings, "test", found["embeddings"], fitted)

@@ -26,9 +26,14 @@ class ScoresSettings(Settings):
 
 def show(settings: ScoresSettings) -> None:
     """Prints the out-of-fold scores of every ensemble in a folder, the lowest pAUC first."""
-    blends = {path.parent.name: read_json(path)["scores"] for path in settings.output_dir.glob(f"*/{MANIFEST}")}
+    blends = {
+        path.parent.name: read_json(path)["scores"]
+        for path in settings.output_dir.glob(f"*/{MANIFEST}")
+    }
     if not blends:
-        raise UserError(f"{settings.output_dir} holds no finished ensemble; run `python -m infer fit` first")
+        raise UserError(
+            f"{settings.output_dir} holds no finished ensemble; run `python -m infer fit` first"
+        )
     print(table(dict(sorted(blends.items(), key=lambda item: item[1]["pauc"]))))
 
 
@@ -70,10 +75,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """Returns the summaries as lines of text, one a row, under a heading."""
     width = max(len(name) for name in rows)
     heading = f"{'':{width}}  pAUC pooled  mean of folds ± std     AUC  top-15"
-    return "\n".join([heading, *(_line(name.ljust(width), summary) for name, summary in rows.items())])
+    return "\n".join(
+        [heading, *(_line(name.ljust(width), summary) for name, summary in rows.items())]
+    )
 
 
 def _line(name: str, summary: dict[str, Any]) -> str:
     mean, std = (summary[key] for key in ("pauc_mean", "pauc_std"))
-    folds = f"{mean:.4f}" + (f" ± {std:.4f}" if std is not None else "") if mean is not None else "-"
+    folds = (
+        f"{mean:.4f}" + (f" ± {std:.4f}" if std is not None else "") if mean is not None else "-"
+    )
     return f"{name}  {summary['pauc']:11.4f}  {folds:>19}  {summary['auc']:.4f}  {summary['top_15_sensitivity']:6.3f}"

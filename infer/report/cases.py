@@ -55,18 +55,26 @@ def worst_misses(oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CA
     return _cases(oof, metadata, 1, number)
 
 
-def worst_false_alarms(oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CASES) -> list[Case]:
+def worst_false_alarms(
+    oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CASES
+) -> list[Case]:
     """Returns the benign lesions with the highest scores, the highest first. Arguments as above."""
     return _cases(oof, metadata, 0, number)
 
 
 def _cases(oof: pl.DataFrame, metadata: pl.DataFrame, label: int, number: int) -> list[Case]:
-    wrong = oof.filter(pl.col(schema.TARGET) == label).sort("blend", schema.ID, descending=[label == 0, False])
+    wrong = oof.filter(pl.col(schema.TARGET) == label).sort(
+        "blend", schema.ID, descending=[label == 0, False]
+    )
     other_class = np.sort(oof.filter(pl.col(schema.TARGET) != label)["blend"].to_numpy())
     cases = []
-    for name, score, patient in wrong.head(number).select(schema.ID, "blend", schema.PATIENT).iter_rows():
+    for name, score, patient in (
+        wrong.head(number).select(schema.ID, "blend", schema.PATIENT).iter_rows()
+    ):
         lesions = oof.filter(pl.col(schema.PATIENT) == patient)
-        others = lesions.filter(pl.col(schema.ID) != name).sort("blend", schema.ID, descending=[True, False])
+        others = lesions.filter(pl.col(schema.ID) != name).sort(
+            "blend", schema.ID, descending=[True, False]
+        )
         row = metadata.row(by_predicate=pl.col(schema.ID) == name, named=True)
         cases.append(
             Case(
@@ -76,7 +84,10 @@ def _cases(oof: pl.DataFrame, metadata: pl.DataFrame, label: int, number: int) -
                 row.get(schema.PATIENT),
                 int((lesions["blend"] >= score).sum()),
                 len(lesions),
-                tuple(Lesion(*values) for values in others.head(NUM_OTHERS).select(_LESION).iter_rows()),
+                tuple(
+                    Lesion(*values)
+                    for values in others.head(NUM_OTHERS).select(_LESION).iter_rows()
+                ),
             )
         )
     return cases
@@ -109,5 +120,7 @@ def pictures(images: ImageStore, names: Sequence[str], side: int) -> dict[str, P
 
 
 def _jpeg_uri(image: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
-    _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+    _, data = cv2.imencode(
+        ".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY]
+    )
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")

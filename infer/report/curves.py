@@ -30,7 +30,9 @@ def scored_region(fpr: Values, tpr: Values) -> tuple[Values, Values]:
     after = int(np.searchsorted(tpr, MIN_TPR, side="right"))
     share = (MIN_TPR - tpr[after - 1]) / (tpr[after] - tpr[after - 1])
     start = fpr[after - 1] + share * (fpr[after] - fpr[after - 1])
-    return np.concatenate([[start], fpr[after:], [1.0]]), np.concatenate([[MIN_TPR], tpr[after:], [MIN_TPR]])
+    return np.concatenate([[start], fpr[after:], [1.0]]), np.concatenate(
+        [[MIN_TPR], tpr[after:], [MIN_TPR]]
+    )
 
 
 def precision_recall(target: Labels, score: Values) -> tuple[Values, Values, float]:
@@ -67,7 +69,9 @@ def reliability(target: Labels, score: Values, num_bins: int = NUM_BINS) -> Reli
     order = np.argsort(score, kind="stable")
     labels, scores = np.asarray(target)[order], score[order]
     before = np.cumsum(scores) - scores
-    code = np.minimum((before / max(scores.sum(), np.finfo(float).tiny) * num_bins).astype(int), num_bins - 1)
+    code = np.minimum(
+        (before / max(scores.sum(), np.finfo(float).tiny) * num_bins).astype(int), num_bins - 1
+    )
     code = np.unique(code, return_inverse=True)[1]
     num_rows = np.bincount(code)
     observed = np.bincount(code, labels) / num_rows

@@ -57,15 +57,21 @@ def region_figure(oof: pl.DataFrame) -> Markup:
     target, score = _arrays(oof)
     tpr = Axis(TPR.label, MIN_TPR, 1, (0.8, 0.85, 0.9, 0.95, 1))
     plot = Plot(
-        FPR, tpr, f"The scored part of the ROC curve, true-positive rate 0.8 to 1, area {pauc(target, score):.4f}."
+        FPR,
+        tpr,
+        f"The scored part of the ROC curve, true-positive rate 0.8 to 1, area {pauc(target, score):.4f}.",
     )
     chart = plot.draw(_region(plot, target, score), *_lines(plot, oof, _above))
-    explained = f"The area is {pauc(target, score):.4f} of at most 0.2. Thin lines: each fold alone."
+    explained = (
+        f"The area is {pauc(target, score):.4f} of at most 0.2. Thin lines: each fold alone."
+    )
     return figure("The scored part", chart, explained)
 
 
 def _region(plot: Plot, target: Labels, score: Values) -> Markup:
-    return plot.area(*scored_region(*roc(target, score)), "scored", f"pAUC {pauc(target, score):.4f}")
+    return plot.area(
+        *scored_region(*roc(target, score)), "scored", f"pAUC {pauc(target, score):.4f}"
+    )
 
 
 def _above(target: Labels, score: Values) -> tuple[Values, Values]:
@@ -80,7 +86,11 @@ def _lines(plot: Plot, oof: pl.DataFrame, curve: Curve) -> list[Markup]:
     for (fold,), rows in sorted(oof.group_by("fold")):
         target, score = _arrays(rows)
         if target.min() < target.max():
-            lines.append(plot.line(*curve(target, score), "part", f"fold {fold}: pAUC {pauc(target, score):.4f}"))
+            lines.append(
+                plot.line(
+                    *curve(target, score), "part", f"fold {fold}: pAUC {pauc(target, score):.4f}"
+                )
+            )
     return [*lines, plot.line(*curve(*_arrays(oof)), "whole", "all folds pooled")]
 
 
@@ -88,7 +98,11 @@ def precision_recall_figure(oof: pl.DataFrame) -> Markup:
     target, score = _arrays(oof)
     recall, precision, average = precision_recall(target, score)
     share = float(target.mean())
-    plot = Plot(Axis("recall (true-positive rate)"), Axis("precision"), f"Precision by recall, average {average:.4f}.")
+    plot = Plot(
+        Axis("recall (true-positive rate)"),
+        Axis("precision"),
+        f"Precision by recall, average {average:.4f}.",
+    )
     chance = plot.line([0, 1], [share, share], "chance", "chance: the share of malignant lesions")
     chart = plot.draw(chance, plot.line(*stairs(recall, precision), "whole"))
     explained = f"Average precision {average:.4f}; chance is the share of malignant lesions, {percent(share)} (dotted)."
@@ -101,7 +115,9 @@ def reliability_figure(oof: pl.DataFrame) -> Markup:
     bins = reliability(target, score)
     low = _lowest(target, min(bins.mean_score.min(), bins.observed[bins.observed > 0].min()))
     plot = Plot(
-        _probability("mean score of the bin", low), _probability("share that is malignant", low), "Calibration."
+        _probability("mean score of the bin", low),
+        _probability("share that is malignant", low),
+        "Calibration.",
     )
     marks = [mark for number in range(len(bins.num_rows)) for mark in _bin(plot, bins, number)]
     chart = plot.draw(plot.line([low, 1], [low, 1], "chance", "perfectly calibrated"), *marks)
@@ -126,17 +142,30 @@ def distribution_figure(oof: pl.DataFrame) -> Markup:
     axis = _probability("score", _lowest(target, float(np.quantile(score, 0.01))))
     places = axis.place(score)
     edges = np.linspace(0, 1, NUM_BARS + 1)
-    shares = [np.histogram(places[target == label], edges)[0] / max((target == label).sum(), 1) for label in (0, 1)]
+    shares = [
+        np.histogram(places[target == label], edges)[0] / max((target == label).sum(), 1)
+        for label in (0, 1)
+    ]
     top = float(np.max(shares))
     step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if top <= 5 * step)
-    up = Axis("share of the class", 0, max(top, step), tuple(step * k for k in range(int(top / step + 1e-9) + 1)))
+    up = Axis(
+        "share of the class",
+        0,
+        max(top, step),
+        tuple(step * k for k in range(int(top / step + 1e-9) + 1)),
+    )
     plot = Plot(axis, up, "Histograms of the scores of benign and malignant lesions.")
     across = axis.invert(edges)
     marks = [
         plot.area(*_outline(across, share), class_, title)
-        for share, class_, title in zip(shares, ("benign", "malignant"), ("benign", "malignant"), strict=True)
+        for share, class_, title in zip(
+            shares, ("benign", "malignant"), ("benign", "malignant"), strict=True
+        )
     ]
-    key = tag("span", "malignant", class_="key malignant"), tag("span", "benign", class_="key benign")
+    key = (
+        tag("span", "malignant", class_="key malignant"),
+        tag("span", "benign", class_="key benign"),
+    )
     return figure("Where the scores lie", plot.draw(*marks), *key, "Each adds up to 1.")
 
 
@@ -159,10 +188,14 @@ def _probability(label: str, low: float) -> Axis:
 def map_figure(fold: int, projection: Projection, ids: Sequence[str], target: Labels) -> Markup:
     """A fold's embeddings on their first two principal components; malignant lesions lie above the others."""
     places, malignant = _spread(projection.points), target == 1
-    benign = "".join(f"M{number(right)} {number(down)}h0" for right, down in places[~malignant].tolist())
+    benign = "".join(
+        f"M{number(right)} {number(down)}h0" for right, down in places[~malignant].tolist()
+    )
     dots = [
         tag("circle", tag("title", name), cx=right, cy=down, r=2.6, class_="malignant")
-        for name, (right, down) in zip(np.asarray(ids)[malignant].tolist(), places[malignant].tolist(), strict=True)
+        for name, (right, down) in zip(
+            np.asarray(ids)[malignant].tolist(), places[malignant].tolist(), strict=True
+        )
     ]
     chart = tag(
         "svg",

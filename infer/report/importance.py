@@ -43,7 +43,11 @@ def xgboost_gains(text: str, num_features: int) -> Gains:
     gains = np.zeros(num_features)
     for tree in json.loads(text)["learner"]["gradient_booster"]["model"]["trees"]:
         is_split = np.array(tree["left_children"]) >= 0
-        np.add.at(gains, np.array(tree["split_indices"])[is_split], np.array(tree["loss_changes"])[is_split])
+        np.add.at(
+            gains,
+            np.array(tree["split_indices"])[is_split],
+            np.array(tree["loss_changes"])[is_split],
+        )
     return gains
 
 
@@ -56,7 +60,9 @@ def catboost_gains(text: str, num_features: int) -> Gains:
     gains = np.zeros(num_features)
     for tree in json.loads(text)["oblivious_trees"]:
         shape = (2,) * len(tree["splits"])
-        values, weights = (np.reshape(tree[key], shape, order="F") for key in ("leaf_values", "leaf_weights"))
+        values, weights = (
+            np.reshape(tree[key], shape, order="F") for key in ("leaf_values", "leaf_weights")
+        )
         for depth, split in enumerate(tree["splits"]):
             (low, high), (few, many) = (np.moveaxis(part, depth, 0) for part in (values, weights))
             total = np.where(few + many > 0, few + many, 1)
@@ -72,7 +78,9 @@ GAINS: dict[str, Callable[[str, int], Gains]] = {
 """By library: a booster's text and the number D of its columns to the gain of each, [D]."""
 
 
-def importance(root: Path, boosters: Sequence[Mapping[str, Any]], names: Sequence[str]) -> pl.DataFrame:
+def importance(
+    root: Path, boosters: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> pl.DataFrame:
     """Returns each feature's part in an ensemble, the largest first.
 
     A booster's gains are scaled to add up to 1 before the mean over boosters, so each has the same say.
@@ -87,13 +95,18 @@ def importance(root: Path, boosters: Sequence[Mapping[str, Any]], names: Sequenc
     """
     shares = np.zeros(len(names))
     for entry in boosters:
-        gains = GAINS[entry["library"]]((root / entry["file"]).read_text(encoding="utf-8"), len(names))
+        gains = GAINS[entry["library"]](
+            (root / entry["file"]).read_text(encoding="utf-8"), len(names)
+        )
         shares += gains / max(gains.sum(), np.finfo(float).tiny) / len(boosters)
     groups = [FEATURES[name].group if name in FEATURES else IMAGE for name in names]
     table = pl.DataFrame(
-        {"feature": list(names), "group": groups, "share": shares}, schema_overrides={"group": pl.String}
+        {"feature": list(names), "group": groups, "share": shares},
+        schema_overrides={"group": pl.String},
     )
-    return table.sort("share", "feature", descending=[True, False]).head(len(names) if boosters else 0)
+    return table.sort("share", "feature", descending=[True, False]).head(
+        len(names) if boosters else 0
+    )
 
 
 def by_group(table: pl.DataFrame) -> pl.DataFrame:

@@ -14,7 +14,9 @@ MOST = {0: 400, 1: 150}
 """Benign and malignant lesions on a map, at most."""
 
 
-def projections(embeddings: Path, oof: pl.DataFrame) -> Iterator[tuple[int, Projection, pl.DataFrame]]:
+def projections(
+    embeddings: Path, oof: pl.DataFrame
+) -> Iterator[tuple[int, Projection, pl.DataFrame]]:
     """Yields, by fold, the projection of held-out lesions and their `isic_id` and `target`.
 
     Args:
@@ -28,12 +30,17 @@ def projections(embeddings: Path, oof: pl.DataFrame) -> Iterator[tuple[int, Proj
         features = rows["features"].to_numpy().astype(np.float32)
         finite = np.isfinite(features).all(axis=1)
         if finite.any():
-            yield int(str(fold)), pca(features[finite]), rows.filter(pl.Series(finite)).select(schema.ID, schema.TARGET)
+            yield (
+                int(str(fold)),
+                pca(features[finite]),
+                rows.filter(pl.Series(finite)).select(schema.ID, schema.TARGET),
+            )
 
 
 def draw(rows: pl.DataFrame) -> pl.DataFrame:
     """Returns at most MOST rows of each class, the same ones every time."""
     classes = [rows.filter(pl.col(schema.TARGET) == label).sort(schema.ID) for label in MOST]
     return pl.concat(
-        part.sample(min(len(part), most), seed=0) for part, most in zip(classes, MOST.values(), strict=True)
+        part.sample(min(len(part), most), seed=0)
+        for part, most in zip(classes, MOST.values(), strict=True)
     )

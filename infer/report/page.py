@@ -67,12 +67,17 @@ def tiles(items: Iterable[tuple[str, str, str]]) -> Markup:
     """Returns large figures: label, value and a line of explanation."""
     return tag(
         "dl",
-        *(tag("div", tag("dt", label), tag("dd", value), tag("dd", more)) for label, value, more in items),
+        *(
+            tag("div", tag("dt", label), tag("dd", value), tag("dd", more))
+            for label, value, more in items
+        ),
         class_="tiles",
     )
 
 
-def table(caption: str, heading: Sequence[str], rows: Iterable[Sequence[str]], sums: int = 0) -> Markup:
+def table(
+    caption: str, heading: Sequence[str], rows: Iterable[Sequence[str]], sums: int = 0
+) -> Markup:
     """Returns a table that scrolls on its own where it is wider than the screen.
 
     Args:
@@ -118,7 +123,11 @@ def code(name: str) -> Markup:
 
 def facts(items: Mapping[str, str], class_: str = "facts") -> Markup:
     """Returns a list of names and values."""
-    return tag("dl", *(tag("div", tag("dt", key), tag("dd", value)) for key, value in items.items()), class_=class_)
+    return tag(
+        "dl",
+        *(tag("div", tag("dt", key), tag("dd", value)) for key, value in items.items()),
+        class_=class_,
+    )
 
 
 def case(item: Case, large: Pictures, small: Pictures) -> Markup:
@@ -139,12 +148,20 @@ def _standing(item: Case) -> Markup:
     )
     return join(
         tag("p", "score ", tag("b", score(item.lesion.score)), class_="score"),
-        tag("p", f"Higher than {percent(item.beaten, 1)} of the {other} lesions; {place}.", class_="standing"),
+        tag(
+            "p",
+            f"Higher than {percent(item.beaten, 1)} of the {other} lesions; {place}.",
+            class_="standing",
+        ),
     )
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, str]:
-    return {label: _value(row[name]) + unit for label, (name, unit) in ROW.items() if row.get(name) is not None}
+    return {
+        label: _value(row[name]) + unit
+        for label, (name, unit) in ROW.items()
+        if row.get(name) is not None
+    }
 
 
 def _value(value: Any) -> str:
@@ -160,9 +177,15 @@ def _others(item: Case, small: Pictures) -> Markup:
         return tag("p", f"Patient {item.patient} has no other lesion here.", class_="beside")
     shown = f"the {len(item.others)} of {item.num_lesions - 1:,} others that score highest"
     if len(item.others) == item.num_lesions - 1:
-        shown = "the only other lesion" if len(item.others) == 1 else f"the {len(item.others)} other lesions"
+        shown = (
+            "the only other lesion"
+            if len(item.others) == 1
+            else f"the {len(item.others)} other lesions"
+        )
     beside = tag("p", f"Patient {item.patient}: {shown}", class_="beside")
-    return join(beside, tag("ul", *(_other(lesion, small) for lesion in item.others), class_="others"))
+    return join(
+        beside, tag("ul", *(_other(lesion, small) for lesion in item.others), class_="others")
+    )
 
 
 def _other(lesion: Lesion, small: Pictures) -> Markup:
@@ -174,13 +197,21 @@ def _other(lesion: Lesion, small: Pictures) -> Markup:
 def photo(picture: Picture, alt: str) -> Markup:
     """Returns a thumbnail, or a frame that says why there is none."""
     if picture.reason:
-        return tag("div", picture.reason, class_="photo blank", role="img", aria_label=f"{alt}: {picture.reason}")
+        return tag(
+            "div",
+            picture.reason,
+            class_="photo blank",
+            role="img",
+            aria_label=f"{alt}: {picture.reason}",
+        )
     return tag("img", src=picture.uri, alt=alt, class_="photo")
 
 
 def _whole_row(row: Mapping[str, Any]) -> Markup:
     lines = (
-        tag("tr", tag("th", code(name), scope="row"), tag("td", "" if value is None else str(value)))
+        tag(
+            "tr", tag("th", code(name), scope="row"), tag("td", "" if value is None else str(value))
+        )
         for name, value in row.items()
     )
     content = tag("div", tag("table", tag("tbody", *lines)), class_="scroll")

@@ -75,7 +75,9 @@ class Plot:
         ((right, down),) = self.at(x, y)
         return tag("circle", tag("title", title), cx=right, cy=down, r=4, class_=f"dot {class_}")
 
-    def note(self, x: float, y: float, text: str, anchor: str = "start", lower: float = 0.0) -> Markup:
+    def note(
+        self, x: float, y: float, text: str, anchor: str = "start", lower: float = 0.0
+    ) -> Markup:
         """Text at a point, `lower` pixels under it."""
         ((right, down),) = self.at(x, y)
         return tag("text", text, x=right, y=down + lower, text_anchor=anchor, class_="note")
@@ -88,8 +90,19 @@ class Plot:
             *(self._x_tick(value) for value in self.x.ticks),
             *(self._y_tick(value) for value in self.y.ticks),
             *marks,
-            tag("text", self.x.label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle"),
-            tag("text", self.y.label, transform=f"translate(12 {number(middle)}) rotate(-90)", text_anchor="middle"),
+            tag(
+                "text",
+                self.x.label,
+                x=(LEFT + WIDTH - RIGHT) / 2,
+                y=HEIGHT - 6,
+                text_anchor="middle",
+            ),
+            tag(
+                "text",
+                self.y.label,
+                transform=f"translate(12 {number(middle)}) rotate(-90)",
+                text_anchor="middle",
+            ),
             viewBox=f"0 0 {WIDTH} {HEIGHT}",
             role="img",
             aria_label=self.label,
@@ -99,12 +112,17 @@ class Plot:
     def _x_tick(self, value: float) -> Markup:
         ((right, _),) = self.at(value, self.y.low)
         rule = tag("path", d=f"M{number(right)} {TOP}V{HEIGHT - BOTTOM}", class_="grid")
-        return join(rule, tag("text", self.x.write(value), x=right, y=HEIGHT - BOTTOM + 20, text_anchor="middle"))
+        return join(
+            rule,
+            tag("text", self.x.write(value), x=right, y=HEIGHT - BOTTOM + 20, text_anchor="middle"),
+        )
 
     def _y_tick(self, value: float) -> Markup:
         ((_, down),) = self.at(self.x.low, value)
         rule = tag("path", d=f"M{LEFT} {number(down)}H{WIDTH - RIGHT}", class_="grid")
-        return join(rule, tag("text", self.y.write(value), x=LEFT - 6, y=down + 4, text_anchor="end"))
+        return join(
+            rule, tag("text", self.y.write(value), x=LEFT - 6, y=down + 4, text_anchor="end")
+        )
 
 
 def _title(text: str) -> list[Markup]:

@@ -71,14 +71,22 @@ def _tiles(scored: Scored) -> Markup:
     low, high = np.percentile(bootstrap_pauc(target, [score], group, NUM_DRAWS), [2.5, 97.5])
     by_fold = [fold.pauc for fold in scored.by_fold if fold.pauc is not None]
     mean = _four(float(np.mean(by_fold)) if by_fold else None)
-    spread = f"± {np.std(by_fold, ddof=1):.4f} between folds" if len(by_fold) > 1 else "too few folds for a spread"
+    spread = (
+        f"± {np.std(by_fold, ddof=1):.4f} between folds"
+        if len(by_fold) > 1
+        else "too few folds for a spread"
+    )
     interval = f"{low:.4f} to {high:.4f} in 95 % of redraws of the patients"
     return page.tiles(
         [
             ("pAUC, pooled", _four(scored.pooled.pauc), interval),
             ("pAUC, mean of folds", mean, spread),
             ("AUC", _four(scored.pooled.auc), "area under the whole ROC curve"),
-            (TOP, _tenths(scored.pooled.top), f"of malignant lesions are among their patient's {TOP_K} highest scores"),
+            (
+                TOP,
+                _tenths(scored.pooled.top),
+                f"of malignant lesions are among their patient's {TOP_K} highest scores",
+            ),
         ]
     )
 
@@ -94,7 +102,8 @@ def _tenths(share: float | None) -> str:
 def _ranking(scored: Scored) -> Section:
     drawn = (figures.roc_figure, figures.region_figure, figures.precision_recall_figure)
     intro = (
-        "The challenge counts the order of the scores alone, and only where four in five malignant lesions are found."
+        "The challenge counts the order of the scores alone, and only where four in five malignant "
+        "lesions are found."
     )
     return "How well the scores rank", (
         tag("p", intro),
@@ -115,7 +124,10 @@ def _stability(scored: Scored) -> Section:
     by_model = page.table(
         "By library and seed, pooled",
         ("model", *heading),
-        [[row.name, *_scores(row)] for row in (*models, dataclasses.replace(scored.pooled, name=BLEND))],
+        [
+            [row.name, *_scores(row)]
+            for row in (*models, dataclasses.replace(scored.pooled, name=BLEND))
+        ],
         sums=1,
     )
     return "How steady they are", (tag("p", intro), tag("div", by_fold, by_model, class_="tables"))
@@ -143,7 +155,9 @@ def _calibration(scored: Scored) -> Section:
 def _bins(oof: pl.DataFrame) -> Markup:
     """The dots of the calibration chart as a table."""
     bins = reliability(oof[schema.TARGET].to_numpy(), oof[BLEND].to_numpy())
-    rows = zip(bins.mean_score.tolist(), bins.observed.tolist(), bins.num_rows.tolist(), strict=True)
+    rows = zip(
+        bins.mean_score.tolist(), bins.observed.tolist(), bins.num_rows.tolist(), strict=True
+    )
     cells = [(percent(mean), percent(observed), f"{number:,}") for mean, observed, number in rows]
     return page.table("Calibration in numbers", ("mean score", "malignant", "lesions"), cells)
 
@@ -155,7 +169,8 @@ def _features(scored: Scored) -> Section:
     if shares.is_empty():
         return title, (tag("p", "There are no trees: the score is the image model's own."),)
     groups = [
-        (join(GROUPS.get(group, group), f" ({number})"), share) for group, number, share in by_group(shares).iter_rows()
+        (join(GROUPS.get(group, group), f" ({number})"), share)
+        for group, number, share in by_group(shares).iter_rows()
     ]
     top = [
         (join(page.code(name), " ", tag("small", GROUPS.get(group, group))), share)
@@ -176,13 +191,20 @@ def _map(scored: Scored, embeddings: Path | None) -> Section:
     title = "Map of the embeddings"
     manifest = scored.ensemble.manifest
     if manifest["embeddings"] is None:
-        return title, (tag("p", "This ensemble uses no fold model's view of the images, so there is none to map."),)
+        return title, (
+            tag(
+                "p",
+                "This ensemble uses no fold model's view of the images, so there is none to map.",
+            ),
+        )
     if embeddings is None:
         text = "Not drawn: `infer report` was given no --embeddings."
         return title, (tag("p", text),)
     image_scores.made_with(embeddings, "train", manifest["folds_digest"])
     maps = (
-        figures.map_figure(fold, projection, rows[schema.ID].to_list(), rows[schema.TARGET].to_numpy())
+        figures.map_figure(
+            fold, projection, rows[schema.ID].to_list(), rows[schema.TARGET].to_numpy()
+        )
         for fold, projection, rows in projections(embeddings, scored.oof)
     )
     intro = (
@@ -194,7 +216,9 @@ def _map(scored: Scored, embeddings: Path | None) -> Section:
 
 
 def _errors(scored: Scored) -> dict[str, Section]:
-    misses, alarms = (find(scored.oof, scored.metadata) for find in (worst_misses, worst_false_alarms))
+    misses, alarms = (
+        find(scored.oof, scored.metadata) for find in (worst_misses, worst_false_alarms)
+    )
     names = [case.lesion.name for case in (*misses, *alarms)]
     others = [lesion.name for case in (*misses, *alarms) for lesion in case.others]
     small, large = (
@@ -209,7 +233,9 @@ def _errors(scored: Scored) -> dict[str, Section]:
 
     return {
         "Misses": section("Worst misses", "The malignant lesions with the lowest scores.", misses),
-        "False-alarms": section("Worst false alarms", "The benign lesions with the highest scores.", alarms),
+        "False-alarms": section(
+            "Worst false alarms", "The benign lesions with the highest scores.", alarms
+        ),
     }
 
 

@@ -19,10 +19,13 @@ class ReportSettings(Settings):
     """Settings of `infer report`."""
 
     ensemble: Path = Field(
-        Path("outputs/ensemble"), description="an ensemble's folder, or one with a single ensemble in it"
+        Path("outputs/ensemble"),
+        description="an ensemble's folder, or one with a single ensemble in it",
     )
     data: Path = Field(Path("data/isic-2024"), description="dataset folder that it was fitted on")
-    embeddings: Path | None = Field(None, description="outputs/embeddings/<config>, for the map of embeddings")
+    embeddings: Path | None = Field(
+        None, description="outputs/embeddings/<config>, for the map of embeddings"
+    )
 
 
 def report(settings: ReportSettings) -> None:
@@ -45,5 +48,8 @@ def write_report(ensemble: Path, data: Path, embeddings: Path | None = None) -> 
     parts = sections(scored, embeddings)
     body = (page.section(name, title, *content) for name, (title, content) in parts.items())
     name, path = scored.ensemble.root.name, scored.ensemble.root / FILE
-    write_text(path, page.document(f"{name}: out-of-fold report", header(scored, parts), tag("main", *body)))
+    write_text(
+        path,
+        page.document(f"{name}: out-of-fold report", header(scored, parts), tag("main", *body)),
+    )
     return path

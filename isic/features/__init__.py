@@ -15,15 +15,32 @@ from isic.errors import UserError, did_you_mean
 from isic.features import outlier
 from isic.features.encoding import Encoding, fit_encoding
 from isic.features.formulas import CATEGORIES, ROW_FEATURES, Feature
-from isic.features.relative import EXTENDED_FEATURES, PATIENT_CODE, RELATIVE_FEATURES, WITHIN, zscore
+from isic.features.relative import (
+    EXTENDED_FEATURES,
+    PATIENT_CODE,
+    RELATIVE_FEATURES,
+    WITHIN,
+    zscore,
+)
 from isic.metadata import require, with_patient
 
-__all__ = ["FEATURES", "SETS", "Encoding", "Feature", "compute", "expand", "fit_encoding", "needed_columns"]
+__all__ = [
+    "FEATURES",
+    "SETS",
+    "Encoding",
+    "Feature",
+    "compute",
+    "expand",
+    "fit_encoding",
+    "needed_columns",
+]
 
 _LOF = Feature(outlier.NAME, pl.col(outlier.NAME), "patient_lof", outlier.SOURCE)
 _RELATIVE = (*RELATIVE_FEATURES, *EXTENDED_FEATURES)
 
-FEATURES: dict[str, Feature] = {f.name: f for f in (*ROW_FEATURES, *RELATIVE_FEATURES, _LOF, *EXTENDED_FEATURES)}
+FEATURES: dict[str, Feature] = {
+    f.name: f for f in (*ROW_FEATURES, *RELATIVE_FEATURES, _LOF, *EXTENDED_FEATURES)
+}
 """Every tabular feature by name, in the order in which a feature table has them."""
 
 _EXTENDED_NAMES = {f.name for f in EXTENDED_FEATURES}
@@ -49,9 +66,13 @@ def expand(words: Iterable[str], also_known: Iterable[str] = ()) -> tuple[str, .
     wanted: set[str] = set()
     for word in words:
         if word in schema.TRAIN_ONLY:
-            raise UserError(f"{word} stands in training tables only, so it cannot be a feature; leave it out")
+            raise UserError(
+                f"{word} stands in training tables only, so it cannot be a feature; leave it out"
+            )
         if word not in SETS and word not in FEATURES:
-            raise UserError(f'unknown features "{word}", {did_you_mean(word, (*SETS, *FEATURES, *also_known))}')
+            raise UserError(
+                f'unknown features "{word}", {did_you_mean(word, (*SETS, *FEATURES, *also_known))}'
+            )
         wanted.update(SETS.get(word, (word,)))
     return tuple(name for name in FEATURES if name in wanted)
 
@@ -87,11 +108,15 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
     names = tuple(names)
     columns = needed_columns(names)
     require(metadata, columns, "the metadata")
-    rows = _in_canonical_order(metadata, columns).with_columns(f.expr.alias(f.name) for f in _needed_rows(names))
+    rows = _in_canonical_order(metadata, columns).with_columns(
+        f.expr.alias(f.name) for f in _needed_rows(names)
+    )
     wanted = [f for f in _RELATIVE if f.name in names]
     own = [name for name in names if name in rows.columns]
     # Float32 at once, and no table kept that is done with: two hundred columns are what would set the peak of memory.
-    table = rows.select("_row", schema.ID, *own, *(f.expr.cast(pl.Float32).alias(f.name) for f in wanted))
+    table = rows.select(
+        "_row", schema.ID, *own, *(f.expr.cast(pl.Float32).alias(f.name) for f in wanted)
+    )
     if outlier.NAME in names:
         table = table.with_columns(_lof(rows))
     del rows
@@ -102,7 +127,11 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
 def _in_canonical_order(metadata: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:
     """Sorts by patient and id: sums in floating point then do not depend on the order of the file."""
     patient = with_patient(metadata)[schema.PATIENT].alias(PATIENT_CODE)
-    keyed = metadata.select(schema.ID, patient, *columns).with_row_index("_row").sort(PATIENT_CODE, schema.ID)
+    keyed = (
+        metadata.select(schema.ID, patient, *columns)
+        .with_row_index("_row")
+        .sort(PATIENT_CODE, schema.ID)
+    )
     return keyed.with_columns(pl.col(PATIENT_CODE).rle_id().set_sorted()).rechunk()
 
 
@@ -115,9 +144,15 @@ def _needed_rows(names: tuple[str, ...]) -> list[Feature]:
 
 
 def _lof(table: pl.DataFrame) -> pl.Series:
-    scores = (zscore(pl.col(name), WITHIN["patient"]).cast(pl.Float32).alias(name) for name in outlier.COLUMNS)
+    scores = (
+        zscore(pl.col(name), WITHIN["patient"]).cast(pl.Float32).alias(name)
+        for name in outlier.COLUMNS
+    )
     measured = table.select(scores).to_numpy(order="c")
-    return pl.Series(outlier.NAME, outlier.patient_lof(measured.astype(np.float32), table[PATIENT_CODE].to_numpy()))
+    return pl.Series(
+        outlier.NAME,
+        outlier.patient_lof(measured.astype(np.float32), table[PATIENT_CODE].to_numpy()),
+    )
 
 
 def _finite(name: str) -> pl.Expr:

@@ -41,24 +41,42 @@ class Encoding:
         codes = pl.Series(range(len(known)), dtype=pl.Float32)
         values = pl.Series(known, dtype=pl.String)
         code = pl.col(name).replace_strict(values, codes, default=UNSEEN, return_dtype=pl.Float32)
-        return pl.when(pl.col(name).is_null()).then(pl.lit(BLANK, dtype=pl.Float32)).otherwise(code).alias(name)
+        return (
+            pl.when(pl.col(name).is_null())
+            .then(pl.lit(BLANK, dtype=pl.Float32))
+            .otherwise(code)
+            .alias(name)
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return {"medians": dict(self.medians), "categories": {name: list(v) for name, v in self.categories.items()}}
+        return {
+            "medians": dict(self.medians),
+            "categories": {name: list(v) for name, v in self.categories.items()},
+        }
 
     @classmethod
     def from_json(cls, names: tuple[str, ...], value: Mapping[str, Any]) -> "Encoding":
-        return cls(names, dict(value["medians"]), {name: tuple(v) for name, v in value["categories"].items()})
+        return cls(
+            names,
+            dict(value["medians"]),
+            {name: tuple(v) for name, v in value["categories"].items()},
+        )
 
 
 def fit_encoding(features: pl.DataFrame, names: tuple[str, ...]) -> Encoding:
     """Learns the encoding of the named columns from a feature table that holds training rows only."""
     numeric = [name for name in names if name not in CATEGORIES]
-    medians = features.select(pl.col(numeric).median().fill_null(0).cast(pl.Float64)).row(0) if numeric else ()
+    medians = (
+        features.select(pl.col(numeric).median().fill_null(0).cast(pl.Float64)).row(0)
+        if numeric
+        else ()
+    )
     categories = {name: _by_frequency(features[name]) for name in names if name in CATEGORIES}
     return Encoding(names, dict(zip(numeric, medians, strict=True)), categories)
 
 
 def _by_frequency(column: pl.Series) -> tuple[str, ...]:
-    counts = column.drop_nulls().value_counts().sort(["count", column.name], descending=[True, False])
+    counts = (
+        column.drop_nulls().value_counts().sort(["count", column.name], descending=[True, False])
+    )
     return tuple(counts[column.name])

@@ -48,14 +48,21 @@ def norm(*parts: pl.Expr) -> pl.Expr:
 age, size = pl.col("age_approx"), pl.col("clin_size_long_diam_mm")
 a, a_ext, b, b_ext = (pl.col(f"tbp_lv_{name}") for name in ("A", "Aext", "B", "Bext"))
 hue, hue_ext, lum, lum_ext = (pl.col(f"tbp_lv_{name}") for name in ("H", "Hext", "L", "Lext"))
-delta_a, delta_b, delta_l, delta_lb = (pl.col(f"tbp_lv_delta{name}") for name in ("A", "B", "L", "LBnorm"))
+delta_a, delta_b, delta_l, delta_lb = (
+    pl.col(f"tbp_lv_delta{name}") for name in ("A", "B", "L", "LBnorm")
+)
 area, perim, minor = (
-    pl.col(f"tbp_lv_{name}MM{power}") for name, power in (("area", 2), ("perimeter", ""), ("minorAxis", ""))
+    pl.col(f"tbp_lv_{name}MM{power}")
+    for name, power in (("area", 2), ("perimeter", ""), ("minorAxis", ""))
 )
 possible_area = pl.when(area >= 0).then(area)
 """What a logarithm or a root takes: one NaN would blank all of a patient's lesions that are measured against it."""
-area_perim, ecc, nevi = (pl.col(f"tbp_lv_{name}") for name in ("area_perim_ratio", "eccentricity", "nevi_confidence"))
-border, color, symm = (pl.col(f"tbp_lv_{name}") for name in ("norm_border", "norm_color", "symm_2axis"))
+area_perim, ecc, nevi = (
+    pl.col(f"tbp_lv_{name}") for name in ("area_perim_ratio", "eccentricity", "nevi_confidence")
+)
+border, color, symm = (
+    pl.col(f"tbp_lv_{name}") for name in ("norm_border", "norm_color", "symm_2axis")
+)
 color_std, radial = pl.col("tbp_lv_color_std_mean"), pl.col("tbp_lv_radial_color_std_max")
 std_l, std_l_ext = pl.col("tbp_lv_stdL"), pl.col("tbp_lv_stdLExt")
 x, y, z = (pl.col(f"tbp_lv_{name}") for name in "xyz")
@@ -139,8 +146,15 @@ ROW_FEATURES = (
     *(Feature(name, expr, "formula", NOTEBOOKS) for name, expr in NOTEBOOK_FORMULAS.items()),
     Feature(COMBINED_SITE, _combined_site, "formula", NOTEBOOKS),
     *(Feature(name, expr, "formula", SOLUTIONS) for name, expr in SOLUTION_FORMULAS.items()),
-    Feature("num_blanks", pl.sum_horizontal(*(pl.col(name).is_null() for name in schema.NUMERIC)), "formula", OURS),
+    Feature(
+        "num_blanks",
+        pl.sum_horizontal(*(pl.col(name).is_null() for name in schema.NUMERIC)),
+        "formula",
+        OURS,
+    ),
 )
 
-ROW_NUMERIC = tuple(f.name for f in ROW_FEATURES if f.name not in CATEGORIES and f.name != "num_blanks")
+ROW_NUMERIC = tuple(
+    f.name for f in ROW_FEATURES if f.name not in CATEGORIES and f.name != "num_blanks"
+)
 """The 84 numbers that are also looked at relative to the patient's other lesions."""

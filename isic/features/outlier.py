@@ -49,13 +49,17 @@ def patient_lof(measured: NDArray[np.float32], patient: NDArray[np.integer]) -> 
     groups.sort(key=lambda rows: rows.start - rows.stop)  # the largest first: it takes longest
     # One thread a patient: BLAS's own threads would share the cores with these, and wait for each other.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(len(cores())) as pool:
-        for rows, part in zip(groups, pool.map(lambda rows: _one_patient(filled[rows]), groups), strict=True):
+        for rows, part in zip(
+            groups, pool.map(lambda rows: _one_patient(filled[rows]), groups), strict=True
+        ):
             factor[rows] = part
     return np.maximum(factor, np.float32(FLOOR))
 
 
 def _one_patient(measured: NDArray[np.float32]) -> Floats:
-    distance, neighbor = _nearest(measured.astype(np.float64), min(len(measured) - 1, MAX_NEIGHBORS))
+    distance, neighbor = _nearest(
+        measured.astype(np.float64), min(len(measured) - 1, MAX_NEIGHBORS)
+    )
     reachability = np.maximum(distance, distance.max(axis=1)[neighbor])
     density: Floats = 1 / (reachability.mean(axis=1) + TINY)
     factor: Floats = density[neighbor].mean(axis=1) / density

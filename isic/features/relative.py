@@ -45,13 +45,19 @@ def percentile(column: pl.Expr, keys: list[str]) -> pl.Expr:
 
 def _zscores(where: str, source: str) -> tuple[Feature, ...]:
     return tuple(
-        Feature(f"{name}_{where}_z", zscore(pl.col(name), WITHIN[where]), f"{where}_z", source) for name in ROW_NUMERIC
+        Feature(f"{name}_{where}_z", zscore(pl.col(name), WITHIN[where]), f"{where}_z", source)
+        for name in ROW_NUMERIC
     )
 
 
 def _ranks(names: tuple[str, ...], where: str) -> tuple[Feature, ...]:
     return tuple(
-        Feature(f"{name}_{where}_rank", percentile(pl.col(name), WITHIN[where]), f"{where}_rank", SOLUTIONS)
+        Feature(
+            f"{name}_{where}_rank",
+            percentile(pl.col(name), WITHIN[where]),
+            f"{where}_rank",
+            SOLUTIONS,
+        )
         for name in names
     )
 
@@ -59,7 +65,12 @@ def _ranks(names: tuple[str, ...], where: str) -> tuple[Feature, ...]:
 def _extremes() -> tuple[Feature, ...]:
     keys = WITHIN["patient"]
     return tuple(
-        Feature(f"{name}_to_patient_{extreme}", ratio(pl.col(name), expr.over(keys)), "patient_extreme", SOLUTIONS)
+        Feature(
+            f"{name}_to_patient_{extreme}",
+            ratio(pl.col(name), expr.over(keys)),
+            "patient_extreme",
+            SOLUTIONS,
+        )
         for name in EXTREMES
         for extreme, expr in (("max", pl.col(name).max()), ("min", pl.col(name).min()))
     )
@@ -76,7 +87,9 @@ def _counts() -> tuple[Feature, ...]:
 
 def _outlier_count(where: str) -> Feature:
     outlying = (zscore(pl.col(name), WITHIN[where]).abs() > Z_OUTLIER for name in schema.NUMERIC)
-    return Feature(f"num_{where}_outliers", pl.sum_horizontal(*outlying), f"{where}_outliers", SOLUTIONS)
+    return Feature(
+        f"num_{where}_outliers", pl.sum_horizontal(*outlying), f"{where}_outliers", SOLUTIONS
+    )
 
 
 RELATIVE_FEATURES = (

@@ -40,7 +40,14 @@ POOL_POSITIVES = 0.15
 """Share of malignant rows among those the pool is drawn from, so that there are crops enough for strong cues."""
 
 CUE_WEIGHT = 3.0
-MATCHED = ("tbp_lv_L", "tbp_lv_Lext", "tbp_lv_A", "tbp_lv_B", "tbp_lv_Aext", "clin_size_long_diam_mm")
+MATCHED = (
+    "tbp_lv_L",
+    "tbp_lv_Lext",
+    "tbp_lv_A",
+    "tbp_lv_B",
+    "tbp_lv_Aext",
+    "clin_size_long_diam_mm",
+)
 """A row takes the pool's crop that is nearest in these columns (in standard deviations) and CUE_WEIGHT x its cue."""
 
 
@@ -48,13 +55,19 @@ class SynthSettings(Settings):
     """What to draw. The same settings give the same bytes."""
 
     out: Path = Field(description="folder to write the dataset into")
-    images: int = Field(3_000, ge=50, le=2_000_000, description="rows and crops of the training split")
-    positives: int | None = Field(None, ge=1, description="malignant ones among them; by default 5 %, at most 393")
+    images: int = Field(
+        3_000, ge=50, le=2_000_000, description="rows and crops of the training split"
+    )
+    positives: int | None = Field(
+        None, ge=1, description="malignant ones among them; by default 5 %, at most 393"
+    )
     seed: int = Field(0, ge=0, description="of everything that is drawn")
     test_images: int | None = Field(
         None, ge=1, le=2_000_000, description="rows and crops of the test split; by default a tenth"
     )
-    pool: int | None = Field(None, ge=50, description="crops to render; with more rows they are used again")
+    pool: int | None = Field(
+        None, ge=50, description="crops to render; with more rows they are used again"
+    )
 
 
 @dataclass(frozen=True)
@@ -72,15 +85,21 @@ class Spec:
 
 def spec_of(settings: SynthSettings) -> Spec:
     """Fills in the defaults. Raises UserError where the numbers do not fit one another."""
-    positives = default_positives(settings.images) if settings.positives is None else settings.positives
+    positives = (
+        default_positives(settings.images) if settings.positives is None else settings.positives
+    )
     if positives > settings.images // 2:
-        raise UserError(f"--positives {positives} is more than half of --images {settings.images}; ask for fewer")
+        raise UserError(
+            f"--positives {positives} is more than half of --images {settings.images}; ask for fewer"
+        )
     test_images = settings.test_images or max(settings.images // 10, 10)
     return Spec(
         images=settings.images,
         positives=positives,
         test_images=test_images,
-        test_positives=max(round(test_images * positives / settings.images), min(2, test_images // 2)),
+        test_positives=max(
+            round(test_images * positives / settings.images), min(2, test_images // 2)
+        ),
         seed=settings.seed,
         pool=min(settings.images, settings.pool or DEFAULT_POOL),
     )
@@ -117,10 +136,13 @@ def synthesize(settings: SynthSettings, say: Callable[[str], None] = lambda _: N
         {
             **_described(spec),
             "patients": {
-                name: rows.table[schema.PATIENT].n_unique() for name, rows in (("train", train), ("test", test))
+                name: rows.table[schema.PATIENT].n_unique()
+                for name, rows in (("train", train), ("test", test))
             },
             "files": {name: sha256(out / name) for name in FILES},
-            "versions": versions("numpy", "opencv-python-headless", "h5py", "polars", "scikit-learn"),
+            "versions": versions(
+                "numpy", "opencv-python-headless", "h5py", "polars", "scikit-learn"
+            ),
         },
     )
     return True
@@ -144,9 +166,13 @@ def _is_done(out: Path, spec: Spec) -> bool:
     if found.get("unfinished"):
         return False
     if found.get("spec") != spec.__dict__:
-        raise UserError(f"{out} already holds a stand-in dataset of other settings; choose another --out or delete it")
+        raise UserError(
+            f"{out} already holds a stand-in dataset of other settings; choose another --out or delete it"
+        )
     files = found.get("files", {})
-    return set(files) == set(FILES) == set(present) and all(sha256(out / name) == files[name] for name in FILES)
+    return set(files) == set(FILES) == set(present) and all(
+        sha256(out / name) == files[name] for name in FILES
+    )
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -163,7 +189,9 @@ def _draw_tables(spec: Spec) -> tuple[Rows, Rows]:
     ids = _numbered("ISIC", spec.images + spec.test_images, rng)
     patients = _numbered("IP", num_train + num_test, rng)
     train = draw_rows(sorted(ids[: spec.images]), patients[:num_train], spec.positives, rng)
-    test = draw_rows(sorted(ids[spec.images :]), patients[num_train:], spec.test_positives, rng, unseen_site=True)
+    test = draw_rows(
+        sorted(ids[spec.images :]), patients[num_train:], spec.test_positives, rng, unseen_site=True
+    )
     return train, test
 
 
@@ -176,10 +204,14 @@ def _write_tables(out: Path, train: pl.DataFrame, test: pl.DataFrame) -> None:
     write_table(out / "train-metadata.csv", train)
     write_table(out / "test-metadata.csv", test.drop(schema.TRAIN_ONLY))
     write_table(out / "test-truth.csv", test.select(schema.ID, schema.TARGET))
-    write_table(out / "sample_submission.csv", test.select(schema.ID, pl.lit(0.3).alias(schema.TARGET)))
+    write_table(
+        out / "sample_submission.csv", test.select(schema.ID, pl.lit(0.3).alias(schema.TARGET))
+    )
 
 
-def _write_crops(out: Path, train: Rows, test: Rows, spec: Spec, say: Callable[[str], None]) -> None:
+def _write_crops(
+    out: Path, train: Rows, test: Rows, spec: Spec, say: Callable[[str], None]
+) -> None:
     """Renders the crops, one for each row, or a pool of which each row takes the nearest."""
     rows = Rows(pl.concat([train.table, test.table]), np.concatenate([train.cue, test.cue]))
     own = spec.images == spec.pool
@@ -189,13 +221,18 @@ def _write_crops(out: Path, train: Rows, test: Rows, spec: Spec, say: Callable[[
     choice = np.arange(len(rows.table)) if own else _nearest(rows, drawn)
     say(f"writing {len(choice):,} images and masks")
     ids = rows.table[schema.ID].to_list()
-    parts = {"train-image.hdf5": range(spec.images), "test-image.hdf5": range(spec.images, len(ids))}
+    parts = {
+        "train-image.hdf5": range(spec.images),
+        "test-image.hdf5": range(spec.images, len(ids)),
+    }
     for name, part in parts.items():
         write_images(out / name, ((ids[i], crops[choice[i]].jpeg) for i in part))
     write_images(out / "masks.hdf5", _masks(ids, choice, crops))
 
 
-def _masks(ids: Sequence[str], choice: NDArray[np.int64], crops: Sequence[Crop]) -> Iterator[tuple[str, bytes]]:
+def _masks(
+    ids: Sequence[str], choice: NDArray[np.int64], crops: Sequence[Crop]
+) -> Iterator[tuple[str, bytes]]:
     return ((name, crops[crop].mask) for name, crop in sorted(zip(ids, choice, strict=True)))
 
 
@@ -203,7 +240,9 @@ def _pool_rows(spec: Spec) -> Rows:
     """Rows of their own for the pool: were they the table's, a malignant row's crop would be its alone."""
     rng = np.random.default_rng((spec.seed, 1))
     names = [str(number) for number in range(spec.pool)]
-    return draw_rows(names, names[: num_patients(spec.pool)], round(POOL_POSITIVES * spec.pool), rng)
+    return draw_rows(
+        names, names[: num_patients(spec.pool)], round(POOL_POSITIVES * spec.pool), rng
+    )
 
 
 def _nearest(rows: Rows, pool: Rows) -> NDArray[np.int64]:
@@ -213,7 +252,9 @@ def _nearest(rows: Rows, pool: Rows) -> NDArray[np.int64]:
     def key(of: Rows) -> NDArray[np.float64]:
         return np.column_stack([of.table.select(MATCHED).to_numpy() / spread, CUE_WEIGHT * of.cue])
 
-    return np.asarray(KDTree(key(pool)).query(key(rows), return_distance=False)[:, 0], dtype=np.int64)
+    return np.asarray(
+        KDTree(key(pool)).query(key(rows), return_distance=False)[:, 0], dtype=np.int64
+    )
 
 
 def _render_all(rows: Rows, seed: int) -> list[Crop]:

@@ -170,8 +170,12 @@ def _skin(look: Look, side: int, rng: Generator) -> Field:
     lightness = (0.7 * furrows + 0.5 * grain + 0.5 * blotches) * look.std_l_outside + 3.5 * light
     if rng.random() < 0.15:
         towards = rng.uniform(0, 2 * np.pi)
-        lightness -= 12 * np.clip((x * math.cos(towards) + y * math.sin(towards)) / (FIELD_MM / 2) - 0.6, 0, None)
-    redness = 0.8 * _noise(side, side / 14, rng) + 0.6 * _noise(side, side / 45, rng) - 0.25 * furrows
+        lightness -= 12 * np.clip(
+            (x * math.cos(towards) + y * math.sin(towards)) / (FIELD_MM / 2) - 0.6, 0, None
+        )
+    redness = (
+        0.8 * _noise(side, side / 14, rng) + 0.6 * _noise(side, side / 45, rng) - 0.25 * furrows
+    )
     yellowness = 0.7 * _noise(side, side / 14, rng) + 0.3 * furrows
     spread = 0.35 * look.std_l_outside + 0.4
     lab = np.stack([lightness, redness * spread, yellowness * spread], axis=2) + look.outside
@@ -182,7 +186,9 @@ def _turned(field: Field, rng: Generator) -> Field:
     """Rotates a square field [side, side] by any angle, mirrored at its edges."""
     side = field.shape[0]
     matrix = cv2.getRotationMatrix2D((side / 2, side / 2), float(rng.uniform(0, 360)), 1.0)
-    return np.asarray(cv2.warpAffine(field, matrix, (side, side), borderMode=cv2.BORDER_REFLECT), dtype=np.float32)
+    return np.asarray(
+        cv2.warpAffine(field, matrix, (side, side), borderMode=cv2.BORDER_REFLECT), dtype=np.float32
+    )
 
 
 def _paint_lesion(lab: Field, depth: Field, look: Look, rng: Generator) -> None:
@@ -193,7 +199,9 @@ def _paint_lesion(lab: Field, depth: Field, look: Look, rng: Generator) -> None:
     lesion = depth > 0
     pattern = np.zeros_like(lab)
     darker_centre = rng.uniform(-0.2, 1.0)
-    pattern[..., 0] = look.std_l * (0.7 * _noise(side, side / 26, rng) - 1.6 * darker_centre * np.clip(depth, 0, 1))
+    pattern[..., 0] = look.std_l * (
+        0.7 * _noise(side, side / 26, rng) - 1.6 * darker_centre * np.clip(depth, 0, 1)
+    )
     for axis in (1, 2):
         pattern[..., axis] = 0.9 * look.color_std * _noise(side, side / 24, rng)
     pattern += _veil(depth, look, rng) + _dots(depth, look, rng)
@@ -214,7 +222,10 @@ def _veil(depth: Field, look: Look, rng: Generator) -> Field:
     radius = 0.30 * look.diameter_mm
     patch = np.exp(-((x - offset_x) ** 2 + (y - offset_y) ** 2) / radius**2) * (depth > -0.1)
     patch *= 1 + 0.25 * _noise(side, side / 30, rng)
-    return np.asarray((VEIL * look.cue * patch)[..., None] * np.array(VEIL_LAB, dtype=np.float32), dtype=np.float32)
+    return np.asarray(
+        (VEIL * look.cue * patch)[..., None] * np.array(VEIL_LAB, dtype=np.float32),
+        dtype=np.float32,
+    )
 
 
 def _dots(depth: Field, look: Look, rng: Generator) -> Field:
@@ -236,7 +247,11 @@ def _add_neighbours(lab: Field, look: Look, rng: Generator) -> None:
         return
     x, y = _grid(len(lab))
     for _ in range(rng.integers(1, 5)):
-        towards, reach, radius = rng.uniform(0, 2 * np.pi), rng.uniform(5.5, 9), rng.uniform(0.25, 0.8)
+        towards, reach, radius = (
+            rng.uniform(0, 2 * np.pi),
+            rng.uniform(5.5, 9),
+            rng.uniform(0.25, 0.8),
+        )
         far = np.hypot(x - reach * math.cos(towards), y - reach * math.sin(towards)) / radius
         spot = np.exp(-(far**4)) * rng.uniform(0.3, 0.9)
         lab += spot[..., None] * (look.inside - look.outside)
@@ -251,10 +266,14 @@ def _add_hair(lab: Field, rng: Generator) -> None:
     direction = rng.uniform(0, np.pi)
     for _ in range(rng.integers(2, 22)):
         heading = direction + rng.normal(0, 0.45) + np.linspace(0, rng.normal(0, 1.2), 12)
-        steps = np.stack([np.cos(heading), np.sin(heading)], axis=1) * rng.uniform(0.3, 1.0) * side / 11
+        steps = (
+            np.stack([np.cos(heading), np.sin(heading)], axis=1) * rng.uniform(0.3, 1.0) * side / 11
+        )
         path = np.cumsum(steps, axis=0) + rng.uniform(-0.2, 1, 2) * side
         eighths = np.round(path * 8).astype(np.int32)
-        cv2.polylines(canvas, [eighths], False, int(rng.integers(110, 255)), 1, cv2.LINE_AA, shift=3)
+        cv2.polylines(
+            canvas, [eighths], False, int(rng.integers(110, 255)), 1, cv2.LINE_AA, shift=3
+        )
     cover = canvas.astype(np.float32) / 255 * np.float32(rng.uniform(0.35, 0.85))
     color = np.array((rng.choice([14.0, 22.0, 75.0], p=[0.5, 0.4, 0.1]), 4, 6), dtype=np.float32)
     lab += cover[..., None] * (color - lab)
@@ -272,6 +291,9 @@ def _jpeg(pixels: Pixels, rng: Generator) -> bytes:
     """Compresses BGR pixels to about the length that crops of this size have in the challenge."""
     usual = 2_700 * (len(pixels) / 130) ** 1.1 * np.exp(rng.normal(0, 0.17))
     wanted = float(np.clip(usual, MIN_BYTES, MAX_BYTES))
-    sizes = [cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes() for quality in QUALITIES]
+    sizes = [
+        cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+        for quality in QUALITIES
+    ]
     allowed = [data for data in sizes if MIN_BYTES <= len(data) <= MAX_BYTES]
     return min(allowed or sizes, key=lambda data: abs(len(data) - wanted))

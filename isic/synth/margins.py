@@ -13,7 +13,24 @@ FULL_PATIENTS = 1_042
 FULL_POSITIVE_PATIENTS = 259
 
 _TAIL = 1 / FULL_ROWS
-KNOT_PERCENT = (100 * _TAIL, 1, 5, 10, 25, 30, 40, 50, 60, 70, 80, 85, 90, 95, 99, 100 - 100 * _TAIL)
+KNOT_PERCENT = (
+    100 * _TAIL,
+    1,
+    5,
+    10,
+    25,
+    30,
+    40,
+    50,
+    60,
+    70,
+    80,
+    85,
+    90,
+    95,
+    99,
+    100 - 100 * _TAIL,
+)
 """The percentiles that `KNOTS` gives. The outermost two are the minimum and the maximum."""
 
 KNOTS: dict[str, tuple[float, ...]] = {
@@ -112,7 +129,10 @@ KNOTS: dict[str, tuple[float, ...]] = {
 }
 """Values of a numeric column at KNOT_PERCENT. The 1 % and 5 % ones are those of 1,413 benign rows."""
 
-SIDE_PX = ((0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100), (51, 93, 105, 109, 118, 130, 139, 147, 157, 181, 239))
+SIDE_PX = (
+    (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100),
+    (51, 93, 105, 109, 118, 130, 139, 147, 157, 181, 239),
+)
 """Percentiles of the side of a crop, in pixels."""
 
 COPULA: dict[str, tuple[int, ...]] = {
@@ -133,8 +153,45 @@ COPULA: dict[str, tuple[int, ...]] = {
     "tbp_lv_stdLExt": (26, 20, 6, 31, 18, -22, 22, -7, 3, -25, 15, 16, 16, 12),
     "tbp_lv_norm_border": (27, 12, 47, 90, -25, 55, 21, -46, -7, -10, -40, -40, -39, -52, 25),
     "tbp_lv_symm_2axis": (25, -11, 38, 71, -22, 55, 22, -42, -4, -5, -49, -49, -47, -53, 18, 94),
-    "tbp_lv_nevi_confidence": (-33, 19, -34, -50, 17, -58, -27, 45, 8, 16, 48, 46, 43, 59, -22, -61, -61),
-    "tbp_lv_dnn_lesion_confidence": (-29, -9, -45, -63, 33, -49, -10, 55, 25, 33, 33, 32, 31, 46, -39, -64, -57, 62),
+    "tbp_lv_nevi_confidence": (
+        -33,
+        19,
+        -34,
+        -50,
+        17,
+        -58,
+        -27,
+        45,
+        8,
+        16,
+        48,
+        46,
+        43,
+        59,
+        -22,
+        -61,
+        -61,
+    ),
+    "tbp_lv_dnn_lesion_confidence": (
+        -29,
+        -9,
+        -45,
+        -63,
+        33,
+        -49,
+        -10,
+        55,
+        25,
+        33,
+        33,
+        32,
+        31,
+        46,
+        -39,
+        -64,
+        -57,
+        62,
+    ),
 }
 """Rank correlations, in hundredths, of each drawn column with those above it (645 benign rows)."""
 

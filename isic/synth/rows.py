@@ -86,7 +86,11 @@ def num_patients(num_rows: int) -> int:
 
 
 def draw_rows(
-    ids: Sequence[str], patient_ids: Sequence[str], num_positives: int, rng: Generator, unseen_site: bool = False
+    ids: Sequence[str],
+    patient_ids: Sequence[str],
+    num_positives: int,
+    rng: Generator,
+    unseen_site: bool = False,
 ) -> Rows:
     """Draws a table.
 
@@ -127,7 +131,9 @@ def _positives(patient: Ints, num_positives: int, rng: Generator) -> Ints:
     """Picks the malignant rows [N]: one in each of some patients, the rest among those patients' rows."""
     num_rows, count = len(patient), int(patient.max()) + 1
     share = margins.FULL_POSITIVE_PATIENTS / margins.FULL_POSITIVES
-    affected = rng.permutation(count)[: max(1, min(round(num_positives * share), round(0.6 * count)))]
+    affected = rng.permutation(count)[
+        : max(1, min(round(num_positives * share), round(0.6 * count)))
+    ]
     order = rng.permutation(num_rows)
     _, first = np.unique(patient[order], return_index=True)
     # Where positives outnumber the affected patients' rows, rows of the others follow.
@@ -157,7 +163,9 @@ def _normal_by_rows(shared: Floats, sizes: Ints) -> Floats:
     order = np.argsort(shared, axis=0)
     rows = sizes[order]
     level = np.empty_like(shared)
-    np.put_along_axis(level, order, ndtri((np.cumsum(rows, axis=0) - rows / 2) / sizes.sum()), axis=0)
+    np.put_along_axis(
+        level, order, ndtri((np.cumsum(rows, axis=0) - rows / 2) / sizes.sum()), axis=0
+    )
     level -= np.average(level, axis=0, weights=sizes)
     spread = np.sqrt(np.average(level**2, axis=0, weights=sizes))
     return np.asarray(level / np.where(spread > 0, spread, 1))  # a single patient has none
@@ -180,7 +188,11 @@ def _numbers(z: Mapping[str, Floats], rng: Generator) -> dict[str, Floats]:
     value = {name: margins.quantile(name, latent) for name, latent in z.items()}
     value["age_approx"] = np.round(value["age_approx"] / 5) * 5
     value["tbp_lv_symm_2axis_angle"] = (
-        np.round(margins.quantile("tbp_lv_symm_2axis_angle", rng.standard_normal(len(z["tbp_lv_Lext"]))) / 5) * 5
+        np.round(
+            margins.quantile("tbp_lv_symm_2axis_angle", rng.standard_normal(len(z["tbp_lv_Lext"])))
+            / 5
+        )
+        * 5
     )
     no_color = z["tbp_lv_color_std_mean"] < ndtri(margins.ZERO_COLOR)
     for name in ("tbp_lv_color_std_mean", "tbp_lv_norm_color", "tbp_lv_radial_color_std_max"):
@@ -213,9 +225,13 @@ def _colors(value: Mapping[str, Floats], rng: Generator) -> dict[str, Floats]:
     delta = {axis: value[f"tbp_lv_delta{axis}"].round(DECIMALS) for axis in "LAB"}
     delta["L"] = np.maximum(delta["L"], (4 - outside["L"]).round(DECIMALS))
     inside = {axis: outside[axis] + delta[axis] for axis in "LAB"}
-    lightness_and_blue = np.hypot(delta["L"], delta["B"]) * (1.004 + rng.gamma(2.0, 0.008, len(delta["L"])))
+    lightness_and_blue = np.hypot(delta["L"], delta["B"]) * (
+        1.004 + rng.gamma(2.0, 0.008, len(delta["L"]))
+    )
     # Fitted on benign rows: the normalised difference falls with the skin's lightness, with next to no scatter.
-    normalised = lightness_and_blue * np.exp(2.49 - 0.692 * np.log(outside["L"]) + rng.normal(0, 0.02, len(delta["L"])))
+    normalised = lightness_and_blue * np.exp(
+        2.49 - 0.692 * np.log(outside["L"]) + rng.normal(0, 0.02, len(delta["L"]))
+    )
     return {
         **{f"tbp_lv_{axis}": inside[axis] for axis in "LAB"},
         **{f"tbp_lv_{axis}ext": outside[axis] for axis in "LAB"},
@@ -265,11 +281,17 @@ def _share_out(counts: Sequence[float], sizes: Ints) -> Ints:
     return choice
 
 
-def _patient_facts(patient: Ints, sizes: Ints, rng: Generator, unseen_site: bool) -> dict[str, Sequence[str]]:
+def _patient_facts(
+    patient: Ints, sizes: Ints, rng: Generator, unseen_site: bool
+) -> dict[str, Sequence[str]]:
     """The text columns that are the same in all rows of a patient."""
-    sites = margins.ATTRIBUTIONS | ({margins.UNSEEN: margins.UNSEEN_ATTRIBUTION} if unseen_site else {})
+    sites = margins.ATTRIBUTIONS | (
+        {margins.UNSEEN: margins.UNSEEN_ATTRIBUTION} if unseen_site else {}
+    )
     attribution = _share_out([rows for rows, _, _ in sites.values()], sizes)
-    white = rng.random(len(sizes)) < np.array([share for _, _, share in sites.values()])[attribution]
+    white = (
+        rng.random(len(sizes)) < np.array([share for _, _, share in sites.values()])[attribution]
+    )
     sex = _share_out(list(margins.SEX.values()), sizes)
     names, licences = list(sites), [licence for _, licence, _ in sites.values()]
     return {
@@ -297,13 +319,18 @@ def _diagnoses(target: Ints, rng: Generator) -> dict[str, Sequence[object]]:
     mitoses = _quota(list(margins.MITOSES.values()), len(target), rng)
     thickness = rng.choice(margins.THICKNESS_MM, len(target))
     return {
-        "lesion_id": [f"IL_{n}" if known else None for n, known in zip(number, has_id, strict=True)],
+        "lesion_id": [
+            f"IL_{n}" if known else None for n, known in zip(number, has_id, strict=True)
+        ],
         "iddx_full": ["::".join(filter(None, parts)) for parts in finest],
         **{f"iddx_{i}": level for i, level in enumerate((*levels, [None] * len(target)), start=1)},
         "mel_mitotic_index": [
-            list(margins.MITOSES)[m] if deep else None for m, deep in zip(mitoses, invasive, strict=True)
+            list(margins.MITOSES)[m] if deep else None
+            for m, deep in zip(mitoses, invasive, strict=True)
         ],
-        "mel_thick_mm": [mm if deep else None for mm, deep in zip(thickness.tolist(), invasive, strict=True)],
+        "mel_thick_mm": [
+            mm if deep else None for mm, deep in zip(thickness.tolist(), invasive, strict=True)
+        ],
     }
 
 

@@ -20,8 +20,27 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_every_set_and_library_has_a_row_and_a_paired_difference(data: Path, cli: Cli) -> None:
-    flags = ["--data", data, "--label", "synthetic", "--features", "raw,raw+formula", "--seeds", 2, "--num_rounds", 3]
-    ended = cli("benchmarks", "ablation", *flags, "--libraries", "lightgbm,lightgbm+xgboost", "--results", data / "r")
+    flags = [
+        "--data",
+        data,
+        "--label",
+        "synthetic",
+        "--features",
+        "raw,raw+formula",
+        "--seeds",
+        2,
+        "--num_rounds",
+        3,
+    ]
+    ended = cli(
+        "benchmarks",
+        "ablation",
+        *flags,
+        "--libraries",
+        "lightgbm,lightgbm+xgboost",
+        "--results",
+        data / "r",
+    )
     assert ended.code == 0, ended.err
     rows = pl.read_csv(data / "r" / "ablation.csv")
     assert rows["features"].to_list() == ["raw", "raw+formula"] * 2
@@ -38,4 +57,7 @@ def test_every_default_set_is_known() -> None:
 def test_an_unknown_library_is_a_sentence(data: Path, cli: Cli) -> None:
     ended = cli("benchmarks", "ablation", "--data", data, "--label", "x", "--libraries", "lightgb")
     assert ended.code == 2 and 'unknown library "lightgb", did you mean "lightgbm"' in ended.err
-    assert build(AblationSettings, {"data": data, "label": "x"}).libraries[-1] == "lightgbm+xgboost+catboost"
+    assert (
+        build(AblationSettings, {"data": data, "label": "x"}).libraries[-1]
+        == "lightgbm+xgboost+catboost"
+    )

@@ -7,8 +7,21 @@ from conftest import Cli
 from benchmarks.record import append
 
 
-def test_every_way_reads_the_images_and_lands_in_the_csv(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
-    flags = ["--images", 40, "--repeats", 1, "--size", 32, "--index", "false", "--results", tmp_path]
+def test_every_way_reads_the_images_and_lands_in_the_csv(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags = [
+        "--images",
+        40,
+        "--repeats",
+        1,
+        "--size",
+        32,
+        "--index",
+        "false",
+        "--results",
+        tmp_path,
+    ]
     ended = cli("benchmarks", "ingest", "--data", small_dataset, *flags)
     assert ended.code == 0, ended.err
     rows = pl.read_csv(tmp_path / "ingest.csv")

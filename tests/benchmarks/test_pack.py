@@ -17,18 +17,39 @@ def test_a_packed_folder_runs_by_itself(small_dataset: Path, tmp_path: Path, cli
     ended = cli("benchmarks", "pack", "--out", out, *flags)
     assert ended.code == 0, ended.err
     assert (out / "code" / "benchmarks" / "COMMIT").read_text().strip()
-    assert pl.read_csv(out / "data" / "train-metadata.csv")["target"].sum() == 10, "half of the sample, of 20 positives"
-    command = [str(out / "run.sh"), "--parts", "ingest,train", "--images", "20", "--repeats", "1", "--minutes", "4"]
+    assert pl.read_csv(out / "data" / "train-metadata.csv")["target"].sum() == 10, (
+        "half of the sample, of 20 positives"
+    )
+    command = [
+        str(out / "run.sh"),
+        "--parts",
+        "ingest,train",
+        "--images",
+        "20",
+        "--repeats",
+        "1",
+        "--minutes",
+        "4",
+    ]
     command += ["--config", "demo", "--precision", "fp32"]
     environment = {**os.environ, "PYTHON": sys.executable}
-    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "torch 2." in ran.stdout and "AOTInductor, CPU         works" in ran.stdout, "a log explains itself"
+    assert "torch 2." in ran.stdout and "AOTInductor, CPU         works" in ran.stdout, (
+        "a log explains itself"
+    )
     rows = pl.read_csv(out / "results" / "ingest.csv", infer_schema=False)
     trained = pl.read_csv(out / "results" / "train.csv")
     assert trained["what"].to_list() == ["demo"] and trained["images_per_second"][0] > 0
-    assert len(rows) > 2 and rows["commit"][0] == (out / "code" / "benchmarks" / "COMMIT").read_text().strip()
-    assert cli("benchmarks", "pack", "--out", out, *flags).code == 2, "what is there is not overwritten"
+    assert (
+        len(rows) > 2
+        and rows["commit"][0] == (out / "code" / "benchmarks" / "COMMIT").read_text().strip()
+    )
+    assert cli("benchmarks", "pack", "--out", out, *flags).code == 2, (
+        "what is there is not overwritten"
+    )
 
 
 def test_a_part_that_fails_or_is_late_is_left_behind(tmp_path: Path, cli: Cli) -> None:
@@ -52,9 +73,14 @@ def test_the_linker_finds_the_driver_and_python_the_wheels(tmp_path: Path) -> No
         (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "bin" / "python")}
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": str(tmp_path / "bin" / "python"),
+    }
     environment |= {"SITE": "/elsewhere/site", "LIBRARY_PATH": "/opt/lib"}
-    ran = subprocess.run(["sh", script], env=environment, capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        ["sh", script], env=environment, capture_output=True, text=True, check=True
+    )
     said = ran.stdout.splitlines()
     assert (tmp_path / "link" / "libcuda.so").resolve() == driver
     assert f"LIBRARY_PATH={tmp_path / 'link'}:/opt/lib" in said
@@ -62,7 +88,12 @@ def test_the_linker_finds_the_driver_and_python_the_wheels(tmp_path: Path) -> No
 
 
 def test_the_packed_parts_need_no_booster() -> None:
-    parts = [*(f"benchmarks.{name}" for name in (*SHARES, "gpu", "ways", "worker")), "infer.embedding.embedder"]
+    parts = [
+        *(f"benchmarks.{name}" for name in (*SHARES, "gpu", "ways", "worker")),
+        "infer.embedding.embedder",
+    ]
     code = f"import sys; sys.modules['lightgbm'] = None\nimport {', '.join(parts)}"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stderr

@@ -7,7 +7,16 @@ import pytest
 from conftest import Cli
 
 from benchmarks.fresh import create_fresh, least_cosine
-from benchmarks.peers import OURS, PeersSettings, Way, build_ours, compare_all, describe, embed_in_turns, write_resized
+from benchmarks.peers import (
+    OURS,
+    PeersSettings,
+    Way,
+    build_ours,
+    compare_all,
+    describe,
+    embed_in_turns,
+    write_resized,
+)
 from infer.engines import works
 from isic.dataset import Dataset
 from isic.preprocess import PreprocessSpec, decode, resize
@@ -40,35 +49,64 @@ def test_an_engine_that_does_not_open_costs_its_rows_only(
 ) -> None:
     if works("aoti", "cuda") is None:
         pytest.skip("there is a GPU here")
-    flags = ["--images", 8, "--repeats", 1, "--device", "cuda", "--peers", "eager", "--results", tmp_path]
+    flags = [
+        "--images",
+        8,
+        "--repeats",
+        1,
+        "--device",
+        "cuda",
+        "--peers",
+        "eager",
+        "--results",
+        tmp_path,
+    ]
     ended = cli("benchmarks", "peers", "--config", tiny, "--data", small_dataset, *flags)
     assert ended.code == 0, ended.err
     (row,) = pl.read_csv(tmp_path / "peers.csv").to_dicts()
-    assert "ONNX Runtime fell back to CPUExecutionProvider" in row["reason"], "not that its first run failed"
+    assert "ONNX Runtime fell back to CPUExecutionProvider" in row["reason"], (
+        "not that its first run failed"
+    )
 
 
-def test_a_way_that_fails_in_its_turn_is_left_out(tiny: Path, small_dataset: Path, tmp_path: Path) -> None:
+def test_a_way_that_fails_in_its_turn_is_left_out(
+    tiny: Path, small_dataset: Path, tmp_path: Path
+) -> None:
     settings = PeersSettings(config=str(tiny), data=small_dataset, batch=2, device="cpu")
-    fresh, ids = create_fresh(str(tiny)), Dataset(small_dataset).metadata("train")["isic_id"].to_list()[:2]
+    fresh, ids = (
+        create_fresh(str(tiny)),
+        Dataset(small_dataset).metadata("train")["isic_id"].to_list()[:2],
+    )
     ours, reasons = build_ours(fresh, describe(fresh, ids, settings, tmp_path), settings, tmp_path)
     ways = {name: Way(task, None) for name, task in ours.items()}
-    rates, features = embed_in_turns(ways, tmp_path / "absent", tmp_path / "absent", len(ids), repeats=1)
+    rates, features = embed_in_turns(
+        ways, tmp_path / "absent", tmp_path / "absent", len(ids), repeats=1
+    )
     (way,) = ways.values()
     assert not reasons and way.reason and "absent" in way.reason
-    assert rates == {f"{OURS}, onnx fp32": []} and features == {"cosine": {}, "cosine_same_pixels": {}}
+    assert rates == {f"{OURS}, onnx fp32": []} and features == {
+        "cosine": {},
+        "cosine_same_pixels": {},
+    }
 
 
 def test_resized_images_read_back_to_the_very_pixels(small_dataset: Path, tmp_path: Path) -> None:
     dataset, spec = Dataset(small_dataset), PreprocessSpec(size=32)
     ids = dataset.metadata("train")["isic_id"].to_list()[:5]
     again = Dataset(write_resized(dataset, ids, spec, tmp_path))
-    for before, after in zip(dataset.images("train").read(ids), again.images("train").read(ids), strict=True):
+    for before, after in zip(
+        dataset.images("train").read(ids), again.images("train").read(ids), strict=True
+    ):
         pixels = decode(after)
-        assert (pixels == resize(decode(before), spec)).all() and (resize(pixels, spec) == pixels).all()
+        assert (pixels == resize(decode(before), spec)).all() and (
+            resize(pixels, spec) == pixels
+        ).all()
 
 
 def test_an_unknown_peer_is_a_sentence(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
-    ended = cli("benchmarks", "peers", "--config", "demo", "--data", small_dataset, "--peers", "keras")
+    ended = cli(
+        "benchmarks", "peers", "--config", "demo", "--data", small_dataset, "--peers", "keras"
+    )
     assert ended.code == 2 and "no peer has" in ended.err
 
 
@@ -77,7 +115,9 @@ def test_ratios_are_taken_within_each_repeat() -> None:
     features = {name: np.ones((2, 3), np.float32) for name in rates}
     (row,) = compare_all(rates, {"cosine": features}, {}, ["peer"])
     assert (row["ratio_min"], row["ratio"], row["ratio_max"], row["cosine"]) == (2.0, 2.5, 3.0, 1.0)
-    (row,) = compare_all({"infer embed, onnx fp32": [1.0]}, {"cosine": features}, {"peer": "is not there"}, ["peer"])
+    (row,) = compare_all(
+        {"infer embed, onnx fp32": [1.0]}, {"cosine": features}, {"peer": "is not there"}, ["peer"]
+    )
     assert row["reason"] == "is not there"
 
 

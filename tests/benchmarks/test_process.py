@@ -9,7 +9,8 @@ import pytest
 from benchmarks.process import end_group, run
 
 STUBBORN = (
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    "print('ready', flush=True); time.sleep(600)"
 )
 PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {STUBBORN!r}])"
 """Starts a child that does not mind being asked to end."""
@@ -23,7 +24,9 @@ with terminable():
 
 def started(code: str) -> "subprocess.Popen[str]":
     """Starts Python code in a session of its own, and waits until the last child is there."""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
 

@@ -20,19 +20,44 @@ def test_the_documents_tables_are_the_csvs(document: Path) -> None:
 
 def test_the_last_row_of_each_kind_stands_in_the_table(tmp_path: Path, cli: Cli) -> None:
     for seconds in (1, 2):
-        append("ingest", [{"what": "a", "seconds": seconds}, {"what": "b", "images_per_second": 5}], tmp_path)
+        append(
+            "ingest",
+            [{"what": "a", "seconds": seconds}, {"what": "b", "images_per_second": 5}],
+            tmp_path,
+        )
     for table in TABLES.values():
         if table.csv != "ingest":
-            append(table.csv, [dict.fromkeys([*table.key, *table.columns], 0.5) | {"what": "m"}], tmp_path)
-    append("ingest", [{"what": "a", "seconds": 3, "min": 0, "max": 0, "first_is_faster_by": 1, "of_bare": 1}], tmp_path)
+            append(
+                table.csv,
+                [dict.fromkeys([*table.key, *table.columns], 0.5) | {"what": "m"}],
+                tmp_path,
+            )
+    append(
+        "ingest",
+        [{"what": "a", "seconds": 3, "min": 0, "max": 0, "first_is_faster_by": 1, "of_bare": 1}],
+        tmp_path,
+    )
     readme = tmp_path / "README.md"
     marks = "".join(f"<!-- table: {name} -->\nstale\n<!-- end -->\n" for name in TABLES)
     readme.write_text(f"before\n{marks}after\n")
-    ended = cli("benchmarks", "report", "--documents", readme, "--results", tmp_path, "--page", tmp_path / "page.html")
+    ended = cli(
+        "benchmarks",
+        "report",
+        "--documents",
+        readme,
+        "--results",
+        tmp_path,
+        "--page",
+        tmp_path / "page.html",
+    )
     assert ended.code == 0, ended.err
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    assert "| a |  | 0 | 0 | 1 | 1 | 3 |" in text and "| b | 5 |  |  |  |  |  |" in text and "| m |" in text
+    assert (
+        "| a |  | 0 | 0 | 1 | 1 | 3 |" in text
+        and "| b | 5 |  |  |  |  |  |" in text
+        and "| m |" in text
+    )
 
 
 def test_a_table_without_results_or_name_is_a_sentence(tmp_path: Path) -> None:
@@ -46,20 +71,46 @@ def made_results(folder: Path) -> None:
     for rate in (100.0, 120.0):
         rows: list[dict[str, object]] = [
             {
-                **{"what": what, "engine": "onnx", "precision": "fp32", "device": "cpu", "batch": 16, "input": "noise"},
-                **{"images_per_second": rate, "min": rate - 1, "max": rate + 1, "p50_ms": 1.0, "cosine": 1.0},
+                **{
+                    "what": what,
+                    "engine": "onnx",
+                    "precision": "fp32",
+                    "device": "cpu",
+                    "batch": 16,
+                    "input": "noise",
+                },
+                **{
+                    "images_per_second": rate,
+                    "min": rate - 1,
+                    "max": rate + 1,
+                    "p50_ms": 1.0,
+                    "cosine": 1.0,
+                },
                 **Limits(1e12, 1e10).of(Work(2e9, 9e6, 5e6), "fp32", 16, rate),
             }
             for what in ("vit_tiny", "multitask_convnext_tiny")
         ]
         rows.append(
-            {"what": "vit_tiny", "engine": "tensorrt", "precision": "fp16", "reason": "<b>no</b> GPU & no driver"}
+            {
+                "what": "vit_tiny",
+                "engine": "tensorrt",
+                "precision": "fp16",
+                "reason": "<b>no</b> GPU & no driver",
+            }
         )
         append("throughput", rows, folder)
     compared = {"ours": "infer embed, onnx fp32", "data": "d", "batch": 16}
-    append("peers", [{"what": "v", "peer": "a", "ratio": 2.0, "ratio_min": 1.9, "ratio_max": 2.1, **compared}], folder)
+    append(
+        "peers",
+        [{"what": "v", "peer": "a", "ratio": 2.0, "ratio_min": 1.9, "ratio_max": 2.1, **compared}],
+        folder,
+    )
     append("peers", [{"what": "v", "peer": "b", "reason": "is not installed", **compared}], folder)
-    append("embed", [{"what": "null", "data": "d", "images": n, "seconds": n / 5e3} for n in (4000, 40000)], folder)
+    append(
+        "embed",
+        [{"what": "null", "data": "d", "images": n, "seconds": n / 5e3} for n in (4000, 40000)],
+        folder,
+    )
     append("tabular", [{"what": "features", "rows": 4000, "seconds": 1.5, "peak_mb": 300}], folder)
 
 

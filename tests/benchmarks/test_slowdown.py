@@ -8,8 +8,21 @@ from benchmarks import record
 
 def write(folder: Path, *rates: tuple[float, float, float], **columns: object) -> None:
     for median, low, high in rates:
-        row = {"what": "vit", "engine": "onnx", "precision": "fp32", "batch": 1, "device": "cpu", "input": "noise"}
-        row |= {"images_per_second": median, "min": low, "max": high, "matmul_gflops": 50, **columns}
+        row = {
+            "what": "vit",
+            "engine": "onnx",
+            "precision": "fp32",
+            "batch": 1,
+            "device": "cpu",
+            "input": "noise",
+        }
+        row |= {
+            "images_per_second": median,
+            "min": low,
+            "max": high,
+            "matmul_gflops": 50,
+            **columns,
+        }
         record.append("throughput", [row], folder)
 
 
@@ -23,7 +36,11 @@ def write(folder: Path, *rates: tuple[float, float, float], **columns: object) -
     ],
 )
 def test_only_a_slowdown_beyond_noise_fails(
-    before: tuple[float, float, float], last: tuple[float, float, float], code: int, tmp_path: Path, cli: Cli
+    before: tuple[float, float, float],
+    last: tuple[float, float, float],
+    code: int,
+    tmp_path: Path,
+    cli: Cli,
 ) -> None:
     write(tmp_path, before, last)
     ended = cli("benchmarks", "check", "--results", tmp_path)
@@ -54,7 +71,9 @@ def test_a_machine_at_half_its_speed_is_no_slowdown(tmp_path: Path, cli: Cli) ->
 
 def test_figures_without_repeats_have_the_noise_that_is_said(tmp_path: Path, cli: Cli) -> None:
     for share in (1.0, 0.85):
-        record.append("embed", [{"what": "null", "data": "d", "images": 9, "share": share}], tmp_path)
+        record.append(
+            "embed", [{"what": "null", "data": "d", "images": 9, "share": share}], tmp_path
+        )
     assert cli("benchmarks", "check", "--results", tmp_path).code == 1
     assert cli("benchmarks", "check", "--results", tmp_path, "--noise", 0.3).code == 0
 

@@ -26,19 +26,46 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def test_every_engine_is_measured_in_its_own_process(tiny: Path, tmp_path: Path, cli: Cli) -> None:
-    flags = ["--precision", "fp32", "--batch", "1,2", "--repeats", 2, "--seconds", 0.01, "--device", "cpu"]
-    ended = cli("benchmarks", "throughput", "--config", tiny, "--engine", "eager,onnx", *flags, "--results", tmp_path)
+    flags = [
+        "--precision",
+        "fp32",
+        "--batch",
+        "1,2",
+        "--repeats",
+        2,
+        "--seconds",
+        0.01,
+        "--device",
+        "cpu",
+    ]
+    ended = cli(
+        "benchmarks",
+        "throughput",
+        "--config",
+        tiny,
+        "--engine",
+        "eager,onnx",
+        *flags,
+        "--results",
+        tmp_path,
+    )
     assert ended.code == 0, ended.err
     rows = pl.read_csv(tmp_path / "throughput.csv")
-    assert rows.select("what", "engine", "batch").rows() == [("tiny", e, b) for e in ("eager", "onnx") for b in (1, 2)]
-    assert (rows["min"] <= rows["images_per_second"]).all() and (rows["images_per_second"] <= rows["max"]).all()
+    assert rows.select("what", "engine", "batch").rows() == [
+        ("tiny", e, b) for e in ("eager", "onnx") for b in (1, 2)
+    ]
+    assert (rows["min"] <= rows["images_per_second"]).all() and (
+        rows["images_per_second"] <= rows["max"]
+    ).all()
     assert (rows["p50_ms"] <= rows["p99_ms"]).all() and (rows["cosine"] > 0.99999).all()
     eager, onnx = rows["peak_mb"].gather([0, 2])
     assert 20 < onnx < eager, "ONNX Runtime's process has no torch in it"
     assert set(rows["bound_by"]) <= {"matmul", "copy"} and (rows["of_matmul"] > 0).all()
 
 
-def test_an_engine_that_is_given_up_costs_its_row_only(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+def test_an_engine_that_is_given_up_costs_its_row_only(
+    tiny: Path, tmp_path: Path, cli: Cli
+) -> None:
     flags = ["--engine", "eager", "--patience", 0.01, "--results", tmp_path, "--device", "cpu"]
     ended = cli("benchmarks", "throughput", "--config", tiny, *flags)
     assert ended.code == 0, ended.err
@@ -49,7 +76,10 @@ def test_unknown_engines_and_configs_are_sentences(tiny: Path, tmp_path: Path, c
     for flags, hint in (
         (["--config", tiny, "--engine", "onxx"], 'did you mean "onnx"?'),
         (["--config", "vit_tyni"], 'did you mean "vit_tiny"?'),
-        (["--config", tiny, "--engine", "eager", "--precision", "int8", "--device", "cpu"], "--precision"),
+        (
+            ["--config", tiny, "--engine", "eager", "--precision", "int8", "--device", "cpu"],
+            "--precision",
+        ),
     ):
         ended = cli("benchmarks", "throughput", *flags, "--results", tmp_path)
         assert ended.code == 2 and hint in ended.err, ended.err
@@ -79,7 +109,9 @@ def test_work_is_counted_an_image_and_weights_a_batch() -> None:
     assert work.bytes_per_image("fp16", 2) == 2 * work.activations + 2 * work.weights / 2
 
 
-@pytest.mark.parametrize(("config", "gflop"), [("vit_tiny", 2.51), ("convnext_tiny", 8.91), ("eva02_small", 12.28)])
+@pytest.mark.parametrize(
+    ("config", "gflop"), [("vit_tiny", 2.51), ("convnext_tiny", 8.91), ("eva02_small", 12.28)]
+)
 def test_flops_are_the_published_ones(config: str, gflop: float) -> None:
     fresh = create_fresh(config)
     assert count_work(fresh.model, fresh.spec.size).flops / 1e9 == pytest.approx(gflop, rel=0.01)
@@ -88,7 +120,11 @@ def test_flops_are_the_published_ones(config: str, gflop: float) -> None:
 def test_the_slower_of_the_two_limits_binds() -> None:
     work = Work(flops=100.0, activations=10.0, weights=0.0)
     row = Limits(matmul=1000.0, copy=4000.0).of(work, "fp32", 1, 5.0)
-    assert row["bound_by"] == "matmul" and row["limit_images_per_second"] == 10 and row["of_matmul"] == 0.5
+    assert (
+        row["bound_by"] == "matmul"
+        and row["limit_images_per_second"] == 10
+        and row["of_matmul"] == 0.5
+    )
     assert Limits(matmul=1000.0, copy=40.0).of(work, "fp32", 1, 0.5)["bound_by"] == "copy"
 
 
@@ -118,7 +154,16 @@ def test_an_error_of_any_type_costs_its_row_only(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_ends_in_an_error_says_its_type(tiny: Path, tmp_path: Path) -> None:
-    job = Job(str(tiny), "eager", "fp32", "cpu", str(tmp_path / "absent.npy"), [1], repeats=1, seconds=0.01)
+    job = Job(
+        str(tiny),
+        "eager",
+        "fp32",
+        "cpu",
+        str(tmp_path / "absent.npy"),
+        [1],
+        repeats=1,
+        seconds=0.01,
+    )
     job_file(job, tmp_path / "job.json")
     main(tmp_path / "job.json")
     assert read_json(tmp_path / "job.result")["reason"].startswith("FileNotFoundError: ")
@@ -136,5 +181,10 @@ def test_checked_features_come_from_calls_of_the_measured_size(batch: int) -> No
             numbers = images[:, 0, 0, :1].astype(np.float32)
             return numbers, numbers
 
-    engine, images = Numbered(), np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
-    assert checked_features(engine, images, batch)[:, 0].tolist() == list(range(16)) and engine.sizes == {batch}
+    engine, images = (
+        Numbered(),
+        np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3),
+    )
+    assert checked_features(engine, images, batch)[:, 0].tolist() == list(
+        range(16)
+    ) and engine.sizes == {batch}

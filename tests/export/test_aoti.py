@@ -40,14 +40,21 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("compiler", "told"),
-    [(None, "No working C++ compiler"), (BROKEN, "(model.cpp:7:10: fatal error: cuda.h: No such file or directory)")],
+    [
+        (None, "No working C++ compiler"),
+        (BROKEN, "(model.cpp:7:10: fatal error: cuda.h: No such file or directory)"),
+    ],
 )
-def test_a_compiler_that_fails_is_one_sentence(compiler: str | None, told: str, tiny: Path, tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_one_sentence(
+    compiler: str | None, told: str, tiny: Path, tmp_path: Path
+) -> None:
     script = tmp_path / "c++"
     if compiler:
         script.write_text(compiler)
         script.chmod(0o755)
-    fresh_cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # or what was compiled before would be taken
+    fresh_cache = {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")
+    }  # or what was compiled before would be taken
     command = [sys.executable, "-c", CODE, str(tiny), str(tmp_path)]
     environment = {**os.environ, "CXX": str(script), **fresh_cache}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -64,7 +71,9 @@ def test_a_package_for_one_image_a_call_takes_more_in_pieces(tiny: Path, tmp_pat
     np.testing.assert_allclose(engine.run(images)[0], features, atol=1e-5)
 
 
-def test_float32_is_no_tf32_once_an_engine_is_open(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_is_no_tf32_once_an_engine_is_open(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2)
     torch.backends.cudnn.allow_tf32 = True

@@ -45,7 +45,9 @@ def test_the_graph_keeps_the_contract(exported: Path) -> None:
 
 
 def test_the_engine_says_what_the_checkpoint_says(exported: Path) -> None:
-    source = load_source(exported / "fold_1" / BEST, 1, ExportSettings(config="tiny", model_dir=exported))
+    source = load_source(
+        exported / "fold_1" / BEST, 1, ExportSettings(config="tiny", model_dir=exported)
+    )
     images = np.random.default_rng(5).integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)
     features, logits = load(exported / "fold_1" / "model.onnx", "cpu").run(images)
     with torch.inference_mode():
@@ -60,7 +62,12 @@ def test_the_manifest_ties_the_artifact_to_its_checkpoint(exported: Path) -> Non
         assert (manifest["name"], manifest["fold"], manifest["format"]) == ("tiny", fold, "onnx")
         assert manifest["made_from"]["sha256"] == sha256(exported / f"fold_{fold}" / BEST)
         parity = manifest["parity"]
-        assert [name for name in parity if name.startswith("batch_")] == ["batch_1", "batch_2", "batch_8", "batch_16"]
+        assert [name for name in parity if name.startswith("batch_")] == [
+            "batch_1",
+            "batch_2",
+            "batch_8",
+            "batch_16",
+        ]
         assert all(parity[f"batch_{size}"]["cosine"] >= 0.99999 for size in (1, 2, 8, 16))
         assert parity["rank_correlation"] > 0.9999 and abs(parity["pauc_change"]) < 1e-3
 
@@ -117,7 +124,9 @@ class Wrong:
     ],
 )
 def test_the_gate_stops_a_wrong_engine(exported: Path, change: str, words: str) -> None:
-    source = load_source(exported / "fold_0" / BEST, 0, ExportSettings(config="tiny", model_dir=exported))
+    source = load_source(
+        exported / "fold_0" / BEST, 0, ExportSettings(config="tiny", model_dir=exported)
+    )
     engine = load(exported / "fold_0" / "model.onnx", "cpu")
     assert check_parity(source.reference, engine, TOLERANCES["fp32"], (1, 8))
     with pytest.raises(ParityError, match=words):
@@ -132,7 +141,9 @@ def test_cosine_is_the_worst_images() -> None:
     assert compare((features, logits), (turned, logits))["cosine"] == pytest.approx(np.sqrt(0.5))
 
 
-def test_a_failed_gate_leaves_no_artifact_and_exits_1(run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_gate_leaves_no_artifact_and_exits_1(
+    run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from export import onnx_graph
 
     real_build = onnx_graph.build
@@ -158,9 +169,15 @@ def test_a_failed_gate_leaves_no_artifact_and_exits_1(run: Path, cli: Cli, monke
 def test_bad_input_is_one_sentence(run: Path, cli: Cli, tmp_path: Path) -> None:
     for flags, words in (
         (["--config", "other", "--model_dir", run], "is fold 0 of tiny, not fold 0 of other"),
-        (["--config", "tiny", "--model_dir", tmp_path / "none"], "run `python -m train --config tiny` first"),
+        (
+            ["--config", "tiny", "--model_dir", tmp_path / "none"],
+            "run `python -m train --config tiny` first",
+        ),
         (["--config", "tiny", "--model_dir", run, "--fold", 7], "no fold 7"),
-        (["--config", "tiny", "--model_dir", run, "--force", "--data", tmp_path / "none"], "no such folder"),
+        (
+            ["--config", "tiny", "--model_dir", run, "--force", "--data", tmp_path / "none"],
+            "no such folder",
+        ),
     ):
         ended = cli("export", *flags)
         assert ended.code == 2 and words in ended.err and ended.err.count("\n") == 1

@@ -12,7 +12,16 @@ from infer.engines import load
 from isic.errors import UserError
 from isic.files import read_manifest
 
-FLAGS = ("--formats", "onnx,aoti,tensorrt_rtx", "--precision", "fp16", "--max_batch", 16, "--opt_batch", 8)
+FLAGS = (
+    "--formats",
+    "onnx,aoti,tensorrt_rtx",
+    "--precision",
+    "fp16",
+    "--max_batch",
+    16,
+    "--opt_batch",
+    8,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +46,38 @@ def names(folder: Path) -> set[str]:
 
 def test_one_command_makes_them_all(first: Path) -> None:
     made = names(first)
-    package, plan = (next(name for name in made if name.endswith(suffix)) for suffix in (".pt2", ".plan"))
+    package, plan = (
+        next(name for name in made if name.endswith(suffix)) for suffix in (".pt2", ".plan")
+    )
     assert made == {"model.onnx", "model.fp16.onnx", package, plan}
     results = json.loads((first / "parity.json").read_text())
     assert all(result["passed"] for result in results.values())
     assert set(results) == made - {plan}, "no GPU has run the plan"
     images = np.random.default_rng(3).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
-    exact, *others = (load(first / name).run(images)[0] for name in ("model.onnx", "model.fp16.onnx", package))
+    exact, *others = (
+        load(first / name).run(images)[0] for name in ("model.onnx", "model.fp16.onnx", package)
+    )
     assert all(0 < np.abs(exact - other).max() < 0.05 for other in others)
 
 
 def test_what_is_up_to_date_stays_until_an_option_changes(run: Path, first: Path, cli: Cli) -> None:
-    base = ("export", "--config", "tiny", "--model_dir", run, "--fold", 0, "--formats", "onnx,tensorrt_rtx")
+    base = (
+        "export",
+        "--config",
+        "tiny",
+        "--model_dir",
+        run,
+        "--fold",
+        0,
+        "--formats",
+        "onnx,tensorrt_rtx",
+    )
     base = (*base, "--precision", "fp16")
     assert cli(*base, "--max_batch", 16, "--opt_batch", 8).out.count("up to date") == 2
     ended = cli(*base, "--max_batch", 32, "--opt_batch", 8)
-    assert ended.code == 0 and ended.out.count("up to date") == 1, "the batch profile is no matter of the ONNX file"
+    assert ended.code == 0 and ended.out.count("up to date") == 1, (
+        "the batch profile is no matter of the ONNX file"
+    )
     assert "not gated" in ended.out
 
 
@@ -67,8 +92,12 @@ def test_a_package_for_another_machine_is_not_loaded(first: Path, tmp_path: Path
     package = next(first.glob("*.pt2"))
     manifest = json.loads((first / f"{package.name}.json").read_text())
     copy = Path(shutil.copy(package, tmp_path))
-    (tmp_path / f"{package.name}.json").write_text(json.dumps({**manifest, "architecture": "cpu-sparc"}))
-    with pytest.raises(UserError, match=r"was compiled for cpu-sparc, this is cpu-.*--formats aoti --device cpu"):
+    (tmp_path / f"{package.name}.json").write_text(
+        json.dumps({**manifest, "architecture": "cpu-sparc"})
+    )
+    with pytest.raises(
+        UserError, match=r"was compiled for cpu-sparc, this is cpu-.*--formats aoti --device cpu"
+    ):
         load(copy)
     with pytest.raises(UserError, match="no NVIDIA GPU"):
         load(package, "cuda")
@@ -77,10 +106,23 @@ def test_a_package_for_another_machine_is_not_loaded(first: Path, tmp_path: Path
 def test_embed_takes_the_engine_that_is_named(
     run: Path, first: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    base = ("infer", "embed", "--config", "tiny", "--model_dir", run, "--data", synth_dataset, "--split", "test")
+    base = (
+        "infer",
+        "embed",
+        "--config",
+        "tiny",
+        "--model_dir",
+        run,
+        "--data",
+        synth_dataset,
+        "--split",
+        "test",
+    )
     base = (*base, "--output_dir", tmp_path)
     ended = cli(*base, "--engine", "onnx")
-    assert ended.code == 2 and "has model.fp16.onnx, model.onnx; choose with --precision" in ended.err
+    assert (
+        ended.code == 2 and "has model.fp16.onnx, model.onnx; choose with --precision" in ended.err
+    )
     ended = cli(*base, "--engine", "onnx", "--precision", "int8")
     assert ended.code == 2 and "no fold_<k> with onnx in int8; run `python -m export" in ended.err
     ended = cli(*base, "--engine", "tensorrt_rtx")
@@ -94,6 +136,9 @@ def test_check_gates_what_is_there(run: Path, first: Path, cli: Cli) -> None:
     before = read_manifest(first / "model.onnx")
     assert cli(*base).code == 0
     after = read_manifest(first / "model.onnx")
-    assert after["parity"].keys() == before["parity"].keys() and after["made_from"] == before["made_from"]
+    assert (
+        after["parity"].keys() == before["parity"].keys()
+        and after["made_from"] == before["made_from"]
+    )
     ended = cli(*base, "--fold", 1, "--precision", "fp16")
     assert ended.code == 2 and "no such file" in ended.err

@@ -23,14 +23,22 @@ from train.model import Classifier, create_model, preprocess_spec
 
 POINTWISE = "test_efficientnet"
 """A network of 1x1 convolutions, two of them wide."""
-SIZES = {POINTWISE: 64, "test_vit3": 64, "test_convnext": 64, "test_convnext3": 64, "eva02_tiny_patch14_224": 56}
+SIZES = {
+    POINTWISE: 64,
+    "test_vit3": 64,
+    "test_convnext": 64,
+    "test_convnext3": 64,
+    "eva02_tiny_patch14_224": 56,
+}
 """A small network of each family and its image size; test_convnext3 has GRN."""
 
 
 @cache
 def network(name: str) -> tuple[Classifier, Reference]:
     model = create_model(TrainSettings(model=name, pretrained=False, image_size=SIZES[name])).eval()
-    images = np.random.default_rng(1).integers(0, 256, (25, SIZES[name], SIZES[name], 3), dtype=np.uint8)
+    images = np.random.default_rng(1).integers(
+        0, 256, (25, SIZES[name], SIZES[name], 3), dtype=np.uint8
+    )
     return model, Reference(model, images)
 
 
@@ -68,9 +76,15 @@ def test_onnx_passes_the_gate(name: str, precision: str, tmp_path: Path) -> None
     engine = built(model, target, tmp_path)
     assert check_parity(reference, engine, TOLERANCES[precision], target.batch_sizes)
     whole, alone = engine.run(reference.images)[0], engine.run(reference.images[3:4])[0]
-    np.testing.assert_array_equal(whole[3:4], alone, "an image's features are its own, whatever the batch")
-    said = {prop.key: prop.value for prop in onnx.load(next(tmp_path.glob("*.onnx"))).metadata_props}
-    assert said["name"] == name and said["precision"] == precision and '"size":' in said["preprocess"]
+    np.testing.assert_array_equal(
+        whole[3:4], alone, "an image's features are its own, whatever the batch"
+    )
+    said = {
+        prop.key: prop.value for prop in onnx.load(next(tmp_path.glob("*.onnx"))).metadata_props
+    }
+    assert (
+        said["name"] == name and said["precision"] == precision and '"size":' in said["preprocess"]
+    )
 
 
 def test_wide_1x1_convolutions_are_quantized(tmp_path: Path) -> None:
@@ -78,7 +92,9 @@ def test_wide_1x1_convolutions_are_quantized(tmp_path: Path) -> None:
     names = {name for name, _ in model.named_parameters()}
     built(model, target_of(POINTWISE, "onnx", "int8"), tmp_path)
     products = [node.op_type for node in onnx.load(next(tmp_path.glob("*.onnx"))).graph.node]
-    assert products.count("MatMulInteger") >= 2 and "Conv" in products, "the narrow and the spatial ones stay"
+    assert products.count("MatMulInteger") >= 2 and "Conv" in products, (
+        "the narrow and the spatial ones stay"
+    )
     assert names == {name for name, _ in model.named_parameters()}, "the model itself is left alone"
 
 
@@ -100,21 +116,35 @@ def test_aoti_passes_the_gate(tmp_path: Path) -> None:
     target = target_of("test_convnext3", "aoti", "bf16", max_batch=16, opt_batch=8)
     engine = built(model, target, tmp_path)
     assert check_parity(reference, engine, TOLERANCES["bf16"], target.batch_sizes)
-    whole, pieces = engine.run(reference.images), [engine.run(part) for part in np.split(reference.images, 4)]
-    np.testing.assert_allclose(whole[1], np.concatenate([logits for _, logits in pieces]), atol=1e-2)
+    whole, pieces = (
+        engine.run(reference.images),
+        [engine.run(part) for part in np.split(reference.images, 4)],
+    )
+    np.testing.assert_allclose(
+        whole[1], np.concatenate([logits for _, logits in pieces]), atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("opset", [20, ATTENTION_OPSET])
 @pytest.mark.parametrize("name", ["test_vit3", "test_convnext3"])
 def test_normalisation_and_softmax_stay_in_float32(name: str, opset: int) -> None:
-    graph = onnx.shape_inference.infer_shapes(trace(lowered(network(name)[0], "fp16"), SIZES[name], opset))
-    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.graph.value_info, *graph.graph.input)}
+    graph = onnx.shape_inference.infer_shapes(
+        trace(lowered(network(name)[0], "fp16"), SIZES[name], opset)
+    )
+    kinds = {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*graph.graph.value_info, *graph.graph.input)
+    }
     kinds |= {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
     half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
     seen: dict[str, set[int]] = {}
     for node in graph.graph.node:
-        assert not [attribute for attribute in node.attribute if attribute.name == "softmax_precision"]
-        seen.setdefault(node.op_type, set()).update(kinds[name] for name in node.input if name in kinds)
+        assert not [
+            attribute for attribute in node.attribute if attribute.name == "softmax_precision"
+        ]
+        seen.setdefault(node.op_type, set()).update(
+            kinds[name] for name in node.input if name in kinds
+        )
     assert seen["LayerNormalization"] == {single}
     assert seen.get("Softmax", {single}) == {single} and seen.get("ReduceL2", {single}) <= {
         single,
@@ -140,12 +170,16 @@ class Fixed:
     device = "cpu"
 
     def __init__(self, reference: Reference, logits: NDArray[np.float32]) -> None:
-        self.answers = dict(zip((image.tobytes() for image in reference.images), logits, strict=True))
+        self.answers = dict(
+            zip((image.tobytes() for image in reference.images), logits, strict=True)
+        )
         self.features = dict(zip(self.answers, reference.outputs[0], strict=True))
 
     def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         keys = [image.tobytes() for image in images]
-        return np.stack([self.features[key] for key in keys]), np.stack([self.answers[key] for key in keys])
+        return np.stack([self.features[key] for key in keys]), np.stack(
+            [self.answers[key] for key in keys]
+        )
 
 
 def test_the_order_of_the_logits_counts_and_so_does_the_score() -> None:
@@ -155,13 +189,20 @@ def test_the_order_of_the_logits_counts_and_so_does_the_score() -> None:
     target[order[-12:]] = 1
     reference = Reference(model, plain.images[: plain.num_real], target)
     tolerance = replace(TOLERANCES["fp32"], max_logit_error=1e9)
-    assert check_parity(reference, Fixed(reference, reference.outputs[1]), tolerance, (4,))["pauc_change"] == 0
+    assert (
+        check_parity(reference, Fixed(reference, reference.outputs[1]), tolerance, (4,))[
+            "pauc_change"
+        ]
+        == 0
+    )
     swapped = reference.outputs[1].copy()
     swapped[[order[0], order[-1]]] = swapped[[order[-1], order[0]]]
     with pytest.raises(ParityError, match="rank correlation"):
         check_parity(reference, Fixed(reference, swapped), tolerance, (4,))
     with pytest.raises(ParityError, match="pAUC changes by -"):
-        check_parity(reference, Fixed(reference, swapped), replace(tolerance, min_rank_correlation=0.0), (4,))
+        check_parity(
+            reference, Fixed(reference, swapped), replace(tolerance, min_rank_correlation=0.0), (4,)
+        )
 
 
 def test_formats_and_precisions_are_chosen_as_asked() -> None:

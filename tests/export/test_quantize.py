@@ -58,7 +58,9 @@ def images_of(size: int, count: int, seed: int) -> NDArray[np.uint8]:
 def network(name: str) -> Classifier:
     torch.manual_seed(0)
     options = FAMILIES[name]
-    model = Classifier(timm.create_model(name, num_classes=0, **options), PreprocessSpec(size=size_of(name))).eval()
+    model = Classifier(
+        timm.create_model(name, num_classes=0, **options), PreprocessSpec(size=size_of(name))
+    ).eval()
     for key, parameter in model.named_parameters():
         if key.endswith("gamma"):
             torch.nn.init.constant_(parameter, 0.5)  # or the branches of a ConvNeXt would not count
@@ -71,7 +73,9 @@ def size_of(name: str) -> int:
 
 @cache
 def base_graph(name: str) -> bytes:
-    traced: bytes = trace(lowered(network(name), BASE), size_of(name), ATTENTION_OPSET).SerializeToString()
+    traced: bytes = trace(
+        lowered(network(name), BASE), size_of(name), ATTENTION_OPSET
+    ).SerializeToString()
     return traced
 
 
@@ -89,7 +93,9 @@ def test_the_graph_passes_the_gate_on_images_that_it_was_not_calibrated_on(
     name: str, precision: str, tmp_path: Path
 ) -> None:
     quantized(name, precision, tmp_path / "model.onnx")
-    engine = create(tmp_path / "model.onnx", {"format": "onnx", "preprocess": {"size": size_of(name)}}, "cpu")
+    engine = create(
+        tmp_path / "model.onnx", {"format": "onnx", "preprocess": {"size": size_of(name)}}, "cpu"
+    )
     reference = Reference(network(name), images_of(size_of(name), 32, seed=2))
     worst = check_parity(reference, engine, TOLERANCES[precision], (1, 8))["batch_8"]
     assert worst["cosine"] < 0.999999, "it is quantized"
@@ -114,20 +120,40 @@ def test_what_is_quantized_and_how(name: str, precision: str, tmp_path: Path) ->
             assert scale.data_type == TensorProto.FLOAT16 and zero.data_type == kind.code
             assert not any(zero.raw_data) and (numpy_helper.to_array(scale) > 0).all()
         assert list(constants[activation.input[1]].dims) == [], "one scale a tensor"
-        assert max(constants[weight.input[0]].dims) >= constants[weight.input[1]].dims[0] > 1, "one a channel"
+        assert max(constants[weight.input[0]].dims) >= constants[weight.input[1]].dims[0] > 1, (
+            "one a channel"
+        )
         assert all(constants[bias].data_type == TensorProto.FLOAT16 for bias in node.input[2:])
     rest = [node for node in products if node not in low]
     assert sum(node.op_type == "Gemm" for node in rest) == 1, "the head"
-    assert all(constants[node.input[1]].dims[1] < 16 for node in rest if node.op_type == "Conv" and precision == "int8")
+    assert all(
+        constants[node.input[1]].dims[1] < 16
+        for node in rest
+        if node.op_type == "Conv" and precision == "int8"
+    )
     assert len(low) == 8 + (3 if name == "test_convnext3" and precision == "int8" else 0)
-    assert next(node for node in graph.node if "images" in node.input and node.op_type != "Shape").op_type == "Cast"
+    assert (
+        next(
+            node for node in graph.node if "images" in node.input and node.op_type != "Shape"
+        ).op_type
+        == "Cast"
+    )
 
 
 def test_a_quantized_weight_is_within_half_a_step(tmp_path: Path) -> None:
-    before = {t.name: t for t in onnx.load_from_string(base_graph("test_convnext3")).graph.initializer}
+    before = {
+        t.name: t for t in onnx.load_from_string(base_graph("test_convnext3")).graph.initializer
+    }
     graph = quantized("test_convnext3", "int8", tmp_path / "model.onnx").graph
-    after = {tensor.name: numpy_helper.to_array(tensor).astype(np.float32) for tensor in graph.initializer}
-    axes = {node.input[0]: node.attribute[0].i for node in graph.node if node.attribute and node.input[0] in after}
+    after = {
+        tensor.name: numpy_helper.to_array(tensor).astype(np.float32)
+        for tensor in graph.initializer
+    }
+    axes = {
+        node.input[0]: node.attribute[0].i
+        for node in graph.node
+        if node.attribute and node.input[0] in after
+    }
     weights = [name.removesuffix("_quantized") for name in after if name.endswith("_quantized")]
     assert len(weights) == 11
     for name in weights:
@@ -156,11 +182,15 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def compiled_products(said: list[str]) -> dict[str, str]:
     """Returns the type of the first input of each matrix product of a plan, by its name."""
-    found = (re.match(r"Name: (\S+), LayerType: gemm, Inputs:.*?Datatype: (\w+)", line) for line in said)
+    found = (
+        re.match(r"Name: (\S+), LayerType: gemm, Inputs:.*?Datatype: (\w+)", line) for line in said
+    )
     return {match[1]: match[2] for match in found if match}
 
 
-@pytest.mark.parametrize(("precision", "dtype", "compiled"), [("int8", "int8", "Int8"), ("fp8", "float8", "FP8")])
+@pytest.mark.parametrize(
+    ("precision", "dtype", "compiled"), [("int8", "int8", "Int8"), ("fp8", "float8", "FP8")]
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_compiles_to_products_of_the_quantized_type(
     name: str, precision: str, dtype: str, compiled: str, tmp_path: Path, said: list[str]
@@ -168,9 +198,15 @@ def test_every_family_compiles_to_products_of_the_quantized_type(
     quantized(name, precision, tmp_path / "model.onnx")
     options = options_for(precision, RTX, PlanOptions(opt_batch=4, max_batch=8))
     facts = build_plan(tmp_path / "model.onnx", tmp_path / "model.plan", RTX, options)
-    assert facts.architectures == (("sm80plus",) if precision == "int8" else ("sm89", "sm120", "sm121"))
-    assert facts.layers["matrix_multiply"] == {dtype: NUM_PRODUCTS[name], "float32": 1}, "all but the head"
-    assert {kind for dtypes in ("normalization", "softmax") for kind in facts.layers.get(dtypes, {})} <= {"float32"}
+    assert facts.architectures == (
+        ("sm80plus",) if precision == "int8" else ("sm89", "sm120", "sm121")
+    )
+    assert facts.layers["matrix_multiply"] == {dtype: NUM_PRODUCTS[name], "float32": 1}, (
+        "all but the head"
+    )
+    assert {
+        kind for dtypes in ("normalization", "softmax") for kind in facts.layers.get(dtypes, {})
+    } <= {"float32"}
     products = {key: value for key, value in compiled_products(said).items() if "MatMul" in key}
     assert products and set(products.values()) == {compiled}
 
@@ -182,16 +218,23 @@ def test_fp8_is_not_built_for_gpus_without_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot build .*sm80.*fp8.*try another --precision"):
         build_plan(tmp_path / "model.onnx", tmp_path / "model.plan", RTX, options)
     version = import_runtime(RTX).__version__
-    assert plan_name("a", 0, "fp8", RTX, PlanOptions()) == f"a-fold_0-fp8-sm89-sm120-sm121-{RTX}_{version}.plan"
+    assert (
+        plan_name("a", 0, "fp8", RTX, PlanOptions())
+        == f"a-fold_0-fp8-sm89-sm120-sm121-{RTX}_{version}.plan"
+    )
     assert "-int8-sm80plus-" in plan_name("a", 0, "int8", RTX, PlanOptions())
 
 
 def test_what_cannot_be_quantized_is_one_sentence() -> None:
     settings = TrainSettings(model="test_efficientnet", pretrained=False, image_size=32)
     convolutions = trace(lowered(create_model(settings).eval(), BASE), 32, ATTENTION_OPSET)
-    with pytest.raises(UserError, match="no products to compute in fp8; choose another --precision"):
+    with pytest.raises(
+        UserError, match="no products to compute in fp8; choose another --precision"
+    ):
         quantize(convolutions, "fp8", images_of(32, 4, seed=1))
-    with pytest.raises(UserError, match="int8 takes images to calibrate on, and there is none; give --data"):
+    with pytest.raises(
+        UserError, match="int8 takes images to calibrate on, and there is none; give --data"
+    ):
         quantize(convolutions, "int8", images_of(32, 0, seed=1))
     loud = onnx.load_from_string(base_graph("test_vit"))
     norm = next(node.input[1] for node in loud.graph.node if node.op_type == "LayerNormalization")
@@ -204,13 +247,29 @@ def test_what_cannot_be_quantized_is_one_sentence() -> None:
 FLAGS = ("--formats", RTX, "--max_batch", 8, "--opt_batch", 4)
 
 
-def test_one_command_calibrates_on_training_images_and_says_so(trained: Path, tmp_path: Path, cli: Cli) -> None:
+def test_one_command_calibrates_on_training_images_and_says_so(
+    trained: Path, tmp_path: Path, cli: Cli
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     run = shutil.copytree(trained, tmp_path / "tiny")
-    base = ("export", "--config", "tiny", "--model_dir", run, "--fold", 0, *FLAGS, "--calibration_images", 24)
+    base = (
+        "export",
+        "--config",
+        "tiny",
+        "--model_dir",
+        run,
+        "--fold",
+        0,
+        *FLAGS,
+        "--calibration_images",
+        24,
+    )
     ended = cli(*base, "--precision", "int8,fp8")
     assert ended.code == 0 and ended.out.count("not gated") == 2
-    plans = {json.loads(path.read_text())["precision"]: path.with_suffix("") for path in run.glob("fold_0/*.plan.json")}
+    plans = {
+        json.loads(path.read_text())["precision"]: path.with_suffix("")
+        for path in run.glob("fold_0/*.plan.json")
+    }
     source = load_source(run / "fold_0" / BEST, 0, ExportSettings(config="tiny", model_dir=run))
     calibrated = calibration_sample(source, 24)
     for precision, dtype in (("int8", "int8"), ("fp8", "float8")):
@@ -223,8 +282,13 @@ def test_one_command_calibrates_on_training_images_and_says_so(trained: Path, tm
     assert not held_out & {image.tobytes() for image in calibrated}, "the gate's images are unseen"
     assert cli(*base, "--precision", "int8,fp8").out.count("up to date") == 2
     fewer = ExportSettings(config="tiny", calibration_images=23)
-    stale, calm = (target_of(source.path, 0, RTX, precision, fewer).facts["options"] for precision in ("int8", "fp16"))
-    assert stale["calibration_images"] == 23 and "calibration_images" not in calm, "float16 is not calibrated"
+    stale, calm = (
+        target_of(source.path, 0, RTX, precision, fewer).facts["options"]
+        for precision in ("int8", "fp16")
+    )
+    assert stale["calibration_images"] == 23 and "calibration_images" not in calm, (
+        "float16 is not calibrated"
+    )
 
 
 def test_a_dataset_without_training_images_is_refused(
@@ -235,8 +299,13 @@ def test_a_dataset_without_training_images_is_refused(
     data = tmp_path / "data"
     data.mkdir()
     shutil.copy(synth_dataset / "train-metadata.csv", data)
-    held_out = set(pl.read_parquet(trained / "folds.parquet").filter(pl.col("fold") == 0)["isic_id"])
-    with h5py.File(synth_dataset / "train-image.hdf5") as old, h5py.File(data / "train-image.hdf5", "w") as new:
+    held_out = set(
+        pl.read_parquet(trained / "folds.parquet").filter(pl.col("fold") == 0)["isic_id"]
+    )
+    with (
+        h5py.File(synth_dataset / "train-image.hdf5") as old,
+        h5py.File(data / "train-image.hdf5", "w") as new,
+    ):
         for name in held_out:
             new.create_dataset(name, data=old[name][()])
     run = shutil.copytree(trained, tmp_path / "tiny")

@@ -68,7 +68,9 @@ def graph(name: str, precision: str, path: Path) -> Path:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float16 graph with a mask that builds in a second."""
-    model = create_model(TrainSettings(model="test_efficientnet", pretrained=False, image_size=32, mask_weight=1.0))
+    model = create_model(
+        TrainSettings(model="test_efficientnet", pretrained=False, image_size=32, mask_weight=1.0)
+    )
     return write_graph(model, 32, "fp16", tmp_path_factory.mktemp("graph") / "model.onnx")
 
 
@@ -80,7 +82,9 @@ def built(onnx_path: Path, plan: Path, options: PlanOptions = OPTIONS) -> PlanFa
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("precision", LOW)
-def test_every_family_builds_in_its_precision_with_float32_islands(name: str, precision: str, tmp_path: Path) -> None:
+def test_every_family_builds_in_its_precision_with_float32_islands(
+    name: str, precision: str, tmp_path: Path
+) -> None:
     size = FAMILIES[name].get("img_size", 32)
     facts = built(graph(name, precision, tmp_path / "model.onnx"), tmp_path / "model.plan")
     layers = facts.layers
@@ -95,12 +99,16 @@ def test_every_family_builds_in_its_precision_with_float32_islands(name: str, pr
         assert set(layers.get(kind, {})) <= {"float32"}, f"{kind} is a float32 island"
     assert layers["normalization"]["float32"] > 4
     assert layers["convolution"] == {LOW[precision]: layers["convolution"][LOW[precision]]}
-    assert layers["matrix_multiply"][LOW[precision]] > 4 and layers["matrix_multiply"]["float32"] == 1, "the head"
+    assert (
+        layers["matrix_multiply"][LOW[precision]] > 4 and layers["matrix_multiply"]["float32"] == 1
+    ), "the head"
 
 
 @pytest.mark.parametrize("config", find_configs(("all",)))
 @pytest.mark.parametrize("precision", LOW)
-def test_every_config_builds(config: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_config_builds(
+    config: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def shallow(settings: TrainSettings) -> dict[str, Any]:
         few = (options for name, options in SHALLOW.items() if settings.model.startswith(name))
         return backbone_options(settings) | next(few, {})
@@ -108,23 +116,34 @@ def test_every_config_builds(config: str, precision: str, tmp_path: Path, monkey
     monkeypatch.setattr(train.model, "backbone_options", shallow)
     fresh = create_fresh(config)
     facts = built(
-        write_graph(fresh.model, fresh.spec.size, precision, tmp_path / "model.onnx"), tmp_path / "model.plan"
+        write_graph(fresh.model, fresh.spec.size, precision, tmp_path / "model.onnx"),
+        tmp_path / "model.plan",
     )
     assert set(facts.tensors) == {"images", *fresh.model.output_names}
     assert facts.tensors["images"]["shape"] == [-1, fresh.spec.size, fresh.spec.size, 3]
-    assert facts.tensors["features"] == {"dtype": "float32", "shape": [-1, fresh.model.num_features]}
-    assert facts.layers["convolution"] == {LOW[precision]: facts.layers["convolution"][LOW[precision]]}
+    assert facts.tensors["features"] == {
+        "dtype": "float32",
+        "shape": [-1, fresh.model.num_features],
+    }
+    assert facts.layers["convolution"] == {
+        LOW[precision]: facts.layers["convolution"][LOW[precision]]
+    }
     assert set(facts.layers.get("normalization", {})) <= {"float32"}
 
 
-def test_float32_builds_and_an_attention_without_a_fused_kernel_is_decomposed(tmp_path: Path) -> None:
+def test_float32_builds_and_an_attention_without_a_fused_kernel_is_decomposed(
+    tmp_path: Path,
+) -> None:
     facts = built(graph("test_vit", "fp32", tmp_path / "model.onnx"), tmp_path / "model.plan")
     assert {dtype for counts in facts.layers.values() for dtype in counts} == {"float32"}
     assert "attention_input" in facts.layers
 
 
 def test_a_mask_is_an_output_too(tiny: Path, tmp_path: Path) -> None:
-    assert built(tiny, tmp_path / "model.plan").tensors["mask"] == {"dtype": "float32", "shape": [-1, 16, 16]}
+    assert built(tiny, tmp_path / "model.plan").tensors["mask"] == {
+        "dtype": "float32",
+        "shape": [-1, 16, 16],
+    }
 
 
 def test_architectures_are_named_and_built(tiny: Path, tmp_path: Path) -> None:
@@ -155,7 +174,9 @@ def renamed(source: Path, path: Path, change: str) -> Path:
         half = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT16, ["batch", 1])
         for node in model.graph.node:
             node.output[:] = ["logits_32" if name == "logits" else name for name in node.output]
-        model.graph.node.append(onnx.helper.make_node("Cast", ["logits_32"], ["logits"], to=onnx.TensorProto.FLOAT16))
+        model.graph.node.append(
+            onnx.helper.make_node("Cast", ["logits_32"], ["logits"], to=onnx.TensorProto.FLOAT16)
+        )
         outputs = [half if output.name == "logits" else output for output in model.graph.output]
         del model.graph.output[:]
         model.graph.output.extend(outputs)
@@ -230,7 +251,10 @@ def test_options_are_checked() -> None:
     with pytest.raises(ValidationError, match="stands alone"):
         PlanOptions(compute_capabilities=("CURRENT", "SM89"))
     check_options(PlanOptions(compute_capabilities=("SM89",)), ["tensorrt", RTX])
-    for options, flavour in (({"compute_capabilities": ("SM89",)}, "tensorrt"), ({"version_compatible": True}, RTX)):
+    for options, flavour in (
+        ({"compute_capabilities": ("SM89",)}, "tensorrt"),
+        ({"version_compatible": True}, RTX),
+    ):
         with pytest.raises(UserError, match=re.escape(f"--{next(iter(options))} is for --formats")):
             check_options(PlanOptions(**options), [flavour])
 
@@ -244,4 +268,6 @@ def test_without_a_gpu_or_the_library_it_is_one_sentence(tiny: Path, tmp_path: P
     assert str(raised.value) == reason
     if works(RTX) is not None:
         with pytest.raises(UserError, match="no NVIDIA GPU can be used here"):
-            build_plan(tiny, tmp_path / "model.plan", RTX, PlanOptions(compute_capabilities=("CURRENT",)))
+            build_plan(
+                tiny, tmp_path / "model.plan", RTX, PlanOptions(compute_capabilities=("CURRENT",))
+            )

@@ -13,7 +13,9 @@ from isic.errors import UserError
 from isic.files import manifest_path, read_manifest, sha256, write_manifest
 
 text_format = pytest.importorskip("google.protobuf.text_format")
-schema = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="Triton's published schema is not installed")
+schema = pytest.importorskip(
+    "tritonclient.grpc.model_config_pb2", reason="Triton's published schema is not installed"
+)
 
 
 def parsed(root: Path, model: str) -> Any:
@@ -22,7 +24,9 @@ def parsed(root: Path, model: str) -> Any:
 
 
 def tensors(fields: Any) -> dict[str, tuple[str, list[int]]]:
-    return {field.name: (schema.DataType.Name(field.data_type), list(field.dims)) for field in fields}
+    return {
+        field.name: (schema.DataType.Name(field.data_type), list(field.dims)) for field in fields
+    }
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +41,17 @@ def repository(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_a_folds_model_is_as_triton_wants_it(repository: Path, exported: Path) -> None:
     config = parsed(repository, "tiny_fold_1")
-    assert (config.name, config.backend, config.max_batch_size) == ("tiny_fold_1", "onnxruntime", 256)
+    assert (config.name, config.backend, config.max_batch_size) == (
+        "tiny_fold_1",
+        "onnxruntime",
+        256,
+    )
     assert tensors(config.input) == {"images": ("TYPE_UINT8", [32, 32, 3])}
     assert tensors(config.output) == {"features": ("TYPE_FP32", [64]), "logits": ("TYPE_FP32", [1])}
-    assert config.HasField("dynamic_batching") and config.dynamic_batching.max_queue_delay_microseconds > 0
+    assert (
+        config.HasField("dynamic_batching")
+        and config.dynamic_batching.max_queue_delay_microseconds > 0
+    )
     assert config.instance_group[0].kind == schema.ModelInstanceGroup.KIND_AUTO
     manifest = read_manifest(exported / "fold_1" / "model.onnx")
     assert json.loads(config.parameters["preprocess"].string_value) == manifest["preprocess"]
@@ -52,7 +63,9 @@ def test_the_ensemble_routes_every_tensor_it_names(repository: Path) -> None:
     """Every input of a step is the ensemble's or another step's output, of the same type and shape."""
     config = parsed(repository, "tiny")
     assert config.platform == "ensemble" and (repository / "tiny" / "1").is_dir()
-    assert not config.instance_group and not config.HasField("dynamic_batching"), "Triton refuses both"
+    assert not config.instance_group and not config.HasField("dynamic_batching"), (
+        "Triton refuses both"
+    )
     known = tensors(config.input)
     for step in config.ensemble_scheduling.step:
         model = parsed(repository, step.model_name)
@@ -66,7 +79,9 @@ def test_the_ensemble_routes_every_tensor_it_names(repository: Path) -> None:
     assert all(known[name] == tensor for name, tensor in outputs.items())
 
 
-def test_the_steps_run_one_after_another_give_the_mean_of_the_folds(repository: Path, exported: Path) -> None:
+def test_the_steps_run_one_after_another_give_the_mean_of_the_folds(
+    repository: Path, exported: Path
+) -> None:
     """The ensemble's steps, run in ONNX Runtime as Triton routes them, against the toolkit's own engines."""
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     tensors: dict[str, Any] = {"images": images}
@@ -74,7 +89,9 @@ def test_the_steps_run_one_after_another_give_the_mean_of_the_folds(repository: 
         session = ort.InferenceSession(
             repository / step.model_name / "1" / "model.onnx", providers=["CPUExecutionProvider"]
         )
-        values = session.run(list(step.output_map), {name: tensors[key] for name, key in step.input_map.items()})
+        values = session.run(
+            list(step.output_map), {name: tensors[key] for name, key in step.input_map.items()}
+        )
         tensors |= dict(zip(step.output_map.values(), values, strict=True))
     engines = [load(exported / f"fold_{fold}" / "model.onnx", "cpu") for fold in range(3)]
     mean = np.mean([engine.run(images)[1] for engine in engines], axis=0)
@@ -85,7 +102,9 @@ def test_the_steps_run_one_after_another_give_the_mean_of_the_folds(repository: 
 
 def test_the_mean_takes_any_number_of_folds_and_images() -> None:
     names = [f"logits_{fold}" for fold in range(5)]
-    session = ort.InferenceSession(mean_model(names).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        mean_model(names).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     logits = np.random.default_rng(0).normal(size=(5, 7, 1)).astype(np.float32)
     mean, _ = session.run(None, dict(zip(names, logits, strict=True)))
     np.testing.assert_allclose(mean, logits.mean(axis=0), atol=1e-6)
@@ -103,11 +122,15 @@ def plan_manifest(exported: Path, fold: int, path: Path, **changes: Any) -> Path
     }
     plan = {"profile": {"min": 1, "opt": 16, "max": 32}, "tensors": tensors}
     fields = {**manifest, "format": "tensorrt", "plan": plan, **changes}
-    write_manifest(path, **{key: fields[key] for key in fields if key not in {"artifact", "sha256"}})
+    write_manifest(
+        path, **{key: fields[key] for key in fields if key not in {"artifact", "sha256"}}
+    )
     return path
 
 
-def test_plans_are_served_within_their_profile_and_masks_side_by_side(exported: Path, tmp_path: Path) -> None:
+def test_plans_are_served_within_their_profile_and_masks_side_by_side(
+    exported: Path, tmp_path: Path
+) -> None:
     paths = [plan_manifest(exported, fold, tmp_path / f"{fold}.plan") for fold in range(2)]
     write_repository(tmp_path / "models", paths)
     config = parsed(tmp_path / "models", "tiny_fold_0")
@@ -120,10 +143,14 @@ def test_plans_are_served_within_their_profile_and_masks_side_by_side(exported: 
     assert parsed(tmp_path / "models", "tiny").max_batch_size == 32
 
 
-def test_one_fold_needs_no_ensemble_and_a_second_writing_replaces_the_first(exported: Path, tmp_path: Path) -> None:
+def test_one_fold_needs_no_ensemble_and_a_second_writing_replaces_the_first(
+    exported: Path, tmp_path: Path
+) -> None:
     (tmp_path / "other").mkdir()
     for fold in (2, 2):
-        assert write_repository(tmp_path, [exported / f"fold_{fold}" / "model.onnx"]) == ["tiny_fold_2"]
+        assert write_repository(tmp_path, [exported / f"fold_{fold}" / "model.onnx"]) == [
+            "tiny_fold_2"
+        ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "tiny_fold_2"]
 
 

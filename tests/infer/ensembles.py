@@ -17,21 +17,30 @@ NUM_FOLDS = 3
 ENGINES = {"0": "a", "1": "b", "2": "c"}
 
 
-def write_dataset(root: Path, num_train: int = 400, num_positives: int = 60, num_test: int = 30) -> Path:
+def write_dataset(
+    root: Path, num_train: int = 400, num_positives: int = 60, num_test: int = 30
+) -> Path:
     """Writes a dataset of tables only: 40 patients to train on, others to score, one of an unseen institution."""
     rng = np.random.default_rng(3)
     root.mkdir(parents=True)
     train = draw_rows(
-        [f"ISIC_1{i:06d}" for i in range(num_train)], [f"IP_1{i:06d}" for i in range(40)], num_positives, rng
+        [f"ISIC_1{i:06d}" for i in range(num_train)],
+        [f"IP_1{i:06d}" for i in range(40)],
+        num_positives,
+        rng,
     )
-    test = draw_rows([f"ISIC_2{i:06d}" for i in range(num_test)], [f"IP_2{i:06d}" for i in range(6)], 3, rng)
+    test = draw_rows(
+        [f"ISIC_2{i:06d}" for i in range(num_test)], [f"IP_2{i:06d}" for i in range(6)], 3, rng
+    )
     unseen = pl.Series("attribution", ["An institution never seen", *test.table["attribution"][1:]])
     train.table.write_csv(root / "train-metadata.csv")
     test.table.with_columns(unseen).drop(schema.TRAIN_ONLY).write_csv(root / "test-metadata.csv")
     return root
 
 
-def write_embeddings(root: Path, data: Path, folds: Folds | None = None, seed: int = 0, strength: float = 2.0) -> Path:
+def write_embeddings(
+    root: Path, data: Path, folds: Folds | None = None, seed: int = 0, strength: float = 2.0
+) -> Path:
     """Writes logits as fold models of different scale would give them; they know the label with some noise."""
     rng = np.random.default_rng(seed)
     train, test = (Dataset(data).metadata(split) for split in ("train", "test"))
@@ -46,14 +55,24 @@ def write_embeddings(root: Path, data: Path, folds: Folds | None = None, seed: i
         for split, (ids, score) in rows.items():
             logits = (score * (k + 1) - 10 * k).astype(np.float32)
             features = np.zeros((len(logits), 4), dtype=np.float16)
-            write_part(part_path(root, "train" if split == "train" else "test", k, 0), ids.to_list(), features, logits)
+            write_part(
+                part_path(root, "train" if split == "train" else "test", k, 0),
+                ids.to_list(),
+                features,
+                logits,
+            )
     for split in ("train", "test"):
         write_run(root, split, plan)
     return root
 
 
 def write_run(root: Path, split: str, plan: Folds) -> None:
-    run = {"config": root.name, "folds": list(range(plan.num_folds)), "folds_digest": plan.digest, "engines": ENGINES}
+    run = {
+        "config": root.name,
+        "folds": list(range(plan.num_folds)),
+        "folds_digest": plan.digest,
+        "engines": ENGINES,
+    }
     run |= {"checkpoints": ENGINES, "tta": "none", "preprocess": {"size": 8}}
     write_json(root / split / "run.json", run)
 

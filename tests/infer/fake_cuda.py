@@ -125,10 +125,14 @@ class FakeCuda:
         stream.run(len(stream.work))
         return (SUCCESS,)
 
-    def cudaMemcpyAsync(self, target: int, source: int, count: int, kind: Kind, stream: FakeStream) -> tuple[int]:
+    def cudaMemcpyAsync(
+        self, target: int, source: int, count: int, kind: Kind, stream: FakeStream
+    ) -> tuple[int]:
         for pointer, memory in ((target, self.device), (source, self.host)):
             on_device = memory if kind is Kind.cudaMemcpyHostToDevice else self._other(memory)
-            assert _holds(on_device, pointer, count), "a copy must lie in memory of its kind, host memory page-locked"
+            assert _holds(on_device, pointer, count), (
+                "a copy must lie in memory of its kind, host memory page-locked"
+            )
         stream.add(lambda: ctypes.memmove(target, source, count) and None)
         if self.eager_copies and kind is Kind.cudaMemcpyHostToDevice:
             stream.run(len(stream.work))
@@ -156,7 +160,10 @@ class FakeCuda:
 
 
 def _holds(memory: dict[int, Any], pointer: int, count: int) -> bool:
-    return any(start <= pointer and pointer + count <= start + array.size for start, array in memory.items())
+    return any(
+        start <= pointer and pointer + count <= start + array.size
+        for start, array in memory.items()
+    )
 
 
 def as_array(pointer: int, shape: tuple[int, ...], dtype: type) -> np.ndarray[Any, Any]:
@@ -168,7 +175,9 @@ def as_array(pointer: int, shape: tuple[int, ...], dtype: type) -> np.ndarray[An
 class FakeContext:
     """A TensorRT execution context whose network is a function of images [n, H, W, 3]."""
 
-    def __init__(self, cuda: FakeCuda, network: Callable[[Any], dict[str, Any]], max_batch: int) -> None:
+    def __init__(
+        self, cuda: FakeCuda, network: Callable[[Any], dict[str, Any]], max_batch: int
+    ) -> None:
         self._cuda, self._network, self._max_batch = cuda, network, max_batch
         self._addresses: dict[str, int] = {}
         self._shape: tuple[int, ...] = ()
@@ -188,7 +197,9 @@ class FakeContext:
         self.batches.append(shape[0])
 
         def work() -> None:
-            for name, values in self._network(as_array(addresses["images"], shape, np.uint8)).items():
+            for name, values in self._network(
+                as_array(addresses["images"], shape, np.uint8)
+            ).items():
                 as_array(addresses[name], values.shape, np.float32)[:] = values
 
         self._cuda.streams[stream].add(work)

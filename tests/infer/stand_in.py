@@ -28,7 +28,16 @@ class StandIn:
     model_dir: Path
 
     def flags(self, output: Path, *more: object) -> list[str]:
-        where = ("--data", self.data, "--model_dir", self.model_dir, "--output_dir", output, "--engine", FILE)
+        where = (
+            "--data",
+            self.data,
+            "--model_dir",
+            self.model_dir,
+            "--output_dir",
+            output,
+            "--engine",
+            FILE,
+        )
         return [*map(str, ("embed", "--config", "null", *where, *more))]
 
     def command(self, output: Path, *more: object, part_rows: int = PART_ROWS) -> list[str]:
@@ -39,10 +48,14 @@ class StandIn:
         )
         return [sys.executable, "-c", code, *self.flags(output, "--batch_size", 8, *more)]
 
-    def run(self, output: Path, *more: object, part_rows: int = PART_ROWS) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, output: Path, *more: object, part_rows: int = PART_ROWS
+    ) -> "subprocess.CompletedProcess[str]":
         command = self.command(output, *more, part_rows=part_rows)
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
 
 
 def embed_small_parts(stand_in: StandIn, output: Path) -> None:
@@ -64,17 +77,27 @@ def make_stand_in(
     data.mkdir(parents=True)
     ids = [f"ISIC_{row:07d}" for row in range(num_images)]
     table = {"isic_id": ids, "target": [row % 3 == 0 for row in range(num_images)]}
-    pl.DataFrame(table).with_columns(pl.col("target").cast(pl.Int8)).write_csv(data / "train-metadata.csv")
-    write_hdf5(data / "train-image.hdf5", {name: jpeg(SIZE, row % 256) for row, name in enumerate(ids)})
+    pl.DataFrame(table).with_columns(pl.col("target").cast(pl.Int8)).write_csv(
+        data / "train-metadata.csv"
+    )
+    write_hdf5(
+        data / "train-image.hdf5", {name: jpeg(SIZE, row % 256) for row, name in enumerate(ids)}
+    )
     spec = PreprocessSpec(size=SIZE)
-    write_run(model_dir, data / "train-metadata.csv", spec, num_folds, num_features, images_per_second)
+    write_run(
+        model_dir, data / "train-metadata.csv", spec, num_folds, num_features, images_per_second
+    )
     return StandIn(data, model_dir)
 
 
 def parts(root: Path) -> dict[str, bytes]:
     """Returns the bytes of every part, and of the lists of bad images, by its path."""
     patterns = ("part-*.parquet", "errors*.parquet")
-    return {str(path.relative_to(root)): path.read_bytes() for pattern in patterns for path in root.rglob(pattern)}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for pattern in patterns
+        for path in root.rglob(pattern)
+    }
 
 
 def grey(row: int) -> np.float16:

@@ -35,7 +35,9 @@ def test_each_train_image_once_by_the_fold_that_held_it_out_and_each_test_image_
     assert sorted(train["isic_id"]) == sorted(table["isic_id"])
     assert (read_folds(embedded / "folds.parquet").of(train) == train["fold"]).all()
     assert sorted(test["isic_id"]) == sorted([*dataset.metadata("test")["isic_id"]] * 3)
-    assert train.schema["features"] == pl.Array(pl.Float16, 64) and train.schema["logit"] == pl.Float32
+    assert (
+        train.schema["features"] == pl.Array(pl.Float16, 64) and train.schema["logit"] == pl.Float32
+    )
     run = read_run(embedded, "train")
     assert (run["num_images"], run["num_bad"], run["folds"]) == (len(table), 0, [0, 1, 2])
 
@@ -54,21 +56,32 @@ def test_features_are_the_engines(embedded: Path, exported: Path, synth_dataset:
     from isic.preprocess import PreprocessSpec
 
     with decode_pool(1) as pool:
-        Dataset(synth_dataset).images("train").decode(rows["isic_id"].to_list(), PreprocessSpec(size=32), images, pool)
-    np.testing.assert_allclose(rows["features"].to_numpy(), engine.run(images)[0].astype(np.float16), atol=2e-3)
+        Dataset(synth_dataset).images("train").decode(
+            rows["isic_id"].to_list(), PreprocessSpec(size=32), images, pool
+        )
+    np.testing.assert_allclose(
+        rows["features"].to_numpy(), engine.run(images)[0].astype(np.float16), atol=2e-3
+    )
 
 
 def test_a_second_run_does_nothing_and_another_setting_is_refused(
     exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
     first = cli("infer", *flags(exported, synth_dataset, tmp_path, "--split", "train"))
-    assert first.code == 0 and first.out.strip().splitlines()[-1].startswith("embedded config=tiny split=train images=")
+    assert first.code == 0 and first.out.strip().splitlines()[-1].startswith(
+        "embedded config=tiny split=train images="
+    )
     again = cli("infer", *flags(exported, synth_dataset, tmp_path, "--split", "train"))
     assert again.code == 0 and again.out.startswith("up to date")
-    other = cli("infer", *flags(exported, synth_dataset, tmp_path, "--split", "train", "--dtype", "float32"))
+    other = cli(
+        "infer", *flags(exported, synth_dataset, tmp_path, "--split", "train", "--dtype", "float32")
+    )
     assert other.code == 2 and "made with dtype = float16, now it is float32" in other.err
     forced = cli(
-        "infer", *flags(exported, synth_dataset, tmp_path, "--split", "train", "--dtype", "float32", "--force")
+        "infer",
+        *flags(
+            exported, synth_dataset, tmp_path, "--split", "train", "--dtype", "float32", "--force"
+        ),
     )
     assert forced.code == 0
     assert load(tmp_path / "tiny", "train").collect_schema()["features"] == pl.Array(pl.Float32, 64)
@@ -77,7 +90,12 @@ def test_a_second_run_does_nothing_and_another_setting_is_refused(
 def test_folds_all_gives_every_image_by_every_fold(
     exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    assert cli("infer", *flags(exported, synth_dataset, tmp_path, "--split", "train", "--folds", "all")).code == 0
+    assert (
+        cli(
+            "infer", *flags(exported, synth_dataset, tmp_path, "--split", "train", "--folds", "all")
+        ).code
+        == 0
+    )
     counts = load(tmp_path / "tiny", "train").group_by("isic_id").len().collect()["len"]
     assert (counts == 3).all()
 
@@ -85,7 +103,13 @@ def test_folds_all_gives_every_image_by_every_fold(
 def test_batch_size_and_threads_do_not_change_what_is_said(
     exported: Path, synth_dataset: Path, embedded: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    assert cli("infer", *flags(exported, synth_dataset, tmp_path, "--batch_size", 5, "--num_threads", 3)).code == 0
+    assert (
+        cli(
+            "infer",
+            *flags(exported, synth_dataset, tmp_path, "--batch_size", 5, "--num_threads", 3),
+        ).code
+        == 0
+    )
     for split in ("train", "test"):
         one, other = (load(root, split).collect() for root in (embedded, tmp_path / "tiny"))  # type: ignore[arg-type]
         assert one.equals(other)
@@ -109,10 +133,14 @@ def broken_dataset(synth_dataset: Path, tmp_path: Path) -> Path:
 def test_bad_images_are_listed_and_never_end_a_run(
     exported: Path, broken_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    ended = cli("infer", *flags(exported, broken_dataset, tmp_path, "--split", "test", "--max_bad", 0.5))
+    ended = cli(
+        "infer", *flags(exported, broken_dataset, tmp_path, "--split", "test", "--max_bad", 0.5)
+    )
     assert ended.code == 0 and "bad=4" in ended.out
     errors = dict(pl.read_parquet(tmp_path / "tiny" / "test" / "errors.parquet").iter_rows())
-    assert list(errors.values())[:2] == ["no image for this id", "truncated JPEG"] and len(errors) == 4
+    assert (
+        list(errors.values())[:2] == ["no image for this id", "truncated JPEG"] and len(errors) == 4
+    )
     ids = read_metadata(broken_dataset / "test-metadata.csv")["isic_id"]
     kept = load(tmp_path / "tiny", "test").collect()["isic_id"].unique()
     assert set(kept) == set(ids) - set(errors)
@@ -121,13 +149,18 @@ def test_bad_images_are_listed_and_never_end_a_run(
 def test_bad_images_stop_the_run_where_they_should(
     exported: Path, broken_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    ended = cli("infer", *flags(exported, broken_dataset, tmp_path, "--split", "test", "--on_error", "raise"))
+    ended = cli(
+        "infer",
+        *flags(exported, broken_dataset, tmp_path, "--split", "test", "--on_error", "raise"),
+    )
     assert ended.code == 2 and "no image for this id" in ended.err
     ended = cli("infer", *flags(exported, broken_dataset, tmp_path, "--split", "test"))
     assert ended.code == 2 and "4 of the first" in ended.err and "--max_bad" in ended.err
 
 
-def test_engines_that_do_not_belong_are_refused(exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+def test_engines_that_do_not_belong_are_refused(
+    exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
     run = shutil.copytree(exported, tmp_path / "tiny")
     arguments = flags(run, synth_dataset, tmp_path / "out")
 
@@ -137,7 +170,9 @@ def test_engines_that_do_not_belong_are_refused(exported: Path, synth_dataset: P
 
     for suffix in ("", ".json"):
         shutil.copy(run / "fold_1" / f"model.onnx{suffix}", run / "fold_0" / f"model.onnx{suffix}")
-        fails_with("not the file its manifest describes" if not suffix else "is fold 1 of tiny, not fold 0")
+        fails_with(
+            "not the file its manifest describes" if not suffix else "is fold 1 of tiny, not fold 0"
+        )
     (run / "fold_0" / "model.onnx").write_bytes(b"cut short")
     fails_with("not the file its manifest describes")
     (run / "fold_0" / "model.onnx.json").unlink()
@@ -166,14 +201,19 @@ def test_a_graph_of_another_contract_is_refused(tmp_path: Path) -> None:
             helper.make_node("ReduceMean", ["y"], ["logits"], axes=[1], keepdims=1),
         ]
         inputs = [value("images", dtype, ["n", side, side, 3])]
-        outputs = [value(output, TensorProto.FLOAT, ["n", side]), value("logits", TensorProto.FLOAT, ["n", 1])]
+        outputs = [
+            value(output, TensorProto.FLOAT, ["n", side]),
+            value("logits", TensorProto.FLOAT, ["n", 1]),
+        ]
         graph = helper.make_graph(nodes, "g", inputs, outputs)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         onnx.save(model, tmp_path / "model.onnx")
         return tmp_path / "model.onnx"
 
     manifest = {"format": "onnx", "preprocess": {"size": 8}}
-    assert create(save(TensorProto.UINT8, "features", 8), manifest, "cpu").run(np.zeros((2, 8, 8, 3), np.uint8))
+    assert create(save(TensorProto.UINT8, "features", 8), manifest, "cpu").run(
+        np.zeros((2, 8, 8, 3), np.uint8)
+    )
     for path, words in (
         ((TensorProto.FLOAT, "features", 8), r"images is tensor\(float\)"),
         ((TensorProto.UINT8, "embedding", 8), "has no features"),
@@ -219,15 +259,25 @@ def test_inference_imports_no_torch(exported: Path, synth_dataset: Path, tmp_pat
         "import sys, runpy; sys.argv = ['infer', *sys.argv[1:]]; runpy.run_module('infer', run_name='__main__')\n"
         "assert not {'torch', 'timm', 'ray', 'train', 'export'} & set(sys.modules)"
     )
-    command = [sys.executable, "-c", code, *map(str, flags(exported, synth_dataset, tmp_path, "--split", "test"))]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        *map(str, flags(exported, synth_dataset, tmp_path, "--split", "test")),
+    ]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert json.loads((tmp_path / "tiny" / "test" / "run.json").read_text())["num_bad"] == 0
 
 
-def test_the_challenges_own_test_images(real_data: Path, exported: Path, tmp_path: Path, cli: Cli) -> None:
+def test_the_challenges_own_test_images(
+    real_data: Path, exported: Path, tmp_path: Path, cli: Cli
+) -> None:
     """Engines of one dataset may embed the test split of another: no fold has seen it."""
-    assert cli("infer", *flags(exported, real_data / "real-pairs", tmp_path, "--split", "test")).code == 0
+    assert (
+        cli("infer", *flags(exported, real_data / "real-pairs", tmp_path, "--split", "test")).code
+        == 0
+    )
     rows = load(tmp_path / "tiny", "test").collect()
     assert rows["isic_id"].n_unique() == 3 and len(rows) == 9
     assert rows["logit"].is_finite().all()

@@ -45,14 +45,23 @@ def whole(stand_in: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_image_once_with_its_own_values(whole: Path, stand_in: StandIn) -> None:
     rows = load(whole, "train").collect().sort("isic_id")
     assert rows["isic_id"].to_list() == [f"ISIC_{row:07d}" for row in range(300)]
-    np.testing.assert_array_equal(rows["features"].to_numpy()[:, 0], [grey(row) for row in range(300)])
+    np.testing.assert_array_equal(
+        rows["features"].to_numpy()[:, 0], [grey(row) for row in range(300)]
+    )
     assert (read_folds(whole / "folds.parquet").of(rows) == rows["fold"]).all()
-    np.testing.assert_allclose(rows["logit"] - rows["fold"], rows["features"].to_numpy()[:, 0], atol=1e-3)
+    np.testing.assert_allclose(
+        rows["logit"] - rows["fold"], rows["features"].to_numpy()[:, 0], atol=1e-3
+    )
 
 
 def test_a_run_says_what_it_did_and_where_the_time_went(whole: Path) -> None:
     run = read_run(whole, "train")
-    assert (run["num_images"], run["num_bad"], run["embedded_now"], run["batch_size"]) == (300, 0, 300, 8)
+    assert (run["num_images"], run["num_bad"], run["embedded_now"], run["batch_size"]) == (
+        300,
+        0,
+        300,
+        8,
+    )
     assert set(run["seconds"]) == {"total", "decode_wait", "engine", "write_wait"}
     assert sum(run["wait_shares"].values()) == pytest.approx(1)
     assert run["bound_by"] in {"decode", "engine", "write"} and run["images_per_second"] > 0
@@ -60,17 +69,29 @@ def test_a_run_says_what_it_did_and_where_the_time_went(whole: Path) -> None:
     assert {"numpy", "polars", "opencv-python-headless"} <= set(run["versions"])
 
 
-def test_the_last_line_is_for_scripts_and_a_pipe_sees_no_bar(stand_in: StandIn, tmp_path: Path) -> None:
+def test_the_last_line_is_for_scripts_and_a_pipe_sees_no_bar(
+    stand_in: StandIn, tmp_path: Path
+) -> None:
     ended = stand_in.run(tmp_path)
     kind, *fields = ended.stdout.splitlines()[-1].split()
     values = dict(field.split("=", 1) for field in fields)
     assert kind == "embedded" and ended.stderr == ""
-    assert (values["images"], values["bad"], values["split"], values["config"]) == ("300", "0", "train", "null")
-    assert float(values["images_per_second"]) > 0 and Path(values["output"]) == tmp_path / "null" / "train"
+    assert (values["images"], values["bad"], values["split"], values["config"]) == (
+        "300",
+        "0",
+        "train",
+        "null",
+    )
+    assert (
+        float(values["images_per_second"]) > 0
+        and Path(values["output"]) == tmp_path / "null" / "train"
+    )
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_a_terminal_sees_a_bar_unless_it_wants_quiet(stand_in: StandIn, tmp_path: Path, quiet: bool) -> None:
+def test_a_terminal_sees_a_bar_unless_it_wants_quiet(
+    stand_in: StandIn, tmp_path: Path, quiet: bool
+) -> None:
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
@@ -95,7 +116,9 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
         pytest.skip("this system has no forkserver")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["stand_in"])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # before 3.13 the server does not get it otherwise
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(sys.path)
+    )  # before 3.13 the server does not get it otherwise
     slow = make_stand_in(tmp_path / "slow", images_per_second=100)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
@@ -130,13 +153,17 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
     assert parts(killed) == expected
 
 
-@pytest.mark.parametrize(("number", "num_processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    ("number", "num_processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)]
+)
 def test_a_signal_ends_it_cleanly_and_it_goes_on_from_there(
     tmp_path: Path, number: signal.Signals, num_processes: int
 ) -> None:
     slow = make_stand_in(tmp_path / "slow", images_per_second=60)
     command = slow.command(tmp_path, "--num_processes", num_processes)
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while not parts(tmp_path) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
@@ -156,7 +183,10 @@ def test_a_full_disk_is_a_sentence_and_a_rerun_completes(tmp_path: Path) -> None
     with small_disk(disk, "40k"):
         ended = wide.run(disk)
         assert ended.returncode == 2
-        assert ended.stderr.startswith("error: the disk is full, so ") and ended.stderr.count("\n") == 1
+        assert (
+            ended.stderr.startswith("error: the disk is full, so ")
+            and ended.stderr.count("\n") == 1
+        )
         written = parts(disk)
         expected = parts(tmp_path / "whole")
         assert 0 < len(written) < len(expected)
@@ -168,7 +198,9 @@ def test_a_full_disk_is_a_sentence_and_a_rerun_completes(tmp_path: Path) -> None
         assert parts(disk) == expected
 
 
-def test_several_processes_give_the_same_bytes(whole: Path, stand_in: StandIn, tmp_path: Path) -> None:
+def test_several_processes_give_the_same_bytes(
+    whole: Path, stand_in: StandIn, tmp_path: Path
+) -> None:
     ended = stand_in.run(tmp_path, "--num_processes", 3)
     assert ended.returncode == 0, ended.stderr
     assert "images=300" in ended.stdout
@@ -178,7 +210,11 @@ def test_several_processes_give_the_same_bytes(whole: Path, stand_in: StandIn, t
 def children(pid: int) -> list[int]:
     """Returns the worker processes of a run; Linux only."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [
+        int(child)
+        for child in found
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through /proc")
@@ -186,7 +222,9 @@ def test_the_parts_of_a_lost_worker_are_done_again(tmp_path: Path) -> None:
     slow = make_stand_in(tmp_path / "slow", images_per_second=100)
     assert slow.run(tmp_path / "whole").returncode == 0
     command = slow.command(tmp_path / "lost", "--num_processes", 2)
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while not parts(tmp_path / "lost") and process.poll() is None:
         time.sleep(0.02)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
@@ -216,9 +254,15 @@ def test_workers_that_all_die_end_the_run(stand_in: StandIn, tmp_path: Path) -> 
         "    cli.run({'embed': embed})"
     )
     (tmp_path / "run.py").write_text(code)
-    command = [sys.executable, str(tmp_path / "run.py"), *stand_in.flags(tmp_path / "out", "--num_processes", 2)]
+    command = [
+        sys.executable,
+        str(tmp_path / "run.py"),
+        *stand_in.flags(tmp_path / "out", "--num_processes", 2),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
     assert ended.returncode == 2 and "every worker was lost before it finished one" in ended.stderr
 
 
@@ -234,10 +278,16 @@ def test_more_bad_images_than_allowed_stop_a_run_however_it_is_cut_up(
     damaged = StandIn(data, stand_in.model_dir)
     allowed = cli("infer", *damaged.flags(tmp_path / "out"))
     assert allowed.code == 0 and "images=297 bad=3" in allowed.out
-    errors = dict(pl.read_parquet(tmp_path / "out/null/train/errors.parquet").sort("isic_id").iter_rows())
+    errors = dict(
+        pl.read_parquet(tmp_path / "out/null/train/errors.parquet").sort("isic_id").iter_rows()
+    )
     assert list(errors.values()) == ["no image for this id", "truncated JPEG", "not an image"]
     stopped = cli("infer", *damaged.flags(tmp_path / "strict", "--max_bad", 0.005))
-    assert stopped.code == 2 and "images cannot be used (" in stopped.err and "--max_bad" in stopped.err
+    assert (
+        stopped.code == 2
+        and "images cannot be used (" in stopped.err
+        and "--max_bad" in stopped.err
+    )
     again = cli("infer", *damaged.flags(tmp_path / "out", "--on_error", "raise"))
     assert again.code == 2 and "; mend it, or leave such images out" in again.err
 
@@ -251,26 +301,41 @@ def test_test_time_augmentation_sees_every_view(tmp_path: Path) -> None:
     for row in range(12):
         image = np.random.default_rng(row).integers(0, 256, (16, 16, 3), np.uint8)
         (data / f"ISIC_{row}.jpg").write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
-    table = pl.DataFrame({"isic_id": [f"ISIC_{row}" for row in range(12)], "target": [row % 2 for row in range(12)]})
+    table = pl.DataFrame(
+        {"isic_id": [f"ISIC_{row}" for row in range(12)], "target": [row % 2 for row in range(12)]}
+    )
     table.write_csv(tmp_path / "data" / "train-metadata.csv")
-    write_run(tmp_path / "null", tmp_path / "data" / "train-metadata.csv", PreprocessSpec(size=16), 2, 3)
+    write_run(
+        tmp_path / "null", tmp_path / "data" / "train-metadata.csv", PreprocessSpec(size=16), 2, 3
+    )
     for tta, corners in (("none", 1), ("flips", 4), ("d4", 4)):
         stand_in = StandIn(tmp_path / "data", tmp_path / "null")
         ended = stand_in.run(tmp_path / tta, "--tta", tta, "--dtype", "float32")
         assert ended.returncode == 0, ended.stderr
         for name, features in (
-            load(tmp_path / tta / "null", "train", ["features"]).select("isic_id", "features").collect().iter_rows()
+            load(tmp_path / tta / "null", "train", ["features"])
+            .select("isic_id", "features")
+            .collect()
+            .iter_rows()
         ):
-            image = np.random.default_rng(int(name[5:])).integers(0, 256, (16, 16, 3), np.uint8) / 255
-            mean = np.mean([image[0, 0], image[0, 15], image[15, 0], image[15, 15]][:corners], axis=0)
+            image = (
+                np.random.default_rng(int(name[5:])).integers(0, 256, (16, 16, 3), np.uint8) / 255
+            )
+            mean = np.mean(
+                [image[0, 0], image[0, 15], image[15, 0], image[15, 15]][:corners], axis=0
+            )
             np.testing.assert_allclose(features, mean, atol=1e-6)
     assert read_run(tmp_path / "d4" / "null", "train")["tta"] == "d4"
 
 
-def test_joined_to_the_metadata_with_every_link_checked(whole: Path, stand_in: StandIn, tmp_path: Path) -> None:
+def test_joined_to_the_metadata_with_every_link_checked(
+    whole: Path, stand_in: StandIn, tmp_path: Path
+) -> None:
     metadata = Dataset(stand_in.data).metadata("train")
     rows = join(whole, "train", metadata, model_dir=stand_in.model_dir).collect()
-    assert rows["isic_id"].equals(metadata["isic_id"]) and {"target", "fold", "logit"} <= set(rows.columns)
+    assert rows["isic_id"].equals(metadata["isic_id"]) and {"target", "fold", "logit"} <= set(
+        rows.columns
+    )
     with pytest.raises(UserError, match="made for another table"):
         join(whole, "train", metadata.reverse())
     other = shutil.copytree(stand_in.model_dir, tmp_path / "null")
@@ -280,7 +345,9 @@ def test_joined_to_the_metadata_with_every_link_checked(whole: Path, stand_in: S
         join(whole, "train", metadata, model_dir=other)
 
 
-def test_a_part_that_is_lost_or_doubled_is_noticed(whole: Path, stand_in: StandIn, tmp_path: Path) -> None:
+def test_a_part_that_is_lost_or_doubled_is_noticed(
+    whole: Path, stand_in: StandIn, tmp_path: Path
+) -> None:
     metadata = Dataset(stand_in.data).metadata("train")
     root = shutil.copytree(whole, tmp_path / "null")
     first = root / "train" / "fold_0" / "part-00000.parquet"
@@ -293,7 +360,9 @@ def test_a_part_that_is_lost_or_doubled_is_noticed(whole: Path, stand_in: StandI
         join(root, "train", metadata)
 
 
-def test_a_part_of_another_run_is_noticed(whole: Path, stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+def test_a_part_of_another_run_is_noticed(
+    whole: Path, stand_in: StandIn, tmp_path: Path, cli: Cli
+) -> None:
     """It holds the very ids it should, but another plan made it."""
     root, place = shutil.copytree(whole, tmp_path / "null"), Path("train/fold_0/part-00000.parquet")
     flags = stand_in.flags(tmp_path / "other", "--batch_size", 8, "--dtype", "float32")
@@ -314,14 +383,19 @@ def test_a_part_of_another_run_is_noticed(whole: Path, stand_in: StandIn, tmp_pa
 def test_a_fold_plan_that_did_not_make_the_embeddings_is_noticed(
     whole: Path, stand_in: StandIn, tmp_path: Path
 ) -> None:
-    metadata, root = Dataset(stand_in.data).metadata("train"), shutil.copytree(whole, tmp_path / "null")
+    metadata, root = (
+        Dataset(stand_in.data).metadata("train"),
+        shutil.copytree(whole, tmp_path / "null"),
+    )
     folds = read_folds(root / "folds.parquet")
     type(folds)(folds.table.with_columns((pl.col("fold") + 1) % 3)).write(root / "folds.parquet")
     with pytest.raises(UserError, match="is not the fold plan that the embeddings were made with"):
         join(root, "train", metadata)
 
 
-def test_the_batch_size_of_a_run_is_kept_when_it_goes_on(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+def test_the_batch_size_of_a_run_is_kept_when_it_goes_on(
+    stand_in: StandIn, tmp_path: Path, cli: Cli
+) -> None:
     """What an engine computes may depend on it in the last bit."""
     assert cli("infer", *stand_in.flags(tmp_path, "--batch_size", 7)).code == 0
     next((tmp_path / "null").rglob("part-*.parquet")).unlink()
@@ -331,17 +405,26 @@ def test_the_batch_size_of_a_run_is_kept_when_it_goes_on(stand_in: StandIn, tmp_
     assert refused.code == 2 and "made with batch_size = 7, now it is 9" in refused.err
 
 
-def test_what_a_killed_run_left_behind_is_swept_up(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+def test_what_a_killed_run_left_behind_is_swept_up(
+    stand_in: StandIn, tmp_path: Path, cli: Cli
+) -> None:
     assert cli("infer", *stand_in.flags(tmp_path)).code == 0
-    old, new = (tmp_path / "null" / "train" / "fold_0" / f".part-00000.parquet.{name}.tmp" for name in ("old", "new"))
+    old, new = (
+        tmp_path / "null" / "train" / "fold_0" / f".part-00000.parquet.{name}.tmp"
+        for name in ("old", "new")
+    )
     for path in (old, new):
         path.write_bytes(b"half a part")
     os.utime(old, (1, 1))
     assert cli("infer", *stand_in.flags(tmp_path)).out.startswith("up to date")
-    assert new.exists() and not old.exists(), "the new one may belong to a run that goes on beside this one"
+    assert new.exists() and not old.exists(), (
+        "the new one may belong to a run that goes on beside this one"
+    )
 
 
-def test_ids_are_read_whatever_the_other_columns_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_are_read_whatever_the_other_columns_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In blocks of a few bytes: no row is cut, not even where a text holds a line end or a quote."""
     from infer.embedding import plan
 
@@ -365,7 +448,9 @@ def test_ids_are_read_whatever_the_other_columns_hold(tmp_path: Path, monkeypatc
     assert read_ids(tmp_path / "table.parquet").to_list() == ["P"]
 
 
-def test_a_fold_plan_that_is_not_the_engines_is_refused(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+def test_a_fold_plan_that_is_not_the_engines_is_refused(
+    stand_in: StandIn, tmp_path: Path, cli: Cli
+) -> None:
     model_dir = shutil.copytree(stand_in.model_dir, tmp_path / "null")
     folds = read_folds(model_dir / "folds.parquet")
     shifted = folds.table.with_columns((pl.col("fold") + 1) % 3)
@@ -386,7 +471,10 @@ def test_images_that_were_replaced_are_noticed(tmp_path: Path, cli: Cli) -> None
         for name, image in zip(names, order, strict=True):
             (folder / f"{name}.jpg").write_bytes(image)
 
-    for write in (lambda order: write_hdf5(file, dict(zip(names, order, strict=True))), write_folder):
+    for write in (
+        lambda order: write_hdf5(file, dict(zip(names, order, strict=True))),
+        write_folder,
+    ):
         for path in (tmp_path / "out", file):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         write(images)
@@ -415,13 +503,18 @@ def test_a_precision_is_of_a_format(stand_in: StandIn, tmp_path: Path, cli: Cli)
     ended = cli("infer", *stand_in.flags(tmp_path, "--precision", "int8"))
     assert ended.code == 2 and "add --engine onnx" in ended.err
     ended = cli("infer", *stand_in.flags(tmp_path, "--engine", "onnx", "--precision", "int8"))
-    assert ended.code == 2 and "export --config null --formats onnx --precision int8` first" in ended.err
+    assert (
+        ended.code == 2
+        and "export --config null --formats onnx --precision int8` first" in ended.err
+    )
 
 
 def test_what_the_models_know_goes_along(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
     model_dir = Path(shutil.copytree(stand_in.model_dir, tmp_path / "null"))
     for fold, names in enumerate((["a", "x"], ["b", "x"], ["c", "x"])):
-        write_known(model_dir / f"fold_{fold}" / "trained_on.parquet", pl.DataFrame({"isic_id": names}))
+        write_known(
+            model_dir / f"fold_{fold}" / "trained_on.parquet", pl.DataFrame({"isic_id": names})
+        )
     assert cli("infer", *StandIn(stand_in.data, model_dir).flags(tmp_path / "out")).code == 0
     known = read_known(tmp_path / "out" / "null" / "trained_on.parquet")
     assert known["isic_id"].to_list() == ["a", "b", "c", "x"]
@@ -430,9 +523,13 @@ def test_what_the_models_know_goes_along(stand_in: StandIn, tmp_path: Path, cli:
 def test_no_thread_is_left_behind(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
     before = set(threading.enumerate())
     assert cli("infer", *stand_in.flags(tmp_path)).code == 0
-    assert {thread.name for thread in set(threading.enumerate()) - before} <= {"Thread-1"}, "tqdm's monitor at most"
+    assert {thread.name for thread in set(threading.enumerate()) - before} <= {"Thread-1"}, (
+        "tqdm's monitor at most"
+    )
 
 
-def test_settings_that_contradict_each_other_are_refused(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+def test_settings_that_contradict_each_other_are_refused(
+    stand_in: StandIn, tmp_path: Path, cli: Cli
+) -> None:
     ended = cli("infer", *stand_in.flags(tmp_path, "--ray", "local", "--num_processes", 2))
     assert ended.code == 2 and "leave out --num_processes" in ended.err

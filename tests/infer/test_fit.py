@@ -55,7 +55,10 @@ def files(root: Path) -> dict[str, bytes]:
 
 def test_the_folder_holds_all_that_the_manifest_names(fitted: Path, data: Path) -> None:
     manifest = json.loads((fitted / "ensemble.json").read_text())
-    assert set(manifest["files"]) == {path.name for path in fitted.iterdir()} - {"ensemble.json", "report.html"}
+    assert set(manifest["files"]) == {path.name for path in fitted.iterdir()} - {
+        "ensemble.json",
+        "report.html",
+    }
     names = {f"lightgbm_fold_{k}_seed_{seed}.txt" for k in range(3) for seed in range(2)}
     assert names == {entry["file"] for entry in manifest["boosters"]}
     assert (fitted / "lightgbm_fold_0_seed_0.txt").read_text().startswith("tree\n")
@@ -65,7 +68,14 @@ def test_the_folder_holds_all_that_the_manifest_names(fitted: Path, data: Path) 
 
 def test_out_of_fold_scores_are_one_a_model_and_their_mean(fitted: Path, data: Path) -> None:
     oof = pl.read_parquet(fitted / "oof.parquet")
-    assert oof.columns == ["isic_id", "fold", "target", "lightgbm_seed_0", "lightgbm_seed_1", "blend"]
+    assert oof.columns == [
+        "isic_id",
+        "fold",
+        "target",
+        "lightgbm_seed_0",
+        "lightgbm_seed_1",
+        "blend",
+    ]
     assert oof["isic_id"].to_list() == sorted(train_table(data)["isic_id"])
     np.testing.assert_allclose(oof["blend"], (oof["lightgbm_seed_0"] + oof["lightgbm_seed_1"]) / 2)
     assert oof["blend"].is_between(0, 1).all() and oof["blend"].n_unique() > 100
@@ -78,7 +88,9 @@ def test_the_planted_signal_is_found(fitted: Path) -> None:
     assert json.loads((fitted / "scores.json").read_text())["blend"]["auc"] > 0.75
 
 
-def test_fold_members_of_held_out_rows_were_fitted_without_them(fitted: Path, data: Path, tmp_path: Path) -> None:
+def test_fold_members_of_held_out_rows_were_fitted_without_them(
+    fitted: Path, data: Path, tmp_path: Path
+) -> None:
     """Flips every label of fold 0's rows: the boosters of fold 0, and the scores of its rows, stay the same."""
     table = train_table(data)
     plan = read_folds(fitted / "folds.parquet")
@@ -92,13 +104,18 @@ def test_fold_members_of_held_out_rows_were_fitted_without_them(fitted: Path, da
     for k, equal in ((0, True), (1, False), (2, False)):
         name = f"lightgbm_fold_{k}_seed_0.txt"
         assert ((again / name).read_bytes() == (fitted / name).read_bytes()) == equal
-    scores = [pl.read_parquet(root / "oof.parquet").filter(fold=0)["lightgbm_seed_0"] for root in (again, fitted)]
+    scores = [
+        pl.read_parquet(root / "oof.parquet").filter(fold=0)["lightgbm_seed_0"]
+        for root in (again, fitted)
+    ]
     assert scores[0].equals(scores[1])
 
 
 def test_shuffled_labels_give_chance(data: Path, embeddings: Path, tmp_path: Path) -> None:
     table = train_table(data)
-    shuffled = table.with_columns(table["target"].sample(fraction=1, shuffle=True, seed=1).alias("target"))
+    shuffled = table.with_columns(
+        table["target"].sample(fraction=1, shuffle=True, seed=1).alias("target")
+    )
     root = with_train(data, tmp_path / "shuffled", shuffled)
     plan = draw_folds(shuffled, 3, 42)
     test = pl.read_csv(data / "test-metadata.csv", infer_schema=False)
@@ -114,7 +131,9 @@ def test_two_fits_give_the_same_bytes_whatever_the_threads_and_the_order_of_rows
 ) -> None:
     fit(settings(data, tmp_path / "threads", features="engineered", seeds=2, num_threads=3))
     assert files(tmp_path / "threads" / "engineered") == files(fitted)
-    mixed = with_train(data, tmp_path / "mixed", train_table(data).sample(fraction=1, shuffle=True, seed=4))
+    mixed = with_train(
+        data, tmp_path / "mixed", train_table(data).sample(fraction=1, shuffle=True, seed=4)
+    )
     fit(settings(mixed, tmp_path / "order", features="engineered", seeds=2))
     again, before = files(tmp_path / "order" / "engineered"), files(fitted)
     differing = {name for name in before if again[name] != before[name]}
@@ -128,7 +147,9 @@ def test_another_seed_gives_other_boosters(fitted: Path, data: Path, tmp_path: P
     assert not other["blend"].equals(pl.read_parquet(fitted / "oof.parquet")["blend"])
 
 
-def test_a_second_fit_into_the_folder_leaves_nothing_of_the_first(data: Path, tmp_path: Path) -> None:
+def test_a_second_fit_into_the_folder_leaves_nothing_of_the_first(
+    data: Path, tmp_path: Path
+) -> None:
     root = tmp_path / "numeric"
     fit(settings(data, tmp_path, features="numeric", seeds=2, num_rounds=2))
     before = {path.name: path.read_bytes() for path in root.iterdir()}
@@ -137,8 +158,14 @@ def test_a_second_fit_into_the_folder_leaves_nothing_of_the_first(data: Path, tm
         ({"lightgbm": {"max_depth": 3}}, "parameters.lightgbm.max_depth = 4, now it is 3"),
         ({"libraries": "lightgbm,xgboost"}, "weights.xgboost = None, now it is 1.0"),
     ):
-        with pytest.raises(UserError, match=f"{words}; choose another --name, or replace it with --force"):
-            fit(settings(data, tmp_path, features="numeric", **{"seeds": 2, "num_rounds": 2} | other))
+        with pytest.raises(
+            UserError, match=f"{words}; choose another --name, or replace it with --force"
+        ):
+            fit(
+                settings(
+                    data, tmp_path, features="numeric", **{"seeds": 2, "num_rounds": 2} | other
+                )
+            )
     fit(settings(data, tmp_path, features="numeric", seeds=2, num_rounds=2))
     assert before == {path.name: path.read_bytes() for path in root.iterdir()}
     fit(settings(data, tmp_path, features="numeric", seeds=1, num_rounds=2, force=True))
@@ -156,7 +183,9 @@ def test_an_output_folder_that_is_a_file_is_a_sentence(data: Path, tmp_path: Pat
         fit(settings(data, tmp_path / "file", features="sex", num_rounds=2))
 
 
-def test_the_image_score_alone_and_with_the_rest(data: Path, embeddings: Path, tmp_path: Path) -> None:
+def test_the_image_score_alone_and_with_the_rest(
+    data: Path, embeddings: Path, tmp_path: Path
+) -> None:
     for features in ("image", "raw", "multimodal"):
         fit(settings(data, tmp_path, features=features, embeddings=embeddings))
     image, raw, both = (
@@ -167,7 +196,9 @@ def test_the_image_score_alone_and_with_the_rest(data: Path, embeddings: Path, t
     manifest = json.loads((tmp_path / "multimodal_tiny" / "ensemble.json").read_text())
     assert manifest["embeddings"]["config"] == "tiny"
     state = json.loads((tmp_path / "multimodal_tiny" / "state.json").read_text())
-    assert state["names"][-2:] == ["image_score", "image_score_patient_diff"] and set(state["image"]) == {"0", "1", "2"}
+    assert state["names"][-2:] == ["image_score", "image_score_patient_diff"] and set(
+        state["image"]
+    ) == {"0", "1", "2"}
 
 
 def test_the_embeddings_fold_plan_is_the_one_used(data: Path, tmp_path: Path) -> None:
@@ -199,11 +230,20 @@ def test_negatives_are_drawn_only_where_there_are_more_than_wanted() -> None:
     target = np.array([1] * 3 + [0] * 50)
     rows = np.arange(1, 53)
     drawn = undersample(target, rows, 5, (0, 0))
-    assert drawn[:2].tolist() == [1, 2] and len(drawn) == 12 and len(set(drawn)) == 12 and drawn.max() < 53
+    assert (
+        drawn[:2].tolist() == [1, 2]
+        and len(drawn) == 12
+        and len(set(drawn)) == 12
+        and drawn.max() < 53
+    )
     assert undersample(target, rows, 5, (0, 0)).tolist() == drawn.tolist()
     assert undersample(target, rows, 5, (1, 0)).tolist() != drawn.tolist()
     assert undersample(target, rows, 100, (0, 0)).tolist() == rows.tolist()
-    assert target[undersample(target, rows, 0.01, (0, 0))].sum() == 2 < len(undersample(target, rows, 0.01, (0, 0)))
+    assert (
+        target[undersample(target, rows, 0.01, (0, 0))].sum()
+        == 2
+        < len(undersample(target, rows, 0.01, (0, 0)))
+    )
 
 
 def test_min_data_is_in_proportion_to_the_rows() -> None:
@@ -213,7 +253,10 @@ def test_min_data_is_in_proportion_to_the_rows() -> None:
 @pytest.fixture(scope="module")
 def booster_texts() -> dict[str, str]:
     """A booster of every library that knows the sign of the first of four columns."""
-    parts = {name: (*library_rows(), list("abcd"), parameters_of(name, {"num_rounds": 20}), 0) for name in LIBRARIES}
+    parts = {
+        name: (*library_rows(), list("abcd"), parameters_of(name, {"num_rounds": 20}), 0)
+        for name in LIBRARIES
+    }
     return {name: LIBRARIES[name].fit(*arguments) for name, arguments in parts.items()}
 
 
@@ -223,18 +266,29 @@ def library_rows() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_booster_read_back_scores_the_same_whatever_the_batch(booster_texts: dict[str, str], library: str) -> None:
+def test_a_booster_read_back_scores_the_same_whatever_the_batch(
+    booster_texts: dict[str, str], library: str
+) -> None:
     matrix, target = library_rows()
     predict = LIBRARIES[library].load(booster_texts[library])
     whole = predict(matrix, 2)
-    assert np.array_equal(whole[5:6], predict(matrix[5:6], 1)) and whole[target == 1].min() > whole[target == 0].max()
+    assert (
+        np.array_equal(whole[5:6], predict(matrix[5:6], 1))
+        and whole[target == 1].min() > whole[target == 0].max()
+    )
     assert whole.dtype == np.float64 and whole.min() >= 0 and whole.max() <= 1
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_the_same_seed_gives_the_same_text_and_another_another(booster_texts: dict[str, str], library: str) -> None:
+def test_the_same_seed_gives_the_same_text_and_another_another(
+    booster_texts: dict[str, str], library: str
+) -> None:
     arguments = (*library_rows(), list("abcd"), parameters_of(library, {"num_rounds": 20}))
-    assert LIBRARIES[library].fit(*arguments, 0) == booster_texts[library] != LIBRARIES[library].fit(*arguments, 1)
+    assert (
+        LIBRARIES[library].fit(*arguments, 0)
+        == booster_texts[library]
+        != LIBRARIES[library].fit(*arguments, 1)
+    )
 
 
 @pytest.mark.parametrize("cut", [0, 30, 0.5])
@@ -254,9 +308,15 @@ def test_a_booster_cut_short_is_refused(
 
 def test_a_fold_of_one_class_has_no_score_of_its_own() -> None:
     summary = summarise(
-        np.array([0, 1, 0, 0]), np.array([0.1, 0.9, 0.2, 0.3]), np.array([0, 0, 1, 1]), np.array(list("abcd"))
+        np.array([0, 1, 0, 0]),
+        np.array([0.1, 0.9, 0.2, 0.3]),
+        np.array([0, 0, 1, 1]),
+        np.array(list("abcd")),
     )
-    assert summary["pauc"] == pytest.approx(0.2) and summary["pauc_by_fold"] == [pytest.approx(0.2), None]
+    assert summary["pauc"] == pytest.approx(0.2) and summary["pauc_by_fold"] == [
+        pytest.approx(0.2),
+        None,
+    ]
     assert summary["pauc_std"] is None
 
 
@@ -276,9 +336,18 @@ def test_all_finished_ensembles_of_a_folder_in_one_table(
 def test_a_blank_column_is_noted_and_fitting_goes_on(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    blank = train_table(data).with_columns(pl.lit(None).alias("age_approx"), pl.lit(None).alias("sex"))
-    fit(settings(with_train(data, tmp_path / "blank", blank), tmp_path, features="raw", num_rounds=2))
-    assert "note: 2 features are blank in every row and say nothing, the first is age_approx" in capsys.readouterr().out
+    blank = train_table(data).with_columns(
+        pl.lit(None).alias("age_approx"), pl.lit(None).alias("sex")
+    )
+    fit(
+        settings(
+            with_train(data, tmp_path / "blank", blank), tmp_path, features="raw", num_rounds=2
+        )
+    )
+    assert (
+        "note: 2 features are blank in every row and say nothing, the first is age_approx"
+        in capsys.readouterr().out
+    )
 
 
 BAD_TABLES = {
@@ -287,7 +356,9 @@ BAD_TABLES = {
     "lacks the column target": lambda t: t.drop("target"),
     "every target is 0": lambda t: t.with_columns(target=pl.lit(0)),
     "2 patients with a positive row are too few for 3 folds": lambda t: t.with_columns(
-        target=pl.col("patient_id").is_in(t.filter(target=1)["patient_id"].unique().sort()[:2].implode()).cast(pl.Int8)
+        target=pl.col("patient_id")
+        .is_in(t.filter(target=1)["patient_id"].unique().sort()[:2].implode())
+        .cast(pl.Int8)
     ),
     "too few for 3 folds": lambda t: t.with_columns(patient_id=pl.lit("IP_1")),
     "every target is 1": lambda t: t.filter(target=1)[:1],
@@ -354,13 +425,25 @@ def test_logits_that_are_not_numbers_or_stand_twice_are_refused(data: Path, tmp_
         fit(settings(data, tmp_path, features="image", embeddings=root))
 
 
-def test_a_dataset_of_ids_targets_and_patients_can_be_scored_by_its_images(data: Path, tmp_path: Path) -> None:
-    plain = with_train(data, tmp_path / "plain", train_table(data).select(schema.ID, schema.TARGET, schema.PATIENT))
+def test_a_dataset_of_ids_targets_and_patients_can_be_scored_by_its_images(
+    data: Path, tmp_path: Path
+) -> None:
+    plain = with_train(
+        data, tmp_path / "plain", train_table(data).select(schema.ID, schema.TARGET, schema.PATIENT)
+    )
     Dataset(data).metadata("test").select(schema.ID).write_csv(plain / "test-metadata.csv")
-    fit(settings(plain, tmp_path, features="image", embeddings=write_embeddings(tmp_path / "e", plain)))
+    fit(
+        settings(
+            plain, tmp_path, features="image", embeddings=write_embeddings(tmp_path / "e", plain)
+        )
+    )
     assert (tmp_path / "image_e" / "ensemble.json").is_file()
 
 
 def test_real_rows_beat_the_known_baseline_of_raw_numbers(real_data: Path, tmp_path: Path) -> None:
-    fit(settings(real_data / "real-tabular", tmp_path, features="numeric", num_folds=5, num_rounds=200))
+    fit(
+        settings(
+            real_data / "real-tabular", tmp_path, features="numeric", num_folds=5, num_rounds=200
+        )
+    )
     assert json.loads((tmp_path / "numeric" / "scores.json").read_text())["blend"]["auc"] > 0.92

@@ -11,7 +11,16 @@ from ensembles import ENGINES, NUM_FOLDS, settings, write_dataset
 
 from infer.embeddings import part_path, write_part
 from infer.ensemble.fit import fit
-from infer.ensemble.image_columns import FORMS, MAPPED, Map, fit_maps, mapped_columns, procrustes, read_maps, write_maps
+from infer.ensemble.image_columns import (
+    FORMS,
+    MAPPED,
+    Map,
+    fit_maps,
+    mapped_columns,
+    procrustes,
+    read_maps,
+    write_maps,
+)
 from infer.ensemble.predict import PredictSettings, predict
 from isic import schema
 from isic.dataset import Dataset
@@ -31,13 +40,22 @@ def spaces(width: int) -> list[np.ndarray]:
     return [np.linalg.qr(rng.standard_normal((width, width)))[0] for _ in range(NUM_FOLDS)]
 
 
-def write_run(root: Path, split: str, plan: Folds, engines: dict[str, str] = ENGINES, width: int = WIDTH) -> None:
-    run = {"config": root.name, "folds": [int(k) for k in engines], "folds_digest": plan.digest, "engines": engines}
+def write_run(
+    root: Path, split: str, plan: Folds, engines: dict[str, str] = ENGINES, width: int = WIDTH
+) -> None:
+    run = {
+        "config": root.name,
+        "folds": [int(k) for k in engines],
+        "folds_digest": plan.digest,
+        "engines": engines,
+    }
     run |= {"checkpoints": engines, "tta": "none", "preprocess": {"size": 8}}
     write_json(root / split / "run.json", {**run, "folds_mode": "all", "num_features": width})
 
 
-def embed(root: Path, data: Path, plan: Folds, strength: float, remembered: float, width: int = WIDTH) -> Path:
+def embed(
+    root: Path, data: Path, plan: Folds, strength: float, remembered: float, width: int = WIDTH
+) -> Path:
     """Writes what fold models say of every image: the same of each, in a space of their own, less noise.
 
     Args:
@@ -57,7 +75,12 @@ def embed(root: Path, data: Path, plan: Folds, strength: float, remembered: floa
             own = looks + 0.1 * rng.standard_normal(looks.shape)
             own[:, 1] += remembered * target * seen
             features = (own @ turn + k).astype(np.float32)
-            write_part(part_path(root, split, k, 0), table[schema.ID].to_list(), features, own[:, 0].astype(np.float32))
+            write_part(
+                part_path(root, split, k, 0),
+                table[schema.ID].to_list(),
+                features,
+                own[:, 0].astype(np.float32),
+            )
         write_run(root, split, plan, width=width)
     return root
 
@@ -95,34 +118,58 @@ def auc(root: Path) -> float:
 
 
 @pytest.mark.parametrize("form", MAPPED)
-def test_an_image_gets_the_same_columns_whichever_model_saw_it(data: Path, run: Path, plan: Folds, form: str) -> None:
+def test_an_image_gets_the_same_columns_whichever_model_saw_it(
+    data: Path, run: Path, plan: Folds, form: str
+) -> None:
     metadata = Dataset(data).metadata("train")
     maps = fit_maps(run, form, metadata, plan, 4)
     by_fold = [
-        mapped_columns(run, "train", form, metadata, maps, pl.Series([k] * len(metadata))).drop("isic_id").to_numpy()
+        mapped_columns(run, "train", form, metadata, maps, pl.Series([k] * len(metadata)))
+        .drop("isic_id")
+        .to_numpy()
         for k in range(NUM_FOLDS)
     ]
-    assert by_fold[0].shape == (len(metadata), WIDTH if form == "aligned" else 4) and by_fold[0].dtype == np.float32
+    assert (
+        by_fold[0].shape == (len(metadata), WIDTH if form == "aligned" else 4)
+        and by_fold[0].dtype == np.float32
+    )
     for other in by_fold[1:]:
         assert np.abs(other - by_fold[0]).mean() < 0.2 * by_fold[0].std()
 
 
 @pytest.mark.parametrize("form", MAPPED)
-def test_a_test_row_has_the_mean_over_the_models(data: Path, run: Path, plan: Folds, form: str, tmp_path: Path) -> None:
+def test_a_test_row_has_the_mean_over_the_models(
+    data: Path, run: Path, plan: Folds, form: str, tmp_path: Path
+) -> None:
     maps = fit_maps(run, form, Dataset(data).metadata("train"), plan, 4)
     write_maps(tmp_path / "maps.parquet", maps)
     again, test = read_maps(tmp_path / "maps.parquet"), Dataset(data).metadata("test")
     found = mapped_columns(run, "test", form, test, again, None)
     assert found["isic_id"].to_list() == test["isic_id"].to_list()
-    one = [maps[k].apply(pl.read_parquet(part_path(run, "test", k, 0))["features"].to_numpy()) for k in maps]
-    np.testing.assert_allclose(found.drop("isic_id").to_numpy(), np.mean(one, axis=0), rtol=1e-5, atol=1e-5)
+    one = [
+        maps[k].apply(pl.read_parquet(part_path(run, "test", k, 0))["features"].to_numpy())
+        for k in maps
+    ]
+    np.testing.assert_allclose(
+        found.drop("isic_id").to_numpy(), np.mean(one, axis=0), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_the_images_show_is_found_and_predicted(
     data: Path, run: Path, frozen: Path, form: str, tmp_path: Path
 ) -> None:
-    fit(settings(data, tmp_path, features=f"raw,{form}", embeddings=run, frozen=frozen, components=4, name="with"))
+    fit(
+        settings(
+            data,
+            tmp_path,
+            features=f"raw,{form}",
+            embeddings=run,
+            frozen=frozen,
+            components=4,
+            name="with",
+        )
+    )
     fit(settings(data, tmp_path, features="raw", name="without", embeddings=run))
     assert auc(tmp_path / "with") > auc(tmp_path / "without") + 0.02
     where = {"ensemble": tmp_path / "with", "embeddings": run, "frozen": frozen}
@@ -140,14 +187,19 @@ def test_two_fits_give_the_same_bytes(data: Path, run: Path, tmp_path: Path) -> 
     for name in "ab":
         chosen = {"features": "raw,aligned,components", "components": 4, "name": "same"}
         fit(settings(data, tmp_path / name, embeddings=run, **chosen))
-    first, second = ({path.name: path.read_bytes() for path in (tmp_path / name / "same").iterdir()} for name in "ab")
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "same").iterdir()}
+        for name in "ab"
+    )
     assert first == second and {"maps_aligned.parquet", "maps_components.parquet"} < set(first)
 
 
 def shuffle_labels(data: Path, root: Path, seed: int = 1) -> pl.DataFrame:
     """Writes the dataset with its labels in another order and returns the training table."""
     table = Dataset(data).metadata("train")
-    shuffled = table.with_columns(table["target"].sample(fraction=1, shuffle=True, seed=seed).alias("target"))
+    shuffled = table.with_columns(
+        table["target"].sample(fraction=1, shuffle=True, seed=seed).alias("target")
+    )
     root.mkdir()
     shuffled.write_csv(root / "train-metadata.csv")
     shutil.copy(data / "test-metadata.csv", root)
@@ -159,19 +211,33 @@ def test_shuffled_labels_give_chance(data: Path, form: str, tmp_path: Path) -> N
     """Embeddings that show nothing of the label, but for those of images that the model was trained on."""
     shuffled = shuffle_labels(data, tmp_path / "data")
     plan = draw_folds(shuffled, NUM_FOLDS, 42)
-    run = embed(tmp_path / "blind", tmp_path / "data", plan, 0.0, 0.0 if form == "frozen" else REMEMBERED)
+    run = embed(
+        tmp_path / "blind", tmp_path / "data", plan, 0.0, 0.0 if form == "frozen" else REMEMBERED
+    )
     elsewhere: dict[str, object] = {"embeddings": run}
     if form == "frozen":
         write_known(run / "trained_on.parquet", pl.DataFrame({"isic_id": ["other"]}))
         elsewhere = {"frozen": run}
     features = "raw,image" if form == "image" else form
-    fit(settings(tmp_path / "data", tmp_path, features=features, name="blind", components=8, seeds=3, **elsewhere))
+    fit(
+        settings(
+            tmp_path / "data",
+            tmp_path,
+            features=features,
+            name="blind",
+            components=8,
+            seeds=3,
+            **elsewhere,
+        )
+    )
     blend = pl.read_parquet(tmp_path / "blind" / "oof.parquet")
     assert pauc(blend["target"], blend["blend"]) < 0.06  # 0.02 is chance, 0.2 perfect
     assert 0.4 < auc(tmp_path / "blind") < 0.6
 
 
-def test_a_map_fitted_on_held_out_images_would_leak_and_ours_does_not(data: Path, tmp_path: Path) -> None:
+def test_a_map_fitted_on_held_out_images_would_leak_and_ours_does_not(
+    data: Path, tmp_path: Path
+) -> None:
     """Looks along the one direction in which models remember labels, at rows whose own model has not seen theirs."""
     width, found = 100, {"ours": [], "leaky": []}
     for seed in range(6):
@@ -179,28 +245,51 @@ def test_a_map_fitted_on_held_out_images_would_leak_and_ours_does_not(data: Path
         plan = draw_folds(table, NUM_FOLDS, 42)
         run = embed(tmp_path / f"run{seed}", tmp_path / f"data{seed}", plan, 0.0, REMEMBERED, width)
         maps = fit_maps(run, "aligned", table, plan, 1)
-        parts = [pl.read_parquet(part_path(run, "train", k, 0))["features"].to_numpy() for k in range(NUM_FOLDS)]
+        parts = [
+            pl.read_parquet(part_path(run, "train", k, 0))["features"].to_numpy()
+            for k in range(NUM_FOLDS)
+        ]
         centred = [part - part.mean(axis=0) for part in parts]
-        leaky = {k: Map(procrustes(centred[k], centred[0]), np.zeros(width)) for k in range(NUM_FOLDS)}
+        leaky = {
+            k: Map(procrustes(centred[k], centred[0]), np.zeros(width)) for k in range(NUM_FOLDS)
+        }
         for name, used in (("ours", maps), ("leaky", leaky)):
-            columns = mapped_columns(run, "train", "aligned", table, used, plan.of(table)).drop("isic_id").to_numpy()
+            columns = (
+                mapped_columns(run, "train", "aligned", table, used, plan.of(table))
+                .drop("isic_id")
+                .to_numpy()
+            )
             of_fold = [plan.of(table).to_numpy() == k for k in (1, 2)]
             memory = columns @ spaces(width)[0][1]
-            found[name].append(np.mean([roc_auc(table["target"].to_numpy()[rows], memory[rows]) for rows in of_fold]))
-    assert abs(np.mean(found["ours"]) - 0.5) < 0.025 and np.mean(found["leaky"]) > np.mean(found["ours"]) + 0.02
+            found[name].append(
+                np.mean(
+                    [roc_auc(table["target"].to_numpy()[rows], memory[rows]) for rows in of_fold]
+                )
+            )
+    assert (
+        abs(np.mean(found["ours"]) - 0.5) < 0.025
+        and np.mean(found["leaky"]) > np.mean(found["ours"]) + 0.02
+    )
 
 
-def test_embeddings_of_held_out_images_alone_are_refused(data: Path, run: Path, plan: Folds, tmp_path: Path) -> None:
+def test_embeddings_of_held_out_images_alone_are_refused(
+    data: Path, run: Path, plan: Folds, tmp_path: Path
+) -> None:
     root = Path(shutil.copytree(run, tmp_path / "tiny"))
     write_json(
-        root / "train" / "run.json", json.loads((root / "train" / "run.json").read_text()) | {"folds_mode": "oof"}
+        root / "train" / "run.json",
+        json.loads((root / "train" / "run.json").read_text()) | {"folds_mode": "oof"},
     )
-    with pytest.raises(UserError, match="aligned needs every training image embedded by every fold's model"):
+    with pytest.raises(
+        UserError, match="aligned needs every training image embedded by every fold's model"
+    ):
         fit(settings(data, tmp_path, features="aligned", embeddings=root))
 
 
 def test_too_many_columns_for_the_images_are_refused(data: Path, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="of 12 features do not determine 13 columns; use fewer --components"):
+    with pytest.raises(
+        UserError, match="of 12 features do not determine 13 columns; use fewer --components"
+    ):
         fit(settings(data, tmp_path, features="components", embeddings=run, components=13))
 
 
@@ -209,7 +298,9 @@ def test_missing_and_broken_embeddings_are_refused(data: Path, run: Path, tmp_pa
     path = part_path(root, "train", 2, 0)
     part = pl.read_parquet(path)
     part[3:].write_parquet(path)
-    with pytest.raises(UserError, match=r"lacks the train embeddings of \d+ of \d+ images, .* for fold 2"):
+    with pytest.raises(
+        UserError, match=r"lacks the train embeddings of \d+ of \d+ images, .* for fold 2"
+    ):
         fit(settings(data, tmp_path, features="aligned", embeddings=root))
     bad = np.full((len(part), WIDTH), np.nan, np.float32)
     write_part(path, part["isic_id"].to_list(), bad, part["logit"].to_numpy())
@@ -217,7 +308,9 @@ def test_missing_and_broken_embeddings_are_refused(data: Path, run: Path, tmp_pa
         fit(settings(data, tmp_path, features="aligned", embeddings=root))
 
 
-def test_an_image_that_could_not_be_read_has_blank_columns(data: Path, run: Path, tmp_path: Path) -> None:
+def test_an_image_that_could_not_be_read_has_blank_columns(
+    data: Path, run: Path, tmp_path: Path
+) -> None:
     root = Path(shutil.copytree(run, tmp_path / "tiny"))
     name = Dataset(data).metadata("test")["isic_id"][2]
     for k in range(NUM_FOLDS):
@@ -227,23 +320,46 @@ def test_an_image_that_could_not_be_read_has_blank_columns(data: Path, run: Path
     skipped.write_parquet(root / "test" / "errors.parquet")
     fit(
         settings(
-            data, tmp_path, features="multimodal,components", embeddings=root, components=4, num_rounds=4, name="m"
+            data,
+            tmp_path,
+            features="multimodal,components",
+            embeddings=root,
+            components=4,
+            num_rounds=4,
+            name="m",
         )
     )
-    predict(PredictSettings(data=data, ensemble=tmp_path / "m", embeddings=root, output=tmp_path / "s.csv"))
+    predict(
+        PredictSettings(
+            data=data, ensemble=tmp_path / "m", embeddings=root, output=tmp_path / "s.csv"
+        )
+    )
     assert pl.read_csv(tmp_path / "s.csv")["target"].null_count() == 0
 
 
-def test_a_backbone_that_has_seen_the_labels_is_not_frozen(data: Path, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no list of what a model was trained on at .*trained_on.parquet"):
+def test_a_backbone_that_has_seen_the_labels_is_not_frozen(
+    data: Path, run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"no list of what a model was trained on at .*trained_on.parquet"
+    ):
         fit(settings(data, tmp_path, features="frozen", frozen=run))
-    root, metadata = Path(shutil.copytree(run, tmp_path / "knowing")), Dataset(data).metadata("train")
+    root, metadata = (
+        Path(shutil.copytree(run, tmp_path / "knowing")),
+        Dataset(data).metadata("train"),
+    )
     write_known(root / "trained_on.parquet", metadata)
-    with pytest.raises(UserError, match="was trained on 400 rows of this table or on their patients"):
+    with pytest.raises(
+        UserError, match="was trained on 400 rows of this table or on their patients"
+    ):
         fit(settings(data, tmp_path, features="frozen", frozen=root))
     patient = metadata["patient_id"][0]
-    write_known(root / "trained_on.parquet", pl.DataFrame({"isic_id": ["ISIC_9"], "patient_id": [patient]}))
-    with pytest.raises(UserError, match=f"was trained on {(metadata['patient_id'] == patient).sum()} rows of this"):
+    write_known(
+        root / "trained_on.parquet", pl.DataFrame({"isic_id": ["ISIC_9"], "patient_id": [patient]})
+    )
+    with pytest.raises(
+        UserError, match=f"was trained on {(metadata['patient_id'] == patient).sum()} rows of this"
+    ):
         fit(settings(data, tmp_path, features="frozen", frozen=root))
 
 
@@ -253,6 +369,10 @@ def test_the_frozen_model_must_be_the_same_one(data: Path, frozen: Path, tmp_pat
     said = json.loads((root / "test" / "run.json").read_text())
     write_json(root / "test" / "run.json", said | {"checkpoints": {"1": "another"}})
     with pytest.raises(UserError, match="were made with other trained weights"):
-        predict(PredictSettings(data=data, ensemble=tmp_path / "f", frozen=root, output=tmp_path / "s.csv"))
+        predict(
+            PredictSettings(
+                data=data, ensemble=tmp_path / "f", frozen=root, output=tmp_path / "s.csv"
+            )
+        )
     with pytest.raises(UserError, match="give --frozen outputs/embeddings/elsewhere"):
         predict(PredictSettings(data=data, ensemble=tmp_path / "f", output=tmp_path / "s.csv"))

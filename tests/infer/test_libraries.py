@@ -39,7 +39,11 @@ def config(data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def fitted(data: Path, config: Path) -> Path:
-    fit(FitSettings(config=str(config), data=data, output_dir=data.parent, name="three", num_threads=1))
+    fit(
+        FitSettings(
+            config=str(config), data=data, output_dir=data.parent, name="three", num_threads=1
+        )
+    )
     return data.parent / "three"
 
 
@@ -47,7 +51,10 @@ def test_every_library_has_its_boosters_scores_and_settings(fitted: Path) -> Non
     manifest = json.loads((fitted / "ensemble.json").read_text())
     assert {entry["library"] for entry in manifest["boosters"]} == set(LIBRARIES)
     assert len(manifest["boosters"]) == 3 * NUM_FOLDS * 2 and manifest["weights"]["lightgbm"] == 2
-    assert manifest["parameters"]["catboost"]["depth"] == 3 and manifest["parameters"]["xgboost"]["num_rounds"] == 8
+    assert (
+        manifest["parameters"]["catboost"]["depth"] == 3
+        and manifest["parameters"]["xgboost"]["num_rounds"] == 8
+    )
     assert json.loads((fitted / "xgboost_fold_0_seed_1.json").read_text())["learner"]
     assert json.loads((fitted / "catboost_fold_0_seed_1.json").read_text())["oblivious_trees"]
     oof = pl.read_parquet(fitted / "oof.parquet")
@@ -66,8 +73,19 @@ def test_the_blend_is_the_weighted_mean_of_ranks(fitted: Path) -> None:
     np.testing.assert_allclose(oof["blend"], expected, atol=1e-12)
 
 
-def test_another_number_of_threads_gives_the_same_bytes(data: Path, config: Path, fitted: Path, cli: Cli) -> None:
-    flags = ["--data", data, "--output_dir", data.parent / "threads", "--name", "three", "--num_threads", 3]
+def test_another_number_of_threads_gives_the_same_bytes(
+    data: Path, config: Path, fitted: Path, cli: Cli
+) -> None:
+    flags = [
+        "--data",
+        data,
+        "--output_dir",
+        data.parent / "threads",
+        "--name",
+        "three",
+        "--num_threads",
+        3,
+    ]
     ended = cli("infer", "fit", "--config", config, *flags)
     assert ended.code == 0, ended.err
     roots = (data.parent / "threads" / "three", fitted)
@@ -77,7 +95,11 @@ def test_another_number_of_threads_gives_the_same_bytes(data: Path, config: Path
 
 def test_flags_win_over_the_file(config: Path) -> None:
     chosen = build(FitSettings, {"config": str(config), "catboost": "{depth: 2}", "seeds": "4"})
-    assert chosen.parameters("catboost")["depth"] == 2 and chosen.seeds == 4 and chosen.features == "raw"
+    assert (
+        chosen.parameters("catboost")["depth"] == 2
+        and chosen.seeds == 4
+        and chosen.features == "raw"
+    )
 
 
 def test_prediction_blends_as_fitting_did_and_one_row_scores_what_it_scores_among_others(
@@ -85,19 +107,30 @@ def test_prediction_blends_as_fitting_did_and_one_row_scores_what_it_scores_amon
 ) -> None:
     where = {"ensemble": fitted, "num_threads": 2}
     predict(PredictSettings(data=data, output=tmp_path / "s.csv", **where))
-    models, submission = pl.read_parquet(tmp_path / "s_models.parquet"), pl.read_csv(tmp_path / "s.csv")
+    models, submission = (
+        pl.read_parquet(tmp_path / "s_models.parquet"),
+        pl.read_csv(tmp_path / "s.csv"),
+    )
     oof = pl.read_parquet(fitted / "oof.parquet")
     assert models.columns == ["isic_id", *oof.columns[3:]]
     assert models["blend"].equals(submission["target"], check_names=False)
-    columns = [{name: frame[name].to_numpy() for name in oof.columns[3:-1]} for frame in (models, oof)]
+    columns = [
+        {name: frame[name].to_numpy() for name in oof.columns[3:-1]} for frame in (models, oof)
+    ]
     np.testing.assert_array_equal(
-        models["blend"], blend(columns[0], dict.fromkeys(LIBRARIES, 1) | {"lightgbm": 2}, columns[1])
+        models["blend"],
+        blend(columns[0], dict.fromkeys(LIBRARIES, 1) | {"lightgbm": 2}, columns[1]),
     )
     manifest = json.loads((tmp_path / "s.csv.json").read_text())
-    assert manifest["models"] == {"file": "s_models.parquet", "sha256": sha256(tmp_path / "s_models.parquet")}
+    assert manifest["models"] == {
+        "file": "s_models.parquet",
+        "sha256": sha256(tmp_path / "s_models.parquet"),
+    }
     one = tmp_path / "one"
     one.mkdir()
-    pl.read_csv(data / "test-metadata.csv", infer_schema=False)[:1].write_csv(one / "test-metadata.csv")
+    pl.read_csv(data / "test-metadata.csv", infer_schema=False)[:1].write_csv(
+        one / "test-metadata.csv"
+    )
     predict(PredictSettings(data=one, output=one / "s.csv", **where))
     again = pl.read_parquet(one / "s_models.parquet").row(0, named=True)
     assert again == models.filter(isic_id=again["isic_id"]).row(0, named=True)
@@ -161,7 +194,9 @@ def test_bad_settings_are_refused(message: str) -> None:
         ("catboost", "{subsample: 2}"),
     ],
 )
-def test_a_value_that_a_library_refuses_is_a_sentence(data: Path, tmp_path: Path, library: str, setting: str) -> None:
+def test_a_value_that_a_library_refuses_is_a_sentence(
+    data: Path, tmp_path: Path, library: str, setting: str
+) -> None:
     flags = {"features": "raw", "libraries": library, library: setting, "num_rounds": 2}
     with pytest.raises(UserError, match=rf"^{library} does not fit \(.+\); change --{library}$"):
         fit(settings(data, tmp_path, **flags))
@@ -174,7 +209,9 @@ def test_a_config_with_an_unknown_key_is_named(tmp_path: Path) -> None:
         build(FitSettings, {"config": str(tmp_path / "bad.yaml")})
 
 
-@pytest.mark.parametrize("path", sorted((CONFIG_DIR / "ensembles").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((CONFIG_DIR / "ensembles").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_config_is_valid(path: Path) -> None:
     build(FitSettings, {"config": f"ensembles/{path.stem}"})
 

@@ -39,8 +39,12 @@ def batches(size: int) -> list[list[str]]:
     return [IDS[at : at + size] for at in range(0, len(IDS), size)]
 
 
-@pytest.mark.parametrize(("size", "depth", "num_threads"), [(1, 2, 3), (7, 3, 1), (33, 3, 2), (200, 2, 2)])
-def test_batches_arrive_whole_and_in_order(store: ImageStore, size: int, depth: int, num_threads: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "depth", "num_threads"), [(1, 2, 3), (7, 3, 1), (33, 3, 2), (200, 2, 2)]
+)
+def test_batches_arrive_whole_and_in_order(
+    store: ImageStore, size: int, depth: int, num_threads: int
+) -> None:
     seen: list[str] = []
     with decode_pool(num_threads) as pool:
         for batch in decode_ahead(store, batches(size), SPEC, pool, size, depth):
@@ -148,7 +152,9 @@ def part(folder: Path, number: int, num_ids: int = 10, bad: int = 0) -> Part:
     part = Part(ids, {0: folder / f"part-{number:05d}.parquet"})
     part.paths[0].touch()
     if bad:
-        pl.DataFrame({"isic_id": ids[:bad], "reason": ["truncated JPEG"] * bad}).write_parquet(part.errors_path)
+        pl.DataFrame({"isic_id": ids[:bad], "reason": ["truncated JPEG"] * bad}).write_parquet(
+            part.errors_path
+        )
     return part
 
 
@@ -159,8 +165,15 @@ def test_bad_images_are_counted_against_the_whole_run(tmp_path: Path) -> None:
     tally = Tally([done, *due], "skip", 0.05, quiet=True)
     assert (tally.num_images, tally.num_now) == (10, 30)
     tally.add(Step(10, [("1-0", "zero bytes")], decode_wait=1.0, engine=3.0))
-    assert tally.bound_by == "engine" and tally.shares == {"decode": 0.25, "engine": 0.75, "write": 0.0}
-    with pytest.raises(UserError, match=r"3 of the first 30 images cannot be used \(2 zero bytes, 1 truncated JPEG\)"):
+    assert tally.bound_by == "engine" and tally.shares == {
+        "decode": 0.25,
+        "engine": 0.75,
+        "write": 0.0,
+    }
+    with pytest.raises(
+        UserError,
+        match=r"3 of the first 30 images cannot be used \(2 zero bytes, 1 truncated JPEG\)",
+    ):
         tally.add(Step(10, [("2-0", "zero bytes")]))
     with pytest.raises(UserError, match="0-0: truncated JPEG; mend it"):
         Tally([done, *due], "raise", 1.0, quiet=True)
@@ -185,7 +198,11 @@ def test_rounds_end_when_all_is_there_or_nothing_gets_on(tmp_path: Path) -> None
 
 def test_folds_by_search_are_those_by_join() -> None:
     ids = pl.Series("isic_id", ["B", "A", "D", "C"])
-    plan = Folds(pl.DataFrame({"isic_id": ["A", "B", "C", "D"], "fold": pl.Series([2, 0, 1, 0], dtype=pl.Int8)}))
+    plan = Folds(
+        pl.DataFrame(
+            {"isic_id": ["A", "B", "C", "D"], "fold": pl.Series([2, 0, 1, 0], dtype=pl.Int8)}
+        )
+    )
     unsorted = Folds(plan.table.reverse())
     for folds in (plan, unsorted):
         assert fold_of(ids, folds).to_list() == folds.of(ids.to_frame()).to_list() == [0, 2, 0, 1]
@@ -197,11 +214,16 @@ def test_an_engine_that_overflows_is_named(tmp_path: Path, monkeypatch: pytest.M
     stand_in = make_stand_in(tmp_path, num_images=12)
     monkeypatch.setattr(
         "infer.engines.null.NullEngine.run",
-        lambda self, images: (np.full((len(images), 8), 1e5, np.float32), np.zeros((len(images), 1), np.float32)),
+        lambda self, images: (
+            np.full((len(images), 8), 1e5, np.float32),
+            np.zeros((len(images), 1), np.float32),
+        ),
     )
     job = job_of(stand_in)
     one = Part(pl.Series(["ISIC_0000003"]), {1: tmp_path / "fold_1" / "part-00000.parquet"})
-    says = pytest.raises(UserError, match=r"the engine of fold 1 gives ISIC_0000003 .* not finite as float16")
+    says = pytest.raises(
+        UserError, match=r"the engine of fold 1 gives ISIC_0000003 .* not finite as float16"
+    )
     with says, np.errstate(over="ignore"), Embedder(job) as embedder:
         embedder.run([one], lambda step: None)
     assert not one.is_done
@@ -215,7 +237,9 @@ def job_of(stand_in: StandIn) -> Job:
 def test_what_the_listener_raises_ends_the_run_and_its_threads(tmp_path: Path) -> None:
     stand_in = make_stand_in(tmp_path, num_images=60, images_per_second=500)
     ids = pl.Series([f"ISIC_{row:07d}" for row in range(60)])
-    parts = [Part(ids.slice(at, 10), {0: tmp_path / f"part-{at:05d}.parquet"}) for at in range(0, 60, 10)]
+    parts = [
+        Part(ids.slice(at, 10), {0: tmp_path / f"part-{at:05d}.parquet"}) for at in range(0, 60, 10)
+    ]
     before = threading.active_count()
 
     def stop(step: Step) -> None:

@@ -25,7 +25,11 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write_dataset(root / "data")
     embeddings = write_embeddings(root / "embeddings" / "tiny", data)
     for features in ("engineered", "image", "multimodal"):
-        fit(settings(data, root / "ensemble", features=features, embeddings=embeddings, num_rounds=20))
+        fit(
+            settings(
+                data, root / "ensemble", features=features, embeddings=embeddings, num_rounds=20
+            )
+        )
     return root
 
 
@@ -49,7 +53,10 @@ def copy(road: Path, tmp_path: Path, part: str) -> Path:
 def test_every_row_has_a_score_in_the_tables_order(road: Path, ensemble: str) -> None:
     submission = run(road, ensemble)
     assert submission.columns == ["isic_id", "target"]
-    assert submission["isic_id"].to_list() == Dataset(road / "data").metadata("test")["isic_id"].to_list()
+    assert (
+        submission["isic_id"].to_list()
+        == Dataset(road / "data").metadata("test")["isic_id"].to_list()
+    )
     assert submission["target"].is_between(0, 1).all() and submission["target"].n_unique() > 10
 
 
@@ -67,16 +74,24 @@ def test_the_sample_submission_gives_the_order(road: Path, tmp_path: Path) -> No
     sample = before.sample(fraction=1, shuffle=True, seed=1).with_columns(target=pl.lit(0.3))
     sample.write_csv(data / "sample_submission.csv")
     submission = run(road, data=data, output=tmp_path / "s.csv")
-    assert submission["isic_id"].to_list() == sample["isic_id"].to_list() != before["isic_id"].to_list()
+    assert (
+        submission["isic_id"].to_list()
+        == sample["isic_id"].to_list()
+        != before["isic_id"].to_list()
+    )
     assert submission.sort("isic_id").equals(before.sort("isic_id"))
 
 
 @pytest.mark.parametrize(("change", "count"), [("fewer", 1), ("more", 1)])
-def test_a_sample_submission_of_other_ids_is_refused(road: Path, tmp_path: Path, change: str, count: int) -> None:
+def test_a_sample_submission_of_other_ids_is_refused(
+    road: Path, tmp_path: Path, change: str, count: int
+) -> None:
     data = copy(road, tmp_path, "data")
     sample = run(road)
     extra = pl.DataFrame({"isic_id": ["ISIC_9"], "target": [0.3]})
-    (sample[1:] if change == "fewer" else pl.concat([sample, extra])).write_csv(data / "sample_submission.csv")
+    (sample[1:] if change == "fewer" else pl.concat([sample, extra])).write_csv(
+        data / "sample_submission.csv"
+    )
     with pytest.raises(UserError, match=f"{count} of the 3. ids in .* are not in"):
         run(road, data=data)
 
@@ -89,7 +104,9 @@ def test_a_sample_submission_that_is_none_is_refused(road: Path, tmp_path: Path,
         run(road, data=data)
 
 
-def test_scores_do_not_depend_on_the_other_patients_or_the_order(road: Path, tmp_path: Path) -> None:
+def test_scores_do_not_depend_on_the_other_patients_or_the_order(
+    road: Path, tmp_path: Path
+) -> None:
     everything = run(road)
     table = pl.read_csv(road / "data" / "test-metadata.csv", infer_schema=False)
     patient = table["patient_id"][4]
@@ -99,7 +116,9 @@ def test_scores_do_not_depend_on_the_other_patients_or_the_order(road: Path, tmp
     some.write_csv(data / "test-metadata.csv")
     mine = run(road, data=data, output=tmp_path / "s.csv")
     joined = mine.join(everything, on="isic_id")
-    assert len(joined) == len(some) and joined["target"].equals(joined["target_right"], check_names=False)
+    assert len(joined) == len(some) and joined["target"].equals(
+        joined["target_right"], check_names=False
+    )
 
 
 def test_one_row_of_an_institution_never_seen_with_blanks(road: Path, tmp_path: Path) -> None:
@@ -124,7 +143,9 @@ def test_a_test_row_gets_what_a_training_row_of_every_fold_model_would(road: Pat
     assert run(road, "image_tiny")["target"][0] == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_folder_with_one_ensemble_will_do_and_with_several_not(road: Path, tmp_path: Path) -> None:
+def test_a_folder_with_one_ensemble_will_do_and_with_several_not(
+    road: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"several ensembles, choose one: .*engineered.*image_tiny"):
         run(road, ensemble="")
     shutil.copytree(road / "ensemble" / "engineered", tmp_path / "ensemble" / "engineered")
@@ -140,7 +161,9 @@ def test_an_ensemble_without_its_manifest_is_not_finished(road: Path, tmp_path: 
         run(road, ensemble=root)
 
 
-@pytest.mark.parametrize("name", ["lightgbm_fold_1_seed_0.txt", "state.json", "folds.parquet", "oof.parquet"])
+@pytest.mark.parametrize(
+    "name", ["lightgbm_fold_1_seed_0.txt", "state.json", "folds.parquet", "oof.parquet"]
+)
 def test_a_file_cut_short_or_gone_is_refused(road: Path, tmp_path: Path, name: str) -> None:
     root = copy(road, tmp_path, "ensemble/multimodal_tiny")
     (root / name).write_bytes((root / name).read_bytes()[:-40])
@@ -164,7 +187,9 @@ def test_a_changed_feature_list_is_refused(road: Path, tmp_path: Path) -> None:
     root = copy(road, tmp_path, "ensemble/engineered")
     names = json.loads((root / "state.json").read_text())["names"]
     forge(root, names=[*names[:-1], "gone"])
-    with pytest.raises(UserError, match=r"was fitted on 200 features .*different: gone, patient_lof"):
+    with pytest.raises(
+        UserError, match=r"was fitted on 200 features .*different: gone, patient_lof"
+    ):
         run(road, ensemble=root)
     forge(root, names=names[::-1])
     with pytest.raises(UserError, match="their order"):
@@ -180,7 +205,9 @@ def test_a_manifest_of_another_version_is_refused(road: Path, tmp_path: Path) ->
 
 def test_a_missing_column_is_named(road: Path, tmp_path: Path) -> None:
     data = copy(road, tmp_path, "data")
-    pl.read_csv(data / "test-metadata.csv", infer_schema=False).drop("tbp_lv_y").write_csv(data / "test-metadata.csv")
+    pl.read_csv(data / "test-metadata.csv", infer_schema=False).drop("tbp_lv_y").write_csv(
+        data / "test-metadata.csv"
+    )
     with pytest.raises(UserError, match=r"test-metadata.csv lacks the column tbp_lv_y"):
         run(road, "engineered", data=data)
 
@@ -193,7 +220,8 @@ def test_missing_embeddings_are_refused(road: Path, tmp_path: Path) -> None:
     part = pl.read_parquet(path)
     part[2:].write_parquet(path)
     with pytest.raises(
-        UserError, match=f"lacks the test embeddings of 2 of 30 images, the first is {part['isic_id'][0]}"
+        UserError,
+        match=f"lacks the test embeddings of 2 of 30 images, the first is {part['isic_id'][0]}",
     ):
         run(road, embeddings=root)
 
@@ -232,7 +260,9 @@ def test_embeddings_of_other_models_or_views_than_fitted_with_are_refused(
     """Their logits would be standardised by constants of other ones."""
     root = copy(road, tmp_path, "embeddings/tiny")
     said = json.loads((root / "test" / "run.json").read_text())
-    write_json(root / "test" / "run.json", said | {"engines": {"0": "int8", "1": "int8", "2": "int8"}})
+    write_json(
+        root / "test" / "run.json", said | {"engines": {"0": "int8", "1": "int8", "2": "int8"}}
+    )
     run(road, embeddings=root)  # other engines of the same weights may be used
     write_json(root / "test" / "run.json", said | changed)
     with pytest.raises(UserError, match=words):

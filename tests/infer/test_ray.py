@@ -14,7 +14,9 @@ from stand_in import StandIn, make_stand_in, parts
 from infer.embedding import plan
 from infer.embedding.ray_runner import NO_AUTO_CONNECT, actors
 
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else every init warns of a default to come
+os.environ.setdefault(
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+)  # else every init warns of a default to come
 os.environ.setdefault(*NO_AUTO_CONNECT)  # these processes shut clusters down and go on
 
 try:
@@ -68,7 +70,9 @@ def test_a_node_killed_during_the_run_costs_nothing_but_time(
         while len(parts(tmp_path)) < 4 and time.monotonic() < deadline:
             time.sleep(0.05)
         killed.append(len(parts(tmp_path)))
-        cluster.remove_node(next(node for node in cluster.list_all_nodes() if not node.head), allow_graceful=False)
+        cluster.remove_node(
+            next(node for node in cluster.list_all_nodes() if not node.head), allow_graceful=False
+        )
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -81,7 +85,11 @@ def test_a_node_killed_during_the_run_costs_nothing_but_time(
 
 
 def test_a_cluster_of_its_own_gives_the_same_bytes_and_an_actors_error_is_a_sentence(
-    slow: StandIn, expected: dict[str, bytes], tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    slow: StandIn,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(plan, "PART_ROWS", 20)
     try:
@@ -91,7 +99,9 @@ def test_a_cluster_of_its_own_gives_the_same_bytes_and_an_actors_error_is_a_sent
         blocked = tmp_path / "blocked" / "null" / "train" / "fold_1"
         blocked.parent.mkdir(parents=True)
         blocked.write_text("a file where a folder must be")
-        failed = cli("infer", *slow.flags(tmp_path / "blocked", "--batch_size", 8, "--ray", "local"))
+        failed = cli(
+            "infer", *slow.flags(tmp_path / "blocked", "--batch_size", 8, "--ray", "local")
+        )
         assert failed.code == 2 and "choose another output folder" in failed.err
     finally:
         ray.shutdown()
@@ -99,7 +109,9 @@ def test_a_cluster_of_its_own_gives_the_same_bytes_and_an_actors_error_is_a_sent
 
 def test_no_cluster_at_the_address_is_a_sentence(slow: StandIn, tmp_path: Path, cli: Cli) -> None:
     ended = cli("infer", *slow.flags(tmp_path, "--ray", "nonsense"))
-    assert ended.code == 2 and "no Ray cluster at nonsense" in ended.err and "--ray local" in ended.err
+    assert (
+        ended.code == 2 and "no Ray cluster at nonsense" in ended.err and "--ray local" in ended.err
+    )
 
 
 def test_nothing_starts_a_cluster_that_nobody_asked_for() -> None:
@@ -113,7 +125,13 @@ def test_an_actor_a_gpu_or_one_a_machine() -> None:
     def node(alive: bool = True, **resources: float) -> dict[str, Any]:
         return {"Alive": alive, "Resources": resources}
 
-    machines = [node(CPU=32, GPU=4), node(CPU=16, GPU=2), node(CPU=8), node(False, CPU=64, GPU=8), node(memory=1e9)]
+    machines = [
+        node(CPU=32, GPU=4),
+        node(CPU=16, GPU=2),
+        node(CPU=8),
+        node(False, CPU=64, GPU=8),
+        node(memory=1e9),
+    ]
     assert actors(machines, "auto") == (6, {"num_cpus": 8, "num_gpus": 1})
     assert actors(machines, "cpu") == (3, {"num_cpus": 8})
     assert actors([node(CPU=2)], "auto") == (1, {"num_cpus": 2})

@@ -40,7 +40,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_dataset(tmp_path_factory.mktemp("report") / "data")
     file = root / "train-metadata.csv"
     table = pl.read_csv(file, infer_schema=False)
-    table.with_columns(pl.lit(NASTY).alias("iddx_full"), pl.col("patient_id") + "<b>").write_csv(file)
+    table.with_columns(pl.lit(NASTY).alias("iddx_full"), pl.col("patient_id") + "<b>").write_csv(
+        file
+    )
     return root
 
 
@@ -48,16 +50,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def embeddings(data: Path) -> Path:
     root = write_embeddings(data.parent / "embeddings" / "tiny", data)
     rng = np.random.default_rng(0)
-    for (fold,), rows in load(root, "train", ["logit"]).collect().group_by("fold", maintain_order=True):
+    for (fold,), rows in (
+        load(root, "train", ["logit"]).collect().group_by("fold", maintain_order=True)
+    ):
         features = rng.standard_normal((len(rows), 8)).astype(np.float16)
         logits = rows["logit"].to_numpy()
-        write_part(part_path(root, "train", int(str(fold)), 0), rows["isic_id"].to_list(), features, logits)
+        write_part(
+            part_path(root, "train", int(str(fold)), 0), rows["isic_id"].to_list(), features, logits
+        )
     return root
 
 
 @pytest.fixture(scope="module")
 def fitted(data: Path, embeddings: Path) -> Path:
-    fit(settings(data, data.parent, features="multimodal", embeddings=embeddings, seeds=2, name="a <i>&amp;"))
+    fit(
+        settings(
+            data,
+            data.parent,
+            features="multimodal",
+            embeddings=embeddings,
+            seeds=2,
+            name="a <i>&amp;",
+        )
+    )
     return data.parent / "a <i>&amp;"
 
 
@@ -70,14 +85,18 @@ def page(fitted: Path) -> str:
 @pytest.fixture(scope="module")
 def oof(fitted: Path, data: Path) -> pl.DataFrame:
     patients = Dataset(data).metadata("train").select("isic_id", "patient_id")
-    return pl.read_parquet(fitted / "oof.parquet").join(patients, on="isic_id", maintain_order="left")
+    return pl.read_parquet(fitted / "oof.parquet").join(
+        patients, on="isic_id", maintain_order="left"
+    )
 
 
 @pytest.fixture(scope="module")
 def with_images(data: Path, embeddings: Path, fitted: Path, oof: pl.DataFrame) -> Path:
     """The report of a dataset with images: the worst miss has none, the next one is cut short."""
     ids = oof["isic_id"].to_list()
-    absent, cut = (case.lesion.name for case in worst_misses(oof, Dataset(data).metadata("train"), 2))
+    absent, cut = (
+        case.lesion.name for case in worst_misses(oof, Dataset(data).metadata("train"), 2)
+    )
     files = {name: jpeg(40 + row % 30, seed=row) for row, name in enumerate(ids) if name != absent}
     files[cut] = files[cut][: len(files[cut]) // 2]
     root = data.parent / "with_images"
@@ -109,7 +128,9 @@ def polygon_area(points: NDArray[np.float64]) -> float:
 
 
 @pytest.mark.parametrize(("title", "y_low"), [("ROC", 0.0), ("The scored part", 0.8)])
-def test_the_filled_area_is_the_partial_auc(page: str, oof: pl.DataFrame, title: str, y_low: float) -> None:
+def test_the_filled_area_is_the_partial_auc(
+    page: str, oof: pl.DataFrame, title: str, y_low: float
+) -> None:
     area = polygon_area(drawn(chart(page, title), "scored", y_low))
     assert area == pytest.approx(pauc(oof["target"], oof["blend"]), abs=1e-3)
 
@@ -119,12 +140,16 @@ def test_the_scored_region_has_the_area_of_any_score(strength: float) -> None:
     rng = np.random.default_rng(0)
     target = (np.arange(500) < 60).astype(np.int8)
     score = np.round(strength * target + rng.standard_normal(500), 1)  # with ties
-    assert polygon_area(np.stack(scored_region(*roc(target, score)), axis=1)) == pytest.approx(pauc(target, score))
+    assert polygon_area(np.stack(scored_region(*roc(target, score)), axis=1)) == pytest.approx(
+        pauc(target, score)
+    )
 
 
 def test_the_curves_have_the_areas_of_the_scores(page: str, oof: pl.DataFrame) -> None:
     curve = drawn(chart(page, "ROC"), "whole")
-    assert np.trapezoid(curve[:, 1], curve[:, 0]) == pytest.approx(roc_auc(oof["target"], oof["blend"]), abs=1e-3)
+    assert np.trapezoid(curve[:, 1], curve[:, 0]) == pytest.approx(
+        roc_auc(oof["target"], oof["blend"]), abs=1e-3
+    )
     recall, precision = drawn(chart(page, "Precision and recall"), "whole").T
     expected = average_precision_score(oof["target"], oof["blend"])
     assert np.trapezoid(precision, recall) == pytest.approx(expected, abs=2e-3)
@@ -133,18 +158,28 @@ def test_the_curves_have_the_areas_of_the_scores(page: str, oof: pl.DataFrame) -
 
 def test_the_tables_hold_the_scores(page: str, oof: pl.DataFrame) -> None:
     def line(name: str, rows: pl.DataFrame, model: str) -> str:
-        values = f"{pauc(rows['target'], rows[model]):.4f}", f"{roc_auc(rows['target'], rows[model]):.4f}"
+        values = (
+            f"{pauc(rows['target'], rows[model]):.4f}",
+            f"{roc_auc(rows['target'], rows[model]):.4f}",
+        )
         top = f"{100 * top_k_sensitivity(rows['target'], rows[model], rows['patient_id']):.1f}\N{NO-BREAK SPACE}%"
-        return f'<th scope="row">{name}</th>' + "".join(f"<td>{value}</td>" for value in (*values, top))
+        return f'<th scope="row">{name}</th>' + "".join(
+            f"<td>{value}</td>" for value in (*values, top)
+        )
 
     for (fold,), rows in oof.group_by("fold"):
-        assert line(str(fold), rows, "blend") + f"<td>{len(rows)}</td><td>{rows['target'].sum()}</td>" in page
+        assert (
+            line(str(fold), rows, "blend") + f"<td>{len(rows)}</td><td>{rows['target'].sum()}</td>"
+            in page
+        )
     for model in ("lightgbm_seed_0", "lightgbm_seed_1", "blend"):
         assert line(model, oof, model) in page
     assert line("pooled", oof, "blend") in page
 
 
-def test_the_worst_are_shown_with_their_patients_other_lesions(oof: pl.DataFrame, data: Path) -> None:
+def test_the_worst_are_shown_with_their_patients_other_lesions(
+    oof: pl.DataFrame, data: Path
+) -> None:
     metadata = Dataset(data).metadata("train")
     misses, alarms = worst_misses(oof, metadata), worst_false_alarms(oof, metadata)
     assert len(misses) == len(alarms) == NUM_CASES
@@ -162,7 +197,9 @@ def test_the_worst_are_shown_with_their_patients_other_lesions(oof: pl.DataFrame
 
 
 def test_a_lesion_of_nobody_is_its_own_patient() -> None:
-    metadata = pl.DataFrame({"isic_id": ["a", "b", "c"], "target": [1, 0, 0], "patient_id": [None, "p", "p"]})
+    metadata = pl.DataFrame(
+        {"isic_id": ["a", "b", "c"], "target": [1, 0, 0], "patient_id": [None, "p", "p"]}
+    )
     scored = with_patient(metadata).with_columns(blend=pl.Series([0.1, 0.9, 0.2]))
     (miss,) = worst_misses(scored, metadata)
     assert (miss.patient, miss.rank, miss.num_lesions, miss.others) == (None, 1, 1, ())
@@ -170,7 +207,12 @@ def test_a_lesion_of_nobody_is_its_own_patient() -> None:
 
 def test_nothing_in_the_data_becomes_markup(page: str, with_images: Path) -> None:
     for text in (page, with_images.read_text()):
-        assert "<script" not in text and "<img src=x" not in text and "<i>" not in text and "<b>&quot;" not in text
+        assert (
+            "<script" not in text
+            and "<img src=x" not in text
+            and "<i>" not in text
+            and "<b>&quot;" not in text
+        )
         assert "&lt;script&gt;alert(1)&lt;/script&gt;&quot;" in text
     assert "<h1>a &lt;i&gt;&amp;amp;</h1>" in page
     assert tag("p", "<", Markup("<br>"), title='"') == '<p title="&quot;">&lt;<br></p>'
@@ -178,7 +220,9 @@ def test_nothing_in_the_data_becomes_markup(page: str, with_images: Path) -> Non
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_it_is_sound_in_a_browser(browser: Browser, fitted: Path, with_images: Path, width: int) -> None:
+def test_it_is_sound_in_a_browser(
+    browser: Browser, fitted: Path, with_images: Path, width: int
+) -> None:
     seen = look(browser, with_images, width)
     seen.assert_sound()
     text = with_images.read_text()
@@ -186,7 +230,10 @@ def test_it_is_sound_in_a_browser(browser: Browser, fitted: Path, with_images: P
     assert ">no image for this id</div>" in text and ">truncated JPEG</div>" in text
     tables_only = look(browser, fitted / "report.html", width, "dark")
     tables_only.assert_sound()
-    assert tables_only.num_images == 0 and "This dataset has no images." in (fitted / "report.html").read_text()
+    assert (
+        tables_only.num_images == 0
+        and "This dataset has no images." in (fitted / "report.html").read_text()
+    )
 
 
 def test_real_lesions_in_a_browser(browser: Browser, real_data: Path, tmp_path: Path) -> None:
@@ -197,21 +244,30 @@ def test_real_lesions_in_a_browser(browser: Browser, real_data: Path, tmp_path: 
     assert seen.num_images >= 2 * NUM_CASES
 
 
-def test_the_same_inputs_give_the_same_bytes(with_images: Path, embeddings: Path, data: Path) -> None:
+def test_the_same_inputs_give_the_same_bytes(
+    with_images: Path, embeddings: Path, data: Path
+) -> None:
     before = with_images.read_bytes()
     write_report(with_images.parent, data.parent / "with_images", embeddings)
     assert with_images.read_bytes() == before
 
 
-def test_images_that_cannot_be_opened_leave_the_rest(data: Path, fitted: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_opened_leave_the_rest(
+    data: Path, fitted: Path, tmp_path: Path
+) -> None:
     root = tmp_path / "damaged"
     root.mkdir()
     (root / "train-metadata.csv").write_bytes((data / "train-metadata.csv").read_bytes())
     (root / "train-image.hdf5").write_bytes(b"not HDF5")
-    assert "The images cannot be read: " in write_report(copied(fitted, tmp_path / "copy"), root).read_text()
+    assert (
+        "The images cannot be read: "
+        in write_report(copied(fitted, tmp_path / "copy"), root).read_text()
+    )
 
 
-def test_what_the_command_says(data: Path, fitted: Path, embeddings: Path, tmp_path: Path, cli: Cli) -> None:
+def test_what_the_command_says(
+    data: Path, fitted: Path, embeddings: Path, tmp_path: Path, cli: Cli
+) -> None:
     root = copied(fitted, tmp_path / "copy")
     ended = cli("infer", "report", "--ensemble", root, "--data", data)
     assert ended.out == f"report: {root / 'report.html'}\n"
@@ -267,7 +323,9 @@ def test_rare_lesions_are_drawn_on_a_logarithmic_axis() -> None:
 
 
 def test_gains_add_up_and_go_to_their_groups(fitted: Path) -> None:
-    manifest, state = (json.loads((fitted / name).read_text()) for name in ("ensemble.json", "state.json"))
+    manifest, state = (
+        json.loads((fitted / name).read_text()) for name in ("ensemble.json", "state.json")
+    )
     table = importance(fitted, manifest["boosters"], state["names"])
     assert table["share"].sum() == pytest.approx(1) and table["share"].is_sorted(descending=True)
     assert set(table["feature"]) == set(state["names"])
@@ -280,14 +338,18 @@ def test_gains_add_up_and_go_to_their_groups(fitted: Path) -> None:
 def drawn_table() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal((400, 5)).astype(np.float32)
-    return matrix, (matrix[:, 2] + 0.5 * matrix[:, 4] + rng.standard_normal(400) > 0).astype(np.int64)
+    return matrix, (matrix[:, 2] + 0.5 * matrix[:, 4] + rng.standard_normal(400) > 0).astype(
+        np.int64
+    )
 
 
 def test_gains_of_xgboost_are_its_own() -> None:
     xgboost = pytest.importorskip("xgboost")
     matrix, target = drawn_table()
     options = {"objective": "binary:logistic", "max_depth": 3, "nthread": 1}
-    booster = xgboost.train(options, xgboost.DMatrix(matrix, target, feature_names=list("abcde")), 10)
+    booster = xgboost.train(
+        options, xgboost.DMatrix(matrix, target, feature_names=list("abcde")), 10
+    )
     gains = GAINS["xgboost"](bytes(booster.save_raw("json")).decode(), 5)
     own = booster.get_score(importance_type="total_gain")
     np.testing.assert_allclose(gains, [own.get(name, 0) for name in "abcde"], rtol=1e-5)
@@ -296,7 +358,13 @@ def test_gains_of_xgboost_are_its_own() -> None:
 def test_gains_of_catboost_are_its_own(tmp_path: Path) -> None:
     catboost = pytest.importorskip("catboost")
     matrix, target = drawn_table()
-    options = {"iterations": 20, "depth": 4, "scale_pos_weight": 2.6, "loss_function": "Logloss", "thread_count": 1}
+    options = {
+        "iterations": 20,
+        "depth": 4,
+        "scale_pos_weight": 2.6,
+        "loss_function": "Logloss",
+        "thread_count": 1,
+    }
     model = catboost.CatBoost({**options, "logging_level": "Silent", "allow_writing_files": False})
     model.fit(catboost.Pool(matrix, target))
     model.save_model(str(tmp_path / "model.json"), format="json")
@@ -318,12 +386,23 @@ def test_a_map_shows_each_fold_its_own_lesions(embeddings: Path, oof: pl.DataFra
     assert sorted(maps) == [0, 1, 2]
     for fold, rows in maps.items():
         assert set(rows["isic_id"]) == set(oof.filter(fold=fold)["isic_id"])
-    many = pl.DataFrame({"isic_id": [f"{row:04d}" for row in range(2000)], "target": [row % 2 for row in range(2000)]})
+    many = pl.DataFrame(
+        {
+            "isic_id": [f"{row:04d}" for row in range(2000)],
+            "target": [row % 2 for row in range(2000)],
+        }
+    )
     shown = draw(many)
-    assert shown.equals(draw(many.reverse())) and shown["target"].sum() == MOST[1] and len(shown) == sum(MOST.values())
+    assert (
+        shown.equals(draw(many.reverse()))
+        and shown["target"].sum() == MOST[1]
+        and len(shown) == sum(MOST.values())
+    )
 
 
-def test_embeddings_that_overflowed_are_left_out(embeddings: Path, oof: pl.DataFrame, tmp_path: Path) -> None:
+def test_embeddings_that_overflowed_are_left_out(
+    embeddings: Path, oof: pl.DataFrame, tmp_path: Path
+) -> None:
     root = copied(embeddings, tmp_path / "overflowed")
     part = part_path(root, "train", 1, 0)
     table = pl.read_parquet(part)

@@ -56,7 +56,9 @@ def test_batches_of_any_size_are_right(cuda: FakeCuda, cuda_graph: bool, pinned:
     """On a stand-in for CUDA: every piece meets its own images, whatever the order of the two streams."""
     engine, _ = stand_in(cuda, cuda_graph)
     for number in (0, 1, 2, 3, 8, 9, 16, 17, 24, 61):
-        images = engine.allocate((number, 4, 4, 3)) if pinned else np.empty((number, 4, 4, 3), np.uint8)
+        images = (
+            engine.allocate((number, 4, 4, 3)) if pinned else np.empty((number, 4, 4, 3), np.uint8)
+        )
         images[:] = pictures(number, seed=number)
         features, logits = engine.run(images)
         expected = network(images)
@@ -114,7 +116,9 @@ def test_pieces_cover_a_batch_and_padding_takes_few_sizes() -> None:
     profile = Profile(min=1, opt=48, max=200)
     for number in (0, 1, 47, 200, 201, 1000):
         pieces = list(profile.pieces(number))
-        assert [row for piece in pieces for row in range(piece.start, piece.stop)] == list(range(number))
+        assert [row for piece in pieces for row in range(piece.start, piece.stop)] == list(
+            range(number)
+        )
         assert all(piece.stop - piece.start <= profile.max for piece in pieces)
     assert len(list(profile.pieces(200))) == 1
     padded = {number: profile.padded(number) for number in range(1, 201)}
@@ -134,7 +138,9 @@ def built(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plan") / "model.plan"
     facts = build_plan(source, path, "tensorrt_rtx", PlanOptions(opt_batch=4, max_batch=8))
     of_source = {key: read_manifest(source)[key] for key in ("name", "fold", "preprocess")}
-    write_manifest(path, **of_source, format="tensorrt_rtx", precision="fp32", plan=dataclasses.asdict(facts))
+    write_manifest(
+        path, **of_source, format="tensorrt_rtx", precision="fp32", plan=dataclasses.asdict(facts)
+    )
     return path
 
 
@@ -157,7 +163,11 @@ def test_what_the_manifest_rules_out_is_refused(built: Path) -> None:
     manifest = read_manifest(built)
     version = manifest["plan"]["version"]
     other = refusal(built, changed(manifest, version="1.0.0.5"))
-    assert "built by TensorRT-RTX 1.0.0.5" in other and version in other and f"{COMMAND} --force" in other
+    assert (
+        "built by TensorRT-RTX 1.0.0.5" in other
+        and version in other
+        and f"{COMMAND} --force" in other
+    )
     ungated = refusal(built, {**manifest, "parity": None})
     assert "has not passed the parity gate" in ungated and f"`{COMMAND} --check`" in ungated
     elsewhere = tensorrt.export_command(Path("runs/a/fold_0/model.plan"), manifest)
@@ -183,18 +193,24 @@ def test_version_compatible_plans_run_in_later_versions_of_one_major() -> None:
 def test_a_plan_for_another_gpu_is_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU is a name here, because this machine has none; the plan and the refusal are real."""
     monkeypatch.setattr(cudart, "architecture", lambda: "sm75")
-    assert f"was built for {AMPERE_PLUS}, and this GPU is sm75" in refusal(built, read_manifest(built))
+    assert f"was built for {AMPERE_PLUS}, and this GPU is sm75" in refusal(
+        built, read_manifest(built)
+    )
     for architectures, here in (([AMPERE_PLUS], "sm120"), (["sm80", "sm89"], "sm89")):
         tensorrt.check_architecture(built, architectures, here, "")
     with pytest.raises(UserError, match="built for sm80 and sm89, and this GPU is sm90"):
         tensorrt.check_architecture(built, ["sm80", "sm89"], "sm90", "")
 
 
-def test_a_gpu_that_tensorrt_rtx_does_not_know_is_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_tensorrt_rtx_does_not_know_is_refused(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The GPU is a name here too. It is newer than Ampere, and the plan is for Ampere and newer."""
     monkeypatch.setattr(cudart, "architecture", lambda: "sm90")
     said = refusal(built, read_manifest(built))
-    assert said.startswith("TensorRT-RTX runs on sm75") and said.endswith("this GPU is sm90; use another format")
+    assert said.startswith("TensorRT-RTX runs on sm75") and said.endswith(
+        "this GPU is sm90; use another format"
+    )
     assert tensorrt.works("tensorrt_rtx") == said
     monkeypatch.setattr(cudart, "architecture", lambda: "sm89")
     assert tensorrt.works("tensorrt_rtx") is None
@@ -220,7 +236,11 @@ def test_what_tensorrt_does_not_load_is_refused_with_its_reason(built: Path) -> 
 
 def test_another_contract_is_refused() -> None:
     """The engine's description is made up, because TensorRT needs a GPU to open a plan."""
-    trt = tensorrt.import_runtime("tensorrt_rtx") if importlib.util.find_spec("tensorrt_rtx") else None
+    trt = (
+        tensorrt.import_runtime("tensorrt_rtx")
+        if importlib.util.find_spec("tensorrt_rtx")
+        else None
+    )
     if trt is None:
         pytest.skip("TensorRT-RTX is not installed")
 
@@ -231,7 +251,9 @@ def test_another_contract_is_refused() -> None:
             get_tensor_name=list(types).__getitem__,
             get_tensor_dtype=types.__getitem__,
             get_tensor_shape=shapes.__getitem__,
-            get_tensor_profile_shape=lambda name, profile: [(batch, 8, 8, 3) for batch in (1, 4, 8)],
+            get_tensor_profile_shape=lambda name, profile: [
+                (batch, 8, 8, 3) for batch in (1, 4, 8)
+            ],
         )
 
     uint8, half, single = trt.DataType.UINT8, trt.DataType.HALF, trt.DataType.FLOAT
@@ -241,7 +263,11 @@ def test_another_contract_is_refused() -> None:
     for engine, size, words in (
         (right, 9, r"takes images \[8, 8, 3\], not \[9, 9, 3\]"),
         (described(images=uint8, features=half, logits=single), 8, "features HALF"),
-        (described(images=uint8, features=single), 8, "a.plan has images UINT8, features FLOAT, not"),
+        (
+            described(images=uint8, features=single),
+            8,
+            "a.plan has images UINT8, features FLOAT, not",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             tensorrt.check_engine(trt, engine, Path("a.plan"), size, "")
@@ -256,7 +282,9 @@ def test_no_gpu_is_one_sentence(built: Path) -> None:
 def test_a_missing_package_is_named(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(built)
     if importlib.util.find_spec("tensorrt") is None:
-        assert "pip install isic-toolkit[tensorrt]" in refusal(built, {**manifest, "format": "tensorrt"})
+        assert "pip install isic-toolkit[tensorrt]" in refusal(
+            built, {**manifest, "format": "tensorrt"}
+        )
         assert "pip install isic-toolkit[tensorrt]" in str(tensorrt.works("tensorrt"))
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     cudart.runtime.cache_clear()
@@ -273,5 +301,7 @@ def test_the_engine_needs_no_torch(built: Path) -> None:
         "except ValueError as error: print(error)\n"
         "assert 'torch' not in sys.modules"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stderr

@@ -20,7 +20,9 @@ def facts(text: str, section: str) -> dict[str, str]:
 
 def fold_rows(text: str) -> list[list[int]]:
     block = text.split("\nfolds", 1)[1].split("\n\n", 1)[0]
-    return [[int(cell.replace(",", "")) for cell in line.split()] for line in block.splitlines()[2:]]
+    return [
+        [int(cell.replace(",", "")) for cell in line.split()] for line in block.splitlines()[2:]
+    ]
 
 
 def rewrite(folder: Path, change: dict[str, bytes | None]) -> None:
@@ -29,7 +31,8 @@ def rewrite(folder: Path, change: dict[str, bytes | None]) -> None:
         images = {name: bytes(file[name][()]) for name in file}
     images |= {name: data for name, data in change.items() if data is not None}
     write_hdf5(
-        folder / "train-image.hdf5", {name: images[name] for name in images if change.get(name, b"") is not None}
+        folder / "train-image.hdf5",
+        {name: images[name] for name in images if change.get(name, b"") is not None},
     )
 
 
@@ -42,7 +45,11 @@ def test_a_whole_dataset(synth_dataset: Path, cli: Cli) -> None:
     assert "sex 9 (3.00 %)" in train["blanks"] and "age_approx 2 (0.67 %)" in train["blanks"]
     assert train["images"] == "300 in train-image.hdf5" and train["decoded"] == "300 of 300"
     assert train["masks"] == "300 (100.00 %)" and train["undecodable"] == "none"
-    assert test["rows"] == "30" and test["columns"] == "44 of the challenge's 44" and "positives" not in test
+    assert (
+        test["rows"] == "30"
+        and test["columns"] == "44 of the challenge's 44"
+        and "positives" not in test
+    )
     assert "Stand-in University Hospital" in test["unseen attribution"]
     assert test["sample submission"] == "30 rows, the table's ids"
     folds = np.array(fold_rows(ended.out))
@@ -68,7 +75,9 @@ def test_a_table_of_ids_and_targets_only(tmp_path: Path, cli: Cli) -> None:
 
 
 def test_unknown_columns_are_named(small_dataset: Path, cli: Cli) -> None:
-    table = pl.read_csv(small_dataset / "train-metadata.csv").with_columns(pl.lit("x").alias("camera"))
+    table = pl.read_csv(small_dataset / "train-metadata.csv").with_columns(
+        pl.lit("x").alias("camera")
+    )
     table.write_csv(small_dataset / "train-metadata.csv")
     ended = cli("isic", "check", "--data", small_dataset)
     assert ended.code == 0 and facts(ended.out, "train")["other columns"] == "1: camera"
@@ -78,7 +87,10 @@ def test_a_test_table_that_lacks_a_feature(synth_dataset: Path, tmp_path: Path, 
     data = Path(shutil.copytree(synth_dataset, tmp_path / "data"))
     pl.read_csv(data / "test-metadata.csv").drop("tbp_lv_H").write_csv(data / "test-metadata.csv")
     ended = cli("isic", "check", "--data", data)
-    assert ended.code == 2 and "the test table lacks columns that features are made of (1: tbp_lv_H)" in ended.err
+    assert (
+        ended.code == 2
+        and "the test table lacks columns that features are made of (1: tbp_lv_H)" in ended.err
+    )
 
 
 def test_rows_without_image_and_images_without_row(small_dataset: Path, cli: Cli) -> None:
@@ -95,16 +107,26 @@ def test_images_that_do_not_decode(small_dataset: Path, cli: Cli) -> None:
     cut = jpeg(80)[:300]
     rewrite(small_dataset, {"ISIC_0000004": cut, "ISIC_0000007": b"not a picture"})
     ended = cli("isic", "check", "--data", small_dataset)
-    assert facts(ended.out, "train")["undecodable"] == "2: ISIC_0000004 (truncated JPEG), ISIC_0000007 (not an image)"
+    assert (
+        facts(ended.out, "train")["undecodable"]
+        == "2: ISIC_0000004 (truncated JPEG), ISIC_0000007 (not an image)"
+    )
     assert ended.code == 2
-    assert "1 problem: 2 train images do not decode, the first is ISIC_0000004 (truncated JPEG)" in ended.err
+    assert (
+        "1 problem: 2 train images do not decode, the first is ISIC_0000004 (truncated JPEG)"
+        in ended.err
+    )
 
 
 def test_all_problems_stand_in_the_last_sentence(small_dataset: Path, cli: Cli) -> None:
     rewrite(small_dataset, {"ISIC_0000003": None, "ISIC_0000004": b"x"})
     (small_dataset / "masks.hdf5").write_bytes(b"half a file")
     ended = cli("isic", "check", "--data", small_dataset)
-    assert ended.code == 2 and "3 problems" in ended.err and "masks.hdf5 is not a whole HDF5 file" in ended.err
+    assert (
+        ended.code == 2
+        and "3 problems" in ended.err
+        and "masks.hdf5 is not a whole HDF5 file" in ended.err
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,13 +166,20 @@ def test_one_class_has_no_folds(tmp_path: Path, cli: Cli) -> None:
 def test_a_submission_of_other_rows(small_dataset: Path, cli: Cli) -> None:
     table = small_table().drop("target")
     table.write_csv(small_dataset / "test-metadata.csv")
-    table[:30].select("isic_id", pl.lit(0.5).alias("target")).write_csv(small_dataset / "sample_submission.csv")
+    table[:30].select("isic_id", pl.lit(0.5).alias("target")).write_csv(
+        small_dataset / "sample_submission.csv"
+    )
     ended = cli("isic", "check", "--data", small_dataset)
-    assert ended.code == 2 and "sample_submission.csv does not have the ids of the test table" in ended.err
+    assert (
+        ended.code == 2
+        and "sample_submission.csv does not have the ids of the test table" in ended.err
+    )
     assert facts(ended.out, "test")["images"] == "none (metadata only)"
 
 
-@pytest.mark.parametrize(("name", "rows"), [("real-pairs", "320"), ("real-crops", "8,166"), ("real-tabular", "885")])
+@pytest.mark.parametrize(
+    ("name", "rows"), [("real-pairs", "320"), ("real-crops", "8,166"), ("real-tabular", "885")]
+)
 def test_real_data(real_data: Path, cli: Cli, name: str, rows: str) -> None:
     ended = cli("isic", "check", "--data", real_data / name, "--sample", 300)
     assert ended.code == 0, ended.err

@@ -20,10 +20,19 @@ def test_the_nearest_word() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "--config", "vit_tiny", "--epoch", "3"], 'unknown key "epoch", did you mean "epochs"?'),
-        (["train", "--config", "vit_tiny", "--no_such_key", "1"], 'unknown key "no_such_key", the nearest known is'),
+        (
+            ["train", "--config", "vit_tiny", "--epoch", "3"],
+            'unknown key "epoch", did you mean "epochs"?',
+        ),
+        (
+            ["train", "--config", "vit_tiny", "--no_such_key", "1"],
+            'unknown key "no_such_key", the nearest known is',
+        ),
         (["train", "--config", "vit_tiny", "--lr", "fast"], "--lr: input should be a valid number"),
-        (["train", "--config", "vit_tiny", "--epochs", "0"], "--epochs: input should be greater than or equal to 1"),
+        (
+            ["train", "--config", "vit_tiny", "--epochs", "0"],
+            "--epochs: input should be greater than or equal to 1",
+        ),
         (["train", "--config", "vit_tiny", "--fp16", "--bf16"], "choose one of --fp16 and --bf16"),
         (["train", "--config", "vit_tiny", "--fold", "5"], "--fold 5 is not one of 0..4"),
         (["train", "--config", "vit_tinny"], 'no config "vit_tinny", did you mean "vit_tiny"?'),
@@ -34,11 +43,16 @@ def test_the_nearest_word() -> None:
         (["infer", "embedd"], 'unknown command "embedd", did you mean "embed"?'),
         (["infer", "embed"], "--config is required"),
         (["infer", "embed", "--config", "x", "--splitt", "train"], 'did you mean "split"?'),
-        (["export", "--config", "x", "--formats", "onix"], 'no format "onix", did you mean "onnx"?'),
+        (
+            ["export", "--config", "x", "--formats", "onix"],
+            'no format "onix", did you mean "onnx"?',
+        ),
         (["isic", "check", "--dta", "x"], 'did you mean "data"?'),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence_and_exit_2(cli: Cli, arguments: list[str], words: str) -> None:
+def test_a_wrong_command_line_is_one_sentence_and_exit_2(
+    cli: Cli, arguments: list[str], words: str
+) -> None:
     ended = cli(*arguments)
     assert ended.code == 2
     assert words in ended.err and ended.err.count("\n") == 1
@@ -63,7 +77,11 @@ def test_a_broken_config_names_the_file(cli: Cli, tmp_path: Path, text: str, wor
 
 def test_help_lists_every_key() -> None:
     ended = subprocess.run(
-        [sys.executable, "-m", "train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "train", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     text = ended.stdout
     for key in ("--epochs", "--lr_backbone", "--focal_gamma", "--use_sample"):
@@ -74,7 +92,9 @@ def test_help_lists_every_key() -> None:
 @pytest.mark.parametrize("arguments", [["isic"], ["infer", "doctor"]])
 def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
     command = [sys.executable, "-m", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout and process.stderr
         process.stdout.close()
         assert process.stderr.read() == ""
@@ -82,9 +102,22 @@ def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
 
 
 def test_ctrl_c_is_a_word(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "isic", "synth", "--out", str(tmp_path / "data"), "--images", "200000"]
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "isic",
+        "synth",
+        "--out",
+        str(tmp_path / "data"),
+        "--images",
+        "200000",
+    ]
+    former = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # in the background it would be ignored
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         signal.signal(signal.SIGINT, former)
         assert process.stdout and "drawing" in process.stdout.readline()
         process.send_signal(signal.SIGINT)

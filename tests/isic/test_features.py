@@ -53,17 +53,25 @@ def lesions(**columns: list[float] | list[str] | list[None]) -> pl.DataFrame:
     plain = {name: [1.0] * num_rows for name in schema.NUMERIC} | {
         name: ["a"] * num_rows for name in schema.CATEGORICAL
     }
-    ids = {schema.ID: [f"ISIC_{row}" for row in range(num_rows)], schema.PATIENT: ["IP_1"] * num_rows}
+    ids = {
+        schema.ID: [f"ISIC_{row}" for row in range(num_rows)],
+        schema.PATIENT: ["IP_1"] * num_rows,
+    }
     return pl.DataFrame(
-        ids | plain | columns, schema_overrides={c: schema.DTYPES[c] for c in columns if c in schema.DTYPES}
+        ids | plain | columns,
+        schema_overrides={c: schema.DTYPES[c] for c in columns if c in schema.DTYPES},
     )
 
 
 def test_the_sets_have_the_sizes_they_are_known_for() -> None:
     assert len(NOTEBOOK_FORMULAS) == 42
     assert len(SETS["numeric"]) == 34 and len(SETS["raw"]) == 42
-    assert len(SETS["engineered"]) == 200 and set(SETS["raw"]) < set(SETS["engineered"]) < set(EXTENDED)
-    assert {f"{name}_patient_z" for name in (*schema.NUMERIC, *NOTEBOOK_FORMULAS)} < set(SETS["engineered"])
+    assert len(SETS["engineered"]) == 200 and set(SETS["raw"]) < set(SETS["engineered"]) < set(
+        EXTENDED
+    )
+    assert {f"{name}_patient_z" for name in (*schema.NUMERIC, *NOTEBOOK_FORMULAS)} < set(
+        SETS["engineered"]
+    )
 
 
 def test_features_are_float32_or_text_and_never_nan(extended: pl.DataFrame) -> None:
@@ -102,7 +110,12 @@ def test_formulas_have_the_values_of_a_calculation_by_hand(name: str) -> None:
     row |= {"tbp_lv_H": 50.0, "tbp_lv_Hext": 58.0, "tbp_lv_L": 40.0, "tbp_lv_Lext": 52.0}
     row |= {"tbp_lv_A": 20.0, "tbp_lv_Aext": 16.0, "tbp_lv_B": 25.0, "tbp_lv_Bext": 23.0}
     row |= {"tbp_lv_areaMM2": 6.0, "tbp_lv_perimeterMM": 9.0, "tbp_lv_minorAxisMM": 2.0}
-    row |= {"tbp_lv_deltaA": 3.0, "tbp_lv_deltaB": -4.0, "tbp_lv_deltaL": -12.0, "tbp_lv_deltaLBnorm": 5.0}
+    row |= {
+        "tbp_lv_deltaA": 3.0,
+        "tbp_lv_deltaB": -4.0,
+        "tbp_lv_deltaL": -12.0,
+        "tbp_lv_deltaLBnorm": 5.0,
+    }
     row |= {"tbp_lv_norm_border": 0.5, "tbp_lv_symm_2axis": 0.25, "tbp_lv_color_std_mean": 1.5}
     row |= {"tbp_lv_radial_color_std_max": 0.75, "tbp_lv_x": 2.0, "tbp_lv_y": 3.0, "tbp_lv_z": 6.0}
     assert value(lesions(**{key: [number] for key, number in row.items()}), name) == pytest.approx(
@@ -125,12 +138,18 @@ def test_every_formula_is_finite_where_every_measurement_is_zero() -> None:
 
 
 def test_a_number_beyond_float32_is_blank() -> None:
-    assert compute(lesions(tbp_lv_x=[1e30]), ["position_distance_3d"])["position_distance_3d"][0] == pytest.approx(1e30)
+    assert compute(lesions(tbp_lv_x=[1e30]), ["position_distance_3d"])["position_distance_3d"][
+        0
+    ] == pytest.approx(1e30)
     assert compute(lesions(tbp_lv_x=[1e300]), ["tbp_lv_x"])["tbp_lv_x"].to_list() == [None]
 
 
 def test_patient_features_by_hand() -> None:
-    three = lesions(tbp_lv_areaMM2=[1.0, 2.0, 6.0], tbp_lv_H=[5.0, 5.0, 1.0], anatom_site_general=["a", "b", "b"])
+    three = lesions(
+        tbp_lv_areaMM2=[1.0, 2.0, 6.0],
+        tbp_lv_H=[5.0, 5.0, 1.0],
+        anatom_site_general=["a", "b", "b"],
+    )
     names = ["tbp_lv_areaMM2_patient_z", "tbp_lv_H_patient_rank", "tbp_lv_areaMM2_to_patient_max"]
     names += [
         "tbp_lv_areaMM2_to_patient_min",
@@ -140,7 +159,9 @@ def test_patient_features_by_hand() -> None:
     ]
     found = compute(three, names)
     std = math.sqrt((4 + 1 + 9) / 2)
-    assert found[names[0]].to_list() == pytest.approx([-2 / (std + 1e-5), -1 / (std + 1e-5), 3 / (std + 1e-5)])
+    assert found[names[0]].to_list() == pytest.approx(
+        [-2 / (std + 1e-5), -1 / (std + 1e-5), 3 / (std + 1e-5)]
+    )
     assert found[names[1]].to_list() == pytest.approx([2.5 / 3, 2.5 / 3, 1 / 3])
     assert found[names[2]].to_list() == pytest.approx([1 / 6, 2 / 6, 1])
     assert found[names[3]].to_list() == [1, 2, 6]
@@ -162,7 +183,12 @@ def test_rows_without_a_patient_are_patients_of_their_own(table: pl.DataFrame) -
 
 def test_the_outlier_factor_is_scikit_learns_and_finds_the_odd_one_out() -> None:
     rng = np.random.default_rng(0)
-    sizes = (900, 60, 18, 2)  # the first needs several blocks of distances, the third has fewer than 30 neighbours
+    sizes = (
+        900,
+        60,
+        18,
+        2,
+    )  # the first needs several blocks of distances, the third has fewer than 30 neighbours
     measured = rng.standard_normal((sum(sizes), 5)).astype(np.float32)
     measured[907] = 12
     factor = patient_lof(measured, np.repeat(range(4), sizes))
@@ -170,7 +196,9 @@ def test_the_outlier_factor_is_scikit_learns_and_finds_the_odd_one_out() -> None
     for size, neighbors in zip(sizes[:3], (30, 30, 17), strict=True):
         rows = slice(start, start + size)
         theirs = LocalOutlierFactor(n_neighbors=neighbors).fit(measured[rows].astype(np.float64))
-        np.testing.assert_array_equal(factor[rows], theirs.negative_outlier_factor_.astype(np.float32))
+        np.testing.assert_array_equal(
+            factor[rows], theirs.negative_outlier_factor_.astype(np.float32)
+        )
         start += size
     assert factor[900:960].argmin() == 7 and factor[start:].tolist() == [-1, -1]
 
@@ -189,7 +217,9 @@ def test_the_order_of_rows_changes_nothing(table: pl.DataFrame, extended: pl.Dat
     assert same(again.sort(schema.ID), extended.sort(schema.ID))
 
 
-def test_the_number_of_threads_changes_nothing(table: pl.DataFrame, extended: pl.DataFrame, tmp_path: Path) -> None:
+def test_the_number_of_threads_changes_nothing(
+    table: pl.DataFrame, extended: pl.DataFrame, tmp_path: Path
+) -> None:
     """Polars takes its number of threads when it is first imported, so the other number needs another process."""
     assert pl.thread_pool_size() != 3, "this test must use another number"
     table.write_parquet(tmp_path / "table.parquet")
@@ -197,8 +227,19 @@ def test_the_number_of_threads_changes_nothing(table: pl.DataFrame, extended: pl
         "import sys, polars as pl; from isic.features import SETS, compute; assert pl.thread_pool_size() == 3; "
         "compute(pl.read_parquet(sys.argv[1]), SETS['extended']).write_parquet(sys.argv[2])"
     )
-    command = [sys.executable, "-c", script, tmp_path / "table.parquet", tmp_path / "features.parquet"]
-    subprocess.run(command, env=os.environ | {"POLARS_MAX_THREADS": "3"}, cwd=Path(__file__).parents[2], check=True)
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        tmp_path / "table.parquet",
+        tmp_path / "features.parquet",
+    ]
+    subprocess.run(
+        command,
+        env=os.environ | {"POLARS_MAX_THREADS": "3"},
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
     assert same(pl.read_parquet(tmp_path / "features.parquet"), extended)
 
 
@@ -211,14 +252,18 @@ def test_labels_change_nothing(table: pl.DataFrame, extended: pl.DataFrame) -> N
 def test_other_patients_change_nothing(table: pl.DataFrame, extended: pl.DataFrame) -> None:
     kept = table[schema.PATIENT].unique().sort()[:5].implode()
     others = pl.col(schema.PATIENT).is_in(kept).not_()
-    changed = table.with_columns(pl.when(others).then(pl.col(c) * 3 + 1).otherwise(c).alias(c) for c in schema.NUMERIC)
+    changed = table.with_columns(
+        pl.when(others).then(pl.col(c) * 3 + 1).otherwise(c).alias(c) for c in schema.NUMERIC
+    )
     mine = table.select(others.not_()).to_series()
     assert same(compute(changed, EXTENDED).filter(mine), extended.filter(mine))
     assert same(compute(table.filter(mine), EXTENDED), extended.filter(mine))
     assert not same(compute(changed, EXTENDED), extended)
 
 
-def test_the_patients_own_rows_do_change_something(table: pl.DataFrame, extended: pl.DataFrame) -> None:
+def test_the_patients_own_rows_do_change_something(
+    table: pl.DataFrame, extended: pl.DataFrame
+) -> None:
     patient = table[schema.PATIENT].mode()[0]
     first = table.filter(pl.col(schema.PATIENT) == patient)[schema.ID][0]
     without = compute(table.filter(pl.col(schema.ID) != first), EXTENDED)
@@ -239,7 +284,9 @@ def test_unknown_features_are_refused_with_the_nearest_name() -> None:
         expand(["enginered"])
 
 
-@pytest.mark.parametrize(("column", "features"), [("tbp_lv_H", "raw"), ("patient_id", "engineered"), ("sex", "raw")])
+@pytest.mark.parametrize(
+    ("column", "features"), [("tbp_lv_H", "raw"), ("patient_id", "engineered"), ("sex", "raw")]
+)
 def test_a_missing_column_is_named(table: pl.DataFrame, column: str, features: str) -> None:
     with pytest.raises(UserError, match=f"lacks the column {column}"):
         compute(table.drop(column), SETS[features])
@@ -251,16 +298,22 @@ def test_a_column_that_no_feature_needs_may_be_missing(table: pl.DataFrame) -> N
 
 def test_codes_follow_frequency_and_unseen_and_blank_have_their_own() -> None:
     text = ["b", "a", "b", None, "c", "a", "b"]
-    features = pl.DataFrame({"sex": text, "age_approx": pl.Series([None, 1, 2, 3, 4, None, 10], dtype=pl.Float32)})
+    features = pl.DataFrame(
+        {"sex": text, "age_approx": pl.Series([None, 1, 2, 3, 4, None, 10], dtype=pl.Float32)}
+    )
     encoding = fit_encoding(features, ("age_approx", "sex"))
-    new = pl.DataFrame({"sex": ["b", "a", "c", "new", None], "age_approx": pl.Series([None] * 5, dtype=pl.Float32)})
+    new = pl.DataFrame(
+        {"sex": ["b", "a", "c", "new", None], "age_approx": pl.Series([None] * 5, dtype=pl.Float32)}
+    )
     matrix = encoding.transform(new)
     assert matrix.dtype == np.float32 and matrix.flags.c_contiguous
     assert matrix[:, 1].tolist() == [0, 1, 2, -1, -2] and matrix[:, 0].tolist() == [3.0] * 5
 
 
 def test_a_column_blank_in_every_training_row_is_zero() -> None:
-    features = pl.DataFrame({"sex": [None], "age_approx": [None]}, schema={"sex": pl.String, "age_approx": pl.Float32})
+    features = pl.DataFrame(
+        {"sex": [None], "age_approx": [None]}, schema={"sex": pl.String, "age_approx": pl.Float32}
+    )
     encoding = fit_encoding(features, ("age_approx", "sex"))
     assert encoding.transform(features).tolist() == [[0, -2]]
     assert encoding.transform(features.with_columns(sex=pl.lit("male"))).tolist() == [[0, -1]]

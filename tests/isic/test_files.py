@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from isic.errors import UserError
-from isic.files import atomic_path, manifest_path, read_json, read_manifest, write_manifest, write_text
+from isic.files import (
+    atomic_path,
+    manifest_path,
+    read_json,
+    read_manifest,
+    write_manifest,
+    write_text,
+)
 
 
 def test_an_interrupted_write_leaves_the_former_file(tmp_path: Path) -> None:
@@ -30,7 +37,9 @@ def test_a_killed_writer_leaves_the_former_file(tmp_path: Path) -> None:
         "    time.sleep(60)"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", code, str(path)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
     )
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     process.kill()

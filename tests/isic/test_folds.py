@@ -63,14 +63,18 @@ def test_a_plan_changed_by_hand_or_broken_is_refused(tmp_path: Path) -> None:
         ([], []),
     ],
 )
-def test_a_plan_of_someone_elses_must_make_sense(tmp_path: Path, ids: list[str], fold: list[object]) -> None:
+def test_a_plan_of_someone_elses_must_make_sense(
+    tmp_path: Path, ids: list[str], fold: list[object]
+) -> None:
     pl.DataFrame({"isic_id": ids, "fold": fold}).write_parquet(tmp_path / "folds.parquet")
     with pytest.raises(UserError, match="is not a fold plan"):
         read_folds(tmp_path / "folds.parquet")
 
 
 def test_a_plan_is_read_whatever_its_types(tmp_path: Path) -> None:
-    pl.DataFrame({"isic_id": ["a", "b"], "fold": ["0", "1"]}).write_parquet(tmp_path / "folds.parquet")
+    pl.DataFrame({"isic_id": ["a", "b"], "fold": ["0", "1"]}).write_parquet(
+        tmp_path / "folds.parquet"
+    )
     assert read_folds(tmp_path / "folds.parquet").table.dtypes == [pl.String, pl.Int8]
 
 
@@ -82,7 +86,11 @@ def test_rows_that_a_model_knows_by_image_or_patient(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_its_plan_and_refuses_other_data(tmp_path: Path) -> None:
-    table, path, pinned = small_table(), tmp_path / "run" / "folds.parquet", tmp_path / "pinned.parquet"
+    table, path, pinned = (
+        small_table(),
+        tmp_path / "run" / "folds.parquet",
+        tmp_path / "pinned.parquet",
+    )
     first = folds_for(table, 5, 42, path, pinned)
     assert not path.exists(), "a run writes its plan when it begins to train"
     first.write(path)
@@ -108,7 +116,9 @@ def test_one_class_and_too_few_positives_are_refused() -> None:
     with pytest.raises(UserError, match="every target is 0"):
         draw_folds(table.with_columns(target=pl.lit(0)), 5, 42)
     few = table.with_columns(target=(pl.col("isic_id") < "ISIC_0000003").cast(pl.Int8))
-    with pytest.raises(UserError, match="3 patients with a positive row are too few for 5 folds; use --num_folds 3"):
+    with pytest.raises(
+        UserError, match="3 patients with a positive row are too few for 5 folds; use --num_folds 3"
+    ):
         draw_folds(few, 5, 42)
 
 

@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from isic import images as images_module
 from isic.dataset import Dataset
 from isic.errors import UserError
-from isic.images import NO_OFFSET, FolderImages, Hdf5Images, build_index, decode_pool, index_path, open_images
+from isic.images import (
+    NO_OFFSET,
+    FolderImages,
+    Hdf5Images,
+    build_index,
+    decode_pool,
+    index_path,
+    open_images,
+)
 from isic.preprocess import ImageError, Pixels, PreprocessSpec, decode
 
 SPEC = PreprocessSpec(size=32)
@@ -42,7 +50,9 @@ def test_storage_that_has_no_offset_is_read_through_h5py(tmp_path: Path) -> None
     raw = np.frombuffer(FILES["ISIC_0000001"], np.uint8)
     with h5py.File(path, "w") as file:
         file.create_dataset("chunked", data=raw, chunks=(64,), compression="gzip")
-        file.create_dataset("variable", data=np.void(b"x"))  # replaced below by a pointer to the bytes
+        file.create_dataset(
+            "variable", data=np.void(b"x")
+        )  # replaced below by a pointer to the bytes
         del file["variable"]
         kind = h5py.vlen_dtype(np.uint8)
         file.create_dataset("variable", (1,), dtype=kind)[0] = raw
@@ -56,7 +66,9 @@ def test_storage_that_has_no_offset_is_read_through_h5py(tmp_path: Path) -> None
     assert store.read(["chunked", "plain", "variable"]) == [FILES["ISIC_0000001"]] * 3
 
 
-def test_the_index_is_cached_and_a_changed_file_noticed(hdf5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_is_cached_and_a_changed_file_noticed(
+    hdf5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Hdf5Images(hdf5)
     assert index_path(hdf5).is_file()
     with monkeypatch.context() as patch:
@@ -70,20 +82,29 @@ def test_the_index_is_cached_and_a_changed_file_noticed(hdf5: Path, monkeypatch:
 def test_a_damaged_index_is_built_again(hdf5: Path) -> None:
     Hdf5Images(hdf5)
     whole = index_path(hdf5).read_bytes()
-    for damaged in (b"not an archive", b"", whole[: len(whole) // 2], whole.replace(b"size.npy", b"sise.npy")):
+    for damaged in (
+        b"not an archive",
+        b"",
+        whole[: len(whole) // 2],
+        whole.replace(b"size.npy", b"sise.npy"),
+    ):
         index_path(hdf5).write_bytes(damaged)
         assert len(Hdf5Images(hdf5)) == 9
         assert index_path(hdf5).read_bytes() == whole
 
 
-def test_names_of_every_slice_of_a_large_file_are_found(hdf5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_every_slice_of_a_large_file_are_found(
+    hdf5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(images_module, "INDEX_SLICE", 2)
     store = Hdf5Images(hdf5)
     assert store.ids.tolist() == sorted(FILES)
     assert store.read(list(FILES)) == list(FILES.values())
 
 
-def test_a_read_only_folder_keeps_its_index_in_the_cache(hdf5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_folder_keeps_its_index_in_the_cache(
+    hdf5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = hdf5.parent / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -119,7 +140,8 @@ def test_an_id_without_an_image_is_named(hdf5: Path) -> None:
 
 def test_names_of_any_length_and_script_are_found(tmp_path: Path) -> None:
     files = {
-        name: jpeg(20, value) for value, name in enumerate(["a", "läsion", "病変", "a longer name than the others"])
+        name: jpeg(20, value)
+        for value, name in enumerate(["a", "läsion", "病変", "a longer name than the others"])
     }
     write_hdf5(tmp_path / "train-image.hdf5", files)
     store = Hdf5Images(tmp_path / "train-image.hdf5")
@@ -132,7 +154,9 @@ def test_names_of_any_length_and_script_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_threads", [None, 1, 2, 5])
-def test_decoding_is_the_same_with_any_number_of_threads(hdf5: Path, num_threads: int | None) -> None:
+def test_decoding_is_the_same_with_any_number_of_threads(
+    hdf5: Path, num_threads: int | None
+) -> None:
     ids = [*FILES, "absent", *reversed(FILES)]
     out = np.full((len(ids), 32, 32, 3), 77, np.uint8)
     with decode_pool(num_threads or 1) as pool:
@@ -140,7 +164,9 @@ def test_decoding_is_the_same_with_any_number_of_threads(hdf5: Path, num_threads
     assert failed == {9: "no image for this id"}
     assert not out[9].any()
     for row in (0, 8, 10):
-        expected = cv2.cvtColor(cv2.imdecode(np.frombuffer(FILES[ids[row]], np.uint8), 1), cv2.COLOR_BGR2RGB)
+        expected = cv2.cvtColor(
+            cv2.imdecode(np.frombuffer(FILES[ids[row]], np.uint8), 1), cv2.COLOR_BGR2RGB
+        )
         assert (out[row] == cv2.resize(expected, (32, 32))).all()
 
 
@@ -177,11 +203,16 @@ def png(image: NDArray[Any]) -> bytes:
 
 IMAGE = PIL.Image.fromarray(drawn())
 OF_ALL_KINDS = {
-    "grey": (encode(IMAGE.convert("L"), "JPEG", quality=95), np.asarray(IMAGE.convert("L").convert("RGB"))),
+    "grey": (
+        encode(IMAGE.convert("L"), "JPEG", quality=95),
+        np.asarray(IMAGE.convert("L").convert("RGB")),
+    ),
     "CMYK": (encode(IMAGE.convert("CMYK"), "JPEG", quality=95), drawn()),
     "progressive": (encode(IMAGE, "JPEG", quality=95, progressive=True), drawn()),
     "thumbnail": (
-        encode(IMAGE, "JPEG", quality=95, comment=b"\xff\xd8\xff\xc0 a comment like a header\xff\xd9"),
+        encode(
+            IMAGE, "JPEG", quality=95, comment=b"\xff\xd8\xff\xc0 a comment like a header\xff\xd9"
+        ),
         drawn(),
     ),
     "16 bit": (png(drawn().astype(np.uint16) * 257), drawn()),
@@ -239,7 +270,10 @@ def test_random_damage_is_an_image_or_a_reason(seed: int) -> None:
                 damaged[at] = random.integers(256)
             cut = int(random.integers(2, len(data)))
             with contextlib.suppress(ImageError):
-                assert decode(bytes(damaged[:cut] + damaged[cut + int(random.integers(3)) :])).shape[2] == 3
+                assert (
+                    decode(bytes(damaged[:cut] + damaged[cut + int(random.integers(3)) :])).shape[2]
+                    == 3
+                )
 
 
 def test_an_image_that_cannot_be_read_is_a_reason(tmp_path: Path) -> None:
@@ -271,7 +305,9 @@ def test_neighbours_are_read_with_one_call(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "pread", counted)
     positions = np.random.default_rng(0).permutation(32).tolist()
-    assert store.read_ahead([*positions, -1]) == {position: list(files.values())[position] for position in positions}
+    assert store.read_ahead([*positions, -1]) == {
+        position: list(files.values())[position] for position in positions
+    }
     assert len(calls) == 1
     monkeypatch.setattr(images_module, "MAX_GAP", 0)
     assert len(store.read_ahead([0, 1, 5, 30])) == 4 and len(calls) > 2
@@ -291,7 +327,9 @@ def test_golden_image_pins_the_preprocessing() -> None:
     """Decode and resize of a fixed image; a change here changes what every trained model sees."""
     y, x = np.mgrid[0:50, 0:50].astype(np.float32)
     drawn = np.stack([x * 5, y * 5, 255 - x * 2.5 - y * 2.5], axis=2).astype(np.uint8)
-    png = cv2.imencode(".png", drawn[..., ::-1])[1].tobytes()  # lossless, so that no JPEG library has a say
+    png = cv2.imencode(".png", drawn[..., ::-1])[
+        1
+    ].tobytes()  # lossless, so that no JPEG library has a say
     out = np.empty((1, 8, 8, 3), np.uint8)
     images_module.decode_into(png, PreprocessSpec(size=8), out[0])
     expected = [[13, 13, 241], [44, 13, 226], [76, 13, 210], [107, 13, 195]]

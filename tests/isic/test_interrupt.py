@@ -68,5 +68,7 @@ assert torch.equal(torch.cat(list(loader)), torch.arange(8.0)) and left
 
 
 def test_a_loader_is_quiet_where_its_main_process_ends_while_it_takes_a_batch() -> None:
-    ended = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=False, timeout=120)
+    ended = subprocess.run(
+        [sys.executable, "-c", LEFT], capture_output=True, text=True, check=False, timeout=120
+    )
     assert (ended.returncode, ended.stderr) == (0, "")

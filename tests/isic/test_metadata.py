@@ -16,8 +16,12 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_blanks_and_na_are_null_and_text_stays_text(tmp_path: Path) -> None:
-    rows = ["isic_id,target,age_approx,sex,mel_mitotic_index,clinic"] + [f"I{i},0,,NA,,x{i}" for i in range(2000)]
-    table = read_metadata(write(tmp_path / "t.csv", "\n".join([*rows, "I2000,1,55.0,male,<1/mm^2,7"])))
+    rows = ["isic_id,target,age_approx,sex,mel_mitotic_index,clinic"] + [
+        f"I{i},0,,NA,,x{i}" for i in range(2000)
+    ]
+    table = read_metadata(
+        write(tmp_path / "t.csv", "\n".join([*rows, "I2000,1,55.0,male,<1/mm^2,7"]))
+    )
     assert table["age_approx"].null_count() == table["sex"].null_count() == 2000
     assert table["age_approx"].dtype == pl.Float64 and table["age_approx"][-1] == 55
     assert table["mel_mitotic_index"][-1] == "<1/mm^2"
@@ -34,18 +38,28 @@ def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
     small_table().with_columns(age_approx=pl.lit(40)).write_parquet(tmp_path / "t.parquet")
     table = read_metadata(tmp_path / "t.parquet")
     assert table["age_approx"].dtype == pl.Float64 and table["target"].dtype == pl.Int8
-    blanks = pl.DataFrame({"isic_id": ["a", "b"], "patient_id": ["", "NA"], "sex": ["NA", "male"], "age_approx": "NA"})
+    blanks = pl.DataFrame(
+        {"isic_id": ["a", "b"], "patient_id": ["", "NA"], "sex": ["NA", "male"], "age_approx": "NA"}
+    )
     for name, write_to in (("t.parquet", blanks.write_parquet), ("t.csv", blanks.write_csv)):
         write_to(tmp_path / name)
     table = read_metadata(tmp_path / "t.parquet")
-    assert table.equals(read_metadata(tmp_path / "t.csv")) and table.null_count().row(0) == (0, 2, 1, 2)
+    assert table.equals(read_metadata(tmp_path / "t.csv")) and table.null_count().row(0) == (
+        0,
+        2,
+        1,
+        2,
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("isic_id,age_approx\na,5\n", "lacks the column target"),
-        ("isic_id,target,tbp_lv_A\na,0,1.5\nb,1,red\n", 'tbp_lv_A must hold finite numbers, row 1 has "red"'),
+        (
+            "isic_id,target,tbp_lv_A\na,0,1.5\nb,1,red\n",
+            'tbp_lv_A must hold finite numbers, row 1 has "red"',
+        ),
         ("isic_id,target,tbp_lv_A\na,0,inf\nb,1,2\n", 'row 0 has "inf"'),
         ("isic_id,target\na,0\na,1\nb,0\n", "1 isic_id stand more than once, the first is a"),
         ("isic_id,target\na,0\nb,2\n", "target must be 0 or 1 in every row, b has 2"),
@@ -70,24 +84,33 @@ def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
         Dataset(tmp_path / "nowhere").metadata("train")
 
 
-@pytest.mark.parametrize(("folder", "rows", "positives"), [("real-pairs", 320, 240), ("real-tabular", 885, 240)])
+@pytest.mark.parametrize(
+    ("folder", "rows", "positives"), [("real-pairs", 320, 240), ("real-tabular", 885, 240)]
+)
 def test_real_tables(real_data: Path, folder: str, rows: int, positives: int) -> None:
     table = Dataset(real_data / folder).metadata("train", need=schema.NUMERIC)
     assert tuple(table.columns) == schema.TRAIN_ORDER
     assert (len(table), table["target"].sum()) == (rows, positives)
     assert all(table[name].dtype == schema.DTYPES[name] for name in table.columns)
     assert (
-        table.select(name for name in schema.NUMERIC if name.startswith("tbp_lv")).null_count().sum_horizontal()[0] == 0
+        table.select(name for name in schema.NUMERIC if name.startswith("tbp_lv"))
+        .null_count()
+        .sum_horizontal()[0]
+        == 0
     )
 
 
 def test_the_challenges_public_test_table(real_data: Path) -> None:
     table = Dataset(real_data / "real-pairs").metadata("test")
-    assert tuple(table.columns) == tuple(name for name in schema.TRAIN_ORDER if name not in schema.TRAIN_ONLY)
+    assert tuple(table.columns) == tuple(
+        name for name in schema.TRAIN_ORDER if name not in schema.TRAIN_ONLY
+    )
     assert len(table) == 3
 
 
 def test_a_command_says_it_and_exits_2(tmp_path: Path, cli: Cli) -> None:
-    ended = cli("train", "--config", "demo", "--data", tmp_path / "nowhere", "--output_dir", tmp_path)
+    ended = cli(
+        "train", "--config", "demo", "--data", tmp_path / "nowhere", "--output_dir", tmp_path
+    )
     assert ended.code == 2
     assert ended.err.startswith("error: no such folder") and ended.err.count("\n") == 1

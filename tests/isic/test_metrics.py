@@ -42,9 +42,15 @@ def test_only_the_order_of_scores_matters() -> None:
 
 @pytest.mark.parametrize(
     ("target", "score", "words"),
-    [([0, 0, 0], [1, 2, 3], "both classes"), ([], [], "both classes"), ([0, 1], [0, np.nan], "not finite")],
+    [
+        ([0, 0, 0], [1, 2, 3], "both classes"),
+        ([], [], "both classes"),
+        ([0, 1], [0, np.nan], "not finite"),
+    ],
 )
-def test_what_cannot_be_scored_is_refused(target: list[int], score: list[float], words: str) -> None:
+def test_what_cannot_be_scored_is_refused(
+    target: list[int], score: list[float], words: str
+) -> None:
     with pytest.raises(UserError, match=words):
         pauc(target, score)
 
@@ -63,7 +69,9 @@ def test_top_k_agrees_with_a_loop_over_patients() -> None:
     random = np.random.default_rng(3)
     patient, target = random.integers(0, 30, 900), (random.random(900) < 0.1).astype(int)
     score = random.integers(0, 12, 900).astype(float)
-    hits = [np.sum((patient == patient[i]) & (score >= score[i])) <= 15 for i in np.flatnonzero(target)]
+    hits = [
+        np.sum((patient == patient[i]) & (score >= score[i])) <= 15 for i in np.flatnonzero(target)
+    ]
     assert top_k_sensitivity(target, score, patient) == pytest.approx(np.mean(hits))
 
 

@@ -64,7 +64,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def crops_of(folder: Path, split: str) -> Iterator[tuple[str, bytes, bytes]]:
-    with h5py.File(folder / f"{split}-image.hdf5") as images, h5py.File(folder / "masks.hdf5") as masks:
+    with (
+        h5py.File(folder / f"{split}-image.hdf5") as images,
+        h5py.File(folder / "masks.hdf5") as masks,
+    ):
         for name in images:
             yield name, images[name][()], masks[name][()]
 
@@ -74,7 +77,9 @@ class TestLayout:
         train = pl.read_csv(synth_dataset / "train-metadata.csv", infer_schema=False)
         test = pl.read_csv(synth_dataset / "test-metadata.csv", infer_schema=False)
         assert tuple(train.columns) == schema.TRAIN_ORDER and len(train.columns) == 55
-        assert tuple(test.columns) == tuple(c for c in schema.TRAIN_ORDER if c not in schema.TRAIN_ONLY)
+        assert tuple(test.columns) == tuple(
+            c for c in schema.TRAIN_ORDER if c not in schema.TRAIN_ONLY
+        )
         assert len(test.columns) == 44
         assert (len(train), len(test)) == (300, 30)
         assert not set(train["isic_id"]) & set(test["isic_id"])
@@ -85,7 +90,9 @@ class TestLayout:
         sample = pl.read_csv(synth_dataset / "sample_submission.csv")
         truth = pl.read_csv(synth_dataset / "test-truth.csv")
         assert sample.columns == truth.columns == ["isic_id", "target"]
-        assert test["isic_id"].equals(sample["isic_id"]) and test["isic_id"].equals(truth["isic_id"])
+        assert test["isic_id"].equals(sample["isic_id"]) and test["isic_id"].equals(
+            truth["isic_id"]
+        )
         assert truth["target"].sum() == 2
 
     def test_images_are_stored_as_the_challenge_stores_them(self, synth_dataset: Path) -> None:
@@ -117,11 +124,17 @@ class TestRows:
     def test_identities(self, large: pl.DataFrame) -> None:
         t = {name.removeprefix("tbp_lv_"): large[name].to_numpy() for name in schema.NUMERIC}
         for end in ("", "ext"):
-            np.testing.assert_allclose(t[f"C{end}"], np.hypot(t[f"A{end}"], t[f"B{end}"]), atol=2e-6)
-            np.testing.assert_allclose(t[f"H{end}"], np.degrees(np.arctan2(t[f"B{end}"], t[f"A{end}"])), atol=2e-6)
+            np.testing.assert_allclose(
+                t[f"C{end}"], np.hypot(t[f"A{end}"], t[f"B{end}"]), atol=2e-6
+            )
+            np.testing.assert_allclose(
+                t[f"H{end}"], np.degrees(np.arctan2(t[f"B{end}"], t[f"A{end}"])), atol=2e-6
+            )
         for axis in "LAB":
             np.testing.assert_allclose(t[f"delta{axis}"], t[axis] - t[f"{axis}ext"], atol=2e-6)
-        np.testing.assert_allclose(t["area_perim_ratio"], t["perimeterMM"] ** 2 / t["areaMM2"], atol=2e-6)
+        np.testing.assert_allclose(
+            t["area_perim_ratio"], t["perimeterMM"] ** 2 / t["areaMM2"], atol=2e-6
+        )
         assert np.all(t["symm_2axis_angle"] % 5 == 0) and np.ptp(t["symm_2axis_angle"]) == 175
         assert np.array_equal(t["norm_color"] == 0, t["color_std_mean"] == 0)
         assert 0.07 < np.mean(t["norm_color"] == 0) < 0.11
@@ -141,30 +154,46 @@ class TestRows:
         assert np.abs(drawn - values)[:-2].max() < 0.06 * (values[9] - values[0])
 
     @pytest.mark.parametrize("name", PUBLISHED)
-    def test_margins_of_columns_that_follow_from_others(self, large: pl.DataFrame, name: str) -> None:
+    def test_margins_of_columns_that_follow_from_others(
+        self, large: pl.DataFrame, name: str
+    ) -> None:
         published = np.array(PUBLISHED[name])
         drawn = np.percentile(large[name].to_numpy(), [10, 50, 90])
         assert np.abs(drawn - published).max() < 0.15 * (published[2] - published[0])
 
     def test_related_columns_correlate(self, large: pl.DataFrame) -> None:
-        pairs = [("tbp_lv_L", "tbp_lv_Lext", 0.85), ("clin_size_long_diam_mm", "tbp_lv_areaMM2", 0.75)]
+        pairs = [
+            ("tbp_lv_L", "tbp_lv_Lext", 0.85),
+            ("clin_size_long_diam_mm", "tbp_lv_areaMM2", 0.75),
+        ]
         for one, other, least in [*pairs, ("tbp_lv_color_std_mean", "tbp_lv_norm_color", 0.9)]:
             assert large.select(pl.corr(one, other, method="spearman")).item() > least
 
     def test_blanks(self, large: pl.DataFrame) -> None:
         blank = {name: large[name].null_count() / len(large) for name in schema.DTYPES}
-        assert blank["sex"] == pytest.approx(0.0287) and blank["age_approx"] == pytest.approx(0.0070)
+        assert blank["sex"] == pytest.approx(0.0287) and blank["age_approx"] == pytest.approx(
+            0.0070
+        )
         assert blank["anatom_site_general"] == pytest.approx(0.0144, abs=0.0002)
         unknown = large["tbp_lv_location_simple"] == "Unknown"
         assert large["anatom_site_general"].is_null().equals(unknown)
         assert not any(share for name, share in blank.items() if name.startswith("tbp_lv"))
 
     def test_categories(self, large: pl.DataFrame) -> None:
-        tiles = large.group_by("attribution").agg((pl.col("tbp_tile_type") == "3D: white").mean().alias("white"))
+        tiles = large.group_by("attribution").agg(
+            (pl.col("tbp_tile_type") == "3D: white").mean().alias("white")
+        )
         white = dict(tiles.iter_rows())
-        assert white[margins.MSKCC] > 0.7 and max(white[name] for name in white if name != margins.MSKCC) < 0.4
+        assert (
+            white[margins.MSKCC] > 0.7
+            and max(white[name] for name in white if name != margins.MSKCC) < 0.4
+        )
         licence = dict(large.select("attribution", "copyright_license").unique().iter_rows())
-        assert len(licence) == 7 and licence[margins.ACEMID] == "CC-0" and licence[margins.BASEL] == "CC-BY-NC"
+        assert (
+            len(licence) == 7
+            and licence[margins.ACEMID] == "CC-0"
+            and licence[margins.BASEL] == "CC-BY-NC"
+        )
         for name, (count, *_) in margins.LOCATIONS.items():
             found = (large["tbp_lv_location"] == name).mean()
             assert found == pytest.approx(count / margins.FULL_ROWS, abs=2e-4)
@@ -182,9 +211,13 @@ class TestRows:
         assert large["tbp_lv_dnn_lesion_confidence"].null_count() == 0
 
     def test_full_size_figures(self) -> None:
-        sizes = lesions_per_patient(margins.FULL_ROWS, num_patients(margins.FULL_ROWS), np.random.default_rng(0))
+        sizes = lesions_per_patient(
+            margins.FULL_ROWS, num_patients(margins.FULL_ROWS), np.random.default_rng(0)
+        )
         assert sizes.sum() == margins.FULL_ROWS and len(sizes) == 1_042
-        assert np.median(sizes) == pytest.approx(241.5, rel=0.05) and sizes.max() == pytest.approx(9_184, rel=0.05)
+        assert np.median(sizes) == pytest.approx(241.5, rel=0.05) and sizes.max() == pytest.approx(
+            9_184, rel=0.05
+        )
         assert default_positives(margins.FULL_ROWS) == 393 and default_positives(3_000) == 150
 
     @pytest.mark.parametrize("num_positives", [1, 7, 60])
@@ -196,20 +229,35 @@ class TestCrops:
     def test_sizes(self, synth_dataset: Path) -> None:
         lengths, sides = [], []
         for _, jpeg, mask in crops_of(synth_dataset, "train"):
-            image, drawn = decode(jpeg), cv2.imdecode(np.frombuffer(mask, np.uint8), cv2.IMREAD_UNCHANGED)
+            image, drawn = (
+                decode(jpeg),
+                cv2.imdecode(np.frombuffer(mask, np.uint8), cv2.IMREAD_UNCHANGED),
+            )
             assert image.shape[0] == image.shape[1] and drawn.shape == image.shape[:2]
             assert set(np.unique(drawn)) <= {0, 255}
             lengths.append(len(jpeg))
             sides.append(len(image))
-        assert min(lengths) >= 1_000 and max(lengths) <= 6_500 and 2_300 < np.median(lengths) < 3_100
+        assert (
+            min(lengths) >= 1_000 and max(lengths) <= 6_500 and 2_300 < np.median(lengths) < 3_100
+        )
         assert min(sides) >= 51 and max(sides) <= 239 and 120 < np.median(sides) < 140
 
     def test_crops_show_what_their_rows_say(self, synth_dataset: Path) -> None:
         table = Dataset(synth_dataset).metadata("train")
         rows = {row["isic_id"]: row for row in table.iter_rows(named=True)}
-        seen = np.array([measured(jpeg, mask) for _, jpeg, mask in crops_of(synth_dataset, "train")])
+        seen = np.array(
+            [measured(jpeg, mask) for _, jpeg, mask in crops_of(synth_dataset, "train")]
+        )
         names = [name for name, _, _ in crops_of(synth_dataset, "train")]
-        columns = ("tbp_lv_L", "tbp_lv_A", "tbp_lv_B", "tbp_lv_Lext", "tbp_lv_Aext", "tbp_lv_Bext", "tbp_lv_areaMM2")
+        columns = (
+            "tbp_lv_L",
+            "tbp_lv_A",
+            "tbp_lv_B",
+            "tbp_lv_Lext",
+            "tbp_lv_Aext",
+            "tbp_lv_Bext",
+            "tbp_lv_areaMM2",
+        )
         told = np.array([[rows[name][column] for column in columns] for name in names])
         assert np.all(np.abs(seen - told)[:, :6].mean(axis=0) < 1.5)  # Lab units
         assert np.median(np.abs(seen[:, 6] / told[:, 6] - 1)) < 0.1
@@ -298,7 +346,9 @@ class TestCommand:
         assert ended.code == 2 and sentence in ended.err
         assert not (tmp_path / "out").exists()
 
-    def test_a_folder_with_other_data_is_left_alone(self, synth_dataset: Path, small_dataset: Path) -> None:
+    def test_a_folder_with_other_data_is_left_alone(
+        self, synth_dataset: Path, small_dataset: Path
+    ) -> None:
         with pytest.raises(UserError, match="stand-in dataset of other settings"):
             synthesize(SynthSettings(out=synth_dataset, images=300, seed=2))
         before = (small_dataset / "train-metadata.csv").read_bytes()
@@ -312,10 +362,14 @@ class TestPlantedMalignancy:
         table = learnable.table
         raw = table.select(schema.NUMERIC)
         centred = pl.col(schema.NUMERIC) - pl.col(schema.NUMERIC).mean().over(schema.PATIENT)
-        relative = table.select(centred / (pl.col(schema.NUMERIC).std().over(schema.PATIENT) + 1e-5))
+        relative = table.select(
+            centred / (pl.col(schema.NUMERIC).std().over(schema.PATIENT) + 1e-5)
+        )
         target, score = table["target"].to_numpy(), {}
         for name, features in {"raw": [raw], "relative": [raw, relative]}.items():
-            score[name] = pauc(target, out_of_fold(table, np.hstack([part.to_numpy() for part in features])))
+            score[name] = pauc(
+                target, out_of_fold(table, np.hstack([part.to_numpy() for part in features]))
+            )
         assert 0.10 < score["raw"] < 0.15
         assert score["raw"] + 0.01 < score["relative"] < 0.18
 
@@ -328,7 +382,9 @@ class TestPlantedMalignancy:
         assert np.corrcoef(score, rows.cue)[0, 1] > 0.3
         # A feature of the row cannot know the hidden cue beyond what the label tells.
         benign = target == 0
-        hidden = np.corrcoef(rows.table.select(schema.NUMERIC[1:]).to_numpy()[benign].T, rows.cue[benign])[-1, :-1]
+        hidden = np.corrcoef(
+            rows.table.select(schema.NUMERIC[1:]).to_numpy()[benign].T, rows.cue[benign]
+        )[-1, :-1]
         assert np.abs(hidden).max() < 0.2
 
 
@@ -344,7 +400,13 @@ def out_of_fold(table: pl.DataFrame, features: NDArray[np.generic]) -> NDArray[n
     """Scores each row with a booster that has not seen its patient."""
     fold = draw_folds(table, 5, 42).of(table).to_numpy()
     target, score = table["target"].to_numpy(), np.zeros(len(table))
-    settings = {"objective": "binary", "num_threads": 1, "verbosity": -1, "seed": 0, "learning_rate": 0.05}
+    settings = {
+        "objective": "binary",
+        "num_threads": 1,
+        "verbosity": -1,
+        "seed": 0,
+        "learning_rate": 0.05,
+    }
     settings |= {"max_depth": 4, "num_leaves": 15, "feature_fraction": 0.5, "min_data_in_leaf": 20}
     for k in np.unique(fold):
         data = lgb.Dataset(features[fold != k], target[fold != k])

@@ -40,13 +40,19 @@ SEED_LINES = [
 
 
 def tiny(**values: object) -> TrainSettings:
-    return TrainSettings(**{"model": "test_vit", "pretrained": False, "image_size": 32, "num_workers": 0, **values})  # type: ignore[arg-type]
+    return TrainSettings(
+        **{"model": "test_vit", "pretrained": False, "image_size": 32, "num_workers": 0, **values}
+    )  # type: ignore[arg-type]
 
 
 def random_batch(size: int, side: int = 32, masks: bool = False) -> Batch:
     random = np.random.default_rng(size)
     images = torch.from_numpy(random.integers(0, 256, (size, side, side, 3), dtype=np.uint8))
-    drawn = torch.from_numpy(random.integers(0, 2, (size, side, side), dtype=np.uint8)) if masks else torch.empty(0)
+    drawn = (
+        torch.from_numpy(random.integers(0, 2, (size, side, side), dtype=np.uint8))
+        if masks
+        else torch.empty(0)
+    )
     return Batch(images, torch.arange(size) % 2 * 1.0, torch.arange(size), drawn)
 
 
@@ -74,10 +80,21 @@ def test_the_documented_command_lines_run(
     [
         ["--mixup", "0.4", "--cutmix", "1.0", "--batch_size", "8"],
         ["--layer_decay", "0.7", "--grad_checkpointing", "true", "--global_pool", "avg"],
-        ["--model", "test_convnext", "--image_size", "64", "--global_pool", "avgmax", "--drop_path_rate", "0.1"],
+        [
+            "--model",
+            "test_convnext",
+            "--image_size",
+            "64",
+            "--global_pool",
+            "avgmax",
+            "--drop_path_rate",
+            "0.1",
+        ],
     ],
 )
-def test_what_can_be_switched_on_trains(flags: list[str], small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+def test_what_can_be_switched_on_trains(
+    flags: list[str], small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
     fixed = ["--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 2]
     ended = cli("train", *TINY, *fixed, *flags)
     assert ended.code == 0, ended.err
@@ -120,19 +137,27 @@ def test_mixing_mixes_images_and_targets_alike() -> None:
     images = (target * 200).to(torch.uint8).view(4, 1, 1, 1).expand(4, 32, 32, 3)
     mixed = loop.create_mixup(tiny(mixup=1.0, cutmix=1.0))(Batch(images, target, torch.arange(4)))
     assert mixed.images.shape == images.shape and 0 < mixed.target[1] < 1
-    torch.testing.assert_close(mixed.images.mean(dim=(1, 2, 3)) / 200, mixed.target, atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        mixed.images.mean(dim=(1, 2, 3)) / 200, mixed.target, atol=0.01, rtol=0
+    )
 
 
 # --- shares of an epoch
 
 
-@pytest.mark.parametrize(("num_rows", "batch_size", "world_size"), [(100, 8, 2), (61, 4, 3), (10, 8, 2)])
-def test_shares_make_up_the_batches_of_one_process(num_rows: int, batch_size: int, world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "world_size"), [(100, 8, 2), (61, 4, 3), (10, 8, 2)]
+)
+def test_shares_make_up_the_batches_of_one_process(
+    num_rows: int, batch_size: int, world_size: int
+) -> None:
     rows = np.arange(num_rows)
     epoch = EpochSampler(rows, (rows % 3 == 0).astype(np.float32), tiny(), epoch=3)
     whole = list(Share(epoch, batch_size * world_size, 0, 1))
     shares = [list(Share(epoch, batch_size, rank, world_size)) for rank in range(world_size)]
-    assert [len(share) for share in shares] == [len(Share(epoch, batch_size, r, world_size)) for r in range(world_size)]
+    assert [len(share) for share in shares] == [
+        len(Share(epoch, batch_size, r, world_size)) for r in range(world_size)
+    ]
     drawn = [key for share in shares for key in share]
     assert sorted(drawn) == sorted(whole) and len(set(drawn)) == len(drawn)
     for at in range(0, len(shares[0]), batch_size):
@@ -157,7 +182,11 @@ def test_images_without_a_mask_add_nothing_to_the_loss() -> None:
     loss = mask_loss(logits, masks)
     torch.testing.assert_close(loss, mask_loss(logits[:2], masks[:2]))
     loss.backward()
-    assert logits.grad is not None and logits.grad[:2].abs().sum() > 0 and logits.grad[2:].abs().sum() == 0
+    assert (
+        logits.grad is not None
+        and logits.grad[:2].abs().sum() > 0
+        and logits.grad[2:].abs().sum() == 0
+    )
     assert mask_loss(logits, torch.full_like(masks, NO_MASK)) == 0
 
 
@@ -172,7 +201,8 @@ def test_dice_is_its_formula() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "stride"), [("test_vit", 32, 2), ("test_efficientnet", 64, 2), ("eva02_tiny_patch14_224", 56, 2)]
+    ("name", "size", "stride"),
+    [("test_vit", 32, 2), ("test_efficientnet", 64, 2), ("eva02_tiny_patch14_224", 56, 2)],
 )
 def test_a_mask_comes_third_and_the_rest_stays(name: str, size: int, stride: int) -> None:
     model = create_model(tiny(model=name, image_size=size, mask_weight=1.0)).eval()
@@ -198,15 +228,28 @@ def test_masks_are_augmented_with_their_images(small_dataset: Path, tmp_path: Pa
     mask = cv2.imencode(".png", (image > 100).astype(np.uint8)[..., 0] * 255)[1].tobytes()
     write_hdf5(small_dataset / "masks.hdf5", dict.fromkeys(small_table()["isic_id"][:30], mask))
     settings = tiny(data=small_dataset, output_dir=tmp_path, mask_weight=1.0)
-    images = LesionImages(load_data(settings), preprocess_spec(settings), create_augmentation("light"))
+    images = LesionImages(
+        load_data(settings), preprocess_spec(settings), create_augmentation("light")
+    )
     for seed in range(8):
         pixels, _, _, drawn = images[3, seed]
         assert ((pixels[..., 0] > 110) == drawn).mean() > 0.99
     assert (images[40, 0][3] == NO_MASK).all(), "an image without a mask"
 
 
-def test_masks_are_learnt_scored_and_exported(synth_dataset: Path, tmp_path: Path, cli: Cli) -> None:
-    flags = ["--config", "multitask_demo", "--name", "mt", "--data", synth_dataset, "--output_dir", tmp_path]
+def test_masks_are_learnt_scored_and_exported(
+    synth_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags = [
+        "--config",
+        "multitask_demo",
+        "--name",
+        "mt",
+        "--data",
+        synth_dataset,
+        "--output_dir",
+        tmp_path,
+    ]
     ended = cli("train", *flags, "--num_workers", 0, "--fold", 0, "--epochs", 3, "--num_folds", 3)
     assert ended.code == 0, ended.err
     assert "Dice 0." in ended.out
@@ -220,17 +263,27 @@ def test_masks_are_learnt_scored_and_exported(synth_dataset: Path, tmp_path: Pat
 
 
 def test_a_dataset_without_masks_is_refused(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
-    ended = cli("train", *TINY, "--data", small_dataset, "--output_dir", tmp_path, "--mask_weight", 1)
-    assert ended.code == 2 and "has no mask of any training image" in ended.err and ended.err.count("\n") == 1
+    ended = cli(
+        "train", *TINY, "--data", small_dataset, "--output_dir", tmp_path, "--mask_weight", 1
+    )
+    assert (
+        ended.code == 2
+        and "has no mask of any training image" in ended.err
+        and ended.err.count("\n") == 1
+    )
 
 
 # --- further datasets
 
 
-def test_extra_rows_are_trained_on_and_never_validated_on(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+def test_extra_rows_are_trained_on_and_never_validated_on(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
     extra = tmp_path / "extra"
     extra.mkdir()
-    table = pl.DataFrame({"isic_id": ["OLD_1", "OLD_2", "OLD_3", "ISIC_0000001"], "target": [1, 0, 1, 0]})
+    table = pl.DataFrame(
+        {"isic_id": ["OLD_1", "OLD_2", "OLD_3", "ISIC_0000001"], "target": [1, 0, 1, 0]}
+    )
     table = table.with_columns(patient_id=pl.Series([None, None, "IP_0000003", None]))
     table.write_csv(extra / "train-metadata.csv")
     write_hdf5(extra / "train-image.hdf5", {name: jpeg(40) for name in table["isic_id"]})
@@ -238,15 +291,25 @@ def test_extra_rows_are_trained_on_and_never_validated_on(small_dataset: Path, t
     ended = cli("train", *TINY, *flags, "--extra_data", extra, "--extra_weight", 2.5)
     assert ended.code == 0, ended.err
     assert "2 rows are left out, their image or patient stands in another dataset" in ended.out
-    scored = pl.concat([pl.read_parquet(tmp_path / "tiny" / f"fold_{k}" / "oof.parquet") for k in range(3)])
+    scored = pl.concat(
+        [pl.read_parquet(tmp_path / "tiny" / f"fold_{k}" / "oof.parquet") for k in range(3)]
+    )
     assert sorted(scored["isic_id"]) == sorted(small_table()["isic_id"])
-    data = load_data(tiny(data=small_dataset, output_dir=tmp_path, name="tiny", num_folds=3, extra_data=[extra]))
-    assert data.table["isic_id"].to_list()[60:] == ["OLD_1", "OLD_2"] and (data.fold[60:] == -1).all()
+    data = load_data(
+        tiny(data=small_dataset, output_dir=tmp_path, name="tiny", num_folds=3, extra_data=[extra])
+    )
+    assert (
+        data.table["isic_id"].to_list()[60:] == ["OLD_1", "OLD_2"] and (data.fold[60:] == -1).all()
+    )
     known = read_known(tmp_path / "tiny" / "fold_1" / "trained_on.parquet")
-    assert sorted(known["isic_id"]) == sorted(data.table["isic_id"]), "what was held out, and the further rows too"
+    assert sorted(known["isic_id"]) == sorted(data.table["isic_id"]), (
+        "what was held out, and the further rows too"
+    )
 
 
-def test_further_rows_that_are_all_known_are_none(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+def test_further_rows_that_are_all_known_are_none(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
     flags = ["--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
     ended = cli("train", *TINY, *flags, "--extra_data", small_dataset)
     assert ended.code == 0 and "60 rows are left out" in ended.out, ended.err
@@ -257,7 +320,9 @@ def test_extra_weight_says_how_often_extra_rows_are_shown() -> None:
     for weight, counts in ((0.5, {0, 1}), (1.0, {1}), (2.5, {2, 3})):
         epoch = EpochSampler(rows, target, tiny(extra_weight=weight), extra=extra)
         drawn = [row for row, _ in epoch]
-        assert {drawn.count(row) for row in extra} == counts and len(drawn) == len(epoch) == 20 + 10 * weight
+        assert {drawn.count(row) for row in extra} == counts and len(drawn) == len(
+            epoch
+        ) == 20 + 10 * weight
 
 
 # --- the device is never asked for a value
@@ -289,7 +354,13 @@ def test_what_asks_the_device_is_noticed() -> None:
     [
         {"ema_decay": 0.9, "accumulation_steps": 2},
         {"fp16": True, "mask_weight": 1.0},
-        {"bf16": True, "mixup": 0.4, "cutmix": 0.4, "model": "test_efficientnet", "drop_path_rate": 0.1},
+        {
+            "bf16": True,
+            "mixup": 0.4,
+            "cutmix": 0.4,
+            "model": "test_efficientnet",
+            "drop_path_rate": 0.1,
+        },
     ],
 )
 def test_a_step_asks_the_device_for_nothing(values: dict[str, object]) -> None:
@@ -322,12 +393,16 @@ class OutOfMemory(nn.Module):
         return outputs
 
 
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     weights = []
     for limit in (16, 5):
         state = create_state(tiny(batch_size=16), CPU, 0)
         forward = OutOfMemory(state.model, limit)
-        loop.train_epoch(state, forward, [random_batch(16)] * 2, np.ones(2), tiny(batch_size=16), CPU, "")
+        loop.train_epoch(
+            state, forward, [random_batch(16)] * 2, np.ones(2), tiny(batch_size=16), CPU, ""
+        )
         weights.append(torch.cat([weight.detach().ravel() for weight in state.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-3)
     assert forward.sizes == [4] * 8 and state.step == 2
@@ -349,8 +424,14 @@ def test_images_that_break_the_gradient_are_named(
     monkeypatch.setattr("train.step.focal_loss", broken)
     flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 1]
     for precision in ("--bf16", "--fp16"):
-        ended = cli("train", *flags, precision, "--force", "--batch_size", 4, "--positive_repeats", 9)
-        assert ended.code == 2 and "not finite" in ended.err and "on the images ISIC_00000" in ended.err
+        ended = cli(
+            "train", *flags, precision, "--force", "--batch_size", 4, "--positive_repeats", 9
+        )
+        assert (
+            ended.code == 2
+            and "not finite" in ended.err
+            and "on the images ISIC_00000" in ended.err
+        )
     assert load_checkpoint(tmp_path / "tiny" / "fold_0" / LAST)["epoch"] == 0
 
 
@@ -360,7 +441,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_readable(tmp_path: Path) -> None
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("only root can mount the small disk that this fills")
-    values = dict.fromkeys(("model_state_dict", "optimizer_state_dict", "best_pauc", "epoch", "config", "args"), 0)
+    values = dict.fromkeys(
+        ("model_state_dict", "optimizer_state_dict", "best_pauc", "epoch", "config", "args"), 0
+    )
     try:
         save_checkpoint(disk / LAST, **values, weights=torch.ones(100_000))
         with pytest.raises(UserError, match=r"the disk is full, so .*last\.pth was not written"):
@@ -384,7 +467,9 @@ def test_a_restored_state_learns_on_to_the_same_bits(small_dataset: Path, tmp_pa
     data = load_data(settings)
 
     def learn(state: TrainState, num_batches: int, broken: float = 1.0) -> None:
-        batches = [random_batch(8)._replace(target=torch.full((8,), broken)) for _ in range(num_batches)]
+        batches = [
+            random_batch(8)._replace(target=torch.full((8,), broken)) for _ in range(num_batches)
+        ]
         torch.manual_seed(state.step)
         loop.train_epoch(state, state.model, batches, np.ones(99), settings, CPU, "")
 
@@ -397,9 +482,14 @@ def test_a_restored_state_learns_on_to_the_same_bits(small_dataset: Path, tmp_pa
     for each in (state, restored):
         learn(each, 5)
         moments = [value for entry in each.optimizer.state.values() for value in entry.values()]
-        ends.append([*each.model.state_dict().values(), *each.evaluated.state_dict().values(), *moments])
+        ends.append(
+            [*each.model.state_dict().values(), *each.evaluated.state_dict().values(), *moments]
+        )
     assert all(torch.equal(one, two) for one, two in zip(*ends, strict=True))
-    assert state.scaler.state_dict() == restored.scaler.state_dict() and state.scaler.get_scale() == 65536 / 2
+    assert (
+        state.scaler.state_dict() == restored.scaler.state_dict()
+        and state.scaler.get_scale() == 65536 / 2
+    )
 
 
 # --- what people look at, and weights for others
@@ -416,7 +506,10 @@ def test_the_backbone_loads_in_timm_alone(trained: Path) -> None:
         torch.testing.assert_close(backbone(model.normalised(images)), model(images)[0])
     assert tuple(backbone.pretrained_cfg["mean"]) == preprocess_spec(settings).mean
     again = create_model(tiny(pretrained=str(folder)))
-    assert all(torch.equal(a, b) for a, b in zip(again.backbone.parameters(), backbone.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.backbone.parameters(), backbone.parameters(), strict=True)
+    )
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n") and "was held out" in card
 
@@ -424,7 +517,9 @@ def test_the_backbone_loads_in_timm_alone(trained: Path) -> None:
 def test_roc_curves_are_drawn(trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert (trained / "roc.png").read_bytes().startswith(b"\x89PNG")
-    assert draw_roc(tmp_path / "one.png", {"fold 0": pl.read_parquet(trained / "fold_0" / "oof.parquet")})
+    assert draw_roc(
+        tmp_path / "one.png", {"fold 0": pl.read_parquet(trained / "fold_0" / "oof.parquet")}
+    )
 
 
 def test_scalars_reach_tensorboard(trained: Path) -> None:

@@ -43,7 +43,9 @@ FEATURES = {
 
 
 def tiny(**values: object) -> TrainSettings:
-    return TrainSettings(**{"model": "test_vit", "pretrained": False, "image_size": 32, "num_workers": 0, **values})  # type: ignore[arg-type]
+    return TrainSettings(
+        **{"model": "test_vit", "pretrained": False, "image_size": 32, "num_workers": 0, **values}
+    )  # type: ignore[arg-type]
 
 
 # --- what a run leaves behind
@@ -51,17 +53,28 @@ def tiny(**values: object) -> TrainSettings:
 
 def test_a_fold_leaves_the_files_of_the_contract(trained: Path, synth_dataset: Path) -> None:
     names = {path.name for path in (trained / "fold_0").iterdir()}
-    assert names >= {BEST, BEST + ".json", "last.pth", "history.jsonl", "oof.parquet", "config.yaml"}
+    assert names >= {
+        BEST,
+        BEST + ".json",
+        "last.pth",
+        "history.jsonl",
+        "oof.parquet",
+        "config.yaml",
+    }
     checkpoint = torch.load(trained / "fold_0" / BEST, weights_only=True)
     assert set(KEYS) == set(checkpoint)
     manifest = read_manifest(trained / "fold_0" / BEST)
     assert manifest["folds_digest"] == read_folds(trained / "folds.parquet").digest
-    history = [json.loads(line) for line in (trained / "fold_0" / "history.jsonl").read_text().splitlines()]
+    history = [
+        json.loads(line) for line in (trained / "fold_0" / "history.jsonl").read_text().splitlines()
+    ]
     assert [entry["epoch"] for entry in history] == [1]
     assert {"loss", "pauc", "auc", "images_per_second", "waiting_share"} <= set(history[0])
 
 
-def test_every_row_is_held_out_once_and_scored_by_the_saved_weights(trained: Path, synth_dataset: Path) -> None:
+def test_every_row_is_held_out_once_and_scored_by_the_saved_weights(
+    trained: Path, synth_dataset: Path
+) -> None:
     settings = tiny(data=synth_dataset, output_dir=trained.parent, name="tiny", num_folds=3)
     data = load_data(settings)
     oof = pl.concat([pl.read_parquet(trained / f"fold_{k}" / "oof.parquet") for k in range(3)])
@@ -77,14 +90,20 @@ def test_every_row_is_held_out_once_and_scored_by_the_saved_weights(trained: Pat
     with torch.inference_mode():
         logits = model.eval()(pixels)[1].squeeze(1).numpy()
     saved = (
-        oof.filter(pl.col("isic_id").is_in(data.table["isic_id"][rows].implode())).sort("isic_id")["logit"].to_numpy()
+        oof.filter(pl.col("isic_id").is_in(data.table["isic_id"][rows].implode()))
+        .sort("isic_id")["logit"]
+        .to_numpy()
     )
     order = np.argsort(data.table["isic_id"][rows].to_numpy())
     np.testing.assert_allclose(logits[order], saved, atol=1e-5)
-    assert checkpoint["best_pauc"] == pauc(*(oof.filter(pl.col("fold") == 1)[name] for name in ("target", "logit")))
+    assert checkpoint["best_pauc"] == pauc(
+        *(oof.filter(pl.col("fold") == 1)[name] for name in ("target", "logit"))
+    )
 
 
-def test_finished_folds_are_skipped_and_other_settings_refused(trained: Path, synth_dataset: Path, cli: Cli) -> None:
+def test_finished_folds_are_skipped_and_other_settings_refused(
+    trained: Path, synth_dataset: Path, cli: Cli
+) -> None:
     flags = [*TINY, "--data", synth_dataset, "--output_dir", trained.parent, "--num_folds", 3]
     before = (trained / "fold_0" / BEST).stat().st_mtime_ns
     ended = cli("train", *flags, "--epochs", 1)
@@ -100,14 +119,22 @@ def test_epochs_are_not_thrown_away_unasked(small_dataset: Path, tmp_path: Path,
     assert cli("train", *flags).code == 0
     (folder / "oof.parquet").write_bytes(b"half")
     ended = cli("train", *flags)
-    assert ended.code == 2 and "oof.parquet is damaged; train that fold again with --force" in ended.err
+    assert (
+        ended.code == 2
+        and "oof.parquet is damaged; train that fold again with --force" in ended.err
+    )
     (folder / "oof.parquet").unlink()
     ended = cli("train", *flags)
-    assert ended.code == 2 and "holds 1 of 1 epochs; go on with --resume, or start again with --force" in ended.err
+    assert (
+        ended.code == 2
+        and "holds 1 of 1 epochs; go on with --resume, or start again with --force" in ended.err
+    )
     assert cli("train", *flags, "--force").code == 0
     (folder / "config.yaml").write_text("name: tiny")
     ended = cli("train", *flags)
-    assert ended.code == 2 and "config.yaml is damaged; train fold 0 again with --force" in ended.err
+    assert (
+        ended.code == 2 and "config.yaml is damaged; train fold 0 again with --force" in ended.err
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +156,14 @@ def test_what_is_refused_has_changed_nothing(
 
 
 @pytest.mark.parametrize(
-    "name", ["test_mambaout", "mobilenetv3_small_050", "repghostnet_050", "xcit_nano_12_p16_224", "test_resnet"]
+    "name",
+    [
+        "test_mambaout",
+        "mobilenetv3_small_050",
+        "repghostnet_050",
+        "xcit_nano_12_p16_224",
+        "test_resnet",
+    ],
 )
 def test_backbones_of_many_kinds(name: str) -> None:
     """Whose head has a width of its own, that know no stochastic depth, or whose patch is a number."""
@@ -148,7 +182,10 @@ def test_stochastic_depth_where_there_is_none_is_refused() -> None:
 def test_weights_that_do_not_fill_the_backbone_are_refused(tmp_path: Path, model: str) -> None:
     """A checkpoint of ours, whose names begin with `backbone.`, and another architecture's weights: timm takes both."""
     torch.save({"model_state_dict": create_model(tiny()).state_dict()}, tmp_path / "best_model.pth")
-    save_file(timm.create_model("test_efficientnet", num_classes=0).state_dict(), tmp_path / "other.safetensors")
+    save_file(
+        timm.create_model("test_efficientnet", num_classes=0).state_dict(),
+        tmp_path / "other.safetensors",
+    )
     for name in ("best_model.pth", "other.safetensors"):
         with pytest.raises(UserError, match=rf"fills 0 of the \d+ weight matrices of {model}"):
             create_model(tiny(model=model, pretrained=str(tmp_path / name)))
@@ -156,14 +193,39 @@ def test_weights_that_do_not_fill_the_backbone_are_refused(tmp_path: Path, model
 
 def test_it_learns_what_can_be_learnt(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
     """Malignant images are dark here: a model that learns at all gets them right."""
-    flags = ["--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 12, "--batch_size", 16]
-    ended = cli("train", *TINY, *flags, "--lr", 3e-3, "--lr_backbone", 3e-3, "--ema_decay", 0.8, "--focal_alpha", 0.5)
+    flags = [
+        "--data",
+        small_dataset,
+        "--output_dir",
+        tmp_path,
+        "--fold",
+        0,
+        "--epochs",
+        12,
+        "--batch_size",
+        16,
+    ]
+    ended = cli(
+        "train",
+        *TINY,
+        *flags,
+        "--lr",
+        3e-3,
+        "--lr_backbone",
+        3e-3,
+        "--ema_decay",
+        0.8,
+        "--focal_alpha",
+        0.5,
+    )
     assert ended.code == 0
     oof = pl.read_parquet(tmp_path / "tiny" / "fold_0" / "oof.parquet")
     assert pauc(oof["target"], oof["logit"]) > 0.19
 
 
-def test_same_seed_same_weights_and_a_resumed_run_too(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+def test_same_seed_same_weights_and_a_resumed_run_too(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
     flags = [
         *TINY,
         "--data",
@@ -179,7 +241,9 @@ def test_same_seed_same_weights_and_a_resumed_run_too(small_dataset: Path, tmp_p
     ]
     for name, epochs in (("a", 3), ("b", 3)):
         assert cli("train", *flags, "--output_dir", tmp_path / name, "--epochs", epochs).code == 0
-    first, second = ((tmp_path / name / "tiny" / "fold_0" / "oof.parquet").read_bytes() for name in "ab")
+    first, second = (
+        (tmp_path / name / "tiny" / "fold_0" / "oof.parquet").read_bytes() for name in "ab"
+    )
     assert first == second
 
 
@@ -190,9 +254,30 @@ def test_same_seed_same_weights_and_a_resumed_run_too(small_dataset: Path, tmp_p
     "flags",
     [
         ["--epochs", "2", "--batch_size", "32", "--fold", "0", "--use_sample"],
-        ["--epochs", "1", "--batch_size", "24", "--accumulation_steps", "3", "--fp16", "--fold", "1"],
+        [
+            "--epochs",
+            "1",
+            "--batch_size",
+            "24",
+            "--accumulation_steps",
+            "3",
+            "--fp16",
+            "--fold",
+            "1",
+        ],
         ["--epochs", "1", "--bf16", "--fold", "0", "--select_epoch", "best"],
-        ["--lr", "5e-4", "--lr_backbone", "1e-5", "--epochs", "2", "--freeze_epochs", "1", "--fold", "0"],
+        [
+            "--lr",
+            "5e-4",
+            "--lr_backbone",
+            "1e-5",
+            "--epochs",
+            "2",
+            "--freeze_epochs",
+            "1",
+            "--fold",
+            "0",
+        ],
         ["--augmentation", "heavy", "--epochs", "1", "--fold", "0", "--num_workers", "2"],
         ["--batch_size", "16", "--accumulation_steps", "4", "--epochs", "1", "--fold", "0"],
     ],
@@ -240,7 +325,9 @@ def test_focal_loss_is_its_formula() -> None:
     p = torch.sigmoid(logits)
     p_t, alpha_t = torch.where(target == 1, p, 1 - p), torch.where(target == 1, 0.3, 0.7)
     expected = (-alpha_t * (1 - p_t) ** 1.5 * p_t.log()).mean()
-    torch.testing.assert_close(focal_loss(logits, target, tiny(focal_alpha=0.3, focal_gamma=1.5)), expected)
+    torch.testing.assert_close(
+        focal_loss(logits, target, tiny(focal_alpha=0.3, focal_gamma=1.5)), expected
+    )
 
 
 def test_accumulated_batches_give_the_gradient_of_one(small_dataset: Path) -> None:
@@ -252,7 +339,10 @@ def test_accumulated_batches_give_the_gradient_of_one(small_dataset: Path) -> No
     for size, steps in ((16, 1), (4, 4)):
         settings = tiny(accumulation_steps=steps)
         state = create_state(settings, torch.device("cpu"), 0)
-        batches = [Batch(*(part[at : at + size] for part in (images, target, rows))) for at in range(0, 16, size)]
+        batches = [
+            Batch(*(part[at : at + size] for part in (images, target, rows)))
+            for at in range(0, 16, size)
+        ]
         train_epoch(state, state.model, batches, np.ones(1), settings, torch.device("cpu"), "")
         weights.append(torch.cat([p.detach().ravel() for p in state.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-3)
@@ -260,7 +350,11 @@ def test_accumulated_batches_give_the_gradient_of_one(small_dataset: Path) -> No
 
 def broken_batch(row: int, value: float = 1.0) -> Batch:
     """A batch of two equal images; a target that is not a number breaks loss and gradient."""
-    return Batch(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.full((2,), value), torch.tensor([row, row + 1]))
+    return Batch(
+        torch.zeros(2, 32, 32, 3, dtype=torch.uint8),
+        torch.full((2,), value),
+        torch.tensor([row, row + 1]),
+    )
 
 
 @pytest.mark.parametrize("num_after", [0, 5])
@@ -276,7 +370,10 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(num_after: int) -> 
         weights.append([*state.model.state_dict().values(), *moments])
     assert all(torch.equal(one, two) for one, two in zip(*weights, strict=True))
     sentence = stopped.value.sentence(small_table()["isic_id"])
-    assert "not finite at step 1, in epoch 1, on the images ISIC_0000004, ISIC_0000005; lower --lr" in sentence
+    assert (
+        "not finite at step 1, in epoch 1, on the images ISIC_0000004, ISIC_0000005; lower --lr"
+        in sentence
+    )
 
 
 def test_loss_scaling_leaves_out_what_overflows_and_goes_on() -> None:
@@ -284,12 +381,18 @@ def test_loss_scaling_leaves_out_what_overflows_and_goes_on() -> None:
     state = create_state(settings, cpu, 0)
     batches = [broken_batch(0), broken_batch(2, torch.nan), broken_batch(4)]
     stats = train_epoch(state, state.model, batches, np.ones(3), settings, cpu, "")
-    assert stats.skipped_steps == 1 and len(stats.losses) == state.step == 3 and stats.mean_loss() is not None
+    assert (
+        stats.skipped_steps == 1
+        and len(stats.losses) == state.step == 3
+        and stats.mean_loss() is not None
+    )
     assert state.scaler.get_scale() == 65536 / 2
     assert all(entry["step"] == 2 for entry in state.optimizer.state.values())
     assert all(weight.isfinite().all() for weight in state.model.parameters())
     with pytest.raises(NotFinite, match="not finite"):
-        train_epoch(state, state.model, [broken_batch(2, torch.nan)] * 40, np.ones(50), settings, cpu, "")
+        train_epoch(
+            state, state.model, [broken_batch(2, torch.nan)] * 40, np.ones(50), settings, cpu, ""
+        )
 
 
 def test_the_schedule_warms_up_and_falls_to_zero() -> None:
@@ -318,7 +421,9 @@ def test_the_sampler_redraws_negatives_and_hangs_on_seed_and_epoch_alone() -> No
         return list(EpochSampler(rows, target, settings, epoch=number))
 
     first, second = epoch(0), epoch(1)
-    assert first == epoch(0) and len(first) == len(EpochSampler(rows, target, settings)) == 2 * 20 + 60
+    assert (
+        first == epoch(0) and len(first) == len(EpochSampler(rows, target, settings)) == 2 * 20 + 60
+    )
     drawn = [row for row, _ in first]
     assert all(drawn.count(row) == 2 for row in range(0, 200, 10))
     negatives = {row for row in drawn if row % 10}
@@ -355,7 +460,9 @@ def test_batched_gives_a_shorter_last_group() -> None:
 # --- what can be wrong
 
 
-def test_weights_that_cannot_be_had_stop_the_run(cli: Cli, small_dataset: Path, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_had_stop_the_run(
+    cli: Cli, small_dataset: Path, tmp_path: Path
+) -> None:
     flags = [
         "--model",
         "test_vit",
@@ -368,7 +475,10 @@ def test_weights_that_cannot_be_had_stop_the_run(cli: Cli, small_dataset: Path, 
         "--num_workers",
         0,
     ]
-    for pretrained, words in (("true", "cannot be had"), (tmp_path / "none.safetensors", "no weights at")):
+    for pretrained, words in (
+        ("true", "cannot be had"),
+        (tmp_path / "none.safetensors", "no weights at"),
+    ):
         ended = cli("train", *flags, "--pretrained", pretrained)
         assert ended.code == 2 and words in ended.err and "--pretrained false" in ended.err
     (tmp_path / "broken.safetensors").write_bytes(b"not weights")
@@ -388,7 +498,10 @@ def test_a_local_file_of_weights_is_used(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (["--force", "--resume"], "choose one"),
-        (["--model", "vit_tinny_patch16_224"], 'timm has no model "vit_tinny_patch16_224", did you mean'),
+        (
+            ["--model", "vit_tinny_patch16_224"],
+            'timm has no model "vit_tinny_patch16_224", did you mean',
+        ),
         (["--image_size", "40"], "--image_size must be a multiple of 16"),
         (["--device", "cuda"], "no GPU that torch can use"),
         (["--num_folds", "40"], "are too few for 40 folds"),
@@ -403,13 +516,17 @@ def test_settings_that_do_not_fit_are_one_sentence(
     assert ended.code == 2 and words in ended.err and ended.err.count("\n") == 1
 
 
-def test_bad_images_stop_the_run_or_are_left_out(cli: Cli, small_dataset: Path, tmp_path: Path) -> None:
+def test_bad_images_stop_the_run_or_are_left_out(
+    cli: Cli, small_dataset: Path, tmp_path: Path
+) -> None:
     with h5py.File(small_dataset / "train-image.hdf5", "a") as file:
         del file["ISIC_0000004"], file["ISIC_0000007"]
         file["ISIC_0000007"] = np.bytes_(jpeg()[:500])
     flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
     ended = cli("train", *flags)
-    assert ended.code == 2 and "2 of 60 images cannot be used, the first is ISIC_0000004" in ended.err
+    assert (
+        ended.code == 2 and "2 of 60 images cannot be used, the first is ISIC_0000004" in ended.err
+    )
     ended = cli("train", *flags, "--on_error", "skip")
     assert ended.code == 0
     errors = dict(pl.read_parquet(tmp_path / "tiny" / "errors.parquet").iter_rows())
@@ -425,7 +542,9 @@ def test_one_class_only_is_refused(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_a_network_that_scores_nothing_finite_is_one_sentence() -> None:
-    held = Predictions(np.arange(2), np.array([0.5, np.nan], np.float32), np.full(2, np.nan, np.float32))
+    held = Predictions(
+        np.arange(2), np.array([0.5, np.nan], np.float32), np.full(2, np.nan, np.float32)
+    )
     with pytest.raises(UserError, match=r"not finite; lower --lr"):
         score(np.array([0, 1], np.float32), held)
 
@@ -435,7 +554,9 @@ class Malicious:
         return (print, ("executed",))
 
 
-def test_a_checkpoint_that_holds_code_is_refused_unexecuted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_that_holds_code_is_refused_unexecuted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"model_state_dict": Malicious()}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match="more than tensors and plain values"):
         load_checkpoint(tmp_path / "evil.pth")
