@@ -36,9 +36,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         # Some backbones go on to another width between pooling and the classifier.
-        self.num_features = int(
-            getattr(backbone, "head_hidden_size", None) or backbone.num_features
-        )  # type: ignore[arg-type]
+        width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+        self.num_features = int(width)
         self.head = nn.Sequential(nn.Dropout(drop_rate), nn.Linear(self.num_features, 1))
         scale = 255 * torch.tensor(spec.std)
         self.register_buffer(
