@@ -14,9 +14,6 @@ from isic.files import digest, write_parquet
 from isic.metadata import with_patient
 
 FILE = "folds.parquet"
-KNOWN_FILE = "trained_on.parquet"
-"""Beside a checkpoint: the images and patients of its data, those that it held out and further datasets' too."""
-KNOWN = (schema.ID, schema.PATIENT)
 
 
 @dataclass(frozen=True)
@@ -85,22 +82,6 @@ def read_folds(path: Path) -> Folds:
             "mend it, or delete it"
         )
     return folds
-
-
-def write_known(path: Path, table: pl.DataFrame) -> None:
-    """Writes which images and patients a model knows, from a table of `isic_id` and perhaps `patient_id`."""
-    write_parquet(path, with_patient(table).select(KNOWN).unique().sort(schema.ID))
-
-
-def read_known(path: Path) -> pl.DataFrame:
-    """Reads `isic_id` and `patient_id` of what a model knows. Raises UserError where there is no such list."""
-    return _read(path, dict.fromkeys(KNOWN, pl.String()), "list of what a model was trained on")
-
-
-def known_rows(metadata: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
-    """Returns the rows of `metadata` whose image or patient stands in what `read_known` gives."""
-    met = pl.any_horizontal(pl.col(key).is_in(known[key].implode()) for key in KNOWN)
-    return metadata.filter(with_patient(metadata).select(met).to_series())
 
 
 def _read(path: Path, columns: dict[str, pl.DataType], what: str) -> pl.DataFrame:

@@ -10,6 +10,7 @@ from train.data import load_data
 from train.loop import train_fold
 from train.machine import prepare, select_device
 from train.outputs import is_finished, print_scores, refuse_to_lose
+from train.pretrained import refuse_leaking_weights
 
 
 def train(settings: TrainSettings) -> int:
@@ -43,6 +44,7 @@ def train_folds(settings: TrainSettings) -> None:
         refuse_to_lose(settings, fold)
     if due:
         data = load_data(settings)
+        refuse_leaking_weights(settings.pretrained, due, data.table, data.fold)
         prepare(select_device(settings.device))
         for fold in due:
             train_fold(settings, data, fold)

@@ -1,6 +1,5 @@
 """The network: uint8 pixels in, features and a logit out."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from isic.errors import UserError, did_you_mean
 from isic.preprocess import PreprocessSpec
 from train.config import TrainSettings
+from train.pretrained import hub_id, local_file
 
 MASK_STRIDE = 2
 """Masks are drawn at half the input's side: lesions of a few pixels lose their outline at a quarter of it."""
@@ -202,19 +202,8 @@ def _create_backbone(name: str, pretrained: bool | str, options: dict[str, Any])
     """Builds a backbone, with weights perhaps. Raises UserError where the model or its weights cannot be had."""
     overlay: dict[str, Any] | None = None
     if isinstance(pretrained, str):
-        path = Path(pretrained)
-        if path.is_dir():
-            path = path / "model.safetensors"
-        looks_local = path.suffix in {".safetensors", ".pth", ".pt", ".bin"} or path.exists()
-        if looks_local and not path.is_file():
-            raise UserError(
-                f"no weights at {pretrained}; give a file that exists, a hub name, or --pretrained false"
-            )
-        overlay = (
-            {"file": str(path)}
-            if looks_local
-            else {"hf_hub_id": pretrained.removeprefix("hf-hub:")}
-        )
+        path = local_file(pretrained)
+        overlay = {"file": str(path)} if path else {"hf_hub_id": hub_id(pretrained)}
     drawn_from = torch.get_rng_state()
     try:
         backbone: nn.Module = timm.create_model(

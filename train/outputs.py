@@ -16,16 +16,17 @@ from isic.config import read_yaml
 from isic.errors import UserError
 from isic.files import atomic_path, sha256, versions, write_manifest, write_parquet, write_text
 from isic.folds import FILE as FOLDS_FILE
-from isic.folds import KNOWN_FILE, write_known
 from isic.metrics import pauc, roc_auc
+from isic.provenance import SEEN_FILE, seen_rows, write_seen
 from train import distributed
 from train.checkpoint import BEST, LAST, save_checkpoint
 from train.config import TrainSettings
 from train.data import TrainData
 from train.model import preprocess_spec
 from train.plots import ROC_FILE, draw_roc, write_scalars
+from train.pretrained import FOLDER, MARK
 from train.state import TrainState, refuse_difference
-from train.weights import FOLDER, save_backbone
+from train.weights import save_backbone
 
 CONFIG_FILE, OOF_FILE, HISTORY_FILE = "config.yaml", "oof.parquet", "history.jsonl"
 
@@ -110,7 +111,7 @@ def begin_fold(settings: TrainSettings, data: TrainData, fold: int, resumes: boo
     directory = settings.fold_dir(fold)
     if not (settings.run_dir / FOLDS_FILE).is_file():
         data.folds.write(settings.run_dir / FOLDS_FILE)
-    for name in () if resumes else (OOF_FILE, BEST, LAST, HISTORY_FILE):
+    for name in () if resumes else (OOF_FILE, BEST, LAST, HISTORY_FILE, SEEN_FILE):
         (directory / name).unlink(missing_ok=True)
     write_text(directory / CONFIG_FILE, yaml.safe_dump(settings.model_dump(mode="json")))
 
@@ -146,9 +147,12 @@ def save_fold(
     fold: int,
     held: Predictions,
 ) -> None:
-    """Writes `best_model.pth`, its manifest, the backbone by itself, what it knows and the out-of-fold scores."""
+    """Writes `best_model.pth`, its manifest, list of images, backbone and out-of-fold scores."""
     if not distributed.is_main():
         return
+    learned_from = (data.fold != fold) | (settings.select_epoch == "best")
+    seen = seen_rows(data.table.filter(pl.Series(learned_from)), state.weights.seen)
+    write_seen(directory / SEEN_FILE, seen)
     config = {
         "name": settings.name,
         "model": settings.model,
@@ -156,6 +160,8 @@ def save_fold(
         "fold": fold,
         "folds_digest": data.folds.digest,
         "preprocess": preprocess_spec(settings).model_dump(mode="json"),
+        "pretrained": state.started_from,
+        MARK: sha256(directory / SEEN_FILE),
     }
     if state.model.mask_stride:
         config["mask_stride"] = state.model.mask_stride
@@ -188,7 +194,6 @@ def save_fold(
         "auc": roc_auc(data.target[held.rows], held.logits),
     }
     save_backbone(directory / FOLDER, state.evaluated, settings, facts)
-    write_known(directory / KNOWN_FILE, data.table)
     _write_oof(directory / OOF_FILE, data, fold, held)
 
 

@@ -17,6 +17,7 @@ from train.config import TrainSettings
 from train.data import TrainData
 from train.model import Classifier, create_model, takes_image_size
 from train.optim import create_optimizer
+from train.pretrained import Weights, find_weights
 
 FREE_TO_CHANGE = {
     "fold",
@@ -39,6 +40,10 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     averaged: ModelEmaV3 | None
+    weights: Weights
+    """The weights that the backbone started from."""
+    started_from: dict[str, Any]
+    """Their source and digests."""
     stopped: Tensor
     """float32 scalar on the device: 1 from the first step on after which the run cannot go on, or 0."""
     epoch: int = 0
@@ -59,7 +64,11 @@ class TrainState:
 def create_state(settings: TrainSettings, device: torch.device, fold: int) -> TrainState:
     """Builds model, optimizer, loss scaling and moving average; random weights depend on seed and fold alone."""
     torch.manual_seed(hash((settings.seed, fold)))
-    model = create_model(settings).to(device)
+    weights = find_weights(settings.pretrained, fold)
+    pretrained = str(weights.path) if weights.path else settings.pretrained
+    model = create_model(settings, pretrained)
+    started_from = weights.facts(model.backbone)
+    model = model.to(device)
     if not takes_image_size(settings.model):
         model = model.to(
             memory_format=torch.channels_last
@@ -69,7 +78,9 @@ def create_state(settings: TrainSettings, device: torch.device, fold: int) -> Tr
     )
     scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16)
     stopped = torch.zeros((), device=device)
-    return TrainState(model, create_optimizer(model, settings), scaler, averaged, stopped)
+    return TrainState(
+        model, create_optimizer(model, settings), scaler, averaged, weights, started_from, stopped
+    )
 
 
 def save_last(path: Path, state: TrainState, settings: TrainSettings, data: TrainData) -> None:
@@ -85,7 +96,7 @@ def save_last(path: Path, state: TrainState, settings: TrainSettings, data: Trai
         best_pauc=state.best_pauc,
         epoch=state.epoch,
         step=state.step,
-        config={"folds_digest": data.folds.digest},
+        config={"folds_digest": data.folds.digest, "pretrained": state.started_from},
         args=settings.model_dump(mode="json"),
     )
 
@@ -100,6 +111,11 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, data: TrainD
     refuse_difference(path, saved["args"], settings)
     if saved["config"]["folds_digest"] != data.folds.digest:
         raise UserError(f"{path} was trained on other folds; train afresh with --force")
+    if saved["config"].get("pretrained", state.started_from) != state.started_from:
+        raise UserError(
+            f"{path} started from other weights than {settings.pretrained} has now; give those "
+            "weights again, or train afresh with --force"
+        )
     state.model.load_state_dict(saved["model_state_dict"])
     state.optimizer.load_state_dict(saved["optimizer_state_dict"])
     state.scaler.load_state_dict(saved["scaler_state_dict"])

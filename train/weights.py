@@ -10,8 +10,8 @@ from safetensors.torch import save
 from isic.files import atomic_path
 from train.config import TrainSettings
 from train.model import Classifier, backbone_options, preprocess_spec
+from train.pretrained import FOLDER, MARK, WEIGHTS_FILE
 
-FOLDER = "backbone"
 LICENSE = "cc-by-nc-4.0"
 """Images of several sites of the challenge's dataset allow no commercial use, nor do weights learnt from them."""
 
@@ -19,21 +19,21 @@ LICENSE = "cc-by-nc-4.0"
 def save_backbone(
     directory: Path, model: Classifier, settings: TrainSettings, facts: dict[str, Any]
 ) -> None:
-    """Writes `model.safetensors`, `config.json` and `README.md`; `timm.create_model("local-dir:...")` reads them.
+    """Writes a backbone for `timm.create_model("local-dir:...")`, with a model card.
 
     Args:
-        directory: made where it is not there.
-        model: whose backbone is written.
-        settings: of the run.
-        facts: what the card says of data, folds and scores: `fold`, `folds_digest`, `num_rows`, `metadata_sha256`,
-            `pauc`, `auc`.
+        directory: made if it does not exist.
+        model: the network whose backbone is written.
+        settings: the settings of the run.
+        facts: data, folds and scores for the card: `fold`, `folds_digest`, `num_rows`,
+            `metadata_sha256`, `trained_on`, `pauc`, `auc`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
     files = {
-        "model.safetensors": save(tensors),
+        WEIGHTS_FILE: save(tensors, {MARK: facts[MARK]}),
         "config.json": (json.dumps(timm_config(model, settings), indent=1) + "\n").encode(),
         "README.md": model_card(model, settings, facts).encode(),
     }

@@ -16,15 +16,24 @@ from infer.embedding.plan import Models, Part, begin, complete, find_models, pla
 from infer.embedding.progress import Tally
 from infer.embedding.ray_runner import run_ray
 from infer.embedding.workers import gpus, run_processes
-from infer.embeddings import ERRORS, ERRORS_FILE, PLAN_FILE, PLAN_KEY, RUN_FILE, ids_digest
+from infer.embeddings import (
+    ERRORS,
+    ERRORS_FILE,
+    PLAN_FILE,
+    PLAN_KEY,
+    RUN_FILE,
+    fold_dir,
+    ids_digest,
+)
 from infer.engines import MODULES
 from isic.config import Settings
 from isic.dataset import Dataset, Split
 from isic.errors import UserError
 from isic.files import atomic_path, digest, read_json, sha256, versions, write_json, write_parquet
 from isic.folds import FILE as FOLDS_FILE
-from isic.folds import KNOWN_FILE, Folds, read_folds, read_known, write_known
+from isic.folds import Folds, read_folds
 from isic.interrupt import Interrupted, interruptible
+from isic.provenance import SEEN_FILE
 
 BATCH_CPU, BATCH_GPU = 64, 256
 """Several images for each core of a large CPU, which takes them one by one; enough to fill a GPU."""
@@ -204,12 +213,28 @@ def embed_split(
 
 
 def carry_over(models: Models, folds_path: Path, root: Path) -> None:
-    """Puts beside the embeddings what is to be known of their models: the fold plan, and what they were trained on."""
-    with atomic_path(root / FOLDS_FILE) as temporary:
-        shutil.copyfile(folds_path, temporary)
-    lists = [path.parent / KNOWN_FILE for path in models.artifacts.values()]
-    if all(path.is_file() for path in lists):
-        write_known(root / KNOWN_FILE, pl.concat(map(read_known, lists)))
+    """Copies the fold plan, and each model's list of the images it has learned from.
+
+    Raises:
+        UserError: a list is not the one that the model's manifest names.
+    """
+    copies = {folds_path: root / FOLDS_FILE}
+    for fold, artifact in models.artifacts.items():
+        path = artifact.parent / SEEN_FILE
+        if path.is_file():
+            _check_seen(path, models.manifests[fold])
+            copies[path] = fold_dir(root, "train", fold) / SEEN_FILE
+    for source, copy in copies.items():
+        with atomic_path(copy) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def _check_seen(path: Path, manifest: Mapping[str, Any]) -> None:
+    if manifest.get("trained_on", sha256(path)) != sha256(path):
+        raise UserError(
+            f"{path} is not the list of images that the exported model was trained on; take both "
+            "from the same run"
+        )
 
 
 def draw_up(

@@ -19,13 +19,14 @@ import polars as pl
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from infer.embeddings import ORIGIN, load, read_run, refuse_other_origin
+from infer.embeddings import ORIGIN, fold_dir, load, read_run, refuse_other_origin
 from infer.ensemble.image_scores import refuse_gaps
 from isic import schema
 from isic.dataset import Split
 from isic.errors import UserError
 from isic.files import write_parquet
-from isic.folds import KNOWN_FILE, Folds, known_rows, read_known
+from isic.folds import Folds
+from isic.provenance import SEEN_FILE, read_seen, refuse_seen
 
 MAPPED = ("aligned", "components")
 FROZEN = "frozen"
@@ -177,19 +178,23 @@ class Frozen:
 
 
 def find_frozen(root: Path, metadata: pl.DataFrame) -> Frozen:
-    """Finds the model of a run that saw all images with a model trained on none of them: the lowest of its folds.
+    """Finds the model whose embeddings are used as they are: the lowest fold of a run.
+
+    Args:
+        root: an embedding run.
+        metadata: the training table.
 
     Raises:
-        UserError: the run's models were trained on images or patients of this table.
+        UserError: the model has learned from images or patients of this table.
     """
     run = read_run(root, "train")
-    seen = known_rows(metadata, read_known(root / KNOWN_FILE))
-    if len(seen):
-        raise UserError(
-            f"the run behind {root} was trained on {len(seen)} rows of this table or on their patients, the first is "
-            f"{seen[schema.ID][0]}; a frozen backbone must know none of their labels: train it on other images"
-        )
     fold = min(run["folds"])
+    refuse_seen(
+        metadata,
+        read_seen(fold_dir(root, "train", fold) / SEEN_FILE),
+        f"the frozen model behind {root}",
+        "train it on other images of other patients",
+    )
     return Frozen(run["config"], fold, _origin(run, fold), int(run["num_features"]))
 
 

@@ -103,7 +103,8 @@ def learn(
         components: columns of the form `components`.
 
     Raises:
-        UserError: embeddings that are needed are not given, not finished, or of another fold plan.
+        UserError: embeddings that are needed are not given, not finished, of another fold plan,
+            or of a model that has learned from the rows it scores.
     """
     forms = tuple(forms)
     frozen = (
@@ -114,6 +115,7 @@ def learn(
         return ImageState(frozen=frozen)
     root = _given(sources.embeddings, NEEDS_EMBEDDINGS)
     image_scores.made_with(root, "train", folds.digest)
+    image_scores.refuse_leaks(root, metadata, folds)
     standard = (
         image_scores.fit_standard(image_scores.oof_logits(root, metadata, folds)) if score else None
     )

@@ -15,12 +15,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from infer.embeddings import ERRORS_FILE, ORIGIN, load, read_run
+from infer.embeddings import ERRORS_FILE, ORIGIN, fold_dir, load, read_run
 from isic import schema
 from isic.dataset import Split
 from isic.errors import UserError
 from isic.folds import Folds
 from isic.metadata import with_patient
+from isic.provenance import SEEN_FILE, read_seen, refuse_seen
 
 SCORE = "image_score"
 RELATIVE = "image_score_patient_diff"
@@ -80,6 +81,27 @@ def oof_logits(root: Path, metadata: pl.DataFrame, folds: Folds) -> pl.DataFrame
     table = plan.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
     _refuse_blank(table, root, "train")
     return table
+
+
+def refuse_leaks(root: Path, metadata: pl.DataFrame, folds: Folds) -> None:
+    """Raises a UserError if the model of a fold has learned from rows that it scores.
+
+    The fold plan alone does not show this: the weights that the model started from may have met
+    rows which the plan holds out.
+
+    Args:
+        root: an embedding run.
+        metadata: the training table.
+        folds: its fold plan.
+    """
+    fold = folds.of(metadata)
+    for k in read_run(root, "train")["folds"]:
+        refuse_seen(
+            metadata.filter(fold == k),
+            read_seen(fold_dir(root, "train", k) / SEEN_FILE),
+            f"the model of fold {k} behind {root}",
+            "train it again from other weights",
+        )
 
 
 def scoring_logits(

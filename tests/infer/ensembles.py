@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from infer.embeddings import part_path, write_part
+from infer.embeddings import fold_dir, part_path, write_part
 from infer.ensemble.fit import FitSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.files import write_json
 from isic.folds import Folds, draw_folds
+from isic.provenance import SEEN_FILE, seen_rows, write_seen
 from isic.synth.rows import draw_rows
 
 NUM_FOLDS = 3
@@ -63,7 +64,15 @@ def write_embeddings(
             )
     for split in ("train", "test"):
         write_run(root, split, plan)
+    write_lists(root, train, plan)
     return root
+
+
+def write_lists(root: Path, train: pl.DataFrame, plan: Folds) -> None:
+    """Writes, for the model of each fold, that it was trained on the rows of the others."""
+    fold = plan.of(train)
+    for k in range(plan.num_folds):
+        write_seen(fold_dir(root, "train", k) / SEEN_FILE, seen_rows(train.filter(fold != k)))
 
 
 def write_run(root: Path, split: str, plan: Folds) -> None:

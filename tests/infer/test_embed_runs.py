@@ -1,5 +1,6 @@
 """What an embedding run must survive, and that every way to run it gives the same bytes."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -24,8 +25,9 @@ from infer.engines.null import FILE, write_run
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.files import read_json, write_json
-from isic.folds import read_folds, read_known, write_known
+from isic.folds import read_folds
 from isic.preprocess import PreprocessSpec
+from isic.provenance import read_seen, seen_rows, write_seen
 
 
 @pytest.fixture(scope="module")
@@ -509,15 +511,23 @@ def test_a_precision_is_of_a_format(stand_in: StandIn, tmp_path: Path, cli: Cli)
     )
 
 
-def test_what_the_models_know_goes_along(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+def test_the_lists_of_training_images_go_along(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
     model_dir = Path(shutil.copytree(stand_in.model_dir, tmp_path / "null"))
-    for fold, names in enumerate((["a", "x"], ["b", "x"], ["c", "x"])):
-        write_known(
-            model_dir / f"fold_{fold}" / "trained_on.parquet", pl.DataFrame({"isic_id": names})
-        )
-    assert cli("infer", *StandIn(stand_in.data, model_dir).flags(tmp_path / "out")).code == 0
-    known = read_known(tmp_path / "out" / "null" / "trained_on.parquet")
-    assert known["isic_id"].to_list() == ["a", "b", "c", "x"]
+    for fold, name in enumerate("abc"):
+        seen = seen_rows(pl.DataFrame({"isic_id": [name, "x"]}))
+        write_seen(model_dir / f"fold_{fold}" / "trained_on.parquet", seen)
+    flags = StandIn(stand_in.data, model_dir).flags
+    assert cli("infer", *flags(tmp_path / "out")).code == 0
+    root = tmp_path / "out" / "null" / "train"
+    for fold, name in enumerate("abc"):
+        seen = read_seen(root / f"fold_{fold}" / "trained_on.parquet")
+        assert seen["isic_id"].to_list() == [name, "x"]
+
+    manifest = model_dir / "fold_1" / f"{FILE}.json"
+    write_json(manifest, json.loads(manifest.read_text()) | {"trained_on": "0" * 64})
+    ended = cli("infer", *flags(tmp_path / "again"))
+    assert ended.code == 2
+    assert "is not the list of images that the exported model was trained on" in ended.err
 
 
 def test_no_thread_is_left_behind(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:

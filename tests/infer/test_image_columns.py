@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from ensembles import ENGINES, NUM_FOLDS, settings, write_dataset
+from ensembles import ENGINES, NUM_FOLDS, settings, write_dataset, write_lists
 
 from infer.embeddings import part_path, write_part
 from infer.ensemble.fit import fit
@@ -26,8 +26,9 @@ from isic import schema
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.files import write_json
-from isic.folds import Folds, draw_folds, write_known
+from isic.folds import Folds, draw_folds, read_folds
 from isic.metrics import pauc, roc_auc
+from isic.provenance import seen_rows, write_seen
 
 WIDTH = 12
 REMEMBERED = 6.0
@@ -82,7 +83,12 @@ def embed(
                 own[:, 0].astype(np.float32),
             )
         write_run(root, split, plan, width=width)
+    write_lists(root, Dataset(data).metadata("train"), plan)
     return root
+
+
+def seen_list(root: Path, fold: int = 1) -> Path:
+    return root / "train" / f"fold_{fold}" / "trained_on.parquet"
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +113,7 @@ def frozen(data: Path, run: Path) -> Path:
     shutil.copytree(run, root)
     other = Folds(pl.DataFrame({"isic_id": ["ISIC_9"], "fold": pl.Series([0], dtype=pl.Int8)}))
     other.write(root / "folds.parquet")
-    write_known(root / "trained_on.parquet", other.table)
+    write_seen(seen_list(root), seen_rows(other.table))
     for split in ("train", "test"):
         write_run(root, split, other, {"1": "b"})
     return root
@@ -216,7 +222,7 @@ def test_shuffled_labels_give_chance(data: Path, form: str, tmp_path: Path) -> N
     )
     elsewhere: dict[str, object] = {"embeddings": run}
     if form == "frozen":
-        write_known(run / "trained_on.parquet", pl.DataFrame({"isic_id": ["other"]}))
+        write_seen(seen_list(run, 0), seen_rows(pl.DataFrame({"isic_id": ["other"]})))
         elsewhere = {"frozen": run}
     features = "raw,image" if form == "image" else form
     fit(
@@ -338,29 +344,37 @@ def test_an_image_that_could_not_be_read_has_blank_columns(
 
 
 def test_a_backbone_that_has_seen_the_labels_is_not_frozen(
-    data: Path, run: Path, tmp_path: Path
+    data: Path, frozen: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        UserError, match=r"no list of what a model was trained on at .*trained_on.parquet"
-    ):
-        fit(settings(data, tmp_path, features="frozen", frozen=run))
-    root, metadata = (
-        Path(shutil.copytree(run, tmp_path / "knowing")),
-        Dataset(data).metadata("train"),
-    )
-    write_known(root / "trained_on.parquet", metadata)
-    with pytest.raises(
-        UserError, match="was trained on 400 rows of this table or on their patients"
-    ):
+    root = Path(shutil.copytree(frozen, tmp_path / "knowing"))
+    metadata = Dataset(data).metadata("train")
+    seen_list(root).unlink()
+    with pytest.raises(UserError, match=r"trained_on.parquet is missing, so nobody can know"):
+        fit(settings(data, tmp_path, features="frozen", frozen=root))
+    write_seen(seen_list(root), seen_rows(metadata))
+    with pytest.raises(UserError, match="learned from 400 of the 400 held-out rows or from their"):
         fit(settings(data, tmp_path, features="frozen", frozen=root))
     patient = metadata["patient_id"][0]
-    write_known(
-        root / "trained_on.parquet", pl.DataFrame({"isic_id": ["ISIC_9"], "patient_id": [patient]})
-    )
-    with pytest.raises(
-        UserError, match=f"was trained on {(metadata['patient_id'] == patient).sum()} rows of this"
-    ):
+    lesions = (metadata["patient_id"] == patient).sum()
+    only_the_patient = pl.DataFrame({"isic_id": ["ISIC_9"], "patient_id": [patient]})
+    write_seen(seen_list(root), seen_rows(only_the_patient))
+    with pytest.raises(UserError, match=f"learned from {lesions} of the 400 held-out rows"):
         fit(settings(data, tmp_path, features="frozen", frozen=root))
+
+
+@pytest.mark.parametrize("features", ["image", "raw,aligned"])
+def test_scores_of_a_model_that_met_the_rows_are_not_out_of_fold(
+    data: Path, run: Path, tmp_path: Path, features: str
+) -> None:
+    """The plan holds the rows out, but the weights that the model started from had met one patient."""
+    root = Path(shutil.copytree(run, tmp_path / "leaking"))
+    metadata, plan = Dataset(data).metadata("train"), read_folds(root / "folds.parquet")
+    fold = plan.of(metadata)
+    patient = metadata.filter(fold == 2)["patient_id"][0]
+    inherited = metadata.filter(pl.col("patient_id") == patient).head(1)
+    write_seen(seen_list(root, 2), seen_rows(metadata.filter(fold != 2), seen_rows(inherited)))
+    with pytest.raises(UserError, match=r"the model of fold 2 behind .* learned from"):
+        fit(settings(data, tmp_path, features=features, embeddings=root))
 
 
 def test_the_frozen_model_must_be_the_same_one(data: Path, frozen: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from conftest import small_table
 
 from isic.dataset import Dataset
 from isic.errors import UserError
-from isic.folds import draw_folds, folds_for, known_rows, read_folds, read_known, write_known
+from isic.folds import draw_folds, folds_for, read_folds
 
 
 def test_no_patient_stands_in_two_folds_and_positives_are_spread() -> None:
@@ -76,13 +76,6 @@ def test_a_plan_is_read_whatever_its_types(tmp_path: Path) -> None:
         tmp_path / "folds.parquet"
     )
     assert read_folds(tmp_path / "folds.parquet").table.dtypes == [pl.String, pl.Int8]
-
-
-def test_rows_that_a_model_knows_by_image_or_patient(tmp_path: Path) -> None:
-    path = tmp_path / "trained_on.parquet"
-    write_known(path, pl.DataFrame({"isic_id": ["a", "b"], "patient_id": ["p", None]}))
-    table = pl.DataFrame({"isic_id": ["a", "b", "c", "d"], "patient_id": [None, "q", "p", None]})
-    assert known_rows(table, read_known(path))["isic_id"].to_list() == ["a", "b", "c"]
 
 
 def test_a_run_keeps_its_plan_and_refuses_other_data(tmp_path: Path) -> None:

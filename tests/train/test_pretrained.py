@@ -1,0 +1,138 @@
+"""Weights that a run starts from must not have learned from the rows that it holds out."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from conftest import TINY, Cli, Finished, small_table, write_hdf5
+from conftest import jpeg as make_jpeg
+from safetensors.torch import load_file
+
+from isic.errors import UserError
+from isic.files import sha256
+from isic.provenance import read_seen
+from train.pretrained import find_weights
+
+Train = Callable[..., Finished]
+
+
+@pytest.fixture
+def train(small_dataset: Path, tmp_path: Path, cli: Cli) -> Train:
+    """Runs `python -m train` on the small dataset, three folds of one epoch."""
+
+    def run(name: str, *flags: object) -> Finished:
+        where = ("--data", small_dataset, "--output_dir", tmp_path, "--num_folds", 3)
+        return cli("train", *TINY, *where, "--epochs", 1, "--name", name, *flags)
+
+    return run
+
+
+def held_out(run: Path, fold: int) -> set[str]:
+    plan = pl.read_parquet(run / "folds.parquet")
+    return set(plan.filter(pl.col("fold") == fold)["isic_id"])
+
+
+def seen_ids(run: Path, fold: int) -> set[str]:
+    return set(read_seen(run / f"fold_{fold}" / "trained_on.parquet")["isic_id"])
+
+
+def test_weights_that_met_held_out_rows_are_refused(train: Train, tmp_path: Path) -> None:
+    assert train("old").code == 0
+    backbone = tmp_path / "old" / "fold_0" / "backbone"
+
+    ended = train("leak", "--fold", 1, "--pretrained", backbone)
+    assert ended.code == 2
+    assert "learned from 20 of the 20 held-out rows or from their patients" in ended.err
+    assert not (tmp_path / "leak").exists()
+
+    ended = train("leak", "--pretrained", backbone)
+    assert ended.code == 2, "fold 0 alone would be sound; the others are refused before it begins"
+    assert not (tmp_path / "leak").exists()
+
+    ended = train("sound", "--fold", 0, "--pretrained", backbone)
+    assert ended.code == 0, ended.err
+
+
+def test_each_fold_starts_from_the_same_fold_of_a_run(train: Train, tmp_path: Path) -> None:
+    assert train("old").code == 0
+    ended = train("new", "--pretrained", tmp_path / "old")
+    assert ended.code == 0, ended.err
+    for fold in range(3):
+        file = tmp_path / "old" / f"fold_{fold}" / "backbone" / "model.safetensors"
+        text = (tmp_path / "new" / f"fold_{fold}" / "best_model.pth.json").read_text()
+        started_from = json.loads(text)["pretrained"]
+        assert started_from["source"] == str(file)
+        assert started_from["sha256"] == sha256(file)
+
+
+def test_the_list_is_inherited_through_a_chain(
+    train: Train, small_dataset: Path, tmp_path: Path
+) -> None:
+    """old: these images; between: other images from old; then these images again from between."""
+    assert train("old", "--fold", 0).code == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    table = small_table().with_columns(pl.col("isic_id", "patient_id").str.replace("I", "X"))
+    table.write_csv(other / "train-metadata.csv")
+    files = {name: make_jpeg(40, seed=row) for row, name in enumerate(table["isic_id"])}
+    write_hdf5(other / "train-image.hdf5", files)
+
+    start = tmp_path / "old" / "fold_0" / "backbone"
+    ended = train("between", "--fold", 1, "--data", other, "--pretrained", start)
+    assert ended.code == 0, ended.err
+    inherited = seen_ids(tmp_path / "old", 0)
+    assert inherited < seen_ids(tmp_path / "between", 1)
+
+    start = tmp_path / "between" / "fold_1" / "backbone"
+    ended = train("new", "--fold", 2, "--pretrained", start)
+    assert ended.code == 2 and "learned from 20 of the 20 held-out rows" in ended.err
+
+
+def test_a_fold_has_not_seen_what_it_holds_out(train: Train, tmp_path: Path) -> None:
+    assert train("last", "--fold", 0).code == 0
+    run = tmp_path / "last"
+    assert seen_ids(run, 0) == set(small_table()["isic_id"]) - held_out(run, 0)
+    assert train("best", "--fold", 0, "--select_epoch", "best").code == 0
+    assert seen_ids(tmp_path / "best", 0) == set(small_table()["isic_id"]), "it chose its epoch"
+
+
+def test_weights_that_were_moved_from_their_list_are_refused(train: Train, tmp_path: Path) -> None:
+    assert train("old", "--fold", 0).code == 0
+    fold = tmp_path / "old" / "fold_0"
+    moved = tmp_path / "weights.safetensors"
+    shutil.copy(fold / "backbone" / "model.safetensors", moved)
+    with pytest.raises(UserError, match="its list of images is not beside it; copy"):
+        find_weights(str(moved), 0)
+    shutil.copy(fold / "trained_on.parquet", tmp_path)
+    assert len(find_weights(str(moved), 0).seen) == 40
+    pl.DataFrame({"isic_id": ["a"], "patient_id": ["a"]}).write_parquet(
+        tmp_path / "trained_on.parquet"
+    )
+    with pytest.raises(UserError, match="its list of images is not beside it; copy"):
+        find_weights(str(moved), 0)
+
+
+def test_a_resumed_run_started_from_the_same_weights(train: Train, tmp_path: Path) -> None:
+    assert train("old").code == 0
+    weights = tmp_path / "weights.pth"
+    shutil.copy(tmp_path / "old" / "fold_0" / "trained_on.parquet", tmp_path)
+    file = tmp_path / "old" / "fold_0" / "backbone" / "model.safetensors"
+
+    tensors = load_file(file)
+    torch.save(tensors, weights)
+    assert train("new", "--fold", 0, "--pretrained", weights).code == 0
+    fold = tmp_path / "new" / "fold_0"
+    (fold / "oof.parquet").unlink()
+    torch.save({name: tensor * 2 for name, tensor in tensors.items()}, weights)
+    ended = train("new", "--fold", 0, "--pretrained", weights, "--resume")
+    assert ended.code == 2 and "started from other weights than" in ended.err
+
+
+def test_the_manifest_names_random_weights(train: Train, tmp_path: Path) -> None:
+    assert train("old", "--fold", 0).code == 0
+    text = (tmp_path / "old" / "fold_0" / "best_model.pth.json").read_text()
+    assert json.loads(text)["pretrained"] == {"source": "random"}

@@ -1,0 +1,158 @@
+"""The weights a backbone starts from: where they are, their digest, and which images they have seen."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from isic.errors import UserError
+from isic.files import sha256
+from isic.provenance import NOTHING, SEEN_FILE, Seen, read_seen, refuse_seen
+
+FOLDER, WEIGHTS_FILE = "backbone", "model.safetensors"
+"""A trained backbone is `fold_<k>/backbone/model.safetensors`."""
+MARK = "trained_on"
+"""Key in the metadata of WEIGHTS_FILE: the SHA-256 of its list of images and patients."""
+SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights a backbone starts from."""
+
+    source: str
+    """A path, the name of a hub repository, `timm` (its own weights for the model), or `random`."""
+    path: Path | None = None
+    """The file, if it is a local one."""
+    seen: Seen = field(default_factory=lambda: NOTHING)
+    """The images and patients they have learned from, as far as a list says so."""
+
+    def facts(self, backbone: nn.Module) -> dict[str, Any]:
+        """Returns the fields of a manifest: source, file digest and digest of the tensors.
+
+        Args:
+            backbone: holds these weights, before its first training step.
+        """
+        if self.source == "random":
+            return {"source": self.source}
+        file = {"sha256": sha256(self.path)} if self.path else {}
+        return {"source": self.source, **file, "tensors_sha256": tensors_sha256(backbone)}
+
+
+def find_weights(pretrained: bool | str, fold: int) -> Weights:
+    """Finds the weights that one fold starts from.
+
+    Args:
+        pretrained: the setting: true, false, a local file or folder, or a hub repository.
+        fold: the fold to be trained.
+
+    Raises:
+        UserError: the file is missing, or it is a trained backbone without its list of images.
+    """
+    if isinstance(pretrained, bool):
+        return Weights("timm" if pretrained else "random")
+    path = local_file(pretrained, fold)
+    return Weights(str(path), path, seen_by(path)) if path else Weights(hub_id(pretrained))
+
+
+def local_file(pretrained: str, fold: int | None = None) -> Path | None:
+    """Returns the file of weights that a setting names, None for a hub repository.
+
+    Args:
+        pretrained: a file, a folder with WEIGHTS_FILE, or a run of this toolkit.
+        fold: the fold to take from a run.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = Path(pretrained)
+    if (path / f"fold_{fold}" / FOLDER).is_dir():
+        path = path / f"fold_{fold}" / FOLDER
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
+    if path.is_file():
+        return path
+    if path.suffix in SUFFIXES:
+        raise UserError(
+            f"no weights at {pretrained}; give a file that exists, a hub name, or --pretrained false"
+        )
+    return None
+
+
+def hub_id(pretrained: str) -> str:
+    """Returns the name of a hub repository, which may be written with `hf-hub:` before it."""
+    return pretrained.removeprefix("hf-hub:")
+
+
+def seen_by(path: Path) -> Seen:
+    """Returns the images and patients that the weights in a file have learned from.
+
+    Weights of this toolkit carry the digest of their list, so that they are not taken for foreign
+    ones once they have been moved away from it.
+
+    Raises:
+        UserError: the list is missing or another one, or an earlier version wrote it.
+    """
+    folders = [path.parent, *([path.parent.parent] if path.parent.name == FOLDER else [])]
+    lists = [folder / SEEN_FILE for folder in folders if (folder / SEEN_FILE).is_file()]
+    expected = _mark(path)
+    if expected is None:
+        return read_seen(lists[0]) if lists else NOTHING
+    for candidate in lists:
+        if sha256(candidate) == expected:
+            return read_seen(candidate)
+    raise UserError(
+        f"{path} was trained by this toolkit, but its list of images is not beside it; copy "
+        f"{SEEN_FILE} from the fold's folder into {path.parent}"
+    )
+
+
+def _mark(path: Path) -> str | None:
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get(MARK)
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}); give weights that are, or "
+            "--pretrained false"
+        ) from None
+
+
+def tensors_sha256(module: nn.Module) -> str:
+    """Returns the SHA-256 of a module's tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def refuse_leaking_weights(
+    pretrained: bool | str, folds: Iterable[int], table: pl.DataFrame, fold: NDArray[np.int8]
+) -> None:
+    """Raises a UserError if the weights of a fold have learned from rows which the fold holds out.
+
+    Args:
+        pretrained: the setting.
+        folds: the folds to be trained.
+        table: `isic_id` and perhaps `patient_id` of N rows.
+        fold: [N] the fold of each row.
+    """
+    for k in folds:
+        weights = find_weights(pretrained, k)
+        refuse_seen(
+            table.filter(pl.Series(fold == k)),
+            weights.seen,
+            f"the weights in {weights.source}",
+            "start from weights that were trained on other data, or give the folder of a run with "
+            "the same folds, of which each fold takes its own backbone",
+        )
