@@ -1,6 +1,8 @@
 """Scores of the challenge. Arrays in, a float out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -50,16 +52,20 @@ def bootstrap_pauc(
     checked = [_checked(target, score) for score in scores]
     curves = [_Curve(labels, values) for labels, values in checked]
     _, code = np.unique(np.asarray(group), return_inverse=True)
-    random, labels = np.random.default_rng(seed), checked[0][0]
-    num_groups = code.max() + 1
-    draws: list[list[float]] = []
-    while len(draws) < num_draws:
-        weight = np.bincount(random.integers(num_groups, size=num_groups), minlength=num_groups)[
-            code
-        ]
-        if weight[labels == 1].any() and weight[labels == 0].any():
-            draws.append([curve.pauc(weight) for curve in curves])
-    return np.array(draws)
+    weights, labels = (drawn[code] for drawn in redraws(code.max() + 1, seed)), checked[0][0]
+    usable = (
+        weight for weight in weights if weight[labels == 1].any() and weight[labels == 0].any()
+    )
+    return np.array(
+        [[curve.pauc(weight) for curve in curves] for weight in islice(usable, num_draws)]
+    )
+
+
+def redraws(num_groups: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Yields endless redraws of groups with replacement: [num_groups] how often each is drawn."""
+    random = np.random.default_rng(seed)
+    while True:
+        yield np.bincount(random.integers(num_groups, size=num_groups), minlength=num_groups)
 
 
 class _Curve:
@@ -94,12 +100,30 @@ def roc_auc(target: ArrayLike, score: ArrayLike) -> float:
     return float(roc_auc_score(labels, scores))
 
 
-def top_k_sensitivity(
-    target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_K
-) -> float:
-    """Share of malignant lesions that stand among the `k` highest scores of their patient, in [0, 1].
+@dataclass(frozen=True)
+class TopK:
+    """Malignant lesions among the `k` highest scores of their patient."""
 
-    A tie counts against the lesion: its rank is the number of the patient's lesions that score at least as high.
+    by_lesion: float
+    """Share of all malignant lesions, in [0, 1]."""
+    by_patient: float
+    """Mean over patients who have any of the share of their malignant lesions, in [0, 1].
+
+    This ranks submissions for the challenge's secondary prize, see SecondaryMetric-TopNSensitivity.py
+    in https://github.com/ISIC-Research/Challenge-2024-Metrics. A tie of two submissions is broken
+    there by the place of the lesions among the `k`, which is not computed here.
+    """
+    num_patients: int
+    """Patients with a malignant lesion."""
+    num_small: int
+    """Of them, those with at most `k` lesions: whatever the scores, all of theirs are among the `k`."""
+
+
+def top_k(target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_K) -> TopK:
+    """Counts the malignant lesions that are among the `k` highest scores of their patient.
+
+    A tie counts against the lesion: its rank is the number of the patient's lesions that score at
+    least as high. The challenge's script takes the first of equal scores in the order of the file.
 
     Args:
         target, score: as for `pauc`.
@@ -107,14 +131,30 @@ def top_k_sensitivity(
     """
     labels, scores = _checked(target, score)
     _, group = np.unique(np.asarray(patient), return_inverse=True)
+    malignant, size = np.bincount(group, labels), np.bincount(group)
+    found = np.bincount(group, (labels == 1) & (_rank_within(group, scores) <= k))
+    affected = malignant > 0
+    return TopK(
+        by_lesion=float(found.sum() / malignant.sum()),
+        by_patient=float(np.mean(found[affected] / malignant[affected])),
+        num_patients=int(affected.sum()),
+        num_small=int((size[affected] <= k).sum()),
+    )
+
+
+def _rank_within(group: NDArray[np.intp], scores: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Returns [N] the number of rows of the same group that score at least as high."""
     order = np.lexsort((-scores, group))
-    group, ordered = group[order], scores[order]
-    first = np.searchsorted(group, group, side="left")
-    # Within a patient the scores fall, so the last of a run of equal ones has the run's worst rank.
-    ends_run = np.append((group[1:] != group[:-1]) | (ordered[1:] != ordered[:-1]), True)
+    ordered_group, ordered = group[order], scores[order]
+    first = np.searchsorted(ordered_group, ordered_group, side="left")
+    # Within a group the scores fall, so the last of a run of equal ones has the run's worst rank.
+    ends_run = np.append(
+        (ordered_group[1:] != ordered_group[:-1]) | (ordered[1:] != ordered[:-1]), True
+    )
     run_end = np.flatnonzero(ends_run)[np.cumsum(ends_run) - ends_run]
-    rank = run_end - first + 1
-    return float(np.mean(rank[labels[order] == 1] <= k))
+    rank = np.empty(len(group), dtype=np.intp)
+    rank[order] = run_end - first + 1
+    return rank
 
 
 def _checked(target: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

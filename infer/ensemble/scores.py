@@ -1,5 +1,6 @@
 """How good out-of-fold scores are: pooled, by fold, and among each patient's own lesions."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from infer.ensemble.artifact import MANIFEST
+from infer.ensemble.artifact import FORMAT, MANIFEST
 from isic.config import Settings
 from isic.errors import UserError
 from isic.files import read_json
-from isic.metrics import pauc, roc_auc, top_k_sensitivity
+from isic.metrics import TOP_K, pauc, roc_auc, top_k
 
 Scores = NDArray[np.float64]
 
@@ -26,10 +27,13 @@ class ScoresSettings(Settings):
 
 def show(settings: ScoresSettings) -> None:
     """Prints the out-of-fold scores of every ensemble in a folder, the lowest pAUC first."""
-    blends = {
-        path.parent.name: read_json(path)["scores"]
-        for path in settings.output_dir.glob(f"*/{MANIFEST}")
-    }
+    blends = {}
+    for path in settings.output_dir.glob(f"*/{MANIFEST}"):
+        manifest = read_json(path)
+        if manifest.get("format") == FORMAT:
+            blends[path.parent.name] = manifest["scores"]
+        else:
+            print(f"warning: {path.parent} was fitted by another version", file=sys.stderr)
     if not blends:
         raise UserError(
             f"{settings.output_dir} holds no finished ensemble; run `python -m infer fit` first"
@@ -48,8 +52,10 @@ def summarise(
         target, score, fold, patient: [N] each.
 
     Returns:
-        `pauc`, `auc` and `top_15_sensitivity` pooled; `pauc_by_fold` (None for a fold with one class), their
-        `pauc_mean` and `pauc_std` (of a sample, None under two folds).
+        `pauc` and `auc` pooled; `top_15_by_lesion` and `top_15_by_patient`, with the number of
+        `patients_with_malignant` and, of these, `patients_of_at_most_15`, see `metrics.TopK`;
+        `pauc_by_fold` (None for a fold with one class), their `pauc_mean` and `pauc_std` (of a
+        sample, None under two folds).
 
     Raises:
         UserError: one class only, or a score that is not finite.
@@ -57,10 +63,14 @@ def summarise(
     folds = np.unique(fold)
     by_fold = [_pauc_or_none(target[fold == k], score[fold == k]) for k in folds]
     known = [value for value in by_fold if value is not None]
+    top = top_k(target, score, patient)
     return {
         "pauc": pauc(target, score),
         "auc": roc_auc(target, score),
-        "top_15_sensitivity": top_k_sensitivity(target, score, patient),
+        f"top_{TOP_K}_by_lesion": top.by_lesion,
+        f"top_{TOP_K}_by_patient": top.by_patient,
+        "patients_with_malignant": top.num_patients,
+        f"patients_of_at_most_{TOP_K}": top.num_small,
         "pauc_by_fold": by_fold,
         "pauc_mean": float(np.mean(known)) if known else None,
         "pauc_std": float(np.std(known, ddof=1)) if len(known) > 1 else None,
@@ -72,12 +82,15 @@ def _pauc_or_none(target: NDArray[np.integer], score: Scores) -> float | None:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Returns the summaries as lines of text, one a row, under a heading."""
+    """Returns the summaries as lines of text, one per row, under a heading, with notes below."""
     width = max(len(name) for name in rows)
-    heading = f"{'':{width}}  pAUC pooled  mean of folds ± std     AUC  top-15"
-    return "\n".join(
-        [heading, *(_line(name.ljust(width), summary) for name, summary in rows.items())]
-    )
+    heading = f"{'':{width}}  pAUC pooled  mean of folds ± std     AUC  {TOP}  by patient"
+    lines = [_line(name.ljust(width), summary) for name, summary in rows.items()]
+    notes = dict.fromkeys(note for summary in rows.values() for note in _notes(summary))
+    return "\n".join([heading, *lines, *notes])
+
+
+TOP = f"top-{TOP_K} by lesion"
 
 
 def _line(name: str, summary: dict[str, Any]) -> str:
@@ -85,4 +98,21 @@ def _line(name: str, summary: dict[str, Any]) -> str:
     folds = (
         f"{mean:.4f}" + (f" ± {std:.4f}" if std is not None else "") if mean is not None else "-"
     )
-    return f"{name}  {summary['pauc']:11.4f}  {folds:>19}  {summary['auc']:.4f}  {summary['top_15_sensitivity']:6.3f}"
+    by_lesion, by_patient = (summary[f"top_{TOP_K}_by_{unit}"] for unit in ("lesion", "patient"))
+    return (
+        f"{name}  {summary['pauc']:11.4f}  {folds:>19}  {summary['auc']:.4f}  "
+        f"{by_lesion:{len(TOP)}.3f}  {by_patient:10.3f}"
+    )
+
+
+def _notes(summary: dict[str, Any]) -> list[str]:
+    small, every = summary[f"patients_of_at_most_{TOP_K}"], summary["patients_with_malignant"]
+    return [f"note: {small_patients(small, every)}"] if small else []
+
+
+def small_patients(small: int, every: int) -> str:
+    """Returns a sentence on patients whose malignant lesions are in the top whatever the scores."""
+    return (
+        f"{small:,} of the {every:,} patients with a malignant lesion have at most {TOP_K} lesions, "
+        f"so theirs count as found in the top {TOP_K} whatever their scores"
+    )

@@ -1,17 +1,20 @@
 """The numbers behind the charts. Arrays in, arrays out."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
-from isic.metrics import MIN_TPR
+from isic.metrics import MIN_TPR, redraws
 
 Values = NDArray[np.float64]
 Labels = NDArray[np.integer]
 
 NUM_BINS = 10
+NUM_DRAWS = 200
+"""Redraws of the patients."""
 Z_95 = 1.959964
 """Standard deviations of a normal distribution to either side that hold 95 % of it."""
 
@@ -53,34 +56,67 @@ class Reliability:
     """Share of malignant lesions."""
     low: Values
     high: Values
-    """95 % interval of that share (Wilson 1927, Journal of the American Statistical Association 22:209)."""
+    """95 % interval of that share."""
     num_rows: NDArray[np.int64]
 
 
-def reliability(target: Labels, score: Values, num_bins: int = NUM_BINS) -> Reliability:
+def reliability(
+    target: Labels, score: Values, patient: NDArray[Any], num_bins: int = NUM_BINS
+) -> Reliability:
     """Compares scores, read as probabilities, with observed shares.
 
     A bin holds an equal part of the sum of scores, that is, of the malignant lesions that the scores promise. Bins of
     equal numbers of rows would, at one malignant lesion in a thousand, leave most bins with none.
 
+    A patient's lesions are not independent, so the intervals hold 95 % of the redraws of the
+    patients. They also hold Wilson's interval for independent lesions: redraws of a bin without a
+    malignant lesion have none either, and so no spread.
+
     Args:
         target, score: [N]; scores in [0, 1].
+        patient: [N] identifiers.
     """
-    order = np.argsort(score, kind="stable")
-    labels, scores = np.asarray(target)[order], score[order]
-    before = np.cumsum(scores) - scores
-    code = np.minimum(
-        (before / max(scores.sum(), np.finfo(float).tiny) * num_bins).astype(int), num_bins - 1
-    )
-    code = np.unique(code, return_inverse=True)[1]
+    code = _bins(score, num_bins)
     num_rows = np.bincount(code)
-    observed = np.bincount(code, labels) / num_rows
+    observed = np.bincount(code, target) / num_rows
     low, high = wilson(observed, num_rows)
-    return Reliability(np.bincount(code, scores) / num_rows, observed, low, high, num_rows)
+    drawn = _redrawn_shares(code, target, patient)
+    return Reliability(
+        np.bincount(code, score) / num_rows,
+        observed,
+        np.minimum(low, np.nanpercentile(drawn, 2.5, axis=0)),
+        np.maximum(high, np.nanpercentile(drawn, 97.5, axis=0)),
+        num_rows,
+    )
+
+
+def _bins(score: Values, num_bins: int) -> NDArray[np.intp]:
+    """Returns [N] the bin of each score; bins hold equal parts of the sum and are numbered from 0."""
+    order = np.argsort(score, kind="stable")
+    scores = score[order]
+    before = np.cumsum(scores) - scores
+    part = before / max(scores.sum(), np.finfo(float).tiny) * num_bins
+    code = np.empty(len(score), dtype=np.intp)
+    code[order] = np.unique(np.minimum(part.astype(int), num_bins - 1), return_inverse=True)[1]
+    return code
+
+
+def _redrawn_shares(code: NDArray[np.intp], target: Labels, patient: NDArray[Any]) -> Values:
+    """Returns [NUM_DRAWS, B] the share of malignant lesions by redraw; NaN for a bin left empty."""
+    group = np.unique(patient, return_inverse=True)[1]
+    drawn = np.full((NUM_DRAWS, code.max() + 1), np.nan)
+    for share, weight in zip(drawn, redraws(group.max() + 1, seed=0), strict=False):
+        rows = np.bincount(code, weight[group])
+        malignant = np.bincount(code, weight[group] * target)
+        np.divide(malignant, rows, out=share, where=rows > 0)
+    return drawn
 
 
 def wilson(share: Values, number: NDArray[np.int64]) -> tuple[Values, Values]:
-    """Returns the 95 % interval of a share among `number` trials."""
+    """Returns the 95 % interval of a share among `number` independent trials.
+
+    Source: Wilson 1927, Journal of the American Statistical Association 22:209.
+    """
     square = Z_95**2 / number
     middle = (share + square / 2) / (1 + square)
     half = Z_95 / (1 + square) * np.sqrt(share * (1 - share) / number + square / number / 4)

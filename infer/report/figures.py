@@ -11,7 +11,6 @@ from infer.report.curves import (
     Reliability,
     Values,
     precision_recall,
-    reliability,
     roc,
     scored_region,
 )
@@ -109,10 +108,9 @@ def precision_recall_figure(oof: pl.DataFrame) -> Markup:
     return figure("Precision and recall", chart, explained)
 
 
-def reliability_figure(oof: pl.DataFrame) -> Markup:
+def reliability_figure(oof: pl.DataFrame, bins: Reliability) -> Markup:
     """Observed shares by mean score, with 95 % intervals."""
     target, score = _arrays(oof)
-    bins = reliability(target, score)
     low = _lowest(target, min(bins.mean_score.min(), bins.observed[bins.observed > 0].min()))
     plot = Plot(
         _probability("mean score of the bin", low),
@@ -123,8 +121,8 @@ def reliability_figure(oof: pl.DataFrame) -> Markup:
     chart = plot.draw(plot.line([low, 1], [low, 1], "chance", "perfectly calibrated"), *marks)
     explained = (
         "Dots on the dotted line would mean that scores are frequencies. Each holds an equal part of the malignant "
-        f"lesions that the scores promise; bars are 95 % intervals. Mean score {percent(float(score.mean()))}, "
-        f"malignant {percent(float(target.mean()))}."
+        "lesions that the scores promise; bars hold 95 % of redraws of the patients. "
+        f"Mean score {percent(float(score.mean()))}, malignant {percent(float(target.mean()))}."
     )
     return figure("Calibration", chart, explained)
 

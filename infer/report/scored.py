@@ -12,7 +12,7 @@ from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.images import ImageStore
 from isic.metadata import with_patient
-from isic.metrics import pauc, roc_auc, top_k_sensitivity
+from isic.metrics import TopK, pauc, roc_auc, top_k
 
 BLEND = "blend"
 GROUP = "_patient"
@@ -29,7 +29,7 @@ class Judgement:
     num_patients: int
     pauc: float | None = None
     auc: float | None = None
-    top: float | None = None
+    top: TopK | None = None
 
 
 def judge(name: str, rows: pl.DataFrame, model: str = BLEND) -> Judgement:
@@ -38,7 +38,7 @@ def judge(name: str, rows: pl.DataFrame, model: str = BLEND) -> Judgement:
     counts = len(rows), int(target.sum()), rows[GROUP].n_unique()
     if target.min() == target.max():
         return Judgement(name, *counts)
-    values = pauc(target, score), roc_auc(target, score), top_k_sensitivity(target, score, patient)
+    values = pauc(target, score), roc_auc(target, score), top_k(target, score, patient)
     return Judgement(name, *counts, *values)
 
 

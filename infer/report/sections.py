@@ -9,19 +9,20 @@ import numpy as np
 import polars as pl
 
 from infer.ensemble import image_scores
+from infer.ensemble.scores import small_patients
 from infer.report import figures, page
 from infer.report.cases import Case, pictures, worst_false_alarms, worst_misses
-from infer.report.curves import reliability
+from infer.report.curves import Reliability, reliability
 from infer.report.importance import GROUPS, by_group, importance
 from infer.report.maps import projections
 from infer.report.markup import Markup, join, tag
 from infer.report.page import NONE, percent
 from infer.report.scored import BLEND, GROUP, Judgement, Scored, judge
 from isic import schema
-from isic.metrics import TOP_K, bootstrap_pauc
+from isic.metrics import TOP_K, TopK, bootstrap_pauc
 
 CAVEAT = "These are research scores for comparing models: they are no diagnosis and must not guide anyone's care."
-TOP = f"Top-{TOP_K} sensitivity"
+TOP = f"Top-{TOP_K}"
 NUM_DRAWS = 200
 """Redraws of the patients for the interval; more would change its third digit."""
 NUM_TOP = 15
@@ -51,8 +52,8 @@ def header(scored: Scored, names: Iterable[str]) -> Markup:
     counts, num_boosters = scored.pooled, len(scored.ensemble.manifest["boosters"])
     lead = (
         f"{counts.num_lesions:,} lesions of {counts.num_patients:,} patients, {counts.num_malignant:,} of the lesions "
-        f"malignant ({percent(counts.num_malignant / counts.num_lesions)}). Every score is out of fold: by models that "
-        "never saw the patient. "
+        f"malignant ({percent(counts.num_malignant / counts.num_lesions)}). "
+        f"{_out_of_fold(bool(num_boosters), scored.ensemble.manifest['embeddings'] is not None)} "
     )
     trees = f"{num_boosters} boosters look at {len(scored.ensemble.state.names)} features."
     return tag(
@@ -63,6 +64,20 @@ def header(scored: Scored, names: Iterable[str]) -> Markup:
         tag("p", CAVEAT, class_="caveat"),
         _tiles(scored),
         page.links(names),
+    )
+
+
+def _out_of_fold(boosters: bool, fold_models: bool) -> str:
+    """Returns a sentence on how far the scores are independent of the patients they are of."""
+    if not boosters:
+        return "Every score is out of fold: by an image model that was trained without the patient."
+    if not fold_models:
+        return "Every score is out of fold: by boosters that were fitted without the patient."
+    return (
+        "Every score is out of fold: a lesion's image features come from a model that was trained "
+        "without the patient, and the boosters were fitted without the patient's rows. Their "
+        "training rows have image features from the other folds' models, which were trained with "
+        "the patient, so the independence is not complete."
     )
 
 
@@ -82,13 +97,29 @@ def _tiles(scored: Scored) -> Markup:
             ("pAUC, pooled", _four(scored.pooled.pauc), interval),
             ("pAUC, mean of folds", mean, spread),
             ("AUC", _four(scored.pooled.auc), "area under the whole ROC curve"),
-            (
-                TOP,
-                _tenths(scored.pooled.top),
-                f"of malignant lesions are among their patient's {TOP_K} highest scores",
-            ),
+            *_top_tiles(scored.pooled.top),
         ]
     )
+
+
+def _top_tiles(top: TopK | None) -> list[tuple[str, str, str]]:
+    """Returns the tiles of both ways to count malignant lesions among their patient's highest scores."""
+    if top is None:
+        return []
+    small = f"; {small_patients(top.num_small, top.num_patients)}" if top.num_small else ""
+    return [
+        (
+            f"{TOP} by lesion",
+            percent(top.by_lesion, 1),
+            f"of malignant lesions are among their patient's {TOP_K} highest scores{small}",
+        ),
+        (
+            f"{TOP} by patient",
+            percent(top.by_patient, 1),
+            "the same share of each patient with a malignant lesion, averaged: the challenge's "
+            "secondary metric",
+        ),
+    ]
 
 
 def _four(value: float | None) -> str:
@@ -113,7 +144,7 @@ def _ranking(scored: Scored) -> Section:
 
 def _stability(scored: Scored) -> Section:
     intro = "Pooled values and means of folds differ: a partial area is not additive."
-    heading = ("pAUC", "AUC", f"top-{TOP_K}")
+    heading = ("pAUC", "AUC", f"top-{TOP_K} by lesion", "by patient")
     models = [judge(name, scored.oof, name) for name in scored.models]
     by_fold = page.table(
         "By fold",
@@ -134,7 +165,8 @@ def _stability(scored: Scored) -> Section:
 
 
 def _scores(row: Judgement) -> list[str]:
-    return [_four(row.pauc), _four(row.auc), _tenths(row.top)]
+    top = (row.top.by_lesion, row.top.by_patient) if row.top else (None, None)
+    return [_four(row.pauc), _four(row.auc), *map(_tenths, top)]
 
 
 def _counts(row: Judgement) -> list[str]:
@@ -148,13 +180,14 @@ def _calibration(scored: Scored) -> Section:
     )
     # Between libraries the blend has ranks; what may be read as a probability is the mean over the models.
     oof = scored.oof.with_columns(**{BLEND: pl.mean_horizontal(scored.models)})
-    drawn = (figures.reliability_figure(oof), figures.distribution_figure(oof), _bins(oof))
+    target, score, patient = (oof[name].to_numpy() for name in (schema.TARGET, BLEND, GROUP))
+    bins = reliability(target, score, patient)
+    drawn = (figures.reliability_figure(oof, bins), figures.distribution_figure(oof), _bins(bins))
     return "What a score means", (tag("p", intro), tag("div", *drawn, class_="figures"))
 
 
-def _bins(oof: pl.DataFrame) -> Markup:
+def _bins(bins: Reliability) -> Markup:
     """The dots of the calibration chart as a table."""
-    bins = reliability(oof[schema.TARGET].to_numpy(), oof[BLEND].to_numpy())
     rows = zip(
         bins.mean_score.tolist(), bins.observed.tolist(), bins.num_rows.tolist(), strict=True
     )
@@ -245,12 +278,18 @@ def _origin(scored: Scored) -> Section:
     items = {
         "Features": f"{manifest['features']}: {', '.join(scored.ensemble.state.names[:3])} …",
         "Settings": _pairs(manifest["settings"]),
+        "Lesions per patient": _lesions(manifest["lesions_per_patient"]),
         "Fold plan": manifest["folds_digest"],
         "Embeddings": embeddings["config"] if embeddings else "none",
         "Training table": f"sha256 {manifest['metadata_sha256']}",
         "Versions": _pairs(manifest["versions"]),
     }
     return "Where this comes from", (page.facts(items),)
+
+
+def _lesions(per_patient: Mapping[str, Any]) -> str:
+    values = per_patient["percentiles"]
+    return f"{values['0']:,} to {values['100']:,}, median {values['50']:,}"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

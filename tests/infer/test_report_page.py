@@ -29,7 +29,7 @@ from infer.report.plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, path, sta
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.metadata import with_patient
-from isic.metrics import pauc, roc_auc, top_k_sensitivity
+from isic.metrics import pauc, roc_auc, top_k
 
 NASTY = "<script>alert(1)</script>\"'&amp;<img src=x onerror=alert(2)>"
 
@@ -162,9 +162,12 @@ def test_the_tables_hold_the_scores(page: str, oof: pl.DataFrame) -> None:
             f"{pauc(rows['target'], rows[model]):.4f}",
             f"{roc_auc(rows['target'], rows[model]):.4f}",
         )
-        top = f"{100 * top_k_sensitivity(rows['target'], rows[model], rows['patient_id']):.1f}\N{NO-BREAK SPACE}%"
+        top = top_k(rows["target"], rows[model], rows["patient_id"])
+        shares = (
+            f"{100 * share:.1f}\N{NO-BREAK SPACE}%" for share in (top.by_lesion, top.by_patient)
+        )
         return f'<th scope="row">{name}</th>' + "".join(
-            f"<td>{value}</td>" for value in (*values, top)
+            f"<td>{value}</td>" for value in (*values, *shares)
         )
 
     for (fold,), rows in oof.group_by("fold"):
@@ -291,18 +294,50 @@ def test_without_trees_and_without_images(data: Path, embeddings: Path, tmp_path
     assert "so there is none to map" in (tmp_path / "numeric" / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("features", "sentence"),
+    [
+        ("numeric", "by boosters that were fitted without the patient."),
+        ("image", "by an image model that was trained without the patient."),
+        ("numeric,image", "so the independence is not complete."),
+    ],
+)
+def test_the_report_does_not_claim_more_independence_than_there_is(
+    data: Path, embeddings: Path, tmp_path: Path, features: str, sentence: str
+) -> None:
+    chosen = {"features": features, "embeddings": embeddings, "num_rounds": 2, "name": "it"}
+    fit(settings(data, tmp_path, **chosen))
+    page = (tmp_path / "it" / "report.html").read_text()
+    assert sentence in page and "never saw the patient" not in page
+
+
 def test_reliability_of_scores_that_are_probabilities() -> None:
     rng = np.random.default_rng(0)
     score = rng.beta(0.5, 20, 20_000)
     target = (rng.random(len(score)) < score).astype(np.int8)
-    bins = reliability(target, score)
+    bins = reliability(target, score, np.arange(len(score)))
     assert len(bins.num_rows) == 10 and bins.num_rows.sum() == len(score)
     assert np.average(bins.observed, weights=bins.num_rows) == pytest.approx(target.mean())
     assert np.average(bins.mean_score, weights=bins.num_rows) == pytest.approx(score.mean())
     promised = bins.mean_score * bins.num_rows
     np.testing.assert_allclose(promised, promised.mean(), rtol=0.02)
     assert ((bins.low < bins.mean_score) & (bins.mean_score < bins.high)).sum() >= 8
-    assert len(reliability(target, np.zeros(len(score))).num_rows) == 1
+    assert len(reliability(target, np.zeros(len(score)), target).num_rows) == 1
+
+
+def test_calibration_bars_are_wider_when_lesions_of_a_patient_are_alike() -> None:
+    rng = np.random.default_rng(0)
+    patient = np.repeat(np.arange(100), 20)
+    score = np.repeat(rng.uniform(0, 1, 100), 20)
+    target = np.repeat(rng.random(100) < score[::20], 20).astype(np.int8)
+    alike, alone = (reliability(target, score, group) for group in (patient, np.arange(2000)))
+    inside = [
+        np.mean((bins.low < bins.mean_score) & (bins.mean_score < bins.high))
+        for bins in (alike, alone)
+    ]
+    assert inside[0] >= 0.9 and inside[1] < 0.6
+    low, high = wilson(alike.observed, alike.num_rows)
+    assert (alike.low <= low).all() and (alike.high >= high).all()
 
 
 def test_wilson_intervals_are_the_textbooks() -> None:
@@ -316,8 +351,9 @@ def test_rare_lesions_are_drawn_on_a_logarithmic_axis() -> None:
     target = (np.arange(20_000) < 20).astype(np.int8)
     score = np.clip(rng.lognormal(-6, 1, len(target)) * (1 + 20 * target), 0, 1)
     table = pl.DataFrame({"target": target, "fold": np.arange(len(target)) % 2, "blend": score})
-    for draw_figure in (reliability_figure, distribution_figure):
-        assert ">10⁻³</text>" in draw_figure(table) and ">0.6</text>" not in draw_figure(table)
+    bins = reliability(target, score, np.arange(len(target)))
+    for drawn_figure in (reliability_figure(table, bins), distribution_figure(table)):
+        assert ">10⁻³</text>" in drawn_figure and ">0.6</text>" not in drawn_figure
     one_sided = table.with_columns(fold=pl.col("target"))
     assert 'class="line part"' not in roc_figure(one_sided)
 

@@ -3,7 +3,7 @@ import pytest
 from sklearn.metrics import auc, roc_curve
 
 from isic.errors import UserError
-from isic.metrics import bootstrap_pauc, pauc, roc_auc, top_k_sensitivity
+from isic.metrics import bootstrap_pauc, pauc, roc_auc, top_k
 
 
 def official_pauc(target: np.ndarray, score: np.ndarray) -> float:
@@ -60,9 +60,13 @@ def test_top_15_sensitivity_ranks_within_the_patient() -> None:
     target = np.zeros(40, int)
     score = np.arange(40.0)
     target[[19, 5, 4, 39]] = 1  # ranks 1, 15 and 16 of a's twenty lesions, and 1 of b's
-    assert top_k_sensitivity(target, score, patient) == 3 / 4
-    assert top_k_sensitivity(target, np.zeros(40), patient) == 0, "a tie counts against the lesion"
-    assert top_k_sensitivity(target, np.where(target == 1, 1.0, 0.0), patient) == 1
+    found = top_k(target, score, patient)
+    assert found.by_lesion == 3 / 4 and found.by_patient == (2 / 3 + 1) / 2
+    assert found.num_patients == 2 and found.num_small == 0
+    tied = top_k(target, np.zeros(40), patient)
+    assert tied.by_lesion == tied.by_patient == 0, "a tie counts against the lesion"
+    perfect = top_k(target, np.where(target == 1, 1.0, 0.0), patient)
+    assert perfect.by_lesion == perfect.by_patient == 1
 
 
 def test_top_k_agrees_with_a_loop_over_patients() -> None:
@@ -72,7 +76,26 @@ def test_top_k_agrees_with_a_loop_over_patients() -> None:
     hits = [
         np.sum((patient == patient[i]) & (score >= score[i])) <= 15 for i in np.flatnonzero(target)
     ]
-    assert top_k_sensitivity(target, score, patient) == pytest.approx(np.mean(hits))
+    assert top_k(target, score, patient).by_lesion == pytest.approx(np.mean(hits))
+
+
+def test_top_15_by_patient_is_the_challenges_secondary_metric() -> None:
+    """Step by step as the organisers define it: of patients with a malignant lesion, the mean share."""
+    random = np.random.default_rng(5)
+    patient = np.repeat(np.arange(40), random.integers(1, 60, 40))
+    target = (random.random(len(patient)) < 0.08).astype(int)
+    score = random.permutation(len(patient)).astype(float)
+    shares = []
+    for number in np.unique(patient[target == 1]):
+        labels, scores = (values[patient == number] for values in (target, score))
+        top = np.argsort(-scores)[:15]
+        shares.append(labels[top].sum() / labels.sum())
+    found = top_k(target, score, patient)
+    assert found.by_patient == pytest.approx(np.mean(shares))
+    assert found.by_patient != pytest.approx(found.by_lesion, abs=1e-3)
+    assert found.num_patients == len(shares)
+    sizes = [np.sum(patient == number) for number in np.unique(patient[target == 1])]
+    assert found.num_small == sum(size <= 15 for size in sizes)
 
 
 @pytest.mark.parametrize("levels", [3, 1000])
