@@ -4,16 +4,14 @@ import contextlib
 import io
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import Field
-from scipy.stats import ttest_rel
 
-from benchmarks.record import append
+from benchmarks.record import Row, append
 from infer.ensemble.artifact import Ensemble, open_ensemble
 from infer.ensemble.boosters import LIBRARIES
-from infer.ensemble.compare import paired, pauc_by_seed
+from infer.ensemble.compare import comparison, pauc_by_seed
 from infer.ensemble.fit import FitSettings, fit
 from isic.config import Settings, Several, build
 
@@ -49,21 +47,22 @@ class AblationSettings(Settings):
         (*LIBRARIES, ALL), description="libraries, or several with + between them"
     )
     seeds: int = Field(10, ge=2, description="seeds of every fit")
-    split_seed: int = Field(
-        42, ge=0, description="seed of the folds, where the embeddings bring none"
+    split_seed: int | None = Field(
+        None, ge=0, description="seed of the folds, when no plan comes with the data or embeddings"
     )
     num_rounds: int | None = Field(
         None, ge=1, description="boosting rounds; each library's own if not given"
     )
+    draws: int = Field(1000, ge=100, description="redraws of the patients")
     results: Path | None = Field(
         None, description="folder of the CSV; benchmarks/results if not given"
     )
 
 
 def ablation(settings: AblationSettings) -> None:
-    """Fits an ensemble for each set of features and each library and compares them seed by seed with the first set."""
+    """Fits an ensemble for each set of features and each library and compares them with the first set."""
     sets = settings.features or (*TABULAR, *(IMAGES if settings.embeddings else ()))
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for libraries in settings.libraries:
         with tempfile.TemporaryDirectory() as folder:
             first = _fitted(settings, sets[0], libraries, Path(folder))
@@ -76,7 +75,7 @@ def ablation(settings: AblationSettings) -> None:
                         "data": settings.label,
                         "features": words,
                         "model": libraries,
-                        **judged(first, ensemble),
+                        **judged(first, ensemble, settings.data, settings.draws),
                     }
                 )
                 print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
@@ -84,30 +83,22 @@ def ablation(settings: AblationSettings) -> None:
 
 
 def _fitted(settings: AblationSettings, features: str, libraries: str, folder: Path) -> Ensemble:
-    chosen = {
-        key: getattr(settings, key)
-        for key in ("data", "embeddings", "frozen", "seeds", "split_seed", "num_rounds")
-    }
+    chosen = {key: getattr(settings, key) for key in SHARED}
     words = {"features": features.replace("+", ","), "libraries": tuple(libraries.split("+"))}
     with contextlib.redirect_stdout(io.StringIO()):
         fit(build(FitSettings, {**chosen, **words, "output_dir": folder, "name": features}))
     return open_ensemble(folder / features)
 
 
-def judged(first: Ensemble, ensemble: Ensemble) -> dict[str, Any]:
-    """Returns what an ensemble is worth out of fold, and how far above the first it is in the mean over seeds."""
+def judged(first: Ensemble, ensemble: Ensemble, data: Path, num_draws: int) -> Row:
+    """Returns an ensemble's out-of-fold scores, and how it compares with the first one."""
     scores = ensemble.manifest["scores"]
     by_seed = pauc_by_seed(ensemble)
-    pairs = paired(pauc_by_seed(first), by_seed)
-    difference = pairs[:, 1] - pairs[:, 0]
-    same = not difference.any()
     return {
         "num_features": len(ensemble.state.names) or 1,
         "rows": len(ensemble.oof()),
         "pauc": round(scores["pauc"], 4),
         "auc": round(scores["auc"], 4),
         "pauc_mean_of_seeds": round(float(np.mean(list(by_seed.values()))), 4) if by_seed else None,
-        "difference": None if same else round(float(difference.mean()), 4),
-        "better_in": None if same else f"{(difference > 0).sum()} of {len(difference)}",
-        "p": None if same else float(f"{ttest_rel(pairs[:, 1], pairs[:, 0]).pvalue:.1g}"),
+        **comparison([first], [ensemble], data, num_draws).row(),
     }

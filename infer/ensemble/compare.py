@@ -1,5 +1,6 @@
 """`python -m infer compare A B`: whether one ensemble is better than another out of fold, or only luckier."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -7,18 +8,21 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.stats import ttest_rel
 
 from infer.ensemble.artifact import Ensemble, open_ensemble
 from infer.ensemble.blend import blend, model_name, seeds_of
+from infer.ensemble.comparison import Comparison, patient_draws
 from isic import schema
-from isic.config import Settings
+from isic.config import Settings, Several
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.metadata import with_patient
-from isic.metrics import bootstrap_pauc, pauc
+from isic.metrics import pauc
 
-SIGNIFICANT = 0.05
+ONE_RUN = (
+    " between these trained models; to compare the recipes behind them, fit ensembles of several "
+    "training runs and give them all: compare a1,a2,a3 b1,b2,b3"
+)
 
 
 class CompareSettings(Settings):
@@ -26,8 +30,13 @@ class CompareSettings(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("first", "second")
 
-    first: Path = Field(description="an ensemble's folder; the first argument")
-    second: Path = Field(description="another's, on the same rows and folds; the second argument")
+    first: Several[Path] = Field(
+        description="an ensemble's folder, or those of several training runs of one recipe with "
+        "commas between them; the first argument"
+    )
+    second: Several[Path] = Field(
+        description="as many others, on the same rows and folds; the second argument"
+    )
     data: Path = Field(Path("data/isic-2024"), description="dataset folder, for the patients")
     draws: int = Field(1000, ge=100, description="redraws of the patients")
     seed: int = Field(0, ge=0, description="seed of the redraws")
@@ -36,28 +45,64 @@ class CompareSettings(Settings):
 def compare(settings: CompareSettings) -> None:
     """Compares two ensembles: a paired test over their seeds and a bootstrap over patients.
 
-    The seeds say whether the difference outlasts the chance in fitting, the patients whether it outlasts the chance
-    in who was examined. It is noise unless both say otherwise, and the same way.
+    The seeds show whether the difference is larger than the chance in fitting, the patients whether
+    it is larger than the chance in the choice of patients. It is noise unless both say otherwise, in
+    the same direction. With several training runs per side the runs are paired in place of the seeds.
     """
-    ensembles = [open_ensemble(path) for path in (settings.first, settings.second)]
-    first, second = (ensemble.oof().sort(schema.ID) for ensemble in ensembles)
-    if not first.select(schema.ID, "fold", schema.TARGET).equals(
-        second.select(schema.ID, "fold", schema.TARGET)
-    ):
+    first, second = (_open(paths) for paths in (settings.first, settings.second))
+    if len(first) != len(second):
         raise UserError(
-            f"{ensembles[0].root} and {ensembles[1].root} were scored on other rows or folds; fit both on the same"
+            f"{len(first)} ensembles are compared with {len(second)}; give as many of either"
         )
-    print(f"{'':12} {'first':>8} {'second':>8} {'second - first':>15}")
-    by_seed = _test_seeds(paired(*(pauc_by_seed(ensemble) for ensemble in ensembles)))
-    by_patient = _test_patients(first, second, _patients(first, settings.data), settings)
-    if by_seed is None:
-        print("the ensembles share fewer than two seeds, so the bootstrap alone decides")
-    certain = by_patient and by_seed in (None, by_patient)
-    print(f"\nsecond against first: {'a difference' if certain else 'noise'}")
+    found = comparison(first, second, settings.data, settings.draws, settings.seed)
+    _print(found, "seeds" if len(first) == 1 else "runs")
+    one_run = len(first) == 1 and (
+        not found.tested or any(ensemble.spec.images for ensemble in (*first, *second))
+    )
+    print(f"\nsecond against first: {found.verdict}{ONE_RUN if found.certain and one_run else ''}")
+
+
+def _open(paths: Sequence[Path]) -> list[Ensemble]:
+    """Opens the ensembles of a side. Raises UserError when one is given twice."""
+    ensembles = [open_ensemble(path) for path in paths]
+    roots = [ensemble.root.resolve() for ensemble in ensembles]
+    for root in roots:
+        if roots.count(root) > 1:
+            raise UserError(f"{root} is given twice on one side; give each training run once")
+    return ensembles
+
+
+def comparison(
+    first: Sequence[Ensemble], second: Sequence[Ensemble], data: Path, num_draws: int, seed: int = 0
+) -> Comparison:
+    """Compares the out-of-fold scores of two sides, with as many ensembles each.
+
+    Args:
+        data: the dataset folder they were fitted on, for the patients.
+
+    Raises:
+        UserError: the ensembles were scored on different rows or folds, or the dataset lacks rows.
+    """
+    tables = [ensemble.oof().sort(schema.ID) for ensemble in (*first, *second)]
+    rows = [table.select(schema.ID, "fold", schema.TARGET) for table in tables]
+    for ensemble, other in zip((*first, *second), rows, strict=True):
+        if not other.equals(rows[0]):
+            raise UserError(
+                f"{first[0].root} and {ensemble.root} were scored on other rows or folds; "
+                "fit both on the same"
+            )
+    blends = [table["blend"].to_numpy() for table in tables]
+    target, patient = rows[0][schema.TARGET], _patients(rows[0], data)
+    sides = blends[: len(first)], blends[len(first) :]
+    if len(first) == 1:
+        fits = paired(pauc_by_seed(first[0]), pauc_by_seed(second[0]))
+    else:
+        fits = np.array([[pauc(target, score) for score in side] for side in sides]).T
+    return Comparison(fits, patient_draws(target, *sides, patient, num_draws, seed))
 
 
 def pauc_by_seed(ensemble: Ensemble) -> dict[int, float]:
-    """Returns the pooled pAUC of what an ensemble would be with one seed alone; empty where it has no boosters."""
+    """Returns the pooled pAUC of an ensemble of one seed alone, by seed; empty without boosters."""
     weights, models = ensemble.weights, ensemble.oof_models()
     target = ensemble.oof()[schema.TARGET].to_numpy()
     found = {}
@@ -76,37 +121,23 @@ def paired(first: dict[int, float], second: dict[int, float]) -> NDArray[np.floa
     )
 
 
-def _test_seeds(seeds: NDArray[np.float64]) -> int | None:
-    """Prints the paired test. Returns the sign of a significant difference, else 0; None with fewer than two seeds."""
-    if len(seeds) < 2:
-        return None
-    mean, difference = seeds.mean(axis=0), seeds[:, 1] - seeds[:, 0]
-    p = 1.0 if not difference.any() else float(ttest_rel(seeds[:, 1], seeds[:, 0]).pvalue)
-    wins = int((difference > 0).sum())
+def _print(found: Comparison, kind: str) -> None:
+    """Prints both tests; `kind` is the word for a fit: seeds or runs."""
+    print(f"{'':12} {'first':>8} {'second':>8} {'second - first':>15}")
+    if found.tested:
+        first, second = found.fits.mean(axis=0)
+        print(
+            f"{kind:12} {first:8.4f} {second:8.4f} {found.difference:+15.4f}"
+            f"   p = {found.p:.2g}, better in {found.wins} of {len(found.fits)}"
+        )
+    first, second = found.draws.mean(axis=0)
+    low, middle, high = found.interval
     print(
-        f"{'seeds':12} {mean[0]:8.4f} {mean[1]:8.4f} {difference.mean():+15.4f}"
-        f"   p = {p:.2g}, better in {wins} of {len(seeds)}"
+        f"{'patients':12} {first:8.4f} {second:8.4f} {middle:+15.4f}"
+        f"   95 % of redraws in {low:+.4f} .. {high:+.4f}"
     )
-    return int(np.sign(difference.mean())) if p < SIGNIFICANT else 0
-
-
-def _test_patients(
-    first: pl.DataFrame, second: pl.DataFrame, patient: pl.Series, settings: CompareSettings
-) -> int:
-    """Prints the bootstrap of the blends. Returns the sign of its 95 % interval, 0 where zero lies in it."""
-    draws = bootstrap_pauc(
-        first[schema.TARGET],
-        [first["blend"], second["blend"]],
-        patient,
-        settings.draws,
-        settings.seed,
-    )
-    low, middle, high = np.percentile(draws[:, 1] - draws[:, 0], [2.5, 50, 97.5])
-    mean = draws.mean(axis=0)
-    print(
-        f"{'patients':12} {mean[0]:8.4f} {mean[1]:8.4f} {middle:+15.4f}   95 % of redraws in {low:+.4f} .. {high:+.4f}"
-    )
-    return int(low > 0) - int(high < 0)
+    if not found.tested:
+        print("the ensembles share fewer than two seeds, so the bootstrap alone decides")
 
 
 def _patients(oof: pl.DataFrame, data: Path) -> pl.Series:

@@ -31,6 +31,8 @@ def test_every_set_and_library_has_a_row_and_a_paired_difference(data: Path, cli
         2,
         "--num_rounds",
         3,
+        "--draws",
+        100,
     ]
     ended = cli(
         "benchmarks",
@@ -48,6 +50,11 @@ def test_every_set_and_library_has_a_row_and_a_paired_difference(data: Path, cli
     assert rows["num_features"].to_list() == [42, 94] * 2
     assert rows["difference"].is_null().to_list() == [True, False] * 2
     assert rows["better_in"][1].endswith("of 2")
+    assert rows["verdict"].is_null().to_list() == [True, False] * 2
+    changed = rows.filter(pl.col("verdict").is_not_null())
+    assert (changed["low"] <= changed["high"]).all()
+    certain = (changed["low"] > 0) | (changed["high"] < 0)
+    assert (certain | (changed["verdict"] == "noise")).all()
 
 
 def test_every_default_set_is_known() -> None:

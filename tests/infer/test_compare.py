@@ -4,9 +4,10 @@ import numpy as np
 import polars as pl
 import pytest
 from conftest import Cli, run_module
-from ensembles import write_dataset
+from ensembles import settings, write_dataset, write_embeddings
 
-from infer.ensemble.compare import _test_seeds
+from infer.ensemble.comparison import Comparison
+from infer.ensemble.fit import fit
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +52,80 @@ def test_a_real_difference_and_none(ensembles: Path, tables: Path, cli: Cli) -> 
     assert ended.out.endswith("second against first: noise\n") and "p = 1," in ended.out
 
 
-def test_the_paired_test_sees_what_every_seed_says(capsys: pytest.CaptureFixture[str]) -> None:
-    base = np.array([0.150, 0.140, 0.155, 0.145])
-    assert _test_seeds(np.stack([base, base + 0.001 + np.array([0, 1, 0, 1]) * 1e-4], axis=1)) == 1
-    assert _test_seeds(np.stack([base + 0.001 + np.array([0, 1, 0, 1]) * 1e-4, base], axis=1)) == -1
-    assert _test_seeds(np.stack([base, base[::-1]], axis=1)) == 0
-    assert _test_seeds(base.reshape(-1, 2)[:1]) is None
+BASE = np.array([0.150, 0.140, 0.155, 0.145])
+BETTER = BASE + 0.001 + np.array([0, 1, 0, 1]) * 1e-4
+DRAWS = np.random.default_rng(0).normal(0.15, 0.002, 200)
+
+
+def judged(fits: tuple[np.ndarray, np.ndarray], difference: float) -> Comparison:
+    """A comparison whose patients give differences around `difference`, nearly all of one sign."""
+    spread = np.random.default_rng(1).normal(difference, 0.001, len(DRAWS))
+    return Comparison(np.stack(fits, axis=1), np.stack([DRAWS, DRAWS + spread], axis=1))
+
+
+@pytest.mark.parametrize(
+    ("fits", "difference", "verdict"),
+    [
+        ((BASE, BETTER), 0.005, "a difference"),
+        ((BETTER, BASE), -0.005, "a difference"),
+        ((BASE, BETTER), 0.0, "noise"),
+        ((BASE, BETTER), -0.005, "noise"),
+        ((BASE, BASE[::-1]), 0.005, "noise"),
+        ((BASE[:1], BETTER[:1]), 0.005, "a difference"),
+        ((BASE[:0], BETTER[:0]), -0.005, "a difference"),
+        ((BASE[:0], BETTER[:0]), 0.0, "noise"),
+    ],
+)
+def test_a_difference_takes_both_kinds_of_chance_and_one_direction(
+    fits: tuple[np.ndarray, np.ndarray], difference: float, verdict: str
+) -> None:
+    found = judged(fits, difference)
+    assert found.verdict == verdict == found.row()["verdict"]
+    assert found.tested == (len(fits[0]) > 1)
+
+
+def test_the_same_scores_have_no_difference_in_a_table() -> None:
+    same = Comparison(np.stack([BASE, BASE], axis=1), np.stack([DRAWS, DRAWS], axis=1))
+    assert same.p == 1.0 and set(same.row().values()) == {None}
+
+
+@pytest.fixture(scope="module")
+def runs(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Image-only ensembles of three training runs of a poor and of a good recipe."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, strength in (("poor", 0.5), ("good", 4.0)):
+        for run in range(3):
+            root = folder / "embeddings" / f"{name}{run}"
+            write_embeddings(root, tables, seed=10 * run + int(strength), strength=strength)
+            chosen = {"features": "image", "embeddings": root, "name": root.name}
+            fit(settings(tables, folder, **chosen))
+    return folder
+
+
+def test_one_training_run_per_side_does_not_compare_recipes(
+    runs: Path, ensembles: Path, tables: Path, cli: Cli
+) -> None:
+    flags = ["--data", tables, "--draws", 200]
+    ended = cli("infer", "compare", runs / "poor0", runs / "good0", *flags)
+    assert "a difference between these trained models; to compare the recipes" in ended.out
+    ended = cli("infer", "compare", ensembles / "poor", runs / "good0", *flags)
+    assert "a difference between these trained models" in ended.out
+    names = [",".join(str(runs / f"{name}{run}") for run in range(3)) for name in ("poor", "good")]
+    ended = cli("infer", "compare", *names, *flags)
+    assert ended.code == 0, ended.err
+    assert "runs " in ended.out and "better in 3 of 3" in ended.out
+    assert ended.out.endswith("second against first: a difference\n")
+
+
+def test_sides_of_unequal_length_and_a_run_given_twice_are_refused(
+    runs: Path, tables: Path, cli: Cli
+) -> None:
+    two = f"{runs / 'good0'},{runs / 'good1'}"
+    ended = cli("infer", "compare", runs / "poor0", two, "--data", tables)
+    assert ended.code == 2 and "1 ensembles are compared with 2" in ended.err
+    twice = f"{runs / 'good0'},{runs}/./good0"
+    ended = cli("infer", "compare", twice, two, "--data", tables)
+    assert ended.code == 2 and "good0 is given twice on one side" in ended.err
 
 
 def test_ensembles_of_other_rows_are_refused(
