@@ -209,7 +209,8 @@ TABLES = {
             "pauc_std_of_folds": "± between folds",
             "auc_pooled": "AUC",
             "pauc_by_fold": "pAUC by fold",
-            "published": "published for the whole data",
+            "published_oof": "published out of fold, whole data",
+            "published_board": "published, private board",
         },
     ),
     "ablation": Table(
@@ -225,6 +226,9 @@ TABLES = {
             "difference": "pAUC above raw, mean of seeds",
             "better_in": "better in",
             "p": "p",
+            "low": "95 % of redraws of patients: from",
+            "high": "to",
+            "verdict": "verdict",
         },
     ),
 }

@@ -14,4 +14,5 @@ def test_runs_and_baseline_are_scored_on_the_same_rows(
     assert rows["what"].to_list() == ["colour statistics, LightGBM", "tiny, images only"]
     assert rows["rows"].n_unique() == rows["positives"].n_unique() == 1
     assert rows["pauc_pooled"].is_between(0, 0.2).all()
+    assert set(rows["published_oof"]) == {0.1582}, "out of fold, as the scores beside it are"
     assert rows["auc_pooled"][0] > 0.6, "colours tell something"
