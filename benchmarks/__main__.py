@@ -21,6 +21,8 @@ COMMANDS = (
         "tabular",
         "accuracy",
         "ablation",
+        "hospitals",
+        "few",
     ),
     *("report", "check", "pack", "gpu"),
 )

@@ -13,18 +13,19 @@ from typing import Any
 
 import polars as pl
 
+from infer.ensemble import image_scores
 from infer.ensemble.blend import Scores
 from infer.ensemble.image_columns import FORMS
 from infer.ensemble.image_features import ImageState
 from isic import features, schema
 from isic.errors import UserError
-from isic.features import Encoding
+from isic.features import Encoding, relative_to_patient
 from isic.files import read_json, sha256, write_json
 
 MANIFEST = "ensemble.json"
 STATE = "state.json"
 OOF = "oof.parquet"
-FORMAT = 3
+FORMAT = 4
 
 IMAGE_WORDS = ("image", "multimodal")
 
@@ -110,6 +111,12 @@ class Ensemble:
     def weights(self) -> Mapping[str, float]:
         """The weight of each library, or of the image model's score alone."""
         return dict(self.manifest["weights"])
+
+    @property
+    def relative(self) -> bool:
+        """Whether a score depends on the patient's other lesions."""
+        names = self.state.names
+        return image_scores.RELATIVE in names or relative_to_patient(names)
 
     def oof(self) -> pl.DataFrame:
         """Returns the out-of-fold scores: `isic_id`, `fold`, `target`, a column a model, and `blend`."""

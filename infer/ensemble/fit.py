@@ -19,6 +19,7 @@ from infer.ensemble.artifact import OOF, FeatureSpec, State, clear, refuse_anoth
 from infer.ensemble.blend import blend, model_name
 from infer.ensemble.boosters import LIBRARIES, file_name, fit_booster, parameters_of
 from infer.ensemble.image_features import ImageState, Sources, frames, learn, origins
+from infer.ensemble.lesions import describe
 from infer.report import write_report
 from isic import folds as fold_plans
 from isic import schema
@@ -42,6 +43,10 @@ def _mapping(value: Any) -> Any:
 
 Changes = Annotated[dict[str, bool | int | float | str], BeforeValidator(_mapping)]
 """Some of a library's settings: those in `infer.ensemble.boosters` with other values."""
+
+
+NUM_FOLDS, SPLIT_SEED = 5, 42
+"""The plan that is drawn when none comes with embeddings or dataset."""
 
 
 class FitSettings(Settings):
@@ -81,10 +86,18 @@ class FitSettings(Settings):
         3, ge=1, description="boosters a fold and library, each with its own draw of negatives"
     )
     seed: int = Field(0, ge=0, description="the first of the seeds")
-    num_folds: int = Field(
-        5, ge=2, description="folds to draw where neither embeddings nor dataset bring a plan"
+    num_folds: int | None = Field(
+        None,
+        ge=2,
+        description=f"folds to draw when no plan comes with embeddings or dataset, {NUM_FOLDS} if "
+        "not given; another number than the plan's is refused",
     )
-    split_seed: int = Field(42, ge=0, description="seed of that draw")
+    split_seed: int | None = Field(
+        None,
+        ge=0,
+        description=f"seed of that draw, {SPLIT_SEED} if not given; one that does not draw the plan "
+        "is refused",
+    )
     num_rounds: int | None = Field(
         None, ge=1, description="boosting rounds; each library's own if not given"
     )
@@ -96,6 +109,12 @@ class FitSettings(Settings):
         ge=0,
         allow_inf_nan=False,
         description="deviation of the noise on training rows' image scores",
+    )
+    blank_share: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="share of the training rows in which a category is blanked, for each column",
     )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
     force: bool = Field(
@@ -141,6 +160,10 @@ class FitSettings(Settings):
         """Returns a library's settings as they are used."""
         rounds = {"num_rounds": self.num_rounds} if self.num_rounds else {}
         return parameters_of(library, {**getattr(self, library), **rounds})
+
+    @property
+    def seed_of_split(self) -> int:
+        return SPLIT_SEED if self.split_seed is None else self.split_seed
 
     @property
     def library_weights(self) -> dict[str, float]:
@@ -189,7 +212,7 @@ def fit(settings: FitSettings) -> None:
     summaries = _summaries(with_patient(metadata)[schema.PATIENT].to_numpy(), oof)
     clear(root)
     files = _write_files(root, bag, State(names, bag.encodings, image), folds, oof, summaries)
-    write_manifest(root, files, {**origin, **_outcome(bag, summaries)})
+    write_manifest(root, files, {**origin, **_outcome(bag, metadata, summaries)})
     size = f"{len(names) or 1} features, {len(table)} rows, {folds.num_folds} folds, {len(bag.boosters)} boosters"
     print(f"{settings.features}: {size}\n{scores.table(summaries)}\nensemble: {root}")
     print(f"report: {write_report(root, settings.data, settings.embeddings)}")
@@ -204,12 +227,46 @@ def read_train(settings: FitSettings, spec: FeatureSpec) -> pl.DataFrame:
 
 
 def plan_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
-    """Returns the embeddings' fold plan, else the dataset's, else draws one. Raises UserError where it does not fit."""
-    for root in (settings.embeddings, settings.data):
-        path = root / fold_plans.FILE if root else None
-        if path and path.is_file():
-            return read_folds(path)
-    return draw_folds(metadata, settings.num_folds, settings.split_seed)
+    """Returns the embeddings' fold plan, else the dataset's, else draws one.
+
+    Raises:
+        UserError: the plan is not for these rows, or is not the one that the settings ask for.
+    """
+    path = _plan_path(settings)
+    if path is None:
+        return draw_folds(metadata, settings.num_folds or NUM_FOLDS, settings.seed_of_split)
+    folds = read_folds(path)
+    _refuse_contradiction(path, folds, metadata, settings.num_folds, settings.split_seed)
+    return folds
+
+
+def _plan_path(settings: FitSettings) -> Path | None:
+    """Returns the fold plan of the embeddings, else the dataset's, None when a plan is to be drawn."""
+    roots = (root for root in (settings.embeddings, settings.data) if root)
+    paths = (root / fold_plans.FILE for root in roots)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _refuse_contradiction(
+    path: Path,
+    folds: Folds,
+    metadata: pl.DataFrame,
+    num_folds: int | None,
+    split_seed: int | None,
+) -> None:
+    """Raises a UserError when settings that were given do not describe the plan that will be used."""
+    if num_folds not in (None, folds.num_folds):
+        raise UserError(
+            f"{path} has {folds.num_folds} folds, not {num_folds}; leave --num_folds out"
+        )
+    if (
+        split_seed is not None
+        and draw_folds(metadata, folds.num_folds, split_seed).digest != folds.digest
+    ):
+        raise UserError(
+            f"{path} is another fold plan than --split_seed {split_seed} draws; "
+            "leave --split_seed out"
+        )
 
 
 def undersample(
@@ -256,6 +313,8 @@ def fit_bag(
         matrix = _with_noise(
             bag.encodings[k].transform(table[rows]), names, settings.image_noise, (seed, k)
         )
+        blanks = np.random.default_rng((seed, k, 2))
+        bag.encodings[k].blank_categories(matrix, settings.blank_share, blanks)
         text = fit_booster(library, matrix, target[rows], names, settings.parameters(library), seed)
         held_out = bag.encodings[k].transform(table.filter(pl.Series(fold == k)))
         return text, LIBRARIES[library].load(text)(held_out, 1)
@@ -332,11 +391,10 @@ MODEL_SETTINGS = {
     "seed",
     "negatives",
     "image_noise",
-    "num_folds",
-    "split_seed",
+    "blank_share",
     "components",
 }
-"""The settings that shape the model; where it was run and on how many threads do not."""
+"""The settings that shape the model, besides the fold plan."""
 
 
 def _origin(
@@ -352,11 +410,15 @@ def _origin(
         "folds_digest": folds.digest,
         **origins(image, settings.sources, "train", folds.digest),
         "metadata_sha256": sha256(Dataset(settings.data).metadata_path("train")),
-        "settings": settings.model_dump(mode="json", include=MODEL_SETTINGS),
+        "settings": {
+            **settings.model_dump(mode="json", include=MODEL_SETTINGS),
+            "num_folds": folds.num_folds,
+            **({} if _plan_path(settings) else {"split_seed": settings.seed_of_split}),
+        },
     }
 
 
-def _outcome(bag: Bag, summaries: dict[str, Any]) -> dict[str, Any]:
+def _outcome(bag: Bag, metadata: pl.DataFrame, summaries: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields that fitting adds."""
     packages = dict.fromkeys(LIBRARIES[library].package for library, _, _ in bag.boosters)
     return {
@@ -364,6 +426,7 @@ def _outcome(bag: Bag, summaries: dict[str, Any]) -> dict[str, Any]:
             {"file": file_name(library, k, seed), "library": library, "fold": k, "seed": seed}
             for library, k, seed in bag.boosters
         ],
+        "lesions_per_patient": describe(metadata),
         "scores": summaries["blend"],
         "versions": versions("isic-toolkit", *packages, "numpy", "polars", "scikit-learn"),
     }

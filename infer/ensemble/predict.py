@@ -1,7 +1,8 @@
 """Scores the test table with a fitted ensemble and writes the submission. Nothing is fitted here."""
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -13,13 +14,17 @@ from infer.ensemble.artifact import MANIFEST, Ensemble, open_ensemble
 from infer.ensemble.blend import Scores, blend, model_name
 from infer.ensemble.boosters import read_booster
 from infer.ensemble.image_features import Sources, frames, origins
+from infer.ensemble.lesions import too_few
 from isic import schema
 from isic.config import Settings
 from isic.dataset import Dataset
 from isic.errors import UserError
-from isic.features import needed_columns
+from isic.features import needed_columns, unseen_categories
 from isic.files import atomic_path, sha256, versions, write_manifest, write_parquet
 from isic.metadata import read_metadata, require
+
+MAX_NAMED = 5
+"""Unseen values of a column that are named."""
 
 
 class PredictSettings(Settings):
@@ -37,6 +42,11 @@ class PredictSettings(Settings):
         None, description="the frozen model's embeddings, where the ensemble uses them"
     )
     output: Path = Field(Path("submission.csv"), description="the submission to write")
+    few: Literal["warn", "refuse"] = Field(
+        "warn",
+        description="when patients have fewer lesions than nearly all in training and features are "
+        "relative to the patient",
+    )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
 
 
@@ -47,10 +57,13 @@ def predict(settings: PredictSettings) -> None:
     path = dataset.metadata_path("test")
     metadata = read_metadata(path)
     require(metadata, needed_columns(ensemble.spec.tabular), path)
+    _check_lesions(ensemble, metadata, settings.few)
     order = submission_order(dataset, metadata)
     _refuse_own_files(settings.output, dataset)
     image, made_with = _image(settings, ensemble, metadata)
-    models = score_models(ensemble, ensemble.spec.frame(metadata, image), settings.num_threads)
+    table = ensemble.spec.frame(metadata, image)
+    _warn_unseen(ensemble, table)
+    models = score_models(ensemble, table, settings.num_threads)
     reference = ensemble.oof_models() if len(ensemble.weights) > 1 else {}
     score = np.clip(blend(models, ensemble.weights, reference), 0.0, 1.0)
     scored = metadata.select(schema.ID, pl.Series(schema.TARGET, score))
@@ -85,6 +98,29 @@ def _refuse_own_files(output: Path, dataset: Dataset) -> None:
     )
     if output.resolve() in {path.resolve() for path in tables}:
         raise UserError(f"--output {output} is a table of the dataset; choose another file")
+
+
+def _check_lesions(ensemble: Ensemble, metadata: pl.DataFrame, few: str) -> None:
+    """Warns of patients with too few lesions to compare one with the others, or raises a UserError."""
+    training = ensemble.manifest["lesions_per_patient"]
+    problem = too_few(metadata, training) if ensemble.relative else None
+    if problem and few == "refuse":
+        raise UserError(f"{problem}; add their other lesions, or use an ensemble of raw features")
+    if problem:
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+def _warn_unseen(ensemble: Ensemble, table: pl.DataFrame) -> None:
+    """Names the categories that no training row has."""
+    unseen = unseen_categories(table, ensemble.state.encodings.values())
+    for name, rows in unseen.items():
+        values = [f'"{value}" ({number:,} rows)' for value, number in rows.items()]
+        more = f" and {len(values) - MAX_NAMED:,} more" if len(values) > MAX_NAMED else ""
+        print(
+            f"warning: {name} has values that no training row has, scored as unknown: "
+            f"{', '.join(values[:MAX_NAMED])}{more}",
+            file=sys.stderr,
+        )
 
 
 def models_path(submission: Path) -> Path:

@@ -13,7 +13,7 @@ import polars as pl
 from isic import schema
 from isic.errors import UserError, did_you_mean
 from isic.features import outlier
-from isic.features.encoding import Encoding, fit_encoding
+from isic.features.encoding import Encoding, fit_encoding, unseen_categories
 from isic.features.formulas import CATEGORIES, ROW_FEATURES, Feature
 from isic.features.relative import (
     EXTENDED_FEATURES,
@@ -33,6 +33,8 @@ __all__ = [
     "expand",
     "fit_encoding",
     "needed_columns",
+    "relative_to_patient",
+    "unseen_categories",
 ]
 
 _LOF = Feature(outlier.NAME, pl.col(outlier.NAME), "patient_lof", outlier.SOURCE)
@@ -75,6 +77,12 @@ def expand(words: Iterable[str], also_known: Iterable[str] = ()) -> tuple[str, .
             )
         wanted.update(SETS.get(word, (word,)))
     return tuple(name for name in FEATURES if name in wanted)
+
+
+def relative_to_patient(names: Iterable[str]) -> bool:
+    """Returns whether any of the named features depends on the patient's other lesions."""
+    own = {f.name for f in ROW_FEATURES}
+    return any(name in FEATURES and name not in own for name in names)
 
 
 def needed_columns(names: Iterable[str]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """What is learnt about features from training rows: a code for each category, a number for each blank. Plain data."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +10,18 @@ from numpy.typing import NDArray
 
 from isic.features.formulas import CATEGORIES
 
-UNSEEN = -1.0
-BLANK = -2.0
+BLANK = -1.0
+"""The code of a blank category, and of a category that the training rows lack."""
 
 
 @dataclass(frozen=True)
 class Encoding:
     """Turns a feature table into the matrix that the boosters see.
 
-    A category becomes its place in the order of falling frequency among the training rows: 0 is the commonest. One
-    that they lack is UNSEEN, a blank is BLANK; trees, which have met no UNSEEN, send it the way of its neighbours BLANK
-    and 0. A blank number becomes the median of the training rows, or 0 where none of them has one.
+    A category becomes its rank by falling frequency among the training rows: 0 is the commonest.
+    One that they lack is unknown, as a blank is, and both become BLANK. Trees can only tell that
+    code from the commonest category when training rows have it too, see `blank_categories`. A blank
+    number becomes the median of the training rows, or 0 when none of them has one.
     """
 
     names: tuple[str, ...]
@@ -40,13 +41,22 @@ class Encoding:
         known = self.categories[name]
         codes = pl.Series(range(len(known)), dtype=pl.Float32)
         values = pl.Series(known, dtype=pl.String)
-        code = pl.col(name).replace_strict(values, codes, default=UNSEEN, return_dtype=pl.Float32)
-        return (
-            pl.when(pl.col(name).is_null())
-            .then(pl.lit(BLANK, dtype=pl.Float32))
-            .otherwise(code)
-            .alias(name)
-        )
+        code = pl.col(name).replace_strict(values, codes, default=BLANK, return_dtype=pl.Float32)
+        return code.fill_null(BLANK).cast(pl.Float32).alias(name)
+
+    def blank_categories(
+        self, matrix: NDArray[np.float32], share: float, random: np.random.Generator
+    ) -> None:
+        """Sets each category to BLANK in a random share of the rows, drawn for each column.
+
+        Boosters that have met BLANK in training do not score an unseen category as the commonest.
+
+        Args:
+            matrix: [N, D] as `transform` returns it, changed in place.
+            share: of the rows, in [0, 1).
+        """
+        for name in self.categories:
+            matrix[random.random(len(matrix)) < share, self.names.index(name)] = BLANK
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -80,3 +90,17 @@ def _by_frequency(column: pl.Series) -> tuple[str, ...]:
         column.drop_nulls().value_counts().sort(["count", column.name], descending=[True, False])
     )
     return tuple(counts[column.name])
+
+
+def unseen_categories(
+    features: pl.DataFrame, encodings: Collection[Encoding]
+) -> dict[str, dict[str, int]]:
+    """Returns the categories that none of the encodings has: number of rows by value, by column."""
+    found = {}
+    for name in {name: 0 for encoding in encodings for name in encoding.categories}:
+        known = {value for encoding in encodings for value in encoding.categories[name]}
+        column = features[name].drop_nulls()
+        counts = column.filter(~column.is_in(list(known))).value_counts().sort(name)
+        if len(counts):
+            found[name] = dict(counts.iter_rows())
+    return found

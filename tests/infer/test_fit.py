@@ -14,7 +14,7 @@ from infer.ensemble.artifact import clear
 from infer.ensemble.boosters import LIBRARIES, min_data, parameters_of, read_booster
 from infer.ensemble.fit import fit, undersample
 from infer.ensemble.image_scores import fit_standard, image_features
-from infer.ensemble.scores import ScoresSettings, show, summarise
+from infer.ensemble.scores import ScoresSettings, show, summarise, table
 from isic import schema
 from isic.dataset import Dataset
 from isic.errors import UserError
@@ -204,7 +204,8 @@ def test_the_image_score_alone_and_with_the_rest(
 def test_the_embeddings_fold_plan_is_the_one_used(data: Path, tmp_path: Path) -> None:
     plan = draw_folds(train_table(data), 4, 9)
     embeddings = write_embeddings(tmp_path / "four", data, plan)
-    fit(settings(data, tmp_path, features="numeric", embeddings=embeddings, num_rounds=2))
+    chosen = {"features": "numeric", "embeddings": embeddings, "num_folds": None}
+    fit(settings(data, tmp_path, **chosen, num_rounds=2))
     assert read_folds(tmp_path / "numeric" / "folds.parquet").digest == plan.digest
 
 
@@ -447,3 +448,64 @@ def test_real_rows_beat_the_known_baseline_of_raw_numbers(real_data: Path, tmp_p
         )
     )
     assert json.loads((tmp_path / "numeric" / "scores.json").read_text())["blend"]["auc"] > 0.92
+
+
+def test_settings_that_contradict_the_fold_plan_are_refused(
+    data: Path, embeddings: Path, tmp_path: Path
+) -> None:
+    pinned = with_train(data, tmp_path / "pinned", train_table(data))
+    draw_folds(train_table(data), 3, 7).write(pinned / "folds.parquet")
+    image = {"features": "image", "embeddings": embeddings}
+    for root, given in ((data, image), (pinned, {"features": "tbp_lv_H"})):
+        for contradiction in ({"num_folds": 5}, {"num_folds": 3, "split_seed": 8}):
+            with pytest.raises(UserError, match=r"folds\.parquet .*; leave --\w+ out"):
+                fit(settings(root, tmp_path / "out", **given, **contradiction))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_manifest_records_the_folds_that_were_used(data: Path, tmp_path: Path) -> None:
+    pinned = with_train(data, tmp_path / "pinned", train_table(data))
+    draw_folds(train_table(data), 4, 7).write(pinned / "folds.parquet")
+    recorded = {}
+    for name, root, given in (
+        ("plan", pinned, {"num_folds": None}),
+        ("same", pinned, {"num_folds": 4, "split_seed": 7}),
+        ("drawn", data, {"split_seed": 7}),
+        ("default", data, {"num_folds": None}),
+    ):
+        chosen = {"features": "tbp_lv_H", "num_rounds": 2, "name": name}
+        fit(settings(root, tmp_path / "out", **chosen, **given))
+        manifest = json.loads((tmp_path / "out" / name / "ensemble.json").read_text())
+        used = manifest["settings"]
+        recorded[name] = (used["num_folds"], used.get("split_seed"))
+    assert recorded == {"plan": (4, None), "same": (4, None), "drawn": (3, 7), "default": (5, 42)}
+
+
+def test_the_manifest_has_the_lesions_per_patient(fitted: Path, data: Path) -> None:
+    counts = sorted(train_table(data)["patient_id"].value_counts()["count"])
+    described = json.loads((fitted / "ensemble.json").read_text())["lesions_per_patient"]
+    assert described["patients"] == len(counts) == 40
+    percentiles = described["percentiles"]
+    assert (percentiles["0"], percentiles["100"]) == (counts[0], counts[-1])
+    assert percentiles["5"] == counts[1] and percentiles["50"] == counts[19]
+
+
+def test_a_patient_of_few_lesions_is_noted_beside_the_top_15(fitted: Path) -> None:
+    summary = json.loads((fitted / "scores.json").read_text())["blend"]
+    assert 0 < summary["patients_of_at_most_15"] < summary["patients_with_malignant"]
+    sentence = "have at most 15 lesions, so theirs count as found in the top 15 whatever their"
+    assert table({"blend": summary}).count(sentence) == 1
+    assert sentence not in table({"blend": {**summary, "patients_of_at_most_15": 0}})
+
+
+def test_scores_of_another_version_are_left_out_with_a_warning(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("old", "new"):
+        shutil.copytree(fitted, tmp_path / name)
+    path = tmp_path / "old" / "ensemble.json"
+    path.write_text(path.read_text().replace('"format": 4', '"format": 3'))
+    show(ScoresSettings(output_dir=tmp_path))
+    shown = capsys.readouterr()
+    assert "\nnew " in shown.out and "\nold " not in shown.out
+    assert f"warning: {tmp_path / 'old'} was fitted by another version" in shown.err

@@ -12,6 +12,7 @@ from ensembles import settings, write_dataset, write_embeddings, write_run
 from infer.embeddings import part_path
 from infer.ensemble.fit import fit
 from infer.ensemble.predict import PredictSettings, predict
+from isic import schema
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.files import sha256, write_json
@@ -20,11 +21,11 @@ from isic.folds import draw_folds
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data`, `embeddings/tiny` and the ensembles `engineered`, `image_tiny`, `multimodal_tiny`."""
+    """A folder with `data`, `embeddings/tiny`, and ensembles of tables, images and both."""
     root = tmp_path_factory.mktemp("predict")
     data = write_dataset(root / "data")
     embeddings = write_embeddings(root / "embeddings" / "tiny", data)
-    for features in ("engineered", "image", "multimodal"):
+    for features in ("engineered", "raw", "image", "raw,image", "multimodal"):
         fit(
             settings(
                 data, root / "ensemble", features=features, embeddings=embeddings, num_rounds=20
@@ -129,6 +130,80 @@ def test_one_row_of_an_institution_never_seen_with_blanks(road: Path, tmp_path: 
     one.write_csv(tmp_path / "data" / "test-metadata.csv")
     submission = run(road, data=tmp_path / "data", output=tmp_path / "s.csv")
     assert len(submission) == 1 and 0 <= submission["target"][0] <= 1
+
+
+def scored(road: Path, folder: Path, table: pl.DataFrame, **more: object) -> pl.Series:
+    """The scores of another test table."""
+    folder.mkdir()
+    table.write_csv(folder / "test-metadata.csv")
+    return run(road, data=folder, output=folder / "s.csv", **more)["target"]
+
+
+@pytest.mark.parametrize("column", schema.CATEGORICAL)
+def test_an_unseen_category_is_a_blank_and_not_the_commonest(
+    road: Path, tmp_path: Path, column: str
+) -> None:
+    """Boosters that look at one column alone, and so at nothing that could hide the difference."""
+    rng = np.random.default_rng(0)
+    size = 600
+    ids = [f"ISIC_{i:07d}" for i in range(size)]
+    values = rng.choice(["a", "b"], size, p=[0.7, 0.3])
+    target = rng.random(size) < np.where(values == "a", 0.6, 0.1)
+    (tmp_path / "train").mkdir()
+    pl.DataFrame({"isic_id": ids, "target": target.astype(int), column: values}).write_csv(
+        tmp_path / "train" / "train-metadata.csv"
+    )
+    fit(settings(tmp_path / "train", tmp_path / "ensemble", features=column))
+    one = {"isic_id": [f"ISIC_9{i}" for i in range(4)], column: ["a", "b", "never seen", None]}
+    common, rare, unseen, blank = scored(
+        road, tmp_path / "data", pl.DataFrame(one), ensemble=tmp_path / "ensemble", embeddings=None
+    )
+    assert unseen == blank
+    assert rare + 0.05 < unseen < common - 0.05
+
+
+def test_unseen_categories_are_named(
+    road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pl.read_csv(road / "data" / "test-metadata.csv", infer_schema=False)
+    changed = table.with_columns(
+        sex=pl.Series(["other", "other", *table["sex"][2:]]),
+        tbp_tile_type=pl.Series([f"3D: {i % 7}" for i in range(len(table))]),
+    )
+    scored(road, tmp_path / "data", changed, ensemble=road / "ensemble" / "engineered")
+    lines = {line.split()[1]: line for line in capsys.readouterr().err.splitlines()}
+    assert '"An institution never seen" (1 rows)' in lines["attribution"]
+    assert '"other" (2 rows)' in lines["sex"]
+    assert lines["tbp_tile_type"].count(" rows)") == 5 and "and 2 more" in lines["tbp_tile_type"]
+    assert "copyright_license" not in lines and "tbp_lv_location" not in lines
+
+
+FEW = "3 of the 9 patients have fewer than 2 lesions, percentile 5 of the 40 training patients"
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "relative"),
+    [("engineered", True), ("raw+image_tiny", True), ("image_tiny", False), ("raw", False)],
+)
+def test_patients_with_few_lesions_are_warned_of_or_refused(
+    road: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], ensemble: str, relative: bool
+) -> None:
+    table = pl.read_csv(road / "data" / "test-metadata.csv", infer_schema=False)
+    largest = table["patient_id"].value_counts().sort("count")["patient_id"][-1]
+    alone = table.filter(patient_id=largest)["isic_id"][:3].implode()
+    patient = pl.when(pl.col("isic_id").is_in(alone)).then("isic_id").otherwise("patient_id")
+    changed = table.with_columns(patient.alias("patient_id"))
+    chosen = {"ensemble": road / "ensemble" / ensemble}
+    before = run(road, ensemble)["target"]
+    assert "lesions" not in capfd.readouterr().err
+    after = scored(road, tmp_path / "data", changed, **chosen)
+    assert (FEW in capfd.readouterr().err) == relative == (not after.equals(before))
+    if relative:
+        with pytest.raises(UserError, match=FEW):
+            scored(road, tmp_path / "again", changed, few="refuse", **chosen)
+        assert not (tmp_path / "again" / "s.csv").exists()
+    else:
+        scored(road, tmp_path / "again", changed, few="refuse", **chosen)
 
 
 def test_a_test_row_gets_what_a_training_row_of_every_fold_model_would(road: Path) -> None:

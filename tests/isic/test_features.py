@@ -296,7 +296,7 @@ def test_a_column_that_no_feature_needs_may_be_missing(table: pl.DataFrame) -> N
     assert len(compute(table.select(schema.ID, *schema.NUMERIC), SETS["numeric"])) == len(table)
 
 
-def test_codes_follow_frequency_and_unseen_and_blank_have_their_own() -> None:
+def test_codes_follow_frequency_and_what_is_unseen_is_a_blank() -> None:
     text = ["b", "a", "b", None, "c", "a", "b"]
     features = pl.DataFrame(
         {"sex": text, "age_approx": pl.Series([None, 1, 2, 3, 4, None, 10], dtype=pl.Float32)}
@@ -307,7 +307,7 @@ def test_codes_follow_frequency_and_unseen_and_blank_have_their_own() -> None:
     )
     matrix = encoding.transform(new)
     assert matrix.dtype == np.float32 and matrix.flags.c_contiguous
-    assert matrix[:, 1].tolist() == [0, 1, 2, -1, -2] and matrix[:, 0].tolist() == [3.0] * 5
+    assert matrix[:, 1].tolist() == [0, 1, 2, -1, -1] and matrix[:, 0].tolist() == [3.0] * 5
 
 
 def test_a_column_blank_in_every_training_row_is_zero() -> None:
@@ -315,7 +315,7 @@ def test_a_column_blank_in_every_training_row_is_zero() -> None:
         {"sex": [None], "age_approx": [None]}, schema={"sex": pl.String, "age_approx": pl.Float32}
     )
     encoding = fit_encoding(features, ("age_approx", "sex"))
-    assert encoding.transform(features).tolist() == [[0, -2]]
+    assert encoding.transform(features).tolist() == [[0, -1]]
     assert encoding.transform(features.with_columns(sex=pl.lit("male"))).tolist() == [[0, -1]]
 
 

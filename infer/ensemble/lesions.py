@@ -1,0 +1,52 @@
+"""The number of lesions per patient, in the training table and in a table to score.
+
+Features relative to a patient compare a lesion with the others of the same table. Without the others
+they are constants that boosters have hardly met in training, and the score is far worse than it looks.
+"""
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from isic import schema
+from isic.metadata import with_patient
+
+PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 100)
+FEW = 5
+"""The percentile of training patients under which a patient has few lesions."""
+
+
+def lesions_per_patient(metadata: pl.DataFrame) -> NDArray[np.int64]:
+    """Returns [P] the number of rows of each patient."""
+    return with_patient(metadata)[schema.PATIENT].value_counts()["count"].to_numpy().astype(int)
+
+
+def describe(metadata: pl.DataFrame) -> dict[str, Any]:
+    """Returns the number of `patients`, and the lesions per patient by percentile, from 0 to 100."""
+    counts = lesions_per_patient(metadata)
+    values = np.percentile(counts, PERCENTILES, method="inverted_cdf").tolist()
+    return {
+        "patients": len(counts),
+        "percentiles": {str(key): value for key, value in zip(PERCENTILES, values, strict=True)},
+    }
+
+
+def too_few(metadata: pl.DataFrame, training: dict[str, Any]) -> str | None:
+    """Returns a sentence on the patients with fewer lesions than nearly all in training, if any.
+
+    Args:
+        training: as `describe` returns it.
+    """
+    counts = lesions_per_patient(metadata)
+    least = training["percentiles"][str(FEW)]
+    few = int((counts < least).sum())
+    if not few:
+        return None
+    return (
+        f"{few:,} of the {len(counts):,} patients have fewer than {least:,} lesions, percentile {FEW} "
+        f"of the {training['patients']:,} training patients (median "
+        f"{training['percentiles']['50']:,}); this ensemble compares a lesion with the patient's "
+        "others, so these patients' scores are unreliable"
+    )
