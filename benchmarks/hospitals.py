@@ -168,7 +168,7 @@ def _compare(
 
 
 def _with_means(compared: list[tuple[Rows, Comparison]]) -> Iterator[tuple[str, Comparison]]:
-    """Yields each place's comparison, and after each group the mean over its places."""
+    """Yields each place's comparison, and after each group of several the mean over them."""
     for group in dict.fromkeys(place.group for place, _ in compared):
         inside = [(place.name, found) for place, found in compared if place.group == group]
         yield from inside
@@ -176,7 +176,8 @@ def _with_means(compared: list[tuple[Rows, Comparison]]) -> Iterator[tuple[str, 
             np.mean([getattr(found, part) for _, found in inside], axis=0)
             for part in ("fits", "draws")
         )
-        yield f"mean of {group}", Comparison(fits, draws)
+        if len(inside) > 1:
+            yield f"mean of {group}", Comparison(fits, draws)
 
 
 def _mean(found: Comparison) -> float:

@@ -68,6 +68,15 @@ SHORT = {
     *("images_per_second", "min", "max", "peak_mb", "cosine"),
 }
 """Columns of THROUGHPUT that the README shows."""
+COMPARED = {
+    "difference": "pAUC above the first, mean of seeds",
+    "better_in": "better in",
+    "p": "p",
+    "low": "95 % of redraws of patients: from",
+    "high": "to",
+    "verdict": "verdict",
+}
+"""Columns of `infer.ensemble.comparison.Comparison.row`."""
 TABLES = {
     "throughput": Table(
         "throughput",
@@ -213,6 +222,30 @@ TABLES = {
             "published_board": "published, private board",
         },
     ),
+    "hospitals": Table(
+        "hospitals",
+        ("data", "features", "treatment", "scored"),
+        {
+            "data": "data",
+            "features": "features",
+            "scored": "scored rows",
+            "treatment": "categories",
+            "pauc_mean_of_seeds": "pAUC, mean of seeds",
+            **COMPARED,
+        },
+    ),
+    "few": Table(
+        "few",
+        ("data", "features", "lesions_together"),
+        {
+            "data": "data",
+            "features": "features",
+            "lesions_together": "lesions scored together",
+            "pauc": "pAUC, pooled",
+            "auc": "AUC",
+            **COMPARED,
+        },
+    ),
     "ablation": Table(
         "ablation",
         ("data", "features", "model"),
@@ -223,12 +256,7 @@ TABLES = {
             "num_features": "columns",
             "pauc": "pAUC, pooled",
             "auc": "AUC",
-            "difference": "pAUC above raw, mean of seeds",
-            "better_in": "better in",
-            "p": "p",
-            "low": "95 % of redraws of patients: from",
-            "high": "to",
-            "verdict": "verdict",
+            **COMPARED,
         },
     ),
 }
