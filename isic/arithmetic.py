@@ -1,0 +1,6 @@
+"""Small arithmetic that the standard library lacks."""
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Returns the quotient of two integers, rounded up."""
+    return -(-numerator // denominator)
