@@ -22,10 +22,11 @@ from infer.embedding.plan import Models, find_models, plan_parts, read_ids
 from infer.embedding.views import averaged
 from infer.embeddings import RUN_FILE
 from infer.engines import create, null
+from isic.cache import index_path
 from isic.config import Settings
 from isic.dataset import Dataset
 from isic.files import read_json
-from isic.images import decode_pool, index_path
+from isic.images import decode_pool
 from isic.machine import cores
 from isic.preprocess import PreprocessSpec
 
@@ -100,9 +101,8 @@ def _whole(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) 
     runs = []
     for _ in range(settings.repeats):
         shutil.rmtree(folder / "embeddings", ignore_errors=True)
-        index_path(settings.data / "train-image.hdf5").unlink(
-            missing_ok=True
-        )  # a first run has none
+        if cached := index_path(settings.data / "train-image.hdf5"):
+            cached.unlink(missing_ok=True)  # a first run has none
         runs.append(
             whole_run("--config", settings.config, "--engine", engine, "--split", "train", *where)
         )

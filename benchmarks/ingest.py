@@ -24,7 +24,8 @@ from infer.embedding.pipeline import decode_ahead, ring_depth
 from isic import schema
 from isic.config import Settings, Several
 from isic.dataset import Dataset
-from isic.images import Hdf5Images, ImageStore, Index, build_index, decode_pool
+from isic.hdf5 import Index, build_index
+from isic.images import Hdf5Images, ImageStore, decode_pool
 from isic.preprocess import IMAGENET_MEAN, IMAGENET_STD, Pixels, PreprocessSpec
 from isic.synth.write import write_images
 
@@ -149,7 +150,7 @@ def _ours(
 def _bare(path: Path, index: Index, size: int, num_threads: int) -> Callable[[Sequence[str]], None]:
     """Nothing but a read, a decode and a resize for each image, a share of the images a thread: the machine's limit."""
     pool, file = decode_pool(num_threads), os.open(path, os.O_RDONLY)
-    names, offsets, sizes = np.char.decode(index["isic_id"]), index["offset"], index["size"]
+    names, offsets, sizes = np.char.decode(index.ids), index.offsets, index.sizes
     places = dict(
         zip(names.tolist(), zip(sizes.tolist(), offsets.tolist(), strict=True), strict=True)
     )

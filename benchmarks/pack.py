@@ -16,7 +16,6 @@ from isic.config import Settings, Several
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.files import write_text
-from isic.images import Hdf5Images
 from isic.synth.write import write_images
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +104,6 @@ def copy_sample(data: Path, target: Path, number: int) -> None:
     names = sample[schema.ID].to_list()
     write_images(target / "train-image.hdf5", zip(names, store.read(names), strict=True))
     sample.write_csv(target / "train-metadata.csv")
-    Hdf5Images(target / "train-image.hdf5")  # writes the index
 
 
 def fetch_wheels(settings: PackSettings) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
 import polars as pl
 from pydantic import Field
@@ -13,10 +12,18 @@ from isic.config import Settings
 from isic.dataset import Dataset, Split
 from isic.errors import UserError
 from isic.folds import draw_folds
-from isic.images import ImageStore, decode_pool
+from isic.images import (
+    NO_IMAGE,
+    FolderImages,
+    ImageStore,
+    decode_pool,
+    failures,
+    open_folder,
+    open_hdf5,
+)
 from isic.machine import cores
 from isic.metadata import with_patient
-from isic.preprocess import PreprocessSpec
+from isic.preprocess import ImageError, PreprocessSpec, check_mask
 
 DECODE_BATCH = 1_024
 DECODE_SPEC = PreprocessSpec(size=32)
@@ -58,10 +65,11 @@ def check(settings: CheckSettings) -> None:
     print(f"dataset {settings.data}")
     problems: Problems = []
     train = dataset.metadata("train")
-    _print_facts("train", _split_facts(dataset, "train", train, settings, problems))
+    masks, test = _open_masks(dataset.masks_path, problems), None
+    _print_facts("train", _split_facts(dataset, "train", train, masks, settings, problems))
     if dataset.metadata_path("test").is_file():
         test = dataset.metadata("test")
-        facts = _split_facts(dataset, "test", test, settings, problems)
+        facts = _split_facts(dataset, "test", test, masks, settings, problems)
         facts |= _submission_facts(dataset, test, problems) | _unseen_facts(train, test)
         if lacking := [
             name for name in FEATURES if name in train.columns and name not in test.columns
@@ -72,6 +80,8 @@ def check(settings: CheckSettings) -> None:
         _print_facts("test", facts)
     else:
         _print_facts("test", {"rows": "none (no test-metadata.csv)"})
+    if masks is not None:
+        _print_masks(masks, train, test, problems)
     _print_folds(train, settings, problems)
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
@@ -80,15 +90,25 @@ def check(settings: CheckSettings) -> None:
 
 
 def _split_facts(
-    dataset: Dataset, split: Split, table: pl.DataFrame, settings: CheckSettings, problems: Problems
+    dataset: Dataset,
+    split: Split,
+    table: pl.DataFrame,
+    masks: ImageStore | None,
+    settings: CheckSettings,
+    problems: Problems,
 ) -> Facts:
     facts = _table_facts(split, table)
-    images = dataset.find_images(split)
+    try:
+        images = dataset.find_images(split)
+    except UserError as error:
+        problems.append(str(error))
+        return facts | {"images": "cannot be read"}
     if images is None:
-        return facts | {"images": "none (metadata only)"}
+        return facts | {"images": f"none (metadata only){_similar_names(dataset.root, split)}"}
     facts |= _image_facts(split, table, images, problems)
+    facts |= _other_facts(dataset.root, split, images, problems)
     facts |= _decode_facts(split, table, images, settings, problems)
-    return facts | _mask_facts(dataset.masks_path, table, problems)
+    return facts | _mask_facts(masks, split, table, images, settings, problems)
 
 
 def _table_facts(split: Split, table: pl.DataFrame) -> Facts:
@@ -122,17 +142,74 @@ def _patient_fact(table: pl.DataFrame) -> str:
     )
 
 
+def _similar_names(root: Path, split: Split) -> str:
+    """Returns the entries of a dataset whose names are nearly those of its images."""
+    names = [path.name for path in root.iterdir() if path.name.lower().startswith(f"{split}-image")]
+    if not names:
+        return ""
+    return f"; {_listed(sorted(names))}, but images are in {split}-image.hdf5 or {split}-image/"
+
+
 def _image_facts(
     split: Split, table: pl.DataFrame, images: ImageStore, problems: Problems
 ) -> Facts:
     absent = images.missing(table[schema.ID].to_list())
     rowless = np.setdiff1d(images.ids, table[schema.ID].to_numpy().astype(np.str_)).tolist()
     if absent:
-        problems.append(f"{len(absent):,} {split} rows have no image, the first is {absent[0]}")
+        problem = f"{len(absent):,} {split} rows have no image, the first is {absent[0]}"
+        if (reason := images.reason(absent[0])) != NO_IMAGE:
+            problem += f" ({reason})"
+        similar = {name.casefold() for name in absent} & {name.casefold() for name in rowless}
+        if similar:
+            problem += f"; {len(similar):,} differ from the name of an image in case only"
+        problems.append(problem)
     facts = {"images": f"{len(images):,} in {images.source.name}"}
     facts["rows without image"] = _listed(absent)
     facts["images without row"] = _listed(rowless)
     return facts
+
+
+def _other_facts(root: Path, split: Split, images: ImageStore, problems: Problems) -> Facts:
+    """Returns the content of a split's images that is not read."""
+    facts: Facts = {}
+    if images.rejected:
+        facts["not images"] = _rejected(images)
+    if isinstance(images, FolderImages):
+        if images.other_files:
+            counts = [f"{count:,} {suffix}" for suffix, count in images.other_files.most_common()]
+            facts["other files"] = _listed(counts)
+        return facts
+    folder = root / f"{split}-image"
+    try:
+        unread = open_folder(folder)
+    except UserError as error:
+        return facts | {f"{folder.name}/": f"not read ({error})"}
+    if unread is None:
+        return facts
+    difference = _difference(images, unread)
+    if difference:
+        problems.append(
+            f"{images.source.name} and {folder.name}/ differ ({difference}) and the former is read; "
+            "move the other one out of this folder"
+        )
+    facts[f"{folder.name}/"] = f"not read; {difference or 'the same ids and file sizes'}"
+    return facts
+
+
+def _difference(images: ImageStore, others: ImageStore) -> str:
+    """Compares two stores by ids and file sizes. Returns an empty string if they are equal."""
+    ids, other_ids = images.ids, others.ids
+    shared, rows, other_rows = np.intersect1d(ids, other_ids, True, return_indices=True)
+    counts = {
+        "in the former only": len(ids) - len(shared),
+        "in the latter only": len(other_ids) - len(shared),
+        "of another size": int((images.sizes()[rows] != others.sizes()[other_rows]).sum()),
+    }
+    return ", ".join(f"{count:,} images {text}" for text, count in counts.items() if count)
+
+
+def _rejected(images: ImageStore) -> str:
+    return _listed([f"{name} ({reason})" for name, reason in images.rejected.items()])
 
 
 def _decode_facts(
@@ -143,11 +220,8 @@ def _decode_facts(
     problems: Problems,
 ) -> Facts:
     """Decodes every image that has a row, or a sample of them."""
-    ids = table[schema.ID].to_numpy().astype(np.str_)
-    ids = ids[images.locate(ids) >= 0]  # type: ignore[arg-type]
-    if settings.sample is not None and settings.sample < len(ids):
-        ids = np.random.default_rng(settings.seed).choice(ids, settings.sample, replace=False)
-    failed = _undecodable(images, ids.tolist(), settings.num_threads)
+    ids = _sample(table, images, settings)
+    failed = _undecodable(images, ids, settings.num_threads)
     if failed:
         name, reason = next(iter(failed.items()))
         problems.append(
@@ -155,6 +229,15 @@ def _decode_facts(
         )
     shown = _listed([f"{name} ({reason})" for name, reason in failed.items()])
     return {"decoded": f"{len(ids) - len(failed):,} of {len(ids):,}", "undecodable": shown}
+
+
+def _sample(table: pl.DataFrame, images: ImageStore, settings: CheckSettings) -> list[str]:
+    """Returns the ids of a table that have an image, or as many of them as are to be decoded."""
+    ids = table[schema.ID].to_numpy().astype(np.str_)
+    ids = ids[images.locate(ids) >= 0]  # type: ignore[arg-type]
+    if settings.sample is not None and settings.sample < len(ids):
+        ids = np.random.default_rng(settings.seed).choice(ids, settings.sample, replace=False)
+    return list(ids.tolist())
 
 
 def _undecodable(images: ImageStore, ids: Sequence[str], num_threads: int) -> dict[str, str]:
@@ -169,16 +252,79 @@ def _undecodable(images: ImageStore, ids: Sequence[str], num_threads: int) -> di
     return failed
 
 
-def _mask_facts(path: Path, table: pl.DataFrame, problems: Problems) -> Facts:
-    if not path.is_file():
-        return {"masks": "none"}
+def _open_masks(path: Path, problems: Problems) -> ImageStore | None:
     try:
-        with h5py.File(path, "r") as file:
-            names = set(file)
-    except OSError:
-        problems.append(f"{path.name} is not a whole HDF5 file; copy it again")
-        return {"masks": "unreadable"}
-    return {"masks": _share(len(names.intersection(table[schema.ID])), len(table))}
+        return open_hdf5(path)
+    except UserError as error:
+        problems.append(str(error))
+        return None
+
+
+def _mask_facts(
+    masks: ImageStore | None,
+    split: Split,
+    table: pl.DataFrame,
+    images: ImageStore,
+    settings: CheckSettings,
+    problems: Problems,
+) -> Facts:
+    """Counts the rows with a mask, and compares the masks of the decoded images with these."""
+    if masks is None:
+        return {"masks": "none"}
+    num_with = int((masks.locate(table[schema.ID].to_list()) >= 0).sum())
+    facts = {"masks": _share(num_with, len(table))}
+    ids = _sample(table, images, settings)
+    wrong, other_sizes = _compare_masks(
+        masks, images, [ids[row] for row in np.flatnonzero(masks.locate(ids) >= 0)], settings
+    )
+    if wrong:
+        name, reason = next(iter(wrong.items()))
+        problems.append(
+            f"{len(wrong):,} {split} masks cannot be used, the first is {name} ({reason})"
+        )
+        facts["unusable masks"] = _listed([f"{name} ({why})" for name, why in wrong.items()])
+    if other_sizes:
+        facts["masks of another size"] = _listed(
+            [f"{name} ({sizes})" for name, sizes in other_sizes.items()]
+        )
+    return facts
+
+
+def _compare_masks(
+    masks: ImageStore, images: ImageStore, ids: Sequence[str], settings: CheckSettings
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the reason by id for masks that cannot be used, and both sizes for those that are not their image's."""
+    other_sizes: dict[str, str] = {}
+
+    def look(row: int) -> None:
+        files, failed = masks.read_each([ids[row]])
+        image, no_image = images.read_each([ids[row]])
+        if failed:
+            raise ImageError(failed[0])
+        if not no_image and (sizes := check_mask(files[0], image[0])):
+            other_sizes[ids[row]] = sizes
+
+    wrong = failures(look, range(len(ids)), settings.num_threads)
+    return {ids[row]: reason for row, reason in wrong.items()}, other_sizes
+
+
+def _print_masks(
+    masks: ImageStore, train: pl.DataFrame, test: pl.DataFrame | None, problems: Problems
+) -> None:
+    """Prints the masks that belong to no row."""
+    known = [
+        table[schema.ID].to_numpy().astype(np.str_) for table in (train, test) if table is not None
+    ]
+    rowless = np.setdiff1d(masks.ids, np.concatenate(known)).tolist()
+    if rowless:
+        problems.append(f"{len(rowless):,} masks belong to no row, the first is {rowless[0]}")
+    facts = {
+        "masks": f"{len(masks):,} in {masks.source.name}",
+        "masks without row": _listed(rowless),
+    }
+    if masks.rejected:
+        facts["not images"] = _rejected(masks)
+    _print_facts("masks", facts)
 
 
 def _submission_facts(dataset: Dataset, test: pl.DataFrame, problems: Problems) -> Facts:

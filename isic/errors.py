@@ -1,7 +1,9 @@
 """The one error type that a user can cause, and the hint it carries."""
 
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import cache
 
 
 class UserError(ValueError):
@@ -9,6 +11,12 @@ class UserError(ValueError):
 
     Commands print it and exit with code 2. Anything else that escapes a command is a bug.
     """
+
+
+@cache
+def warn(message: str) -> None:
+    """Print a warning to standard error, each one once per process."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 MAX_LISTED = 12

@@ -1,35 +1,35 @@
-"""Image stores: JPEG bytes by id from an HDF5 file (by byte offset) or a folder, decoded from threads."""
+"""Image stores: the bytes of image files by id, from an HDF5 file or a folder, decoded by threads."""
 
 import contextlib
 import hashlib
 import os
-import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import cv2
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from isic import cache
 from isic.errors import UserError
-from isic.files import atomic_path, digest
-from isic.preprocess import JPEG_START, ImageError, Pixels, PreprocessSpec, decode_into
+from isic.hdf5 import H5PY_ERRORS, NO_OFFSET, as_text, brief, open_file, read_dataset
+from isic.preprocess import ImageError, Pixels, PreprocessSpec, decode_into
 
-NO_OFFSET = -1
-INDEX_VERSION = 2
-HDF5_CACHE = 1024 * 1024
-INDEX_SLICE = 32768
-"""Rows that are Python objects at a time while an index is built: those of a full-size file leave memory full of
-holes."""
+NO_IMAGE = "no image for this id"
+SUFFIXES = (".jpg", ".jpeg", ".png")
+"""Of image files in a folder, in any case; an image is decoded by its content."""
+IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"})
+"""Names that operating systems put into folders; hidden files, of which macOS writes `._<name>`, are ignored too."""
 
 CHUNK = 32
-"""Images that one thread reads and decodes at a time, at most: few enough to share out, enough to read at once."""
+"""Largest number of images that a thread takes at once: few enough to share out, enough to read together."""
+LOOK_ROWS = 256
+"""Rows that a thread checks at a time."""
 MAX_GAP = 16 * 1024
-"""Bytes between two images that are rather read along than skipped with another call."""
+"""Largest gap, in bytes, that is read through rather than skipped with a second pread."""
 MAX_AHEAD = 8 * 1024 * 1024
 """Bytes of a chunk above which its images are read one by one, to bound memory."""
 
@@ -37,9 +37,18 @@ MAX_AHEAD = 8 * 1024 * 1024
 class ImageStore(ABC):
     """Images by `isic_id`. Safe to read from several threads, and from a forked process."""
 
-    def __init__(self, source: Path, names: NDArray[np.bytes_]) -> None:
-        """Keeps the sorted ids as UTF-8: a quarter of what numpy's strings take, and in the same order."""
+    def __init__(
+        self, source: Path, names: NDArray[np.bytes_], rejected: Mapping[str, str]
+    ) -> None:
+        """Keeps the ids as UTF-8, which takes a quarter of the memory of numpy's strings.
+
+        Args:
+            source: the file or folder.
+            names: [N] ids in UTF-8, sorted by their bytes.
+            rejected: the reason by name for each entry that is not an image.
+        """
         self.source = source
+        self.rejected = rejected
         self._names = names
 
     def __len__(self) -> int:
@@ -47,46 +56,72 @@ class ImageStore(ABC):
 
     @property
     def ids(self) -> NDArray[np.str_]:
-        """[N] str, sorted; made anew for each caller."""
-        return np.char.decode(self._names, "utf-8")
+        """[N] str, sorted; a new array on each call."""
+        return np.char.decode(self._names, "utf-8", "backslashreplace")
 
     def locate(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """Returns the position of each id in `self.ids`, -1 for an id without an image."""
         if not len(self):
             return np.full(len(ids), -1)
-        wanted = np.array([name.encode() for name in ids], dtype=np.bytes_)
+        wanted = np.array([self._comparable(name) for name in ids], dtype=self._names.dtype)
         position = np.minimum(np.searchsorted(self._names, wanted), len(self) - 1)
         return np.where(self._names[position] == wanted, position, -1)
+
+    def _comparable(self, name: str) -> bytes:
+        """Returns an id in UTF-8, empty if it is none of ours because numpy would cut its end or a final NUL."""
+        encoded = name.encode("utf-8", "surrogatepass")
+        fits = len(encoded) <= self._names.dtype.itemsize and not encoded.endswith(b"\0")
+        return encoded if fits else b""
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Returns those of `ids` that have no image here."""
         return [name for name, position in zip(ids, self.locate(ids), strict=True) if position < 0]
 
+    def reason(self, name: str) -> str:
+        """Returns the reason that an id has no image."""
+        return self.rejected.get(name, NO_IMAGE)
+
     def read(self, ids: Sequence[str]) -> list[bytes]:
         """Returns the bytes of each image file.
 
         Raises:
-            UserError: an id has no image.
+            UserError: an id has no image, or its image cannot be read.
         """
-        positions = self.locate(ids)
-        absent = np.flatnonzero(positions < 0)
-        if len(absent):
+        files, failed = self.read_each(ids)
+        if failed:
+            row, reason = next(iter(failed.items()))
             raise UserError(
-                f"{self.source}: {len(absent)} of {len(ids)} ids have no image, the first is {ids[absent[0]]}; "
-                "run `python -m isic check` for the whole list"
+                f"{self.source}: {len(failed)} of {len(ids)} images cannot be read, the first is {ids[row]} "
+                f"({reason}); run `python -m isic check` for the whole list"
             )
-        return [self.read_at(int(position)) for position in positions]
+        return files
+
+    def read_each(self, ids: Sequence[str]) -> tuple[list[bytes], dict[int, str]]:
+        """Returns the bytes of each image file, empty for those in the second: the reason by row of a failure."""
+        files, failed = [], {}
+        for row, position in enumerate(self.locate(ids).tolist()):
+            try:
+                files.append(self._read_image(position, ids[row]))
+            except ImageError as error:
+                files.append(b"")
+                failed[row] = str(error)
+        self.refuse_changes()
+        return files, failed
+
+    def refuse_changes(self) -> None:
+        """Raises UserError if a change of the source since it was opened may have led to wrong bytes."""
+        return  # a folder's files are found by name
 
     @abstractmethod
     def read_at(self, position: int) -> bytes:
-        """Returns the bytes of the image at a position of `self.ids`."""
+        """Returns the bytes of the image at a position of `self.ids`. Raises ImageError."""
 
     @abstractmethod
     def sizes(self) -> NDArray[np.int64]:
-        """Returns [N] the bytes of each image in the order of `self.ids`."""
+        """Returns [N] the size of each image in bytes, in the order of `self.ids`."""
 
     def sizes_digest(self) -> str:
-        """Returns what tells images that were replaced by others, short of reading them all."""
+        """Returns a digest of all file sizes: it detects replaced images without reading them."""
         return hashlib.sha256(self.sizes().astype("<i8").tobytes()).hexdigest()[:16]
 
     def decode(
@@ -108,7 +143,7 @@ class ImageStore(ABC):
             The reason by row for every image that is absent or does not decode.
         """
         if pool is None:
-            return self._decode_rows(self.locate(ids), spec, out, range(len(ids)))
+            return self._decode_rows(ids, self.locate(ids), spec, out, range(len(ids)))
         return gather(self.submit(ids, spec, out, pool))
 
     def submit(
@@ -118,37 +153,39 @@ class ImageStore(ABC):
         positions = self.locate(ids)
         size = max(1, min(CHUNK, -(-len(ids) // pool._max_workers)))
         chunks = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
-        return [pool.submit(self._decode_rows, positions, spec, out, rows) for rows in chunks]
+        return [pool.submit(self._decode_rows, ids, positions, spec, out, rows) for rows in chunks]
 
     def read_ahead(self, positions: Sequence[int]) -> dict[int, bytes]:
         """Reads those images of some positions that are cheaper to read together. The rest is for `read_at`."""
         return {}
 
     def _decode_rows(
-        self, positions: NDArray[np.int64], spec: PreprocessSpec, out: Pixels, rows: range
+        self,
+        ids: Sequence[str],
+        positions: NDArray[np.int64],
+        spec: PreprocessSpec,
+        out: Pixels,
+        rows: range,
     ) -> dict[int, str]:
         wanted: list[int] = positions[rows.start : rows.stop].tolist()
         files = self.read_ahead(wanted)
         failed = {}
         for row, position in zip(rows, wanted, strict=True):
             try:
+                data = files.get(position)
                 decode_into(
-                    files[position] if position in files else self._read_image(position),
-                    spec,
-                    out[row],
+                    self._read_image(position, ids[row]) if data is None else data, spec, out[row]
                 )
             except ImageError as error:
                 failed[row] = str(error)
                 out[row] = 0
+        self.refuse_changes()
         return failed
 
-    def _read_image(self, position: int) -> bytes:
+    def _read_image(self, position: int, name: str) -> bytes:
         if position < 0:
-            raise ImageError("no image for this id")
-        try:
-            return self.read_at(position)
-        except OSError as error:
-            raise ImageError(f"cannot be read: {error.strerror or error}") from None
+            raise ImageError(self.reason(name))
+        return self.read_at(position)
 
 
 Decoding = Future[dict[int, str]]
@@ -162,61 +199,183 @@ def gather(decodings: Sequence[Decoding]) -> dict[int, str]:
     return failed
 
 
-def _file_bytes(value: Any) -> bytes:
-    """Returns the bytes in what h5py read: fixed-length or variable-length, scalar or not."""
-    if isinstance(value, np.ndarray) and value.dtype.kind == "O":
-        return b"".join(map(_file_bytes, value.ravel()))
-    return value if isinstance(value, bytes) else bytes(value.tobytes())
-
-
 def decode_pool(num_threads: int) -> ThreadPoolExecutor:
-    """Threads for decoding. OpenCV's own threads are turned off: they would only get in each other's way.
+    """Returns threads for decoding. OpenCV's own threads are turned off: they would compete for the same cores.
 
-    So are its messages on standard error: what is wrong with an image stands in its ImageError.
+    So are its messages on standard error: the reason that an image fails is in its ImageError.
     """
     cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     return ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
 
+def failures(
+    look: Callable[[int], object], rows: Sequence[int], num_threads: int
+) -> dict[int, str]:
+    """Calls `look` for each row from threads. Returns the reason by row for every ImageError that it raises."""
+
+    def reasons(chunk: Sequence[int]) -> dict[int, str]:
+        found = {}
+        for row in chunk:
+            try:
+                look(row)
+            except ImageError as error:
+                found[row] = str(error)
+        return found
+
+    # one task per row would take more memory than the files do
+    chunks = [rows[at : at + LOOK_ROWS] for at in range(0, len(rows), LOOK_ROWS)]
+    with decode_pool(num_threads) as pool:
+        return {row: text for found in pool.map(reasons, chunks) for row, text in found.items()}
+
+
 class FolderImages(ImageStore):
-    """A folder of `<isic_id>.jpg` files, at any depth."""
+    """A folder of `<isic_id>.jpg`, `.jpeg` or `.png` files, at any depth."""
 
     def __init__(self, folder: Path) -> None:
-        paths = sorted((path.stem, path) for path in folder.rglob("*.jpg"))
-        super().__init__(folder, np.array([name.encode() for name, _ in paths], dtype=np.bytes_))
-        self._paths = [path for _, path in paths]
+        """Lists the folder. Raises UserError if a part of it cannot be read, or an id has two files."""
+        found: list[tuple[bytes, str]] = []
+        rejected: dict[str, str] = {}
+        self.other_files: Counter[str] = Counter()
+        """Number of files that are not images, by suffix."""
+        for entry in _walk(folder):
+            stem, suffix = Path(entry.name).stem, Path(entry.name).suffix
+            if suffix.lower() not in SUFFIXES:
+                self.other_files[suffix or "without suffix"] += 1
+            elif reason := _not_a_file(entry):
+                rejected[as_text(os.fsencode(stem))] = reason
+            else:
+                found.append((os.fsencode(stem), entry.path))
+        found.sort()
+        super().__init__(folder, np.array([name for name, _ in found], dtype=np.bytes_), rejected)
+        self._paths = [path for _, path in found]
+        self._refuse_duplicates()
+        if not found:
+            raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}){self._content()}")
+
+    def _refuse_duplicates(self) -> None:
+        second = np.flatnonzero(self._names[1:] == self._names[:-1]) + 1
+        if len(second):
+            first = second[0]
+            raise UserError(
+                f"{self.source}: {len(second)} images have the id of another, the first are {self._paths[first - 1]} "
+                f"and {self._paths[first]}; keep one image per id in this folder and move the others elsewhere"
+            )
+
+    def _content(self) -> str:
+        if self.rejected:
+            name, reason = next(iter(self.rejected.items()))
+            return f"; the first of {len(self.rejected)} that cannot be used is {name} ({reason})"
+        others = ", ".join(f"{count} {suffix}" for suffix, count in self.other_files.most_common(5))
+        return f"; it has other files: {others}" if others else ""
 
     def read_at(self, position: int) -> bytes:
-        return self._paths[position].read_bytes()
+        try:
+            return Path(self._paths[position]).read_bytes()
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from None
 
     def sizes(self) -> NDArray[np.int64]:
-        return np.array([path.stat().st_size for path in self._paths], np.int64)
+        return np.array([_size(path) for path in self._paths], np.int64)
+
+
+def _size(path: str) -> int:
+    """Returns the size of a file in bytes, -1 if it has gone."""
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return -1
+
+
+def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yields everything but folders below a folder, links followed, each folder once even if links form a loop.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    pending = [os.fspath(folder)]
+    seen = {_identity(parent) for parent in Path(os.path.realpath(folder)).parents}
+    while pending:
+        current = pending.pop()
+        try:
+            with os.scandir(current) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{current} cannot be read: {error.strerror}") from None
+        if (identity := _identity(current)) in seen:
+            continue
+        seen.add(identity)
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name in IGNORED:
+                continue
+            if _is_folder(entry):
+                pending.append(entry.path)
+            else:
+                yield entry
+
+
+def _identity(folder: str | Path) -> tuple[int, int] | None:
+    """Returns device and inode, the same for every path to a folder, None if it is out of reach."""
+    try:
+        found = Path(folder).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself or into a folder without permission
+        return False
+
+
+def _not_a_file(entry: os.DirEntry[str]) -> str | None:
+    """Returns the reason that an entry is not a regular file, None if it is one."""
+    try:
+        if entry.is_file():
+            return None
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if entry.is_symlink():
+        return f"a link to {Path(entry.path).readlink()}, which does not exist"
+    return "not a regular file"
 
 
 class Hdf5Images(ImageStore):
-    """The challenge's HDF5 file: one scalar dataset of JPEG bytes per id.
+    """The challenge's HDF5 file: one scalar dataset per id, the bytes of a JPEG or PNG file.
 
-    h5py reads under one lock for the whole library. Where a dataset's bytes lie in the file as they are
-    (contiguous storage, no filter, not external), they are read by offset instead, which needs no lock.
+    h5py reads under one lock for the whole library. Bytes that are stored as they are (contiguous storage, no filter,
+    in this file) are read by offset instead, which needs no lock.
     """
 
     def __init__(self, path: Path) -> None:
-        index = _load_index(path)
-        super().__init__(path, index["isic_id"])
-        self._offsets, self._sizes = index["offset"], index["size"]
-        self._file = os.open(path, os.O_RDONLY)
+        """Opens a file and reads its index. Raises UserError with the reason if that is not possible."""
+        self._file = open_file(path)
+        self._state = cache.state(self._file)
+        index = cache.load_index(path, self._file)
+        rejected = dict(zip(index.rejected.tolist(), index.reasons.tolist(), strict=True))
+        super().__init__(path, index.ids, rejected)
+        self._offsets, self._sizes = index.offsets, index.sizes
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             os.close(self._file)
 
+    def refuse_changes(self) -> None:
+        if cache.state(self._file) != self._state:
+            raise UserError(
+                f"{self.source} was changed on disk while it was in use; run the same command again"
+            )
+
     def read_at(self, position: int) -> bytes:
         offset = self._offsets[position]
-        if offset == NO_OFFSET:
-            with h5py.File(self.source, "r") as file:
-                return _file_bytes(file[bytes(self._names[position])][()])
-        return os.pread(self._file, self._sizes[position], offset)
+        try:
+            if offset == NO_OFFSET:
+                return read_dataset(self.source, bytes(self._names[position]))
+            return os.pread(self._file, self._sizes[position], offset)
+        except H5PY_ERRORS as error:
+            raise ImageError(f"cannot be read: {brief(error)}") from None
 
     def sizes(self) -> NDArray[np.int64]:
         return self._sizes
@@ -234,18 +393,13 @@ class Hdf5Images(ImageStore):
             return files
         for span in _neighbours(sorted(places)):
             start, (last, size, _) = span[0][0], span[-1]
-            with contextlib.suppress(
-                OSError
-            ):  # then they are read one by one, and each says why it cannot be
+            with contextlib.suppress(OSError):  # read_at fails then, with the reason of each image
                 data = os.pread(self._file, last + size - start, start)
                 files |= {
                     position: data[at - start : at - start + size] for at, size, position in span
                 }
         return files
 
-
-DAMAGED = (zipfile.BadZipFile, ValueError, EOFError, KeyError)
-"""What numpy raises for an archive that is not one, is cut short or holds something else."""
 
 Place = tuple[int, int, int]
 """Offset, size and position of an image's bytes."""
@@ -264,126 +418,23 @@ def _neighbours(places: Sequence[Place]) -> Iterator[list[Place]]:
 
 
 def open_images(root: Path, split: str) -> ImageStore | None:
-    """Opens the images of `train` or `test` under a dataset's folder: the HDF5 file, else the folder of JPEGs.
+    """Opens the images of `train` or `test` in a dataset's folder: the HDF5 file, else the folder of image files.
 
     Returns:
-        None where the dataset has no images for this split.
-    """
-    path, folder = root / f"{split}-image.hdf5", root / f"{split}-image"
-    if path.is_file():
-        return Hdf5Images(path)
-    return FolderImages(folder) if folder.is_dir() else None
-
-
-def index_path(path: Path) -> Path:
-    """Where the offset index of an HDF5 file is kept: beside it, or in the user's cache if that is read-only."""
-    beside = path.with_name(f".{path.name}.index.npz")
-    if beside.exists() or os.access(path.parent, os.W_OK):
-        return beside
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache / "isic-toolkit" / f"{digest(path.resolve())}.index.npz"
-
-
-Index = dict[str, NDArray[Any]]
-"""Where each image's bytes lie, by column, [N] each: `isic_id` UTF-8 (sorted), `offset` and `size` int64, in bytes."""
-
-
-def build_index(path: Path) -> Index:
-    """Reads where each image's bytes lie in an HDF5 file.
-
-    Returns:
-        The index; offset -1 where only h5py can read the bytes.
+        None if the dataset has neither for this split.
 
     Raises:
-        UserError: the file is truncated or not HDF5, or holds no images.
+        UserError: there is something under the name of one of them that cannot be used.
     """
-    try:
-        with h5py.File(
-            h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, _frugal_access())
-        ) as file:
-            index = _locate_all(file.id)
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-    ) as error:  # h5py's, in this order for the file, its tree, a dataset
-        reason = str(error).split("(")[-1].rstrip(")")
-        raise UserError(
-            f"{path} is not a whole HDF5 file ({reason}); copy or download it again"
-        ) from None
-    if not len(index["isic_id"]):
-        raise UserError(f"{path} holds no images; copy or download it again")
-    order = np.argsort(index["isic_id"])
-    index = {name: column[order] for name, column in index.items()}
-    index["offset"][_pointers(index, path)] = NO_OFFSET
-    return index
+    images = open_hdf5(root / f"{split}-image.hdf5")
+    return images if images is not None else open_folder(root / f"{split}-image")
 
 
-def _frugal_access() -> h5py.h5p.PropFAID:
-    """Opens a file with a small cache for its structure: each of a full-size file's headers is looked at once."""
-    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    cache = access.get_mdc_config()
-    cache.set_initial_size = True
-    cache.initial_size = cache.min_size = cache.max_size = HDF5_CACHE
-    access.set_mdc_config(cache)
-    return access
+def open_hdf5(path: Path) -> Hdf5Images | None:
+    """Opens an HDF5 file of images or masks. Returns None if there is none. Raises UserError."""
+    return Hdf5Images(path) if os.path.lexists(path) else None
 
 
-def _locate_all(file: h5py.h5f.FileID) -> Index:
-    """Returns the index of every dataset, in one walk: a list of a full-size file's names takes HDF5 100 MB."""
-    rows: list[tuple[bytes, int, int]] = []
-    slices: list[list[NDArray[Any]]] = []
-
-    def locate(name: bytes) -> None:
-        dataset = h5py.h5d.open(file, name)
-        offset = dataset.get_offset()  # None unless contiguous, in this file, and allocated
-        rows.append((name, NO_OFFSET if offset is None else offset, dataset.get_storage_size()))
-        if len(rows) == INDEX_SLICE:
-            slices.append(_columns(rows))
-            rows.clear()
-
-    file.links.iterate(locate)
-    slices.append(_columns(rows))
-    names, offsets, sizes = (np.concatenate(parts) for parts in zip(*slices, strict=True))
-    return {"isic_id": names, "offset": offsets, "size": sizes}
-
-
-def _columns(rows: Sequence[tuple[bytes, int, int]]) -> list[NDArray[Any]]:
-    kinds = (np.bytes_, np.int64, np.int64)
-    return [
-        np.array([row[number] for row in rows], dtype=kind) for number, kind in enumerate(kinds)
-    ]
-
-
-def _pointers(index: Index, path: Path) -> list[int]:
-    """Returns the rows of variable-length data, where the file holds a pointer instead of the bytes."""
-    offsets = index["offset"]
-    with open(path, "rb", buffering=0) as file:
-        handle = file.fileno()
-        inside = np.flatnonzero(offsets >= 0).tolist()
-        suspect = [row for row in inside if os.pread(handle, 2, offsets[row]) != JPEG_START]
-    if not suspect:
-        return []
-    with h5py.File(path, "r") as file:
-        return [row for row in suspect if file[bytes(index["isic_id"][row])].dtype.kind == "O"]
-
-
-def _load_index(path: Path) -> Index:
-    stat = path.stat()
-    key = digest(INDEX_VERSION, stat.st_size, stat.st_mtime_ns)
-    cached = index_path(path)
-    with (
-        contextlib.suppress(FileNotFoundError, *DAMAGED),
-        np.load(cached) as archive,
-    ):  # a damaged one is built again
-        if archive["key"] == key:
-            return {name: archive[name] for name in ("isic_id", "offset", "size")}
-    index = build_index(path)
-    # without a cache it is only slower
-    with (
-        contextlib.suppress(UserError),
-        atomic_path(cached) as temporary,
-        open(temporary, "wb") as file,
-    ):
-        np.savez(file, key=np.array(key), **index)  # type: ignore[arg-type]
-    return index
+def open_folder(folder: Path) -> FolderImages | None:
+    """Opens a folder of image files. Returns None if there is none. Raises UserError."""
+    return FolderImages(folder) if os.path.lexists(folder) else None

@@ -21,6 +21,9 @@ PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
 
 INTERPOLATION = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}
 
+MASK_THRESHOLD = 127
+"""Values of a mask above it are lesion."""
+
 Pixels = NDArray[np.uint8]
 
 
@@ -102,6 +105,25 @@ def _jpeg_frame(data: bytes) -> int:
                 b"\xff", at + 2 + length
             )  # libjpeg, too, skips what lies between segments
     raise ImageError("truncated JPEG")
+
+
+def check_mask(mask: bytes, image: bytes) -> str | None:
+    """Checks the mask file of a lesion against its image file.
+
+    Returns:
+        Both sizes if they differ: the mask is then stretched to the image.
+
+    Raises:
+        ImageError: one does not decode, or the mask has values but none that counts as lesion.
+    """
+    drawn, pixels = decode(mask), decode(image)
+    brightest = int(drawn[..., 0].max())
+    if drawn.any() and brightest <= MASK_THRESHOLD:
+        raise ImageError(f"its brightest red value is {brightest}; in the lesion it must be 255")
+    if drawn.shape == pixels.shape:
+        return None
+    (height, width), (image_height, image_width) = drawn.shape[:2], pixels.shape[:2]
+    return f"mask {width} x {height}, image {image_width} x {image_height}"
 
 
 def resize(image: Pixels, spec: PreprocessSpec, out: Pixels | None = None) -> Pixels:

@@ -5,12 +5,14 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never waits for a hub
+os.environ["ISIC_CACHE_DIR"] = tempfile.mkdtemp(prefix="isic-cache-")  # not the user's
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
 )  # idle threads leave the cores to the other libraries

@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import cv2
 import h5py
 import numpy as np
 import polars as pl
@@ -125,7 +126,7 @@ def test_all_problems_stand_in_the_last_sentence(small_dataset: Path, cli: Cli) 
     assert (
         ended.code == 2
         and "3 problems" in ended.err
-        and "masks.hdf5 is not a whole HDF5 file" in ended.err
+        and "masks.hdf5 is not an HDF5 file, its first bytes are b'half a file'" in ended.err
     )
 
 
@@ -175,6 +176,110 @@ def test_a_submission_of_other_rows(small_dataset: Path, cli: Cli) -> None:
         and "sample_submission.csv does not have the ids of the test table" in ended.err
     )
     assert facts(ended.out, "test")["images"] == "none (metadata only)"
+
+
+def to_folder(dataset: Path, suffix: str = ".jpg") -> Path:
+    """Moves the training images into a folder."""
+    folder = dataset / "train-image"
+    folder.mkdir()
+    with h5py.File(dataset / "train-image.hdf5") as file:
+        for name in file:
+            (folder / f"{name}{suffix}").write_bytes(file[name][()])
+    (dataset / "train-image.hdf5").unlink()
+    return folder
+
+
+def test_images_that_cannot_be_opened_are_one_problem_of_several(
+    small_dataset: Path, cli: Cli
+) -> None:
+    small_table().with_columns(target=pl.lit(0)).write_csv(small_dataset / "train-metadata.csv")
+    folder = to_folder(small_dataset)
+    (folder / "again").mkdir()
+    for name in ("ISIC_0000003", "ISIC_0000009"):
+        (folder / "again" / f"{name}.JPG").write_bytes(jpeg())
+    ended = cli("isic", "check", "--data", small_dataset)
+    assert ended.code == 2 and "2 problems" in ended.err
+    assert "2 images have the id of another" in ended.err and "again/ISIC_0000003.JPG" in ended.err
+    assert facts(ended.out, "train")["images"] == "cannot be read"
+
+
+def test_entries_and_files_that_are_not_read_are_listed(small_dataset: Path, cli: Cli) -> None:
+    with h5py.File(small_dataset / "train-image.hdf5", "a") as file:
+        file.create_group("extra")
+        del file["ISIC_0000003"]
+        file["ISIC_0000003"] = h5py.SoftLink("/gone")
+    ended = cli("isic", "check", "--data", small_dataset)
+    train = facts(ended.out, "train")
+    reason = "a link to /gone, which cannot be opened"
+    assert train["not images"] == f"2: ISIC_0000003 ({reason}), extra (a group)"
+    assert (
+        ended.code == 2
+        and f"1 train rows have no image, the first is ISIC_0000003 ({reason})" in (ended.err)
+    )
+    (small_dataset / "train-image.hdf5").unlink()
+    write_hdf5(small_dataset / "train-image.hdf5", dict.fromkeys(small_table()["isic_id"], jpeg()))
+    folder = to_folder(small_dataset, ".Png")
+    (folder / "ISIC_0000003.Png").rename(folder / "ISIC_0000003.tif")
+    ended = cli("isic", "check", "--data", small_dataset)
+    assert facts(ended.out, "train")["other files"] == "1: 1 .tif"
+    assert ended.code == 2 and "1 train rows have no image" in ended.err
+
+
+def test_ids_in_another_case_are_pointed_out(small_dataset: Path, cli: Cli) -> None:
+    table = small_table()
+    write_hdf5(
+        small_dataset / "train-image.hdf5",
+        dict.fromkeys(table["isic_id"].str.to_lowercase(), jpeg()),
+    )
+    ended = cli("isic", "check", "--data", small_dataset)
+    assert ended.code == 2 and "; 60 differ from the name of an image in case only" in ended.err
+
+
+def test_a_folder_beside_the_file_is_compared_with_it(small_dataset: Path, cli: Cli) -> None:
+    data = (small_dataset / "train-image.hdf5").read_bytes()
+    folder = to_folder(small_dataset)
+    (small_dataset / "train-image.hdf5").write_bytes(data)
+    ended = cli("isic", "check", "--data", small_dataset)
+    assert ended.code == 0, ended.err
+    train = facts(ended.out, "train")
+    assert train["images"] == "60 in train-image.hdf5"
+    assert train["train-image/"] == "not read; the same ids and file sizes"
+    (folder / "ISIC_0000003.jpg").write_bytes(jpeg(99))
+    (folder / "ISIC_0000004.jpg").unlink()
+    ended = cli("isic", "check", "--data", small_dataset)
+    difference = "1 images in the former only, 1 images of another size"
+    assert ended.code == 2
+    assert f"train-image.hdf5 and train-image/ differ ({difference}) and the former is" in ended.err
+
+
+def test_images_under_nearly_the_right_name_are_pointed_out(small_dataset: Path, cli: Cli) -> None:
+    (small_dataset / "train-image.hdf5").rename(small_dataset / "train-image.HDF5")
+    ended = cli("isic", "check", "--data", small_dataset)
+    images = facts(ended.out, "train")["images"]
+    assert images.startswith("none (metadata only); 1: train-image.HDF5, but images are in")
+
+
+def png(width: int, height: int, value: int = 255) -> bytes:
+    return bytes(cv2.imencode(".png", np.full((height, width), value, np.uint8))[1])
+
+
+def test_masks_are_compared_with_their_images(small_dataset: Path, cli: Cli) -> None:
+    ids = small_table()["isic_id"].to_list()
+    masks = {name: png(40 + row % 30, 40 + row % 30) for row, name in enumerate(ids)}
+    masks |= {ids[1]: png(20, 10), ids[2]: png(42, 42, value=1), "ISIC_9": png(40, 40)}
+    write_hdf5(small_dataset / "masks.hdf5", masks)
+    with h5py.File(small_dataset / "masks.hdf5", "a") as file:
+        file["more/ISIC_8"] = np.bytes_(png(40, 40))
+    ended = cli("isic", "check", "--data", small_dataset)
+    train, all_masks = facts(ended.out, "train"), facts(ended.out, "masks")
+    assert train["masks"] == "60 (100.00 %)"
+    assert train["masks of another size"] == f"1: {ids[1]} (mask 20 x 10, image 41 x 41)"
+    unusable = f"{ids[2]} (its brightest red value is 1; in the lesion it must be 255)"
+    assert train["unusable masks"] == f"1: {unusable}"
+    assert all_masks["masks without row"] == "1: ISIC_9"
+    assert all_masks["not images"] == "1: more (a group)"
+    assert ended.code == 2 and f"1 train masks cannot be used, the first is {unusable}" in ended.err
+    assert "1 masks belong to no row, the first is ISIC_9" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import polars as pl
 import pytest
@@ -260,6 +261,54 @@ def test_masks_are_learnt_scored_and_exported(
     assert ended.code == 0, ended.out + ended.err
     manifest = json.loads((fold / "model.onnx.json").read_text())
     assert manifest["mask_stride"] == 2 and manifest["parity"]["batch_2"]["max_mask_error"] < 1e-3
+
+
+def mask_png(width: int, height: int, value: int = 255) -> bytes:
+    import cv2
+
+    return bytes(cv2.imencode(".png", np.full((height, width), value, np.uint8))[1])
+
+
+def test_masks_that_may_be_wrong_are_warned_of(
+    small_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = small_table()["isic_id"].to_list()
+    masks = {name: mask_png(40 + row % 30, 40 + row % 30) for row, name in enumerate(ids[:50])}
+    write_hdf5(
+        small_dataset / "masks.hdf5", masks | {ids[3]: mask_png(9, 7), "isic_55": mask_png(9, 9)}
+    )
+    load_data(tiny(data=small_dataset, output_dir=tmp_path, mask_weight=1.0))
+    stretched, unmatched = capsys.readouterr().err.splitlines()
+    assert stretched.startswith("warning: ") and stretched.endswith(
+        f"1 masks have another size than their image and are stretched to it, the first is {ids[3]} "
+        "(mask 9 x 7, image 43 x 43)"
+    )
+    assert unmatched.endswith(
+        "1 masks belong to no training row, the first is isic_55; 10 training images have no mask"
+    )
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (mask_png(42, 42, value=1), "its brightest red value is 1; in the lesion it must be 255"),
+        (mask_png(42, 42)[:50], "truncated PNG"),
+        (
+            np.ones((42, 42), bool),
+            "an array of 42 x 42 values, not the bytes of a JPEG or PNG file",
+        ),
+        (h5py.SoftLink("/gone"), "a link to /gone, which cannot be opened"),
+    ],
+)
+def test_a_mask_that_cannot_be_used_is_refused(
+    small_dataset: Path, tmp_path: Path, mask: object, words: str
+) -> None:
+    write_hdf5(small_dataset / "masks.hdf5", {"ISIC_0000001": mask_png(41, 41)})
+    with h5py.File(small_dataset / "masks.hdf5", "a") as file:
+        file["ISIC_0000002"] = np.bytes_(mask) if isinstance(mask, bytes) else mask
+    with pytest.raises(UserError) as caught:
+        load_data(tiny(data=small_dataset, output_dir=tmp_path, mask_weight=1.0))
+    assert f"1 masks cannot be used, the first is ISIC_0000002 ({words}); fix" in str(caught.value)
 
 
 def test_a_dataset_without_masks_is_refused(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:

@@ -534,6 +534,25 @@ def test_bad_images_stop_the_run_or_are_left_out(
     assert errors == {"ISIC_0000004": "no image for this id", "ISIC_0000007": "truncated JPEG"}
 
 
+def test_no_image_is_left_out_for_its_suffix(cli: Cli, small_dataset: Path, tmp_path: Path) -> None:
+    """Seven of sixty in capitals, as some cameras write them, and two that cannot be read."""
+    folder = small_dataset / "train-image"
+    folder.mkdir()
+    with h5py.File(small_dataset / "train-image.hdf5") as file:
+        for row, name in enumerate(file):
+            (folder / f"{name}{'.JPG' if row % 9 == 0 else '.jpg'}").write_bytes(file[name][()])
+    (small_dataset / "train-image.hdf5").unlink()
+    for name in ("ISIC_0000010.jpg", "ISIC_0000012.jpg"):
+        (folder / name).unlink()
+    (folder / "ISIC_0000010.jpg").symlink_to("/gone")
+    flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
+    ended = cli("train", *flags, "--on_error", "skip")
+    assert ended.code == 0, ended.err
+    errors = dict(pl.read_parquet(tmp_path / "tiny" / "errors.parquet").iter_rows())
+    dead = "a link to /gone, which does not exist"
+    assert errors == {"ISIC_0000010": dead, "ISIC_0000012": "no image for this id"}
+
+
 def test_one_class_only_is_refused(cli: Cli, tmp_path: Path) -> None:
     table = small_table(20).with_columns(target=pl.lit(0))
     table.write_csv(tmp_path / "train-metadata.csv")

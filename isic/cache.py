@@ -1,0 +1,99 @@
+"""The user's cache folder, and in it the index of each HDF5 file of images."""
+
+import contextlib
+import os
+import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from isic.errors import UserError
+from isic.files import atomic_path, digest
+from isic.hdf5 import Index, build_index
+
+FOLDER_VARIABLE = "ISIC_CACHE_DIR"
+INDEX_VERSION = 3
+SETTLED_SECONDS = 2.0
+"""Age from which a file's time stamps differ from those of any later change; some file systems count in seconds."""
+
+DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotImplementedError)
+"""Raised by numpy for an archive that is not one, is truncated or holds something else."""
+
+State = tuple[int, int, int, int]
+"""Inode, size, and times of the last change of a file's content and of its inode; copying over a file changes it."""
+
+
+def cache_folder() -> Path | None:
+    """Returns the folder for files that can be made again, None without a home directory.
+
+    It is `ISIC_CACHE_DIR` if that is set, else a folder in the operating system's cache folder of the user.
+    """
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        return Path(folder)
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # relative paths are to be ignored
+    try:
+        if not base.is_absolute():
+            base = Path.home() / {"darwin": "Library/Caches", "win32": "AppData/Local"}.get(
+                sys.platform, ".cache"
+            )
+    except RuntimeError:  # neither HOME nor an entry for this user in the list of accounts
+        return None
+    return base / "isic-toolkit"
+
+
+def index_path(path: Path) -> Path | None:
+    """Returns where the index of an HDF5 file is cached, None without a cache."""
+    folder = cache_folder()
+    key = digest(os.fsencode(os.path.realpath(path)))  # a path need not be UTF-8
+    return folder / f"{key}.index.npz" if folder else None
+
+
+def state(file: int) -> State:
+    """Returns the state of an open file."""
+    return _state(os.fstat(file))
+
+
+def _state(found: os.stat_result) -> State:
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def load_index(path: Path, file: int) -> Index:
+    """Returns the index of an HDF5 file from the cache, or builds and caches it.
+
+    Args:
+        path: the HDF5 file.
+        file: the same file, open; what is read from it later is described by the index.
+
+    Raises:
+        UserError: as `build_index`, or the file was changed meanwhile.
+    """
+    before, started, cached = state(file), time.time(), index_path(path)
+    key = digest(INDEX_VERSION, os.fsencode(os.path.realpath(path)), *before)
+    if cached and (index := _read(cached, key)):
+        return index
+    index = build_index(path)
+    if not before == state(file) == _state(path.stat()):
+        raise UserError(f"{path} was changed while it was read; run the same command again")
+    if cached and started - max(before[2:]) / 1e9 > SETTLED_SECONDS:
+        _write(cached, key, index)
+    return index
+
+
+def _read(cached: Path, key: str) -> Index | None:
+    with contextlib.suppress(OSError, *DAMAGED), np.load(cached) as archive:
+        if archive["key"] == key:
+            return Index(*(archive[name] for name in Index._fields))
+    return None
+
+
+def _write(cached: Path, key: str, index: Index) -> None:
+    """Writes an index. Without a cache a command is only slower, so failures are of no importance."""
+    with (
+        contextlib.suppress(OSError, UserError),
+        atomic_path(cached) as temporary,
+        open(temporary, "wb") as file,
+    ):
+        np.savez(file, key=np.array(key), **index._asdict())
