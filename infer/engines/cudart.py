@@ -32,11 +32,17 @@ def runtime() -> ModuleType:
 
 
 def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    """Calls a function of the CUDA runtime and returns what it returns beside its status. Raises CudaError."""
+    """Call a function of the CUDA runtime; return its value, if it has one. Raises CudaError."""
     status, *values = function(*arguments)
-    if int(status) != 0:
-        raise CudaError(f"{getattr(function, '__name__', function)} failed: {_reason(status)}")
+    check(function, status)
     return values[0] if values else None
+
+
+def check(function: Callable[..., tuple[Any, ...]], status: Any) -> None:
+    """Raise CudaError if the status that a function of the CUDA runtime returned is an error."""
+    if int(status) != 0:
+        runtime().cudaGetLastError()  # clears it, or another library would take it for its own
+        raise CudaError(f"{getattr(function, '__name__', function)} failed: {_reason(status)}")
 
 
 def _reason(status: Any) -> str:
@@ -102,10 +108,11 @@ def is_pinned(images: Pixels) -> bool:
 
 
 class DeviceMemory:
-    """Memory of the GPU, freed with the object."""
+    """Memory of the GPU, aligned to 256 bytes as TensorRT requires, freed with the object."""
 
     def __init__(self, num_bytes: int) -> None:
         cuda = runtime()
+        self.num_bytes = num_bytes
         self.pointer = int(call(cuda.cudaMalloc, max(num_bytes, 1)))
         weakref.finalize(self, cuda.cudaFree, self.pointer)
 
@@ -152,19 +159,30 @@ class Stream:
         """Lets what the stream is given from now on wait for `event`; the host does not wait."""
         call(runtime().cudaStreamWaitEvent, self.handle, event.handle, 0)
 
+    def wait(self) -> None:
+        """Wait on the host until the stream has done all its work. Raises CudaError."""
+        call(runtime().cudaStreamSynchronize, self.handle)
+
     def recorded(self, enqueue: Callable[[], None]) -> Any:
-        """Returns the CUDA graph of what `enqueue` gives this stream, which does not run it."""
+        """Return the CUDA graph of the work that `enqueue` gives this stream, without running it.
+
+        Raises:
+            CudaError: the work cannot be recorded; the stream is usable afterwards.
+        """
         cuda = runtime()
-        call(cuda.cudaStreamSynchronize, self.handle)
-        call(
-            cuda.cudaStreamBeginCapture,
-            self.handle,
-            cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal,
-        )
-        enqueue()
-        graph = call(cuda.cudaGraphInstantiate, call(cuda.cudaStreamEndCapture, self.handle), 0)
-        weakref.finalize(self, cuda.cudaGraphExecDestroy, graph)
-        return graph
+        self.wait()
+        mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        call(cuda.cudaStreamBeginCapture, self.handle, mode)
+        try:
+            enqueue()
+        finally:  # after an error too: a stream that stays in capture refuses all later calls
+            status, graph = cuda.cudaStreamEndCapture(self.handle)
+            if int(status) == 0:
+                weakref.finalize(self, cuda.cudaGraphDestroy, graph)
+        check(cuda.cudaStreamEndCapture, status)
+        executable = call(cuda.cudaGraphInstantiate, graph, 0)
+        weakref.finalize(self, cuda.cudaGraphExecDestroy, executable)
+        return executable
 
     def replay(self, graph: Any) -> None:
         """Runs a recorded graph in this stream's turn."""

@@ -116,17 +116,93 @@ class Profile:
         return sizes[bisect_left(sizes, num_images)]
 
 
+class Plan:
+    """A loaded plan, and memory on the GPU that all its execution contexts share.
+
+    They may share it because they take turns: the engine runs all of them on one stream.
+    """
+
+    def __init__(self, trt: ModuleType, engine: Any, portable: bool, cuda_graph: bool) -> None:
+        """Allocates the memory.
+
+        Args:
+            trt: the Python module of the flavour.
+            engine: TensorRT's engine of the plan.
+            portable: whether the flavour compiles kernels where the plan runs.
+            cuda_graph: whether such a flavour is to record CUDA graphs by itself.
+
+        Raises:
+            CudaError: the GPU has too little memory.
+        """
+        self._trt, self._engine = trt, engine
+        self._portable, self._cuda_graph = portable, cuda_graph
+        self._memory = cudart.DeviceMemory(engine.device_memory_size_v2)
+
+    def create_context(self) -> Any:
+        """Return a new execution context. Raises CudaError."""
+        context = self._engine.create_execution_context(self._settings())
+        if context is None:
+            raise cudart.CudaError(logger(self._trt).reason())
+        context.set_device_memory(self._memory.pointer, self._memory.num_bytes)
+        return context
+
+    def _settings(self) -> Any:
+        """Return the settings of a context, whose memory is the shared one."""
+        trt, strategy = self._trt, self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self._portable:
+            return strategy
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        # By default it replaces kernels during the run, and the parity gate would have judged
+        # others than those that compute the results.
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        if self._cuda_graph:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return config
+
+
+class BoundContext:
+    """An execution context that always reads and writes the same memory."""
+
+    def __init__(
+        self,
+        context: Any,
+        memory: Mapping[str, cudart.DeviceMemory],
+        image_shape: tuple[int, ...],
+    ) -> None:
+        """Binds the memory of each input and output, by name. Raises CudaError."""
+        self._context, self._image_shape, self._size = context, image_shape, 0
+        for name, buffer in memory.items():
+            if not context.set_tensor_address(name, buffer.pointer):
+                raise cudart.CudaError(f"TensorRT did not accept the memory of {name}")
+
+    def enqueue(self, size: int, stream: cudart.Stream) -> None:
+        """Run a batch of `size` images in the stream's turn. Raises CudaError."""
+        if size != self._size:
+            self._size = 0
+            if not self._context.set_input_shape("images", (size, *self._image_shape)):
+                raise cudart.CudaError(f"TensorRT did not accept a batch of {size}")
+            self._size = size
+        if not self._context.execute_async_v3(int(stream.handle)):
+            raise cudart.CudaError(f"TensorRT did not run a batch of {size}")
+
+
 class Slot:
     """One of two sets of buffers: while the GPU works on one, the host fills the other."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], max_batch: int) -> None:
-        """Allocates for `max_batch` images; `shapes` are an image's (`images`) and the outputs', without the batch."""
-        image, outputs = (
-            shapes["images"],
-            {name: shape for name, shape in shapes.items() if name != "images"},
-        )
-        self._staging_shape = (max_batch, *image)
-        self.images = cudart.DeviceMemory(max_batch * prod(image))
+    def __init__(self, plan: Plan, shapes: Mapping[str, tuple[int, ...]], max_batch: int) -> None:
+        """Allocates for `max_batch` images.
+
+        Args:
+            plan: the plan to run.
+            shapes: the shape of an image (`images`) and of each output, without the batch.
+            max_batch: the largest number of images.
+        """
+        outputs = {name: shape for name, shape in shapes.items() if name != "images"}
+        self._plan, self._image_shape, self._max_batch = plan, shapes["images"], max_batch
+        self.images = cudart.DeviceMemory(max_batch * prod(self._image_shape))
         self.outputs = {
             name: cudart.DeviceMemory(4 * max_batch * prod(shape))
             for name, shape in outputs.items()
@@ -135,22 +211,39 @@ class Slot:
             name: cudart.pinned((max_batch, *shape), np.float32) for name, shape in outputs.items()
         }
         self.uploaded, self.done = cudart.Event(), cudart.Event()
+        self.context = self._bound_context()
+        self._graph_context: BoundContext | None = None
         self.graph: Any = None
+
+    def record(self, size: int, stream: cudart.Stream) -> None:
+        """Record a batch of `size` images as a CUDA graph. Raises CudaError.
+
+        It has a context of its own, which nothing else uses: NVIDIA advises one context per graph,
+        as another shape changes the state that the graph relies on
+        (https://github.com/NVIDIA/TensorRT/issues/3798).
+        """
+        self._graph_context = context = self._bound_context()
+        context.enqueue(size, stream)  # the first run does what cannot be recorded
+        self.graph = stream.recorded(partial(context.enqueue, size, stream))
+
+    def _bound_context(self) -> BoundContext:
+        memory = {"images": self.images, **self.outputs}
+        return BoundContext(self._plan.create_context(), memory, self._image_shape)
 
     @cached_property
     def staging(self) -> Pixels:
         """Page-locked memory for images that are not in such memory already."""
-        return cudart.pinned(self._staging_shape, np.uint8)
+        return cudart.pinned((self._max_batch, *self._image_shape), np.uint8)
 
 
 class TensorRTEngine:
-    """A plan in an execution context, with two slots and two streams. One thread at a time may use it."""
+    """A plan with two slots and two streams. One thread at a time may use it."""
 
     device = "cuda"
 
     def __init__(
         self,
-        context: Any,
+        plan: Plan,
         shapes: Mapping[str, tuple[int, ...]],
         profile: Profile,
         cuda_graph: bool,
@@ -158,21 +251,20 @@ class TensorRTEngine:
         """Allocates buffers.
 
         Args:
-            context: TensorRT's execution context of the plan.
+            plan: the plan to run.
             shapes: sizes of `images` and of each output, without the batch.
             profile: the batches that the plan was built for.
             cuda_graph: record batches of `opt` once and replay them.
 
         Raises:
-            CudaError: out of memory, say.
+            CudaError: for example, the GPU has too little memory.
         """
-        self._context, self._shapes, self._profile = context, shapes, profile
-        self._slots = (Slot(shapes, profile.max), Slot(shapes, profile.max))
+        self._shapes, self._profile = shapes, profile
         self._copies, self._kernels = cudart.Stream(), cudart.Stream()
+        self._slots = (Slot(plan, shapes, profile.max), Slot(plan, shapes, profile.max))
         if cuda_graph:
             for slot in self._slots:
-                self._enqueue(slot, profile.opt)  # the first run does what may not be recorded
-                slot.graph = self._kernels.recorded(partial(self._enqueue, slot, profile.opt))
+                slot.record(profile.opt, self._kernels)
 
     def run(self, images: Pixels) -> Outputs:
         """Runs a batch of any size. Raises CudaError where the GPU fails."""
@@ -201,13 +293,17 @@ class TensorRTEngine:
             for name, result in zip(names, results, strict=True):
                 result[piece] = slot.host[name][: piece.stop - piece.start]
 
-        for piece, slot in zip(self._profile.pieces(len(images)), cycle(self._slots)):
-            if len(flying) == len(self._slots):
+        try:
+            for piece, slot in zip(self._profile.pieces(len(images)), cycle(self._slots)):
+                if len(flying) == len(self._slots):
+                    land()
+                self._launch(slot, images[piece], names)
+                flying.append((slot, piece))
+            while flying:
                 land()
-            self._launch(slot, images[piece], names)
-            flying.append((slot, piece))
-        while flying:
-            land()
+        finally:  # after an error too, no copy may still read memory that is about to be reused
+            self._copies.wait()
+            self._kernels.wait()
         return results
 
     def _launch(self, slot: Slot, images: Pixels, names: Sequence[str]) -> None:
@@ -216,27 +312,18 @@ class TensorRTEngine:
         if not cudart.is_pinned(images):
             slot.staging[:num_images] = images
             images = slot.staging[:num_images]
-        self._copies.upload(
-            slot.images, images
-        )  # what pads it is an earlier piece's images, and nobody reads that
+        # Images of an earlier piece pad the batch, and nobody reads their outputs.
+        self._copies.upload(slot.images, images)
         self._copies.record(slot.uploaded)
         self._kernels.wait_for(slot.uploaded)
         size = self._profile.padded(num_images)
         if slot.graph is not None and size == self._profile.opt:
             self._kernels.replay(slot.graph)
         else:
-            self._enqueue(slot, size)
+            slot.context.enqueue(size, self._kernels)
         for name in names:
             self._kernels.download(slot.host[name][:num_images], slot.outputs[name])
         self._kernels.record(slot.done)
-
-    def _enqueue(self, slot: Slot, size: int) -> None:
-        context = self._context
-        accepted = context.set_input_shape("images", (size, *self._shapes["images"]))
-        for name, memory in {"images": slot.images, **slot.outputs}.items():
-            accepted = accepted and context.set_tensor_address(name, memory.pointer)
-        if not (accepted and context.execute_async_v3(int(self._kernels.handle))):
-            raise cudart.CudaError(f"TensorRT did not run a batch of {size}")
 
 
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> TensorRTEngine:
@@ -257,23 +344,22 @@ def create(path: Path, manifest: Mapping[str, Any], device: str) -> TensorRTEngi
         raise UserError(
             f"{path} is a {FLAVOURS[flavour].title} plan and runs on a GPU; use --device cuda"
         )
-    plan = path.read_bytes()
+    data = path.read_bytes()
     runtime = trt.Runtime(logger(trt))
-    check_header(trt, runtime, path, plan, again)
+    check_header(trt, runtime, path, data, again)
     here = cudart.architecture()
     check_gpu(flavour, trt, here)
     check_architecture(path, manifest["plan"]["architectures"], here, again)
     runtime.engine_host_code_allowed = manifest["plan"][
         "version_compatible"
     ]  # such a plan brings its own runtime
-    engine = deserialize(trt, runtime, path, plan, again)
+    engine = deserialize(trt, runtime, path, data, again)
     shapes, profile = check_engine(trt, engine, path, manifest["preprocess"]["size"], again)
     cuda_graph = manifest["plan"]["cuda_graph"]
     try:
-        context = create_context(trt, engine, FLAVOURS[flavour].portable, cuda_graph)
-        return TensorRTEngine(
-            context, shapes, profile, cuda_graph and not FLAVOURS[flavour].portable
-        )
+        portable = FLAVOURS[flavour].portable
+        plan = Plan(trt, engine, portable, cuda_graph)
+        return TensorRTEngine(plan, shapes, profile, cuda_graph and not portable)
     except cudart.CudaError as error:
         raise UserError(
             f"{path} does not run on this GPU ({error}); {again} and a smaller --max_batch"
@@ -388,23 +474,3 @@ def check_engine(
         )
     batches = [int(shape[0]) for shape in engine.get_tensor_profile_shape("images", 0)]
     return shapes, Profile(*batches)
-
-
-def create_context(trt: ModuleType, engine: Any, portable: bool, cuda_graph: bool) -> Any:
-    """Returns an execution context, for TensorRT-RTX with kernels that stay the same. Raises CudaError."""
-    if not portable:
-        return _made(trt, engine.create_execution_context())
-    config = engine.create_runtime_config()
-    # Left to itself it changes kernels under way, and the parity gate would have seen others than those that go on.
-    config.dynamic_shapes_kernel_specialization_strategy = (
-        trt.DynamicShapesKernelSpecializationStrategy.EAGER
-    )
-    if cuda_graph:
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-    return _made(trt, engine.create_execution_context(config))
-
-
-def _made(trt: ModuleType, context: Any) -> Any:
-    if context is None:
-        raise cudart.CudaError(logger(trt).reason())
-    return context

@@ -1,13 +1,21 @@
-"""A stand-in for the CUDA runtime and for a TensorRT context, for the one thing a machine without a GPU cannot have.
+"""A stand-in for the CUDA runtime and for TensorRT's execution contexts, stricter than both.
 
-It keeps what CUDA promises and no more: a stream does its work in order, at any time until somebody waits for it, and
-two streams know nothing of each other but by events. Work is put off as long as may be (or, with `eager_copies`, copies
-to the GPU run as early as may be), so that a wait that is missing, or memory that is used again too early, gives wrong
-numbers and not a lucky run.
+A machine without a GPU can have neither. What CUDA and TensorRT leave undefined is an error here:
+
+- Two pieces of work that touch the same memory, of which one writes, and that nothing puts in order.
+  A stream does its work in order; events and the host's waits put the work of several in order.
+- Memory that is freed, and host memory that is rewritten, while work on it has not been waited for.
+- An address for TensorRT that is not aligned to 256 bytes. Allocations are aligned to no more.
+- An execution context on two streams at once, or two contexts on the same scratch memory.
+- A graph that is replayed after its context was used for anything else, and one that is recorded
+  before a run with the context's present shape.
+
+Work runs as late as possible (or, with `eager_copies`, copies to the GPU as early as possible), and
+memory is poisoned until it has been written, so that a wait that is missing gives wrong numbers too.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import SimpleNamespace
@@ -15,13 +23,43 @@ from typing import Any
 
 import numpy as np
 
-Work = Callable[[], None]
-SUCCESS = 0
+SUCCESS, UNSUPPORTED_IN_CAPTURE, CAPTURE_INVALIDATED, ILLEGAL_STATE = 0, 900, 901, 401
 POISON = 0xCD
+ALIGNMENT = 256
+
+Clock = dict[int, int]
+"""How much of each stream, by its number, is known to be done."""
+
+
+class Misuse(AssertionError):
+    """The behaviour of CUDA or TensorRT would be undefined."""
+
+
+@dataclass(frozen=True)
+class Touch:
+    """Memory that a piece of work reads or writes."""
+
+    start: int
+    size: int
+    writes: bool
+
+    def collides(self, other: "Touch") -> bool:
+        apart = self.start + self.size <= other.start or other.start + other.size <= self.start
+        return (self.writes or other.writes) and not apart
+
+
+@dataclass(frozen=True)
+class Work:
+    """A copy or a run of a network."""
+
+    name: str
+    touches: tuple[Touch, ...]
+    run: Callable[[], None]
 
 
 @dataclass
 class FakeEvent:
+    clock: Clock = field(default_factory=dict)
     stream: "FakeStream | None" = None
     position: int = 0
 
@@ -32,19 +70,26 @@ class FakeStream:
 
     number: int
     work: list[Work] = field(default_factory=list)
+    clock: Clock = field(default_factory=dict)
+    """The work of others that is done before the stream's next one."""
     done: int = 0
-    recording: list[Work] | None = None
+    recording: "FakeGraph | None" = None
 
     def __int__(self) -> int:
         return self.number
 
-    def add(self, work: Work) -> None:
-        (self.work if self.recording is None else self.recording).append(work)
-
     def run(self, until: int) -> None:
         while self.done < until:
             self.done += 1
-            self.work[self.done - 1]()
+            self.work[self.done - 1].run()
+
+
+@dataclass(eq=False)
+class FakeGraph:
+    work: list[Work] = field(default_factory=list)
+    contexts: "dict[FakeContext, int]" = field(default_factory=dict)
+    """The contexts that are part of it, and how often each had been used after it was recorded."""
+    is_valid: bool = True
 
 
 class Kind(Enum):
@@ -64,102 +109,217 @@ class FakeCuda:
         self.eager_copies = eager_copies
         self.host: dict[int, Any] = {}
         self.device: dict[int, Any] = {}
+        self.internal: dict[int, Any] = {}
+        """TensorRT's own."""
         self.streams: dict[int, FakeStream] = {}
+        self.graphs: set[FakeGraph] = set()
         self.replays = 0
+        self.misuses: list[str] = []
+        """All misuses; Python drops an exception that a finalizer raises."""
+        self._clock: Clock = {}
+        self._freed: list[Any] = []
 
-    def _allocate(self, memory: dict[int, Any], size: int) -> tuple[int, int]:
-        array = np.full(size, POISON, np.uint8)
+    def misuse(self, text: str) -> Misuse:
+        self.misuses.append(text)
+        return Misuse(text)
+
+    def cudaGetErrorString(self, status: int) -> tuple[int, bytes]:
+        return SUCCESS, f"error {status}".encode()
+
+    def cudaGetLastError(self) -> tuple[int]:
+        return (SUCCESS,)
+
+    # Memory
+
+    def _allocate(self, memory: dict[int, Any], size: int) -> tuple[int, int | None]:
+        if self._interrupts_capture():
+            return UNSUPPORTED_IN_CAPTURE, None
+        block = np.full(size + 2 * ALIGNMENT, POISON, np.uint8)
+        start = -block.ctypes.data % ALIGNMENT
+        start += 0 if (block.ctypes.data + start) % (2 * ALIGNMENT) else ALIGNMENT
+        array = block[start : start + size]
         memory[array.ctypes.data] = array
         return SUCCESS, array.ctypes.data
 
-    def cudaHostAlloc(self, size: int, flags: int) -> tuple[int, int]:
+    def _free(self, memory: dict[int, Any], pointer: int) -> tuple[int]:
+        array = memory.pop(pointer)
+        self._freed.append(array)  # so that no other allocation gets the address
+        self._check_order(None, Work("free", (Touch(pointer, array.size, writes=True),), _nothing))
+        array[:] = POISON
+        return (SUCCESS,)
+
+    def cudaHostAlloc(self, size: int, flags: int) -> tuple[int, int | None]:
         return self._allocate(self.host, size)
 
-    def cudaMalloc(self, size: int) -> tuple[int, int]:
+    def cudaMalloc(self, size: int) -> tuple[int, int | None]:
         return self._allocate(self.device, size)
 
     def cudaFreeHost(self, pointer: int) -> tuple[int]:
-        del self.host[pointer]
-        return (SUCCESS,)
+        return self._free(self.host, pointer)
 
     def cudaFree(self, pointer: int) -> tuple[int]:
-        del self.device[pointer]
-        return (SUCCESS,)
+        return self._free(self.device, pointer)
 
     def cudaPointerGetAttributes(self, pointer: int) -> tuple[int, Any]:
-        is_host = any(start <= pointer < start + array.size for start, array in self.host.items())
-        return SUCCESS, SimpleNamespace(type=1 if is_host else 0)
+        return SUCCESS, SimpleNamespace(type=1 if _holds(self.host, pointer, 1) else 0)
+
+    # Order
+
+    def submit(self, stream: FakeStream, work: Work) -> None:
+        """Give a stream work, or its recording if it records."""
+        if stream.recording is not None:
+            stream.recording.work.append(work)
+            return
+        stream.clock = _merged(stream.clock, self._clock)
+        self._check_memory(work)
+        self._check_order(stream, work)
+        stream.work.append(work)
+
+    def _check_memory(self, work: Work) -> None:
+        for touch in work.touches:
+            memories = (self.device, self.host, self.internal)
+            if not any(_holds(memory, touch.start, touch.size) for memory in memories):
+                raise self.misuse(
+                    f"{work.name} touches memory that is freed or never was allocated"
+                )
+
+    def _check_order(self, stream: FakeStream | None, work: Work) -> None:
+        """Raise Misuse if work collides with work of other streams that is not done before it.
+
+        The host's own (`stream` is None) comes after what it has waited for.
+        """
+        clock = stream.clock if stream else self._clock
+        for other in self.streams.values():
+            if other is stream:
+                continue
+            for earlier in other.work[clock.get(other.number, 0) :]:
+                if any(one.collides(two) for one in work.touches for two in earlier.touches):
+                    raise self.misuse(f"{work.name} does not wait for {earlier.name}")
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, FakeStream]:
         stream = FakeStream(1 + len(self.streams))
         self.streams[stream.number] = stream
         return SUCCESS, stream
 
-    def cudaEventCreateWithFlags(self, flags: int) -> tuple[int, FakeEvent]:
-        return SUCCESS, FakeEvent()
-
     def cudaStreamDestroy(self, stream: FakeStream) -> tuple[int]:
         return (SUCCESS,)
+
+    def cudaEventCreateWithFlags(self, flags: int) -> tuple[int, FakeEvent]:
+        return SUCCESS, FakeEvent()
 
     def cudaEventDestroy(self, event: FakeEvent) -> tuple[int]:
         return (SUCCESS,)
 
-    def cudaGraphExecDestroy(self, graph: list[Work]) -> tuple[int]:
-        return (SUCCESS,)
-
     def cudaEventRecord(self, event: FakeEvent, stream: FakeStream) -> tuple[int]:
         event.stream, event.position = stream, len(stream.work)
+        event.clock = _merged(stream.clock, {stream.number: event.position})
         return (SUCCESS,)
 
     def cudaStreamWaitEvent(self, stream: FakeStream, event: FakeEvent, flags: int) -> tuple[int]:
         before, until = event.stream, event.position
-        stream.add(lambda: before.run(until) if before else None)
+        if before:
+            stream.clock = _merged(stream.clock, event.clock)
+            stream.work.append(Work("wait", (), lambda: before.run(until)))
         return (SUCCESS,)
 
     def cudaEventSynchronize(self, event: FakeEvent) -> tuple[int]:
+        if self._interrupts_capture():
+            return (UNSUPPORTED_IN_CAPTURE,)
         if event.stream:
             event.stream.run(event.position)
+            self._clock = _merged(self._clock, event.clock)
         return (SUCCESS,)
 
     def cudaStreamSynchronize(self, stream: FakeStream) -> tuple[int]:
+        if self._interrupts_capture():
+            return (UNSUPPORTED_IN_CAPTURE,)
         stream.run(len(stream.work))
+        self._clock = _merged(self._clock, stream.clock, {stream.number: len(stream.work)})
         return (SUCCESS,)
+
+    # Copies
 
     def cudaMemcpyAsync(
         self, target: int, source: int, count: int, kind: Kind, stream: FakeStream
     ) -> tuple[int]:
-        for pointer, memory in ((target, self.device), (source, self.host)):
-            on_device = memory if kind is Kind.cudaMemcpyHostToDevice else self._other(memory)
-            assert _holds(on_device, pointer, count), (
-                "a copy must lie in memory of its kind, host memory page-locked"
-            )
-        stream.add(lambda: ctypes.memmove(target, source, count) and None)
-        if self.eager_copies and kind is Kind.cudaMemcpyHostToDevice:
+        is_upload = kind is Kind.cudaMemcpyHostToDevice
+        on_device, on_host = (target, source) if is_upload else (source, target)
+        if not (_holds(self.device, on_device, count) and _holds(self.host, on_host, count)):
+            raise self.misuse("a copy outside page-locked host memory and memory of the GPU")
+        before = ctypes.string_at(source, count)
+
+        def copy() -> None:
+            if is_upload and ctypes.string_at(source, count) != before:
+                raise self.misuse("host memory was rewritten before its copy to the GPU was done")
+            ctypes.memmove(target, source, count)
+
+        touches = Touch(source, count, writes=False), Touch(target, count, writes=True)
+        self.submit(stream, Work("upload" if is_upload else "download", touches, copy))
+        if not is_upload:
+            ctypes.memset(target, POISON, count)  # who reads it without a wait gets this
+        elif self.eager_copies:
             stream.run(len(stream.work))
         return (SUCCESS,)
 
-    def _other(self, memory: dict[int, Any]) -> dict[int, Any]:
-        return self.host if memory is self.device else self.device
+    # Graphs
+
+    def _interrupts_capture(self) -> bool:
+        """Whether a stream records; a call that CUDA prohibits meanwhile invalidates that."""
+        recording = [stream.recording for stream in self.streams.values() if stream.recording]
+        for graph in recording:
+            graph.is_valid = False
+        return bool(recording)
 
     def cudaStreamBeginCapture(self, stream: FakeStream, mode: int) -> tuple[int]:
-        stream.recording = []
+        if stream.recording:
+            return (ILLEGAL_STATE,)
+        stream.recording = FakeGraph()
         return (SUCCESS,)
 
-    def cudaStreamEndCapture(self, stream: FakeStream) -> tuple[int, list[Work]]:
-        recorded, stream.recording = stream.recording, None
-        assert recorded
-        return SUCCESS, recorded
-
-    def cudaGraphInstantiate(self, graph: list[Work], flags: int) -> tuple[int, list[Work]]:
+    def cudaStreamEndCapture(self, stream: FakeStream) -> tuple[int, FakeGraph | None]:
+        graph, stream.recording = stream.recording, None
+        if graph is None:
+            return ILLEGAL_STATE, None
+        if not graph.is_valid:
+            return CAPTURE_INVALIDATED, None
+        graph.contexts = {context: context.uses for context in graph.contexts}
+        self.graphs.add(graph)
         return SUCCESS, graph
 
-    def cudaGraphLaunch(self, graph: list[Work], stream: FakeStream) -> tuple[int]:
+    def cudaGraphInstantiate(self, graph: FakeGraph, flags: int) -> tuple[int, FakeGraph]:
+        executable = FakeGraph(graph.work, graph.contexts)
+        self.graphs.add(executable)
+        return SUCCESS, executable
+
+    def cudaGraphDestroy(self, graph: FakeGraph) -> tuple[int]:
+        self.graphs.remove(graph)
+        return (SUCCESS,)
+
+    def cudaGraphExecDestroy(self, graph: FakeGraph) -> tuple[int]:
+        self.graphs.remove(graph)
+        return (SUCCESS,)
+
+    def cudaGraphLaunch(self, graph: FakeGraph, stream: FakeStream) -> tuple[int]:
+        if graph not in self.graphs:
+            raise self.misuse("a graph is replayed that was destroyed")
+        if any(context.uses != uses for context, uses in graph.contexts.items()):
+            raise self.misuse("a graph is replayed whose context has been used for something else")
         self.replays += 1
-        stream.work.extend(graph)
+        for work in graph.work:
+            self.submit(stream, work)
         return (SUCCESS,)
 
 
-def _holds(memory: dict[int, Any], pointer: int, count: int) -> bool:
+def _nothing() -> None:
+    """Nothing to run."""
+
+
+def _merged(*clocks: Clock) -> Clock:
+    numbers = {number for clock in clocks for number in clock}
+    return {number: max(clock.get(number, 0) for clock in clocks) for number in numbers}
+
+
+def _holds(memory: Mapping[int, Any], pointer: int, count: int) -> bool:
     return any(
         start <= pointer and pointer + count <= start + array.size
         for start, array in memory.items()
@@ -172,35 +332,101 @@ def as_array(pointer: int, shape: tuple[int, ...], dtype: type) -> np.ndarray[An
     return np.frombuffer((ctypes.c_uint8 * size).from_address(pointer), dtype).reshape(shape)
 
 
-class FakeContext:
-    """A TensorRT execution context whose network is a function of images [n, H, W, 3]."""
+FAKE_TRT = SimpleNamespace(
+    ExecutionContextAllocationStrategy=SimpleNamespace(STATIC=0, USER_MANAGED=2)
+)
+"""The names of TensorRT's module that creating contexts takes."""
+
+
+class FakeEngine:
+    """TensorRT's engine of a plan whose network is a function of images [n, H, W, 3]."""
+
+    device_memory_size_v2 = 1000
 
     def __init__(
         self, cuda: FakeCuda, network: Callable[[Any], dict[str, Any]], max_batch: int
     ) -> None:
-        self._cuda, self._network, self._max_batch = cuda, network, max_batch
+        self.cuda, self.network, self.max_batch = cuda, network, max_batch
+        self.contexts: list[FakeContext] = []
+        self.fails_from: int | None = None
+        """The number of runs, of all contexts, from which on runs fail."""
+
+    def create_execution_context(self, strategy: int) -> "FakeContext":
+        assert strategy == FAKE_TRT.ExecutionContextAllocationStrategy.USER_MANAGED
+        self.contexts.append(FakeContext(self))
+        return self.contexts[-1]
+
+    @property
+    def batches(self) -> list[int]:
+        """The batch of each run or recording, in their order."""
+        return [batch for _, batch in sorted(run for each in self.contexts for run in each.runs)]
+
+
+class FakeContext:
+    """A TensorRT execution context."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine, self._cuda = engine, engine.cuda
+        self._state = np.zeros(1, np.uint8)
+        """Its own memory, which every run writes."""
+        self._cuda.internal[self._state.ctypes.data] = self._state
         self._addresses: dict[str, int] = {}
+        self._memory = (0, 0)
         self._shape: tuple[int, ...] = ()
-        self.batches: list[int] = []
-        """The batch of each run or recording."""
+        self._is_ready = False
+        """Whether it has run with its shape, outside a recording."""
+        self.uses = 0
+        self.shapes: list[int] = []
+        """The batch of each shape that was set."""
+        self.runs: list[tuple[int, int]] = []
+        """The number of each run or recording among those of all contexts, and its batch."""
+
+    def set_device_memory(self, pointer: int, size: int) -> None:
+        if pointer % ALIGNMENT or size < self._engine.device_memory_size_v2:
+            raise self._cuda.misuse("scratch memory that is too small or not aligned")
+        self.uses += 1
+        self._memory = (pointer, size)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.uses += 1
+        self.shapes.append(shape[0])
+        self._is_ready = self._is_ready and shape == self._shape
         self._shape = shape
-        return name == "images" and 1 <= shape[0] <= self._max_batch
+        return name == "images" and 1 <= shape[0] <= self._engine.max_batch
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
+        if pointer % ALIGNMENT:
+            raise self._cuda.misuse(f"the address of {name} is not aligned to {ALIGNMENT} bytes")
+        self.uses += 1
         self._addresses[name] = pointer
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        addresses, shape = dict(self._addresses), self._shape
-        self.batches.append(shape[0])
+        number = len(self._engine.batches)
+        if self._engine.fails_from is not None and number >= self._engine.fails_from:
+            return False
+        target = self._cuda.streams[stream]
+        self.uses += 1
+        self.runs.append((number, self._shape[0]))
+        if target.recording is None:
+            self._is_ready = True
+        elif self._is_ready:
+            target.recording.contexts[self] = self.uses
+        else:
+            raise self._cuda.misuse("a recording before a run with the context's shape")
+        self._cuda.submit(target, self._work())
+        return True
 
-        def work() -> None:
-            for name, values in self._network(
-                as_array(addresses["images"], shape, np.uint8)
-            ).items():
+    def _work(self) -> Work:
+        addresses, shape, network = dict(self._addresses), self._shape, self._engine.network
+        sizes = {name: values.nbytes for name, values in network(np.zeros(shape, np.uint8)).items()}
+        read = Touch(addresses["images"], int(np.prod(shape)), writes=False)
+        written = [Touch(addresses[name], size, writes=True) for name, size in sizes.items()]
+        own = Touch(*self._memory, writes=True), Touch(self._state.ctypes.data, 1, writes=True)
+
+        def run() -> None:
+            images = as_array(addresses["images"], shape, np.uint8)
+            for name, values in network(images).items():
                 as_array(addresses[name], values.shape, np.float32)[:] = values
 
-        self._cuda.streams[stream].add(work)
-        return True
+        return Work("a run", (read, *written, *own), run)

@@ -5,16 +5,18 @@ import gc
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
-from fake_cuda import FakeContext, FakeCuda
+from fake_cuda import FAKE_TRT, FakeCuda, FakeEngine, Kind, Misuse
 
 from infer.engines import cudart, load, tensorrt
-from infer.engines.tensorrt import AMPERE_PLUS, Profile, TensorRTEngine
+from infer.engines.cudart import CudaError
+from infer.engines.tensorrt import AMPERE_PLUS, Plan, Profile, TensorRTEngine
 from isic.errors import UserError
 from isic.files import manifest_path, read_manifest, write_manifest
 
@@ -38,16 +40,31 @@ def pictures(number: int, seed: int = 0) -> np.ndarray[Any, Any]:
 
 
 @pytest.fixture(params=[False, True], ids=["late", "eager copies"])
-def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     """A stand-in for CUDA, which this machine lacks, in its two extreme orders of work."""
     fake = FakeCuda(eager_copies=request.param)
     monkeypatch.setattr(cudart, "runtime", lambda: fake)
-    return fake
+    yield fake
+    gc.collect()
+    assert not fake.misuses
 
 
-def stand_in(cuda: FakeCuda, cuda_graph: bool = False) -> tuple[TensorRTEngine, FakeContext]:
-    context = FakeContext(cuda, network, PROFILE.max)
-    return TensorRTEngine(context, SHAPES, PROFILE, cuda_graph), context
+def stand_in(cuda: FakeCuda, cuda_graph: bool = False) -> tuple[TensorRTEngine, FakeEngine]:
+    fake = FakeEngine(cuda, network, PROFILE.max)
+    return engine_of(fake, cuda_graph), fake
+
+
+def engine_of(fake: FakeEngine, cuda_graph: bool) -> TensorRTEngine:
+    plan = Plan(cast(ModuleType, FAKE_TRT), fake, portable=False, cuda_graph=cuda_graph)
+    return TensorRTEngine(plan, SHAPES, PROFILE, cuda_graph)
+
+
+def assert_right(engine: TensorRTEngine, number: int) -> None:
+    """Run pictures and compare the results with the network's."""
+    images = pictures(number, seed=number)
+    features, logits = engine.run(images)
+    np.testing.assert_array_equal(features, network(images)["features"])
+    np.testing.assert_array_equal(logits, network(images)["logits"])
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
@@ -69,21 +86,154 @@ def test_batches_of_any_size_are_right(cuda: FakeCuda, cuda_graph: bool, pinned:
 
 def test_a_batch_over_the_profile_goes_in_pieces_and_the_tail_is_padded(cuda: FakeCuda) -> None:
     """On a stand-in for CUDA."""
-    engine, context = stand_in(cuda)
+    engine, fake = stand_in(cuda)
     engine.run(pictures(21))
-    assert context.batches == [8, 8, 8]  # the last with five images
+    assert fake.batches == [8, 8, 8]  # the last with five images
     engine.run(pictures(16))
-    assert context.batches[3:] == [16]
+    assert fake.batches[3:] == [16]
 
 
 def test_the_full_batch_replays_a_cuda_graph(cuda: FakeCuda) -> None:
     """On a stand-in for CUDA."""
-    engine, context = stand_in(cuda, cuda_graph=True)
-    recorded = len(context.batches)
+    engine, fake = stand_in(cuda, cuda_graph=True)
+    recorded = len(fake.batches)
     engine.run(pictures(40))
-    assert cuda.replays == 5 and len(context.batches) == recorded
+    assert cuda.replays == 5 and len(fake.batches) == recorded
     engine.run(pictures(3))
-    assert cuda.replays == 5 and context.batches[recorded:] == [4]
+    assert cuda.replays == 5 and fake.batches[recorded:] == [4]
+
+
+def test_a_graph_is_right_after_batches_of_other_sizes(cuda: FakeCuda) -> None:
+    """On a stand-in for CUDA, where a graph whose context was used otherwise cannot be replayed."""
+    engine, fake = stand_in(cuda, cuda_graph=True)
+    for number in (40, 3, 40, 16, 1, 8, 61, 24):
+        assert_right(engine, number)
+    assert cuda.replays == 5 + 5 + 1 + 8 + 3
+    assert len(fake.contexts) == 4, "one for each slot, and one for each slot's graph"
+
+
+def test_a_shape_is_set_only_when_the_batch_changes(cuda: FakeCuda) -> None:
+    """On a stand-in for CUDA."""
+    engine, fake = stand_in(cuda)
+    for number in (24, 24, 3, 3, 24):
+        assert_right(engine, number)
+    assert [context.shapes for context in fake.contexts] == [[8, 4, 8], [8]]
+
+
+def test_contexts_share_their_scratch_memory(cuda: FakeCuda) -> None:
+    """On a stand-in for CUDA."""
+    _, fake = stand_in(cuda, cuda_graph=True)
+    sizes = [array.size for array in cuda.device.values()]
+    assert sizes.count(fake.device_memory_size_v2) == 1
+
+
+def test_contexts_of_tensorrt_rtx_share_memory_and_keep_their_kernels(cuda: FakeCuda) -> None:
+    """The names are TensorRT-RTX's own; the engine is made up, because opening one takes a GPU."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    given: dict[str, Any] = {}
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    config = SimpleNamespace(
+        set_execution_context_allocation_strategy=lambda value: given.update(strategy=value)
+    )
+    context = FakeEngine(cuda, network, PROFILE.max).create_execution_context(int(strategy))
+    engine = SimpleNamespace(
+        device_memory_size_v2=1000,
+        create_runtime_config=lambda: config,
+        create_execution_context=lambda config: given.update(config=config) or context,
+    )
+    Plan(trt, engine, portable=True, cuda_graph=True).create_context()
+    assert given == {"strategy": strategy, "config": config}
+    kernels = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    assert config.dynamic_shapes_kernel_specialization_strategy == kernels
+    assert config.cuda_graph_strategy == trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    config = SimpleNamespace(**vars(config))
+    del config.cuda_graph_strategy
+    Plan(trt, engine, portable=True, cuda_graph=False).create_context()
+    assert not hasattr(config, "cuda_graph_strategy")
+    engine.create_execution_context = lambda config: None
+    with pytest.raises(CudaError, match="it gives no reason"):
+        Plan(trt, engine, portable=True, cuda_graph=False).create_context()
+
+
+@pytest.mark.parametrize("fails_from", [0, 1, 2, 3])
+def test_an_error_while_recording_ends_the_recording(cuda: FakeCuda, fails_from: int) -> None:
+    """On a stand-in for CUDA, where a stream that is left recording refuses what follows."""
+    fake = FakeEngine(cuda, network, PROFILE.max)
+    fake.fails_from = fails_from
+    with pytest.raises(CudaError, match="did not run a batch of 8"):
+        engine_of(fake, cuda_graph=True)
+    assert not any(stream.recording for stream in cuda.streams.values())
+    gc.collect()
+    assert not cuda.graphs
+    fake.fails_from = None
+    assert_right(engine_of(fake, cuda_graph=True), 21)
+
+
+def test_a_call_that_breaks_a_recording_leaves_the_stream_usable(cuda: FakeCuda) -> None:
+    """On a stand-in for CUDA."""
+    stream = cudart.Stream()
+    with pytest.raises(CudaError, match="cudaMalloc failed: error 900"):
+        stream.recorded(lambda: cudart.DeviceMemory(8) and None)
+    with pytest.raises(CudaError, match="cudaStreamEndCapture failed: error 901"):
+        stream.recorded(lambda: cuda.cudaMalloc(8) and None)
+    stream.wait()
+
+
+def test_a_batch_that_fails_halfway_leaves_nothing_in_flight(cuda: FakeCuda) -> None:
+    """On a stand-in for CUDA, where memory that is reused in flight fails."""
+    engine, fake = stand_in(cuda)
+    for fails_from in range(3):
+        fake.fails_from = len(fake.batches) + fails_from
+        with pytest.raises(CudaError, match="did not run a batch of 8"):
+            engine.run(pictures(40, seed=1))
+        fake.fails_from = None
+        assert_right(engine, 40)
+
+
+def test_the_stand_in_refuses_what_cuda_leaves_undefined() -> None:
+    """The other tests prove as much as these refusals."""
+    fake = FakeCuda()
+    (_, one), (_, two) = (fake.cudaStreamCreateWithFlags(0) for _ in range(2))
+    (_, host), (_, device) = fake.cudaHostAlloc(64, 0), fake.cudaMalloc(64)
+    upload, download = Kind.cudaMemcpyHostToDevice, Kind.cudaMemcpyDeviceToHost
+    assert device % 256 == 0 and device % 512, "aligned as promised and no more"
+    fake.cudaMemcpyAsync(device, host, 64, upload, one)
+    with pytest.raises(Misuse, match="download does not wait for upload"):
+        fake.cudaMemcpyAsync(host, device, 64, download, two)
+    with pytest.raises(Misuse, match="free does not wait for upload"):
+        fake.cudaFree(device)
+    with pytest.raises(Misuse, match="outside page-locked host memory and memory of the GPU"):
+        fake.cudaMemcpyAsync(device, host, 64, upload, one)
+    fake.host[host][:] = 1
+    with pytest.raises(Misuse, match="rewritten before its copy"):
+        fake.cudaStreamSynchronize(one)
+
+
+def test_the_stand_in_refuses_what_tensorrt_leaves_undefined() -> None:
+    """The other tests prove as much as these refusals."""
+    fake = FakeCuda()
+    streams = [fake.cudaStreamCreateWithFlags(0)[1] for _ in range(2)]
+    context = FakeEngine(fake, network, PROFILE.max).create_execution_context(2)
+    context.set_device_memory(fake.cudaMalloc(1000)[1], 1000)
+    with pytest.raises(Misuse, match="not aligned"):
+        context.set_tensor_address("images", fake.cudaMalloc(64)[1] + 16)
+    for name in SHAPES:
+        context.set_tensor_address(name, fake.cudaMalloc(1000)[1])
+    context.set_input_shape("images", (8, 4, 4, 3))
+    fake.cudaStreamBeginCapture(streams[0], 1)
+    with pytest.raises(Misuse, match="before a run with the context's shape"):
+        context.execute_async_v3(1)
+    fake.cudaStreamEndCapture(streams[0])
+    context.execute_async_v3(1)
+    with pytest.raises(Misuse, match="a run does not wait for a run"):
+        context.execute_async_v3(2)
+    fake.cudaStreamBeginCapture(streams[0], 1)
+    context.execute_async_v3(1)
+    _, graph = fake.cudaGraphInstantiate(fake.cudaStreamEndCapture(streams[0])[1], 0)
+    fake.cudaGraphLaunch(graph, streams[0])
+    context.set_input_shape("images", (8, 4, 4, 3))
+    with pytest.raises(Misuse, match="context has been used for something else"):
+        fake.cudaGraphLaunch(graph, streams[0])
 
 
 def test_pinned_images_are_not_copied_on_the_host(cuda: FakeCuda) -> None:
