@@ -54,14 +54,18 @@ def architecture() -> str:
     """Returns the architecture of the current GPU as NVIDIA writes it: `sm89` for compute capability 8.9.
 
     Raises:
-        UserError: CUDA Python is not installed, or there is no GPU that CUDA can use.
+        UserError: CUDA Python is not installed, its driver is too old, or there is no GPU that
+            CUDA can use.
     """
     cuda = runtime()
     status, count = cuda.cudaGetDeviceCount()
     if int(status) != 0 or not count:
+        check_driver()
         reason = _reason(status) if int(status) else "no device"
-        raise UserError(f"no NVIDIA GPU can be used here (CUDA says: {reason}), and TensorRT needs one; use a machine "
-                        "that has one, or the format onnx")  # fmt: skip
+        raise UserError(
+            f"no NVIDIA GPU can be used here (CUDA reports: {reason}), and TensorRT needs one; use "
+            "a machine that has one, or the format onnx"
+        )
     device = call(cuda.cudaGetDevice)
     major, minor = (
         call(
@@ -72,6 +76,26 @@ def architecture() -> str:
         for part in ("Major", "Minor")
     )
     return f"sm{major}{minor}"
+
+
+def check_driver() -> None:
+    """Raise UserError if the NVIDIA driver is older than the installed CUDA runtime.
+
+    CUDA itself gives the same reason when there is no driver at all, whose version reads 0.
+    """
+    cuda = runtime()
+    (_, driver), (_, library) = cuda.cudaDriverGetVersion(), cuda.cudaRuntimeGetVersion()
+    if 0 < driver // 1000 < library // 1000:
+        major = driver // 1000
+        raise UserError(
+            f"the NVIDIA driver is for CUDA {_version(driver)}, which is too old for the installed "
+            f"CUDA runtime {_version(library)}; install a newer driver, or "
+            f'`pip install "cuda-bindings<{major + 1}"` and a TensorRT for CUDA {major}'
+        )
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 class Pinned:

@@ -429,6 +429,31 @@ def test_no_gpu_is_one_sentence(built: Path) -> None:
     assert "no NVIDIA GPU can be used here" in refusal(built, read_manifest(built))
 
 
+@pytest.mark.parametrize(
+    ("driver", "words"),
+    [
+        (12040, 'the NVIDIA driver is for CUDA 12.4, .*CUDA runtime 13.5; .*"cuda-bindings<13"'),
+        (13000, "no NVIDIA GPU can be used here .*: driver version is insufficient"),
+        (0, "no NVIDIA GPU can be used here .*: driver version is insufficient"),
+    ],
+)
+def test_a_driver_that_is_too_old_is_named(
+    driver: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The versions are made up: CUDA returns the same status for an old driver and for none."""
+    fake = SimpleNamespace(
+        cudaGetDeviceCount=lambda: (35, None),
+        cudaDriverGetVersion=lambda: (0, driver),
+        cudaRuntimeGetVersion=lambda: (0, 13050),
+        cudaGetErrorString=lambda status: (0, b"driver version is insufficient"),
+    )
+    monkeypatch.setattr(cudart, "runtime", lambda: fake)
+    with pytest.raises(UserError, match=words) as raised:
+        cudart.architecture()
+    assert "\n" not in str(raised.value)
+    assert ("no NVIDIA GPU" in str(raised.value)) == (driver != 12040)
+
+
 def test_a_missing_package_is_named(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(built)
     if importlib.util.find_spec("tensorrt") is None:
