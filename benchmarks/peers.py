@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,8 @@ from isic.synth.write import write_images
 from train.model import backbone_options
 
 OURS = next(iter(WAYS))
+PEER_PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}
+"""The precision of the peers beside each of ours on a GPU; torch autocasts to no type of 8 bits."""
 
 
 class PeersSettings(Settings):
@@ -42,7 +44,8 @@ class PeersSettings(Settings):
     data: Path = Field(Path("data/isic-2024"), description="dataset folder with train-image.hdf5")
     format: str = Field("onnx", description="format of ours")
     precision: Several[str] = Field(
-        ("fp32",), description="precisions of ours; the peers compute in float32"
+        ("fp32",),
+        description="precisions of ours; on a GPU the peers compute in the same, else in float32",
     )
     peers: Several[str] = Field(
         ("all",), description="parts of the peers' names, separated by commas, or all"
@@ -83,17 +86,33 @@ def peers(settings: PeersSettings) -> None:
     }
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         common = describe(fresh, ids, settings, Path(folder))
-        ours, reasons = build_ours(fresh, common, settings, Path(folder))
         resized = write_resized(dataset, ids, fresh.spec, Path(folder))
-        for peer in others:
-            tasks = {**ours, peer: Task(way=peer, folder=_folder(Path(folder), peer), **common)}
-            ways = {name: Way(task, settings.hf) for name, task in tasks.items()}
-            rates, features = embed_in_turns(
-                ways, settings.data.resolve(), resized, len(ids), settings.repeats
-            )
-            failed = {name: way.reason for name, way in ways.items() if way.reason}
-            rows = compare_all(rates, features, {**reasons, **failed}, [peer])
-            write("peers", [{**asked, **row} for row in rows], settings.results)
+        for peer_precision, precisions in by_peer_precision(settings, common["device"]).items():
+            ours, reasons = build_ours(fresh, common, settings, precisions, Path(folder))
+            for peer in others:
+                place = _folder(Path(folder), f"{peer}, {peer_precision}")
+                task = Task(way=peer, folder=place, precision=peer_precision, **common)
+                ways = {name: Way(each, settings.hf) for name, each in {**ours, peer: task}.items()}
+                rates, features = embed_in_turns(
+                    ways, settings.data.resolve(), resized, len(ids), settings.repeats
+                )
+                failed = {name: way.reason for name, way in ways.items() if way.reason}
+                rows = compare_all(rates, features, {**reasons, **failed}, [peer])
+                both = {"peer_precision": peer_precision}
+                write("peers", [{**asked, **row, **both} for row in rows], settings.results)
+
+
+def by_peer_precision(settings: PeersSettings, device: str) -> dict[str, list[str]]:
+    """Return the precisions of ours, by that of the peers beside them.
+
+    On a CPU the peers compute in float32, which is what people run there; on a GPU the same
+    network in a lower precision is several times as fast, so both compute in the same.
+    """
+    groups: dict[str, list[str]] = {}
+    for precision in settings.precision:
+        peer_precision = PEER_PRECISIONS[precision] if device == "cuda" else "fp32"
+        groups.setdefault(peer_precision, []).append(precision)
+    return groups
 
 
 def write_resized(dataset: Dataset, ids: list[str], spec: PreprocessSpec, folder: Path) -> Path:
@@ -134,11 +153,15 @@ def describe(fresh: Fresh, ids: list[str], settings: PeersSettings, folder: Path
 
 
 def build_ours(
-    fresh: Fresh, common: dict[str, Any], settings: PeersSettings, folder: Path
+    fresh: Fresh,
+    common: dict[str, Any],
+    settings: PeersSettings,
+    precisions: Sequence[str],
+    folder: Path,
 ) -> tuple[dict[str, Task], dict[str, str]]:
     """Returns a task for each precision of ours, and why there is none for the others."""
     tasks, reasons = {}, {}
-    for precision in settings.precision:
+    for precision in precisions:
         name = f"{OURS}, {settings.format} {precision}"
         try:
             artifact = build_artifact(
@@ -151,6 +174,7 @@ def build_ours(
             "way": OURS,
             "folder": _folder(folder, name),
             "artifact": str(artifact.path),
+            "precision": precision,
         }
         tasks[name] = Task(**own, manifest=artifact.manifest, **common)
     return tasks, reasons

@@ -120,6 +120,7 @@ TABLES = {
             "ours": "ours",
             "ours_images_per_second": "images/s",
             "peer": "peer",
+            "peer_precision": "its precision",
             "images_per_second": "images/s",
             "ratio": "ours is faster by",
             "ratio_min": "min",

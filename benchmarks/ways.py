@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,8 @@ Embed = Callable[[Path], Features]
 """Embeds the images of a task in the file of a dataset folder."""
 
 FILE = "train-image.hdf5"
+AUTOCAST = {"fp32": None, "fp16": "float16", "bf16": "bfloat16"}
+"""torch's name of the type that its layers are autocast to, by precision."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Task:
     batch: int
     num_workers: int
     device: str
+    precision: str
+    """What the network computes in, a key of AUTOCAST for all ways but ours."""
     artifact: str | None = None
     manifest: dict[str, Any] | None = None
 
@@ -120,7 +125,9 @@ def timm_eager(task: Task, compiled: bool = False) -> Embed:
         loader = torch.utils.data.DataLoader(
             Images(data), task.batch, num_workers=task.num_workers, pin_memory=task.device == "cuda"
         )
-        parts = [model(images.to(task.device, non_blocking=True)).cpu() for images in loader]
+        uploaded = (images.to(task.device, non_blocking=True) for images in loader)
+        with _autocast(task):
+            parts = [model(images).float().cpu() for images in uploaded]
         return np.asarray(torch.cat(parts).numpy(), np.float32)
 
     return embed
@@ -139,14 +146,15 @@ def onnx_loop(task: Task) -> Embed:
     path = Path(task.folder) / "backbone.onnx"
     example = torch.zeros((2, 3, task.size, task.size))
     torch.onnx.export(
-        _timm_model(task),
+        _lowered_model(task),
         (example,),
         path,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         external_data=False,
     )
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[task.device]
-    session = onnxruntime.InferenceSession(str(path), providers=[provider])
+    provider = PROVIDERS[task.device]
+    options = {"use_tf32": "0"} if task.device == "cuda" else {}
+    session = onnxruntime.InferenceSession(str(path), providers=[(provider, options)])
     if session.get_providers()[0] != provider:
         raise RuntimeError(f"ONNX Runtime has no {provider} here")
     name = session.get_inputs()[0].name
@@ -185,7 +193,10 @@ def optimum_pipeline(task: Task) -> Embed:
     from transformers import ViTImageProcessor  # noqa: PLC0415
 
     folder = _hugging_face_model(task)
-    model = ORTModelForFeatureExtraction.from_pretrained(folder, export=True)
+    if task.precision != "fp32":
+        raise RuntimeError(f"optimum exports no {task.precision} here")
+    provider = PROVIDERS[task.device]
+    model = ORTModelForFeatureExtraction.from_pretrained(folder, export=True, provider=provider)
     processor = ViTImageProcessor.from_pretrained(folder)
     pipe = pipeline(
         "image-feature-extraction", model=model, image_processor=processor, accelerator="ort"
@@ -193,6 +204,8 @@ def optimum_pipeline(task: Task) -> Embed:
     return _piped(task, pipe)
 
 
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""What ONNX Runtime calls a device."""
 WAYS: dict[str, Callable[[Task], Embed]] = {
     "infer embed": ours,
     "timm eager + DataLoader": timm_eager,
@@ -210,12 +223,43 @@ def _piped(task: Task, pipe: Any) -> Embed:
                 yield _picture(file, name)
 
     def embed(data: Path) -> Features:
-        outputs = pipe(pictures(data), batch_size=task.batch, return_tensors=True)
-        return np.concatenate(
-            [np.asarray(output[:, 0], np.float32) for output in outputs]
-        )  # the class token
+        with _autocast(task):
+            outputs = list(pipe(pictures(data), batch_size=task.batch, return_tensors=True))
+        class_tokens = (output[:, 0] for output in outputs)
+        return np.concatenate([np.asarray(token.float(), np.float32) for token in class_tokens])
 
     return embed
+
+
+def _autocast(task: Task) -> AbstractContextManager[Any]:
+    """Return torch's context in which layers compute in the task's precision, float32 as such."""
+    import torch  # noqa: PLC0415
+
+    torch.backends.cudnn.allow_tf32 = False  # by default convolutions round float32 to 10 bits
+    name = AUTOCAST[task.precision]
+    dtype = None if name is None else getattr(torch, name)
+    return torch.autocast(task.device, dtype, enabled=dtype is not None)
+
+
+def _lowered_model(task: Task) -> Any:
+    """Return timm's model with weights in the task's precision, and float32 input and output."""
+    import torch  # noqa: PLC0415
+
+    name = AUTOCAST[task.precision]
+    if name is None:
+        return _timm_model(task)
+    dtype: torch.dtype = getattr(torch, name)
+
+    class Lowered(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = _timm_model(task).to(dtype)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            features: torch.Tensor = self.model(images.to(dtype)).float()
+            return features
+
+    return Lowered().eval()
 
 
 def _timm_model(task: Task) -> Any:

@@ -1,22 +1,28 @@
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from conftest import Cli
 
+from benchmarks import ways
 from benchmarks.fresh import create_fresh, least_cosine
+from benchmarks.limits import DTYPES
 from benchmarks.peers import (
     OURS,
     PeersSettings,
     Way,
     build_ours,
+    by_peer_precision,
     compare_all,
     describe,
     embed_in_turns,
     write_resized,
 )
+from benchmarks.ways import WAYS, Task
 from infer.engines import works
 from isic.dataset import Dataset
 from isic.preprocess import PreprocessSpec, decode, resize
@@ -39,6 +45,7 @@ def test_the_same_images_give_the_same_features_everywhere(
     assert ended.code == 0, ended.err
     eager, transformers = pl.read_csv(tmp_path / "peers.csv").rows(named=True)
     assert eager["peer"] == "timm eager + DataLoader" and eager["ratio"] > 0
+    assert eager["ours"].endswith("onnx fp32") and eager["peer_precision"] == "fp32"
     assert eager["cosine_same_pixels"] > 0.99999 and eager["cosine"] > 0.9999
     if importlib.util.find_spec("transformers") is None:
         assert "transformers" in transformers["reason"] and transformers["ratio"] is None
@@ -77,7 +84,8 @@ def test_a_way_that_fails_in_its_turn_is_left_out(
         create_fresh(str(tiny)),
         Dataset(small_dataset).metadata("train")["isic_id"].to_list()[:2],
     )
-    ours, reasons = build_ours(fresh, describe(fresh, ids, settings, tmp_path), settings, tmp_path)
+    common = describe(fresh, ids, settings, tmp_path)
+    ours, reasons = build_ours(fresh, common, settings, ["fp32"], tmp_path)
     ways = {name: Way(task, None) for name, task in ours.items()}
     rates, features = embed_in_turns(
         ways, tmp_path / "absent", tmp_path / "absent", len(ids), repeats=1
@@ -88,6 +96,58 @@ def test_a_way_that_fails_in_its_turn_is_left_out(
         "cosine": {},
         "cosine_same_pixels": {},
     }
+
+
+def test_on_a_gpu_the_peers_compute_in_the_precision_of_ours() -> None:
+    settings = PeersSettings(precision=("bf16", "int8", "fp16", "fp32"))
+    assert by_peer_precision(settings, "cuda") == {
+        "bf16": ["bf16"],
+        "fp16": ["int8", "fp16"],
+        "fp32": ["fp32"],
+    }
+    assert by_peer_precision(settings, "cpu") == {"fp32": list(settings.precision)}
+
+
+@pytest.mark.parametrize(
+    ("peer", "precision"),
+    [
+        ("timm eager + DataLoader", "fp32"),
+        ("timm eager + DataLoader", "bf16"),
+        ("ONNX Runtime loop, h5py + PIL", "fp16"),
+    ],
+)
+def test_a_peer_computes_in_the_precision_that_its_row_names(
+    peer: str,
+    precision: str,
+    tiny: Path,
+    small_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a CPU, which has all three types as well."""
+    settings = PeersSettings(config=str(tiny), data=small_dataset, num_workers=0, device="cpu")
+    fresh = create_fresh(str(tiny))
+    ids = Dataset(small_dataset).metadata("train")["isic_id"].to_list()[:4]
+    common = describe(fresh, ids, settings, tmp_path)
+    seen: set[torch.dtype] = set()
+
+    def watched(task: Task) -> Any:
+        model = real(task)
+        model.blocks[0].attn.qkv.register_forward_hook(
+            lambda module, images, output: seen.add(output.dtype)
+        )
+        return model
+
+    real = ways._timm_model
+    expected = ways.timm_eager(Task(way=peer, folder=str(tmp_path), precision="fp32", **common))(
+        small_dataset
+    )
+    monkeypatch.setattr(ways, "_timm_model", watched)
+    task = Task(way=peer, folder=str(tmp_path), precision=precision, **common)
+    features = WAYS[peer](task)(small_dataset)
+    assert seen == {DTYPES[precision]} and features.dtype == np.float32
+    assert least_cosine(expected, features) > 0.999
+    assert (precision == "fp32") == np.array_equal(expected, features)
 
 
 def test_resized_images_read_back_to_the_very_pixels(small_dataset: Path, tmp_path: Path) -> None:
