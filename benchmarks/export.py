@@ -53,7 +53,7 @@ class ExportSettings(Settings):
 
 def export(settings: ExportSettings) -> None:
     """Builds fresh networks in every format and precision, and has the parity gate compare them in float32."""
-    offered = {name: FORMATS[name].precisions[device_of(name, "auto")] for name in FORMATS}
+    offered = {name: FORMATS[name].offered(device_of(name, "auto")) for name in FORMATS}
     known = [(name, precision) for name, precisions in offered.items() for precision in precisions]
     names = chosen("formats", settings.formats, list(dict.fromkeys(name for name, _ in known)))
     precisions = chosen(

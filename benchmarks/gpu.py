@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from benchmarks.process import run
+from export.formats import gpu_without_bfloat16
 from infer.engines import works
 from isic.config import Settings, Several
 from isic.errors import UserError, did_you_mean
@@ -50,7 +51,9 @@ class GpuSettings(Settings):
         ("all",), description="engines of the throughput, separated by commas, or all"
     )
     precision: Several[str] = Field(
-        ("bf16",), description="precisions of the engines, separated by commas, or all"
+        (),
+        description="precisions of the engines, separated by commas, or all; bf16 if not given, "
+        "and fp16 on a GPU without it",
     )
     batch: int = Field(256, ge=1, description="images a call")
     images: int = Field(4096, ge=1, description="images a repeat of peers and ingest")
@@ -68,6 +71,9 @@ def gpu(settings: GpuSettings) -> int:
     for name in settings.parts:
         if name not in SHARES:
             raise UserError(f'--parts: no part "{name}", {did_you_mean(name, SHARES)}')
+    if not settings.precision:
+        usual = "fp16" if gpu_without_bfloat16() else "bf16"
+        settings = settings.model_copy(update={"precision": (usual,)})
     ends = time.monotonic() + 60 * settings.minutes
     succeeded = 0
     for at, name in enumerate(settings.parts):

@@ -112,7 +112,8 @@ def engines(settings: ThroughputSettings) -> list[tuple[str, str]]:
     known += [
         (name, precision)
         for name in FORMATS
-        for precision in FORMATS[name].precisions.get(settings.where, ())
+        if settings.where in FORMATS[name].precisions
+        for precision in FORMATS[name].offered(settings.where)
     ]
     names = chosen("engine", settings.engine, list(dict.fromkeys(name for name, _ in known)))
     precisions = chosen(

@@ -23,7 +23,7 @@ from isic.errors import UserError
 from train.config import TrainSettings
 from train.data import Batch, fold_loaders, load_data
 from train.loop import train_epoch
-from train.machine import default_workers, prepare, select_device
+from train.machine import check_bfloat16, default_workers, prepare, select_device
 from train.model import backbone_options, create_model, preprocess_spec
 from train.state import TrainState, create_state
 from train.step import autocast
@@ -97,6 +97,8 @@ def train(settings: TrainRateSettings) -> None:
     if settings.mask_weight:
         raise UserError("a bare loop draws no masks; give --mask_weight 0")
     device = select_device(settings.device)
+    if settings.bf16:
+        check_bfloat16(device)
     with tempfile.TemporaryDirectory() as folder, BareLoop(settings) as bare:
         files = read_files(settings.model_copy(update={"output_dir": Path(folder)}))
         memory, run = in_memory(settings, device), create_loop(settings, device)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,10 @@ from infer.engines.aoti import architecture, forbid_tf32
 from isic.errors import UserError
 from train.model import Classifier
 
-MARKS = ("error:", "cannot find")
-"""What stands in the line in which a compiler or a linker says what is wrong."""
+REASON = re.compile(r"\b(error|fatal)\s*:|cannot find")
+"""Matches the line in which a compiler, an assembler (`error   :`) or a linker gives its reason."""
+INCOMPLETE = re.compile(r"No such file|cannot find|No working C\+\+ compiler")
+"""Matches a reason that is a missing compiler, header or library."""
 
 
 def file_name(target: Target) -> str:
@@ -68,10 +71,13 @@ def complaints() -> Iterator[None]:
         yield
     except InductorError as error:
         lines = str(error).strip().splitlines()
-        told = next(
-            (line.strip() for line in lines if any(mark in line for mark in MARKS)), lines[0]
+        reason = next((line.strip() for line in lines if REASON.search(line)), lines[0])
+        advice = (
+            "AOTInductor needs g++, and for a GPU CUDA's headers and libcuda.so where g++ finds "
+            "them: install what is missing"
+            if INCOMPLETE.search(reason)
+            else "choose another --precision"
         )
         raise UserError(
-            f"torch cannot compile here ({told}); AOTInductor needs g++, and for a GPU CUDA's headers and libcuda.so "
-            "where g++ finds them: install what is missing, or leave out --formats aoti"
+            f"torch cannot compile here ({reason}); {advice}, or leave out --formats aoti"
         ) from error

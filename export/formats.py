@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from export.options import PlanOptions
 from infer.engines import works
 from isic.errors import UserError, did_you_mean
 from isic.preprocess import Pixels, PreprocessSpec
+from train.machine import without_bfloat16
 from train.model import Classifier
 
 
@@ -85,6 +87,16 @@ class Format:
         name: str = import_module(self.module).file_name(target)
         return name
 
+    def offered(self, device: str) -> tuple[str, ...]:
+        """Return its precisions on a device, the usual one first.
+
+        Those that this machine's GPU lacks are left out, unless the artifact is for other GPUs.
+        """
+        offered = self.precisions[device]
+        if device == "cpu" or self.portable or gpu_without_bfloat16() is None:
+            return offered
+        return tuple(precision for precision in offered if precision != "bf16")
+
     @property
     def build(self) -> Builder:
         builder: Builder = import_module(self.module).build
@@ -100,8 +112,6 @@ PLAN_OPTIONS = (
     "cuda_graph",
 )
 """What every TensorRT plan follows."""
-CALIBRATED = ("int8", "fp8")
-PLAN_PRECISIONS = {"cuda": ("fp16", "bf16", "fp32", *CALIBRATED)}
 CALIBRATION_OPTIONS = ("calibration_images",)
 """What a calibrated precision follows as well."""
 
@@ -116,15 +126,16 @@ FORMATS = {
     ),
     "tensorrt": Format(
         "export.tensorrt",
-        PLAN_PRECISIONS,
+        {"cuda": ("fp16", "bf16", "fp32", "int8", "fp8")},
         options=(*PLAN_OPTIONS, "version_compatible", "hardware_compatible"),
-        calibrated=CALIBRATED,
+        calibrated=("int8", "fp8"),
     ),
     "tensorrt_rtx": Format(
         "export.tensorrt",
-        PLAN_PRECISIONS,
+        # NVIDIA's support matrix lists int8 for weights alone, and these plans need activations too.
+        {"cuda": ("fp16", "bf16", "fp32", "fp8")},
         options=(*PLAN_OPTIONS, "compute_capabilities"),
-        calibrated=CALIBRATED,
+        calibrated=("fp8",),
         portable=True,
     ),
 }
@@ -149,6 +160,11 @@ TOLERANCES = {
     "int8": Tolerance(0.99, 0.5, 0.97),
     "fp8": Tolerance(0.99, 0.5, 0.97),
 }
+
+
+def gpu_without_bfloat16() -> str | None:
+    """Return why this machine's GPU lacks bfloat16, None if it has it or there is no GPU."""
+    return without_bfloat16(torch.device("cuda")) if torch.cuda.is_available() else None
 
 
 def device_of(name: str, device: str) -> str:
@@ -176,14 +192,17 @@ def find_formats(
             )
     chosen = []
     for name in names:
-        offered = FORMATS[name].precisions[device_of(name, device)]
+        kind, device_name = FORMATS[name], device_of(name, device)
+        offered = kind.offered(device_name)
+        if {"bf16"} & set(precisions) & set(kind.precisions[device_name]) - set(offered):
+            raise UserError(f"--precision bf16: {gpu_without_bfloat16()}; use fp16 or fp32")
         wanted = (
             [precision for precision in precisions if precision in offered]
             if precisions
             else [offered[0]]
         )
         if not wanted:
-            where = f"{name} on {device_of(name, device)}"
+            where = f"{name} on {device_name}"
             raise UserError(
                 f"--precision {','.join(precisions)}: {where} offers {', '.join(offered)}; choose one of these"
             )

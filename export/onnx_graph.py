@@ -21,6 +21,8 @@ from train.model import Classifier
 
 OPSET = 20
 """Gelu is one node from opset 20 on, and ONNX Runtime runs it from version 1.17 on."""
+BFLOAT16_OPSET = 22
+"""The first opset whose convolutions take bfloat16; ONNX Runtime refuses such a graph of an older one."""
 ATTENTION_OPSET = 23
 """Attention is one node from opset 23 on, which TensorRT fuses; ONNX Runtime on a CPU is no faster for it.
 
@@ -37,6 +39,7 @@ def file_name(target: Target) -> str:
 
 def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
     """Writes the graph of `model` for images [N, size, size, 3] and says in its metadata what it is."""
+    opset = BFLOAT16_OPSET if target.precision == "bf16" else OPSET
     if target.precision == "int8":
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             whole = Path(folder) / "model.onnx"
@@ -48,10 +51,10 @@ def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
             quantize(whole, path)
         graph = onnx.load(path)
     else:
-        graph = trace(lowered(model, target.precision), target.size, OPSET)
+        graph = trace(lowered(model, target.precision), target.size, opset)
     onnx.helper.set_model_props(graph, metadata(target))
     onnx.save(graph, path)
-    return {"opset": OPSET}
+    return {"opset": opset}
 
 
 def metadata(target: Target) -> dict[str, str]:

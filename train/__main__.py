@@ -8,7 +8,7 @@ from train import distributed
 from train.config import TrainSettings, load_settings
 from train.data import load_data
 from train.loop import train_fold
-from train.machine import prepare, select_device
+from train.machine import check_bfloat16, prepare, select_device
 from train.outputs import is_finished, print_scores, refuse_to_lose
 from train.pretrained import refuse_leaking_weights
 
@@ -33,6 +33,9 @@ def train(settings: TrainSettings) -> int:
 
 def train_folds(settings: TrainSettings) -> None:
     """Trains the folds that are due and prints the scores of all."""
+    device = select_device(settings.device)
+    if settings.bf16:
+        check_bfloat16(device)
     folds = range(settings.num_folds) if settings.fold is None else [settings.fold]
     due = distributed.from_main(
         [fold for fold in folds if settings.force or not is_finished(settings, fold)]
@@ -45,7 +48,7 @@ def train_folds(settings: TrainSettings) -> None:
     if due:
         data = load_data(settings)
         refuse_leaking_weights(settings.pretrained, due, data.table, data.fold)
-        prepare(select_device(settings.device))
+        prepare(device)
         for fold in due:
             train_fold(settings, data, fold)
     if distributed.is_main():

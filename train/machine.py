@@ -11,6 +11,8 @@ from train import distributed
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt(3)."""
+BFLOAT16_CAPABILITY = (8, 0)
+"""Compute capability of the first GPUs that compute in bfloat16."""
 
 
 def select_device(name: str) -> torch.device:
@@ -29,6 +31,26 @@ def select_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise UserError(f'--device "{name}" is no device; use auto, cpu, cuda or cuda:N') from None
+
+
+def without_bfloat16(device: torch.device) -> str | None:
+    """Return why a device does not compute in bfloat16, None if it does.
+
+    On older GPUs torch imitates it, slowly, and compilers refuse it.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        "bfloat16 takes a GPU of compute capability 8.0 (Ampere) or newer, and "
+        f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
+    )
+
+
+def check_bfloat16(device: torch.device) -> None:
+    """Raise UserError if a device that is to compute in bfloat16 does not do so."""
+    if reason := without_bfloat16(device):
+        raise UserError(f"--bf16: {reason}; use --fp16")
 
 
 def default_workers(device: torch.device) -> int:

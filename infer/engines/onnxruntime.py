@@ -30,7 +30,7 @@ PROVIDERS = {
 """By device, the provider that must load first, and what runs the nodes that it does not."""
 PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 """float32 is to be float32: TF32 fails the parity gate."""
-LOAD_ERRORS = (Fail, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented)
+LOAD_ERRORS = (Fail, InvalidGraph, InvalidProtobuf, NoSuchFile)
 CONTRACT = {
     "images": ("tensor(uint8)", 4),
     "features": ("tensor(float)", 2),
@@ -68,6 +68,12 @@ class OnnxRuntimeEngine:
             self._pool = ThreadPoolExecutor(len(cores()), thread_name_prefix="onnxruntime")
         try:
             self._session = ort.InferenceSession(str(path), options, providers=providers)
+        except NotImplemented as error:
+            raise UserError(
+                f"{path}: ONNX Runtime {ort.__version__} has no kernel for one of its operators in "
+                f"its precision on --device {device} ({_first_line(error)}); use another "
+                "--precision or --device, or a newer ONNX Runtime"
+            ) from None
         except LOAD_ERRORS as error:
             raise UserError(
                 f"{path} does not load in ONNX Runtime ({_first_line(error)}); export it again"

@@ -19,6 +19,13 @@ echo "model.cpp:7:10: fatal error: cuda.h: No such file or directory" >&2
 exit 1
 """
 """A compiler that works until it is to compile."""
+REFUSES = """#!/bin/sh
+case "$*" in *--version*) exec c++ "$@";; esac
+echo "ptxas /tmp/kernel.ptx, line 30; error   : Feature '.bf16' requires .target sm_80 or higher" >&2
+exit 1
+"""
+"""One that says what CUDA's assembler says of a type that a GPU lacks."""
+ADVICE = "AOTInductor needs g++"
 CODE = """
 import sys
 from pathlib import Path
@@ -39,14 +46,15 @@ def tiny(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("compiler", "told"),
+    ("compiler", "told", "advice"),
     [
-        (None, "No working C++ compiler"),
-        (BROKEN, "(model.cpp:7:10: fatal error: cuda.h: No such file or directory)"),
+        (None, "No working C++ compiler", ADVICE),
+        (BROKEN, "(model.cpp:7:10: fatal error: cuda.h: No such file or directory)", ADVICE),
+        (REFUSES, "Feature '.bf16' requires .target sm_80 or higher", "choose another --precision"),
     ],
 )
 def test_a_compiler_that_fails_is_one_sentence(
-    compiler: str | None, told: str, tiny: Path, tmp_path: Path
+    compiler: str | None, told: str, advice: str, tiny: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "c++"
     if compiler:
@@ -61,6 +69,7 @@ def test_a_compiler_that_fails_is_one_sentence(
     assert ended.returncode == 0, ended.stderr
     (sentence,) = ended.stdout.splitlines()
     assert told in sentence and sentence.endswith("leave out --formats aoti")
+    assert advice in sentence and (ADVICE in sentence) == (advice == ADVICE)
 
 
 def test_a_package_for_one_image_a_call_takes_more_in_pieces(tiny: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every format in every precision that this machine runs, from small networks of each family."""
 
 import gc
+import re
 import weakref
 from dataclasses import replace
 from functools import cache
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from export.formats import FORMATS, TOLERANCES, Target, find_formats
@@ -207,10 +209,10 @@ def test_the_order_of_the_logits_counts_and_so_does_the_score() -> None:
 
 def test_formats_and_precisions_are_chosen_as_asked() -> None:
     assert find_formats(("onnx", "aoti"), (), "cpu") == [("onnx", "fp32"), ("aoti", "fp32")]
-    assert find_formats(("onnx", "tensorrt_rtx"), ("int8", "fp16"), "cpu") == [
-        ("onnx", "int8"),
+    assert find_formats(("onnx", "tensorrt_rtx"), ("fp32", "fp16"), "cpu") == [
+        ("onnx", "fp32"),
         ("onnx", "fp16"),
-        ("tensorrt_rtx", "int8"),
+        ("tensorrt_rtx", "fp32"),
         ("tensorrt_rtx", "fp16"),
     ]
     for formats, precisions, words in (
@@ -218,6 +220,62 @@ def test_formats_and_precisions_are_chosen_as_asked() -> None:
         (("onnx",), ("fp15",), 'no precision "fp15", did you mean'),
         (("aoti",), ("int8",), "aoti on cpu offers fp32, bf16, fp16"),
         (("onnx",), ("fp32", "bf16"), "bf16: onnx does not offer it here"),
+        (("tensorrt_rtx",), ("int8",), "tensorrt_rtx on cuda offers fp16, bf16, fp32, fp8"),
     ):
         with pytest.raises(UserError, match=words):
             find_formats(formats, precisions, "cpu")
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """Make torch report a GPU, which this machine lacks."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+def test_a_gpu_without_bfloat16_is_not_offered_it(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is pretended."""
+    pretend_gpu(monkeypatch, capability)
+    for name, kind in FORMATS.items():
+        assert ("bf16" in kind.offered("cuda")) == kind.portable
+        assert {"cuda"} <= set(kind.precisions) and kind.offered("cuda")[0] != "bf16", name
+    assert find_formats(("aoti",), (), "cuda") == [("aoti", "fp16")]
+    assert find_formats(("aoti",), ("bf16",), "cpu") == [("aoti", "bf16")], "a CPU has it"
+    assert find_formats(("tensorrt_rtx",), ("bf16",), "cuda") == [("tensorrt_rtx", "bf16")], (
+        "the plan is for other GPUs"
+    )
+    words = re.escape(f"8.0 (Ampere) or newer, and Tesla T4 has {capability[0]}.{capability[1]}; ")
+    for formats, precisions in (
+        (("aoti",), ("bf16",)),
+        (("onnx", "aoti"), ("fp16", "bf16")),
+        (("tensorrt",), ("bf16", "fp32")),
+    ):
+        with pytest.raises(UserError, match=f"^--precision bf16: .*{words}use fp16 or fp32$"):
+            find_formats(formats, precisions, "cuda")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_newer_gpus_are_offered_bfloat16(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is pretended."""
+    pretend_gpu(monkeypatch, capability)
+    assert find_formats(("aoti",), (), "cuda") == [("aoti", "bf16")]
+    assert all("bf16" in kind.offered("cuda") for kind in FORMATS.values())
+
+
+@pytest.mark.parametrize("name", ["test_vit3", "test_convnext3"])
+def test_an_operator_without_a_kernel_is_named(name: str, tmp_path: Path) -> None:
+    """The graph is valid, but ONNX Runtime has no convolution in bfloat16 on a CPU.
+
+    Older versions lack other kernels on CUDA.
+    """
+    words = (
+        r"has no kernel for one of its operators .*NOT_IMPLEMENTED.*Conv.*use another --precision"
+    )
+    with pytest.raises(UserError, match=words) as raised:
+        built(network(name)[0], target_of(name, "onnx", "bf16"), tmp_path)
+    assert "export it again" not in str(raised.value) and "\n" not in str(raised.value)

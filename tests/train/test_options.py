@@ -15,14 +15,17 @@ from conftest import TINY, Cli, jpeg, small_table, write_hdf5
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import benchmarks.train
+from benchmarks.train import TrainRateSettings
 from isic.errors import UserError
 from isic.provenance import read_seen
 from train import loop, step
+from train.__main__ import train_folds
 from train.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from train.config import TrainSettings
 from train.data import NO_MASK, Batch, EpochSampler, LesionImages, Share, load_data
 from train.losses import dice, mask_loss
-from train.machine import default_workers
+from train.machine import check_bfloat16, default_workers
 from train.model import MultiTask, create_model, preprocess_spec
 from train.optim import create_optimizer
 from train.plots import draw_roc
@@ -55,6 +58,26 @@ def random_batch(size: int, side: int = 32, masks: bool = False) -> Batch:
         else torch.empty(0)
     )
     return Batch(images, torch.arange(size) % 2 * 1.0, torch.arange(size), drawn)
+
+
+def test_bfloat16_is_refused_on_a_gpu_that_imitates_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is pretended, because this machine has none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    settings = tiny(bf16=True, output_dir=tmp_path / "outputs", data=tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    words = r"^--bf16: bfloat16 takes a GPU of .*8\.0 .*, and Tesla T4 has 7\.5; use --fp16$"
+    with pytest.raises(UserError, match=words):
+        train_folds(settings)
+    rate = TrainRateSettings(**settings.model_dump())
+    with pytest.raises(UserError, match=words):
+        benchmarks.train.train(rate)
+    assert not settings.output_dir.exists()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    check_bfloat16(torch.device("cuda", 0))
+    check_bfloat16(CPU)
 
 
 # --- command lines
