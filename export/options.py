@@ -38,7 +38,8 @@ class PlanOptions(Settings):
     compute_capabilities: Several[
         Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121", "CURRENT"]
     ] = Field(
-        (), description="tensorrt_rtx: architectures to build for; Ampere and newer if not given"
+        (),
+        description="tensorrt_rtx: architectures to build for; SM86, SM89 and SM120 if not given",
     )
     max_autotune: bool = Field(False, description="aoti: look longest for fast kernels")
     calibration_images: int = Field(

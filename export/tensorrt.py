@@ -24,7 +24,7 @@ from export.options import PlanOptions
 from export.precision import lowered
 from export.quantize import BASE, QUANTIZED, quantize
 from infer.engines import cudart
-from infer.engines.tensorrt import AMPERE_PLUS, FLAVOURS, import_runtime, logger
+from infer.engines.tensorrt import AMPERE_PLUS, FLAVOURS, check_gpu, import_runtime, logger
 from isic.errors import UserError
 from isic.files import atomic_path
 from train.model import Classifier
@@ -54,8 +54,13 @@ CONTRACT = {
 ATTENTION_VERSION = (10, 14)
 """TensorRT's first with a parser for ONNX's Attention."""
 
-CAPABILITIES = {"fp8": ("SM89", "SM120", "SM121")}
-"""Architectures that TensorRT-RTX builds a precision for where not all from Ampere on compute in it."""
+PORTABLE_CAPABILITIES = ("SM86", "SM89", "SM120")
+"""Architectures that TensorRT-RTX builds for by default: those over which NVIDIA calls plans portable.
+
+The support matrix of every version names these, and not SM80 (A100) nor SM121.
+"""
+CAPABILITIES = {"fp8": ("SM89", "SM120")}
+"""Architectures that it builds a precision for, if not all of those compute in it."""
 
 Log = Callable[[str], None]
 
@@ -82,16 +87,19 @@ class PlanFacts:
 
 
 def architectures(flavour: str, options: PlanOptions) -> tuple[str, ...]:
-    """Returns the GPU architectures that a plan is to run on. Raises UserError where it takes a GPU and has none."""
-    named = options.compute_capabilities if FLAVOURS[flavour].portable else ()
-    if FLAVOURS[flavour].portable and "CURRENT" not in named:
-        return tuple(name.lower() for name in named) or (AMPERE_PLUS,)
-    current = cudart.architecture()
-    return (
-        (AMPERE_PLUS,)
-        if options.hardware_compatible and not FLAVOURS[flavour].portable
-        else (current,)
-    )
+    """Return the GPU architectures that a plan is to run on.
+
+    Raises:
+        UserError: it takes a GPU and there is none, or the library has no kernels for one of them.
+    """
+    if not FLAVOURS[flavour].portable:
+        current = cudart.architecture()
+        return (AMPERE_PLUS,) if options.hardware_compatible else (current,)
+    names = [name.lower() for name in options.compute_capabilities or PORTABLE_CAPABILITIES]
+    found = tuple(cudart.architecture() if name == "current" else name for name in names)
+    for name in found:
+        check_gpu(flavour, import_runtime(flavour), name)
+    return found
 
 
 def file_name(target: Target) -> str:
@@ -131,7 +139,8 @@ def options_for(precision: str, flavour: str, options: PlanOptions) -> PlanOptio
     """Returns the options with the architectures that a precision takes, where none is asked for."""
     if options.compute_capabilities or not FLAVOURS[flavour].portable:
         return options
-    return options.model_copy(update={"compute_capabilities": CAPABILITIES.get(precision, ())})
+    names = CAPABILITIES.get(precision, PORTABLE_CAPABILITIES)
+    return options.model_copy(update={"compute_capabilities": names})
 
 
 def parses_attention(flavour: str) -> bool:
@@ -146,8 +155,8 @@ def parses_attention(flavour: str) -> bool:
 def plan_name(config: str, fold: int, precision: str, flavour: str, options: PlanOptions) -> str:
     """Returns the file name of a plan: all that decides whether it is the one to run.
 
-    For example `vit_tiny-fold_0-fp16-sm80plus-tensorrt_rtx_1.7.1.116.plan`. Raises UserError where the library is not
-    installed, or a GPU is needed and not there.
+    For example `vit_tiny-fold_0-fp16-sm86-sm89-sm120-tensorrt_rtx_1.7.1.116.plan`. Raises UserError if the library is
+    not installed or does not know a GPU, or a GPU is needed and there is none.
     """
     version = import_runtime(flavour).__version__
     options = options_for(precision, flavour, options)
@@ -286,8 +295,9 @@ def configure(
     if options.workspace_mib:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * 1024**2)
     if portable:
-        config.num_compute_capabilities = len(options.compute_capabilities)
-        for index, name in enumerate(options.compute_capabilities):
+        names = options.compute_capabilities or PORTABLE_CAPABILITIES
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
             config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
     if options.version_compatible and not portable:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)

@@ -38,6 +38,11 @@ FLAVOURS = {
 
 AMPERE_PLUS = "sm80plus"
 """The architectures of a plan that runs on Ampere GPUs and all newer ones."""
+TURING = "sm75"
+"""TensorRT-RTX computes a float32 matrix product there as zeros, without an error, in some versions.
+
+https://github.com/pytorch/TensorRT/pull/4643
+"""
 
 
 @cache
@@ -398,17 +403,23 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], version: str, again:
         )
 
 
-def check_gpu(flavour: str, trt: ModuleType, here: str) -> None:
-    """Raises UserError where a flavour has no kernels for this GPU (`sm90`) at all, whatever a plan was built for.
+def check_gpu(flavour: str, trt: ModuleType, architecture: str) -> None:
+    """Raise UserError if a flavour cannot run these models on a GPU (`sm90`), whatever the plan.
 
     TensorRT-RTX lists the GPUs that it is for; not all from Ampere on are among them.
     """
-    if FLAVOURS[flavour].portable and here.upper() not in trt.ComputeCapability.__members__:
-        known = ", ".join(
-            name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")
-        )
+    if not FLAVOURS[flavour].portable:
+        return
+    title, known = FLAVOURS[flavour].title, trt.ComputeCapability.__members__
+    if architecture == TURING:
         raise UserError(
-            f"{FLAVOURS[flavour].title} runs on {known}, and this GPU is {here}; use another format"
+            f"{title} has no matrix product in float32 on {TURING} (Turing), and each model ends "
+            "with one; use another format there"
+        )
+    if architecture.upper() not in known:
+        names = [name.lower() for name in known if name.startswith("SM") and name.lower() != TURING]
+        raise UserError(
+            f"{title} runs on {', '.join(names)}, and not on {architecture}; use another format there"
         )
 
 

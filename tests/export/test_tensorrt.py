@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -30,7 +31,8 @@ from export.tensorrt import (
     read_timings,
     write_timings,
 )
-from infer.engines.tensorrt import AMPERE_PLUS, import_runtime, logger, works
+from infer.engines import cudart
+from infer.engines.tensorrt import import_runtime, logger, works
 from isic.errors import UserError
 from isic.preprocess import PreprocessSpec
 from train.config import TrainSettings
@@ -150,16 +152,16 @@ def test_architectures_are_named_and_built(tiny: Path, tmp_path: Path) -> None:
     options = OPTIONS.model_copy(update={"compute_capabilities": ("SM80", "SM89", "SM120")})
     facts = built(tiny, tmp_path / "model.plan", options)
     assert facts.architectures == ("sm80", "sm89", "sm120")
-    assert architectures(RTX, OPTIONS) == (AMPERE_PLUS,)
+    assert architectures(RTX, OPTIONS) == ("sm86", "sm89", "sm120")
     assert (facts.runtime, facts.version) == (RTX, import_runtime(RTX).__version__)
 
 
 def test_the_name_says_what_decides_whether_a_plan_fits() -> None:
     version = import_runtime(RTX).__version__
     name = plan_name("vit_tiny", 3, "bf16", RTX, OPTIONS)
-    assert name == f"vit_tiny-fold_3-bf16-{AMPERE_PLUS}-tensorrt_rtx_{version}.plan"
-    options = OPTIONS.model_copy(update={"compute_capabilities": ("SM75",)})
-    assert "-sm75-" in plan_name("vit_tiny", 3, "bf16", RTX, options)
+    assert name == f"vit_tiny-fold_3-bf16-sm86-sm89-sm120-tensorrt_rtx_{version}.plan"
+    options = OPTIONS.model_copy(update={"compute_capabilities": ("SM80",)})
+    assert "-sm80-" in plan_name("vit_tiny", 3, "bf16", RTX, options)
 
 
 def renamed(source: Path, path: Path, change: str) -> Path:
@@ -203,13 +205,36 @@ def test_another_graph_is_refused(tiny: Path, tmp_path: Path, change: str, words
     assert not (tmp_path / "model.plan").exists()
 
 
-def test_what_tensorrt_cannot_build_says_why_and_leaves_nothing(tmp_path: Path) -> None:
-    """Turing has no bfloat16."""
-    source = graph("test_vit", "bf16", tmp_path / "model.onnx")
-    options = OPTIONS.model_copy(update={"compute_capabilities": ("SM75",)})
-    with pytest.raises(UserError, match=r"cannot build .*sm75.*try another --precision"):
-        build_plan(source, tmp_path / "model.plan", RTX, options)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+def test_turing_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX has no float32 matrix product there, and some versions return zeros for it.
+
+    The GPU of `CURRENT` is a name here, because this machine has none.
+    """
+    monkeypatch.setattr(cudart, "architecture", lambda: "sm75")
+    for names in (("SM75",), ("SM86", "SM75"), ("CURRENT",)):
+        options = OPTIONS.model_copy(update={"compute_capabilities": names})
+        with pytest.raises(UserError, match=r"no matrix product in float32 on sm75 \(Turing\)"):
+            build_plan(tiny, tmp_path / "model.plan", RTX, options)
+        with pytest.raises(UserError, match=r"sm75 \(Turing\)"):
+            plan_name("vit_tiny", 0, "fp16", RTX, options)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(cudart, "architecture", lambda: "sm90")
+    with pytest.raises(UserError, match=r"runs on sm80, .*, and not on sm90; use another"):
+        build_plan(tiny, tmp_path / "model.plan", RTX, options)
+
+
+def test_a_gpu_that_this_version_does_not_know_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older versions of TensorRT-RTX have no SM121, so this one is made to have none."""
+    known = import_runtime(RTX).ComputeCapability
+    fewer = {name: value for name, value in known.__members__.items() if name != "SM121"}
+    monkeypatch.setattr(
+        import_runtime(RTX), "ComputeCapability", SimpleNamespace(__members__=fewer)
+    )
+    options = OPTIONS.model_copy(update={"compute_capabilities": ("SM121",)})
+    with pytest.raises(UserError, match="runs on sm80, sm86, sm89, sm120, and not on sm121"):
+        build_plan(tiny, tmp_path / "model.plan", RTX, options)
 
 
 def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path: Path) -> None:

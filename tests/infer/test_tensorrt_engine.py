@@ -343,7 +343,10 @@ def test_version_compatible_plans_run_in_later_versions_of_one_major() -> None:
 def test_a_plan_for_another_gpu_is_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU is a name here, because this machine has none; the plan and the refusal are real."""
     monkeypatch.setattr(cudart, "architecture", lambda: "sm75")
-    assert f"was built for {AMPERE_PLUS}, and this GPU is sm75" in refusal(
+    said = refusal(built, read_manifest(built))
+    assert "no matrix product in float32 on sm75" in said and tensorrt.works("tensorrt_rtx") == said
+    monkeypatch.setattr(cudart, "architecture", lambda: "sm80")
+    assert "was built for sm86 and sm89 and sm120, and this GPU is sm80" in refusal(
         built, read_manifest(built)
     )
     for architectures, here in (([AMPERE_PLUS], "sm120"), (["sm80", "sm89"], "sm89")):
@@ -358,8 +361,8 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know_is_refused(
     """The GPU is a name here too. It is newer than Ampere, and the plan is for Ampere and newer."""
     monkeypatch.setattr(cudart, "architecture", lambda: "sm90")
     said = refusal(built, read_manifest(built))
-    assert said.startswith("TensorRT-RTX runs on sm75") and said.endswith(
-        "this GPU is sm90; use another format"
+    assert said.startswith("TensorRT-RTX runs on sm80") and said.endswith(
+        "and not on sm90; use another format there"
     )
     assert tensorrt.works("tensorrt_rtx") == said
     monkeypatch.setattr(cudart, "architecture", lambda: "sm89")
