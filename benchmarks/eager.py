@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from benchmarks.fresh import create_fresh
 from benchmarks.limits import DTYPES
 from infer.engines import Outputs
+from infer.engines.aoti import forbid_tf32
 from isic.preprocess import Pixels
 from train.model import Classifier
 
@@ -30,6 +31,7 @@ class EagerEngine:
     """A config's fresh network as an engine, from host to host."""
 
     def __init__(self, config: str, engine: str, precision: str, device: str) -> None:
+        forbid_tf32()
         model = create_fresh(config).model
         network = model if precision == "fp32" else _Lowered(model, DTYPES[precision])
         self.device, self._model = device, network.to(device)

@@ -23,7 +23,7 @@ from isic.errors import UserError
 from train.config import TrainSettings
 from train.data import Batch, fold_loaders, load_data
 from train.loop import train_epoch
-from train.machine import check_bfloat16, default_workers, prepare, select_device
+from train.machine import allow_tf32, check_bfloat16, default_workers, prepare, select_device
 from train.model import backbone_options, create_model, preprocess_spec
 from train.state import TrainState, create_state
 from train.step import autocast
@@ -206,6 +206,7 @@ class BareLoop:
 def serve_bare_loop(connection: Connection, settings: TrainRateSettings) -> None:
     """Builds the model and runs the loop whenever it is asked to."""
     device = select_device(settings.device)
+    allow_tf32(device)  # as training does: the ratio is to compare loops, not types
     model = timm.create_model(
         settings.model, **{**backbone_options(settings), "num_classes": 1}
     ).to(device)
@@ -246,6 +247,15 @@ def run_bare_loop(
             optimizer.zero_grad()
 
 
+def precision_of(settings: TrainSettings, device: torch.device) -> str:
+    """Return the type that matrix products are computed in; on a GPU float32 is TF32 in training."""
+    if settings.fp16:
+        return "fp16"
+    if settings.bf16:
+        return "bf16"
+    return "tf32" if device.type == "cuda" else "fp32"
+
+
 def figures(
     settings: TrainRateSettings,
     device: torch.device,
@@ -254,11 +264,11 @@ def figures(
 ) -> dict[str, Any]:
     """Returns the row of the CSV. Ratios are of turns that followed each other, and their spread that between turns."""
     ours, memory = ([window.rate for window in windows[name]] for name in ("files", "memory"))
-    precision = "fp16" if settings.fp16 else "bf16" if settings.bf16 else "fp32"
+    precision = precision_of(settings, device)
     network = create_model(settings, pretrained=False).eval()
     flops, peak = (
         PASSES * count_work(network, settings.image_size).flops,
-        torch_rate(device.type, precision),
+        torch_rate(device.type, "fp32" if precision == "tf32" else precision),
     )
     return {
         "what": settings.name,

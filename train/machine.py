@@ -68,12 +68,16 @@ def prepare(device: torch.device) -> None:
     """Makes a device the one that work goes to, and chooses the fast way of what it can do in several."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events are recorded on the current one
-        torch.set_float32_matmul_precision(
-            "high"
-        )  # TF32, where the run is not in half precision anyway
+        allow_tf32(device)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
     if device.type == "cpu":
         keep_freed_memory()
+
+
+def allow_tf32(device: torch.device) -> None:
+    """Let a GPU multiply float32 as TF32, with 10 bits, if the run is not in half precision."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
 
 
 def keep_freed_memory() -> None:

@@ -1,10 +1,12 @@
 from pathlib import Path
 
 import polars as pl
+import pytest
 import torch
 from conftest import TINY, Cli
 
-from benchmarks.train import Window
+from benchmarks import train as rate
+from benchmarks.train import TrainRateSettings, Window, precision_of
 from train.data import Batch
 
 CPU = torch.device("cpu")
@@ -67,3 +69,23 @@ def test_a_window_counts_what_comes_after_the_warm_up() -> None:
         window.num_images == 7
         and window.rate == 7 / window.seconds > 0 <= window.waiting <= window.seconds
     )
+
+
+def test_float32_on_a_gpu_is_called_tf32() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    plain = TrainRateSettings(model="test_vit")
+    assert precision_of(plain, gpu) == "tf32" and precision_of(plain, cpu) == "fp32"
+    for name in ("fp16", "bf16"):
+        low = TrainRateSettings(model="test_vit", **{name: True})
+        assert precision_of(low, gpu) == precision_of(low, cpu) == name
+
+
+def test_the_bare_loop_multiplies_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is a name here, because this machine has no GPU."""
+    said: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    monkeypatch.setattr(rate, "select_device", lambda name: torch.device("cuda"))
+    # Without a GPU the model cannot move; with one, there is no connection.
+    with pytest.raises((AssertionError, RuntimeError, AttributeError)):
+        rate.serve_bare_loop(None, TrainRateSettings(model="test_vit", pretrained=False))  # type: ignore[arg-type]
+    assert said == ["high"]
