@@ -15,10 +15,11 @@ from infer.ensemble.artifact import open_ensemble
 from isic import schema
 from isic.config import Settings
 from isic.dataset import Dataset
-from isic.folds import draw_folds
+from isic.folds import draw_folds, fold_dirs
 from isic.images import decode_pool
 from isic.metrics import pauc, roc_auc
 from isic.preprocess import Pixels, PreprocessSpec
+from isic.tables import read_parquet
 
 PUBLISHED_OOF = {"tabular": "0.1689", "image": "0.1582", "both": "0.1738"}
 """pAUC out of fold on the challenge's whole training data, by what the models look at.
@@ -61,7 +62,8 @@ def accuracy(settings: AccuracySettings) -> None:
     if settings.baseline and Dataset(settings.data).find_images("train"):
         rows.append(score("colour statistics, LightGBM", colour_baseline(settings), "image"))
     if settings.run:
-        parts = [pl.read_parquet(path) for path in sorted(settings.run.glob("fold_*/oof.parquet"))]
+        paths = [folder / "oof.parquet" for folder in fold_dirs(settings.run).values()]
+        parts = [read_parquet(path) for path in paths if path.is_file()]
         rows.append(
             score(
                 f"{settings.run.name}, images only",
@@ -70,7 +72,7 @@ def accuracy(settings: AccuracySettings) -> None:
             )
         )
     for path in sorted(settings.ensembles.glob("*/oof.parquet")) if settings.ensembles else []:
-        oof = pl.read_parquet(path).rename({"blend": "score"})
+        oof = read_parquet(path).rename({"blend": "score"})
         rows.append(score(f"{path.parent.name}, ensemble", oof, sees(path.parent)))
     rows = [{**row, "data": settings.label} for row in rows]
     print(f"appended to {write('accuracy', rows, settings.results)}")

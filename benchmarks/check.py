@@ -10,6 +10,7 @@ from pydantic import Field
 from benchmarks.record import MACHINE, RESULTS
 from isic.config import Settings, Several
 from isic.errors import UserError, did_you_mean
+from isic.tables import read_csv
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,7 @@ def check(settings: CheckSettings) -> int:
     for name in settings.benchmark or SPEEDS:
         path = settings.results / f"{name}.csv"
         if path.is_file():
-            changes += list(
-                find_changes(
-                    pl.read_csv(path, infer_schema=False), SPEEDS[name], name, settings.noise
-                )
-            )
+            changes += list(find_changes(read_csv(path), SPEEDS[name], name, settings.noise))
     slower = [change for change in changes if change.is_slower(settings.tolerance)]
     for change in sorted(changes, key=lambda change: change.ratio):
         mark = "SLOWER" if change in slower else "ok"

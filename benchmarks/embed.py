@@ -18,7 +18,7 @@ from benchmarks.record import write
 from infer.embedding.embed import BATCH_CPU
 from infer.embedding.embedder import Embedder, Job, Step
 from infer.embedding.pipeline import decode_ahead, ring_depth
-from infer.embedding.plan import Models, find_models, plan_parts, read_ids
+from infer.embedding.plan import Models, find_models, plan_parts
 from infer.embedding.views import averaged
 from infer.embeddings import RUN_FILE
 from infer.engines import create, null
@@ -28,6 +28,7 @@ from isic.dataset import Dataset
 from isic.files import read_json
 from isic.images import decode_pool
 from isic.machine import cores
+from isic.metadata import read_ids
 from isic.preprocess import PreprocessSpec
 
 STAND_IN = "null"

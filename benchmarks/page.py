@@ -11,10 +11,12 @@ from benchmarks.record import MACHINE
 from infer.report import page
 from infer.report.markup import Markup, join, tag
 from infer.report.plot import Axis, Plot
+from isic.tables import read_csv
 
 Section = tuple[str, str, tuple[Markup, ...]]
 """Name, title and content."""
 
+HEADING = "What it costs"
 DECADES = tuple(10.0**power for power in range(-3, 4))
 NOT_SHOWN = ("versions", "python", "commit", "time")
 GROWS = ("data", "images", "rows")
@@ -25,7 +27,7 @@ def read(path: Path) -> pl.DataFrame:
 
     Where it has seconds and a number of rows, the cost of a row beyond that of starting is added.
     """
-    rows = pl.read_csv(path, infer_schema=False)
+    rows = read_csv(path)
     needed = (*MACHINE, "device")
     rows = rows.with_columns(
         pl.lit(None, pl.String).alias(name) for name in needed if name not in rows.columns
@@ -61,7 +63,7 @@ def render(results: Path) -> str:
     sections.append(_tables(tables))
     head = (
         tag("p", "isic-toolkit", class_="over"),
-        tag("h1", "What it costs"),
+        tag("h1", HEADING),
         tag(
             "p",
             "Every figure was measured by a command of this toolkit; its row names the machine.",

@@ -15,6 +15,7 @@ import polars as pl
 from isic.errors import UserError
 from isic.files import atomic_path, versions
 from isic.machine import cores
+from isic.tables import read_csv
 
 RESULTS = Path(__file__).parent / "results"
 COMMIT_FILE = Path(__file__).parent / "COMMIT"
@@ -67,10 +68,20 @@ def append(benchmark: str, rows: Sequence[Mapping[str, Any]], results: Path | No
     table = pl.DataFrame([{**here, **row} for row in rows], infer_schema_length=None)
     table = table.with_columns(pl.all().cast(pl.String))
     if path.is_file():
-        table = pl.concat([pl.read_csv(path, infer_schema=False), table], how="diagonal")
+        table = pl.concat([_earlier(path), table], how="diagonal")
     with atomic_path(path) as temporary:
         table.write_csv(temporary)
     return path
+
+
+def _earlier(path: Path) -> pl.DataFrame:
+    """Read the results to append to. Raises UserError if the file is another table."""
+    rows = read_csv(path)
+    if not {"time", "commit"} <= set(rows.columns):
+        raise UserError(
+            f"{path} holds no results of benchmarks (time and commit); choose another --results"
+        )
+    return rows
 
 
 def write(benchmark: str, rows: Sequence[Row], results: Path | None = None) -> Path:

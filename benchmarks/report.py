@@ -7,11 +7,11 @@ from pathlib import Path
 import polars as pl
 from pydantic import Field
 
-from benchmarks.page import last_rows, read, render
+from benchmarks.page import HEADING, last_rows, read, render
 from benchmarks.record import RESULTS
 from isic.config import Settings, Several
 from isic.errors import UserError, did_you_mean
-from isic.files import write_text
+from isic.files import read_text, refuse_foreign, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
@@ -266,8 +266,10 @@ MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def report(settings: ReportSettings) -> None:
     """Writes every table of the documents anew from the last results, and a page that shows them all."""
+    is_own = settings.page.is_file() and HEADING in read_text(settings.page)
+    refuse_foreign([settings.page], is_own, "--page")
     for path in settings.documents:
-        write_text(path, with_tables(path.read_text(encoding="utf-8"), settings.results))
+        write_text(path, with_tables(read_text(path), settings.results))
     write_text(settings.page, render(settings.results))
     print(f"wrote the tables of {', '.join(map(str, settings.documents))}, and {settings.page}")
 

@@ -27,6 +27,7 @@ from isic.files import write_parquet
 from isic.machine import cores, peak_memory_mb
 from isic.metadata import read_metadata
 from isic.synth.rows import default_positives, draw_rows, num_patients
+from isic.tables import read_parquet
 
 WIDE, TREES, LEAVES = 968, 300, 31
 """A matrix and a model of the size that published ensembles with embeddings have."""
@@ -90,7 +91,7 @@ def _features(path: Path, repeats: int) -> list[dict[str, Any]]:
         name: statistics.median(time for time, _ in measured) for name, measured in found.items()
     }
     check_same(path)
-    number = len(pl.read_parquet(path, columns=[schema.ID]))
+    number = len(read_parquet(path, columns=[schema.ID]))
     return [
         {
             "what": name,

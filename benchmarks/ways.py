@@ -64,6 +64,7 @@ def ours(task: Task) -> Embed:
     from infer.embedding.embedder import Embedder, Job  # noqa: PLC0415
     from infer.embedding.plan import Models, plan_parts  # noqa: PLC0415
     from infer.engines import manifest_spec  # noqa: PLC0415
+    from isic.tables import read_parquet  # noqa: PLC0415
 
     assert task.artifact is not None and task.manifest is not None
     models = Models({0: Path(task.artifact)}, {0: task.manifest}, manifest_spec(task.manifest))
@@ -81,7 +82,7 @@ def ours(task: Task) -> Embed:
         shutil.rmtree(root, ignore_errors=True)
         parts = plan_parts(root, "train", pl.Series("isic_id", task.ids), models.folds, None, "all")
         embedder(data).run(parts, lambda step: None)
-        tables = [pl.read_parquet(part.paths[0]) for part in parts]
+        tables = [read_parquet(part.paths[0]) for part in parts]
         return np.concatenate(
             [np.asarray(table["features"].to_numpy(), np.float32) for table in tables]
         )

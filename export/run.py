@@ -32,7 +32,7 @@ from isic.files import (
     write_manifest,
 )
 from isic.folds import FILE as FOLDS_FILE
-from isic.folds import read_folds
+from isic.folds import fold_dirs, read_folds
 from isic.images import decode_pool
 from isic.preprocess import Pixels, PreprocessSpec
 from train.checkpoint import BEST, checkpoint_settings, load_checkpoint
@@ -136,10 +136,8 @@ def export(settings: ExportSettings) -> int:
 
 def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
     """Returns the checkpoint by fold. Raises UserError where there is none."""
-    found = {
-        int(path.parent.name.removeprefix("fold_")): path
-        for path in settings.run_dir.glob(f"fold_*/{BEST}")
-    }
+    folders = fold_dirs(settings.run_dir)
+    found = {k: folder / BEST for k, folder in folders.items() if (folder / BEST).is_file()}
     if settings.fold is not None:
         found = {fold: path for fold, path in found.items() if fold == settings.fold}
     if not found:
@@ -147,7 +145,7 @@ def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
         raise UserError(
             f"{settings.run_dir} has {which} with {BEST}; run `python -m train --config {settings.config}` first"
         )
-    return dict(sorted(found.items()))
+    return found
 
 
 def target_of(

@@ -14,12 +14,14 @@ import onnx
 from onnx import TensorProto, helper
 
 from isic.errors import UserError
-from isic.files import atomic_path, read_manifest, write_text
+from isic.files import atomic_path, read_manifest, refuse_foreign, write_json, write_text
 
 BACKENDS = {"onnx": ("onnxruntime", "model.onnx"), "tensorrt": ("tensorrt", "model.plan")}
 """Triton's backend for a format, and the file name that it looks for."""
 MAX_BATCH = 256
 """Largest batch of a model whose artifact has no limit of its own."""
+MARK = "isic-toolkit.json"
+"""In the folder of a model: it was written here and may be replaced. Triton takes no notice of it."""
 QUEUE_DELAY_US = 1000
 """How long a request may wait for others to share its batch, microseconds."""
 DTYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
@@ -77,6 +79,7 @@ def write_repository(root: Path, artifacts: Sequence[Path]) -> list[str]:
         UserError: an artifact without its manifest, of a format that Triton has no backend for, or not of one config.
     """
     models = read_models(artifacts)
+    _begin(root, models)
     for model in models:
         _write_fold(root / model.name, model)
     if len(models) == 1:
@@ -87,6 +90,18 @@ def write_repository(root: Path, artifacts: Sequence[Path]) -> list[str]:
     (root / name / "1").mkdir(parents=True, exist_ok=True)
     write_text(root / name / "config.pbtxt", to_pbtxt(ensemble_config(name, mean, models)))
     return [*(model.name for model in models), mean, name]
+
+
+def _begin(root: Path, models: Sequence[FoldModel]) -> None:
+    """Mark the folders of the models as written here. Raises UserError if one of them holds another model."""
+    config = models[0].manifest["name"]
+    names = [model.name for model in models] + [config, f"{config}_mean"] * (len(models) > 1)
+    for name in names:
+        content = (path for path in (root / name).rglob("*") if path.is_file())
+        is_own = (root / name / MARK).is_file()
+        refuse_foreign(content, is_own, "folder for --triton")
+    for name in names:
+        write_json(root / name / MARK, {"written by": "isic-toolkit", "config": config})
 
 
 def read_models(artifacts: Sequence[Path]) -> list[FoldModel]:

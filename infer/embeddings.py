@@ -18,6 +18,7 @@ from isic.errors import UserError
 from isic.files import digest, read_json, write_parquet
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import read_folds
+from isic.tables import parquet_metadata, read_parquet, reading, scan_parquet
 
 PLAN_FILE, RUN_FILE = "plan.json", "run.json"
 ERRORS_FILE = "errors.parquet"
@@ -117,8 +118,10 @@ def load(root: Path, split: Split, columns: Iterable[str] = ("features", "logit"
         `isic_id` String, `fold` Int8 (whose model made the row) and the wanted columns. A train image stands once,
         under the fold that held it out; a test image stands once a fold.
 
+    Collect the table inside `isic.tables.reading`: a part may turn out to be damaged only then.
+
     Raises:
-        UserError: the run is not finished, a fold it names has no parts, or a part is of another run or damaged.
+        UserError: the run is not finished, a fold it names has no parts, or a part is of another run or cannot be read.
     """
     run = read_run(root, split)
     frames = []
@@ -129,7 +132,7 @@ def load(root: Path, split: Split, columns: Iterable[str] = ("features", "logit"
                 f"{fold_dir(root, split, fold)} has no parts; run `python -m infer embed` again"
             )
         _check_origin(parts, run)
-        frame = pl.scan_parquet(parts).select(
+        frame = scan_parquet(parts).select(
             "isic_id", pl.lit(fold, dtype=pl.Int8).alias("fold"), *columns
         )
         frames.append(frame)
@@ -137,14 +140,9 @@ def load(root: Path, split: Split, columns: Iterable[str] = ("features", "logit"
 
 
 def _check_origin(parts: Iterable[Path], run: Mapping[str, Any]) -> None:
-    """Raises a UserError unless each part is whole and says that it was made by the plan of this run."""
+    """Raises a UserError unless each part can be opened and says that it was made by the plan of this run."""
     for path in parts:
-        try:
-            made_by = pl.read_parquet_metadata(path).get(PLAN_KEY)
-        except pl.exceptions.PolarsError:
-            raise UserError(
-                f"{path} is damaged; delete it and run `python -m infer embed` again"
-            ) from None
+        made_by = parquet_metadata(path).get(PLAN_KEY)
         if made_by != run.get(PLAN_KEY):
             raise UserError(
                 f"{path} was made by another run than the one beside it; embed again with --force"
@@ -199,8 +197,9 @@ def _check_engines(root: Path, model_dir: Path, run: Mapping[str, Any]) -> None:
 def _check_rows(root: Path, split: Split, metadata: pl.DataFrame, run: Mapping[str, Any]) -> None:
     """Raises a UserError unless each image stands once under each fold that saw it, and nothing else does."""
     key = [schema.ID, "fold"]
-    found = load(root, split, []).collect()
-    bad = pl.read_parquet(root / split / ERRORS_FILE)
+    with reading(root):
+        found = load(root, split, []).collect()
+    bad = read_parquet(root / split / ERRORS_FILE)
     expected = _expected(root, split, metadata.select(schema.ID), run).join(
         bad, on=schema.ID, how="anti"
     )

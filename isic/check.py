@@ -1,6 +1,7 @@
 """Says what is in a dataset, what is missing, and what its folds will look like, before hours are spent on it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from isic import schema
 from isic.config import Settings
 from isic.dataset import Dataset, Split
 from isic.errors import UserError
-from isic.folds import draw_folds
+from isic.folds import Folds, draw_folds, read_folds
 from isic.images import (
     NO_IMAGE,
     FolderImages,
@@ -22,7 +23,7 @@ from isic.images import (
     open_hdf5,
 )
 from isic.machine import cores
-from isic.metadata import with_patient
+from isic.metadata import read_ids, with_patient
 from isic.preprocess import ImageError, PreprocessSpec, check_mask
 
 DECODE_BATCH = 1_024
@@ -50,7 +51,9 @@ class CheckSettings(Settings):
     sample: int | None = Field(
         None, ge=1, description="decode this many images of each split instead of all"
     )
-    num_folds: int = Field(5, ge=2, le=100, description="folds to draw")
+    num_folds: int = Field(
+        5, ge=2, le=100, description="folds to draw, or that the dataset's own plan should have"
+    )
     seed: int = Field(42, ge=0, description="of the folds and of the sample")
     num_threads: int = Field(len(cores()), ge=1, description="threads that decode")
 
@@ -82,7 +85,7 @@ def check(settings: CheckSettings) -> None:
         _print_facts("test", {"rows": "none (no test-metadata.csv)"})
     if masks is not None:
         _print_masks(masks, train, test, problems)
-    _print_folds(train, settings, problems)
+    _print_folds(dataset, train, settings, problems)
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise UserError(f"{settings.data} has {count}: {'; '.join(problems)}")
@@ -331,10 +334,11 @@ def _submission_facts(dataset: Dataset, test: pl.DataFrame, problems: Problems) 
     if not dataset.sample_submission_path.is_file():
         return {}
     try:
-        sample = pl.read_csv(dataset.sample_submission_path, infer_schema=False)
-    except pl.exceptions.PolarsError:
-        sample = pl.DataFrame()
-    if schema.ID not in sample.columns or set(sample[schema.ID]) != set(test[schema.ID]):
+        sample = read_ids(dataset.sample_submission_path)
+    except UserError as error:
+        problems.append(str(error))
+        return {"sample submission": "unreadable"}
+    if set(sample) != set(test[schema.ID]):
         problems.append("sample_submission.csv does not have the ids of the test table")
         return {"sample submission": f"{len(sample):,} rows, other ids than the table's"}
     return {"sample submission": f"{len(sample):,} rows, the table's ids"}
@@ -350,23 +354,50 @@ def _unseen_facts(train: pl.DataFrame, test: pl.DataFrame) -> Facts:
     return {f"unseen {name}": _listed(values) for name, values in unseen.items() if values}
 
 
-def _print_folds(train: pl.DataFrame, settings: CheckSettings, problems: Problems) -> None:
+def _print_folds(
+    dataset: Dataset, train: pl.DataFrame, settings: CheckSettings, problems: Problems
+) -> None:
+    """Prints the folds that runs will use: those of the plan that lies with the dataset, else those drawn."""
+    pinned = os.path.lexists(dataset.folds_path)
+    title = dataset.folds_path.name if pinned else f"seed {settings.seed}"
     try:
-        fold = draw_folds(train, settings.num_folds, settings.seed).of(train)
+        folds = (
+            read_folds(dataset.folds_path)
+            if pinned
+            else draw_folds(train, settings.num_folds, settings.seed)
+        )
     except UserError as error:
-        problems.append(f"no folds can be drawn: {error}")
+        problems.append(str(error) if pinned else f"no folds can be drawn: {error}")
         return
+    fold = folds.find(train)
+    problems += _fold_problems(folds, fold, train, settings.num_folds)
     counts = (
         with_patient(train)
         .with_columns(fold)
         .group_by("fold")
         .agg(pl.len(), pl.col(schema.PATIENT).n_unique(), pl.col(schema.TARGET).sum())
-        .sort("fold")
+        .sort("fold", nulls_last=True)
     )
-    print(f"\nfolds (seed {settings.seed})")
+    print(f"\nfolds ({title})")
     print(f"  {'fold':>4} {'rows':>9} {'patients':>9} {'positives':>9}")
-    for row in counts.iter_rows():
-        print("  {:>4} {:>9,} {:>9,} {:>9,}".format(*row))
+    for number, *row in counts.iter_rows():
+        print("  {:>4} {:>9,} {:>9,} {:>9,}".format("none" if number is None else number, *row))
+
+
+def _fold_problems(
+    folds: Folds, fold: pl.Series, train: pl.DataFrame, num_folds: int
+) -> Iterator[str]:
+    """Yields why training would refuse a fold plan; `fold` [N] is the fold of each row."""
+    if folds.num_folds != num_folds:
+        yield f"{folds} has {folds.num_folds} folds, not {num_folds}; use --num_folds {folds.num_folds}"
+    try:
+        folds.of(train)
+    except UserError as error:
+        yield str(error)
+    targets = train.select(fold, schema.TARGET).group_by("fold").agg(pl.col(schema.TARGET).unique())
+    for number in range(folds.num_folds):
+        if len(targets.filter(fold=number)[schema.TARGET].explode().drop_nulls()) < 2:
+            yield f"fold {number} does not hold rows of both classes, so it can be neither trained nor scored"
 
 
 def _print_facts(title: str, facts: Mapping[str, str]) -> None:

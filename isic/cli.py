@@ -110,6 +110,10 @@ def _fire_function(command: Command, load: Callable[..., Settings]) -> Callable[
             )
         except UserError as error:
             code = _complain(str(error))
+        except PermissionError as error:
+            code = _complain(
+                f"no access to {error.filename} ({error.strerror}); change its permissions"
+            )
         if code:
             sys.exit(code)
 

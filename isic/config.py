@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
 
+from isic import yaml12
 from isic.errors import UserError, did_you_mean
+from isic.files import read_text
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
@@ -21,6 +23,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=()
     )
+
+    @field_validator("*")
+    @classmethod
+    def _expand_home(cls, value: Any) -> Any:
+        """Resolve `~` in a path: a shell does not in --data=~/isic, and nobody does in a YAML file."""
+        if isinstance(value, tuple):
+            return tuple(map(cls._expand_home, value))
+        if not isinstance(value, Path) or not str(value).startswith("~"):
+            return value
+        try:
+            return value.expanduser()
+        except RuntimeError:
+            raise ValueError("there is no such home folder; write the path out") from None
 
 
 def _split(value: Any) -> Any:
@@ -79,14 +94,18 @@ def find_config(name: str) -> Path:
     return path
 
 
+def yaml_reason(error: yaml.YAMLError) -> str:
+    """Return why a text is not YAML, in a few words."""
+    return getattr(error, "problem", None) or str(error).splitlines()[0]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML mapping; an empty file is an empty mapping."""
+    """Read a YAML mapping; an empty file is an empty mapping. Raises UserError."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first_line = str(error).splitlines()[0]
+        values = yaml12.load(read_text(path))
+    except yaml.YAMLError as error:
         raise UserError(
-            f"{path} is not valid YAML ({first_line}); mend it or name another config"
+            f"{path} is not valid YAML ({yaml_reason(error)}); correct it or name another config"
         ) from None
     if values is None:
         return {}

@@ -1,5 +1,6 @@
 """A dataset folder in the layout of the challenge."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Literal
 import polars as pl
 
 from isic import folds, schema
-from isic.errors import UserError
+from isic.errors import UserError, warn
 from isic.images import ImageStore, open_images
 from isic.metadata import read_metadata
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,17 @@ class Dataset:
     root: Path
 
     def metadata_path(self, split: Split) -> Path:
+        """Returns where the table of a split is, or would be. Parquet is read if there are both, with a warning."""
         if not self.root.is_dir():
             raise UserError(
                 f"no such folder: {self.root}; point --data at a dataset in the layout of the challenge"
             )
-        parquet = self.root / f"{split}-metadata.parquet"
-        return parquet if parquet.is_file() else self.root / f"{split}-metadata.csv"
+        parquet, csv = (self.root / f"{split}-metadata.{ending}" for ending in ("parquet", "csv"))
+        if not parquet.exists():
+            return csv
+        if csv.exists():
+            warn(f"{self.root} has {parquet.name} and {csv.name}; the former is read")
+        return parquet
 
     def metadata(self, split: Split, need: Iterable[str] = ()) -> pl.DataFrame:
         """Reads the table of a split. A training table always needs a target. Raises UserError."""
@@ -58,3 +65,11 @@ class Dataset:
     @property
     def sample_submission_path(self) -> Path:
         return self.root / "sample_submission.csv"
+
+
+def refuse_dataset(folder: Path, flag: str) -> None:
+    """Raise a UserError if a folder to be written into holds a dataset: a fold plan there would count for every run."""
+    for split in SPLITS:
+        for ending in ("csv", "parquet"):
+            if os.path.lexists(folder / f"{split}-metadata.{ending}"):
+                raise UserError(f"{folder} holds a dataset; choose another {flag}")

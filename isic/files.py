@@ -6,8 +6,8 @@ import hashlib
 import io
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from isic.errors import UserError
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success its content appears under `path` in one step.
+    """Yield a temporary path beside `path`; on success its content appears under `path` in one step.
 
     A process killed inside the block leaves `path` as it was. Readers never see half a file.
 
@@ -28,44 +28,67 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        # not tempfile, whose files are private: some network file systems do not permit chmod
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except OSError as error:
         raise _disk_error(path, error) from error
-    temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(
-            0o666 & ~mask
-        )  # mkstemp makes files private; these are for everybody the umask admits
+        _sync(temporary)
         temporary.replace(path)
     except OSError as error:
         raise _disk_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # else it would hide why the block failed
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk confirm a file's content, on file systems that offer this."""
+    with open(path, "rb") as written:
+        try:
+            os.fsync(written.fileno())
+        except OSError as error:
+            if error.errno not in NO_SYNC:
+                raise
+
+
+NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EROFS}
+"""What fsync(2) says of a file that cannot be synchronised; some FUSE and network file systems say it of all."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
+NOT_WRITABLE = {
+    *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO, errno.ENOTSUP),
+}
 
 
 def _disk_error(path: Path, error: OSError) -> Exception:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if error.errno in FULL:
         return UserError(
             f"the disk is full, so {path} was not written; make room and run the same command again"
         )
-    if error.errno in {
-        errno.EACCES,
-        errno.EROFS,
-        errno.EPERM,
-        errno.ENOTDIR,
-        errno.EEXIST,
-        errno.EISDIR,
-    }:
-        return UserError(
-            f"cannot write {path} ({os.strerror(error.errno)}); choose another output folder"
-        )
+    if error.errno in NOT_WRITABLE:
+        reason = os.strerror(error.errno)
+        return UserError(f"cannot write {path} ({reason}); choose another output folder")
     return error
+
+
+def refuse_foreign(paths: Iterable[Path], is_own: bool, flag: str) -> None:
+    """Raise a UserError if writing would replace something that the command did not write.
+
+    Args:
+        paths: the files to be written.
+        is_own: whether an earlier run of the command wrote what is there. Devices and folders are refused even then.
+        flag: the option that chooses another place.
+    """
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file; choose another {flag}")
+        if os.path.lexists(path) and not is_own:
+            raise UserError(
+                f"{path} exists and was not written by this command, which would replace it; choose another {flag}"
+            )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,18 +107,30 @@ def write_parquet(path: Path, table: pl.DataFrame, metadata: dict[str, str] | No
         temporary.write_bytes(encoded.getvalue())
 
 
+def read_text(path: Path) -> str:
+    """Read UTF-8 text; raises UserError if it is missing, cannot be opened or is something else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run the step that makes it again") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8; save it in that encoding") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror}); check its permissions and the disk"
+        ) from None
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a mapping as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON mapping; raises UserError where there is none."""
+    """Read a JSON mapping; raises UserError if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run the step that makes it again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not valid JSON ({error}); run the step that makes it again"
         ) from None
@@ -111,6 +146,10 @@ def sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror}); check its permissions and the disk"
+        ) from None
 
 
 def digest(*parts: object) -> str:
@@ -132,11 +171,22 @@ def manifest_path(artifact: Path) -> Path:
     return artifact.with_name(artifact.name + ".json")
 
 
-def write_manifest(artifact: Path, **fields: Any) -> None:
-    """Writes the manifest beside an artifact; its `sha256` is added here."""
-    write_json(
-        manifest_path(artifact), {"artifact": artifact.name, "sha256": sha256(artifact), **fields}
-    )
+def write_manifest(artifact: Path, content: Path | None = None, **fields: Any) -> None:
+    """Write the manifest beside an artifact; its `sha256` is added here.
+
+    `content` is the file that will become the artifact, if it has not got its name yet.
+    """
+    about = {"artifact": artifact.name, "sha256": sha256(content or artifact)}
+    write_json(manifest_path(artifact), {**about, **fields})
+
+
+def holds(path: Path, *keys: str) -> bool:
+    """Whether a file is a JSON object with these keys, by which a command knows again what it wrote."""
+    if not path.is_file():
+        return False
+    with contextlib.suppress(UserError):
+        return set(keys) <= set(read_json(path))
+    return False
 
 
 def read_manifest(artifact: Path) -> dict[str, Any]:

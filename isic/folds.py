@@ -1,5 +1,7 @@
 """Which fold each training row is held out in: stratified by target, no patient in two folds."""
 
+import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,18 @@ from sklearn.model_selection import StratifiedGroupKFold
 from isic import schema
 from isic.errors import UserError
 from isic.files import digest, write_parquet
-from isic.metadata import with_patient
+from isic.metadata import require, with_patient
+from isic.tables import parquet_metadata, read_parquet
 
 FILE = "folds.parquet"
+
+
+def fold_dirs(run: Path) -> dict[int, Path]:
+    """Return the folders `fold_<k>` of a run by their number; copies such as `fold_0_old` are none of them."""
+    found = (path for path in run.glob("fold_*") if path.is_dir())
+    numbers = {path.name.removeprefix("fold_"): path for path in found}
+    folders = {int(text): path for text, path in numbers.items() if re.fullmatch("[0-9]+", text)}
+    return dict(sorted(folders.items()))
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,11 @@ class Folds:
 
     table: pl.DataFrame
     """`isic_id` String (sorted), `fold` Int8."""
+    source: str = ""
+    """The file that it was read from, for messages."""
+
+    def __str__(self) -> str:
+        return f"the fold plan {self.source or self.digest}"
 
     @property
     def num_folds(self) -> int:
@@ -35,15 +51,13 @@ class Folds:
         """Returns the fold of each row of `metadata`, Int8 in the table's order.
 
         Raises:
-            UserError: a row is not in the plan, or a patient stands in two folds.
+            UserError: a row is not in the plan, or a patient is in two folds.
         """
-        fold = metadata.select(schema.ID).join(
-            self.table, on=schema.ID, how="left", maintain_order="left"
-        )["fold"]
+        fold = self.find(metadata)
         if fold.null_count():
             unknown = metadata.filter(fold.is_null())[schema.ID][0]
             raise UserError(
-                f"the fold plan {self.digest} lacks {fold.null_count()} rows of this dataset, the first is {unknown}; "
+                f"{self} lacks {fold.null_count()} rows of this dataset, the first is {unknown}; "
                 "it was made for other data: use that data, or another output folder"
             )
         patients = with_patient(metadata).select(schema.PATIENT, fold)
@@ -53,24 +67,28 @@ class Folds:
             .filter(pl.col("fold") > 1)
         )
         if len(split):
+            patient = split[schema.PATIENT].sort()[0]
             raise UserError(
-                f"the fold plan {self.digest} puts patient {split[schema.PATIENT][0]} into two folds; delete it"
+                f"{self} puts patient {patient} into two folds; use a plan made for this table"
             )
         return fold
+
+    def find(self, metadata: pl.DataFrame) -> pl.Series:
+        """Return the fold of each row of `metadata`, Int8 in the table's order, null for a row that the plan lacks."""
+        rows = metadata.select(schema.ID)
+        return rows.join(self.table, on=schema.ID, how="left", maintain_order="left")["fold"]
 
     def write(self, path: Path) -> None:
         write_parquet(path, self.table, {"digest": self.digest})
 
 
 def read_folds(path: Path) -> Folds:
-    """Reads a fold plan. Raises UserError where it is missing, not a plan, or changed since it was written."""
+    """Read a fold plan. Raises UserError if it is missing, not a plan, or changed since it was written."""
     table = _read(path, {schema.ID: pl.String(), "fold": pl.Int8()}, "fold plan")
-    folds = Folds(table)
-    written = pl.read_parquet_metadata(path).get("digest")
+    folds = Folds(table, str(path))
+    written = parquet_metadata(path).get("digest")
     if written not in (None, folds.digest):
-        raise UserError(
-            f"{path} was changed after it was written; delete it and draw the folds again"
-        )
+        raise UserError(f"{path} was changed after it was written; get the plan as it was")
     present = table["fold"].unique().sort().to_list()
     if (
         not present
@@ -79,23 +97,25 @@ def read_folds(path: Path) -> Folds:
     ):
         raise UserError(
             f"{path} is not a fold plan: every row needs an isic_id of its own, and the folds are 0, 1, 2 and so on; "
-            "mend it, or delete it"
+            "correct it"
         )
     return folds
 
 
 def _read(path: Path, columns: dict[str, pl.DataType], what: str) -> pl.DataFrame:
-    """Reads the columns of a table, none of them blank. Raises UserError."""
-    if not path.is_file():
+    """Read the columns of a table, none of them blank. Raises UserError."""
+    if not os.path.lexists(path):
         raise UserError(f"no {what} at {path}; run the step that makes it again")
+    table = read_parquet(path)
+    require(table, columns, f"{path} is not a {what}: it")
     try:
-        table = pl.read_parquet(path, columns=list(columns)).cast(columns)  # type: ignore[arg-type]
+        table = table.select(*columns).cast(columns)  # type: ignore[arg-type]
     except pl.exceptions.PolarsError as error:
         raise UserError(
-            f"{path} is not a {what} ({str(error).splitlines()[0]}); delete it"
+            f"{path} is not a {what} ({str(error).splitlines()[0]}); correct it"
         ) from None
     if sum(table.null_count().row(0)):
-        raise UserError(f"{path} is not a {what}: it has blanks; mend it, or delete it")
+        raise UserError(f"{path} is not a {what}: it has blanks; correct it")
     return table
 
 
@@ -144,7 +164,7 @@ def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path, pin
     Raises:
         UserError: the plan is for other data or another number of folds.
     """
-    source = next((candidate for candidate in (path, pinned) if candidate.is_file()), None)
+    source = next((plan for plan in (path, pinned) if os.path.lexists(plan)), None)
     folds = read_folds(source) if source else draw_folds(metadata, num_folds, seed)
     if folds.num_folds != num_folds:
         raise UserError(

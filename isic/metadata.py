@@ -1,66 +1,99 @@
 """Reading the challenge's tables against the declared schema."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import polars as pl
 
 from isic import schema
-from isic.errors import UserError
+from isic.errors import UserError, warn
+from isic.tables import read_column, read_table
 
-NULLS = ["", "NA"]
-LONGEST_ROW = 65_536
-"""Bytes at the end of a CSV in which its last row is looked for."""
+MISSING = (
+    *("na", "n/a", "#na", "#n/a", "<na>", "nan", "-nan", "nat", "null", "none"),
+    *("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),
+)
+"""Texts that mean "no value" in a column of the schema, in any case: those that pandas writes or reads as such.
+
+So does a text without a letter or a digit, such as "-" or "?". "Unknown" is a value: the challenge's tables have it.
+"""
+NO_PATIENT = ("unknown", "missing", "not available", "anonymous")
+"""Further texts that mean "no value" as a patient: one group of them would hold many patients."""
+LETTER_OR_DIGIT = r"[\p{L}\p{N}]"
+IMAGE_ENDING = r"(?i)\.(jpe?g|png)$"
 
 
 def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:
-    """Reads a metadata table from CSV or Parquet.
+    """Read a metadata table from CSV or Parquet, alike.
 
-    Every column is read as text first, so a column's type never depends on its first rows. Blanks and `NA` are
-    null, the schema's columns get its types, an unknown column is kept as it is (text in CSV).
+    A column of the schema gets the schema's type whatever its first rows hold; its texts lose the spaces around them,
+    and those that mean "no value" (MISSING) become null. An unknown column is kept as it is (text in CSV).
 
     Args:
         path: a `.csv` or `.parquet` file.
         need: columns that must be there beside `isic_id`.
 
     Raises:
-        UserError: no such file, not a table, a needed column is missing, a value has the wrong type, a target
-            other than 0 or 1, duplicate or blank ids, no rows.
+        UserError: no such file, not a whole table, a needed column is missing or misspelt, a value has the wrong type,
+            a target other than 0 or 1, duplicate or blank ids, no rows.
     """
-    if not path.is_file():
-        raise UserError(
-            f"no such file: {path}; point --data at a folder in the layout of the challenge"
-        )
-    try:
-        if path.suffix == ".parquet":
-            table = pl.read_parquet(path)
-        else:
-            table = pl.read_csv(path, infer_schema=False, null_values=NULLS)
-            _refuse_cut(path, table.width)
-    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
-        first_line = (str(error).splitlines() or ["no content"])[0]
-        raise UserError(f"{path} is not a readable table: {first_line}") from None
+    require_file(path)
+    table = read_table(path)
+    _refuse_misspelt(table.columns, path)
     require(table, (schema.ID, *need), path)
     table = table.with_columns(
-        _typed(table, name, path) for name in table.columns if name in schema.DTYPES
+        _typed(table[name], path) for name in table.columns if name in schema.DTYPES
     )
-    _check_ids(table, path)
+    check_ids(table[schema.ID], path)
+    if schema.PATIENT in table.columns:
+        _warn_of_case(table[schema.PATIENT], path)
     if schema.TARGET in table.columns:
         _check_target(table, path)
         table = table.with_columns(pl.col(schema.TARGET).cast(pl.Int8))
     return table
 
 
-def _refuse_cut(path: Path, num_columns: int) -> None:
-    """Raises a UserError where the last row is short: half a file would be taken for a whole one, with blanks."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - LONGEST_ROW))
-        last = file.read().rstrip().rsplit(b"\n", 1)[-1]
-    num_fields = last.count(b",") + 1
-    if num_fields < num_columns and b'"' not in last:
+def read_ids(path: Path) -> pl.Series:
+    """Read the ids of a table and nothing else: the other columns would be most of a run's memory.
+
+    Returns:
+        [N] String, the very ids that `read_metadata` gives.
+
+    Raises:
+        UserError: no such file, not a whole table, no `isic_id`, no rows, or an id that is blank or stands twice.
+    """
+    require_file(path)
+    ids = read_column(path, schema.ID)
+    if ids is None:
+        raise UserError(f"{path} lacks the column {schema.ID}; add it")
+    ids = _typed(ids, path)
+    check_ids(ids, path)
+    return ids
+
+
+def require_file(path: Path) -> None:
+    """Raise a UserError if a dataset has no such table; why one cannot be opened is said when it is read."""
+    try:
+        path.stat()
+    except FileNotFoundError:
         raise UserError(
-            f"{path}: the last row has {num_fields} of {num_columns} fields; it is cut short, copy or download it again"
-        )
+            f"no such file: {path}; point --data at a folder in the layout of the challenge"
+        ) from None
+    except OSError:
+        return
+
+
+def _refuse_misspelt(columns: Sequence[str], path: Path) -> None:
+    """Raise a UserError for a column of the schema whose case or punctuation differs: it would count for nothing."""
+    known = {_letters(name): name for name in schema.DTYPES if name not in columns}
+    for name in columns:
+        if name not in schema.DTYPES and (meant := known.get(_letters(name))):
+            raise UserError(f'{path} has a column "{name}"; rename it to {meant}')
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def require(table: pl.DataFrame, columns: Iterable[str], source: Path | str) -> None:
@@ -84,35 +117,100 @@ def with_patient(table: pl.DataFrame) -> pl.DataFrame:
     return table.with_columns(patient_group())
 
 
-def _typed(table: pl.DataFrame, name: str, path: Path) -> pl.Series:
-    column, wanted = table[name], schema.DTYPES[name]
-    if (
-        column.dtype == pl.String
-    ):  # of a Parquet file: what is a blank in the one format is one in the other
-        column = table.select(pl.when(~pl.col(name).is_in(NULLS)).then(pl.col(name))).to_series()
-    if wanted == pl.String():
-        return column.cast(pl.String)
-    number = column.cast(pl.Float64, strict=False)
+def _typed(column: pl.Series, path: Path) -> pl.Series:
+    """Returns a column in the schema's type (numbers Float64), null if a value is missing. Raises UserError."""
+    if isinstance(column.dtype, pl.Categorical | pl.Enum | pl.Binary | pl.Null):
+        column = _cast(column, pl.String(), path)
+    if schema.DTYPES[column.name] == pl.String():
+        return _text(column, path)
+    return _number(column, path)
+
+
+def _text(column: pl.Series, path: Path) -> pl.Series:
+    """Returns texts without the spaces around them, null if they mean that there is no value."""
+    name = column.name
+    if column.dtype.is_float():  # pandas makes whole numbers floats as soon as one is missing
+        column = column.fill_nan(None)
+        whole = column.cast(pl.Int64, strict=False)
+        column = whole if whole.cast(column.dtype).equals(column) else column
+    text = pl.col(name).str.strip_chars()
+    if name == schema.PATIENT:  # the same of a CSV that pandas wrote
+        text = text.str.replace(r"^(\d+)\.0$", "${1}")
+    missing = (*MISSING, *NO_PATIENT) if name == schema.PATIENT else MISSING
+    clean = pl.when(~_is_missing(text, missing)).then(text).alias(name)
+    values = _cast(column, pl.String(), path).to_frame()
+    different = values.unique()
+    return (
+        values if different.equals(different.select(clean)) else values.select(clean)
+    ).to_series()
+
+
+def _is_missing(text: pl.Expr, words: Sequence[str]) -> pl.Expr:
+    return text.str.to_lowercase().is_in(words) | ~text.str.contains(LETTER_OR_DIGIT)
+
+
+def _number(column: pl.Series, path: Path) -> pl.Series:
+    """Returns Float64, null if a value is missing. Raises UserError for anything else than finite numbers."""
+    number = _cast(column, pl.Float64(), path, strict=False)
     wrong = (number.is_null() & column.is_not_null()) | number.is_infinite().fill_null(False)
+    if wrong.any() and column.dtype == pl.String:
+        column = _text(column, path)
+        number = column.cast(pl.Float64, strict=False)
+        wrong = (number.is_null() & column.is_not_null()) | number.is_infinite().fill_null(False)
     if wrong.any():
         row = wrong.to_list().index(True)
+        hint = "write 1.5, not 1,5" if "," in str(column[row]) else "correct the file"
         raise UserError(
-            f'{path}: column {name} must hold finite numbers, row {row} has "{column[row]}"; mend the file'
+            f'{path}: column {column.name} must hold finite numbers, row {row} has "{column[row]}"; {hint}'
         )
     return number.fill_nan(None)  # polars' null functions do not see NaN
 
 
-def _check_ids(table: pl.DataFrame, path: Path) -> None:
-    ids = table[schema.ID]
+def _cast(column: pl.Series, dtype: pl.DataType, path: Path, strict: bool = True) -> pl.Series:
+    """Casts text, numbers and truth values. Raises UserError for dates, lists and what else Parquet may hold."""
+    plain = (pl.String, pl.Boolean, pl.Categorical, pl.Enum, pl.Binary, pl.Null)
+    if not (column.dtype.is_numeric() or column.dtype in plain):
+        what = "numbers" if dtype.is_numeric() else "text"
+        raise UserError(
+            f"{path}: column {column.name} must hold {what}, not {column.dtype}; save it as such"
+        )
+    try:
+        return column.cast(dtype, strict=strict)
+    except pl.exceptions.PolarsError as error:
+        raise UserError(
+            f"{path}: column {column.name} cannot be read as {dtype} ({str(error).splitlines()[0]}); correct the file"
+        ) from None
+
+
+def check_ids(ids: pl.Series, path: Path) -> None:
+    """Raises a UserError unless there are ids, none of them blank, repeated or the name of a file."""
     if ids.is_empty():
         raise UserError(f"{path} has no rows; give a table with at least one")
     if ids.null_count():
         raise UserError(f"{path}: {ids.null_count()} rows have no isic_id; give every row one")
-    repeated = ids.filter(ids.is_duplicated()).unique(maintain_order=True)
-    if len(repeated):
+    if ids.n_unique() < len(ids):
+        repeated = ids.filter(ids.is_duplicated()).unique(maintain_order=True)
         raise UserError(
             f"{path}: {len(repeated)} isic_id stand more than once, the first is {repeated[0]}; keep one row each"
         )
+    if (is_file := ids.str.contains(IMAGE_ENDING)).any():
+        raise UserError(
+            f'{path}: isic_id "{ids.filter(is_file)[0]}" is the name of a file; leave out its ending'
+        )
+    _warn_of_case(ids, path)
+
+
+def _warn_of_case(names: pl.Series, path: Path) -> None:
+    """Warns of names that differ in nothing but their case, as those of one image or one patient may."""
+    lower = names.str.to_lowercase()
+    if lower.n_unique() == names.n_unique():
+        return
+    different = pl.DataFrame({"name": names, "lower": lower}).drop_nulls().unique()
+    alike = different.filter(pl.col("lower").is_duplicated()).sort("lower", "name")["name"]
+    warn(
+        f'{path}: {len(alike)} {names.name} differ from another one only in case, such as "{alike[0]}" and '
+        f'"{alike[1]}"; they count as different'
+    )
 
 
 def _check_target(table: pl.DataFrame, path: Path) -> None:
@@ -120,5 +218,5 @@ def _check_target(table: pl.DataFrame, path: Path) -> None:
     if len(wrong):
         value, name = wrong[schema.TARGET][0], wrong[schema.ID][0]
         raise UserError(
-            f"{path}: target must be 0 or 1 in every row, {name} has {value}; mend the file"
+            f"{path}: target must be 0 or 1 in every row, {name} has {value}; correct the file"
         )

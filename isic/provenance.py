@@ -13,6 +13,7 @@ from isic import schema
 from isic.errors import UserError
 from isic.files import write_parquet
 from isic.metadata import with_patient
+from isic.tables import parquet_metadata, read_parquet, reading
 
 SEEN_FILE = "trained_on.parquet"
 """Beside a checkpoint, in its `backbone/`, and beside the embeddings of its fold."""
@@ -49,18 +50,14 @@ def read_seen(path: Path) -> Seen:
             f"{path} is missing, so nobody can know which images this model has learned from; "
             "copy it from the folder in which the model was trained, or train the model again"
         )
-    try:
-        table = pl.read_parquet(path, columns=list(COLUMNS)).cast(COLUMNS)  # type: ignore[arg-type]
-        version = pl.read_parquet_metadata(path).get("version")
-    except pl.exceptions.PolarsError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a list of training images ({reason})") from None
+    version = parquet_metadata(path).get("version")
     if version != VERSION:
         raise UserError(
             f"{path} was written by an earlier version, which did not tell training rows from "
             "held-out rows; train the model again"
         )
-    return table
+    with reading(path):
+        return read_parquet(path, KEYS).cast(COLUMNS)  # type: ignore[arg-type]
 
 
 def rows_seen(metadata: pl.DataFrame, seen: Seen) -> pl.DataFrame:

@@ -9,7 +9,7 @@ from train.config import TrainSettings, load_settings
 from train.data import load_data
 from train.loop import train_fold
 from train.machine import check_bfloat16, prepare, select_device
-from train.outputs import is_finished, print_scores, refuse_to_lose
+from train.outputs import is_finished, print_scores, refuse_other_content, refuse_to_lose
 from train.pretrained import refuse_leaking_weights
 
 
@@ -44,6 +44,7 @@ def train_folds(settings: TrainSettings) -> None:
         for fold in sorted(set(folds) - set(due)):
             print(f"fold {fold} is finished; --force trains it again")
     for fold in due:
+        refuse_other_content(settings, fold)
         refuse_to_lose(settings, fold)
     if due:
         data = load_data(settings)

@@ -8,6 +8,7 @@ import torch
 
 from isic.errors import UserError
 from isic.files import atomic_path
+from isic.tables import reading
 from train.config import TrainSettings
 
 BEST, LAST = "best_model.pth", "last.pth"
@@ -47,6 +48,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; train this fold first")
+    with reading(path), open(path, "rb"):
+        pass  # below, an OSError means wrong bytes
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from isic.config import Settings, Several, build, find_config, read_yaml
 from isic.errors import UserError
 
+TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
 
 class TrainSettings(Settings):
     """What `python -m train` takes. Precedence: these defaults < the YAML file < flags."""
@@ -124,12 +126,8 @@ class TrainSettings(Settings):
     @field_validator("pretrained", mode="before")
     @classmethod
     def _truth_from_text(cls, value: Any) -> Any:
-        """A flag is text, and the text "false" is no hub name."""
-        return (
-            {"true": True, "false": False}.get(value.lower(), value)
-            if isinstance(value, str)
-            else value
-        )
+        """A flag is text, and "false" or "no" is not the name of a model on the hub."""
+        return TRUTH.get(value.lower(), value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

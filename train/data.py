@@ -28,6 +28,7 @@ from train.augment import create_augmentation
 from train.config import TrainSettings
 from train.machine import default_workers, select_device
 
+ERRORS_FILE = "errors.parquet"
 SAMPLE_ROWS = 50_000
 READ_ROWS = 4096
 
@@ -273,7 +274,7 @@ def _report(errors: dict[str, str], num_rows: int, settings: TrainSettings) -> N
     summary = f"{len(errors)} of {num_rows} images cannot be used, the first is {first} ({reason})"
     if settings.on_error == "raise":
         raise UserError(f"{summary}; fix them, or leave their rows out with --on_error skip")
-    path = settings.run_dir / "errors.parquet"
+    path = settings.run_dir / ERRORS_FILE
     if not distributed.is_main():
         return
     write_parquet(path, pl.DataFrame({schema.ID: list(errors), "reason": list(errors.values())}))

@@ -2,26 +2,37 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
-import yaml
 from numpy.typing import NDArray
 
-from isic import schema
+from isic import schema, yaml12
 from isic.config import read_yaml
+from isic.dataset import refuse_dataset
 from isic.errors import UserError
-from isic.files import atomic_path, sha256, versions, write_manifest, write_parquet, write_text
+from isic.files import (
+    read_text,
+    refuse_foreign,
+    sha256,
+    versions,
+    write_manifest,
+    write_parquet,
+    write_text,
+)
 from isic.folds import FILE as FOLDS_FILE
+from isic.folds import fold_dirs
 from isic.metrics import pauc, roc_auc
 from isic.provenance import SEEN_FILE, seen_rows, write_seen
+from isic.tables import read_parquet
 from train import distributed
 from train.checkpoint import BEST, LAST, save_checkpoint
 from train.config import TrainSettings
-from train.data import TrainData
+from train.data import ERRORS_FILE, TrainData
 from train.model import preprocess_spec
 from train.plots import ROC_FILE, draw_roc, write_scalars
 from train.pretrained import FOLDER, MARK
@@ -95,10 +106,27 @@ def refuse_to_lose(settings: TrainSettings, fold: int) -> None:
     path = directory / HISTORY_FILE
     goes_on = settings.resume and (directory / LAST).is_file()
     if path.is_file() and not (settings.force or goes_on):
-        done = len(path.read_text(encoding="utf-8").splitlines())
+        done = len(read_history(path))
         raise UserError(
             f"{directory} holds {done} of {settings.epochs} epochs; go on with --resume, or start again with --force"
         )
+
+
+def refuse_other_content(settings: TrainSettings, fold: int) -> None:
+    """Raise a UserError if a run would replace files that no training run wrote, as its `config.yaml` would show."""
+    flag = "--output_dir or --name"
+    refuse_dataset(settings.run_dir, flag)
+    directory = settings.fold_dir(fold)
+    names = (CONFIG_FILE, HISTORY_FILE, OOF_FILE, SEEN_FILE, BEST, LAST)
+    refuse_foreign((directory / name for name in names), _is_fold(directory), flag)
+    is_run = any(map(_is_fold, fold_dirs(settings.run_dir).values()))
+    refuse_foreign((settings.run_dir / name for name in (ROC_FILE, ERRORS_FILE)), is_run, flag)
+
+
+def _is_fold(directory: Path) -> bool:
+    """Whether a folder has the settings that a training run writes into it first."""
+    path = directory / CONFIG_FILE
+    return path.is_file() and {"model", "epochs", "split_seed"} <= set(read_yaml(path))
 
 
 def begin_fold(settings: TrainSettings, data: TrainData, fold: int, resumes: bool) -> None:
@@ -113,7 +141,7 @@ def begin_fold(settings: TrainSettings, data: TrainData, fold: int, resumes: boo
         data.folds.write(settings.run_dir / FOLDS_FILE)
     for name in () if resumes else (OOF_FILE, BEST, LAST, HISTORY_FILE, SEEN_FILE):
         (directory / name).unlink(missing_ok=True)
-    write_text(directory / CONFIG_FILE, yaml.safe_dump(settings.model_dump(mode="json")))
+    write_text(directory / CONFIG_FILE, yaml12.dump(settings.model_dump(mode="json")))
 
 
 def is_finished(settings: TrainSettings, fold: int) -> bool:
@@ -130,10 +158,10 @@ def is_finished(settings: TrainSettings, fold: int) -> bool:
     then = read_yaml(directory / CONFIG_FILE)
     if not {"model", "epochs"} <= set(then):
         raise UserError(
-            f"{directory / CONFIG_FILE} is damaged; train fold {fold} again with --force"
+            f"{directory / CONFIG_FILE} lacks model or epochs, which training writes; restore it, "
+            f"or train fold {fold} again with --force"
         )
-    last_line = (directory / HISTORY_FILE).read_text(encoding="utf-8").splitlines()[-1]
-    if json.loads(last_line)["epoch"] < then["epochs"]:
+    if last_epoch(read_history(directory / HISTORY_FILE)) < then["epochs"]:
         return False
     refuse_difference(directory, then, settings)
     return True
@@ -181,6 +209,7 @@ def save_fold(
     }
     write_manifest(
         directory / BEST,
+        None,
         **config,
         epoch=state.epoch,
         pauc=state.best_pauc,
@@ -229,12 +258,9 @@ def log_epoch(
         "waiting_share": stats.waiting / stats.seconds,
         "skipped_steps": stats.skipped_steps,
     }
-    earlier = (
-        path.read_text(encoding="utf-8").splitlines() if path.is_file() and state.epoch > 1 else []
-    )
-    kept = [line for line in earlier if json.loads(line)["epoch"] < state.epoch]
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join([*kept, json.dumps(entry)]) + "\n", encoding="utf-8")
+    earlier = read_history(path) if path.is_file() and state.epoch > 1 else []
+    kept = [epoch for epoch in earlier if epoch["epoch"] < state.epoch]
+    write_text(path, "".join(json.dumps(epoch) + "\n" for epoch in [*kept, entry]))
     write_scalars(directory / "tensorboard", state.epoch, {"loss": stats.mean_loss(), **scores})
     dice = f"Dice {scores['dice']:.3f}, " if "dice" in scores else ""
     print(
@@ -244,13 +270,29 @@ def log_epoch(
     )
 
 
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Read the epochs of `history.jsonl`, one mapping each. Raises UserError."""
+    try:
+        epochs = [json.loads(line) for line in read_text(path).splitlines()]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON lines ({error}); restore it") from None
+    if not all(isinstance(epoch, dict) and isinstance(epoch.get("epoch"), int) for epoch in epochs):
+        raise UserError(f"{path} is not the history of a training run; restore it")
+    return epochs
+
+
+def last_epoch(history: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of the last epoch, 0 if there is none."""
+    return int(history[-1]["epoch"]) if history else 0
+
+
 def print_scores(settings: TrainSettings) -> None:
     """Prints the out-of-fold scores of the finished folds, and of all of them pooled.
 
     The partial AUC is not additive: the mean over folds is not the pooled value, so both are shown.
     """
     paths = [settings.fold_dir(fold) / OOF_FILE for fold in range(settings.num_folds)]
-    tables = [_read_oof(path) for path in paths if path.is_file()]
+    tables = [read_parquet(path) for path in paths if path.is_file()]
     if not tables:
         return
     print(f"\n{'fold':>8} {'rows':>8} {'positive':>8} {'pAUC':>8} {'AUC':>8} {'Dice':>8}")
@@ -265,13 +307,6 @@ def print_scores(settings: TrainSettings) -> None:
     print(f"\ncheckpoints in {settings.run_dir}" + (f", ROC curves in {ROC_FILE}" if drawn else ""))
     if not drawn:
         print(f"no {ROC_FILE}: matplotlib is not installed (pip install matplotlib)")
-
-
-def _read_oof(path: Path) -> pl.DataFrame:
-    try:
-        return pl.read_parquet(path)
-    except pl.exceptions.PolarsError:
-        raise UserError(f"{path} is damaged; train that fold again with --force") from None
 
 
 def loss_text(stats: EpochStats, last: int = 0) -> str:

@@ -12,7 +12,7 @@ import polars as pl
 from pydantic import AliasChoices, Field, model_validator
 
 from infer.embedding.embedder import Embedder, Job
-from infer.embedding.plan import Models, Part, begin, complete, find_models, plan_parts, read_ids
+from infer.embedding.plan import Models, Part, begin, complete, find_models, plan_parts
 from infer.embedding.progress import Tally
 from infer.embedding.ray_runner import run_ray
 from infer.embedding.workers import gpus, run_processes
@@ -27,12 +27,23 @@ from infer.embeddings import (
 )
 from infer.engines import MODULES
 from isic.config import Settings
-from isic.dataset import Dataset, Split
+from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
 from isic.errors import UserError
-from isic.files import atomic_path, digest, read_json, sha256, versions, write_json, write_parquet
+from isic.files import (
+    atomic_path,
+    digest,
+    holds,
+    read_json,
+    refuse_foreign,
+    sha256,
+    versions,
+    write_json,
+    write_parquet,
+)
 from isic.folds import FILE as FOLDS_FILE
-from isic.folds import Folds, read_folds
+from isic.folds import Folds, fold_dirs, read_folds
 from isic.interrupt import Interrupted, interruptible
+from isic.metadata import read_ids
 from isic.provenance import SEEN_FILE
 
 BATCH_CPU, BATCH_GPU = 64, 256
@@ -145,11 +156,10 @@ def embed_splits(settings: EmbedSettings) -> None:
     dataset = Dataset(settings.data)
     model_dir = settings.model_dir or Path("outputs") / settings.config
     models = find_models(model_dir, settings.config, settings.engine, settings.precision)
-    if without := sorted(
-        {path.name for path in model_dir.glob("fold_*")} - {f"fold_{k}" for k in models.folds}
-    ):
+    if without := sorted(fold_dirs(model_dir).keys() - set(models.folds)):
+        names = ", ".join(f"fold_{k}" for k in without)
         print(
-            f"note: {', '.join(without)} in {model_dir} has no such engine; images that it held out are left out"
+            f"note: {names} in {model_dir} has no such engine; images that it held out are left out"
         )
     for split in present_splits(dataset) if settings.split == "all" else [settings.split]:
         embed_split(dataset, split, models, model_dir / FOLDS_FILE, settings)
@@ -168,10 +178,9 @@ def check_folds(models: Models, folds: Folds) -> None:
 
 def present_splits(dataset: Dataset) -> list[Split]:
     """Returns the splits of a dataset that have a table and images."""
-    splits: tuple[Split, ...] = ("train", "test")
     found = [
         split
-        for split in splits
+        for split in SPLITS
         if dataset.metadata_path(split).is_file() and dataset.find_images(split)
     ]
     if not found:
@@ -187,6 +196,9 @@ def embed_split(
     """Embeds one split and writes its `run.json`."""
     directory = settings.run_dir.resolve() / split
     plan, parts = draw_up(dataset, split, models, folds_path, settings)
+    refuse_dataset(directory.parent, "--output_dir")
+    if split == "train":
+        refuse_other_folds(directory.parent, folds_path)
     begin(directory, plan, settings.force)
     if split == "train":
         carry_over(models, folds_path, directory.parent)
@@ -210,6 +222,14 @@ def embed_split(
         f"seconds={tally.total_seconds:.1f} images_per_second={tally.num_now / tally.total_seconds:.0f} "
         f"bound_by={tally.bound_by} output={settings.run_dir / split}"
     )
+
+
+def refuse_other_folds(root: Path, folds_path: Path) -> None:
+    """Raise a UserError if the fold plan of something else than embeddings would be replaced by another one."""
+    there = root / FOLDS_FILE
+    is_own = any(holds(root / split / PLAN_FILE, PLAN_KEY) for split in SPLITS)
+    is_same = there.is_file() and sha256(there) == sha256(folds_path)
+    refuse_foreign([there], is_own or is_same, "--output_dir")
 
 
 def carry_over(models: Models, folds_path: Path, root: Path) -> None:

@@ -2,25 +2,24 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import polars as pl
 
-from infer.embeddings import PLAN_FILE, part_path
+from infer.embeddings import ERRORS_FILE, PLAN_FILE, PLAN_KEY, RUN_FILE, part_path
 from infer.engines import MODULES, manifest_spec
 from isic import schema
 from isic.dataset import Split
 from isic.errors import UserError
-from isic.files import read_json, read_manifest, write_json
-from isic.folds import Folds
-from isic.metadata import NULLS, require
+from isic.files import holds, read_json, read_manifest, refuse_foreign, write_json
+from isic.folds import Folds, fold_dirs
 from isic.preprocess import PreprocessSpec
+from isic.tables import read_parquet
 
 PART_ROWS = 4096
-CSV_BLOCK = 4 * 1024 * 1024
 STALE_SECONDS = 3600
 """Age at which a temporary file belongs to a run that was killed, and not to one that goes on beside this one."""
 
@@ -49,7 +48,7 @@ class Part:
 
     def bad(self) -> list[tuple[str, str]]:
         """Returns id and reason of the images that could not be used, of a part that is done."""
-        return pl.read_parquet(self.errors_path).rows() if self.errors_path.is_file() else []
+        return read_parquet(self.errors_path).rows() if self.errors_path.is_file() else []
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,12 @@ def find_models(model_dir: Path, config: str, engine: str, precision: str | None
     Raises:
         UserError: none is exported or several are, one is of another config, or they differ in preprocessing.
     """
-    folders = {int(path.name.removeprefix("fold_")): path for path in model_dir.glob("fold_*")}
+    if engine not in MODULES and Path(engine).name != engine:
+        raise UserError(f"--engine {engine!r} is a path; give a file name in each fold's folder")
     artifacts: dict[int, Path] = {}
-    for fold, folder in sorted(folders.items()):
-        found = (
-            of_format(folder, engine, precision) if engine in MODULES else list(folder.glob(engine))
-        )
+    for fold, folder in fold_dirs(model_dir).items():
+        named = [folder / engine] if (folder / engine).is_file() else []
+        found = of_format(folder, engine, precision) if engine in MODULES else named
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise UserError(
@@ -131,61 +130,6 @@ def of_format(folder: Path, name: str, precision: str | None) -> list[Path]:
     ]
 
 
-def read_ids(path: Path) -> pl.Series:
-    """Reads the ids of a metadata table and nothing else: the other columns would be most of a run's memory.
-
-    Raises:
-        UserError: no such file, not a table, no `isic_id`, no rows, or an id that is blank or stands twice.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"no such file: {path}; point --data at a folder in the layout of the challenge"
-        )
-    try:
-        table = _id_column(path)
-    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
-        first_line = (str(error).splitlines() or ["no content"])[0]
-        raise UserError(f"{path} is not a readable table: {first_line}") from None
-    require(table, [schema.ID], path)
-    ids = table[schema.ID].cast(pl.String)
-    if ids.is_empty() or ids.null_count() or ids.n_unique() < len(ids):
-        raise UserError(
-            f"{path}: every row needs an isic_id of its own; run `python -m isic check`"
-        )
-    return ids
-
-
-def _id_column(path: Path) -> pl.DataFrame:
-    """Returns the table's `isic_id` alone, or no column at all where it has none."""
-    if path.suffix == ".parquet":
-        return pl.scan_parquet(path).select(pl.col(f"^{schema.ID}$")).collect()
-    with open(path, "rb") as file:
-        header = file.readline()
-        if schema.ID not in (table := pl.read_csv(header, infer_schema=False)).columns:
-            return table
-        blocks = [table.select(schema.ID)]
-        for rows in _whole_rows(file):
-            blocks.append(
-                pl.read_csv(
-                    header + rows, columns=[schema.ID], infer_schema=False, null_values=NULLS
-                )
-            )
-    return pl.concat(blocks)
-
-
-def _whole_rows(file: BinaryIO) -> Iterator[bytes]:
-    """Yields the rest of a CSV in blocks that end where a row does: polars keeps all that it is given in memory."""
-    block = b""
-    while more := file.read(CSV_BLOCK):
-        block += more
-        end = block.rfind(b"\n") + 1
-        if end and block.count(b'"', 0, end) % 2 == 0:  # else that line end is inside a quoted text
-            yield block[:end]
-            block = block[end:]
-    if block:
-        yield block
-
-
 def plan_parts(
     root: Path, split: Split, ids: pl.Series, engines: Sequence[int], folds: Folds | None, mode: str
 ) -> list[Part]:
@@ -220,13 +164,16 @@ def fold_of(ids: pl.Series, folds: Folds) -> pl.Series:
 
 
 def begin(directory: Path, plan: Mapping[str, Any], force: bool) -> None:
-    """Writes the plan, or checks that it is the one an earlier run wrote; sweeps up what killed runs left behind.
+    """Write the plan, or check that it is the one an earlier run wrote; remove what killed runs left behind.
 
     Raises:
-        UserError: what is there was made with something else, and `force` does not say to begin anew.
+        UserError: what is there is no run, or was made with something else and `force` does not say to begin again.
     """
     path = directory / PLAN_FILE
-    if force and path.is_file():
+    is_own = holds(path, PLAN_KEY)
+    names = (path, directory / RUN_FILE, directory / ERRORS_FILE)
+    refuse_foreign([*names, *directory.glob("fold_*/part-*")], is_own, "--output_dir")
+    if force and is_own:
         shutil.rmtree(directory)
     if path.is_file():
         former = read_json(path)

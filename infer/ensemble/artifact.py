@@ -20,11 +20,16 @@ from infer.ensemble.image_features import ImageState
 from isic import features, schema
 from isic.errors import UserError
 from isic.features import Encoding, relative_to_patient
-from isic.files import read_json, sha256, write_json
+from isic.files import holds, read_json, refuse_foreign, sha256, write_json
+from isic.folds import FILE as FOLDS_FILE
+from isic.tables import read_parquet
 
 MANIFEST = "ensemble.json"
 STATE = "state.json"
 OOF = "oof.parquet"
+SCORES = "scores.json"
+BEGUN = "begun.json"
+"""Marks a folder in which an ensemble is being written."""
 FORMAT = 4
 
 IMAGE_WORDS = ("image", "multimodal")
@@ -120,7 +125,7 @@ class Ensemble:
 
     def oof(self) -> pl.DataFrame:
         """Returns the out-of-fold scores: `isic_id`, `fold`, `target`, a column a model, and `blend`."""
-        return pl.read_parquet(self.root / OOF)
+        return read_parquet(self.root / OOF)
 
     def oof_models(self) -> dict[str, Scores]:
         """Returns [N] out-of-fold scores by the model's name."""
@@ -130,18 +135,32 @@ class Ensemble:
 
 def write_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) -> None:
     """Writes the manifest over the named files; call it last."""
-    write_json(
-        root / MANIFEST,
-        {"format": FORMAT, **fields, "files": {name: sha256(root / name) for name in files}},
-    )
+    digests = {name: sha256(root / name) for name in files}
+    write_json(root / MANIFEST, {"format": FORMAT, **fields, "files": digests})
+    (root / BEGUN).unlink(missing_ok=True)
+
+
+def refuse_other_content(root: Path) -> None:
+    """Raise a UserError if a folder holds files of the names that an ensemble has, but no ensemble, whole or begun."""
+    is_own = holds(root / MANIFEST, "format", "weights") or holds(root / BEGUN, "format")
+    others = (root / name for name in (MANIFEST, BEGUN, STATE, OOF, SCORES, FOLDS_FILE))
+    refuse_foreign([*others, *_removable(root)], is_own, "--output_dir or --name")
 
 
 def clear(root: Path) -> None:
-    """Takes what an earlier ensemble wrote away, its manifest first: a folder without one is no ensemble."""
-    if root.is_dir():
-        boosters, maps = root.glob("[!.]*_fold_*_seed_*"), root.glob("maps_*.parquet")
-        for path in (root / MANIFEST, root / "report.html", *boosters, *maps):
-            path.unlink(missing_ok=True)
+    """Remove an earlier ensemble, its manifest first: a folder without one is no ensemble.
+
+    BEGUN stays until `write_manifest`, so that a run that was killed can be repeated.
+    """
+    write_json(root / BEGUN, {"format": FORMAT})
+    for path in (root / MANIFEST, *_removable(root)):
+        path.unlink(missing_ok=True)
+
+
+def _removable(root: Path) -> list[Path]:
+    """Return the files of an ensemble whose names differ from one to another, and its report."""
+    boosters, maps = root.glob("[!.]*_fold_*_seed_*"), root.glob("maps_*.parquet")
+    return [root / "report.html", *boosters, *maps]
 
 
 def refuse_another(root: Path, fields: Mapping[str, Any]) -> None:

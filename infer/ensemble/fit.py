@@ -1,6 +1,7 @@
 """Fits the ensemble: libraries x seeds x folds of boosters, each on its fold's training rows, scored out of fold."""
 
 import math
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,16 +16,25 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from tqdm import tqdm
 
 from infer.ensemble import image_scores, scores
-from infer.ensemble.artifact import OOF, FeatureSpec, State, clear, refuse_another, write_manifest
+from infer.ensemble.artifact import (
+    OOF,
+    SCORES,
+    FeatureSpec,
+    State,
+    clear,
+    refuse_another,
+    refuse_other_content,
+    write_manifest,
+)
 from infer.ensemble.blend import blend, model_name
 from infer.ensemble.boosters import LIBRARIES, file_name, fit_booster, parameters_of
 from infer.ensemble.image_features import ImageState, Sources, frames, learn, origins
 from infer.ensemble.lesions import describe
 from infer.report import write_report
 from isic import folds as fold_plans
-from isic import schema
-from isic.config import Settings, Several, build, find_config, read_yaml
-from isic.dataset import Dataset
+from isic import schema, yaml12
+from isic.config import Settings, Several, build, find_config, read_yaml, yaml_reason
+from isic.dataset import Dataset, refuse_dataset
 from isic.errors import UserError, did_you_mean
 from isic.features import Encoding, fit_encoding, needed_columns
 from isic.files import sha256, versions, write_json, write_parquet, write_text
@@ -36,9 +46,9 @@ from isic.metadata import require, with_patient
 def _mapping(value: Any) -> Any:
     """A flag is text: `--lightgbm "{max_depth: 5}"` is the YAML of a mapping."""
     try:
-        return yaml.safe_load(value) if isinstance(value, str) else value
-    except yaml.YAMLError:
-        return value
+        return yaml12.load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise ValueError(f"this is not the YAML of a mapping ({yaml_reason(error)})") from None
 
 
 Changes = Annotated[dict[str, bool | int | float | str], BeforeValidator(_mapping)]
@@ -206,6 +216,8 @@ def fit(settings: FitSettings) -> None:
     names = spec.names(image)
     weights = settings.library_weights if names else {"image": 1.0}
     root = settings.output_dir / (settings.name or _default_name(settings, spec))
+    refuse_dataset(root, "--output_dir or --name")
+    refuse_other_content(root)
     origin = _origin(settings, image, folds, weights)
     if not settings.force:
         refuse_another(root, origin)
@@ -254,7 +266,7 @@ def _plan_path(settings: FitSettings) -> Path | None:
     """Returns the fold plan of the embeddings, else the dataset's, None when a plan is to be drawn."""
     roots = (root for root in (settings.embeddings, settings.data) if root)
     paths = (root / fold_plans.FILE for root in roots)
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if os.path.lexists(path)), None)
 
 
 def _refuse_contradiction(
@@ -392,8 +404,8 @@ def _write_files(
     state_files = state.write(root)
     folds.write(root / fold_plans.FILE)
     write_parquet(root / OOF, oof)
-    write_json(root / scores.FILE, summaries)
-    return [*boosters, *state_files, fold_plans.FILE, OOF, scores.FILE]
+    write_json(root / SCORES, summaries)
+    return [*boosters, *state_files, fold_plans.FILE, OOF, SCORES]
 
 
 MODEL_SETTINGS = {

@@ -27,6 +27,7 @@ from isic.errors import UserError
 from isic.files import write_parquet
 from isic.folds import Folds
 from isic.provenance import SEEN_FILE, read_seen, refuse_seen
+from isic.tables import read_parquet, reading
 
 MAPPED = ("aligned", "components")
 FROZEN = "frozen"
@@ -230,7 +231,7 @@ def write_maps(path: Path, maps: Maps) -> None:
 
 def read_maps(path: Path) -> Maps:
     """Reads what `write_maps` wrote."""
-    table = pl.read_parquet(path)
+    table = read_parquet(path)
     values = {
         k: table.filter(fold=k)["values"].to_numpy()
         for k in table["fold"].unique().sort().to_list()
@@ -241,7 +242,8 @@ def read_maps(path: Path) -> Maps:
 def _found(root: Path, split: Split, fold: int, wanted: pl.DataFrame) -> pl.DataFrame:
     """Reads `features` of the wanted `isic_id` by one fold's model; images that could not be read are absent."""
     rows = load(root, split, ["features"]).filter(pl.col("fold") == fold)
-    found = wanted.lazy().join(rows, on=schema.ID, how="inner", maintain_order="left").collect()
+    with reading(root):
+        found = wanted.lazy().join(rows, on=schema.ID, how="inner", maintain_order="left").collect()
     if found[schema.ID].is_duplicated().any():
         raise UserError(
             f"{root}: an image has more than one {split} embedding of fold {fold}; embed again"

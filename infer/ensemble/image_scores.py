@@ -22,6 +22,7 @@ from isic.errors import UserError
 from isic.folds import Folds
 from isic.metadata import with_patient
 from isic.provenance import SEEN_FILE, read_seen, refuse_seen
+from isic.tables import read_parquet, reading
 
 SCORE = "image_score"
 RELATIVE = "image_score_patient_diff"
@@ -170,7 +171,9 @@ def made_with(root: Path, split: Split, folds_digest: str) -> dict[str, Any]:
 
 def _read(root: Path, split: Split) -> pl.DataFrame:
     """Returns `isic_id`, `fold` and `logit` Float64 of every row that the embeddings have."""
-    logits = load(root, split, ["logit"]).with_columns(pl.col("logit").cast(pl.Float64)).collect()
+    stored = load(root, split, ["logit"]).with_columns(pl.col("logit").cast(pl.Float64))
+    with reading(root):
+        logits = stored.collect()
     wrong = logits.filter(~pl.col("logit").is_finite().fill_null(False))
     if len(wrong):
         raise UserError(
@@ -200,7 +203,7 @@ def refuse_gaps(gaps: pl.DataFrame, num_images: int, root: Path, split: Split) -
     errors = root / split / ERRORS_FILE
     if gaps.is_empty():
         return
-    skipped = pl.read_parquet(errors)[schema.ID] if errors.is_file() else pl.Series(dtype=pl.String)
+    skipped = read_parquet(errors)[schema.ID] if errors.is_file() else pl.Series(dtype=pl.String)
     gaps = gaps.filter(~pl.col(schema.ID).is_in(skipped.implode()))
     if len(gaps):
         raise UserError(

@@ -20,8 +20,17 @@ from isic.config import Settings
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.features import needed_columns, unseen_categories
-from isic.files import atomic_path, sha256, versions, write_manifest, write_parquet
-from isic.metadata import read_metadata, require
+from isic.files import (
+    atomic_path,
+    holds,
+    manifest_path,
+    refuse_foreign,
+    sha256,
+    versions,
+    write_manifest,
+    write_parquet,
+)
+from isic.metadata import read_ids, read_metadata, require
 
 MAX_NAMED = 5
 """Unseen values of a column that are named."""
@@ -59,45 +68,42 @@ def predict(settings: PredictSettings) -> None:
     require(metadata, needed_columns(ensemble.spec.tabular), path)
     _check_lesions(ensemble, metadata, settings.few)
     order = submission_order(dataset, metadata)
-    _refuse_own_files(settings.output, dataset)
+    _refuse_foreign(settings.output)
     image, made_with = _image(settings, ensemble, metadata)
     table = ensemble.spec.frame(metadata, image)
     _warn_unseen(ensemble, table)
     models = score_models(ensemble, table, settings.num_threads)
     reference = ensemble.oof_models() if len(ensemble.weights) > 1 else {}
     score = np.clip(blend(models, ensemble.weights, reference), 0.0, 1.0)
+    assert np.isfinite(score).all()
     scored = metadata.select(schema.ID, pl.Series(schema.TARGET, score))
-    _write(settings.output, order.join(scored, on=schema.ID, maintain_order="left"))
-    write_parquet(
-        models_path(settings.output), metadata.select(schema.ID).with_columns(**models, blend=score)
-    )
-    write_manifest(
-        settings.output,
-        ensemble=sha256(ensemble.root / MANIFEST),
-        folds_digest=ensemble.manifest["folds_digest"],
-        features=ensemble.manifest["features"],
-        **made_with,
-        metadata_sha256=sha256(path),
-        models={
-            "file": models_path(settings.output).name,
-            "sha256": sha256(models_path(settings.output)),
-        },
-        versions=versions("isic-toolkit", *ensemble.manifest["versions"]),
-    )
+    submission = order.join(scored, on=schema.ID, maintain_order="left")
+    all_models = metadata.select(schema.ID).with_columns(**models, blend=score)
+    with atomic_path(settings.output) as first, atomic_path(models_path(settings.output)) as second:
+        submission.write_csv(first)
+        write_parquet(second, all_models)
+        # before they get their names, so that a run that is killed in between can be repeated
+        write_manifest(
+            settings.output,
+            first,
+            ensemble=sha256(ensemble.root / MANIFEST),
+            folds_digest=ensemble.manifest["folds_digest"],
+            features=ensemble.manifest["features"],
+            **made_with,
+            metadata_sha256=sha256(path),
+            models={"file": models_path(settings.output).name, "sha256": sha256(second)},
+            versions=versions("isic-toolkit", *ensemble.manifest["versions"]),
+        )
     print(
         f"submission: {settings.output} ({len(metadata)} rows, scores {score.min():.4f} to {score.max():.4f})"
     )
 
 
-def _refuse_own_files(output: Path, dataset: Dataset) -> None:
-    """Raises a UserError where the submission would be written over one of the dataset's tables."""
-    tables = (
-        dataset.metadata_path("train"),
-        dataset.metadata_path("test"),
-        dataset.sample_submission_path,
-    )
-    if output.resolve() in {path.resolve() for path in tables}:
-        raise UserError(f"--output {output} is a table of the dataset; choose another file")
+def _refuse_foreign(output: Path) -> None:
+    """Raise a UserError if the submission would replace anything but one that `predict` wrote, by its manifest."""
+    manifest = manifest_path(output)
+    is_own = holds(manifest, "artifact", "ensemble", "models")
+    refuse_foreign([output, models_path(output), manifest], is_own, "--output")
 
 
 def _check_lesions(ensemble: Ensemble, metadata: pl.DataFrame, few: str) -> None:
@@ -162,7 +168,7 @@ def submission_order(dataset: Dataset, metadata: pl.DataFrame) -> pl.DataFrame:
     path = dataset.sample_submission_path
     if not path.is_file():
         return metadata.select(schema.ID)
-    order = _sample_ids(path)
+    order = read_ids(path).to_frame()  # its target is a placeholder such as 0.3
     for ids, other, here, there in (
         (order, metadata, path, "the table"),
         (metadata, order, "the table", path),
@@ -174,23 +180,6 @@ def submission_order(dataset: Dataset, metadata: pl.DataFrame) -> pl.DataFrame:
                 f"use the sample submission of this dataset, or take {path.name} away"
             )
     return order
-
-
-def _sample_ids(path: Path) -> pl.DataFrame:
-    """Reads the sample's ids alone: its target is a placeholder such as 0.3, which no table of labels may hold."""
-    try:
-        table = pl.read_csv(path, infer_schema=False)
-    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not a readable table: {(str(error).splitlines() or ['no content'])[0]}"
-        ) from None
-    require(table, [schema.ID], path)
-    ids = table.select(schema.ID)
-    if ids[schema.ID].null_count() or ids[schema.ID].is_duplicated().any():
-        raise UserError(
-            f"{path} has blank or repeated ids; give every row one of its own, or take the file away"
-        )
-    return ids
 
 
 def _image(
@@ -209,9 +198,3 @@ def _image(
     if settings.embeddings and (fitted := ensemble.manifest["embeddings"]):
         refuse_other_origin(settings.embeddings, "test", found["embeddings"], fitted)
     return frames(state, sources, "test", metadata, digest, None), found
-
-
-def _write(path: Path, table: pl.DataFrame) -> None:
-    assert table[schema.TARGET].is_finite().all()
-    with atomic_path(path) as temporary:
-        table.write_csv(temporary)

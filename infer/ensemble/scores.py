@@ -16,8 +16,6 @@ from isic.metrics import TOP_K, pauc, roc_auc, top_k
 
 Scores = NDArray[np.float64]
 
-FILE = "scores.json"
-
 
 class ScoresSettings(Settings):
     """Settings of `infer scores`."""

@@ -9,6 +9,7 @@ import polars as pl
 from infer.embeddings import load
 from infer.report.curves import Projection, pca
 from isic import schema
+from isic.tables import reading
 
 MOST = {0: 400, 1: 150}
 """Benign and malignant lesions on a map, at most."""
@@ -25,7 +26,9 @@ def projections(
     """
     drawn = pl.concat(draw(rows) for _, rows in sorted(oof.group_by("fold")))
     wanted = drawn.select(schema.ID, pl.col("fold").cast(pl.Int8), schema.TARGET).lazy()
-    table = load(embeddings, "train", ["features"]).join(wanted, on=[schema.ID, "fold"]).collect()
+    stored = load(embeddings, "train", ["features"]).join(wanted, on=[schema.ID, "fold"])
+    with reading(embeddings):
+        table = stored.collect()
     for (fold,), rows in sorted(table.sort(schema.ID).group_by("fold", maintain_order=True)):
         features = rows["features"].to_numpy().astype(np.float32)
         finite = np.isfinite(features).all(axis=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from infer.ensemble.artifact import OOF, Ensemble
+from infer.ensemble.artifact import Ensemble
 from isic import schema
 from isic.dataset import Dataset
 from isic.errors import UserError
@@ -77,9 +77,7 @@ def read_scored(ensemble: Ensemble, data: Path) -> Scored:
     patients = with_patient(metadata).select(
         schema.ID, schema.PATIENT, pl.col(schema.PATIENT).rank("dense").alias(GROUP)
     )
-    oof = pl.read_parquet(ensemble.root / OOF).join(
-        patients, on=schema.ID, how="left", maintain_order="left"
-    )
+    oof = ensemble.oof().join(patients, on=schema.ID, how="left", maintain_order="left")
     if missing := oof[schema.PATIENT].null_count():
         raise UserError(
             f"{data} lacks {missing} of the scored rows; give the --data that {ensemble.root} was fitted on"

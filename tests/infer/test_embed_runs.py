@@ -19,7 +19,6 @@ import pytest
 from conftest import Cli, jpeg, small_disk, write_hdf5
 from stand_in import PART_ROWS, ROOT, StandIn, embed_small_parts, grey, make_stand_in, parts
 
-from infer.embedding.plan import read_ids
 from infer.embeddings import join, load, read_run
 from infer.engines.null import FILE, write_run
 from isic.dataset import Dataset
@@ -373,7 +372,7 @@ def test_a_part_of_another_run_is_noticed(
     with pytest.raises(UserError, match=r"part-00000\.parquet was made by another run"):
         load(root, "train")
     (root / place).write_bytes((whole / place).read_bytes()[:100])
-    with pytest.raises(UserError, match=r"part-00000\.parquet is damaged; delete it"):
+    with pytest.raises(UserError, match=r"part-00000\.parquet is not a Parquet file"):
         load(root, "train")
     shutil.copy(whole / place, root / place)
     assert len(load(root, "train").collect()) == 300
@@ -428,18 +427,19 @@ def test_ids_are_read_whatever_the_other_columns_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In blocks of a few bytes: no row is cut, not even where a text holds a line end or a quote."""
-    from infer.embedding import plan
+    from isic import tables
+    from isic.metadata import read_ids
 
     rows = ['A1,"two\nlines",1', 'A2,"a ""quoted"" word",2', "A3,plain,3", 'A4,",",4']
     path = tmp_path / "table.csv"
     path.write_bytes(("isic_id,text,number\n" + "\n".join(rows)).encode())
     for size in (1, 7, 16, 1000):
-        monkeypatch.setattr(plan, "CSV_BLOCK", size)
+        monkeypatch.setattr(tables, "CSV_BLOCK", size)
         assert read_ids(path).to_list() == ["A1", "A2", "A3", "A4"]
     for text, words in (
-        ("isic_id,x\nA,1\nA,2\n", "an isic_id of its own"),
-        ("isic_id,x\n,1\n", "an isic_id of its own"),
-        ("isic_id,x\n", "an isic_id of its own"),
+        ("isic_id,x\nA,1\nA,2\n", "1 isic_id stand more than once, the first is A"),
+        ("isic_id,x\n,1\n", "1 rows have no isic_id"),
+        ("isic_id,x\n", "no rows"),
         ("name,x\nA,1\n", "lacks the column isic_id"),
         ("", "not a readable table"),
     ):

@@ -230,15 +230,15 @@ def test_shuffled_labels_give_chance(data: Path, form: str, tmp_path: Path) -> N
             tmp_path / "data",
             tmp_path,
             features=features,
-            name="blind",
+            name="shuffled",
             components=8,
             seeds=3,
             **elsewhere,
         )
     )
-    blend = pl.read_parquet(tmp_path / "blind" / "oof.parquet")
+    blend = pl.read_parquet(tmp_path / "shuffled" / "oof.parquet")
     assert pauc(blend["target"], blend["blend"]) < 0.06  # 0.02 is chance, 0.2 perfect
-    assert 0.4 < auc(tmp_path / "blind") < 0.6
+    assert 0.4 < auc(tmp_path / "shuffled") < 0.6
 
 
 def test_a_map_fitted_on_held_out_images_would_leak_and_ours_does_not(

@@ -315,9 +315,9 @@ def test_embeddings_of_another_plan_or_config_are_refused(road: Path, tmp_path: 
 
 def test_a_table_of_the_dataset_is_not_written_over(road: Path, tmp_path: Path) -> None:
     data = copy(road, tmp_path, "data")
-    with pytest.raises(UserError, match="is a table of the dataset; choose another file"):
+    with pytest.raises(UserError, match="was not written by this command"):
         run(road, "engineered", data=data, output=data / "test-metadata.csv")
-    with pytest.raises(UserError, match=r"cannot write .*directory"):
+    with pytest.raises(UserError, match="is not a regular file; choose another --output"):
         run(road, "engineered", data=data, output=data)
 
 

@@ -45,7 +45,7 @@ def test_a_plan_changed_by_hand_or_broken_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was changed"):
         read_folds(path)
     path.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="is not a fold plan"):
+    with pytest.raises(UserError, match="is not a Parquet file"):
         read_folds(path)
     with pytest.raises(UserError, match="no fold plan"):
         read_folds(tmp_path / "none.parquet")

@@ -67,7 +67,7 @@ def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
         ("isic_id,target\n,0\nb,1\n", "1 rows have no isic_id"),
         ("isic_id,target\n", "no rows"),
         ("", "not a readable table"),
-        ("isic_id,target\na,0,5,6\n", "not a readable table"),
+        ("isic_id,target\na,0,5,6\n", "line 2 has 4 fields, the header has 2"),
         ("isic_id,target,sex\na,0,male\nb,1", "the last row has 2 of 3 fields; it is cut short"),
     ],
 )

@@ -33,7 +33,7 @@ def test_a_list_that_cannot_be_trusted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is missing, so nobody can know"):
         read_seen(path)
     path.write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match="is not a list of training images"):
+    with pytest.raises(UserError, match="is damaged: it does not end as a Parquet file does"):
         read_seen(path)
     write_parquet(path, TRAINED_ON)
     with pytest.raises(UserError, match="did not tell training rows from held-out rows"):

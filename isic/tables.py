@@ -1,0 +1,321 @@
+"""Opening tables: what a file really is, whether it is whole, and one sentence if it cannot be read.
+
+This is the only module that calls the readers of polars. They take a path as a glob pattern unless told otherwise,
+and they fill a short row with blanks, so that half a file would pass for a whole one.
+"""
+
+import contextlib
+import csv
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from isic.errors import UserError, warn
+
+CSV_BLOCK = 4 * 1024 * 1024
+"""Bytes of a CSV that are in memory at a time when it is checked, or when one column is read."""
+LONGEST_ROW = 4 * CSV_BLOCK
+"""Bytes after which a row that does not end is one whose quote was never closed."""
+
+QUOTE, COMMA, NEWLINE = b'",\n'
+Positions = NDArray[np.int64]
+
+PARQUET = b"PAR1"
+"""The first and the last four bytes of a Parquet file."""
+UNPACK = "decompress it first"
+AGAIN = "copy or download it again"
+SIGNATURES = {
+    b"\x1f\x8b": f"is compressed with gzip; {UNPACK}",
+    b"\x28\xb5\x2f\xfd": f"is compressed with zstd; {UNPACK}",
+    b"\xfd7zXZ\x00": f"is compressed with xz; {UNPACK}",
+    b"BZh": f"is compressed with bzip2; {UNPACK}",
+    b"\x04\x22\x4d\x18": f"is compressed with lz4; {UNPACK}",
+    b"x\x01": f"is compressed with zlib; {UNPACK}",
+    b"x\x9c": f"is compressed with zlib; {UNPACK}",
+    b"x\xda": f"is compressed with zlib; {UNPACK}",
+    b"7z\xbc\xaf\x27\x1c": f"is a 7z archive; {UNPACK}",
+    b"Rar!": f"is a RAR archive; {UNPACK}",
+    b"PK\x03\x04": "is a ZIP archive or an Excel workbook; unpack it, or save the sheet as CSV",
+    b"\xd0\xcf\x11\xe0": "is an Excel workbook; save the sheet as CSV",
+    b"\x89HDF": "is an HDF5 file; give a CSV or Parquet file",
+    b"\x93NUMPY": "is a NumPy array; give a CSV or Parquet file",
+    b"ARROW1": "is an Arrow file; save it as CSV or Parquet",
+    b"ORC": "is an ORC file; save it as CSV or Parquet",
+    b"\xff\xfe": "is text in UTF-16; save it in UTF-8",
+    b"\xfe\xff": "is text in UTF-16; save it in UTF-8",
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; run `git lfs pull`",
+    b"%PDF": "is a PDF; give a CSV or Parquet file",
+    b"{": f"is JSON, perhaps an error message of a server; {AGAIN}",
+    b"<": f"is a web page, perhaps an error message of a server; {AGAIN}",
+}
+"""The first bytes of what is found under the name of a table: what it is, and what to do."""
+UTF8_MARK = b"\xef\xbb\xbf"
+
+
+@contextlib.contextmanager
+def reading(source: Path | str) -> Iterator[None]:
+    """Turn whatever polars or the operating system raises inside the block into a UserError.
+
+    Use it around the `collect` of a LazyFrame too: that is when its files are read.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no such file: {source}") from None
+    except IsADirectoryError:
+        raise UserError(f"{source} is a folder; a file is expected there") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"cannot read {source} ({reason}); check its permissions and the disk"
+        ) from None
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, UnicodeDecodeError) as error:
+        reason = next(iter(str(error).splitlines()), "no content")
+        raise UserError(f"{source} is not a readable table: {reason}") from None
+
+
+def first_bytes(path: Path, count: int = 64) -> bytes:
+    """Return the first bytes of a file. Raises UserError if there is none or it cannot be opened."""
+    with reading(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is not a regular file; give a CSV or Parquet file")
+        with open(path, "rb") as file:
+            return file.read(count)
+
+
+def read_table(path: Path) -> pl.DataFrame:
+    """Read a whole table: Parquet if the name ends so, else a CSV, whose columns stay text.
+
+    Raises:
+        UserError: no such file, something else under that name, or a table that is not whole.
+    """
+    return read_parquet(path) if is_parquet(path) else read_csv(path)
+
+
+def read_column(path: Path, name: str) -> pl.Series | None:
+    """Read one column of a table, None if it has none of that name; memory does not grow with the other columns.
+
+    Raises:
+        UserError: as `read_table` does.
+    """
+    if is_parquet(path):
+        _refuse_other_than_parquet(path)
+        with reading(path):
+            frame = pl.scan_parquet(path, glob=False).select(pl.col(f"^{name}$")).collect()
+        return frame.to_series() if frame.width else None
+    with reading(path), _open_csv(path) as file:
+        header, names = _read_header(file, path)
+        if name not in names:
+            return None
+        column = [names.index(name)]
+        parts = [
+            pl.read_csv(header + rows, columns=column, infer_schema=False).to_series()
+            for rows in _whole_rows(file, path, len(names))
+        ]
+    empty = pl.Series(name, [], pl.String)
+    return pl.concat([empty, *(part.alias(name) for part in parts)])
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a table's name says that it is Parquet."""
+    return path.suffix.lower() == ".parquet"
+
+
+def read_csv(path: Path) -> pl.DataFrame:
+    """Read a CSV as text, so that no type depends on the first rows; an empty field is null.
+
+    Raises:
+        UserError: no such file, compressed or not a CSV at all, a column that stands twice, other separators than
+            commas, text that is not UTF-8, or a row with too few or too many fields, as a cut file has.
+    """
+    with reading(path), _open_csv(path) as file:
+        _, names = _read_header(file, path)
+        for _ in _whole_rows(file, path, len(names)):
+            pass
+        return pl.read_csv(path, infer_schema=False, glob=False).rename(str.strip)
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """Read a Parquet file, or some of its columns. Raises UserError."""
+    _refuse_other_than_parquet(path)
+    with reading(path):
+        return pl.read_parquet(path, columns=list(columns) if columns else None, glob=False)
+
+
+def parquet_metadata(path: Path) -> dict[str, str]:
+    """Read the key-value metadata of a Parquet file. Raises UserError."""
+    _refuse_other_than_parquet(path)
+    with reading(path), open(path, "rb") as file:
+        return pl.read_parquet_metadata(file)
+
+
+def scan_parquet(paths: Iterable[Path]) -> pl.LazyFrame:
+    """Open Parquet files as one lazy table; collect it inside `reading`. Raises UserError."""
+    paths = list(paths)
+    for path in paths:
+        _refuse_other_than_parquet(path)
+    return pl.scan_parquet(paths, glob=False)
+
+
+def _refuse_other_than_parquet(path: Path) -> None:
+    """Raise a UserError unless a file begins and ends like Parquet."""
+    start = first_bytes(path)
+    if not start.startswith(PARQUET):
+        what = _foreign(start) or "is not a Parquet file; restore it, or name it .csv if it is one"
+        raise UserError(f"{path} {what if start else f'is empty; {AGAIN}'}")
+    with reading(path), open(path, "rb") as file:
+        file.seek(-len(PARQUET), os.SEEK_END)
+        if file.read() != PARQUET:
+            raise UserError(f"{path} is damaged: it does not end as a Parquet file does; {AGAIN}")
+
+
+def _foreign(start: bytes) -> str | None:
+    """Return what the first bytes of a file show it to be, None for what may be a CSV."""
+    text = start.removeprefix(UTF8_MARK).lstrip()
+    signatures = (what for sign, what in SIGNATURES.items() if start.startswith(sign))
+    return next(signatures, SIGNATURES.get(text[:1]))
+
+
+@contextlib.contextmanager
+def _open_csv(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that may be a CSV. Raises UserError if its first bytes are of something else."""
+    start = first_bytes(path)
+    if start.startswith(PARQUET):
+        raise UserError(f"{path} is a Parquet file; give it a name that ends in .parquet")
+    if what := _foreign(start):
+        raise UserError(f"{path} {what}")
+    with open(path, "rb") as file:
+        yield file
+
+
+def _read_header(file: BinaryIO, path: Path) -> tuple[bytes, list[str]]:
+    """Read the first row of a CSV. Returns its bytes and the names of the columns, without spaces around them."""
+    line = file.readline()
+    while line and not line.removeprefix(UTF8_MARK).strip():
+        line = file.readline()
+    while line.count(b'"') % 2 and (more := file.readline()):
+        line += more
+    _refuse_other_text(line, path)
+    text = line.removeprefix(UTF8_MARK).decode().strip("\r\n")
+    if not text:
+        raise UserError(f"{path} is not a readable table: it is empty; {AGAIN}")
+    if "\r" in text and '"' not in text:
+        raise UserError(f"{path} ends its lines as old Macs did (CR); save it with LF line ends")
+    names = [name.strip() for name in next(csv.reader([text]))]
+    _refuse_header(names, path)
+    return (line if line.endswith(b"\n") else line + b"\n"), names
+
+
+def _refuse_header(names: Sequence[str], path: Path) -> None:
+    """Raise a UserError if a name stands twice, or the columns are separated by something else than commas."""
+    repeated = next((name for name in names if name and names.count(name) > 1), None)
+    if repeated:
+        raise UserError(f'{path} has two columns "{repeated}"; remove or rename one of them')
+    separators = {";": "semicolons", "\t": "tabs", "|": "bars"}
+    other = next((word for sign, word in separators.items() if sign in names[0]), None)
+    if other and len(names) == 1:
+        raise UserError(f"{path} separates its columns by {other}; save it with commas")
+
+
+def _refuse_other_text(block: bytes, path: Path, before: int = 0) -> None:
+    """Raise a UserError if a block of a CSV is not text in UTF-8; `before`: the rows ahead of it."""
+    if b"\0" in block:
+        row = before + block.count(b"\n", 0, block.index(b"\0"))
+        raise UserError(f"{path}: line {row + 1} holds zero bytes, which no CSV has; {AGAIN}")
+    try:
+        if not block.isascii():
+            block.decode()
+    except UnicodeDecodeError as error:
+        row = before + block.count(b"\n", 0, error.start)
+        raise UserError(
+            f"{path}: line {row + 1} is not text in UTF-8; save the file in that encoding"
+        ) from None
+
+
+def _whole_rows(file: BinaryIO, path: Path, num_fields: int) -> Iterator[bytes]:
+    """Yield the rows of a CSV behind its header in blocks that end where a row does.
+
+    Raises:
+        UserError: text that is not UTF-8, a row of more or fewer fields than the header, or a quote left open.
+    """
+    block, number = b"", 0
+    while more := file.read(CSV_BLOCK):
+        block += more
+        end = block.rfind(b"\n") + 1
+        # an odd number of quotes: that line end is inside a quoted text
+        if end and block.count(b'"', 0, end) % 2 == 0:
+            number += _check_rows(block[:end], path, num_fields, number)
+            yield block[:end]
+            block = block[end:]
+        elif len(block) > LONGEST_ROW:
+            break
+    if block.count(b'"') % 2:
+        raise UserError(
+            f"{path} is cut short or has a quote too many: behind line {number + 1} a quote has no end; {AGAIN}"
+        )
+    if block:
+        _check_rows(block + b"\n", path, num_fields, number, is_last=True)
+        if not block.endswith(b'"'):
+            warn(f"{path} has no line break at its end; if it was cut short, its last value is too")
+        yield block
+
+
+def _check_rows(
+    rows: bytes, path: Path, num_fields: int, before: int, is_last: bool = False
+) -> int:
+    """Return how many rows a block has. Raises UserError unless each has as many fields as the header.
+
+    Args:
+        rows: whole rows.
+        before: the number of rows ahead of them, for messages.
+        is_last: whether the file ends with them and lacks the line break.
+    """
+    _refuse_other_text(rows, path, before + 1)
+    data = np.frombuffer(rows, np.uint8)
+    opening, closing = np.flatnonzero(data == QUOTE).reshape(-1, 2).T
+    _refuse_stray_quotes(data, opening, path, before)
+    ends = np.flatnonzero(data == NEWLINE)
+    ends = ends[np.searchsorted(opening, ends) == np.searchsorted(closing, ends)]
+    found = _count_fields(np.flatnonzero(data == COMMA), ends, opening, closing)
+    wrong = np.flatnonzero(found != num_fields)
+    if len(wrong):
+        row = int(wrong[0])
+        line, start = before + row + 2, ends[row - 1] + 1 if row else 0
+        if not rows[start : ends[row]].strip():
+            raise UserError(f"{path}: line {line} is blank; remove it")
+        if is_last and row == len(ends) - 1 and found[row] < num_fields:
+            raise UserError(
+                f"{path}: the last row has {found[row]} of {num_fields} fields; it is cut short, {AGAIN}"
+            )
+        raise UserError(
+            f"{path}: line {line} has {found[row]} fields, the header has {num_fields}; correct the file"
+        )
+    return len(ends)
+
+
+def _count_fields(
+    commas: Positions, ends: Positions, opening: Positions, closing: Positions
+) -> Positions:
+    """Returns [R] how many fields each row has: the commas up to its end that are not in quotes, and one."""
+    up_to_end = np.searchsorted(commas, ends)
+    in_quotes = np.searchsorted(commas, closing) - np.searchsorted(commas, opening)
+    quoted = np.concatenate([[0], np.cumsum(in_quotes)])[np.searchsorted(opening, ends)]
+    return np.asarray(np.diff(up_to_end - quoted, prepend=0) + 1)
+
+
+def _refuse_stray_quotes(
+    data: NDArray[np.uint8], opening: Positions, path: Path, before: int
+) -> None:
+    """Raise a UserError if a quote opens inside a field: polars would take the rows to the next quote for one text."""
+    inner = opening[opening > 0]
+    stray = inner[~np.isin(data[inner - 1], [COMMA, NEWLINE, QUOTE])]
+    if len(stray):
+        line = before + np.count_nonzero(data[: stray[0]] == NEWLINE) + 2
+        raise UserError(
+            f"{path}: line {line} has a quote inside a field; put the field in quotes and double those inside"
+        )
