@@ -27,7 +27,7 @@ from isic.config import Settings
 from isic.dataset import Dataset
 from isic.files import read_json
 from isic.images import decode_pool
-from isic.machine import cores
+from isic.machine import num_cores
 from isic.metadata import read_ids
 from isic.preprocess import PreprocessSpec
 
@@ -157,7 +157,7 @@ def _batches(ids: pl.Series, size: int) -> Iterable[list[str]]:
 def _ingest(job: Job, ids: pl.Series) -> Callable[[], None]:
     """The ring of decoded batches, read by nobody who needs time."""
     store, spec, size = Dataset(job.data).images(job.split), job.models.spec, job.batch_size
-    num_threads = job.num_threads or len(cores())
+    num_threads = job.num_threads or num_cores()
     depth = job.depth or ring_depth(size, num_threads)
 
     def run() -> None:

@@ -20,7 +20,7 @@ from benchmarks.record import Row, append_each, reason
 from export.formats import FORMATS, TOLERANCES, device_of
 from export.parity import Reference, check_parity
 from export.run import summary
-from infer.engines import create, works
+from infer.engines import create, unavailable_reason
 from isic.config import Settings, Several
 from isic.preprocess import Pixels
 
@@ -86,7 +86,7 @@ def figures(
         except Exception as error:  # of any type, and it costs this row alone
             return {"reason": f"does not build: {reason(error)}"}
         built = {"seconds": round(artifact.seconds, 1), "megabytes": round(artifact.megabytes, 1)}
-        if FORMATS[name].portable and works(name, artifact.target.device):
+        if FORMATS[name].portable and unavailable_reason(name, artifact.target.device):
             return {**built, "reason": "no GPU runs it here"}
         try:
             engine = create(artifact.path, artifact.manifest, artifact.target.device)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from benchmarks.process import run
 from export.formats import gpu_without_bfloat16
-from infer.engines import works
+from infer.engines import unavailable_reason
 from isic.config import Settings, Several
 from isic.errors import UserError, did_you_mean
 
@@ -132,8 +132,8 @@ def flags(name: str, settings: GpuSettings) -> Flags:
 
 def peers_format(device: str) -> str:
     """Returns the format that goes beside the peers: ONNX, but on a GPU that this build of ONNX Runtime cannot use."""
-    has_gpu = device != "cpu" and works("aoti", "cuda") is None
-    return "aoti" if has_gpu and works("onnx", "cuda") else "onnx"
+    has_gpu = device != "cpu" and unavailable_reason("aoti", "cuda") is None
+    return "aoti" if has_gpu and unavailable_reason("onnx", "cuda") else "onnx"
 
 
 def run_part(name: str, wanted: Sequence[Flags], seconds: float) -> bool:

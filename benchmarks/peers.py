@@ -25,7 +25,7 @@ from isic.config import Settings, Several
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.files import write_json
-from isic.machine import cores
+from isic.machine import num_cores
 from isic.preprocess import PreprocessSpec, decode, resize
 from isic.synth.write import write_images
 from train.model import backbone_options
@@ -147,7 +147,7 @@ def describe(fresh: Fresh, ids: list[str], settings: PeersSettings, folder: Path
         "mean": list(fresh.spec.mean),
         "std": list(fresh.spec.std),
         "batch": settings.batch,
-        "num_workers": len(cores()) if settings.num_workers is None else settings.num_workers,
+        "num_workers": num_cores() if settings.num_workers is None else settings.num_workers,
         "device": device,
     }
 

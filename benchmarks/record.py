@@ -14,7 +14,7 @@ import polars as pl
 
 from isic.errors import UserError
 from isic.files import atomic_path, versions
-from isic.machine import cores
+from isic.machine import num_cores, processor
 from isic.tables import read_csv
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,9 +50,9 @@ def machine() -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "processor": _processor(),
+        "processor": processor(),
         "accelerator": accelerator(),
-        "cores": len(cores()),
+        "cores": num_cores(),
         "python": platform.python_version(),
         "versions": " ".join(f"{name}={version}" for name, version in versions(*PACKAGES).items()),
     }
@@ -157,15 +157,3 @@ def accelerator() -> str | None:
     ended = subprocess.run(query, capture_output=True, text=True, check=False)
     names = ended.stdout.split("\n")
     return names[0].strip() or None if ended.returncode == 0 else None
-
-
-def _processor() -> str:
-    """Returns the processor's name with its family and model: a cloud's virtual machines say the name of the maker."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    pairs = (line.split(":", 1) for line in reversed(lines) if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in pairs}
-    if "model name" not in facts:
-        return platform.processor()
-    numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
-    return " ".join((facts["model name"], f"({', '.join(numbers)})" if numbers else "")).strip()

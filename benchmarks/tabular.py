@@ -24,7 +24,7 @@ from isic.features import SETS, compute, fit_encoding
 from isic.features.formulas import ERR
 from isic.features.relative import EXTREMES, RANKED
 from isic.files import write_parquet
-from isic.machine import cores, peak_memory_mb
+from isic.machine import num_cores, peak_memory_mb
 from isic.metadata import read_metadata
 from isic.synth.rows import default_positives, draw_rows, num_patients
 from isic.tables import read_parquet
@@ -231,7 +231,7 @@ def predict_rates(num_rows: int, num_trees: int, repeats: int) -> list[dict[str,
     arrow = table.to_arrow()
     what = f"predict, {num_trees} trees, {WIDE} features"
     ways: dict[str, Callable[[], Any]] = {
-        what: lambda: predict(matrix, len(cores())),
+        what: lambda: predict(matrix, num_cores()),
         f"{what}, from an Arrow table": lambda: booster.predict(arrow),
     }
     np.testing.assert_allclose(*(run() for run in ways.values()))  # warms up, too

@@ -31,7 +31,7 @@ from benchmarks.record import Row, append_each, reason
 from benchmarks.worker import NUM_CHECKED, Job, job_file
 from export.formats import FORMATS
 from export.parity import run_model
-from infer.engines import works
+from infer.engines import unavailable_reason
 from isic.config import Settings, Several
 from isic.errors import UserError
 from isic.files import read_json
@@ -145,7 +145,7 @@ def measure(
     """
     artifact: Artifact | None = None
     if engine not in ENGINES:
-        if missing := works(engine, settings.where):
+        if missing := unavailable_reason(engine, settings.where):
             yield {"reason": missing}
             return
         try:

@@ -15,7 +15,7 @@ from torch._inductor.exc import InductorError
 from export.formats import Target
 from export.onnx_graph import TRACED_BATCH, quiet
 from export.precision import lowered
-from infer.engines.aoti import architecture, forbid_tf32
+from infer.engines.aoti import architecture, forbid_tf32, needed_features
 from isic.errors import UserError
 from train.model import Classifier
 
@@ -56,7 +56,12 @@ def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
         )
         options = {"max_autotune": True} if target.options.max_autotune else {}
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-    return {"architecture": architecture(target.device), "max_batch": target.options.max_batch}
+    features = {"cpu_features": needed_features()} if target.device == "cpu" else {}
+    return {
+        "architecture": architecture(target.device),
+        **features,
+        "max_batch": target.options.max_batch,
+    }
 
 
 def traced_batch(target: Target) -> int:

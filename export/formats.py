@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from export.options import PlanOptions
-from infer.engines import works
+from infer.engines import usual_device
 from isic.errors import UserError, did_you_mean
 from isic.preprocess import Pixels, PreprocessSpec
 from train.machine import without_bfloat16
@@ -168,10 +168,11 @@ def gpu_without_bfloat16() -> str | None:
 
 
 def device_of(name: str, device: str) -> str:
-    """Returns what a format is built for: the device asked for where it has that, `auto` by what runs here."""
-    if device == "auto":
-        device = "cuda" if works(name, "cuda") is None else "cpu"
-    return device if device in FORMATS[name].precisions else next(iter(FORMATS[name].precisions))
+    """Return the device that a format is built for: the given one if it has that, `auto` by what runs here."""
+    offered = FORMATS[name].precisions
+    if device == "auto" and len(offered) > 1:
+        device = usual_device(name)
+    return device if device in offered else next(iter(offered))
 
 
 def find_formats(

@@ -1,6 +1,7 @@
 """Exports folds: build, gate, publish."""
 
 import contextlib
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from export.formats import FORMATS, TOLERANCES, Target, device_of, find_formats
 from export.options import PlanOptions, check_options
 from export.parity import ParityError, Reference, check_parity
 from export.triton import write_repository
-from infer.engines import create, works
+from infer.engines import create, unavailable_reason
 from isic import schema
 from isic.config import Several
 from isic.dataset import Dataset
@@ -34,6 +35,7 @@ from isic.files import (
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import fold_dirs, read_folds
 from isic.images import decode_pool
+from isic.machine import cpu_features, processor
 from isic.preprocess import Pixels, PreprocessSpec
 from train.checkpoint import BEST, checkpoint_settings, load_checkpoint
 from train.model import Classifier, create_model
@@ -255,19 +257,26 @@ def check_one(source: Source, target: Target, artifact: Path) -> bool:
 def gate(
     source: Source, target: Target, path: Path, manifest: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Returns the parity figures of an artifact, None where it was built for another machine than this.
+    """Return the parity figures of an artifact and the CPU they are of, None if it cannot run here.
 
     Raises:
         ParityError: it does not say what its checkpoint says.
         UserError: its engine does not work here.
     """
-    if FORMATS[target.format].portable and works(target.format, target.device):
+    if FORMATS[target.format].portable and unavailable_reason(target.format, target.device):
         return None
     ungated = {
         key: value for key, value in manifest.items() if key != "parity"
     }  # or its engine refuses it
     engine = create(path, ungated, target.device)
-    return check_parity(source.reference, engine, TOLERANCES[target.precision], target.batch_sizes)
+    tolerance = TOLERANCES[target.precision]
+    figures = check_parity(source.reference, engine, tolerance, target.batch_sizes)
+    cpu = {
+        "architecture": platform.machine(),
+        "processor": processor(),
+        "features": cpu_features(),
+    }
+    return {**figures, "cpu": cpu}
 
 
 def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | None) -> None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from isic.errors import UserError
 from isic.files import atomic_path, read_manifest, refuse_foreign, write_json, write_text
@@ -190,10 +191,29 @@ def mean_model(names: Sequence[str]) -> onnx.ModelProto:
 
 
 def _write_fold(folder: Path, model: FoldModel) -> None:
-    """Writes the model before its configuration: a server that watches the folder sees it whole."""
+    """Write the model before its configuration: a server that watches the folder sees it whole."""
     with atomic_path(folder / "1" / BACKENDS[model.manifest["format"]][1]) as temporary:
-        shutil.copyfile(model.artifact, temporary)
+        if (model.manifest["format"], model.manifest["precision"]) == ("onnx", "int8"):
+            onnx.save(with_unsigned_weights(onnx.load(model.artifact)), temporary)
+        else:
+            shutil.copyfile(model.artifact, temporary)
     write_text(folder / "config.pbtxt", to_pbtxt(fold_config(model)))
+
+
+def with_unsigned_weights(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Store the int8 weights of a graph as uint8, with zero points to match, in place.
+
+    On x86 CPUs without VNNI products of uint8 and int8 saturate. ONNX Runtime has an option that
+    does this (see infer/engines/onnxruntime.py), and Triton has no way to set it
+    (https://github.com/triton-inference-server/onnxruntime_backend/issues/107).
+    """
+    products = [node for node in graph.graph.node if node.op_type == "MatMulInteger"]
+    names = {node.input[at] for node in products for at in (1, 3)}
+    for tensor in graph.graph.initializer:
+        if tensor.name in names and tensor.data_type == TensorProto.INT8:
+            values = (numpy_helper.to_array(tensor).astype(np.int16) + 128).astype(np.uint8)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    return graph
 
 
 def _write_mean(folder: Path, name: str, models: Sequence[FoldModel]) -> None:

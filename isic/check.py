@@ -22,7 +22,7 @@ from isic.images import (
     open_folder,
     open_hdf5,
 )
-from isic.machine import cores
+from isic.machine import num_cores
 from isic.metadata import read_ids, with_patient
 from isic.preprocess import ImageError, PreprocessSpec, check_mask
 
@@ -55,7 +55,7 @@ class CheckSettings(Settings):
         5, ge=2, le=100, description="folds to draw, or that the dataset's own plan should have"
     )
     seed: int = Field(42, ge=0, description="of the folds and of the sample")
-    num_threads: int = Field(len(cores()), ge=1, description="threads that decode")
+    num_threads: int = Field(num_cores(), ge=1, description="threads that decode")
 
 
 def check(settings: CheckSettings) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import io
 import os
 import select
 import sys
@@ -26,12 +27,26 @@ def run(commands: Command | Mapping[str, Command], load: Callable[..., Settings]
         commands: a function of one settings argument, or several by name. Its return value is the exit code.
         load: builds the settings from their type and the flags.
     """
+    make_printable()
     try:
         with _while_somebody_reads():
             _dispatch(commands, load, sys.argv[1:])
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)
+
+
+def make_printable() -> None:
+    """Make every print succeed: a command must not end before its results are written.
+
+    Characters that the output's encoding lacks, such as `±` in ASCII, become escape sequences.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+        elif stream is None:  # it was closed before this process began, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ import pytest
 from browser import open_browser
 from playwright.sync_api import Browser
 
+import isic  # noqa: F401  switches telemetry off before a test imports a library
+
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

@@ -1,11 +1,7 @@
 """Augmentation levels, as data. All work on uint8 [size, size, 3] after the resize."""
 
-import os
 from typing import Any
 
-os.environ.setdefault(
-    "NO_ALBUMENTATIONS_UPDATE", "1"
-)  # otherwise importing it asks the network for a newer version
 import albumentations as A
 
 LIGHT: tuple[Any, ...] = (

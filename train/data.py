@@ -21,7 +21,7 @@ from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, folds_for
 from isic.images import NO_IMAGE, ImageStore, failures, open_hdf5
 from isic.interrupt import leave_to_parent
-from isic.machine import cores
+from isic.machine import num_cores
 from isic.preprocess import MASK_THRESHOLD, PreprocessSpec, check_mask, decode, resize
 from train import distributed
 from train.augment import create_augmentation
@@ -225,7 +225,7 @@ def load_masks(path: Path, ids: list[str], images: Jpegs) -> Jpegs:
             other_sizes[row] = sizes
 
     wrong = {row: reason for row, reason in unread.items() if reason != NO_IMAGE}
-    wrong |= failures(look, [row for row in range(len(ids)) if row not in unread], len(cores()))
+    wrong |= failures(look, [row for row in range(len(ids)) if row not in unread], num_cores())
     if wrong:
         row, reason = next(iter(wrong.items()))
         raise UserError(
@@ -266,7 +266,7 @@ def undecodable(jpegs: Jpegs) -> dict[int, str]:
 
     A run of hours should not end at a broken file; checking all of them first takes 0.1 ms per file and core.
     """
-    return failures(lambda row: decode(jpegs[row]), range(len(jpegs)), len(cores()))
+    return failures(lambda row: decode(jpegs[row]), range(len(jpegs)), num_cores())
 
 
 def _report(errors: dict[str, str], num_rows: int, settings: TrainSettings) -> None:

@@ -6,7 +6,7 @@ import sys
 import torch
 
 from isic.errors import UserError
-from isic.machine import cores
+from isic.machine import num_cores
 from train import distributed
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
@@ -61,7 +61,7 @@ def default_workers(device: torch.device) -> int:
     """
     if device.type == "cpu":
         return 0
-    return max(1, len(cores()) // distributed.local_world_size())
+    return max(1, num_cores() // distributed.local_world_size())
 
 
 def prepare(device: torch.device) -> None:
@@ -71,6 +71,7 @@ def prepare(device: torch.device) -> None:
         allow_tf32(device)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
     if device.type == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
         keep_freed_memory()
 
 

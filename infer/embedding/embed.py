@@ -1,6 +1,7 @@
 """`python -m infer embed`: features and logits of every image, by the engines of every fold that should see it."""
 
 import json
+import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from infer.embedding.embedder import Embedder, Job
 from infer.embedding.plan import Models, Part, begin, complete, find_models, plan_parts
 from infer.embedding.progress import Tally
 from infer.embedding.ray_runner import run_ray
-from infer.embedding.workers import gpus, run_processes
+from infer.embedding.workers import run_processes
 from infer.embeddings import (
     ERRORS,
     ERRORS_FILE,
@@ -25,7 +26,7 @@ from infer.embeddings import (
     fold_dir,
     ids_digest,
 )
-from infer.engines import MODULES
+from infer.engines import MODULES, device_of
 from isic.config import Settings
 from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
 from isic.errors import UserError
@@ -43,6 +44,7 @@ from isic.files import (
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, fold_dirs, read_folds
 from isic.interrupt import Interrupted, interruptible
+from isic.machine import processor
 from isic.metadata import read_ids
 from isic.provenance import SEEN_FILE
 
@@ -85,9 +87,8 @@ class EmbedSettings(Settings):
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = Field(
         None, description="which one, where a format has several"
     )
-    device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
-        "auto",
-        description="where the engine runs; tensorrt: an ONNX file by way of ONNX Runtime's TensorRT",
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="what the engines run on; auto: a GPU if one can be used"
     )
     dtype: Literal["float16", "float32"] = Field(
         "float16", description="type in which features are stored"
@@ -161,8 +162,35 @@ def embed_splits(settings: EmbedSettings) -> None:
         print(
             f"note: {names} in {model_dir} has no such engine; images that it held out are left out"
         )
+    settings = settings.model_copy(update={"device": choose_device(models, settings)})
     for split in present_splits(dataset) if settings.split == "all" else [settings.split]:
         embed_split(dataset, split, models, model_dir / FOLDS_FILE, settings)
+
+
+def choose_device(models: Models, settings: EmbedSettings) -> str:
+    """Return the device of all processes; with Ray `auto` stays, for its nodes are other machines."""
+    manifests = models.manifests.values()
+    if settings.ray:
+        return settings.device
+    device = device_of(next(iter(manifests)), settings.device)
+    for manifest in manifests if device == "cpu" else ():
+        warn_of_other_cpu(manifest)
+    return device
+
+
+def warn_of_other_cpu(manifest: Mapping[str, Any]) -> None:
+    """Warn if an int8 artifact passed the parity gate on another kind of CPU.
+
+    Its products are exact on every CPU, but ARM's libraries may choose other scales for activations.
+    """
+    checked_on = ((manifest.get("parity") or {}).get("cpu") or {}).get("architecture")
+    here = platform.machine()
+    if manifest.get("precision") == "int8" and checked_on not in {None, here}:
+        print(
+            f"warning: fold {manifest['fold']} in int8 was checked on {checked_on}, this is {here}; "
+            f"run `python -m export --config {manifest['name']} --precision int8 --check` here",
+            file=sys.stderr,
+        )
 
 
 def check_folds(models: Models, folds: Folds) -> None:
@@ -216,7 +244,8 @@ def embed_split(
         "num_bad": bad,
         "embedded_now": tally.num_now,
     }
-    write_json(directory / RUN_FILE, {**plan, **counts, **tally.facts()})
+    machine = {"device": settings.device, "processor": processor()}
+    write_json(directory / RUN_FILE, {**plan, **counts, **machine, **tally.facts()})
     print(
         f"embedded config={settings.config} split={split} images={counts['num_images']} bad={bad} "
         f"seconds={tally.total_seconds:.1f} images_per_second={tally.num_now / tally.total_seconds:.0f} "
@@ -286,8 +315,8 @@ def usual_batch_size(directory: Path, models: Models, settings: EmbedSettings) -
     known = former or models.batch_size
     if known:
         return int(known)
-    on_gpu = settings.device in {"cuda", "tensorrt"} or (settings.device == "auto" and bool(gpus()))
-    return BATCH_GPU if on_gpu else BATCH_CPU
+    device = device_of(next(iter(models.manifests.values())), settings.device)
+    return BATCH_GPU if device == "cuda" else BATCH_CPU
 
 
 def run_plan(

@@ -22,7 +22,7 @@ from isic.dataset import Dataset, Split
 from isic.errors import UserError
 from isic.files import write_parquet
 from isic.images import decode_pool
-from isic.machine import cores
+from isic.machine import num_cores
 
 MAX_PARTS_WAITING = 2
 """Parts that may wait for the disk before the engines do."""
@@ -83,7 +83,7 @@ class Embedder:
         self._job = job
         self._engines = load_many(job.models.artifacts, job.models.manifests, job.device)
         self._store = Dataset(job.data).images(job.split)
-        self._num_threads = job.num_threads or len(cores())
+        self._num_threads = job.num_threads or num_cores()
         self._pool = decode_pool(self._num_threads)
         self._dtype = DTYPES[job.dtype]
 

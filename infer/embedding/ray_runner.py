@@ -15,7 +15,7 @@ from typing import Any
 from infer.embedding.embedder import Embedder, Job, Report, Step
 from infer.embedding.plan import Part
 from isic.errors import UserError
-from isic.machine import cores
+from isic.machine import num_cores
 
 PARTS_A_TASK = 4
 """Parts that an actor runs through without a pause, and that are lost with it."""
@@ -107,7 +107,7 @@ def connect(address: str) -> Any:
         settings |= {
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": False,
-            "num_cpus": len(cores()),
+            "num_cpus": num_cores(),
         }
     handler = signal.getsignal(signal.SIGTERM)
     try:

@@ -8,24 +8,15 @@ from collections.abc import Iterator, Sequence
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 
 from infer.embedding.embedder import Embedder, Job, Report
 from infer.embedding.plan import Part
 from isic.errors import UserError
 from isic.interrupt import Interrupted, interruptible
-from isic.machine import cores
+from isic.machine import VISIBLE_GPUS, cores, gpus
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 GRACE_SECONDS = 30
 """For a worker that is told to stop, to bring what it has to disk."""
-
-
-def gpus() -> list[str]:
-    """Returns the names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them."""
-    if VISIBLE in os.environ:
-        return [name for name in os.environ[VISIBLE].split(",") if name]
-    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
 def share(items: Sequence[int], index: int, number: int) -> list[int]:
@@ -41,7 +32,7 @@ def run_processes(parts: Sequence[Part], job: Job, number: int, report: Report) 
     Raises:
         UserError: what a worker raised; the others are stopped.
     """
-    context = get_context("spawn")
+    context, names = get_context("spawn"), gpus()
     workers: dict[Connection, SpawnProcess] = {}
     try:
         for index in range(number):
@@ -50,7 +41,7 @@ def run_processes(parts: Sequence[Part], job: Job, number: int, report: Report) 
                 parts[index::number],
                 job,
                 theirs,
-                gpus()[index % len(gpus())] if gpus() else None,
+                names[index % len(names)] if names else None,
             )
             process = context.Process(
                 target=_work, args=(*arguments, share(cores(), index, number)), daemon=True
@@ -105,7 +96,7 @@ def _work(
 ) -> None:
     """The worker: embeds its parts and tells of each batch."""
     if gpu is not None:
-        os.environ[VISIBLE] = gpu
+        os.environ[VISIBLE_GPUS] = gpu
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, own_cores)
     try:

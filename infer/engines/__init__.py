@@ -1,6 +1,8 @@
 """Engines: an exported artifact that turns uint8 images into features and logits. One file an engine."""
 
+import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 
 from isic.errors import UserError
 from isic.files import read_manifest
+from isic.machine import has_gpu
 from isic.preprocess import Pixels, PreprocessSpec
 
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -70,17 +73,40 @@ def create(path: Path, manifest: Mapping[str, Any], device: str = "auto") -> Eng
         raise UserError(
             f'{path}: no engine runs the format "{manifest.get("format")}", known are {", ".join(MODULES)}'
         )
-    engine: Engine = import_module(MODULES[manifest["format"]]).create(path, manifest, device)
+    module = import_module(MODULES[manifest["format"]])
+    engine: Engine = module.create(path, manifest, device_of(manifest, device))
     return engine
 
 
-def works(name: str, device: str) -> str | None:
-    """Returns why the engine of a format cannot run on a device (`cpu` or `cuda`) here, None where it can."""
+def device_of(manifest: Mapping[str, Any], device: str = "auto") -> str:
+    """Return the device that an artifact runs on: `auto` is what it was built for.
+
+    An ONNX file runs anywhere, so `auto` is the usual device of this machine.
+    """
+    if device != "auto":
+        return device
+    onnx = manifest["format"] == "onnx"
+    return usual_device("onnx") if onnx else str(manifest.get("device", "cpu"))
+
+
+@cache
+def usual_device(name: str) -> str:
+    """Return `cuda` if the engine of a format runs there, else `cpu`; note on stderr if a GPU idles."""
+    reason = unavailable_reason(name, "cuda")
+    if reason and has_gpu():
+        print(f"note: {name} runs on the CPU: {reason}", file=sys.stderr)
+    return "cpu" if reason else "cuda"
+
+
+def unavailable_reason(name: str, device: str) -> str | None:
+    """Return why the engine of a format cannot run on a device (`cpu` or `cuda`) here, None if it can."""
     try:
         engine = import_module(MODULES[name])
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
-    reason: str | None = engine.works(name, device)
+    except (ImportError, OSError) as error:  # it is installed, and a library that it needs is not
+        return str(error).splitlines()[0]
+    reason: str | None = engine.unavailable_reason(name, device)
     return reason
 
 

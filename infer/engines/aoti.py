@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch._inductor import aoti_load_package
 
 from infer.engines import Outputs
 from isic.errors import UserError
+from isic.machine import cpu_features, no_gpu_reason, num_cores
 from isic.preprocess import Pixels
 
 CPU_PIECE = 8
@@ -33,13 +35,14 @@ class AotiEngine:
             UserError: it was compiled for another device or architecture, or is not a package.
         """
         self.device = device
-        built_for, here = manifest["architecture"], architecture(device)
-        if built_for != here:
+        if reason := mismatch(manifest, device):
             raise UserError(
-                f"{path} was compiled for {built_for}, this is {here}; run `python -m export --config "
-                f"{manifest['name']} --formats aoti --device {device}` on this machine"
+                f"{path} {reason}; run `python -m export --config {manifest['name']} --formats aoti "
+                f"--device {device} --force` on this machine"
             )
         forbid_tf32()
+        if device == "cpu":
+            torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
         try:
             self._forward = aoti_load_package(str(path))
         except RuntimeError as error:
@@ -84,28 +87,59 @@ def forbid_tf32() -> None:
 
 
 def architecture(device: str) -> str:
-    """Returns what a package is compiled for: `cpu-x86_64`, `cuda-sm90`.
+    """Return what a package is compiled for: `cpu-x86_64-avx512`, `cuda-sm90`.
 
     Raises:
         UserError: the device is a GPU, and there is none.
     """
     if device == "cpu":
-        return f"cpu-{platform.machine()}"
-    if reason := works("aoti", device):
+        return f"cpu-{platform.machine()}-{instruction_set()}"
+    if reason := unavailable_reason("aoti", device):
         raise UserError(f"--device {device}: {reason}")
     major, minor = torch.cuda.get_device_capability()
     return f"cuda-sm{major}{minor}"
 
 
-def works(name: str, device: str) -> str | None:
-    """Returns why packages for a device cannot run here, None where they can."""
+def instruction_set() -> str:
+    """Return the vector instructions that torch's compiler writes for this CPU: `avx2`, `avx512`."""
+    return torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
+
+
+def needed_features() -> list[str]:
+    """Return what a CPU needs to run a package compiled here: with -march=native all this one has."""
+    return cpu_features() or [instruction_set()]
+
+
+def mismatch(manifest: Mapping[str, Any], device: str) -> str | None:
+    """Return why a package cannot run on a device here, None if it can.
+
+    A CPU that lacks an instruction would end the process with SIGILL
+    (https://github.com/pytorch/pytorch/issues/121516); one that has more runs the package.
+    """
+    built_for, here = manifest["architecture"], architecture(device)
+    of_this_kind = device == "cpu" and built_for.startswith(f"cpu-{platform.machine()}")
+    if not of_this_kind:
+        return None if built_for == here else f"was compiled for {built_for}, this is {here}"
+    if "cpu_features" not in manifest:
+        return "does not record for which CPU's instructions it was compiled"
+    missing = sorted({*manifest["cpu_features"]} - {*needed_features()})
     return (
-        None
-        if device == "cpu" or torch.cuda.is_available()
-        else "torch sees no NVIDIA GPU on this machine"
+        f"was compiled for a CPU with {', '.join(missing)}, which this one lacks"
+        if missing
+        else None
     )
 
 
+@cache
+def unavailable_reason(name: str, device: str) -> str | None:
+    """Return why torch cannot compute on a device here, None if it has just done so."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except (AssertionError, RuntimeError) as error:  # built without CUDA; no GPU, or one that fails
+        return (device == "cuda" and no_gpu_reason()) or str(error).splitlines()[0]
+    return None
+
+
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> AotiEngine:
-    """Loads a package; `auto` is the device it was compiled for."""
-    return AotiEngine(path, manifest, manifest["device"] if device == "auto" else device)
+    """Load a package onto `cpu` or `cuda`."""
+    return AotiEngine(path, manifest, device)

@@ -45,8 +45,8 @@ def create(path: Path, manifest: Mapping[str, Any], device: str) -> NullEngine:
     return NullEngine(manifest["fold"], manifest["num_features"], manifest.get("images_per_second"))
 
 
-def works(name: str, device: str) -> str | None:
-    """Returns None: it runs anywhere."""
+def unavailable_reason(name: str, device: str) -> str | None:
+    """Return None: it runs anywhere."""
     return None
 
 

@@ -1,8 +1,10 @@
-"""ONNX Runtime, on the CPU, on CUDA, or on a GPU by way of TensorRT."""
+"""ONNX Runtime, on the CPU or on CUDA."""
 
+import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +12,25 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import (
+    EPFail,
     Fail,
     InvalidGraph,
     InvalidProtobuf,
     NoSuchFile,
     NotImplemented,
+    RuntimeException,
 )
 
 from infer.engines import Outputs
 from isic.errors import UserError
-from isic.machine import cores
+from isic.machine import no_gpu_reason, num_cores
 from isic.preprocess import Pixels
 
-PROVIDERS = {
+PROVIDERS: dict[str, list[str | tuple[str, dict[str, str]]]] = {
     "cpu": ["CPUExecutionProvider"],
-    "cuda": ["CUDAExecutionProvider"],
-    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider"],
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
 }
-"""By device, the provider that must load first, and what runs the nodes that it does not."""
-PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
-"""float32 is to be float32: TF32 fails the parity gate."""
+"""Providers by device, in the order in which they take nodes. TF32 would fail float32's parity check."""
 LOAD_ERRORS = (Fail, InvalidGraph, InvalidProtobuf, NoSuchFile)
 CONTRACT = {
     "images": ("tensor(uint8)", 4),
@@ -37,6 +38,23 @@ CONTRACT = {
     "logits": ("tensor(float)", 2),
 }
 """Type and rank of each input and output."""
+
+IDENTITY = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12'
+    b"\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+"""An ONNX graph of one node, y = Identity(x), float32 [1]."""
+INT8_PRODUCT = (
+    b'\x08\x08:Z\n\x18\n\x01a\n\x01w\x12\x01y"\rMatMulInteger\x12\x01g*\x0f\x08\x04\x08\x01\x10\x03B\x01w'
+    b"J\x04\x7f\x7f\x7f\x7fZ\x14\n\x01a\x12\x0f\n\r\x08\x02\x12\t\n\x03\x12\x01n\n\x02\x08\x04b\x14\n\x01y"
+    b"\x12\x0f\n\r\x08\x06\x12\t\n\x03\x12\x01n\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+"""An ONNX graph of one node, y = MatMulInteger(a, w): a uint8 [n, 4], w int8 [4, 1], all 127."""
+EXACT_INT8 = ("session.x64quantprecision", "1")
+"""Makes ONNX Runtime store int8 weights as uint8, with the zero points to match (from 1.13 on).
+
+x86 CPUs without VNNI add two products of uint8 and int8 into a saturating int16. Their products of
+uint8 and uint8 are exact (https://github.com/microsoft/onnxruntime/pull/12088)."""
 
 
 class OnnxRuntimeEngine:
@@ -55,19 +73,20 @@ class OnnxRuntimeEngine:
             device: a key of PROVIDERS.
 
         Raises:
-            UserError: the file is not a graph of this toolkit's contract, or the device's provider does not load.
+            UserError: the file is not a graph of this toolkit's contract, or ONNX Runtime does not
+                run on the device.
         """
-        self.device = "cpu" if device == "cpu" else "cuda"
-        wanted = PROVIDERS[device][0]
-        providers = [(name, PROVIDER_OPTIONS.get(name, {})) for name in PROVIDERS[device]]
-        if self.device == "cuda":
-            ort.preload_dlls()  # finds the CUDA libraries that torch brings
+        self.device = device
+        if reason := unavailable_reason("onnx", device):
+            raise UserError(f"ONNX Runtime does not run on --device {device} here: {reason}"
+                            + ("; use --device cpu" if device != "cpu" else ""))  # fmt: skip
+        if device == "cuda":
             options = session_options()
         else:
             options = session_options(num_threads=1)
-            self._pool = ThreadPoolExecutor(len(cores()), thread_name_prefix="onnxruntime")
+            self._pool = ThreadPoolExecutor(num_cores(), thread_name_prefix="onnxruntime")
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=providers)
+            self._session = open_session(str(path), device, options)
         except NotImplemented as error:
             raise UserError(
                 f"{path}: ONNX Runtime {ort.__version__} has no kernel for one of its operators in "
@@ -78,12 +97,6 @@ class OnnxRuntimeEngine:
             raise UserError(
                 f"{path} does not load in ONNX Runtime ({_first_line(error)}); export it again"
             ) from None
-        loaded = self._session.get_providers()[0]
-        if loaded != wanted:
-            raise UserError(
-                f"ONNX Runtime fell back to {loaded}: {wanted} does not load here; run "
-                "`python -m infer doctor`, or use --device cpu"
-            )
         self._check_contract(path, size)
 
     def run(self, images: Pixels) -> Outputs:
@@ -102,7 +115,7 @@ class OnnxRuntimeEngine:
         )
 
     def _run_each(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
-        """Runs the graph on each image, as many at once as there are cores."""
+        """Runs the graph on each image, as many at once as there are cores to use."""
 
         def run(at: int) -> list[NDArray[np.float32]]:
             outputs: list[NDArray[np.float32]] = self._session.run(
@@ -151,30 +164,99 @@ def _first_line(error: Exception) -> str:
 
 
 def session_options(num_threads: int | None = None) -> ort.SessionOptions:
-    """Returns options with so many threads, or one for each core that this process may use.
+    """Return options that give the same results on every CPU.
 
-    Threads that wait give their core back instead of spinning: another session, the decoder or another process has work
-    for it.
+    Threads that wait give their core back instead of spinning: another session, the decoder or
+    another process has work for it.
+
+    Args:
+        num_threads: of a session; one per core that this process may use if None.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.intra_op_num_threads = num_threads or len(cores())
+    options = _plain_options(num_threads or num_cores())
+    if not int8_products_are_exact():
+        options.add_session_config_entry(*EXACT_INT8)
     return options
 
 
+def _plain_options(num_threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = num_threads
+    return options
+
+
+@cache
+def int8_products_are_exact() -> bool:
+    """Return whether products of uint8 and int8 are exact on this CPU without EXACT_INT8.
+
+    With VNNI, AMX or ARM's instructions they are. The option changes no bit there, but ViT-Tiny and
+    ConvNeXt-Tiny in int8 take 1.4 and 1.6 times as long with it, so that it is only set if needed.
+    """
+    session = open_session(INT8_PRODUCT, "cpu", _plain_options(1))
+    largest = np.full((2, 4), 255, np.uint8)
+    return bool((session.run(None, {"a": largest})[0] == 4 * 255 * 127).all())
+
+
+def open_session(
+    graph: str | bytes, device: str, options: ort.SessionOptions
+) -> ort.InferenceSession:
+    """Open a session on a device; unlike ONNX Runtime's default, an error is not retried elsewhere.
+
+    Raises:
+        UserError: the device's provider did not load.
+    """
+    session = ort.InferenceSession(
+        graph, options, providers=PROVIDERS[device], enable_fallback=False
+    )
+    if (loaded := session.get_providers()[0]) != _provider(device):
+        raise UserError(f"ONNX Runtime fell back to {loaded}: {_provider(device)} does not load")
+    return session
+
+
+def _provider(device: str) -> str:
+    first = PROVIDERS[device][0]
+    return first if isinstance(first, str) else first[0]
+
+
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> OnnxRuntimeEngine:
-    """Opens the session on `device`; `auto` is CUDA where ONNX Runtime can use a GPU."""
-    if device == "auto":
-        device = "cuda" if works("onnx", "cuda") is None else "cpu"
+    """Open the session on `cpu` or `cuda`."""
     return OnnxRuntimeEngine(path, manifest["preprocess"]["size"], device)
 
 
-def works(name: str, device: str) -> str | None:
-    """Returns why the provider of a device (a key of PROVIDERS) cannot be used here, None where it can."""
-    provider = PROVIDERS[device][0]
-    if provider not in ort.get_available_providers():
-        return f"this build of ONNX Runtime has no {provider}; install onnxruntime-gpu"
-    if device != "cpu" and not Path("/dev/nvidiactl").exists() and os.name != "nt":
-        return "no NVIDIA GPU or driver on this machine"
+@cache
+def unavailable_reason(name: str, device: str) -> str | None:
+    """Return why ONNX Runtime does not run a graph on a device, None if it has just run one."""
+    if _provider(device) not in ort.get_available_providers():
+        return f"this build of ONNX Runtime has no {_provider(device)}; install onnxruntime-gpu"
+    if device == "cuda":
+        if reason := no_gpu_reason():
+            return reason
+        ort.preload_dlls()  # finds the CUDA libraries that torch brings
+    ort.set_default_logger_severity(4)  # it logs what is returned here
+    try:
+        session = open_session(IDENTITY, device, _plain_options(1))
+        session.run(None, {"x": np.zeros(1, np.float32)})
+    except UserError as error:
+        return _loader_message() or str(error)
+    except (EPFail, RuntimeException, *LOAD_ERRORS) as error:
+        return _first_line(error)
+    finally:
+        ort.set_default_logger_severity(2)
+    return None
+
+
+def _loader_message() -> str | None:
+    """Return the system's reason why the library of CUDA's provider does not load, None if it does.
+
+    ONNX Runtime only logs it. The library must not be loaded before ONNX Runtime has tried to:
+    it asks for its host once, when it is loaded.
+    """
+    name = (
+        "onnxruntime_providers_cuda.dll" if os.name == "nt" else "libonnxruntime_providers_cuda.so"
+    )
+    try:
+        ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / name))
+    except OSError as error:
+        return _first_line(error)
     return None

@@ -82,7 +82,7 @@ def logger(trt: ModuleType) -> Any:
     return Log()
 
 
-def works(flavour: str, device: str = "cuda") -> str | None:
+def unavailable_reason(flavour: str, device: str = "cuda") -> str | None:
     """Returns why a flavour's plans cannot run here, None where they can."""
     try:
         check_gpu(flavour, import_runtime(flavour), cudart.architecture())

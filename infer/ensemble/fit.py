@@ -39,7 +39,7 @@ from isic.errors import UserError, did_you_mean
 from isic.features import Encoding, fit_encoding, needed_columns
 from isic.files import sha256, versions, write_json, write_parquet, write_text
 from isic.folds import Folds, draw_folds, read_folds
-from isic.machine import cores
+from isic.machine import num_cores
 from isic.metadata import require, with_patient
 
 
@@ -341,7 +341,7 @@ def fit_bag(
         held_out = bag.encodings[k].transform(table.filter(pl.Series(fold == k)))
         return text, LIBRARIES[library].load(text)(held_out, 1)
 
-    pool = ThreadPoolExecutor(settings.num_threads or len(cores()))
+    pool = ThreadPoolExecutor(settings.num_threads or num_cores())
     try:
         fitted = tqdm(pool.map(fit_one, tasks), "boosters", len(tasks), leave=False, disable=None)
         for (library, k, seed), (text, score) in zip(tasks, fitted, strict=True):

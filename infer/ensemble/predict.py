@@ -30,6 +30,7 @@ from isic.files import (
     write_manifest,
     write_parquet,
 )
+from isic.machine import num_cores
 from isic.metadata import read_ids, read_metadata, require
 
 MAX_NAMED = 5
@@ -72,7 +73,7 @@ def predict(settings: PredictSettings) -> None:
     image, made_with = _image(settings, ensemble, metadata)
     table = ensemble.spec.frame(metadata, image)
     _warn_unseen(ensemble, table)
-    models = score_models(ensemble, table, settings.num_threads)
+    models = score_models(ensemble, table, settings.num_threads or num_cores())
     reference = ensemble.oof_models() if len(ensemble.weights) > 1 else {}
     score = np.clip(blend(models, ensemble.weights, reference), 0.0, 1.0)
     assert np.isfinite(score).all()

@@ -9,7 +9,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from isic import schema
 from isic.features.formulas import SOLUTIONS
-from isic.machine import cores
+from isic.machine import num_cores
 
 NAME = "patient_lof"
 SOURCE = f"{SOLUTIONS}; Breunig et al. 2000, LOF: identifying density-based local outliers"
@@ -48,7 +48,7 @@ def patient_lof(measured: NDArray[np.float32], patient: NDArray[np.integer]) -> 
     groups = [slice(*ends) for ends in pairwise(bounds) if ends[1] - ends[0] >= MIN_LESIONS]
     groups.sort(key=lambda rows: rows.start - rows.stop)  # the largest first: it takes longest
     # One thread a patient: BLAS's own threads would share the cores with these, and wait for each other.
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(len(cores())) as pool:
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(num_cores()) as pool:
         for rows, part in zip(
             groups, pool.map(lambda rows: _one_patient(filled[rows]), groups), strict=True
         ):

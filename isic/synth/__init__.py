@@ -20,7 +20,7 @@ from isic import schema
 from isic.config import Settings
 from isic.errors import UserError
 from isic.files import read_json, sha256, versions, write_json
-from isic.machine import cores
+from isic.machine import num_cores
 from isic.synth.crops import Crop, looks, render
 from isic.synth.rows import Rows, default_positives, draw_rows, num_patients
 from isic.synth.write import write_images, write_table
@@ -261,5 +261,5 @@ def _render_all(rows: Rows, seed: int) -> list[Crop]:
     """Renders one crop a row, on all cores. Each crop has a seed of its own, so the order does not matter."""
     cv2.setNumThreads(1)
     wanted = looks(rows.table, rows.cue)
-    with ThreadPoolExecutor(len(cores())) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         return list(pool.map(lambda i: render(wanted[i], (seed, 2, i)), range(len(wanted))))

@@ -23,7 +23,7 @@ from benchmarks.peers import (
     write_resized,
 )
 from benchmarks.ways import WAYS, Task
-from infer.engines import works
+from infer.engines import unavailable_reason
 from isic.dataset import Dataset
 from isic.preprocess import PreprocessSpec, decode, resize
 
@@ -54,7 +54,7 @@ def test_the_same_images_give_the_same_features_everywhere(
 def test_an_engine_that_does_not_open_costs_its_rows_only(
     tiny: Path, small_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    if works("aoti", "cuda") is None:
+    if unavailable_reason("aoti", "cuda") is None:
         pytest.skip("there is a GPU here")
     flags = [
         "--images",
@@ -71,7 +71,7 @@ def test_an_engine_that_does_not_open_costs_its_rows_only(
     ended = cli("benchmarks", "peers", "--config", tiny, "--data", small_dataset, *flags)
     assert ended.code == 0, ended.err
     (row,) = pl.read_csv(tmp_path / "peers.csv").to_dicts()
-    assert "ONNX Runtime fell back to CPUExecutionProvider" in row["reason"], (
+    assert "ONNX Runtime does not run on --device cuda here" in row["reason"], (
         "not that its first run failed"
     )
 

@@ -1,6 +1,7 @@
 """AOTInductor packages where the compiler fails, and of one image a call."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 from benchmarks.fresh import build_artifact, create_fresh
 from infer.engines import create
+from infer.engines.aoti import architecture, mismatch, needed_features
+from isic.errors import UserError
 
 BROKEN = """#!/bin/sh
 case "$*" in *--version*) exec c++ "$@";; esac
@@ -88,3 +91,23 @@ def test_float32_is_no_tf32_once_an_engine_is_open(
     torch.backends.cudnn.allow_tf32 = True
     create(artifact.path, artifact.manifest)
     assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_package_runs_on_a_cpu_with_all_its_instructions(tiny: Path, tmp_path: Path) -> None:
+    """One with more instructions will do; one with fewer would end the process with SIGILL."""
+    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2)
+    assert artifact.manifest["cpu_features"] == needed_features()
+    level = torch.backends.cpu.get_cpu_capability().lower()
+    assert artifact.manifest["architecture"] == architecture("cpu") and level in artifact.path.name
+    older = {**artifact.manifest, "cpu_features": needed_features()[:-1]}
+    assert mismatch(artifact.manifest, "cpu") is None and mismatch(older, "cpu") is None
+    newer = {**artifact.manifest, "cpu_features": [*needed_features(), "avx1024", "amx_fp4"]}
+    with pytest.raises(
+        UserError,
+        match=r"a CPU with amx_fp4, avx1024, which this one lacks.*aoti --device cpu --force",
+    ):
+        create(artifact.path, newer)
+    former = {**artifact.manifest, "architecture": f"cpu-{platform.machine()}"}
+    del former["cpu_features"]
+    with pytest.raises(UserError, match=r"does not record for which CPU's instructions .* --force"):
+        create(artifact.path, former)

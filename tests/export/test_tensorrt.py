@@ -32,7 +32,7 @@ from export.tensorrt import (
     write_timings,
 )
 from infer.engines import cudart
-from infer.engines.tensorrt import import_runtime, logger, works
+from infer.engines.tensorrt import import_runtime, logger, unavailable_reason
 from isic.errors import UserError
 from isic.preprocess import PreprocessSpec
 from train.config import TrainSettings
@@ -285,13 +285,13 @@ def test_options_are_checked() -> None:
 
 
 def test_without_a_gpu_or_the_library_it_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
-    reason = works("tensorrt")
+    reason = unavailable_reason("tensorrt")
     if reason is None:
         pytest.skip("TensorRT and a GPU are here")
     with pytest.raises(UserError) as raised:
         build_plan(tiny, tmp_path / "model.plan", "tensorrt", OPTIONS)
     assert str(raised.value) == reason
-    if works(RTX) is not None:
+    if unavailable_reason(RTX) is not None:
         with pytest.raises(UserError, match="no NVIDIA GPU can be used here"):
             build_plan(
                 tiny, tmp_path / "model.plan", RTX, PlanOptions(compute_capabilities=("CURRENT",))

@@ -1,4 +1,5 @@
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from conftest import Cli, jpeg
 
 from infer.embeddings import load, read_run
 from infer.engines import load as load_engine
-from infer.engines import works
+from infer.engines import unavailable_reason
 from isic.dataset import Dataset
 from isic.folds import read_folds
 from isic.images import decode_pool
@@ -244,14 +245,50 @@ def test_two_folds_that_traded_their_engines_are_found_out(
         assert ended.code == 2 and words in ended.err
 
 
-def test_a_gpu_that_is_not_there_is_said_and_nothing_falls_back(
+def test_a_gpu_that_is_not_there_is_refused_with_the_cause(
     exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    if works("onnx", "cuda") is None:
+    if unavailable_reason("onnx", "cuda") is None:
         pytest.skip("this machine has a GPU")
     ended = cli("infer", *flags(exported, synth_dataset, tmp_path, "--device", "cuda"))
-    assert ended.code == 2 and "--device cpu" in ended.err
-    assert "does not work" in cli("infer", "doctor").out
+    assert ended.code == 2 and ended.err.count("\n") == 1 and "doctor" not in ended.err
+    assert "does not run on --device cuda here: " in ended.err and "--device cpu" in ended.err
+
+
+@pytest.mark.parametrize("visible", ["-1", "", "0,-1,1", "0"])
+def test_a_gpu_that_is_hidden_or_absent_leaves_the_cpu_and_its_batches(
+    visible: str,
+    exported: Path,
+    synth_dataset: Path,
+    tmp_path: Path,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if unavailable_reason("onnx", "cuda") is None:
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    ended = cli("infer", *flags(exported, synth_dataset, tmp_path, "--split", "test"))
+    assert ended.code == 0 and ended.err == ""
+    run = json.loads((tmp_path / "tiny" / "test" / "run.json").read_text())
+    assert (run["device"], run["batch_size"]) == ("cpu", 64)
+
+
+def test_int8_that_was_checked_on_another_kind_of_cpu_is_warned_of(
+    exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    run = shutil.copytree(exported, tmp_path / "tiny")
+    for architecture, precision, num_warnings in (
+        (platform.machine(), "int8", 0),
+        ("sparc64", "fp32", 0),
+        ("sparc64", "int8", 3),
+    ):
+        for path in run.glob("fold_*/model.onnx.json"):
+            manifest = json.loads(path.read_text())
+            manifest["parity"]["cpu"]["architecture"] = architecture
+            path.write_text(json.dumps({**manifest, "precision": precision}))
+        ended = cli("infer", *flags(run, synth_dataset, tmp_path / "out", "--split", "test"))
+        assert ended.code == 0 and ended.err.count("\n") == num_warnings
+        assert ended.err.count("in int8 was checked on sparc64, this is ") == num_warnings
 
 
 def test_inference_imports_no_torch(exported: Path, synth_dataset: Path, tmp_path: Path) -> None:

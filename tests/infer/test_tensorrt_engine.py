@@ -344,7 +344,10 @@ def test_a_plan_for_another_gpu_is_refused(built: Path, monkeypatch: pytest.Monk
     """The GPU is a name here, because this machine has none; the plan and the refusal are real."""
     monkeypatch.setattr(cudart, "architecture", lambda: "sm75")
     said = refusal(built, read_manifest(built))
-    assert "no matrix product in float32 on sm75" in said and tensorrt.works("tensorrt_rtx") == said
+    assert (
+        "no matrix product in float32 on sm75" in said
+        and tensorrt.unavailable_reason("tensorrt_rtx") == said
+    )
     monkeypatch.setattr(cudart, "architecture", lambda: "sm80")
     assert "was built for sm86 and sm89 and sm120, and this GPU is sm80" in refusal(
         built, read_manifest(built)
@@ -364,9 +367,9 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know_is_refused(
     assert said.startswith("TensorRT-RTX runs on sm80") and said.endswith(
         "and not on sm90; use another format there"
     )
-    assert tensorrt.works("tensorrt_rtx") == said
+    assert tensorrt.unavailable_reason("tensorrt_rtx") == said
     monkeypatch.setattr(cudart, "architecture", lambda: "sm89")
-    assert tensorrt.works("tensorrt_rtx") is None
+    assert tensorrt.unavailable_reason("tensorrt_rtx") is None
 
 
 def test_a_damaged_plan_is_refused(built: Path, tmp_path: Path) -> None:
@@ -427,7 +430,7 @@ def test_another_contract_is_refused() -> None:
 
 
 def test_no_gpu_is_one_sentence(built: Path) -> None:
-    if tensorrt.works("tensorrt_rtx") is None:
+    if tensorrt.unavailable_reason("tensorrt_rtx") is None:
         pytest.skip("there is a GPU here")
     assert "no NVIDIA GPU can be used here" in refusal(built, read_manifest(built))
 
@@ -463,7 +466,7 @@ def test_a_missing_package_is_named(built: Path, monkeypatch: pytest.MonkeyPatch
         assert "pip install isic-toolkit[tensorrt]" in refusal(
             built, {**manifest, "format": "tensorrt"}
         )
-        assert "pip install isic-toolkit[tensorrt]" in str(tensorrt.works("tensorrt"))
+        assert "pip install isic-toolkit[tensorrt]" in str(tensorrt.unavailable_reason("tensorrt"))
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     cudart.runtime.cache_clear()
     assert "pip install cuda-bindings" in refusal(built, manifest)

@@ -1,12 +1,15 @@
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Cli
 
 from isic.errors import did_you_mean
+from isic.synth.rows import draw_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,7 +92,7 @@ def test_help_lists_every_key() -> None:
     assert "images a micro-batch" in text
 
 
-@pytest.mark.parametrize("arguments", [["isic"], ["infer", "doctor"]])
+@pytest.mark.parametrize("arguments", [["isic"], ["infer", "embed", "--help"]])
 def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
     command = [sys.executable, "-m", *arguments]
     with subprocess.Popen(
@@ -123,3 +126,49 @@ def test_ctrl_c_is_a_word(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (130, "stopped by SIGINT\n")
+
+
+def write_tables(data: Path) -> None:
+    """A dataset of tables only."""
+    data.mkdir()
+    ids, patients = (
+        [f"{kind}_{row:07d}" for row in range(n)] for kind, n in (("ISIC", 200), ("IP", 20))
+    )
+    draw_rows(ids, patients, 40, np.random.default_rng(3)).table.write_csv(
+        data / "train-metadata.csv"
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+def test_a_character_that_the_output_lacks_loses_no_result(encoding: str, tmp_path: Path) -> None:
+    """`infer fit` prints `±`, and what an option's name holds, before it writes its report."""
+    data = tmp_path / "data"
+    write_tables(data)
+    flags = ["--features", "raw", "--num_rounds", "5", "--seeds", "1", "--num_folds", "3"]
+    where = ["--data", str(data), "--output_dir", str(tmp_path / "皮膚"), "--num_threads", "1"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "infer", "fit", *flags, *where],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        encoding=encoding,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ("±" if encoding != "ascii" else "\\xb1") in ended.stdout and "\\u76ae" in ended.stdout
+    assert (tmp_path / "皮膚" / "raw" / "report.html").is_file()
+
+
+def test_a_path_that_is_no_unicode_is_printed(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/caf\xe9"
+    command = [sys.executable, "-m", "isic", "check", "--data", path]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    assert ended.returncode == 2 and b"caf\\udce9" in ended.stderr
+    assert b"Traceback" not in ended.stderr
+
+
+def test_closed_outputs_are_no_error() -> None:
+    script = 'exec "$0" -m isic >&- 2>&-'
+    assert (
+        subprocess.run(["sh", "-c", script, sys.executable], cwd=ROOT, check=False).returncode == 0
+    )
