@@ -25,6 +25,7 @@ from train.data import Batch, fold_loaders, load_data
 from train.loop import train_epoch
 from train.machine import allow_tf32, check_bfloat16, default_workers, prepare, select_device
 from train.model import backbone_options, create_model, preprocess_spec
+from train.optim import BACKBONE, HEAD
 from train.state import TrainState, create_state
 from train.step import autocast
 
@@ -164,7 +165,7 @@ def _learn(
     device: torch.device,
 ) -> Window:
     window, state.step = create_window(settings, batches, device), 0
-    schedule = np.full(settings.warmup_steps + settings.steps, 0.1)
+    schedule = dict.fromkeys((BACKBONE, HEAD), np.full(settings.warmup_steps + settings.steps, 0.1))
     train_epoch(state, forward, window, schedule, settings, device, "benchmark")
     return window
 

@@ -63,7 +63,12 @@ class TrainSettings(Settings):
         description="factor of the backbone's learning rate from each layer to the one below it",
     )
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay of matrices")
-    warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up before the cosine")
+    warmup_epochs: float = Field(
+        1.0,
+        ge=0,
+        description="linear warm-up of the learning rate, of the backbone's from the epoch in which it is thawed; "
+        "0: none",
+    )
     freeze_epochs: int = Field(0, ge=0, description="first epochs in which only the head learns")
     clip_grad: float = Field(1.0, gt=0, description="largest norm of the gradient")
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head")

@@ -22,7 +22,7 @@ from train.data import Batch, TrainData, fold_loaders
 from train.losses import dice
 from train.machine import select_device
 from train.model import preprocess_spec
-from train.optim import lr_schedule, set_lr
+from train.optim import Schedule, create_schedule, set_lr
 from train.outputs import EpochStats, Predictions, begin_fold, log_epoch, loss_text, save_fold
 from train.state import TrainState, create_state, restore, save_last
 from train.step import NotFinite, Outcome, accumulate, autocast, optimizer_step, split
@@ -40,9 +40,7 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int) -> None:
     directory, device = settings.fold_dir(fold), select_device(settings.device)
     loader, sampler, held_out = fold_loaders(data, fold, preprocess_spec(settings), settings)
     steps_per_epoch = -(-len(loader) // settings.accumulation_steps)
-    schedule = lr_schedule(
-        steps_per_epoch * settings.epochs, round(steps_per_epoch * settings.warmup_epochs)
-    )
+    schedule = create_schedule(settings, steps_per_epoch)
     state = create_state(settings, device, fold)
     resumes = distributed.from_main(settings.resume and (directory / LAST).is_file())
     if resumes:
@@ -103,7 +101,7 @@ def train_epoch(
     state: TrainState,
     forward: Any,
     loader: Iterable[Batch],
-    schedule: NDArray[np.float64],
+    schedule: Schedule,
     settings: TrainSettings,
     device: torch.device,
     title: str,
@@ -126,7 +124,7 @@ def train_epoch(
     mix, outcomes = create_mixup(settings), deque[Outcome]()
     for micro_batches in batched(progress, settings.accumulation_steps):
         interrupt.check()
-        set_lr(state.optimizer, schedule[state.step])
+        set_lr(state.optimizer, schedule, state.step)
         mixed = [mix(to_device(batch, device)) for batch in micro_batches]
         loss = accumulate(state, forward, mixed, settings, device)
         outcomes.append(Outcome(state, micro_batches, optimizer_step(state, settings, loss)))

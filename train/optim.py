@@ -1,5 +1,6 @@
-"""Parameter groups with their own learning rates, and the schedule as an array."""
+"""Parameter groups with their own learning rates, and the schedule of each as an array."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,25 @@ from torch import nn
 from train.config import TrainSettings
 from train.model import Classifier
 
+BACKBONE, HEAD = "backbone", "head"
+"""Parts of the network that have a learning rate of their own; the mask decoder counts as head."""
+
+Schedule = Mapping[str, NDArray[np.float64]]
+"""Factor of the peak learning rate at each optimizer step, [num_steps], by part."""
+
 
 def create_optimizer(model: Classifier, settings: TrainSettings) -> torch.optim.AdamW:
-    """Returns AdamW over backbone and heads with their learning rates; vectors (biases, norms) are not decayed."""
+    """Returns AdamW over backbone and heads with their learning rates; vectors (biases, norms) are not decayed.
+
+    Each parameter group names its `part` of the network, BACKBONE or HEAD, and its `peak_lr`.
+    """
     groups = [
-        {**group, "peak_lr": settings.lr_backbone * group.get("lr_scale", 1.0)}
+        {**group, "part": BACKBONE, "peak_lr": settings.lr_backbone * group.get("lr_scale", 1.0)}
         for group in _backbone_groups(model.backbone, settings)
     ]
     for head in model.heads:
         groups += [
-            {**group, "peak_lr": settings.lr}
+            {**group, "part": HEAD, "peak_lr": settings.lr}
             for group in param_groups_weight_decay(head, settings.weight_decay)
         ]
     for group in groups:
@@ -49,18 +59,40 @@ def _backbone_groups(backbone: nn.Module, settings: TrainSettings) -> list[dict[
     ]
 
 
-def lr_schedule(num_steps: int, num_warmup: int) -> NDArray[np.float64]:
-    """Returns the factor of the peak learning rate at each optimizer step, [num_steps]: linear up, cosine to zero."""
+def create_schedule(settings: TrainSettings, steps_per_epoch: int) -> Schedule:
+    """Returns the learning-rate factors of a run; the backbone warms up when it begins to learn."""
+    num_steps = steps_per_epoch * settings.epochs
+    num_warmup = round(steps_per_epoch * settings.warmup_epochs)
+    first_steps = {HEAD: 0, BACKBONE: steps_per_epoch * settings.freeze_epochs}
+    return {
+        part: lr_schedule(num_steps, num_warmup, first_step)
+        for part, first_step in first_steps.items()
+    }
+
+
+def lr_schedule(num_steps: int, num_warmup: int, first_step: int = 0) -> NDArray[np.float64]:
+    """Returns the factor of the peak learning rate at each optimizer step, float64 [num_steps].
+
+    The factor is a cosine that falls from 1 after the first `num_warmup` steps to 0 at the end, times a linear ramp
+    over `num_warmup` steps from `first_step`, before which it is 0: weights that join later have no Adam moments yet.
+    """
     step = np.arange(num_steps)
-    warmup = (step + 1) / max(num_warmup, 1)
+    ramp = np.clip((step - first_step + 1) / max(num_warmup, 1), 0, 1)
     progress = (step - num_warmup) / max(num_steps - num_warmup, 1)
     cosine = 0.5 * (1 + np.cos(np.pi * np.clip(progress, 0, 1)))
-    return np.where(step < num_warmup, warmup, cosine)
+    return ramp * cosine
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets every group's learning rate to a factor of its peak."""
+def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
+    """Sets the learning rate of every group to its part's factor of its peak."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * float(
-            factor
-        )  # numpy numbers do not load with weights_only
+        # numpy numbers do not load with weights_only
+        group["lr"] = group["peak_lr"] * float(schedule[group["part"]][step])
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Returns the largest learning rate of each part's groups, as the last step used it."""
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        rates[group["part"]] = max(rates.get(group["part"], 0.0), group["lr"])
+    return rates

@@ -34,6 +34,7 @@ from train.checkpoint import BEST, LAST, save_checkpoint
 from train.config import TrainSettings
 from train.data import ERRORS_FILE, TrainData
 from train.model import preprocess_spec
+from train.optim import learning_rates
 from train.plots import ROC_FILE, draw_roc, write_scalars
 from train.pretrained import FOLDER, MARK
 from train.state import TrainState, refuse_difference
@@ -245,7 +246,10 @@ def log_epoch(
     stats: EpochStats,
     scores: dict[str, float],
 ) -> None:
-    """Appends the epoch to `history.jsonl` and prints a line."""
+    """Appends the epoch to `history.jsonl` and prints a line.
+
+    `lr_backbone` and `lr_head` are the rates of the epoch's last step, 0 while the backbone is frozen.
+    """
     if not distributed.is_main():
         return
     path = directory / HISTORY_FILE
@@ -254,6 +258,7 @@ def log_epoch(
         "epoch": state.epoch,
         "loss": stats.mean_loss(),
         **scores,
+        **{f"lr_{part}": rate for part, rate in learning_rates(state.optimizer).items()},
         "images_per_second": stats.num_images / stats.seconds,
         "waiting_share": stats.waiting / stats.seconds,
         "skipped_steps": stats.skipped_steps,

@@ -117,7 +117,10 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, data: TrainD
             "weights again, or train afresh with --force"
         )
     state.model.load_state_dict(saved["model_state_dict"])
+    parts = [group["part"] for group in state.optimizer.param_groups]
     state.optimizer.load_state_dict(saved["optimizer_state_dict"])
+    for group, part in zip(state.optimizer.param_groups, parts, strict=True):
+        group["part"] = part  # files of earlier versions lack it
     state.scaler.load_state_dict(saved["scaler_state_dict"])
     if state.averaged:
         state.averaged.load_state_dict(saved["averaged_state_dict"])

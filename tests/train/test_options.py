@@ -27,7 +27,7 @@ from train.data import NO_MASK, Batch, EpochSampler, LesionImages, Share, load_d
 from train.losses import dice, mask_loss
 from train.machine import check_bfloat16, default_workers
 from train.model import MultiTask, create_model, preprocess_spec
-from train.optim import create_optimizer
+from train.optim import BACKBONE, HEAD, Schedule, create_optimizer
 from train.plots import draw_roc
 from train.state import TrainState, create_state, restore, save_last
 
@@ -41,6 +41,10 @@ SEED_LINES = [
     "--model_config vit_tiny --augmentation heavy",
     "--model_config vit_tiny --batch_size 16 --accumulation_steps 4",
 ]
+
+
+def peak_rates(num_steps: int) -> Schedule:
+    return dict.fromkeys((BACKBONE, HEAD), np.ones(num_steps))
 
 
 def tiny(**values: object) -> TrainSettings:
@@ -472,7 +476,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
         state = create_state(tiny(batch_size=16), CPU, 0)
         forward = OutOfMemory(state.model, limit)
         loop.train_epoch(
-            state, forward, [random_batch(16)] * 2, np.ones(2), tiny(batch_size=16), CPU, ""
+            state, forward, [random_batch(16)] * 2, peak_rates(2), tiny(batch_size=16), CPU, ""
         )
         weights.append(torch.cat([weight.detach().ravel() for weight in state.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-3)
@@ -542,7 +546,7 @@ def test_a_restored_state_learns_on_to_the_same_bits(small_dataset: Path, tmp_pa
             random_batch(8)._replace(target=torch.full((8,), broken)) for _ in range(num_batches)
         ]
         torch.manual_seed(state.step)
-        loop.train_epoch(state, state.model, batches, np.ones(99), settings, CPU, "")
+        loop.train_epoch(state, state.model, batches, peak_rates(99), settings, CPU, "")
 
     state, restored = create_state(settings, CPU, 0), create_state(settings, CPU, 1)
     learn(state, 3)

@@ -17,17 +17,31 @@ from isic.folds import read_folds
 from isic.metrics import pauc
 from train.augment import LEVELS, create_augmentation
 from train.checkpoint import BEST, KEYS, load_checkpoint, save_checkpoint
-from train.config import TrainSettings
+from train.config import TrainSettings, load_settings
 from train.data import Batch, EpochSampler, LesionImages, load_data, sample_rows
 from train.loop import batched, score, train_epoch
 from train.losses import focal_loss
 from train.model import create_model, preprocess_spec
-from train.optim import create_optimizer, lr_schedule
+from train.optim import (
+    BACKBONE,
+    HEAD,
+    Schedule,
+    create_optimizer,
+    create_schedule,
+    learning_rates,
+    lr_schedule,
+    set_lr,
+)
 from train.outputs import Predictions
-from train.state import create_state
+from train.state import create_state, restore, save_last
 from train.step import NotFinite
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+PRETRAINED_CONFIGS = {path.stem for path in CONFIGS.glob("*.yaml")} - {
+    "demo",
+    "multitask_demo",
+    "scratch",
+}
 FEATURES = {
     "convnext_tiny": 768,
     "convnext_base": 1024,
@@ -40,6 +54,10 @@ FEATURES = {
     "eva02_base": 768,
     "eva02_production": 768,
 }
+
+
+def peak_rates(num_steps: int) -> Schedule:
+    return dict.fromkeys((BACKBONE, HEAD), np.ones(num_steps))
 
 
 def tiny(**values: object) -> TrainSettings:
@@ -286,8 +304,6 @@ def test_command_lines_run(small_dataset: Path, tmp_path: Path, cli: Cli, flags:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_every_config_builds_its_backbone(name: str) -> None:
-    from train.config import load_settings
-
     settings = load_settings(TrainSettings, {"config": name})
     assert settings.name == name and settings.run_dir == Path("outputs") / name
     with torch.device("meta"):
@@ -339,7 +355,7 @@ def test_accumulated_batches_give_the_gradient_of_one(small_dataset: Path) -> No
             Batch(*(part[at : at + size] for part in (images, target, rows)))
             for at in range(0, 16, size)
         ]
-        train_epoch(state, state.model, batches, np.ones(1), settings, torch.device("cpu"), "")
+        train_epoch(state, state.model, batches, peak_rates(1), settings, torch.device("cpu"), "")
         weights.append(torch.cat([p.detach().ravel() for p in state.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-3)
 
@@ -361,7 +377,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(num_after: int) -> 
     for tail in ([], [broken_batch(4, torch.nan), *[broken_batch(8)] * num_after]):
         state = create_state(settings, cpu, 0)
         with contextlib.suppress(NotFinite) if not tail else pytest.raises(NotFinite) as stopped:
-            train_epoch(state, state.model, [broken_batch(0), *tail], np.ones(9), settings, cpu, "")
+            train_epoch(
+                state, state.model, [broken_batch(0), *tail], peak_rates(9), settings, cpu, ""
+            )
         moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
         weights.append([*state.model.state_dict().values(), *moments])
     assert all(torch.equal(one, two) for one, two in zip(*weights, strict=True))
@@ -376,7 +394,7 @@ def test_loss_scaling_leaves_out_what_overflows_and_goes_on() -> None:
     settings, cpu = tiny(fp16=True), torch.device("cpu")
     state = create_state(settings, cpu, 0)
     batches = [broken_batch(0), broken_batch(2, torch.nan), broken_batch(4)]
-    stats = train_epoch(state, state.model, batches, np.ones(3), settings, cpu, "")
+    stats = train_epoch(state, state.model, batches, peak_rates(3), settings, cpu, "")
     assert (
         stats.skipped_steps == 1
         and len(stats.losses) == state.step == 3
@@ -387,7 +405,7 @@ def test_loss_scaling_leaves_out_what_overflows_and_goes_on() -> None:
     assert all(weight.isfinite().all() for weight in state.model.parameters())
     with pytest.raises(NotFinite, match="not finite"):
         train_epoch(
-            state, state.model, [broken_batch(2, torch.nan)] * 40, np.ones(50), settings, cpu, ""
+            state, state.model, [broken_batch(2, torch.nan)] * 40, peak_rates(50), settings, cpu, ""
         )
 
 
@@ -395,6 +413,67 @@ def test_the_schedule_warms_up_and_falls_to_zero() -> None:
     factor = lr_schedule(100, 10)
     assert factor[0] == 0.1 and factor[9] == factor[10] == 1.0
     assert (np.diff(factor[10:]) < 0).all() and factor[-1] < 0.001
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        *((name, {}) for name in sorted(PRETRAINED_CONFIGS)),
+        ("vit_tiny", {"freeze_epochs": 3}),
+        ("vit_tiny", {"freeze_epochs": 0}),
+        ("vit_tiny", {"warmup_epochs": 2.5}),
+    ],
+)
+def test_the_backbone_warms_up_when_it_is_thawed(name: str, flags: dict[str, float]) -> None:
+    """The head's rates are those of a schedule that knows of no freezing, to the bit."""
+    settings = load_settings(TrainSettings, {"config": name, **flags})
+    per_epoch = 40
+    thaw, warmup = settings.freeze_epochs * per_epoch, round(settings.warmup_epochs * per_epoch)
+    schedule = create_schedule(settings, per_epoch)
+    head, backbone = schedule[HEAD], schedule[BACKBONE]
+    step = np.arange(per_epoch * settings.epochs)
+    cosine = 0.5 * (1 + np.cos(np.pi * ((step - warmup).clip(0) / (len(step) - warmup))))
+    assert np.array_equal(head, np.where(step < warmup, (step + 1) / warmup, cosine))
+    assert (backbone[:thaw] == 0).all()
+    first = backbone[thaw : thaw + 3]
+    np.testing.assert_allclose(first, np.arange(1, 4) / warmup * cosine[thaw : thaw + 3])
+    assert first[0] < 0.03 and np.array_equal(backbone[thaw + warmup :], head[thaw + warmup :])
+
+
+def test_without_warm_up_the_rates_start_at_their_peak() -> None:
+    schedule = create_schedule(tiny(warmup_epochs=0, freeze_epochs=1, epochs=4), 10)
+    assert schedule[HEAD][0] == 1 and (schedule[BACKBONE][:10] == 0).all()
+    assert np.array_equal(schedule[BACKBONE][10:], schedule[HEAD][10:])
+
+
+def test_the_history_holds_the_rates_of_both_parts(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags = ["--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--batch_size", 8]
+    rates = ["--epochs", 4, "--freeze_epochs", 2, "--lr", 0.01, "--lr_backbone", 0.001]
+    assert cli("train", *TINY, *flags, *rates, "--layer_decay", 0.9).code == 0
+    lines = (tmp_path / "tiny" / "fold_0" / "history.jsonl").read_text().splitlines()
+    history = [json.loads(line) for line in lines]
+    head, backbone = ([entry[f"lr_{part}"] for entry in history] for part in (HEAD, BACKBONE))
+    assert head[0] == 0.01 and head[1:] == sorted(head[1:], reverse=True)
+    assert backbone[:2] == [0, 0] and backbone[2:] == pytest.approx(
+        [rate / 10 for rate in head[2:]]
+    )
+
+
+def test_a_last_checkpoint_of_an_earlier_version_resumes(
+    small_dataset: Path, tmp_path: Path
+) -> None:
+    """Its parameter groups do not name their part of the network."""
+    settings = tiny(data=small_dataset, output_dir=tmp_path)
+    state, data = create_state(settings, torch.device("cpu"), 0), load_data(settings)
+    for group in state.optimizer.param_groups:
+        del group["part"]
+    save_last(tmp_path / "last.pth", state, settings, data)
+    restored = create_state(settings, torch.device("cpu"), 0)
+    restore(restored, tmp_path / "last.pth", settings, data)
+    set_lr(restored.optimizer, peak_rates(1), 0)
+    assert learning_rates(restored.optimizer) == {BACKBONE: 1e-4, HEAD: 1e-3}
 
 
 def test_head_and_backbone_have_their_own_rates_and_vectors_are_not_decayed() -> None:
