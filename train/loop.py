@@ -109,7 +109,7 @@ def train_epoch(
     """Learns from every batch of an epoch once; `settings.accumulation_steps` batches make an optimizer step.
 
     Raises:
-        NotFinite: the gradient is not finite; the weights are those before the step.
+        NotFinite: the gradient is not finite; in float32 and bfloat16 the weights are those before the step.
         UserError: a single image does not fit the GPU's memory.
     """
     state.model.train()

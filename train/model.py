@@ -1,5 +1,6 @@
 """The network: uint8 pixels in, features and a logit out."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,13 @@ class Classifier(nn.Module):
             images: uint8 [N, H, W, 3], RGB; mixed images come as floats in [0, 255].
         """
         features = self.backbone(self.normalised(images)).float()
-        return features, self.head(features).float()
+        return features, self.logits(features)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Returns logits [N, 1] of features [N, D], in float32 under autocast too: their last digits order the rows."""
+        with without_autocast(features.device.type):
+            logits: Tensor = self.head(features)
+        return logits.float()
 
     def normalised(self, images: Tensor) -> Tensor:
         """Returns the backbone's input [N, 3, H, W], normalised in float32."""
@@ -85,7 +92,8 @@ class MultiTask(Classifier):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns features [N, D], logits [N, 1] and the mask [N, H / stride, W / stride], float32.
 
-        The mask is logits while training, for a loss that does not saturate, and probabilities in eval mode.
+        The mask is logits while training, for a loss that does not saturate, and probabilities in eval mode. Under
+        autocast the decoder computes in half precision: its convolutions cost much, and a mask is thresholded.
         """
         backbone: Any = self.backbone
         last, maps = backbone.forward_intermediates(
@@ -93,7 +101,7 @@ class MultiTask(Classifier):
         )
         features = backbone.forward_head(last).float()
         mask = self.decoder(maps).float()
-        return features, self.head(features).float(), mask if self.training else mask.sigmoid()
+        return features, self.logits(features), mask if self.training else mask.sigmoid()
 
     @property
     def heads(self) -> list[nn.Module]:
@@ -137,6 +145,13 @@ class MaskDecoder(nn.Module):
         drawn = [project(part) for project, part in zip(self.projections, maps, strict=True)]
         logits: Tensor = self.draw(torch.stack(drawn).sum(dim=0))
         return logits.squeeze(1)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context without autocast; one that leaves no trace in an exported graph, where autocast is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def preprocess_spec(settings: TrainSettings) -> PreprocessSpec:

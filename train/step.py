@@ -104,8 +104,10 @@ def autocast(settings: TrainSettings, device: torch.device) -> torch.autocast:
 def optimizer_step(state: TrainState, settings: TrainSettings, loss: Tensor) -> Tensor:
     """Clips and applies the accumulated gradient where it and the loss are finite; otherwise the weights stay.
 
-    Fused AdamW reads on the device whether to leave a step out. After a gradient that loss scaling does not explain
-    it leaves out all further steps as well, so that the weights are those before it when the host gets to know.
+    Fused AdamW reads on the device whether to leave a step out. In float32 and bfloat16 a gradient that is not finite
+    ends the run, and all further steps are left out as well, so that the weights are those before it when the host
+    learns of it. In float16 the scaler decides for each step by itself: the gradient ends the run only at the smallest
+    loss scale, and steps that are under way then may still change the weights, which are not saved.
 
     Returns:
         float32 [3] on the device: the loss, whether the step was left out, and whether the run cannot go on.
@@ -116,7 +118,7 @@ def optimizer_step(state: TrainState, settings: TrainSettings, loss: Tensor) -> 
     scale = state.scaler.scale(torch.ones_like(loss))
     hopeless = left_out * (scale < MIN_SCALE) if settings.fp16 else left_out
     state.stopped = torch.maximum(state.stopped, hopeless)
-    state.optimizer.found_inf = state.stopped  # type: ignore[attr-defined] # where losses are scaled, the scaler's own
+    state.optimizer.found_inf = state.stopped  # type: ignore[attr-defined] # the float16 scaler replaces it
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -127,7 +129,7 @@ def optimizer_step(state: TrainState, settings: TrainSettings, loss: Tensor) -> 
 
 
 class NotFinite(Exception):
-    """The gradient of a step is not finite; the weights are those before the step."""
+    """The gradient of a step is not finite and the run cannot go on."""
 
     def __init__(self, step: int, epoch: int, rows: list[int]) -> None:
         super().__init__("the gradient is not finite")

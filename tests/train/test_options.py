@@ -170,6 +170,34 @@ def test_mixing_mixes_images_and_targets_alike() -> None:
     )
 
 
+# --- half precision
+
+
+@pytest.mark.parametrize("values", [{"bf16": True}, {"fp16": True}])
+def test_logits_keep_float32_resolution_under_autocast(values: dict[str, object]) -> None:
+    settings = tiny(**values)
+    state = create_state(settings, CPU, 0)
+    held = loop.predict(state, [random_batch(500)], settings, CPU)
+    half = torch.float16 if settings.fp16 else torch.bfloat16
+    logits = torch.from_numpy(held.logits)
+    assert logits.dtype == torch.float32 and len(logits.unique()) > 450
+    assert (logits.to(half) == logits).float().mean() < 0.05
+    images = random_batch(8).images
+    with step.autocast(settings, CPU):
+        features, logits, *_ = state.model(images)
+    assert torch.equal(logits, state.model.head(features))
+    assert not torch.equal(features, state.model(images)[0]), "the backbone in half precision"
+
+
+@pytest.mark.parametrize("values", [{}, {"mask_weight": 1.0}])
+def test_an_exported_graph_knows_of_no_autocast(values: dict[str, float]) -> None:
+    model = create_model(tiny(**values)).eval()
+    program = torch.export.export(model, (random_batch(2).images,), strict=False)
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "aten.linear.default" in names
+    assert not any("autocast" in name or "wrap" in name for name in names), names
+
+
 # --- shares of an epoch
 
 
