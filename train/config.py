@@ -39,7 +39,9 @@ class TrainSettings(Settings):
         description="further labelled dataset folders, commas between them: trained on, never validated on",
     )
     extra_weight: float = Field(
-        1.0, gt=0, description="how often an epoch shows each extra row; 0.5: half, redrawn"
+        1.0,
+        gt=0,
+        description="factor of the rows that an epoch shows of each extra dataset; 0.5: half of them, redrawn",
     )
     output_dir: Path = Field(Path("outputs"), description="the run lands in <output_dir>/<name>")
     fold: int | None = Field(
@@ -119,9 +121,12 @@ class TrainSettings(Settings):
     negatives_per_positive: float | None = Field(
         None,
         gt=0,
-        description="negatives drawn anew each epoch for one positive; all of them if not given",
+        description="negatives drawn anew each epoch for one positive, in each dataset for its own positives; "
+        "all of them if not given",
     )
-    positive_repeats: int = Field(1, ge=1, description="how often an epoch shows each positive")
+    positive_repeats: int = Field(
+        1, ge=1, description="how often an epoch shows each positive, in every dataset"
+    )
     select_epoch: Literal["last", "best"] = Field(
         "last",
         description="which epoch best_model.pth holds; `best` picks it on the held-out fold, which flatters the "

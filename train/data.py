@@ -1,6 +1,7 @@
 """Rows and pixels for the loop: JPEG bytes in one buffer, a sampler that redraws negatives, loaders."""
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -128,6 +129,8 @@ class TrainData:
     rows: Rows
     fold: NDArray[np.int8]
     """[N]: EXTRA for the rows of further datasets."""
+    source: NDArray[np.int16]
+    """[N]: number of the dataset in `metadata_paths`; 0 is the one that is validated on."""
     folds: Folds
     metadata_paths: list[Path]
     """The training table, and those of further datasets."""
@@ -157,18 +160,43 @@ def load_data(settings: TrainSettings) -> TrainData:
     warn_of_unmatched_masks(dataset.masks_path, table[schema.ID], rows)
     fold = folds.of(rows.table).to_numpy()
     paths = [dataset.metadata_path("train")]
+    sizes = [len(rows.table)]
     for root in settings.extra_data:
         extra = IsicDataset(root)
-        rows += load_rows(
+        further = load_rows(
             extra, unrelated(extra.metadata("train"), [table, rows.table], root), settings
         )
+        check_classes(further.table, root, settings.negatives_per_positive)
+        rows += further
         paths.append(extra.metadata_path("train"))
+        sizes.append(len(further.table))
     if rows.masks and not len(rows.masks.buffer):
         raise UserError(
             f"{dataset.masks_path} has no mask of any training image; add masks, or set --mask_weight 0"
         )
     fold = np.concatenate([fold, np.full(len(rows.table) - len(fold), EXTRA, np.int8)])
-    return TrainData(rows, fold, folds, paths)
+    source = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)
+    return TrainData(rows, fold, source, folds, paths)
+
+
+def check_classes(table: pl.DataFrame, root: Path, negatives_per_positive: float | None) -> None:
+    """Warns of a further dataset of one class: whether an image is of that dataset then tells its class.
+
+    Raises:
+        UserError: it has no positive to which `negatives_per_positive` negatives could be drawn.
+    """
+    classes = table[schema.TARGET].unique().to_list()
+    if classes == [0] and negatives_per_positive is not None:
+        raise UserError(
+            f"{root}: none of the {len(table)} rows is positive, so no negatives can be drawn by "
+            f"--negatives_per_positive {negatives_per_positive:g}; remove it from --extra_data"
+        )
+    if len(classes) == 1 and distributed.is_main():
+        print(
+            f"warning: {root}: the target of all {len(table)} rows is {classes[0]}; the network can learn to "
+            "recognise this dataset instead of lesions",
+            file=sys.stderr,
+        )
 
 
 def unrelated(table: pl.DataFrame, others: list[pl.DataFrame], root: Path) -> pl.DataFrame:
@@ -323,44 +351,63 @@ def collate(items: list[Item]) -> Batch:
     return Batch(*default_collate(items))
 
 
-class EpochSampler(Sampler[Key]):
-    """Draws an epoch's rows: every positive `positive_repeats` times, negatives and extra rows anew, all shuffled.
+@dataclass(frozen=True)
+class Pool:
+    """Rows of one dataset and one class, and how many of them an epoch shows."""
 
-    What is drawn, and the seed of each row's augmentation, depend on the seed and the epoch alone, not on how many
-    workers or processes there are or whether an earlier epoch was run in this process.
+    rows: NDArray[np.int64]
+    num_drawn: int
+
+    def draw(self, random: np.random.Generator) -> NDArray[np.int64]:
+        """Returns `num_drawn` rows: each the same number of times, and the remainder drawn without replacement."""
+        if not self.num_drawn:
+            return self.rows[:0]
+        times, rest = divmod(self.num_drawn, len(self.rows))
+        return np.concatenate(
+            [np.tile(self.rows, times), random.choice(self.rows, rest, replace=False)]
+        )
+
+
+def create_pools(
+    rows: NDArray[np.int64],
+    target: NDArray[np.float32],
+    repeats: int,
+    per_positive: float | None,
+    weight: float = 1.0,
+) -> tuple[Pool, Pool]:
+    """Returns the positives and the negatives of a dataset as an epoch shows them.
+
+    Args:
+        rows: [N], numbers of the dataset's rows.
+        target: [N], 0 or 1.
+        repeats: how often each positive is shown.
+        per_positive: negatives drawn for one positive, as many as there are; None: all.
+        weight: factor of both numbers.
+    """
+    positives, negatives = rows[target == 1], rows[target == 0]
+    wanted = len(negatives) if per_positive is None else round(per_positive * len(positives))
+    return (
+        Pool(positives, round(weight * repeats * len(positives))),
+        Pool(negatives, round(weight * min(wanted, len(negatives)))),
+    )
+
+
+class EpochSampler(Sampler[Key]):
+    """Draws an epoch's rows from pools, those that are not shown whole anew in each epoch, all shuffled.
+
+    The rows, and the seed of each row's augmentation, depend on the seed and the epoch alone, not on the number of
+    workers or processes or on earlier epochs in this process.
     """
 
-    def __init__(
-        self,
-        rows: NDArray[np.int64],
-        target: NDArray[np.float32],
-        settings: TrainSettings,
-        epoch: int = 0,
-        extra: NDArray[np.int64] | None = None,
-    ) -> None:
-        self.positives, self.negatives = rows[target == 1], rows[target == 0]
-        self.extra = np.empty(0, np.int64) if extra is None else extra
-        self.repeats, self.seed, self.epoch = settings.positive_repeats, settings.seed, epoch
-        per_positive = settings.negatives_per_positive
-        wanted = (
-            len(self.negatives)
-            if per_positive is None
-            else round(per_positive * len(self.positives))
-        )
-        self.num_negatives = min(wanted, len(self.negatives))
-        self.num_extra = round(settings.extra_weight * len(self.extra))
+    def __init__(self, pools: Sequence[Pool], seed: int, epoch: int = 0) -> None:
+        self.pools, self.seed, self.epoch = pools, seed, epoch
 
     def __len__(self) -> int:
-        return self.repeats * len(self.positives) + self.num_negatives + self.num_extra
+        return sum(pool.num_drawn for pool in self.pools)
 
     def __iter__(self) -> Iterator[Key]:
         random = np.random.default_rng((self.seed, self.epoch))
-        negatives = random.choice(self.negatives, self.num_negatives, replace=False)
-        drawn = [np.tile(self.positives, self.repeats), negatives]
-        if self.num_extra:
-            times, rest = divmod(self.num_extra, len(self.extra))
-            drawn += [np.tile(self.extra, times), random.choice(self.extra, rest, replace=False)]
-        rows = random.permutation(np.concatenate(drawn))
+        rows = random.permutation(np.concatenate([pool.draw(random) for pool in self.pools]))
         seeds = random.integers(2**31, size=len(rows))
         return iter(zip(rows.tolist(), seeds.tolist(), strict=True))
 
@@ -414,6 +461,44 @@ def create_loader(
     )
 
 
+def epoch_pools(
+    data: TrainData, training: NDArray[np.int64], settings: TrainSettings
+) -> list[Pool]:
+    """Returns positives and negatives of the training rows, then those of each further dataset.
+
+    The ratio of classes is the same in all: negatives of one dataset and positives of another would teach the network
+    to recognise datasets.
+    """
+    pools = list[Pool]()
+    for number in range(len(data.metadata_paths)):
+        rows = training if number == 0 else np.flatnonzero(data.source == number)
+        pools += create_pools(
+            rows,
+            data.target[rows],
+            settings.positive_repeats,
+            settings.negatives_per_positive,
+            settings.extra_weight if number else 1.0,
+        )
+    return pools
+
+
+def report_composition(pools: Sequence[Pool], fold: int) -> None:
+    """Prints how many rows of each kind an epoch shows, and warns if most are of further datasets."""
+    own, further = pools[:2], pools[2:]
+    num_rows = sum(pool.num_drawn for pool in pools)
+    text = f"{own[0].num_drawn} positives and {own[1].num_drawn} negatives"
+    if further:
+        positives, negatives = (sum(pool.num_drawn for pool in further[at::2]) for at in (0, 1))
+        share = (positives + negatives) / num_rows
+        text += f"; of --extra_data {positives} positives and {negatives} negatives ({share:.0%})"
+    print(f"fold {fold}: an epoch shows {text}", flush=True)
+    if further and share > 0.5:
+        print(
+            f"warning: {share:.0%} of the rows of an epoch are of --extra_data; a lower --extra_weight shows fewer",
+            file=sys.stderr,
+        )
+
+
 def fold_loaders(
     data: TrainData, fold: int, spec: PreprocessSpec, settings: TrainSettings
 ) -> tuple[DataLoader[Item], EpochSampler, DataLoader[Item]]:
@@ -425,7 +510,7 @@ def fold_loaders(
         UserError: the training or the held-out rows lack a class, or are fewer than the processes.
     """
     training = np.flatnonzero((data.fold != fold) & (data.fold != EXTRA))
-    held_out, extra = np.flatnonzero(data.fold == fold), np.flatnonzero(data.fold == EXTRA)
+    held_out = np.flatnonzero(data.fold == fold)
     rank, world_size = distributed.rank(), distributed.world_size()
     for rows, name in ((training, "training"), (held_out, "held-out")):
         if len(np.unique(data.target[rows])) < 2:
@@ -436,7 +521,7 @@ def fold_loaders(
             raise UserError(
                 f"{len(rows)} {name} rows are too few for {world_size} processes; start fewer"
             )
-    sampler = EpochSampler(training, data.target[training], settings, extra=extra)
+    sampler = EpochSampler(epoch_pools(data, training, settings), settings.seed)
     augmented = LesionImages(data, spec, create_augmentation(settings.augmentation))
     return (
         create_loader(augmented, Share(sampler, settings.batch_size, rank, world_size), settings),

@@ -18,7 +18,7 @@ from isic.metrics import pauc, roc_auc
 from train import distributed
 from train.checkpoint import LAST
 from train.config import TrainSettings
-from train.data import Batch, TrainData, fold_loaders
+from train.data import Batch, TrainData, fold_loaders, report_composition
 from train.losses import dice
 from train.machine import select_device
 from train.model import preprocess_spec
@@ -49,6 +49,8 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int) -> None:
             raise UserError(
                 f"the last epoch of {directory} is done, but its results are gone; add --force"
             )
+    if distributed.is_main():
+        report_composition(sampler.pools, fold)
     begin_fold(settings, data, fold, resumes)
     if not resumes:
         save_last(

@@ -23,7 +23,16 @@ from train import loop, step
 from train.__main__ import train_folds
 from train.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from train.config import TrainSettings
-from train.data import NO_MASK, Batch, EpochSampler, LesionImages, Share, load_data
+from train.data import (
+    NO_MASK,
+    Batch,
+    EpochSampler,
+    LesionImages,
+    Share,
+    create_pools,
+    fold_loaders,
+    load_data,
+)
 from train.losses import dice, mask_loss
 from train.machine import check_bfloat16, default_workers
 from train.model import MultiTask, create_model, preprocess_spec
@@ -208,7 +217,8 @@ def test_shares_make_up_the_batches_of_one_process(
     num_rows: int, batch_size: int, world_size: int
 ) -> None:
     rows = np.arange(num_rows)
-    epoch = EpochSampler(rows, (rows % 3 == 0).astype(np.float32), tiny(), epoch=3)
+    pools = create_pools(rows, (rows % 3 == 0).astype(np.float32), repeats=1, per_positive=None)
+    epoch = EpochSampler(pools, seed=42, epoch=3)
     whole = list(Share(epoch, batch_size * world_size, 0, 1))
     shares = [list(Share(epoch, batch_size, rank, world_size)) for rank in range(world_size)]
     assert [len(share) for share in shares] == [
@@ -418,14 +428,86 @@ def test_further_rows_that_are_all_known_are_none(
     assert ended.code == 0 and "60 rows are left out" in ended.out, ended.err
 
 
-def test_extra_weight_says_how_often_extra_rows_are_shown() -> None:
-    rows, target, extra = np.arange(20), (np.arange(20) % 2).astype(np.float32), np.arange(20, 30)
-    for weight, counts in ((0.5, {0, 1}), (1.0, {1}), (2.5, {2, 3})):
-        epoch = EpochSampler(rows, target, tiny(extra_weight=weight), extra=extra)
-        drawn = [row for row, _ in epoch]
-        assert {drawn.count(row) for row in extra} == counts and len(drawn) == len(
-            epoch
-        ) == 20 + 10 * weight
+@pytest.mark.parametrize("weight", [0.5, 1.0, 2.5])
+def test_extra_weight_scales_what_an_epoch_shows_of_both_classes(weight: float) -> None:
+    rows, target = np.arange(40), (np.arange(40) % 4 == 0).astype(np.float32)
+    positives, negatives = create_pools(rows, target, repeats=2, per_positive=2, weight=weight)
+    drawn = [row for row, _ in EpochSampler([positives, negatives], seed=1)]
+    shown = [row for row in drawn if row % 4 == 0]
+    assert len(shown) == round(2 * weight * 10) and len(drawn) - len(shown) == round(weight * 20)
+    counts = [shown.count(row) for row in range(0, 40, 4)]
+    assert max(counts) - min(counts) <= 1, "each positive equally often, but for a remainder"
+
+
+def write_extra(folder: Path, targets: list[int]) -> Path:
+    """A further dataset whose images are grey; ids name the folder."""
+    folder.mkdir()
+    ids = [f"{folder.name}_{row}" for row in range(len(targets))]
+    pl.DataFrame({"isic_id": ids, "target": targets}).write_csv(folder / "train-metadata.csv")
+    write_hdf5(folder / "train-image.hdf5", {name: jpeg(20, 120) for name in ids})
+    return folder
+
+
+def test_every_extra_dataset_keeps_the_ratio_of_classes(
+    small_dataset: Path, tmp_path: Path
+) -> None:
+    extras = [
+        write_extra(tmp_path / "few", [1] * 2 + [0] * 50),
+        write_extra(tmp_path / "many", [1] * 10 + [0] * 90),
+    ]
+    settings = tiny(
+        data=small_dataset,
+        output_dir=tmp_path,
+        extra_data=extras,
+        negatives_per_positive=1.5,
+        positive_repeats=2,
+        extra_weight=2,
+    )
+    data = load_data(settings)
+    loader, sampler, _ = fold_loaders(data, 0, preprocess_spec(settings), settings)
+    own = np.flatnonzero(data.fold > 0)
+    epochs = []
+    for sampler.epoch in (0, 1, 0):
+        epochs.append(np.array([row for row, _ in sampler]))
+        for number, num_positives in ((0, int(data.target[own].sum())), (1, 2), (2, 10)):
+            rows = epochs[-1][data.source[epochs[-1]] == number]
+            weight = 2 if number else 1
+            assert (data.target[rows] == 1).sum() == 2 * weight * num_positives
+            assert (data.target[rows] == 0).sum() == 1.5 * weight * num_positives
+    assert np.array_equal(epochs[0], epochs[2])
+    few = [set(rows[(data.source[rows] == 1) & (data.target[rows] == 0)]) for rows in epochs]
+    assert len(few[0]) == 6 and few[0] != few[1], "negatives are redrawn"
+
+
+def test_an_epoch_of_mostly_extra_rows_is_warned_of(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    extra = write_extra(tmp_path / "more", [1, 0] * 60)
+    flags = [*TINY, "--data", small_dataset, "--epochs", 1, "--fold", 0, "--extra_data", extra]
+    ended = cli("train", *flags, "--output_dir", tmp_path / "one")
+    assert ended.code == 0, ended.err
+    assert "fold 0: an epoch shows 16 positives and 32 negatives; of --extra_data" in ended.out
+    assert "60 positives and 60 negatives (71%)" in ended.out
+    warning = "warning: 71% of the rows of an epoch are of --extra_data; a lower --extra_weight"
+    assert warning in ended.err
+    ended = cli("train", *flags, "--output_dir", tmp_path / "two", "--extra_weight", 0.2)
+    assert "12 positives and 12 negatives (33%)" in ended.out and "warning" not in ended.err
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_an_extra_dataset_of_one_class_is_warned_of_or_refused(
+    target: int, small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    extra = write_extra(tmp_path / "single", [target] * 8)
+    flags = [*TINY, "--data", small_dataset, "--epochs", 1, "--fold", 0, "--extra_data", extra]
+    ended = cli("train", *flags, "--output_dir", tmp_path / "one")
+    assert ended.code == 0 and f"the target of all 8 rows is {target}; the network" in ended.err
+    ended = cli("train", *flags, "--output_dir", tmp_path / "two", "--negatives_per_positive", 3)
+    if target:
+        assert ended.code == 0 and "of --extra_data 8 positives and 0 negatives" in ended.out
+    else:
+        assert ended.code == 2 and not (tmp_path / "two").exists()
+        assert "none of the 8 rows is positive" in ended.err and ended.err.count("\n") == 1
 
 
 # --- the device is never asked for a value

@@ -18,7 +18,7 @@ from isic.metrics import pauc
 from train.augment import LEVELS, create_augmentation
 from train.checkpoint import BEST, KEYS, load_checkpoint, save_checkpoint
 from train.config import TrainSettings, load_settings
-from train.data import Batch, EpochSampler, LesionImages, load_data, sample_rows
+from train.data import Batch, EpochSampler, LesionImages, create_pools, load_data, sample_rows
 from train.loop import batched, score, train_epoch
 from train.losses import focal_loss
 from train.model import create_model, preprocess_spec
@@ -488,17 +488,15 @@ def test_head_and_backbone_have_their_own_rates_and_vectors_are_not_decayed() ->
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def test_the_sampler_redraws_negatives_and_hangs_on_seed_and_epoch_alone() -> None:
+def test_the_sampler_redraws_negatives_by_seed_and_epoch_alone() -> None:
     rows, target = np.arange(200), (np.arange(200) % 10 == 0).astype(np.float32)
-    settings = tiny(negatives_per_positive=3, positive_repeats=2)
+    pools = create_pools(rows, target, repeats=2, per_positive=3)
 
     def epoch(number: int) -> list[tuple[int, int]]:
-        return list(EpochSampler(rows, target, settings, epoch=number))
+        return list(EpochSampler(pools, seed=42, epoch=number))
 
     first, second = epoch(0), epoch(1)
-    assert (
-        first == epoch(0) and len(first) == len(EpochSampler(rows, target, settings)) == 2 * 20 + 60
-    )
+    assert first == epoch(0) and len(first) == len(EpochSampler(pools, 42)) == 2 * 20 + 60
     drawn = [row for row, _ in first]
     assert all(drawn.count(row) == 2 for row in range(0, 200, 10))
     negatives = {row for row in drawn if row % 10}
