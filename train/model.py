@@ -1,14 +1,17 @@
 """The network: uint8 pixels in, features and a logit out."""
 
 import contextlib
+import contextlib
+import copy
+from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from timm.layers import LayerNorm2d
+from timm.models import get_deprecated_models
 from torch import Tensor, nn
 
 from isic.errors import UserError, did_you_mean
@@ -20,6 +23,38 @@ MASK_STRIDE = 2
 """Masks are drawn at half the input's side: lesions of a few pixels lose their outline at a quarter of it."""
 TRUNK_STRIDE = 4
 """Where feature maps are brought together that are all coarser; otherwise it is where the finest stands."""
+
+LIBRARY_ERRORS = (
+    RuntimeError,
+    AssertionError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+"""Errors that timm and torch raise if a backbone and the settings do not fit."""
+
+HARMLESS = {
+    "global_pool": None,
+    "drop_path_rate": 0.0,
+    "grad_checkpointing": False,
+    "batch_size": 2,
+    "mask_weight": 0.0,
+}
+"""Settings that a backbone may not support, and values that each supports; `image_size` has no such value."""
+REFUSALS = {
+    "global_pool": "{model} does not pool by {global_pool}; choose another --global_pool",
+    "drop_path_rate": "{model} has no stochastic depth; set --drop_path_rate 0",
+    "grad_checkpointing": "{model} cannot recompute activations; set --grad_checkpointing false",
+    "batch_size": "{model} cannot learn from one image of {image_size} px at a time; use a larger --batch_size",
+    "image_size": "{model} does not {task} of {image_size} px ({reason}); --image_size {fits} fits, the size of its "
+    "own config is {own_size}",
+    "mask_weight": "{model} has no feature maps that masks can be drawn from ({reason}); set --mask_weight 0",
+    "model": "{model} does not run with these settings ({reason}); choose another --model",
+}
+COMMON_STRIDES = (32, 14)
+"""Backbones that take many sizes take multiples of one of these."""
 
 
 class Classifier(nn.Module):
@@ -149,7 +184,7 @@ class MaskDecoder(nn.Module):
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Returns a context without autocast; one that leaves no trace in an exported graph, where autocast is off."""
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
@@ -166,28 +201,90 @@ def preprocess_spec(settings: TrainSettings) -> PreprocessSpec:
 
 
 def create_model(settings: TrainSettings, pretrained: bool | str | None = None) -> Classifier:
-    """Builds the network of a config.
+    """Builds the network of a config and passes one image through it.
 
     Args:
         settings: model, image size and drop rates.
         pretrained: overrides the settings' (False when a checkpoint's weights follow).
 
     Raises:
-        UserError: no such model, it cannot take the image size, or its weights cannot be had.
+        UserError: no such model, a setting does not fit it, or its weights cannot be had.
     """
     pretrained = settings.pretrained if pretrained is None else pretrained
+    try:
+        return _create_checked(settings, pretrained)
+    except UserError:
+        raise
+    except LIBRARY_ERRORS as error:
+        raise UserError(_explain(settings, _first_line(error))) from error
+
+
+def _create_checked(settings: TrainSettings, pretrained: bool | str) -> Classifier:
+    """Builds the network. Raises one of LIBRARY_ERRORS if timm's backbone and the settings do not fit."""
     backbone = _create_backbone(settings.model, pretrained, backbone_options(settings))
-    patch = int(np.max(getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)))
-    strides = [info["reduction"] for info in backbone.feature_info] if settings.mask_weight else []  # type: ignore[union-attr]
-    step = max(patch, *strides) if strides else patch
-    if settings.image_size % step:
-        raise UserError(
-            f"{settings.model} cuts images into {step} px patches; --image_size must be a multiple of {step}"
-        )
     if settings.grad_checkpointing:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     network = MultiTask if settings.mask_weight else Classifier
-    return network(backbone, preprocess_spec(settings), settings.drop_rate)
+    model = network(backbone, preprocess_spec(settings), settings.drop_rate)
+    _check_outputs(model, settings.image_size)
+    if settings.batch_size == 1:  # batch statistics of a single value do not exist
+        copy.deepcopy(model).train()(_blank_image(settings.image_size))
+    return model
+
+
+@torch.no_grad()
+def _check_outputs(model: Classifier, size: int) -> None:
+    """Passes one image through the network in eval mode. Raises ValueError if an output has an unexpected shape."""
+    outputs = model.eval()(_blank_image(size))
+    model.train()
+    expected: list[tuple[int, ...]] = [(1, model.num_features), (1, 1)]
+    if model.mask_stride:
+        expected.append((1, size // model.mask_stride, size // model.mask_stride))
+    shapes = [tuple(output.shape) for output in outputs]
+    if shapes != expected:
+        raise ValueError(f"the shapes of its outputs are {shapes}, not {expected}")
+
+
+def _blank_image(size: int) -> Tensor:
+    return torch.zeros((1, size, size, 3), dtype=torch.uint8)
+
+
+def _explain(settings: TrainSettings, reason: str) -> str:
+    """Returns the sentence on a network that cannot be built or run, for a library's reason.
+
+    It blames the first setting without which the network works, or if there is none the library's reason alone.
+    """
+    own_size = _backbone_config(settings.model)["input_size"][-1]
+    size = settings.image_size
+    sizes = [max(round(size / stride), 1) * stride for stride in COMMON_STRIDES]
+    *changes, without_masks = HARMLESS.items()
+    changes += [("image_size", other) for other in (*sizes, own_size)]
+    blamed, fits = next(
+        (
+            (name, value)
+            for name, value in (*changes, without_masks)
+            if getattr(settings, name) != value and _runs(settings.model_copy(update={name: value}))
+        ),
+        ("model", None),
+    )
+    task = "draw masks of images" if settings.mask_weight else "take images"
+    return REFUSALS[blamed].format(
+        **dict(settings), reason=reason, task=task, fits=fits, own_size=own_size
+    )
+
+
+def _runs(settings: TrainSettings) -> bool:
+    """Whether the network of some settings can be built and run."""
+    try:
+        _create_checked(settings, pretrained=False)
+    except LIBRARY_ERRORS:
+        return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
 
 
 def backbone_options(settings: TrainSettings) -> dict[str, Any]:
@@ -201,9 +298,21 @@ def backbone_options(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _backbone_config(name: str) -> dict[str, Any]:
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    if not timm.is_model(name) or config is None:
+    renamed = get_deprecated_models().get(name)
+    if renamed:
+        raise UserError(f'timm calls "{name}" "{renamed}" now; use that name')
+    if not timm.is_model(name):
         raise UserError(f'timm has no model "{name}", {did_you_mean(name, timm.list_models())}')
+    try:
+        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:
+        architecture, _, tag = name.partition(".")
+        known = timm.list_models(f"{architecture}.*", include_tags=True)
+        tags = ", ".join(each.partition(".")[2] for each in known) or "none"
+        raise UserError(
+            f'timm has no weights "{tag}" for {architecture}; known tags are: {tags}; '
+            f"--model {architecture} takes the default ones"
+        ) from None
     values: dict[str, Any] = config.to_dict()
     return values
 
@@ -224,25 +333,16 @@ def _create_backbone(name: str, pretrained: bool | str, options: dict[str, Any])
         backbone: nn.Module = timm.create_model(
             name, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay, **options
         )
-    except AssertionError as error:
-        if "global_pool" not in options:
-            raise
-        raise UserError(
-            f"{name} does not pool by {options['global_pool']}; choose another --global_pool"
-        ) from error
-    except TypeError as error:
-        if "drop_path_rate" not in str(error):
-            raise
-        if options.pop("drop_path_rate"):
-            raise UserError(f"{name} has no stochastic depth; set --drop_path_rate 0") from None
-        return _create_backbone(name, pretrained, options)
-    except (OSError, RuntimeError, SafetensorError, KeyError) as error:
+    except (*LIBRARY_ERRORS, OSError, EOFError, SafetensorError, UnpicklingError) as error:
+        if "drop_path_rate" in str(error) and options.get("drop_path_rate") == 0:
+            accepted = {key: value for key, value in options.items() if key != "drop_path_rate"}
+            return _create_backbone(name, pretrained, accepted)
         if not pretrained:
             raise
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        timm.create_model(name, **options)  # raises if the weights are not the cause
         raise UserError(
-            f"the pretrained weights of {name} cannot be had ({reason}); connect to the hub, give a local file "
-            "(--pretrained weights.safetensors), or start from random weights on purpose (--pretrained false)"
+            f"the pretrained weights of {name} cannot be had ({_first_line(error)}); connect to the hub, give a local "
+            "file (--pretrained weights.safetensors), or start from random weights on purpose (--pretrained false)"
         ) from error
     if isinstance(pretrained, str):
         _refuse_unfilled(backbone, name, pretrained, options, drawn_from)

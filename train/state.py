@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from isic.config import build
 from isic.errors import UserError
@@ -70,9 +71,8 @@ def create_state(settings: TrainSettings, device: torch.device, fold: int) -> Tr
     started_from = weights.facts(model.backbone)
     model = model.to(device)
     if not takes_image_size(settings.model):
-        model = model.to(
-            memory_format=torch.channels_last
-        )  # what cuDNN's and oneDNN's convolutions are fast on
+        # convolutions of cuDNN and oneDNN are fast with it; model.to() fails on weights of other ranks
+        convert_conv2d_weight_memory_format(model, torch.channels_last)
     averaged = (
         ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
     )

@@ -464,7 +464,7 @@ def test_every_extra_dataset_keeps_the_ratio_of_classes(
         extra_weight=2,
     )
     data = load_data(settings)
-    loader, sampler, _ = fold_loaders(data, 0, preprocess_spec(settings), settings)
+    _, sampler, _ = fold_loaders(data, 0, preprocess_spec(settings), settings)
     own = np.flatnonzero(data.fold > 0)
     epochs = []
     for sampler.epoch in (0, 1, 0):

@@ -155,7 +155,16 @@ def test_epochs_are_not_thrown_away_unasked(small_dataset: Path, tmp_path: Path,
     ("flags", "words"),
     [
         (["--extra_data", "nowhere"], "nowhere"),
-        (["--model", "test_vit3", "--image_size", "30"], "cuts images into"),
+        (
+            ["--image_size", "30"],
+            "test_vit does not take images of 30 px (Input height (30) should be divisible by patch size (16)); "
+            "--image_size 32 fits, the size of its own config is 160",
+        ),
+        (
+            ["--model", "efficientformer_l1", "--image_size", "128"],
+            "efficientformer_l1 does not take images of 128 px",
+        ),
+        (["--model", "test_vit.r160_in1kk"], "known tags are: r160_in1k"),
         (["--mask_weight", "1"], "has no mask"),
         (["--pretrained", "nowhere.safetensors"], "no weights at"),
         (["--epochs"], "--epochs needs a value"),
@@ -187,9 +196,64 @@ def test_backbones_of_many_kinds(name: str) -> None:
     assert features.shape == (2, model.num_features) and logits.shape == (2, 1)
 
 
-def test_stochastic_depth_where_there_is_none_is_refused() -> None:
-    with pytest.raises(UserError, match="has no stochastic depth; set --drop_path_rate 0"):
-        create_model(tiny(model="repghostnet_050", image_size=64, drop_path_rate=0.1))
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"model": "repghostnet_050", "drop_path_rate": 0.1},
+            "repghostnet_050 has no stochastic depth; set --drop_path_rate 0",
+        ),
+        (
+            {"model": "crossvit_tiny_240"},
+            r"crossvit_tiny_240 does not take images of 64 px \(.*\); --image_size 240 fits",
+        ),
+        ({"model": "test_maxvit", "image_size": 100}, "does not take images of 100 px .*divisible"),
+        (
+            {"model": "test_vit", "image_size": 40},
+            r"divisible by patch size \(16\)\); --image_size 32",
+        ),
+        ({"model": "test_convnext", "global_pool": "token"}, "does not pool by token"),
+        ({"model": "test_vit_relpos", "global_pool": "max"}, "does not pool by max"),
+        (
+            {"model": "crossvit_tiny_240", "image_size": 240, "mask_weight": 1},
+            "no feature maps that masks can be drawn from",
+        ),
+        (
+            {"model": "test_convnext", "image_size": 80, "mask_weight": 1},
+            "test_convnext does not draw masks of images of 80 px .*; --image_size 64 fits",
+        ),
+        ({"model": "dla34", "grad_checkpointing": True}, "cannot recompute activations"),
+        (
+            {"model": "test_resnet", "image_size": 32, "batch_size": 1},
+            "one image of 32 px at a time",
+        ),
+        (
+            {"model": "convnext_tiny_in22ft1k"},
+            'timm calls "convnext_tiny_in22ft1k" "convnext_tiny.fb_in22k_ft_in1k" now',
+        ),
+        (
+            {"model": "test_vit.r160_in1kk", "pretrained": True},
+            r"no weights .* known tags are: r160_in1k; --model test_vit takes the default",
+        ),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_refused_for_the_true_reason(
+    values: dict[str, object], words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as refused:
+        create_model(tiny(**{"image_size": 64, **values}))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "size"), [("pvt_v2_b0", 64), ("lambda_resnet26t", 256), ("test_vit.r160_in1k", 32)]
+)
+def test_a_backbone_that_fits_learns(model: str, size: int) -> None:
+    """A patch that is no kernel, weights of five dimensions, and a tag."""
+    settings = tiny(model=model, image_size=size)
+    state = create_state(settings, torch.device("cpu"), 0)
+    batch = Batch(torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.ones(2), torch.arange(2))
+    train_epoch(state, state.model, [batch], peak_rates(1), settings, torch.device("cpu"), "fold 0")
 
 
 @pytest.mark.parametrize("model", ["test_vit", "test_vit2"])
@@ -560,6 +624,20 @@ def test_weights_that_cannot_be_had_stop_the_run(
     assert "broken.safetensors is not a whole safetensors file" in ended.err
 
 
+@pytest.mark.parametrize("content", [[1, 2], {1: torch.zeros(2)}, {"state_dict": 3}, print, None])
+def test_a_file_that_holds_no_weights_is_one_sentence(content: object, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    if content is not None:
+        torch.save(content, path)
+    else:
+        path.touch()
+    with pytest.raises(
+        UserError, match="the pretrained weights of test_vit cannot be had"
+    ) as refused:
+        create_model(tiny(pretrained=str(path)))
+    assert "\n" not in str(refused.value)
+
+
 def test_a_local_file_of_weights_is_used(tmp_path: Path) -> None:
     backbone = create_model(tiny()).backbone
     save_file(backbone.state_dict(), tmp_path / "model.safetensors")
@@ -576,7 +654,8 @@ def test_a_local_file_of_weights_is_used(tmp_path: Path) -> None:
             ["--model", "vit_tinny_patch16_224"],
             'timm has no model "vit_tinny_patch16_224", did you mean',
         ),
-        (["--image_size", "40"], "--image_size must be a multiple of 16"),
+        (["--image_size", "40"], "should be divisible by patch size (16)"),
+        (["--model", "test_vit.r160_in1kk"], 'timm has no weights "r160_in1kk" for test_vit'),
         (["--device", "cuda"], "no GPU that torch can use"),
         (["--num_folds", "40"], "are too few for 40 folds"),
     ],
