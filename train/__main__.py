@@ -6,7 +6,7 @@ from isic import cli
 from isic.interrupt import Interrupted, interruptible
 from train import distributed
 from train.config import TrainSettings, load_settings
-from train.data import load_data
+from train.data import load_data, worker_errors
 from train.loop import train_fold
 from train.machine import check_bfloat16, prepare, select_device
 from train.outputs import is_finished, print_scores, refuse_other_content, refuse_to_lose
@@ -50,8 +50,9 @@ def train_folds(settings: TrainSettings) -> None:
         data = load_data(settings)
         refuse_leaking_weights(settings.pretrained, due, data.table, data.fold)
         prepare(device)
-        for fold in due:
-            train_fold(settings, data, fold)
+        with worker_errors():
+            for fold in due:
+                train_fold(settings, data, fold)
     if distributed.is_main():
         print_scores(settings)
 

@@ -106,7 +106,8 @@ class TrainSettings(Settings):
     num_workers: int | None = Field(
         None,
         ge=0,
-        description="processes that decode and augment; if not given, one a core with a GPU, else none",
+        description="processes that decode and augment; if not given, one per core with a GPU, else none; fewer if "
+        "/dev/shm is too small for their batches",
     )
 
     on_error: Literal["raise", "skip"] = Field(

@@ -1,5 +1,6 @@
 """Rows and pixels for the loop: JPEG bytes in one buffer, a sampler that redraws negatives, loaders."""
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from isic import schema
+from isic import interrupt, schema
 from isic.dataset import Dataset as IsicDataset
 from isic.errors import UserError, warn
 from isic.files import write_parquet
@@ -27,7 +28,7 @@ from isic.preprocess import MASK_THRESHOLD, PreprocessSpec, check_mask, decode, 
 from train import distributed
 from train.augment import create_augmentation
 from train.config import TrainSettings
-from train.machine import default_workers, select_device
+from train.machine import default_workers, fit_workers, select_device
 
 ERRORS_FILE = "errors.parquet"
 SAMPLE_ROWS = 50_000
@@ -443,22 +444,56 @@ class RowSampler(Sampler[Key]):
 
 
 def create_loader(
-    images: LesionImages, sampler: Sampler[Key], settings: TrainSettings
+    images: LesionImages, sampler: Sampler[Key], batch_size: int, workers: tuple[int, int]
 ) -> DataLoader[Item]:
-    """Returns a loader of `Batch`es."""
-    num_workers = settings.num_workers
-    if num_workers is None:
-        num_workers = default_workers(select_device(settings.device))
+    """Returns a loader of `Batch`es. `workers` are their number and the batches that each prefetches."""
+    num_workers, prefetched = workers
     return DataLoader(
         images,
-        batch_size=settings.batch_size,
+        batch_size=batch_size,
         sampler=cast(Any, sampler),
         collate_fn=collate,
         num_workers=num_workers,
+        prefetch_factor=prefetched if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_to_parent,
     )
+
+
+def choose_workers(settings: TrainSettings) -> tuple[int, int]:
+    """Returns the number of workers of a loader and the batches that each prefetches, as shared memory allows."""
+    num_workers = settings.num_workers
+    if num_workers is None:
+        num_workers = default_workers(select_device(settings.device))
+    channels = 4 if settings.mask_weight else 3
+    return fit_workers(
+        num_workers,
+        settings.batch_size * settings.image_size**2 * channels,
+        settings.accumulation_steps + 1,
+    )
+
+
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turns the error of torch on a worker that ended, or found no shared memory, into a UserError."""
+    try:
+        yield
+    except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
+        interrupt.check()  # a signal that ended the workers too is the cause
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        if "shared memory" in str(error):
+            raise UserError(
+                "the workers that decode images do not find enough shared memory in /dev/shm; raise it "
+                "(docker run --shm-size) or lower --num_workers"
+            ) from error
+        # a batch that a dead worker left behind cannot be received: the other errors
+        if not isinstance(error, RuntimeError) or "DataLoader worker (pid" in reason:
+            raise UserError(
+                f"a worker that decodes images has ended ({reason}), maybe for lack of memory; lower --num_workers, "
+                "and go on with --resume"
+            ) from error
+        raise
 
 
 def epoch_pools(
@@ -523,8 +558,11 @@ def fold_loaders(
             )
     sampler = EpochSampler(epoch_pools(data, training, settings), settings.seed)
     augmented = LesionImages(data, spec, create_augmentation(settings.augmentation))
+    size, workers = settings.batch_size, choose_workers(settings)
     return (
-        create_loader(augmented, Share(sampler, settings.batch_size, rank, world_size), settings),
+        create_loader(augmented, Share(sampler, size, rank, world_size), size, workers),
         sampler,
-        create_loader(LesionImages(data, spec), RowSampler(held_out[rank::world_size]), settings),
+        create_loader(
+            LesionImages(data, spec), RowSampler(held_out[rank::world_size]), size, workers
+        ),
     )

@@ -1,7 +1,9 @@
 """What training makes of a machine: its device, its cores, and settings of its libraries that are off by default."""
 
 import ctypes
+import shutil
 import sys
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,11 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt(3)."""
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability of the first GPUs that compute in bfloat16."""
+SHARED_MEMORY = Path("/dev/shm")
+PREFETCHED = 2
+"""Batches that each worker prepares in advance, as torch does by default."""
+TENSOR_OVERHEAD = 32 * 1024
+"""Bytes by which the files of a batch's tensors are larger than the pixels."""
 
 
 def select_device(name: str) -> torch.device:
@@ -62,6 +69,34 @@ def default_workers(device: torch.device) -> int:
     if device.type == "cpu":
         return 0
     return max(1, num_cores() // distributed.local_world_size())
+
+
+def fit_workers(num_workers: int, batch_bytes: int, num_held: int) -> tuple[int, int]:
+    """Returns how many workers, and prefetched batches of each, have room in shared memory.
+
+    Workers hand batches over in /dev/shm, which has 64 MB in a container by default. With less than is wanted there is
+    one batch per worker, and a warning is printed; without room for any batch the number of workers is 0.
+
+    Args:
+        num_workers: wanted, of each of the processes that train on this machine.
+        batch_bytes: of the tensors of a batch.
+        num_held: batches that the main process holds besides.
+    """
+    if not num_workers or not SHARED_MEMORY.is_dir():
+        return num_workers, PREFETCHED
+    free = shutil.disk_usage(SHARED_MEMORY).free // distributed.local_world_size()
+    num_batches = max(free // (batch_bytes + TENSOR_OVERHEAD) - num_held, 0)
+    if num_workers * PREFETCHED <= num_batches:
+        return num_workers, PREFETCHED
+    fitting = min(num_workers, num_batches)
+    if distributed.is_main():
+        print(
+            f"warning: the {free / 1e6:.0f} MB of {SHARED_MEMORY} have room for few batches of {num_workers} workers; "
+            f"{fitting} are used, with one batch each; `docker run --shm-size` makes room, --num_workers sets "
+            "their number",
+            file=sys.stderr,
+        )
+    return fitting, 1
 
 
 def prepare(device: torch.device) -> None:

@@ -1,7 +1,6 @@
 """The network: uint8 pixels in, features and a logit out."""
 
 import contextlib
-import contextlib
 import copy
 from pickle import UnpicklingError
 from typing import Any
@@ -51,7 +50,7 @@ REFUSALS = {
     "image_size": "{model} does not {task} of {image_size} px ({reason}); --image_size {fits} fits, the size of its "
     "own config is {own_size}",
     "mask_weight": "{model} has no feature maps that masks can be drawn from ({reason}); set --mask_weight 0",
-    "model": "{model} does not run with these settings ({reason}); choose another --model",
+    "model": "{model} does not run with these settings ({reason}); choose other settings or another --model",
 }
 COMMON_STRIDES = (32, 14)
 """Backbones that take many sizes take multiples of one of these."""

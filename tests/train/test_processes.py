@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -16,6 +17,7 @@ import torch
 from conftest import TINY, Cli
 
 from isic.folds import read_folds
+from train import machine
 from train.checkpoint import BEST, LAST, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -189,3 +191,72 @@ def test_two_processes_score_as_one_does(small_dataset: Path, tmp_path: Path, cl
         start, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
     )
     assert ended.returncode == 0 and ended.stdout.count("fold 1 is finished") == 1
+
+
+def run_with_shared_memory(size: str, script: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a mount namespace of its own whose /dev/shm has some size; skips if that is not allowed."""
+    unshare = ["unshare", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    if subprocess.run([*unshare, mount], capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount another /dev/shm")
+    return subprocess.run(
+        [*unshare, f'{mount} && exec "$@"', "sh", sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+CLAIM_MORE = "import shutil; shutil.disk_usage = lambda path: type('Usage', (), {'free': 2**30})"
+"""Another program may take the shared memory after it was looked at."""
+
+
+@pytest.mark.parametrize("claim", ["", CLAIM_MORE])
+def test_little_shared_memory_is_one_sentence(
+    claim: str, small_dataset: Path, tmp_path: Path
+) -> None:
+    flags = ["--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
+    flags += ["--batch_size", 16, "--image_size", 64, "--positive_repeats", 8, "--num_workers", 4]
+    arguments = [str(part) for part in ("train", *TINY, *flags)]
+    script = f"{claim}\nimport runpy, sys; sys.argv = {arguments!r}; runpy.run_module('train', run_name='__main__')"
+    ended = run_with_shared_memory("1m", script)
+    assert "Traceback" not in ended.stderr
+    assert "--shm-size" in ended.stderr and "--num_workers" in ended.stderr
+    if claim:
+        assert ended.returncode == 2 and "error: the workers that decode images" in ended.stderr
+    else:
+        assert ended.returncode == 0, ended.stderr
+        warning = "have room for few batches of 4 workers; 2 are used, with one batch each"
+        assert ended.stderr.count(warning) == 1
+
+
+def test_a_worker_that_is_killed_is_one_sentence(small_dataset: Path, tmp_path: Path) -> None:
+    flags = [*LONG_EPOCHS, "--data", small_dataset, "--output_dir", tmp_path, "--num_workers", 1]
+    with started(*flags) as process:
+        wait_for(tmp_path / "tiny" / "fold_0" / LAST, process)
+        time.sleep(0.3)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        for child in children.read_text().split():
+            if "-m\0train" in Path(f"/proc/{child}/cmdline").read_text():
+                os.kill(int(child), signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "error: a worker that decodes images has ended" in err and "--resume" in err
+
+
+def test_workers_fit_into_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fitting(megabytes: int, *, held: int = 2, processes: int = 1) -> tuple[int, int]:
+        usage = SimpleNamespace(free=megabytes * 2**20)
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        return machine.fit_workers(8, 2**20 - machine.TENSOR_OVERHEAD, held)
+
+    assert fitting(18) == (8, 2) and capsys.readouterr().err == ""
+    assert fitting(17) == (8, 1) and fitting(6) == (4, 1) and fitting(2) == (0, 1)
+    assert fitting(18, held=12) == (6, 1) and fitting(18, processes=2) == (7, 1)
+    assert "have room for few batches of 8 workers; 7 are used" in capsys.readouterr().err
+    assert machine.fit_workers(0, 2**40, 2)[0] == 0
