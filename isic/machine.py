@@ -129,7 +129,11 @@ def no_gpu_reason() -> str | None:
 
 def has_gpu() -> bool:
     """Return whether the machine has an NVIDIA GPU, usable or not."""
-    return any(Path(path).exists() for path in GPU_FILES) or _ask_cuda()[0] > 0
+    return _has_gpu_file() or _ask_cuda()[0] > 0
+
+
+def _has_gpu_file() -> bool:
+    return any(Path(path).exists() for path in GPU_FILES)
 
 
 @cache
@@ -138,8 +142,8 @@ def _ask_cuda() -> tuple[int, str]:
     try:
         driver = ctypes.CDLL(CUDA_DRIVER)
     except OSError as error:
-        found = any(Path(path).exists() for path in GPU_FILES)
-        cause = "NVIDIA's driver does not load" if found else "no NVIDIA GPU or driver here"
+        found = _has_gpu_file()
+        cause = "NVIDIA's driver does not load" if found else "no NVIDIA GPU on this machine"
         return 0, f"{cause} ({error})"
     number, text = ctypes.c_int(0), ctypes.c_char_p()
     status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(number))

@@ -77,6 +77,9 @@ def require_file(path: Path) -> None:
     try:
         path.stat()
     except FileNotFoundError:
+        packed = (path.with_name(path.name + ending) for ending in (".gz", ".zst", ".xz", ".zip"))
+        if found := next(filter(Path.exists, packed), None):
+            raise UserError(f"no such file: {path}; decompress {found.name} first") from None
         raise UserError(
             f"no such file: {path}; point --data at a folder in the layout of the challenge"
         ) from None

@@ -260,8 +260,7 @@ def _whole_rows(file: BinaryIO, path: Path, num_fields: int) -> Iterator[bytes]:
         )
     if block:
         _check_rows(block + b"\n", path, num_fields, number, is_last=True)
-        if not block.endswith(b'"'):
-            warn(f"{path} has no line break at its end; if it was cut short, its last value is too")
+        warn(f"{path} has no line break at its end; if it was cut short, its last value is too")
         yield block
 
 

@@ -170,7 +170,7 @@ def begin(directory: Path, plan: Mapping[str, Any], force: bool) -> None:
         UserError: what is there is no run, or was made with something else and `force` does not say to begin again.
     """
     path = directory / PLAN_FILE
-    is_own = holds(path, PLAN_KEY)
+    is_own = holds(path, PLAN_KEY) or holds(directory / RUN_FILE, PLAN_KEY)
     names = (path, directory / RUN_FILE, directory / ERRORS_FILE)
     refuse_foreign([*names, *directory.glob("fold_*/part-*")], is_own, "--output_dir")
     if force and is_own:

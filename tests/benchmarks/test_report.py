@@ -131,3 +131,19 @@ def test_the_page_of_what_was_recorded_is_sound(tmp_path: Path) -> None:
     page.write_text(render(RESULTS), encoding="utf-8")
     with open_browser() as browser:
         look(browser, page, WIDTHS[-1]).assert_sound()
+
+
+def test_a_file_that_is_no_result_is_not_replaced(tmp_path: Path, cli: Cli) -> None:
+    table, page = tmp_path / "b.csv", tmp_path / "page.html"
+    table.write_text("isic_id,target\na,1\n")
+    with pytest.raises(UserError, match=r"b\.csv holds no results of benchmarks"):
+        append("b", [{"what": "x"}], tmp_path)
+    page.write_text("<html>mine</html>")
+    document = tmp_path / "d.md"
+    document.write_text("no tables")
+    flags = ("report", "--documents", document, "--page", page, "--results", RESULTS)
+    ended = cli("benchmarks", *flags)
+    assert ended.code == 2 and "was not written by this command" in ended.err
+    assert page.read_text() == "<html>mine</html>"
+    page.unlink()
+    assert cli("benchmarks", *flags).code == cli("benchmarks", *flags).code == 0

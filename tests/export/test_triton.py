@@ -174,3 +174,15 @@ def test_text_is_quoted_as_protobuf_reads_it() -> None:
     config = schema.ModelConfig()
     text_format.Parse(to_pbtxt({"name": 'a "quoted" \\ name', "max_batch_size": 3}), config)
     assert config.name == 'a "quoted" \\ name' and config.max_batch_size == 3
+
+
+def test_another_model_under_the_name_is_not_replaced(exported: Path, tmp_path: Path) -> None:
+    artifacts = [exported / f"fold_{fold}" / "model.onnx" for fold in range(2)]
+    other = tmp_path / "tiny_mean" / "config.pbtxt"
+    other.parent.mkdir()
+    other.write_text("mine")
+    with pytest.raises(UserError, match=r"was not written by this command.*--triton"):
+        write_repository(tmp_path, artifacts)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny_mean"]
+    other.unlink()
+    assert write_repository(tmp_path, artifacts) == write_repository(tmp_path, artifacts)

@@ -372,7 +372,7 @@ def test_a_part_of_another_run_is_noticed(
     with pytest.raises(UserError, match=r"part-00000\.parquet was made by another run"):
         load(root, "train")
     (root / place).write_bytes((whole / place).read_bytes()[:100])
-    with pytest.raises(UserError, match=r"part-00000\.parquet is not a Parquet file"):
+    with pytest.raises(UserError, match=r"part-00000\.parquet is damaged"):
         load(root, "train")
     shutil.copy(whole / place, root / place)
     assert len(load(root, "train").collect()) == 300
@@ -543,3 +543,37 @@ def test_settings_that_contradict_each_other_are_refused(
 ) -> None:
     ended = cli("infer", *stand_in.flags(tmp_path, "--ray", "local", "--num_processes", 2))
     assert ended.code == 2 and "leave out --num_processes" in ended.err
+
+
+@pytest.mark.parametrize(
+    "place", ["null/train/plan.json", "null/folds.parquet"]
+)
+def test_what_is_no_embedding_run_stays_as_it_is(
+    stand_in: StandIn, tmp_path: Path, cli: Cli, place: str
+) -> None:
+    path = tmp_path / place
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    (path.parent / "notes.txt").write_text("mine")
+    ended = cli("infer", *stand_in.flags(tmp_path, "--force"))
+    assert ended.code == 2 and "was not written by this command" in ended.err
+    assert path.read_text() == "{}" and (path.parent / "notes.txt").read_text() == "mine"
+
+
+def test_a_dataset_is_no_place_for_embeddings(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+    shutil.copytree(stand_in.data, tmp_path / "null")
+    ended = cli("infer", *stand_in.flags(tmp_path))
+    assert ended.code == 2 and "holds a dataset" in ended.err
+    assert not (tmp_path / "null" / "folds.parquet").exists()
+
+
+@pytest.mark.parametrize("engine", ["*", "[a", "", "/etc/passwd", "../fold_0/model.null", "**"])
+def test_an_engine_is_a_file_name_and_no_pattern(
+    stand_in: StandIn, tmp_path: Path, cli: Cli, engine: str
+) -> None:
+    model_dir = Path(shutil.copytree(stand_in.model_dir, tmp_path / "null"))
+    shutil.copytree(model_dir / "fold_0", model_dir / "fold_0_old")
+    flags = StandIn(stand_in.data, model_dir).flags(tmp_path / "out")
+    assert cli("infer", *flags).code == 0, "a copy of a fold is no fold"
+    ended = cli("infer", *flags, "--force", f"--engine={engine}")
+    assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1

@@ -509,3 +509,31 @@ def test_scores_of_another_version_are_left_out_with_a_warning(
     shown = capsys.readouterr()
     assert "\nnew " in shown.out and "\nold " not in shown.out
     assert f"warning: {tmp_path / 'old'} was fitted by another version" in shown.err
+
+
+def test_a_folder_of_something_else_is_not_written_into(data: Path, tmp_path: Path) -> None:
+    """A trained run has a fold plan too, and a dataset would take one for its own."""
+    run = tmp_path / "demo"
+    run.mkdir()
+    (run / "folds.parquet").write_bytes(b"the plan of a run")
+    with pytest.raises(UserError, match=r"folds\.parquet exists and was not written by this"):
+        fit(settings(data, tmp_path, name="demo", features="raw"))
+    assert (run / "folds.parquet").read_bytes() == b"the plan of a run"
+    own = Path(shutil.copytree(data, tmp_path / "own"))
+    with pytest.raises(UserError, match="holds a dataset; choose another --output_dir or --name"):
+        fit(settings(data, tmp_path, name="own", features="raw"))
+    assert sorted(path.name for path in own.iterdir()) == sorted(p.name for p in data.iterdir())
+
+
+def test_a_fit_that_was_killed_is_repeated(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("infer.ensemble.fit.write_manifest", killed)
+        fit(settings(data, tmp_path, name="raw", features="raw", num_rounds=2))
+    assert (tmp_path / "raw" / "oof.parquet").is_file()
+    fit(settings(data, tmp_path, name="raw", features="raw", num_rounds=2))
+    assert not (tmp_path / "raw" / "begun.json").exists()

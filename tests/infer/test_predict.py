@@ -15,7 +15,7 @@ from infer.ensemble.predict import PredictSettings, predict
 from isic import schema
 from isic.dataset import Dataset
 from isic.errors import UserError
-from isic.files import sha256, write_json
+from isic.files import sha256, write_json, write_manifest
 from isic.folds import draw_folds
 
 
@@ -319,6 +319,35 @@ def test_a_table_of_the_dataset_is_not_written_over(road: Path, tmp_path: Path) 
         run(road, "engineered", data=data, output=data / "test-metadata.csv")
     with pytest.raises(UserError, match="is not a regular file; choose another --output"):
         run(road, "engineered", data=data, output=data)
+
+
+@pytest.mark.parametrize("place", ["output", "models", "manifest", "link", "artifact"])
+def test_only_a_submission_is_replaced(road: Path, tmp_path: Path, place: str) -> None:
+    """No other file under its name, nor under those of what lies beside it."""
+    output = tmp_path / "s.csv"
+    taken = {"models": "s_models.parquet", "manifest": "s.csv.json"}.get(place, "s.csv")
+    (tmp_path / "images").write_bytes(b"images")
+    if place == "link":
+        output.symlink_to(tmp_path / "images")
+    else:
+        (tmp_path / taken).write_bytes(b"{}")
+    if place == "artifact":
+        write_manifest(output, format="onnx")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="was not written by this command"):
+        run(road, "engineered", output=output)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_submission_is_written_again_even_if_the_last_run_was_killed(
+    road: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "s.csv"
+    first = run(road, "engineered", output=output)
+    assert run(road, "engineered", output=output).equals(first)
+    for path in (output, tmp_path / "s_models.parquet"):
+        path.unlink()
+        assert run(road, "engineered", output=output).equals(first)
 
 
 @pytest.mark.parametrize(

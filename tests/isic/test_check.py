@@ -11,6 +11,8 @@ import polars as pl
 import pytest
 from conftest import Cli, jpeg, small_table, write_hdf5
 
+from isic.folds import Folds, draw_folds
+
 
 def facts(text: str, section: str) -> dict[str, str]:
     """Reads back what stands under one heading."""
@@ -162,6 +164,51 @@ def test_one_class_has_no_folds(tmp_path: Path, cli: Cli) -> None:
     small_table().with_columns(pl.lit(0).alias("target")).write_csv(tmp_path / "train-metadata.csv")
     ended = cli("isic", "check", "--data", tmp_path)
     assert ended.code == 2 and "no folds can be drawn" in ended.err
+
+
+def with_plan(folder: Path, fold: pl.Series) -> Path:
+    """Writes a dataset of 60 rows and a fold plan of its own."""
+    small_table().write_csv(folder / "train-metadata.csv")
+    Folds(small_table().select("isic_id", fold.alias("fold"))).write(folder / "folds.parquet")
+    return folder
+
+
+def test_the_folds_of_a_plan_that_lies_with_the_dataset(tmp_path: Path, cli: Cli) -> None:
+    plan = draw_folds(small_table(), 3, 7).of(small_table())
+    data = with_plan(tmp_path, plan)
+    ended = cli("isic", "check", "--data", data, "--num_folds", 3)
+    assert ended.code == 0 and "folds (folds.parquet)" in ended.out
+    rows = {row[0]: row[1] for row in fold_rows(ended.out.removesuffix("\nno problems found\n"))}
+    assert rows == dict(plan.value_counts().sort("fold").iter_rows())
+    ended = cli("isic", "check", "--data", data)
+    assert ended.code == 2 and "folds.parquet has 3 folds, not 5; use --num_folds 3" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("split", r"folds\.parquet puts patient IP_0000000 into two folds"),
+        ("rows", r"folds\.parquet lacks 1 rows of this dataset, the first is ISIC_0000059"),
+        ("class", "fold 1 does not hold rows of both classes"),
+        ("text", r"folds\.parquet is not a Parquet file"),
+    ],
+)
+def test_a_plan_that_training_would_refuse(
+    tmp_path: Path, cli: Cli, change: str, words: str
+) -> None:
+    table = small_table()
+    number = pl.Series([(row % 15) % 2 for row in range(60)], dtype=pl.Int8)
+    if change == "split":
+        number[0] = 1
+    if change == "class":
+        number = table["target"].cast(pl.Int8)
+    data = with_plan(tmp_path, number)
+    if change == "rows":
+        Folds(table.select("isic_id", number.alias("fold"))[:-1]).write(data / "folds.parquet")
+    if change == "text":
+        (data / "folds.parquet").write_text("isic_id,fold\n")
+    ended = cli("isic", "check", "--data", data, "--num_folds", 2)
+    assert ended.code == 2 and re.search(words, ended.err) and "delete" not in ended.err
 
 
 def test_a_submission_of_other_rows(small_dataset: Path, cli: Cli) -> None:

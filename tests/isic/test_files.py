@@ -13,6 +13,7 @@ from isic.files import (
     manifest_path,
     read_json,
     read_manifest,
+    refuse_foreign,
     write_manifest,
     write_text,
 )
@@ -81,3 +82,77 @@ def test_a_manifest_knows_its_artifact(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(UserError, match="must hold a JSON object"):
         read_json(tmp_path / "list.json")
+
+
+def test_a_file_system_without_chmod_and_fsync_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some mounts of CIFS and FUSE are."""
+
+    def not_permitted(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def no_sync(_: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    for name in ("chmod", "fchmod"):
+        monkeypatch.setattr(os, name, not_permitted)
+    monkeypatch.setattr(os, "fsync", no_sync)
+    write_text(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_disk_that_fails_when_it_is_asked_to_confirm_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    write_text(tmp_path / "file", "former")
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(UserError, match=r"cannot write .*file \(Input/output error\)"):
+        write_text(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "former" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_are_for_everybody_whom_the_umask_admits(tmp_path: Path) -> None:
+    former = os.umask(0o027)
+    try:
+        write_text(tmp_path / "file", "text")
+    finally:
+        os.umask(former)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_name_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write .*File name too long"):
+        write_text(tmp_path / ("x" * 250), "text")
+
+
+def test_what_a_command_did_not_write_is_not_replaced(tmp_path: Path) -> None:
+    """Nor is what a link leads to, and a device not even by its own command."""
+    file, link = tmp_path / "file", tmp_path / "link"
+    refuse_foreign([file], False, "--output")
+    file.write_text("mine")
+    link.symlink_to(file)
+    (tmp_path / "dead").symlink_to("nowhere")
+    for path in (file, link, tmp_path / "dead"):
+        with pytest.raises(
+            UserError, match=r"was not written by this command.*choose another --output"
+        ):
+            refuse_foreign([path], False, "--output")
+    refuse_foreign([file], True, "--output")
+    for path in (tmp_path, Path("/dev/null")):
+        with pytest.raises(UserError, match="is not a regular file"):
+            refuse_foreign([path], True, "--output")
+
+
+def test_what_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    for path, words in (
+        (tmp_path, r"cannot read .*Is a directory"),
+        (tmp_path / "none.json", "is missing"),
+        (tmp_path / "bytes.json", "is not text in UTF-8"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_json(path)

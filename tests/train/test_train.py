@@ -32,7 +32,7 @@ from train.optim import (
     lr_schedule,
     set_lr,
 )
-from train.outputs import Predictions
+from train.outputs import Predictions, last_epoch, read_history
 from train.state import create_state, restore, save_last
 from train.step import NotFinite
 
@@ -129,6 +129,33 @@ def test_finished_folds_are_skipped_and_other_settings_refused(
     assert (trained / "fold_0" / BEST).stat().st_mtime_ns == before
     ended = cli("train", *flags, "--epochs", 2)
     assert ended.code == 2 and "epochs=1, now it is 2" in ended.err
+
+
+def test_a_folder_of_something_else_is_not_trained_into(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
+    for place in ("tiny/roc.png", "tiny/fold_0/oof.parquet", "tiny/fold_0/config.yaml"):
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine: 1")
+        ended = cli("train", *flags, "--force")
+        assert ended.code == 2 and f"{place} exists and was not written by this" in ended.err
+        assert path.read_text() == "mine: 1"
+        path.unlink()
+    ended = cli("train", *flags, "--output_dir", small_dataset.parent, "--name", small_dataset.name)
+    assert ended.code == 2 and "holds a dataset" in ended.err
+    assert not (small_dataset / "folds.parquet").exists()
+
+
+@pytest.mark.parametrize("text", ["", "half\n", "[1]\n", '{"loss": 1}\n'])
+def test_a_history_that_is_none_is_a_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "history.jsonl").write_text(text)
+    if not text:
+        assert last_epoch(read_history(tmp_path / "history.jsonl")) == 0
+        return
+    with pytest.raises(UserError, match=r"history\.jsonl"):
+        read_history(tmp_path / "history.jsonl")
 
 
 def test_epochs_are_not_thrown_away_unasked(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:

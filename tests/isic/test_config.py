@@ -1,0 +1,80 @@
+"""Settings from YAML files and flags: numbers, truth values and paths as people write them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from infer.ensemble.fit import FitSettings
+from isic import yaml12
+from isic.config import Settings, Several, build, read_yaml
+from isic.errors import UserError
+
+VALUES = {
+    "1e-2": 0.01,
+    "1E5": 1e5,
+    "-1.5e+3": -1500.0,
+    ".5": 0.5,
+    "1.": 1.0,
+    ".inf": float("inf"),
+    "1_000": 1000,
+    "401_059": 401_059,
+    "010": 10,
+    "0o10": 8,
+    "0x1F": 31,
+    "true": True,
+    "False": False,
+    "null": None,
+    "~": None,
+    "": None,
+    **{word: word for word in ("yes", "no", "on", "off", "None", "nan", "1e", "e5", "1.2.3")},
+    **{word: word for word in ("12:30:45", "2024-01-31", "2024_01_31", "1__0")},
+}
+
+
+@pytest.mark.parametrize("text", VALUES)
+def test_a_plain_word_is_what_version_1_2_says(text: str) -> None:
+    value = yaml12.load(f"key: {text}")["key"]
+    assert value == VALUES[text] and type(value) is type(VALUES[text])
+
+
+@pytest.mark.parametrize("value", [*VALUES, 1e-5, 1e22, 7, True, None, "<<", "plain words"])
+def test_what_is_written_is_read_back(value: object) -> None:
+    """By readers of version 1.1 too."""
+    text = yaml12.dump({"key": value})
+    assert yaml12.load(text) == yaml.safe_load(text) == {"key": value}
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("lr: 1e-3\nepochs: 3\nlr: 1e-4\n")
+    with pytest.raises(UserError, match='the key "lr" is given twice'):
+        read_yaml(path)
+    path.write_text("base: &base {lr: 1e-3}\nother: {<<: *base, lr: 1e-4}\n")
+    assert read_yaml(path)["other"] == {"lr": 1e-4}, "a merged key may be replaced"
+
+
+def test_numbers_of_a_library_are_read_from_a_flag() -> None:
+    for text, value in (("1e-2", 0.01), ("5E-2", 0.05), ("1", 1)):
+        settings = build(FitSettings, {"lightgbm": f"{{learning_rate: {text}}}"})
+        assert settings.parameters("lightgbm")["learning_rate"] == value
+    for text, words in (
+        ("{max_depth: 5, max_depth: 6}", 'the key "max_depth" is given twice'),
+        ("{max_depth: [}", "this is not the YAML of a mapping"),
+        ("{extra_trees: yes}", "extra_trees is true or false, not yes"),
+    ):
+        with pytest.raises(UserError, match=words):
+            build(FitSettings, {"lightgbm": text})
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Paths(Settings):
+        one: Path
+        several: Several[Path] = ()
+
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = build(Paths, {"one": "~/data", "several": "~,b/~"})
+    assert settings.one == Path("/home/me/data")
+    assert settings.several == (Path("/home/me"), Path("b/~"))
+    with pytest.raises(UserError, match="there is no such home folder"):
+        build(Paths, {"one": "~nobody-of-this-name/data"})
