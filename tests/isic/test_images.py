@@ -89,18 +89,23 @@ def test_the_index_is_cached(cached: Path, hdf5: Path, monkeypatch: pytest.Monke
 def test_a_changed_file_is_indexed_again_whatever_its_size_and_time(
     cached: Path, hdf5: Path, in_place: bool
 ) -> None:
-    """The same images under exchanged names: same size, same time, and stale offsets would give the wrong ones."""
-    before = hdf5.stat()
+    """Images of one size in another order: by stale offsets each id would get another id's image."""
+    files = {name: jpeg(20, value) for name, value in zip("ABC", (50, 110, 200), strict=True)}
+    assert len({len(data) for data in files.values()}) == 1
+    write_hdf5(hdf5, files)
+    former, before = Hdf5Images(hdf5), hdf5.stat()
     other = hdf5.with_name("other")
-    write_hdf5(other, dict(zip(FILES, reversed(FILES.values()), strict=True)))
-    data = other.read_bytes()
-    data += b"\0" * (before.st_size - len(data))
-    (hdf5 if in_place else other).write_bytes(data)
-    if not in_place:
+    write_hdf5(other, dict(reversed(files.items())))
+    if in_place:
+        hdf5.write_bytes(other.read_bytes())
+    else:
         other.replace(hdf5)
     os.utime(hdf5, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert hdf5.stat().st_size == before.st_size and hdf5.stat().st_mtime_ns == before.st_mtime_ns
-    assert Hdf5Images(hdf5).read(["ISIC_0000000"]) == [FILES["ISIC_0000008"]]
+    after = hdf5.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    store = Hdf5Images(hdf5)
+    assert store.read(["A", "B", "C"]) == list(files.values())
+    assert store._offsets.tolist() != former._offsets.tolist()
 
 
 def test_a_file_that_was_just_written_is_not_cached(
