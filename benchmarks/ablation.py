@@ -25,7 +25,7 @@ TABULAR = (
     "engineered",
     "extended",
 )
-IMAGES = ("image", "raw+image", "multimodal", "engineered+components", "multimodal+components")
+IMAGES = ("image", "raw+image", "multimodal", "engineered+aligned", "multimodal+aligned")
 SHARED = ("data", "embeddings", "frozen", "seeds", "split_seed", "num_rounds")
 """Settings that go to every fit as they are."""
 

@@ -1,7 +1,7 @@
 """A fitted ensemble on disk: a folder of data files that one manifest, written last, ties together.
 
 `ensemble.json` names every file with its sha256, the features, the boosters, the weights of their libraries, the fold
-plan and the embeddings; `state.json` and `maps_<form>.parquet` hold what was learnt about features, `oof.parquet` the
+plan and the embeddings; `state.json` and `maps_aligned.parquet` hold what was learnt about features, `oof.parquet` the
 out-of-fold scores, `scores.json` what they are worth, `folds.parquet` the fold plan. Nothing is ever unpickled.
 """
 
@@ -50,8 +50,8 @@ class FeatureSpec:
     def parse(cls, text: str) -> "FeatureSpec":
         """Reads a comma-separated list of sets, groups and features.
 
-        `image` is the image model's score, `multimodal` that and the engineered features; `aligned`, `components` and
-        `frozen` are embeddings as columns.
+        `image` is the image model's score, `multimodal` that and the engineered features; `aligned`
+        and `frozen` are embeddings as columns.
 
         Raises:
             UserError: an unknown word, or a column that only training tables have.
@@ -208,8 +208,8 @@ def open_ensemble(path: Path) -> Ensemble:
             raise UserError(
                 f"{root / name} is not the file that {MANIFEST} describes; fit the ensemble again"
             )
-    state = State.read(root)
     spec = FeatureSpec.parse(manifest["features"])
+    state = State.read(root)
     names = spec.names(state.image)
     if names != state.names:
         changed = sorted({*names} ^ {*state.names})

@@ -79,7 +79,7 @@ class FitSettings(Settings):
     data: Path = Field(Path("data/isic-2024"), description="dataset folder")
     features: str = Field(
         "engineered",
-        description="raw, engineered, extended, image, multimodal, aligned, components, frozen, groups and features, "
+        description="raw, engineered, extended, image, multimodal, aligned, frozen, groups and features, "
         "with commas between them",
     )
     embeddings: Path | None = Field(
@@ -88,7 +88,6 @@ class FitSettings(Settings):
     frozen: Path | None = Field(
         None, description="embeddings by a model trained on other images, for frozen"
     )
-    components: int = Field(16, ge=1, description="columns of the form components")
     output_dir: Path = Field(
         Path("outputs/ensemble"), description="the ensemble lands in a folder of its own in it"
     )
@@ -212,7 +211,7 @@ def fit(settings: FitSettings) -> None:
     metadata = read_train(settings, spec)
     folds = plan_folds(settings, metadata)
     fold = folds.of(metadata)
-    image = learn(spec.score, spec.forms, settings.sources, metadata, folds, settings.components)
+    image = learn(spec.score, spec.forms, settings.sources, metadata, folds)
     names = spec.names(image)
     weights = settings.library_weights if names else {"image": 1.0}
     root = settings.output_dir / (settings.name or _default_name(settings, spec))
@@ -408,14 +407,7 @@ def _write_files(
     return [*boosters, *state_files, fold_plans.FILE, OOF, SCORES]
 
 
-MODEL_SETTINGS = {
-    "seeds",
-    "seed",
-    "negatives",
-    "image_noise",
-    "blank_share",
-    "components",
-}
+MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
 """The settings that shape the model, besides the fold plan."""
 
 

@@ -1,12 +1,12 @@
-"""Embeddings as columns that mean the same in every row, though each fold's model has a space of its own.
+"""Embeddings as feature columns that are comparable across fold models.
 
-`aligned`: every fold's space is turned onto that of one fold by the orthogonal rotation that brings the embeddings of
-the same images nearest (Procrustes; Schönemann 1966, Psychometrika 31:1). `components`: the same between the leading
-principal components of each space. A training row has the embedding of the one model that never saw its patient, a
-test row the mean over all. `frozen`: the embedding of one model that was trained on other images.
+- `aligned`: each fold model's embeddings, rotated onto those of the first fold's model (orthogonal
+  Procrustes; Schönemann 1966, Psychometrika 31:1). A training row gets the embedding of the model
+  that held it out, a test row the mean over all fold models.
+- `frozen`: the embedding of one model that was trained on other images.
 
-The map of a fold is fitted on images that both models were trained on. On an image that one of them held out, the
-other has seen the label, and a rotation of hundreds of columns has room to carry it over.
+A rotation is fitted on images that both models were trained on. Of an image that one model held out,
+the other has learned the label, and a rotation of hundreds of columns could pass the label on.
 """
 
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from infer.embeddings import ORIGIN, fold_dir, load, read_run, refuse_other_origin
 from infer.ensemble.image_scores import refuse_gaps
 from isic import schema
+from isic.arithmetic import ceil_div
 from isic.dataset import Split
 from isic.errors import UserError
 from isic.files import write_parquet
@@ -29,9 +30,9 @@ from isic.folds import Folds
 from isic.provenance import SEEN_FILE, read_seen, refuse_seen
 from isic.tables import read_parquet, reading
 
-MAPPED = ("aligned", "components")
+ALIGNED = "aligned"
 FROZEN = "frozen"
-FORMS = (*MAPPED, FROZEN)
+FORMS = (ALIGNED, FROZEN)
 
 MAX_ANCHORS = 20_000
 """Images that maps are fitted on: many times the columns of any backbone here."""
@@ -74,96 +75,85 @@ def procrustes(own: Floats, target: Floats) -> NDArray[np.float64]:
     return np.asarray(left @ right)
 
 
-def principal_axes(centred: Floats, number: int) -> NDArray[np.float64]:
-    """Returns [D, number] orthonormal directions of largest variance; the largest entry of each is positive."""
-    _, axes = np.linalg.eigh(centred.T @ centred)
-    leading = axes[:, ::-1][:, :number]
-    signs = np.sign(leading[np.abs(leading).argmax(axis=0), np.arange(leading.shape[1])])
-    return np.asarray(leading * signs)
-
-
-def fit_maps(root: Path, form: str, metadata: pl.DataFrame, folds: Folds, components: int) -> Maps:
-    """Fits the map of every fold onto the first fold's space. No label is looked at.
+def fit_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> Maps:
+    """Fits the map of each fold's embeddings onto those of the first fold. Uses no labels.
 
     Args:
-        root: an embedding run in which every fold's model saw every training image.
-        form: one of MAPPED.
+        root: an embedding run with every training image embedded by every fold model.
         metadata: the training table.
-        components: columns of `components`.
 
     Raises:
-        UserError: the run is another one, there are fewer than three folds, or too few images for the columns.
+        UserError: the run lacks embeddings, there are fewer than three folds, or fewer shared images
+            than features.
     """
     run = read_run(root, "train")
     if run.get("folds_mode") != "all":
         raise UserError(
-            f"{form} needs every training image embedded by every fold's model; "
+            f"{ALIGNED} needs every training image embedded by every fold model; "
             "run `python -m infer embed` with --folds all into an empty folder"
         )
     if folds.num_folds < 3:
         raise UserError(
-            f"{form} needs at least 3 folds, so that two models share images they were trained on"
+            f"{ALIGNED} needs at least 3 folds, so that two fold models share training images"
         )
     ids = metadata.select(schema.ID).with_columns(folds.of(metadata).alias("fold")).sort(schema.ID)
-    anchors = ids.gather_every(-(-len(ids) // MAX_ANCHORS))
+    anchors = ids.gather_every(ceil_div(len(ids), MAX_ANCHORS))
     first, *others = range(folds.num_folds)
-    with threadpool_limits(
-        1, "blas"
-    ):  # the bytes of a decomposition depend on the number of threads
+    # The bytes of a decomposition depend on the number of BLAS threads.
+    with threadpool_limits(1, "blas"):
         own = _read(root, "train", first, anchors.filter(pl.col("fold") != first))
-        center = own.mean(axis=0)
-        axes = _axes(own - center, form, components, root)
-        maps = {first: Map(axes, -center @ axes)}
+        maps = {first: Map(np.eye(own.shape[1]), -own.mean(axis=0))}
         for k in others:
             shared = anchors.filter(~pl.col("fold").is_in([first, k]))
-            own, reference = (_read(root, "train", fold, shared) for fold in (k, first))
-            maps[k] = _fit_map(own, maps[first].apply(reference), form, components, root)
+            own = _read(root, "train", k, shared)
+            reference = _read(root, "train", first, shared)
+            maps[k] = _fit_map(own, maps[first].apply(reference), root)
     return maps
 
 
-def _fit_map(own: Floats, target: Floats, form: str, components: int, root: Path) -> Map:
-    """Fits the map that brings own [N, D] nearest to target [N, C]."""
-    center, target = own.mean(axis=0), target.astype(np.float64)
-    axes = _axes(own - center, form, components, root)
-    matrix = axes @ procrustes((own - center) @ axes, target - target.mean(axis=0))
-    return Map(matrix, target.mean(axis=0) - center @ matrix)
-
-
-def _axes(centred: Floats, form: str, components: int, root: Path) -> NDArray[np.float64]:
-    num_images, width = centred.shape
-    columns = width if form == "aligned" else components
-    if columns > width or columns > num_images:
-        hint = "use components, or more images" if form == "aligned" else "use fewer --components"
+def _fit_map(own: Floats, target: Floats, root: Path) -> Map:
+    """Fits the rotation and shift that bring own [N, D] nearest to target [N, D]."""
+    num_images, width = own.shape
+    if num_images < width:
         raise UserError(
-            f"{root}: {num_images} images of {width} features do not determine {columns} columns; {hint}"
+            f"{root}: {num_images} shared images are too few to align {width} features; "
+            f"embed more images, or leave {ALIGNED} out"
         )
-    return np.eye(width) if form == "aligned" else principal_axes(centred, components)
+    target = target.astype(np.float64)
+    center = own.mean(axis=0)
+    target_center = target.mean(axis=0)
+    rotation = procrustes(own - center, target - target_center)
+    return Map(rotation, target_center - center @ rotation)
 
 
 def mapped_columns(
     root: Path, split: Split, form: str, metadata: pl.DataFrame, maps: Maps, fold: pl.Series | None
 ) -> pl.DataFrame:
-    """Returns `isic_id` and the form's columns Float32 in the order of `metadata`, null where no image could be read.
+    """Returns `isic_id` and a form's Float32 columns, in the order of `metadata`.
+
+    A row without a readable image is null.
 
     Args:
-        fold: [N] the fold whose model a row's embedding is to come from; None for the mean over all.
+        form: the prefix of the columns.
+        fold: [N] fold whose model embeds each row; None for the mean over all models.
 
     Raises:
         UserError: embeddings are missing, not finite, or of another width.
     """
     ids = metadata.select(schema.ID).with_row_index("_row")
-    total = np.zeros((len(ids), len(next(iter(maps.values())).offset)), np.float32)
-    number = np.zeros(len(ids), np.int64)
+    num_columns = len(maps[min(maps)].offset)
+    total = np.zeros((len(ids), num_columns), np.float32)
+    num_models = np.zeros(len(ids), np.int64)
     for k, map_ in maps.items():
         wanted = ids if fold is None else ids.filter(fold == k)
         found = _found(root, split, k, wanted)
-        rows, features = found["_row"].to_numpy(), _matrix(found, root, len(map_.matrix))
-        total[rows] += map_.apply(features)
-        number[rows] += 1
-    mean = total / np.maximum(number, 1).astype(np.float32)[:, None]
-    table = pl.DataFrame(mean, list(column_names(form, mean.shape[1])))
-    if not number.all():
-        table = table.with_columns(pl.when(pl.Series(number > 0)).then(pl.all()))
+        rows = found["_row"].to_numpy()
+        total[rows] += map_.apply(_matrix(found, root, len(map_.matrix)))
+        num_models[rows] += 1
+    mean = total / np.maximum(num_models, 1).astype(np.float32)[:, None]
+    table = pl.DataFrame(mean, list(column_names(form, num_columns)))
+    if not num_models.all():
+        table = table.with_columns(pl.when(pl.Series(num_models > 0)).then(pl.all()))
     return metadata.select(schema.ID).hstack(table)
 
 

@@ -1,7 +1,7 @@
 """What an ensemble takes from images: the score, and embeddings as columns. Learnt when fitting, read when scoring."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ import polars as pl
 
 from infer.ensemble import image_scores
 from infer.ensemble.image_columns import (
+    ALIGNED,
     FROZEN,
-    MAPPED,
     Frozen,
     Maps,
     column_names,
@@ -29,6 +29,8 @@ from isic.folds import Folds
 NEEDS_EMBEDDINGS = "image features need --embeddings outputs/embeddings/<config>; run `python -m infer embed` first"
 NEEDS_FROZEN = "frozen columns need --frozen outputs/embeddings/<config>, of a model that was trained on other images"
 
+MAPS = f"maps_{ALIGNED}.parquet"
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -45,85 +47,76 @@ class ImageState:
     """What was learnt about images. Empty where an ensemble uses none."""
 
     standard: Standard | None = None
-    maps: Mapping[str, Maps] = field(default_factory=dict)
-    """By form, each in a file of its own."""
+    maps: Maps | None = None
+    """For the aligned embeddings."""
     frozen: Frozen | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The columns, in the order of the feature table."""
-        widths = {form: len(maps[0].offset) for form, maps in self.maps.items()}
+        names: list[str] = []
+        if self.standard:
+            names += image_scores.FEATURES
+        if self.maps:
+            names += column_names(ALIGNED, len(self.maps[0].offset))
         if self.frozen:
-            widths[FROZEN] = self.frozen.width
-        columns = (name for form, width in widths.items() for name in column_names(form, width))
-        return (*(image_scores.FEATURES if self.standard else ()), *columns)
+            names += column_names(FROZEN, self.frozen.width)
+        return tuple(names)
 
     @property
     def needs(self) -> dict[str, bool]:
-        """Which of the sources it reads."""
+        """Whether each of `Sources` is read."""
         return {"embeddings": bool(self.standard or self.maps), "frozen": self.frozen is not None}
 
     def write(self, root: Path) -> list[str]:
         """Writes the maps and returns the names of their files; the rest is in `to_json`."""
-        for form, maps in self.maps.items():
-            write_maps(root / _file(form), maps)
-        return [_file(form) for form in self.maps]
+        if not self.maps:
+            return []
+        write_maps(root / MAPS, self.maps)
+        return [MAPS]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "image": self.standard.to_json() if self.standard else None,
-            "maps": list(self.maps),
+            "maps": [ALIGNED] if self.maps else [],
             "frozen": vars(self.frozen) if self.frozen else None,
         }
 
     @classmethod
     def read(cls, root: Path, value: Mapping[str, Any]) -> "ImageState":
-        standard = Standard.from_json(value["image"]) if value["image"] else None
-        maps = {form: read_maps(root / _file(form)) for form in value["maps"]}
-        return cls(standard, maps, Frozen(**value["frozen"]) if value["frozen"] else None)
-
-
-def _file(form: str) -> str:
-    return f"maps_{form}.parquet"
+        """Reads the maps from `root` and the rest from `value`, as `to_json` returns it."""
+        return cls(
+            Standard.from_json(value["image"]) if value["image"] else None,
+            read_maps(root / MAPS) if value["maps"] else None,
+            Frozen(**value["frozen"]) if value["frozen"] else None,
+        )
 
 
 def learn(
-    score: bool,
-    forms: Iterable[str],
-    sources: Sources,
-    metadata: pl.DataFrame,
-    folds: Folds,
-    components: int,
+    score: bool, forms: Collection[str], sources: Sources, metadata: pl.DataFrame, folds: Folds
 ) -> ImageState:
     """Learns how to read a training table's embeddings.
 
     Args:
         score: whether the image model's score is a feature.
-        forms: which embedding columns are.
-        components: columns of the form `components`.
+        forms: the embedding columns that are features.
 
     Raises:
         UserError: embeddings that are needed are not given, not finished, of another fold plan,
             or of a model that has learned from the rows it scores.
     """
-    forms = tuple(forms)
-    frozen = (
-        find_frozen(_given(sources.frozen, NEEDS_FROZEN), metadata) if FROZEN in forms else None
-    )
-    mapped = [form for form in forms if form in MAPPED]
-    if not (score or mapped):
-        return ImageState(frozen=frozen)
-    root = _given(sources.embeddings, NEEDS_EMBEDDINGS)
-    image_scores.made_with(root, "train", folds.digest)
-    image_scores.refuse_leaks(root, metadata, folds)
-    standard = (
-        image_scores.fit_standard(image_scores.oof_logits(root, metadata, folds)) if score else None
-    )
-    return ImageState(
-        standard,
-        {form: fit_maps(root, form, metadata, folds, components) for form in mapped},
-        frozen,
-    )
+    standard = maps = frozen = None
+    if FROZEN in forms:
+        frozen = find_frozen(_given(sources.frozen, NEEDS_FROZEN), metadata)
+    if score or ALIGNED in forms:
+        root = _given(sources.embeddings, NEEDS_EMBEDDINGS)
+        image_scores.made_with(root, "train", folds.digest)
+        image_scores.refuse_leaks(root, metadata, folds)
+        if score:
+            standard = image_scores.fit_standard(image_scores.oof_logits(root, metadata, folds))
+        if ALIGNED in forms:
+            maps = fit_maps(root, metadata, folds)
+    return ImageState(standard, maps, frozen)
 
 
 def frames(
@@ -155,10 +148,10 @@ def frames(
             else image_scores.scoring_logits(root, split, metadata, folds_digest, state.standard)
         )
         tables.append(image_scores.image_features(logits, state.standard, metadata))
-    fold = folds.of(metadata) if folds else None
-    for form, maps in state.maps.items():
+    if state.maps:
         root = _given(sources.embeddings, NEEDS_EMBEDDINGS)
-        tables.append(mapped_columns(root, split, form, metadata, maps, fold))
+        fold = folds.of(metadata) if folds else None
+        tables.append(mapped_columns(root, split, ALIGNED, metadata, state.maps, fold))
     if state.frozen:
         root = _given(sources.frozen, NEEDS_FROZEN)
         tables.append(frozen_columns(root, split, metadata, state.frozen))

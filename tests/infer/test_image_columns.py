@@ -10,10 +10,11 @@ import pytest
 from ensembles import ENGINES, NUM_FOLDS, settings, write_dataset, write_lists
 
 from infer.embeddings import part_path, write_part
+from infer.ensemble.artifact import open_ensemble
 from infer.ensemble.fit import fit
 from infer.ensemble.image_columns import (
+    ALIGNED,
     FORMS,
-    MAPPED,
     Map,
     fit_maps,
     mapped_columns,
@@ -123,34 +124,31 @@ def auc(root: Path) -> float:
     return float(json.loads((root / "scores.json").read_text())["blend"]["auc"])
 
 
-@pytest.mark.parametrize("form", MAPPED)
-def test_an_image_gets_the_same_columns_whichever_model_saw_it(
-    data: Path, run: Path, plan: Folds, form: str
+def test_an_image_gets_the_same_columns_from_every_model(
+    data: Path, run: Path, plan: Folds
 ) -> None:
     metadata = Dataset(data).metadata("train")
-    maps = fit_maps(run, form, metadata, plan, 4)
+    maps = fit_maps(run, metadata, plan)
     by_fold = [
-        mapped_columns(run, "train", form, metadata, maps, pl.Series([k] * len(metadata)))
+        mapped_columns(run, "train", ALIGNED, metadata, maps, pl.Series([k] * len(metadata)))
         .drop("isic_id")
         .to_numpy()
         for k in range(NUM_FOLDS)
     ]
-    assert (
-        by_fold[0].shape == (len(metadata), WIDTH if form == "aligned" else 4)
-        and by_fold[0].dtype == np.float32
-    )
+    assert by_fold[0].shape == (len(metadata), WIDTH)
+    assert by_fold[0].dtype == np.float32
     for other in by_fold[1:]:
         assert np.abs(other - by_fold[0]).mean() < 0.2 * by_fold[0].std()
 
 
-@pytest.mark.parametrize("form", MAPPED)
 def test_a_test_row_has_the_mean_over_the_models(
-    data: Path, run: Path, plan: Folds, form: str, tmp_path: Path
+    data: Path, run: Path, plan: Folds, tmp_path: Path
 ) -> None:
-    maps = fit_maps(run, form, Dataset(data).metadata("train"), plan, 4)
+    maps = fit_maps(run, Dataset(data).metadata("train"), plan)
     write_maps(tmp_path / "maps.parquet", maps)
-    again, test = read_maps(tmp_path / "maps.parquet"), Dataset(data).metadata("test")
-    found = mapped_columns(run, "test", form, test, again, None)
+    again = read_maps(tmp_path / "maps.parquet")
+    test = Dataset(data).metadata("test")
+    found = mapped_columns(run, "test", ALIGNED, test, again, None)
     assert found["isic_id"].to_list() == test["isic_id"].to_list()
     one = [
         maps[k].apply(pl.read_parquet(part_path(run, "test", k, 0))["features"].to_numpy())
@@ -172,7 +170,6 @@ def test_what_the_images_show_is_found_and_predicted(
             features=f"raw,{form}",
             embeddings=run,
             frozen=frozen,
-            components=4,
             name="with",
         )
     )
@@ -191,13 +188,13 @@ def test_what_the_images_show_is_found_and_predicted(
 
 def test_two_fits_give_the_same_bytes(data: Path, run: Path, tmp_path: Path) -> None:
     for name in "ab":
-        chosen = {"features": "raw,aligned,components", "components": 4, "name": "same"}
-        fit(settings(data, tmp_path / name, embeddings=run, **chosen))
+        fit(settings(data, tmp_path / name, features="raw,aligned", embeddings=run, name="same"))
     first, second = (
         {path.name: path.read_bytes() for path in (tmp_path / name / "same").iterdir()}
         for name in "ab"
     )
-    assert first == second and {"maps_aligned.parquet", "maps_components.parquet"} < set(first)
+    assert first == second
+    assert "maps_aligned.parquet" in first
 
 
 def shuffle_labels(data: Path, root: Path, seed: int = 1) -> pl.DataFrame:
@@ -231,7 +228,6 @@ def test_shuffled_labels_give_chance(data: Path, form: str, tmp_path: Path) -> N
             tmp_path,
             features=features,
             name="shuffled",
-            components=8,
             seeds=3,
             **elsewhere,
         )
@@ -250,7 +246,7 @@ def test_a_map_fitted_on_held_out_images_would_leak_and_ours_does_not(
         table = shuffle_labels(data, tmp_path / f"data{seed}", seed)
         plan = draw_folds(table, NUM_FOLDS, 42)
         run = embed(tmp_path / f"run{seed}", tmp_path / f"data{seed}", plan, 0.0, REMEMBERED, width)
-        maps = fit_maps(run, "aligned", table, plan, 1)
+        maps = fit_maps(run, table, plan)
         parts = [
             pl.read_parquet(part_path(run, "train", k, 0))["features"].to_numpy()
             for k in range(NUM_FOLDS)
@@ -287,16 +283,27 @@ def test_embeddings_of_held_out_images_alone_are_refused(
         json.loads((root / "train" / "run.json").read_text()) | {"folds_mode": "oof"},
     )
     with pytest.raises(
-        UserError, match="aligned needs every training image embedded by every fold's model"
+        UserError, match="aligned needs every training image embedded by every fold model"
     ):
         fit(settings(data, tmp_path, features="aligned", embeddings=root))
 
 
-def test_too_many_columns_for_the_images_are_refused(data: Path, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="of 12 features do not determine 13 columns; use fewer --components"
-    ):
-        fit(settings(data, tmp_path, features="components", embeddings=run, components=13))
+def test_too_few_images_for_the_features_are_refused(
+    data: Path, plan: Folds, tmp_path: Path
+) -> None:
+    wide = embed(tmp_path / "wide", data, plan, 0.0, 0.0, width=200)
+    with pytest.raises(UserError, match=r"1\d\d shared images are too few to align 200 features"):
+        fit(settings(data, tmp_path, features="aligned", embeddings=wide))
+
+
+def test_an_ensemble_on_embeddings_of_an_earlier_form_is_refused(
+    data: Path, tmp_path: Path
+) -> None:
+    fit(settings(data, tmp_path, features="sex", num_rounds=2))
+    manifest = json.loads((tmp_path / "sex" / "ensemble.json").read_text())
+    write_json(tmp_path / "sex" / "ensemble.json", manifest | {"features": "sex,components"})
+    with pytest.raises(UserError, match='unknown features "components"'):
+        open_ensemble(tmp_path / "sex")
 
 
 def test_missing_and_broken_embeddings_are_refused(data: Path, run: Path, tmp_path: Path) -> None:
@@ -328,9 +335,8 @@ def test_an_image_that_could_not_be_read_has_blank_columns(
         settings(
             data,
             tmp_path,
-            features="multimodal,components",
+            features="multimodal,aligned",
             embeddings=root,
-            components=4,
             num_rounds=4,
             name="m",
         )
