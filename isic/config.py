@@ -12,6 +12,8 @@ from isic.errors import UserError, did_you_mean
 from isic.files import read_text
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+BASE = "base"
+"""A config's key, and the folder of the files that it can name."""
 
 
 class Settings(BaseModel):
@@ -19,6 +21,11 @@ class Settings(BaseModel):
 
     positional: ClassVar[tuple[str, ...]] = ()
     """Keys that a command line may also give by position."""
+
+    @classmethod
+    def help_notes(cls) -> Mapping[str, str]:
+        """Returns further entries for `--help`: values that a key can name, with a line on each."""
+        return {}
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=()
@@ -86,10 +93,8 @@ def find_config(name: str) -> Path:
         return path
     path = CONFIG_DIR / f"{name}.yaml"
     if not path.is_file():
-        known = (
-            file.relative_to(CONFIG_DIR).with_suffix("").as_posix()
-            for file in CONFIG_DIR.rglob("*.yaml")
-        )
+        files = (file for file in CONFIG_DIR.rglob("*.yaml") if file.parent.name != BASE)
+        known = (file.relative_to(CONFIG_DIR).with_suffix("").as_posix() for file in files)
         raise UserError(f'no config "{name}", {did_you_mean(name, known)}')
     return path
 
@@ -97,6 +102,34 @@ def find_config(name: str) -> Path:
 def yaml_reason(error: yaml.YAMLError) -> str:
     """Return why a text is not YAML, in a few words."""
     return getattr(error, "problem", None) or str(error).splitlines()[0]
+
+
+def describe_configs() -> dict[str, str]:
+    """Returns the first line of each model config's comment, by name."""
+    return {
+        path.stem: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        for path in sorted(CONFIG_DIR.glob("*.yaml"))
+    }
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a config file over the one that it names as its `base`.
+
+    Args:
+        path: a YAML file; `base: x` in it stands for `configs/base/x.yaml`.
+
+    Raises:
+        UserError: a file is missing or not a YAML mapping.
+    """
+    values = read_yaml(path)
+    base = values.pop(BASE, None)
+    if base is None:
+        return values
+    base_path = CONFIG_DIR / BASE / f"{base}.yaml"
+    if not base_path.is_file():
+        known = (file.stem for file in base_path.parent.glob("*.yaml"))
+        raise UserError(f'{path}: no base "{base}", {did_you_mean(str(base), known)}')
+    return {**read_yaml(base_path), **values}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

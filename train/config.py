@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from isic.config import Settings, Several, build, find_config, read_yaml
+from isic.config import Settings, Several, build, describe_configs, find_config, read_config
 from isic.errors import UserError
 
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -134,6 +134,10 @@ class TrainSettings(Settings):
         "out-of-fold score",
     )
 
+    @classmethod
+    def help_notes(cls) -> dict[str, str]:
+        return {f"--config {name}": about for name, about in describe_configs().items()}
+
     @field_validator("pretrained", mode="before")
     @classmethod
     def _truth_from_text(cls, value: Any) -> Any:
@@ -190,6 +194,6 @@ def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> Train
 
 def build_checked(model: type[TrainSettings], path: Path) -> dict[str, Any]:
     """Reads a config file, its keys and values checked by themselves so that an error names the file."""
-    values = read_yaml(path)
+    values = read_config(path)
     build(model, values, source=str(path))
     return values

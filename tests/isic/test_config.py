@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import Cli
 
 from infer.ensemble.fit import FitSettings
-from isic import yaml12
-from isic.config import Settings, Several, build, read_yaml
+from isic import config, yaml12
+from isic.config import Settings, Several, build, describe_configs, read_config, read_yaml
 from isic.errors import UserError
 
 VALUES = {
@@ -78,3 +79,29 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.several == (Path("/home/me"), Path("b/~"))
     with pytest.raises(UserError, match="there is no such home folder"):
         build(Paths, {"one": "~nobody-of-this-name/data"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "large.yaml").write_text("epochs: 9\nlr: 0.1\n")
+    monkeypatch.setattr(config, "CONFIG_DIR", tmp_path)
+    return tmp_path
+
+
+def test_a_config_overrides_its_base(folder: Path) -> None:
+    (folder / "mine.yaml").write_text("# Mine.\nbase: large\nlr: 0.2\nmodel: vit\n")
+    assert read_config(folder / "mine.yaml") == {"epochs": 9, "lr": 0.2, "model": "vit"}
+    assert describe_configs() == {"mine": "Mine."}
+
+
+def test_an_unknown_base_names_the_nearest(folder: Path) -> None:
+    (folder / "mine.yaml").write_text("base: larg\n")
+    with pytest.raises(UserError, match='mine.yaml: no base "larg", did you mean "large"'):
+        read_config(folder / "mine.yaml")
+
+
+def test_help_lists_the_configs(cli: Cli) -> None:
+    shown = cli("train", "--help").out
+    assert "--config vit_tiny" in shown
+    assert "ViT-Tiny/16 at 224 px" in shown
