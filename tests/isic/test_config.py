@@ -97,7 +97,7 @@ def test_a_config_overrides_its_base(folder: Path) -> None:
 
 def test_an_unknown_base_names_the_nearest(folder: Path) -> None:
     (folder / "mine.yaml").write_text("base: larg\n")
-    with pytest.raises(UserError, match='mine.yaml: no base "larg", did you mean "large"'):
+    with pytest.raises(UserError, match=r'mine\.yaml: no base "larg", did you mean "large"'):
         read_config(folder / "mine.yaml")
 
 
