@@ -545,9 +545,7 @@ def test_settings_that_contradict_each_other_are_refused(
     assert ended.code == 2 and "leave out --num_processes" in ended.err
 
 
-@pytest.mark.parametrize(
-    "place", ["null/train/plan.json", "null/folds.parquet"]
-)
+@pytest.mark.parametrize("place", ["null/train/plan.json", "null/folds.parquet"])
 def test_what_is_no_embedding_run_stays_as_it_is(
     stand_in: StandIn, tmp_path: Path, cli: Cli, place: str
 ) -> None:
