@@ -38,7 +38,7 @@ SPEEDS = {
     "ingest": Speed(("what", "images", "size"), "of_bare", "of_bare_min", "of_bare_max"),
     "embed": Speed(("what", "data", "images"), "share"),
     "train": Speed(
-        ("what", "model", "device", "batch", "precision", "compile", "workers", "size"),
+        ("what", "model", "device", "batch", "precision", "compile", "workers", "busy", "size"),
         *("over_bare", "over_bare_min", "over_bare_max"),
     ),
 }

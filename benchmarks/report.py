@@ -187,7 +187,7 @@ TABLES = {
     ),
     "train": Table(
         "train",
-        ("what", "model", "device", "batch", "precision", "compile", "workers", "size"),
+        ("what", "model", "device", "batch", "precision", "compile", "workers", "busy", "size"),
         {
             "what": "config",
             "device": "device",
@@ -196,6 +196,8 @@ TABLES = {
             "precision": "precision",
             "compile": "compiled",
             "workers": "loader processes",
+            "busy": "busy processes beside it",
+            "threads": "threads",
             "images_per_second": "images/s",
             "over_bare": "over a bare loop",
             "over_bare_min": "min",
@@ -204,7 +206,7 @@ TABLES = {
             "waiting": "share waiting for data",
             "mfu": "MFU",
         },
-        sort=("accelerator", "what", "workers"),
+        sort=("accelerator", "what", "workers", "busy"),
     ),
     "accuracy": Table(
         "accuracy",

@@ -1,8 +1,11 @@
 """`python -m benchmarks train`: the training loop on a dataset's files, against a bare loop on tensors in memory."""
 
+import contextlib
 import itertools
 import multiprocessing
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,21 +19,25 @@ import timm
 import torch
 from pydantic import Field
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.data import DataLoader
 
 from benchmarks.limits import count_work, torch_rate
 from benchmarks.record import ratio, write
 from isic.errors import UserError
 from train.config import TrainSettings
-from train.data import Batch, fold_loaders, load_data
+from train.data import Batch, Item, fold_loaders, load_data, worker_errors
 from train.loop import train_epoch
-from train.machine import allow_tf32, check_bfloat16, default_workers, prepare, select_device
+from train.machine import allow_tf32, check_bfloat16, prepare, select_device
 from train.model import backbone_options, create_model, preprocess_spec
 from train.optim import BACKBONE, HEAD
-from train.state import TrainState, create_state
+from train.state import create_state
 from train.step import autocast
+from train.threads import set_threads
 
 NUM_IN_MEMORY = 4
 """Random batches that are used in turns where none are read."""
+TIMED_PER_WARMUP = 8
+"""Timed batches for each one before them, so that a queue that is still full at the start counts for little."""
 PASSES = 3
 """Work of a training step in forward passes: the backward pass computes two gradients for each product."""
 
@@ -38,10 +45,24 @@ PASSES = 3
 class TrainRateSettings(TrainSettings):
     """What `python -m benchmarks train` takes: every key of training, and how long to measure."""
 
-    steps: int = Field(30, ge=1, description="optimizer steps a repeat")
-    warmup_steps: int = Field(5, ge=1, description="steps before them that are not timed")
+    steps: int = Field(
+        30,
+        ge=1,
+        description=f"optimizer steps per repeat; on files with loader processes at least {TIMED_PER_WARMUP} times "
+        "those before them",
+    )
+    warmup_steps: int = Field(
+        5,
+        ge=1,
+        description="steps before them that are not timed, besides those on prefetched batches",
+    )
     repeats: int = Field(
         5, ge=1, description="repeats, of which the median counts; the loops take turns in each"
+    )
+    busy: int = Field(
+        0,
+        ge=0,
+        description="processes that compute beside the measurement, each as much as one core can",
     )
     results: Path | None = Field(
         None, description="folder of the CSV; benchmarks/results if not given"
@@ -52,7 +73,7 @@ class TrainRateSettings(TrainSettings):
 class Window:
     """Batches for a loop, without end in themselves, of which the later ones are timed.
 
-    Those before fill the queues, and the queues are as full at the end, so that no batch counts as free.
+    Those before empty what the loader prepared during the first steps, which are slow.
     """
 
     batches: Iterable[Batch]
@@ -63,6 +84,7 @@ class Window:
     waiting: float = field(default=0.0, init=False)
     """Seconds of the timed part that the loop waited for a batch."""
     num_images: int = field(default=0, init=False)
+    clock: Callable[[], float] = time.perf_counter
 
     def __len__(self) -> int:
         return self.warmup + self.timed
@@ -72,9 +94,9 @@ class Window:
         for number in range(len(self)):
             if number == self.warmup:
                 started, self.waiting, self.num_images = self._now(), 0.0, 0
-            asked = time.perf_counter()
+            asked = self.clock()
             batch = next(batches)
-            self.waiting += time.perf_counter() - asked
+            self.waiting += self.clock() - asked
             self.num_images += len(batch.images)
             yield batch
         self.seconds = self._now() - started
@@ -82,7 +104,7 @@ class Window:
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return self.clock()
 
     @property
     def rate(self) -> float:
@@ -100,24 +122,47 @@ def train(settings: TrainRateSettings) -> None:
     device = select_device(settings.device)
     if settings.bf16:
         check_bfloat16(device)
-    with tempfile.TemporaryDirectory() as folder, BareLoop(settings) as bare:
+    with (
+        worker_errors(),
+        tempfile.TemporaryDirectory() as folder,
+        busy_processes(settings.busy),
+        BareLoop(settings) as bare,
+    ):
         files = read_files(settings.model_copy(update={"output_dir": Path(folder)}))
         memory, run = in_memory(settings, device), create_loop(settings, device)
         windows: dict[str, list[Window]] = {"files": [], "memory": []}
         bare_rates = []
         for _ in range(settings.repeats):
-            windows["files"].append(run(files))
-            windows["memory"].append(run(memory))
+            windows["files"].append(run(Endless(files), num_prefetched(files)))
+            windows["memory"].append(run(memory, 0))
             bare_rates.append(bare.rate())
-    row = figures(settings, device, windows, bare_rates)
+    row = figures(settings, device, windows, bare_rates, files.num_workers)
     print(f"appended to {write('train', [row], settings.results)}")
 
 
-def read_files(settings: TrainSettings) -> Iterable[Batch]:
-    """Returns the training batches of a fold, epoch after epoch."""
+@contextlib.contextmanager
+def busy_processes(number: int) -> Iterator[None]:
+    """Keeps some processes computing within the block; they end with this process too, however it ends."""
+    spin = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(10_000))"
+    processes = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def read_files(settings: TrainSettings) -> DataLoader[Item]:
+    """Returns the loader of the training batches of a fold."""
     data = load_data(settings)
     loader, _, _ = fold_loaders(data, settings.fold or 0, preprocess_spec(settings), settings)
-    return Endless(loader)
+    return loader
+
+
+def num_prefetched(loader: DataLoader[Item]) -> int:
+    """Returns how many batches a loader's processes prepare in advance."""
+    return loader.num_workers * (loader.prefetch_factor or 0)
 
 
 @dataclass(frozen=True)
@@ -149,33 +194,45 @@ def in_memory(settings: TrainSettings, device: torch.device) -> Iterable[Batch]:
 
 def create_loop(
     settings: TrainRateSettings, device: torch.device
-) -> Callable[[Iterable[Batch]], Window]:
-    """Returns what learns from some batches, by the loop of `python -m train`, and times it."""
+) -> Callable[[Iterable[Batch], int], Window]:
+    """Returns a function that learns from batches by the loop of `python -m train`, and times it.
+
+    Its arguments are the batches and how many of them are prefetched.
+    """
     prepare(device)
     state = create_state(settings.model_copy(update={"pretrained": False}), device, 0)
+    threads = set_threads(state.model, settings, device, None)
+    if threads:
+        print(threads, flush=True)
     forward: Any = torch.compile(state.model) if settings.compile else state.model
-    return lambda batches: _learn(state, forward, batches, settings, device)
 
+    def run(batches: Iterable[Batch], prefetched: int) -> Window:
+        window, state.step = create_window(settings, batches, device, prefetched), 0
+        num_steps = len(window) // settings.accumulation_steps
+        schedule = dict.fromkeys((BACKBONE, HEAD), np.full(num_steps, 0.1))
+        train_epoch(state, forward, window, schedule, settings, device, "benchmark")
+        return window
 
-def _learn(
-    state: TrainState,
-    forward: Any,
-    batches: Iterable[Batch],
-    settings: TrainRateSettings,
-    device: torch.device,
-) -> Window:
-    window, state.step = create_window(settings, batches, device), 0
-    schedule = dict.fromkeys((BACKBONE, HEAD), np.full(settings.warmup_steps + settings.steps, 0.1))
-    train_epoch(state, forward, window, schedule, settings, device, "benchmark")
-    return window
+    return run
 
 
 def create_window(
-    settings: TrainRateSettings, batches: Iterable[Batch], device: torch.device
+    settings: TrainRateSettings,
+    batches: Iterable[Batch],
+    device: torch.device,
+    prefetched: int = 0,
 ) -> Window:
-    """Returns a window of whole optimizer steps."""
+    """Returns a window of whole optimizer steps.
+
+    While the first steps are slow, loader processes prepare batches. Taking those is faster than loading: they belong
+    to the warm-up, and what is left of them when timing starts is little beside the timed batches.
+    """
     each = settings.accumulation_steps
-    return Window(batches, settings.warmup_steps * each, settings.steps * each, device)
+    warmup, steps = settings.warmup_steps, settings.steps
+    if prefetched:
+        warmup += -(-prefetched // each)
+        steps = max(steps, TIMED_PER_WARMUP * warmup)
+    return Window(batches, warmup * each, steps * each, device)
 
 
 class BareLoop:
@@ -262,6 +319,7 @@ def figures(
     device: torch.device,
     windows: dict[str, list[Window]],
     bare: list[float],
+    num_workers: int,
 ) -> dict[str, Any]:
     """Returns the row of the CSV. Ratios are of turns that followed each other, and their spread that between turns."""
     ours, memory = ([window.rate for window in windows[name]] for name in ("files", "memory"))
@@ -279,9 +337,9 @@ def figures(
         "batch": f"{settings.batch_size} x {settings.accumulation_steps}",
         "precision": precision,
         "compile": str(settings.compile).lower(),
-        "workers": default_workers(device)
-        if settings.num_workers is None
-        else settings.num_workers,
+        "workers": num_workers,
+        "busy": settings.busy or None,
+        "threads": torch.get_num_threads(),
         "images_per_second": _round(statistics.median(ours)),
         "in_memory": _round(statistics.median(memory)),
         "bare": _round(statistics.median(bare)),

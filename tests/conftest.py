@@ -14,6 +14,9 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never waits for a hub
 os.environ["ISIC_CACHE_DIR"] = tempfile.mkdtemp(prefix="isic-cache-")  # not the user's
 os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # small networks, and other processes beside them: threads would wait for each other
+os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
 )  # idle threads leave the cores to the other libraries
 

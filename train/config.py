@@ -110,6 +110,13 @@ class TrainSettings(Settings):
         "/dev/shm is too small for their batches",
     )
 
+    num_threads: int | None = Field(
+        None,
+        ge=1,
+        description="threads that torch computes with on a CPU; measured when a fold begins if neither this nor "
+        "OMP_NUM_THREADS is given; results of different numbers differ in the last bits, so a resumed fold keeps its "
+        "own",
+    )
     on_error: Literal["raise", "skip"] = Field(
         "raise", description="an image that is absent or does not decode"
     )

@@ -26,6 +26,7 @@ from train.optim import Schedule, create_schedule, set_lr
 from train.outputs import EpochStats, Predictions, begin_fold, log_epoch, loss_text, save_fold
 from train.state import TrainState, create_state, restore, save_last
 from train.step import NotFinite, Outcome, accumulate, autocast, optimizer_step, split
+from train.threads import set_threads
 
 STEPS_AHEAD = 2
 """Optimizer steps that the host prepares while the device is at work, so that the device never waits for the host."""
@@ -49,8 +50,11 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int) -> None:
             raise UserError(
                 f"the last epoch of {directory} is done, but its results are gone; add --force"
             )
+    threads = set_threads(state.model, settings, device, state.num_threads)
     if distributed.is_main():
         report_composition(sampler.pools, fold)
+        if threads:
+            print(f"fold {fold}: {threads}", flush=True)
     begin_fold(settings, data, fold, resumes)
     if not resumes:
         save_last(

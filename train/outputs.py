@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from numpy.typing import NDArray
 
 from isic import schema, yaml12
@@ -213,6 +214,7 @@ def save_fold(
         None,
         **config,
         epoch=state.epoch,
+        num_threads=torch.get_num_threads(),
         pauc=state.best_pauc,
         made_from=made_from,
         versions=versions("torch", "timm", "albumentations", "opencv-python-headless"),

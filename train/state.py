@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from isic.config import build
@@ -24,6 +24,7 @@ FREE_TO_CHANGE = {
     "fold",
     "force",
     "resume",
+    "num_threads",
     "num_workers",
     "device",
     "data",
@@ -54,6 +55,8 @@ class TrainState:
     best_pauc: float = 0.0
     num_parts: int = 1
     """Parts that a micro-batch is cut into because the GPU's memory does not hold it whole."""
+    num_threads: int | None = None
+    """Threads on a CPU before a run was stopped; None if this one starts or the file is of an earlier version."""
 
     @property
     def evaluated(self) -> Classifier:
@@ -70,7 +73,9 @@ def create_state(settings: TrainSettings, device: torch.device, fold: int) -> Tr
     model = create_model(settings, pretrained)
     started_from = weights.facts(model.backbone)
     model = model.to(device)
-    if not takes_image_size(settings.model):
+    if device.type == "cpu" and damages_heap(model):
+        model.backbone.register_forward_pre_hook(_channels_first)
+    elif not takes_image_size(settings.model):
         # convolutions of cuDNN and oneDNN are fast with it; model.to() fails on weights of other ranks
         convert_conv2d_weight_memory_format(model, torch.channels_last)
     averaged = (
@@ -81,6 +86,24 @@ def create_state(settings: TrainSettings, device: torch.device, fold: int) -> Tr
     return TrainState(
         model, create_optimizer(model, settings), scaler, averaged, weights, started_from, stopped
     )
+
+
+def damages_heap(model: nn.Module) -> bool:
+    """Whether a backward pass on a CPU with channels last damages the heap, as in MobileOne and FastViT.
+
+    torch 2.14 with oneDNN: the strided 1x1 convolution of the pixels, as in `Conv2d(3, 48, 1, stride=2)`, ends in a
+    segmentation fault or corrupts what others allocated. https://github.com/pytorch/pytorch/issues/136348 was of the
+    same kind. Can be removed once that layer survives some backward passes on a channels-last input.
+    """
+    return any(
+        layer.in_channels == 3 and layer.kernel_size == (1, 1) and layer.stride != (1, 1)
+        for layer in model.modules()
+        if isinstance(layer, nn.Conv2d)
+    )
+
+
+def _channels_first(backbone: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(part.contiguous() for part in inputs)
 
 
 def save_last(path: Path, state: TrainState, settings: TrainSettings, data: TrainData) -> None:
@@ -97,6 +120,7 @@ def save_last(path: Path, state: TrainState, settings: TrainSettings, data: Trai
         epoch=state.epoch,
         step=state.step,
         config={"folds_digest": data.folds.digest, "pretrained": state.started_from},
+        num_threads=torch.get_num_threads(),
         args=settings.model_dump(mode="json"),
     )
 
@@ -124,6 +148,7 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, data: TrainD
     state.scaler.load_state_dict(saved["scaler_state_dict"])
     if state.averaged:
         state.averaged.load_state_dict(saved["averaged_state_dict"])
+    state.num_threads = saved.get("num_threads")
     state.epoch, state.step, state.best_pauc = saved["epoch"], saved["step"], saved["best_pauc"]
 
 

@@ -193,6 +193,34 @@ def test_two_processes_score_as_one_does(small_dataset: Path, tmp_path: Path, cl
     assert ended.returncode == 0 and ended.stdout.count("fold 1 is finished") == 1
 
 
+def test_a_convolution_that_damages_the_heap_is_avoided() -> None:
+    """In a process of its own: torch would end this one with a segmentation fault or an abort."""
+    script = """
+import torch
+from train.config import TrainSettings
+from train.data import Batch
+from train.loop import train_epoch
+from train.state import create_state
+settings = TrainSettings(model="mobileone_s0", pretrained=False, image_size=64, batch_size=2)
+cpu, rates = torch.device("cpu"), dict.fromkeys(("backbone", "head"), [0.1] * 4)
+batch = Batch(torch.zeros(2, 64, 64, 3, dtype=torch.uint8), torch.ones(2), torch.arange(2))
+state = create_state(settings, cpu, 0)
+train_epoch(state, state.model, [batch] * 4, rates, settings, cpu, "fold 0")
+print("learnt")
+"""
+    strict = {**os.environ, "LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=strict,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0 and ended.stdout == "learnt\n", ended.stderr
+
+
 def run_with_shared_memory(size: str, script: str) -> subprocess.CompletedProcess[str]:
     """Runs Python in a mount namespace of its own whose /dev/shm has some size; skips if that is not allowed."""
     unshare = ["unshare", "--mount", "sh", "-c"]
