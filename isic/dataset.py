@@ -1,4 +1,4 @@
-"""A dataset folder in the layout of the challenge."""
+"""A dataset folder in the challenge's layout."""
 
 import os
 from collections.abc import Iterable
@@ -19,7 +19,10 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder with `<split>-metadata.csv` (or .parquet) and images as `<split>-image.hdf5` or `<split>-image/`."""
+    """A folder with the tables and images of both splits.
+
+    Tables: `<split>-metadata.csv` or `.parquet`. Images: `<split>-image.hdf5` or `<split>-image/`.
+    """
 
     root: Path
 
@@ -27,7 +30,8 @@ class Dataset:
         """Returns where the table of a split is, or would be. Parquet is read if there are both, with a warning."""
         if not self.root.is_dir():
             raise UserError(
-                f"no such folder: {self.root}; point --data at a dataset in the layout of the challenge"
+                f"no such folder: {self.root}; "
+                "point --data at a dataset in the layout of the challenge"
             )
         parquet, csv = (self.root / f"{split}-metadata.{ending}" for ending in ("parquet", "csv"))
         if not parquet.exists():
@@ -37,12 +41,20 @@ class Dataset:
         return parquet
 
     def metadata(self, split: Split, need: Iterable[str] = ()) -> pl.DataFrame:
-        """Reads the table of a split. A training table always needs a target. Raises UserError."""
+        """Reads the table of a split.
+
+        Args:
+            split: the training table must have a target.
+            need: columns that the table must have.
+
+        Raises:
+            UserError: the table is missing, unreadable, or lacks a needed column.
+        """
         needed = (schema.TARGET, *need) if split == "train" else tuple(need)
         return read_metadata(self.metadata_path(split), needed)
 
     def images(self, split: Split) -> ImageStore:
-        """Opens the images of a split. Raises UserError where there are none."""
+        """Opens the images of a split. Raises UserError if there are none."""
         images = self.find_images(split)
         if images is None:
             raise UserError(
@@ -51,6 +63,7 @@ class Dataset:
         return images
 
     def find_images(self, split: Split) -> ImageStore | None:
+        """Opens the images of a split; None if there are none."""
         return open_images(self.root, split)
 
     @property
@@ -59,7 +72,7 @@ class Dataset:
 
     @property
     def folds_path(self) -> Path:
-        """A fold plan that lies with the data, where somebody put one there."""
+        """Path of an optional fold plan that comes with the data."""
         return self.root / folds.FILE
 
     @property

@@ -1,4 +1,4 @@
-"""Which fold each training row is held out in: stratified by target, no patient in two folds."""
+"""Fold plans: the fold that holds out each training row."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def fold_dirs(run: Path) -> dict[int, Path]:
 
 @dataclass(frozen=True)
 class Folds:
-    """A fold plan. Two plans are the same exactly where their digests are."""
+    """A fold plan. Plans with equal digests are equal."""
 
     table: pl.DataFrame
     """`isic_id` String (sorted), `fold` Int8."""
@@ -61,11 +61,8 @@ class Folds:
                 "it was made for other data: use that data, or another output folder"
             )
         patients = with_patient(metadata).select(schema.PATIENT, fold)
-        split = (
-            patients.group_by(schema.PATIENT)
-            .agg(pl.col("fold").n_unique())
-            .filter(pl.col("fold") > 1)
-        )
+        num_folds = patients.group_by(schema.PATIENT).agg(pl.col("fold").n_unique())
+        split = num_folds.filter(pl.col("fold") > 1)
         if len(split):
             patient = split[schema.PATIENT].sort()[0]
             raise UserError(
@@ -120,13 +117,14 @@ def _read(path: Path, columns: dict[str, pl.DataType], what: str) -> pl.DataFram
 
 
 def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
-    """Draws a fold plan: stratified by target and grouped by patient.
+    """Makes a fold plan: stratified by target and grouped by patient.
 
     Args:
-        metadata: with `isic_id` and `target`; a row without `patient_id` is its own group.
+        metadata: `isic_id`, `target` and optionally `patient_id`; a row without a patient is its
+            own group.
 
     Raises:
-        UserError: one class only, or fewer groups with a positive (or of all) than folds.
+        UserError: only one class, or fewer patients with a positive or a negative row than folds.
     """
     table = with_patient(metadata).sort(schema.ID)
     target = table[schema.TARGET].to_numpy()
@@ -145,21 +143,20 @@ def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
     fold = np.zeros(len(table), dtype=np.int8)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # "least populated class": counted by group above
+        # "The least populated class ...": the loop above checked the counts by patient.
+        warnings.simplefilter("ignore", UserWarning)
         for k, (_, held_out) in enumerate(splitter.split(target, target, group)):
             fold[held_out] = k
     return Folds(table.select(schema.ID, pl.Series("fold", fold)))
 
 
 def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path, pinned: Path) -> Folds:
-    """Returns the plan of a run, checked against `metadata`: the one it began with, else the dataset's, else a draw.
+    """Returns a run's fold plan: its own if it has one, else the dataset's, else a new one.
 
     Args:
-        metadata: the whole training table.
-        path: the run's own plan, where it has one already.
-        pinned: a plan that lies with the dataset; it wins over drawing one.
+        metadata: the whole training table; the plan is checked against it.
+        path: the run's own plan, which need not exist.
+        pinned: the dataset's plan, which need not exist.
 
     Raises:
         UserError: the plan is for other data or another number of folds.
@@ -168,8 +165,8 @@ def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path, pin
     folds = read_folds(source) if source else draw_folds(metadata, num_folds, seed)
     if folds.num_folds != num_folds:
         raise UserError(
-            f"{source} has {folds.num_folds} folds, not {num_folds}; use --num_folds {folds.num_folds}, "
-            "or another output folder"
+            f"{source} has {folds.num_folds} folds, not {num_folds}; "
+            f"use --num_folds {folds.num_folds}, or another output folder"
         )
     folds.of(metadata)
     return folds

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an exception that ends a long run cleanly; the same command goes on from there."""
+"""SIGINT and SIGTERM as an exception that ends a long run in a resumable state."""
 
 import contextlib
 import os
@@ -10,13 +10,13 @@ from types import FrameType, TracebackType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _arrived: list[int] = []
-"""Signals that this process got within the block."""
+"""Signals received inside the `interruptible` block."""
 _held: list[bool] = []
-"""One entry for each `held` block that is being run."""
+"""One entry per active `held` block."""
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to end. No `except Exception` between here and the command may swallow it."""
+    """A signal ended the run. A BaseException, so that no `except Exception` can swallow it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -25,12 +25,12 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raises Interrupted in the block on SIGINT or SIGTERM."""
+    """Raises Interrupted inside the block on SIGINT or SIGTERM."""
     owner = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:
-            os._exit(0)  # a loader's process that has not yet set its own handlers
+            os._exit(0)  # forked: a loader worker that has not set its own handlers yet
         _arrived.append(number)
         if not _held:
             raise Interrupted(number)
@@ -46,14 +46,14 @@ def interruptible() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raises Interrupted where a signal came whose exception was lost: Python drops those raised in a destructor."""
+    """Raises Interrupted if a signal's exception was lost: Python drops those in `__del__`."""
     if _arrived:
         raise Interrupted(_arrived[0])
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Lets the block end before a signal is raised: in the middle of a fork there is nobody to catch it."""
+    """Defers Interrupted to the end of the block: an exception inside a fork would be lost."""
     _held.append(True)
     try:
         yield
@@ -63,9 +63,10 @@ def held() -> Iterator[None]:
 
 
 def leave_to_parent(_: int) -> None:
-    """Makes a loader's process ignore Ctrl-C, which a terminal sends to all, and end quietly when told to.
+    """Makes a loader worker ignore Ctrl-C and exit quietly on SIGTERM.
 
-    The main process got the same signal and says so; a loader's process that fails would have it complain of that.
+    A terminal sends Ctrl-C to all processes. The main process reports it; workers that failed
+    because of it would only add their own errors. Usable as a DataLoader's `worker_init_fn`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -75,6 +76,7 @@ def leave_to_parent(_: int) -> None:
 def _report_unless_left(
     kind: type[BaseException], error: BaseException, where: TracebackType | None
 ) -> None:
-    """Reports an error of the thread that hands batches over, unless the main process ended while it took one."""
+    """Reports an uncaught error, except for a connection that the main process closed."""
+    # The thread of multiprocessing.resource_sharer, which hands batches over, calls excepthook.
     if not isinstance(error, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, where)

@@ -1,4 +1,4 @@
-"""Scores of the challenge. Arrays in, a float out."""
+"""Scores of the challenge, computed from arrays."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,22 +15,24 @@ TOP_K = 15
 
 
 def pauc(target: ArrayLike, score: ArrayLike) -> float:
-    """Partial area under the ROC curve above 80 % true-positive rate, in [0, 0.2].
+    """Partial area under the ROC curve above a true-positive rate of 0.8, in [0, 0.2].
 
-    A constant score gives 0.02, a perfect one 0.2, an inverted one 0. Flipping labels and scores turns the region
-    above TPR 0.8 into the one left of FPR 0.2, whose area scikit-learn returns standardised by McClish's formula
-    (McClish 1989, Medical Decision Making 9:190): s = (1 + (area - 0.02) / (0.2 - 0.02)) / 2. This undoes it.
+    A perfect score gives 0.2, a constant one 0.02, an inverted one 0. Flipped labels and scores
+    turn the region above TPR 0.8 into the one left of FPR 0.2. For that scikit-learn returns the
+    standardised area s = (1 + (area - 0.02) / (0.2 - 0.02)) / 2 (McClish 1989, Medical Decision
+    Making 9:190), which is converted back.
 
     Args:
         target: [N] of 0 and 1.
-        score: [N] finite numbers, higher is more likely malignant; only their order matters.
+        score: [N] finite numbers, higher for malignant; only their order matters.
 
     Raises:
         UserError: only one class is present, or a score is not finite.
     """
     labels, scores = _checked(target, score)
     max_fpr = 1 - MIN_TPR
-    min_area, max_area = max_fpr**2 / 2, max_fpr
+    min_area = max_fpr**2 / 2
+    max_area = max_fpr
     standardised = roc_auc_score(1 - labels, -scores, max_fpr=max_fpr)
     return float(min_area + (max_area - min_area) * (2 * standardised - 1))
 
@@ -38,21 +40,25 @@ def pauc(target: ArrayLike, score: ArrayLike) -> float:
 def bootstrap_pauc(
     target: ArrayLike, scores: Sequence[ArrayLike], group: ArrayLike, num_draws: int, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Partial AUC of several scores under the same redraws of whole groups (patients) with replacement.
+    """Partial AUC of several scores over bootstrap resamples of groups (patients).
 
     Args:
         target: [N] of 0 and 1.
         scores: M arrays [N].
-        group: [N] identifiers; the rows of a group are drawn together.
-        num_draws: redraws that hold both classes; others are drawn again.
+        group: [N] identifiers; the rows of a group are resampled together.
+        num_draws: number of resamples; one that lacks a class is replaced by the next.
 
     Returns:
-        [num_draws, M].
+        [num_draws, M] float64; all scores share the same resamples.
+
+    Raises:
+        UserError: as for `pauc`.
     """
     checked = [_checked(target, score) for score in scores]
-    curves = [_Curve(labels, values) for labels, values in checked]
+    labels = checked[0][0]
+    curves = [_Curve(labels, values) for _, values in checked]
     _, code = np.unique(np.asarray(group), return_inverse=True)
-    weights, labels = (drawn[code] for drawn in redraws(code.max() + 1, seed)), checked[0][0]
+    weights = (drawn[code] for drawn in redraws(code.max() + 1, seed))
     usable = (
         weight for weight in weights if weight[labels == 1].any() and weight[labels == 0].any()
     )
@@ -62,40 +68,44 @@ def bootstrap_pauc(
 
 
 def redraws(num_groups: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Yields endless redraws of groups with replacement: [num_groups] how often each is drawn."""
+    """Yields bootstrap resamples without end: [num_groups] count of each group."""
     random = np.random.default_rng(seed)
     while True:
         yield np.bincount(random.integers(num_groups, size=num_groups), minlength=num_groups)
 
 
 class _Curve:
-    """A score sorted once, so that many weightings of its rows are cheap."""
+    """A score that is sorted once, so that its pAUC under many row weights is cheap."""
 
     def __init__(self, labels: NDArray[np.int64], scores: NDArray[np.float64]) -> None:
         self.order = np.argsort(-scores, kind="stable")
         ordered = scores[self.order]
         self.positive = labels[self.order] == 1
         self.starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-        """Where each distinct score begins: ties are one point of the curve."""
+        """First row of each distinct score: ties are one point of the ROC curve."""
 
     def pauc(self, weight: NDArray[np.int64]) -> float:
-        """Area between the curve, TPR 0.8 and TPR 1, to the right of the curve; weight: [N] times each row counts."""
+        """Returns the pAUC if row i counts weight[i] times; both classes need a weight."""
         ordered = weight[self.order]
-        positive, negative = (
-            np.append(0, np.cumsum(np.add.reduceat(ordered * mask, self.starts)))
-            for mask in (self.positive, ~self.positive)
-        )
-        tpr, fpr = positive / positive[-1], negative / negative[-1]
+        tpr = self._cumulative_rate(np.where(self.positive, ordered, 0))
+        fpr = self._cumulative_rate(np.where(self.positive, 0, ordered))
+        # The curve crosses MIN_TPR on the segment that ends at `after`; interpolate its FPR there.
         after = np.searchsorted(tpr, MIN_TPR, side="right")
         share = (MIN_TPR - tpr[after - 1]) / (tpr[after] - tpr[after - 1])
-        first = fpr[after - 1] + share * (fpr[after] - fpr[after - 1])
-        return float(
-            np.trapezoid(1 - np.append(first, fpr[after:]), np.append(MIN_TPR, tpr[after:]))
-        )
+        first_fpr = fpr[after - 1] + share * (fpr[after] - fpr[after - 1])
+        # Integrated over TPR: the width to the right of the curve.
+        width = 1 - np.append(first_fpr, fpr[after:])
+        return float(np.trapezoid(width, np.append(MIN_TPR, tpr[after:])))
+
+    def _cumulative_rate(self, weight: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Returns the share of the weight at or above each distinct score, from 0 to 1."""
+        count = np.append(0, np.cumsum(np.add.reduceat(weight, self.starts)))
+        rate: NDArray[np.float64] = count / count[-1]
+        return rate
 
 
 def roc_auc(target: ArrayLike, score: ArrayLike) -> float:
-    """Area under the whole ROC curve, in [0, 1]. Arguments and errors as for `pauc`."""
+    """Area under the whole ROC curve, in [0, 1]; arguments and errors as for `pauc`."""
     labels, scores = _checked(target, score)
     return float(roc_auc_score(labels, scores))
 
@@ -107,32 +117,38 @@ class TopK:
     by_lesion: float
     """Share of all malignant lesions, in [0, 1]."""
     by_patient: float
-    """Mean over patients who have any of the share of their malignant lesions, in [0, 1].
+    """Share of a patient's malignant lesions, averaged over the patients who have any, in [0, 1].
 
-    This ranks submissions for the challenge's secondary prize, see SecondaryMetric-TopNSensitivity.py
-    in https://github.com/ISIC-Research/Challenge-2024-Metrics. A tie of two submissions is broken
-    there by the place of the lesions among the `k`, which is not computed here.
+    The challenge's secondary prize ranks submissions by it, see SecondaryMetric-TopNSensitivity.py
+    in https://github.com/ISIC-Research/Challenge-2024-Metrics. That script breaks ties between
+    submissions by the ranks of the lesions, which are not computed here.
     """
     num_patients: int
     """Patients with a malignant lesion."""
     num_small: int
-    """Of them, those with at most `k` lesions: whatever the scores, all of theirs are among the `k`."""
+    """Of these, patients with at most `k` lesions, which are all among the `k` for any scores."""
 
 
 def top_k(target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_K) -> TopK:
     """Counts the malignant lesions that are among the `k` highest scores of their patient.
 
-    A tie counts against the lesion: its rank is the number of the patient's lesions that score at
-    least as high. The challenge's script takes the first of equal scores in the order of the file.
+    Ties count against the lesion: its rank is the number of the patient's lesions that score at
+    least as high. The challenge's script ranks equal scores in file order instead.
 
     Args:
         target, score: as for `pauc`.
         patient: [N] identifiers.
+
+    Raises:
+        UserError: as for `pauc`.
     """
     labels, scores = _checked(target, score)
     _, group = np.unique(np.asarray(patient), return_inverse=True)
-    malignant, size = np.bincount(group, labels), np.bincount(group)
-    found = np.bincount(group, (labels == 1) & (_rank_within(group, scores) <= k))
+    size = np.bincount(group)
+    is_malignant = labels == 1
+    is_found = is_malignant & (_rank_within(group, scores) <= k)
+    malignant = np.bincount(group[is_malignant], minlength=len(size))
+    found = np.bincount(group[is_found], minlength=len(size))
     affected = malignant > 0
     return TopK(
         by_lesion=float(found.sum() / malignant.sum()),
@@ -145,13 +161,15 @@ def top_k(target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_
 def _rank_within(group: NDArray[np.intp], scores: NDArray[np.float64]) -> NDArray[np.intp]:
     """Returns [N] the number of rows of the same group that score at least as high."""
     order = np.lexsort((-scores, group))
-    ordered_group, ordered = group[order], scores[order]
+    ordered_group = group[order]
+    ordered = scores[order]
     first = np.searchsorted(ordered_group, ordered_group, side="left")
-    # Within a group the scores fall, so the last of a run of equal ones has the run's worst rank.
-    ends_run = np.append(
-        (ordered_group[1:] != ordered_group[:-1]) | (ordered[1:] != ordered[:-1]), True
-    )
-    run_end = np.flatnonzero(ends_run)[np.cumsum(ends_run) - ends_run]
+    # Scores fall within a group, so the last row of a run of equal scores has the run's rank.
+    group_changes = ordered_group[1:] != ordered_group[:-1]
+    score_changes = ordered[1:] != ordered[:-1]
+    ends_run = np.append(group_changes | score_changes, True)
+    run = np.cumsum(ends_run) - ends_run  # index of each row's run
+    run_end = np.flatnonzero(ends_run)[run]
     rank = np.empty(len(group), dtype=np.intp)
     rank[order] = run_end - first + 1
     return rank
@@ -160,13 +178,13 @@ def _rank_within(group: NDArray[np.intp], scores: NDArray[np.float64]) -> NDArra
 def _checked(target: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     labels = np.asarray(target, dtype=np.int64)
     scores = np.asarray(score, dtype=np.float64)
-    assert labels.shape == scores.shape and labels.ndim == 1
-    if not np.isfinite(scores).all():
-        raise UserError(
-            f"{np.count_nonzero(~np.isfinite(scores))} of {scores.size} scores are not finite numbers"
-        )
+    assert labels.shape == scores.shape
+    assert labels.ndim == 1
+    num_bad = np.count_nonzero(~np.isfinite(scores))
+    if num_bad:
+        raise UserError(f"{num_bad} of {scores.size} scores are not finite numbers")
     if labels.size == 0 or labels.min() == labels.max():
         raise UserError(
-            "a score needs both classes: every target here is the same; use data with both"
+            "a score needs both classes, but every target is the same; use data with both"
         )
     return labels, scores

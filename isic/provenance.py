@@ -1,8 +1,8 @@
-"""Which images and patients a model has learned from, so that no score passes for out of fold.
+"""Images and patients that a model has learned from, to keep out-of-fold scores honest.
 
-A model has seen the rows it was trained on, the rows its epoch was chosen on, and all that the weights
-it started from had seen. Whenever it scores a row as "out of fold", it has seen neither the row's image
-nor its patient.
+A model has seen the rows it was trained on, the rows its epoch was selected on, and all rows that
+its initial weights had seen. A score is out of fold only if the model has seen neither the image
+nor the patient.
 """
 
 from pathlib import Path
@@ -16,11 +16,11 @@ from isic.metadata import with_patient
 from isic.tables import parquet_metadata, read_parquet, reading
 
 SEEN_FILE = "trained_on.parquet"
-"""Beside a checkpoint, in its `backbone/`, and beside the embeddings of its fold."""
+"""Stored next to a checkpoint, in its `backbone/`, and next to the embeddings of its fold."""
 KEYS = (schema.ID, schema.PATIENT)
 COLUMNS = {key: pl.String() for key in KEYS}
 VERSION = "2"
-"""Version 1 also listed the rows that were held out."""
+"""Version 1 also listed held-out rows."""
 
 Seen = pl.DataFrame
 """`isic_id` and `patient_id`, String, of every image a model has learned from."""
@@ -29,32 +29,32 @@ NOTHING: Seen = pl.DataFrame(schema=COLUMNS)
 
 
 def seen_rows(table: pl.DataFrame, *inherited: Seen) -> Seen:
-    """Returns the images of `table` (and their patients) together with those of further lists, sorted."""
+    """Returns the images and patients of `table` and of the `inherited` lists, sorted."""
     parts = [with_patient(table).select(KEYS), *inherited]
     return pl.concat(parts).unique().sort(KEYS)
 
 
 def write_seen(path: Path, seen: Seen) -> None:
-    """Writes a list of images and patients; equal lists give equal bytes."""
+    """Writes a list of seen images; equal lists give equal bytes."""
     write_parquet(path, seen, {"version": VERSION})
 
 
 def read_seen(path: Path) -> Seen:
-    """Reads a list of images and patients.
+    """Reads a list of seen images.
 
     Raises:
-        UserError: there is no such file, it is not such a list, or an earlier version wrote it.
+        UserError: the file is missing, is not such a list, or comes from an earlier version.
     """
     if not path.is_file():
         raise UserError(
-            f"{path} is missing, so nobody can know which images this model has learned from; "
+            f"{path} is missing, so the images that this model has learned from are unknown; "
             "copy it from the folder in which the model was trained, or train the model again"
         )
     version = parquet_metadata(path).get("version")
     if version != VERSION:
         raise UserError(
-            f"{path} was written by an earlier version, which did not tell training rows from "
-            "held-out rows; train the model again"
+            f"{path} was written by an earlier version, which did not separate training rows "
+            "from held-out rows; train the model again"
         )
     with reading(path):
         return read_parquet(path, KEYS).cast(COLUMNS)  # type: ignore[arg-type]
@@ -67,18 +67,18 @@ def rows_seen(metadata: pl.DataFrame, seen: Seen) -> pl.DataFrame:
 
 
 def refuse_seen(held_out: pl.DataFrame, seen: Seen, model: str, remedy: str) -> None:
-    """Raises a UserError if a model has learned from images or patients that are held out from it.
+    """Raises a UserError if a model has learned from the images or patients of its held-out rows.
 
     Args:
-        held_out: `isic_id` and perhaps `patient_id` of the rows to be scored as out of fold.
-        seen: the list of the model.
-        model: the subject of the sentence, such as "the weights in x".
-        remedy: the end of the sentence, such as "use --pretrained y".
+        held_out: rows to be scored out of fold: `isic_id` and optionally `patient_id`.
+        seen: the model's list.
+        model: subject of the error message, such as "the weights in x".
+        remedy: end of the error message, such as "use --pretrained y".
     """
     leaked = rows_seen(held_out, seen)
     if len(leaked):
         raise UserError(
             f"{model} learned from {len(leaked):,} of the {len(held_out):,} held-out rows or from "
-            f"their patients, the first is {leaked[schema.ID][0]}; their scores would not be out of "
-            f"fold: {remedy}"
+            f"their patients, the first is {leaked[schema.ID][0]}; "
+            f"their scores would not be out of fold: {remedy}"
         )

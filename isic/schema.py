@@ -1,4 +1,4 @@
-"""The columns of the challenge's tables, as data."""
+"""Columns of the challenge's tables, as data."""
 
 import polars as pl
 
@@ -42,7 +42,7 @@ NUMERIC = (
     "tbp_lv_y",
     "tbp_lv_z",
 )
-"""The 34 raw numbers of a row, in the order of the challenge's file but for the two that are not `tbp_lv_*`."""
+"""The 34 raw numbers of a row: two clinical ones, then `tbp_lv_*` in the file's order."""
 
 CATEGORICAL = (
     "sex",
@@ -67,7 +67,7 @@ TRAIN_ONLY_TEXT = (
 )
 TRAIN_ONLY_NUMERIC = ("mel_thick_mm", "tbp_lv_dnn_lesion_confidence")
 TRAIN_ONLY = (TARGET, *TRAIN_ONLY_TEXT, *TRAIN_ONLY_NUMERIC)
-"""Columns that the test table lacks: never features."""
+"""Columns that the test table lacks; they are never features."""
 
 DTYPES: dict[str, pl.DataType] = {
     ID: pl.String(),
@@ -78,19 +78,22 @@ DTYPES: dict[str, pl.DataType] = {
 }
 
 TRAIN_ORDER = (
-    *(
-        "isic_id",
-        "target",
-        "patient_id",
-        "age_approx",
-        "sex",
-        "anatom_site_general",
-        "clin_size_long_diam_mm",
-    ),
-    *("image_type", "tbp_tile_type"),
-    *(name for name in NUMERIC[2:21]),
-    *("tbp_lv_location", "tbp_lv_location_simple"),
-    *(name for name in NUMERIC[21:]),
-    *("attribution", "copyright_license", *TRAIN_ONLY_TEXT, *TRAIN_ONLY_NUMERIC),
+    "isic_id",
+    "target",
+    "patient_id",
+    "age_approx",
+    "sex",
+    "anatom_site_general",
+    "clin_size_long_diam_mm",
+    "image_type",
+    "tbp_tile_type",
+    *NUMERIC[2:21],
+    "tbp_lv_location",
+    "tbp_lv_location_simple",
+    *NUMERIC[21:],
+    "attribution",
+    "copyright_license",
+    *TRAIN_ONLY_TEXT,
+    *TRAIN_ONLY_NUMERIC,
 )
-"""The 55 columns of `train-metadata.csv` in the order of the file; the test file is the same less TRAIN_ONLY."""
+"""The 55 columns of `train-metadata.csv` in file order; the test file lacks TRAIN_ONLY."""

@@ -355,7 +355,7 @@ def test_a_backbone_that_has_seen_the_labels_is_not_frozen(
     root = Path(shutil.copytree(frozen, tmp_path / "knowing"))
     metadata = Dataset(data).metadata("train")
     seen_list(root).unlink()
-    with pytest.raises(UserError, match=r"trained_on.parquet is missing, so nobody can know"):
+    with pytest.raises(UserError, match=r"trained_on.parquet is missing"):
         fit(settings(data, tmp_path, features="frozen", frozen=root))
     write_seen(seen_list(root), seen_rows(metadata))
     with pytest.raises(UserError, match="learned from 400 of the 400 held-out rows or from their"):

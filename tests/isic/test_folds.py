@@ -79,11 +79,9 @@ def test_a_plan_is_read_whatever_its_types(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_its_plan_and_refuses_other_data(tmp_path: Path) -> None:
-    table, path, pinned = (
-        small_table(),
-        tmp_path / "run" / "folds.parquet",
-        tmp_path / "pinned.parquet",
-    )
+    table = small_table()
+    path = tmp_path / "run" / "folds.parquet"
+    pinned = tmp_path / "pinned.parquet"
     first = folds_for(table, 5, 42, path, pinned)
     assert not path.exists(), "a run writes its plan when it begins to train"
     first.write(path)
@@ -98,7 +96,8 @@ def test_a_run_keeps_its_plan_and_refuses_other_data(tmp_path: Path) -> None:
 
 
 def test_a_plan_beside_the_data_wins(tmp_path: Path) -> None:
-    table, pinned = small_table(), tmp_path / "pinned.parquet"
+    table = small_table()
+    pinned = tmp_path / "pinned.parquet"
     plan = draw_folds(table, 5, 99)
     plan.write(pinned)
     assert folds_for(table, 5, 42, tmp_path / "run" / "folds.parquet", pinned).digest == plan.digest

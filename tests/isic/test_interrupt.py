@@ -1,4 +1,4 @@
-"""A signal ends a run, whatever it interrupts."""
+"""A signal ends a run, no matter when it arrives."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from isic.interrupt import SIGNALS, Interrupted, check, held, interruptible
 
 
 class Finalized:
-    """Its destructor gets a signal, as any code does that runs at an unlucky moment."""
+    """Receives a signal in its destructor."""
 
     def __init__(self, number: signal.Signals) -> None:
         self.number = number
@@ -59,7 +59,7 @@ def leave_then_connect(ident):
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(ident[0])
     left.append(ident)
-    return connect(ident)  # which is served after the one that was left
+    return connect(ident)  # served after the abandoned connection
 
 type(sharing._resource_sharer).get_connection = staticmethod(leave_then_connect)
 loader = DataLoader(torch.arange(8.0), batch_size=4, num_workers=1, worker_init_fn=leave_to_parent)

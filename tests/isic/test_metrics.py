@@ -7,7 +7,7 @@ from isic.metrics import bootstrap_pauc, pauc, roc_auc, top_k
 
 
 def official_pauc(target: np.ndarray, score: np.ndarray) -> float:
-    """The competition's definition step by step: flip both, cut the ROC curve at FPR 0.2, integrate."""
+    """The official definition: flip both, cut the ROC curve at FPR 0.2, integrate."""
     fpr, tpr, _ = roc_curve(1 - target, -score)
     stop = np.searchsorted(fpr, 0.2, side="right")
     last = np.interp(0.2, fpr[stop - 1 : stop + 1], tpr[stop - 1 : stop + 1])
@@ -36,7 +36,8 @@ def test_pauc_of_constant_perfect_and_inverted_scores() -> None:
 
 def test_only_the_order_of_scores_matters() -> None:
     random = np.random.default_rng(0)
-    target, score = random.integers(0, 2, 200), random.normal(size=200)
+    target = random.integers(0, 2, 200)
+    score = random.normal(size=200)
     assert pauc(target, score) == pauc(target, np.exp(3 * score) + 7)
 
 
@@ -71,7 +72,8 @@ def test_top_15_sensitivity_ranks_within_the_patient() -> None:
 
 def test_top_k_agrees_with_a_loop_over_patients() -> None:
     random = np.random.default_rng(3)
-    patient, target = random.integers(0, 30, 900), (random.random(900) < 0.1).astype(int)
+    patient = random.integers(0, 30, 900)
+    target = (random.random(900) < 0.1).astype(int)
     score = random.integers(0, 12, 900).astype(float)
     hits = [
         np.sum((patient == patient[i]) & (score >= score[i])) <= 15 for i in np.flatnonzero(target)
@@ -80,14 +82,15 @@ def test_top_k_agrees_with_a_loop_over_patients() -> None:
 
 
 def test_top_15_by_patient_is_the_challenges_secondary_metric() -> None:
-    """Step by step as the organisers define it: of patients with a malignant lesion, the mean share."""
+    """By the organisers' definition: the mean share over patients with a malignant lesion."""
     random = np.random.default_rng(5)
     patient = np.repeat(np.arange(40), random.integers(1, 60, 40))
     target = (random.random(len(patient)) < 0.08).astype(int)
     score = random.permutation(len(patient)).astype(float)
     shares = []
     for number in np.unique(patient[target == 1]):
-        labels, scores = (values[patient == number] for values in (target, score))
+        labels = target[patient == number]
+        scores = score[patient == number]
         top = np.argsort(-scores)[:15]
         shares.append(labels[top].sum() / labels.sum())
     found = top_k(target, score, patient)
@@ -101,7 +104,8 @@ def test_top_15_by_patient_is_the_challenges_secondary_metric() -> None:
 @pytest.mark.parametrize("levels", [3, 1000])
 def test_a_bootstrap_draw_is_the_pauc_of_the_drawn_rows(levels: int) -> None:
     random = np.random.default_rng(4)
-    target, group = (random.random(300) < 0.2).astype(int), random.integers(0, 40, 300)
+    target = (random.random(300) < 0.2).astype(int)
+    group = random.integers(0, 40, 300)
     score = np.round(random.random(300) * levels + 0.4 * target * levels)
     draws = bootstrap_pauc(target, [score, -score], group, num_draws=5, seed=9)
     assert draws.shape == (5, 2)

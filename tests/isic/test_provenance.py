@@ -1,4 +1,4 @@
-"""Which images and patients a model has learned from."""
+"""The list of images and patients that a model has learned from."""
 
 from pathlib import Path
 
@@ -30,11 +30,11 @@ def test_a_list_holds_what_it_inherits() -> None:
 
 def test_a_list_that_cannot_be_trusted_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "trained_on.parquet"
-    with pytest.raises(UserError, match="is missing, so nobody can know"):
+    with pytest.raises(UserError, match=r"trained_on\.parquet is missing"):
         read_seen(path)
     path.write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match="is damaged: it does not end as a Parquet file does"):
         read_seen(path)
     write_parquet(path, TRAINED_ON)
-    with pytest.raises(UserError, match="did not tell training rows from held-out rows"):
+    with pytest.raises(UserError, match="did not separate training rows from held-out rows"):
         read_seen(path)

@@ -1,86 +1,134 @@
-"""The number of threads that torch computes with on a CPU."""
+"""The number of threads of a run on a CPU: who decides on it, and how it is measured."""
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, Cli
 
+from isic.files import read_manifest
 from train import threads
-from train.checkpoint import load_checkpoint
-from train.threads import measure
+from train.checkpoint import BEST, LAST, load_checkpoint
+from train.config import TrainSettings
+from train.data import load_data
+from train.state import create_state, restore
+from train.threads import measure, set_threads
 
-
-class Clock:
-    """Seconds that pass only when a pass is run, by the number of threads at that time."""
-
-    def __init__(self, seconds_per_image: dict[int, float]) -> None:
-        self.seconds_per_image, self.now = seconds_per_image, 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def run(self, num_images: int) -> None:
-        self.now += num_images * self.seconds_per_image[torch.get_num_threads()]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _same_threads_afterwards() -> object:
-    before = torch.get_num_threads()
+def _as_before() -> Iterator[None]:
+    number = torch.get_num_threads()
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(number)
+
+
+def tiny(**values: object) -> TrainSettings:
+    return TrainSettings(
+        **{"model": "test_vit", "pretrained": False, "image_size": 32, "num_workers": 0, **values}
+    )  # type: ignore[arg-type]
+
+
+class Machine:
+    """A machine on which a pass takes some seconds with each number of threads, and a clock that shows them."""
+
+    def __init__(self, seconds_per_image: dict[int, list[float]]) -> None:
+        self.seconds_per_image, self.now, self.passes = seconds_per_image, 0.0, list[int]()
+
+    def run(self, num_images: int) -> None:
+        count = torch.get_num_threads()
+        turns = self.seconds_per_image[count]
+        self.now += num_images * turns[self.passes.count(count) % len(turns)]
+        self.passes.append(count)
+
+    def clock(self) -> float:
+        return self.now
 
 
 @pytest.mark.parametrize(
-    ("two_threads", "fastest"), [(0.001, 2), (0.1, 1)], ids=["idle machine", "busy machine"]
+    ("seconds", "fastest", "most_passes"),
+    [
+        ({1: [0.004], 2: [0.0025]}, 2, 16),
+        ({1: [0.004], 2: [0.0025, 0.0025, 0.02]}, 1, 16),
+        ({1: [0.004], 2: [0.15]}, 1, 8),
+        ({1: [0.004], 4: [0.002], 8: [0.0015]}, 8, 22),
+        ({1: [3.0], 2: [1.6]}, 2, 4),
+    ],
+    ids=["idle", "sometimes busy", "busy", "many cores", "a large network"],
 )
-def test_the_faster_number_is_found(two_threads: float, fastest: int) -> None:
-    clock = Clock({1: 0.002, 2: two_threads})
-    rates = measure(clock.run, batch_size=32, counts=[1, 2], clock=clock)
-    assert max(rates, key=lambda count: rates[count]) == fastest
-    assert rates[1] == pytest.approx(500)
-    assert rates[2] == pytest.approx(1 / two_threads)
-
-
-def train(cli: Cli, data: Path, output: Path, *flags: object) -> str:
-    where = ("--data", data, "--output_dir", output, "--num_folds", 3, "--fold", 0)
-    ended = cli("train", *TINY, *where, *flags)
-    assert ended.code == 0, ended.err
-    return ended.out
-
-
-def test_the_environment_is_respected(
-    small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+def test_the_fastest_number_of_threads_is_found(
+    seconds: dict[int, list[float]], fastest: int, most_passes: int
 ) -> None:
+    machine = Machine(seconds)
+    rates = measure(machine.run, 32, sorted(seconds), machine.clock)
+    assert max(rates, key=lambda count: rates[count]) == fastest
+    assert len(machine.passes) <= most_passes
+    assert rates[1] == pytest.approx(1 / seconds[1][0])
+
+
+def test_the_measurement_changes_neither_model_nor_random_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(threads, "num_cores", lambda: 2)
+    settings = tiny(model="test_efficientnet", batch_size=4, drop_rate=0.5, mask_weight=1.0)
+    model = create_state(settings, CPU, 0).model
+    model.backbone.requires_grad_(False)
+    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    words = set_threads(model, settings, CPU, None)
+    assert torch.get_num_threads() in (1, 2)
+    assert "1 thread: " in words and "2 threads: " in words and "img/s" in words
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(weight.grad is None for weight in model.parameters()) and model.training
+
+
+def test_settings_come_before_the_stopped_run_and_that_before_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = create_state(tiny(), CPU, 0).model
+    assert set_threads(model, tiny(num_threads=3), CPU, 2) == "3 threads (--num_threads)"
+    assert torch.get_num_threads() == 3
+    assert set_threads(model, tiny(), CPU, 2) == "2 threads (as before it was stopped)"
+    assert torch.get_num_threads() == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(threads, "DEFAULT_THREADS", 1)
-    assert "fold 0: 1 thread (OMP_NUM_THREADS)" in train(
-        cli, small_dataset, tmp_path, "--epochs", 1
-    )
+    assert set_threads(model, tiny(), CPU, None) == "1 thread (OMP_NUM_THREADS)"
+    assert torch.get_num_threads() == 1
+    assert set_threads(model, tiny(), torch.device("cuda"), 2) == ""
+    assert torch.get_num_threads() == 1, "a GPU's steps do not depend on it"
 
 
-def test_without_a_wish_it_is_measured_and_recorded(
-    small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+def test_several_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sets OMP_NUM_THREADS to 1 if it is not set; that is no wish of the user's."""
+    monkeypatch.setattr(threads, "num_cores", lambda: 16)
+    monkeypatch.setattr(threads, "DEFAULT_THREADS", 8)
+    assert threads.thread_counts() == [1, 8, 16]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(threads, "DEFAULT_THREADS", 1)
+    assert threads.thread_counts() == [1, 4]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert threads._given(None, CPU, None) == (None, "")
+    monkeypatch.setattr(threads, "DEFAULT_THREADS", 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert threads._given(None, CPU, None) == (2, "OMP_NUM_THREADS")
+    monkeypatch.setattr(threads, "num_cores", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert threads._given(None, CPU, None) == (1, "one core for each process")
+
+
+def test_a_resumed_run_keeps_its_number_of_threads(
+    small_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(threads, "thread_counts", lambda: [1, 2])
-    shown = train(cli, small_dataset, tmp_path, "--epochs", 1)
-    assert "1 thread: " in shown
-    assert "2 threads: " in shown
+    flags = ["--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
+    ended = cli("train", *TINY, *flags, "--num_threads", 2)
+    assert ended.code == 0 and "fold 0: 2 threads (--num_threads)" in ended.out
     fold = tmp_path / "tiny" / "fold_0"
-    used = load_checkpoint(fold / "last.pth")["num_threads"]
-    assert json.loads((fold / "best_model.pth.json").read_text())["num_threads"] == used
-
-
-def test_a_resumed_run_keeps_its_number(
-    small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    train(cli, small_dataset, tmp_path, "--epochs", 1, "--num_threads", 2)
-    fold = tmp_path / "tiny" / "fold_0"
-    (fold / "oof.parquet").unlink()
-    saved = load_checkpoint(fold / "last.pth")
-    torch.save({**saved, "epoch": 0, "step": 0}, fold / "last.pth")
-    shown = train(cli, small_dataset, tmp_path, "--epochs", 1, "--resume")
-    assert "fold 0: 2 threads (as before it was stopped)" in shown
+    assert load_checkpoint(fold / LAST)["num_threads"] == 2
+    assert read_manifest(fold / BEST)["num_threads"] == 2
+    settings = tiny(data=small_dataset, output_dir=tmp_path, epochs=1, name="tiny", resume=True)
+    state = create_state(settings, CPU, 0)
+    restore(state, fold / LAST, settings, load_data(settings))
+    assert state.num_threads == 2
