@@ -1,11 +1,12 @@
-"""Tabular features: which there are, what they need, and their values for a table.
+"""Tabular features: their table, their sets, the columns they need, and their values.
 
-A feature is a row of a table (`formulas`, `relative`): its name, its expression and where it comes from. What is
-relative is relative to the same patient's lesions in the same table, so no feature of a row depends on a label, on
-another patient or on the order of rows. What must be learnt from training rows is in `encoding`.
+A feature is one row of a table (`formulas`, `relative`): name, expression, source. A relative
+feature compares a lesion with the same patient's other lesions in the same table. So no value
+depends on a label, on another patient or on the row order. `encoding` holds the statistics that
+are learned from training rows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import polars as pl
@@ -14,7 +15,14 @@ from isic import schema
 from isic.errors import UserError, did_you_mean
 from isic.features import outlier
 from isic.features.encoding import Encoding, fit_encoding, unseen_categories
-from isic.features.formulas import CATEGORIES, ROW_FEATURES, Feature
+from isic.features.formulas import (
+    CATEGORIES,
+    OURS,
+    OWN,
+    OWN_FORMULAS,
+    ROW_FEATURES,
+    Feature,
+)
 from isic.features.relative import (
     EXTENDED_FEATURES,
     PATIENT_CODE,
@@ -31,6 +39,8 @@ __all__ = [
     "Feature",
     "compute",
     "expand",
+    "feature_sets",
+    "feature_table",
     "fit_encoding",
     "needed_columns",
     "relative_to_patient",
@@ -38,38 +48,70 @@ __all__ = [
 ]
 
 _LOF = Feature(outlier.NAME, pl.col(outlier.NAME), "patient_lof", outlier.SOURCE)
-_RELATIVE = (*RELATIVE_FEATURES, *EXTENDED_FEATURES)
 
-FEATURES: dict[str, Feature] = {
-    f.name: f for f in (*ROW_FEATURES, *RELATIVE_FEATURES, _LOF, *EXTENDED_FEATURES)
-}
-"""Every tabular feature by name, in the order in which a feature table has them."""
 
-_EXTENDED_NAMES = {f.name for f in EXTENDED_FEATURES}
+def feature_table(own_formulas: Mapping[str, pl.Expr]) -> dict[str, Feature]:
+    """Returns every feature by name, in the column order of a feature table, own formulas last.
 
-SETS: dict[str, tuple[str, ...]] = {
-    "raw": tuple(f.name for f in FEATURES.values() if f.source == "raw"),
-    "engineered": tuple(name for name in FEATURES if name not in _EXTENDED_NAMES),
-    "extended": tuple(FEATURES),
-    **{
-        group: tuple(f.name for f in FEATURES.values() if f.group == group)
-        for group in {f.group: 0 for f in FEATURES.values()}
-    },
-}
-"""What can be asked for by one word: the three sets, and each group."""
+    Raises:
+        ValueError: an own formula has a name that is taken or not an identifier, or reads
+            columns other than the raw features.
+    """
+    built_in = (*ROW_FEATURES, *RELATIVE_FEATURES, _LOF, *EXTENDED_FEATURES)
+    features = {f.name: f for f in built_in}
+    taken = {*features, *feature_sets(features), *schema.DTYPES}
+    readable = {*schema.NUMERIC, *schema.CATEGORICAL}
+    for name, expr in own_formulas.items():
+        if name in taken or not name.isidentifier():
+            raise ValueError(
+                f'OWN_FORMULAS: the name "{name}" is taken or not an identifier; rename it'
+            )
+        unreadable = sorted(set(expr.meta.root_names()) - readable)
+        if unreadable:
+            raise ValueError(
+                f"OWN_FORMULAS: {name} reads {', '.join(unreadable)}; "
+                "use the columns in schema.NUMERIC and schema.CATEGORICAL only"
+            )
+        features[name] = Feature(name, expr, OWN, OURS)
+    return features
+
+
+def feature_sets(features: Mapping[str, Feature]) -> dict[str, tuple[str, ...]]:
+    """Returns feature names by set and by group; own formulas are in none of them."""
+    shared = [f for f in features.values() if f.group != OWN]
+    extended = {f.name for f in EXTENDED_FEATURES}
+    sets = {
+        "raw": tuple(f.name for f in shared if f.source == "raw"),
+        "engineered": tuple(f.name for f in shared if f.name not in extended),
+        "extended": tuple(f.name for f in shared),
+    }
+    for group in dict.fromkeys(f.group for f in shared):
+        sets[group] = tuple(f.name for f in shared if f.group == group)
+    return sets
+
+
+FEATURES = feature_table(OWN_FORMULAS)
+"""Every tabular feature by name, in the column order of a feature table."""
+
+SETS = feature_sets(FEATURES)
+"""Feature names by the word that requests them: `raw`, `engineered`, `extended`, and each group."""
 
 
 def expand(words: Iterable[str], also_known: Iterable[str] = ()) -> tuple[str, ...]:
-    """Returns the features that the words name (a set, a group or a single feature), in the table's order.
+    """Returns the names of the requested features, in the order of FEATURES.
+
+    Args:
+        words: sets, groups or single features.
+        also_known: words of the caller, suggested for an unknown word too.
 
     Raises:
-        UserError: a word that names nothing, or a column that test tables lack.
+        UserError: an unknown word, or a column that test tables lack.
     """
     wanted: set[str] = set()
     for word in words:
         if word in schema.TRAIN_ONLY:
             raise UserError(
-                f"{word} stands in training tables only, so it cannot be a feature; leave it out"
+                f"{word} exists only in the training table and cannot be a feature; leave it out"
             )
         if word not in SETS and word not in FEATURES:
             raise UserError(
@@ -80,35 +122,43 @@ def expand(words: Iterable[str], also_known: Iterable[str] = ()) -> tuple[str, .
 
 
 def relative_to_patient(names: Iterable[str]) -> bool:
-    """Returns whether any of the named features depends on the patient's other lesions."""
-    own = {f.name for f in ROW_FEATURES}
-    return any(name in FEATURES and name not in own for name in names)
+    """Returns whether a named feature depends on the patient's other lesions; ignores others."""
+    return any(name in FEATURES and FEATURES[name].relative for name in names)
 
 
 def needed_columns(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the metadata columns that the named features are made of, in the schema's order."""
-    row = {f.name: f.expr.meta.root_names() for f in ROW_FEATURES}
+    """Returns the metadata columns that the named features read, in the schema's order."""
     columns: set[str] = set()
     for name in names:
-        roots = outlier.COLUMNS if name == outlier.NAME else FEATURES[name].expr.meta.root_names()
-        if name not in row:
-            columns.add(schema.PATIENT)
+        roots = _roots(name)
+        if not FEATURES[name].relative:
+            columns.update(roots)
+            continue
+        columns.add(schema.PATIENT)
         for root in roots:
-            columns.update([root] if name in row else row.get(root, ()))
+            if root in FEATURES:  # not PATIENT_CODE
+                columns.update(_roots(root))
     assert not columns & set(schema.TRAIN_ONLY)
     return tuple(name for name in schema.DTYPES if name in columns)
+
+
+def _roots(name: str) -> Iterable[str]:
+    """Returns the columns that a feature's expression reads."""
+    return outlier.COLUMNS if name == outlier.NAME else FEATURES[name].expr.meta.root_names()
 
 
 def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
     """Computes the named features.
 
     Args:
-        metadata: a table as `isic.metadata.read_metadata` gives it. A row without a patient is its own patient.
-        names: as `expand` gives them.
+        metadata: a table from `isic.metadata.read_metadata`. A row without a patient is a patient
+            of its own.
+        names: features from `expand`.
 
     Returns:
-        `isic_id` and one column a feature in the order of `names`, in the table's row order. Numbers are Float32,
-        null where blank or beyond float32's range and never NaN; categories are String.
+        `isic_id` and one column per feature in the order of `names`; rows in the order of
+        `metadata`. Numbers are Float32, never NaN, and null if blank or beyond the range of
+        float32. Categories are String.
 
     Raises:
         UserError: a needed column is missing.
@@ -117,13 +167,13 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
     columns = needed_columns(names)
     require(metadata, columns, "the metadata")
     rows = _in_canonical_order(metadata, columns).with_columns(
-        f.expr.alias(f.name) for f in _needed_rows(names)
+        f.expr.alias(f.name) for f in _needed_formulas(names)
     )
-    wanted = [f for f in _RELATIVE if f.name in names]
-    own = [name for name in names if name in rows.columns]
-    # Float32 at once, and no table kept that is done with: two hundred columns are what would set the peak of memory.
+    present = [name for name in names if name in rows.columns]
+    relative = [f for f in FEATURES.values() if f.relative and f.name in names and f is not _LOF]
+    # 200 columns set the peak of memory: cast to Float32 at once and free tables that are done.
     table = rows.select(
-        "_row", schema.ID, *own, *(f.expr.cast(pl.Float32).alias(f.name) for f in wanted)
+        "_row", schema.ID, *present, *(f.expr.cast(pl.Float32).alias(f.name) for f in relative)
     )
     if outlier.NAME in names:
         table = table.with_columns(_lof(rows))
@@ -133,7 +183,7 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
 
 
 def _in_canonical_order(metadata: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:
-    """Sorts by patient and id: sums in floating point then do not depend on the order of the file."""
+    """Sorts by patient and id, so that floating-point sums do not depend on the file's order."""
     patient = with_patient(metadata)[schema.PATIENT].alias(PATIENT_CODE)
     keyed = (
         metadata.select(schema.ID, patient, *columns)
@@ -143,12 +193,14 @@ def _in_canonical_order(metadata: pl.DataFrame, columns: Iterable[str]) -> pl.Da
     return keyed.with_columns(pl.col(PATIENT_CODE).rle_id().set_sorted()).rechunk()
 
 
-def _needed_rows(names: tuple[str, ...]) -> list[Feature]:
-    """The row features to compute: those asked for and those that relative ones are made of."""
-    roots = set(names)
+def _needed_formulas(names: tuple[str, ...]) -> list[Feature]:
+    """Returns the row formulas to compute: the named ones and those that relative ones read."""
+    needed = set(names)
     for name in names:
-        roots.update(FEATURES[name].expr.meta.root_names())
-    return [f for f in ROW_FEATURES if f.name in roots and f.source != "raw"]
+        needed.update(FEATURES[name].expr.meta.root_names())
+    return [
+        f for f in FEATURES.values() if f.name in needed and not f.relative and f.source != "raw"
+    ]
 
 
 def _lof(table: pl.DataFrame) -> pl.Series:
@@ -156,11 +208,9 @@ def _lof(table: pl.DataFrame) -> pl.Series:
         zscore(pl.col(name), WITHIN["patient"]).cast(pl.Float32).alias(name)
         for name in outlier.COLUMNS
     )
-    measured = table.select(scores).to_numpy(order="c")
-    return pl.Series(
-        outlier.NAME,
-        outlier.patient_lof(measured.astype(np.float32), table[PATIENT_CODE].to_numpy()),
-    )
+    measured = table.select(scores).to_numpy(order="c").astype(np.float32)
+    factor = outlier.patient_lof(measured, table[PATIENT_CODE].to_numpy())
+    return pl.Series(outlier.NAME, factor)
 
 
 def _finite(name: str) -> pl.Expr:

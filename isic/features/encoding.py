@@ -1,4 +1,4 @@
-"""What is learnt about features from training rows: a code for each category, a number for each blank. Plain data."""
+"""Feature encoding learned from training rows: category codes and medians, as plain data."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from numpy.typing import NDArray
 from isic.features.formulas import CATEGORIES
 
 BLANK = -1.0
-"""The code of a blank category, and of a category that the training rows lack."""
+"""Code of a blank category and of a category that the training rows lack."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Turns a feature table into the matrix that the boosters see.
+    """Turns a feature table into the boosters' matrix.
 
-    A category becomes its rank by falling frequency among the training rows: 0 is the commonest.
-    One that they lack is unknown, as a blank is, and both become BLANK. Trees can only tell that
-    code from the commonest category when training rows have it too, see `blank_categories`. A blank
-    number becomes the median of the training rows, or 0 when none of them has one.
+    A category becomes its rank by falling frequency in the training rows (0 is the most frequent);
+    a blank and an unseen category become BLANK. Trees separate BLANK from 0 only if training rows
+    contain it, see `blank_categories`. A blank number becomes the median of the training rows, or
+    0 if they have none.
     """
 
     names: tuple[str, ...]
-    """The columns of the matrix, in order."""
+    """Columns of the matrix, in order."""
     medians: Mapping[str, float]
     categories: Mapping[str, tuple[str, ...]]
 
@@ -47,16 +47,17 @@ class Encoding:
     def blank_categories(
         self, matrix: NDArray[np.float32], share: float, random: np.random.Generator
     ) -> None:
-        """Sets each category to BLANK in a random share of the rows, drawn for each column.
+        """Sets each category column to BLANK in its own random share of the rows.
 
-        Boosters that have met BLANK in training do not score an unseen category as the commonest.
+        Without it boosters score an unseen category like the most frequent one.
 
         Args:
-            matrix: [N, D] as `transform` returns it, changed in place.
-            share: of the rows, in [0, 1).
+            matrix: [N, D] float32 from `transform`, changed in place.
+            share: fraction of the rows, in [0, 1).
         """
         for name in self.categories:
-            matrix[random.random(len(matrix)) < share, self.names.index(name)] = BLANK
+            blanked = random.random(len(matrix)) < share
+            matrix[blanked, self.names.index(name)] = BLANK
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -74,15 +75,14 @@ class Encoding:
 
 
 def fit_encoding(features: pl.DataFrame, names: tuple[str, ...]) -> Encoding:
-    """Learns the encoding of the named columns from a feature table that holds training rows only."""
+    """Learns the encoding of the named columns from a feature table of training rows."""
     numeric = [name for name in names if name not in CATEGORIES]
-    medians = (
-        features.select(pl.col(numeric).median().fill_null(0).cast(pl.Float64)).row(0)
-        if numeric
-        else ()
-    )
+    medians: dict[str, float] = {}
+    if numeric:
+        table = features.select(pl.col(numeric).median().fill_null(0).cast(pl.Float64))
+        medians = table.row(0, named=True)
     categories = {name: _by_frequency(features[name]) for name in names if name in CATEGORIES}
-    return Encoding(names, dict(zip(numeric, medians, strict=True)), categories)
+    return Encoding(names, medians, categories)
 
 
 def _by_frequency(column: pl.Series) -> tuple[str, ...]:
@@ -95,10 +95,13 @@ def _by_frequency(column: pl.Series) -> tuple[str, ...]:
 def unseen_categories(
     features: pl.DataFrame, encodings: Collection[Encoding]
 ) -> dict[str, dict[str, int]]:
-    """Returns the categories that none of the encodings has: number of rows by value, by column."""
+    """Counts the rows whose category no encoding knows: column -> value -> number of rows."""
+    known_values: dict[str, set[str]] = {}
+    for encoding in encodings:
+        for name, values in encoding.categories.items():
+            known_values.setdefault(name, set()).update(values)
     found = {}
-    for name in {name: 0 for encoding in encodings for name in encoding.categories}:
-        known = {value for encoding in encodings for value in encoding.categories[name]}
+    for name, known in known_values.items():
         column = features[name].drop_nulls()
         counts = column.filter(~column.is_in(list(known))).value_counts().sort(name)
         if len(counts):

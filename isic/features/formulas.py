@@ -1,10 +1,11 @@
-"""Features that need nothing but their own row, as a table: name, expression, group, source.
+"""Features that read only their own row, as a table: name, expression, group, source.
 
-The public notebooks write their formulas with numpy and let 0/0 and x/0 become NaN and infinity. Here every division
-goes through `ratio`, so a formula is blank exactly where one of its own columns is.
+The public notebooks compute their formulas with numpy, so 0/0 and x/0 become NaN and infinity.
+Here every division goes through `ratio`: a formula is blank exactly if one of its columns is.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -13,11 +14,15 @@ import polars as pl
 from isic import schema
 
 ERR = 1e-5
-"""What a denominator of zero becomes, and what the notebooks add where they guard one."""
+"""Replaces a denominator of zero; also the term that the notebooks add to guarded denominators."""
 
 NOTEBOOKS = "public ISIC 2024 notebooks"
 SOLUTIONS = "high-placed ISIC 2024 solutions"
 OURS = "this project"
+
+OWN = "own"
+"""Group of the features from OWN_FORMULAS."""
+ROW_GROUPS = ("numeric", "category", "formula", OWN)
 
 CATEGORY_BLANK = "blank"
 SITE = "anatom_site_general"
@@ -30,13 +35,18 @@ class Feature:
 
     name: str
     expr: pl.Expr
-    """Over the metadata's columns, or over those and the row features where the group is a relative one."""
+    """Reads metadata columns; a relative feature reads row features and the patient code."""
     group: str
     source: str
 
+    @property
+    def relative(self) -> bool:
+        """Whether the value depends on the patient's other lesions."""
+        return self.group not in ROW_GROUPS
+
 
 def ratio(numerator: pl.Expr, denominator: pl.Expr) -> pl.Expr:
-    """Returns numerator / denominator, with ERR in the place of a denominator of exactly zero; 0/0 is 0."""
+    """Returns numerator / denominator; a denominator of exactly 0 is ERR, so 0/0 is 0."""
     return numerator / pl.when(denominator == 0).then(ERR).otherwise(denominator)
 
 
@@ -45,28 +55,43 @@ def norm(*parts: pl.Expr) -> pl.Expr:
     return sum((part * part for part in parts), start=pl.lit(0.0)).sqrt()
 
 
-age, size = pl.col("age_approx"), pl.col("clin_size_long_diam_mm")
-a, a_ext, b, b_ext = (pl.col(f"tbp_lv_{name}") for name in ("A", "Aext", "B", "Bext"))
-hue, hue_ext, lum, lum_ext = (pl.col(f"tbp_lv_{name}") for name in ("H", "Hext", "L", "Lext"))
-delta_a, delta_b, delta_l, delta_lb = (
-    pl.col(f"tbp_lv_delta{name}") for name in ("A", "B", "L", "LBnorm")
-)
-area, perim, minor = (
-    pl.col(f"tbp_lv_{name}MM{power}")
-    for name, power in (("area", 2), ("perimeter", ""), ("minorAxis", ""))
-)
-possible_area = pl.when(area >= 0).then(area)
-"""What a logarithm or a root takes: one NaN would blank all of a patient's lesions that are measured against it."""
-area_perim, ecc, nevi = (
-    pl.col(f"tbp_lv_{name}") for name in ("area_perim_ratio", "eccentricity", "nevi_confidence")
-)
-border, color, symm = (
-    pl.col(f"tbp_lv_{name}") for name in ("norm_border", "norm_color", "symm_2axis")
-)
-color_std, radial = pl.col("tbp_lv_color_std_mean"), pl.col("tbp_lv_radial_color_std_max")
-std_l, std_l_ext = pl.col("tbp_lv_stdL"), pl.col("tbp_lv_stdLExt")
-x, y, z = (pl.col(f"tbp_lv_{name}") for name in "xyz")
+def _tbp(name: str) -> pl.Expr:
+    return pl.col(f"tbp_lv_{name}")
 
+
+age = pl.col("age_approx")
+size = pl.col("clin_size_long_diam_mm")
+a = _tbp("A")
+a_ext = _tbp("Aext")
+b = _tbp("B")
+b_ext = _tbp("Bext")
+hue = _tbp("H")
+hue_ext = _tbp("Hext")
+lum = _tbp("L")
+lum_ext = _tbp("Lext")
+delta_a = _tbp("deltaA")
+delta_b = _tbp("deltaB")
+delta_l = _tbp("deltaL")
+delta_lb = _tbp("deltaLBnorm")
+area = _tbp("areaMM2")
+perim = _tbp("perimeterMM")
+minor = _tbp("minorAxisMM")
+area_perim = _tbp("area_perim_ratio")
+ecc = _tbp("eccentricity")
+nevi = _tbp("nevi_confidence")
+border = _tbp("norm_border")
+color = _tbp("norm_color")
+symm = _tbp("symm_2axis")
+color_std = _tbp("color_std_mean")
+radial = _tbp("radial_color_std_max")
+std_l = _tbp("stdL")
+std_l_ext = _tbp("stdLExt")
+x = _tbp("x")
+y = _tbp("y")
+z = _tbp("z")
+
+possible_area = pl.when(area >= 0).then(area)
+"""The area for logarithms and roots: one NaN would blank the z-scores of a whole patient."""
 border_complexity = border + symm
 shape_index = ratio(area, perim * perim)
 
@@ -116,7 +141,7 @@ NOTEBOOK_FORMULAS = MappingProxyType(
         "index_age_size_symmetry": age * area * symm,
     }
 )
-"""The 42 numeric formulas of the public notebooks, under their names there."""
+"""The 42 numeric formulas of the public notebooks, under the notebooks' names."""
 
 SOLUTION_FORMULAS = MappingProxyType(
     {
@@ -130,11 +155,21 @@ SOLUTION_FORMULAS = MappingProxyType(
         "texture_contrast": ratio(std_l, lum),
     }
 )
-"""Further formulas of high-placed solutions. Their shape_irregularity is border_length_ratio in other letters."""
+"""Extra formulas of high-placed solutions. Their shape_irregularity equals border_length_ratio."""
+
+OWN_FORMULAS: Mapping[str, pl.Expr] = MappingProxyType({})
+"""Your own formulas: name -> number computed from the raw features of the same row, for example
+
+    "size_per_age": ratio(size, age),
+
+Each is a single feature that is requested by its name: `--features engineered,size_per_age`.
+It is in no set (`engineered`, `extended`) and gets no patient z-score, so fitted ensembles stay
+valid. Do not aggregate over rows here; features over a patient's lesions belong in `relative`.
+"""
 
 COMBINED_SITE = "combined_anatomical_site"
 CATEGORIES = (*schema.CATEGORICAL, COMBINED_SITE)
-"""The columns of text; whoever fits turns them into codes."""
+"""Text columns; `encoding` turns them into codes."""
 
 _combined_site = pl.concat_str(
     pl.col(SITE).fill_null(CATEGORY_BLANK), pl.lit("_"), pl.col(LOCATION).fill_null(CATEGORY_BLANK)
@@ -157,4 +192,4 @@ ROW_FEATURES = (
 ROW_NUMERIC = tuple(
     f.name for f in ROW_FEATURES if f.name not in CATEGORIES and f.name != "num_blanks"
 )
-"""The 84 numbers that are also looked at relative to the patient's other lesions."""
+"""The 84 numbers that also get a z-score among the patient's lesions."""

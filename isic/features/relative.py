@@ -1,12 +1,22 @@
-"""Features of a lesion relative to the other lesions of its patient, as a table of expressions.
+"""Features of a lesion relative to its patient's other lesions, as a table of expressions.
 
-They take the row features as columns, and PATIENT_CODE, by which the table must be sorted.
+They read row features and PATIENT_CODE; the table must be sorted by PATIENT_CODE.
 """
 
 import polars as pl
 
 from isic import schema
-from isic.features.formulas import ERR, LOCATION, OURS, ROW_NUMERIC, SITE, SOLUTIONS, Feature, ratio
+from isic.features.formulas import (
+    ERR,
+    LOCATION,
+    NOTEBOOKS,
+    OURS,
+    ROW_NUMERIC,
+    SITE,
+    SOLUTIONS,
+    Feature,
+    ratio,
+)
 
 PATIENT_CODE = "_patient"
 
@@ -15,7 +25,7 @@ WITHIN: dict[str, list[str]] = {
     "patient_site": [PATIENT_CODE, SITE],
     "patient_location": [PATIENT_CODE, LOCATION],
 }
-"""Among which lesions a lesion is looked at. Lesions with a blank site are one site."""
+"""Keys of the lesions that a lesion is compared with. Blank sites count as one site."""
 
 RANKED = (
     "clin_size_long_diam_mm",
@@ -27,35 +37,38 @@ RANKED = (
     "tbp_lv_norm_border",
     "tbp_lv_norm_color",
 )
-"""Size, hue, contrast, colour variation, nevus likeness and border: one measurement of each kind."""
+"""One or two measurements each of size, hue, contrast, colour variation, nevus and border."""
 
 EXTREMES = ("clin_size_long_diam_mm", "tbp_lv_areaMM2", "tbp_lv_perimeterMM")
 Z_OUTLIER = 2.0
 
 
 def zscore(column: pl.Expr, keys: list[str]) -> pl.Expr:
-    """Returns (x - mean) / (std + ERR) among the rows with the same keys; a lone lesion has std 0 and score 0."""
+    """Returns (x - mean) / (std + ERR) among rows with equal keys; a single lesion scores 0."""
     return (column - column.mean().over(keys)) / (column.std().over(keys).fill_null(0) + ERR)
 
 
 def percentile(column: pl.Expr, keys: list[str]) -> pl.Expr:
-    """Returns the rank among the rows with the same keys that have a value, in (0, 1]; ties share their mean rank."""
+    """Returns rank / count among the rows with equal keys and a value, in (0, 1].
+
+    Ties get their mean rank.
+    """
     return column.rank("average").over(keys) / column.count().over(keys)
 
 
-def _zscores(where: str, source: str) -> tuple[Feature, ...]:
+def _zscores(within: str, source: str) -> tuple[Feature, ...]:
     return tuple(
-        Feature(f"{name}_{where}_z", zscore(pl.col(name), WITHIN[where]), f"{where}_z", source)
+        Feature(f"{name}_{within}_z", zscore(pl.col(name), WITHIN[within]), f"{within}_z", source)
         for name in ROW_NUMERIC
     )
 
 
-def _ranks(names: tuple[str, ...], where: str) -> tuple[Feature, ...]:
+def _ranks(names: tuple[str, ...], within: str) -> tuple[Feature, ...]:
     return tuple(
         Feature(
-            f"{name}_{where}_rank",
-            percentile(pl.col(name), WITHIN[where]),
-            f"{where}_rank",
+            f"{name}_{within}_rank",
+            percentile(pl.col(name), WITHIN[within]),
+            f"{within}_rank",
             SOLUTIONS,
         )
         for name in names
@@ -64,42 +77,43 @@ def _ranks(names: tuple[str, ...], where: str) -> tuple[Feature, ...]:
 
 def _extremes() -> tuple[Feature, ...]:
     keys = WITHIN["patient"]
-    return tuple(
-        Feature(
-            f"{name}_to_patient_{extreme}",
-            ratio(pl.col(name), expr.over(keys)),
-            "patient_extreme",
-            SOLUTIONS,
-        )
-        for name in EXTREMES
-        for extreme, expr in (("max", pl.col(name).max()), ("min", pl.col(name).min()))
-    )
+    group = "patient_extreme"
+    features = []
+    for name in EXTREMES:
+        column = pl.col(name)
+        to_max = ratio(column, column.max().over(keys))
+        to_min = ratio(column, column.min().over(keys))
+        features.append(Feature(f"{name}_to_patient_max", to_max, group, SOLUTIONS))
+        features.append(Feature(f"{name}_to_patient_min", to_min, group, SOLUTIONS))
+    return tuple(features)
 
 
 def _counts() -> tuple[Feature, ...]:
-    area = pl.col("tbp_lv_areaMM2")
-    return tuple(
-        Feature(f"{where}_{what}", expr.over(keys), "patient_count", SOLUTIONS)
-        for where, keys in WITHIN.items()
-        for what, expr in (("num_lesions", pl.len()), ("area_sum", area.sum()))
-    )
+    group = "patient_count"
+    features = []
+    for within, keys in WITHIN.items():
+        num_lesions = pl.len().over(keys)
+        area_sum = pl.col("tbp_lv_areaMM2").sum().over(keys)
+        features.append(Feature(f"{within}_num_lesions", num_lesions, group, SOLUTIONS))
+        features.append(Feature(f"{within}_area_sum", area_sum, group, SOLUTIONS))
+    return tuple(features)
 
 
-def _outlier_count(where: str) -> Feature:
-    outlying = (zscore(pl.col(name), WITHIN[where]).abs() > Z_OUTLIER for name in schema.NUMERIC)
-    return Feature(
-        f"num_{where}_outliers", pl.sum_horizontal(*outlying), f"{where}_outliers", SOLUTIONS
-    )
+def _outlier_count(within: str) -> Feature:
+    keys = WITHIN[within]
+    outlying = (zscore(pl.col(name), keys).abs() > Z_OUTLIER for name in schema.NUMERIC)
+    count = pl.sum_horizontal(*outlying)
+    return Feature(f"num_{within}_outliers", count, f"{within}_outliers", SOLUTIONS)
 
 
 RELATIVE_FEATURES = (
-    *_zscores("patient", "public ISIC 2024 notebooks"),
+    *_zscores("patient", NOTEBOOKS),
     *_ranks(RANKED, "patient"),
     *_extremes(),
     *_counts(),
     _outlier_count("patient"),
 )
-"""The default ones."""
+"""The relative features of the `engineered` set."""
 
 EXTENDED_FEATURES = (
     *(
@@ -111,4 +125,4 @@ EXTENDED_FEATURES = (
     *_ranks(RANKED, "patient_location"),
     _outlier_count("patient_location"),
 )
-"""Those in the extended set: the size of the deviation at the same body location, and ranks at site and location."""
+"""Only in `extended`: absolute z-scores per body location, ranks per site and per location."""

@@ -378,7 +378,7 @@ def test_bad_tables_are_refused(data: Path, tmp_path: Path, message: str) -> Non
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        ("lesion_id", "lesion_id stands in training tables only"),
+        ("lesion_id", "lesion_id exists only in the training table"),
         ("engineerd", 'did you mean "engineered"'),
         ("multimodl", 'did you mean "multimodal"'),
         ("multimodal", "need --embeddings"),

@@ -1,4 +1,4 @@
-"""Feature values known by hand, and what they must not depend on: labels, other patients, the order of rows."""
+"""Feature values by hand, and their independence of labels, other patients and row order."""
 
 import math
 import os
@@ -11,10 +11,21 @@ import polars as pl
 import pytest
 from sklearn.neighbors import LocalOutlierFactor
 
-from isic import schema
+from isic import features, schema
 from isic.errors import UserError
-from isic.features import FEATURES, SETS, Encoding, compute, expand, fit_encoding, needed_columns
-from isic.features.formulas import NOTEBOOK_FORMULAS, SOLUTION_FORMULAS
+from isic.features import (
+    FEATURES,
+    SETS,
+    Encoding,
+    compute,
+    expand,
+    feature_sets,
+    feature_table,
+    fit_encoding,
+    needed_columns,
+    relative_to_patient,
+)
+from isic.features.formulas import NOTEBOOK_FORMULAS, SOLUTION_FORMULAS, ratio
 from isic.features.outlier import FLOOR, patient_lof
 from isic.synth.rows import draw_rows
 
@@ -39,7 +50,7 @@ def extended(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def same(left: pl.DataFrame, right: pl.DataFrame) -> bool:
-    """Bit for bit, nulls included."""
+    """Returns whether two tables are equal bit for bit, nulls included."""
     return left.equals(right, null_equal=True)
 
 
@@ -48,7 +59,7 @@ def value(table: pl.DataFrame, name: str, row: int = 0) -> float:
 
 
 def lesions(**columns: list[float] | list[str] | list[None]) -> pl.DataFrame:
-    """Rows of one patient with the given columns over a plain row."""
+    """Returns rows of one patient: the given columns, and plain values in all others."""
     num_rows = len(next(iter(columns.values())))
     plain = {name: [1.0] * num_rows for name in schema.NUMERIC} | {
         name: ["a"] * num_rows for name in schema.CATEGORICAL
@@ -65,10 +76,10 @@ def lesions(**columns: list[float] | list[str] | list[None]) -> pl.DataFrame:
 
 def test_the_sets_have_the_sizes_they_are_known_for() -> None:
     assert len(NOTEBOOK_FORMULAS) == 42
-    assert len(SETS["numeric"]) == 34 and len(SETS["raw"]) == 42
-    assert len(SETS["engineered"]) == 200 and set(SETS["raw"]) < set(SETS["engineered"]) < set(
-        EXTENDED
-    )
+    assert len(SETS["numeric"]) == 34
+    assert len(SETS["raw"]) == 42
+    assert len(SETS["engineered"]) == 200
+    assert set(SETS["raw"]) < set(SETS["engineered"]) < set(EXTENDED)
     assert {f"{name}_patient_z" for name in (*schema.NUMERIC, *NOTEBOOK_FORMULAS)} < set(
         SETS["engineered"]
     )
@@ -106,21 +117,34 @@ FORMULAS_BY_HAND = {
 
 @pytest.mark.parametrize("name", FORMULAS_BY_HAND)
 def test_formulas_have_the_values_of_a_calculation_by_hand(name: str) -> None:
-    row = {"clin_size_long_diam_mm": 4.0, "age_approx": 60.0}
-    row |= {"tbp_lv_H": 50.0, "tbp_lv_Hext": 58.0, "tbp_lv_L": 40.0, "tbp_lv_Lext": 52.0}
-    row |= {"tbp_lv_A": 20.0, "tbp_lv_Aext": 16.0, "tbp_lv_B": 25.0, "tbp_lv_Bext": 23.0}
-    row |= {"tbp_lv_areaMM2": 6.0, "tbp_lv_perimeterMM": 9.0, "tbp_lv_minorAxisMM": 2.0}
-    row |= {
+    row = {
+        "age_approx": 60.0,
+        "clin_size_long_diam_mm": 4.0,
+        "tbp_lv_A": 20.0,
+        "tbp_lv_Aext": 16.0,
+        "tbp_lv_B": 25.0,
+        "tbp_lv_Bext": 23.0,
+        "tbp_lv_H": 50.0,
+        "tbp_lv_Hext": 58.0,
+        "tbp_lv_L": 40.0,
+        "tbp_lv_Lext": 52.0,
+        "tbp_lv_areaMM2": 6.0,
+        "tbp_lv_color_std_mean": 1.5,
         "tbp_lv_deltaA": 3.0,
         "tbp_lv_deltaB": -4.0,
         "tbp_lv_deltaL": -12.0,
         "tbp_lv_deltaLBnorm": 5.0,
+        "tbp_lv_minorAxisMM": 2.0,
+        "tbp_lv_norm_border": 0.5,
+        "tbp_lv_perimeterMM": 9.0,
+        "tbp_lv_radial_color_std_max": 0.75,
+        "tbp_lv_symm_2axis": 0.25,
+        "tbp_lv_x": 2.0,
+        "tbp_lv_y": 3.0,
+        "tbp_lv_z": 6.0,
     }
-    row |= {"tbp_lv_norm_border": 0.5, "tbp_lv_symm_2axis": 0.25, "tbp_lv_color_std_mean": 1.5}
-    row |= {"tbp_lv_radial_color_std_max": 0.75, "tbp_lv_x": 2.0, "tbp_lv_y": 3.0, "tbp_lv_z": 6.0}
-    assert value(lesions(**{key: [number] for key, number in row.items()}), name) == pytest.approx(
-        FORMULAS_BY_HAND[name], rel=1e-6
-    )
+    table = lesions(**{column: [number] for column, number in row.items()})
+    assert value(table, name) == pytest.approx(FORMULAS_BY_HAND[name], rel=1e-6)
 
 
 def test_zero_over_zero_is_zero_and_a_blank_stays_blank() -> None:
@@ -138,10 +162,10 @@ def test_every_formula_is_finite_where_every_measurement_is_zero() -> None:
 
 
 def test_a_number_beyond_float32_is_blank() -> None:
-    assert compute(lesions(tbp_lv_x=[1e30]), ["position_distance_3d"])["position_distance_3d"][
-        0
-    ] == pytest.approx(1e30)
-    assert compute(lesions(tbp_lv_x=[1e300]), ["tbp_lv_x"])["tbp_lv_x"].to_list() == [None]
+    far = lesions(tbp_lv_x=[1e30])
+    assert value(far, "position_distance_3d") == pytest.approx(1e30)
+    beyond = lesions(tbp_lv_x=[1e300])
+    assert compute(beyond, ["tbp_lv_x"])["tbp_lv_x"].to_list() == [None]
 
 
 def test_patient_features_by_hand() -> None:
@@ -165,7 +189,8 @@ def test_patient_features_by_hand() -> None:
     assert found[names[1]].to_list() == pytest.approx([2.5 / 3, 2.5 / 3, 1 / 3])
     assert found[names[2]].to_list() == pytest.approx([1 / 6, 2 / 6, 1])
     assert found[names[3]].to_list() == [1, 2, 6]
-    assert found[names[4]].to_list() == [3, 3, 3] and found[names[5]].to_list() == [1, 2, 2]
+    assert found[names[4]].to_list() == [3, 3, 3]
+    assert found[names[5]].to_list() == [1, 2, 2]
     assert found[names[6]].to_list() == [1, 8, 8]
 
 
@@ -173,7 +198,8 @@ def test_a_lone_lesion_is_like_itself() -> None:
     one = compute(lesions(tbp_lv_H=[50.0]), SETS["engineered"])
     zscores = one.select(pl.col("^.*_patient_z$"))
     assert set(zscores.row(0)) == {0.0}
-    assert one["patient_lof"][0] == -1 and one["tbp_lv_H_patient_rank"][0] == 1
+    assert one["patient_lof"][0] == -1
+    assert one["tbp_lv_H_patient_rank"][0] == 1
 
 
 def test_rows_without_a_patient_are_patients_of_their_own(table: pl.DataFrame) -> None:
@@ -183,12 +209,8 @@ def test_rows_without_a_patient_are_patients_of_their_own(table: pl.DataFrame) -
 
 def test_the_outlier_factor_is_scikit_learns_and_finds_the_odd_one_out() -> None:
     rng = np.random.default_rng(0)
-    sizes = (
-        900,
-        60,
-        18,
-        2,
-    )  # the first needs several blocks of distances, the third has fewer than 30 neighbours
+    # The first patient needs several blocks of distances, the third has fewer than 30 neighbors.
+    sizes = (900, 60, 18, 2)
     measured = rng.standard_normal((sum(sizes), 5)).astype(np.float32)
     measured[907] = 12
     factor = patient_lof(measured, np.repeat(range(4), sizes))
@@ -200,14 +222,16 @@ def test_the_outlier_factor_is_scikit_learns_and_finds_the_odd_one_out() -> None
             factor[rows], theirs.negative_outlier_factor_.astype(np.float32)
         )
         start += size
-    assert factor[900:960].argmin() == 7 and factor[start:].tolist() == [-1, -1]
+    assert factor[900:960].argmin() == 7
+    assert factor[start:].tolist() == [-1, -1]
 
 
 def test_identical_lesions_have_a_finite_outlier_factor() -> None:
     measured = np.zeros((40, 3), dtype=np.float32)
     measured[-1] = 5
     factor = patient_lof(measured, np.zeros(40, dtype=np.int64))
-    assert np.isfinite(factor).all() and factor.min() >= FLOOR
+    assert np.isfinite(factor).all()
+    assert factor.min() >= FLOOR
 
 
 def test_the_order_of_rows_changes_nothing(table: pl.DataFrame, extended: pl.DataFrame) -> None:
@@ -220,11 +244,12 @@ def test_the_order_of_rows_changes_nothing(table: pl.DataFrame, extended: pl.Dat
 def test_the_number_of_threads_changes_nothing(
     table: pl.DataFrame, extended: pl.DataFrame, tmp_path: Path
 ) -> None:
-    """Polars takes its number of threads when it is first imported, so the other number needs another process."""
+    """In a new process, because Polars fixes its number of threads on import."""
     assert pl.thread_pool_size() != 3, "this test must use another number"
     table.write_parquet(tmp_path / "table.parquet")
     script = (
-        "import sys, polars as pl; from isic.features import SETS, compute; assert pl.thread_pool_size() == 3; "
+        "import sys, polars as pl; from isic.features import SETS, compute; "
+        "assert pl.thread_pool_size() == 3; "
         "compute(pl.read_parquet(sys.argv[1]), SETS['extended']).write_parquet(sys.argv[2])"
     )
     command = [
@@ -269,14 +294,45 @@ def test_the_patients_own_rows_do_change_something(
     without = compute(table.filter(pl.col(schema.ID) != first), EXTENDED)
     rest = extended.filter(pl.col(schema.ID) != first)
     moved = [name for name in EXTENDED if not without[name].equals(rest[name], null_equal=True)]
-    assert len(moved) > 100 and {FEATURES[name].source for name in moved}.isdisjoint({"raw"})
+    assert len(moved) > 100
+    assert {FEATURES[name].source for name in moved}.isdisjoint({"raw"})
 
 
 @pytest.mark.parametrize("column", schema.TRAIN_ONLY)
 def test_a_column_of_training_tables_is_never_a_feature(column: str) -> None:
-    with pytest.raises(UserError, match=f"{column} stands in training tables only"):
+    with pytest.raises(UserError, match=f"{column} exists only in the training table"):
         expand(["raw", column])
     assert column not in needed_columns(FEATURES)
+
+
+def test_an_own_formula_is_a_feature_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    formula = ratio(pl.col("clin_size_long_diam_mm"), pl.col("age_approx"))
+    table = feature_table({"my_feature": formula})
+    monkeypatch.setattr(features, "FEATURES", table)
+    monkeypatch.setattr(features, "SETS", feature_sets(table))
+    assert features.SETS == SETS
+    assert set(table) - set(FEATURES) == {"my_feature"}, "no z-score of it"
+    names = expand(["engineered", "my_feature"])
+    assert names == (*SETS["engineered"], "my_feature")
+    assert needed_columns(["my_feature"]) == ("age_approx", "clin_size_long_diam_mm")
+    assert not relative_to_patient(["my_feature"])
+    two = lesions(clin_size_long_diam_mm=[3.0, 4.0], age_approx=[60.0, None])
+    computed = compute(two, names)
+    assert computed.columns == [schema.ID, *names]
+    assert computed["my_feature"].to_list() == [pytest.approx(0.05), None]
+    assert same(computed.drop("my_feature"), compute(two, SETS["engineered"]))
+
+
+@pytest.mark.parametrize("name", ["tbp_lv_H", "border_complexity", "patient_z", "raw", "a b"])
+def test_an_own_formula_needs_a_new_name(name: str) -> None:
+    with pytest.raises(ValueError, match="rename it"):
+        feature_table({name: pl.col("age_approx") + 1})
+
+
+@pytest.mark.parametrize("column", ["target", "patient_id", "border_complexity"])
+def test_an_own_formula_reads_raw_features_only(column: str) -> None:
+    with pytest.raises(ValueError, match=f"my_feature reads {column}"):
+        feature_table({"my_feature": pl.col(column) + pl.col("age_approx")})
 
 
 def test_unknown_features_are_refused_with_the_nearest_name() -> None:
@@ -306,8 +362,10 @@ def test_codes_follow_frequency_and_what_is_unseen_is_a_blank() -> None:
         {"sex": ["b", "a", "c", "new", None], "age_approx": pl.Series([None] * 5, dtype=pl.Float32)}
     )
     matrix = encoding.transform(new)
-    assert matrix.dtype == np.float32 and matrix.flags.c_contiguous
-    assert matrix[:, 1].tolist() == [0, 1, 2, -1, -1] and matrix[:, 0].tolist() == [3.0] * 5
+    assert matrix.dtype == np.float32
+    assert matrix.flags.c_contiguous
+    assert matrix[:, 1].tolist() == [0, 1, 2, -1, -1]
+    assert matrix[:, 0].tolist() == [3.0] * 5
 
 
 def test_a_column_blank_in_every_training_row_is_zero() -> None:

@@ -15,7 +15,8 @@ def test_no_patient_stands_in_two_folds_and_positives_are_spread() -> None:
     by_patient = table.with_columns(fold).group_by("patient_id").agg(pl.col("fold").n_unique())
     assert (by_patient["fold"] == 1).all()
     positives = table.with_columns(fold).group_by("fold").agg(pl.col("target").sum())["target"]
-    assert positives.min() >= 30 and fold.n_unique() == 5
+    assert positives.min() >= 30
+    assert fold.n_unique() == 5
 
 
 def test_the_plan_hangs_on_data_and_seed_not_on_row_order() -> None:

@@ -62,8 +62,10 @@ def test_top_15_sensitivity_ranks_within_the_patient() -> None:
     score = np.arange(40.0)
     target[[19, 5, 4, 39]] = 1  # ranks 1, 15 and 16 of a's twenty lesions, and 1 of b's
     found = top_k(target, score, patient)
-    assert found.by_lesion == 3 / 4 and found.by_patient == (2 / 3 + 1) / 2
-    assert found.num_patients == 2 and found.num_small == 0
+    assert found.by_lesion == 3 / 4
+    assert found.by_patient == (2 / 3 + 1) / 2
+    assert found.num_patients == 2
+    assert found.num_small == 0
     tied = top_k(target, np.zeros(40), patient)
     assert tied.by_lesion == tied.by_patient == 0, "a tie counts against the lesion"
     perfect = top_k(target, np.where(target == 1, 1.0, 0.0), patient)

@@ -76,7 +76,8 @@ class TestLayout:
     def test_tables(self, synth_dataset: Path) -> None:
         train = pl.read_csv(synth_dataset / "train-metadata.csv", infer_schema=False)
         test = pl.read_csv(synth_dataset / "test-metadata.csv", infer_schema=False)
-        assert tuple(train.columns) == schema.TRAIN_ORDER and len(train.columns) == 55
+        assert tuple(train.columns) == schema.TRAIN_ORDER
+        assert len(train.columns) == 55
         assert tuple(test.columns) == tuple(
             c for c in schema.TRAIN_ORDER if c not in schema.TRAIN_ONLY
         )
@@ -90,16 +91,17 @@ class TestLayout:
         sample = pl.read_csv(synth_dataset / "sample_submission.csv")
         truth = pl.read_csv(synth_dataset / "test-truth.csv")
         assert sample.columns == truth.columns == ["isic_id", "target"]
-        assert test["isic_id"].equals(sample["isic_id"]) and test["isic_id"].equals(
-            truth["isic_id"]
-        )
+        assert test["isic_id"].equals(sample["isic_id"])
+        assert test["isic_id"].equals(truth["isic_id"])
         assert truth["target"].sum() == 2
 
     def test_images_are_stored_as_the_challenge_stores_them(self, synth_dataset: Path) -> None:
         with h5py.File(synth_dataset / "train-image.hdf5") as file:
             assert len(file) == 300
             for dataset in file.values():
-                assert dataset.shape == () and dataset.dtype.kind == "S" and dataset.chunks is None
+                assert dataset.shape == ()
+                assert dataset.dtype.kind == "S"
+                assert dataset.chunks is None
                 assert dataset.id.get_offset() is not None
         store = Dataset(synth_dataset).images("train")
         assert store.missing(Dataset(synth_dataset).metadata("train")["isic_id"].to_list()) == []
@@ -135,7 +137,8 @@ class TestRows:
         np.testing.assert_allclose(
             t["area_perim_ratio"], t["perimeterMM"] ** 2 / t["areaMM2"], atol=2e-6
         )
-        assert np.all(t["symm_2axis_angle"] % 5 == 0) and np.ptp(t["symm_2axis_angle"]) == 175
+        assert np.all(t["symm_2axis_angle"] % 5 == 0)
+        assert np.ptp(t["symm_2axis_angle"]) == 175
         assert np.array_equal(t["norm_color"] == 0, t["color_std_mean"] == 0)
         assert 0.07 < np.mean(t["norm_color"] == 0) < 0.11
         assert t["deltaL"].max() < 0 < t["L"].min()
@@ -143,7 +146,8 @@ class TestRows:
     def test_approximate_identities(self, large: pl.DataFrame) -> None:
         t = {name.removeprefix("tbp_lv_"): large[name].to_numpy() for name in schema.NUMERIC}
         relative = t["deltaLB"] / np.hypot(t["deltaL"], t["deltaB"])
-        assert np.quantile(relative, 0.01) > 1 and np.quantile(relative, 0.99) < 1.08
+        assert np.quantile(relative, 0.01) > 1
+        assert np.quantile(relative, 0.99) < 1.08
         axes = np.sqrt(1 - (t["minorAxisMM"] / t["clin_size_long_diam_mm"]) ** 2)
         assert np.corrcoef(axes, t["eccentricity"])[0, 1] > 0.9
 
@@ -171,9 +175,8 @@ class TestRows:
 
     def test_blanks(self, large: pl.DataFrame) -> None:
         blank = {name: large[name].null_count() / len(large) for name in schema.DTYPES}
-        assert blank["sex"] == pytest.approx(0.0287) and blank["age_approx"] == pytest.approx(
-            0.0070
-        )
+        assert blank["sex"] == pytest.approx(0.0287)
+        assert blank["age_approx"] == pytest.approx(0.0070)
         assert blank["anatom_site_general"] == pytest.approx(0.0144, abs=0.0002)
         unknown = large["tbp_lv_location_simple"] == "Unknown"
         assert large["anatom_site_general"].is_null().equals(unknown)
@@ -184,16 +187,12 @@ class TestRows:
             (pl.col("tbp_tile_type") == "3D: white").mean().alias("white")
         )
         white = dict(tiles.iter_rows())
-        assert (
-            white[margins.MSKCC] > 0.7
-            and max(white[name] for name in white if name != margins.MSKCC) < 0.4
-        )
+        assert white[margins.MSKCC] > 0.7
+        assert max(white[name] for name in white if name != margins.MSKCC) < 0.4
         licence = dict(large.select("attribution", "copyright_license").unique().iter_rows())
-        assert (
-            len(licence) == 7
-            and licence[margins.ACEMID] == "CC-0"
-            and licence[margins.BASEL] == "CC-BY-NC"
-        )
+        assert len(licence) == 7
+        assert licence[margins.ACEMID] == "CC-0"
+        assert licence[margins.BASEL] == "CC-BY-NC"
         for name, (count, *_) in margins.LOCATIONS.items():
             found = (large["tbp_lv_location"] == name).mean()
             assert found == pytest.approx(count / margins.FULL_ROWS, abs=2e-4)
@@ -205,7 +204,8 @@ class TestRows:
         malignant, benign = large.filter(pl.col("target") == 1), large.filter(pl.col("target") == 0)
         assert malignant["lesion_id"].null_count() == 0
         assert benign["lesion_id"].is_not_null().mean() == pytest.approx(0.054, abs=0.006)
-        assert set(malignant["iddx_1"]) == {"Malignant"} and set(benign["iddx_1"]) == {"Benign"}
+        assert set(malignant["iddx_1"]) == {"Malignant"}
+        assert set(benign["iddx_1"]) == {"Benign"}
         assert set(large["mel_mitotic_index"].drop_nulls()) <= set(margins.MITOSES)
         assert malignant["mel_mitotic_index"].drop_nulls().len() > 0
         assert large["tbp_lv_dnn_lesion_confidence"].null_count() == 0
@@ -214,11 +214,12 @@ class TestRows:
         sizes = lesions_per_patient(
             margins.FULL_ROWS, num_patients(margins.FULL_ROWS), np.random.default_rng(0)
         )
-        assert sizes.sum() == margins.FULL_ROWS and len(sizes) == 1_042
-        assert np.median(sizes) == pytest.approx(241.5, rel=0.05) and sizes.max() == pytest.approx(
-            9_184, rel=0.05
-        )
-        assert default_positives(margins.FULL_ROWS) == 393 and default_positives(3_000) == 150
+        assert sizes.sum() == margins.FULL_ROWS
+        assert len(sizes) == 1_042
+        assert np.median(sizes) == pytest.approx(241.5, rel=0.05)
+        assert sizes.max() == pytest.approx(9_184, rel=0.05)
+        assert default_positives(margins.FULL_ROWS) == 393
+        assert default_positives(3_000) == 150
 
     @pytest.mark.parametrize("num_positives", [1, 7, 60])
     def test_the_number_of_positives_is_kept(self, num_positives: int) -> None:
@@ -233,14 +234,17 @@ class TestCrops:
                 decode(jpeg),
                 cv2.imdecode(np.frombuffer(mask, np.uint8), cv2.IMREAD_UNCHANGED),
             )
-            assert image.shape[0] == image.shape[1] and drawn.shape == image.shape[:2]
+            assert image.shape[0] == image.shape[1]
+            assert drawn.shape == image.shape[:2]
             assert set(np.unique(drawn)) <= {0, 255}
             lengths.append(len(jpeg))
             sides.append(len(image))
-        assert (
-            min(lengths) >= 1_000 and max(lengths) <= 6_500 and 2_300 < np.median(lengths) < 3_100
-        )
-        assert min(sides) >= 51 and max(sides) <= 239 and 120 < np.median(sides) < 140
+        assert min(lengths) >= 1_000
+        assert max(lengths) <= 6_500
+        assert 2_300 < np.median(lengths) < 3_100
+        assert min(sides) >= 51
+        assert max(sides) <= 239
+        assert 120 < np.median(sides) < 140
 
     def test_crops_show_what_their_rows_say(self, synth_dataset: Path) -> None:
         table = Dataset(synth_dataset).metadata("train")
@@ -287,7 +291,8 @@ class TestCommand:
     def test_a_second_run_does_nothing(self, synth_dataset: Path, cli: Cli) -> None:
         before = {name: (synth_dataset / name).stat().st_mtime_ns for name in FILES}
         ended = cli("isic", "synth", "--out", synth_dataset, "--images", 300, "--seed", 1)
-        assert ended.code == 0 and "nothing to do" in ended.out
+        assert ended.code == 0
+        assert "nothing to do" in ended.out
         assert before == {name: (synth_dataset / name).stat().st_mtime_ns for name in FILES}
 
     def test_a_killed_run_is_drawn_anew(self, synth_dataset: Path, tmp_path: Path) -> None:
@@ -299,7 +304,8 @@ class TestCommand:
             time.sleep(0.01)
         process.kill()
         process.wait()
-        assert read_json(out / MANIFEST)["unfinished"] and not (out / "train-image.hdf5").exists()
+        assert read_json(out / MANIFEST)["unfinished"]
+        assert not (out / "train-image.hdf5").exists()
         assert synthesize(SynthSettings(out=out, images=300, seed=1))
         assert files(out) == files(synth_dataset)
         assert not list(out.glob(".*.tmp"))
@@ -315,17 +321,20 @@ class TestCommand:
         synthesize(settings)
         whole = files(tmp_path)
         (tmp_path / "train-image.hdf5").write_bytes(whole["train-image.hdf5"][:-100])
-        assert synthesize(settings) and files(tmp_path) == whole
+        assert synthesize(settings)
+        assert files(tmp_path) == whole
 
     def test_a_full_disk_is_a_sentence(self, tmp_path: Path, cli: Cli) -> None:
         with small_disk(tmp_path / "disk", "600k"):
             ended = cli("isic", "synth", "--out", tmp_path / "disk" / "data", "--images", 200)
-            assert ended.code == 2 and ended.err.startswith("error: the disk is full"), ended.err
+            assert ended.code == 2, ended.err
+            assert ended.err.startswith("error: the disk is full"), ended.err
 
     def test_a_small_pool_is_used_again(self, tmp_path: Path) -> None:
         synthesize(SynthSettings(out=tmp_path, images=400, pool=100, test_images=50))
         crops = {name: (jpeg, mask) for name, jpeg, mask in crops_of(tmp_path, "train")}
-        assert len(crops) == 400 and 30 < len(set(crops.values())) <= 100
+        assert len(crops) == 400
+        assert 30 < len(set(crops.values())) <= 100
         table = Dataset(tmp_path).metadata("train")
         seen = np.array([measured(*crops[name]) for name in table["isic_id"]])
         for i, (column, least) in enumerate([("tbp_lv_L", 0.8), ("tbp_lv_A", 0.5)]):
@@ -343,7 +352,8 @@ class TestCommand:
     )
     def test_bad_flags(self, flags: list[str], sentence: str, tmp_path: Path, cli: Cli) -> None:
         ended = cli("isic", "synth", "--out", tmp_path / "out", *flags)
-        assert ended.code == 2 and sentence in ended.err
+        assert ended.code == 2
+        assert sentence in ended.err
         assert not (tmp_path / "out").exists()
 
     def test_a_folder_with_other_data_is_left_alone(
