@@ -8,11 +8,11 @@ from isic.synth import SynthSettings, synthesize
 
 
 def synth(settings: SynthSettings) -> None:
-    """Writes a stand-in dataset in the layout of the challenge."""
+    """Writes a synthetic dataset in the layout of the challenge."""
     if synthesize(settings, say=partial(print, flush=True)):
-        print(f"wrote a stand-in dataset to {settings.out}")
+        print(f"wrote a synthetic dataset to {settings.out}")
     else:
-        print(f"{settings.out} already holds this very dataset; nothing to do")
+        print(f"{settings.out} already holds this dataset; nothing to do")
 
 
 if __name__ == "__main__":

@@ -19,15 +19,19 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder with the tables and images of both splits.
+    """A folder with the tables and images of two splits.
 
-    Tables: `<split>-metadata.csv` or `.parquet`. Images: `<split>-image.hdf5` or `<split>-image/`.
+    `<split>-metadata.csv` or `.parquet`; `<split>-image.hdf5` or `<split>-image/`.
     """
 
     root: Path
 
     def metadata_path(self, split: Split) -> Path:
-        """Returns where the table of a split is, or would be. Parquet is read if there are both, with a warning."""
+        """Returns the path of a split's table: Parquet if there are both, with a warning.
+
+        Raises:
+            UserError: the folder does not exist.
+        """
         if not self.root.is_dir():
             raise UserError(
                 f"no such folder: {self.root}; "
@@ -41,15 +45,7 @@ class Dataset:
         return parquet
 
     def metadata(self, split: Split, need: Iterable[str] = ()) -> pl.DataFrame:
-        """Reads the table of a split.
-
-        Args:
-            split: the training table must have a target.
-            need: columns that the table must have.
-
-        Raises:
-            UserError: the table is missing, unreadable, or lacks a needed column.
-        """
+        """Reads a split's table, which must have `need`, and in training a target."""
         needed = (schema.TARGET, *need) if split == "train" else tuple(need)
         return read_metadata(self.metadata_path(split), needed)
 

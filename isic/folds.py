@@ -1,4 +1,4 @@
-"""Fold plans: the fold that holds out each training row."""
+"""Fold plans of training rows: stratified by target, no patient in two folds."""
 
 import os
 import re
@@ -120,8 +120,7 @@ def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
     """Makes a fold plan: stratified by target and grouped by patient.
 
     Args:
-        metadata: `isic_id`, `target` and optionally `patient_id`; a row without a patient is its
-            own group.
+        metadata: `isic_id`, `target` and, if known, `patient_id`; a row without is its own patient.
 
     Raises:
         UserError: only one class, or fewer patients with a positive or a negative row than folds.
@@ -133,7 +132,7 @@ def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
         raise UserError(
             f"every target is {target[0]}; training and scoring need rows of both classes"
         )
-    for label, name in ((1, "positive"), (0, "negative")):
+    for label, name in {1: "positive", 0: "negative"}.items():
         num_groups = len(np.unique(group[target == label]))
         if num_groups < num_folds:
             raise UserError(

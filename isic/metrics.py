@@ -18,9 +18,8 @@ def pauc(target: ArrayLike, score: ArrayLike) -> float:
     """Partial area under the ROC curve above a true-positive rate of 0.8, in [0, 0.2].
 
     A perfect score gives 0.2, a constant one 0.02, an inverted one 0. Flipped labels and scores
-    turn the region above TPR 0.8 into the one left of FPR 0.2. For that scikit-learn returns the
-    standardised area s = (1 + (area - 0.02) / (0.2 - 0.02)) / 2 (McClish 1989, Medical Decision
-    Making 9:190), which is converted back.
+    turn the region above TPR 0.8 into the one left of FPR 0.2, for which scikit-learn returns
+    s = (1 + (area - 0.02) / (0.2 - 0.02)) / 2 (McClish 1989, Medical Decision Making 9:190).
 
     Args:
         target: [N] of 0 and 1.
@@ -117,11 +116,11 @@ class TopK:
     by_lesion: float
     """Share of all malignant lesions, in [0, 1]."""
     by_patient: float
-    """Share of a patient's malignant lesions, averaged over the patients who have any, in [0, 1].
+    """Share per patient, averaged over the patients with a malignant lesion, in [0, 1].
 
     The challenge's secondary prize ranks submissions by it, see SecondaryMetric-TopNSensitivity.py
-    in https://github.com/ISIC-Research/Challenge-2024-Metrics. That script breaks ties between
-    submissions by the ranks of the lesions, which are not computed here.
+    in https://github.com/ISIC-Research/Challenge-2024-Metrics, and by the lesions' ranks if two
+    submissions tie; the ranks are not computed here.
     """
     num_patients: int
     """Patients with a malignant lesion."""

@@ -67,7 +67,7 @@ def rows_seen(metadata: pl.DataFrame, seen: Seen) -> pl.DataFrame:
 
 
 def refuse_seen(held_out: pl.DataFrame, seen: Seen, model: str, remedy: str) -> None:
-    """Raises a UserError if a model has learned from the images or patients of its held-out rows.
+    """Raises a UserError if a model has learned from held-out images or patients.
 
     Args:
         held_out: rows to be scored out of fold: `isic_id` and optionally `patient_id`.

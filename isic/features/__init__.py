@@ -1,9 +1,7 @@
 """Tabular features: their table, their sets, the columns they need, and their values.
 
-A feature is one row of a table (`formulas`, `relative`): name, expression, source. A relative
-feature compares a lesion with the same patient's other lesions in the same table. So no value
-depends on a label, on another patient or on the row order. `encoding` holds the statistics that
-are learned from training rows.
+Relative features compare a lesion with the same patient's lesions in the same table. No value
+depends on a label, on another patient or on the row order; `encoding` learns from training rows.
 """
 
 from collections.abc import Iterable, Mapping
@@ -54,8 +52,7 @@ def feature_table(own_formulas: Mapping[str, pl.Expr]) -> dict[str, Feature]:
     """Returns every feature by name, in the column order of a feature table, own formulas last.
 
     Raises:
-        ValueError: an own formula has a name that is taken or not an identifier, or reads
-            columns other than the raw features.
+        ValueError: an own formula has an unusable name or reads more than raw features.
     """
     built_in = (*ROW_FEATURES, *RELATIVE_FEATURES, _LOF, *EXTENDED_FEATURES)
     features = {f.name: f for f in built_in}
@@ -94,7 +91,7 @@ FEATURES = feature_table(OWN_FORMULAS)
 """Every tabular feature by name, in the column order of a feature table."""
 
 SETS = feature_sets(FEATURES)
-"""Feature names by the word that requests them: `raw`, `engineered`, `extended`, and each group."""
+"""Feature names by the word that requests them: three sets, and each group."""
 
 
 def expand(words: Iterable[str], also_known: Iterable[str] = ()) -> tuple[str, ...]:
@@ -151,14 +148,12 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
     """Computes the named features.
 
     Args:
-        metadata: a table from `isic.metadata.read_metadata`. A row without a patient is a patient
-            of its own.
-        names: features from `expand`.
+        metadata: from `read_metadata`. A row without a patient is a patient of its own.
+        names: from `expand`.
 
     Returns:
-        `isic_id` and one column per feature in the order of `names`; rows in the order of
-        `metadata`. Numbers are Float32, never NaN, and null if blank or beyond the range of
-        float32. Categories are String.
+        `isic_id` and one column per name, rows in the order of `metadata`. Categories are String;
+        numbers are Float32, never NaN, null if blank or beyond float32.
 
     Raises:
         UserError: a needed column is missing.

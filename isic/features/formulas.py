@@ -14,7 +14,7 @@ import polars as pl
 from isic import schema
 
 ERR = 1e-5
-"""Replaces a denominator of zero; also the term that the notebooks add to guarded denominators."""
+"""Replaces a denominator of zero; the notebooks add it to denominators."""
 
 NOTEBOOKS = "public ISIC 2024 notebooks"
 SOLUTIONS = "high-placed ISIC 2024 solutions"
@@ -91,7 +91,7 @@ y = _tbp("y")
 z = _tbp("z")
 
 possible_area = pl.when(area >= 0).then(area)
-"""The area for logarithms and roots: one NaN would blank the z-scores of a whole patient."""
+"""For logarithms and roots, whose NaN would blank the z-scores of a whole patient."""
 border_complexity = border + symm
 shape_index = ratio(area, perim * perim)
 
@@ -155,16 +155,15 @@ SOLUTION_FORMULAS = MappingProxyType(
         "texture_contrast": ratio(std_l, lum),
     }
 )
-"""Extra formulas of high-placed solutions. Their shape_irregularity equals border_length_ratio."""
+"""Formulas of high-placed solutions; their shape_irregularity is border_length_ratio."""
 
 OWN_FORMULAS: Mapping[str, pl.Expr] = MappingProxyType({})
-"""Your own formulas: name -> number computed from the raw features of the same row, for example
+"""Your own numeric formulas of the same row's raw features, by name, for example
 
     "size_per_age": ratio(size, age),
 
-Each is a single feature that is requested by its name: `--features engineered,size_per_age`.
-It is in no set (`engineered`, `extended`) and gets no patient z-score, so fitted ensembles stay
-valid. Do not aggregate over rows here; features over a patient's lesions belong in `relative`.
+Each is one feature by its name: `--features engineered,size_per_age`. It is in no set and gets no
+z-score, so fitted ensembles stay valid. Features over a patient's lesions belong in `relative`.
 """
 
 COMBINED_SITE = "combined_anatomical_site"

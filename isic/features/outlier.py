@@ -17,7 +17,7 @@ MAX_NEIGHBORS = 30
 MIN_LESIONS = 3
 FLOOR = -1000.0
 TINY = 1e-10
-"""Added to a mean distance, as in scikit-learn, so that identical lesions have a finite density."""
+"""Added to a mean distance, as in scikit-learn, to keep densities finite."""
 BLOCK = 2**18
 """Distances per thread at a time: 2 MB, which fits a core's cache."""
 

@@ -1,6 +1,6 @@
-"""A stand-in for the challenge's dataset: its layout, schema and margins, with a malignancy that can be learnt.
+"""Synthetic dataset with the challenge's layout, schema and marginals, and a learnable target.
 
-Nothing in it is real. What it is for: to run, test and measure the whole road without the data.
+Nothing in it is real. It serves to run, test and measure the pipeline without the data.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,17 +27,17 @@ from isic.synth.write import write_images, write_table
 
 MANIFEST = "synth.json"
 FORMAT = 1
-"""Goes up when the same settings give other content."""
+"""Incremented when the same settings give different content."""
 
 TABLES = ("train-metadata.csv", "test-metadata.csv", "test-truth.csv", "sample_submission.csv")
 IMAGES = ("train-image.hdf5", "test-image.hdf5", "masks.hdf5")
 FILES = (*TABLES, *IMAGES)
 FOREIGN = ("train-image", "test-image", "train-metadata.parquet", "test-metadata.parquet")
-"""What else a dataset may consist of, and a stand-in never does."""
+"""Other names of a dataset's files, which a synthetic dataset never has."""
 
 DEFAULT_POOL = 4_000
 POOL_POSITIVES = 0.15
-"""Share of malignant rows among those the pool is drawn from, so that there are crops enough for strong cues."""
+"""Share of malignant rows in the pool; it needs enough crops with a strong cue."""
 
 CUE_WEIGHT = 3.0
 MATCHED = (
@@ -48,31 +48,31 @@ MATCHED = (
     "tbp_lv_Aext",
     "clin_size_long_diam_mm",
 )
-"""A row takes the pool's crop that is nearest in these columns (in standard deviations) and CUE_WEIGHT x its cue."""
+"""Columns that match a row to its crop, in standard deviations; its cue counts CUE_WEIGHT."""
 
 
 class SynthSettings(Settings):
-    """What to draw. The same settings give the same bytes."""
+    """Size and seed of a synthetic dataset. The same settings give the same bytes."""
 
     out: Path = Field(description="folder to write the dataset into")
     images: int = Field(
         3_000, ge=50, le=2_000_000, description="rows and crops of the training split"
     )
     positives: int | None = Field(
-        None, ge=1, description="malignant ones among them; by default 5 %, at most 393"
+        None, ge=1, description="malignant rows in the training split; by default 5 %, at most 393"
     )
-    seed: int = Field(0, ge=0, description="of everything that is drawn")
+    seed: int = Field(0, ge=0, description="random seed")
     test_images: int | None = Field(
-        None, ge=1, le=2_000_000, description="rows and crops of the test split; by default a tenth"
+        None, ge=1, le=2_000_000, description="rows and crops of the test split; by default 10 %"
     )
     pool: int | None = Field(
-        None, ge=50, description="crops to render; with more rows they are used again"
+        None, ge=50, description="crops to render; if there are more rows, crops are reused"
     )
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The settings with every default filled in: what decides the content."""
+    """The settings that determine the content, with all defaults filled in."""
 
     images: int
     positives: int
@@ -84,67 +84,61 @@ class Spec:
 
 
 def spec_of(settings: SynthSettings) -> Spec:
-    """Fills in the defaults. Raises UserError where the numbers do not fit one another."""
-    positives = (
-        default_positives(settings.images) if settings.positives is None else settings.positives
-    )
+    """Fills in the defaults. Raises UserError if more than half of the rows are positive."""
+    positives = settings.positives or default_positives(settings.images)
     if positives > settings.images // 2:
         raise UserError(
-            f"--positives {positives} is more than half of --images {settings.images}; ask for fewer"
+            f"--positives {positives} is more than half of --images {settings.images}; use fewer"
         )
     test_images = settings.test_images or max(settings.images // 10, 10)
+    fewest_positives = min(2, test_images // 2)
     return Spec(
         images=settings.images,
         positives=positives,
         test_images=test_images,
-        test_positives=max(
-            round(test_images * positives / settings.images), min(2, test_images // 2)
-        ),
+        test_positives=max(round(test_images * positives / settings.images), fewest_positives),
         seed=settings.seed,
         pool=min(settings.images, settings.pool or DEFAULT_POOL),
     )
 
 
 def synthesize(settings: SynthSettings, say: Callable[[str], None] = lambda _: None) -> bool:
-    """Writes a stand-in dataset into `settings.out` in the challenge's layout.
+    """Writes a synthetic dataset into `settings.out`, in the challenge's layout.
 
-    Beside the challenge's files there are `masks.hdf5`, `test-truth.csv` (the labels of the test split) and, last,
-    `synth.json` with the settings, counts and digests: as long as it says "unfinished", the run was interrupted and
-    is done anew.
+    Three files are extra: `masks.hdf5`, `test-truth.csv` (labels of the test split) and
+    `synth.json` (settings, counts, digests), which is written last. A run that finds it marked as
+    unfinished starts over.
 
     Args:
-        settings: what to draw, and where.
-        say: is told what goes on.
+        settings: content and folder.
+        say: receives progress messages.
 
     Returns:
-        False where the folder already holds this very dataset, so that nothing was done.
+        False if the folder already holds this dataset and nothing was written.
 
     Raises:
-        UserError: the numbers do not fit one another, the folder holds another dataset, or it cannot be written.
+        UserError: too many positives, or the folder holds another dataset or cannot be written.
     """
-    spec, out = spec_of(settings), settings.out
+    spec = spec_of(settings)
+    out = settings.out
     if _is_done(out, spec):
         return False
     _remove_leftovers(out)
     write_json(out / MANIFEST, {"unfinished": True, **_described(spec)})
-    say(f"drawing {spec.images:,} training and {spec.test_images:,} test rows")
+    say(f"sampling {spec.images:,} training and {spec.test_images:,} test rows")
     train, test = _draw_tables(spec)
     _write_tables(out, train.table, test.table)
     _write_crops(out, train, test, spec, say)
-    write_json(
-        out / MANIFEST,
-        {
-            **_described(spec),
-            "patients": {
-                name: rows.table[schema.PATIENT].n_unique()
-                for name, rows in (("train", train), ("test", test))
-            },
-            "files": {name: sha256(out / name) for name in FILES},
-            "versions": versions(
-                "numpy", "opencv-python-headless", "h5py", "polars", "scikit-learn"
-            ),
+    manifest = {
+        **_described(spec),
+        "patients": {
+            "train": train.table[schema.PATIENT].n_unique(),
+            "test": test.table[schema.PATIENT].n_unique(),
         },
-    )
+        "files": {name: sha256(out / name) for name in FILES},
+        "versions": versions("numpy", "opencv-python-headless", "h5py", "polars", "scikit-learn"),
+    }
+    write_json(out / MANIFEST, manifest)
     return True
 
 
@@ -153,13 +147,14 @@ def _described(spec: Spec) -> dict[str, object]:
 
 
 def _is_done(out: Path, spec: Spec) -> bool:
-    """Whether `out` holds this dataset whole. Raises UserError where it holds another one."""
+    """Returns whether `out` holds all of this dataset. Raises UserError if it holds another."""
     manifest = out / MANIFEST
     present = [name for name in (*FILES, *FOREIGN) if (out / name).exists()]
     if not manifest.is_file():
         if present:
             raise UserError(
-                f"{out} already holds a dataset ({present[0]}) that is not a stand-in; choose another --out"
+                f"{out} already holds a dataset ({present[0]}) that is not synthetic; "
+                "choose another --out"
             )
         return False
     found = read_json(manifest)
@@ -167,12 +162,13 @@ def _is_done(out: Path, spec: Spec) -> bool:
         return False
     if found.get("spec") != spec.__dict__:
         raise UserError(
-            f"{out} already holds a stand-in dataset of other settings; choose another --out or delete it"
+            f"{out} already holds a synthetic dataset with other settings; "
+            "choose another --out, or delete it"
         )
     files = found.get("files", {})
-    return set(files) == set(FILES) == set(present) and all(
-        sha256(out / name) == files[name] for name in FILES
-    )
+    if not set(files) == set(FILES) == set(present):
+        return False
+    return all(sha256(out / name) == files[name] for name in FILES)
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -183,9 +179,10 @@ def _remove_leftovers(out: Path) -> None:
 
 
 def _draw_tables(spec: Spec) -> tuple[Rows, Rows]:
-    """Draws the two splits: no id and no patient in both."""
+    """Samples the two splits, which share no id and no patient."""
     rng = np.random.default_rng((spec.seed, 0))
-    num_train, num_test = num_patients(spec.images), num_patients(spec.test_images)
+    num_train = num_patients(spec.images)
+    num_test = num_patients(spec.test_images)
     ids = _numbered("ISIC", spec.images + spec.test_images, rng)
     patients = _numbered("IP", num_train + num_test, rng)
     train = draw_rows(sorted(ids[: spec.images]), patients[:num_train], spec.positives, rng)
@@ -196,7 +193,7 @@ def _draw_tables(spec: Spec) -> tuple[Rows, Rows]:
 
 
 def _numbered(prefix: str, count: int, rng: Generator) -> list[str]:
-    """Returns `count` different names such as ISIC_0123456, in random order."""
+    """Returns `count` distinct names such as ISIC_0123456, in random order."""
     return [f"{prefix}_{number:07d}" for number in rng.choice(10_000_000, count, replace=False)]
 
 
@@ -204,21 +201,20 @@ def _write_tables(out: Path, train: pl.DataFrame, test: pl.DataFrame) -> None:
     write_table(out / "train-metadata.csv", train)
     write_table(out / "test-metadata.csv", test.drop(schema.TRAIN_ONLY))
     write_table(out / "test-truth.csv", test.select(schema.ID, schema.TARGET))
-    write_table(
-        out / "sample_submission.csv", test.select(schema.ID, pl.lit(0.3).alias(schema.TARGET))
-    )
+    sample = test.select(schema.ID, pl.lit(0.3).alias(schema.TARGET))
+    write_table(out / "sample_submission.csv", sample)
 
 
 def _write_crops(
     out: Path, train: Rows, test: Rows, spec: Spec, say: Callable[[str], None]
 ) -> None:
-    """Renders the crops, one for each row, or a pool of which each row takes the nearest."""
+    """Renders and writes one crop per row, or a pool from which each row takes the nearest."""
     rows = Rows(pl.concat([train.table, test.table]), np.concatenate([train.cue, test.cue]))
-    own = spec.images == spec.pool
-    drawn = rows if own else _pool_rows(spec)
-    say(f"rendering {len(drawn.table):,} crops")
-    crops = _render_all(drawn, spec.seed)
-    choice = np.arange(len(rows.table)) if own else _nearest(rows, drawn)
+    one_crop_per_row = spec.images == spec.pool
+    rendered = rows if one_crop_per_row else _pool_rows(spec)
+    say(f"rendering {len(rendered.table):,} crops")
+    crops = _render_all(rendered, spec.seed)
+    choice = np.arange(len(rows.table)) if one_crop_per_row else _nearest(rows, rendered)
     say(f"writing {len(choice):,} images and masks")
     ids = rows.table[schema.ID].to_list()
     parts = {
@@ -233,33 +229,37 @@ def _write_crops(
 def _masks(
     ids: Sequence[str], choice: NDArray[np.int64], crops: Sequence[Crop]
 ) -> Iterator[tuple[str, bytes]]:
-    return ((name, crops[crop].mask) for name, crop in sorted(zip(ids, choice, strict=True)))
+    """Yields id and mask of both splits, ids ascending."""
+    for name, crop in sorted(zip(ids, choice, strict=True)):
+        yield name, crops[crop].mask
 
 
 def _pool_rows(spec: Spec) -> Rows:
-    """Rows of their own for the pool: were they the table's, a malignant row's crop would be its alone."""
+    """Samples rows for the pool that are not in the tables.
+
+    Otherwise a malignant row would match its own crop, which would identify it.
+    """
     rng = np.random.default_rng((spec.seed, 1))
     names = [str(number) for number in range(spec.pool)]
-    return draw_rows(
-        names, names[: num_patients(spec.pool)], round(POOL_POSITIVES * spec.pool), rng
-    )
+    patients = names[: num_patients(spec.pool)]
+    return draw_rows(names, patients, round(POOL_POSITIVES * spec.pool), rng)
 
 
 def _nearest(rows: Rows, pool: Rows) -> NDArray[np.int64]:
-    """Returns for each row [N] the pool's row that looks most like it. The target has no say in it."""
+    """Returns the index of the most similar pool row for each row, [N]; ignores the target."""
     spread = pool.table.select(MATCHED).to_numpy().std(axis=0)
 
-    def key(of: Rows) -> NDArray[np.float64]:
-        return np.column_stack([of.table.select(MATCHED).to_numpy() / spread, CUE_WEIGHT * of.cue])
+    def key(some: Rows) -> NDArray[np.float64]:
+        scaled = some.table.select(MATCHED).to_numpy() / spread
+        return np.column_stack([scaled, CUE_WEIGHT * some.cue])
 
-    return np.asarray(
-        KDTree(key(pool)).query(key(rows), return_distance=False)[:, 0], dtype=np.int64
-    )
+    nearest = KDTree(key(pool)).query(key(rows), return_distance=False)
+    return np.asarray(nearest[:, 0], dtype=np.int64)
 
 
 def _render_all(rows: Rows, seed: int) -> list[Crop]:
-    """Renders one crop a row, on all cores. Each crop has a seed of its own, so the order does not matter."""
-    cv2.setNumThreads(1)
+    """Renders one crop per row, on all cores. Each has its own seed, so their order is free."""
+    cv2.setNumThreads(1)  # the pool's threads already occupy all cores
     wanted = looks(rows.table, rows.cue)
     with ThreadPoolExecutor(num_cores()) as pool:
         return list(pool.map(lambda i: render(wanted[i], (seed, 2, i)), range(len(wanted))))

@@ -1,4 +1,4 @@
-"""Crops drawn from rows: a 15 x 15 mm field of skin with one lesion, its JPEG and the mask of what was drawn."""
+"""Crops rendered from rows: 15 x 15 mm of skin with one lesion, as JPEG and mask."""
 
 import math
 from dataclasses import dataclass
@@ -18,30 +18,32 @@ Field = NDArray[np.float32]
 FIELD_MM = 15.0
 
 VEIL = 1.0
-"""How strongly the hidden cue shows as a blue-white veil over part of the lesion; 0 takes it away."""
+"""Strength of the hidden cue as a blue-white veil over part of the lesion; 0 removes it."""
 
 HALO = 1.0
-"""How strongly the hidden cue shows as a pink ring around the lesion, which even a small lesion has room for."""
+"""Strength of the hidden cue as a pink ring around the lesion, visible on small lesions too."""
 
 DOTS = 1.0
-"""How many dark dots the hidden cue scatters over the lesion's rim."""
+"""Number of dark dots near the lesion's rim, as a factor of the hidden cue."""
 
-CUE_FROM, CUE_TO = 0.0, 3.0
-"""The hidden cue is drawn from nothing at the first of these values to full strength at the second."""
+CUE_FROM = 0.0
+CUE_TO = 3.0
+"""Values of the hidden cue that are invisible and fully visible."""
 
 VEIL_LAB = (10.0, -7.0, -24.0)
 HALO_LAB = (1.0, 13.0, -4.0)
-"""Change of L, A and B where veil and halo are full."""
+"""Change of L, A and B at full veil and halo."""
 
 HAIRY = 0.35
 NEIGHBOURS = 0.25
 GLOSSY = 0.2
-"""Shares of the crops that have hair, other small lesions, and glossy flakes."""
+"""Shares of the crops with hair, with other small lesions, and with glossy flakes."""
 
 OUTLINE_STEPS = 512
-MIN_BYTES, MAX_BYTES = 1_000, 6_400
+MIN_BYTES = 1_000
+MAX_BYTES = 6_400
 QUALITIES = (97, 93, 88, 82, 75, 65, 50, 30)
-"""JPEG qualities to try; the one that comes nearest the crop's wanted length is taken."""
+"""JPEG qualities to try; the nearest to the desired file size wins."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,14 @@ class Crop:
 
 @dataclass(frozen=True)
 class Look:
-    """What a crop is to show, from one row."""
+    """Appearance of one crop, taken from its row."""
 
     diameter_mm: float
     axis_ratio: float
     inside: Field
+    """[3] mean Lab inside the lesion."""
     outside: Field
-    """[3] Lab, mean inside the lesion and around it."""
+    """[3] mean Lab of the skin around it."""
     std_l: float
     std_l_outside: float
     color_std: float
@@ -68,11 +71,11 @@ class Look:
     angle: float
     """Radians."""
     cue: float
-    """Hidden cue, 0 to 1."""
+    """Visible strength of the hidden cue, 0 to 1."""
 
 
 def looks(table: pl.DataFrame, cue: NDArray[np.float64]) -> list[Look]:
-    """Reads a look from each of N rows and the rows' hidden cue [N]."""
+    """Returns the look of each row of `table`, with `cue`: [N] the rows' hidden cue."""
     shown = np.clip((cue - CUE_FROM) / (CUE_TO - CUE_FROM), 0, 1)
     return [
         Look(
@@ -93,7 +96,7 @@ def looks(table: pl.DataFrame, cue: NDArray[np.float64]) -> list[Look]:
 
 
 def render(look: Look, seed: tuple[int, ...]) -> Crop:
-    """Draws one crop; the same look and seed give the same bytes."""
+    """Renders one crop; the same look and seed give the same bytes."""
     rng = np.random.default_rng(seed)
     side = round(float(np.interp(100 * rng.random(), *margins.SIDE_PX)))
     depth = _lesion_depth(look, side, rng)
@@ -105,51 +108,62 @@ def render(look: Look, seed: tuple[int, ...]) -> Crop:
     _add_gloss(lab, depth, rng)
     bgr = cv2.cvtColor(lab, cv2.COLOR_LAB2BGR)
     bgr = cv2.GaussianBlur(bgr, (0, 0), float(rng.uniform(0.3, 0.8)))
-    sensor = 0.8 * rng.standard_normal(bgr.shape, dtype=np.float32)
-    pixels = np.clip(bgr * 255 + sensor, 0, 255).astype(np.uint8)
-    mask = cv2.imencode(".png", lesion.astype(np.uint8) * 255)[1].tobytes()
-    return Crop(_jpeg(pixels, rng), mask)
+    sensor_noise = 0.8 * rng.standard_normal(bgr.shape, dtype=np.float32)
+    pixels = np.clip(bgr * 255 + sensor_noise, 0, 255).astype(np.uint8)
+    _, mask = cv2.imencode(".png", lesion.astype(np.uint8) * 255)
+    return Crop(_jpeg(pixels, rng), mask.tobytes())
 
 
 @lru_cache(maxsize=256)
 def _grid(side: int) -> tuple[Field, Field]:
-    """Coordinates of the pixels' centres in mm from the centre of the field, each [side, side]."""
-    axis = ((np.arange(side) + 0.5) / side - 0.5) * FIELD_MM
-    x, y = np.meshgrid(axis.astype(np.float32), axis.astype(np.float32))
+    """Returns x and y of the pixel centres in mm from the field's centre, each [side, side]."""
+    axis = (((np.arange(side) + 0.5) / side - 0.5) * FIELD_MM).astype(np.float32)
+    x, y = np.meshgrid(axis, axis)
     return x, y
 
 
 def _lesion_depth(look: Look, side: int, rng: Generator) -> Field:
-    """How deep each pixel lies in the lesion [side, side]: about 1 at its centre, 0 on the outline, below 0 outside.
+    """Returns each pixel's depth in the lesion, [side, side]: 1 at its centre, 0 on its outline.
 
-    The outline is an ellipse whose radius is perturbed by a Fourier series: odd harmonics for asymmetry, high ones
-    for a ragged border.
+    The outline is an ellipse whose radius is perturbed by a Fourier series: odd harmonics for
+    asymmetry, high ones for a ragged border.
     """
     x, y = _grid(side)
-    shift_x, shift_y = rng.normal(0, 0.4), rng.normal(0, 0.4)
-    cos, sin = math.cos(look.angle), math.sin(look.angle)
-    u = ((x - shift_x) * cos + (y - shift_y) * sin) / (look.diameter_mm / 2)
-    v = ((y - shift_y) * cos - (x - shift_x) * sin) / (look.diameter_mm / 2 * look.axis_ratio)
+    x = x - rng.normal(0, 0.4)
+    y = y - rng.normal(0, 0.4)
+    cos = math.cos(look.angle)
+    sin = math.sin(look.angle)
+    radius_mm = look.diameter_mm / 2
+    # Coordinates along the axes of the ellipse, in radii.
+    u = (x * cos + y * sin) / radius_mm
+    v = (y * cos - x * sin) / (radius_mm * look.axis_ratio)
     step = (np.arctan2(v, u) * (OUTLINE_STEPS / (2 * np.pi))).astype(np.int32) % OUTLINE_STEPS
     depth = 1 - np.hypot(u, v) / _outline(look, rng)[step]
     return np.asarray(depth, dtype=np.float32)
 
 
 def _outline(look: Look, rng: Generator) -> Field:
-    """Relative radius [OUTLINE_STEPS], of mean square 1 so that the lesion keeps its area."""
+    """Returns the relative radius, [OUTLINE_STEPS]; its mean square is 1, which keeps the area."""
     order = np.arange(1, 13)
     ragged = 0.030 * look.border * (order >= 4) / order
     lopsided = 0.18 * look.asymmetry * np.isin(order, (1, 3)) / order
     amplitude = ragged + lopsided + 0.012
     angle = np.arange(OUTLINE_STEPS) * (2 * np.pi / OUTLINE_STEPS)
-    wave = np.cos(order[:, None] * angle + rng.uniform(0, 2 * np.pi, len(order))[:, None])
-    radius = np.maximum(1 + (amplitude * rng.normal(0, 1, len(order))) @ wave, 0.35)
+    phase = rng.uniform(0, 2 * np.pi, len(order))
+    wave = np.cos(order[:, None] * angle + phase[:, None])
+    weight = amplitude * rng.normal(0, 1, len(order))
+    radius = np.maximum(1 + weight @ wave, 0.35)
     return np.asarray(radius / np.sqrt(np.mean(radius**2)), dtype=np.float32)
 
 
 def _noise(side: int, sigma: float, rng: Generator, stretch: float = 1.0) -> Field:
-    """Smooth noise [side, side] of mean 0 and variance 1; `sigma` in pixels, longer across by `stretch`."""
-    # Drawn coarse and enlarged where it is smooth: blurring with a wide kernel costs far more.
+    """Returns smooth noise [side, side] of mean 0 and variance 1.
+
+    Args:
+        side: in pixels.
+        sigma: width of the blur in pixels, horizontally times `stretch`.
+    """
+    # Smooth noise is sampled coarsely and enlarged: a blur with a wide kernel costs far more.
     shrink = max(1, int(sigma // 2))
     size = side // shrink + 2
     white = rng.standard_normal((size, size), dtype=np.float32)
@@ -161,7 +175,7 @@ def _noise(side: int, sigma: float, rng: Generator, stretch: float = 1.0) -> Fie
 
 
 def _skin(look: Look, side: int, rng: Generator) -> Field:
-    """Skin in Lab [side, side, 3]: furrows, pores, mottled redness, a slope of light and at times a dark corner."""
+    """Returns skin [side, side, 3] in Lab: furrows, grain, redness, uneven light."""
     furrows = _turned(_noise(side, side / 120, rng, stretch=rng.uniform(1.0, 2.4)), rng)
     grain = _noise(side, 0.6, rng)
     blotches = _noise(side, side / 10, rng)
@@ -169,13 +183,12 @@ def _skin(look: Look, side: int, rng: Generator) -> Field:
     light = (x * rng.normal() + y * rng.normal()) / FIELD_MM
     lightness = (0.7 * furrows + 0.5 * grain + 0.5 * blotches) * look.std_l_outside + 3.5 * light
     if rng.random() < 0.15:
-        towards = rng.uniform(0, 2 * np.pi)
-        lightness -= 12 * np.clip(
-            (x * math.cos(towards) + y * math.sin(towards)) / (FIELD_MM / 2) - 0.6, 0, None
-        )
-    redness = (
-        0.8 * _noise(side, side / 14, rng) + 0.6 * _noise(side, side / 45, rng) - 0.25 * furrows
-    )
+        corner = rng.uniform(0, 2 * np.pi)
+        distance = (x * math.cos(corner) + y * math.sin(corner)) / (FIELD_MM / 2)
+        lightness -= 12 * np.clip(distance - 0.6, 0, None)
+    patches = 0.8 * _noise(side, side / 14, rng)
+    mottles = 0.6 * _noise(side, side / 45, rng)
+    redness = patches + mottles - 0.25 * furrows
     yellowness = 0.7 * _noise(side, side / 14, rng) + 0.3 * furrows
     spread = 0.35 * look.std_l_outside + 0.4
     lab = np.stack([lightness, redness * spread, yellowness * spread], axis=2) + look.outside
@@ -183,25 +196,23 @@ def _skin(look: Look, side: int, rng: Generator) -> Field:
 
 
 def _turned(field: Field, rng: Generator) -> Field:
-    """Rotates a square field [side, side] by any angle, mirrored at its edges."""
+    """Rotates a square field [side, side] by a random angle, mirrored at its edges."""
     side = field.shape[0]
     matrix = cv2.getRotationMatrix2D((side / 2, side / 2), float(rng.uniform(0, 360)), 1.0)
-    return np.asarray(
-        cv2.warpAffine(field, matrix, (side, side), borderMode=cv2.BORDER_REFLECT), dtype=np.float32
-    )
+    turned = cv2.warpAffine(field, matrix, (side, side), borderMode=cv2.BORDER_REFLECT)
+    return np.asarray(turned, dtype=np.float32)
 
 
 def _paint_lesion(lab: Field, depth: Field, look: Look, rng: Generator) -> None:
-    """Paints the lesion over the skin, in place, so that its mean colour is the row's whatever the hidden cue adds."""
+    """Paints the lesion, in place; its mean colour is the row's at any hidden cue."""
     side = len(lab)
     softness = np.float32(rng.uniform(0.05, 0.11))
     cover = 1 / (1 + np.exp(-np.clip(depth / softness, -30, 30)))
     lesion = depth > 0
     pattern = np.zeros_like(lab)
-    darker_centre = rng.uniform(-0.2, 1.0)
-    pattern[..., 0] = look.std_l * (
-        0.7 * _noise(side, side / 26, rng) - 1.6 * darker_centre * np.clip(depth, 0, 1)
-    )
+    darker_centre = 1.6 * rng.uniform(-0.2, 1.0)
+    texture = 0.7 * _noise(side, side / 26, rng)
+    pattern[..., 0] = look.std_l * (texture - darker_centre * np.clip(depth, 0, 1))
     for axis in (1, 2):
         pattern[..., axis] = 0.9 * look.color_std * _noise(side, side / 24, rng)
     pattern += _veil(depth, look, rng) + _dots(depth, look, rng)
@@ -209,27 +220,28 @@ def _paint_lesion(lab: Field, depth: Field, look: Look, rng: Generator) -> None:
         pattern -= pattern[lesion].mean(axis=0)
     ring = np.exp(-(((depth + 0.35) / 0.3) ** 2)) * (1 - cover)
     lab += (HALO * look.cue * ring)[..., None] * np.array(HALO_LAB, dtype=np.float32)
-    skin_left = 0.35 * (lab - look.outside)  # the furrows go on through the lesion, fainter
+    skin_left = 0.35 * (lab - look.outside)  # the furrows continue, fainter, through the lesion
     lab += cover[..., None] * (look.inside + pattern + skin_left - lab)
 
 
 def _veil(depth: Field, look: Look, rng: Generator) -> Field:
-    """A blue-white patch to one side of the lesion, [side, side, 3] in Lab."""
+    """Returns a blue-white patch on one side of the lesion, [side, side, 3] in Lab."""
     side = len(depth)
     x, y = _grid(side)
-    towards, reach = rng.uniform(0, 2 * np.pi), 0.22 * look.diameter_mm
-    offset_x, offset_y = reach * math.cos(towards), reach * math.sin(towards)
+    direction = rng.uniform(0, 2 * np.pi)
+    offset = 0.22 * look.diameter_mm
     radius = 0.30 * look.diameter_mm
-    patch = np.exp(-((x - offset_x) ** 2 + (y - offset_y) ** 2) / radius**2) * (depth > -0.1)
+    center_x = offset * math.cos(direction)
+    center_y = offset * math.sin(direction)
+    patch = np.exp(-((x - center_x) ** 2 + (y - center_y) ** 2) / radius**2)
+    patch = np.where(depth > -0.1, patch, 0)
     patch *= 1 + 0.25 * _noise(side, side / 30, rng)
-    return np.asarray(
-        (VEIL * look.cue * patch)[..., None] * np.array(VEIL_LAB, dtype=np.float32),
-        dtype=np.float32,
-    )
+    veil = (VEIL * look.cue * patch)[..., None] * np.array(VEIL_LAB, dtype=np.float32)
+    return np.asarray(veil, dtype=np.float32)
 
 
 def _dots(depth: Field, look: Look, rng: Generator) -> Field:
-    """Dark dots towards the rim, [side, side, 3] in Lab."""
+    """Returns dark dots near the rim of the lesion, [side, side, 3] in Lab."""
     side = len(depth)
     canvas = np.zeros((side, side), dtype=np.float32)
     rim_y, rim_x = np.nonzero((depth > 0.05) & (depth < 0.5))
@@ -242,23 +254,23 @@ def _dots(depth: Field, look: Look, rng: Generator) -> Field:
 
 
 def _add_neighbours(lab: Field, look: Look, rng: Generator) -> None:
-    """Adds small brown spots away from the centre, in place."""
+    """Paints small brown spots away from the centre, in place."""
     if rng.random() > NEIGHBOURS:
         return
     x, y = _grid(len(lab))
     for _ in range(rng.integers(1, 5)):
-        towards, reach, radius = (
-            rng.uniform(0, 2 * np.pi),
-            rng.uniform(5.5, 9),
-            rng.uniform(0.25, 0.8),
-        )
-        far = np.hypot(x - reach * math.cos(towards), y - reach * math.sin(towards)) / radius
-        spot = np.exp(-(far**4)) * rng.uniform(0.3, 0.9)
+        direction = rng.uniform(0, 2 * np.pi)
+        offset = rng.uniform(5.5, 9)
+        radius = rng.uniform(0.25, 0.8)
+        center_x = offset * math.cos(direction)
+        center_y = offset * math.sin(direction)
+        distance = np.hypot(x - center_x, y - center_y) / radius
+        spot = np.exp(-(distance**4)) * rng.uniform(0.3, 0.9)
         lab += spot[..., None] * (look.inside - look.outside)
 
 
 def _add_hair(lab: Field, rng: Generator) -> None:
-    """Draws thin curved hairs, in place: mostly dark, of one direction with some scatter."""
+    """Paints thin curved hairs, in place: mostly dark, roughly parallel."""
     if rng.random() > HAIRY:
         return
     side = len(lab)
@@ -266,34 +278,35 @@ def _add_hair(lab: Field, rng: Generator) -> None:
     direction = rng.uniform(0, np.pi)
     for _ in range(rng.integers(2, 22)):
         heading = direction + rng.normal(0, 0.45) + np.linspace(0, rng.normal(0, 1.2), 12)
-        steps = (
-            np.stack([np.cos(heading), np.sin(heading)], axis=1) * rng.uniform(0.3, 1.0) * side / 11
-        )
+        steps = np.stack([np.cos(heading), np.sin(heading)], axis=1)
+        steps = steps * rng.uniform(0.3, 1.0) * side / 11
         path = np.cumsum(steps, axis=0) + rng.uniform(-0.2, 1, 2) * side
-        eighths = np.round(path * 8).astype(np.int32)
-        cv2.polylines(
-            canvas, [eighths], False, int(rng.integers(110, 255)), 1, cv2.LINE_AA, shift=3
-        )
+        eighths = np.round(path * 8).astype(np.int32)  # of a pixel: shift=3
+        opacity = int(rng.integers(110, 255))
+        cv2.polylines(canvas, [eighths], False, opacity, 1, cv2.LINE_AA, shift=3)
     cover = canvas.astype(np.float32) / 255 * np.float32(rng.uniform(0.35, 0.85))
-    color = np.array((rng.choice([14.0, 22.0, 75.0], p=[0.5, 0.4, 0.1]), 4, 6), dtype=np.float32)
+    lightness = rng.choice([14.0, 22.0, 75.0], p=[0.5, 0.4, 0.1])
+    color = np.array((lightness, 4, 6), dtype=np.float32)
     lab += cover[..., None] * (color - lab)
 
 
 def _add_gloss(lab: Field, depth: Field, rng: Generator) -> None:
-    """Adds light flakes on and near the lesion, in place."""
+    """Paints light flakes on and near the lesion, in place."""
     if rng.random() > GLOSSY:
         return
-    flakes = np.clip(_turned(_noise(len(lab), 0.9, rng, stretch=2.5), rng) - 1.9, 0, None)
-    lab[..., 0] += 14 * flakes * np.exp(-(np.clip(-depth, 0, None) ** 2))
+    noise = _turned(_noise(len(lab), 0.9, rng, stretch=2.5), rng)
+    flakes = np.clip(noise - 1.9, 0, None)
+    outside = np.clip(-depth, 0, None)
+    lab[..., 0] += 14 * flakes * np.exp(-(outside**2))
 
 
 def _jpeg(pixels: Pixels, rng: Generator) -> bytes:
-    """Compresses BGR pixels to about the length that crops of this size have in the challenge."""
+    """Compresses BGR pixels to about the file size of the challenge's crops of the same side."""
     usual = 2_700 * (len(pixels) / 130) ** 1.1 * np.exp(rng.normal(0, 0.17))
     wanted = float(np.clip(usual, MIN_BYTES, MAX_BYTES))
-    sizes = [
-        cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-        for quality in QUALITIES
-    ]
-    allowed = [data for data in sizes if MIN_BYTES <= len(data) <= MAX_BYTES]
-    return min(allowed or sizes, key=lambda data: abs(len(data) - wanted))
+    candidates = []
+    for quality in QUALITIES:
+        _, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])
+        candidates.append(data.tobytes())
+    allowed = [data for data in candidates if MIN_BYTES <= len(data) <= MAX_BYTES]
+    return min(allowed or candidates, key=lambda data: abs(len(data) - wanted))

@@ -1,6 +1,6 @@
-"""Published figures of the challenge's 401,059-row training table: margins, counts and correlations, as data.
+"""Published marginals, counts and correlations of the challenge's 401,059 training rows.
 
-Aggregates only; no row of the real data is in here.
+Aggregates only; the module contains no row of the real data.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ KNOT_PERCENT = (
     99,
     100 - 100 * _TAIL,
 )
-"""The percentiles that `KNOTS` gives. The outermost two are the minimum and the maximum."""
+"""Percentiles of `KNOTS`. The outermost two are the minimum and the maximum."""
 
 KNOTS: dict[str, tuple[float, ...]] = {
     "age_approx": (
@@ -127,13 +127,13 @@ KNOTS: dict[str, tuple[float, ...]] = {
         *(93.648, 116.07, 137.21, 148.09, 160.7, 177.62, 208.28, 319.41),
     ),
 }
-"""Values of a numeric column at KNOT_PERCENT. The 1 % and 5 % ones are those of 1,413 benign rows."""
+"""Values of a numeric column at KNOT_PERCENT; at 1 % and 5 % of 1,413 benign rows only."""
 
 SIDE_PX = (
     (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100),
     (51, 93, 105, 109, 118, 130, 139, 147, 157, 181, 239),
 )
-"""Percentiles of the side of a crop, in pixels."""
+"""Side of a crop: percents, and its percentiles in pixels."""
 
 COPULA: dict[str, tuple[int, ...]] = {
     "age_approx": (),
@@ -193,7 +193,7 @@ COPULA: dict[str, tuple[int, ...]] = {
         62,
     ),
 }
-"""Rank correlations, in hundredths, of each drawn column with those above it (645 benign rows)."""
+"""Rank correlations, in percent, of each column with those above it (645 benign rows)."""
 
 PATIENT_SHARE: dict[str, float] = {
     "age_approx": 1.0,
@@ -211,16 +211,17 @@ PATIENT_SHARE: dict[str, float] = {
     "tbp_lv_nevi_confidence": 0.75,
     "tbp_lv_dnn_lesion_confidence": 0.24,
 }
-"""Share of a column's variance that lies between patients; the others have next to none.
+"""Share of a column's variance that is between patients; nearly 0 for other columns.
 
-Measured, but raised for deltaL, deltaA, deltaB, stdL and nevi_confidence, the columns of the ugly-duckling cue.
+Measured, but raised for the columns of the cue relative to the patient: deltaL, deltaA, deltaB,
+stdL and nevi_confidence.
 """
 
 ZERO_COLOR = 0.085
-"""Share of rows whose color_std_mean, norm_color and radial_color_std_max are 0."""
+"""Share of rows with color_std_mean, norm_color and radial_color_std_max equal to 0."""
 
 BLANKS: dict[str, float] = {"sex": 0.0287, "age_approx": 0.0070}
-"""Share of rows in which a column is blank. The site is blank where the location is Unknown."""
+"""Share of rows in which a column is blank. The site is blank if the location is Unknown."""
 
 LOCATIONS: dict[str, tuple[int, float, float, float]] = {
     "Head & Neck": (12_046, 0, 1594, -43),
@@ -245,7 +246,7 @@ LOCATIONS: dict[str, tuple[int, float, float, float]] = {
     "Torso Front Top Half": (63_350, 0, 1355, -32),
     "Unknown": (5_756, 0, 700, 26),
 }
-"""Rows of the full table by `tbp_lv_location`, and where on the body it lies: x, y, z in mm, rounded."""
+"""By `tbp_lv_location`: rows of the full table, and x, y, z of its centre in mm, rounded."""
 
 SITES: dict[str, str | None] = {
     "Head & Neck": "head/neck",
@@ -257,7 +258,7 @@ SITES: dict[str, str | None] = {
     "Torso Front": "anterior torso",
     "Unknown": None,
 }
-"""`anatom_site_general` by `tbp_lv_location_simple`, which is what a location begins with."""
+"""`anatom_site_general` by `tbp_lv_location_simple`, with which a location begins."""
 
 SEX = {"male": 265_546, "female": 123_996}
 
@@ -268,7 +269,8 @@ UQ = "Frazer Institute, The University of Queensland, Dermatology Research Centr
 ACEMID = "ACEMID MIA"
 VIENNA = "ViDIR Group, Department of Dermatology, Medical University of Vienna"
 ATHENS = (
-    "Department of Dermatology, University of Athens, Andreas Syggros Hospital of Skin and Venereal Diseases, "
+    "Department of Dermatology, University of Athens, "
+    "Andreas Syggros Hospital of Skin and Venereal Diseases, "
     "Alexander Stratigos, Konstantinos Liopyris"
 )
 UNSEEN = "Department of Dermatology, Stand-in University Hospital"
@@ -282,14 +284,15 @@ ATTRIBUTIONS: dict[str, tuple[int, str, float]] = {
     VIENNA: (12_640, "CC-BY-NC", 0.0),
     ATHENS: (7_976, "CC-BY", 0.0),
 }
-"""Rows, licence and share of `3D: white` tiles by attribution; the other tiles are `3D: XP`."""
+"""By attribution: rows, licence, share of `3D: white` tiles; the other tiles are `3D: XP`."""
 
 UNSEEN_ATTRIBUTION = (40_000, "CC-BY", 0.0)
-"""The same for UNSEEN, which only the test split has."""
+"""The same for UNSEEN, which occurs only in the test split."""
 
 LESION_ID_BENIGN = 0.054
+"""Share of benign rows with a `lesion_id`."""
 BIOPSIED_BENIGN = 0.0017
-"""Shares of the benign rows that have a `lesion_id`, and that have a diagnosis finer than Benign."""
+"""Share of benign rows with a diagnosis finer than Benign."""
 
 Diagnosis = tuple[str | None, str | None, str | None, str | None]
 
@@ -310,7 +313,7 @@ MALIGNANT_DIAGNOSES: dict[Diagnosis, int] = {
     ("Malignant", MELANOMA, INVASIVE, "Melanoma Invasive, Superficial spreading"): 40,
     ("Malignant", MELANOMA, INVASIVE, None): 32,
 }
-"""`iddx_1` to `iddx_4` of malignant rows, and about how often."""
+"""`iddx_1` to `iddx_4` of malignant rows, and their approximate frequency."""
 
 BENIGN_DIAGNOSES: dict[Diagnosis, int] = {
     ("Benign", NEVUS, "Nevus", "Nevus, Atypical, Dysplastic, or Clark"): 50,
@@ -318,25 +321,28 @@ BENIGN_DIAGNOSES: dict[Diagnosis, int] = {
     ("Benign", "Benign epidermal proliferations", "Lichen planus like keratosis", None): 15,
     ("Benign", "Benign soft tissue proliferations - Fibro-histiocytic", "Dermatofibroma", None): 5,
 }
-"""The same for benign rows that were biopsied; the others have `Benign` and nothing more."""
+"""The same for biopsied benign rows; other benign rows have `Benign` only."""
 
 MITOSES = {"<1/mm^2": 28, "0/mm^2": 6, "1/mm^2": 4, "3/mm^2": 4, "4/mm^2": 2}
 THICKNESS_MM = (0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.6, 0.8, 1.4, 2.4)
-"""Mitotic index and thickness, known for invasive melanomas only."""
+"""Mitotic index and thickness, known only for invasive melanomas."""
 
 
 def quantile(column: str, z: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Turns standard normal draws [N] into values with the published margin of `column`.
+    """Maps standard normal values [N] to values with the published marginal of `column`.
 
-    Interpolated between the percentiles on the normal scale, on which tails are close to straight.
+    Linear between percentiles on the normal scale, on which the tails are nearly straight.
     """
-    return np.interp(z, ndtri(np.asarray(KNOT_PERCENT) / 100), KNOTS[column])
+    knot_z = ndtri(np.asarray(KNOT_PERCENT) / 100)
+    return np.interp(z, knot_z, KNOTS[column])
 
 
 def correlation() -> NDArray[np.float64]:
-    """The correlations of COPULA as a matrix [K, K]; positive definite."""
+    """Returns the correlations of COPULA as a positive definite matrix [K, K]."""
     size = len(COPULA)
     matrix = np.eye(size)
     for row, below in enumerate(COPULA.values()):
-        matrix[row, :row] = matrix[:row, row] = np.asarray(below) / 100
+        correlations = np.asarray(below) / 100
+        matrix[row, :row] = correlations
+        matrix[:row, row] = correlations
     return matrix

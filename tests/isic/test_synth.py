@@ -1,4 +1,4 @@
-"""The stand-in dataset: its layout, its margins, that it is the same every time, and that it can be learnt from."""
+"""The synthetic dataset: layout, marginals, reproducibility, and a learnable target."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ PUBLISHED = {
     "tbp_lv_deltaLB": (5.77, 8.70, 14.20),
     "tbp_lv_deltaLBnorm": (5.06, 6.95, 10.85),
 }
-"""10 %, 50 % and 90 % of the columns that follow from others and so are not drawn from their percentiles."""
+"""10 %, 50 % and 90 % of the columns that are derived from others, not sampled."""
 
 
 def draw(num_rows: int, num_positives: int, seed: int = 0, unseen_site: bool = False) -> Rows:
@@ -50,7 +50,7 @@ def draw(num_rows: int, num_positives: int, seed: int = 0, unseen_site: bool = F
 
 @pytest.fixture(scope="module")
 def large() -> pl.DataFrame:
-    """20,000 rows with the challenge's share of positives."""
+    """A table of 20,000 rows with the challenge's share of positives."""
     return draw(20_000, 20).table
 
 
@@ -126,17 +126,14 @@ class TestRows:
     def test_identities(self, large: pl.DataFrame) -> None:
         t = {name.removeprefix("tbp_lv_"): large[name].to_numpy() for name in schema.NUMERIC}
         for end in ("", "ext"):
-            np.testing.assert_allclose(
-                t[f"C{end}"], np.hypot(t[f"A{end}"], t[f"B{end}"]), atol=2e-6
-            )
-            np.testing.assert_allclose(
-                t[f"H{end}"], np.degrees(np.arctan2(t[f"B{end}"], t[f"A{end}"])), atol=2e-6
-            )
+            chroma = np.hypot(t[f"A{end}"], t[f"B{end}"])
+            np.testing.assert_allclose(t[f"C{end}"], chroma, atol=2e-6)
+            hue = np.degrees(np.arctan2(t[f"B{end}"], t[f"A{end}"]))
+            np.testing.assert_allclose(t[f"H{end}"], hue, atol=2e-6)
         for axis in "LAB":
             np.testing.assert_allclose(t[f"delta{axis}"], t[axis] - t[f"{axis}ext"], atol=2e-6)
-        np.testing.assert_allclose(
-            t["area_perim_ratio"], t["perimeterMM"] ** 2 / t["areaMM2"], atol=2e-6
-        )
+        area_perim_ratio = t["perimeterMM"] ** 2 / t["areaMM2"]
+        np.testing.assert_allclose(t["area_perim_ratio"], area_perim_ratio, atol=2e-6)
         assert np.all(t["symm_2axis_angle"] % 5 == 0)
         assert np.ptp(t["symm_2axis_angle"]) == 175
         assert np.array_equal(t["norm_color"] == 0, t["color_std_mean"] == 0)
@@ -153,24 +150,26 @@ class TestRows:
 
     @pytest.mark.parametrize("name", margins.KNOTS)
     def test_margins(self, large: pl.DataFrame, name: str) -> None:
-        percent, values = np.array(margins.KNOT_PERCENT[3:15]), np.array(margins.KNOTS[name][3:15])
-        drawn = np.percentile(large[name].drop_nulls().to_numpy(), percent)
-        assert np.abs(drawn - values)[:-2].max() < 0.06 * (values[9] - values[0])
+        percent = np.array(margins.KNOT_PERCENT[3:15])
+        values = np.array(margins.KNOTS[name][3:15])
+        sampled = np.percentile(large[name].drop_nulls().to_numpy(), percent)
+        assert np.abs(sampled - values)[:-2].max() < 0.06 * (values[9] - values[0])
 
     @pytest.mark.parametrize("name", PUBLISHED)
     def test_margins_of_columns_that_follow_from_others(
         self, large: pl.DataFrame, name: str
     ) -> None:
         published = np.array(PUBLISHED[name])
-        drawn = np.percentile(large[name].to_numpy(), [10, 50, 90])
-        assert np.abs(drawn - published).max() < 0.15 * (published[2] - published[0])
+        sampled = np.percentile(large[name].to_numpy(), [10, 50, 90])
+        assert np.abs(sampled - published).max() < 0.15 * (published[2] - published[0])
 
     def test_related_columns_correlate(self, large: pl.DataFrame) -> None:
         pairs = [
             ("tbp_lv_L", "tbp_lv_Lext", 0.85),
             ("clin_size_long_diam_mm", "tbp_lv_areaMM2", 0.75),
+            ("tbp_lv_color_std_mean", "tbp_lv_norm_color", 0.9),
         ]
-        for one, other, least in [*pairs, ("tbp_lv_color_std_mean", "tbp_lv_norm_color", 0.9)]:
+        for one, other, least in pairs:
             assert large.select(pl.corr(one, other, method="spearman")).item() > least
 
     def test_blanks(self, large: pl.DataFrame) -> None:
@@ -183,10 +182,8 @@ class TestRows:
         assert not any(share for name, share in blank.items() if name.startswith("tbp_lv"))
 
     def test_categories(self, large: pl.DataFrame) -> None:
-        tiles = large.group_by("attribution").agg(
-            (pl.col("tbp_tile_type") == "3D: white").mean().alias("white")
-        )
-        white = dict(tiles.iter_rows())
+        is_white = pl.col("tbp_tile_type") == "3D: white"
+        white = dict(large.group_by("attribution").agg(is_white.mean()).iter_rows())
         assert white[margins.MSKCC] > 0.7
         assert max(white[name] for name in white if name != margins.MSKCC) < 0.4
         licence = dict(large.select("attribution", "copyright_license").unique().iter_rows())
@@ -201,7 +198,8 @@ class TestRows:
         assert set(large["age_approx"].drop_nulls() % 5) == {0}
 
     def test_train_only_columns(self, large: pl.DataFrame) -> None:
-        malignant, benign = large.filter(pl.col("target") == 1), large.filter(pl.col("target") == 0)
+        malignant = large.filter(pl.col("target") == 1)
+        benign = large.filter(pl.col("target") == 0)
         assert malignant["lesion_id"].null_count() == 0
         assert benign["lesion_id"].is_not_null().mean() == pytest.approx(0.054, abs=0.006)
         assert set(malignant["iddx_1"]) == {"Malignant"}
@@ -228,15 +226,14 @@ class TestRows:
 
 class TestCrops:
     def test_sizes(self, synth_dataset: Path) -> None:
-        lengths, sides = [], []
+        lengths = []
+        sides = []
         for _, jpeg, mask in crops_of(synth_dataset, "train"):
-            image, drawn = (
-                decode(jpeg),
-                cv2.imdecode(np.frombuffer(mask, np.uint8), cv2.IMREAD_UNCHANGED),
-            )
+            image = decode(jpeg)
+            lesion = cv2.imdecode(np.frombuffer(mask, np.uint8), cv2.IMREAD_UNCHANGED)
             assert image.shape[0] == image.shape[1]
-            assert drawn.shape == image.shape[:2]
-            assert set(np.unique(drawn)) <= {0, 255}
+            assert lesion.shape == image.shape[:2]
+            assert set(np.unique(lesion)) <= {0, 255}
             lengths.append(len(jpeg))
             sides.append(len(image))
         assert min(lengths) >= 1_000
@@ -262,9 +259,9 @@ class TestCrops:
             "tbp_lv_Bext",
             "tbp_lv_areaMM2",
         )
-        told = np.array([[rows[name][column] for column in columns] for name in names])
-        assert np.all(np.abs(seen - told)[:, :6].mean(axis=0) < 1.5)  # Lab units
-        assert np.median(np.abs(seen[:, 6] / told[:, 6] - 1)) < 0.1
+        wanted = np.array([[rows[name][column] for column in columns] for name in names])
+        assert np.all(np.abs(seen - wanted)[:, :6].mean(axis=0) < 1.5)  # Lab units
+        assert np.median(np.abs(seen[:, 6] / wanted[:, 6] - 1)) < 0.1
         assert np.mean(seen[:, 0] < seen[:, 3]) > 0.98  # a lesion is darker than its skin
 
     def test_the_same_seed_draws_the_same_crop(self, learnable: Rows) -> None:
@@ -273,7 +270,7 @@ class TestCrops:
 
 
 def measured(jpeg: bytes, mask: bytes) -> list[float]:
-    """Mean Lab inside and outside, and the area in mm²."""
+    """Returns mean Lab inside and outside the lesion, and its area in mm²."""
     lesion = cv2.imdecode(np.frombuffer(mask, np.uint8), cv2.IMREAD_UNCHANGED) > 0
     lab = cv2.cvtColor(decode(jpeg).astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     return [*lab[lesion].mean(axis=0), *lab[~lesion].mean(axis=0), lesion.mean() * 225]
@@ -359,10 +356,10 @@ class TestCommand:
     def test_a_folder_with_other_data_is_left_alone(
         self, synth_dataset: Path, small_dataset: Path
     ) -> None:
-        with pytest.raises(UserError, match="stand-in dataset of other settings"):
+        with pytest.raises(UserError, match="synthetic dataset with other settings"):
             synthesize(SynthSettings(out=synth_dataset, images=300, seed=2))
         before = (small_dataset / "train-metadata.csv").read_bytes()
-        with pytest.raises(UserError, match="that is not a stand-in"):
+        with pytest.raises(UserError, match="that is not synthetic"):
             synthesize(SynthSettings(out=small_dataset, images=300))
         assert (small_dataset / "train-metadata.csv").read_bytes() == before
 
@@ -375,13 +372,12 @@ class TestPlantedMalignancy:
         relative = table.select(
             centred / (pl.col(schema.NUMERIC).std().over(schema.PATIENT) + 1e-5)
         )
-        target, score = table["target"].to_numpy(), {}
-        for name, features in {"raw": [raw], "relative": [raw, relative]}.items():
-            score[name] = pauc(
-                target, out_of_fold(table, np.hstack([part.to_numpy() for part in features]))
-            )
-        assert 0.10 < score["raw"] < 0.15
-        assert score["raw"] + 0.01 < score["relative"] < 0.18
+        target = table["target"].to_numpy()
+        both = np.hstack([raw.to_numpy(), relative.to_numpy()])
+        row_score = pauc(target, out_of_fold(table, raw.to_numpy()))
+        relative_score = pauc(target, out_of_fold(table, both))
+        assert 0.10 < row_score < 0.15
+        assert row_score + 0.01 < relative_score < 0.18
 
     def test_the_crop_tells_what_the_row_does_not(self) -> None:
         rows = draw(500, 120, seed=5)
@@ -390,16 +386,15 @@ class TestPlantedMalignancy:
         target = rows.table["target"].to_numpy()
         assert 0.78 < roc_auc(target, score) < 0.98
         assert np.corrcoef(score, rows.cue)[0, 1] > 0.3
-        # A feature of the row cannot know the hidden cue beyond what the label tells.
+        # Given the label, no column of the row depends on the hidden cue.
         benign = target == 0
-        hidden = np.corrcoef(
-            rows.table.select(schema.NUMERIC[1:]).to_numpy()[benign].T, rows.cue[benign]
-        )[-1, :-1]
-        assert np.abs(hidden).max() < 0.2
+        columns = rows.table.select(schema.NUMERIC[1:]).to_numpy()[benign]
+        correlation = np.corrcoef(columns.T, rows.cue[benign])[-1, :-1]
+        assert np.abs(correlation).max() < 0.2
 
 
 def thumbnail(crop: Crop) -> NDArray[np.float32]:
-    """An 8 x 8 Lab thumbnail and the colours' means and deviations."""
+    """Returns an 8 x 8 Lab thumbnail, and the colours' means and deviations."""
     lab = cv2.cvtColor(decode(crop.jpeg).astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     pixels = lab.reshape(-1, 3)
     small = cv2.resize(lab, (8, 8), interpolation=cv2.INTER_AREA)
@@ -409,15 +404,19 @@ def thumbnail(crop: Crop) -> NDArray[np.float32]:
 def out_of_fold(table: pl.DataFrame, features: NDArray[np.generic]) -> NDArray[np.float64]:
     """Scores each row with a booster that has not seen its patient."""
     fold = draw_folds(table, 5, 42).of(table).to_numpy()
-    target, score = table["target"].to_numpy(), np.zeros(len(table))
+    target = table["target"].to_numpy()
+    score = np.zeros(len(table))
     settings = {
         "objective": "binary",
         "num_threads": 1,
         "verbosity": -1,
         "seed": 0,
         "learning_rate": 0.05,
+        "max_depth": 4,
+        "num_leaves": 15,
+        "feature_fraction": 0.5,
+        "min_data_in_leaf": 20,
     }
-    settings |= {"max_depth": 4, "num_leaves": 15, "feature_fraction": 0.5, "min_data_in_leaf": 20}
     for k in np.unique(fold):
         data = lgb.Dataset(features[fold != k], target[fold != k])
         score[fold == k] = lgb.train(settings, data, 120).predict(features[fold == k])
