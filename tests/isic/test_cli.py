@@ -122,7 +122,7 @@ def test_ctrl_c_is_a_word(tmp_path: Path) -> None:
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         signal.signal(signal.SIGINT, former)
-        assert process.stdout and "drawing" in process.stdout.readline()
+        assert process.stdout and "sampling" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (130, "stopped by SIGINT\n")
