@@ -1,6 +1,7 @@
 """Rows and pixels for the loop: JPEG bytes in one buffer, a sampler that redraws negatives, loaders."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -482,18 +483,22 @@ def worker_errors() -> Iterator[None]:
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         interrupt.check()  # a signal that ended the workers too is the cause
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-        if "shared memory" in str(error):
+        lacks_memory = "shared memory" in str(error)
+        # a batch that a dead worker left behind cannot be received: the other errors
+        has_ended = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in reason
+        if not lacks_memory and not has_ended:
+            raise
+        # torch's handler would raise once more for each worker that ends with the loader
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if lacks_memory:
             raise UserError(
                 "the workers that decode images do not find enough shared memory in /dev/shm; raise it "
                 "(docker run --shm-size) or lower --num_workers"
             ) from error
-        # a batch that a dead worker left behind cannot be received: the other errors
-        if not isinstance(error, RuntimeError) or "DataLoader worker (pid" in reason:
-            raise UserError(
-                f"a worker that decodes images has ended ({reason}), maybe for lack of memory; lower --num_workers, "
-                "and go on with --resume"
-            ) from error
-        raise
+        raise UserError(
+            f"a worker that decodes images has ended ({reason}), maybe for lack of memory; lower --num_workers, "
+            "and go on with --resume"
+        ) from error
 
 
 def epoch_pools(
