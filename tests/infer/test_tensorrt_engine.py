@@ -16,7 +16,7 @@ from fake_cuda import FAKE_TRT, FakeCuda, FakeEngine, Kind, Misuse
 
 from infer.engines import cudart, load, tensorrt
 from infer.engines.cudart import CudaError
-from infer.engines.tensorrt import AMPERE_PLUS, Plan, Profile, TensorRTEngine
+from infer.engines.tensorrt import AMPERE_PLUS, Plan, Profile, TensorRTEngine, logger
 from isic.errors import UserError
 from isic.files import manifest_path, read_manifest, write_manifest
 
@@ -151,6 +151,7 @@ def test_contexts_of_tensorrt_rtx_share_memory_and_keep_their_kernels(cuda: Fake
     Plan(trt, engine, portable=True, cuda_graph=False).create_context()
     assert not hasattr(config, "cuda_graph_strategy")
     engine.create_execution_context = lambda config: None
+    logger(trt).errors.append("an error of an earlier plan")
     with pytest.raises(CudaError, match="it gives no reason"):
         Plan(trt, engine, portable=True, cuda_graph=False).create_context()
 
