@@ -651,7 +651,7 @@ def test_weights_that_cannot_be_had_stop_the_run(
     assert "broken.safetensors is not a whole safetensors file" in ended.err
 
 
-@pytest.mark.parametrize("content", [[1, 2], {1: torch.zeros(2)}, {"state_dict": 3}, print, None])
+@pytest.mark.parametrize("content", [[1, 2], {1: torch.zeros(2)}, {"state_dict": 3}, sorted, None])
 def test_a_file_that_holds_no_weights_is_one_sentence(content: object, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     if content is not None:
