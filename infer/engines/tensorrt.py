@@ -145,11 +145,9 @@ class Plan:
 
     def create_context(self) -> Any:
         """Return a new execution context. Raises CudaError."""
-        log = logger(self._trt)
-        log.errors.clear()  # those of earlier plans are not the reason
         context = self._engine.create_execution_context(self._settings())
         if context is None:
-            raise cudart.CudaError(log.reason())
+            raise cudart.CudaError(logger(self._trt).reason())
         context.set_device_memory(self._memory.pointer, self._memory.num_bytes)
         return context
 
