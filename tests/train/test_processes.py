@@ -260,17 +260,28 @@ def test_little_shared_memory_is_one_sentence(
         assert ended.stderr.count(warning) == 1
 
 
+def loader_processes(parent: int) -> list[int]:
+    """Children that run the same command: torch's resource tracker is not among them."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [
+        int(child)
+        for child in children
+        if "-m\0train" in Path(f"/proc/{child}/cmdline").read_text()
+    ]
+
+
 def test_a_worker_that_is_killed_is_one_sentence(small_dataset: Path, tmp_path: Path) -> None:
     flags = [*LONG_EPOCHS, "--data", small_dataset, "--output_dir", tmp_path, "--num_workers", 1]
     with started(*flags) as process:
         wait_for(tmp_path / "tiny" / "fold_0" / LAST, process)
-        time.sleep(0.3)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        for child in children.read_text().split():
-            if "-m\0train" in Path(f"/proc/{child}/cmdline").read_text():
-                os.kill(int(child), signal.SIGKILL)
+        while not (workers := loader_processes(process.pid)):
+            assert process.poll() is None
+            time.sleep(0.005)
+        time.sleep(0.2)
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and "Traceback" not in err
+    assert process.returncode == 2 and "Traceback" not in err, err
     assert "error: a worker that decodes images has ended" in err and "--resume" in err
 
 
