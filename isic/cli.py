@@ -144,7 +144,7 @@ def _print_commands(commands: Mapping[str, Command]) -> None:
 
 def _print_help(command: Command) -> None:
     print(f"{inspect.getdoc(command)}\n")
-    for name, field in _settings_type(command).model_fields.items():
+    for name, field in _settings_type(command).flags().items():
         print(f"  --{name:24} {_default(field):20} {field.description or ''}")
     for name, note in _settings_type(command).help_notes().items():
         print(f"  {name:26} {note}")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from isic import yaml12
 from isic.errors import UserError, did_you_mean
@@ -44,6 +45,11 @@ class Settings(BaseModel):
         except RuntimeError:
             raise ValueError("there is no such home folder; write the path out") from None
 
+    @classmethod
+    def flags(cls) -> dict[str, FieldInfo]:
+        """Returns the keys that a command line or a file may give, with default and help."""
+        return cls.model_fields
+
 
 def _split(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
@@ -72,7 +78,7 @@ def build(model: type[SettingsT], values: Mapping[str, Any], source: str = "") -
 def _sentence(model: type[Settings], problem: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f'unknown key "{key}", {did_you_mean(key, model.model_fields)}'
+        return f'unknown key "{key}", {did_you_mean(key, model.flags())}'
     if problem["type"] == "missing":
         return f"--{key} is required"
     if problem["input"] == "True":

@@ -1,8 +1,9 @@
-"""Gradient-boosted trees behind one small interface: rows in, a text out; the text in, scores out.
+"""Gradient-boosted trees: fitted to a text, and loaded from the text to score.
 
-Fitting scores its own out-of-fold rows with the text that it ships, so what is measured is what runs later. Boosters
-are fitted beside each other, each on one thread: no thread waits for another within a tree, and the bytes do not
-depend on how many there are.
+Out-of-fold rows are scored by the loaded text, so the scores are those of the model that ships.
+Each booster is fitted on one thread, so its bytes do not depend on the number of threads.
+
+A new library is one row of `LIBRARIES`.
 """
 
 import json
@@ -22,10 +23,11 @@ from isic.errors import UserError, did_you_mean
 Matrix = NDArray[np.float32]
 Parameters = Mapping[str, Any]
 Predict = Callable[[Matrix, int], NDArray[np.float64]]
-"""Takes a matrix and a number of threads, 0 for all; returns [N] float64 in [0, 1]."""
+"""Scores a matrix on a number of threads, 0 for all: [N] float64 in [0, 1]."""
+Gains = NDArray[np.float64]
 
 REFERENCE_ROWS = 31_700
-"""Training rows of a fold of the challenge after undersampling: 314 positives with 100 negatives each."""
+"""Rows that a booster of the challenge is fitted on: 314 positives with 100 negatives each."""
 
 REFERENCE_MIN_DATA = 85
 SMALLEST_MIN_DATA = 10
@@ -47,15 +49,15 @@ LIGHTGBM: Parameters = {
     "path_smooth": 0.0,
     "extra_trees": False,
 }
-"""The settings in wide use for this challenge, except `min_data_in_leaf` (None: see `min_data`) and bagging.
+"""The settings in wide use for the challenge, except `min_data_in_leaf` (see `min_data`) and bagging.
 
-Wide use is to draw 0.77 of the rows every fourth round. Half of them in every round, compared with
-that by `infer compare` on 885 real rows with ten seeds and no blanks, changed the pAUC by +0.0013,
-+0.0022 and +0.0009 for raw features with split seeds 7, 11 and 13 (the second more than noise), and
-by +0.0005, +0.0004 and -0.0008 for engineered ones (noise). With split seed 42, on which the real
-tables are reported, it is +0.0011 and +0.0012: noise. On 3,000
-synthetic rows, five seeds, it is +0.0034, +0.0044 and +0.0033 for raw features (the first more than
-noise) and +0.0017, +0.0010 and +0.0012 for engineered ones. So it is kept, though the gain is small.
+In wide use is a new bag of 0.77 of the rows every fourth round; here it is half of them every round.
+Changes of the pAUC by that, without blanks, as `infer compare` judges them (* more than noise):
+
+- 885 real rows, ten seeds, split seeds 7, 11 and 13: raw +0.0013, +0.0022*, +0.0009; engineered
+  +0.0005, +0.0004, -0.0008. Split seed 42, as reported: +0.0011 and +0.0012.
+- 3,000 synthetic rows, five seeds: raw +0.0034*, +0.0044, +0.0033; engineered +0.0017, +0.0010,
+  +0.0012.
 """
 
 XGBOOST: Parameters = {
@@ -74,7 +76,7 @@ XGBOOST: Parameters = {
     "scale_pos_weight": 3.3,
     "max_bin": 256,
 }
-"""The settings in wide use for this challenge."""
+"""The settings in wide use for the challenge."""
 
 CATBOOST: Parameters = {
     "num_rounds": 250,
@@ -87,18 +89,16 @@ CATBOOST: Parameters = {
     "border_count": 254,
     "scale_pos_weight": 2.6,
 }
-"""The settings in wide use for this challenge. Their `min_data_in_leaf` has no effect on symmetric trees."""
+"""As in wide use, but `min_data_in_leaf`, which has no effect on symmetric trees."""
 
 
 def min_data(num_rows: int) -> int:
-    """Returns LightGBM's `min_data_in_leaf`: 85 for the challenge's rows, in proportion below, never under 10.
+    """Returns LightGBM's default `min_data_in_leaf`: 85 of 31,700 rows, fewer in proportion, at least 10.
 
-    A leaf of 85 of 31,700 rows is 0.27 % of them. With 85 of 700 a tree could not set the rare lesions apart.
+    With 85 rows of 700, a leaf could not separate the rare malignant lesions.
     """
-    return max(
-        SMALLEST_MIN_DATA,
-        min(REFERENCE_MIN_DATA, round(REFERENCE_MIN_DATA * num_rows / REFERENCE_ROWS)),
-    )
+    proportional = round(REFERENCE_MIN_DATA * num_rows / REFERENCE_ROWS)
+    return min(max(proportional, SMALLEST_MIN_DATA), REFERENCE_MIN_DATA)
 
 
 def fit_lightgbm(
@@ -109,15 +109,16 @@ def fit_lightgbm(
     seed: int,
 ) -> str:
     """Fits one booster and returns it in LightGBM's text format."""
-    automatic = parameters["min_data_in_leaf"] is None
+    given = parameters["min_data_in_leaf"]
     options = {
         **parameters,
-        "min_data_in_leaf": min_data(len(target)) if automatic else parameters["min_data_in_leaf"],
+        "min_data_in_leaf": min_data(len(target)) if given is None else given,
         "objective": "binary",
         "seed": seed,
         "num_threads": 1,
         "deterministic": True,
-        "force_row_wise": True,  # which way of building histograms is the faster here would be in the bytes
+        # Otherwise LightGBM picks row- or column-wise by timing, and the text differs between runs.
+        "force_row_wise": True,
         "verbosity": -1,
     }
     num_rounds = options.pop("num_rounds")
@@ -127,12 +128,13 @@ def fit_lightgbm(
 
 
 LIGHTGBM_END = "\npandas_categorical:null\n"
-"""How a model ends that was fitted on a matrix."""
+"""The last line of a complete model that was fitted on a matrix."""
 
 
 def load_lightgbm(text: str) -> Predict:
-    """Returns the function that scores a C-ordered matrix; its scores are probabilities."""
+    """Returns the function that scores a C-ordered float32 matrix."""
     try:
+        # LightGBM aborts the process on half a model (seen with lightgbm 4.7).
         if not text.endswith(LIGHTGBM_END):
             raise ValueError("it is cut short")
         booster = lightgbm.Booster(model_str=text)
@@ -140,10 +142,16 @@ def load_lightgbm(text: str) -> Predict:
         raise _broken("LightGBM", error) from None
 
     def predict(matrix: Matrix, num_threads: int) -> NDArray[np.float64]:
-        assert matrix.dtype == np.float32 and matrix.flags.c_contiguous
+        assert matrix.dtype == np.float32
+        assert matrix.flags.c_contiguous
         return np.asarray(booster.predict(matrix, num_threads=num_threads), dtype=np.float64)
 
     return predict
+
+
+def lightgbm_gains(text: str, num_features: int) -> Gains:
+    """Returns [D] total gain of the splits on each feature."""
+    return np.asarray(lightgbm.Booster(model_str=text).feature_importance("gain"), dtype=np.float64)
 
 
 def fit_xgboost(
@@ -171,10 +179,11 @@ def fit_xgboost(
 
 
 def load_xgboost(text: str) -> Predict:
-    """Returns the function that scores a matrix; its scores are probabilities."""
+    """Returns the function that scores a matrix."""
     xgboost = _optional("xgboost")
     booster = xgboost.Booster()
     try:
+        # XGBoost aborts the process on an empty text (seen with xgboost 3.2).
         json.loads(text)["learner"]["gradient_booster"]
         booster.load_model(bytearray(text, "utf-8"))
     except (ValueError, LookupError, TypeError, xgboost.core.XGBoostError) as error:
@@ -187,8 +196,18 @@ def load_xgboost(text: str) -> Predict:
     return predict
 
 
+def xgboost_gains(text: str, num_features: int) -> Gains:
+    """Returns [D] total loss reduction by the splits on each feature."""
+    gains = np.zeros(num_features)
+    for tree in json.loads(text)["learner"]["gradient_booster"]["model"]["trees"]:
+        is_split = np.array(tree["left_children"]) >= 0  # a node without children is a leaf
+        features = np.array(tree["split_indices"])[is_split]
+        np.add.at(gains, features, np.array(tree["loss_changes"])[is_split])
+    return gains
+
+
 UNREPEATED = ("model_guid", "train_finish_time")
-"""What CatBoost writes into a model that is another one at every fit of the same data."""
+"""Fields of CatBoost's JSON that differ between fits of the same data."""
 
 
 def fit_catboost(
@@ -198,7 +217,7 @@ def fit_catboost(
     parameters: Parameters,
     seed: int,
 ) -> str:
-    """Fits one booster and returns it in CatBoost's JSON format, less UNREPEATED."""
+    """Fits one booster and returns it in CatBoost's JSON format, without UNREPEATED."""
     catboost = _optional("catboost")
     options = {
         **parameters,
@@ -211,7 +230,7 @@ def fit_catboost(
     }
     model = catboost.CatBoost({"iterations": options.pop("num_rounds"), **options})
     model.fit(catboost.Pool(matrix, target, feature_names=list(names), thread_count=1))
-    with tempfile.TemporaryDirectory() as folder:  # it has no other way out of a model
+    with tempfile.TemporaryDirectory() as folder:  # CatBoost writes JSON to files only
         path = Path(folder) / "model.json"
         model.save_model(str(path), format="json")
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -221,10 +240,11 @@ def fit_catboost(
 
 
 def load_catboost(text: str) -> Predict:
-    """Returns the function that scores a matrix; its scores are probabilities."""
+    """Returns the function that scores a matrix."""
     catboost = _optional("catboost")
     model = catboost.CatBoost()
     try:
+        # CatBoost loads any text and fails when it scores (seen with catboost 1.2).
         json.loads(text)["oblivious_trees"][0]["splits"]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.json"
@@ -242,6 +262,27 @@ def load_catboost(text: str) -> Predict:
     return predict
 
 
+def catboost_gains(text: str, num_features: int) -> Gains:
+    """Returns [D] PredictionValuesChange: how much the splits on each feature move the prediction.
+
+    All nodes at one depth of a symmetric tree share a split, and bit d of a leaf's number is its side
+    of split d. A split's part is the weighted variance between leaves that differ in that bit only.
+    Source: CatBoost's documentation of feature importance.
+    """
+    gains = np.zeros(num_features)
+    for tree in json.loads(text)["oblivious_trees"]:
+        shape = (2,) * len(tree["splits"])
+        values = np.reshape(tree["leaf_values"], shape, order="F")
+        weights = np.reshape(tree["leaf_weights"], shape, order="F")
+        for depth, split in enumerate(tree["splits"]):
+            low, high = np.moveaxis(values, depth, 0)
+            num_low, num_high = np.moveaxis(weights, depth, 0)
+            total = np.where(num_low + num_high > 0, num_low + num_high, 1)
+            variance = (high - low) ** 2 * num_low * num_high / total
+            gains[split["float_feature_index"]] += variance.sum()
+    return gains
+
+
 def _optional(module: str) -> Any:
     try:
         return import_module(module)
@@ -252,46 +293,69 @@ def _optional(module: str) -> Any:
 
 
 def _broken(library: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"the {library} model does not load ({reason}); fit the ensemble again")
+    return UserError(
+        f"the {library} model does not load ({_first_line(error)}); fit the ensemble again"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @dataclass(frozen=True)
 class Library:
-    """One way to fit boosters."""
+    """A library of gradient-boosted trees."""
 
     fit: Callable[[Matrix, NDArray[np.integer], Sequence[str], Parameters, int], str]
+    """See `fit_booster`."""
     load: Callable[[str], Predict]
+    """Loads a booster's text. Raises UserError if it is not a whole model."""
+    gains: Callable[[str, int], Gains]
+    """Returns [D] each feature's gain, from a booster's text and D."""
     defaults: Parameters
-    """Every setting that may be changed, with its value."""
+    """Every setting that may be changed, with its default; None: see the library's `fit`."""
     suffix: str
+    """Of the booster's file."""
     package: str
+    """The distribution that has the module."""
 
 
 LIBRARIES = {
-    "lightgbm": Library(fit_lightgbm, load_lightgbm, LIGHTGBM, ".txt", "lightgbm"),
-    "xgboost": Library(fit_xgboost, load_xgboost, XGBOOST, ".json", "xgboost-cpu"),
-    "catboost": Library(fit_catboost, load_catboost, CATBOOST, ".json", "catboost"),
+    "lightgbm": Library(
+        fit_lightgbm, load_lightgbm, lightgbm_gains, LIGHTGBM, ".txt", package="lightgbm"
+    ),
+    "xgboost": Library(
+        fit_xgboost, load_xgboost, xgboost_gains, XGBOOST, ".json", package="xgboost-cpu"
+    ),
+    "catboost": Library(
+        fit_catboost, load_catboost, catboost_gains, CATBOOST, ".json", package="catboost"
+    ),
 }
+"""By the name of the library's module, which is also the flag of `infer fit` for its settings."""
 
 
 def parameters_of(library: str, changes: Parameters) -> dict[str, Any]:
-    """Returns a library's settings with some of them changed. Raises UserError for a key or a type it does not have."""
+    """Returns a library's settings with some of them changed.
+
+    Raises:
+        UserError: an unknown setting, or a value of another type.
+    """
     defaults = LIBRARIES[library].defaults
     for key, value in changes.items():
         if key not in defaults:
             raise UserError(f'{library} has no setting "{key}" here, {did_you_mean(key, defaults)}')
         kind = int if defaults[key] is None else type(defaults[key])
-        if type(value) not in ({int, float} if kind is float else {kind}):
+        # Not isinstance: a bool is an int.
+        if type(value) is not kind and not (kind is float and type(value) is int):
             raise UserError(f"{library}: {key} is {WORDS[kind]}, not {value}; change --{library}")
     if changes.get("num_rounds", 1) < 1:
-        raise UserError(
-            f"{library}: num_rounds is {changes['num_rounds']}; give one round at least"
-        )
+        raise UserError(f"{library}: num_rounds is {changes['num_rounds']}; give at least one")
     return {**defaults, **changes}
 
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
+"""Names of the types of settings."""
 
 
 def fit_booster(
@@ -307,19 +371,19 @@ def fit_booster(
     Args:
         matrix: [N, D].
         target: [N], 0 or 1.
-        names: D columns.
-        parameters: as `parameters_of` gives them.
+        names: [D] columns.
+        parameters: as `parameters_of` returns them.
 
     Raises:
         UserError: the library is not installed, or refuses a setting's value.
     """
     try:
         return LIBRARIES[library].fit(matrix, target, names, parameters, seed)
-    except Exception as error:
+    except Exception as error:  # an optional library's own error types cannot be named here
         if not type(error).__module__.startswith((library, f"_{library}")):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{library} does not fit ({reason}); change --{library}") from None
+        message = f"{library} does not fit ({_first_line(error)}); change --{library}"
+        raise UserError(message) from None
 
 
 def file_name(library: str, fold: int, seed: int) -> str:
@@ -327,7 +391,7 @@ def file_name(library: str, fold: int, seed: int) -> str:
 
 
 def read_booster(path: Path, library: str) -> Predict:
-    """Loads a booster from its file. Raises UserError where it is missing or not a model."""
+    """Loads a booster from its file. Raises UserError if it is missing or not a whole model."""
     if not path.is_file():
         raise UserError(f"{path} is missing; fit the ensemble again")
     return LIBRARIES[library].load(path.read_text(encoding="utf-8"))

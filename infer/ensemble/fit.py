@@ -1,18 +1,20 @@
-"""Fits the ensemble: libraries x seeds x folds of boosters, each on its fold's training rows, scored out of fold."""
+"""Fits an ensemble: a booster per library, fold and seed, each scored on its held-out rows."""
 
+import itertools
 import math
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
 import yaml
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from tqdm import tqdm
 
 from infer.ensemble import image_scores, scores
@@ -30,7 +32,6 @@ from infer.ensemble.blend import blend, model_name
 from infer.ensemble.boosters import LIBRARIES, file_name, fit_booster, parameters_of
 from infer.ensemble.image_features import ImageState, Sources, frames, learn, origins
 from infer.ensemble.lesions import describe
-from infer.report import write_report
 from isic import folds as fold_plans
 from isic import schema, yaml12
 from isic.config import Settings, Several, build, find_config, read_yaml, yaml_reason
@@ -42,31 +43,22 @@ from isic.folds import Folds, draw_folds, read_folds
 from isic.machine import num_cores
 from isic.metadata import require, with_patient
 
-
-def _mapping(value: Any) -> Any:
-    """A flag is text: `--lightgbm "{max_depth: 5}"` is the YAML of a mapping."""
-    try:
-        return yaml12.load(value) if isinstance(value, str) else value
-    except yaml.YAMLError as error:
-        raise ValueError(f"this is not the YAML of a mapping ({yaml_reason(error)})") from None
-
-
-Changes = Annotated[dict[str, bool | int | float | str], BeforeValidator(_mapping)]
-"""Some of a library's settings: those in `infer.ensemble.boosters` with other values."""
-
-
 BLANK_SHARE = 0.2
-"""Share of the training rows in which a category is blanked, so that boosters have met a blank.
+"""Share of training rows in which a category is blanked, so that boosters learn to handle a blank.
 
-Chosen by `python -m benchmarks hospitals` on 885 real rows of four hospitals, with split seeds 7, 11
-and 13. Its pAUC differs from that without blanks by 0.0000 (raw) and +0.0007 (engineered) on
-hospitals held out, and by -0.0006 and 0.0000 in cross-validation; with split seed 42 and other
-seeds, by +0.0011, -0.0006, +0.0010 and -0.0002: noise. 0.1 was no better. Leaving the hospital's
-columns out instead gave +0.0004, -0.0022, -0.0007 and +0.0006: noise too, and it does not help the
-other columns.
+Chosen by `python -m benchmarks hospitals` on 885 real rows of four hospitals. Change of the pAUC
+compared with no blanks, for raw and engineered features (all noise by `infer compare`):
+
+- split seeds 7, 11 and 13: 0.0000 and +0.0007 on held-out hospitals, -0.0006 and 0.0000 in
+  cross-validation;
+- split seed 42 and other seeds: +0.0011, -0.0006, +0.0010 and -0.0002.
+
+A share of 0.1 was no better. Leaving the hospital's columns out gave +0.0004, -0.0022, -0.0007 and
++0.0006 (noise), and does not help the other columns.
 """
-NUM_FOLDS, SPLIT_SEED = 5, 42
-"""The plan that is drawn when none comes with embeddings or dataset."""
+NUM_FOLDS = 5
+SPLIT_SEED = 42
+"""The fold plan if none comes with the embeddings or the dataset."""
 
 
 class FitSettings(Settings):
@@ -74,89 +66,105 @@ class FitSettings(Settings):
 
     config: str | None = Field(
         None,
-        description="YAML file with any of these keys: a name in configs/ or a path; flags win over it",
+        description="YAML file with any of these keys: a name in configs/ or a path; flags take precedence",
     )
     data: Path = Field(Path("data/isic-2024"), description="dataset folder")
     features: str = Field(
         "engineered",
-        description="raw, engineered, extended, image, multimodal, aligned, frozen, groups and features, "
-        "with commas between them",
+        description="comma-separated sets (raw, engineered, extended, image, multimodal, aligned, "
+        "frozen), groups and features",
     )
     embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, for all image words but frozen"
+        None, description="outputs/embeddings/<config>, for image, multimodal and aligned"
     )
     frozen: Path | None = Field(
-        None, description="embeddings by a model trained on other images, for frozen"
+        None, description="for frozen: embeddings by a model that was trained on other images"
     )
     output_dir: Path = Field(
-        Path("outputs/ensemble"), description="the ensemble lands in a folder of its own in it"
+        Path("outputs/ensemble"), description="parent of the ensemble's folder"
     )
     name: str = Field(
-        "", description="that folder's name; by default the features and the embeddings' config"
+        "",
+        description="name of the ensemble's folder; by default the features and the embeddings' config",
     )
     libraries: Several[str] = Field(("lightgbm",), description=f"some of {', '.join(LIBRARIES)}")
     weights: Several[float] = Field(
-        (), description="a number a library, of their ranks; equal if not given"
+        (), description="one number per library, to weight its ranks; equal by default"
     )
-    lightgbm: Changes = Field({}, description='changed settings, such as "{max_depth: 5}"')
-    xgboost: Changes = Field({}, description="the same")
-    catboost: Changes = Field({}, description="the same")
     seeds: int = Field(
-        3, ge=1, description="boosters a fold and library, each with its own draw of negatives"
+        3, ge=1, description="boosters per fold and library, each on its own sample of negatives"
     )
-    seed: int = Field(0, ge=0, description="the first of the seeds")
+    seed: int = Field(0, ge=0, description="the first seed")
     num_folds: int | None = Field(
         None,
         ge=2,
-        description=f"folds to draw when no plan comes with embeddings or dataset, {NUM_FOLDS} if "
-        "not given; another number than the plan's is refused",
+        description=f"folds if neither embeddings nor dataset have a fold plan, {NUM_FOLDS} by "
+        "default; must match the plan if there is one",
     )
     split_seed: int | None = Field(
         None,
         ge=0,
-        description=f"seed of that draw, {SPLIT_SEED} if not given; one that does not draw the plan "
-        "is refused",
+        description=f"seed of those folds, {SPLIT_SEED} by default; must match the plan if there "
+        "is one",
     )
     num_rounds: int | None = Field(
-        None, ge=1, description="boosting rounds; each library's own if not given"
+        None, ge=1, description="boosting rounds; each library has its own default"
     )
     negatives: float = Field(
-        100.0, gt=0, allow_inf_nan=False, description="negatives kept for each positive"
+        100.0, gt=0, allow_inf_nan=False, description="sampled negatives per positive"
     )
     image_noise: float = Field(
         0.1,
         ge=0,
         allow_inf_nan=False,
-        description="deviation of the noise on training rows' image scores",
+        description="standard deviation of the noise on the image scores of training rows",
     )
     blank_share: float = Field(
         BLANK_SHARE,
         ge=0,
         lt=1,
-        description="share of the training rows in which a category is blanked, drawn per column",
+        description="share of the training rows in which a category is blanked, per column",
     )
-    num_threads: int = Field(0, ge=0, description="threads, 0 for all")
+    num_threads: int = Field(0, ge=0, description="threads, 0 for all cores")
     force: bool = Field(
-        False, description="replace an ensemble of that name that was fitted otherwise"
+        False, description="replace an ensemble of that name that has other settings"
     )
+    library_settings: dict[str, dict[str, Any]] = Field(
+        {}, description="changed settings per library; the flags are the libraries' names"
+    )
+
+    @classmethod
+    def flags(cls) -> dict[str, FieldInfo]:
+        """Returns the flags: one per library in place of `library_settings`."""
+        others = {name: field for name, field in cls.model_fields.items() if name != CHANGES}
+        help_text = 'changed settings of {}, such as "{{num_rounds: 100}}"'
+        libraries = {
+            name: FieldInfo(default={}, description=help_text.format(name)) for name in LIBRARIES
+        }
+        return {**others, **libraries}
 
     @model_validator(mode="before")
     @classmethod
-    def _with_file(cls, values: Any) -> Any:
-        """Fills what is not given from the config file."""
-        if not isinstance(values, Mapping) or not values.get("config"):
+    def _gather(cls, values: Any) -> Any:
+        """Fills missing values from the config file, and gathers the flags of the libraries."""
+        if not isinstance(values, Mapping):
             return values
-        path = find_config(values["config"])
-        from_file = read_yaml(path)
-        build(cls, from_file, str(path))  # by itself, so that an error names the file
-        return {**from_file, **values}
+        if values.get("config"):
+            path = find_config(values["config"])
+            from_file = read_yaml(path)
+            build(cls, from_file, str(path))  # on its own, so that an error names the file
+            values = {**from_file, **values}
+        others = {key: value for key, value in values.items() if key not in LIBRARIES}
+        gathered = {key: _changes(key, values[key]) for key in LIBRARIES if key in values}
+        if gathered and isinstance(others.setdefault(CHANGES, {}), Mapping):
+            others[CHANGES] = {**others[CHANGES], **gathered}
+        return others
 
     @field_validator("libraries")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name not in LIBRARIES:
-                raise ValueError(f'unknown library "{name}", {did_you_mean(name, LIBRARIES)}')
+            _need_library(name)
         if not value or len(set(value)) < len(value):
             raise ValueError("name each library once")
         return value
@@ -165,20 +173,23 @@ class FitSettings(Settings):
     def _consistent(self) -> "FitSettings":
         if self.weights and len(self.weights) != len(self.libraries):
             raise ValueError(
-                f"--weights needs {len(self.libraries)} numbers, one for each of --libraries"
+                f"--weights needs {len(self.libraries)} numbers, one per entry of --libraries"
             )
         if not all(0 < weight < math.inf for weight in self.weights):
             raise ValueError(
                 "--weights must be numbers above 0; leave a library out of --libraries instead"
             )
-        for name in LIBRARIES:
-            parameters_of(name, getattr(self, name))
+        for name, changes in self.library_settings.items():
+            _need_library(name)
+            parameters_of(name, changes)
         return self
 
     def parameters(self, library: str) -> dict[str, Any]:
-        """Returns a library's settings as they are used."""
-        rounds = {"num_rounds": self.num_rounds} if self.num_rounds else {}
-        return parameters_of(library, {**getattr(self, library), **rounds})
+        """Returns all settings of a library, the changed ones included."""
+        changes = dict(self.library_settings.get(library, {}))
+        if self.num_rounds:
+            changes["num_rounds"] = self.num_rounds
+        return parameters_of(library, changes)
 
     @property
     def seed_of_split(self) -> int:
@@ -186,27 +197,50 @@ class FitSettings(Settings):
 
     @property
     def library_weights(self) -> dict[str, float]:
-        return dict(zip(self.libraries, self.weights or (1.0,) * len(self.libraries), strict=True))
+        weights = self.weights or (1.0,) * len(self.libraries)
+        return dict(zip(self.libraries, weights, strict=True))
 
     @property
     def sources(self) -> Sources:
         return Sources(self.embeddings, self.frozen)
 
 
+CHANGES = "library_settings"
+
+
+def _changes(library: str, value: Any) -> dict[str, Any]:
+    """Returns a library's changed settings, from a mapping or the YAML of one."""
+    try:
+        parsed = yaml12.load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"--{library}: this is not the YAML of a mapping ({yaml_reason(error)})"
+        ) from None
+    if not isinstance(parsed, Mapping) or not all(isinstance(key, str) for key in parsed):
+        example = '"{num_rounds: 100}"'
+        raise ValueError(f"--{library} needs a mapping such as {example}, got {value!r}")
+    return dict(parsed)
+
+
+def _need_library(name: str) -> None:
+    if name not in LIBRARIES:
+        raise ValueError(f'unknown library "{name}", {did_you_mean(name, LIBRARIES)}')
+
+
 @dataclass(frozen=True)
 class Bag:
-    """Boosters, what their features were encoded with, and their out-of-fold scores."""
+    """Fitted boosters, the encodings of their features, and their out-of-fold scores."""
 
     boosters: dict[tuple[str, int, int], str]
-    """By library, fold and seed, as text."""
+    """Text by library, fold and seed."""
     encodings: dict[int, Encoding]
     """By fold."""
     scores: dict[str, NDArray[np.float64]]
-    """[N] by the model's name."""
+    """[N] by model name."""
 
 
-def fit(settings: FitSettings) -> None:
-    """Fits a GBDT ensemble and writes it with its out-of-fold scores. The settings' fields are the flags."""
+def fit(settings: FitSettings) -> Path:
+    """Fits an ensemble, writes it and prints its out-of-fold scores. Returns its folder."""
     spec = FeatureSpec.parse(settings.features)
     metadata = read_train(settings, spec)
     folds = plan_folds(settings, metadata)
@@ -220,9 +254,8 @@ def fit(settings: FitSettings) -> None:
     origin = _origin(settings, image, folds, weights)
     if not settings.force:
         refuse_another(root, origin)
-    table = spec.frame(
-        metadata, frames(image, settings.sources, "train", metadata, folds.digest, folds)
-    )
+    image_tables = frames(image, settings.sources, "train", metadata, folds.digest, folds)
+    table = spec.frame(metadata, image_tables)
     _note_blank(table)
     if names:
         bag = fit_bag(table, names, metadata[schema.TARGET].to_numpy(), fold.to_numpy(), settings)
@@ -234,13 +267,17 @@ def fit(settings: FitSettings) -> None:
     clear(root)
     files = _write_files(root, bag, State(names, bag.encodings, image), folds, oof, summaries)
     write_manifest(root, files, {**origin, **_outcome(bag, metadata, summaries)})
-    size = f"{len(names) or 1} features, {len(table)} rows, {folds.num_folds} folds, {len(bag.boosters)} boosters"
-    print(f"{settings.features}: {size}\n{scores.table(summaries)}\nensemble: {root}")
-    print(f"report: {write_report(root, settings.data, settings.embeddings)}")
+    print(
+        f"{settings.features}: {len(names) or 1} features, {len(table)} rows, "
+        f"{folds.num_folds} folds, {len(bag.boosters)} boosters"
+    )
+    print(scores.table(summaries))
+    print(f"ensemble: {root}")
+    return root
 
 
 def read_train(settings: FitSettings, spec: FeatureSpec) -> pl.DataFrame:
-    """Reads the training table in the order of its ids, so that the file's order changes nothing."""
+    """Reads the training table, sorted by id so that the order of the file has no effect."""
     dataset = Dataset(settings.data)
     metadata = dataset.metadata("train").sort(schema.ID)
     require(metadata, needed_columns(spec.tabular), dataset.metadata_path("train"))
@@ -248,10 +285,10 @@ def read_train(settings: FitSettings, spec: FeatureSpec) -> pl.DataFrame:
 
 
 def plan_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
-    """Returns the embeddings' fold plan, else the dataset's, else draws one.
+    """Returns the fold plan of the embeddings, else of the dataset, else a new one.
 
     Raises:
-        UserError: the plan is not for these rows, or is not the one that the settings ask for.
+        UserError: the plan is for other rows, or contradicts the settings.
     """
     path = _plan_path(settings)
     if path is None:
@@ -262,10 +299,11 @@ def plan_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
 
 
 def _plan_path(settings: FitSettings) -> Path | None:
-    """Returns the fold plan of the embeddings, else the dataset's, None when a plan is to be drawn."""
-    roots = (root for root in (settings.embeddings, settings.data) if root)
-    paths = (root / fold_plans.FILE for root in roots)
-    return next((path for path in paths if os.path.lexists(path)), None)
+    """Returns the file of the fold plan, None if there is none."""
+    for root in (settings.embeddings, settings.data):
+        if root and os.path.lexists(root / fold_plans.FILE):
+            return root / fold_plans.FILE
+    return None
 
 
 def _refuse_contradiction(
@@ -275,26 +313,31 @@ def _refuse_contradiction(
     num_folds: int | None,
     split_seed: int | None,
 ) -> None:
-    """Raises a UserError when settings that were given do not describe the plan that will be used."""
+    """Raises a UserError if settings that were given do not match the fold plan."""
     if num_folds not in (None, folds.num_folds):
         raise UserError(
             f"{path} has {folds.num_folds} folds, not {num_folds}; leave --num_folds out"
         )
-    if (
-        split_seed is not None
-        and draw_folds(metadata, folds.num_folds, split_seed).digest != folds.digest
-    ):
+    if split_seed is None:
+        return
+    if draw_folds(metadata, folds.num_folds, split_seed).digest != folds.digest:
         raise UserError(
-            f"{path} is another fold plan than --split_seed {split_seed} draws; "
-            "leave --split_seed out"
+            f"{path} is not the fold plan of --split_seed {split_seed}; leave --split_seed out"
         )
 
 
 def undersample(
     target: NDArray[np.integer], rows: NDArray[np.int64], negatives: float, seed: tuple[int, int]
 ) -> NDArray[np.int64]:
-    """Returns the rows with every positive and at most `negatives` drawn negatives for each (one at least), sorted."""
-    positive, negative = rows[target[rows] == 1], rows[target[rows] == 0]
+    """Returns all positive rows and a sample of the negative ones, sorted.
+
+    Args:
+        target: [N], 0 or 1.
+        rows: the indices to choose from.
+        negatives: kept per positive; at least one is kept in all.
+    """
+    positive = rows[target[rows] == 1]
+    negative = rows[target[rows] == 0]
     num_kept = max(int(len(positive) * negatives), 1)
     if num_kept < len(negative):
         negative = np.random.default_rng(seed).choice(negative, num_kept, replace=False)
@@ -308,7 +351,7 @@ def fit_bag(
     fold: NDArray[np.integer],
     settings: FitSettings,
 ) -> Bag:
-    """Fits one booster a library, fold and seed on the other folds' rows and scores the fold's own rows with it.
+    """Fits a booster per library, fold and seed, and scores the fold's held-out rows with it.
 
     Args:
         table: feature table of N rows.
@@ -319,25 +362,26 @@ def fit_bag(
         UserError: the rows outside a fold are of one class.
     """
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    plan = np.unique(fold).tolist()
-    tasks = [(library, k, seed) for library in settings.libraries for k in plan for seed in seeds]
-    bag = Bag(
-        {}, {}, {model_name(library, seed): np.zeros(len(table)) for library, _, seed in tasks}
-    )
-    for k in plan:
+    fold_ids = np.unique(fold).tolist()
+    tasks = list(itertools.product(settings.libraries, fold_ids, seeds))
+    bag = Bag({}, {}, {})
+    for library, _, seed in tasks:
+        bag.scores[model_name(library, seed)] = np.zeros(len(table))
+    for k in fold_ids:
         _need_both_classes(target[fold != k], k)
         bag.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), names)
 
     def fit_one(task: tuple[str, int, int]) -> tuple[str, NDArray[np.float64]]:
         library, k, seed = task
+        encoding = bag.encodings[k]
         rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
         matrix = _with_noise(
-            bag.encodings[k].transform(table[rows]), names, settings.image_noise, (seed, k)
+            encoding.transform(table[rows]), names, settings.image_noise, (seed, k)
         )
         blanks = np.random.default_rng((seed, k, 2))
-        bag.encodings[k].blank_categories(matrix, settings.blank_share, blanks)
+        encoding.blank_categories(matrix, settings.blank_share, blanks)
         text = fit_booster(library, matrix, target[rows], names, settings.parameters(library), seed)
-        held_out = bag.encodings[k].transform(table.filter(pl.Series(fold == k)))
+        held_out = encoding.transform(table.filter(pl.Series(fold == k)))
         return text, LIBRARIES[library].load(text)(held_out, 1)
 
     pool = ThreadPoolExecutor(settings.num_threads or num_cores())
@@ -347,16 +391,16 @@ def fit_bag(
             bag.boosters[library, k, seed] = text
             bag.scores[model_name(library, seed)][fold == k] = score
     finally:
-        pool.shutdown(cancel_futures=True)  # where one fails, or at Ctrl-C, nobody wants the others
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the rest is of no use
     return bag
 
 
 def _with_noise(
     matrix: NDArray[np.float32], names: tuple[str, ...], deviation: float, seed: tuple[int, int]
 ) -> NDArray[np.float32]:
-    """Adds one draw of noise a row to the image score and to what is relative to it.
+    """Adds noise to the image score of each row, and the same noise to its relative score.
 
-    It keeps trees from trusting the exact value of a score that is a little different for rows to come.
+    New rows have slightly different scores, so the trees should not rely on exact values.
     """
     columns = [names.index(name) for name in image_scores.FEATURES if name in names]
     if columns and deviation:
@@ -375,18 +419,18 @@ def _need_both_classes(target: NDArray[np.integer], fold: int) -> None:
 def _note_blank(table: pl.DataFrame) -> None:
     blank = [column.name for column in table if column.null_count() == len(table)]
     if blank:
-        print(
-            f"note: {len(blank)} features are blank in every row and say nothing, the first is {blank[0]}"
-        )
+        print(f"note: {len(blank)} features are blank in every row, the first is {blank[0]}")
 
 
 def _default_name(settings: FitSettings, spec: FeatureSpec) -> str:
     root = settings.embeddings or settings.frozen
-    return "+".join(spec.words) + (f"_{root.name}" if spec.images and root else "")
+    features = "+".join(spec.words)
+    return f"{features}_{root.name}" if spec.images and root else features
 
 
 def _summaries(patient: NDArray[np.str_], oof: pl.DataFrame) -> dict[str, Any]:
-    target, fold = oof[schema.TARGET].to_numpy(), oof["fold"].to_numpy()
+    target = oof[schema.TARGET].to_numpy()
+    fold = oof["fold"].to_numpy()
     models = oof.drop(schema.ID, schema.TARGET, "fold")
     return {
         column.name: scores.summarise(target, column.to_numpy(), fold, patient) for column in models
@@ -396,7 +440,7 @@ def _summaries(patient: NDArray[np.str_], oof: pl.DataFrame) -> dict[str, Any]:
 def _write_files(
     root: Path, bag: Bag, state: State, folds: Folds, oof: pl.DataFrame, summaries: dict[str, Any]
 ) -> list[str]:
-    """Writes all but the manifest and returns the names."""
+    """Writes all files but the manifest and returns their names."""
     boosters = {file_name(*key): text for key, text in bag.boosters.items()}
     for name, text in boosters.items():
         write_text(root / name, text)
@@ -408,13 +452,17 @@ def _write_files(
 
 
 MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
-"""The settings that shape the model, besides the fold plan."""
+"""The settings that shape the model, besides the fold plan and those of the libraries."""
 
 
 def _origin(
     settings: FitSettings, image: ImageState, folds: Folds, weights: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Returns what decides an ensemble: the fields of its manifest that are known before it is fitted."""
+    """Returns the manifest fields that determine an ensemble, known before it is fitted."""
+    model_settings = settings.model_dump(mode="json", include=MODEL_SETTINGS)
+    model_settings["num_folds"] = folds.num_folds
+    if not _plan_path(settings):
+        model_settings["split_seed"] = settings.seed_of_split
     return {
         "features": settings.features,
         "weights": dict(weights),
@@ -424,16 +472,12 @@ def _origin(
         "folds_digest": folds.digest,
         **origins(image, settings.sources, "train", folds.digest),
         "metadata_sha256": sha256(Dataset(settings.data).metadata_path("train")),
-        "settings": {
-            **settings.model_dump(mode="json", include=MODEL_SETTINGS),
-            "num_folds": folds.num_folds,
-            **({} if _plan_path(settings) else {"split_seed": settings.seed_of_split}),
-        },
+        "settings": model_settings,
     }
 
 
 def _outcome(bag: Bag, metadata: pl.DataFrame, summaries: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields that fitting adds."""
+    """Returns the manifest fields that are known after fitting."""
     packages = dict.fromkeys(LIBRARIES[library].package for library, _, _ in bag.boosters)
     return {
         "boosters": [

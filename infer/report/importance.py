@@ -1,18 +1,14 @@
 """What the boosters split on: each feature's share of the gain, from the text of each library's boosters."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightgbm
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
+from infer.ensemble.boosters import LIBRARIES
 from isic.features import FEATURES
-
-Gains = NDArray[np.float64]
 
 IMAGE = "image"
 GROUPS = {
@@ -34,50 +30,6 @@ GROUPS = {
 """What the groups of features are called on the page."""
 
 
-def lightgbm_gains(text: str, num_features: int) -> Gains:
-    return np.asarray(lightgbm.Booster(model_str=text).feature_importance("gain"), dtype=np.float64)
-
-
-def xgboost_gains(text: str, num_features: int) -> Gains:
-    """Sums the loss that each split saved; a node without children is a leaf."""
-    gains = np.zeros(num_features)
-    for tree in json.loads(text)["learner"]["gradient_booster"]["model"]["trees"]:
-        is_split = np.array(tree["left_children"]) >= 0
-        np.add.at(
-            gains,
-            np.array(tree["split_indices"])[is_split],
-            np.array(tree["loss_changes"])[is_split],
-        )
-    return gains
-
-
-def catboost_gains(text: str, num_features: int) -> Gains:
-    """Sums how much each split moves the prediction: CatBoost's PredictionValuesChange.
-
-    All nodes at one depth of a symmetric tree have the same split, and bit d of a leaf's number is its side of
-    split d, so the split's part is the weighted variance between leaves that differ in that bit alone.
-    """
-    gains = np.zeros(num_features)
-    for tree in json.loads(text)["oblivious_trees"]:
-        shape = (2,) * len(tree["splits"])
-        values, weights = (
-            np.reshape(tree[key], shape, order="F") for key in ("leaf_values", "leaf_weights")
-        )
-        for depth, split in enumerate(tree["splits"]):
-            (low, high), (few, many) = (np.moveaxis(part, depth, 0) for part in (values, weights))
-            total = np.where(few + many > 0, few + many, 1)
-            gains[split["float_feature_index"]] += ((high - low) ** 2 * few * many / total).sum()
-    return gains
-
-
-GAINS: dict[str, Callable[[str, int], Gains]] = {
-    "lightgbm": lightgbm_gains,
-    "xgboost": xgboost_gains,
-    "catboost": catboost_gains,
-}
-"""By library: a booster's text and the number D of its columns to the gain of each, [D]."""
-
-
 def importance(
     root: Path, boosters: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> pl.DataFrame:
@@ -95,9 +47,8 @@ def importance(
     """
     shares = np.zeros(len(names))
     for entry in boosters:
-        gains = GAINS[entry["library"]](
-            (root / entry["file"]).read_text(encoding="utf-8"), len(names)
-        )
+        text = (root / entry["file"]).read_text(encoding="utf-8")
+        gains = LIBRARIES[entry["library"]].gains(text, len(names))
         shares += gains / max(gains.sum(), np.finfo(float).tiny) / len(boosters)
     groups = [FEATURES[name].group if name in FEATURES else IMAGE for name in names]
     table = pl.DataFrame(

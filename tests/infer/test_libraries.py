@@ -10,15 +10,61 @@ import pytest
 from conftest import Cli
 from ensembles import NUM_FOLDS, settings, write_dataset
 
+from benchmarks.record import PACKAGES
 from infer.ensemble.blend import blend, rank, seeds_of
-from infer.ensemble.boosters import LIBRARIES
+from infer.ensemble.boosters import LIBRARIES, parameters_of
 from infer.ensemble.fit import FitSettings, fit
 from infer.ensemble.predict import PredictSettings, predict
 from isic.config import CONFIG_DIR, build
 from isic.errors import UserError
-from isic.files import sha256
+from isic.files import sha256, versions
 
 QUICK = {"num_rounds": 8}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_row_of_the_registry_is_complete(name: str, cli: Cli) -> None:
+    library = LIBRARIES[name]
+    parameters = parameters_of(name, {"num_rounds": 20})
+    matrix = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
+    target = (matrix[:, 2] > 0).astype(np.int8)
+    lacks = []
+    if library.package not in versions(library.package):
+        lacks.append(f"the package {library.package} is not installed")
+    if library.package not in (Path(__file__).parents[2] / "setup.cfg").read_text():
+        lacks.append(f"setup.cfg requires no {library.package}")
+    if library.package not in PACKAGES:
+        lacks.append(f"benchmarks/record.py records no version of {library.package}")
+    if not library.suffix.startswith("."):
+        lacks.append("the suffix does not begin with a dot")
+    if not {"num_rounds", "learning_rate", "scale_pos_weight"} <= set(library.defaults):
+        lacks.append("defaults without num_rounds, learning_rate or scale_pos_weight")
+    if f"--{name} " not in cli("infer", "fit", "--help").out:
+        lacks.append(f"infer fit has no flag --{name}")
+    if build(FitSettings, {name: "{num_rounds: 3}"}).parameters(name)["num_rounds"] != 3:
+        lacks.append(f"--{name} changes nothing")
+    text = library.fit(matrix, target, list("abcd"), parameters, 0)
+    if text != library.fit(matrix, target, list("abcd"), parameters, 0):
+        lacks.append("fit returns another text for the same seed")
+    score = library.load(text)(matrix, 1)
+    if score.dtype != np.float64 or not score[target == 1].min() > score[target == 0].max():
+        lacks.append("load does not return float64 scores that are high for target 1")
+    gains = library.gains(text, 4)
+    if gains.shape != (4,) or gains.argmax() != 2:
+        lacks.append("gains are not [D] with the only useful feature in front")
+    try:
+        library.load("")
+        lacks.append("load accepts an empty text")
+    except UserError:
+        pass
+    assert not lacks, f"the row {name} of LIBRARIES is incomplete: {'; '.join(lacks)}"
+
+
+def test_the_flags_of_libraries_and_the_mapping_are_one_setting() -> None:
+    mapping = {"lightgbm": {"max_depth": 3}, "xgboost": {"max_depth": 2}}
+    chosen = build(FitSettings, {"library_settings": mapping, "xgboost": "{gamma: 1}"})
+    assert chosen.library_settings == {"lightgbm": {"max_depth": 3}, "xgboost": {"gamma": 1}}
+    assert build(FitSettings, {"library_settings": chosen.library_settings}) == chosen
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +136,10 @@ def test_another_number_of_threads_gives_the_same_bytes(
     assert ended.code == 0, ended.err
     roots = (data.parent / "threads" / "three", fitted)
     again, before = ({path.name: path.read_bytes() for path in root.iterdir()} for root in roots)
+    report = again.pop("report.html").decode()
     assert again == before
+    assert "<h1>three</h1>" in report
+    assert ended.out.endswith(f"report: {roots[0] / 'report.html'}\n")
 
 
 def test_flags_win_over_the_file(config: Path) -> None:
@@ -169,9 +218,13 @@ BAD = {
     "lightgbm: min_data_in_leaf is a whole number, not 1.5": {"lightgbm": "{min_data_in_leaf: 1.5}"},
     "lightgbm: learning_rate is a number, not True": {"lightgbm": "{learning_rate: true}"},
     "lightgbm: extra_trees is true or false, not 1": {"lightgbm": "{extra_trees: 1}"},
-    "xgboost: num_rounds is 0; give one round at least": {"xgboost": "{num_rounds: 0}"},
+    "xgboost: num_rounds is 0; give at least one": {"xgboost": "{num_rounds: 0}"},
     "xgboost has no setting \"max_dept\" here, did you mean \"max_depth\"": {"xgboost": "{max_dept: 3}"},
-    "--lightgbm: .*dictionary": {"lightgbm": "3"},
+    "--lightgbm needs a mapping such as .*, got '3'": {"lightgbm": "3"},
+    "--catboost: this is not the YAML of a mapping": {"catboost": "{depth: 3"},
+    "unknown library \"xgbost\"": {"library_settings": {"xgbost": {}}},
+    "--library_settings: .*dictionary": {"library_settings": "3", "lightgbm": "{max_depth: 3}"},
+    "unknown key \"lightgb\", did you mean \"lightgbm\"": {"lightgb": "{max_depth: 3}"},
     "no config \"ensembles/thre\", did you mean \"ensembles/three\"": {"config": "ensembles/thre"},
 }  # fmt: skip
 

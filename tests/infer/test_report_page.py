@@ -17,12 +17,13 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
 
 from infer.embeddings import load, part_path, write_part
+from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.fit import fit
 from infer.report import write_report
 from infer.report.cases import NUM_CASES, NUM_OTHERS, worst_false_alarms, worst_misses
 from infer.report.curves import pca, reliability, roc, scored_region, wilson
 from infer.report.figures import distribution_figure, reliability_figure, roc_figure
-from infer.report.importance import GAINS, by_group, importance
+from infer.report.importance import by_group, importance
 from infer.report.maps import MOST, draw, projections
 from infer.report.markup import Markup, join, tag
 from infer.report.plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, path, stairs
@@ -63,23 +64,13 @@ def embeddings(data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def fitted(data: Path, embeddings: Path) -> Path:
-    fit(
-        settings(
-            data,
-            data.parent,
-            features="multimodal",
-            embeddings=embeddings,
-            seeds=2,
-            name="a <i>&amp;",
-        )
-    )
-    return data.parent / "a <i>&amp;"
+    chosen = {"features": "multimodal", "embeddings": embeddings, "seeds": 2}
+    return fit(settings(data, data.parent, name="a <i>&amp;", **chosen))
 
 
 @pytest.fixture(scope="module")
-def page(fitted: Path) -> str:
-    """As `infer fit` wrote it."""
-    return (fitted / "report.html").read_text()
+def page(fitted: Path, data: Path, embeddings: Path) -> str:
+    return write_report(fitted, data, embeddings).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -224,25 +215,24 @@ def test_nothing_in_the_data_becomes_markup(page: str, with_images: Path) -> Non
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_it_is_sound_in_a_browser(
-    browser: Browser, fitted: Path, with_images: Path, width: int
+    browser: Browser, fitted: Path, data: Path, with_images: Path, width: int
 ) -> None:
     seen = look(browser, with_images, width)
     seen.assert_sound()
     text = with_images.read_text()
     assert seen.num_images == text.count('src="data:image/jpeg;base64,') > NUM_CASES
     assert ">no image for this id</div>" in text and ">truncated JPEG</div>" in text
-    tables_only = look(browser, fitted / "report.html", width, "dark")
+    without = write_report(fitted, data)
+    tables_only = look(browser, without, width, "dark")
     tables_only.assert_sound()
-    assert (
-        tables_only.num_images == 0
-        and "This dataset has no images." in (fitted / "report.html").read_text()
-    )
+    assert tables_only.num_images == 0
+    assert "This dataset has no images." in without.read_text()
 
 
 def test_real_lesions_in_a_browser(browser: Browser, real_data: Path, tmp_path: Path) -> None:
     data = real_data / "real-pairs"
-    fit(settings(data, tmp_path, features="numeric", num_rounds=10))
-    seen = look(browser, tmp_path / "numeric" / "report.html", 390)
+    root = fit(settings(data, tmp_path, features="numeric", num_rounds=10))
+    seen = look(browser, write_report(root, data), 390)
     seen.assert_sound()
     assert seen.num_images >= 2 * NUM_CASES
 
@@ -288,10 +278,10 @@ def test_what_the_command_says(
 
 
 def test_without_trees_and_without_images(data: Path, embeddings: Path, tmp_path: Path) -> None:
-    fit(settings(data, tmp_path, features="image", embeddings=embeddings))
-    assert "There are no trees" in (tmp_path / "image_tiny" / "report.html").read_text()
-    fit(settings(data, tmp_path, features="numeric", embeddings=embeddings, num_rounds=2))
-    assert "so there is none to map" in (tmp_path / "numeric" / "report.html").read_text()
+    image = fit(settings(data, tmp_path, features="image", embeddings=embeddings))
+    assert "There are no trees" in write_report(image, data).read_text()
+    tabular = fit(settings(data, tmp_path, features="numeric", num_rounds=2))
+    assert "so there is none to map" in write_report(tabular, data, embeddings).read_text()
 
 
 @pytest.mark.parametrize(
@@ -306,9 +296,9 @@ def test_the_report_does_not_claim_more_independence_than_there_is(
     data: Path, embeddings: Path, tmp_path: Path, features: str, sentence: str
 ) -> None:
     chosen = {"features": features, "embeddings": embeddings, "num_rounds": 2, "name": "it"}
-    fit(settings(data, tmp_path, **chosen))
-    page = (tmp_path / "it" / "report.html").read_text()
-    assert sentence in page and "never saw the patient" not in page
+    page = write_report(fit(settings(data, tmp_path, **chosen)), data).read_text()
+    assert sentence in page
+    assert "never saw the patient" not in page
 
 
 def test_reliability_of_scores_that_are_probabilities() -> None:
@@ -386,7 +376,7 @@ def test_gains_of_xgboost_are_its_own() -> None:
     booster = xgboost.train(
         options, xgboost.DMatrix(matrix, target, feature_names=list("abcde")), 10
     )
-    gains = GAINS["xgboost"](bytes(booster.save_raw("json")).decode(), 5)
+    gains = LIBRARIES["xgboost"].gains(bytes(booster.save_raw("json")).decode(), 5)
     own = booster.get_score(importance_type="total_gain")
     np.testing.assert_allclose(gains, [own.get(name, 0) for name in "abcde"], rtol=1e-5)
 
@@ -404,7 +394,7 @@ def test_gains_of_catboost_are_its_own(tmp_path: Path) -> None:
     model = catboost.CatBoost({**options, "logging_level": "Silent", "allow_writing_files": False})
     model.fit(catboost.Pool(matrix, target))
     model.save_model(str(tmp_path / "model.json"), format="json")
-    gains = GAINS["catboost"]((tmp_path / "model.json").read_text(), 5)
+    gains = LIBRARIES["catboost"].gains((tmp_path / "model.json").read_text(), 5)
     np.testing.assert_allclose(100 * gains / gains.sum(), model.get_feature_importance(), rtol=1e-5)
 
 
