@@ -47,7 +47,7 @@ class Settings(BaseModel):
 
     @classmethod
     def flags(cls) -> dict[str, FieldInfo]:
-        """Returns the keys that a command line or a file may give, with default and help."""
+        """Return the keys that a command line or a file may give, with default and help."""
         return cls.model_fields
 
 

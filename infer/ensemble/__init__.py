@@ -1,1 +1,1 @@
-"""From features to a score: the gradient-boosted ensemble, fitted, judged and applied."""
+"""The ensemble of gradient-boosted trees: fit, compare and predict."""

@@ -1,8 +1,14 @@
-"""A fitted ensemble on disk: a folder of data files that one manifest, written last, ties together.
+"""A fitted ensemble on disk: a folder of data files and a manifest, which is written last.
 
-`ensemble.json` names every file with its sha256, the features, the boosters, the weights of their libraries, the fold
-plan and the embeddings; `state.json` and `maps_aligned.parquet` hold what was learnt about features, `oof.parquet` the
-out-of-fold scores, `scores.json` what they are worth, `folds.parquet` the fold plan. Nothing is ever unpickled.
+| file | content |
+| --- | --- |
+| `ensemble.json` | the manifest: sha256 of each file, features, boosters, weights, provenance |
+| `<library>_fold_<k>_seed_<s>.*` | a booster as text |
+| `state.json`, `maps_aligned.parquet` | encodings, constants of the image score, rotations |
+| `oof.parquet`, `scores.json` | out-of-fold scores, and their metrics |
+| `folds.parquet` | the fold plan |
+
+Nothing is pickled.
 """
 
 import json
@@ -32,62 +38,84 @@ BEGUN = "begun.json"
 """Marks a folder in which an ensemble is being written."""
 FORMAT = 4
 
+REPORT = "report.html"
+"""Not part of the manifest: it can be written again at any time."""
+
 IMAGE_WORDS = ("image", "multimodal")
+"""Words of `--features` that include the image model's score."""
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What the boosters see, as the words of `--features` say it."""
+    """The features of the boosters, from the words of `--features`."""
 
     words: tuple[str, ...]
     tabular: tuple[str, ...]
+    """Names of the tabular features."""
     score: bool
     """Whether the image model's score is a feature."""
     forms: tuple[str, ...]
-    """Which embedding columns are."""
+    """The kinds of embedding columns, some of `FORMS`."""
 
     @classmethod
     def parse(cls, text: str) -> "FeatureSpec":
-        """Reads a comma-separated list of sets, groups and features.
+        """Parse a comma-separated list of sets, groups and features.
 
-        `image` is the image model's score, `multimodal` that and the engineered features; `aligned`
-        and `frozen` are embeddings as columns.
+        `image` is the image model's score, `multimodal` is `image` and `engineered`; `aligned` and
+        `frozen` are embeddings as columns.
 
         Raises:
             UserError: an unknown word, or a column that only training tables have.
         """
         words = tuple(word.strip() for word in text.split(","))
-        plain = [word for word in words if word not in (*IMAGE_WORDS, *FORMS)]
+        image_words = (*IMAGE_WORDS, *FORMS)
+        plain = [word for word in words if word not in image_words]
         if "multimodal" in words:
             plain.append("engineered")
-        forms = tuple(form for form in FORMS if form in words)
-        score = any(word in IMAGE_WORDS for word in words)
-        return cls(words, features.expand(plain, (*IMAGE_WORDS, *FORMS)), score, forms)
+        return cls(
+            words,
+            tabular=features.expand(plain, also_known=image_words),
+            score=any(word in IMAGE_WORDS for word in words),
+            forms=tuple(form for form in FORMS if form in words),
+        )
 
     @property
     def images(self) -> bool:
+        """Whether any feature comes from images."""
         return self.score or bool(self.forms)
 
     def names(self, image: ImageState) -> tuple[str, ...]:
-        """The columns of the boosters' matrix; none where the image model's score stands alone."""
-        return (*self.tabular, *image.names) if self.tabular or self.forms else ()
+        """Return the columns of the boosters' matrix.
+
+        There are none, and no boosters, if the image model's score is the only feature.
+        """
+        if not (self.tabular or self.forms):
+            return ()
+        return (*self.tabular, *image.names)
 
     def frame(self, metadata: pl.DataFrame, image: Iterable[pl.DataFrame]) -> pl.DataFrame:
-        """Returns the feature table, in the order of `metadata`: `isic_id`, tabular, image."""
+        """Return the feature table: `isic_id`, tabular and image columns.
+
+        Args:
+            metadata: the rows, whose order is kept.
+            image: tables of `isic_id` and columns in the same order.
+        """
         tabular = features.compute(metadata, self.tabular)
         return pl.concat([tabular, *(table.drop(schema.ID) for table in image)], how="horizontal")
 
 
 @dataclass(frozen=True)
 class State:
-    """What was learnt about features: an encoding a fold, and how to read embeddings."""
+    """The fitted state of the features."""
 
     names: tuple[str, ...]
+    """The columns of the boosters' matrix."""
     encodings: Mapping[int, Encoding]
+    """By fold."""
     image: ImageState
 
     def write(self, root: Path) -> list[str]:
-        """Writes the state and returns the names of its files."""
+        """Write the state. Returns the names of its files."""
         encodings = {str(fold): encoding.to_json() for fold, encoding in self.encodings.items()}
         value = {"names": list(self.names), **self.image.to_json(), "encodings": encodings}
         write_json(root / STATE, value)
@@ -105,7 +133,7 @@ class State:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """An ensemble that was read and checked."""
+    """An ensemble that `open_ensemble` has read and checked."""
 
     root: Path
     manifest: Mapping[str, Any]
@@ -114,7 +142,7 @@ class Ensemble:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """The weight of each library, or of the image model's score alone."""
+        """The weight of each library; of `image` if there are no boosters."""
         return dict(self.manifest["weights"])
 
     @property
@@ -124,33 +152,36 @@ class Ensemble:
         return image_scores.RELATIVE in names or relative_to_patient(names)
 
     def oof(self) -> pl.DataFrame:
-        """Returns the out-of-fold scores: `isic_id`, `fold`, `target`, a column a model, and `blend`."""
+        """Return `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
         return read_parquet(self.root / OOF)
 
     def oof_models(self) -> dict[str, Scores]:
-        """Returns [N] out-of-fold scores by the model's name."""
+        """Return [N] out-of-fold scores by model name."""
         models = self.oof().drop(schema.ID, "fold", schema.TARGET, "blend")
         return {column.name: column.to_numpy() for column in models}
 
 
 def write_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) -> None:
-    """Writes the manifest over the named files; call it last."""
+    """Write the manifest of the named files. Call it after they are written."""
     digests = {name: sha256(root / name) for name in files}
     write_json(root / MANIFEST, {"format": FORMAT, **fields, "files": digests})
     (root / BEGUN).unlink(missing_ok=True)
 
 
 def refuse_other_content(root: Path) -> None:
-    """Raise a UserError if a folder holds files of the names that an ensemble has, but no ensemble, whole or begun."""
+    """Raise a UserError if a folder has files with an ensemble's names but is not an ensemble.
+
+    An ensemble whose fit was interrupted counts as one.
+    """
     is_own = holds(root / MANIFEST, "format", "weights") or holds(root / BEGUN, "format")
     others = (root / name for name in (MANIFEST, BEGUN, STATE, OOF, SCORES, FOLDS_FILE))
     refuse_foreign([*others, *_removable(root)], is_own, "--output_dir or --name")
 
 
 def clear(root: Path) -> None:
-    """Remove an earlier ensemble, its manifest first: a folder without one is no ensemble.
+    """Remove an earlier ensemble, manifest first: a folder without one is not an ensemble.
 
-    BEGUN stays until `write_manifest`, so that a run that was killed can be repeated.
+    BEGUN stays until `write_manifest`, so that a killed run can be repeated.
     """
     write_json(root / BEGUN, {"format": FORMAT})
     for path in (root / MANIFEST, *_removable(root)):
@@ -158,28 +189,29 @@ def clear(root: Path) -> None:
 
 
 def _removable(root: Path) -> list[Path]:
-    """Return the files of an ensemble whose names differ from one to another, and its report."""
-    boosters, maps = root.glob("[!.]*_fold_*_seed_*"), root.glob("maps_*.parquet")
-    return [root / "report.html", *boosters, *maps]
+    """Return the files that not every ensemble has, and the report."""
+    boosters = root.glob("[!.]*_fold_*_seed_*")
+    maps = root.glob("maps_*.parquet")
+    return [root / REPORT, *boosters, *maps]
 
 
 def refuse_another(root: Path, fields: Mapping[str, Any]) -> None:
-    """Raises a UserError where the folder holds an ensemble of whose manifest some of these fields differ."""
+    """Raise a UserError if the folder has an ensemble whose manifest differs in these fields."""
     if not (root / MANIFEST).is_file():
         return
     manifest = read_json(root / MANIFEST)
     now = dict(_flat(json.loads(json.dumps(fields))))
     then = dict(_flat({key: manifest.get(key) for key in fields}))
-    changed = next((key for key in {**now, **then} if now.get(key) != then.get(key)), None)
-    if changed:
-        raise UserError(
-            f"{root} holds an ensemble with {changed} = {then.get(changed)}, now it is {now.get(changed)}; choose "
-            "another --name, or replace it with --force"
-        )
+    for key in {**now, **then}:
+        if now.get(key) != then.get(key):
+            raise UserError(
+                f"{root} holds an ensemble with {key} = {then.get(key)}, now it is "
+                f"{now.get(key)}; choose another --name, or replace it with --force"
+            )
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the values of nested mappings by their dotted names."""
+    """Yield dotted names and values of nested mappings."""
     if not isinstance(value, dict):
         yield name, value
         return
@@ -188,34 +220,33 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def open_ensemble(path: Path) -> Ensemble:
-    """Reads an ensemble and checks it.
+    """Read and checks an ensemble.
 
     Args:
         path: the ensemble's folder, or a folder with exactly one ensemble in it.
 
     Raises:
-        UserError: no ensemble, or several; a file that is missing or not the one the manifest describes; features
-            that this version computes no longer, or in another order.
+        UserError: no ensemble, or several; a file that is missing or does not match the manifest;
+            other features, or another order of them, in this version.
     """
     root = _find(path)
     manifest = read_json(root / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{root / MANIFEST} is not of this version of the toolkit; fit the ensemble again"
+            f"{root / MANIFEST} is of another version of the toolkit; fit the ensemble again"
         )
     for name, expected in manifest["files"].items():
         if sha256(root / name) != expected:
-            raise UserError(
-                f"{root / name} is not the file that {MANIFEST} describes; fit the ensemble again"
-            )
+            raise UserError(f"{root / name} does not match {MANIFEST}; fit the ensemble again")
     spec = FeatureSpec.parse(manifest["features"])
     state = State.read(root)
     names = spec.names(state.image)
     if names != state.names:
         changed = sorted({*names} ^ {*state.names})
         raise UserError(
-            f"{root} was fitted on {len(state.names)} features and this version has {len(names)} for "
-            f"{manifest['features']} (different: {', '.join(changed[:3]) or 'their order'}); fit the ensemble again"
+            f"{root} was fitted on {len(state.names)} features, this version has {len(names)} for "
+            f"{manifest['features']} (different: {', '.join(changed[:3]) or 'their order'}); "
+            "fit the ensemble again"
         )
     return Ensemble(root, manifest, state, spec)
 
@@ -227,7 +258,6 @@ def _find(path: Path) -> Path:
     if not inside:
         raise UserError(f"{path} holds no finished ensemble; run `python -m infer fit` first")
     if len(inside) > 1:
-        raise UserError(
-            f"{path} holds several ensembles, choose one: {', '.join(str(root) for root in inside)}"
-        )
+        found = ", ".join(str(root) for root in inside)
+        raise UserError(f"{path} holds several ensembles, choose one: {found}")
     return inside[0]

@@ -1,7 +1,7 @@
-"""From the scores of many boosters to one a row: the mean within a library, weighted ranks between libraries.
+"""Blend models: the mean over a library's seeds, and a weighted mean of ranks over libraries.
 
-Libraries differ in how they spread probabilities, so between them only the order of rows counts. A row's rank is its
-place among the out-of-fold scores of the training rows: it needs no other row to score, and one row has a rank too.
+Libraries spread probabilities differently, so only the order of rows is comparable between them. A
+row is ranked among the out-of-fold scores of the training rows, not among the rows to score.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ def model_name(library: str, seed: int) -> str:
 
 
 def seeds_of(names: Iterable[str], libraries: Iterable[str]) -> list[int]:
-    """Returns the seeds that every one of the libraries has a model of, ascending."""
+    """Return the seeds for which every library has a model, ascending."""
     seeds = [
         {int(name.rpartition("_")[2]) for name in names if _is_of(name, library)}
         for library in libraries
@@ -28,38 +28,40 @@ def seeds_of(names: Iterable[str], libraries: Iterable[str]) -> list[int]:
 def blend(
     models: Mapping[str, Scores], weights: Mapping[str, float], reference: Mapping[str, Scores]
 ) -> Scores:
-    """Returns [N] one score a row in [0, 1].
+    """Return [N] scores in [0, 1]; the mean probability if there is one library.
 
     Args:
-        models: [N] probabilities by the model's name.
-        weights: by library. One alone keeps its probabilities.
-        reference: [M] out-of-fold probabilities of the training rows, by the same names; not looked at for one.
+        models: [N] probabilities by model name.
+        weights: by library.
+        reference: [M] out-of-fold probabilities of the training rows by model name; unused if there
+            is one library.
     """
     if len(weights) == 1:
-        return _mean(models, next(iter(weights)))
-    total = sum(weights.values())
+        (library,) = weights
+        return _mean(models, library)
     ranks = (
-        weight * rank(_mean(models, name), _mean(reference, name))
-        for name, weight in weights.items()
+        weight * rank(_mean(models, library), _mean(reference, library))
+        for library, weight in weights.items()
     )
-    return np.asarray(sum(ranks) / total)
+    return np.asarray(sum(ranks) / sum(weights.values()))
 
 
 def rank(score: Scores, reference: Scores) -> Scores:
-    """Returns [N] the share of reference scores below each score, in (0, 1); ties count half.
+    """Return [N] the share of reference scores below each score, in (0, 1); ties count half.
 
-    Between two reference scores it is interpolated, and beyond them it still rises, so that no order is lost.
+    It is interpolated between reference scores and rises beyond them too, so the order is kept.
     """
     values, counts = np.unique(reference, return_counts=True)
-    place = (np.cumsum(counts) - counts / 2) / len(reference)
-    knots, places = np.concatenate([[-1.0], values, [2.0]]), np.concatenate([[0.0], place, [1.0]])
-    return np.asarray(np.interp(score, knots, places))
+    shares = (np.cumsum(counts) - counts / 2) / len(reference)
+    # Scores are in [0, 1]; -1 and 2 leave a slope outside the reference scores.
+    knots = np.concatenate([[-1.0], values, [2.0]])
+    ranks = np.concatenate([[0.0], shares, [1.0]])
+    return np.asarray(np.interp(score, knots, ranks))
 
 
 def _mean(models: Mapping[str, Scores], library: str) -> Scores:
-    return np.asarray(
-        np.mean([score for name, score in models.items() if _is_of(name, library)], axis=0)
-    )
+    seeds = [score for name, score in models.items() if _is_of(name, library)]
+    return np.asarray(np.mean(seeds, axis=0))
 
 
 def _is_of(name: str, library: str) -> bool:

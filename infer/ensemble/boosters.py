@@ -23,7 +23,7 @@ from isic.errors import UserError, did_you_mean
 Matrix = NDArray[np.float32]
 Parameters = Mapping[str, Any]
 Predict = Callable[[Matrix, int], NDArray[np.float64]]
-"""Scores a matrix on a number of threads, 0 for all: [N] float64 in [0, 1]."""
+"""Score a matrix on a number of threads, 0 for all: [N] float64 in [0, 1]."""
 Gains = NDArray[np.float64]
 
 REFERENCE_ROWS = 31_700
@@ -49,9 +49,9 @@ LIGHTGBM: Parameters = {
     "path_smooth": 0.0,
     "extra_trees": False,
 }
-"""The settings in wide use for the challenge, except `min_data_in_leaf` (see `min_data`) and bagging.
+"""The settings in wide use for the challenge, except bagging and `min_data`.
 
-In wide use is a new bag of 0.77 of the rows every fourth round; here it is half of them every round.
+Wide use samples 0.77 of the rows every fourth round; here it is half of them in every round.
 Changes of the pAUC by that, without blanks, as `infer compare` judges them (* more than noise):
 
 - 885 real rows, ten seeds, split seeds 7, 11 and 13: raw +0.0013, +0.0022*, +0.0009; engineered
@@ -93,7 +93,7 @@ CATBOOST: Parameters = {
 
 
 def min_data(num_rows: int) -> int:
-    """Returns LightGBM's default `min_data_in_leaf`: 85 of 31,700 rows, fewer in proportion, at least 10.
+    """Return the default `min_data_in_leaf`: 85 per 31,700 rows, between 10 and 85.
 
     With 85 rows of 700, a leaf could not separate the rare malignant lesions.
     """
@@ -108,7 +108,7 @@ def fit_lightgbm(
     parameters: Parameters,
     seed: int,
 ) -> str:
-    """Fits one booster and returns it in LightGBM's text format."""
+    """Fit one booster and returns it in LightGBM's text format."""
     given = parameters["min_data_in_leaf"]
     options = {
         **parameters,
@@ -132,7 +132,7 @@ LIGHTGBM_END = "\npandas_categorical:null\n"
 
 
 def load_lightgbm(text: str) -> Predict:
-    """Returns the function that scores a C-ordered float32 matrix."""
+    """Return the function that scores a C-ordered float32 matrix."""
     try:
         # LightGBM aborts the process on half a model (seen with lightgbm 4.7).
         if not text.endswith(LIGHTGBM_END):
@@ -150,7 +150,7 @@ def load_lightgbm(text: str) -> Predict:
 
 
 def lightgbm_gains(text: str, num_features: int) -> Gains:
-    """Returns [D] total gain of the splits on each feature."""
+    """Return [D] total gain of the splits on each feature."""
     return np.asarray(lightgbm.Booster(model_str=text).feature_importance("gain"), dtype=np.float64)
 
 
@@ -161,7 +161,7 @@ def fit_xgboost(
     parameters: Parameters,
     seed: int,
 ) -> str:
-    """Fits one booster and returns it in XGBoost's JSON format."""
+    """Fit one booster and returns it in XGBoost's JSON format."""
     xgboost = _optional("xgboost")
     options = {
         **parameters,
@@ -179,7 +179,7 @@ def fit_xgboost(
 
 
 def load_xgboost(text: str) -> Predict:
-    """Returns the function that scores a matrix."""
+    """Return the function that scores a matrix."""
     xgboost = _optional("xgboost")
     booster = xgboost.Booster()
     try:
@@ -197,7 +197,7 @@ def load_xgboost(text: str) -> Predict:
 
 
 def xgboost_gains(text: str, num_features: int) -> Gains:
-    """Returns [D] total loss reduction by the splits on each feature."""
+    """Return [D] total loss reduction by the splits on each feature."""
     gains = np.zeros(num_features)
     for tree in json.loads(text)["learner"]["gradient_booster"]["model"]["trees"]:
         is_split = np.array(tree["left_children"]) >= 0  # a node without children is a leaf
@@ -217,7 +217,7 @@ def fit_catboost(
     parameters: Parameters,
     seed: int,
 ) -> str:
-    """Fits one booster and returns it in CatBoost's JSON format, without UNREPEATED."""
+    """Fit one booster and returns it in CatBoost's JSON format, without UNREPEATED."""
     catboost = _optional("catboost")
     options = {
         **parameters,
@@ -240,7 +240,7 @@ def fit_catboost(
 
 
 def load_catboost(text: str) -> Predict:
-    """Returns the function that scores a matrix."""
+    """Return the function that scores a matrix."""
     catboost = _optional("catboost")
     model = catboost.CatBoost()
     try:
@@ -263,10 +263,11 @@ def load_catboost(text: str) -> Predict:
 
 
 def catboost_gains(text: str, num_features: int) -> Gains:
-    """Returns [D] PredictionValuesChange: how much the splits on each feature move the prediction.
+    """Return [D] PredictionValuesChange: how much the splits on each feature move the prediction.
 
-    All nodes at one depth of a symmetric tree share a split, and bit d of a leaf's number is its side
-    of split d. A split's part is the weighted variance between leaves that differ in that bit only.
+    All nodes at one depth of a symmetric tree share a split; bit d of a leaf's number is its
+    side of split d. A split's part is the weighted variance between leaves that differ only in
+    that bit.
     Source: CatBoost's documentation of feature importance.
     """
     gains = np.zeros(num_features)
@@ -310,9 +311,9 @@ class Library:
     fit: Callable[[Matrix, NDArray[np.integer], Sequence[str], Parameters, int], str]
     """See `fit_booster`."""
     load: Callable[[str], Predict]
-    """Loads a booster's text. Raises UserError if it is not a whole model."""
+    """Load a booster's text. Raises UserError if it is not a whole model."""
     gains: Callable[[str, int], Gains]
-    """Returns [D] each feature's gain, from a booster's text and D."""
+    """Return [D] each feature's gain, from a booster's text and D."""
     defaults: Parameters
     """Every setting that may be changed, with its default; None: see the library's `fit`."""
     suffix: str
@@ -336,7 +337,7 @@ LIBRARIES = {
 
 
 def parameters_of(library: str, changes: Parameters) -> dict[str, Any]:
-    """Returns a library's settings with some of them changed.
+    """Return a library's settings with some of them changed.
 
     Raises:
         UserError: an unknown setting, or a value of another type.
@@ -366,7 +367,7 @@ def fit_booster(
     parameters: Parameters,
     seed: int,
 ) -> str:
-    """Fits one booster and returns it as text.
+    """Fit one booster and returns it as text.
 
     Args:
         matrix: [N, D].
@@ -391,7 +392,7 @@ def file_name(library: str, fold: int, seed: int) -> str:
 
 
 def read_booster(path: Path, library: str) -> Predict:
-    """Loads a booster from its file. Raises UserError if it is missing or not a whole model."""
+    """Load a booster from its file. Raises UserError if it is missing or not a whole model."""
     if not path.is_file():
         raise UserError(f"{path} is missing; fit the ensemble again")
     return LIBRARIES[library].load(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""`python -m infer compare A B`: whether one ensemble is better than another out of fold, or only luckier."""
+"""`python -m infer compare A B`: tests whether B is better than A out of fold, or by chance."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,39 +31,40 @@ class CompareSettings(Settings):
     positional: ClassVar[tuple[str, ...]] = ("first", "second")
 
     first: Several[Path] = Field(
-        description="an ensemble's folder, or those of several training runs of one recipe with "
-        "commas between them; the first argument"
+        description="first argument: an ensemble's folder, or comma-separated folders of "
+        "several training runs of one recipe"
     )
     second: Several[Path] = Field(
-        description="as many others, on the same rows and folds; the second argument"
+        description="second argument: as many other folders, with the same rows and folds"
     )
     data: Path = Field(Path("data/isic-2024"), description="dataset folder, for the patients")
-    draws: int = Field(1000, ge=100, description="redraws of the patients")
-    seed: int = Field(0, ge=0, description="seed of the redraws")
+    draws: int = Field(1000, ge=100, description="bootstrap samples of the patients")
+    seed: int = Field(0, ge=0, description="seed of the bootstrap")
 
 
 def compare(settings: CompareSettings) -> None:
-    """Compares two ensembles: a paired test over their seeds and a bootstrap over patients.
+    """Compare two ensembles: a paired test over their seeds and a bootstrap over patients.
 
-    The seeds show whether the difference is larger than the chance in fitting, the patients whether
-    it is larger than the chance in the choice of patients. It is noise unless both say otherwise, in
-    the same direction. With several training runs per side the runs are paired in place of the seeds.
+    The seeds test the difference against chance in fitting, the bootstrap against chance in the
+    choice of patients. It is called noise unless both find a difference in the same direction. With
+    several training runs per side, runs are paired instead of seeds.
     """
-    first, second = (_open(paths) for paths in (settings.first, settings.second))
+    first = _open(settings.first)
+    second = _open(settings.second)
     if len(first) != len(second):
         raise UserError(
-            f"{len(first)} ensembles are compared with {len(second)}; give as many of either"
+            f"cannot compare {len(first)} ensembles with {len(second)}; "
+            "give the same number on both sides"
         )
     found = comparison(first, second, settings.data, settings.draws, settings.seed)
     _print(found, "seeds" if len(first) == 1 else "runs")
-    one_run = len(first) == 1 and (
-        not found.tested or any(ensemble.spec.images for ensemble in (*first, *second))
-    )
+    images = any(ensemble.spec.images for ensemble in (*first, *second))
+    one_run = len(first) == 1 and (images or not found.tested)
     print(f"\nsecond against first: {found.verdict}{ONE_RUN if found.certain and one_run else ''}")
 
 
 def _open(paths: Sequence[Path]) -> list[Ensemble]:
-    """Opens the ensembles of a side. Raises UserError when one is given twice."""
+    """Open the ensembles of a side. Raises UserError if one is given twice."""
     ensembles = [open_ensemble(path) for path in paths]
     roots = [ensemble.root.resolve() for ensemble in ensembles]
     for root in roots:
@@ -75,24 +76,26 @@ def _open(paths: Sequence[Path]) -> list[Ensemble]:
 def comparison(
     first: Sequence[Ensemble], second: Sequence[Ensemble], data: Path, num_draws: int, seed: int = 0
 ) -> Comparison:
-    """Compares the out-of-fold scores of two sides, with as many ensembles each.
+    """Compare the out-of-fold scores of two sides with the same number of ensembles.
 
     Args:
-        data: the dataset folder they were fitted on, for the patients.
+        data: the dataset folder of the ensembles, for the patients.
 
     Raises:
         UserError: the ensembles were scored on different rows or folds, or the dataset lacks rows.
     """
-    tables = [ensemble.oof().sort(schema.ID) for ensemble in (*first, *second)]
+    ensembles = (*first, *second)
+    tables = [ensemble.oof().sort(schema.ID) for ensemble in ensembles]
     rows = [table.select(schema.ID, "fold", schema.TARGET) for table in tables]
-    for ensemble, other in zip((*first, *second), rows, strict=True):
+    for ensemble, other in zip(ensembles, rows, strict=True):
         if not other.equals(rows[0]):
             raise UserError(
-                f"{first[0].root} and {ensemble.root} were scored on other rows or folds; "
+                f"{first[0].root} and {ensemble.root} were scored on different rows or folds; "
                 "fit both on the same"
             )
     blends = [table["blend"].to_numpy() for table in tables]
-    target, patient = rows[0][schema.TARGET], _patients(rows[0], data)
+    target = rows[0][schema.TARGET]
+    patient = _patients(rows[0], data)
     sides = blends[: len(first)], blends[len(first) :]
     if len(first) == 1:
         fits = paired(pauc_by_seed(first[0]), pauc_by_seed(second[0]))
@@ -102,27 +105,28 @@ def comparison(
 
 
 def pauc_by_seed(ensemble: Ensemble) -> dict[int, float]:
-    """Returns the pooled pAUC of an ensemble of one seed alone, by seed; empty without boosters."""
-    weights, models = ensemble.weights, ensemble.oof_models()
+    """Return the pooled pAUC of each seed's models; empty without boosters."""
+    if not ensemble.manifest["boosters"]:
+        return {}
+    weights = ensemble.weights
+    models = ensemble.oof_models()
     target = ensemble.oof()[schema.TARGET].to_numpy()
     found = {}
-    for seed in seeds_of(models, weights) if ensemble.manifest["boosters"] else []:
-        of_seed = {
-            name: models[name] for name in (model_name(library, seed) for library in weights)
-        }
+    for seed in seeds_of(models, weights):
+        names = [model_name(library, seed) for library in weights]
+        of_seed = {name: models[name] for name in names}
         found[seed] = pauc(target, blend(of_seed, weights, of_seed))
     return found
 
 
 def paired(first: dict[int, float], second: dict[int, float]) -> NDArray[np.float64]:
-    """Returns [num_seeds, 2] for the seeds that both have."""
-    return np.array([[first[seed], second[seed]] for seed in first if seed in second]).reshape(
-        -1, 2
-    )
+    """Return [num_seeds, 2] for the seeds that both have."""
+    pairs = [[first[seed], second[seed]] for seed in first if seed in second]
+    return np.array(pairs).reshape(-1, 2)
 
 
 def _print(found: Comparison, kind: str) -> None:
-    """Prints both tests; `kind` is the word for a fit: seeds or runs."""
+    """Print both tests; `kind` is the name of a fit: seeds or runs."""
     print(f"{'':12} {'first':>8} {'second':>8} {'second - first':>15}")
     if found.tested:
         first, second = found.fits.mean(axis=0)
@@ -134,19 +138,19 @@ def _print(found: Comparison, kind: str) -> None:
     low, middle, high = found.interval
     print(
         f"{'patients':12} {first:8.4f} {second:8.4f} {middle:+15.4f}"
-        f"   95 % of redraws in {low:+.4f} .. {high:+.4f}"
+        f"   95 % of bootstrap samples in {low:+.4f} .. {high:+.4f}"
     )
     if not found.tested:
-        print("the ensembles share fewer than two seeds, so the bootstrap alone decides")
+        print("the ensembles share fewer than two seeds, so only the bootstrap decides")
 
 
 def _patients(oof: pl.DataFrame, data: Path) -> pl.Series:
+    """Return [N] the patient of each scored row. Raises UserError if the dataset lacks one."""
     metadata = with_patient(Dataset(data).metadata("train")).select(schema.ID, schema.PATIENT)
-    patient = oof.select(schema.ID).join(metadata, on=schema.ID, how="left", maintain_order="left")[
-        schema.PATIENT
-    ]
-    if patient.null_count():
+    rows = oof.select(schema.ID).join(metadata, on=schema.ID, how="left", maintain_order="left")
+    num_missing = rows[schema.PATIENT].null_count()
+    if num_missing:
         raise UserError(
-            f"{data} lacks {patient.null_count()} of the scored rows; give the --data they were fitted on"
+            f"{data} lacks {num_missing} of the scored rows; give the --data of the ensembles"
         )
-    return patient
+    return rows[schema.PATIENT]

@@ -1,7 +1,7 @@
-"""Whether a second set of scores is better than a first, or the difference is chance.
+"""Test whether a second set of scores is better than a first, or different by chance.
 
-Two kinds of chance are looked at. Fitting: a paired t-test over seeds, or over whole training runs.
-Patients: a bootstrap. A difference is called noise unless both call it one, in the same direction.
+A paired t-test over seeds or training runs covers chance in fitting, a bootstrap over patients the
+choice of patients. A difference is noise unless both find it, in the same direction.
 """
 
 from collections.abc import Sequence
@@ -20,21 +20,21 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired values of a first and a second side; the second is the one that is judged."""
+    """Paired values of a first and a second side; the second is judged against the first."""
 
     fits: NDArray[np.float64]
-    """[F, 2] pAUC by seed or by run; with fewer than two rows the patients alone decide."""
+    """[F, 2] pAUC per seed or run; with fewer than two, only the patients decide."""
     draws: NDArray[np.float64]
-    """[D, 2] pAUC by redraw of the patients."""
+    """[D, 2] pAUC per bootstrap sample of the patients."""
 
     @property
     def tested(self) -> bool:
-        """Whether there is a spread over fits to test."""
+        """Whether there are enough fits for a test."""
         return len(self.fits) > 1
 
     @property
     def difference(self) -> float:
-        """Second minus first in the mean over fits."""
+        """Second minus first, mean over fits."""
         return float((self.fits[:, 1] - self.fits[:, 0]).mean())
 
     @property
@@ -51,24 +51,27 @@ class Comparison:
 
     @cached_property
     def interval(self) -> tuple[float, float, float]:
-        """Low end, median and high end of second minus first in 95 % of the redraws of patients."""
+        """2.5 %, 50 % and 97.5 % percentile of second minus first over bootstrap samples."""
         low, middle, high = np.percentile(self.draws[:, 1] - self.draws[:, 0], [2.5, 50, 97.5])
         return float(low), float(middle), float(high)
 
     @property
     def certain(self) -> bool:
-        """Whether both kinds of chance are excluded."""
+        """Whether both tests find a difference, in the same direction."""
         low, _, high = self.interval
-        by_patient = int(low > 0) - int(high < 0)
-        by_fit = int(np.sign(self.difference)) if self.tested and self.p < SIGNIFICANT else 0
-        return by_patient != 0 and (not self.tested or by_fit == by_patient)
+        if low <= 0 <= high:
+            return False
+        if not self.tested:
+            return True
+        same_direction = (self.difference > 0) == (low > 0)
+        return self.p < SIGNIFICANT and same_direction
 
     @property
     def verdict(self) -> str:
         return "a difference" if self.certain else "noise"
 
     def row(self) -> dict[str, Any]:
-        """Returns the columns of a table of results; all None when the sides are the same scores."""
+        """Return the columns of a table of results; all None if both sides are the same scores."""
         low, _, high = self.interval
         columns = {
             "difference": round(self.difference, 4) if len(self.fits) else None,
@@ -90,11 +93,11 @@ def patient_draws(
     num_draws: int,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """Returns [num_draws, 2] the mean pAUC of each side's scores under the same redraws of patients.
+    """Return [num_draws, 2] each side's mean pAUC in the same bootstrap samples of patients.
 
     Args:
         target, patient: [N].
-        first, second: scores [N] of each side, one or several.
+        first, second: one or more scores [N] per side.
     """
     draws = bootstrap_pauc(target, [*first, *second], patient, num_draws, seed)
     sides = draws[:, : len(first)], draws[:, len(first) :]
@@ -108,13 +111,13 @@ def compare_scores(
     second: NDArray[np.float64],
     num_draws: int,
 ) -> Comparison:
-    """Compares two sides by seed, and by the mean of their seeds' scores under redraws of patients.
+    """Compare the pAUC per seed, and that of the seeds' mean scores per bootstrap sample.
 
     Args:
         target, patient: [N].
         first, second: [seeds, N] scores.
     """
-    sides = (first, second)
-    by_seed = np.array([[pauc(target, score) for score in side] for side in sides]).T
-    means = [side.mean(axis=0) for side in sides]
-    return Comparison(by_seed, patient_draws(target, means[:1], means[1:], patient, num_draws))
+    by_seed = np.array([[pauc(target, score) for score in side] for side in (first, second)]).T
+    first_mean = [first.mean(axis=0)]
+    second_mean = [second.mean(axis=0)]
+    return Comparison(by_seed, patient_draws(target, first_mean, second_mean, patient, num_draws))

@@ -1,4 +1,4 @@
-"""Fits an ensemble: a booster per library, fold and seed, each scored on its held-out rows."""
+"""Fit an ensemble: a booster per library, fold and seed, each scored on its held-out rows."""
 
 import itertools
 import math
@@ -66,7 +66,8 @@ class FitSettings(Settings):
 
     config: str | None = Field(
         None,
-        description="YAML file with any of these keys: a name in configs/ or a path; flags take precedence",
+        description="YAML file with any of these keys: a name in configs/ or a path; "
+        "flags take precedence",
     )
     data: Path = Field(Path("data/isic-2024"), description="dataset folder")
     features: str = Field(
@@ -85,7 +86,8 @@ class FitSettings(Settings):
     )
     name: str = Field(
         "",
-        description="name of the ensemble's folder; by default the features and the embeddings' config",
+        description="name of the ensemble's folder; by default the features and the embeddings' "
+        "config",
     )
     libraries: Several[str] = Field(("lightgbm",), description=f"some of {', '.join(LIBRARIES)}")
     weights: Several[float] = Field(
@@ -135,7 +137,7 @@ class FitSettings(Settings):
 
     @classmethod
     def flags(cls) -> dict[str, FieldInfo]:
-        """Returns the flags: one per library in place of `library_settings`."""
+        """Return the flags: one per library in place of `library_settings`."""
         others = {name: field for name, field in cls.model_fields.items() if name != CHANGES}
         help_text = 'changed settings of {}, such as "{{num_rounds: 100}}"'
         libraries = {
@@ -146,7 +148,7 @@ class FitSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, values: Any) -> Any:
-        """Fills missing values from the config file, and gathers the flags of the libraries."""
+        """Fill missing values from the config file, and gathers the flags of the libraries."""
         if not isinstance(values, Mapping):
             return values
         if values.get("config"):
@@ -185,7 +187,7 @@ class FitSettings(Settings):
         return self
 
     def parameters(self, library: str) -> dict[str, Any]:
-        """Returns all settings of a library, the changed ones included."""
+        """Return all settings of a library, the changed ones included."""
         changes = dict(self.library_settings.get(library, {}))
         if self.num_rounds:
             changes["num_rounds"] = self.num_rounds
@@ -209,7 +211,7 @@ CHANGES = "library_settings"
 
 
 def _changes(library: str, value: Any) -> dict[str, Any]:
-    """Returns a library's changed settings, from a mapping or the YAML of one."""
+    """Return a library's changed settings, from a mapping or the YAML of one."""
     try:
         parsed = yaml12.load(value) if isinstance(value, str) else value
     except yaml.YAMLError as error:
@@ -240,7 +242,7 @@ class Bag:
 
 
 def fit(settings: FitSettings) -> Path:
-    """Fits an ensemble, writes it and prints its out-of-fold scores. Returns its folder."""
+    """Fit an ensemble, writes it and prints its out-of-fold scores. Returns its folder."""
     spec = FeatureSpec.parse(settings.features)
     metadata = read_train(settings, spec)
     folds = plan_folds(settings, metadata)
@@ -277,7 +279,7 @@ def fit(settings: FitSettings) -> Path:
 
 
 def read_train(settings: FitSettings, spec: FeatureSpec) -> pl.DataFrame:
-    """Reads the training table, sorted by id so that the order of the file has no effect."""
+    """Read the training table, sorted by id so that the order of the file has no effect."""
     dataset = Dataset(settings.data)
     metadata = dataset.metadata("train").sort(schema.ID)
     require(metadata, needed_columns(spec.tabular), dataset.metadata_path("train"))
@@ -285,7 +287,7 @@ def read_train(settings: FitSettings, spec: FeatureSpec) -> pl.DataFrame:
 
 
 def plan_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
-    """Returns the fold plan of the embeddings, else of the dataset, else a new one.
+    """Return the fold plan of the embeddings, else of the dataset, else a new one.
 
     Raises:
         UserError: the plan is for other rows, or contradicts the settings.
@@ -299,7 +301,7 @@ def plan_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
 
 
 def _plan_path(settings: FitSettings) -> Path | None:
-    """Returns the file of the fold plan, None if there is none."""
+    """Return the file of the fold plan, None if there is none."""
     for root in (settings.embeddings, settings.data):
         if root and os.path.lexists(root / fold_plans.FILE):
             return root / fold_plans.FILE
@@ -313,7 +315,7 @@ def _refuse_contradiction(
     num_folds: int | None,
     split_seed: int | None,
 ) -> None:
-    """Raises a UserError if settings that were given do not match the fold plan."""
+    """Raise a UserError if settings that were given do not match the fold plan."""
     if num_folds not in (None, folds.num_folds):
         raise UserError(
             f"{path} has {folds.num_folds} folds, not {num_folds}; leave --num_folds out"
@@ -329,7 +331,7 @@ def _refuse_contradiction(
 def undersample(
     target: NDArray[np.integer], rows: NDArray[np.int64], negatives: float, seed: tuple[int, int]
 ) -> NDArray[np.int64]:
-    """Returns all positive rows and a sample of the negative ones, sorted.
+    """Return all positive rows and a sample of the negative ones, sorted.
 
     Args:
         target: [N], 0 or 1.
@@ -351,7 +353,7 @@ def fit_bag(
     fold: NDArray[np.integer],
     settings: FitSettings,
 ) -> Bag:
-    """Fits a booster per library, fold and seed, and scores the fold's held-out rows with it.
+    """Fit a booster per library, fold and seed, and scores the fold's held-out rows with it.
 
     Args:
         table: feature table of N rows.
@@ -398,7 +400,7 @@ def fit_bag(
 def _with_noise(
     matrix: NDArray[np.float32], names: tuple[str, ...], deviation: float, seed: tuple[int, int]
 ) -> NDArray[np.float32]:
-    """Adds noise to the image score of each row, and the same noise to its relative score.
+    """Add noise to the image score of each row, and the same noise to its relative score.
 
     New rows have slightly different scores, so the trees should not rely on exact values.
     """
@@ -412,7 +414,8 @@ def _with_noise(
 def _need_both_classes(target: NDArray[np.integer], fold: int) -> None:
     if target.min() == target.max():
         raise UserError(
-            f"the rows outside fold {fold} all have target {target[0]}; use fewer folds or more data"
+            f"the rows outside fold {fold} all have target {target[0]}; "
+            "use fewer folds or more data"
         )
 
 
@@ -440,7 +443,7 @@ def _summaries(patient: NDArray[np.str_], oof: pl.DataFrame) -> dict[str, Any]:
 def _write_files(
     root: Path, bag: Bag, state: State, folds: Folds, oof: pl.DataFrame, summaries: dict[str, Any]
 ) -> list[str]:
-    """Writes all files but the manifest and returns their names."""
+    """Write all files but the manifest and returns their names."""
     boosters = {file_name(*key): text for key, text in bag.boosters.items()}
     for name, text in boosters.items():
         write_text(root / name, text)
@@ -458,7 +461,7 @@ MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
 def _origin(
     settings: FitSettings, image: ImageState, folds: Folds, weights: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Returns the manifest fields that determine an ensemble, known before it is fitted."""
+    """Return the manifest fields that determine an ensemble, known before it is fitted."""
     model_settings = settings.model_dump(mode="json", include=MODEL_SETTINGS)
     model_settings["num_folds"] = folds.num_folds
     if not _plan_path(settings):
@@ -477,7 +480,7 @@ def _origin(
 
 
 def _outcome(bag: Bag, metadata: pl.DataFrame, summaries: dict[str, Any]) -> dict[str, Any]:
-    """Returns the manifest fields that are known after fitting."""
+    """Return the manifest fields that are known after fitting."""
     packages = dict.fromkeys(LIBRARIES[library].package for library, _, _ in bag.boosters)
     return {
         "boosters": [

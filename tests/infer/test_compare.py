@@ -122,7 +122,7 @@ def test_sides_of_unequal_length_and_a_run_given_twice_are_refused(
 ) -> None:
     two = f"{runs / 'good0'},{runs / 'good1'}"
     ended = cli("infer", "compare", runs / "poor0", two, "--data", tables)
-    assert ended.code == 2 and "1 ensembles are compared with 2" in ended.err
+    assert ended.code == 2 and "cannot compare 1 ensembles with 2" in ended.err
     twice = f"{runs / 'good0'},{runs}/./good0"
     ended = cli("infer", "compare", twice, two, "--data", tables)
     assert ended.code == 2 and "good0 is given twice on one side" in ended.err
@@ -145,7 +145,7 @@ def test_ensembles_of_other_rows_are_refused(
     ]
     assert cli("infer", "fit", *flags, "--output_dir", tmp_path, "--name", "four").code == 0
     ended = cli("infer", "compare", ensembles / "good", tmp_path / "four", "--data", tables)
-    assert ended.code == 2 and "scored on other rows or folds" in ended.err
+    assert ended.code == 2 and "scored on different rows or folds" in ended.err
     other = tmp_path / "other"
     other.mkdir()
     pl.read_csv(tables / "train-metadata.csv", infer_schema=False).head(100).write_csv(
