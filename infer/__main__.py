@@ -12,7 +12,7 @@ from isic import cli
 
 
 def fit(settings: FitSettings) -> None:
-    """Fit a GBDT ensemble and writes it with its out-of-fold scores and a report."""
+    """Fits a GBDT ensemble and writes it with its out-of-fold scores and a report."""
     root = fit_ensemble(settings)
     print(f"report: {write_report(root, settings.data, settings.embeddings)}")
 

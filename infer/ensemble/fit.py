@@ -148,7 +148,7 @@ class FitSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, values: Any) -> Any:
-        """Fill missing values from the config file, and gathers the flags of the libraries."""
+        """Fill missing values from the config file, and gather the flags of the libraries."""
         if not isinstance(values, Mapping):
             return values
         if values.get("config"):
