@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.limits import count_work, torch_rate
 from benchmarks.record import ratio, write
+from isic.arithmetic import ceil_div
 from isic.errors import UserError
 from train.config import TrainSettings
 from train.data import Batch, Item, fold_loaders, load_data, worker_errors
@@ -230,7 +231,7 @@ def create_window(
     each = settings.accumulation_steps
     warmup, steps = settings.warmup_steps, settings.steps
     if prefetched:
-        warmup += -(-prefetched // each)
+        warmup += ceil_div(prefetched, each)
         steps = max(steps, TIMED_PER_WARMUP * warmup)
     return Window(batches, warmup * each, steps * each, device)
 

@@ -20,6 +20,7 @@ from export.parity import ParityError, Reference, check_parity
 from export.triton import write_repository
 from infer.engines import create, unavailable_reason
 from isic import schema
+from isic.arithmetic import ceil_div
 from isic.config import Several
 from isic.dataset import Dataset
 from isic.errors import UserError
@@ -382,4 +383,6 @@ def read_sample(
 
 def every(table: pl.DataFrame, count: int) -> pl.DataFrame:
     """Returns at most `count` rows, at even distances."""
-    return table.gather_every(max(1, -(-len(table) // max(count, 1)))) if count else table.clear()
+    return (
+        table.gather_every(max(1, ceil_div(len(table), max(count, 1)))) if count else table.clear()
+    )

@@ -9,7 +9,7 @@ from typing import Literal
 import polars as pl
 
 from isic import folds, schema
-from isic.errors import UserError, warn
+from isic.errors import UserError, warn_once
 from isic.images import ImageStore, open_images
 from isic.metadata import read_metadata
 
@@ -41,7 +41,7 @@ class Dataset:
         if not parquet.exists():
             return csv
         if csv.exists():
-            warn(f"{self.root} has {parquet.name} and {csv.name}; the former is read")
+            warn_once(f"{self.root} has {parquet.name} and {csv.name}; the former is read")
         return parquet
 
     def metadata(self, split: Split, need: Iterable[str] = ()) -> pl.DataFrame:

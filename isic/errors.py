@@ -13,10 +13,15 @@ class UserError(ValueError):
     """
 
 
-@cache
 def warn(message: str) -> None:
-    """Print a warning to standard error, each one once per process."""
+    """Print a warning to standard error."""
     print(f"warning: {message}", file=sys.stderr)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Print a warning that a command meets each time it reads the same file."""
+    warn(message)
 
 
 MAX_LISTED = 12

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isic.errors import UserError
+from isic.files import COMPRESSED
 from isic.preprocess import JPEG_START, PNG_START
 
 NO_OFFSET = -1
@@ -28,10 +29,7 @@ FIRST_USER_BLOCK = 512
 OTHER_FORMATS = (
     (b"version https://git-lfs", "is a Git LFS pointer; fetch the file with `git lfs pull`"),
     (b"PK\x03\x04", "is a zip archive; unpack it"),
-    (b"\x1f\x8b", "is compressed with gzip; unpack it"),
-    (b"BZh", "is compressed with bzip2; unpack it"),
-    (b"\xfd7zXZ\x00", "is compressed with xz; unpack it"),
-    (b"\x28\xb5\x2f\xfd", "is compressed with Zstandard; unpack it"),
+    *((sign, f"is compressed with {name}; unpack it") for sign, name in COMPRESSED.items()),
     (b"7z\xbc\xaf\x27\x1c", "is a 7-Zip archive; unpack it"),
     (b"Rar!", "is a RAR archive; unpack it"),
     (b"<", "is a web page or XML; a download that needs a login saves such a page, sign in first"),

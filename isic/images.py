@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isic import cache
+from isic.arithmetic import ceil_div
 from isic.errors import UserError
 from isic.hdf5 import H5PY_ERRORS, NO_OFFSET, as_text, brief, open_file, read_dataset
 from isic.preprocess import ImageError, Pixels, PreprocessSpec, decode_into
@@ -151,7 +152,7 @@ class ImageStore(ABC):
     ) -> "list[Decoding]":
         """Starts to decode into `out` as `decode` does, and returns at once; `gather` waits for what it returns."""
         positions = self.locate(ids)
-        size = max(1, min(CHUNK, -(-len(ids) // pool._max_workers)))
+        size = max(1, min(CHUNK, ceil_div(len(ids), pool._max_workers)))
         chunks = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
         return [pool.submit(self._decode_rows, ids, positions, spec, out, rows) for rows in chunks]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from isic import schema
-from isic.errors import UserError, warn
+from isic.errors import UserError, warn_once
 from isic.tables import read_column, read_table
 
 MISSING = (
@@ -210,7 +210,7 @@ def _warn_of_case(names: pl.Series, path: Path) -> None:
         return
     different = pl.DataFrame({"name": names, "lower": lower}).drop_nulls().unique()
     alike = different.filter(pl.col("lower").is_duplicated()).sort("lower", "name")["name"]
-    warn(
+    warn_once(
         f'{path}: {len(alike)} {names.name} differ from another one only in case, such as "{alike[0]}" and '
         f'"{alike[1]}"; they count as different'
     )

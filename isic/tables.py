@@ -15,7 +15,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from isic.errors import UserError, warn
+from isic.errors import UserError, warn_once
+from isic.files import COMPRESSED
 
 CSV_BLOCK = 4 * 1024 * 1024
 """Bytes of a CSV that are in memory at a time when it is checked, or when one column is read."""
@@ -30,10 +31,7 @@ PARQUET = b"PAR1"
 UNPACK = "decompress it first"
 AGAIN = "copy or download it again"
 SIGNATURES = {
-    b"\x1f\x8b": f"is compressed with gzip; {UNPACK}",
-    b"\x28\xb5\x2f\xfd": f"is compressed with zstd; {UNPACK}",
-    b"\xfd7zXZ\x00": f"is compressed with xz; {UNPACK}",
-    b"BZh": f"is compressed with bzip2; {UNPACK}",
+    **{sign: f"is compressed with {name}; {UNPACK}" for sign, name in COMPRESSED.items()},
     b"\x04\x22\x4d\x18": f"is compressed with lz4; {UNPACK}",
     b"x\x01": f"is compressed with zlib; {UNPACK}",
     b"x\x9c": f"is compressed with zlib; {UNPACK}",
@@ -260,7 +258,9 @@ def _whole_rows(file: BinaryIO, path: Path, num_fields: int) -> Iterator[bytes]:
         )
     if block:
         _check_rows(block + b"\n", path, num_fields, number, is_last=True)
-        warn(f"{path} has no line break at its end; if it was cut short, its last value is too")
+        warn_once(
+            f"{path} has no line break at its end; if it was cut short, its last value is too"
+        )
         yield block
 
 

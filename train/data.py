@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from isic import interrupt, schema
 from isic.dataset import Dataset as IsicDataset
-from isic.errors import UserError, warn
+from isic.errors import UserError, warn, warn_once
 from isic.files import write_parquet
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, folds_for
@@ -194,10 +193,9 @@ def check_classes(table: pl.DataFrame, root: Path, negatives_per_positive: float
             f"--negatives_per_positive {negatives_per_positive:g}; remove it from --extra_data"
         )
     if len(classes) == 1 and distributed.is_main():
-        print(
-            f"warning: {root}: the target of all {len(table)} rows is {classes[0]}; the network can learn to "
+        warn(
+            f"{root}: the target of all {len(table)} rows is {classes[0]}; the network can learn to "
             "recognise this dataset instead of lesions",
-            file=sys.stderr,
         )
 
 
@@ -264,7 +262,7 @@ def load_masks(path: Path, ids: list[str], images: Jpegs) -> Jpegs:
         )
     if other_sizes and distributed.is_main():
         row = min(other_sizes)
-        warn(
+        warn_once(
             f"{path}: {len(other_sizes)} masks have another size than their image and are stretched to it, "
             f"the first is {ids[row]} ({other_sizes[row]})"
         )
@@ -285,7 +283,7 @@ def warn_of_unmatched_masks(path: Path, known: pl.Series, rows: Rows) -> None:
     unmatched = np.setdiff1d(store.ids, known.to_numpy().astype(np.str_))
     num_without = int((rows.masks.starts == rows.masks.ends).sum())
     if len(unmatched) and num_without:
-        warn(
+        warn_once(
             f"{path}: {len(unmatched)} masks belong to no training row, the first is {unmatched[0]}; "
             f"{num_without} training images have no mask"
         )
@@ -533,9 +531,8 @@ def report_composition(pools: Sequence[Pool], fold: int) -> None:
         text += f"; of --extra_data {positives} positives and {negatives} negatives ({share:.0%})"
     print(f"fold {fold}: an epoch shows {text}", flush=True)
     if further and share > 0.5:
-        print(
-            f"warning: {share:.0%} of the rows of an epoch are of --extra_data; a lower --extra_weight shows fewer",
-            file=sys.stderr,
+        warn(
+            f"{share:.0%} of the rows of an epoch are of --extra_data; a lower --extra_weight shows fewer",
         )
 
 

@@ -13,6 +13,7 @@ from timm.data import Mixup
 from tqdm import tqdm
 
 from isic import interrupt, schema
+from isic.arithmetic import ceil_div
 from isic.errors import UserError
 from isic.metrics import pauc, roc_auc
 from train import distributed
@@ -40,7 +41,7 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int) -> None:
     """
     directory, device = settings.fold_dir(fold), select_device(settings.device)
     loader, sampler, held_out = fold_loaders(data, fold, preprocess_spec(settings), settings)
-    steps_per_epoch = -(-len(loader) // settings.accumulation_steps)
+    steps_per_epoch = ceil_div(len(loader), settings.accumulation_steps)
     schedule = create_schedule(settings, steps_per_epoch)
     state = create_state(settings, device, fold)
     resumes = distributed.from_main(settings.resume and (directory / LAST).is_file())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from isic.errors import UserError
+from isic.errors import UserError, warn
 from isic.machine import num_cores
 from train import distributed
 
@@ -90,11 +90,10 @@ def fit_workers(num_workers: int, batch_bytes: int, num_held: int) -> tuple[int,
         return num_workers, PREFETCHED
     fitting = min(num_workers, num_batches)
     if distributed.is_main():
-        print(
-            f"warning: the {free / 1e6:.0f} MB of {SHARED_MEMORY} have room for few batches of {num_workers} workers; "
+        warn(
+            f"the {free / 1e6:.0f} MB of {SHARED_MEMORY} have room for few batches of {num_workers} workers; "
             f"{fitting} are used, with one batch each; `docker run --shm-size` makes room, --num_workers sets "
             "their number",
-            file=sys.stderr,
         )
     return fitting, 1
 

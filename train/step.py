@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from isic.arithmetic import ceil_div
 from isic.errors import UserError
 from train import distributed
 from train.config import TrainSettings
@@ -46,11 +47,11 @@ def accumulate(
             largest = max(len(batch.images) for batch in micro_batches)
             if distributed.world_size() > 1 or state.num_parts >= largest:
                 raise UserError(
-                    f"the memory of {device} does not hold {-(-largest // state.num_parts)} images; use a smaller "
+                    f"the memory of {device} does not hold {ceil_div(largest, state.num_parts)} images; use a smaller "
                     "--batch_size, --grad_checkpointing true or a smaller --image_size"
                 ) from None
             state.num_parts *= 2
-            size = -(-settings.batch_size // state.num_parts)
+            size = ceil_div(settings.batch_size, state.num_parts)
             tqdm.write(
                 f"out of memory: micro-batches of {size} instead, {state.num_parts} times as many a step"
             )
@@ -90,7 +91,7 @@ def backward(
 
 def split(batch: Batch, num_parts: int) -> list[Batch]:
     """Cuts a batch into at most `num_parts` parts of about the same size."""
-    size = -(-len(batch.images) // num_parts)
+    size = ceil_div(len(batch.images), num_parts)
     return [
         Batch(*(part[at : at + size] for part in batch)) for at in range(0, len(batch.images), size)
     ]

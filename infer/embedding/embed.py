@@ -29,7 +29,7 @@ from infer.embeddings import (
 from infer.engines import MODULES, device_of
 from isic.config import Settings
 from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
-from isic.errors import UserError
+from isic.errors import UserError, warn
 from isic.files import (
     atomic_path,
     digest,
@@ -186,10 +186,9 @@ def warn_of_other_cpu(manifest: Mapping[str, Any]) -> None:
     checked_on = ((manifest.get("parity") or {}).get("cpu") or {}).get("architecture")
     here = platform.machine()
     if manifest.get("precision") == "int8" and checked_on not in {None, here}:
-        print(
-            f"warning: fold {manifest['fold']} in int8 was checked on {checked_on}, this is {here}; "
+        warn(
+            f"fold {manifest['fold']} in int8 was checked on {checked_on}, this is {here}; "
             f"run `python -m export --config {manifest['name']} --precision int8 --check` here",
-            file=sys.stderr,
         )
 
 
@@ -279,7 +278,8 @@ def carry_over(models: Models, folds_path: Path, root: Path) -> None:
 
 
 def _check_seen(path: Path, manifest: Mapping[str, Any]) -> None:
-    if manifest.get("trained_on", sha256(path)) != sha256(path):
+    expected = manifest.get("trained_on")  # earlier versions do not name it
+    if expected is not None and expected != sha256(path):
         raise UserError(
             f"{path} is not the list of images that the exported model was trained on; take both "
             "from the same run"

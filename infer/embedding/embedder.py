@@ -18,6 +18,7 @@ from infer.embedding.plan import Models, Part
 from infer.embedding.views import averaged
 from infer.embeddings import ERRORS, write_part
 from infer.engines import Outputs, allocator, load_many
+from isic.arithmetic import ceil_div
 from isic.dataset import Dataset, Split
 from isic.errors import UserError
 from isic.files import write_parquet
@@ -138,7 +139,7 @@ class Embedder:
             logits={fold: np.empty(len(part), np.float32) for fold in engines},
             bad={},
         )
-        for batch in islice(stream, -(-len(part) // self._job.batch_size)):
+        for batch in islice(stream, ceil_div(len(part), self._job.batch_size)):
             started = time.perf_counter()
             _store(outputs, batch, averaged(engines, batch.images, self._job.tta))
             bad = [(batch.ids[row], reason) for row, reason in batch.failed.items()]

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from infer.engines import pageable
+from isic.arithmetic import ceil_div
 from isic.images import CHUNK, Decoding, ImageStore, gather
 from isic.preprocess import Pixels, PreprocessSpec
 
@@ -33,8 +34,8 @@ class Decoded:
 
 def ring_depth(batch_size: int, num_threads: int) -> int:
     """Returns how many batches keep `num_threads` decoders busy."""
-    chunks_a_batch = -(-batch_size // CHUNK)
-    return max(MIN_DEPTH, -(-CHUNKS_A_THREAD * num_threads // chunks_a_batch))
+    chunks_a_batch = ceil_div(batch_size, CHUNK)
+    return max(MIN_DEPTH, ceil_div(CHUNKS_A_THREAD * num_threads, chunks_a_batch))
 
 
 def decode_ahead(

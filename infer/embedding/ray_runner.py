@@ -14,6 +14,7 @@ from typing import Any
 
 from infer.embedding.embedder import Embedder, Job, Report, Step
 from infer.embedding.plan import Part
+from isic.arithmetic import ceil_div
 from isic.errors import UserError
 from isic.machine import num_cores
 
@@ -70,7 +71,7 @@ def run_ray(parts: Sequence[Part], job: Job, address: str, report: Report) -> No
     ray = connect(address)
     number, resources = actors(ray.nodes(), job.device)
     job = dataclasses.replace(job, num_threads=job.num_threads or int(resources["num_cpus"]))
-    num_tasks = -(-len(parts) // min(PARTS_A_TASK, -(-len(parts) // number)))
+    num_tasks = ceil_div(len(parts), min(PARTS_A_TASK, ceil_div(len(parts), number)))
     items = [{"part": number} for number in range(len(parts))]
     results = ray.data.from_items(items, override_num_blocks=num_tasks).map_batches(
         PartsActor,

@@ -1,6 +1,5 @@
 """Scores the test table with a fitted ensemble and writes the submission. Nothing is fitted here."""
 
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from infer.ensemble.lesions import too_few
 from isic import schema
 from isic.config import Settings
 from isic.dataset import Dataset
-from isic.errors import UserError
+from isic.errors import UserError, warn
 from isic.features import needed_columns, unseen_categories
 from isic.files import (
     atomic_path,
@@ -114,7 +113,7 @@ def _check_lesions(ensemble: Ensemble, metadata: pl.DataFrame, few: str) -> None
     if problem and few == "refuse":
         raise UserError(f"{problem}; add their other lesions, or use an ensemble of raw features")
     if problem:
-        print(f"warning: {problem}", file=sys.stderr)
+        warn(problem)
 
 
 def _warn_unseen(ensemble: Ensemble, table: pl.DataFrame) -> None:
@@ -123,10 +122,9 @@ def _warn_unseen(ensemble: Ensemble, table: pl.DataFrame) -> None:
     for name, rows in unseen.items():
         values = [f'"{value}" ({number:,} rows)' for value, number in rows.items()]
         more = f" and {len(values) - MAX_NAMED:,} more" if len(values) > MAX_NAMED else ""
-        print(
-            f"warning: {name} has values that no training row has, scored as unknown: "
+        warn(
+            f"{name} has values that no training row has, scored as unknown: "
             f"{', '.join(values[:MAX_NAMED])}{more}",
-            file=sys.stderr,
         )
 
 

@@ -1,6 +1,5 @@
 """How good out-of-fold scores are: pooled, by fold, and among each patient's own lesions."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from pydantic import Field
 
 from infer.ensemble.artifact import FORMAT, MANIFEST
 from isic.config import Settings
-from isic.errors import UserError
+from isic.errors import UserError, warn
 from isic.files import read_json
 from isic.metrics import TOP_K, pauc, roc_auc, top_k
 
@@ -31,7 +30,7 @@ def show(settings: ScoresSettings) -> None:
         if manifest.get("format") == FORMAT:
             blends[path.parent.name] = manifest["scores"]
         else:
-            print(f"warning: {path.parent} was fitted by another version", file=sys.stderr)
+            warn(f"{path.parent} was fitted by another version")
     if not blends:
         raise UserError(
             f"{settings.output_dir} holds no finished ensemble; run `python -m infer fit` first"
