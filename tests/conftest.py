@@ -1,36 +1,25 @@
-"""Shared fixtures: real data where it is there, and one small run of the whole road, made once a session."""
+"""Fixtures: real data if present, and one small run of every command per session."""
 
 import os
 import runpy
-import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never waits for a hub
-os.environ["ISIC_CACHE_DIR"] = tempfile.mkdtemp(prefix="isic-cache-")  # not the user's
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # small networks, and other processes beside them: threads would wait for each other
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # idle threads leave the cores to the other libraries
+os.environ["ISIC_CACHE_DIR"] = tempfile.mkdtemp(prefix="isic-cache-")  # not the user's cache
+# Small networks next to other processes: more threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import cv2
-import h5py
-import numpy as np
-import polars as pl
 import pytest
-from browser import open_browser
 from playwright.sync_api import Browser
 
 import isic  # noqa: F401  switches telemetry off before a test imports a library
-
-REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+from tests.support.browser import open_browser
+from tests.support.commands import TINY, Cli, Finished, run_module
+from tests.support.datasets import REAL_DATA, jpeg, small_table, write_hdf5
 
 
 @pytest.fixture(scope="session")
@@ -42,26 +31,14 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Headless Chromium for the tests of a module; see `browser.look`."""
+    """Headless Chromium for the tests of a module; see `tests.support.browser.look`."""
     with open_browser() as running:
         yield running
 
 
-@dataclass(frozen=True)
-class Finished:
-    """How a command ended and what it said."""
-
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Finished]
-
-
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Runs `python -m <module> <arguments>` in this process, which spares the seconds that importing torch takes."""
+    """Runs `python -m <module> <arguments>` in this process: importing torch again takes seconds."""
 
     def run(module: str, *arguments: object) -> Finished:
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
@@ -75,56 +52,6 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         return Finished(code, captured.out, captured.err)
 
     return run
-
-
-def run_module(module: str, *arguments: object) -> None:
-    """The same for fixtures that outlive a test; fails where the command does."""
-    argv, sys.argv = sys.argv, [module, *map(str, arguments)]
-    try:
-        runpy.run_module(module, run_name="__main__")
-    except SystemExit as ended:
-        assert not ended.code, f"{module} {arguments} exited with {ended.code}"
-    finally:
-        sys.argv = argv
-
-
-def jpeg(side: int = 60, value: int | None = None, seed: int = 0) -> bytes:
-    """A JPEG of noise, or of one grey value."""
-    noise = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    image = noise if value is None else np.full((side, side, 3), value, np.uint8)
-    return bytes(cv2.imencode(".jpg", image)[1])
-
-
-def write_hdf5(path: Path, files: dict[str, bytes]) -> None:
-    """Writes images as the challenge does: one scalar dataset of fixed-length bytes an id."""
-    with h5py.File(path, "w") as file:
-        for name, data in files.items():
-            file.create_dataset(name, data=np.bytes_(data))
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """Mounts a file system of a few kilobytes; skips where this user may not."""
-    folder.mkdir()
-    mounted = shutil.which("mount") and os.geteuid() == 0
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if not mounted or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("only root may mount a small disk")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def small_table(num_rows: int = 60, num_patients: int = 15) -> pl.DataFrame:
-    """Ids, targets (every third positive) and patients."""
-    return pl.DataFrame(
-        {
-            "isic_id": [f"ISIC_{row:07d}" for row in range(num_rows)],
-            "target": [int(row % 3 == 0) for row in range(num_rows)],
-            "patient_id": [f"IP_{row % num_patients:07d}" for row in range(num_rows)],
-        }
-    )
 
 
 @pytest.fixture
@@ -148,21 +75,6 @@ def synth_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("synth") / "data"
     run_module("isic", "synth", "--out", folder, "--images", 300, "--seed", 1)
     return folder
-
-
-TINY = (
-    "--model",
-    "test_vit",
-    "--pretrained",
-    "false",
-    "--image_size",
-    32,
-    "--num_workers",
-    0,
-    "--name",
-    "tiny",
-)
-"""Flags of a model that trains in seconds."""
 
 
 @pytest.fixture(scope="session")

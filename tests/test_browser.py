@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from browser import look
 from playwright.sync_api import Browser
+
+from tests.support.browser import look
 
 BAD = """<!doctype html><title>t</title>
 <link rel="stylesheet" href="missing.css"><script>nothing()</script>

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import polars as pl
-from conftest import TINY, Cli
 
 from isic.files import read_json, sha256
+from tests.support.commands import TINY, Cli
 
 
 def test_real_pairs_to_a_submission(real_data: Path, tmp_path: Path, cli: Cli) -> None:

@@ -3,12 +3,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from conftest import Cli
 
 from benchmarks.ablation import IMAGES, TABULAR, AblationSettings
 from infer.ensemble.artifact import FeatureSpec
 from isic.config import build
 from isic.synth.rows import draw_rows
+from tests.support.commands import Cli
 
 
 @pytest.fixture

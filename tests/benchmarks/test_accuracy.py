@@ -1,7 +1,8 @@
 from pathlib import Path
 
 import polars as pl
-from conftest import Cli
+
+from tests.support.commands import Cli
 
 
 def test_runs_and_baseline_are_scored_on_the_same_rows(

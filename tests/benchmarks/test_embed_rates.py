@@ -1,7 +1,8 @@
 from pathlib import Path
 
 import polars as pl
-from conftest import Cli
+
+from tests.support.commands import Cli
 
 
 def test_the_pipeline_is_measured_beside_its_parts_and_as_a_whole(

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from conftest import Cli
 
 from benchmarks.few import in_groups
 from isic import schema
 from isic.synth.rows import draw_rows
+from tests.support.commands import Cli
 
 
 @pytest.fixture

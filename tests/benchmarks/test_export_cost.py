@@ -1,12 +1,13 @@
 from pathlib import Path
 
 import polars as pl
-from conftest import Cli
+
+from tests.support.commands import TINY_YAML, Cli
 
 
 def test_an_export_is_timed_weighed_and_compared(tmp_path: Path, cli: Cli) -> None:
     config = tmp_path / "tiny.yaml"
-    config.write_text("model: test_vit\npretrained: false\nimage_size: 32\n")
+    config.write_text(TINY_YAML)
     flags = ["--formats", "onnx,tensorrt", "--precision", "fp32", "--results", tmp_path]
     ended = cli("benchmarks", "export", "--config", config, *flags)
     assert ended.code == 0, ended.err

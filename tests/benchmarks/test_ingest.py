@@ -2,9 +2,9 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from conftest import Cli
 
 from benchmarks.record import append
+from tests.support.commands import Cli
 
 
 def test_every_way_reads_the_images_and_lands_in_the_csv(

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import polars as pl
-from conftest import Cli
 
 from benchmarks.gpu import SHARES
 from benchmarks.pack import SCRIPT
+from tests.support.commands import Cli
 
 
 def test_a_packed_folder_runs_by_itself(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:

@@ -6,7 +6,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import Cli
 
 from benchmarks import ways
 from benchmarks.fresh import create_fresh, least_cosine
@@ -26,6 +25,7 @@ from benchmarks.ways import WAYS, Task
 from infer.engines import unavailable_reason
 from isic.dataset import Dataset
 from isic.preprocess import PreprocessSpec, decode, resize
+from tests.support.commands import Cli
 
 
 @pytest.fixture

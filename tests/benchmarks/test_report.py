@@ -1,14 +1,14 @@
 from pathlib import Path
 
 import pytest
-from browser import WIDTHS, look, open_browser
-from conftest import Cli
 
 from benchmarks.limits import Limits, Work
 from benchmarks.page import render
 from benchmarks.record import RESULTS, append
 from benchmarks.report import DOCUMENTS, TABLES, with_tables
 from isic.errors import UserError
+from tests.support.browser import WIDTHS, look, open_browser
+from tests.support.commands import Cli
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
-from conftest import Cli
 
 from benchmarks import record
+from tests.support.commands import Cli
 
 
 def write(folder: Path, *rates: tuple[float, float, float], **columns: object) -> None:

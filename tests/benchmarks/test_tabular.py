@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import polars as pl
-from conftest import Cli
 
 from benchmarks.tabular import WAYS, check_same, write_table
+from tests.support.commands import Cli
 
 
 def test_pandas_and_ours_make_the_same_features(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import Cli
 
 from benchmarks.fresh import create_fresh
 from benchmarks.limits import Limits, Work, count_work, limits
@@ -15,13 +14,14 @@ from infer.engines import Outputs
 from isic.errors import UserError
 from isic.files import read_json
 from isic.preprocess import Pixels
+from tests.support.commands import TINY_YAML, Cli
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A config of a network that runs in a millisecond."""
     path = tmp_path / "tiny.yaml"
-    path.write_text("model: test_vit\npretrained: false\nimage_size: 32\n")
+    path.write_text(TINY_YAML)
     return path
 
 

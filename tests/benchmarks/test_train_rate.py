@@ -5,7 +5,6 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from conftest import TINY, Cli
 
 from benchmarks import train as rate
 from benchmarks.train import (
@@ -15,6 +14,7 @@ from benchmarks.train import (
     create_window,
     precision_of,
 )
+from tests.support.commands import TINY, Cli
 from train.data import Batch
 
 CPU = torch.device("cpu")

@@ -14,6 +14,7 @@ from benchmarks.fresh import build_artifact, create_fresh
 from infer.engines import create
 from infer.engines.aoti import architecture, mismatch, needed_features
 from isic.errors import UserError
+from tests.support.commands import TINY_YAML
 
 BROKEN = """#!/bin/sh
 case "$*" in *--version*) exec c++ "$@";; esac
@@ -44,7 +45,7 @@ except UserError as error:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
-    path.write_text("model: test_vit\npretrained: false\nimage_size: 32\n")
+    path.write_text(TINY_YAML)
     return path
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import Cli
 from numpy.typing import NDArray
 
 from export.formats import TOLERANCES, Target
@@ -16,6 +15,7 @@ from export.run import ExportSettings, load_source
 from infer.engines import load
 from isic.files import read_manifest, sha256
 from isic.preprocess import Pixels
+from tests.support.commands import Cli
 from train.checkpoint import BEST, load_checkpoint, save_checkpoint
 from train.model import Classifier
 

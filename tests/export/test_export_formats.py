@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Cli
 
 from infer.engines import load
 from isic.errors import UserError
 from isic.files import read_manifest
+from tests.support.commands import Cli
 
 FLAGS = (
     "--formats",
@@ -32,7 +32,7 @@ def run(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def first(run: Path) -> Path:
     """One fold in many formats."""
-    from conftest import run_module
+    from tests.support.commands import run_module
 
     run_module("export", "--config", "tiny", "--model_dir", run, "--fold", 0, *FLAGS)
     return run / "fold_0"

@@ -14,7 +14,6 @@ import polars as pl
 import pytest
 import timm
 import torch
-from conftest import Cli
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
@@ -31,6 +30,7 @@ from infer.engines.tensorrt import import_runtime, logger
 from isic.errors import UserError
 from isic.files import read_manifest
 from isic.preprocess import PreprocessSpec
+from tests.support.commands import Cli
 from train.checkpoint import BEST
 from train.config import TrainSettings
 from train.model import Classifier, create_model

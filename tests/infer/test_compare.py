@@ -3,11 +3,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from conftest import Cli, run_module
-from ensembles import settings, write_dataset, write_embeddings
 
 from infer.ensemble.comparison import Comparison
 from infer.ensemble.fit import fit
+from tests.support.commands import Cli, run_module
+from tests.support.ensembles import settings, write_dataset, write_embeddings
 
 
 @pytest.fixture(scope="module")

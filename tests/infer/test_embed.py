@@ -9,7 +9,6 @@ import h5py
 import numpy as np
 import polars as pl
 import pytest
-from conftest import Cli, jpeg
 
 from infer.embeddings import load, read_run
 from infer.engines import load as load_engine
@@ -18,8 +17,8 @@ from isic.dataset import Dataset
 from isic.folds import read_folds
 from isic.images import decode_pool
 from isic.metadata import read_metadata
-
-ROOT = Path(__file__).parents[2]
+from tests.support.commands import ROOT, Cli
+from tests.support.datasets import jpeg
 
 
 def flags(exported: Path, data: Path, output: Path, *more: object) -> list[object]:

@@ -16,8 +16,6 @@ import h5py
 import numpy as np
 import polars as pl
 import pytest
-from conftest import Cli, jpeg, small_disk, write_hdf5
-from stand_in import PART_ROWS, ROOT, StandIn, embed_small_parts, grey, make_stand_in, parts
 
 from infer.embeddings import join, load, read_run
 from infer.engines.null import FILE, write_run
@@ -27,6 +25,17 @@ from isic.files import read_json, write_json
 from isic.folds import read_folds
 from isic.preprocess import PreprocessSpec
 from isic.provenance import read_seen, seen_rows, write_seen
+from tests.support.commands import Cli
+from tests.support.datasets import jpeg, small_disk, write_hdf5
+from tests.support.fake_run import (
+    PART_ROWS,
+    ROOT,
+    StandIn,
+    embed_small_parts,
+    grey,
+    make_stand_in,
+    parts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +125,7 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system has no forkserver")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stand_in"])
+    context.set_forkserver_preload(["tests.support.fake_run"])
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join(sys.path)
     )  # before 3.13 the server does not get it otherwise

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from ensembles import settings, write_dataset, write_embeddings, write_run
 
 from infer.embeddings import part_path
 from infer.ensemble.artifact import clear
@@ -20,6 +19,7 @@ from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.folds import draw_folds, read_folds
 from isic.metrics import pauc
+from tests.support.ensembles import settings, write_dataset, write_embeddings, write_run
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from ensembles import ENGINES, NUM_FOLDS, settings, write_dataset, write_lists
 
 from infer.embeddings import part_path, write_part
 from infer.ensemble.artifact import open_ensemble
@@ -30,6 +29,7 @@ from isic.files import write_json
 from isic.folds import Folds, draw_folds, read_folds
 from isic.metrics import pauc, roc_auc
 from isic.provenance import seen_rows, write_seen
+from tests.support.ensembles import ENGINES, NUM_FOLDS, settings, write_dataset, write_lists
 
 WIDTH = 12
 REMEMBERED = 6.0

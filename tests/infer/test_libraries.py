@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from conftest import Cli
-from ensembles import NUM_FOLDS, settings, write_dataset
 
 from benchmarks.record import PACKAGES
 from infer.ensemble.blend import blend, rank, seeds_of
@@ -18,6 +16,8 @@ from infer.ensemble.predict import PredictSettings, predict
 from isic.config import CONFIG_DIR, build
 from isic.errors import UserError
 from isic.files import sha256, versions
+from tests.support.commands import Cli
+from tests.support.ensembles import NUM_FOLDS, settings, write_dataset
 
 QUICK = {"num_rounds": 8}
 

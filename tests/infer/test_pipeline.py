@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from conftest import jpeg, write_hdf5
-from stand_in import StandIn, make_stand_in
 
 from infer.embedding.embedder import Embedder, Job, Step
 from infer.embedding.pipeline import decode_ahead, ring_depth
@@ -23,6 +21,8 @@ from isic.errors import UserError
 from isic.folds import Folds
 from isic.images import Hdf5Images, ImageStore, decode_pool
 from isic.preprocess import Pixels, PreprocessSpec
+from tests.support.datasets import jpeg, write_hdf5
+from tests.support.fake_run import StandIn, make_stand_in
 
 SPEC = PreprocessSpec(size=16)
 IDS = [f"ISIC_{row:03d}" for row in range(100)]

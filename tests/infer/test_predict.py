@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from ensembles import settings, write_dataset, write_embeddings, write_run
 
 from infer.embeddings import part_path
 from infer.ensemble.fit import fit
@@ -17,6 +16,7 @@ from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.files import sha256, write_json, write_manifest
 from isic.folds import draw_folds
+from tests.support.ensembles import settings, write_dataset, write_embeddings, write_run
 
 
 @pytest.fixture(scope="module")

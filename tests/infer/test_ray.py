@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cli
-from stand_in import StandIn, make_stand_in, parts
 
 from infer.embedding import plan
 from infer.embedding.ray_runner import NO_AUTO_CONNECT, actors
+from tests.support.commands import Cli
+from tests.support.fake_run import StandIn, make_stand_in, parts
 
 os.environ.setdefault(
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"

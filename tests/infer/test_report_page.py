@@ -8,9 +8,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from browser import WIDTHS, look
-from conftest import Cli, jpeg, write_hdf5
-from ensembles import settings, write_dataset, write_embeddings
 from numpy.typing import NDArray
 from playwright.sync_api import Browser
 from sklearn.decomposition import PCA
@@ -31,6 +28,10 @@ from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.metadata import with_patient
 from isic.metrics import pauc, roc_auc, top_k
+from tests.support.browser import WIDTHS, look
+from tests.support.commands import Cli
+from tests.support.datasets import jpeg, write_hdf5
+from tests.support.ensembles import settings, write_dataset, write_embeddings
 
 NASTY = "<script>alert(1)</script>\"'&amp;<img src=x onerror=alert(2)>"
 

@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from fake_cuda import FAKE_TRT, FakeCuda, FakeEngine, Kind, Misuse
 
 from infer.engines import cudart, load, tensorrt
 from infer.engines.cudart import CudaError
 from infer.engines.tensorrt import AMPERE_PLUS, Plan, Profile, TensorRTEngine, logger
 from isic.errors import UserError
 from isic.files import manifest_path, read_manifest, write_manifest
+from tests.support.fake_cuda import FAKE_TRT, FakeCuda, FakeEngine, Kind, Misuse
 
 SHAPES = {"images": (4, 4, 3), "features": (5,), "logits": (1,), "mask": (2, 2)}
 PROFILE = Profile(min=2, opt=8, max=16)

@@ -9,9 +9,10 @@ import h5py
 import numpy as np
 import polars as pl
 import pytest
-from conftest import Cli, jpeg, small_table, write_hdf5
 
 from isic.folds import Folds, draw_folds
+from tests.support.commands import Cli
+from tests.support.datasets import jpeg, small_table, write_hdf5
 
 
 def facts(text: str, section: str) -> dict[str, str]:

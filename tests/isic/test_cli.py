@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Cli
 
 from isic.errors import did_you_mean
 from isic.synth.rows import draw_rows
-
-ROOT = Path(__file__).parents[2]
+from tests.support.commands import ROOT, Cli
 
 
 def test_the_nearest_word() -> None:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Cli
 
 from infer.ensemble.fit import FitSettings
 from isic import config, yaml12
 from isic.config import Settings, Several, build, describe_configs, read_config, read_yaml
 from isic.errors import UserError
+from tests.support.commands import Cli
 
 VALUES = {
     "1e-2": 0.01,

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from conftest import small_table
 
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.folds import draw_folds, fold_dirs, folds_for, read_folds
+from tests.support.datasets import small_table
 
 
 def test_no_patient_stands_in_two_folds_and_positives_are_spread() -> None:

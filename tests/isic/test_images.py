@@ -17,7 +17,6 @@ import numpy as np
 import PIL.Image
 import polars as pl
 import pytest
-from conftest import jpeg, small_disk, write_hdf5
 from numpy.typing import NDArray
 
 from isic import cache
@@ -29,6 +28,7 @@ from isic.errors import UserError
 from isic.hdf5 import NO_OFFSET, build_index
 from isic.images import FolderImages, Hdf5Images, decode_pool, open_images
 from isic.preprocess import ImageError, Pixels, PreprocessSpec, decode
+from tests.support.datasets import jpeg, small_disk, write_hdf5
 
 SPEC = PreprocessSpec(size=32)
 FILES = {f"ISIC_{i:07d}": jpeg(50 + i, seed=i) for i in range(9)}

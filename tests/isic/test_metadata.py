@@ -2,12 +2,13 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from conftest import Cli, small_table
 
 from isic import schema
 from isic.dataset import Dataset
 from isic.errors import UserError
 from isic.metadata import read_metadata, with_patient
+from tests.support.commands import Cli
+from tests.support.datasets import small_table
 
 
 def write(path: Path, text: str) -> Path:

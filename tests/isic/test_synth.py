@@ -12,7 +12,6 @@ import lightgbm as lgb
 import numpy as np
 import polars as pl
 import pytest
-from conftest import Cli, small_disk
 from numpy.typing import NDArray
 
 from isic import schema
@@ -25,6 +24,8 @@ from isic.preprocess import decode
 from isic.synth import FILES, MANIFEST, SynthSettings, margins, synthesize
 from isic.synth.crops import Crop, looks, render
 from isic.synth.rows import Rows, default_positives, draw_rows, lesions_per_patient, num_patients
+from tests.support.commands import Cli
+from tests.support.datasets import small_disk
 
 PUBLISHED = {
     "tbp_lv_L": (27.89, 42.34, 56.57),

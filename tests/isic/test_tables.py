@@ -7,7 +7,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from conftest import Cli, small_table
 
 from isic import tables
 from isic.dataset import Dataset
@@ -21,8 +20,9 @@ from isic.tables import (
     reading,
     scan_parquet,
 )
+from tests.support.commands import ROOT, Cli
+from tests.support.datasets import small_table
 
-ROOT = Path(__file__).parents[2]
 PACKAGES = ("isic", "train", "export", "infer", "benchmarks")
 
 

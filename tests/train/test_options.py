@@ -11,7 +11,6 @@ import polars as pl
 import pytest
 import timm
 import torch
-from conftest import TINY, Cli, jpeg, small_table, write_hdf5
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +18,8 @@ import benchmarks.train
 from benchmarks.train import TrainRateSettings
 from isic.errors import UserError
 from isic.provenance import read_seen
+from tests.support.commands import ROOT, TINY, Cli, tiny_settings
+from tests.support.datasets import jpeg, small_table, write_hdf5
 from train import loop, step
 from train.__main__ import train_folds
 from train.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
@@ -40,7 +41,6 @@ from train.optim import BACKBONE, HEAD, Schedule, create_optimizer
 from train.plots import draw_roc
 from train.state import TrainState, create_state, restore, save_last
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SEED_LINES = [
     "--model_config vit_tiny --epochs 5 --batch_size 32 --fold 0 --use_sample",
@@ -54,12 +54,6 @@ SEED_LINES = [
 
 def peak_rates(num_steps: int) -> Schedule:
     return dict.fromkeys((BACKBONE, HEAD), np.ones(num_steps))
-
-
-def tiny(**values: object) -> TrainSettings:
-    return TrainSettings(
-        **{"model": "test_vit", "pretrained": False, "image_size": 32, "num_workers": 0, **values}
-    )  # type: ignore[arg-type]
 
 
 def random_batch(size: int, side: int = 32, masks: bool = False) -> Batch:
@@ -79,7 +73,7 @@ def test_bfloat16_is_refused_on_a_gpu_that_imitates_it(
     """The GPU is pretended, because this machine has none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    settings = tiny(bf16=True, output_dir=tmp_path / "outputs", data=tmp_path)
+    settings = tiny_settings(bf16=True, output_dir=tmp_path / "outputs", data=tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     words = r"^--bf16: bfloat16 takes a GPU of .*8\.0 .*, and Tesla T4 has 7\.5; use --fp16$"
     with pytest.raises(UserError, match=words):
@@ -146,16 +140,16 @@ def test_what_can_be_switched_on_trains(
 )
 def test_settings_that_exclude_each_other(values: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        tiny(**values)
+        tiny_settings(**values)
 
 
 def test_a_pooling_that_the_backbone_lacks_is_one_sentence() -> None:
     with pytest.raises(UserError, match="test_convnext does not pool by token"):
-        create_model(tiny(model="test_convnext", image_size=64, global_pool="token"))
+        create_model(tiny_settings(model="test_convnext", image_size=64, global_pool="token"))
 
 
 def test_layer_decay_falls_towards_the_input_and_leaves_the_head_alone() -> None:
-    settings = tiny(layer_decay=0.5, lr=1e-2, lr_backbone=1e-3)
+    settings = tiny_settings(layer_decay=0.5, lr=1e-2, lr_backbone=1e-3)
     model = create_model(settings)
     rate = {
         id(weight): group["lr"]
@@ -172,7 +166,9 @@ def test_mixing_mixes_images_and_targets_alike() -> None:
     np.random.seed(0)  # noqa: NPY002 - timm's Mixup draws here
     target = torch.tensor([0.0, 1.0, 0.0, 0.0])
     images = (target * 200).to(torch.uint8).view(4, 1, 1, 1).expand(4, 32, 32, 3)
-    mixed = loop.create_mixup(tiny(mixup=1.0, cutmix=1.0))(Batch(images, target, torch.arange(4)))
+    mixed = loop.create_mixup(tiny_settings(mixup=1.0, cutmix=1.0))(
+        Batch(images, target, torch.arange(4))
+    )
     assert mixed.images.shape == images.shape and 0 < mixed.target[1] < 1
     torch.testing.assert_close(
         mixed.images.mean(dim=(1, 2, 3)) / 200, mixed.target, atol=0.01, rtol=0
@@ -184,7 +180,7 @@ def test_mixing_mixes_images_and_targets_alike() -> None:
 
 @pytest.mark.parametrize("values", [{"bf16": True}, {"fp16": True}])
 def test_logits_keep_float32_resolution_under_autocast(values: dict[str, object]) -> None:
-    settings = tiny(**values)
+    settings = tiny_settings(**values)
     state = create_state(settings, CPU, 0)
     held = loop.predict(state, [random_batch(500)], settings, CPU)
     half = torch.float16 if settings.fp16 else torch.bfloat16
@@ -200,7 +196,7 @@ def test_logits_keep_float32_resolution_under_autocast(values: dict[str, object]
 
 @pytest.mark.parametrize("values", [{}, {"mask_weight": 1.0}])
 def test_an_exported_graph_knows_of_no_autocast(values: dict[str, float]) -> None:
-    model = create_model(tiny(**values)).eval()
+    model = create_model(tiny_settings(**values)).eval()
     program = torch.export.export(model, (random_batch(2).images,), strict=False)
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert "aten.linear.default" in names
@@ -271,7 +267,7 @@ def test_dice_is_its_formula() -> None:
     [("test_vit", 32, 2), ("test_efficientnet", 64, 2), ("eva02_tiny_patch14_224", 56, 2)],
 )
 def test_a_mask_comes_third_and_the_rest_stays(name: str, size: int, stride: int) -> None:
-    model = create_model(tiny(model=name, image_size=size, mask_weight=1.0)).eval()
+    model = create_model(tiny_settings(model=name, image_size=size, mask_weight=1.0)).eval()
     assert isinstance(model, MultiTask) and model.mask_stride == stride
     images = random_batch(2, size).images
     with torch.inference_mode():
@@ -293,7 +289,7 @@ def test_masks_are_augmented_with_their_images(small_dataset: Path, tmp_path: Pa
     write_hdf5(small_dataset / "train-image.hdf5", dict.fromkeys(small_table()["isic_id"], png))
     mask = cv2.imencode(".png", (image > 100).astype(np.uint8)[..., 0] * 255)[1].tobytes()
     write_hdf5(small_dataset / "masks.hdf5", dict.fromkeys(small_table()["isic_id"][:30], mask))
-    settings = tiny(data=small_dataset, output_dir=tmp_path, mask_weight=1.0)
+    settings = tiny_settings(data=small_dataset, output_dir=tmp_path, mask_weight=1.0)
     images = LesionImages(
         load_data(settings), preprocess_spec(settings), create_augmentation("light")
     )
@@ -342,7 +338,7 @@ def test_masks_that_may_be_wrong_are_warned_of(
     write_hdf5(
         small_dataset / "masks.hdf5", masks | {ids[3]: mask_png(9, 7), "isic_55": mask_png(9, 9)}
     )
-    load_data(tiny(data=small_dataset, output_dir=tmp_path, mask_weight=1.0))
+    load_data(tiny_settings(data=small_dataset, output_dir=tmp_path, mask_weight=1.0))
     stretched, unmatched = capsys.readouterr().err.splitlines()
     assert stretched.startswith("warning: ") and stretched.endswith(
         f"1 masks have another size than their image and are stretched to it, the first is {ids[3]} "
@@ -372,7 +368,7 @@ def test_a_mask_that_cannot_be_used_is_refused(
     with h5py.File(small_dataset / "masks.hdf5", "a") as file:
         file["ISIC_0000002"] = np.bytes_(mask) if isinstance(mask, bytes) else mask
     with pytest.raises(UserError) as caught:
-        load_data(tiny(data=small_dataset, output_dir=tmp_path, mask_weight=1.0))
+        load_data(tiny_settings(data=small_dataset, output_dir=tmp_path, mask_weight=1.0))
     assert f"1 masks cannot be used, the first is ISIC_0000002 ({words}); fix" in str(caught.value)
 
 
@@ -410,7 +406,9 @@ def test_extra_rows_are_trained_on_and_never_validated_on(
     )
     assert sorted(scored["isic_id"]) == sorted(small_table()["isic_id"])
     data = load_data(
-        tiny(data=small_dataset, output_dir=tmp_path, name="tiny", num_folds=3, extra_data=[extra])
+        tiny_settings(
+            data=small_dataset, output_dir=tmp_path, name="tiny", num_folds=3, extra_data=[extra]
+        )
     )
     assert (
         data.table["isic_id"].to_list()[60:] == ["OLD_1", "OLD_2"] and (data.fold[60:] == -1).all()
@@ -455,7 +453,7 @@ def test_every_extra_dataset_keeps_the_ratio_of_classes(
         write_extra(tmp_path / "few", [1] * 2 + [0] * 50),
         write_extra(tmp_path / "many", [1] * 10 + [0] * 90),
     ]
-    settings = tiny(
+    settings = tiny_settings(
         data=small_dataset,
         output_dir=tmp_path,
         extra_data=extras,
@@ -549,7 +547,7 @@ def test_what_asks_the_device_is_noticed() -> None:
     ],
 )
 def test_a_step_asks_the_device_for_nothing(values: dict[str, object]) -> None:
-    settings = tiny(**values)
+    settings = tiny_settings(**values)
     state = create_state(settings, CPU, 0)
     mix = loop.create_mixup(settings)
     with Asked() as asked:
@@ -583,10 +581,16 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
 ) -> None:
     weights = []
     for limit in (16, 5):
-        state = create_state(tiny(batch_size=16), CPU, 0)
+        state = create_state(tiny_settings(batch_size=16), CPU, 0)
         forward = OutOfMemory(state.model, limit)
         loop.train_epoch(
-            state, forward, [random_batch(16)] * 2, peak_rates(2), tiny(batch_size=16), CPU, ""
+            state,
+            forward,
+            [random_batch(16)] * 2,
+            peak_rates(2),
+            tiny_settings(batch_size=16),
+            CPU,
+            "",
         )
         weights.append(torch.cat([weight.detach().ravel() for weight in state.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-3)
@@ -595,9 +599,9 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
 
 
 def test_an_image_that_does_not_fit_is_one_sentence() -> None:
-    state = create_state(tiny(), CPU, 0)
+    state = create_state(tiny_settings(), CPU, 0)
     with pytest.raises(UserError, match="does not hold 1 images; use a smaller"):
-        step.accumulate(state, OutOfMemory(state.model, 0), [random_batch(4)], tiny(), CPU)
+        step.accumulate(state, OutOfMemory(state.model, 0), [random_batch(4)], tiny_settings(), CPU)
 
 
 def test_images_that_break_the_gradient_are_named(
@@ -641,7 +645,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_readable(tmp_path: Path) -> None
 
 def test_a_restored_state_learns_on_to_the_same_bits(small_dataset: Path, tmp_path: Path) -> None:
     """With what a transformer in float32 lacks: batch statistics, channels-last weights, and a loss scale that fell."""
-    settings = tiny(
+    settings = tiny_settings(
         model="test_efficientnet",
         data=small_dataset,
         output_dir=tmp_path,
@@ -683,14 +687,14 @@ def test_a_restored_state_learns_on_to_the_same_bits(small_dataset: Path, tmp_pa
 def test_the_backbone_loads_in_timm_alone(trained: Path) -> None:
     folder = trained / "fold_0" / "backbone"
     backbone = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    settings = tiny()
+    settings = tiny_settings()
     model = create_model(settings, pretrained=False).eval()
     model.load_state_dict(load_checkpoint(trained / "fold_0" / BEST)["model_state_dict"])
     images = random_batch(3).images
     with torch.inference_mode():
         torch.testing.assert_close(backbone(model.normalised(images)), model(images)[0])
     assert tuple(backbone.pretrained_cfg["mean"]) == preprocess_spec(settings).mean
-    again = create_model(tiny(pretrained=str(folder)))
+    again = create_model(tiny_settings(pretrained=str(folder)))
     assert all(
         torch.equal(a, b)
         for a, b in zip(again.backbone.parameters(), backbone.parameters(), strict=True)

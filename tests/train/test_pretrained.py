@@ -8,13 +8,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from conftest import TINY, Cli, Finished, small_table, write_hdf5
-from conftest import jpeg as make_jpeg
 from safetensors.torch import load_file
 
 from isic.errors import UserError
 from isic.files import sha256
 from isic.provenance import read_seen
+from tests.support.commands import TINY, Cli, Finished
+from tests.support.datasets import jpeg as make_jpeg
+from tests.support.datasets import small_table, write_hdf5
 from train.pretrained import find_weights
 
 Train = Callable[..., Finished]

@@ -14,13 +14,12 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 import torch
-from conftest import TINY, Cli
 
 from isic.folds import read_folds
+from tests.support.commands import ROOT, TINY, Cli
 from train import machine
 from train.checkpoint import BEST, LAST, load_checkpoint
 
-ROOT = Path(__file__).parents[2]
 LONG_EPOCHS = (
     "--batch_size",
     8,

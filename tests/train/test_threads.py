@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Cli
 
 from isic.files import read_manifest
+from tests.support.commands import TINY, Cli, tiny_settings
 from train import threads
 from train.checkpoint import BEST, LAST, load_checkpoint
-from train.config import TrainSettings
 from train.data import load_data
 from train.state import create_state, restore
 from train.threads import measure, set_threads
@@ -23,12 +22,6 @@ def _as_before() -> Iterator[None]:
     number = torch.get_num_threads()
     yield
     torch.set_num_threads(number)
-
-
-def tiny(**values: object) -> TrainSettings:
-    return TrainSettings(
-        **{"model": "test_vit", "pretrained": False, "image_size": 32, "num_workers": 0, **values}
-    )  # type: ignore[arg-type]
 
 
 class Machine:
@@ -73,7 +66,9 @@ def test_the_measurement_changes_neither_model_nor_random_numbers(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(threads, "num_cores", lambda: 2)
-    settings = tiny(model="test_efficientnet", batch_size=4, drop_rate=0.5, mask_weight=1.0)
+    settings = tiny_settings(
+        model="test_efficientnet", batch_size=4, drop_rate=0.5, mask_weight=1.0
+    )
     model = create_state(settings, CPU, 0).model
     model.backbone.requires_grad_(False)
     before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
@@ -88,16 +83,16 @@ def test_the_measurement_changes_neither_model_nor_random_numbers(
 def test_settings_come_before_the_stopped_run_and_that_before_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = create_state(tiny(), CPU, 0).model
-    assert set_threads(model, tiny(num_threads=3), CPU, 2) == "3 threads (--num_threads)"
+    model = create_state(tiny_settings(), CPU, 0).model
+    assert set_threads(model, tiny_settings(num_threads=3), CPU, 2) == "3 threads (--num_threads)"
     assert torch.get_num_threads() == 3
-    assert set_threads(model, tiny(), CPU, 2) == "2 threads (as before it was stopped)"
+    assert set_threads(model, tiny_settings(), CPU, 2) == "2 threads (as before it was stopped)"
     assert torch.get_num_threads() == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(threads, "DEFAULT_THREADS", 1)
-    assert set_threads(model, tiny(), CPU, None) == "1 thread (OMP_NUM_THREADS)"
+    assert set_threads(model, tiny_settings(), CPU, None) == "1 thread (OMP_NUM_THREADS)"
     assert torch.get_num_threads() == 1
-    assert set_threads(model, tiny(), torch.device("cuda"), 2) == ""
+    assert set_threads(model, tiny_settings(), torch.device("cuda"), 2) == ""
     assert torch.get_num_threads() == 1, "a GPU's steps do not depend on it"
 
 
@@ -128,7 +123,9 @@ def test_a_resumed_run_keeps_its_number_of_threads(
     fold = tmp_path / "tiny" / "fold_0"
     assert load_checkpoint(fold / LAST)["num_threads"] == 2
     assert read_manifest(fold / BEST)["num_threads"] == 2
-    settings = tiny(data=small_dataset, output_dir=tmp_path, epochs=1, name="tiny", resume=True)
+    settings = tiny_settings(
+        data=small_dataset, output_dir=tmp_path, epochs=1, name="tiny", resume=True
+    )
     state = create_state(settings, CPU, 0)
     restore(state, fold / LAST, settings, load_data(settings))
     assert state.num_threads == 2

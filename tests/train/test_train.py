@@ -8,13 +8,14 @@ import polars as pl
 import pytest
 import timm
 import torch
-from conftest import TINY, Cli, jpeg, small_table, write_hdf5
 from safetensors.torch import save_file
 
 from isic.errors import UserError
 from isic.files import read_manifest
 from isic.folds import read_folds
 from isic.metrics import pauc
+from tests.support.commands import TINY, Cli, tiny_settings
+from tests.support.datasets import jpeg, small_table, write_hdf5
 from train.augment import LEVELS, create_augmentation
 from train.checkpoint import BEST, KEYS, load_checkpoint, save_checkpoint
 from train.config import TrainSettings, load_settings
@@ -60,12 +61,6 @@ def peak_rates(num_steps: int) -> Schedule:
     return dict.fromkeys((BACKBONE, HEAD), np.ones(num_steps))
 
 
-def tiny(**values: object) -> TrainSettings:
-    return TrainSettings(
-        **{"model": "test_vit", "pretrained": False, "image_size": 32, "num_workers": 0, **values}
-    )  # type: ignore[arg-type]
-
-
 # --- what a run leaves behind
 
 
@@ -93,7 +88,9 @@ def test_a_fold_leaves_the_files_of_the_contract(trained: Path, synth_dataset: P
 def test_every_row_is_held_out_once_and_scored_by_the_saved_weights(
     trained: Path, synth_dataset: Path
 ) -> None:
-    settings = tiny(data=synth_dataset, output_dir=trained.parent, name="tiny", num_folds=3)
+    settings = tiny_settings(
+        data=synth_dataset, output_dir=trained.parent, name="tiny", num_folds=3
+    )
     data = load_data(settings)
     oof = pl.concat([pl.read_parquet(trained / f"fold_{k}" / "oof.parquet") for k in range(3)])
     assert sorted(oof["isic_id"]) == sorted(data.table["isic_id"])
@@ -217,7 +214,7 @@ def test_what_is_refused_has_changed_nothing(
 )
 def test_backbones_of_many_kinds(name: str) -> None:
     """Whose head has a width of its own, that know no stochastic depth, or whose patch is a number."""
-    model = create_model(tiny(model=name, image_size=64)).eval()
+    model = create_model(tiny_settings(model=name, image_size=64)).eval()
     with torch.inference_mode():
         features, logits = model(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))
     assert features.shape == (2, model.num_features) and logits.shape == (2, 1)
@@ -268,7 +265,7 @@ def test_a_backbone_that_does_not_fit_is_refused_for_the_true_reason(
     values: dict[str, object], words: str
 ) -> None:
     with pytest.raises(UserError, match=words) as refused:
-        create_model(tiny(**{"image_size": 64, **values}))
+        create_model(tiny_settings(**{"image_size": 64, **values}))
     assert "\n" not in str(refused.value)
 
 
@@ -277,7 +274,7 @@ def test_a_backbone_that_does_not_fit_is_refused_for_the_true_reason(
 )
 def test_a_backbone_that_fits_learns(model: str, size: int) -> None:
     """A patch that is no kernel, weights of five dimensions, and a tag."""
-    settings = tiny(model=model, image_size=size)
+    settings = tiny_settings(model=model, image_size=size)
     state = create_state(settings, torch.device("cpu"), 0)
     batch = Batch(torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.ones(2), torch.arange(2))
     train_epoch(state, state.model, [batch], peak_rates(1), settings, torch.device("cpu"), "fold 0")
@@ -286,14 +283,17 @@ def test_a_backbone_that_fits_learns(model: str, size: int) -> None:
 @pytest.mark.parametrize("model", ["test_vit", "test_vit2"])
 def test_weights_that_do_not_fill_the_backbone_are_refused(tmp_path: Path, model: str) -> None:
     """A checkpoint of ours, whose names begin with `backbone.`, and another architecture's weights: timm takes both."""
-    torch.save({"model_state_dict": create_model(tiny()).state_dict()}, tmp_path / "best_model.pth")
+    torch.save(
+        {"model_state_dict": create_model(tiny_settings()).state_dict()},
+        tmp_path / "best_model.pth",
+    )
     save_file(
         timm.create_model("test_efficientnet", num_classes=0).state_dict(),
         tmp_path / "other.safetensors",
     )
     for name in ("best_model.pth", "other.safetensors"):
         with pytest.raises(UserError, match=rf"fills 0 of the \d+ weight matrices of {model}"):
-            create_model(tiny(model=model, pretrained=str(tmp_path / name)))
+            create_model(tiny_settings(model=model, pretrained=str(tmp_path / name)))
 
 
 def test_it_learns_what_can_be_learnt(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
@@ -407,7 +407,7 @@ def test_every_config_builds_its_backbone(name: str) -> None:
 
 def test_features_and_logits_have_the_contracts_shapes() -> None:
     for name, size in (("test_vit", 32), ("test_convnext", 40)):
-        model = create_model(tiny(model=name, image_size=size)).eval()
+        model = create_model(tiny_settings(model=name, image_size=size)).eval()
         with torch.inference_mode():
             features, logits = model(torch.zeros(3, size, size, 3, dtype=torch.uint8))
         assert features.shape == (3, model.num_features) and logits.shape == (3, 1)
@@ -415,7 +415,7 @@ def test_features_and_logits_have_the_contracts_shapes() -> None:
 
 
 def test_the_model_normalises_as_its_spec_says() -> None:
-    settings = tiny()
+    settings = tiny_settings()
     model, spec = create_model(settings).eval(), preprocess_spec(settings)
     image = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     by_hand = ((image / 255 - torch.tensor(spec.mean)) / torch.tensor(spec.std)).permute(0, 3, 1, 2)
@@ -429,7 +429,7 @@ def test_focal_loss_is_its_formula() -> None:
     p_t, alpha_t = torch.where(target == 1, p, 1 - p), torch.where(target == 1, 0.3, 0.7)
     expected = (-alpha_t * (1 - p_t) ** 1.5 * p_t.log()).mean()
     torch.testing.assert_close(
-        focal_loss(logits, target, tiny(focal_alpha=0.3, focal_gamma=1.5)), expected
+        focal_loss(logits, target, tiny_settings(focal_alpha=0.3, focal_gamma=1.5)), expected
     )
 
 
@@ -440,7 +440,7 @@ def test_accumulated_batches_give_the_gradient_of_one(small_dataset: Path) -> No
     target, rows = torch.from_numpy((random.random(16) < 0.5).astype(np.float32)), torch.arange(16)
     weights = []
     for size, steps in ((16, 1), (4, 4)):
-        settings = tiny(accumulation_steps=steps)
+        settings = tiny_settings(accumulation_steps=steps)
         state = create_state(settings, torch.device("cpu"), 0)
         batches = [
             Batch(*(part[at : at + size] for part in (images, target, rows)))
@@ -463,7 +463,7 @@ def broken_batch(row: int, value: float = 1.0) -> Batch:
 @pytest.mark.parametrize("num_after", [0, 5])
 def test_a_gradient_that_is_not_finite_stops_before_the_step(num_after: int) -> None:
     """However many steps are under way when the host gets to know, the weights are those before the broken one."""
-    settings, cpu = tiny(clip_grad=1e9), torch.device("cpu")
+    settings, cpu = tiny_settings(clip_grad=1e9), torch.device("cpu")
     weights = []
     for tail in ([], [broken_batch(4, torch.nan), *[broken_batch(8)] * num_after]):
         state = create_state(settings, cpu, 0)
@@ -482,7 +482,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(num_after: int) -> 
 
 
 def test_loss_scaling_leaves_out_what_overflows_and_goes_on() -> None:
-    settings, cpu = tiny(fp16=True), torch.device("cpu")
+    settings, cpu = tiny_settings(fp16=True), torch.device("cpu")
     state = create_state(settings, cpu, 0)
     batches = [broken_batch(0), broken_batch(2, torch.nan), broken_batch(4)]
     stats = train_epoch(state, state.model, batches, peak_rates(3), settings, cpu, "")
@@ -532,7 +532,7 @@ def test_the_backbone_warms_up_when_it_is_thawed(name: str, flags: dict[str, flo
 
 
 def test_without_warm_up_the_rates_start_at_their_peak() -> None:
-    schedule = create_schedule(tiny(warmup_epochs=0, freeze_epochs=1, epochs=4), 10)
+    schedule = create_schedule(tiny_settings(warmup_epochs=0, freeze_epochs=1, epochs=4), 10)
     assert schedule[HEAD][0] == 1 and (schedule[BACKBONE][:10] == 0).all()
     assert np.array_equal(schedule[BACKBONE][10:], schedule[HEAD][10:])
 
@@ -556,7 +556,7 @@ def test_a_last_checkpoint_of_an_earlier_version_resumes(
     small_dataset: Path, tmp_path: Path
 ) -> None:
     """Its parameter groups do not name their part of the network."""
-    settings = tiny(data=small_dataset, output_dir=tmp_path)
+    settings = tiny_settings(data=small_dataset, output_dir=tmp_path)
     state, data = create_state(settings, torch.device("cpu"), 0), load_data(settings)
     for group in state.optimizer.param_groups:
         del group["part"]
@@ -568,7 +568,7 @@ def test_a_last_checkpoint_of_an_earlier_version_resumes(
 
 
 def test_head_and_backbone_have_their_own_rates_and_vectors_are_not_decayed() -> None:
-    settings = tiny(lr=1e-2, lr_backbone=1e-4, weight_decay=0.1)
+    settings = tiny_settings(lr=1e-2, lr_backbone=1e-4, weight_decay=0.1)
     model = create_model(settings)
     groups = create_optimizer(model, settings).param_groups
     head = {id(p) for p in model.head.parameters()}
@@ -661,15 +661,15 @@ def test_a_file_that_holds_no_weights_is_one_sentence(content: object, tmp_path:
     with pytest.raises(
         UserError, match="the pretrained weights of test_vit cannot be had"
     ) as refused:
-        create_model(tiny(pretrained=str(path)))
+        create_model(tiny_settings(pretrained=str(path)))
     assert "\n" not in str(refused.value)
 
 
 def test_a_local_file_of_weights_is_used(tmp_path: Path) -> None:
-    backbone = create_model(tiny()).backbone
+    backbone = create_model(tiny_settings()).backbone
     save_file(backbone.state_dict(), tmp_path / "model.safetensors")
     for given in (tmp_path / "model.safetensors", tmp_path):
-        loaded = create_model(tiny(pretrained=str(given))).backbone.state_dict()
+        loaded = create_model(tiny_settings(pretrained=str(given))).backbone.state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in backbone.state_dict().items())
 
 

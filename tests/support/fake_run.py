@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from conftest import jpeg, write_hdf5
 
 from infer.embedding import plan
 from infer.embedding.embed import EmbedSettings, embed
 from infer.engines.null import FILE, write_run
 from isic.preprocess import PreprocessSpec
+from tests.support.commands import ROOT
+from tests.support.datasets import jpeg, write_hdf5
 
-ROOT = Path(__file__).parents[2]
 SIZE = 16
 PART_ROWS = 20
 
