@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import Any
 
 from benchmarks.process import terminable
-from isic import cli
-from isic.config import Settings, build
+from isic.runtime import cli
+from isic.runtime.config import Settings, build
 from train.config import TrainSettings, load_settings
 
 COMMANDS = (

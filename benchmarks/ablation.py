@@ -13,7 +13,7 @@ from infer.ensemble.artifact import Ensemble, open_ensemble
 from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.compare import comparison, pauc_by_seed
 from infer.ensemble.fit import FitSettings, fit
-from isic.config import Settings, Several, build
+from isic.runtime.config import Settings, Several, build
 
 ALL = "+".join(LIBRARIES)
 TABULAR = (

@@ -13,12 +13,12 @@ from pydantic import Field
 from benchmarks.record import write
 from infer.ensemble.artifact import open_ensemble
 from isic import schema
-from isic.config import Settings
 from isic.dataset import Dataset
 from isic.folds import draw_folds, fold_dirs
 from isic.images import decode_pool
 from isic.metrics import pauc, roc_auc
 from isic.preprocess import Pixels, PreprocessSpec
+from isic.runtime.config import Settings
 from isic.tables import read_parquet
 
 PUBLISHED_OOF = {"tabular": "0.1689", "image": "0.1582", "both": "0.1738"}

@@ -8,8 +8,8 @@ import polars as pl
 from pydantic import Field
 
 from benchmarks.record import MACHINE, RESULTS
-from isic.config import Settings, Several
-from isic.errors import UserError, did_you_mean
+from isic.runtime.config import Settings, Several
+from isic.runtime.errors import UserError, did_you_mean
 from isic.tables import read_csv
 
 

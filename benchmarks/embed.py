@@ -23,13 +23,13 @@ from infer.embedding.views import averaged
 from infer.embeddings import RUN_FILE
 from infer.engines import create, null
 from isic.cache import index_path
-from isic.config import Settings
 from isic.dataset import Dataset
-from isic.files import read_json
 from isic.images import decode_pool
-from isic.machine import num_cores
 from isic.metadata import read_ids
 from isic.preprocess import PreprocessSpec
+from isic.runtime.config import Settings
+from isic.runtime.files import read_json
+from isic.runtime.machine import num_cores
 
 STAND_IN = "null"
 """The config that is no model: a stand-in engine that costs nothing shows what the pipeline itself can do."""

@@ -21,8 +21,8 @@ from export.formats import FORMATS, TOLERANCES, device_of
 from export.parity import Reference, check_parity
 from export.run import summary
 from infer.engines import create, unavailable_reason
-from isic.config import Settings, Several
 from isic.preprocess import Pixels
+from isic.runtime.config import Settings, Several
 
 NUM_IMAGES = 32
 """Images that are compared; as many others calibrate int8 and fp8."""

@@ -17,11 +17,11 @@ from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.comparison import compare_scores
 from infer.ensemble.fit import Bag, FitSettings, fit_bag
 from isic import schema
-from isic.config import Settings, Several, build
 from isic.dataset import Dataset
 from isic.folds import draw_folds
 from isic.metadata import with_patient
 from isic.metrics import pauc, roc_auc
+from isic.runtime.config import Settings, Several, build
 
 
 class FewSettings(Settings):

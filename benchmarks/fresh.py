@@ -13,11 +13,11 @@ from torch import nn
 from export.formats import FORMATS, Target, device_of
 from export.options import PlanOptions
 from isic import schema
-from isic.config import CONFIG_DIR
 from isic.dataset import Dataset
-from isic.errors import UserError, did_you_mean
 from isic.images import decode_pool
 from isic.preprocess import Pixels, PreprocessSpec
+from isic.runtime.config import CONFIG_DIR
+from isic.runtime.errors import UserError, did_you_mean
 from train.config import TrainSettings, load_settings
 from train.model import Classifier, create_model, preprocess_spec
 

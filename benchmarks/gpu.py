@@ -12,8 +12,8 @@ from pydantic import Field
 from benchmarks.process import run
 from export.formats import gpu_without_bfloat16
 from infer.engines import unavailable_reason
-from isic.config import Settings, Several
-from isic.errors import UserError, did_you_mean
+from isic.runtime.config import Settings, Several
+from isic.runtime.errors import UserError, did_you_mean
 
 SHARES = {"throughput": 0.45, "train": 0.25, "peers": 0.15, "export": 0.1, "ingest": 0.05}
 """The parts in their order, and the share of the time after which each is stopped.

@@ -19,11 +19,11 @@ from infer.ensemble.artifact import FeatureSpec
 from infer.ensemble.comparison import Comparison, compare_scores
 from infer.ensemble.fit import FitSettings, fit_bag
 from isic import schema
-from isic.config import Settings, Several, build
 from isic.dataset import Dataset
-from isic.errors import UserError
 from isic.folds import draw_folds
 from isic.metadata import with_patient
+from isic.runtime.config import Settings, Several, build
+from isic.runtime.errors import UserError
 
 HOSPITAL = "attribution"
 OF_HOSPITAL = (HOSPITAL, "copyright_license")

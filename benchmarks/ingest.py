@@ -22,11 +22,11 @@ from timm.data import create_transform
 from benchmarks.record import ratio, write
 from infer.embedding.pipeline import decode_ahead, ring_depth
 from isic import schema
-from isic.config import Settings, Several
 from isic.dataset import Dataset
 from isic.hdf5 import Index, build_index
 from isic.images import Hdf5Images, ImageStore, decode_pool
 from isic.preprocess import IMAGENET_MEAN, IMAGENET_STD, Pixels, PreprocessSpec
+from isic.runtime.config import Settings, Several
 from isic.synth.write import write_images
 
 BATCH = 256

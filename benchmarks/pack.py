@@ -12,10 +12,10 @@ from pydantic import Field
 
 from benchmarks.record import COMMIT_FILE, commit
 from isic import schema
-from isic.config import Settings, Several
 from isic.dataset import Dataset
-from isic.errors import UserError
-from isic.files import write_text
+from isic.runtime.config import Settings, Several
+from isic.runtime.errors import UserError
+from isic.runtime.files import write_text
 from isic.synth.write import write_images
 
 ROOT = Path(__file__).resolve().parents[1]

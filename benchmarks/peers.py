@@ -21,12 +21,12 @@ from benchmarks.fresh import Features, Fresh, build_artifact, create_fresh, leas
 from benchmarks.record import Row, ratio, reason, write
 from benchmarks.ways import FILE, WAYS, Task
 from isic import schema
-from isic.config import Settings, Several
 from isic.dataset import Dataset
-from isic.errors import UserError
-from isic.files import write_json
-from isic.machine import num_cores
 from isic.preprocess import PreprocessSpec, decode, resize
+from isic.runtime.config import Settings, Several
+from isic.runtime.errors import UserError
+from isic.runtime.files import write_json
+from isic.runtime.machine import num_cores
 from isic.synth.write import write_images
 from train.model import backbone_options
 

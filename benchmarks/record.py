@@ -12,9 +12,9 @@ from typing import Any
 
 import polars as pl
 
-from isic.errors import UserError
-from isic.files import atomic_path, versions
-from isic.machine import num_cores, processor
+from isic.runtime.errors import UserError
+from isic.runtime.files import atomic_path, versions
+from isic.runtime.machine import num_cores, processor
 from isic.tables import read_csv
 
 RESULTS = Path(__file__).parent / "results"

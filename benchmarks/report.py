@@ -9,9 +9,9 @@ from pydantic import Field
 
 from benchmarks.page import HEADING, last_rows, read, render
 from benchmarks.record import RESULTS
-from isic.config import Settings, Several
-from isic.errors import UserError, did_you_mean
-from isic.files import read_text, refuse_foreign, write_text
+from isic.runtime.config import Settings, Several
+from isic.runtime.errors import UserError, did_you_mean
+from isic.runtime.files import read_text, refuse_foreign, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")

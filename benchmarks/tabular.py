@@ -19,13 +19,13 @@ from benchmarks.record import write
 from infer.ensemble.boosters import LIBRARIES, parameters_of
 from infer.ensemble.fit import undersample
 from isic import schema
-from isic.config import Settings, Several
 from isic.features import SETS, compute, fit_encoding
 from isic.features.formulas import ERR
 from isic.features.relative import EXTREMES, RANKED
-from isic.files import write_parquet
-from isic.machine import num_cores, peak_memory_mb
 from isic.metadata import read_metadata
+from isic.runtime.config import Settings, Several
+from isic.runtime.files import write_parquet
+from isic.runtime.machine import num_cores, peak_memory_mb
 from isic.synth.rows import default_positives, draw_rows, num_patients
 from isic.tables import read_parquet
 

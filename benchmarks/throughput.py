@@ -32,10 +32,10 @@ from benchmarks.worker import NUM_CHECKED, Job, job_file
 from export.formats import FORMATS
 from export.parity import run_model
 from infer.engines import unavailable_reason
-from isic.config import Settings, Several
-from isic.errors import UserError
-from isic.files import read_json
 from isic.preprocess import Pixels
+from isic.runtime.config import Settings, Several
+from isic.runtime.errors import UserError
+from isic.runtime.files import read_json
 
 POOL = 64
 """Different images that the inputs are made of."""

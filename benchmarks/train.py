@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.limits import count_work, torch_rate
 from benchmarks.record import ratio, write
-from isic.arithmetic import ceil_div
-from isic.errors import UserError
+from isic.runtime.arithmetic import ceil_div
+from isic.runtime.errors import UserError
 from train.config import TrainSettings
 from train.data import Batch, Item, fold_loaders, load_data, worker_errors
 from train.loop import train_epoch

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isic.files import read_json
+from isic.runtime.files import read_json
 
 Features = NDArray[np.float32]
 Embed = Callable[[Path], Features]

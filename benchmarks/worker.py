@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from benchmarks.record import reason
 from infer.engines import Engine, allocator, create
-from isic.files import read_json, write_json
-from isic.machine import peak_memory_mb
 from isic.preprocess import Pixels
+from isic.runtime.files import read_json, write_json
+from isic.runtime.machine import peak_memory_mb
 
 WARM_UP = 2
 """Calls before a measurement: the first of a shape allocates, compiles or tunes."""

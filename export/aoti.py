@@ -16,7 +16,7 @@ from export.formats import Target
 from export.onnx_graph import TRACED_BATCH, quiet
 from export.precision import lowered
 from infer.engines.aoti import architecture, forbid_tf32, needed_features
-from isic.errors import UserError
+from isic.runtime.errors import UserError
 from train.model import Classifier
 
 REASON = re.compile(r"\b(error|fatal)\s*:|cannot find")

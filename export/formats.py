@@ -11,8 +11,8 @@ import torch
 
 from export.options import PlanOptions
 from infer.engines import usual_device
-from isic.errors import UserError, did_you_mean
 from isic.preprocess import Pixels, PreprocessSpec
+from isic.runtime.errors import UserError, did_you_mean
 from train.machine import without_bfloat16
 from train.model import Classifier
 

@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from isic.config import Settings, Several
-from isic.errors import UserError
+from isic.runtime.config import Settings, Several
+from isic.runtime.errors import UserError
 
 
 class PlanOptions(Settings):

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from infer.engines.onnxruntime import LOAD_ERRORS, PROVIDERS, session_options
-from isic.errors import UserError
 from isic.preprocess import Pixels
+from isic.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,15 @@ from export.parity import ParityError, Reference, check_parity
 from export.triton import write_repository
 from infer.engines import create, unavailable_reason
 from isic import schema
-from isic.arithmetic import ceil_div
-from isic.config import Several
 from isic.dataset import Dataset
-from isic.errors import UserError
-from isic.files import (
+from isic.folds import FILE as FOLDS_FILE
+from isic.folds import fold_dirs, read_folds
+from isic.images import decode_pool
+from isic.preprocess import Pixels, PreprocessSpec
+from isic.runtime.arithmetic import ceil_div
+from isic.runtime.config import Several
+from isic.runtime.errors import UserError
+from isic.runtime.files import (
     manifest_path,
     read_json,
     read_manifest,
@@ -33,11 +37,7 @@ from isic.files import (
     write_json,
     write_manifest,
 )
-from isic.folds import FILE as FOLDS_FILE
-from isic.folds import fold_dirs, read_folds
-from isic.images import decode_pool
-from isic.machine import cpu_features, processor
-from isic.preprocess import Pixels, PreprocessSpec
+from isic.runtime.machine import cpu_features, processor
 from train.checkpoint import BEST, checkpoint_settings, load_checkpoint
 from train.model import Classifier, create_model
 

@@ -25,8 +25,8 @@ from export.precision import lowered
 from export.quantize import BASE, QUANTIZED, quantize
 from infer.engines import cudart
 from infer.engines.tensorrt import AMPERE_PLUS, FLAVOURS, check_gpu, import_runtime, logger
-from isic.errors import UserError
-from isic.files import atomic_path
+from isic.runtime.errors import UserError
+from isic.runtime.files import atomic_path
 from train.model import Classifier
 
 DTYPES = {

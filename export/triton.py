@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from isic.errors import UserError
-from isic.files import atomic_path, read_manifest, refuse_foreign, write_json, write_text
+from isic.runtime.errors import UserError
+from isic.runtime.files import atomic_path, read_manifest, refuse_foreign, write_json, write_text
 
 BACKENDS = {"onnx": ("onnxruntime", "model.onnx"), "tensorrt": ("tensorrt", "model.plan")}
 """Triton's backend for a format, and the file name that it looks for."""

@@ -8,7 +8,7 @@ from infer.ensemble.fit import fit as fit_ensemble
 from infer.ensemble.predict import predict
 from infer.ensemble.scores import show
 from infer.report import report, write_report
-from isic import cli
+from isic.runtime import cli
 
 
 def fit(settings: FitSettings) -> None:

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from isic.config import Settings
-from isic.files import versions
+from isic.runtime.config import Settings
+from isic.runtime.files import versions
 
 
 class DoctorSettings(Settings):

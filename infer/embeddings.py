@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from isic import schema
 from isic.dataset import Split
-from isic.errors import UserError
-from isic.files import digest, read_json, write_parquet
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import read_folds
+from isic.runtime.errors import UserError
+from isic.runtime.files import digest, read_json, write_parquet
 from isic.tables import parquet_metadata, read_parquet, reading, scan_parquet
 
 PLAN_FILE, RUN_FILE = "plan.json", "run.json"

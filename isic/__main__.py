@@ -3,7 +3,7 @@
 from functools import partial
 
 from isic.check import check
-from isic.cli import run
+from isic.runtime.cli import run
 from isic.synth import SynthSettings, synthesize
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from isic.errors import UserError
-from isic.files import atomic_path, digest
 from isic.hdf5 import Index, build_index
+from isic.runtime.errors import UserError
+from isic.runtime.files import atomic_path, digest
 
 FOLDER_VARIABLE = "ISIC_CACHE_DIR"
 INDEX_VERSION = 3

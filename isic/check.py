@@ -9,9 +9,7 @@ import polars as pl
 from pydantic import Field
 
 from isic import schema
-from isic.config import Settings
 from isic.dataset import Dataset, Split
-from isic.errors import UserError
 from isic.folds import Folds, draw_folds, read_folds
 from isic.images import (
     NO_IMAGE,
@@ -22,9 +20,11 @@ from isic.images import (
     open_folder,
     open_hdf5,
 )
-from isic.machine import num_cores
 from isic.metadata import read_ids, with_patient
 from isic.preprocess import ImageError, PreprocessSpec, check_mask
+from isic.runtime.config import Settings
+from isic.runtime.errors import UserError
+from isic.runtime.machine import num_cores
 
 DECODE_BATCH = 1_024
 DECODE_SPEC = PreprocessSpec(size=32)

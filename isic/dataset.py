@@ -9,9 +9,9 @@ from typing import Literal
 import polars as pl
 
 from isic import folds, schema
-from isic.errors import UserError, warn_once
 from isic.images import ImageStore, open_images
 from isic.metadata import read_metadata
+from isic.runtime.errors import UserError, warn_once
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")

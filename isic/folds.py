@@ -11,9 +11,9 @@ import polars as pl
 from sklearn.model_selection import StratifiedGroupKFold
 
 from isic import schema
-from isic.errors import UserError
-from isic.files import digest, write_parquet
 from isic.metadata import require, with_patient
+from isic.runtime.errors import UserError
+from isic.runtime.files import digest, write_parquet
 from isic.tables import parquet_metadata, read_parquet
 
 FILE = "folds.parquet"

@@ -11,9 +11,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from isic.errors import UserError
-from isic.files import COMPRESSED
 from isic.preprocess import JPEG_START, PNG_START
+from isic.runtime.errors import UserError
+from isic.runtime.files import COMPRESSED
 
 NO_OFFSET = -1
 MAX_NAME = 255

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isic import cache
-from isic.arithmetic import ceil_div
-from isic.errors import UserError
 from isic.hdf5 import H5PY_ERRORS, NO_OFFSET, as_text, brief, open_file, read_dataset
 from isic.preprocess import ImageError, Pixels, PreprocessSpec, decode_into
+from isic.runtime.arithmetic import ceil_div
+from isic.runtime.errors import UserError
 
 NO_IMAGE = "no image for this id"
 SUFFIXES = (".jpg", ".jpeg", ".png")

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from isic import schema
-from isic.errors import UserError, warn_once
+from isic.runtime.errors import UserError, warn_once
 from isic.tables import read_column, read_table
 
 MISSING = (

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import roc_auc_score
 
-from isic.errors import UserError
+from isic.runtime.errors import UserError
 
 MIN_TPR = 0.8
 TOP_K = 15

@@ -10,9 +10,9 @@ from pathlib import Path
 import polars as pl
 
 from isic import schema
-from isic.errors import UserError
-from isic.files import write_parquet
 from isic.metadata import with_patient
+from isic.runtime.errors import UserError
+from isic.runtime.files import write_parquet
 from isic.tables import parquet_metadata, read_parquet, reading
 
 SEEN_FILE = "trained_on.parquet"

@@ -15,8 +15,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from isic.errors import UserError, warn_once
-from isic.files import COMPRESSED
+from isic.runtime.errors import UserError, warn_once
+from isic.runtime.files import COMPRESSED
 
 CSV_BLOCK = 4 * 1024 * 1024
 """Bytes of a CSV that are in memory at a time when it is checked, or when one column is read."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import polars as pl
 
-from isic.files import read_json, sha256
+from isic.runtime.files import read_json, sha256
 from tests.support.commands import TINY, Cli
 
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from isic import cli
-from isic.interrupt import Interrupted, interruptible
+from isic.runtime import cli
+from isic.runtime.interrupt import Interrupted, interruptible
 from train import distributed
 from train.config import TrainSettings, load_settings
 from train.data import load_data, worker_errors

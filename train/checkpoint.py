@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from isic.errors import UserError
-from isic.files import atomic_path
+from isic.runtime.errors import UserError
+from isic.runtime.files import atomic_path
 from isic.tables import reading
 from train.config import TrainSettings
 

@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from isic.config import Settings, Several, build, describe_configs, find_config, read_config
-from isic.errors import UserError
+from isic.runtime.config import Settings, Several, build, describe_configs, find_config, read_config
+from isic.runtime.errors import UserError
 
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 

@@ -15,16 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from isic import interrupt, schema
+from isic import schema
 from isic.dataset import Dataset as IsicDataset
-from isic.errors import UserError, warn, warn_once
-from isic.files import write_parquet
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, folds_for
 from isic.images import NO_IMAGE, ImageStore, failures, open_hdf5
-from isic.interrupt import leave_to_parent
-from isic.machine import num_cores
 from isic.preprocess import MASK_THRESHOLD, PreprocessSpec, check_mask, decode, resize
+from isic.runtime import interrupt
+from isic.runtime.errors import UserError, warn, warn_once
+from isic.runtime.files import write_parquet
+from isic.runtime.interrupt import leave_to_parent
+from isic.runtime.machine import num_cores
 from train import distributed
 from train.augment import create_augmentation
 from train.config import TrainSettings

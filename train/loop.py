@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from timm.data import Mixup
 from tqdm import tqdm
 
-from isic import interrupt, schema
-from isic.arithmetic import ceil_div
-from isic.errors import UserError
+from isic import schema
 from isic.metrics import pauc, roc_auc
+from isic.runtime import interrupt
+from isic.runtime.arithmetic import ceil_div
+from isic.runtime.errors import UserError
 from train import distributed
 from train.checkpoint import LAST
 from train.config import TrainSettings

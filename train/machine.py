@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from isic.errors import UserError, warn
-from isic.machine import num_cores
+from isic.runtime.errors import UserError, warn
+from isic.runtime.machine import num_cores
 from train import distributed
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4

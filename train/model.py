@@ -13,8 +13,8 @@ from timm.layers import LayerNorm2d
 from timm.models import get_deprecated_models
 from torch import Tensor, nn
 
-from isic.errors import UserError, did_you_mean
 from isic.preprocess import PreprocessSpec
+from isic.runtime.errors import UserError, did_you_mean
 from train.config import TrainSettings
 from train.pretrained import hub_id, local_file
 

@@ -12,11 +12,16 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from isic import schema, yaml12
-from isic.config import read_yaml
+from isic import schema
 from isic.dataset import refuse_dataset
-from isic.errors import UserError
-from isic.files import (
+from isic.folds import FILE as FOLDS_FILE
+from isic.folds import fold_dirs
+from isic.metrics import pauc, roc_auc
+from isic.provenance import SEEN_FILE, seen_rows, write_seen
+from isic.runtime import yaml12
+from isic.runtime.config import read_yaml
+from isic.runtime.errors import UserError
+from isic.runtime.files import (
     read_text,
     refuse_foreign,
     sha256,
@@ -25,10 +30,6 @@ from isic.files import (
     write_parquet,
     write_text,
 )
-from isic.folds import FILE as FOLDS_FILE
-from isic.folds import fold_dirs
-from isic.metrics import pauc, roc_auc
-from isic.provenance import SEEN_FILE, seen_rows, write_seen
 from isic.tables import read_parquet
 from train import distributed
 from train.checkpoint import BEST, LAST, save_checkpoint

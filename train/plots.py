@@ -8,8 +8,8 @@ import polars as pl
 from sklearn.metrics import roc_curve
 
 from isic import schema
-from isic.files import atomic_path
 from isic.metrics import MIN_TPR, pauc
+from isic.runtime.files import atomic_path
 
 ROC_FILE = "roc.png"
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from isic.errors import UserError
-from isic.files import sha256
 from isic.provenance import NOTHING, SEEN_FILE, Seen, read_seen, refuse_seen
+from isic.runtime.errors import UserError
+from isic.runtime.files import sha256
 
 FOLDER, WEIGHTS_FILE = "backbone", "model.safetensors"
 """A trained backbone is `fold_<k>/backbone/model.safetensors`."""

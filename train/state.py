@@ -10,8 +10,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from isic.config import build
-from isic.errors import UserError
+from isic.runtime.config import build
+from isic.runtime.errors import UserError
 from train import distributed
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import TrainSettings

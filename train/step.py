@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from isic.arithmetic import ceil_div
-from isic.errors import UserError
+from isic.runtime.arithmetic import ceil_div
+from isic.runtime.errors import UserError
 from train import distributed
 from train.config import TrainSettings
 from train.data import Batch

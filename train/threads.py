@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from isic.machine import num_cores
+from isic.runtime.machine import num_cores
 from train import distributed
 from train.config import TrainSettings
 from train.model import Classifier

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from safetensors.torch import save
 
-from isic.files import atomic_path
+from isic.runtime.files import atomic_path
 from train.config import TrainSettings
 from train.model import Classifier, backbone_options, preprocess_spec
 from train.pretrained import FOLDER, MARK, WEIGHTS_FILE

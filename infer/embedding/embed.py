@@ -27,10 +27,14 @@ from infer.embeddings import (
     ids_digest,
 )
 from infer.engines import MODULES, device_of
-from isic.config import Settings
 from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
-from isic.errors import UserError, warn
-from isic.files import (
+from isic.folds import FILE as FOLDS_FILE
+from isic.folds import Folds, fold_dirs, read_folds
+from isic.metadata import read_ids
+from isic.provenance import SEEN_FILE
+from isic.runtime.config import Settings
+from isic.runtime.errors import UserError, warn
+from isic.runtime.files import (
     atomic_path,
     digest,
     holds,
@@ -41,12 +45,8 @@ from isic.files import (
     write_json,
     write_parquet,
 )
-from isic.folds import FILE as FOLDS_FILE
-from isic.folds import Folds, fold_dirs, read_folds
-from isic.interrupt import Interrupted, interruptible
-from isic.machine import processor
-from isic.metadata import read_ids
-from isic.provenance import SEEN_FILE
+from isic.runtime.interrupt import Interrupted, interruptible
+from isic.runtime.machine import processor
 
 BATCH_CPU, BATCH_GPU = 64, 256
 """Several images for each core of a large CPU, which takes them one by one; enough to fill a GPU."""

@@ -18,12 +18,12 @@ from infer.embedding.plan import Models, Part
 from infer.embedding.views import averaged
 from infer.embeddings import ERRORS, write_part
 from infer.engines import Outputs, allocator, load_many
-from isic.arithmetic import ceil_div
 from isic.dataset import Dataset, Split
-from isic.errors import UserError
-from isic.files import write_parquet
 from isic.images import decode_pool
-from isic.machine import num_cores
+from isic.runtime.arithmetic import ceil_div
+from isic.runtime.errors import UserError
+from isic.runtime.files import write_parquet
+from isic.runtime.machine import num_cores
 
 MAX_PARTS_WAITING = 2
 """Parts that may wait for the disk before the engines do."""

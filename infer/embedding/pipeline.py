@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from infer.engines import pageable
-from isic.arithmetic import ceil_div
 from isic.images import CHUNK, Decoding, ImageStore, gather
 from isic.preprocess import Pixels, PreprocessSpec
+from isic.runtime.arithmetic import ceil_div
 
 MIN_DEPTH = 3
 """One batch in the engine, one ready, one being filled."""

@@ -13,10 +13,10 @@ from infer.embeddings import ERRORS_FILE, PLAN_FILE, PLAN_KEY, RUN_FILE, part_pa
 from infer.engines import MODULES, manifest_spec
 from isic import schema
 from isic.dataset import Split
-from isic.errors import UserError
-from isic.files import holds, read_json, read_manifest, refuse_foreign, write_json
 from isic.folds import Folds, fold_dirs
 from isic.preprocess import PreprocessSpec
+from isic.runtime.errors import UserError
+from isic.runtime.files import holds, read_json, read_manifest, refuse_foreign, write_json
 from isic.tables import read_parquet
 
 PART_ROWS = 4096

@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from infer.embedding.embedder import Step
 from infer.embedding.plan import Part
-from isic import interrupt
-from isic.errors import UserError
-from isic.machine import peak_memory_mb
+from isic.runtime import interrupt
+from isic.runtime.errors import UserError
+from isic.runtime.machine import peak_memory_mb
 
 OnError = Literal["raise", "skip"]
 

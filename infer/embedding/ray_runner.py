@@ -14,9 +14,9 @@ from typing import Any
 
 from infer.embedding.embedder import Embedder, Job, Report, Step
 from infer.embedding.plan import Part
-from isic.arithmetic import ceil_div
-from isic.errors import UserError
-from isic.machine import num_cores
+from isic.runtime.arithmetic import ceil_div
+from isic.runtime.errors import UserError
+from isic.runtime.machine import num_cores
 
 PARTS_A_TASK = 4
 """Parts that an actor runs through without a pause, and that are lost with it."""

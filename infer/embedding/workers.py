@@ -11,9 +11,9 @@ from multiprocessing.context import SpawnProcess
 
 from infer.embedding.embedder import Embedder, Job, Report
 from infer.embedding.plan import Part
-from isic.errors import UserError
-from isic.interrupt import Interrupted, interruptible
-from isic.machine import VISIBLE_GPUS, cores, gpus
+from isic.runtime.errors import UserError
+from isic.runtime.interrupt import Interrupted, interruptible
+from isic.runtime.machine import VISIBLE_GPUS, cores, gpus
 
 GRACE_SECONDS = 30
 """For a worker that is told to stop, to bring what it has to disk."""

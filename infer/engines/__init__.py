@@ -10,10 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from isic.errors import UserError
-from isic.files import read_manifest
-from isic.machine import has_gpu
 from isic.preprocess import Pixels, PreprocessSpec
+from isic.runtime.errors import UserError
+from isic.runtime.files import read_manifest
+from isic.runtime.machine import has_gpu
 
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
 

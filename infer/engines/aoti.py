@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch._inductor import aoti_load_package
 
 from infer.engines import Outputs
-from isic.errors import UserError
-from isic.machine import cpu_features, no_gpu_reason, num_cores
 from isic.preprocess import Pixels
+from isic.runtime.errors import UserError
+from isic.runtime.machine import cpu_features, no_gpu_reason, num_cores
 
 CPU_PIECE = 8
 """Images that a CPU works on at once: its caches then hold the activations."""

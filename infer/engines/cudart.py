@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from isic.errors import UserError
 from isic.preprocess import Pixels
+from isic.runtime.errors import UserError
 
 
 class CudaError(RuntimeError):

@@ -12,11 +12,11 @@ import numpy as np
 
 from infer.engines import Outputs
 from isic import schema
-from isic.files import write_manifest
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import draw_folds
 from isic.metadata import read_metadata
 from isic.preprocess import Pixels, PreprocessSpec
+from isic.runtime.files import write_manifest
 
 FORMAT, FILE = "null", "model.null"
 BATCH_SIZE = 256

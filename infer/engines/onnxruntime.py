@@ -22,9 +22,9 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 )
 
 from infer.engines import Outputs
-from isic.errors import UserError
-from isic.machine import no_gpu_reason, num_cores
 from isic.preprocess import Pixels
+from isic.runtime.errors import UserError
+from isic.runtime.machine import no_gpu_reason, num_cores
 
 PROVIDERS: dict[str, list[str | tuple[str, dict[str, str]]]] = {
     "cpu": ["CPUExecutionProvider"],

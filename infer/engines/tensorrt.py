@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer.engines import Outputs, cudart
-from isic.errors import UserError
 from isic.preprocess import Pixels
+from isic.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

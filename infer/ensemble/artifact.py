@@ -24,10 +24,10 @@ from infer.ensemble.blend import Scores
 from infer.ensemble.image_columns import FORMS
 from infer.ensemble.image_features import ImageState
 from isic import features, schema
-from isic.errors import UserError
 from isic.features import Encoding, relative_to_patient
-from isic.files import holds, read_json, refuse_foreign, sha256, write_json
 from isic.folds import FILE as FOLDS_FILE
+from isic.runtime.errors import UserError
+from isic.runtime.files import holds, read_json, refuse_foreign, sha256, write_json
 from isic.tables import read_parquet
 
 MANIFEST = "ensemble.json"

@@ -18,7 +18,7 @@ import lightgbm
 import numpy as np
 from numpy.typing import NDArray
 
-from isic.errors import UserError, did_you_mean
+from isic.runtime.errors import UserError, did_you_mean
 
 Matrix = NDArray[np.float32]
 Parameters = Mapping[str, Any]

@@ -13,11 +13,11 @@ from infer.ensemble.artifact import Ensemble, open_ensemble
 from infer.ensemble.blend import blend, model_name, seeds_of
 from infer.ensemble.comparison import Comparison, patient_draws
 from isic import schema
-from isic.config import Settings, Several
 from isic.dataset import Dataset
-from isic.errors import UserError
 from isic.metadata import with_patient
 from isic.metrics import pauc
+from isic.runtime.config import Settings, Several
+from isic.runtime.errors import UserError
 
 ONE_RUN = (
     " between these trained models; to compare the recipes behind them, fit ensembles of several "

@@ -33,15 +33,16 @@ from infer.ensemble.boosters import LIBRARIES, file_name, fit_booster, parameter
 from infer.ensemble.image_features import ImageState, Sources, frames, learn, origins
 from infer.ensemble.lesions import describe
 from isic import folds as fold_plans
-from isic import schema, yaml12
-from isic.config import Settings, Several, build, find_config, read_yaml, yaml_reason
+from isic import schema
 from isic.dataset import Dataset, refuse_dataset
-from isic.errors import UserError, did_you_mean
 from isic.features import Encoding, fit_encoding, needed_columns
-from isic.files import sha256, versions, write_json, write_parquet, write_text
 from isic.folds import Folds, draw_folds, read_folds
-from isic.machine import num_cores
 from isic.metadata import require, with_patient
+from isic.runtime import yaml12
+from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason
+from isic.runtime.errors import UserError, did_you_mean
+from isic.runtime.files import sha256, versions, write_json, write_parquet, write_text
+from isic.runtime.machine import num_cores
 
 BLANK_SHARE = 0.2
 """Share of training rows in which a category is blanked, so that boosters learn to handle a blank.

@@ -22,12 +22,12 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from infer.embeddings import ORIGIN, fold_dir, load, read_run, refuse_other_origin
 from infer.ensemble.image_scores import refuse_gaps
 from isic import schema
-from isic.arithmetic import ceil_div
 from isic.dataset import Split
-from isic.errors import UserError
-from isic.files import write_parquet
 from isic.folds import Folds
 from isic.provenance import SEEN_FILE, read_seen, refuse_seen
+from isic.runtime.arithmetic import ceil_div
+from isic.runtime.errors import UserError
+from isic.runtime.files import write_parquet
 from isic.tables import read_parquet, reading
 
 ALIGNED = "aligned"

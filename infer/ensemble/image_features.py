@@ -23,8 +23,8 @@ from infer.ensemble.image_columns import (
 )
 from infer.ensemble.image_scores import Standard
 from isic.dataset import Split
-from isic.errors import UserError
 from isic.folds import Folds
+from isic.runtime.errors import UserError
 
 NEEDS_EMBEDDINGS = "image features need --embeddings outputs/embeddings/<config>; run `python -m infer embed` first"
 NEEDS_FROZEN = "frozen columns need --frozen outputs/embeddings/<config>, of a model that was trained on other images"

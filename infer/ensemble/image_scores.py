@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from infer.embeddings import ERRORS_FILE, ORIGIN, fold_dir, load, read_run
 from isic import schema
 from isic.dataset import Split
-from isic.errors import UserError
 from isic.folds import Folds
 from isic.metadata import with_patient
 from isic.provenance import SEEN_FILE, read_seen, refuse_seen
+from isic.runtime.errors import UserError
 from isic.tables import read_parquet, reading
 
 SCORE = "image_score"

@@ -15,11 +15,12 @@ from infer.ensemble.boosters import read_booster
 from infer.ensemble.image_features import Sources, frames, origins
 from infer.ensemble.lesions import too_few
 from isic import schema
-from isic.config import Settings
 from isic.dataset import Dataset
-from isic.errors import UserError, warn
 from isic.features import needed_columns, unseen_categories
-from isic.files import (
+from isic.metadata import read_ids, read_metadata, require
+from isic.runtime.config import Settings
+from isic.runtime.errors import UserError, warn
+from isic.runtime.files import (
     atomic_path,
     holds,
     manifest_path,
@@ -29,8 +30,7 @@ from isic.files import (
     write_manifest,
     write_parquet,
 )
-from isic.machine import num_cores
-from isic.metadata import read_ids, read_metadata, require
+from isic.runtime.machine import num_cores
 
 MAX_NAMED = 5
 """Unseen values of a column that are named."""

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from infer.ensemble.artifact import FORMAT, MANIFEST
-from isic.config import Settings
-from isic.errors import UserError, warn
-from isic.files import read_json
 from isic.metrics import TOP_K, pauc, roc_auc, top_k
+from isic.runtime.config import Settings
+from isic.runtime.errors import UserError, warn
+from isic.runtime.files import read_json
 
 Scores = NDArray[np.float64]
 

@@ -9,10 +9,10 @@ import polars as pl
 from infer.ensemble.artifact import Ensemble
 from isic import schema
 from isic.dataset import Dataset
-from isic.errors import UserError
 from isic.images import ImageStore
 from isic.metadata import with_patient
 from isic.metrics import TopK, pauc, roc_auc, top_k
+from isic.runtime.errors import UserError
 
 BLEND = "blend"
 GROUP = "_patient"

@@ -9,8 +9,8 @@ from infer.report import page
 from infer.report.markup import tag
 from infer.report.scored import read_scored
 from infer.report.sections import header, sections
-from isic.config import Settings
-from isic.files import write_text
+from isic.runtime.config import Settings
+from isic.runtime.files import write_text
 
 FILE = "report.html"
 

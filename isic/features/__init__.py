@@ -10,7 +10,6 @@ import numpy as np
 import polars as pl
 
 from isic import schema
-from isic.errors import UserError, did_you_mean
 from isic.features import outlier
 from isic.features.encoding import Encoding, fit_encoding, unseen_categories
 from isic.features.formulas import (
@@ -29,6 +28,7 @@ from isic.features.relative import (
     zscore,
 )
 from isic.metadata import require, with_patient
+from isic.runtime.errors import UserError, did_you_mean
 
 __all__ = [
     "FEATURES",

@@ -9,7 +9,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from isic import schema
 from isic.features.formulas import SOLUTIONS
-from isic.machine import num_cores
+from isic.runtime.machine import num_cores
 
 NAME = "patient_lof"
 SOURCE = f"{SOLUTIONS}; Breunig et al. 2000, LOF: identifying density-based local outliers"

@@ -17,10 +17,10 @@ from pydantic import Field
 from sklearn.neighbors import KDTree
 
 from isic import schema
-from isic.config import Settings
-from isic.errors import UserError
-from isic.files import read_json, sha256, versions, write_json
-from isic.machine import num_cores
+from isic.runtime.config import Settings
+from isic.runtime.errors import UserError
+from isic.runtime.files import read_json, sha256, versions, write_json
+from isic.runtime.machine import num_cores
 from isic.synth.crops import Crop, looks, render
 from isic.synth.rows import Rows, default_positives, draw_rows, num_patients
 from isic.synth.write import write_images, write_table

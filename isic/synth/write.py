@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import polars as pl
 
-from isic.files import atomic_path
+from isic.runtime.files import atomic_path
 
 HEADER_BYTES = 400
 """Approximate overhead per image in the file."""

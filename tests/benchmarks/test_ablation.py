@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.ablation import IMAGES, TABULAR, AblationSettings
 from infer.ensemble.artifact import FeatureSpec
-from isic.config import build
+from isic.runtime.config import build
 from isic.synth.rows import draw_rows
 from tests.support.commands import Cli
 

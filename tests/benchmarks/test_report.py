@@ -6,7 +6,7 @@ from benchmarks.limits import Limits, Work
 from benchmarks.page import render
 from benchmarks.record import RESULTS, append
 from benchmarks.report import DOCUMENTS, TABLES, with_tables
-from isic.errors import UserError
+from isic.runtime.errors import UserError
 from tests.support.browser import WIDTHS, look, open_browser
 from tests.support.commands import Cli
 

@@ -11,9 +11,9 @@ from benchmarks.limits import Limits, Work, count_work, limits
 from benchmarks.record import Row, append_each
 from benchmarks.worker import Job, checked_features, job_file, main
 from infer.engines import Outputs
-from isic.errors import UserError
-from isic.files import read_json
 from isic.preprocess import Pixels
+from isic.runtime.errors import UserError
+from isic.runtime.files import read_json
 from tests.support.commands import TINY_YAML, Cli
 
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.fresh import build_artifact, create_fresh
 from infer.engines import create
 from infer.engines.aoti import architecture, mismatch, needed_features
-from isic.errors import UserError
+from isic.runtime.errors import UserError
 from tests.support.commands import TINY_YAML
 
 BROKEN = """#!/bin/sh
@@ -34,7 +34,7 @@ CODE = """
 import sys
 from pathlib import Path
 from benchmarks.fresh import build_artifact, create_fresh
-from isic.errors import UserError
+from isic.runtime.errors import UserError
 try:
     build_artifact(create_fresh(sys.argv[1]), "aoti", "fp32", Path(sys.argv[2]), "cpu")
 except UserError as error:

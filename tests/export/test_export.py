@@ -13,8 +13,8 @@ from export.formats import TOLERANCES, Target
 from export.parity import ParityError, check_parity, compare
 from export.run import ExportSettings, load_source
 from infer.engines import load
-from isic.files import read_manifest, sha256
 from isic.preprocess import Pixels
+from isic.runtime.files import read_manifest, sha256
 from tests.support.commands import Cli
 from train.checkpoint import BEST, load_checkpoint, save_checkpoint
 from train.model import Classifier

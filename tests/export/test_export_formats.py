@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from infer.engines import load
-from isic.errors import UserError
-from isic.files import read_manifest
+from isic.runtime.errors import UserError
+from isic.runtime.files import read_manifest
 from tests.support.commands import Cli
 
 FLAGS = (

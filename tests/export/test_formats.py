@@ -19,7 +19,7 @@ from export.options import PlanOptions
 from export.parity import ParityError, Reference, check_parity
 from export.precision import lowered
 from infer.engines import Engine, create
-from isic.errors import UserError
+from isic.runtime.errors import UserError
 from train.config import TrainSettings
 from train.model import Classifier, create_model, preprocess_spec
 

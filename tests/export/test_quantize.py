@@ -27,9 +27,9 @@ from export.run import ExportSettings, calibration_sample, load_source, parity_s
 from export.tensorrt import build_plan, options_for, plan_name
 from infer.engines import create
 from infer.engines.tensorrt import import_runtime, logger
-from isic.errors import UserError
-from isic.files import read_manifest
 from isic.preprocess import PreprocessSpec
+from isic.runtime.errors import UserError
+from isic.runtime.files import read_manifest
 from tests.support.commands import Cli
 from train.checkpoint import BEST
 from train.config import TrainSettings

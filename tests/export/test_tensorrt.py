@@ -33,8 +33,8 @@ from export.tensorrt import (
 )
 from infer.engines import cudart
 from infer.engines.tensorrt import import_runtime, logger, unavailable_reason
-from isic.errors import UserError
 from isic.preprocess import PreprocessSpec
+from isic.runtime.errors import UserError
 from train.config import TrainSettings
 from train.model import Classifier, backbone_options, create_model
 

@@ -9,8 +9,8 @@ import pytest
 
 from export.triton import mean_model, to_pbtxt, write_repository
 from infer.engines import load
-from isic.errors import UserError
-from isic.files import manifest_path, read_manifest, sha256, write_manifest
+from isic.runtime.errors import UserError
+from isic.runtime.files import manifest_path, read_manifest, sha256, write_manifest
 
 text_format = pytest.importorskip("google.protobuf.text_format")
 schema = pytest.importorskip(

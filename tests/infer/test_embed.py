@@ -190,7 +190,7 @@ def test_a_graph_of_another_contract_is_refused(tmp_path: Path) -> None:
     from onnx import TensorProto, helper
 
     from infer.engines import create
-    from isic.errors import UserError
+    from isic.runtime.errors import UserError
 
     def save(dtype: int, output: str, side: int) -> Path:
         value = helper.make_tensor_value_info

@@ -20,11 +20,11 @@ import pytest
 from infer.embeddings import join, load, read_run
 from infer.engines.null import FILE, write_run
 from isic.dataset import Dataset
-from isic.errors import UserError
-from isic.files import read_json, write_json
 from isic.folds import read_folds
 from isic.preprocess import PreprocessSpec
 from isic.provenance import read_seen, seen_rows, write_seen
+from isic.runtime.errors import UserError
+from isic.runtime.files import read_json, write_json
 from tests.support.commands import Cli
 from tests.support.datasets import jpeg, small_disk, write_hdf5
 from tests.support.fake_run import (
@@ -259,7 +259,7 @@ def test_workers_that_all_die_end_the_run(stand_in: StandIn, tmp_path: Path) -> 
     code = (
         "import infer.embedding.workers as w\n"
         "if __name__ == '__main__':\n"
-        "    from infer.embedding.embed import embed; from isic import cli\n"
+        "    from infer.embedding.embed import embed; from isic.runtime import cli\n"
         "    w.share = lambda *a: [100_000]\n"
         "    cli.run({'embed': embed})"
     )

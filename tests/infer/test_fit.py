@@ -16,9 +16,9 @@ from infer.ensemble.image_scores import fit_standard, image_features
 from infer.ensemble.scores import ScoresSettings, show, summarise, table
 from isic import schema
 from isic.dataset import Dataset
-from isic.errors import UserError
 from isic.folds import draw_folds, read_folds
 from isic.metrics import pauc
+from isic.runtime.errors import UserError
 from tests.support.ensembles import settings, write_dataset, write_embeddings, write_run
 
 

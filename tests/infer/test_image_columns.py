@@ -24,11 +24,11 @@ from infer.ensemble.image_columns import (
 from infer.ensemble.predict import PredictSettings, predict
 from isic import schema
 from isic.dataset import Dataset
-from isic.errors import UserError
-from isic.files import write_json
 from isic.folds import Folds, draw_folds, read_folds
 from isic.metrics import pauc, roc_auc
 from isic.provenance import seen_rows, write_seen
+from isic.runtime.errors import UserError
+from isic.runtime.files import write_json
 from tests.support.ensembles import ENGINES, NUM_FOLDS, settings, write_dataset, write_lists
 
 WIDTH = 12

@@ -13,9 +13,9 @@ from infer.ensemble.blend import blend, rank, seeds_of
 from infer.ensemble.boosters import LIBRARIES, parameters_of
 from infer.ensemble.fit import FitSettings, fit
 from infer.ensemble.predict import PredictSettings, predict
-from isic.config import CONFIG_DIR, build
-from isic.errors import UserError
-from isic.files import sha256, versions
+from isic.runtime.config import CONFIG_DIR, build
+from isic.runtime.errors import UserError
+from isic.runtime.files import sha256, versions
 from tests.support.commands import Cli
 from tests.support.ensembles import NUM_FOLDS, settings, write_dataset
 

@@ -22,7 +22,7 @@ from infer.engines.onnxruntime import (
     session_options,
     unavailable_reason,
 )
-from isic.errors import UserError
+from isic.runtime.errors import UserError
 
 SATURATION = """
 from infer.engines.onnxruntime import int8_products_are_exact, open_session, session_options, INT8_PRODUCT

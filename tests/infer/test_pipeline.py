@@ -17,10 +17,10 @@ from infer.embedding.views import VIEWS, averaged, view
 from infer.embedding.workers import share
 from infer.engines import PinsMemory, load
 from infer.engines.null import FILE
-from isic.errors import UserError
 from isic.folds import Folds
 from isic.images import Hdf5Images, ImageStore, decode_pool
 from isic.preprocess import Pixels, PreprocessSpec
+from isic.runtime.errors import UserError
 from tests.support.datasets import jpeg, write_hdf5
 from tests.support.fake_run import StandIn, make_stand_in
 

@@ -13,9 +13,9 @@ from infer.ensemble.fit import fit
 from infer.ensemble.predict import PredictSettings, predict
 from isic import schema
 from isic.dataset import Dataset
-from isic.errors import UserError
-from isic.files import sha256, write_json, write_manifest
 from isic.folds import draw_folds
+from isic.runtime.errors import UserError
+from isic.runtime.files import sha256, write_json, write_manifest
 from tests.support.ensembles import settings, write_dataset, write_embeddings, write_run
 
 

@@ -25,9 +25,9 @@ from infer.report.maps import MOST, draw, projections
 from infer.report.markup import Markup, join, tag
 from infer.report.plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, path, stairs
 from isic.dataset import Dataset
-from isic.errors import UserError
 from isic.metadata import with_patient
 from isic.metrics import pauc, roc_auc, top_k
+from isic.runtime.errors import UserError
 from tests.support.browser import WIDTHS, look
 from tests.support.commands import Cli
 from tests.support.datasets import jpeg, write_hdf5

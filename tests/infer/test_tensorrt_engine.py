@@ -16,8 +16,8 @@ import pytest
 from infer.engines import cudart, load, tensorrt
 from infer.engines.cudart import CudaError
 from infer.engines.tensorrt import AMPERE_PLUS, Plan, Profile, TensorRTEngine, logger
-from isic.errors import UserError
-from isic.files import manifest_path, read_manifest, write_manifest
+from isic.runtime.errors import UserError
+from isic.runtime.files import manifest_path, read_manifest, write_manifest
 from tests.support.fake_cuda import FAKE_TRT, FakeCuda, FakeEngine, Kind, Misuse
 
 SHAPES = {"images": (4, 4, 3), "features": (5,), "logits": (1,), "mask": (2, 2)}
@@ -477,7 +477,7 @@ def test_a_missing_package_is_named(built: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_engine_needs_no_torch(built: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from infer.engines import tensorrt; from isic.files import read_manifest\n"
+        "from infer.engines import tensorrt; from isic.runtime.files import read_manifest\n"
         f"path = Path({str(built)!r})\n"
         "try: tensorrt.create(path, read_manifest(path), 'cuda')\n"
         "except ValueError as error: print(error)\n"

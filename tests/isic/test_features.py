@@ -12,7 +12,6 @@ import pytest
 from sklearn.neighbors import LocalOutlierFactor
 
 from isic import features, schema
-from isic.errors import UserError
 from isic.features import (
     FEATURES,
     SETS,
@@ -27,6 +26,7 @@ from isic.features import (
 )
 from isic.features.formulas import NOTEBOOK_FORMULAS, SOLUTION_FORMULAS, ratio
 from isic.features.outlier import FLOOR, patient_lof
+from isic.runtime.errors import UserError
 from isic.synth.rows import draw_rows
 
 EXTENDED = SETS["extended"]

@@ -4,8 +4,8 @@ import polars as pl
 import pytest
 
 from isic.dataset import Dataset
-from isic.errors import UserError
 from isic.folds import draw_folds, fold_dirs, folds_for, read_folds
+from isic.runtime.errors import UserError
 from tests.support.datasets import small_table
 
 

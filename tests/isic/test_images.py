@@ -24,10 +24,10 @@ from isic import hdf5 as hdf5_module
 from isic import images as images_module
 from isic.cache import index_path
 from isic.dataset import Dataset
-from isic.errors import UserError
 from isic.hdf5 import NO_OFFSET, build_index
 from isic.images import FolderImages, Hdf5Images, decode_pool, open_images
 from isic.preprocess import ImageError, Pixels, PreprocessSpec, decode
+from isic.runtime.errors import UserError
 from tests.support.datasets import jpeg, small_disk, write_hdf5
 
 SPEC = PreprocessSpec(size=32)

@@ -5,8 +5,8 @@ import pytest
 
 from isic import schema
 from isic.dataset import Dataset
-from isic.errors import UserError
 from isic.metadata import read_metadata, with_patient
+from isic.runtime.errors import UserError
 from tests.support.commands import Cli
 from tests.support.datasets import small_table
 

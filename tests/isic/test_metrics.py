@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import auc, roc_curve
 
-from isic.errors import UserError
 from isic.metrics import bootstrap_pauc, pauc, roc_auc, top_k
+from isic.runtime.errors import UserError
 
 
 def official_pauc(target: np.ndarray, score: np.ndarray) -> float:

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from isic import schema
 from isic.dataset import Dataset
-from isic.errors import UserError
-from isic.files import read_json, write_json
 from isic.folds import draw_folds
 from isic.metrics import pauc, roc_auc
 from isic.preprocess import decode
+from isic.runtime.errors import UserError
+from isic.runtime.files import read_json, write_json
 from isic.synth import FILES, MANIFEST, SynthSettings, margins, synthesize
 from isic.synth.crops import Crop, looks, render
 from isic.synth.rows import Rows, default_positives, draw_rows, lesions_per_patient, num_patients

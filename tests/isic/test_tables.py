@@ -10,8 +10,8 @@ import pytest
 
 from isic import tables
 from isic.dataset import Dataset
-from isic.errors import UserError
 from isic.metadata import read_ids, read_metadata
+from isic.runtime.errors import UserError
 from isic.tables import (
     parquet_metadata,
     read_column,

@@ -9,9 +9,9 @@ from infer.embeddings import fold_dir, part_path, write_part
 from infer.ensemble.fit import FitSettings
 from isic import schema
 from isic.dataset import Dataset
-from isic.files import write_json
 from isic.folds import Folds, draw_folds
 from isic.provenance import SEEN_FILE, seen_rows, write_seen
+from isic.runtime.files import write_json
 from isic.synth.rows import draw_rows
 
 NUM_FOLDS = 3

@@ -44,7 +44,7 @@ class StandIn:
         """A process of its own, with parts so small that there are many."""
         code = (
             f"import sys, infer.embedding.plan; infer.embedding.plan.PART_ROWS = {part_rows}\n"
-            "from infer.embedding.embed import embed; from isic import cli; cli.run({'embed': embed})"
+            "from infer.embedding.embed import embed; from isic.runtime import cli; cli.run({'embed': embed})"
         )
         return [sys.executable, "-c", code, *self.flags(output, "--batch_size", 8, *more)]
 

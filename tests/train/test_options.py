@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmarks.train
 from benchmarks.train import TrainRateSettings
-from isic.errors import UserError
 from isic.provenance import read_seen
+from isic.runtime.errors import UserError
 from tests.support.commands import ROOT, TINY, Cli, tiny_settings
 from tests.support.datasets import jpeg, small_table, write_hdf5
 from train import loop, step

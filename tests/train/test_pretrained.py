@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isic.errors import UserError
-from isic.files import sha256
 from isic.provenance import read_seen
+from isic.runtime.errors import UserError
+from isic.runtime.files import sha256
 from tests.support.commands import TINY, Cli, Finished
 from tests.support.datasets import jpeg as make_jpeg
 from tests.support.datasets import small_table, write_hdf5

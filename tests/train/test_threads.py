@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from isic.files import read_manifest
+from isic.runtime.files import read_manifest
 from tests.support.commands import TINY, Cli, tiny_settings
 from train import threads
 from train.checkpoint import BEST, LAST, load_checkpoint

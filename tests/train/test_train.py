@@ -10,10 +10,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from isic.errors import UserError
-from isic.files import read_manifest
 from isic.folds import read_folds
 from isic.metrics import pauc
+from isic.runtime.errors import UserError
+from isic.runtime.files import read_manifest
 from tests.support.commands import TINY, Cli, tiny_settings
 from tests.support.datasets import jpeg, small_table, write_hdf5
 from train.augment import LEVELS, create_augmentation

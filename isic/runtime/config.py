@@ -8,11 +8,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from isic import yaml12
-from isic.errors import UserError, did_you_mean
-from isic.files import read_text
+from isic.runtime import yaml12
+from isic.runtime.errors import UserError, did_you_mean
+from isic.runtime.files import read_text
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 BASE = "base"
 """A config's key, and the folder of the files that it can name."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from isic.errors import did_you_mean
+from isic.runtime.errors import did_you_mean
 from isic.synth.rows import draw_rows
 from tests.support.commands import ROOT, Cli
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from isic import machine
-from isic.machine import cores, cpu_quota, gpus, no_gpu_reason, num_cores
+from isic.runtime import machine
+from isic.runtime.machine import cores, cpu_quota, gpus, no_gpu_reason, num_cores
 
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
 V1 = "34 32 0:30 {mounted} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
@@ -102,7 +102,7 @@ def test_a_real_control_group() -> None:
         if group.is_dir():
             group.rmdir()
         pytest.skip(f"this user may not limit a control group ({error})")
-    code = "from isic.machine import cores, num_cores; print(num_cores(), len(cores()))"
+    code = "from isic.runtime.machine import cores, num_cores; print(num_cores(), len(cores()))"
     script = f'echo $$ > {group}/cgroup.procs && exec "{sys.executable}" -c "{code}"'
     ended = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
     group.rmdir()
@@ -143,7 +143,7 @@ def test_the_driver_is_asked(tmp_path: Path) -> None:
     (tmp_path / "driver.c").write_text(FAKE_DRIVER)
     library = tmp_path / "libcuda.so.1"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True)
-    code = "from isic.machine import gpus, no_gpu_reason; print(gpus(), no_gpu_reason())"
+    code = "from isic.runtime.machine import gpus, no_gpu_reason; print(gpus(), no_gpu_reason())"
 
     def ask(count: int, status: int) -> str:
         fake = {

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from isic.interrupt import SIGNALS, Interrupted, check, held, interruptible
+from isic.runtime.interrupt import SIGNALS, Interrupted, check, held, interruptible
 
 
 class Finalized:
@@ -50,7 +50,7 @@ def test_a_signal_that_is_held_comes_at_the_end(number: signal.Signals) -> None:
 
 LEFT = """
 import multiprocessing.resource_sharer as sharing, socket, torch
-from isic.interrupt import leave_to_parent
+from isic.runtime.interrupt import leave_to_parent
 from torch.utils.data import DataLoader
 
 connect, left = sharing._resource_sharer.get_connection, []

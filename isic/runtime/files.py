@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from isic.errors import UserError
+from isic.runtime.errors import UserError
 
 COMPRESSED = {
     b"\x1f\x8b": "gzip",

@@ -13,8 +13,8 @@ import fire
 from fire.decorators import SetParseFn
 from pydantic.fields import FieldInfo
 
-from isic.config import Settings, build
-from isic.errors import UserError, did_you_mean
+from isic.runtime.config import Settings, build
+from isic.runtime.errors import UserError, did_you_mean
 
 Command = Callable[[Any], int | None]
 HELP = {"--help", "-h"}

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from infer.ensemble.fit import FitSettings
-from isic import config, yaml12
-from isic.config import Settings, Several, build, describe_configs, read_config, read_yaml
-from isic.errors import UserError
+from isic.runtime import config, yaml12
+from isic.runtime.config import Settings, Several, build, describe_configs, read_config, read_yaml
+from isic.runtime.errors import UserError
 from tests.support.commands import Cli
 
 VALUES = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from isic.errors import UserError
-from isic.files import (
+from isic.runtime.errors import UserError
+from isic.runtime.files import (
     atomic_path,
     manifest_path,
     read_json,
@@ -33,14 +33,14 @@ def test_a_killed_writer_leaves_the_former_file(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     write_text(path, "former")
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom isic.files import atomic_path\n"
+        "import sys, time\nfrom pathlib import Path\nfrom isic.runtime.files import atomic_path\n"
         "with atomic_path(Path(sys.argv[1])) as t:\n    t.write_text('half'); print('ready', flush=True)\n"
         "    time.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(path)],
         stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     process.kill()
