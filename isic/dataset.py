@@ -41,11 +41,11 @@ class Dataset:
         if not parquet.exists():
             return csv
         if csv.exists():
-            warn_once(f"{self.root} has {parquet.name} and {csv.name}; the former is read")
+            warn_once(f"{self.root} has {parquet.name} and {csv.name}; {parquet.name} is read")
         return parquet
 
     def metadata(self, split: Split, need: Iterable[str] = ()) -> pl.DataFrame:
-        """Reads a split's table, which must have `need`, and in training a target."""
+        """Reads a split's table; the columns `need`, and in training the target, are required."""
         needed = (schema.TARGET, *need) if split == "train" else tuple(need)
         return read_metadata(self.metadata_path(split), needed)
 
@@ -68,7 +68,7 @@ class Dataset:
 
     @property
     def folds_path(self) -> Path:
-        """Path of an optional fold plan that comes with the data."""
+        """The path of a fold plan that comes with the data; it need not exist."""
         return self.root / folds.FILE
 
     @property
@@ -77,7 +77,10 @@ class Dataset:
 
 
 def refuse_dataset(folder: Path, flag: str) -> None:
-    """Raise a UserError if a folder to be written into holds a dataset: a fold plan there would count for every run."""
+    """Raise a UserError if an output folder holds a dataset.
+
+    A fold plan written there would apply to every later run on that dataset.
+    """
     for split in SPLITS:
         for ending in ("csv", "parquet"):
             if os.path.lexists(folder / f"{split}-metadata.{ending}"):

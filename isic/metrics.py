@@ -74,7 +74,7 @@ def redraws(num_groups: int, seed: int) -> Iterator[NDArray[np.int64]]:
 
 
 class _Curve:
-    """A score that is sorted once, so that its pAUC under many row weights is cheap."""
+    """A score, sorted once so that its pAUC under many row weights is cheap."""
 
     def __init__(self, labels: NDArray[np.int64], scores: NDArray[np.float64]) -> None:
         self.order = np.argsort(-scores, kind="stable")

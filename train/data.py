@@ -24,7 +24,7 @@ from isic.preprocess import MASK_THRESHOLD, PreprocessSpec, check_mask, decode, 
 from isic.runtime import interrupt
 from isic.runtime.errors import UserError, warn, warn_once
 from isic.runtime.files import write_parquet
-from isic.runtime.interrupt import leave_to_parent
+from isic.runtime.interrupt import ignore_signals_in_worker
 from isic.runtime.machine import num_cores
 from train import distributed
 from train.augment import create_augmentation
@@ -457,7 +457,7 @@ def create_loader(
         prefetch_factor=prefetched if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_to_parent,
+        worker_init_fn=ignore_signals_in_worker,
     )
 
 
@@ -480,7 +480,7 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
-        interrupt.check()  # a signal that ended the workers too is the cause
+        interrupt.raise_if_interrupted()  # a signal that ended the workers too is the cause
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         lacks_memory = "shared memory" in str(error)
         # a batch that a dead worker left behind cannot be received: the other errors

@@ -131,7 +131,7 @@ def train_epoch(
     )
     mix, outcomes = create_mixup(settings), deque[Outcome]()
     for micro_batches in batched(progress, settings.accumulation_steps):
-        interrupt.check()
+        interrupt.raise_if_interrupted()
         set_lr(state.optimizer, schedule, state.step)
         mixed = [mix(to_device(batch, device)) for batch in micro_batches]
         loss = accumulate(state, forward, mixed, settings, device)
@@ -228,7 +228,7 @@ class Waiting:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        with interrupt.held():
+        with interrupt.defer_signals():
             batches = iter(self.loader)
         while True:
             started = time.perf_counter()

@@ -79,7 +79,7 @@ class Tally:
 
     def add(self, step: Step) -> None:
         """Adds what a worker reports. Raises UserError or Interrupted where bad images or a signal end the run."""
-        interrupt.check()
+        interrupt.raise_if_interrupted()
         self.seconds["decode_wait"] += step.decode_wait
         self.seconds["engine"] += step.engine
         self.seconds["write_wait"] += step.write_wait

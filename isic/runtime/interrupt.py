@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _arrived: list[int] = []
 """Signals received inside the `interruptible` block."""
 _held: list[bool] = []
-"""One entry per active `held` block."""
+"""One entry per active `defer_signals` block."""
 
 
 class Interrupted(BaseException):
@@ -39,30 +39,30 @@ def interruptible() -> Iterator[None]:
     before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
         yield
-        check()
+        raise_if_interrupted()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def check() -> None:
+def raise_if_interrupted() -> None:
     """Raises Interrupted if a signal's exception was lost: Python drops those in `__del__`."""
     if _arrived:
         raise Interrupted(_arrived[0])
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
-    """Defers Interrupted to the end of the block: an exception inside a fork would be lost."""
+def defer_signals() -> Iterator[None]:
+    """Defers signals to the end of the block: an exception raised in mid-fork would be lost."""
     _held.append(True)
     try:
         yield
     finally:
         _held.pop()
-    check()
+    raise_if_interrupted()
 
 
-def leave_to_parent(_: int) -> None:
+def ignore_signals_in_worker(_: int) -> None:
     """Makes a loader worker ignore Ctrl-C and exit quietly on SIGTERM.
 
     A terminal sends Ctrl-C to all processes. The main process reports it; workers that failed

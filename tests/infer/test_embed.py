@@ -171,10 +171,10 @@ def test_engines_that_do_not_belong_are_refused(
     for suffix in ("", ".json"):
         shutil.copy(run / "fold_1" / f"model.onnx{suffix}", run / "fold_0" / f"model.onnx{suffix}")
         fails_with(
-            "not the file its manifest describes" if not suffix else "is fold 1 of tiny, not fold 0"
+            "does not match its manifest" if not suffix else "is fold 1 of tiny, not fold 0"
         )
-    (run / "fold_0" / "model.onnx").write_bytes(b"cut short")
-    fails_with("not the file its manifest describes")
+    (run / "fold_0" / "model.onnx").write_bytes(b"truncated")
+    fails_with("does not match its manifest")
     (run / "fold_0" / "model.onnx.json").unlink()
     fails_with("model.onnx.json is missing")
     (run / "fold_0" / "model.onnx").unlink()
@@ -233,7 +233,7 @@ def test_two_folds_that_traded_their_engines_are_found_out(
 ) -> None:
     run = shutil.copytree(exported, tmp_path / "tiny")
     for suffix, words in (
-        ("", "is not the file its manifest describes"),
+        ("", "is does not match its manifest"),
         (".json", "is fold 1 of tiny, not fold 0 of tiny"),
     ):
         first, second = (run / f"fold_{fold}" / f"model.onnx{suffix}" for fold in (0, 1))

@@ -446,7 +446,7 @@ def test_ids_are_read_whatever_the_other_columns_hold(
         monkeypatch.setattr(tables, "CSV_BLOCK", size)
         assert read_ids(path).to_list() == ["A1", "A2", "A3", "A4"]
     for text, words in (
-        ("isic_id,x\nA,1\nA,2\n", "1 isic_id stand more than once, the first is A"),
+        ("isic_id,x\nA,1\nA,2\n", "1 duplicate isic_id, the first is A"),
         ("isic_id,x\n,1\n", "1 rows have no isic_id"),
         ("isic_id,x\n", "no rows"),
         ("name,x\nA,1\n", "lacks the column isic_id"),

@@ -140,7 +140,7 @@ def test_all_problems_stand_in_the_last_sentence(small_dataset: Path, cli: Cli) 
         ("isic_id,target\n", "has no rows"),
         ("isic_id,patient_id\nISIC_1,a\n", "lacks the column target"),
         ("isic_id,target\nISIC_1,3\n", "target must be 0 or 1"),
-        ("isic_id,target\nISIC_1,0\nISIC_1,1\n", "stand more than once"),
+        ("isic_id,target\nISIC_1,0\nISIC_1,1\n", "1 duplicate isic_id"),
     ],
 )
 def test_a_broken_training_table(tmp_path: Path, cli: Cli, text: str, words: str) -> None:
@@ -190,7 +190,7 @@ def test_the_folds_of_a_plan_that_lies_with_the_dataset(tmp_path: Path, cli: Cli
     [
         ("split", r"folds\.parquet puts patient IP_0000000 into two folds"),
         ("rows", r"folds\.parquet lacks 1 rows of this dataset, the first is ISIC_0000059"),
-        ("class", "fold 1 does not hold rows of both classes"),
+        ("class", "fold 1 does not have rows of both classes"),
         ("text", r"folds\.parquet is not a Parquet file"),
     ],
 )
@@ -295,9 +295,9 @@ def test_a_folder_beside_the_file_is_compared_with_it(small_dataset: Path, cli: 
     (folder / "ISIC_0000003.jpg").write_bytes(jpeg(99))
     (folder / "ISIC_0000004.jpg").unlink()
     ended = cli("isic", "check", "--data", small_dataset)
-    difference = "1 images in the former only, 1 images of another size"
+    difference = "1 images only in train-image.hdf5, 1 images of another size"
     assert ended.code == 2
-    assert f"train-image.hdf5 and train-image/ differ ({difference}) and the former is" in ended.err
+    assert f"train-image.hdf5 and train-image/ differ ({difference}) and only train-image.hdf5 is" in ended.err
 
 
 def test_images_under_nearly_the_right_name_are_pointed_out(small_dataset: Path, cli: Cli) -> None:

@@ -457,7 +457,7 @@ def test_a_suffix_may_be_in_any_case_and_the_content_decides(tmp_path: Path) -> 
 @pytest.mark.parametrize("second", ["A.png", "A.JPG", "128px/A.jpg", "b/A.jpeg"])
 def test_two_images_of_one_id_are_refused(tmp_path: Path, second: str) -> None:
     write_files(tmp_path, "A.jpg", "B.jpg", second)
-    with pytest.raises(UserError, match="1 images have the id of another, the first are") as caught:
+    with pytest.raises(UserError, match="1 images have the id of another one, the first are") as caught:
         FolderImages(tmp_path)
     assert str(tmp_path / "A.jpg") in str(caught.value) and str(tmp_path / second) in str(
         caught.value
@@ -713,10 +713,10 @@ def test_neighbours_are_read_with_one_call(tmp_path: Path, monkeypatch: pytest.M
     assert store.read_ahead(positions) == {}
 
 
-@pytest.mark.parametrize("how", ["cut short", "overwritten", "written to", "replaced"])
+@pytest.mark.parametrize("how", ["truncated", "overwritten", "written to", "replaced"])
 def test_a_file_that_changes_while_it_is_used_is_refused(hdf5: Path, how: str) -> None:
     store, before = Hdf5Images(hdf5), hdf5.stat()
-    if how == "cut short":
+    if how == "truncated":
         os.truncate(hdf5, int(store._offsets[4]) + 50)
     elif how == "overwritten":
         hdf5.write_bytes(hdf5.read_bytes())

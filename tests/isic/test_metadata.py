@@ -62,14 +62,14 @@ def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
             'tbp_lv_A must hold finite numbers, row 1 has "red"',
         ),
         ("isic_id,target,tbp_lv_A\na,0,inf\nb,1,2\n", 'row 0 has "inf"'),
-        ("isic_id,target\na,0\na,1\nb,0\n", "1 isic_id stand more than once, the first is a"),
+        ("isic_id,target\na,0\na,1\nb,0\n", "1 duplicate isic_id, the first is a"),
         ("isic_id,target\na,0\nb,2\n", "target must be 0 or 1 in every row, b has 2"),
         ("isic_id,target\na,0\nb,\n", "target must be 0 or 1"),
         ("isic_id,target\n,0\nb,1\n", "1 rows have no isic_id"),
         ("isic_id,target\n", "no rows"),
         ("", "not a readable table"),
         ("isic_id,target\na,0,5,6\n", "line 2 has 4 fields, the header has 2"),
-        ("isic_id,target,sex\na,0,male\nb,1", "the last row has 2 of 3 fields; it is cut short"),
+        ("isic_id,target,sex\na,0,male\nb,1", "is truncated: its last row has 2 of 3 fields"),
     ],
 )
 def test_a_bad_table_is_refused_in_one_sentence(tmp_path: Path, text: str, words: str) -> None:

@@ -87,7 +87,7 @@ def test_what_is_no_table_is_named(tmp_path: Path, content: str) -> None:
         for read in (read_metadata, read_ids):
             with pytest.raises(UserError, match=words) as raised:
                 read(path)
-            assert "cut short" not in str(raised.value) and "damaged" not in str(raised.value)
+            assert "truncated" not in str(raised.value) and "damaged" not in str(raised.value)
 
 
 def test_a_packed_table_beside_the_wanted_one_is_named(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_csv_cut_anywhere_in_a_row_is_noticed(
             try:
                 read(path)
             except UserError as error:
-                assert "cut short" in str(error)
+                assert "truncated" in str(error)
             else:
                 assert end > data.rindex(b",")
                 assert "no line break at its end" in capsys.readouterr().err
@@ -174,12 +174,12 @@ def test_a_csv_cut_anywhere_in_a_row_is_noticed(
         (b"isic_id,target\nb,1\n\xe9,0\n", "line 3 is not text in UTF-8"),
         (b"isic_id;target\na;0\n", "separates its columns by semicolons"),
         (b"isic_id\ttarget\na\t0\n", "separates its columns by tabs"),
-        (b"isic_id,target\ra,0\rb,1\r", "as old Macs did"),
+        (b"isic_id,target\ra,0\rb,1\r", "as on old Macs"),
         (b"isic_id,target,target\na,0,1\n", 'has two columns "target"'),
         (b"isic_id,target,x, x\na,0,1,2\n", 'has two columns "x"'),
         (b'isic_id,target,x\na,0,5" wide\nb,1,6" wide\n', "line 2 has a quote inside a field"),
         (b"isic_id,target,Patient ID\na,0,p\n", 'column "Patient ID"; rename it to patient_id'),
-        (b"isic_id,target\na.JPG,0\n", "is the name of a file; leave out its ending"),
+        (b"isic_id,target\na.JPG,0\n", "is a file name; remove the extension"),
         (b'isic_id,target,tbp_lv_A\na,0,"1,5"\n', "write 1.5, not 1,5"),
     ],
 )
@@ -268,7 +268,7 @@ def test_of_two_tables_of_a_split_the_one_that_is_read_is_named(
     for _ in range(2):
         assert len(Dataset(tmp_path).metadata("train")) == 30
     said = capsys.readouterr().err
-    assert said.count("train-metadata.parquet and train-metadata.csv; the former is read") == 1
+    assert said.count("train-metadata.parquet and train-metadata.csv; train-metadata.parquet is read") == 1
 
 
 def test_check_of_a_folder_with_brackets_reads_that_folder(tmp_path: Path, cli: Cli) -> None:

@@ -69,7 +69,7 @@ def test_a_manifest_knows_its_artifact(tmp_path: Path) -> None:
     write_manifest(artifact, fold=3)
     assert read_manifest(artifact)["fold"] == 3
     artifact.write_bytes(b"other")
-    with pytest.raises(UserError, match="not the file its manifest describes"):
+    with pytest.raises(UserError, match="does not match its manifest"):
         read_manifest(artifact)
     manifest_path(artifact).write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
