@@ -170,9 +170,7 @@ def test_engines_that_do_not_belong_are_refused(
 
     for suffix in ("", ".json"):
         shutil.copy(run / "fold_1" / f"model.onnx{suffix}", run / "fold_0" / f"model.onnx{suffix}")
-        fails_with(
-            "does not match its manifest" if not suffix else "is fold 1 of tiny, not fold 0"
-        )
+        fails_with("does not match its manifest" if not suffix else "is fold 1 of tiny, not fold 0")
     (run / "fold_0" / "model.onnx").write_bytes(b"truncated")
     fails_with("does not match its manifest")
     (run / "fold_0" / "model.onnx.json").unlink()

@@ -297,7 +297,10 @@ def test_a_folder_beside_the_file_is_compared_with_it(small_dataset: Path, cli: 
     ended = cli("isic", "check", "--data", small_dataset)
     difference = "1 images only in train-image.hdf5, 1 images of another size"
     assert ended.code == 2
-    assert f"train-image.hdf5 and train-image/ differ ({difference}) and only train-image.hdf5 is" in ended.err
+    assert (
+        f"train-image.hdf5 and train-image/ differ ({difference}) and only train-image.hdf5 is"
+        in ended.err
+    )
 
 
 def test_images_under_nearly_the_right_name_are_pointed_out(small_dataset: Path, cli: Cli) -> None:

@@ -268,7 +268,10 @@ def test_of_two_tables_of_a_split_the_one_that_is_read_is_named(
     for _ in range(2):
         assert len(Dataset(tmp_path).metadata("train")) == 30
     said = capsys.readouterr().err
-    assert said.count("train-metadata.parquet and train-metadata.csv; train-metadata.parquet is read") == 1
+    assert (
+        said.count("train-metadata.parquet and train-metadata.csv; train-metadata.parquet is read")
+        == 1
+    )
 
 
 def test_check_of_a_folder_with_brackets_reads_that_folder(tmp_path: Path, cli: Cli) -> None:
