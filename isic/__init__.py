@@ -2,6 +2,8 @@
 
 import os
 
+__version__ = "0.1.0"
+
 NO_TELEMETRY = {
     "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime: events to Microsoft, and a device id in ~/.cache
     "NO_ALBUMENTATIONS_UPDATE": "1",  # albumentations asks PyPI for a newer version on import

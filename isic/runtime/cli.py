@@ -13,11 +13,13 @@ import fire
 from fire.decorators import SetParseFn
 from pydantic.fields import FieldInfo
 
+from isic import __version__
 from isic.runtime.config import Settings, build
 from isic.runtime.errors import UserError, did_you_mean
 
 Command = Callable[[Any], int | None]
 HELP = {"--help", "-h"}
+VERSION = "--version"
 
 
 def run(commands: Command | Mapping[str, Command], load: Callable[..., Settings] = build) -> None:
@@ -74,6 +76,9 @@ def _stdout_is_closed() -> bool:
 def _dispatch(
     commands: Command | Mapping[str, Command], load: Callable[..., Settings], arguments: list[str]
 ) -> None:
+    if arguments == [VERSION]:
+        print(f"isic-toolkit {__version__}")
+        return
     if isinstance(commands, Mapping):
         if not arguments or arguments[0] in HELP:
             _print_commands(commands)
@@ -139,7 +144,7 @@ def _fire_function(command: Command, load: Callable[..., Settings]) -> Callable[
 def _print_commands(commands: Mapping[str, Command]) -> None:
     for name, command in commands.items():
         print(f"{name:12} {(inspect.getdoc(command) or '').splitlines()[0]}")
-    print("\n<command> --help lists a command's keys")
+    print("\n<command> --help lists a command's keys; --version prints the version")
 
 
 def _print_help(command: Command) -> None:

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,13 @@ def test_help_lists_every_key() -> None:
     for key in ("--epochs", "--lr_backbone", "--focal_gamma", "--use_sample"):
         assert key in text
     assert "images a micro-batch" in text
+
+
+@pytest.mark.parametrize("module", ["isic", "export", "infer"])
+def test_version_is_that_of_the_package(cli: Cli, module: str) -> None:
+    ended = cli(module, "--version")
+    assert ended.code == 0
+    assert ended.out == f"isic-toolkit {version('isic-toolkit')}\n"
 
 
 @pytest.mark.parametrize("arguments", [["isic"], ["infer", "embed", "--help"]])
