@@ -27,7 +27,7 @@ State = tuple[int, int, int, int]
 
 
 def cache_folder() -> Path | None:
-    """Returns the folder for reproducible files, None without a home directory.
+    """Return the folder for reproducible files, None without a home directory.
 
     It is `ISIC_CACHE_DIR` if set, else a folder in the user's cache folder.
     """
@@ -45,14 +45,14 @@ def cache_folder() -> Path | None:
 
 
 def index_path(path: Path) -> Path | None:
-    """Returns the path of an HDF5 file's cached index, None without a cache."""
+    """Return the path of an HDF5 file's cached index, None without a cache."""
     folder = cache_folder()
     key = digest(os.fsencode(os.path.realpath(path)))  # a path need not be UTF-8
     return folder / f"{key}.index.npz" if folder else None
 
 
 def state(file: int) -> State:
-    """Returns the state of an open file."""
+    """Return the state of an open file."""
     return _state(os.fstat(file))
 
 
@@ -61,7 +61,7 @@ def _state(found: os.stat_result) -> State:
 
 
 def load_index(path: Path, file: int) -> Index:
-    """Returns the index of an HDF5 file from the cache, or builds and caches it.
+    """Return the index of an HDF5 file from the cache, or build and cache it.
 
     Args:
         path: the HDF5 file.
@@ -90,7 +90,7 @@ def _read(cached: Path, key: str) -> Index | None:
 
 
 def _write(cached: Path, key: str, index: Index) -> None:
-    """Writes an index. Failures are ignored: without a cache a command is only slower."""
+    """Write an index. Failures are ignored: without a cache a command is only slower."""
     with (
         contextlib.suppress(OSError, UserError),
         atomic_path(cached) as temporary,

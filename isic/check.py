@@ -59,7 +59,7 @@ class CheckSettings(Settings):
 
 
 def check(settings: CheckSettings) -> None:
-    """Prints a dataset's content, its problems, the images that do not decode, and its folds.
+    """Print a dataset's content, its problems, the images that do not decode, and its folds.
 
     Raises:
         UserError: a table cannot be read, or there are problems; one sentence lists them all.
@@ -146,7 +146,7 @@ def _patient_fact(table: pl.DataFrame) -> str:
 
 
 def _similar_names(root: Path, split: Split) -> str:
-    """Returns the entries of a dataset whose names are nearly those of its images."""
+    """Return the entries of a dataset whose names are nearly those of its images."""
     names = [path.name for path in root.iterdir() if path.name.lower().startswith(f"{split}-image")]
     if not names:
         return ""
@@ -173,7 +173,7 @@ def _image_facts(
 
 
 def _other_facts(root: Path, split: Split, images: ImageStore, problems: Problems) -> Facts:
-    """Returns facts on files of a split that are not read as images."""
+    """Return facts on files of a split that are not read as images."""
     facts: Facts = {}
     if images.rejected:
         facts["not images"] = _rejected(images)
@@ -200,7 +200,7 @@ def _other_facts(root: Path, split: Split, images: ImageStore, problems: Problem
 
 
 def _difference(images: ImageStore, others: ImageStore) -> str:
-    """Compares two stores by ids and file sizes. Returns an empty string if they are equal."""
+    """Compare two stores by ids and file sizes. Returns an empty string if they are equal."""
     ids, other_ids = images.ids, others.ids
     shared, rows, other_rows = np.intersect1d(ids, other_ids, True, return_indices=True)
     counts = {
@@ -222,7 +222,7 @@ def _decode_facts(
     settings: CheckSettings,
     problems: Problems,
 ) -> Facts:
-    """Decodes every image that has a row, or a sample of them."""
+    """Decode every image that has a row, or a sample of them."""
     ids = _sample(table, images, settings)
     failed = _undecodable(images, ids, settings.num_threads)
     if failed:
@@ -235,7 +235,7 @@ def _decode_facts(
 
 
 def _sample(table: pl.DataFrame, images: ImageStore, settings: CheckSettings) -> list[str]:
-    """Returns the ids of a table that have an image, or a sample of them if one is asked for."""
+    """Return the ids of a table that have an image, or a sample of them if one is asked for."""
     ids = table[schema.ID].to_numpy().astype(np.str_)
     ids = ids[images.locate(ids) >= 0]  # type: ignore[arg-type]
     if settings.sample is not None and settings.sample < len(ids):
@@ -244,7 +244,7 @@ def _sample(table: pl.DataFrame, images: ImageStore, settings: CheckSettings) ->
 
 
 def _undecodable(images: ImageStore, ids: Sequence[str], num_threads: int) -> dict[str, str]:
-    """Returns the reason by id for each image that does not decode."""
+    """Return the reason by id for each image that does not decode."""
     out = np.empty((DECODE_BATCH, DECODE_SPEC.size, DECODE_SPEC.size, 3), dtype=np.uint8)
     failed: dict[str, str] = {}
     with decode_pool(num_threads) as pool:
@@ -271,7 +271,7 @@ def _mask_facts(
     settings: CheckSettings,
     problems: Problems,
 ) -> Facts:
-    """Counts the rows with a mask, and compares the masks of the decoded images with these."""
+    """Count the rows with a mask, and compare the masks of the decoded images with these."""
     if masks is None:
         return {"masks": "none"}
     num_with = int((masks.locate(table[schema.ID].to_list()) >= 0).sum())
@@ -296,7 +296,7 @@ def _mask_facts(
 def _compare_masks(
     masks: ImageStore, images: ImageStore, ids: Sequence[str], settings: CheckSettings
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns the reason by id for unusable masks, and both sizes for masks of another size."""
+    """Return the reason by id for unusable masks, and both sizes for masks of another size."""
     other_sizes: dict[str, str] = {}
 
     def look(row: int) -> None:
@@ -314,7 +314,7 @@ def _compare_masks(
 def _print_masks(
     masks: ImageStore, train: pl.DataFrame, test: pl.DataFrame | None, problems: Problems
 ) -> None:
-    """Prints the masks that belong to no row."""
+    """Print the masks that belong to no row."""
     known = [
         table[schema.ID].to_numpy().astype(np.str_) for table in (train, test) if table is not None
     ]
@@ -345,7 +345,7 @@ def _submission_facts(dataset: Dataset, test: pl.DataFrame, problems: Problems) 
 
 
 def _unseen_facts(train: pl.DataFrame, test: pl.DataFrame) -> Facts:
-    """Returns the values of each categorical column that are in the test table only."""
+    """Return the values of each categorical column that are in the test table only."""
     shared = [name for name in schema.CATEGORICAL if name in train.columns and name in test.columns]
     unseen = {
         name: sorted(set(test[name].drop_nulls()) - set(train[name].drop_nulls()))
@@ -357,7 +357,7 @@ def _unseen_facts(train: pl.DataFrame, test: pl.DataFrame) -> Facts:
 def _print_folds(
     dataset: Dataset, train: pl.DataFrame, settings: CheckSettings, problems: Problems
 ) -> None:
-    """Prints the folds that runs will use, from the dataset's plan or newly drawn."""
+    """Print the folds that runs will use, from the dataset's plan or newly drawn."""
     pinned = os.path.lexists(dataset.folds_path)
     title = dataset.folds_path.name if pinned else f"seed {settings.seed}"
     try:
@@ -387,7 +387,7 @@ def _print_folds(
 def _fold_problems(
     folds: Folds, fold: pl.Series, train: pl.DataFrame, num_folds: int
 ) -> Iterator[str]:
-    """Yields the reasons that training would refuse a fold plan; `fold` [N] is each row's fold."""
+    """Yield the reasons that training would refuse a fold plan; `fold` [N] is each row's fold."""
     if folds.num_folds != num_folds:
         yield (
             f"{folds} has {folds.num_folds} folds, not {num_folds}; "
@@ -418,7 +418,7 @@ def _fraction(count: int, total: int) -> str:
 
 
 def _listed(values: Iterable[object]) -> str:
-    """Counts and shows the first few of a list."""
+    """Count and show the first few of a list."""
     shown = list(map(str, values))
     if not shown:
         return "none"

@@ -27,7 +27,7 @@ class Dataset:
     root: Path
 
     def metadata_path(self, split: Split) -> Path:
-        """Returns the path of a split's table: Parquet if there are both, with a warning.
+        """Return the path of a split's table: Parquet if there are both, with a warning.
 
         Raises:
             UserError: the folder does not exist.
@@ -45,12 +45,12 @@ class Dataset:
         return parquet
 
     def metadata(self, split: Split, need: Iterable[str] = ()) -> pl.DataFrame:
-        """Reads a split's table; the columns `need`, and in training the target, are required."""
+        """Read a split's table; the columns `need`, and in training the target, are required."""
         needed = (schema.TARGET, *need) if split == "train" else tuple(need)
         return read_metadata(self.metadata_path(split), needed)
 
     def images(self, split: Split) -> ImageStore:
-        """Opens the images of a split. Raises UserError if there are none."""
+        """Open the images of a split. Raises UserError if there are none."""
         images = self.find_images(split)
         if images is None:
             raise UserError(
@@ -59,7 +59,7 @@ class Dataset:
         return images
 
     def find_images(self, split: Split) -> ImageStore | None:
-        """Opens the images of a split; None if there are none."""
+        """Open the images of a split; None if there are none."""
         return open_images(self.root, split)
 
     @property

@@ -48,7 +48,7 @@ class Folds:
         return digest(*self.table["isic_id"], *self.table["fold"])
 
     def of(self, metadata: pl.DataFrame) -> pl.Series:
-        """Returns the fold of each row of `metadata`, Int8 in the table's order.
+        """Return the fold of each row of `metadata`, Int8 in the table's order.
 
         Raises:
             UserError: a row is not in the plan, or a patient is in two folds.
@@ -117,7 +117,7 @@ def _read(path: Path, columns: dict[str, pl.DataType], what: str) -> pl.DataFram
 
 
 def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
-    """Makes a fold plan: stratified by target and grouped by patient.
+    """Make a fold plan: stratified by target and grouped by patient.
 
     Args:
         metadata: `isic_id`, `target` and, if known, `patient_id`; a row without is its own patient.
@@ -150,7 +150,7 @@ def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
 
 
 def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path, pinned: Path) -> Folds:
-    """Returns a run's fold plan: the run's if there is one, else the dataset's, else a new one.
+    """Return a run's fold plan: the run's if there is one, else the dataset's, else a new one.
 
     Args:
         metadata: the whole training table; the plan is checked against it.

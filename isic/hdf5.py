@@ -63,7 +63,7 @@ Row = tuple[bytes, int, int]
 
 
 def build_index(path: Path) -> Index:
-    """Reads the byte range of every image in an HDF5 file.
+    """Read the byte range of every image in an HDF5 file.
 
     An image is a dataset at the top level that holds the bytes of a JPEG or PNG file. Groups, dead
     links and arrays of pixels (whose colour order is undefined) are listed as rejected.
@@ -83,7 +83,7 @@ def build_index(path: Path) -> Index:
 
 
 def open_file(path: Path) -> int:
-    """Opens an HDF5 file for reading by offset. Returns the descriptor.
+    """Open an HDF5 file for reading by offset. Returns the descriptor.
 
     Raises:
         UserError: the file cannot be opened or is not HDF5; with a description of the file.
@@ -103,7 +103,7 @@ def open_file(path: Path) -> int:
 
 
 def _describe(start: bytes) -> str:
-    """Returns a description of a file that is not HDF5 by its first bytes."""
+    """Return a description of a file that is not HDF5 by its first bytes."""
     if not start:
         return "not a whole HDF5 file (0 bytes); copy or download it again"
     for first_bytes, description in OTHER_FORMATS:
@@ -121,7 +121,7 @@ def _possible_signatures(file: int) -> Iterator[bytes]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    """Returns the cause of an error of h5py, or of the operating system, as one sentence."""
+    """Return the cause of an error of h5py, or of the operating system, as one sentence."""
     text = str(error.args[-1] if error.args else error)
     if "lock file" in text:
         return _locked(path, text)
@@ -158,13 +158,13 @@ def _locked(path: Path, text: str) -> UserError:
 
 
 def brief(error: Exception) -> str:
-    """Returns the reason in an error of h5py, which ends in it in parentheses."""
+    """Return the reason in an error of h5py, which ends in it in parentheses."""
     text = str(error.args[-1] if error.args else error)
     return text.split("(", 1)[-1].removesuffix(")").split("\n")[0]
 
 
 def _first_rejected(index: Index) -> str:
-    """Returns the end of the sentence that a file holds no images."""
+    """Return the end of the sentence that a file holds no images."""
     if not len(index.rejected):
         return ""
     first = f"{index.rejected[0]} ({index.reasons[0]})"
@@ -172,7 +172,7 @@ def _first_rejected(index: Index) -> str:
 
 
 def _access() -> h5py.h5p.PropFAID:
-    """Returns access properties with a small metadata cache: each header is read only once."""
+    """Return access properties with a small metadata cache: each header is read only once."""
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     cache = access.get_mdc_config()
     cache.set_initial_size = True
@@ -202,7 +202,7 @@ def _read_index(file: h5py.h5f.FileID, path: Path) -> Index:
 def _visit(
     file: h5py.h5f.FileID,
 ) -> tuple[NDArray[np.bytes_], NDArray[np.int64], NDArray[np.int64], dict[str, str]]:
-    """Returns ids, offsets and sizes of the datasets, and the reason by name for every other entry.
+    """Return ids, offsets and sizes of the datasets, and the reason by name for every other entry.
 
     Datasets are opened during the walk: afterwards, each would load the table of all names again.
     """
@@ -233,7 +233,7 @@ def _visit(
 
 
 def _iterate(file: h5py.h5f.FileID, visit: Any) -> None:
-    """Calls `visit` with each link's name and description.
+    """Call `visit` with each link's name and description.
 
     h5py turns an exception inside the iteration into a SystemError
     (https://github.com/h5py/h5py/issues/1740), so an exception, such as a signal's, is kept and
@@ -262,7 +262,7 @@ def _columns(rows: Sequence[Row]) -> list[NDArray[Any]]:
 
 
 def _without_image_header(file: int, offsets: NDArray[np.int64]) -> list[int]:
-    """Returns the rows whose byte range is unknown or does not start like a JPEG or PNG file."""
+    """Return the rows whose byte range is unknown or does not start like a JPEG or PNG file."""
     starts = (JPEG_START, PNG_START)
     return [
         row
@@ -289,7 +289,7 @@ def _dead_link(file: h5py.h5f.FileID, name: bytes, link_type: int, error: Except
 
 
 def _not_a_file(dataset: h5py.h5d.DatasetID) -> str | None:
-    """Returns the reason that a dataset does not hold the bytes of a file, None if it does."""
+    """Return the reason that a dataset does not hold the bytes of a file, None if it does."""
     kind, shape = dataset.get_type(), dataset.shape
     if kind.get_class() in FILE_OF_BYTES:
         return None
@@ -308,18 +308,18 @@ def _has_variable_length(kind: h5py.h5t.TypeID) -> bool:
 
 
 def as_text(name: bytes) -> str:
-    """Returns a name as text; bytes that are not UTF-8 become escapes, which match no id."""
+    """Return a name as text; bytes that are not UTF-8 become escapes, which match no id."""
     return name.decode("utf-8", "backslashreplace")
 
 
 def read_dataset(path: Path, name: bytes) -> bytes:
-    """Reads the bytes of one image through HDF5. Raises one of H5PY_ERRORS."""
+    """Read the bytes of one image through HDF5. Raises one of H5PY_ERRORS."""
     with h5py.File(path, "r") as file:
         return _file_bytes(file[name][()])
 
 
 def _file_bytes(value: Any) -> bytes:
-    """Returns the bytes in a value of h5py: fixed or variable length, scalar or array, or empty."""
+    """Return the bytes in a value of h5py: fixed or variable length, scalar or array, or empty."""
     if isinstance(value, h5py.Empty):
         return b""
     if isinstance(value, np.ndarray) and value.dtype.kind == "O":

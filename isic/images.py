@@ -42,7 +42,7 @@ class ImageStore(ABC):
     def __init__(
         self, source: Path, names: NDArray[np.bytes_], rejected: Mapping[str, str]
     ) -> None:
-        """Stores the ids as UTF-8, in a quarter of the memory of numpy's strings.
+        """Store the ids as UTF-8, in a quarter of the memory of numpy's strings.
 
         Args:
             source: the file or folder.
@@ -62,7 +62,7 @@ class ImageStore(ABC):
         return np.char.decode(self._names, "utf-8", "backslashreplace")
 
     def locate(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Returns the position of each id in `self.ids`, -1 for an id without an image."""
+        """Return the position of each id in `self.ids`, -1 for an id without an image."""
         if not len(self):
             return np.full(len(ids), -1)
         wanted = np.array([self._comparable(name) for name in ids], dtype=self._names.dtype)
@@ -70,21 +70,21 @@ class ImageStore(ABC):
         return np.where(self._names[position] == wanted, position, -1)
 
     def _comparable(self, name: str) -> bytes:
-        """Returns an id in UTF-8, empty if numpy would cut it, since it then cannot match."""
+        """Return an id in UTF-8, empty if numpy would cut it, since it then cannot match."""
         encoded = name.encode("utf-8", "surrogatepass")
         fits = len(encoded) <= self._names.dtype.itemsize and not encoded.endswith(b"\0")
         return encoded if fits else b""
 
     def missing(self, ids: Sequence[str]) -> list[str]:
-        """Returns the ids without an image in this store."""
+        """Return the ids without an image in this store."""
         return [name for name, position in zip(ids, self.locate(ids), strict=True) if position < 0]
 
     def reason(self, name: str) -> str:
-        """Returns the reason that an id has no image."""
+        """Return the reason that an id has no image."""
         return self.rejected.get(name, NO_IMAGE)
 
     def read(self, ids: Sequence[str]) -> list[bytes]:
-        """Returns the bytes of each image file.
+        """Return the bytes of each image file.
 
         Raises:
             UserError: an id has no image, or its image cannot be read.
@@ -99,7 +99,7 @@ class ImageStore(ABC):
         return files
 
     def read_each(self, ids: Sequence[str]) -> tuple[list[bytes], dict[int, str]]:
-        """Returns the bytes of each image file, empty on failure, and the reason per failed row."""
+        """Return the bytes of each image file, empty on failure, and the reason per failed row."""
         files, failed = [], {}
         for row, position in enumerate(self.locate(ids).tolist()):
             try:
@@ -111,19 +111,19 @@ class ImageStore(ABC):
         return files, failed
 
     def refuse_changes(self) -> None:
-        """Raises UserError if the source was changed since it was opened and bytes may be wrong."""
+        """Raise UserError if the source was changed since it was opened and bytes may be wrong."""
         return  # files in a folder are opened by name for each read
 
     @abstractmethod
     def read_at(self, position: int) -> bytes:
-        """Returns the bytes of the image at a position of `self.ids`. Raises ImageError."""
+        """Return the bytes of the image at a position of `self.ids`. Raises ImageError."""
 
     @abstractmethod
     def sizes(self) -> NDArray[np.int64]:
-        """Returns [N] the size of each image in bytes, in the order of `self.ids`."""
+        """Return [N] the size of each image in bytes, in the order of `self.ids`."""
 
     def sizes_digest(self) -> str:
-        """Returns a digest of all file sizes: it detects replaced images without reading them."""
+        """Return a digest of all file sizes: it detects replaced images without reading them."""
         return hashlib.sha256(self.sizes().astype("<i8").tobytes()).hexdigest()[:16]
 
     def decode(
@@ -133,7 +133,7 @@ class ImageStore(ABC):
         out: Pixels,
         pool: ThreadPoolExecutor | None = None,
     ) -> dict[int, str]:
-        """Decodes and resizes the images of `ids` into `out`.
+        """Decode and resize the images of `ids` into `out`.
 
         Args:
             ids: N ids.
@@ -151,14 +151,14 @@ class ImageStore(ABC):
     def submit(
         self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels, pool: ThreadPoolExecutor
     ) -> "list[Decoding]":
-        """Starts `decode` in threads and returns its tasks, for which `gather` waits."""
+        """Start `decode` in threads and return its tasks, for which `gather` waits."""
         positions = self.locate(ids)
         size = max(1, min(CHUNK, ceil_div(len(ids), pool._max_workers)))
         chunks = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
         return [pool.submit(self._decode_rows, ids, positions, spec, out, rows) for rows in chunks]
 
     def read_ahead(self, positions: Sequence[int]) -> dict[int, bytes]:
-        """Reads images that are cheaper to read together; `read_at` reads the others."""
+        """Read images that are cheaper to read together; `read_at` reads the others."""
         return {}
 
     def _decode_rows(
@@ -194,7 +194,7 @@ Decoding = Future[dict[int, str]]
 
 
 def gather(decodings: Sequence[Decoding]) -> dict[int, str]:
-    """Waits for the tasks of `submit`. Returns the reason per failed row, rows ascending."""
+    """Wait for the tasks of `submit`. Returns the reason per failed row, rows ascending."""
     failed: dict[int, str] = {}
     for decoding in decodings:
         failed.update(decoding.result())
@@ -202,7 +202,7 @@ def gather(decodings: Sequence[Decoding]) -> dict[int, str]:
 
 
 def decode_pool(num_threads: int) -> ThreadPoolExecutor:
-    """Returns threads for decoding, with OpenCV's own threads and messages turned off.
+    """Return threads for decoding, with OpenCV's own threads and messages turned off.
 
     Those threads would compete for the same cores. An image's ImageError has the reason it fails.
     """
@@ -214,7 +214,7 @@ def decode_pool(num_threads: int) -> ThreadPoolExecutor:
 def failures(
     look: Callable[[int], object], rows: Sequence[int], num_threads: int
 ) -> dict[int, str]:
-    """Calls `look` per row in threads. Returns the reason for each row that raises ImageError."""
+    """Call `look` per row in threads. Returns the reason for each row that raises ImageError."""
 
     def reasons(chunk: Sequence[int]) -> dict[int, str]:
         found = {}
@@ -235,7 +235,7 @@ class FolderImages(ImageStore):
     """A folder of `<isic_id>.jpg`, `.jpeg` or `.png` files, at any depth."""
 
     def __init__(self, folder: Path) -> None:
-        """Lists the folder. Raises UserError if it cannot be read or an id has two files."""
+        """List the folder. Raises UserError if it cannot be read or an id has two files."""
         found: list[tuple[bytes, str]] = []
         rejected: dict[str, str] = {}
         self.other_files: Counter[str] = Counter()
@@ -283,7 +283,7 @@ class FolderImages(ImageStore):
 
 
 def _size(path: str) -> int:
-    """Returns the size of a file in bytes, -1 if it no longer exists."""
+    """Return the size of a file in bytes, -1 if it no longer exists."""
     try:
         return Path(path).stat().st_size
     except OSError:
@@ -291,7 +291,7 @@ def _size(path: str) -> int:
 
 
 def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yields all files below a folder, links included; each folder once even if links form a loop.
+    """Yield all files below a folder, links included; each folder once even if links form a loop.
 
     Raises:
         UserError: a folder cannot be read.
@@ -318,7 +318,7 @@ def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _identity(folder: str | Path) -> tuple[int, int] | None:
-    """Returns device and inode, the same for every path to a folder, None if it is out of reach."""
+    """Return device and inode, the same for every path to a folder, None if it is out of reach."""
     try:
         found = Path(folder).stat()
     except OSError:
@@ -334,7 +334,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _not_a_file(entry: os.DirEntry[str]) -> str | None:
-    """Returns the reason that an entry is not a regular file, None if it is one."""
+    """Return the reason that an entry is not a regular file, None if it is one."""
     try:
         if entry.is_file():
             return None
@@ -353,7 +353,7 @@ class Hdf5Images(ImageStore):
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens a file and reads its index. Raises UserError with the reason of a failure."""
+        """Open a file and read its index. Raises UserError with the reason of a failure."""
         self._file = open_file(path)
         self._state = cache.state(self._file)
         index = cache.load_index(path, self._file)
@@ -384,7 +384,7 @@ class Hdf5Images(ImageStore):
         return self._sizes
 
     def read_ahead(self, positions: Sequence[int]) -> dict[int, bytes]:
-        """Reads images that are neighbours in the file with one system call per group."""
+        """Read images that are neighbours in the file with one system call per group."""
         files: dict[int, bytes] = {}
         offsets = self._offsets[positions].tolist()
         sizes = self._sizes[positions].tolist()
@@ -414,7 +414,7 @@ class Place(NamedTuple):
 
 
 def _neighbours(places: Sequence[Place]) -> Iterator[list[Place]]:
-    """Groups places, sorted by offset, so that gaps inside a group are at most MAX_GAP bytes."""
+    """Group places, sorted by offset, so that gaps inside a group are at most MAX_GAP bytes."""
     group: list[Place] = []
     for place in places:
         if group and place.offset - (group[-1].offset + group[-1].size) > MAX_GAP:
@@ -426,7 +426,7 @@ def _neighbours(places: Sequence[Place]) -> Iterator[list[Place]]:
 
 
 def open_images(root: Path, split: str) -> ImageStore | None:
-    """Opens a split's images: the HDF5 file if there is one, else the folder of image files.
+    """Open a split's images: the HDF5 file if there is one, else the folder of image files.
 
     Returns:
         None if the dataset has neither for this split.
@@ -439,10 +439,10 @@ def open_images(root: Path, split: str) -> ImageStore | None:
 
 
 def open_hdf5(path: Path) -> Hdf5Images | None:
-    """Opens an HDF5 file of images or masks. Returns None if there is none. Raises UserError."""
+    """Open an HDF5 file of images or masks. Returns None if there is none. Raises UserError."""
     return Hdf5Images(path) if os.path.lexists(path) else None
 
 
 def open_folder(folder: Path) -> FolderImages | None:
-    """Opens a folder of image files. Returns None if there is none. Raises UserError."""
+    """Open a folder of image files. Returns None if there is none. Raises UserError."""
     return FolderImages(folder) if os.path.lexists(folder) else None

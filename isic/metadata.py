@@ -104,7 +104,7 @@ def _letters(name: str) -> str:
 
 
 def require(table: pl.DataFrame, columns: Iterable[str], source: Path | str) -> None:
-    """Raises a UserError that lists the required columns missing from `table`."""
+    """Raise a UserError that lists the required columns missing from `table`."""
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise UserError(
@@ -114,19 +114,19 @@ def require(table: pl.DataFrame, columns: Iterable[str], source: Path | str) -> 
 
 
 def patient_group() -> pl.Expr:
-    """Returns an expression for each row's patient; a row without one is its own group."""
+    """Return an expression for each row's patient; a row without one is its own group."""
     return pl.coalesce(schema.PATIENT, schema.ID).alias(schema.PATIENT)
 
 
 def with_patient(table: pl.DataFrame) -> pl.DataFrame:
-    """Returns `table` with a `patient_id` in every row: the row's id if the patient is unknown."""
+    """Return `table` with a `patient_id` in every row: the row's id if the patient is unknown."""
     if schema.PATIENT not in table.columns:
         return table.with_columns(pl.col(schema.ID).alias(schema.PATIENT))
     return table.with_columns(patient_group())
 
 
 def _typed(column: pl.Series, path: Path) -> pl.Series:
-    """Returns a column in the schema's type, missing values as null. Raises UserError."""
+    """Return a column in the schema's type, missing values as null. Raises UserError."""
     if isinstance(column.dtype, pl.Categorical | pl.Enum | pl.Binary | pl.Null):
         column = _cast(column, pl.String(), path)
     if schema.DTYPES[column.name] == pl.String():
@@ -135,7 +135,7 @@ def _typed(column: pl.Series, path: Path) -> pl.Series:
 
 
 def _text(column: pl.Series, path: Path) -> pl.Series:
-    """Returns stripped texts, null for those that mean "no value"."""
+    """Return stripped texts, null for those that mean "no value"."""
     name = column.name
     if column.dtype.is_float():  # pandas makes whole numbers floats as soon as one is missing
         column = column.fill_nan(None)
@@ -158,7 +158,7 @@ def _is_missing(text: pl.Expr, words: Sequence[str]) -> pl.Expr:
 
 
 def _number(column: pl.Series, path: Path) -> pl.Series:
-    """Returns Float64, missing values as null. Raises UserError for non-numbers and infinities."""
+    """Return Float64, missing values as null. Raises UserError for non-numbers and infinities."""
     number = _cast(column, pl.Float64(), path, strict=False)
     wrong = (number.is_null() & column.is_not_null()) | number.is_infinite().fill_null(False)
     if wrong.any() and column.dtype == pl.String:
@@ -176,7 +176,7 @@ def _number(column: pl.Series, path: Path) -> pl.Series:
 
 
 def _cast(column: pl.Series, dtype: pl.DataType, path: Path, strict: bool = True) -> pl.Series:
-    """Casts text, numbers and booleans. Raises UserError for dates, lists and other types."""
+    """Cast text, numbers and booleans. Raises UserError for dates, lists and other types."""
     plain = (pl.String, pl.Boolean, pl.Categorical, pl.Enum, pl.Binary, pl.Null)
     if not (column.dtype.is_numeric() or column.dtype in plain):
         wanted = "numbers" if dtype.is_numeric() else "text"
@@ -194,7 +194,7 @@ def _cast(column: pl.Series, dtype: pl.DataType, path: Path, strict: bool = True
 
 
 def check_ids(ids: pl.Series, path: Path) -> None:
-    """Raises a UserError if there are no ids, or one is blank, repeated or a file name."""
+    """Raise a UserError if there are no ids, or one is blank, repeated or a file name."""
     if ids.is_empty():
         raise UserError(f"{path} has no rows; give a table with at least one")
     if ids.null_count():

@@ -67,7 +67,7 @@ def bootstrap_pauc(
 
 
 def redraws(num_groups: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Yields bootstrap resamples without end: [num_groups] count of each group."""
+    """Yield bootstrap resamples without end: [num_groups] count of each group."""
     random = np.random.default_rng(seed)
     while True:
         yield np.bincount(random.integers(num_groups, size=num_groups), minlength=num_groups)
@@ -84,7 +84,7 @@ class _Curve:
         """First row of each distinct score: ties are one point of the ROC curve."""
 
     def pauc(self, weight: NDArray[np.int64]) -> float:
-        """Returns the pAUC if row i counts weight[i] times; both classes need a weight."""
+        """Return the pAUC if row i counts weight[i] times; both classes need a weight."""
         ordered = weight[self.order]
         tpr = self._cumulative_rate(np.where(self.positive, ordered, 0))
         fpr = self._cumulative_rate(np.where(self.positive, 0, ordered))
@@ -97,7 +97,7 @@ class _Curve:
         return float(np.trapezoid(width, np.append(MIN_TPR, tpr[after:])))
 
     def _cumulative_rate(self, weight: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Returns the share of the weight at or above each distinct score, from 0 to 1."""
+        """Return the share of the weight at or above each distinct score, from 0 to 1."""
         count = np.append(0, np.cumsum(np.add.reduceat(weight, self.starts)))
         rate: NDArray[np.float64] = count / count[-1]
         return rate
@@ -129,7 +129,7 @@ class TopK:
 
 
 def top_k(target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_K) -> TopK:
-    """Counts the malignant lesions that are among the `k` highest scores of their patient.
+    """Count the malignant lesions that are among the `k` highest scores of their patient.
 
     Ties count against the lesion: its rank is the number of the patient's lesions that score at
     least as high. The challenge's script ranks equal scores in file order instead.
@@ -158,7 +158,7 @@ def top_k(target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_
 
 
 def _rank_within(group: NDArray[np.intp], scores: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Returns [N] the number of rows of the same group that score at least as high."""
+    """Return [N] the number of rows of the same group that score at least as high."""
     order = np.lexsort((-scores, group))
     ordered_group = group[order]
     ordered = scores[order]

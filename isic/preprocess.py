@@ -48,7 +48,7 @@ class PreprocessSpec(BaseModel):
 
 
 def decode(data: bytes) -> Pixels:
-    """Decodes a JPEG or PNG file's bytes to uint8 [height, width, 3], RGB.
+    """Decode a JPEG or PNG file's bytes to uint8 [height, width, 3], RGB.
 
     Grey, CMYK, palette, 16-bit and transparent images become RGB. The size is checked in the header
     first, which bounds the memory.
@@ -69,7 +69,7 @@ def decode(data: bytes) -> Pixels:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Returns height and width from the header of a JPEG or PNG file. Raises ImageError.
+    """Return height and width from the header of a JPEG or PNG file. Raises ImageError.
 
     The end marker is checked too: libjpeg fills the missing part of a truncated file with grey and
     reports success.
@@ -91,7 +91,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def _jpeg_frame(data: bytes) -> int:
-    """Returns the offset of the frame header, past earlier segments such as a thumbnail's."""
+    """Return the offset of the frame header, past earlier segments such as a thumbnail's."""
     at = data.find(b"\xff", 2)
     while 0 <= at <= len(data) - 9:
         marker = data[at + 1]
@@ -106,7 +106,7 @@ def _jpeg_frame(data: bytes) -> int:
 
 
 def check_mask(mask: bytes, image: bytes) -> str | None:
-    """Checks the mask file of a lesion against its image file.
+    """Check the mask file of a lesion against its image file.
 
     Returns:
         Both sizes if they differ, since training stretches the mask to the image; else None.
@@ -126,12 +126,12 @@ def check_mask(mask: bytes, image: bytes) -> str | None:
 
 
 def resize(image: Pixels, spec: PreprocessSpec, out: Pixels | None = None) -> Pixels:
-    """Resizes uint8 [h, w, 3] to [size, size, 3], into `out` if given."""
+    """Resize uint8 [h, w, 3] to [size, size, 3], into `out` if given."""
     interpolation = INTERPOLATION[spec.interpolation]
     resized = cv2.resize(image, (spec.size, spec.size), dst=out, interpolation=interpolation)
     return np.asarray(resized, dtype=np.uint8)
 
 
 def decode_into(data: bytes, spec: PreprocessSpec, out: Pixels) -> None:
-    """Decodes and resizes into `out`, contiguous uint8 [size, size, 3]. Raises ImageError."""
+    """Decode and resize into `out`, contiguous uint8 [size, size, 3]. Raises ImageError."""
     resize(decode(data), spec, out)

@@ -306,7 +306,7 @@ def _check_rows(
 def _count_fields(
     commas: Positions, ends: Positions, opening: Positions, closing: Positions
 ) -> Positions:
-    """Returns [R] the number of fields of each row: its commas outside quotes plus one."""
+    """Return [R] the number of fields of each row: its commas outside quotes plus one."""
     up_to_end = np.searchsorted(commas, ends)
     in_quotes = np.searchsorted(commas, closing) - np.searchsorted(commas, opening)
     quoted = np.concatenate([[0], np.cumsum(in_quotes)])[np.searchsorted(opening, ends)]

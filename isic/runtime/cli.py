@@ -23,7 +23,7 @@ VERSION = "--version"
 
 
 def run(commands: Command | Mapping[str, Command], load: Callable[..., Settings] = build) -> None:
-    """Runs one command, or the one that the first argument names; exits with 2 on a UserError.
+    """Run one command, or the one that the first argument names; exits with 2 on a UserError.
 
     Args:
         commands: a function of one settings argument, or several by name; it returns the exit code.
@@ -53,7 +53,7 @@ def make_printable() -> None:
 
 @contextlib.contextmanager
 def _exit_quietly_on_broken_pipe() -> Iterator[None]:
-    """Exits with status 1 and no message if stdout is closed early, for example by `| head`."""
+    """Exit with status 1 and no message if stdout is closed early, for example by `| head`."""
     try:
         try:
             yield
@@ -109,7 +109,7 @@ def _settings_type(command: Command) -> type[Settings]:
 
 
 def _fire_function(command: Command, load: Callable[..., Settings]) -> Callable[..., None]:
-    """Wraps a command for Fire.
+    """Wrap a command for Fire.
 
     Fire calls a function before it reports an unknown flag, so the wrapper accepts every flag and
     the settings refuse unknown ones. Values reach pydantic as text.

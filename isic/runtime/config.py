@@ -25,7 +25,7 @@ class Settings(BaseModel):
 
     @classmethod
     def help_notes(cls) -> Mapping[str, str]:
-        """Returns extra entries for `--help`, such as the values that a key accepts."""
+        """Return extra entries for `--help`, such as the values that a key accepts."""
         return {}
 
     model_config = ConfigDict(
@@ -47,7 +47,7 @@ class Settings(BaseModel):
 
     @classmethod
     def flags(cls) -> dict[str, FieldInfo]:
-        """Returns the accepted keys, with default and help."""
+        """Return the accepted keys, with default and help."""
         return cls.model_fields
 
 
@@ -63,7 +63,7 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def build(model: type[SettingsT], values: Mapping[str, Any], source: str = "") -> SettingsT:
-    """Validates `values` into `model`.
+    """Validate `values` into `model`.
 
     Raises:
         UserError: lists every wrong key or value, after `source` (such as a file name).
@@ -89,7 +89,7 @@ def _sentence(model: type[Settings], problem: Mapping[str, Any]) -> str:
 
 
 def find_config(name: str) -> Path:
-    """Returns the YAML file for a name in `configs/` or a path to one."""
+    """Return the YAML file for a name in `configs/` or a path to one."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
@@ -111,7 +111,7 @@ def yaml_reason(error: yaml.YAMLError) -> str:
 
 
 def describe_configs() -> dict[str, str]:
-    """Returns the first line of each model config's comment, by name."""
+    """Return the first line of each model config's comment, by name."""
     return {
         path.stem: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
         for path in sorted(CONFIG_DIR.glob("*.yaml"))
@@ -119,7 +119,7 @@ def describe_configs() -> dict[str, str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads a config file over the one that it names as its `base`.
+    """Read a config file over the one that it names as its `base`.
 
     Args:
         path: a YAML file; `base: x` in it names `configs/base/x.yaml`.

@@ -28,7 +28,7 @@ MAX_LISTED = 12
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns a hint with the known word nearest to `name`, or all known words if none is near."""
+    """Return a hint with the known word nearest to `name`, or all known words if none is near."""
     words = sorted(known)
     near = get_close_matches(name, words, n=1, cutoff=0.5)
     if near:

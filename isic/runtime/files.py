@@ -102,13 +102,13 @@ def refuse_foreign(paths: Iterable[Path], is_own: bool, flag: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text atomically."""
+    """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_parquet(path: Path, table: pl.DataFrame, metadata: dict[str, str] | None = None) -> None:
-    """Writes a table as Parquet, atomically; equal tables give equal bytes."""
+    """Write a table as Parquet, atomically; equal tables give equal bytes."""
     # Encoded in memory: the error that polars raises for a full disk is not an OSError.
     encoded = io.BytesIO()
     table.write_parquet(encoded, compression="zstd", statistics=False, metadata=metadata)
@@ -131,7 +131,7 @@ def read_text(path: Path) -> str:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a mapping as indented JSON, atomically."""
+    """Write a mapping as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
@@ -149,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Returns the hexadecimal SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file's bytes."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -162,12 +162,12 @@ def sha256(path: Path) -> str:
 
 
 def digest(*parts: object) -> str:
-    """Returns a short digest (16 hexadecimal digits) of the parts' text."""
+    """Return a short digest (16 hexadecimal digits) of the parts' text."""
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Returns the installed version of each package that is installed."""
+    """Return the installed version of each package that is installed."""
     found = {}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
@@ -176,7 +176,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def manifest_path(artifact: Path) -> Path:
-    """Returns the path of an artifact's manifest: `model.onnx.json` for `model.onnx`."""
+    """Return the path of an artifact's manifest: `model.onnx.json` for `model.onnx`."""
     return artifact.with_name(artifact.name + ".json")
 
 
@@ -199,7 +199,7 @@ def holds(path: Path, *keys: str) -> bool:
 
 
 def read_manifest(artifact: Path) -> dict[str, Any]:
-    """Reads an artifact's manifest and checks the artifact's sha256.
+    """Read an artifact's manifest and check the artifact's sha256.
 
     Raises:
         UserError: no artifact, no manifest, or a manifest of other bytes.

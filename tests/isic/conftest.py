@@ -27,7 +27,8 @@ def cached(hdf5: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cache, "SETTLED_SECONDS", -1.0)
     Hdf5Images(hdf5)
     path = index_path(hdf5)
-    assert path is not None and path.is_file()
+    assert path is not None
+    assert path.is_file()
     return path
 
 

@@ -102,7 +102,8 @@ def test_a_file_that_another_program_writes_is_not_called_damaged(hdf5: Path) ->
     with subprocess.Popen(
         [sys.executable, "-c", writer, hdf5], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
-        assert process.stdout is not None and process.stdout.readline()
+        assert process.stdout is not None
+        assert process.stdout.readline()
         with pytest.raises(UserError, match="is open for writing in another program; close it"):
             Hdf5Images(hdf5)
         process.communicate(b"\n")
@@ -194,7 +195,8 @@ def test_what_was_left_out_is_known_from_the_cache(cached: Path, hdf5: Path) -> 
     add_odd_entries(hdf5)
     built = Hdf5Images(hdf5)
     known = Hdf5Images(hdf5)
-    assert dict(known.rejected) == dict(built.rejected) and len(known.rejected) == 8
+    assert dict(known.rejected) == dict(built.rejected)
+    assert len(known.rejected) == 8
 
 
 @pytest.mark.parametrize(

@@ -52,16 +52,17 @@ def test_two_images_of_one_id_are_refused(tmp_path: Path, second: str) -> None:
         UserError, match="1 images have the id of another one, the first are"
     ) as caught:
         FolderImages(tmp_path)
-    assert str(tmp_path / "A.jpg") in str(caught.value) and str(tmp_path / second) in str(
-        caught.value
-    )
+    assert str(tmp_path / "A.jpg") in str(caught.value)
+    assert str(tmp_path / second) in str(caught.value)
 
 
 def test_files_of_operating_systems_are_ignored(tmp_path: Path) -> None:
     write_files(tmp_path, "A.jpg", "._A.jpg", "__MACOSX/A.jpg", ".thumbs/A.jpg", "Thumbs.db")
     write_files(tmp_path, ".ipynb_checkpoints/A.jpg", "@eaDir/A.jpg/A.jpg")
     store = FolderImages(tmp_path)
-    assert store.ids.tolist() == ["A"] and not store.other_files and not store.rejected
+    assert store.ids.tolist() == ["A"]
+    assert not store.other_files
+    assert not store.rejected
 
 
 def test_links_are_followed_and_dead_ones_have_a_reason(tmp_path: Path) -> None:
@@ -175,7 +176,8 @@ def test_an_image_that_cannot_be_read_is_a_reason(tmp_path: Path) -> None:
         0: "cannot be read: No such file or directory",
         2: "cannot be read: Is a directory",
     }
-    assert out[1].any() and not out[0].any()
+    assert out[1].any()
+    assert not out[0].any()
 
 
 def test_neighbours_are_read_with_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +197,8 @@ def test_neighbours_are_read_with_one_call(tmp_path: Path, monkeypatch: pytest.M
     }
     assert len(calls) == 1
     monkeypatch.setattr(images_module, "MAX_GAP", 0)
-    assert len(store.read_ahead([0, 1, 5, 30])) == 4 and len(calls) > 2
+    assert len(store.read_ahead([0, 1, 5, 30])) == 4
+    assert len(calls) > 2
     monkeypatch.setattr(images_module, "MAX_AHEAD", 1000)
     assert store.read_ahead(positions) == {}
 
@@ -224,7 +227,8 @@ def test_real_images(real_data: Path, tmp_path: Path) -> None:
     for folder, count in (("real-pairs", 320), ("real-crops", 8166)):
         shutil.copy(real_data / folder / "train-image.hdf5", tmp_path / "train-image.hdf5")
         index = build_index(tmp_path / "train-image.hdf5")
-        assert len(index.ids) == count and (index.offsets > 0).all()
+        assert len(index.ids) == count
+        assert (index.offsets > 0).all()
         store = Hdf5Images(tmp_path / "train-image.hdf5")
         with h5py.File(tmp_path / "train-image.hdf5") as file:
             for name in store.ids[:: count // 50]:

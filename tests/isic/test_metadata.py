@@ -24,7 +24,8 @@ def test_blanks_and_na_are_null_and_text_stays_text(tmp_path: Path) -> None:
         write(tmp_path / "t.csv", "\n".join([*rows, "I2000,1,55.0,male,<1/mm^2,7"]))
     )
     assert table["age_approx"].null_count() == table["sex"].null_count() == 2000
-    assert table["age_approx"].dtype == pl.Float64 and table["age_approx"][-1] == 55
+    assert table["age_approx"].dtype == pl.Float64
+    assert table["age_approx"][-1] == 55
     assert table["mel_mitotic_index"][-1] == "<1/mm^2"
     assert table["target"].dtype == pl.Int8
     assert table["clinic"][-1] == "7", "an unknown column is kept"
@@ -38,14 +39,16 @@ def test_ids_and_targets_alone_are_a_legal_table(tmp_path: Path) -> None:
 def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
     small_table().with_columns(age_approx=pl.lit(40)).write_parquet(tmp_path / "t.parquet")
     table = read_metadata(tmp_path / "t.parquet")
-    assert table["age_approx"].dtype == pl.Float64 and table["target"].dtype == pl.Int8
+    assert table["age_approx"].dtype == pl.Float64
+    assert table["target"].dtype == pl.Int8
     blanks = pl.DataFrame(
         {"isic_id": ["a", "b"], "patient_id": ["", "NA"], "sex": ["NA", "male"], "age_approx": "NA"}
     )
     for name, write_to in (("t.parquet", blanks.write_parquet), ("t.csv", blanks.write_csv)):
         write_to(tmp_path / name)
     table = read_metadata(tmp_path / "t.parquet")
-    assert table.equals(read_metadata(tmp_path / "t.csv")) and table.null_count().row(0) == (
+    assert table.equals(read_metadata(tmp_path / "t.csv"))
+    assert table.null_count().row(0) == (
         0,
         2,
         1,
@@ -114,4 +117,5 @@ def test_a_command_says_it_and_exits_2(tmp_path: Path, cli: Cli) -> None:
         "train", "--config", "demo", "--data", tmp_path / "nowhere", "--output_dir", tmp_path
     )
     assert ended.code == 2
-    assert ended.err.startswith("error: no such folder") and ended.err.count("\n") == 1
+    assert ended.err.startswith("error: no such folder")
+    assert ended.err.count("\n") == 1

@@ -72,7 +72,8 @@ OF_ALL_KINDS = {
 def test_whatever_its_channels_an_image_becomes_rgb(kind: str) -> None:
     data, expected = OF_ALL_KINDS[kind]
     image = decode(data)
-    assert image.shape == (60, 50, 3) and image.dtype == np.uint8
+    assert image.shape == (60, 50, 3)
+    assert image.dtype == np.uint8
     assert np.abs(image.astype(int) - expected).max() <= 12
 
 

@@ -169,4 +169,5 @@ def test_a_machine_without_a_gpu_has_none_whatever_is_named(
     if machine.has_gpu():
         pytest.skip("this machine has a GPU")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert gpus() == [] and "no NVIDIA GPU" in str(no_gpu_reason())
+    assert gpus() == []
+    assert "no NVIDIA GPU" in str(no_gpu_reason())

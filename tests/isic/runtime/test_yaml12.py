@@ -30,7 +30,8 @@ VALUES = {
 @pytest.mark.parametrize("text", VALUES)
 def test_a_plain_word_is_what_version_1_2_says(text: str) -> None:
     value = yaml12.load(f"key: {text}")["key"]
-    assert value == VALUES[text] and type(value) is type(VALUES[text])
+    assert value == VALUES[text]
+    assert type(value) is type(VALUES[text])
 
 
 @pytest.mark.parametrize("value", [*VALUES, 1e-5, 1e22, 7, True, None, "<<", "plain words"])

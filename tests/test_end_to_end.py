@@ -1,4 +1,4 @@
-"""The whole road on real lesions: images and metadata in, a submission for the challenge's own three test rows out."""
+"""The whole pipeline on real lesions, from images and metadata to a submission for the three test rows."""
 
 from pathlib import Path
 
@@ -42,7 +42,8 @@ def test_real_pairs_to_a_submission(real_data: Path, tmp_path: Path, cli: Cli) -
     submission = pl.read_csv(tmp_path / "submission.csv")
     assert submission.columns == ["isic_id", "target"]
     assert submission["isic_id"].equals(pl.read_csv(data / "sample_submission.csv")["isic_id"])
-    assert submission["target"].is_between(0, 1).all() and submission["target"].n_unique() == 3
+    assert submission["target"].is_between(0, 1).all()
+    assert submission["target"].n_unique() == 3
 
     # The chain from the submission back to the data.
     chain = read_json(tmp_path / "submission.csv.json")
