@@ -1,4 +1,4 @@
-"""The whole pipeline on real lesions, from images and metadata to a submission for the three test rows."""
+"""The whole pipeline on real lesions, from images and metadata to a submission."""
 
 from pathlib import Path
 

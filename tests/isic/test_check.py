@@ -1,4 +1,4 @@
-"""What `check` says of a dataset, and that it ends with 2 where there is something to mend."""
+"""The facts that `isic check` prints, and exit code 2 if a dataset has problems."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ from tests.support.datasets import jpeg, small_table, write_hdf5
 
 
 def facts(text: str, section: str) -> dict[str, str]:
-    """Reads back what stands under one heading."""
+    """Returns the facts under one heading of the output."""
     block = text.split(f"\n{section}", 1)[1].split("\n\n", 1)[0]
     lines = (re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in block.splitlines()[1:])
     return {parts[0]: parts[1] for parts in lines if len(parts) == 2}

@@ -146,7 +146,7 @@ def test_a_file_system_without_locks_is_named(
 
 
 def add_odd_entries(path: Path) -> None:
-    """Adds what is found in HDF5 files beside images."""
+    """Adds entries that are not images, as found in HDF5 files."""
     with h5py.File(path.with_name("elsewhere.hdf5"), "w") as file:
         file["A"] = np.bytes_(jpeg(33))
     with h5py.File(path, "a") as file:
@@ -235,7 +235,7 @@ def test_random_damage_of_a_file_is_a_sentence(hdf5: Path) -> None:
 def test_a_signal_that_arrives_while_names_are_read_keeps_its_kind(
     hdf5: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C in the seconds that a full-size file takes; inside HDF5's iteration it would be a SystemError."""
+    """Ctrl-C while a full-size file is indexed; inside HDF5's iteration it would be a SystemError."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

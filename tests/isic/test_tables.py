@@ -1,4 +1,4 @@
-"""What is found under the name of a table: other paths, other formats, half files, other spellings of "no value"."""
+"""Tables: paths like patterns, other formats, truncated files, other spellings of "no value"."""
 
 import ast
 import gzip
@@ -45,7 +45,7 @@ def test_one_module_opens_tables_and_one_reads_yaml() -> None:
 
 @pytest.mark.parametrize("name", ["data [2]", "a*b", "what?", "{a,b}", "50%", "~x", "#1", "k=v"])
 def test_a_path_is_no_pattern(tmp_path: Path, name: str) -> None:
-    """Beside each folder lies one that it would match as a pattern, with another table in it."""
+    """Next to each folder is one that its name would match as a pattern, with another table."""
     decoy = name.replace("[2]", "2").replace("*", "XX").replace("?", "X")
     for folder, value in ((decoy, "decoy"), (name, "right")):
         table = pl.DataFrame({"isic_id": [value]})
