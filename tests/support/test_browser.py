@@ -19,9 +19,14 @@ GOOD = """<!doctype html><title>t</title><p>one</p><p>two</p>
 def test_faults_are_seen(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "bad.html").write_text(BAD)
     seen = look(browser, tmp_path / "bad.html", 390)
-    assert seen.errors and seen.requests == [(tmp_path / "missing.css").as_uri()]
-    assert seen.overlaps == ['"above" and "below"', '"one" and "two"'] and seen.cut == ["cut"]
-    assert seen.broken and seen.without_alt and seen.num_images == 1 and seen.overflow > 100
+    assert seen.errors
+    assert seen.requests == [(tmp_path / "missing.css").as_uri()]
+    assert seen.overlaps == ['"above" and "below"', '"one" and "two"']
+    assert seen.cut == ["cut"]
+    assert seen.broken
+    assert seen.without_alt
+    assert seen.num_images == 1
+    assert seen.overflow > 100
 
 
 def test_a_sound_page_is_sound(browser: Browser, tmp_path: Path) -> None:
