@@ -126,6 +126,17 @@ class ImageStore(ABC):
         """Return a digest of all file sizes: it detects replaced images without reading them."""
         return hashlib.sha256(self.sizes().astype("<i8").tobytes()).hexdigest()[:16]
 
+    def load(self, ids: Sequence[str], spec: PreprocessSpec) -> tuple[Pixels, dict[int, str]]:
+        """Returns the images of N ids, decoded by one thread: uint8 [N, size, size, 3].
+
+        The second value is the reason by row for every image that is absent or does not decode; its
+        pixels are zero.
+        """
+        pixels = np.empty((len(ids), spec.size, spec.size, 3), dtype=np.uint8)
+        with decode_pool(1) as pool:
+            failed = self.decode(ids, spec, pixels, pool)
+        return pixels, failed
+
     def decode(
         self,
         ids: Sequence[str],

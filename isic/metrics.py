@@ -10,6 +10,8 @@ from sklearn.metrics import roc_auc_score
 
 from isic.runtime.errors import UserError
 
+Floats = NDArray[np.float64]
+
 MIN_TPR = 0.8
 TOP_K = 15
 
@@ -34,6 +36,19 @@ def pauc(target: ArrayLike, score: ArrayLike) -> float:
     max_area = max_fpr
     standardised = roc_auc_score(1 - labels, -scores, max_fpr=max_fpr)
     return float(min_area + (max_area - min_area) * (2 * standardised - 1))
+
+
+def above_min_tpr(fpr: Floats, tpr: Floats) -> tuple[Floats, Floats]:
+    """Returns the part of an ROC curve from TPR 0.8 on; its first point is interpolated.
+
+    Args:
+        fpr, tpr: [M], rising from (0, 0) to (1, 1).
+    """
+    # The curve crosses MIN_TPR on the segment that ends at `after`.
+    after = int(np.searchsorted(tpr, MIN_TPR, side="right"))
+    fraction = (MIN_TPR - tpr[after - 1]) / (tpr[after] - tpr[after - 1])
+    first_fpr = fpr[after - 1] + fraction * (fpr[after] - fpr[after - 1])
+    return np.append(first_fpr, fpr[after:]), np.append(MIN_TPR, tpr[after:])
 
 
 def bootstrap_pauc(
@@ -88,13 +103,8 @@ class _Curve:
         ordered = weight[self.order]
         tpr = self._cumulative_rate(np.where(self.positive, ordered, 0))
         fpr = self._cumulative_rate(np.where(self.positive, 0, ordered))
-        # The curve crosses MIN_TPR on the segment that ends at `after`; interpolate its FPR there.
-        after = np.searchsorted(tpr, MIN_TPR, side="right")
-        share = (MIN_TPR - tpr[after - 1]) / (tpr[after] - tpr[after - 1])
-        first_fpr = fpr[after - 1] + share * (fpr[after] - fpr[after - 1])
-        # Integrated over TPR: the width to the right of the curve.
-        width = 1 - np.append(first_fpr, fpr[after:])
-        return float(np.trapezoid(width, np.append(MIN_TPR, tpr[after:])))
+        fpr, tpr = above_min_tpr(fpr, tpr)
+        return float(np.trapezoid(1 - fpr, tpr))  # over TPR: the width to the right of the curve
 
     def _cumulative_rate(self, weight: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the share of the weight at or above each distinct score, from 0 to 1."""

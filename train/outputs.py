@@ -311,10 +311,8 @@ def print_scores(settings: TrainSettings) -> None:
         _print_row("pooled", pl.concat(tables, how="diagonal"))
     curves = {f"fold {table['fold'][0]}": table for table in tables}
     curves |= {"pooled": pl.concat(tables, how="diagonal")} if len(tables) > 1 else {}
-    drawn = draw_roc(settings.run_dir / ROC_FILE, curves)
-    print(f"\ncheckpoints in {settings.run_dir}" + (f", ROC curves in {ROC_FILE}" if drawn else ""))
-    if not drawn:
-        print(f"no {ROC_FILE}: matplotlib is not installed (pip install matplotlib)")
+    draw_roc(settings.run_dir / ROC_FILE, curves)
+    print(f"\ncheckpoints in {settings.run_dir}, ROC curves in {ROC_FILE}")
 
 
 def loss_text(stats: EpochStats, last: int = 0) -> str:

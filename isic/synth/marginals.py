@@ -135,7 +135,7 @@ SIDE_PX = (
 )
 """Side of a crop: percents, and its percentiles in pixels."""
 
-COPULA: dict[str, tuple[int, ...]] = {
+RANK_CORRELATION: dict[str, tuple[int, ...]] = {
     "age_approx": (),
     "clin_size_long_diam_mm": (-1,),
     "tbp_lv_eccentricity": (11, 7),
@@ -338,10 +338,10 @@ def quantile(column: str, z: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def correlation() -> NDArray[np.float64]:
-    """Returns the correlations of COPULA as a positive definite matrix [K, K]."""
-    size = len(COPULA)
+    """Returns the correlations of RANK_CORRELATION as a positive definite matrix [K, K]."""
+    size = len(RANK_CORRELATION)
     matrix = np.eye(size)
-    for row, below in enumerate(COPULA.values()):
+    for row, below in enumerate(RANK_CORRELATION.values()):
         correlations = np.asarray(below) / 100
         matrix[row, :row] = correlations
         matrix[:row, row] = correlations

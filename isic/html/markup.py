@@ -1,16 +1,16 @@
-"""HTML and SVG as values. What is not Markup already is escaped, so nothing in a dataset can become part of a page."""
+"""HTML and SVG as values. Text is escaped, so nothing in a dataset can become part of a page."""
 
 from html import escape
 
+VOID = frozenset(("img", "meta", "br", "wbr"))
+"""Elements without content and end tag."""
+Attribute = str | float | None
+
 
 class Markup(str):
-    """Text that is HTML as it stands."""
+    """Text that is HTML already and is not escaped."""
 
     __slots__ = ()
-
-
-VOID = frozenset(("img", "meta", "br", "wbr"))
-Attribute = str | float | None
 
 
 def tag(name: str, /, *children: str, **attributes: Attribute) -> Markup:
@@ -18,7 +18,7 @@ def tag(name: str, /, *children: str, **attributes: Attribute) -> Markup:
 
     Args:
         children: Markup, or text, which is escaped.
-        attributes: `class_` is written class and `stroke_width` stroke-width; one that is None is left out.
+        attributes: `class_` becomes class and `stroke_width` stroke-width; None is left out.
     """
     written = "".join(
         _attribute(key, value) for key, value in attributes.items() if value is not None
@@ -28,7 +28,7 @@ def tag(name: str, /, *children: str, **attributes: Attribute) -> Markup:
 
 
 def join(*children: str) -> Markup:
-    """Returns the children one after the other, text escaped."""
+    """Concatenates the children; text is escaped."""
     return Markup(
         "".join(child if isinstance(child, Markup) else escape(child) for child in children)
     )
@@ -40,10 +40,6 @@ def _attribute(key: str, value: str | float) -> str:
 
 
 def number(value: float) -> str:
-    """Returns a coordinate: one decimal, none where it is 0."""
-    text = f"{value:.1f}"
-    return (
-        text.removesuffix(".0").replace("-0", "0")
-        if text in {"-0.0", "0.0"}
-        else text.removesuffix(".0")
-    )
+    """Formats a coordinate with at most one decimal; -0.0 becomes 0."""
+    text = f"{value:.1f}".removesuffix(".0")
+    return "0" if text == "-0" else text
