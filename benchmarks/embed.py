@@ -19,8 +19,8 @@ from infer.embedding.embed import BATCH_CPU
 from infer.embedding.embedder import Embedder, Job, Step
 from infer.embedding.pipeline import decode_ahead, ring_depth
 from infer.embedding.plan import Models, find_models, plan_parts
+from infer.embedding.store import RUN_FILE
 from infer.embedding.views import averaged
-from infer.embeddings import RUN_FILE
 from infer.engines import create, null
 from isic.cache import index_path
 from isic.dataset import Dataset

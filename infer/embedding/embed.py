@@ -16,8 +16,7 @@ from infer.embedding.embedder import Embedder, Job
 from infer.embedding.plan import Models, Part, begin, complete, find_models, plan_parts
 from infer.embedding.progress import Tally
 from infer.embedding.ray_runner import run_ray
-from infer.embedding.workers import run_processes
-from infer.embeddings import (
+from infer.embedding.store import (
     ERRORS,
     ERRORS_FILE,
     PLAN_FILE,
@@ -26,6 +25,7 @@ from infer.embeddings import (
     fold_dir,
     ids_digest,
 )
+from infer.embedding.workers import run_processes
 from infer.engines import MODULES, device_of
 from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
 from isic.folds import FILE as FOLDS_FILE

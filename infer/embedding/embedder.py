@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from infer.embedding.pipeline import Decoded, decode_ahead, ring_depth
 from infer.embedding.plan import Models, Part
+from infer.embedding.store import ERRORS, write_part
 from infer.embedding.views import averaged
-from infer.embeddings import ERRORS, write_part
 from infer.engines import Outputs, allocator, load_many
 from isic.dataset import Dataset, Split
 from isic.images import decode_pool

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from infer.embeddings import ERRORS_FILE, PLAN_FILE, PLAN_KEY, RUN_FILE, part_path
+from infer.embedding.store import ERRORS_FILE, PLAN_FILE, PLAN_KEY, RUN_FILE, part_path
 from infer.engines import MODULES, manifest_spec
 from isic import schema
 from isic.dataset import Split

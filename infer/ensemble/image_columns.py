@@ -19,7 +19,7 @@ import polars as pl
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from infer.embeddings import ORIGIN, fold_dir, load, read_run, refuse_other_origin
+from infer.embedding.store import ORIGIN, fold_dir, load, read_run, refuse_other_origin
 from infer.ensemble.image_scores import refuse_gaps
 from isic import schema
 from isic.dataset import Split

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from infer.embeddings import ERRORS_FILE, ORIGIN, fold_dir, load, read_run
+from infer.embedding.store import ERRORS_FILE, ORIGIN, fold_dir, load, read_run
 from isic import schema
 from isic.dataset import Split
 from isic.folds import Folds

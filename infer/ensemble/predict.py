@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from infer.embeddings import refuse_other_origin
+from infer.embedding.store import refuse_other_origin
 from infer.ensemble import image_scores
 from infer.ensemble.artifact import MANIFEST, Ensemble, open_ensemble
 from infer.ensemble.blend import Scores, blend, model_name

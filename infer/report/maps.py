@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from infer.embeddings import load
+from infer.embedding.store import load
 from infer.report.curves import Projection, pca
 from isic import schema
 from isic.tables import reading

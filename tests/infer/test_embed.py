@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embeddings import load, read_run
+from infer.embedding.store import load, read_run
 from infer.engines import load as load_engine
 from infer.engines import unavailable_reason
 from isic.dataset import Dataset

@@ -17,18 +17,16 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embeddings import join, load, read_run
+from infer.embedding.store import load, read_run
 from infer.engines.null import FILE, write_run
-from isic.dataset import Dataset
 from isic.folds import read_folds
 from isic.preprocess import PreprocessSpec
 from isic.provenance import read_seen, seen_rows, write_seen
 from isic.runtime.errors import UserError
-from isic.runtime.files import read_json, write_json
+from isic.runtime.files import write_json
 from tests.support.commands import Cli
 from tests.support.datasets import jpeg, small_disk, write_hdf5
 from tests.support.fake_run import (
-    PART_ROWS,
     ROOT,
     StandIn,
     embed_small_parts,
@@ -338,38 +336,6 @@ def test_test_time_augmentation_sees_every_view(tmp_path: Path) -> None:
     assert read_run(tmp_path / "d4" / "null", "train")["tta"] == "d4"
 
 
-def test_joined_to_the_metadata_with_every_link_checked(
-    whole: Path, stand_in: StandIn, tmp_path: Path
-) -> None:
-    metadata = Dataset(stand_in.data).metadata("train")
-    rows = join(whole, "train", metadata, model_dir=stand_in.model_dir).collect()
-    assert rows["isic_id"].equals(metadata["isic_id"]) and {"target", "fold", "logit"} <= set(
-        rows.columns
-    )
-    with pytest.raises(UserError, match="made for another table"):
-        join(whole, "train", metadata.reverse())
-    other = shutil.copytree(stand_in.model_dir, tmp_path / "null")
-    manifest = read_json(other / "fold_1" / f"{FILE}.json")
-    write_json(other / "fold_1" / f"{FILE}.json", {**manifest, "sha256": "0"})
-    with pytest.raises(UserError, match="another engine of fold 1"):
-        join(whole, "train", metadata, model_dir=other)
-
-
-def test_a_part_that_is_lost_or_doubled_is_noticed(
-    whole: Path, stand_in: StandIn, tmp_path: Path
-) -> None:
-    metadata = Dataset(stand_in.data).metadata("train")
-    root = shutil.copytree(whole, tmp_path / "null")
-    first = root / "train" / "fold_0" / "part-00000.parquet"
-    shutil.copy(first, first.with_name("part-00099.parquet"))
-    with pytest.raises(UserError, match=f"{PART_ROWS} train embeddings are there more than once"):
-        join(root, "train", metadata)
-    first.with_name("part-00099.parquet").unlink()
-    first.unlink()
-    with pytest.raises(UserError, match=f"{PART_ROWS} train embeddings are there not at all"):
-        join(root, "train", metadata)
-
-
 def test_a_part_of_another_run_is_noticed(
     whole: Path, stand_in: StandIn, tmp_path: Path, cli: Cli
 ) -> None:
@@ -388,19 +354,6 @@ def test_a_part_of_another_run_is_noticed(
     (root / "train" / "run.json").unlink()
     with pytest.raises(UserError, match="has no finished train embeddings"):
         load(root, "train")
-
-
-def test_a_fold_plan_that_did_not_make_the_embeddings_is_noticed(
-    whole: Path, stand_in: StandIn, tmp_path: Path
-) -> None:
-    metadata, root = (
-        Dataset(stand_in.data).metadata("train"),
-        shutil.copytree(whole, tmp_path / "null"),
-    )
-    folds = read_folds(root / "folds.parquet")
-    type(folds)(folds.table.with_columns((pl.col("fold") + 1) % 3)).write(root / "folds.parquet")
-    with pytest.raises(UserError, match="is not the fold plan that the embeddings were made with"):
-        join(root, "train", metadata)
 
 
 def test_the_batch_size_of_a_run_is_kept_when_it_goes_on(

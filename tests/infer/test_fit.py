@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embeddings import part_path
+from infer.embedding.store import part_path
 from infer.ensemble.artifact import clear
 from infer.ensemble.boosters import LIBRARIES, min_data, parameters_of, read_booster
 from infer.ensemble.fit import fit, undersample

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embeddings import part_path, write_part
+from infer.embedding.store import part_path, write_part
 from infer.ensemble.artifact import open_ensemble
 from infer.ensemble.fit import fit
 from infer.ensemble.image_columns import (

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embeddings import part_path
+from infer.embedding.store import part_path
 from infer.ensemble.fit import fit
 from infer.ensemble.predict import PredictSettings, predict
 from isic import schema

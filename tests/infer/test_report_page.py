@@ -13,7 +13,7 @@ from playwright.sync_api import Browser
 from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
 
-from infer.embeddings import load, part_path, write_part
+from infer.embedding.store import load, part_path, write_part
 from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.fit import fit
 from infer.report import write_report

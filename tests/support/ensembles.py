@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from infer.embeddings import fold_dir, part_path, write_part
+from infer.embedding.store import fold_dir, part_path, write_part
 from infer.ensemble.fit import FitSettings
 from isic import schema
 from isic.dataset import Dataset

@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 
 from isic import schema
 from isic.dataset import Split
-from isic.folds import FILE as FOLDS_FILE
-from isic.folds import read_folds
 from isic.runtime.errors import UserError
 from isic.runtime.files import digest, read_json, write_parquet
-from isic.tables import parquet_metadata, read_parquet, reading, scan_parquet
+from isic.tables import parquet_metadata, scan_parquet
 
 PLAN_FILE, RUN_FILE = "plan.json", "run.json"
 ERRORS_FILE = "errors.parquet"
@@ -147,87 +145,3 @@ def _check_origin(parts: Iterable[Path], run: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{path} was made by another run than the one beside it; embed again with --force"
             )
-
-
-def join(
-    root: Path,
-    split: Split,
-    metadata: pl.DataFrame,
-    columns: Iterable[str] = ("features", "logit"),
-    model_dir: Path | None = None,
-) -> pl.LazyFrame:
-    """Reads the embeddings of a split beside the metadata they belong to, every link between the two checked.
-
-    Args:
-        root: the run's folder, `<output_dir>/<config>`.
-        metadata: the split's whole table, in its order.
-        columns: of `features` and `logit`.
-        model_dir: where given, its engines must be those that made the embeddings.
-
-    Returns:
-        The columns of `metadata`, `fold` and the wanted columns, in the order of `metadata`: a row for each image and
-        fold that saw it, none for an image that the run says it could not use.
-
-    Raises:
-        UserError: another table, other folds or other engines than at hand, or an image that is not there exactly
-            once where it should be.
-    """
-    run = read_run(root, split)
-    if ids_digest(metadata[schema.ID]) != run["ids_digest"]:
-        raise UserError(
-            f"the {split} embeddings in {root} were made for another table; embed this one with --force"
-        )
-    if model_dir:
-        _check_engines(root, model_dir, run)
-    _check_rows(root, split, metadata, run)
-    rows = load(root, split, columns)
-    return metadata.lazy().join(rows, on=schema.ID, how="inner", maintain_order="left_right")
-
-
-def _check_engines(root: Path, model_dir: Path, run: Mapping[str, Any]) -> None:
-    for fold, made_with in run["engines"].items():
-        manifests = (model_dir / f"fold_{fold}").glob("*.json")
-        if made_with not in {read_json(path).get("sha256") for path in manifests}:
-            raise UserError(
-                f"the embeddings in {root} were made with another engine of fold {fold} than {model_dir} has; "
-                "embed again with --force"
-            )
-
-
-def _check_rows(root: Path, split: Split, metadata: pl.DataFrame, run: Mapping[str, Any]) -> None:
-    """Raises a UserError unless each image stands once under each fold that saw it, and nothing else does."""
-    key = [schema.ID, "fold"]
-    with reading(root):
-        found = load(root, split, []).collect()
-    bad = read_parquet(root / split / ERRORS_FILE)
-    expected = _expected(root, split, metadata.select(schema.ID), run).join(
-        bad, on=schema.ID, how="anti"
-    )
-    repeated = found.filter(pl.struct(key).is_duplicated()).unique(maintain_order=True)
-    surplus, absent = (
-        found.join(expected, on=key, how="anti"),
-        expected.join(found, on=key, how="anti"),
-    )
-    for rows, what in (
-        (repeated, "more than once"),
-        (surplus, "but should not be"),
-        (absent, "not at all"),
-    ):
-        if len(rows):
-            raise UserError(
-                f"{root}: {len(rows)} {split} embeddings are there {what}, the first of {rows[schema.ID][0]} by fold "
-                f"{rows['fold'][0]}; embed again into an empty folder"
-            )
-
-
-def _expected(root: Path, split: Split, ids: pl.DataFrame, run: Mapping[str, Any]) -> pl.DataFrame:
-    """Returns `isic_id` and `fold` of every row that a run should have made, had every image been good."""
-    made_by = pl.DataFrame({"fold": pl.Series(run["folds"], dtype=pl.Int8)})
-    if split == "test" or run["folds_mode"] == "all":
-        return ids.join(made_by, how="cross")
-    folds = read_folds(root / FOLDS_FILE)
-    if folds.digest != run["folds_digest"]:
-        raise UserError(
-            f"{root / FOLDS_FILE} is not the fold plan that the embeddings were made with; embed again"
-        )
-    return ids.with_columns(folds.of(ids).alias("fold")).join(made_by, on="fold", how="semi")
