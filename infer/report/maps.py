@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from infer.embedding.store import load
+from infer.embedding.store import scan_embeddings
 from infer.report.curves import Projection, pca
 from isic import schema
 from isic.tables import reading
@@ -26,7 +26,7 @@ def projections(
     """
     drawn = pl.concat(draw(rows) for _, rows in sorted(oof.group_by("fold")))
     wanted = drawn.select(schema.ID, pl.col("fold").cast(pl.Int8), schema.TARGET).lazy()
-    stored = load(embeddings, "train", ["features"]).join(wanted, on=[schema.ID, "fold"])
+    stored = scan_embeddings(embeddings, "train", ["features"]).join(wanted, on=[schema.ID, "fold"])
     with reading(embeddings):
         table = stored.collect()
     for (fold,), rows in sorted(table.sort(schema.ID).group_by("fold", maintain_order=True)):

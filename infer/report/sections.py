@@ -233,7 +233,7 @@ def _map(scored: Scored, embeddings: Path | None) -> Section:
     if embeddings is None:
         text = "Not drawn: `infer report` was given no --embeddings."
         return title, (tag("p", text),)
-    image_scores.made_with(embeddings, "train", manifest["folds_digest"])
+    image_scores.read_origin(embeddings, "train", manifest["folds_digest"])
     maps = (
         figures.map_figure(
             fold, projection, rows[schema.ID].to_list(), rows[schema.TARGET].to_numpy()

@@ -13,9 +13,9 @@ from playwright.sync_api import Browser
 from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
 
-from infer.embedding.store import load, part_path, write_part
+from infer.embedding.store import scan_embeddings, shard_path, write_shard
 from infer.ensemble.boosters import LIBRARIES
-from infer.ensemble.fit import fit
+from infer.ensemble.fit import fit_ensemble
 from infer.report import write_report
 from infer.report.cases import NUM_CASES, NUM_OTHERS, worst_false_alarms, worst_misses
 from infer.report.curves import pca, reliability, roc, scored_region, wilson
@@ -31,7 +31,7 @@ from isic.runtime.errors import UserError
 from tests.support.browser import WIDTHS, look
 from tests.support.commands import Cli
 from tests.support.datasets import jpeg, write_hdf5
-from tests.support.ensembles import settings, write_dataset, write_embeddings
+from tests.support.ensembles import fit_settings, write_dataset, write_embeddings
 
 NASTY = "<script>alert(1)</script>\"'&amp;<img src=x onerror=alert(2)>"
 
@@ -53,12 +53,15 @@ def embeddings(data: Path) -> Path:
     root = write_embeddings(data.parent / "embeddings" / "tiny", data)
     rng = np.random.default_rng(0)
     for (fold,), rows in (
-        load(root, "train", ["logit"]).collect().group_by("fold", maintain_order=True)
+        scan_embeddings(root, "train", ["logit"]).collect().group_by("fold", maintain_order=True)
     ):
         features = rng.standard_normal((len(rows), 8)).astype(np.float16)
         logits = rows["logit"].to_numpy()
-        write_part(
-            part_path(root, "train", int(str(fold)), 0), rows["isic_id"].to_list(), features, logits
+        write_shard(
+            shard_path(root, "train", int(str(fold)), 0),
+            rows["isic_id"].to_list(),
+            features,
+            logits,
         )
     return root
 
@@ -66,7 +69,7 @@ def embeddings(data: Path) -> Path:
 @pytest.fixture(scope="module")
 def fitted(data: Path, embeddings: Path) -> Path:
     chosen = {"features": "multimodal", "embeddings": embeddings, "seeds": 2}
-    return fit(settings(data, data.parent, name="a <i>&amp;", **chosen))
+    return fit_ensemble(fit_settings(data, data.parent, name="a <i>&amp;", **chosen))
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +235,7 @@ def test_it_is_sound_in_a_browser(
 
 def test_real_lesions_in_a_browser(browser: Browser, real_data: Path, tmp_path: Path) -> None:
     data = real_data / "real-pairs"
-    root = fit(settings(data, tmp_path, features="numeric", num_rounds=10))
+    root = fit_ensemble(fit_settings(data, tmp_path, features="numeric", num_rounds=10))
     seen = look(browser, write_report(root, data), 390)
     seen.assert_sound()
     assert seen.num_images >= 2 * NUM_CASES
@@ -279,9 +282,9 @@ def test_what_the_command_says(
 
 
 def test_without_trees_and_without_images(data: Path, embeddings: Path, tmp_path: Path) -> None:
-    image = fit(settings(data, tmp_path, features="image", embeddings=embeddings))
+    image = fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=embeddings))
     assert "There are no trees" in write_report(image, data).read_text()
-    tabular = fit(settings(data, tmp_path, features="numeric", num_rounds=2))
+    tabular = fit_ensemble(fit_settings(data, tmp_path, features="numeric", num_rounds=2))
     assert "so there is none to map" in write_report(tabular, data, embeddings).read_text()
 
 
@@ -297,7 +300,7 @@ def test_the_report_does_not_claim_more_independence_than_there_is(
     data: Path, embeddings: Path, tmp_path: Path, features: str, sentence: str
 ) -> None:
     chosen = {"features": features, "embeddings": embeddings, "num_rounds": 2, "name": "it"}
-    page = write_report(fit(settings(data, tmp_path, **chosen)), data).read_text()
+    page = write_report(fit_ensemble(fit_settings(data, tmp_path, **chosen)), data).read_text()
     assert sentence in page
     assert "never saw the patient" not in page
 
@@ -431,11 +434,11 @@ def test_embeddings_that_overflowed_are_left_out(
     embeddings: Path, oof: pl.DataFrame, tmp_path: Path
 ) -> None:
     root = copied(embeddings, tmp_path / "overflowed")
-    part = part_path(root, "train", 1, 0)
+    part = shard_path(root, "train", 1, 0)
     table = pl.read_parquet(part)
     features = np.array(table["features"].to_numpy())
     features[0] = np.inf
-    write_part(part, table["isic_id"].to_list(), features, table["logit"].to_numpy())
+    write_shard(part, table["isic_id"].to_list(), features, table["logit"].to_numpy())
     maps = {fold: rows for fold, _, rows in projections(root, oof)}
     assert len(maps[1]) == len(table) - 1 and table["isic_id"][0] not in maps[1]["isic_id"]
 

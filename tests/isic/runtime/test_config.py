@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infer.ensemble.fit import FitSettings
+from infer.ensemble.fit_settings import FitSettings
 from isic.runtime import config, yaml12
 from isic.runtime.config import Settings, Several, build, describe_configs, read_config, read_yaml
 from isic.runtime.errors import UserError
