@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from infer.embeddings import load
+from infer.embedding.store import scan_embeddings
 from infer.report.curves import Projection, pca
 from isic import schema
 from isic.tables import reading
@@ -39,7 +39,7 @@ def _sampled_features(embeddings: Path, oof: pl.DataFrame) -> Iterator[tuple[int
     """Yields, by fold, the stored features of a sample of its held-out lesions."""
     sampled = pl.concat(sample_rows(rows) for _, rows in sorted(oof.group_by("fold")))
     wanted = sampled.select(schema.ID, pl.col("fold").cast(pl.Int8), schema.TARGET).lazy()
-    stored = load(embeddings, "train", ["features"]).join(wanted, on=[schema.ID, "fold"])
+    stored = scan_embeddings(embeddings, "train", ["features"]).join(wanted, on=[schema.ID, "fold"])
     with reading(embeddings):
         table = stored.collect().sort(schema.ID)
     for (fold,), rows in sorted(table.group_by("fold", maintain_order=True)):

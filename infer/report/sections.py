@@ -251,7 +251,7 @@ def _map(scored: Scored, embeddings: Path | None) -> Section:
         return title, (tag("p", "This ensemble uses no embeddings, so there is no map."),)
     if embeddings is None:
         return title, (tag("p", "Not drawn: `infer report` was run without --embeddings."),)
-    image_scores.made_with(embeddings, "train", manifest["folds_digest"])
+    image_scores.read_origin(embeddings, "train", manifest["folds_digest"])
     maps = (
         figures.map_figure(
             fold, projection, rows[schema.ID].to_list(), rows[schema.TARGET].to_numpy()

@@ -5,9 +5,9 @@ import polars as pl
 import pytest
 
 from infer.ensemble.comparison import Comparison
-from infer.ensemble.fit import fit
+from infer.ensemble.fit import fit_ensemble
 from tests.support.commands import Cli, run_module
-from tests.support.ensembles import settings, write_dataset, write_embeddings
+from tests.support.ensembles import fit_settings, write_dataset, write_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def runs(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             root = folder / "embeddings" / f"{name}{run}"
             write_embeddings(root, tables, seed=10 * run + int(strength), strength=strength)
             chosen = {"features": "image", "embeddings": root, "name": root.name}
-            fit(settings(tables, folder, **chosen))
+            fit_ensemble(fit_settings(tables, folder, **chosen))
     return folder
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embeddings import load, read_run
+from infer.embedding.store import read_run, scan_embeddings
 from infer.engines import load as load_engine
 from infer.engines import unavailable_reason
 from isic.dataset import Dataset
@@ -30,7 +30,10 @@ def test_each_train_image_once_by_the_fold_that_held_it_out_and_each_test_image_
     embedded: Path, synth_dataset: Path
 ) -> None:
     dataset = Dataset(synth_dataset)
-    train, test = load(embedded, "train").collect(), load(embedded, "test").collect()
+    train, test = (
+        scan_embeddings(embedded, "train").collect(),
+        scan_embeddings(embedded, "test").collect(),
+    )
     table = dataset.metadata("train")
     assert sorted(train["isic_id"]) == sorted(table["isic_id"])
     assert (read_folds(embedded / "folds.parquet").of(train) == train["fold"]).all()
@@ -44,13 +47,13 @@ def test_each_train_image_once_by_the_fold_that_held_it_out_and_each_test_image_
 
 def test_the_logits_are_those_of_training(embedded: Path, trained: Path) -> None:
     oof = pl.concat([pl.read_parquet(trained / f"fold_{k}" / "oof.parquet") for k in range(3)])
-    both = oof.join(load(embedded, "train").collect(), on="isic_id", suffix="_engine")
+    both = oof.join(scan_embeddings(embedded, "train").collect(), on="isic_id", suffix="_engine")
     assert len(both) == len(oof)
     np.testing.assert_allclose(both["logit"], both["logit_engine"], atol=1e-4)
 
 
 def test_features_are_the_engines(embedded: Path, exported: Path, synth_dataset: Path) -> None:
-    rows = load(embedded, "train").collect().filter(pl.col("fold") == 2).head(5)
+    rows = scan_embeddings(embedded, "train").collect().filter(pl.col("fold") == 2).head(5)
     engine = load_engine(exported / "fold_2" / "model.onnx", "cpu")
     images = np.empty((5, 32, 32, 3), np.uint8)
     from isic.preprocess import PreprocessSpec
@@ -84,7 +87,9 @@ def test_a_second_run_does_nothing_and_another_setting_is_refused(
         ),
     )
     assert forced.code == 0
-    assert load(tmp_path / "tiny", "train").collect_schema()["features"] == pl.Array(pl.Float32, 64)
+    assert scan_embeddings(tmp_path / "tiny", "train").collect_schema()["features"] == pl.Array(
+        pl.Float32, 64
+    )
 
 
 def test_folds_all_gives_every_image_by_every_fold(
@@ -96,7 +101,7 @@ def test_folds_all_gives_every_image_by_every_fold(
         ).code
         == 0
     )
-    counts = load(tmp_path / "tiny", "train").group_by("isic_id").len().collect()["len"]
+    counts = scan_embeddings(tmp_path / "tiny", "train").group_by("isic_id").len().collect()["len"]
     assert (counts == 3).all()
 
 
@@ -111,7 +116,9 @@ def test_batch_size_and_threads_do_not_change_what_is_said(
         == 0
     )
     for split in ("train", "test"):
-        one, other = (load(root, split).collect() for root in (embedded, tmp_path / "tiny"))  # type: ignore[arg-type]
+        one, other = (
+            scan_embeddings(root, split).collect() for root in (embedded, tmp_path / "tiny")
+        )  # type: ignore[arg-type]
         assert one.equals(other)
 
 
@@ -142,7 +149,7 @@ def test_bad_images_are_listed_and_never_end_a_run(
         list(errors.values())[:2] == ["no image for this id", "truncated JPEG"] and len(errors) == 4
     )
     ids = read_metadata(broken_dataset / "test-metadata.csv")["isic_id"]
-    kept = load(tmp_path / "tiny", "test").collect()["isic_id"].unique()
+    kept = scan_embeddings(tmp_path / "tiny", "test").collect()["isic_id"].unique()
     assert set(kept) == set(ids) - set(errors)
 
 
@@ -312,6 +319,6 @@ def test_the_challenges_own_test_images(
         cli("infer", *flags(exported, real_data / "real-pairs", tmp_path, "--split", "test")).code
         == 0
     )
-    rows = load(tmp_path / "tiny", "test").collect()
+    rows = scan_embeddings(tmp_path / "tiny", "test").collect()
     assert rows["isic_id"].n_unique() == 3 and len(rows) == 9
     assert rows["logit"].is_finite().all()

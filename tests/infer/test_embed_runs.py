@@ -17,43 +17,41 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embeddings import join, load, read_run
+from infer.embedding.store import read_run, scan_embeddings
 from infer.engines.null import FILE, write_run
-from isic.dataset import Dataset
 from isic.folds import read_folds
 from isic.preprocess import PreprocessSpec
 from isic.provenance import read_seen, seen_rows, write_seen
 from isic.runtime.errors import UserError
-from isic.runtime.files import read_json, write_json
+from isic.runtime.files import write_json
 from tests.support.commands import Cli
 from tests.support.datasets import jpeg, small_disk, write_hdf5
 from tests.support.fake_run import (
-    PART_ROWS,
     ROOT,
-    StandIn,
-    embed_small_parts,
+    FakeRun,
+    embed_small_shards,
     grey,
-    make_stand_in,
-    parts,
+    make_fake_run,
+    shard_bytes,
 )
 
 
 @pytest.fixture(scope="module")
-def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
-    return make_stand_in(tmp_path_factory.mktemp("stand-in"))
+def fake_run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
+    return make_fake_run(tmp_path_factory.mktemp("stand-in"))
 
 
 @pytest.fixture(scope="module")
-def whole(stand_in: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(fake_run: FakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run gives that nothing disturbs."""
     output = tmp_path_factory.mktemp("whole")
-    ended = stand_in.run(output)
+    ended = fake_run.run(output)
     assert ended.returncode == 0, ended.stderr
     return output / "null"
 
 
-def test_every_image_once_with_its_own_values(whole: Path, stand_in: StandIn) -> None:
-    rows = load(whole, "train").collect().sort("isic_id")
+def test_every_image_once_with_its_own_values(whole: Path, fake_run: FakeRun) -> None:
+    rows = scan_embeddings(whole, "train").collect().sort("isic_id")
     assert rows["isic_id"].to_list() == [f"ISIC_{row:07d}" for row in range(300)]
     np.testing.assert_array_equal(
         rows["features"].to_numpy()[:, 0], [grey(row) for row in range(300)]
@@ -80,9 +78,9 @@ def test_a_run_says_what_it_did_and_where_the_time_went(whole: Path) -> None:
 
 
 def test_the_last_line_is_for_scripts_and_a_pipe_sees_no_bar(
-    stand_in: StandIn, tmp_path: Path
+    fake_run: FakeRun, tmp_path: Path
 ) -> None:
-    ended = stand_in.run(tmp_path)
+    ended = fake_run.run(tmp_path)
     kind, *fields = ended.stdout.splitlines()[-1].split()
     values = dict(field.split("=", 1) for field in fields)
     assert kind == "embedded" and ended.stderr == ""
@@ -100,12 +98,12 @@ def test_the_last_line_is_for_scripts_and_a_pipe_sees_no_bar(
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_terminal_sees_a_bar_unless_it_wants_quiet(
-    stand_in: StandIn, tmp_path: Path, quiet: bool
+    fake_run: FakeRun, tmp_path: Path, quiet: bool
 ) -> None:
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
-    command = stand_in.command(tmp_path, *(["--quiet"] if quiet else []))
+    command = fake_run.command(tmp_path, *(["--quiet"] if quiet else []))
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs)
     assert process.wait(60) == 0
     os.set_blocking(ours, False)
@@ -129,11 +127,11 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join(sys.path)
     )  # before 3.13 the server does not get it otherwise
-    slow = make_stand_in(tmp_path / "slow", images_per_second=100)
+    slow = make_fake_run(tmp_path / "slow", images_per_second=100)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
     def start(output: Path) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=embed_small_parts, args=(slow, output))
+        process = context.Process(target=embed_small_shards, args=(slow, output))
         process.start()
         return process
 
@@ -144,7 +142,7 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
         return time.perf_counter() - started
 
     seconds_of(start(whole))
-    expected = parts(whole)
+    expected = shard_bytes(whole)
     start_up = seconds_of(start(whole))  # it has nothing to do
     moments, num_killed, num_done = random.Random(5), 0, set()
     while num_killed < 20:
@@ -153,14 +151,14 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
         process.kill()
         process.join()
         num_killed += process.exitcode == -signal.SIGKILL
-        found = parts(killed)
+        found = shard_bytes(killed)
         num_done.add(len(found))
         assert all(expected[name] == data for name, data in found.items()), "a broken part"
         if process.exitcode == 0:  # it was quicker than it should be: from the beginning
             shutil.rmtree(killed)
     assert len(num_done) > 2, "the moments were not spread over the work"
     seconds_of(start(killed))
-    assert parts(killed) == expected
+    assert shard_bytes(killed) == expected
 
 
 @pytest.mark.parametrize(
@@ -169,25 +167,25 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
 def test_a_signal_ends_it_cleanly_and_it_goes_on_from_there(
     tmp_path: Path, number: signal.Signals, num_processes: int
 ) -> None:
-    slow = make_stand_in(tmp_path / "slow", images_per_second=60)
+    slow = make_fake_run(tmp_path / "slow", images_per_second=60)
     command = slow.command(tmp_path, "--num_processes", num_processes)
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    while not parts(tmp_path) and process.poll() is None:
+    while not shard_bytes(tmp_path) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert errors == f"stopped by {number.name}; the same command goes on where it stopped\n"
-    num_done = len(parts(tmp_path))
+    assert errors == f"stopped by {number.name}; the same command resumes the run\n"
+    num_done = len(shard_bytes(tmp_path))
     assert 0 < num_done < 15 and not list(tmp_path.rglob(".*.tmp"))
-    assert slow.run(tmp_path).returncode == 0 and len(parts(tmp_path)) == 16
+    assert slow.run(tmp_path).returncode == 0 and len(shard_bytes(tmp_path)) == 16
 
 
 def test_a_full_disk_is_a_sentence_and_a_rerun_completes(tmp_path: Path) -> None:
-    """A file on a tmpfs takes whole pages of 4 KB, and there are 15 parts: ten pages do not hold them."""
-    wide = make_stand_in(tmp_path / "wide", num_features=256)
+    """A file on a tmpfs takes whole pages of 4 KB, and there are 15 shards: ten pages do not hold them."""
+    wide = make_fake_run(tmp_path / "wide", num_features=256)
     assert wide.run(tmp_path / "whole").returncode == 0
     disk = tmp_path / "disk"
     with small_disk(disk, "40k"):
@@ -197,24 +195,24 @@ def test_a_full_disk_is_a_sentence_and_a_rerun_completes(tmp_path: Path) -> None
             ended.stderr.startswith("error: the disk is full, so ")
             and ended.stderr.count("\n") == 1
         )
-        written = parts(disk)
-        expected = parts(tmp_path / "whole")
+        written = shard_bytes(disk)
+        expected = shard_bytes(tmp_path / "whole")
         assert 0 < len(written) < len(expected)
         assert all(expected[name] == data for name, data in written.items()), "a broken part"
         assert not list(disk.rglob(".*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
         ended = wide.run(disk)
         assert ended.returncode == 0, ended.stderr
-        assert parts(disk) == expected
+        assert shard_bytes(disk) == expected
 
 
 def test_several_processes_give_the_same_bytes(
-    whole: Path, stand_in: StandIn, tmp_path: Path
+    whole: Path, fake_run: FakeRun, tmp_path: Path
 ) -> None:
-    ended = stand_in.run(tmp_path, "--num_processes", 3)
+    ended = fake_run.run(tmp_path, "--num_processes", 3)
     assert ended.returncode == 0, ended.stderr
     assert "images=300" in ended.stdout
-    assert parts(tmp_path / "null") == parts(whole)
+    assert shard_bytes(tmp_path / "null") == shard_bytes(whole)
 
 
 def children(pid: int) -> list[int]:
@@ -229,45 +227,45 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through /proc")
 def test_the_parts_of_a_lost_worker_are_done_again(tmp_path: Path) -> None:
-    slow = make_stand_in(tmp_path / "slow", images_per_second=100)
+    slow = make_fake_run(tmp_path / "slow", images_per_second=100)
     assert slow.run(tmp_path / "whole").returncode == 0
     command = slow.command(tmp_path / "lost", "--num_processes", 2)
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    while not parts(tmp_path / "lost") and process.poll() is None:
+    while not shard_bytes(tmp_path / "lost") and process.poll() is None:
         time.sleep(0.02)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "a worker was lost (exit code -9)" in errors and "images=300" in out
-    assert parts(tmp_path / "lost") == parts(tmp_path / "whole")
+    assert shard_bytes(tmp_path / "lost") == shard_bytes(tmp_path / "whole")
 
 
-def test_what_a_worker_has_to_say_reaches_the_user(stand_in: StandIn, tmp_path: Path) -> None:
-    data = shutil.copytree(stand_in.data, tmp_path / "data")
+def test_what_a_worker_has_to_say_reaches_the_user(fake_run: FakeRun, tmp_path: Path) -> None:
+    data = shutil.copytree(fake_run.data, tmp_path / "data")
     with h5py.File(data / "train-image.hdf5", "a") as file:
         for row in range(30):
             del file[f"ISIC_{row:07d}"]
-    ended = StandIn(data, stand_in.model_dir).run(tmp_path / "out", "--num_processes", 2)
+    ended = FakeRun(data, fake_run.model_dir).run(tmp_path / "out", "--num_processes", 2)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert "cannot be used (" in ended.stderr and "no image for this id" in ended.stderr
 
 
-def test_workers_that_all_die_end_the_run(stand_in: StandIn, tmp_path: Path) -> None:
+def test_workers_that_all_die_end_the_run(fake_run: FakeRun, tmp_path: Path) -> None:
     """They are given cores that do not exist. Nothing is tried for ever."""
     code = (
         "import infer.embedding.workers as w\n"
         "if __name__ == '__main__':\n"
-        "    from infer.embedding.embed import embed; from isic.runtime import cli\n"
-        "    w.share = lambda *a: [100_000]\n"
-        "    cli.run({'embed': embed})"
+        "    from infer.embedding.embed import embed_dataset; from isic.runtime import cli\n"
+        "    w.core_slice = lambda *a: [100_000]\n"
+        "    cli.run({'embed': embed_dataset})"
     )
     (tmp_path / "run.py").write_text(code)
     command = [
         sys.executable,
         str(tmp_path / "run.py"),
-        *stand_in.flags(tmp_path / "out", "--num_processes", 2),
+        *fake_run.flags(tmp_path / "out", "--num_processes", 2),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
@@ -277,15 +275,15 @@ def test_workers_that_all_die_end_the_run(stand_in: StandIn, tmp_path: Path) -> 
 
 
 def test_more_bad_images_than_allowed_stop_a_run_however_it_is_cut_up(
-    stand_in: StandIn, tmp_path: Path, cli: Cli
+    fake_run: FakeRun, tmp_path: Path, cli: Cli
 ) -> None:
-    data = shutil.copytree(stand_in.data, tmp_path / "data")
+    data = shutil.copytree(fake_run.data, tmp_path / "data")
     with h5py.File(data / "train-image.hdf5", "a") as file:
         for row in (3, 4, 5):
             del file[f"ISIC_{row:07d}"]
         file["ISIC_0000004"] = np.bytes_(jpeg(40)[:200])
         file["ISIC_0000005"] = np.bytes_(b"text")
-    damaged = StandIn(data, stand_in.model_dir)
+    damaged = FakeRun(data, fake_run.model_dir)
     allowed = cli("infer", *damaged.flags(tmp_path / "out"))
     assert allowed.code == 0 and "images=297 bad=3" in allowed.out
     errors = dict(
@@ -299,7 +297,7 @@ def test_more_bad_images_than_allowed_stop_a_run_however_it_is_cut_up(
         and "--max_bad" in stopped.err
     )
     again = cli("infer", *damaged.flags(tmp_path / "out", "--on_error", "raise"))
-    assert again.code == 2 and "; mend it, or leave such images out" in again.err
+    assert again.code == 2 and "; fix it, or skip such images" in again.err
 
 
 def test_test_time_augmentation_sees_every_view(tmp_path: Path) -> None:
@@ -319,11 +317,11 @@ def test_test_time_augmentation_sees_every_view(tmp_path: Path) -> None:
         tmp_path / "null", tmp_path / "data" / "train-metadata.csv", PreprocessSpec(size=16), 2, 3
     )
     for tta, corners in (("none", 1), ("flips", 4), ("d4", 4)):
-        stand_in = StandIn(tmp_path / "data", tmp_path / "null")
-        ended = stand_in.run(tmp_path / tta, "--tta", tta, "--dtype", "float32")
+        fake_run = FakeRun(tmp_path / "data", tmp_path / "null")
+        ended = fake_run.run(tmp_path / tta, "--tta", tta, "--dtype", "float32")
         assert ended.returncode == 0, ended.stderr
         for name, features in (
-            load(tmp_path / tta / "null", "train", ["features"])
+            scan_embeddings(tmp_path / tta / "null", "train", ["features"])
             .select("isic_id", "features")
             .collect()
             .iter_rows()
@@ -338,87 +336,42 @@ def test_test_time_augmentation_sees_every_view(tmp_path: Path) -> None:
     assert read_run(tmp_path / "d4" / "null", "train")["tta"] == "d4"
 
 
-def test_joined_to_the_metadata_with_every_link_checked(
-    whole: Path, stand_in: StandIn, tmp_path: Path
-) -> None:
-    metadata = Dataset(stand_in.data).metadata("train")
-    rows = join(whole, "train", metadata, model_dir=stand_in.model_dir).collect()
-    assert rows["isic_id"].equals(metadata["isic_id"]) and {"target", "fold", "logit"} <= set(
-        rows.columns
-    )
-    with pytest.raises(UserError, match="made for another table"):
-        join(whole, "train", metadata.reverse())
-    other = shutil.copytree(stand_in.model_dir, tmp_path / "null")
-    manifest = read_json(other / "fold_1" / f"{FILE}.json")
-    write_json(other / "fold_1" / f"{FILE}.json", {**manifest, "sha256": "0"})
-    with pytest.raises(UserError, match="another engine of fold 1"):
-        join(whole, "train", metadata, model_dir=other)
-
-
-def test_a_part_that_is_lost_or_doubled_is_noticed(
-    whole: Path, stand_in: StandIn, tmp_path: Path
-) -> None:
-    metadata = Dataset(stand_in.data).metadata("train")
-    root = shutil.copytree(whole, tmp_path / "null")
-    first = root / "train" / "fold_0" / "part-00000.parquet"
-    shutil.copy(first, first.with_name("part-00099.parquet"))
-    with pytest.raises(UserError, match=f"{PART_ROWS} train embeddings are there more than once"):
-        join(root, "train", metadata)
-    first.with_name("part-00099.parquet").unlink()
-    first.unlink()
-    with pytest.raises(UserError, match=f"{PART_ROWS} train embeddings are there not at all"):
-        join(root, "train", metadata)
-
-
 def test_a_part_of_another_run_is_noticed(
-    whole: Path, stand_in: StandIn, tmp_path: Path, cli: Cli
+    whole: Path, fake_run: FakeRun, tmp_path: Path, cli: Cli
 ) -> None:
     """It holds the very ids it should, but another plan made it."""
     root, place = shutil.copytree(whole, tmp_path / "null"), Path("train/fold_0/part-00000.parquet")
-    flags = stand_in.flags(tmp_path / "other", "--batch_size", 8, "--dtype", "float32")
+    flags = fake_run.flags(tmp_path / "other", "--batch_size", 8, "--dtype", "float32")
     assert cli("infer", *flags).code == 0
     shutil.copy(next((tmp_path / "other/null/train/fold_0").glob("part-*.parquet")), root / place)
     with pytest.raises(UserError, match=r"part-00000\.parquet was made by another run"):
-        load(root, "train")
+        scan_embeddings(root, "train")
     (root / place).write_bytes((whole / place).read_bytes()[:100])
     with pytest.raises(UserError, match=r"part-00000\.parquet is damaged"):
-        load(root, "train")
+        scan_embeddings(root, "train")
     shutil.copy(whole / place, root / place)
-    assert len(load(root, "train").collect()) == 300
+    assert len(scan_embeddings(root, "train").collect()) == 300
     (root / "train" / "run.json").unlink()
     with pytest.raises(UserError, match="has no finished train embeddings"):
-        load(root, "train")
-
-
-def test_a_fold_plan_that_did_not_make_the_embeddings_is_noticed(
-    whole: Path, stand_in: StandIn, tmp_path: Path
-) -> None:
-    metadata, root = (
-        Dataset(stand_in.data).metadata("train"),
-        shutil.copytree(whole, tmp_path / "null"),
-    )
-    folds = read_folds(root / "folds.parquet")
-    type(folds)(folds.table.with_columns((pl.col("fold") + 1) % 3)).write(root / "folds.parquet")
-    with pytest.raises(UserError, match="is not the fold plan that the embeddings were made with"):
-        join(root, "train", metadata)
+        scan_embeddings(root, "train")
 
 
 def test_the_batch_size_of_a_run_is_kept_when_it_goes_on(
-    stand_in: StandIn, tmp_path: Path, cli: Cli
+    fake_run: FakeRun, tmp_path: Path, cli: Cli
 ) -> None:
     """What an engine computes may depend on it in the last bit."""
-    assert cli("infer", *stand_in.flags(tmp_path, "--batch_size", 7)).code == 0
+    assert cli("infer", *fake_run.flags(tmp_path, "--batch_size", 7)).code == 0
     next((tmp_path / "null").rglob("part-*.parquet")).unlink()
-    assert cli("infer", *stand_in.flags(tmp_path)).code == 0
+    assert cli("infer", *fake_run.flags(tmp_path)).code == 0
     assert read_run(tmp_path / "null", "train")["batch_size"] == 7
-    refused = cli("infer", *stand_in.flags(tmp_path, "--batch_size", 9))
+    refused = cli("infer", *fake_run.flags(tmp_path, "--batch_size", 9))
     assert refused.code == 2 and "made with batch_size = 7, now it is 9" in refused.err
 
 
 def test_what_a_killed_run_left_behind_is_swept_up(
-    stand_in: StandIn, tmp_path: Path, cli: Cli
+    fake_run: FakeRun, tmp_path: Path, cli: Cli
 ) -> None:
-    assert cli("infer", *stand_in.flags(tmp_path)).code == 0
+    assert cli("infer", *fake_run.flags(tmp_path)).code == 0
     old, new = (
         tmp_path / "null" / "train" / "fold_0" / f".part-00000.parquet.{name}.tmp"
         for name in ("old", "new")
@@ -426,7 +379,7 @@ def test_what_a_killed_run_left_behind_is_swept_up(
     for path in (old, new):
         path.write_bytes(b"half a part")
     os.utime(old, (1, 1))
-    assert cli("infer", *stand_in.flags(tmp_path)).out.startswith("up to date")
+    assert cli("infer", *fake_run.flags(tmp_path)).out.startswith("up to date")
     assert new.exists() and not old.exists(), (
         "the new one may belong to a run that goes on beside this one"
     )
@@ -460,21 +413,21 @@ def test_ids_are_read_whatever_the_other_columns_hold(
 
 
 def test_a_fold_plan_that_is_not_the_engines_is_refused(
-    stand_in: StandIn, tmp_path: Path, cli: Cli
+    fake_run: FakeRun, tmp_path: Path, cli: Cli
 ) -> None:
-    model_dir = shutil.copytree(stand_in.model_dir, tmp_path / "null")
+    model_dir = shutil.copytree(fake_run.model_dir, tmp_path / "null")
     folds = read_folds(model_dir / "folds.parquet")
     shifted = folds.table.with_columns((pl.col("fold") + 1) % 3)
     type(folds)(shifted).write(model_dir / "folds.parquet")
-    ended = cli("infer", *StandIn(stand_in.data, model_dir).flags(tmp_path / "out"))
+    ended = cli("infer", *FakeRun(fake_run.data, model_dir).flags(tmp_path / "out"))
     assert ended.code == 2 and "was trained with the fold plan" in ended.err
 
 
 def test_images_that_were_replaced_are_noticed(tmp_path: Path, cli: Cli) -> None:
     """In a folder of as many files of the same names, and in a file of the same size."""
-    stand_in = make_stand_in(tmp_path / "made", num_images=40)
-    folder, file = stand_in.data / "train-image", stand_in.data / "train-image.hdf5"
-    names = pl.read_csv(stand_in.data / "train-metadata.csv")["isic_id"].to_list()
+    fake_run = make_fake_run(tmp_path / "made", num_images=40)
+    folder, file = fake_run.data / "train-image", fake_run.data / "train-image.hdf5"
+    names = pl.read_csv(fake_run.data / "train-metadata.csv")["isic_id"].to_list()
     images = [jpeg(16 + row) for row in range(len(names))]
 
     def write_folder(order: list[bytes]) -> None:
@@ -489,43 +442,43 @@ def test_images_that_were_replaced_are_noticed(tmp_path: Path, cli: Cli) -> None
         for path in (tmp_path / "out", file):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         write(images)
-        assert cli("infer", *stand_in.flags(tmp_path / "out")).code == 0
-        assert cli("infer", *stand_in.flags(tmp_path / "out")).out.startswith("up to date")
+        assert cli("infer", *fake_run.flags(tmp_path / "out")).code == 0
+        assert cli("infer", *fake_run.flags(tmp_path / "out")).out.startswith("up to date")
         write(images[1:] + images[:1])
-        ended = cli("infer", *stand_in.flags(tmp_path / "out"))
+        ended = cli("infer", *fake_run.flags(tmp_path / "out"))
         assert ended.code == 2 and "holds embeddings made with other images" in ended.err
 
 
-def test_force_begins_anew(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
-    assert cli("infer", *stand_in.flags(tmp_path)).code == 0
-    assert cli("infer", *stand_in.flags(tmp_path)).out.startswith("up to date")
+def test_force_begins_anew(fake_run: FakeRun, tmp_path: Path, cli: Cli) -> None:
+    assert cli("infer", *fake_run.flags(tmp_path)).code == 0
+    assert cli("infer", *fake_run.flags(tmp_path)).out.startswith("up to date")
     (tmp_path / "null" / "train" / "plan.json").write_text("half")
-    assert cli("infer", *stand_in.flags(tmp_path, "--force")).out.startswith("embedded ")
+    assert cli("infer", *fake_run.flags(tmp_path, "--force")).out.startswith("embedded ")
 
 
-def test_a_fold_without_an_engine_is_told_of(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
-    model_dir = Path(shutil.copytree(stand_in.model_dir, tmp_path / "null"))
+def test_a_fold_without_an_engine_is_told_of(fake_run: FakeRun, tmp_path: Path, cli: Cli) -> None:
+    model_dir = Path(shutil.copytree(fake_run.model_dir, tmp_path / "null"))
     (model_dir / "fold_1" / FILE).unlink()
-    ended = cli("infer", *StandIn(stand_in.data, model_dir).flags(tmp_path / "out"))
-    assert ended.code == 0 and "note: fold_1 in" in ended.out and "are left out" in ended.out
+    ended = cli("infer", *FakeRun(fake_run.data, model_dir).flags(tmp_path / "out"))
+    assert ended.code == 0 and "note: fold_1 in" in ended.out and "are not embedded" in ended.out
 
 
-def test_a_precision_is_of_a_format(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
-    ended = cli("infer", *stand_in.flags(tmp_path, "--precision", "int8"))
-    assert ended.code == 2 and "add --engine onnx" in ended.err
-    ended = cli("infer", *stand_in.flags(tmp_path, "--engine", "onnx", "--precision", "int8"))
+def test_a_precision_is_of_a_format(fake_run: FakeRun, tmp_path: Path, cli: Cli) -> None:
+    ended = cli("infer", *fake_run.flags(tmp_path, "--precision", "int8"))
+    assert ended.code == 2 and "add --format onnx" in ended.err
+    ended = cli("infer", *fake_run.flags(tmp_path, "--format", "onnx", "--precision", "int8"))
     assert (
         ended.code == 2
         and "export --config null --formats onnx --precision int8` first" in ended.err
     )
 
 
-def test_the_lists_of_training_images_go_along(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
-    model_dir = Path(shutil.copytree(stand_in.model_dir, tmp_path / "null"))
+def test_the_lists_of_training_images_go_along(fake_run: FakeRun, tmp_path: Path, cli: Cli) -> None:
+    model_dir = Path(shutil.copytree(fake_run.model_dir, tmp_path / "null"))
     for fold, name in enumerate("abc"):
         seen = seen_rows(pl.DataFrame({"isic_id": [name, "x"]}))
         write_seen(model_dir / f"fold_{fold}" / "trained_on.parquet", seen)
-    flags = StandIn(stand_in.data, model_dir).flags
+    flags = FakeRun(fake_run.data, model_dir).flags
     assert cli("infer", *flags(tmp_path / "out")).code == 0
     root = tmp_path / "out" / "null" / "train"
     for fold, name in enumerate("abc"):
@@ -539,48 +492,48 @@ def test_the_lists_of_training_images_go_along(stand_in: StandIn, tmp_path: Path
     assert "is not the list of images that the exported model was trained on" in ended.err
 
 
-def test_no_thread_is_left_behind(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
+def test_no_thread_is_left_behind(fake_run: FakeRun, tmp_path: Path, cli: Cli) -> None:
     before = set(threading.enumerate())
-    assert cli("infer", *stand_in.flags(tmp_path)).code == 0
+    assert cli("infer", *fake_run.flags(tmp_path)).code == 0
     assert {thread.name for thread in set(threading.enumerate()) - before} <= {"Thread-1"}, (
         "tqdm's monitor at most"
     )
 
 
 def test_settings_that_contradict_each_other_are_refused(
-    stand_in: StandIn, tmp_path: Path, cli: Cli
+    fake_run: FakeRun, tmp_path: Path, cli: Cli
 ) -> None:
-    ended = cli("infer", *stand_in.flags(tmp_path, "--ray", "local", "--num_processes", 2))
+    ended = cli("infer", *fake_run.flags(tmp_path, "--ray", "local", "--num_processes", 2))
     assert ended.code == 2 and "leave out --num_processes" in ended.err
 
 
 @pytest.mark.parametrize("place", ["null/train/plan.json", "null/folds.parquet"])
 def test_what_is_no_embedding_run_stays_as_it_is(
-    stand_in: StandIn, tmp_path: Path, cli: Cli, place: str
+    fake_run: FakeRun, tmp_path: Path, cli: Cli, place: str
 ) -> None:
     path = tmp_path / place
     path.parent.mkdir(parents=True)
     path.write_text("{}")
     (path.parent / "notes.txt").write_text("mine")
-    ended = cli("infer", *stand_in.flags(tmp_path, "--force"))
+    ended = cli("infer", *fake_run.flags(tmp_path, "--force"))
     assert ended.code == 2 and "was not written by this command" in ended.err
     assert path.read_text() == "{}" and (path.parent / "notes.txt").read_text() == "mine"
 
 
-def test_a_dataset_is_no_place_for_embeddings(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
-    shutil.copytree(stand_in.data, tmp_path / "null")
-    ended = cli("infer", *stand_in.flags(tmp_path))
+def test_a_dataset_is_no_place_for_embeddings(fake_run: FakeRun, tmp_path: Path, cli: Cli) -> None:
+    shutil.copytree(fake_run.data, tmp_path / "null")
+    ended = cli("infer", *fake_run.flags(tmp_path))
     assert ended.code == 2 and "holds a dataset" in ended.err
     assert not (tmp_path / "null" / "folds.parquet").exists()
 
 
-@pytest.mark.parametrize("engine", ["*", "[a", "", "/etc/passwd", "../fold_0/model.null", "**"])
+@pytest.mark.parametrize("name", ["*", "[a", "", "/etc/passwd", "../fold_0/model.null", "**"])
 def test_an_engine_is_a_file_name_and_no_pattern(
-    stand_in: StandIn, tmp_path: Path, cli: Cli, engine: str
+    fake_run: FakeRun, tmp_path: Path, cli: Cli, name: str
 ) -> None:
-    model_dir = Path(shutil.copytree(stand_in.model_dir, tmp_path / "null"))
+    model_dir = Path(shutil.copytree(fake_run.model_dir, tmp_path / "null"))
     shutil.copytree(model_dir / "fold_0", model_dir / "fold_0_old")
-    flags = StandIn(stand_in.data, model_dir).flags(tmp_path / "out")
+    flags = FakeRun(fake_run.data, model_dir).flags(tmp_path / "out")
     assert cli("infer", *flags).code == 0, "a copy of a fold is no fold"
-    ended = cli("infer", *flags, "--force", f"--engine={engine}")
+    ended = cli("infer", *flags, "--force", f"--format={name}")
     assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1

@@ -8,18 +8,19 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embeddings import part_path
-from infer.ensemble.artifact import clear
+from infer.embedding.store import shard_path
+from infer.ensemble.artifact import clear_ensemble
 from infer.ensemble.boosters import LIBRARIES, min_data, parameters_of, read_booster
-from infer.ensemble.fit import fit, undersample
-from infer.ensemble.image_scores import fit_standard, image_features
-from infer.ensemble.scores import ScoresSettings, show, summarise, table
+from infer.ensemble.fit import fit_ensemble
+from infer.ensemble.image_scores import fit_logit_scaler, image_features
+from infer.ensemble.out_of_fold import undersample
+from infer.ensemble.scores import ScoresSettings, format_scores, show_scores, summarise
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds, read_folds
 from isic.metrics import pauc
 from isic.runtime.errors import UserError
-from tests.support.ensembles import settings, write_dataset, write_embeddings, write_run
+from tests.support.ensembles import fit_settings, write_dataset, write_embeddings, write_run
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def embeddings(data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def fitted(data: Path) -> Path:
-    fit(settings(data, data.parent / "ensemble", features="engineered", seeds=2))
+    fit_ensemble(fit_settings(data, data.parent / "ensemble", features="engineered", seeds=2))
     return data.parent / "ensemble" / "engineered"
 
 
@@ -96,7 +97,7 @@ def test_fold_members_of_held_out_rows_were_fitted_without_them(
     )
     root = with_train(data, tmp_path / "flipped", flipped)
     plan.write(root / "folds.parquet")
-    fit(settings(root, tmp_path / "out", features="engineered"))
+    fit_ensemble(fit_settings(root, tmp_path / "out", features="engineered"))
     again = tmp_path / "out" / "engineered"
     for k, equal in ((0, True), (1, False), (2, False)):
         name = f"lightgbm_fold_{k}_seed_0.txt"
@@ -118,7 +119,9 @@ def test_shuffled_labels_give_chance(data: Path, embeddings: Path, tmp_path: Pat
     test = pl.read_csv(data / "test-metadata.csv", infer_schema=False)
     test.write_csv(root / "test-metadata.csv")
     label_free = write_embeddings(tmp_path / "embeddings" / "blind", root, plan, strength=0.0)
-    fit(settings(root, tmp_path / "out", features="multimodal", embeddings=label_free, seeds=2))
+    fit_ensemble(
+        fit_settings(root, tmp_path / "out", features="multimodal", embeddings=label_free, seeds=2)
+    )
     scores = json.loads((tmp_path / "out" / "multimodal_blind" / "scores.json").read_text())
     assert 0.38 < scores["blend"]["auc"] < 0.62
 
@@ -126,19 +129,21 @@ def test_shuffled_labels_give_chance(data: Path, embeddings: Path, tmp_path: Pat
 def test_two_fits_give_the_same_bytes_whatever_the_threads_and_the_order_of_rows(
     fitted: Path, data: Path, tmp_path: Path
 ) -> None:
-    fit(settings(data, tmp_path / "threads", features="engineered", seeds=2, num_threads=3))
+    fit_ensemble(
+        fit_settings(data, tmp_path / "threads", features="engineered", seeds=2, num_threads=3)
+    )
     assert files(tmp_path / "threads" / "engineered") == files(fitted)
     mixed = with_train(
         data, tmp_path / "mixed", train_table(data).sample(fraction=1, shuffle=True, seed=4)
     )
-    fit(settings(mixed, tmp_path / "order", features="engineered", seeds=2))
+    fit_ensemble(fit_settings(mixed, tmp_path / "order", features="engineered", seeds=2))
     again, before = files(tmp_path / "order" / "engineered"), files(fitted)
     differing = {name for name in before if again[name] != before[name]}
     assert differing == {"ensemble.json"}  # it has the digest of the metadata file
 
 
 def test_another_seed_gives_other_boosters(fitted: Path, data: Path, tmp_path: Path) -> None:
-    fit(settings(data, tmp_path, features="engineered", seed=7))
+    fit_ensemble(fit_settings(data, tmp_path, features="engineered", seed=7))
     other = pl.read_parquet(tmp_path / "engineered" / "oof.parquet")
     assert "lightgbm_seed_7" in other.columns
     assert not other["blend"].equals(pl.read_parquet(fitted / "oof.parquet")["blend"])
@@ -148,7 +153,7 @@ def test_a_second_fit_into_the_folder_leaves_nothing_of_the_first(
     data: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "numeric"
-    fit(settings(data, tmp_path, features="numeric", seeds=2, num_rounds=2))
+    fit_ensemble(fit_settings(data, tmp_path, features="numeric", seeds=2, num_rounds=2))
     before = {path.name: path.read_bytes() for path in root.iterdir()}
     for other, words in (
         ({"seeds": 1}, "settings.seeds = 2, now it is 1"),
@@ -158,33 +163,35 @@ def test_a_second_fit_into_the_folder_leaves_nothing_of_the_first(
         with pytest.raises(
             UserError, match=f"{words}; choose another --name, or replace it with --force"
         ):
-            fit(
-                settings(
+            fit_ensemble(
+                fit_settings(
                     data, tmp_path, features="numeric", **{"seeds": 2, "num_rounds": 2} | other
                 )
             )
-    fit(settings(data, tmp_path, features="numeric", seeds=2, num_rounds=2))
+    fit_ensemble(fit_settings(data, tmp_path, features="numeric", seeds=2, num_rounds=2))
     assert before == {path.name: path.read_bytes() for path in root.iterdir()}
-    fit(settings(data, tmp_path, features="numeric", seeds=1, num_rounds=2, force=True))
+    fit_ensemble(
+        fit_settings(data, tmp_path, features="numeric", seeds=1, num_rounds=2, force=True)
+    )
     assert not (root / "lightgbm_fold_0_seed_1.txt").exists()
 
 
 def test_categories_alone_are_features_enough(data: Path, tmp_path: Path) -> None:
-    fit(settings(data, tmp_path, features="sex", num_rounds=2))
+    fit_ensemble(fit_settings(data, tmp_path, features="sex", num_rounds=2))
     assert (tmp_path / "sex" / "ensemble.json").is_file()
 
 
 def test_an_output_folder_that_is_a_file_is_a_sentence(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"cannot write .*; choose another output folder"):
-        fit(settings(data, tmp_path / "file", features="sex", num_rounds=2))
+        fit_ensemble(fit_settings(data, tmp_path / "file", features="sex", num_rounds=2))
 
 
 def test_the_image_score_alone_and_with_the_rest(
     data: Path, embeddings: Path, tmp_path: Path
 ) -> None:
     for features in ("image", "raw", "multimodal"):
-        fit(settings(data, tmp_path, features=features, embeddings=embeddings))
+        fit_ensemble(fit_settings(data, tmp_path, features=features, embeddings=embeddings))
     image, raw, both = (
         json.loads((tmp_path / name / "scores.json").read_text())["blend"]["auc"]
         for name in ("image_tiny", "raw", "multimodal_tiny")
@@ -202,7 +209,7 @@ def test_the_embeddings_fold_plan_is_the_one_used(data: Path, tmp_path: Path) ->
     plan = draw_folds(train_table(data), 4, 9)
     embeddings = write_embeddings(tmp_path / "four", data, plan)
     chosen = {"features": "numeric", "embeddings": embeddings, "num_folds": None}
-    fit(settings(data, tmp_path, **chosen, num_rounds=2))
+    fit_ensemble(fit_settings(data, tmp_path, **chosen, num_rounds=2))
     assert read_folds(tmp_path / "numeric" / "folds.parquet").digest == plan.digest
 
 
@@ -215,10 +222,10 @@ def test_fold_scores_are_standardised_each_by_its_own_fold() -> None:
             "logit": [1.0, 2.0, 3.0, -20.0, -10.0, 0.0],
         }
     )
-    standard = fit_standard(logits)
-    assert standard.folds == {0: (2.0, 1.0), 1: (-10.0, 10.0)}
+    scaler = fit_logit_scaler(logits)
+    assert scaler.folds == {0: (2.0, 1.0), 1: (-10.0, 10.0)}
     metadata = pl.DataFrame({"isic_id": ids[::-1], "patient_id": ["p", "p", "q", "q", "q", "r"]})
-    found = image_features(logits, standard, metadata)
+    found = image_features(logits, scaler, metadata)
     assert found["isic_id"].to_list() == ids[::-1]
     assert found["image_score"].to_list() == [1, 0, -1, 1, 0, -1]
     assert found["image_score_patient_diff"].to_list() == pytest.approx([0.5, -0.5, -1, 1, 0, 0])
@@ -321,14 +328,14 @@ def test_a_fold_of_one_class_has_no_score_of_its_own() -> None:
 def test_all_finished_ensembles_of_a_folder_in_one_table(
     fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    show(ScoresSettings(output_dir=fitted.parent))
+    show_scores(ScoresSettings(output_dir=fitted.parent))
     assert "engineered" in capsys.readouterr().out
     broken = Path(shutil.copytree(fitted, tmp_path / "broken"))
-    clear(broken)
+    clear_ensemble(broken)
     with pytest.raises(UserError, match="holds no finished ensemble"):
-        show(ScoresSettings(output_dir=tmp_path))
+        show_scores(ScoresSettings(output_dir=tmp_path))
     with pytest.raises(UserError, match="holds no finished ensemble"):
-        show(ScoresSettings(output_dir=fitted))
+        show_scores(ScoresSettings(output_dir=fitted))
 
 
 def test_a_blank_column_is_noted_and_fitting_goes_on(
@@ -337,8 +344,8 @@ def test_a_blank_column_is_noted_and_fitting_goes_on(
     blank = train_table(data).with_columns(
         pl.lit(None).alias("age_approx"), pl.lit(None).alias("sex")
     )
-    fit(
-        settings(
+    fit_ensemble(
+        fit_settings(
             with_train(data, tmp_path / "blank", blank), tmp_path, features="raw", num_rounds=2
         )
     )
@@ -368,7 +375,7 @@ BAD_TABLES = {
 def test_bad_tables_are_refused(data: Path, tmp_path: Path, message: str) -> None:
     root = with_train(data, tmp_path / "bad", BAD_TABLES[message](train_table(data)))
     with pytest.raises(UserError, match=message):
-        fit(settings(root, tmp_path, features="engineered"))
+        fit_ensemble(fit_settings(root, tmp_path, features="engineered"))
     assert not (tmp_path / "engineered").exists()
 
 
@@ -386,41 +393,41 @@ def test_bad_tables_are_refused(data: Path, tmp_path: Path, message: str) -> Non
 )
 def test_bad_features_are_refused(data: Path, tmp_path: Path, features: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        fit(settings(data, tmp_path, features=features))
+        fit_ensemble(fit_settings(data, tmp_path, features=features))
 
 
 def test_embeddings_that_lack_rows_are_refused(data: Path, tmp_path: Path) -> None:
     root = write_embeddings(tmp_path / "gaps", data)
-    path = part_path(root, "train", 1, 0)
+    path = shard_path(root, "train", 1, 0)
     part = pl.read_parquet(path)
     part[3:].write_parquet(path)
     missing = sorted(part["isic_id"][:3])
     message = f"lacks the train embeddings of 3 of 400 images, the first is {missing[0]} for fold 1"
     with pytest.raises(UserError, match=message):
-        fit(settings(data, tmp_path, features="multimodal", embeddings=root))
+        fit_ensemble(fit_settings(data, tmp_path, features="multimodal", embeddings=root))
     skipped = pl.DataFrame({"isic_id": missing, "reason": ["truncated JPEG"] * 3})
     skipped.write_parquet(root / "train" / "errors.parquet")
-    fit(settings(data, tmp_path, features="multimodal", embeddings=root, num_rounds=2))
-    fit(settings(data, tmp_path, features="image", embeddings=root))
+    fit_ensemble(fit_settings(data, tmp_path, features="multimodal", embeddings=root, num_rounds=2))
+    fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=root))
 
 
 def test_embeddings_of_another_fold_plan_are_refused(data: Path, tmp_path: Path) -> None:
     root = write_embeddings(tmp_path / "other", data)
     write_run(root, "train", draw_folds(train_table(data), 3, 1))
     with pytest.raises(UserError, match="were made with the fold plan"):
-        fit(settings(data, tmp_path, features="image", embeddings=root))
+        fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=root))
 
 
 def test_logits_that_are_not_numbers_or_stand_twice_are_refused(data: Path, tmp_path: Path) -> None:
     root = write_embeddings(tmp_path / "nan", data)
-    path = part_path(root, "train", 0, 0)
+    path = shard_path(root, "train", 0, 0)
     part = pl.read_parquet(path)
     pl.concat([part, part[:1]]).write_parquet(path)
     with pytest.raises(UserError, match="has more than one train logit of fold 0"):
-        fit(settings(data, tmp_path, features="image", embeddings=root))
+        fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=root))
     part.with_columns(pl.lit(float("nan"), dtype=pl.Float32).alias("logit")).write_parquet(path)
     with pytest.raises(UserError, match="train logits are not finite"):
-        fit(settings(data, tmp_path, features="image", embeddings=root))
+        fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=root))
 
 
 def test_a_dataset_of_ids_targets_and_patients_can_be_scored_by_its_images(
@@ -430,8 +437,8 @@ def test_a_dataset_of_ids_targets_and_patients_can_be_scored_by_its_images(
         data, tmp_path / "plain", train_table(data).select(schema.ID, schema.TARGET, schema.PATIENT)
     )
     Dataset(data).metadata("test").select(schema.ID).write_csv(plain / "test-metadata.csv")
-    fit(
-        settings(
+    fit_ensemble(
+        fit_settings(
             plain, tmp_path, features="image", embeddings=write_embeddings(tmp_path / "e", plain)
         )
     )
@@ -439,8 +446,8 @@ def test_a_dataset_of_ids_targets_and_patients_can_be_scored_by_its_images(
 
 
 def test_real_rows_beat_the_known_baseline_of_raw_numbers(real_data: Path, tmp_path: Path) -> None:
-    fit(
-        settings(
+    fit_ensemble(
+        fit_settings(
             real_data / "real-tabular", tmp_path, features="numeric", num_folds=5, num_rounds=200
         )
     )
@@ -456,7 +463,7 @@ def test_settings_that_contradict_the_fold_plan_are_refused(
     for root, given in ((data, image), (pinned, {"features": "tbp_lv_H"})):
         for contradiction in ({"num_folds": 5}, {"num_folds": 3, "split_seed": 8}):
             with pytest.raises(UserError, match=r"folds\.parquet .*; leave --\w+ out"):
-                fit(settings(root, tmp_path / "out", **given, **contradiction))
+                fit_ensemble(fit_settings(root, tmp_path / "out", **given, **contradiction))
     assert not (tmp_path / "out").exists()
 
 
@@ -471,7 +478,7 @@ def test_the_manifest_records_the_folds_that_were_used(data: Path, tmp_path: Pat
         ("default", data, {"num_folds": None}),
     ):
         chosen = {"features": "tbp_lv_H", "num_rounds": 2, "name": name}
-        fit(settings(root, tmp_path / "out", **chosen, **given))
+        fit_ensemble(fit_settings(root, tmp_path / "out", **chosen, **given))
         manifest = json.loads((tmp_path / "out" / name / "ensemble.json").read_text())
         used = manifest["settings"]
         recorded[name] = (used["num_folds"], used.get("split_seed"))
@@ -491,8 +498,8 @@ def test_a_patient_of_few_lesions_is_noted_beside_the_top_15(fitted: Path) -> No
     summary = json.loads((fitted / "scores.json").read_text())["blend"]
     assert 0 < summary["patients_of_at_most_15"] < summary["patients_with_malignant"]
     sentence = "have at most 15 lesions, so theirs count as found in the top 15 whatever their"
-    assert table({"blend": summary}).count(sentence) == 1
-    assert sentence not in table({"blend": {**summary, "patients_of_at_most_15": 0}})
+    assert format_scores({"blend": summary}).count(sentence) == 1
+    assert sentence not in format_scores({"blend": {**summary, "patients_of_at_most_15": 0}})
 
 
 def test_scores_of_another_version_are_left_out_with_a_warning(
@@ -502,7 +509,7 @@ def test_scores_of_another_version_are_left_out_with_a_warning(
         shutil.copytree(fitted, tmp_path / name)
     path = tmp_path / "old" / "ensemble.json"
     path.write_text(path.read_text().replace('"format": 4', '"format": 3'))
-    show(ScoresSettings(output_dir=tmp_path))
+    show_scores(ScoresSettings(output_dir=tmp_path))
     shown = capsys.readouterr()
     assert "\nnew " in shown.out and "\nold " not in shown.out
     assert f"warning: {tmp_path / 'old'} was fitted by another version" in shown.err
@@ -514,11 +521,11 @@ def test_a_folder_of_something_else_is_not_written_into(data: Path, tmp_path: Pa
     run.mkdir()
     (run / "folds.parquet").write_bytes(b"the plan of a run")
     with pytest.raises(UserError, match=r"folds\.parquet exists and was not written by this"):
-        fit(settings(data, tmp_path, name="demo", features="raw"))
+        fit_ensemble(fit_settings(data, tmp_path, name="demo", features="raw"))
     assert (run / "folds.parquet").read_bytes() == b"the plan of a run"
     own = Path(shutil.copytree(data, tmp_path / "own"))
     with pytest.raises(UserError, match="holds a dataset; choose another --output_dir or --name"):
-        fit(settings(data, tmp_path, name="own", features="raw"))
+        fit_ensemble(fit_settings(data, tmp_path, name="own", features="raw"))
     assert sorted(path.name for path in own.iterdir()) == sorted(p.name for p in data.iterdir())
 
 
@@ -529,8 +536,8 @@ def test_a_fit_that_was_killed_is_repeated(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("infer.ensemble.fit.write_manifest", killed)
-        fit(settings(data, tmp_path, name="raw", features="raw", num_rounds=2))
+        patched.setattr("infer.ensemble.fit.write_ensemble_manifest", killed)
+        fit_ensemble(fit_settings(data, tmp_path, name="raw", features="raw", num_rounds=2))
     assert (tmp_path / "raw" / "oof.parquet").is_file()
-    fit(settings(data, tmp_path, name="raw", features="raw", num_rounds=2))
+    fit_ensemble(fit_settings(data, tmp_path, name="raw", features="raw", num_rounds=2))
     assert not (tmp_path / "raw" / "begun.json").exists()

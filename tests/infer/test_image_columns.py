@@ -8,20 +8,20 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embeddings import part_path, write_part
+from infer.embedding.store import shard_path, write_shard
 from infer.ensemble.artifact import open_ensemble
-from infer.ensemble.fit import fit
+from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.image_columns import (
     ALIGNED,
-    FORMS,
-    Map,
-    fit_maps,
+    EMBEDDING_MODES,
+    AffineMap,
+    fit_affine_maps,
     mapped_columns,
     procrustes,
-    read_maps,
-    write_maps,
+    read_affine_maps,
+    write_affine_maps,
 )
-from infer.ensemble.predict import PredictSettings, predict
+from infer.ensemble.predict import PredictSettings, predict_submission
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import Folds, draw_folds, read_folds
@@ -29,7 +29,7 @@ from isic.metrics import pauc, roc_auc
 from isic.provenance import seen_rows, write_seen
 from isic.runtime.errors import UserError
 from isic.runtime.files import write_json
-from tests.support.ensembles import ENGINES, NUM_FOLDS, settings, write_dataset, write_lists
+from tests.support.ensembles import ENGINES, NUM_FOLDS, fit_settings, write_dataset, write_lists
 
 WIDTH = 12
 REMEMBERED = 6.0
@@ -77,8 +77,8 @@ def embed(
             own = looks + 0.1 * rng.standard_normal(looks.shape)
             own[:, 1] += remembered * target * seen
             features = (own @ turn + k).astype(np.float32)
-            write_part(
-                part_path(root, split, k, 0),
+            write_shard(
+                shard_path(root, split, k, 0),
                 table[schema.ID].to_list(),
                 features,
                 own[:, 0].astype(np.float32),
@@ -128,7 +128,7 @@ def test_an_image_gets_the_same_columns_from_every_model(
     data: Path, run: Path, plan: Folds
 ) -> None:
     metadata = Dataset(data).metadata("train")
-    maps = fit_maps(run, metadata, plan)
+    maps = fit_affine_maps(run, metadata, plan)
     by_fold = [
         mapped_columns(run, "train", ALIGNED, metadata, maps, pl.Series([k] * len(metadata)))
         .drop("isic_id")
@@ -144,14 +144,14 @@ def test_an_image_gets_the_same_columns_from_every_model(
 def test_a_test_row_has_the_mean_over_the_models(
     data: Path, run: Path, plan: Folds, tmp_path: Path
 ) -> None:
-    maps = fit_maps(run, Dataset(data).metadata("train"), plan)
-    write_maps(tmp_path / "maps.parquet", maps)
-    again = read_maps(tmp_path / "maps.parquet")
+    maps = fit_affine_maps(run, Dataset(data).metadata("train"), plan)
+    write_affine_maps(tmp_path / "maps.parquet", maps)
+    again = read_affine_maps(tmp_path / "maps.parquet")
     test = Dataset(data).metadata("test")
     found = mapped_columns(run, "test", ALIGNED, test, again, None)
     assert found["isic_id"].to_list() == test["isic_id"].to_list()
     one = [
-        maps[k].apply(pl.read_parquet(part_path(run, "test", k, 0))["features"].to_numpy())
+        maps[k].apply(pl.read_parquet(shard_path(run, "test", k, 0))["features"].to_numpy())
         for k in maps
     ]
     np.testing.assert_allclose(
@@ -159,36 +159,38 @@ def test_a_test_row_has_the_mean_over_the_models(
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", EMBEDDING_MODES)
 def test_what_the_images_show_is_found_and_predicted(
-    data: Path, run: Path, frozen: Path, form: str, tmp_path: Path
+    data: Path, run: Path, frozen: Path, mode: str, tmp_path: Path
 ) -> None:
-    fit(
-        settings(
+    fit_ensemble(
+        fit_settings(
             data,
             tmp_path,
-            features=f"raw,{form}",
+            features=f"raw,{mode}",
             embeddings=run,
             frozen=frozen,
             name="with",
         )
     )
-    fit(settings(data, tmp_path, features="raw", name="without", embeddings=run))
+    fit_ensemble(fit_settings(data, tmp_path, features="raw", name="without", embeddings=run))
     assert auc(tmp_path / "with") > auc(tmp_path / "without") + 0.02
     where = {"ensemble": tmp_path / "with", "embeddings": run, "frozen": frozen}
-    predict(PredictSettings(data=data, output=tmp_path / "all.csv", **where))
+    predict_submission(PredictSettings(data=data, output=tmp_path / "all.csv", **where))
     (tmp_path / "one").mkdir()
     test = pl.read_csv(data / "test-metadata.csv", infer_schema=False)
     alone = test.filter(patient_id=test["patient_id"][3])[:1]
     alone.write_csv(tmp_path / "one" / "test-metadata.csv")
-    predict(PredictSettings(data=tmp_path / "one", output=tmp_path / "one.csv", **where))
+    predict_submission(PredictSettings(data=tmp_path / "one", output=tmp_path / "one.csv", **where))
     one, every = (pl.read_csv(tmp_path / name) for name in ("one.csv", "all.csv"))
     assert one.rows() == every.filter(isic_id=alone["isic_id"][0]).rows()
 
 
 def test_two_fits_give_the_same_bytes(data: Path, run: Path, tmp_path: Path) -> None:
     for name in "ab":
-        fit(settings(data, tmp_path / name, features="raw,aligned", embeddings=run, name="same"))
+        fit_ensemble(
+            fit_settings(data, tmp_path / name, features="raw,aligned", embeddings=run, name="same")
+        )
     first, second = (
         {path.name: path.read_bytes() for path in (tmp_path / name / "same").iterdir()}
         for name in "ab"
@@ -209,21 +211,21 @@ def shuffle_labels(data: Path, root: Path, seed: int = 1) -> pl.DataFrame:
     return shuffled
 
 
-@pytest.mark.parametrize("form", [*FORMS, "image"])
-def test_shuffled_labels_give_chance(data: Path, form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [*EMBEDDING_MODES, "image"])
+def test_shuffled_labels_give_chance(data: Path, mode: str, tmp_path: Path) -> None:
     """Embeddings that show nothing of the label, but for those of images that the model was trained on."""
     shuffled = shuffle_labels(data, tmp_path / "data")
     plan = draw_folds(shuffled, NUM_FOLDS, 42)
     run = embed(
-        tmp_path / "blind", tmp_path / "data", plan, 0.0, 0.0 if form == "frozen" else REMEMBERED
+        tmp_path / "blind", tmp_path / "data", plan, 0.0, 0.0 if mode == "frozen" else REMEMBERED
     )
     elsewhere: dict[str, object] = {"embeddings": run}
-    if form == "frozen":
+    if mode == "frozen":
         write_seen(seen_list(run, 0), seen_rows(pl.DataFrame({"isic_id": ["other"]})))
         elsewhere = {"frozen": run}
-    features = "raw,image" if form == "image" else form
-    fit(
-        settings(
+    features = "raw,image" if mode == "image" else mode
+    fit_ensemble(
+        fit_settings(
             tmp_path / "data",
             tmp_path,
             features=features,
@@ -246,14 +248,15 @@ def test_a_map_fitted_on_held_out_images_would_leak_and_ours_does_not(
         table = shuffle_labels(data, tmp_path / f"data{seed}", seed)
         plan = draw_folds(table, NUM_FOLDS, 42)
         run = embed(tmp_path / f"run{seed}", tmp_path / f"data{seed}", plan, 0.0, REMEMBERED, width)
-        maps = fit_maps(run, table, plan)
+        maps = fit_affine_maps(run, table, plan)
         parts = [
-            pl.read_parquet(part_path(run, "train", k, 0))["features"].to_numpy()
+            pl.read_parquet(shard_path(run, "train", k, 0))["features"].to_numpy()
             for k in range(NUM_FOLDS)
         ]
         centred = [part - part.mean(axis=0) for part in parts]
         leaky = {
-            k: Map(procrustes(centred[k], centred[0]), np.zeros(width)) for k in range(NUM_FOLDS)
+            k: AffineMap(procrustes(centred[k], centred[0]), np.zeros(width))
+            for k in range(NUM_FOLDS)
         }
         for name, used in (("ours", maps), ("leaky", leaky)):
             columns = (
@@ -285,7 +288,7 @@ def test_embeddings_of_held_out_images_alone_are_refused(
     with pytest.raises(
         UserError, match="aligned needs every training image embedded by every fold model"
     ):
-        fit(settings(data, tmp_path, features="aligned", embeddings=root))
+        fit_ensemble(fit_settings(data, tmp_path, features="aligned", embeddings=root))
 
 
 def test_too_few_images_for_the_features_are_refused(
@@ -293,13 +296,13 @@ def test_too_few_images_for_the_features_are_refused(
 ) -> None:
     wide = embed(tmp_path / "wide", data, plan, 0.0, 0.0, width=200)
     with pytest.raises(UserError, match=r"1\d\d shared images are too few to align 200 features"):
-        fit(settings(data, tmp_path, features="aligned", embeddings=wide))
+        fit_ensemble(fit_settings(data, tmp_path, features="aligned", embeddings=wide))
 
 
 def test_an_ensemble_on_embeddings_of_an_earlier_form_is_refused(
     data: Path, tmp_path: Path
 ) -> None:
-    fit(settings(data, tmp_path, features="sex", num_rounds=2))
+    fit_ensemble(fit_settings(data, tmp_path, features="sex", num_rounds=2))
     manifest = json.loads((tmp_path / "sex" / "ensemble.json").read_text())
     write_json(tmp_path / "sex" / "ensemble.json", manifest | {"features": "sex,components"})
     with pytest.raises(UserError, match='unknown features "components"'):
@@ -308,17 +311,17 @@ def test_an_ensemble_on_embeddings_of_an_earlier_form_is_refused(
 
 def test_missing_and_broken_embeddings_are_refused(data: Path, run: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(run, tmp_path / "tiny"))
-    path = part_path(root, "train", 2, 0)
+    path = shard_path(root, "train", 2, 0)
     part = pl.read_parquet(path)
     part[3:].write_parquet(path)
     with pytest.raises(
         UserError, match=r"lacks the train embeddings of \d+ of \d+ images, .* for fold 2"
     ):
-        fit(settings(data, tmp_path, features="aligned", embeddings=root))
+        fit_ensemble(fit_settings(data, tmp_path, features="aligned", embeddings=root))
     bad = np.full((len(part), WIDTH), np.nan, np.float32)
-    write_part(path, part["isic_id"].to_list(), bad, part["logit"].to_numpy())
+    write_shard(path, part["isic_id"].to_list(), bad, part["logit"].to_numpy())
     with pytest.raises(UserError, match="embeddings are not finite"):
-        fit(settings(data, tmp_path, features="aligned", embeddings=root))
+        fit_ensemble(fit_settings(data, tmp_path, features="aligned", embeddings=root))
 
 
 def test_an_image_that_could_not_be_read_has_blank_columns(
@@ -327,12 +330,12 @@ def test_an_image_that_could_not_be_read_has_blank_columns(
     root = Path(shutil.copytree(run, tmp_path / "tiny"))
     name = Dataset(data).metadata("test")["isic_id"][2]
     for k in range(NUM_FOLDS):
-        path = part_path(root, "test", k, 0)
+        path = shard_path(root, "test", k, 0)
         pl.read_parquet(path).filter(pl.col("isic_id") != name).write_parquet(path)
     skipped = pl.DataFrame({"isic_id": [name], "reason": ["truncated JPEG"]})
     skipped.write_parquet(root / "test" / "errors.parquet")
-    fit(
-        settings(
+    fit_ensemble(
+        fit_settings(
             data,
             tmp_path,
             features="multimodal,aligned",
@@ -341,7 +344,7 @@ def test_an_image_that_could_not_be_read_has_blank_columns(
             name="m",
         )
     )
-    predict(
+    predict_submission(
         PredictSettings(
             data=data, ensemble=tmp_path / "m", embeddings=root, output=tmp_path / "s.csv"
         )
@@ -356,16 +359,16 @@ def test_a_backbone_that_has_seen_the_labels_is_not_frozen(
     metadata = Dataset(data).metadata("train")
     seen_list(root).unlink()
     with pytest.raises(UserError, match=r"trained_on.parquet is missing"):
-        fit(settings(data, tmp_path, features="frozen", frozen=root))
+        fit_ensemble(fit_settings(data, tmp_path, features="frozen", frozen=root))
     write_seen(seen_list(root), seen_rows(metadata))
     with pytest.raises(UserError, match="learned from 400 of the 400 held-out rows or from their"):
-        fit(settings(data, tmp_path, features="frozen", frozen=root))
+        fit_ensemble(fit_settings(data, tmp_path, features="frozen", frozen=root))
     patient = metadata["patient_id"][0]
     lesions = (metadata["patient_id"] == patient).sum()
     only_the_patient = pl.DataFrame({"isic_id": ["ISIC_9"], "patient_id": [patient]})
     write_seen(seen_list(root), seen_rows(only_the_patient))
     with pytest.raises(UserError, match=f"learned from {lesions} of the 400 held-out rows"):
-        fit(settings(data, tmp_path, features="frozen", frozen=root))
+        fit_ensemble(fit_settings(data, tmp_path, features="frozen", frozen=root))
 
 
 @pytest.mark.parametrize("features", ["image", "raw,aligned"])
@@ -380,19 +383,23 @@ def test_scores_of_a_model_that_met_the_rows_are_not_out_of_fold(
     inherited = metadata.filter(pl.col("patient_id") == patient).head(1)
     write_seen(seen_list(root, 2), seen_rows(metadata.filter(fold != 2), seen_rows(inherited)))
     with pytest.raises(UserError, match=r"the model of fold 2 behind .* learned from"):
-        fit(settings(data, tmp_path, features=features, embeddings=root))
+        fit_ensemble(fit_settings(data, tmp_path, features=features, embeddings=root))
 
 
 def test_the_frozen_model_must_be_the_same_one(data: Path, frozen: Path, tmp_path: Path) -> None:
-    fit(settings(data, tmp_path, features="raw,frozen", frozen=frozen, num_rounds=2, name="f"))
+    fit_ensemble(
+        fit_settings(data, tmp_path, features="raw,frozen", frozen=frozen, num_rounds=2, name="f")
+    )
     root = Path(shutil.copytree(frozen, tmp_path / "elsewhere"))
     said = json.loads((root / "test" / "run.json").read_text())
     write_json(root / "test" / "run.json", said | {"checkpoints": {"1": "another"}})
     with pytest.raises(UserError, match="were made with other trained weights"):
-        predict(
+        predict_submission(
             PredictSettings(
                 data=data, ensemble=tmp_path / "f", frozen=root, output=tmp_path / "s.csv"
             )
         )
     with pytest.raises(UserError, match="give --frozen outputs/embeddings/elsewhere"):
-        predict(PredictSettings(data=data, ensemble=tmp_path / "f", output=tmp_path / "s.csv"))
+        predict_submission(
+            PredictSettings(data=data, ensemble=tmp_path / "f", output=tmp_path / "s.csv")
+        )

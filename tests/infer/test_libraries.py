@@ -9,15 +9,16 @@ import polars as pl
 import pytest
 
 from benchmarks.record import PACKAGES
-from infer.ensemble.blend import blend, rank, seeds_of
+from infer.ensemble.blend import blend, rank_in, seeds_of
 from infer.ensemble.boosters import LIBRARIES, parameters_of
-from infer.ensemble.fit import FitSettings, fit
-from infer.ensemble.predict import PredictSettings, predict
+from infer.ensemble.fit import fit_ensemble
+from infer.ensemble.fit_settings import FitSettings
+from infer.ensemble.predict import PredictSettings, predict_submission
 from isic.runtime.config import CONFIG_DIR, build
 from isic.runtime.errors import UserError
 from isic.runtime.files import sha256, versions
 from tests.support.commands import Cli
-from tests.support.ensembles import NUM_FOLDS, settings, write_dataset
+from tests.support.ensembles import NUM_FOLDS, fit_settings, write_dataset
 
 QUICK = {"num_rounds": 8}
 
@@ -85,7 +86,7 @@ def config(data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def fitted(data: Path, config: Path) -> Path:
-    fit(
+    fit_ensemble(
         FitSettings(
             config=str(config), data=data, output_dir=data.parent, name="three", num_threads=1
         )
@@ -155,7 +156,7 @@ def test_prediction_blends_as_fitting_did_and_one_row_scores_what_it_scores_amon
     data: Path, fitted: Path, tmp_path: Path
 ) -> None:
     where = {"ensemble": fitted, "num_threads": 2}
-    predict(PredictSettings(data=data, output=tmp_path / "s.csv", **where))
+    predict_submission(PredictSettings(data=data, output=tmp_path / "s.csv", **where))
     models, submission = (
         pl.read_parquet(tmp_path / "s_models.parquet"),
         pl.read_csv(tmp_path / "s.csv"),
@@ -180,13 +181,13 @@ def test_prediction_blends_as_fitting_did_and_one_row_scores_what_it_scores_amon
     pl.read_csv(data / "test-metadata.csv", infer_schema=False)[:1].write_csv(
         one / "test-metadata.csv"
     )
-    predict(PredictSettings(data=one, output=one / "s.csv", **where))
+    predict_submission(PredictSettings(data=one, output=one / "s.csv", **where))
     again = pl.read_parquet(one / "s_models.parquet").row(0, named=True)
     assert again == models.filter(isic_id=again["isic_id"]).row(0, named=True)
 
 
 def test_compare_blends_seed_by_seed(data: Path, fitted: Path, cli: Cli) -> None:
-    fit(settings(data, data.parent, features="raw", seeds=2, name="one", **QUICK))
+    fit_ensemble(fit_settings(data, data.parent, features="raw", seeds=2, name="one", **QUICK))
     ended = cli("infer", "compare", data.parent / "one", fitted, "--data", data, "--draws", 100)
     assert ended.code == 0, ended.err
     assert "of 2\n" in ended.out and "second against first" in ended.out
@@ -195,7 +196,7 @@ def test_compare_blends_seed_by_seed(data: Path, fitted: Path, cli: Cli) -> None
 def test_ranks_keep_every_order_and_reach_beyond_what_was_seen() -> None:
     reference = np.array([0.2, 0.4, 0.4, 0.6])
     score = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 1.0])
-    ranks = rank(score, reference)
+    ranks = rank_in(score, reference)
     assert (np.diff(ranks) > 0).all() and ranks.min() > 0 and ranks.max() < 1
     assert ranks[[2, 4, 5]].tolist() == [0.125, 0.5, 0.875]
 
@@ -252,7 +253,7 @@ def test_a_value_that_a_library_refuses_is_a_sentence(
 ) -> None:
     flags = {"features": "raw", "libraries": library, library: setting, "num_rounds": 2}
     with pytest.raises(UserError, match=rf"^{library} does not fit \(.+\); change --{library}$"):
-        fit(settings(data, tmp_path, **flags))
+        fit_ensemble(fit_settings(data, tmp_path, **flags))
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""The ring of decoded batches, views of an image, and the tally."""
+"""The ring of decoded batches, views of an image, and the progress."""
 
 import threading
 import time
@@ -9,12 +9,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embedding.embedder import Embedder, Job, Step
+from infer.embedding.embedder import BatchStats, Embedder, EmbedJob
+from infer.embedding.models import find_models
 from infer.embedding.pipeline import decode_ahead, ring_depth
-from infer.embedding.plan import Part, complete, find_models, fold_of
-from infer.embedding.progress import Tally
-from infer.embedding.views import VIEWS, averaged, view
-from infer.embedding.workers import share
+from infer.embedding.progress import Progress
+from infer.embedding.shards import Shard, fold_of, run_missing_shards
+from infer.embedding.views import VIEWS, apply_view, run_averaged
+from infer.embedding.workers import core_slice
 from infer.engines import PinsMemory, load
 from infer.engines.null import FILE
 from isic.folds import Folds
@@ -22,7 +23,7 @@ from isic.images import Hdf5Images, ImageStore, decode_pool
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.errors import UserError
 from tests.support.datasets import jpeg, write_hdf5
-from tests.support.fake_run import StandIn, make_stand_in
+from tests.support.fake_run import FakeRun, make_fake_run
 
 SPEC = PreprocessSpec(size=16)
 IDS = [f"ISIC_{row:03d}" for row in range(100)]
@@ -122,50 +123,52 @@ def test_the_ring_keeps_the_threads_busy() -> None:
 
 def test_views_are_groups_and_the_average_does_not_depend_on_which_view_is_shown() -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
-    assert np.shares_memory(view(images, 0, False), images)
-    np.testing.assert_array_equal(view(images, 1, False)[0], np.rot90(images[0]))
-    np.testing.assert_array_equal(view(images, 2, True)[0], np.flipud(images[0]))
+    assert np.shares_memory(apply_view(images, 0, False), images)
+    np.testing.assert_array_equal(apply_view(images, 1, False)[0], np.rot90(images[0]))
+    np.testing.assert_array_equal(apply_view(images, 2, True)[0], np.flipud(images[0]))
     for name, views in VIEWS.items():
-        seen = {view(images, *one).tobytes() for one in views}
+        seen = {apply_view(images, *one).tobytes() for one in views}
         assert len(seen) == len(views)
         for one in views:
-            assert {view(view(images, *one), *other).tobytes() for other in views} == seen, name
+            assert {
+                apply_view(apply_view(images, *one), *other).tobytes() for other in views
+            } == seen, name
 
 
 def test_an_average_is_made_in_float32(tmp_path: Path) -> None:
-    stand_in = make_stand_in(tmp_path, num_images=12)
-    engines = {fold: load(stand_in.model_dir / f"fold_{fold}" / FILE) for fold in (0, 2)}
+    fake_run = make_fake_run(tmp_path, num_images=12)
+    engines = {fold: load(fake_run.model_dir / f"fold_{fold}" / FILE) for fold in (0, 2)}
     assert not isinstance(engines[0], PinsMemory)
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
-    plain, all_views = averaged(engines, images, "none"), averaged(engines, images, "d4")
+    plain, all_views = run_averaged(engines, images, "none"), run_averaged(engines, images, "d4")
     for fold, engine in engines.items():
         np.testing.assert_array_equal(plain[fold][0], engine.run(images)[0])
-        expected = np.mean([engine.run(view(images, *one))[0] for one in VIEWS["d4"]], axis=0)
+        expected = np.mean([engine.run(apply_view(images, *one))[0] for one in VIEWS["d4"]], axis=0)
         np.testing.assert_allclose(all_views[fold][0], expected, rtol=1e-6)
         assert all_views[fold][0].dtype == all_views[fold][1].dtype == np.float32
     np.testing.assert_allclose(all_views[2][1] - all_views[0][1], 2, atol=1e-6)
 
 
-def part(folder: Path, number: int, num_ids: int = 10, bad: int = 0) -> Part:
-    """A part that is done, with some bad images."""
+def shard(folder: Path, number: int, num_ids: int = 10, bad: int = 0) -> Shard:
+    """A shard that is done, with some bad images."""
     ids = pl.Series([f"{number}-{row}" for row in range(num_ids)])
-    part = Part(ids, {0: folder / f"part-{number:05d}.parquet"})
-    part.paths[0].touch()
+    shard = Shard(ids, {0: folder / f"part-{number:05d}.parquet"})
+    shard.paths[0].touch()
     if bad:
         pl.DataFrame({"isic_id": ids[:bad], "reason": ["truncated JPEG"] * bad}).write_parquet(
-            part.errors_path
+            shard.errors_path
         )
-    return part
+    return shard
 
 
 def test_bad_images_are_counted_against_the_whole_run(tmp_path: Path) -> None:
-    done, due = part(tmp_path, 0, bad=1), [part(tmp_path, number) for number in (1, 2, 3)]
+    done, due = shard(tmp_path, 0, bad=1), [shard(tmp_path, number) for number in (1, 2, 3)]
     for one in due:
         one.paths[0].unlink()
-    tally = Tally([done, *due], "skip", 0.05, quiet=True)
-    assert (tally.num_images, tally.num_now) == (10, 30)
-    tally.add(Step(10, [("1-0", "zero bytes")], decode_wait=1.0, engine=3.0))
-    assert tally.bound_by == "engine" and tally.shares == {
+    progress = Progress([done, *due], "skip", 0.05, quiet=True)
+    assert (progress.num_images, progress.num_due) == (10, 30)
+    progress.add(BatchStats(10, [("1-0", "zero bytes")], decode_wait=1.0, engine=3.0))
+    assert progress.bound_by == "engine" and progress.time_shares == {
         "decode": 0.25,
         "engine": 0.75,
         "write": 0.0,
@@ -174,26 +177,26 @@ def test_bad_images_are_counted_against_the_whole_run(tmp_path: Path) -> None:
         UserError,
         match=r"3 of the first 30 images cannot be used \(2 zero bytes, 1 truncated JPEG\)",
     ):
-        tally.add(Step(10, [("2-0", "zero bytes")]))
-    with pytest.raises(UserError, match="0-0: truncated JPEG; mend it"):
-        Tally([done, *due], "raise", 1.0, quiet=True)
+        progress.add(BatchStats(10, [("2-0", "zero bytes")]))
+    with pytest.raises(UserError, match="0-0: truncated JPEG; fix it"):
+        Progress([done, *due], "raise", 1.0, quiet=True)
 
 
 def test_rounds_end_when_all_is_there_or_nothing_gets_on(tmp_path: Path) -> None:
-    parts = [part(tmp_path, number) for number in range(4)]
-    for one in parts[1:]:
+    shards = [shard(tmp_path, number) for number in range(4)]
+    for one in shards[1:]:
         one.paths[0].unlink()
     rounds: list[int] = []
 
-    def loses_all_but_one(due: list[Part]) -> None:
+    def loses_all_but_one(due: list[Shard]) -> None:
         rounds.append(len(due))
         due[-1].paths[0].touch()
 
-    complete(parts, loses_all_but_one)
+    run_missing_shards(shards, loses_all_but_one)
     assert rounds == [3, 2, 1]
-    parts[0].paths[0].unlink()
-    with pytest.raises(UserError, match="before it finished one of 1 parts"):
-        complete(parts, lambda due: None)
+    shards[0].paths[0].unlink()
+    with pytest.raises(UserError, match="before it finished one of 1 shards"):
+        run_missing_shards(shards, lambda due: None)
 
 
 def test_folds_by_search_are_those_by_join() -> None:
@@ -211,7 +214,7 @@ def test_folds_by_search_are_those_by_join() -> None:
 
 
 def test_an_engine_that_overflows_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = make_stand_in(tmp_path, num_images=12)
+    fake_run = make_fake_run(tmp_path, num_images=12)
     monkeypatch.setattr(
         "infer.engines.null.NullEngine.run",
         lambda self, images: (
@@ -219,39 +222,41 @@ def test_an_engine_that_overflows_is_named(tmp_path: Path, monkeypatch: pytest.M
             np.zeros((len(images), 1), np.float32),
         ),
     )
-    job = job_of(stand_in)
-    one = Part(pl.Series(["ISIC_0000003"]), {1: tmp_path / "fold_1" / "part-00000.parquet"})
+    job = make_job(fake_run)
+    one = Shard(pl.Series(["ISIC_0000003"]), {1: tmp_path / "fold_1" / "part-00000.parquet"})
     says = pytest.raises(
-        UserError, match=r"the engine of fold 1 gives ISIC_0000003 .* not finite as float16"
+        UserError,
+        match=r"the engine of fold 1 returns values for ISIC_0000003 .* not finite as float16",
     )
     with says, np.errstate(over="ignore"), Embedder(job) as embedder:
         embedder.run([one], lambda step: None)
     assert not one.is_done
 
 
-def job_of(stand_in: StandIn) -> Job:
-    models = find_models(stand_in.model_dir, "null", FILE)
-    return Job(stand_in.data, "train", models, "cpu", "float16", "none", 4, 2, None)
+def make_job(fake_run: FakeRun) -> EmbedJob:
+    models = find_models(fake_run.model_dir, "null", FILE)
+    return EmbedJob(fake_run.data, "train", models, "cpu", "float16", "none", 4, 2, None)
 
 
 def test_what_the_listener_raises_ends_the_run_and_its_threads(tmp_path: Path) -> None:
-    stand_in = make_stand_in(tmp_path, num_images=60, images_per_second=500)
+    fake_run = make_fake_run(tmp_path, num_images=60, images_per_second=500)
     ids = pl.Series([f"ISIC_{row:07d}" for row in range(60)])
-    parts = [
-        Part(ids.slice(at, 10), {0: tmp_path / f"part-{at:05d}.parquet"}) for at in range(0, 60, 10)
+    shards = [
+        Shard(ids.slice(at, 10), {0: tmp_path / f"part-{at:05d}.parquet"})
+        for at in range(0, 60, 10)
     ]
     before = threading.active_count()
 
-    def stop(step: Step) -> None:
-        if parts[1].is_done:
+    def stop(step: BatchStats) -> None:
+        if shards[1].is_done:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), Embedder(job_of(stand_in)) as embedder:
-        embedder.run(parts, stop)
+    with pytest.raises(KeyboardInterrupt), Embedder(make_job(fake_run)) as embedder:
+        embedder.run(shards, stop)
     assert threading.active_count() == before
-    assert parts[0].is_done and not parts[5].is_done and not list(tmp_path.glob(".*.tmp"))
+    assert shards[0].is_done and not shards[5].is_done and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_cores_are_shared_out() -> None:
-    assert [share([4, 5, 6, 7], index, 2) for index in range(2)] == [[4, 5], [6, 7]]
-    assert [share([0, 1], index, 3) for index in range(3)] == [[0], [1], [0]]
+    assert [core_slice([4, 5, 6, 7], index, 2) for index in range(2)] == [[4, 5], [6, 7]]
+    assert [core_slice([0, 1], index, 3) for index in range(3)] == [[0], [1], [0]]

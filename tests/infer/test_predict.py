@@ -1,4 +1,4 @@
-"""Predicting: the submission's form, that nothing is fitted, and every artifact that must be refused."""
+"""Predicting: the submission's mode, that nothing is fitted, and every artifact that must be refused."""
 
 import json
 import shutil
@@ -8,15 +8,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embeddings import part_path
-from infer.ensemble.fit import fit
-from infer.ensemble.predict import PredictSettings, predict
+from infer.embedding.store import shard_path
+from infer.ensemble.fit import fit_ensemble
+from infer.ensemble.predict import PredictSettings, predict_submission
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds
 from isic.runtime.errors import UserError
 from isic.runtime.files import sha256, write_json, write_manifest
-from tests.support.ensembles import settings, write_dataset, write_embeddings, write_run
+from tests.support.ensembles import fit_settings, write_dataset, write_embeddings, write_run
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,8 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write_dataset(root / "data")
     embeddings = write_embeddings(root / "embeddings" / "tiny", data)
     for features in ("engineered", "raw", "image", "raw,image", "multimodal"):
-        fit(
-            settings(
+        fit_ensemble(
+            fit_settings(
                 data, root / "ensemble", features=features, embeddings=embeddings, num_rounds=20
             )
         )
@@ -42,7 +42,7 @@ def run(road: Path, ensemble: str = "multimodal_tiny", **more: object) -> pl.Dat
         "output": road / "submission.csv",
     }
     chosen = PredictSettings.model_validate(defaults | more)
-    predict(chosen)
+    predict_submission(chosen)
     return pl.read_csv(chosen.output)
 
 
@@ -153,7 +153,7 @@ def test_an_unseen_category_is_a_blank_and_not_the_commonest(
     pl.DataFrame({"isic_id": ids, "target": target.astype(int), column: values}).write_csv(
         tmp_path / "train" / "train-metadata.csv"
     )
-    fit(settings(tmp_path / "train", tmp_path / "ensemble", features=column))
+    fit_ensemble(fit_settings(tmp_path / "train", tmp_path / "ensemble", features=column))
     one = {"isic_id": [f"ISIC_9{i}" for i in range(4)], column: ["a", "b", "never seen", None]}
     common, rare, unseen, blank = scored(
         road, tmp_path / "data", pl.DataFrame(one), ensemble=tmp_path / "ensemble", embeddings=None
@@ -212,7 +212,7 @@ def test_a_test_row_gets_what_a_training_row_of_every_fold_model_would(road: Pat
     name = run(road, "image_tiny")["isic_id"][0]
     standardised = []
     for k, (mean, std) in state["image"].items():
-        part = pl.read_parquet(part_path(road / "embeddings" / "tiny", "test", int(k), 0))
+        part = pl.read_parquet(shard_path(road / "embeddings" / "tiny", "test", int(k), 0))
         standardised.append((part.filter(isic_id=name)["logit"][0] - mean) / std)
     expected = 1 / (1 + np.exp(-np.mean(standardised)))
     assert run(road, "image_tiny")["target"][0] == pytest.approx(expected, rel=1e-6)
@@ -291,7 +291,7 @@ def test_missing_embeddings_are_refused(road: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give --embeddings outputs/embeddings/tiny"):
         run(road, embeddings=None)
     root = copy(road, tmp_path, "embeddings/tiny")
-    path = part_path(root, "test", 2, 0)
+    path = shard_path(root, "test", 2, 0)
     part = pl.read_parquet(path)
     part[2:].write_parquet(path)
     with pytest.raises(

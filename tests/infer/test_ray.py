@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from infer.embedding import plan
-from infer.embedding.ray_runner import NO_AUTO_CONNECT, actors
+from infer.embedding import shards
+from infer.embedding.ray_runner import NO_AUTO_CONNECT, size_actors
 from tests.support.commands import Cli
-from tests.support.fake_run import StandIn, make_stand_in, parts
+from tests.support.fake_run import FakeRun, make_fake_run, shard_bytes
 
 os.environ.setdefault(
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
@@ -29,18 +29,18 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024 * 1024, "include_dashboa
 
 
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
+def slow(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
     """300 images at 50 a second: seconds in which a node can be killed."""
-    return make_stand_in(tmp_path_factory.mktemp("slow"), images_per_second=50)
+    return make_fake_run(tmp_path_factory.mktemp("slow"), images_per_second=50)
 
 
 @pytest.fixture(scope="module")
-def expected(slow: StandIn, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def expected(slow: FakeRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What a single process gives."""
     output = tmp_path_factory.mktemp("whole")
     ended = slow.run(output)
     assert ended.returncode == 0, ended.stderr
-    return parts(output)
+    return shard_bytes(output)
 
 
 @pytest.fixture
@@ -56,20 +56,20 @@ def cluster() -> Iterator[Any]:
 
 def test_a_node_killed_during_the_run_costs_nothing_but_time(
     cluster: Any,
-    slow: StandIn,
+    slow: FakeRun,
     expected: dict[str, bytes],
     tmp_path: Path,
     cli: Cli,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plan, "PART_ROWS", 20)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 20)
     killed: list[int] = []
 
     def kill() -> None:
         deadline = time.monotonic() + 120
-        while len(parts(tmp_path)) < 4 and time.monotonic() < deadline:
+        while len(shard_bytes(tmp_path)) < 4 and time.monotonic() < deadline:
             time.sleep(0.05)
-        killed.append(len(parts(tmp_path)))
+        killed.append(len(shard_bytes(tmp_path)))
         cluster.remove_node(
             next(node for node in cluster.list_all_nodes() if not node.head), allow_graceful=False
         )
@@ -81,21 +81,21 @@ def test_a_node_killed_during_the_run_costs_nothing_but_time(
     assert ended.code == 0, ended.err
     assert 0 < killed[0] < 15, "the node was killed during the run"
     assert "images=300" in ended.out
-    assert parts(tmp_path) == expected
+    assert shard_bytes(tmp_path) == expected
 
 
 def test_a_cluster_of_its_own_gives_the_same_bytes_and_an_actors_error_is_a_sentence(
-    slow: StandIn,
+    slow: FakeRun,
     expected: dict[str, bytes],
     tmp_path: Path,
     cli: Cli,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plan, "PART_ROWS", 20)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 20)
     try:
         ended = cli("infer", *slow.flags(tmp_path, "--batch_size", 8, "--ray", "local"))
         assert ended.code == 0, ended.err
-        assert parts(tmp_path) == expected
+        assert shard_bytes(tmp_path) == expected
         blocked = tmp_path / "blocked" / "null" / "train" / "fold_1"
         blocked.parent.mkdir(parents=True)
         blocked.write_text("a file where a folder must be")
@@ -107,7 +107,7 @@ def test_a_cluster_of_its_own_gives_the_same_bytes_and_an_actors_error_is_a_sent
         ray.shutdown()
 
 
-def test_no_cluster_at_the_address_is_a_sentence(slow: StandIn, tmp_path: Path, cli: Cli) -> None:
+def test_no_cluster_at_the_address_is_a_sentence(slow: FakeRun, tmp_path: Path, cli: Cli) -> None:
     ended = cli("infer", *slow.flags(tmp_path, "--ray", "nonsense"))
     assert (
         ended.code == 2 and "no Ray cluster at nonsense" in ended.err and "--ray local" in ended.err
@@ -132,6 +132,6 @@ def test_an_actor_a_gpu_or_one_a_machine() -> None:
         node(False, CPU=64, GPU=8),
         node(memory=1e9),
     ]
-    assert actors(machines, "auto") == (6, {"num_cpus": 8, "num_gpus": 1})
-    assert actors(machines, "cpu") == (3, {"num_cpus": 8})
-    assert actors([node(CPU=2)], "auto") == (1, {"num_cpus": 2})
+    assert size_actors(machines, "auto") == (6, {"num_cpus": 8, "num_gpus": 1})
+    assert size_actors(machines, "cpu") == (3, {"num_cpus": 8})
+    assert size_actors([node(CPU=2)], "auto") == (1, {"num_cpus": 2})

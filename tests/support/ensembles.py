@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from infer.embeddings import fold_dir, part_path, write_part
-from infer.ensemble.fit import FitSettings
+from infer.embedding.store import fold_dir, shard_path, write_shard
+from infer.ensemble.fit_settings import FitSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import Folds, draw_folds
@@ -56,8 +56,8 @@ def write_embeddings(
         for split, (ids, score) in rows.items():
             logits = (score * (k + 1) - 10 * k).astype(np.float32)
             features = np.zeros((len(logits), 4), dtype=np.float16)
-            write_part(
-                part_path(root, "train" if split == "train" else "test", k, 0),
+            write_shard(
+                shard_path(root, "train" if split == "train" else "test", k, 0),
                 ids.to_list(),
                 features,
                 logits,
@@ -86,7 +86,7 @@ def write_run(root: Path, split: str, plan: Folds) -> None:
     write_json(root / split / "run.json", run)
 
 
-def settings(data: Path, output_dir: Path, **more: object) -> FitSettings:
+def fit_settings(data: Path, output_dir: Path, **more: object) -> FitSettings:
     """Settings of a fit that takes a second."""
     defaults = {"seeds": 1, "num_folds": NUM_FOLDS, "num_rounds": 40, "num_threads": 1}
     return FitSettings.model_validate(defaults | {"data": data, "output_dir": output_dir} | more)

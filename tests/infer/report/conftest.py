@@ -7,13 +7,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embeddings import load, part_path, write_part
-from infer.ensemble.fit import fit
+from infer.embedding.store import scan_embeddings, shard_path, write_shard
+from infer.ensemble.fit import fit_ensemble
 from infer.report import write_report
 from infer.report.cases import worst_misses
 from isic.dataset import Dataset
 from tests.support.datasets import jpeg, write_hdf5
-from tests.support.ensembles import settings, write_dataset, write_embeddings
+from tests.support.ensembles import fit_settings, write_dataset, write_embeddings
 
 NASTY = "<script>alert(1)</script>\"'&amp;<img src=x onerror=alert(2)>"
 
@@ -35,12 +35,15 @@ def embeddings(data: Path) -> Path:
     root = write_embeddings(data.parent / "embeddings" / "tiny", data)
     rng = np.random.default_rng(0)
     for (fold,), rows in (
-        load(root, "train", ["logit"]).collect().group_by("fold", maintain_order=True)
+        scan_embeddings(root, "train", ["logit"]).collect().group_by("fold", maintain_order=True)
     ):
         features = rng.standard_normal((len(rows), 8)).astype(np.float16)
         logits = rows["logit"].to_numpy()
-        write_part(
-            part_path(root, "train", int(str(fold)), 0), rows["isic_id"].to_list(), features, logits
+        write_shard(
+            shard_path(root, "train", int(str(fold)), 0),
+            rows["isic_id"].to_list(),
+            features,
+            logits,
         )
     return root
 
@@ -48,7 +51,7 @@ def embeddings(data: Path) -> Path:
 @pytest.fixture(scope="package")
 def fitted(data: Path, embeddings: Path) -> Path:
     chosen = {"features": "multimodal", "embeddings": embeddings, "seeds": 2}
-    return fit(settings(data, data.parent, name="a <i>&amp;", **chosen))
+    return fit_ensemble(fit_settings(data, data.parent, name="a <i>&amp;", **chosen))
 
 
 @pytest.fixture(scope="package")

@@ -3,10 +3,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from infer.ensemble.fit import fit
+from infer.ensemble.fit import fit_ensemble
 from infer.report import write_report
 from isic.metrics import pauc, roc_auc, top_k
-from tests.support.ensembles import settings
+from tests.support.ensembles import fit_settings
 
 
 def test_the_tables_hold_the_scores(page: str, oof: pl.DataFrame) -> None:
@@ -34,9 +34,9 @@ def test_the_tables_hold_the_scores(page: str, oof: pl.DataFrame) -> None:
 
 
 def test_without_trees_and_without_images(data: Path, embeddings: Path, tmp_path: Path) -> None:
-    image = fit(settings(data, tmp_path, features="image", embeddings=embeddings))
+    image = fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=embeddings))
     assert "There are no trees" in write_report(image, data).read_text()
-    tabular = fit(settings(data, tmp_path, features="numeric", num_rounds=2))
+    tabular = fit_ensemble(fit_settings(data, tmp_path, features="numeric", num_rounds=2))
     assert "so there is no map" in write_report(tabular, data, embeddings).read_text()
 
 
@@ -52,6 +52,6 @@ def test_the_report_does_not_claim_more_independence_than_there_is(
     data: Path, embeddings: Path, tmp_path: Path, features: str, sentence: str
 ) -> None:
     chosen = {"features": features, "embeddings": embeddings, "num_rounds": 2, "name": "it"}
-    page = write_report(fit(settings(data, tmp_path, **chosen)), data).read_text()
+    page = write_report(fit_ensemble(fit_settings(data, tmp_path, **chosen)), data).read_text()
     assert sentence in page
     assert "never saw the patient" not in page
