@@ -90,7 +90,8 @@ def test_the_list_is_inherited_through_a_chain(
 
     start = tmp_path / "between" / "fold_1" / "backbone"
     ended = train("new", "--fold", 2, "--pretrained", start)
-    assert ended.code == 2 and "learned from 20 of the 20 held-out rows" in ended.err
+    assert ended.code == 2
+    assert "learned from 20 of the 20 held-out rows" in ended.err
 
 
 def test_a_fold_has_not_seen_what_it_holds_out(train: Train, tmp_path: Path) -> None:
@@ -106,14 +107,14 @@ def test_weights_that_were_moved_from_their_list_are_refused(train: Train, tmp_p
     fold = tmp_path / "old" / "fold_0"
     moved = tmp_path / "weights.safetensors"
     shutil.copy(fold / "backbone" / "model.safetensors", moved)
-    with pytest.raises(UserError, match="its list of images is not beside it; copy"):
+    with pytest.raises(UserError, match="its list of images is not next to it; copy"):
         find_weights(str(moved), 0)
     shutil.copy(fold / "trained_on.parquet", tmp_path)
     assert len(find_weights(str(moved), 0).seen) == 40
     pl.DataFrame({"isic_id": ["a"], "patient_id": ["a"]}).write_parquet(
         tmp_path / "trained_on.parquet"
     )
-    with pytest.raises(UserError, match="its list of images is not beside it; copy"):
+    with pytest.raises(UserError, match="its list of images is not next to it; copy"):
         find_weights(str(moved), 0)
 
 
@@ -130,7 +131,8 @@ def test_a_resumed_run_started_from_the_same_weights(train: Train, tmp_path: Pat
     (fold / "oof.parquet").unlink()
     torch.save({name: tensor * 2 for name, tensor in tensors.items()}, weights)
     ended = train("new", "--fold", 0, "--pretrained", weights, "--resume")
-    assert ended.code == 2 and "started from other weights than" in ended.err
+    assert ended.code == 2
+    assert "started from other weights than" in ended.err
 
 
 def test_the_manifest_names_random_weights(train: Train, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The backbone of a trained fold as others load it: timm's `local-dir` form, with a model card."""
+"""A trained backbone in timm's `local-dir` form, with a model card."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,16 @@ from typing import Any
 import yaml
 from safetensors.torch import save
 
+from isic.layout import BACKBONE_DIR
 from isic.runtime.files import atomic_path
 from train.config import TrainSettings
-from train.model import Classifier, backbone_options, preprocess_spec
-from train.pretrained import FOLDER, MARK, WEIGHTS_FILE
+from train.model import Classifier, backbone_options
+from train.pretrained import TRAINED_ON_KEY, WEIGHTS_FILE
 
 LICENSE = "cc-by-nc-4.0"
-"""Images of several sites of the challenge's dataset allow no commercial use, nor do weights learnt from them."""
+"""Some sites of the challenge's dataset forbid commercial use of images, hence of weights."""
+INTERPOLATIONS = {"linear": "bilinear", "cubic": "bicubic", "area": "box"}
+"""timm's name of a resize method."""
 
 
 def save_backbone(
@@ -22,18 +25,18 @@ def save_backbone(
     """Writes a backbone for `timm.create_model("local-dir:...")`, with a model card.
 
     Args:
-        directory: made if it does not exist.
+        directory: created if it does not exist.
         model: the network whose backbone is written.
-        settings: the settings of the run.
-        facts: data, folds and scores for the card: `fold`, `folds_digest`, `num_rows`,
-            `metadata_sha256`, `trained_on`, `pauc`, `auc`.
+        settings: of the run.
+        facts: for the card: `fold`, `folds_digest`, `num_rows`, `metadata_sha256`, `trained_on`,
+            `pauc`, `auc`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
     files = {
-        WEIGHTS_FILE: save(tensors, {MARK: facts[MARK]}),
+        WEIGHTS_FILE: save(tensors, {TRAINED_ON_KEY: facts[TRAINED_ON_KEY]}),
         "config.json": (json.dumps(timm_config(model, settings), indent=1) + "\n").encode(),
         "README.md": model_card(model, settings, facts).encode(),
     }
@@ -43,24 +46,20 @@ def save_backbone(
 
 
 def timm_config(model: Classifier, settings: TrainSettings) -> dict[str, Any]:
-    """Returns what timm builds the backbone from."""
-    spec = preprocess_spec(settings)
+    """Returns the `config.json` from which timm builds the backbone."""
     options = backbone_options(settings)
+    spec = model.spec
     return {
         "architecture": settings.model,
         "num_classes": 0,
         "num_features": model.num_features,
-        "model_args": {
-            name: value for name, value in options.items() if name in {"img_size", "global_pool"}
-        },
+        "model_args": {key: options[key] for key in options if key in {"img_size", "global_pool"}},
         "pretrained_cfg": {
             "num_classes": 0,
             "input_size": [3, spec.size, spec.size],
             "mean": list(spec.mean),
             "std": list(spec.std),
-            "interpolation": {"linear": "bilinear", "cubic": "bicubic", "area": "box"}[
-                spec.interpolation
-            ],
+            "interpolation": INTERPOLATIONS[spec.interpolation],
             "crop_pct": 1.0,
             "license": LICENSE,
         },
@@ -68,7 +67,7 @@ def timm_config(model: Classifier, settings: TrainSettings) -> dict[str, Any]:
 
 
 def model_card(model: Classifier, settings: TrainSettings, facts: dict[str, Any]) -> str:
-    """Returns a card in the form of the Hugging Face hub: YAML between dashes, then text."""
+    """Returns a model card of the Hugging Face hub: YAML between dashes, then Markdown."""
     name = f"{settings.name}, fold {facts['fold']}"
     metrics = [
         {"type": kind, "value": round(facts[kind], 4), "name": kind} for kind in ("pauc", "auc")
@@ -92,20 +91,23 @@ def model_card(model: Classifier, settings: TrainSettings, facts: dict[str, Any]
 
 # {name}
 
-The backbone of a skin-lesion classifier: `{settings.model}` at {settings.image_size} px, {model.num_features} features.
+The backbone of a skin-lesion classifier: `{settings.model}` at {settings.image_size} px, \
+{model.num_features} features.
 
 ```python
 import timm
 
-backbone = timm.create_model("local-dir:{FOLDER}", pretrained=True)
+backbone = timm.create_model("local-dir:{BACKBONE_DIR}", pretrained=True)
 ```
 
 It takes RGB scaled to [0, 1] and normalised with the mean and std in `config.json`.
 
 ## Training
 - Data: {facts["num_rows"]:,} rows; metadata sha256 `{facts["metadata_sha256"]}`.
-- Folds: {settings.num_folds}, grouped by patient, plan `{facts["folds_digest"]}`; fold {facts["fold"]} was held out.
-- {settings.epochs} epochs from {start}, seed {settings.seed}, augmentation `{settings.augmentation}`.
+- Folds: {settings.num_folds}, grouped by patient, plan `{facts["folds_digest"]}`; \
+fold {facts["fold"]} was held out.
+- {settings.epochs} epochs from {start}, seed {settings.seed}, \
+augmentation `{settings.augmentation}`.
 
 ## Scores on the held-out fold
 | pAUC above 80 % TPR (0 to 0.2) | AUC |
@@ -113,6 +115,7 @@ It takes RGB scaled to [0, 1] and normalised with the mean and std in `config.js
 | {facts["pauc"]:.4f} | {facts["auc"]:.4f} |
 
 ## Licence and limits
-The images of several sites of the challenge's dataset are CC-BY-NC; for another dataset put its own licence here.
+The images of several sites of the challenge's dataset are CC-BY-NC; for another dataset \
+put its own licence here.
 The scores are those of one dataset. This is no medical device.
 """
