@@ -26,7 +26,8 @@ from infer.embeddings import (
     fold_dir,
     ids_digest,
 )
-from infer.engines import MODULES, device_of
+from infer.engines import device_of
+from infer.engines.registry import ENGINE_FORMATS
 from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
 from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, fold_dirs, read_folds
@@ -131,7 +132,7 @@ class EmbedSettings(Settings):
             raise ValueError(
                 "--ray decides itself how many processes there are; leave out --num_processes"
             )
-        if self.precision and self.engine not in MODULES:
+        if self.precision and self.engine not in ENGINE_FORMATS:
             raise ValueError(
                 f"--precision chooses among a format's engines; add --engine onnx, not {self.engine}"
             )

@@ -10,7 +10,8 @@ from typing import Any
 import polars as pl
 
 from infer.embeddings import ERRORS_FILE, PLAN_FILE, PLAN_KEY, RUN_FILE, part_path
-from infer.engines import MODULES, manifest_spec
+from infer.engines import manifest_spec
+from infer.engines.registry import ENGINE_FORMATS
 from isic import schema
 from isic.dataset import Split
 from isic.folds import Folds, fold_dirs
@@ -85,12 +86,12 @@ def find_models(model_dir: Path, config: str, engine: str, precision: str | None
     Raises:
         UserError: none is exported or several are, one is of another config, or they differ in preprocessing.
     """
-    if engine not in MODULES and Path(engine).name != engine:
+    if engine not in ENGINE_FORMATS and Path(engine).name != engine:
         raise UserError(f"--engine {engine!r} is a path; give a file name in each fold's folder")
     artifacts: dict[int, Path] = {}
     for fold, folder in fold_dirs(model_dir).items():
         named = [folder / engine] if (folder / engine).is_file() else []
-        found = of_format(folder, engine, precision) if engine in MODULES else named
+        found = of_format(folder, engine, precision) if engine in ENGINE_FORMATS else named
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise UserError(
@@ -100,7 +101,7 @@ def find_models(model_dir: Path, config: str, engine: str, precision: str | None
             artifacts[fold] = path.resolve()
     if not artifacts:
         what = f"{engine} in {precision}" if precision else engine
-        asked = {"formats": engine if engine in MODULES else None, "precision": precision}
+        asked = {"formats": engine if engine in ENGINE_FORMATS else None, "precision": precision}
         flags = "".join(f" --{key} {value}" for key, value in asked.items() if value)
         raise UserError(
             f"{model_dir} has no fold_<k> with {what}; run `python -m export --config {config}{flags}` first"

@@ -215,9 +215,15 @@ def test_a_graph_of_another_contract_is_refused(tmp_path: Path) -> None:
         np.zeros((2, 8, 8, 3), np.uint8)
     )
     for path, words in (
-        ((TensorProto.FLOAT, "features", 8), r"images is tensor\(float\)"),
-        ((TensorProto.UINT8, "embedding", 8), "has no features"),
-        ((TensorProto.UINT8, "features", 9), "takes images"),
+        ((TensorProto.FLOAT, "features", 8), r"has images float32 \[N, 8, 8, 3\], not uint8"),
+        (
+            (TensorProto.UINT8, "embedding", 8),
+            "has images, embedding, logits, not images, features, logits",
+        ),
+        (
+            (TensorProto.UINT8, "features", 9),
+            r"has images uint8 \[N, 9, 9, 3\], not uint8 \[N, 8, 8, 3\]",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             create(save(*path), manifest, "cpu")

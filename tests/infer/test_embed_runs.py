@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 
 from infer.embeddings import join, load, read_run
-from infer.engines.null import FILE, write_run
+from infer.engines.null import NULL_FILE, write_run
 from isic.dataset import Dataset
 from isic.folds import read_folds
 from isic.preprocess import PreprocessSpec
@@ -349,8 +349,8 @@ def test_joined_to_the_metadata_with_every_link_checked(
     with pytest.raises(UserError, match="made for another table"):
         join(whole, "train", metadata.reverse())
     other = shutil.copytree(stand_in.model_dir, tmp_path / "null")
-    manifest = read_json(other / "fold_1" / f"{FILE}.json")
-    write_json(other / "fold_1" / f"{FILE}.json", {**manifest, "sha256": "0"})
+    manifest = read_json(other / "fold_1" / f"{NULL_FILE}.json")
+    write_json(other / "fold_1" / f"{NULL_FILE}.json", {**manifest, "sha256": "0"})
     with pytest.raises(UserError, match="another engine of fold 1"):
         join(whole, "train", metadata, model_dir=other)
 
@@ -505,7 +505,7 @@ def test_force_begins_anew(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
 
 def test_a_fold_without_an_engine_is_told_of(stand_in: StandIn, tmp_path: Path, cli: Cli) -> None:
     model_dir = Path(shutil.copytree(stand_in.model_dir, tmp_path / "null"))
-    (model_dir / "fold_1" / FILE).unlink()
+    (model_dir / "fold_1" / NULL_FILE).unlink()
     ended = cli("infer", *StandIn(stand_in.data, model_dir).flags(tmp_path / "out"))
     assert ended.code == 0 and "note: fold_1 in" in ended.out and "are left out" in ended.out
 
@@ -532,7 +532,7 @@ def test_the_lists_of_training_images_go_along(stand_in: StandIn, tmp_path: Path
         seen = read_seen(root / f"fold_{fold}" / "trained_on.parquet")
         assert seen["isic_id"].to_list() == [name, "x"]
 
-    manifest = model_dir / "fold_1" / f"{FILE}.json"
+    manifest = model_dir / "fold_1" / f"{NULL_FILE}.json"
     write_json(manifest, json.loads(manifest.read_text()) | {"trained_on": "0" * 64})
     ended = cli("infer", *flags(tmp_path / "again"))
     assert ended.code == 2

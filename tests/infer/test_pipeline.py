@@ -15,8 +15,8 @@ from infer.embedding.plan import Part, complete, find_models, fold_of
 from infer.embedding.progress import Tally
 from infer.embedding.views import VIEWS, averaged, view
 from infer.embedding.workers import share
-from infer.engines import PinsMemory, load
-from infer.engines.null import FILE
+from infer.engines import PinnedAllocator, load
+from infer.engines.null import NULL_FILE
 from isic.folds import Folds
 from isic.images import Hdf5Images, ImageStore, decode_pool
 from isic.preprocess import Pixels, PreprocessSpec
@@ -134,8 +134,8 @@ def test_views_are_groups_and_the_average_does_not_depend_on_which_view_is_shown
 
 def test_an_average_is_made_in_float32(tmp_path: Path) -> None:
     stand_in = make_stand_in(tmp_path, num_images=12)
-    engines = {fold: load(stand_in.model_dir / f"fold_{fold}" / FILE) for fold in (0, 2)}
-    assert not isinstance(engines[0], PinsMemory)
+    engines = {fold: load(stand_in.model_dir / f"fold_{fold}" / NULL_FILE) for fold in (0, 2)}
+    assert not isinstance(engines[0], PinnedAllocator)
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
     plain, all_views = averaged(engines, images, "none"), averaged(engines, images, "d4")
     for fold, engine in engines.items():
@@ -230,7 +230,7 @@ def test_an_engine_that_overflows_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 
 def job_of(stand_in: StandIn) -> Job:
-    models = find_models(stand_in.model_dir, "null", FILE)
+    models = find_models(stand_in.model_dir, "null", NULL_FILE)
     return Job(stand_in.data, "train", models, "cpu", "float16", "none", 4, 2, None)
 
 

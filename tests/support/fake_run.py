@@ -11,7 +11,7 @@ import polars as pl
 
 from infer.embedding import plan
 from infer.embedding.embed import EmbedSettings, embed
-from infer.engines.null import FILE, write_run
+from infer.engines.null import NULL_FILE, write_run
 from isic.preprocess import PreprocessSpec
 from tests.support.commands import ROOT
 from tests.support.datasets import jpeg, write_hdf5
@@ -36,7 +36,7 @@ class StandIn:
             "--output_dir",
             output,
             "--engine",
-            FILE,
+            NULL_FILE,
         )
         return [*map(str, ("embed", "--config", "null", *where, *more))]
 
@@ -62,7 +62,7 @@ def embed_small_parts(stand_in: StandIn, output: Path) -> None:
     """What a process forked from one that has imported everything runs: it is at work within milliseconds."""
     plan.PART_ROWS = PART_ROWS
     where = {"data": stand_in.data, "model_dir": stand_in.model_dir, "output_dir": output}
-    sys.exit(embed(EmbedSettings(config="null", engine=FILE, batch_size=8, **where)))
+    sys.exit(embed(EmbedSettings(config="null", engine=NULL_FILE, batch_size=8, **where)))
 
 
 def make_stand_in(
