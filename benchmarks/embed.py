@@ -68,7 +68,7 @@ def embed(settings: EmbedSettings) -> None:
             null.write_run(
                 model_dir, Dataset(settings.data).metadata_path("train"), PreprocessSpec(size=224)
             )
-        engine = null.FILE if settings.config == STAND_IN else "model.onnx"
+        engine = null.NULL_FILE if settings.config == STAND_IN else "model.onnx"
         measured = _whole if settings.whole else _rates
         figures = measured(settings, model_dir, engine, folder)
     row = {"what": settings.config, "data": settings.data.name, **figures}

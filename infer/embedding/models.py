@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infer.engines import MODULES, manifest_spec
+from infer.engines import manifest_spec
+from infer.engines.registry import ENGINE_FORMATS
 from isic.folds import fold_dirs
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError
@@ -56,7 +57,7 @@ def find_models(
         UserError: no fold has one, a fold has several, one belongs to another config or fold, or
             they differ in preprocessing.
     """
-    if format_or_file not in MODULES and Path(format_or_file).name != format_or_file:
+    if format_or_file not in ENGINE_FORMATS and Path(format_or_file).name != format_or_file:
         raise UserError(
             f"--format {format_or_file!r} is a path; give a file name in each fold's folder"
         )
@@ -84,7 +85,7 @@ def find_models(
 
 def _find_artifact(folder: Path, format_or_file: str, precision: str | None) -> Path | None:
     """Returns the artifact in a fold's folder. Raises UserError if there are several."""
-    if format_or_file not in MODULES:
+    if format_or_file not in ENGINE_FORMATS:
         path = folder / format_or_file
         return path if path.is_file() else None
     found = artifacts_of_format(folder, format_or_file, precision)
@@ -110,7 +111,7 @@ def _no_artifact(model_dir: Path, config: str, format_or_file: str, precision: s
     """Returns the error message if no fold has an artifact, with the command that makes one."""
     missing = f"{format_or_file} in {precision}" if precision else format_or_file
     command = f"python -m export --config {config}"
-    if format_or_file in MODULES:
+    if format_or_file in ENGINE_FORMATS:
         command += f" --formats {format_or_file}"
     if precision:
         command += f" --precision {precision}"

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
-from infer.engines import MODULES
+from infer.engines.registry import ENGINE_FORMATS
 from isic.runtime.config import Settings
 
 BATCH_CPU = 64
@@ -95,7 +95,7 @@ class EmbedSettings(Settings):
     def _consistent(self) -> "EmbedSettings":
         if self.ray and self.num_processes > 1:
             raise ValueError("--ray sets the number of processes; leave out --num_processes")
-        if self.precision and self.format not in MODULES:
+        if self.precision and self.format not in ENGINE_FORMATS:
             raise ValueError(
                 "--precision chooses among the artifacts of a format; "
                 f"add --format onnx, not {self.format}"

@@ -24,6 +24,12 @@ def warn_once(message: str) -> None:
     warn(message)
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 MAX_LISTED = 12
 
 

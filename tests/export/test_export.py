@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from export.formats import TOLERANCES, Target
+from export.formats import TOLERANCES, ArtifactSpec, BuildInputs
 from export.parity import ParityError, check_parity, compare
 from export.run import ExportSettings, load_source
 from infer.engines import load
@@ -17,7 +17,6 @@ from isic.preprocess import Pixels
 from isic.runtime.files import read_manifest, sha256
 from tests.support.commands import Cli
 from train.checkpoint import BEST, load_checkpoint, save_checkpoint
-from train.model import Classifier
 
 
 @pytest.fixture
@@ -148,8 +147,8 @@ def test_a_failed_gate_leaves_no_artifact_and_exits_1(
 
     real_build = onnx_graph.build
 
-    def corrupted(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
-        facts = real_build(model, target, path)
+    def corrupted(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]:
+        facts = real_build(spec, inputs, path)
         graph = onnx.load(path)
         weight = max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data))
         values = onnx.numpy_helper.to_array(weight).copy()
@@ -160,7 +159,7 @@ def test_a_failed_gate_leaves_no_artifact_and_exits_1(
 
     monkeypatch.setattr(onnx_graph, "build", corrupted)
     ended = cli("export", "--config", "tiny", "--model_dir", run, "--fold", 0, "--force")
-    assert ended.code == 1 and "failed the parity gate" in ended.out
+    assert ended.code == 1 and "failed the parity check" in ended.out
     assert not (run / "fold_0" / "model.onnx").exists()
     assert json.loads((run / "fold_0" / "parity.json").read_text())["model.onnx"]["passed"] is False
     assert not list((run / "fold_0").glob(".candidate*"))

@@ -78,13 +78,13 @@ def test_what_is_up_to_date_stays_until_an_option_changes(run: Path, first: Path
     assert ended.code == 0 and ended.out.count("up to date") == 1, (
         "the batch profile is no matter of the ONNX file"
     )
-    assert "not gated" in ended.out
+    assert "not checked" in ended.out
 
 
 def test_a_plan_that_no_gpu_has_run_is_not_used(first: Path) -> None:
     plan = next(first.glob("*.plan"))
     assert read_manifest(plan)["parity"] is None
-    with pytest.raises(UserError, match="has not passed the parity gate"):
+    with pytest.raises(UserError, match="has not passed the parity check"):
         load(plan)
 
 
@@ -126,7 +126,7 @@ def test_embed_takes_the_engine_that_is_named(
     ended = cli(*base, "--engine", "onnx", "--precision", "int8")
     assert ended.code == 2 and "no fold_<k> with onnx in int8; run `python -m export" in ended.err
     ended = cli(*base, "--engine", "tensorrt_rtx")
-    assert ended.code == 2 and "has not passed the parity gate" in ended.err
+    assert ended.code == 2 and "has not passed the parity check" in ended.err
     assert cli(*base, "--engine", "aoti").code == 0
     assert (tmp_path / "tiny" / "test" / "run.json").is_file()
 

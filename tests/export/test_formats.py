@@ -13,11 +13,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from export.formats import FORMATS, TOLERANCES, Target, find_formats
+from export.formats import FORMATS, TOLERANCES, ArtifactSpec, BuildInputs, find_formats
 from export.onnx_graph import ATTENTION_OPSET, trace
 from export.options import PlanOptions
 from export.parity import ParityError, Reference, check_parity
-from export.precision import lowered
+from export.precision import cast_model
 from infer.engines import Engine, create
 from isic.runtime.errors import UserError
 from train.config import TrainSettings
@@ -44,23 +44,25 @@ def network(name: str) -> tuple[Classifier, Reference]:
     return model, Reference(model, images)
 
 
-def target_of(name: str, format_name: str, precision: str, **options: object) -> Target:
-    return Target(
+def spec_of(name: str, format_name: str, precision: str, **options: object) -> ArtifactSpec:
+    return ArtifactSpec(
         config=name,
         fold=0,
         format=format_name,
         precision=precision,
         device="cpu",
-        spec=preprocess_spec(TrainSettings(model=name, pretrained=False, image_size=SIZES[name])),
         options=PlanOptions.model_validate(options),
-        cache_dir=Path(),
     )
 
 
-def built(model: Classifier, target: Target, folder: Path) -> Engine:
-    path = folder / FORMATS[target.format].file_name(target)
-    facts = FORMATS[target.format].build(model, target, path)
-    return create(path, {**target.facts, "preprocess": {"size": target.size}, **facts}, "cpu")
+def built(model: Classifier, spec: ArtifactSpec, folder: Path) -> Engine:
+    """Builds the artifact of a network that has the name of the spec's config."""
+    size = SIZES[spec.config]
+    settings = TrainSettings(model=spec.config, pretrained=False, image_size=size)
+    path = folder / FORMATS[spec.format].file_name(spec)
+    inputs = BuildInputs(model, preprocess_spec(settings), cache_dir=folder)
+    facts = FORMATS[spec.format].build(spec, inputs, path)
+    return create(path, {**spec.facts, "preprocess": {"size": size}, **facts}, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -74,9 +76,9 @@ def built(model: Classifier, target: Target, folder: Path) -> Engine:
 )
 def test_onnx_passes_the_gate(name: str, precision: str, tmp_path: Path) -> None:
     model, reference = network(name)
-    target = target_of(name, "onnx", precision)
-    engine = built(model, target, tmp_path)
-    assert check_parity(reference, engine, TOLERANCES[precision], target.batch_sizes)
+    spec = spec_of(name, "onnx", precision)
+    engine = built(model, spec, tmp_path)
+    assert check_parity(reference, engine, TOLERANCES[precision], spec.batch_sizes)
     whole, alone = engine.run(reference.images)[0], engine.run(reference.images[3:4])[0]
     np.testing.assert_array_equal(
         whole[3:4], alone, "an image's features are its own, whatever the batch"
@@ -92,7 +94,7 @@ def test_onnx_passes_the_gate(name: str, precision: str, tmp_path: Path) -> None
 def test_wide_1x1_convolutions_are_quantized(tmp_path: Path) -> None:
     model, _ = network(POINTWISE)
     names = {name for name, _ in model.named_parameters()}
-    built(model, target_of(POINTWISE, "onnx", "int8"), tmp_path)
+    built(model, spec_of(POINTWISE, "onnx", "int8"), tmp_path)
     products = [node.op_type for node in onnx.load(next(tmp_path.glob("*.onnx"))).graph.node]
     assert products.count("MatMulInteger") >= 2 and "Conv" in products, (
         "the narrow and the spatial ones stay"
@@ -102,7 +104,7 @@ def test_wide_1x1_convolutions_are_quantized(tmp_path: Path) -> None:
 
 def test_an_engine_is_freed_once_nobody_holds_it(tmp_path: Path) -> None:
     model, reference = network(POINTWISE)
-    engine = built(model, target_of(POINTWISE, "onnx", "fp32"), tmp_path)
+    engine = built(model, spec_of(POINTWISE, "onnx", "fp32"), tmp_path)
     engine.run(reference.images)
     gc.disable()  # a session must not wait for the garbage collector
     try:
@@ -115,9 +117,9 @@ def test_an_engine_is_freed_once_nobody_holds_it(tmp_path: Path) -> None:
 
 def test_aoti_passes_the_gate(tmp_path: Path) -> None:
     model, reference = network("test_convnext3")
-    target = target_of("test_convnext3", "aoti", "bf16", max_batch=16, opt_batch=8)
-    engine = built(model, target, tmp_path)
-    assert check_parity(reference, engine, TOLERANCES["bf16"], target.batch_sizes)
+    spec = spec_of("test_convnext3", "aoti", "bf16", max_batch=16, opt_batch=8)
+    engine = built(model, spec, tmp_path)
+    assert check_parity(reference, engine, TOLERANCES["bf16"], spec.batch_sizes)
     whole, pieces = (
         engine.run(reference.images),
         [engine.run(part) for part in np.split(reference.images, 4)],
@@ -131,7 +133,7 @@ def test_aoti_passes_the_gate(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["test_vit3", "test_convnext3"])
 def test_normalisation_and_softmax_stay_in_float32(name: str, opset: int) -> None:
     graph = onnx.shape_inference.infer_shapes(
-        trace(lowered(network(name)[0], "fp16"), SIZES[name], opset)
+        trace(cast_model(network(name)[0], "fp16"), SIZES[name], opset)
     )
     kinds = {
         value.name: value.type.tensor_type.elem_type
@@ -158,10 +160,10 @@ def test_normalisation_and_softmax_stay_in_float32(name: str, opset: int) -> Non
 def test_a_saturated_norm_fails_the_gate(tmp_path: Path) -> None:
     """Activations beyond float16's range are what the float32 islands cannot save."""
     model, _ = network("test_vit3")
-    loud = lowered(model, "fp32")
+    loud = cast_model(model, "fp32")
     loud.backbone.blocks[0].mlp.fc2.weight.data *= 1e6  # type: ignore[index, union-attr]
     images = np.random.default_rng(1).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
-    engine = built(loud, target_of("test_vit3", "onnx", "fp16"), tmp_path)
+    engine = built(loud, spec_of("test_vit3", "onnx", "fp16"), tmp_path)
     with pytest.raises(ParityError, match=r"not finite|cosine"):
         check_parity(Reference(loud, images), engine, TOLERANCES["fp16"], (1, 8))
 
@@ -187,9 +189,9 @@ class Fixed:
 def test_the_order_of_the_logits_counts_and_so_does_the_score() -> None:
     model, plain = network("test_vit3")
     order = plain.outputs[1][: plain.num_real, 0].argsort()
-    target = np.zeros(plain.num_real, np.float32)
-    target[order[-12:]] = 1
-    reference = Reference(model, plain.images[: plain.num_real], target)
+    labels = np.zeros(plain.num_real, np.float32)
+    labels[order[-12:]] = 1
+    reference = Reference(model, plain.images[: plain.num_real], labels)
     tolerance = replace(TOLERANCES["fp32"], max_logit_error=1e9)
     assert (
         check_parity(reference, Fixed(reference, reference.outputs[1]), tolerance, (4,))[
@@ -277,5 +279,5 @@ def test_an_operator_without_a_kernel_is_named(name: str, tmp_path: Path) -> Non
         r"has no kernel for one of its operators .*NOT_IMPLEMENTED.*Conv.*use another --precision"
     )
     with pytest.raises(UserError, match=words) as raised:
-        built(network(name)[0], target_of(name, "onnx", "bf16"), tmp_path)
+        built(network(name)[0], spec_of(name, "onnx", "bf16"), tmp_path)
     assert "export it again" not in str(raised.value) and "\n" not in str(raised.value)

@@ -220,9 +220,15 @@ def test_a_graph_of_another_contract_is_refused(tmp_path: Path) -> None:
         np.zeros((2, 8, 8, 3), np.uint8)
     )
     for path, words in (
-        ((TensorProto.FLOAT, "features", 8), r"images is tensor\(float\)"),
-        ((TensorProto.UINT8, "embedding", 8), "has no features"),
-        ((TensorProto.UINT8, "features", 9), "takes images"),
+        ((TensorProto.FLOAT, "features", 8), r"has images float32 \[N, 8, 8, 3\], not uint8"),
+        (
+            (TensorProto.UINT8, "embedding", 8),
+            "has images, embedding, logits, not images, features, logits",
+        ),
+        (
+            (TensorProto.UINT8, "features", 9),
+            r"has images uint8 \[N, 9, 9, 3\], not uint8 \[N, 8, 8, 3\]",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             create(save(*path), manifest, "cpu")
@@ -238,7 +244,7 @@ def test_two_folds_that_traded_their_engines_are_found_out(
 ) -> None:
     run = shutil.copytree(exported, tmp_path / "tiny")
     for suffix, words in (
-        ("", "is does not match its manifest"),
+        ("", "does not match its manifest"),
         (".json", "is fold 1 of tiny, not fold 0 of tiny"),
     ):
         first, second = (run / f"fold_{fold}" / f"model.onnx{suffix}" for fold in (0, 1))

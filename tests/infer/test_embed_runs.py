@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 
 from infer.embedding.store import read_run, scan_embeddings
-from infer.engines.null import FILE, write_run
+from infer.engines.null import NULL_FILE, write_run
 from isic.folds import read_folds
 from isic.preprocess import PreprocessSpec
 from isic.provenance import read_seen, seen_rows, write_seen
@@ -458,7 +458,7 @@ def test_force_begins_anew(fake_run: FakeRun, tmp_path: Path, cli: Cli) -> None:
 
 def test_a_fold_without_an_engine_is_told_of(fake_run: FakeRun, tmp_path: Path, cli: Cli) -> None:
     model_dir = Path(shutil.copytree(fake_run.model_dir, tmp_path / "null"))
-    (model_dir / "fold_1" / FILE).unlink()
+    (model_dir / "fold_1" / NULL_FILE).unlink()
     ended = cli("infer", *FakeRun(fake_run.data, model_dir).flags(tmp_path / "out"))
     assert ended.code == 0 and "note: fold_1 in" in ended.out and "are not embedded" in ended.out
 
@@ -485,7 +485,7 @@ def test_the_lists_of_training_images_go_along(fake_run: FakeRun, tmp_path: Path
         seen = read_seen(root / f"fold_{fold}" / "trained_on.parquet")
         assert seen["isic_id"].to_list() == [name, "x"]
 
-    manifest = model_dir / "fold_1" / f"{FILE}.json"
+    manifest = model_dir / "fold_1" / f"{NULL_FILE}.json"
     write_json(manifest, json.loads(manifest.read_text()) | {"trained_on": "0" * 64})
     ended = cli("infer", *flags(tmp_path / "again"))
     assert ended.code == 2

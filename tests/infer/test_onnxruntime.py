@@ -169,9 +169,9 @@ def test_a_crash_and_a_hang_are_answers(
     code: str, answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "TRIAL", code)
-    assert doctor.try_out("onnx", "cuda", seconds=1) == answer
+    assert doctor.try_engine("onnx", "cuda", seconds=1) == answer
 
 
 def test_the_doctor_tries_what_it_says_works() -> None:
-    assert doctor.try_out("onnx", "cpu") == "works"
-    assert doctor.try_out("null", "cpu") == "works"
+    assert doctor.try_engine("onnx", "cpu") == "works"
+    assert doctor.try_engine("null", "cpu") == "works"

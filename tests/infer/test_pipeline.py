@@ -16,8 +16,8 @@ from infer.embedding.progress import Progress
 from infer.embedding.shards import Shard, fold_of, run_missing_shards
 from infer.embedding.views import VIEWS, apply_view, run_averaged
 from infer.embedding.workers import core_slice
-from infer.engines import PinsMemory, load
-from infer.engines.null import FILE
+from infer.engines import PinnedAllocator, load
+from infer.engines.null import NULL_FILE
 from isic.folds import Folds
 from isic.images import Hdf5Images, ImageStore, decode_pool
 from isic.preprocess import Pixels, PreprocessSpec
@@ -137,8 +137,8 @@ def test_views_are_groups_and_the_average_does_not_depend_on_which_view_is_shown
 
 def test_an_average_is_made_in_float32(tmp_path: Path) -> None:
     fake_run = make_fake_run(tmp_path, num_images=12)
-    engines = {fold: load(fake_run.model_dir / f"fold_{fold}" / FILE) for fold in (0, 2)}
-    assert not isinstance(engines[0], PinsMemory)
+    engines = {fold: load(fake_run.model_dir / f"fold_{fold}" / NULL_FILE) for fold in (0, 2)}
+    assert not isinstance(engines[0], PinnedAllocator)
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
     plain, all_views = run_averaged(engines, images, "none"), run_averaged(engines, images, "d4")
     for fold, engine in engines.items():
@@ -234,7 +234,7 @@ def test_an_engine_that_overflows_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 
 def make_job(fake_run: FakeRun) -> EmbedJob:
-    models = find_models(fake_run.model_dir, "null", FILE)
+    models = find_models(fake_run.model_dir, "null", NULL_FILE)
     return EmbedJob(fake_run.data, "train", models, "cpu", "float16", "none", 4, 2, None)
 
 

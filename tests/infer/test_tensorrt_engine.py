@@ -81,7 +81,7 @@ def test_batches_of_any_size_are_right(cuda: FakeCuda, cuda_graph: bool, pinned:
         expected = network(images)
         np.testing.assert_array_equal(features, expected["features"])
         np.testing.assert_array_equal(logits, expected["logits"])
-        np.testing.assert_array_equal(engine.run_mask(images), expected["mask"])
+        np.testing.assert_array_equal(engine.predict_mask(images), expected["mask"])
 
 
 def test_a_batch_over_the_profile_goes_in_pieces_and_the_tail_is_padded(cuda: FakeCuda) -> None:
@@ -320,12 +320,12 @@ def test_what_the_manifest_rules_out_is_refused(built: Path) -> None:
         and f"{COMMAND} --force" in other
     )
     ungated = refusal(built, {**manifest, "parity": None})
-    assert "has not passed the parity gate" in ungated and f"`{COMMAND} --check`" in ungated
+    assert "has not passed the parity check" in ungated and f"`{COMMAND} --check`" in ungated
     elsewhere = tensorrt.export_command(Path("runs/a/fold_0/model.plan"), manifest)
     assert elsewhere.startswith("python -m export --config tiny --model_dir runs/a --fold 0 ")
     assert "use --device cuda" in refusal(built, manifest, device="cpu")
     del manifest["plan"]
-    assert "does not say what the plan was built for" in refusal(built, manifest)
+    assert "does not name the plan's library and GPUs" in refusal(built, manifest)
 
 
 def test_version_compatible_plans_run_in_later_versions_of_one_major() -> None:
@@ -337,7 +337,7 @@ def test_version_compatible_plans_run_in_later_versions_of_one_major() -> None:
         with pytest.raises(UserError, match="was built by TensorRT 10"):
             tensorrt.check_manifest(Path("a.plan"), manifest, version, "")
     plan["version_compatible"] = False
-    with pytest.raises(UserError, match=r"was built by TensorRT 10\.14\.1\.48, and here is 10\.16"):
+    with pytest.raises(UserError, match=r"was built by TensorRT 10\.14\.1\.48, and this is 10\.16"):
         tensorrt.check_manifest(Path("a.plan"), manifest, "10.16.0.1", "")
 
 
@@ -415,19 +415,23 @@ def test_another_contract_is_refused() -> None:
 
     uint8, half, single = trt.DataType.UINT8, trt.DataType.HALF, trt.DataType.FLOAT
     right = described(images=uint8, features=single, logits=single)
-    shapes, profile = tensorrt.check_engine(trt, right, Path("a.plan"), 8, "")
+    shapes, profile = tensorrt.check_engine(right, Path("a.plan"), 8, "")
     assert profile == Profile(1, 4, 8) and shapes["features"] == (5,)
     for engine, size, words in (
-        (right, 9, r"takes images \[8, 8, 3\], not \[9, 9, 3\]"),
-        (described(images=uint8, features=half, logits=single), 8, "features HALF"),
+        (right, 9, r"has images uint8 \[N, 8, 8, 3\], not uint8 \[N, 9, 9, 3\]"),
+        (
+            described(images=uint8, features=half, logits=single),
+            8,
+            r"features float16 \[N, 5\], not float32",
+        ),
         (
             described(images=uint8, features=single),
             8,
-            "a.plan has images UINT8, features FLOAT, not",
+            "a.plan has images, features, not images, features, logits",
         ),
     ):
         with pytest.raises(UserError, match=words):
-            tensorrt.check_engine(trt, engine, Path("a.plan"), size, "")
+            tensorrt.check_engine(engine, Path("a.plan"), size, "")
 
 
 def test_no_gpu_is_one_sentence(built: Path) -> None:

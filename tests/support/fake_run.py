@@ -12,7 +12,7 @@ import polars as pl
 from infer.embedding import shards
 from infer.embedding.embed import embed_dataset
 from infer.embedding.settings import EmbedSettings
-from infer.engines.null import FILE, write_run
+from infer.engines.null import NULL_FILE, write_run
 from isic.preprocess import PreprocessSpec
 from tests.support.commands import ROOT
 from tests.support.datasets import jpeg, write_hdf5
@@ -40,7 +40,7 @@ class FakeRun:
     def flags(self, output: Path, *more: object) -> list[str]:
         # fmt: off
         flags = (
-            "embed", "--config", "null", "--format", FILE,
+            "embed", "--config", "null", "--format", NULL_FILE,
             "--data", self.data, "--model_dir", self.model_dir, "--output_dir", output,
         )
         # fmt: on
@@ -65,7 +65,7 @@ def embed_small_shards(fake_run: FakeRun, output: Path) -> None:
     """Embeds in this process; forked from one that has imported everything, it starts at once."""
     shards.SHARD_ROWS = SHARD_ROWS
     folders = {"data": fake_run.data, "model_dir": fake_run.model_dir, "output_dir": output}
-    sys.exit(embed_dataset(EmbedSettings(config="null", format=FILE, batch_size=8, **folders)))
+    sys.exit(embed_dataset(EmbedSettings(config="null", format=NULL_FILE, batch_size=8, **folders)))
 
 
 def make_fake_run(
