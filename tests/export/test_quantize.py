@@ -1,16 +1,12 @@
-"""int8 and fp8 graphs: their numerics in ONNX Runtime, and plans that TensorRT-RTX builds of them for real."""
+"""int8 and fp8 graphs: their numerics in ONNX Runtime, and the plans that TensorRT-RTX builds of them."""
 
-import hashlib
 import re
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import onnx
-import polars as pl
 import pytest
 import timm
 import torch
@@ -23,25 +19,25 @@ from export.options import PlanOptions
 from export.parity import Reference, check_parity
 from export.precision import cast_model
 from export.quantize import BASE_PRECISION, QUANT_TYPES, quantize
-from export.run import ExportSettings, artifact_spec, calibration_sample, load_source, parity_sample
 from export.tensorrt import build_plan, plan_name, with_capabilities
 from infer.engines import create
 from infer.engines.tensorrt import import_runtime, logger
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError
-from isic.runtime.files import read_manifest
-from tests.support.commands import Cli
-from train.checkpoint import BEST
 from train.config import TrainSettings
 from train.model import Classifier, create_model
 
 RTX = "tensorrt_rtx"
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "test_vit": {"img_size": 32, "depth": 2},
     "test_convnext3": {},
     "eva02_base_patch14_448": {"img_size": 28, "depth": 1},
 }
 """A ViT, a ConvNeXt, and an EVA02, whose query, key and value are three products of one activation."""
+
+
 NUM_PRODUCTS = {"test_vit": 8, "test_convnext3": 8, "eva02_base_patch14_448": 7}
 """Matrix products with weights, without the head."""
 
@@ -241,72 +237,3 @@ def test_what_cannot_be_quantized_is_one_sentence() -> None:
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) + np.float32(1e6), norm))
     with pytest.raises(UserError, match="activations overflow float16"):
         quantize(loud, "int8", images_of(32, 4, seed=1))
-
-
-FLAGS = ("--formats", RTX, "--max_batch", 8, "--opt_batch", 4)
-
-
-def test_one_command_calibrates_on_training_images_and_says_so(
-    trained: Path, tmp_path: Path, cli: Cli
-) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    run = shutil.copytree(trained, tmp_path / "tiny")
-    base = (
-        "export",
-        "--config",
-        "tiny",
-        "--model_dir",
-        run,
-        "--fold",
-        0,
-        *FLAGS,
-        "--calibration_images",
-        24,
-    )
-    ended = cli(*base, "--precision", "fp8")
-    assert ended.code == 0 and ended.out.count("not checked") == 1
-    (plan,) = run.glob("fold_0/*.plan")
-    source = load_source(run / "fold_0" / BEST, 0, ExportSettings(config="tiny", model_dir=run))
-    calibrated = calibration_sample(source, 24)
-    manifest = read_manifest(plan)
-    digest = hashlib.sha256(calibrated.tobytes()).hexdigest()
-    assert manifest["calibration"] == {"images": 24, "sha256": digest, "layers": 24}
-    assert manifest["plan"]["layers"]["matrix_multiply"]["float8"] == 24
-    assert manifest["options"]["calibration_images"] == 24
-    held_out = {image.tobytes() for image in parity_sample(source)[0]}
-    assert not held_out & {image.tobytes() for image in calibrated}, "the gate's images are unseen"
-    assert cli(*base, "--precision", "fp8").out.count("up to date") == 1
-    fewer = ExportSettings(config="tiny", calibration_images=23)
-    stale, calm = (
-        artifact_spec(0, RTX, precision, fewer).facts["options"] for precision in ("fp8", "fp16")
-    )
-    assert stale["calibration_images"] == 23 and "calibration_images" not in calm, (
-        "float16 is not calibrated"
-    )
-
-
-def test_a_dataset_without_training_images_is_refused(
-    trained: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
-) -> None:
-    """The held-out images are there for the gate, and those to calibrate on are not."""
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    data = tmp_path / "data"
-    data.mkdir()
-    shutil.copy(synth_dataset / "train-metadata.csv", data)
-    held_out = set(
-        pl.read_parquet(trained / "folds.parquet").filter(pl.col("fold") == 0)["isic_id"]
-    )
-    with (
-        h5py.File(synth_dataset / "train-image.hdf5") as old,
-        h5py.File(data / "train-image.hdf5", "w") as new,
-    ):
-        for name in held_out:
-            new.create_dataset(name, data=old[name][()])
-    run = shutil.copytree(trained, tmp_path / "tiny")
-    ended = cli("export", "--config", "tiny", "--model_dir", run, "--fold", 0, *FLAGS, "--precision", "fp8",
-                "--data", data)  # fmt: skip
-    assert ended.code == 2 and ended.err.count("\n") == 1
-    assert "fp8 needs images to calibrate on, and there are none; give --data" in ended.err
-    assert not list(run.glob("fold_0/*.plan"))
-    ended = cli("export", "--config", "tiny", "--model_dir", run, "--precision", "fp8")
-    assert ended.code == 2 and "onnx on cpu offers fp32, fp16, int8" in ended.err

@@ -1,7 +1,6 @@
 """Plans built for real by TensorRT-RTX, which needs no GPU to build."""
 
 import os
-import re
 import signal
 import threading
 import time
@@ -12,13 +11,11 @@ from typing import Any
 import onnx
 import pytest
 import timm
-from pydantic import ValidationError
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 import train.model
 from benchmarks.fresh import create_fresh, find_configs
-from export.formats import check_options
 from export.onnx_graph import ATTENTION_OPSET, trace
 from export.options import PlanOptions
 from export.precision import cast_model
@@ -269,20 +266,6 @@ def test_timings_are_kept_for_the_next_fold(tiny: Path, tmp_path: Path) -> None:
         read_timings(config, path, said.append)
         write_timings(config, path)
     assert path.stat().st_size > 0 and not said
-
-
-def test_options_are_checked() -> None:
-    with pytest.raises(ValidationError, match="need --min_batch <= --opt_batch"):
-        PlanOptions(min_batch=8, opt_batch=4)
-    with pytest.raises(ValidationError, match="CURRENT excludes all others"):
-        PlanOptions(compute_capabilities=("CURRENT", "SM89"))
-    check_options(PlanOptions(compute_capabilities=("SM89",)), ["tensorrt", RTX])
-    for options, flavour in (
-        ({"compute_capabilities": ("SM89",)}, "tensorrt"),
-        ({"version_compatible": True}, RTX),
-    ):
-        with pytest.raises(UserError, match=re.escape(f"--{next(iter(options))} is for --formats")):
-            check_options(PlanOptions(**options), [flavour])
 
 
 def test_without_a_gpu_or_the_library_it_is_one_sentence(tiny: Path, tmp_path: Path) -> None:

@@ -190,55 +190,6 @@ def test_engines_that_do_not_belong_are_refused(
     fails_with("run `python -m export --config tiny` first")
 
 
-def test_a_graph_of_another_contract_is_refused(tmp_path: Path) -> None:
-    import onnx
-    from onnx import TensorProto, helper
-
-    from infer.engines import create
-    from isic.runtime.errors import UserError
-
-    def save(dtype: int, output: str, side: int) -> Path:
-        value = helper.make_tensor_value_info
-        nodes = [
-            helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT),
-            helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0),
-            helper.make_node("Identity", ["y"], [output]),
-            helper.make_node("ReduceMean", ["y"], ["logits"], axes=[1], keepdims=1),
-        ]
-        inputs = [value("images", dtype, ["n", side, side, 3])]
-        outputs = [
-            value(output, TensorProto.FLOAT, ["n", side]),
-            value("logits", TensorProto.FLOAT, ["n", 1]),
-        ]
-        graph = helper.make_graph(nodes, "g", inputs, outputs)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-        onnx.save(model, tmp_path / "model.onnx")
-        return tmp_path / "model.onnx"
-
-    manifest = {"format": "onnx", "preprocess": {"size": 8}}
-    assert create(save(TensorProto.UINT8, "features", 8), manifest, "cpu").run(
-        np.zeros((2, 8, 8, 3), np.uint8)
-    )
-    for path, words in (
-        ((TensorProto.FLOAT, "features", 8), r"has images float32 \[N, 8, 8, 3\], not uint8"),
-        (
-            (TensorProto.UINT8, "embedding", 8),
-            "has images, embedding, logits, not images, features, logits",
-        ),
-        (
-            (TensorProto.UINT8, "features", 9),
-            r"has images uint8 \[N, 9, 9, 3\], not uint8 \[N, 8, 8, 3\]",
-        ),
-    ):
-        with pytest.raises(UserError, match=words):
-            create(save(*path), manifest, "cpu")
-    (tmp_path / "model.onnx").write_bytes(b"no protobuf")
-    with pytest.raises(UserError, match="does not load in ONNX Runtime"):
-        create(tmp_path / "model.onnx", manifest, "cpu")
-    with pytest.raises(UserError, match='no engine runs the format "caffe"'):
-        create(tmp_path / "model.onnx", {"format": "caffe"}, "cpu")
-
-
 def test_two_folds_that_traded_their_engines_are_found_out(
     exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:

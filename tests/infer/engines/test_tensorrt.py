@@ -1,11 +1,10 @@
-"""The TensorRT engine without a GPU: what it refuses is refused for real, how it runs is shown on a stand-in CUDA."""
+"""The TensorRT engine without a GPU: its refusals are real, its runs are on a fake CUDA."""
 
 import dataclasses
 import gc
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -18,39 +17,23 @@ from infer.engines.cudart import CudaError
 from infer.engines.tensorrt import AMPERE_PLUS, Plan, Profile, TensorRTEngine, logger
 from isic.runtime.errors import UserError
 from isic.runtime.files import manifest_path, read_manifest, write_manifest
-from tests.support.fake_cuda import FAKE_TRT, FakeCuda, FakeEngine, Kind, Misuse
+from tests.support.fake_cuda import (
+    FAKE_TRT,
+    SHAPES,
+    FakeCuda,
+    FakeEngine,
+    fake_network,
+)
 
-SHAPES = {"images": (4, 4, 3), "features": (5,), "logits": (1,), "mask": (2, 2)}
 PROFILE = Profile(min=2, opt=8, max=16)
-
-
-def network(images: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """What the stand-in plan computes: it tells every image and every pixel apart."""
-    values = images.astype(np.float32)
-    weights = np.arange(1, 49, dtype=np.float32).reshape(4, 4, 3)
-    return {
-        "features": values.reshape(len(images), 48)[:, :5].copy(),
-        "logits": (values * weights).sum(axis=(1, 2, 3))[:, None],
-        "mask": values[:, ::2, ::2, 0].copy(),
-    }
 
 
 def pictures(number: int, seed: int = 0) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(0, 256, (number, 4, 4, 3), dtype=np.uint8)
 
 
-@pytest.fixture(params=[False, True], ids=["late", "eager copies"])
-def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    """A stand-in for CUDA, which this machine lacks, in its two extreme orders of work."""
-    fake = FakeCuda(eager_copies=request.param)
-    monkeypatch.setattr(cudart, "runtime", lambda: fake)
-    yield fake
-    gc.collect()
-    assert not fake.misuses
-
-
 def stand_in(cuda: FakeCuda, cuda_graph: bool = False) -> tuple[TensorRTEngine, FakeEngine]:
-    fake = FakeEngine(cuda, network, PROFILE.max)
+    fake = FakeEngine(cuda, fake_network, PROFILE.max)
     return engine_of(fake, cuda_graph), fake
 
 
@@ -63,8 +46,8 @@ def assert_right(engine: TensorRTEngine, number: int) -> None:
     """Run pictures and compare the results with the network's."""
     images = pictures(number, seed=number)
     features, logits = engine.run(images)
-    np.testing.assert_array_equal(features, network(images)["features"])
-    np.testing.assert_array_equal(logits, network(images)["logits"])
+    np.testing.assert_array_equal(features, fake_network(images)["features"])
+    np.testing.assert_array_equal(logits, fake_network(images)["logits"])
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
@@ -78,7 +61,7 @@ def test_batches_of_any_size_are_right(cuda: FakeCuda, cuda_graph: bool, pinned:
         )
         images[:] = pictures(number, seed=number)
         features, logits = engine.run(images)
-        expected = network(images)
+        expected = fake_network(images)
         np.testing.assert_array_equal(features, expected["features"])
         np.testing.assert_array_equal(logits, expected["logits"])
         np.testing.assert_array_equal(engine.predict_mask(images), expected["mask"])
@@ -135,7 +118,7 @@ def test_contexts_of_tensorrt_rtx_share_memory_and_keep_their_kernels(cuda: Fake
     config = SimpleNamespace(
         set_execution_context_allocation_strategy=lambda value: given.update(strategy=value)
     )
-    context = FakeEngine(cuda, network, PROFILE.max).create_execution_context(int(strategy))
+    context = FakeEngine(cuda, fake_network, PROFILE.max).create_execution_context(int(strategy))
     engine = SimpleNamespace(
         device_memory_size_v2=1000,
         create_runtime_config=lambda: config,
@@ -159,7 +142,7 @@ def test_contexts_of_tensorrt_rtx_share_memory_and_keep_their_kernels(cuda: Fake
 @pytest.mark.parametrize("fails_from", [0, 1, 2, 3])
 def test_an_error_while_recording_ends_the_recording(cuda: FakeCuda, fails_from: int) -> None:
     """On a stand-in for CUDA, where a stream that is left recording refuses what follows."""
-    fake = FakeEngine(cuda, network, PROFILE.max)
+    fake = FakeEngine(cuda, fake_network, PROFILE.max)
     fake.fails_from = fails_from
     with pytest.raises(CudaError, match="did not run a batch of 8"):
         engine_of(fake, cuda_graph=True)
@@ -168,16 +151,6 @@ def test_an_error_while_recording_ends_the_recording(cuda: FakeCuda, fails_from:
     assert not cuda.graphs
     fake.fails_from = None
     assert_right(engine_of(fake, cuda_graph=True), 21)
-
-
-def test_a_call_that_breaks_a_recording_leaves_the_stream_usable(cuda: FakeCuda) -> None:
-    """On a stand-in for CUDA."""
-    stream = cudart.Stream()
-    with pytest.raises(CudaError, match="cudaMalloc failed: error 900"):
-        stream.recorded(lambda: cudart.DeviceMemory(8) and None)
-    with pytest.raises(CudaError, match="cudaStreamEndCapture failed: error 901"):
-        stream.recorded(lambda: cuda.cudaMalloc(8) and None)
-    stream.wait()
 
 
 def test_a_batch_that_fails_halfway_leaves_nothing_in_flight(cuda: FakeCuda) -> None:
@@ -189,52 +162,6 @@ def test_a_batch_that_fails_halfway_leaves_nothing_in_flight(cuda: FakeCuda) -> 
             engine.run(pictures(40, seed=1))
         fake.fails_from = None
         assert_right(engine, 40)
-
-
-def test_the_stand_in_refuses_what_cuda_leaves_undefined() -> None:
-    """The other tests prove as much as these refusals."""
-    fake = FakeCuda()
-    (_, one), (_, two) = (fake.cudaStreamCreateWithFlags(0) for _ in range(2))
-    (_, host), (_, device) = fake.cudaHostAlloc(64, 0), fake.cudaMalloc(64)
-    upload, download = Kind.cudaMemcpyHostToDevice, Kind.cudaMemcpyDeviceToHost
-    assert device % 256 == 0 and device % 512, "aligned as promised and no more"
-    fake.cudaMemcpyAsync(device, host, 64, upload, one)
-    with pytest.raises(Misuse, match="download does not wait for upload"):
-        fake.cudaMemcpyAsync(host, device, 64, download, two)
-    with pytest.raises(Misuse, match="free does not wait for upload"):
-        fake.cudaFree(device)
-    with pytest.raises(Misuse, match="outside page-locked host memory and memory of the GPU"):
-        fake.cudaMemcpyAsync(device, host, 64, upload, one)
-    fake.host[host][:] = 1
-    with pytest.raises(Misuse, match="rewritten before its copy"):
-        fake.cudaStreamSynchronize(one)
-
-
-def test_the_stand_in_refuses_what_tensorrt_leaves_undefined() -> None:
-    """The other tests prove as much as these refusals."""
-    fake = FakeCuda()
-    streams = [fake.cudaStreamCreateWithFlags(0)[1] for _ in range(2)]
-    context = FakeEngine(fake, network, PROFILE.max).create_execution_context(2)
-    context.set_device_memory(fake.cudaMalloc(1000)[1], 1000)
-    with pytest.raises(Misuse, match="not aligned"):
-        context.set_tensor_address("images", fake.cudaMalloc(64)[1] + 16)
-    for name in SHAPES:
-        context.set_tensor_address(name, fake.cudaMalloc(1000)[1])
-    context.set_input_shape("images", (8, 4, 4, 3))
-    fake.cudaStreamBeginCapture(streams[0], 1)
-    with pytest.raises(Misuse, match="before a run with the context's shape"):
-        context.execute_async_v3(1)
-    fake.cudaStreamEndCapture(streams[0])
-    context.execute_async_v3(1)
-    with pytest.raises(Misuse, match="a run does not wait for a run"):
-        context.execute_async_v3(2)
-    fake.cudaStreamBeginCapture(streams[0], 1)
-    context.execute_async_v3(1)
-    _, graph = fake.cudaGraphInstantiate(fake.cudaStreamEndCapture(streams[0])[1], 0)
-    fake.cudaGraphLaunch(graph, streams[0])
-    context.set_input_shape("images", (8, 4, 4, 3))
-    with pytest.raises(Misuse, match="context has been used for something else"):
-        fake.cudaGraphLaunch(graph, streams[0])
 
 
 def test_pinned_images_are_not_copied_on_the_host(cuda: FakeCuda) -> None:
@@ -438,31 +365,6 @@ def test_no_gpu_is_one_sentence(built: Path) -> None:
     if tensorrt.unavailable_reason("tensorrt_rtx") is None:
         pytest.skip("there is a GPU here")
     assert "no NVIDIA GPU can be used here" in refusal(built, read_manifest(built))
-
-
-@pytest.mark.parametrize(
-    ("driver", "words"),
-    [
-        (12040, 'the NVIDIA driver is for CUDA 12.4, .*CUDA runtime 13.5; .*"cuda-bindings<13"'),
-        (13000, "no NVIDIA GPU can be used here .*: driver version is insufficient"),
-        (0, "no NVIDIA GPU can be used here .*: driver version is insufficient"),
-    ],
-)
-def test_a_driver_that_is_too_old_is_named(
-    driver: int, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The versions are made up: CUDA returns the same status for an old driver and for none."""
-    fake = SimpleNamespace(
-        cudaGetDeviceCount=lambda: (35, None),
-        cudaDriverGetVersion=lambda: (0, driver),
-        cudaRuntimeGetVersion=lambda: (0, 13050),
-        cudaGetErrorString=lambda status: (0, b"driver version is insufficient"),
-    )
-    monkeypatch.setattr(cudart, "runtime", lambda: fake)
-    with pytest.raises(UserError, match=words) as raised:
-        cudart.architecture()
-    assert "\n" not in str(raised.value)
-    assert ("no NVIDIA GPU" in str(raised.value)) == (driver != 12040)
 
 
 def test_a_missing_package_is_named(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
