@@ -117,5 +117,31 @@ def test_a_command_says_it_and_exits_2(tmp_path: Path, cli: Cli) -> None:
         "train", "--config", "demo", "--data", tmp_path / "nowhere", "--output_dir", tmp_path
     )
     assert ended.code == 2
-    assert ended.err.startswith("error: no such folder")
-    assert ended.err.count("\n") == 1
+    assert ended.err.startswith("error: no such folder") and ended.err.count("\n") == 1
+
+
+def test_ids_are_read_whatever_the_other_columns_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of a few bytes: no row is cut, not even where a text holds a line end or a quote."""
+    from isic import tables
+    from isic.metadata import read_ids
+
+    rows = ['A1,"two\nlines",1', 'A2,"a ""quoted"" word",2', "A3,plain,3", 'A4,",",4']
+    path = tmp_path / "table.csv"
+    path.write_bytes(("isic_id,text,number\n" + "\n".join(rows)).encode())
+    for size in (1, 7, 16, 1000):
+        monkeypatch.setattr(tables, "CSV_BLOCK", size)
+        assert read_ids(path).to_list() == ["A1", "A2", "A3", "A4"]
+    for text, words in (
+        ("isic_id,x\nA,1\nA,2\n", "1 duplicate isic_id, the first is A"),
+        ("isic_id,x\n,1\n", "1 rows have no isic_id"),
+        ("isic_id,x\n", "no rows"),
+        ("name,x\nA,1\n", "lacks the column isic_id"),
+        ("", "not a readable table"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_ids(path)
+    pl.DataFrame({"x": [1], "isic_id": ["P"]}).write_parquet(tmp_path / "table.parquet")
+    assert read_ids(tmp_path / "table.parquet").to_list() == ["P"]

@@ -11,7 +11,10 @@ import polars as pl
 
 from infer.embedding import shards
 from infer.embedding.embed import embed_dataset
+from infer.embedding.embedder import EmbedJob
+from infer.embedding.models import find_models
 from infer.embedding.settings import EmbedSettings
+from infer.embedding.shards import Shard
 from infer.engines.null import NULL_FILE, write_run
 from isic.preprocess import PreprocessSpec
 from tests.support.commands import ROOT
@@ -100,3 +103,26 @@ def shard_bytes(root: Path) -> dict[str, bytes]:
 def grey(row: int) -> np.float16:
     """Returns the null engine's features of the image in a row."""
     return np.float16(row % 256 / 255)
+
+
+def null_job(fake_run: FakeRun) -> EmbedJob:
+    """Returns a job for the train images of a run, in batches of four."""
+    models = find_models(fake_run.model_dir, "null", NULL_FILE)
+    return EmbedJob(fake_run.data, "train", models, "cpu", "float16", "none", 4, 2, None)
+
+
+def finished_shard(folder: Path, number: int, num_ids: int = 10, num_bad: int = 0) -> Shard:
+    """Writes an empty file as a finished shard, the first images of which are bad."""
+    ids = pl.Series([f"{number}-{row}" for row in range(num_ids)])
+    shard = Shard(ids, {0: folder / f"part-{number:05d}.parquet"})
+    shard.paths[0].touch()
+    if num_bad:
+        bad = {"isic_id": ids[:num_bad], "reason": ["truncated JPEG"] * num_bad}
+        pl.DataFrame(bad).write_parquet(shard.errors_path)
+    return shard
+
+
+def embed_flags(exported: Path, data: Path, output: Path, *more: object) -> list[object]:
+    """Returns the arguments of `infer embed` for the fixture `exported`."""
+    folders = ["--model_dir", exported, "--data", data, "--output_dir", output]
+    return ["embed", "--model_config", "tiny", *folders, *more]

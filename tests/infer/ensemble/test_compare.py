@@ -1,10 +1,8 @@
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pytest
 
-from infer.ensemble.comparison import Comparison
 from infer.ensemble.fit import fit_ensemble
 from tests.support.commands import Cli, run_module
 from tests.support.ensembles import fit_settings, write_dataset, write_embeddings
@@ -50,43 +48,6 @@ def test_a_real_difference_and_none(ensembles: Path, tables: Path, cli: Cli) -> 
         "infer", "compare", ensembles / "good", ensembles / "good", "--data", tables, "--draws", 200
     )
     assert ended.out.endswith("second against first: noise\n") and "p = 1," in ended.out
-
-
-BASE = np.array([0.150, 0.140, 0.155, 0.145])
-BETTER = BASE + 0.001 + np.array([0, 1, 0, 1]) * 1e-4
-DRAWS = np.random.default_rng(0).normal(0.15, 0.002, 200)
-
-
-def judged(fits: tuple[np.ndarray, np.ndarray], difference: float) -> Comparison:
-    """A comparison whose patients give differences around `difference`, nearly all of one sign."""
-    spread = np.random.default_rng(1).normal(difference, 0.001, len(DRAWS))
-    return Comparison(np.stack(fits, axis=1), np.stack([DRAWS, DRAWS + spread], axis=1))
-
-
-@pytest.mark.parametrize(
-    ("fits", "difference", "verdict"),
-    [
-        ((BASE, BETTER), 0.005, "a difference"),
-        ((BETTER, BASE), -0.005, "a difference"),
-        ((BASE, BETTER), 0.0, "noise"),
-        ((BASE, BETTER), -0.005, "noise"),
-        ((BASE, BASE[::-1]), 0.005, "noise"),
-        ((BASE[:1], BETTER[:1]), 0.005, "a difference"),
-        ((BASE[:0], BETTER[:0]), -0.005, "a difference"),
-        ((BASE[:0], BETTER[:0]), 0.0, "noise"),
-    ],
-)
-def test_a_difference_takes_both_kinds_of_chance_and_one_direction(
-    fits: tuple[np.ndarray, np.ndarray], difference: float, verdict: str
-) -> None:
-    found = judged(fits, difference)
-    assert found.verdict == verdict == found.row()["verdict"]
-    assert found.tested == (len(fits[0]) > 1)
-
-
-def test_the_same_scores_have_no_difference_in_a_table() -> None:
-    same = Comparison(np.stack([BASE, BASE], axis=1), np.stack([DRAWS, DRAWS], axis=1))
-    assert same.p == 1.0 and set(same.row().values()) == {None}
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +118,15 @@ def test_ensembles_of_other_rows_are_refused(
     assert ended.code == 2 and "--second is required" in ended.err
     ended = cli("infer", "compare", "a", "b", "c")
     assert ended.code == 2 and 'unexpected argument "c"' in ended.err
+
+
+QUICK = {"num_rounds": 8}
+
+
+def test_compare_blends_seed_by_seed(data: Path, three_libraries: Path, cli: Cli) -> None:
+    fit_ensemble(fit_settings(data, data.parent, features="raw", seeds=2, name="one", **QUICK))
+    ended = cli(
+        "infer", "compare", data.parent / "one", three_libraries, "--data", data, "--draws", 100
+    )
+    assert ended.code == 0, ended.err
+    assert "of 2\n" in ended.out and "second against first" in ended.out

@@ -1,4 +1,4 @@
-"""Embeddings as columns: that folds' spaces are brought together, that no label comes along, and what is refused."""
+"""Embeddings as columns: fold models are aligned, labels do not leak, bad input is refused."""
 
 import json
 import shutil
@@ -9,7 +9,6 @@ import polars as pl
 import pytest
 
 from infer.embedding.store import shard_path, write_shard
-from infer.ensemble.artifact import open_ensemble
 from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.image_columns import (
     ALIGNED,
@@ -29,9 +28,18 @@ from isic.metrics import pauc, roc_auc
 from isic.provenance import seen_rows, write_seen
 from isic.runtime.errors import UserError
 from isic.runtime.files import write_json
-from tests.support.ensembles import ENGINES, NUM_FOLDS, fit_settings, write_dataset, write_lists
+from tests.support.ensembles import (
+    ENGINES,
+    NUM_FOLDS,
+    fit_settings,
+    read_test_text,
+    train_table,
+    write_seen_lists,
+)
 
 WIDTH = 12
+
+
 REMEMBERED = 6.0
 """How strongly an overfitted model writes the label of an image that it was trained on into the image's embedding."""
 
@@ -42,7 +50,7 @@ def spaces(width: int) -> list[np.ndarray]:
     return [np.linalg.qr(rng.standard_normal((width, width)))[0] for _ in range(NUM_FOLDS)]
 
 
-def write_run(
+def write_full_run(
     root: Path, split: str, plan: Folds, engines: dict[str, str] = ENGINES, width: int = WIDTH
 ) -> None:
     run = {
@@ -55,7 +63,7 @@ def write_run(
     write_json(root / split / "run.json", {**run, "folds_mode": "all", "num_features": width})
 
 
-def embed(
+def write_fold_embeddings(
     root: Path, data: Path, plan: Folds, strength: float, remembered: float, width: int = WIDTH
 ) -> Path:
     """Writes what fold models say of every image: the same of each, in a space of their own, less noise.
@@ -83,8 +91,8 @@ def embed(
                 features,
                 own[:, 0].astype(np.float32),
             )
-        write_run(root, split, plan, width=width)
-    write_lists(root, Dataset(data).metadata("train"), plan)
+        write_full_run(root, split, plan, width=width)
+    write_seen_lists(root, train_table(data), plan)
     return root
 
 
@@ -93,18 +101,13 @@ def seen_list(root: Path, fold: int = 1) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("columns") / "data")
-
-
-@pytest.fixture(scope="module")
 def plan(data: Path) -> Folds:
-    return draw_folds(Dataset(data).metadata("train"), NUM_FOLDS, 42)
+    return draw_folds(train_table(data), NUM_FOLDS, 42)
 
 
 @pytest.fixture(scope="module")
 def run(data: Path, plan: Folds) -> Path:
-    return embed(data.parent / "tiny", data, plan, strength=4.0, remembered=0.0)
+    return write_fold_embeddings(data.parent / "tiny", data, plan, strength=4.0, remembered=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +119,7 @@ def frozen(data: Path, run: Path) -> Path:
     other.write(root / "folds.parquet")
     write_seen(seen_list(root), seen_rows(other.table))
     for split in ("train", "test"):
-        write_run(root, split, other, {"1": "b"})
+        write_full_run(root, split, other, {"1": "b"})
     return root
 
 
@@ -127,7 +130,7 @@ def auc(root: Path) -> float:
 def test_an_image_gets_the_same_columns_from_every_model(
     data: Path, run: Path, plan: Folds
 ) -> None:
-    metadata = Dataset(data).metadata("train")
+    metadata = train_table(data)
     maps = fit_affine_maps(run, metadata, plan)
     by_fold = [
         mapped_columns(run, "train", ALIGNED, metadata, maps, pl.Series([k] * len(metadata)))
@@ -144,7 +147,7 @@ def test_an_image_gets_the_same_columns_from_every_model(
 def test_a_test_row_has_the_mean_over_the_models(
     data: Path, run: Path, plan: Folds, tmp_path: Path
 ) -> None:
-    maps = fit_affine_maps(run, Dataset(data).metadata("train"), plan)
+    maps = fit_affine_maps(run, train_table(data), plan)
     write_affine_maps(tmp_path / "maps.parquet", maps)
     again = read_affine_maps(tmp_path / "maps.parquet")
     test = Dataset(data).metadata("test")
@@ -178,7 +181,7 @@ def test_what_the_images_show_is_found_and_predicted(
     where = {"ensemble": tmp_path / "with", "embeddings": run, "frozen": frozen}
     predict_submission(PredictSettings(data=data, output=tmp_path / "all.csv", **where))
     (tmp_path / "one").mkdir()
-    test = pl.read_csv(data / "test-metadata.csv", infer_schema=False)
+    test = read_test_text(data)
     alone = test.filter(patient_id=test["patient_id"][3])[:1]
     alone.write_csv(tmp_path / "one" / "test-metadata.csv")
     predict_submission(PredictSettings(data=tmp_path / "one", output=tmp_path / "one.csv", **where))
@@ -201,7 +204,7 @@ def test_two_fits_give_the_same_bytes(data: Path, run: Path, tmp_path: Path) -> 
 
 def shuffle_labels(data: Path, root: Path, seed: int = 1) -> pl.DataFrame:
     """Writes the dataset with its labels in another order and returns the training table."""
-    table = Dataset(data).metadata("train")
+    table = train_table(data)
     shuffled = table.with_columns(
         table["target"].sample(fraction=1, shuffle=True, seed=seed).alias("target")
     )
@@ -216,7 +219,7 @@ def test_shuffled_labels_give_chance(data: Path, mode: str, tmp_path: Path) -> N
     """Embeddings that show nothing of the label, but for those of images that the model was trained on."""
     shuffled = shuffle_labels(data, tmp_path / "data")
     plan = draw_folds(shuffled, NUM_FOLDS, 42)
-    run = embed(
+    run = write_fold_embeddings(
         tmp_path / "blind", tmp_path / "data", plan, 0.0, 0.0 if mode == "frozen" else REMEMBERED
     )
     elsewhere: dict[str, object] = {"embeddings": run}
@@ -247,7 +250,9 @@ def test_a_map_fitted_on_held_out_images_would_leak_and_ours_does_not(
     for seed in range(6):
         table = shuffle_labels(data, tmp_path / f"data{seed}", seed)
         plan = draw_folds(table, NUM_FOLDS, 42)
-        run = embed(tmp_path / f"run{seed}", tmp_path / f"data{seed}", plan, 0.0, REMEMBERED, width)
+        run = write_fold_embeddings(
+            tmp_path / f"run{seed}", tmp_path / f"data{seed}", plan, 0.0, REMEMBERED, width
+        )
         maps = fit_affine_maps(run, table, plan)
         parts = [
             pl.read_parquet(shard_path(run, "train", k, 0))["features"].to_numpy()
@@ -294,19 +299,9 @@ def test_embeddings_of_held_out_images_alone_are_refused(
 def test_too_few_images_for_the_features_are_refused(
     data: Path, plan: Folds, tmp_path: Path
 ) -> None:
-    wide = embed(tmp_path / "wide", data, plan, 0.0, 0.0, width=200)
+    wide = write_fold_embeddings(tmp_path / "wide", data, plan, 0.0, 0.0, width=200)
     with pytest.raises(UserError, match=r"1\d\d shared images are too few to align 200 features"):
         fit_ensemble(fit_settings(data, tmp_path, features="aligned", embeddings=wide))
-
-
-def test_an_ensemble_on_embeddings_of_an_earlier_form_is_refused(
-    data: Path, tmp_path: Path
-) -> None:
-    fit_ensemble(fit_settings(data, tmp_path, features="sex", num_rounds=2))
-    manifest = json.loads((tmp_path / "sex" / "ensemble.json").read_text())
-    write_json(tmp_path / "sex" / "ensemble.json", manifest | {"features": "sex,components"})
-    with pytest.raises(UserError, match='unknown features "components"'):
-        open_ensemble(tmp_path / "sex")
 
 
 def test_missing_and_broken_embeddings_are_refused(data: Path, run: Path, tmp_path: Path) -> None:
@@ -356,7 +351,7 @@ def test_a_backbone_that_has_seen_the_labels_is_not_frozen(
     data: Path, frozen: Path, tmp_path: Path
 ) -> None:
     root = Path(shutil.copytree(frozen, tmp_path / "knowing"))
-    metadata = Dataset(data).metadata("train")
+    metadata = train_table(data)
     seen_list(root).unlink()
     with pytest.raises(UserError, match=r"trained_on.parquet is missing"):
         fit_ensemble(fit_settings(data, tmp_path, features="frozen", frozen=root))
@@ -377,7 +372,7 @@ def test_scores_of_a_model_that_met_the_rows_are_not_out_of_fold(
 ) -> None:
     """The plan holds the rows out, but the weights that the model started from had met one patient."""
     root = Path(shutil.copytree(run, tmp_path / "leaking"))
-    metadata, plan = Dataset(data).metadata("train"), read_folds(root / "folds.parquet")
+    metadata, plan = train_table(data), read_folds(root / "folds.parquet")
     fold = plan.of(metadata)
     patient = metadata.filter(fold == 2)["patient_id"][0]
     inherited = metadata.filter(pl.col("patient_id") == patient).head(1)
