@@ -28,7 +28,6 @@ from isic.images import decode_pool
 from isic.metadata import read_metadata
 from isic.preprocess import PreprocessSpec
 from isic.provenance import read_seen, seen_rows, write_seen
-from isic.runtime.errors import UserError
 from isic.runtime.files import write_json
 from tests.support.commands import ROOT, Cli
 from tests.support.datasets import jpeg, small_disk
@@ -181,48 +180,6 @@ def test_bad_images_stop_the_run_where_they_should(
     assert ended.code == 2 and "no image for this id" in ended.err
     ended = cli("infer", *embed_flags(exported, broken_dataset, tmp_path, "--split", "test"))
     assert ended.code == 2 and "4 of the first" in ended.err and "--max_bad" in ended.err
-
-
-def test_a_graph_of_another_contract_is_refused(tmp_path: Path) -> None:
-    import onnx
-    from onnx import TensorProto, helper
-
-    from infer.engines import create
-
-    def save(dtype: int, output: str, side: int) -> Path:
-        value = helper.make_tensor_value_info
-        nodes = [
-            helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT),
-            helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0),
-            helper.make_node("Identity", ["y"], [output]),
-            helper.make_node("ReduceMean", ["y"], ["logits"], axes=[1], keepdims=1),
-        ]
-        inputs = [value("images", dtype, ["n", side, side, 3])]
-        outputs = [
-            value(output, TensorProto.FLOAT, ["n", side]),
-            value("logits", TensorProto.FLOAT, ["n", 1]),
-        ]
-        graph = helper.make_graph(nodes, "g", inputs, outputs)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-        onnx.save(model, tmp_path / "model.onnx")
-        return tmp_path / "model.onnx"
-
-    manifest = {"format": "onnx", "preprocess": {"size": 8}}
-    assert create(save(TensorProto.UINT8, "features", 8), manifest, "cpu").run(
-        np.zeros((2, 8, 8, 3), np.uint8)
-    )
-    for path, words in (
-        ((TensorProto.FLOAT, "features", 8), r"images is tensor\(float\)"),
-        ((TensorProto.UINT8, "embedding", 8), "has no features"),
-        ((TensorProto.UINT8, "features", 9), "takes images"),
-    ):
-        with pytest.raises(UserError, match=words):
-            create(save(*path), manifest, "cpu")
-    (tmp_path / "model.onnx").write_bytes(b"no protobuf")
-    with pytest.raises(UserError, match="does not load in ONNX Runtime"):
-        create(tmp_path / "model.onnx", manifest, "cpu")
-    with pytest.raises(UserError, match='no engine runs the format "caffe"'):
-        create(tmp_path / "model.onnx", {"format": "caffe"}, "cpu")
 
 
 def test_a_gpu_that_is_not_there_is_refused_with_the_cause(
