@@ -135,11 +135,11 @@ def checkpoint_config(
 
 
 def save_oof(path: Path, data: TrainData, fold: int, predictions: Predictions) -> None:
-    """Writes the out-of-fold scores: `isic_id`, `target`, `fold`, `logit` and, with masks, `dice`."""
+    """Writes the scores of the held-out rows, with `dice` if the run uses masks."""
     rows = data.table[predictions.rows].select(schema.ID, schema.TARGET)
     oof = rows.with_columns(
         pl.lit(fold, dtype=pl.Int8).alias("fold"), pl.Series("logit", predictions.logits)
     )
-    if data.rows.masks:
+    if data.rows.masks is not None:
         oof = oof.with_columns(pl.Series("dice", predictions.dice, nan_to_null=True))
     write_parquet(path, oof)
