@@ -17,9 +17,8 @@ from benchmarks.fresh import (
     find_configs,
 )
 from benchmarks.record import Row, append_each, reason
-from export.formats import FORMATS, TOLERANCES, device_of
-from export.parity import Reference, check_parity
-from export.run import summary
+from export.formats import FORMATS, TOLERANCES, build_device
+from export.parity import Reference, check_parity, worst_figures
 from infer.engines import create, unavailable_reason
 from isic.preprocess import Pixels
 from isic.runtime.config import Settings, Several
@@ -53,7 +52,7 @@ class ExportSettings(Settings):
 
 def export(settings: ExportSettings) -> None:
     """Builds fresh networks in every format and precision, and has the parity gate compare them in float32."""
-    offered = {name: FORMATS[name].offered(device_of(name, "auto")) for name in FORMATS}
+    offered = {name: FORMATS[name].offered(build_device(name, "auto")) for name in FORMATS}
     known = [(name, precision) for name, precisions in offered.items() for precision in precisions]
     names = chosen("formats", settings.formats, list(dict.fromkeys(name for name, _ in known)))
     precisions = chosen(
@@ -95,6 +94,6 @@ def figures(
             )
         except Exception as error:
             return {**built, "reason": reason(error)}
-    worst = summary(parity)
+    worst = worst_figures(parity)
     error_ = float(f"{worst['max_logit_error']:.1e}")
     return {**built, "cosine": round(worst["cosine"], 7), "max_logit_error": error_}

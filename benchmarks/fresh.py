@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export.formats import FORMATS, Target, device_of
+from export.formats import FORMATS, ArtifactSpec, BuildInputs, build_device
 from export.options import PlanOptions
 from isic import schema
 from isic.dataset import Dataset
@@ -61,7 +61,7 @@ class Artifact:
     path: Path
     manifest: dict[str, Any]
     seconds: float
-    target: Target
+    target: ArtifactSpec
 
     @property
     def megabytes(self) -> float:
@@ -112,21 +112,19 @@ def build_artifact(
             else images[:NUM_CALIBRATION]
         )
 
-    target = Target(
+    target = ArtifactSpec(
         config=fresh.settings.name,
         fold=0,
         format=name,
         precision=precision,
-        device=device_of(name, device),
-        spec=fresh.spec,
+        device=build_device(name, device),
         options=PlanOptions(opt_batch=largest, max_batch=largest),
-        cache_dir=folder,
-        calibration=calibration,
     )
+    inputs = BuildInputs(fresh.model, fresh.spec, folder, calibration)
     path = folder / FORMATS[name].file_name(target)
     manifest = {**fresh.manifest, **target.facts}
     started = time.perf_counter()
-    manifest |= FORMATS[name].build(fresh.model, target, path)
+    manifest |= FORMATS[name].build(target, inputs, path)
     seconds = time.perf_counter() - started
     return Artifact(path, manifest, seconds, target)
 

@@ -1,4 +1,4 @@
-"""AOTInductor packages: torch's own compiler ahead of time, for the CPU or the GPU of this machine."""
+"""AOTInductor packages: torch's ahead-of-time compiler, for the CPU or the GPU of this machine."""
 
 import contextlib
 import io
@@ -12,77 +12,82 @@ import torch
 from torch._inductor import aoti_compile_and_package
 from torch._inductor.exc import InductorError
 
-from export.formats import Target
+from export.formats import ArtifactSpec, BuildInputs
 from export.onnx_graph import TRACED_BATCH, quiet
-from export.precision import lowered
+from export.precision import cast_model
 from infer.engines.aoti import architecture, forbid_tf32, needed_features
+from infer.engines.contract import IMAGES
 from isic.runtime.errors import UserError
-from train.model import Classifier
 
-REASON = re.compile(r"\b(error|fatal)\s*:|cannot find")
-"""Matches the line in which a compiler, an assembler (`error   :`) or a linker gives its reason."""
-INCOMPLETE = re.compile(r"No such file|cannot find|No working C\+\+ compiler")
+ERROR_MARKERS = re.compile(r"\b(error|fatal)\s*:|cannot find")
+"""Matches the line with the reason of a compiler, an assembler (`error   :`) or a linker."""
+MISSING_MARKERS = re.compile(r"No such file|cannot find|No working C\+\+ compiler")
 """Matches a reason that is a missing compiler, header or library."""
 
 
-def file_name(target: Target) -> str:
-    return f"model.{target.precision}.{architecture(target.device)}.pt2"
+def file_name(spec: ArtifactSpec) -> str:
+    return f"model.{spec.precision}.{architecture(spec.device)}.pt2"
 
 
-def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
-    """Compiles `model` for batches of 1 to `max_batch` images on the target's device.
+def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]:
+    """Compiles a network for batches of 1 to `max_batch` images on the spec's device.
 
     Raises:
-        UserError: what compiles on this machine does not work.
+        UserError: the compiler does not work on this machine.
     """
     forbid_tf32()
-    low = lowered(model, target.precision).to(target.device)
-    example = torch.zeros(
-        (traced_batch(target), target.size, target.size, 3), dtype=torch.uint8, device=target.device
-    )
-    most = max(target.options.max_batch, TRACED_BATCH)  # torch takes no range of one size
-    batch = torch.export.Dim("batch", min=1, max=most)
-    notes = quiet("torch.utils.cpp_extension")
+    model = cast_model(inputs.model, spec.precision).to(spec.device)
+    shape = (traced_batch(spec), inputs.size, inputs.size, 3)
+    example = torch.zeros(shape, dtype=torch.uint8, device=spec.device)
+    # A dynamic dimension whose range is a single size is refused (the assertion of
+    # pytorch/pytorch#122295, torch 2.14), so a package for one image also accepts two.
+    largest = max(spec.options.max_batch, TRACED_BATCH)
+    batch = torch.export.Dim("batch", min=1, max=largest)
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
-        notes,
+        quiet("torch.utils.cpp_extension"),
         torch.no_grad(),
-        complaints(),
+        compiler_errors_as_user_errors(),
     ):
-        warnings.simplefilter("ignore")  # the compiler's notes on its own internals
+        warnings.simplefilter("ignore")  # they are about the compiler's own internals
         program = torch.export.export(
-            low, (example,), dynamic_shapes={"images": {0: batch}}, strict=False
+            model, (example,), dynamic_shapes={IMAGES: {0: batch}}, strict=False
         )
-        options = {"max_autotune": True} if target.options.max_autotune else {}
-        aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-    features = {"cpu_features": needed_features()} if target.device == "cpu" else {}
-    return {
-        "architecture": architecture(target.device),
-        **features,
-        "max_batch": target.options.max_batch,
-    }
+        configs = {"max_autotune": True} if spec.options.max_autotune else {}
+        aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+    facts: dict[str, Any] = {"architecture": architecture(spec.device)}
+    if spec.device == "cpu":
+        facts["cpu_features"] = needed_features()
+    return {**facts, "max_batch": spec.options.max_batch}
 
 
-def traced_batch(target: Target) -> int:
-    """Returns the images of the example: on a GPU kernels are chosen for them, and one would count as a constant."""
-    return max(target.options.opt_batch, TRACED_BATCH) if target.device == "cuda" else TRACED_BATCH
+def traced_batch(spec: ArtifactSpec) -> int:
+    """Returns the batch size of the example; kernels for a GPU are chosen for it.
+
+    It is at least 2, because torch.export takes a size of 1 for a constant.
+    """
+    if spec.device == "cuda":
+        return max(spec.options.opt_batch, TRACED_BATCH)
+    return TRACED_BATCH
 
 
 @contextlib.contextmanager
-def complaints() -> Iterator[None]:
-    """Turns what torch's compiler raises, with whole command lines in it, into a UserError of one sentence."""
+def compiler_errors_as_user_errors() -> Iterator[None]:
+    """Turns a compiler's error, whose text has whole command lines in it, into a UserError."""
     try:
         yield
     except InductorError as error:
-        lines = str(error).strip().splitlines()
-        reason = next((line.strip() for line in lines if REASON.search(line)), lines[0])
-        advice = (
-            "AOTInductor needs g++, and for a GPU CUDA's headers and libcuda.so where g++ finds "
-            "them: install what is missing"
-            if INCOMPLETE.search(reason)
-            else "choose another --precision"
-        )
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        marked = [line for line in lines if ERROR_MARKERS.search(line)]
+        reason = marked[0] if marked else lines[0]
+        if MISSING_MARKERS.search(reason):
+            advice = (
+                "AOTInductor needs g++, and for a GPU also CUDA's headers and libcuda.so in the "
+                "paths of g++: install the missing one"
+            )
+        else:
+            advice = "choose another --precision"
         raise UserError(
             f"torch cannot compile here ({reason}); {advice}, or leave out --formats aoti"
         ) from error

@@ -1,6 +1,10 @@
-"""The formats an export can have, as data: a new one is a row here and a module beside this one."""
+"""The export formats as data: how each one is built, and how exact each precision must be.
 
-from collections.abc import Callable, Mapping
+A new format is a row of `ENGINE_FORMATS` in `infer/engines/registry.py`, a row of the same name in
+FORMATS here, and a builder module with `file_name(spec)` and `build(spec, inputs, path)`.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -11,99 +15,122 @@ import torch
 
 from export.options import PlanOptions
 from infer.engines import usual_device
+from infer.engines.registry import ENGINE_FORMATS, EngineFormat
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.errors import UserError, did_you_mean
 from train.machine import without_bfloat16
 from train.model import Classifier
 
-
-def no_images() -> Pixels:
-    """Returns no images at all, where nobody said which to calibrate on."""
-    return np.empty((0, 0, 0, 3), np.uint8)
+CPU_BATCH_SIZES = (8, 16)
+"""Batch sizes at which a CPU's artifact is checked, in addition to 1 and 2."""
 
 
 @dataclass(frozen=True)
-class Target:
-    """What one artifact is to be."""
+class ArtifactSpec:
+    """The request for one artifact: all that decides its name and whether it is up to date."""
 
     config: str
     fold: int
     format: str
     precision: str
     device: str
-    """What it will run on: `cpu` or `cuda`."""
-    spec: PreprocessSpec
+    """The device that it will run on: `cpu` or `cuda`."""
     options: PlanOptions
-    cache_dir: Path
-    """Where builders keep what the folds of a config share."""
-    calibration: Callable[[], Pixels] = no_images
-    """Images [R, size, size, 3] for the precisions that are calibrated, read where one of them is built."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the manifest says was asked for; another answer makes the artifact stale."""
-        kind = FORMATS[self.format]
-        named = {*kind.options, *(CALIBRATION_OPTIONS if self.precision in kind.calibrated else ())}
-        options = self.options.model_dump(mode="json", include=named)
+        """The request as the manifest records it; if it changes, the artifact is stale."""
+        row = FORMATS[self.format]
+        relevant = set(row.options)
+        if self.precision in row.calibrated:
+            relevant |= set(CALIBRATION_OPTIONS)
         return {
             "name": self.config,
             "fold": self.fold,
             "format": self.format,
             "precision": self.precision,
             "device": self.device,
-            "options": options,
+            "options": self.options.model_dump(mode="json", include=relevant),
         }
 
     @property
-    def size(self) -> int:
-        return self.spec.size
-
-    @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """Batches that must all say the same: 1 and 2, that kernels are chosen for, and the largest."""
-        most = (8, 16) if self.device == "cpu" else (self.options.opt_batch, self.options.max_batch)
-        return tuple(sorted({batch for batch in (1, 2, *most) if batch >= self.options.min_batch}))
+        """Batch sizes at which parity is checked: small ones, the usual one and the largest."""
+        if self.device == "cpu":
+            sizes = {1, 2, *CPU_BATCH_SIZES}
+        else:
+            sizes = {1, 2, self.options.opt_batch, self.options.max_batch}
+        return tuple(sorted(size for size in sizes if size >= self.options.min_batch))
 
 
-Builder = Callable[[Classifier, Target, Path], Mapping[str, Any]]
-"""Writes the artifact of a model, in eval mode on the CPU, under a path; returns what its manifest is to say of it."""
+def no_images() -> Pixels:
+    """Returns no images, for artifacts that are not calibrated."""
+    return np.empty((0, 0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True)
-class Format:
-    """One format and the module that builds it, with `file_name(target)` and `build(model, target, path)`."""
+class BuildInputs:
+    """A network and all else that a builder needs to export it."""
 
+    model: Classifier
+    """In eval mode on the CPU."""
+    preprocess: PreprocessSpec
+    cache_dir: Path
+    """Folder for files that the folds of a config share, such as kernel timings."""
+    calibration: Callable[[], Pixels] = no_images
+    """Reads images uint8 [R, size, size, 3]; called only for calibrated precisions."""
+
+    @property
+    def size(self) -> int:
+        return self.preprocess.size
+
+
+Builder = Callable[[ArtifactSpec, BuildInputs, Path], Mapping[str, Any]]
+"""Writes an artifact to a path and returns additional fields of its manifest."""
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """How one format is built."""
+
+    engine: EngineFormat
+    """The row of ENGINE_FORMATS: how it is run."""
     module: str
+    """The module with `file_name(spec)` and `build(spec, inputs, path)`."""
     precisions: Mapping[str, tuple[str, ...]]
-    """What it offers on each device it runs on, the usual one first."""
+    """The precisions on each device, the default one first."""
     options: tuple[str, ...] = ()
-    """Fields of PlanOptions that its build follows."""
+    """Fields of PlanOptions that the build follows."""
     calibrated: tuple[str, ...] = ()
-    """Precisions whose scales come from images."""
-    portable: bool = False
-    """It is built where it cannot run; the parity gate is then left to the machine that runs it."""
+    """Precisions whose scales are computed from images."""
+    triton_backend: str | None = None
+    """The backend of NVIDIA Triton that runs it, None if there is none."""
 
-    def file_name(self, target: Target) -> str:
-        name: str = import_module(self.module).file_name(target)
+    def file_name(self, spec: ArtifactSpec) -> str:
+        name: str = import_module(self.module).file_name(spec)
         return name
 
-    def offered(self, device: str) -> tuple[str, ...]:
-        """Return its precisions on a device, the usual one first.
-
-        Those that this machine's GPU lacks are left out, unless the artifact is for other GPUs.
-        """
-        offered = self.precisions[device]
-        if device == "cpu" or self.portable or gpu_without_bfloat16() is None:
-            return offered
-        return tuple(precision for precision in offered if precision != "bf16")
+    @property
+    def portable(self) -> bool:
+        return self.engine.portable
 
     @property
     def build(self) -> Builder:
         builder: Builder = import_module(self.module).build
         return builder
 
+    def offered(self, device: str) -> tuple[str, ...]:
+        """Returns its precisions on a device, the default one first.
 
-PLAN_OPTIONS = (
+        It omits those that this machine's GPU lacks, unless the artifact is for other GPUs.
+        """
+        precisions = self.precisions[device]
+        if device == "cpu" or self.portable or gpu_without_bfloat16() is None:
+            return precisions
+        return tuple(precision for precision in precisions if precision != "bf16")
+
+
+PROFILE_OPTIONS = (
     "min_batch",
     "opt_batch",
     "max_batch",
@@ -111,44 +138,51 @@ PLAN_OPTIONS = (
     "optimization_level",
     "cuda_graph",
 )
-"""What every TensorRT plan follows."""
+"""Options of every TensorRT plan."""
 CALIBRATION_OPTIONS = ("calibration_images",)
-"""What a calibrated precision follows as well."""
+"""Additional options of a calibrated precision."""
 
 FORMATS = {
-    "onnx": Format(
-        "export.onnx_graph", {"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16", "bf16")}
+    "onnx": ExportFormat(
+        ENGINE_FORMATS["onnx"],
+        "export.onnx_graph",
+        {"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16", "bf16")},
+        triton_backend="onnxruntime",
     ),
-    "aoti": Format(
+    "aoti": ExportFormat(
+        ENGINE_FORMATS["aoti"],
         "export.aoti",
         {"cpu": ("fp32", "bf16", "fp16"), "cuda": ("bf16", "fp16", "fp32")},
         options=("opt_batch", "max_batch", "max_autotune"),
     ),
-    "tensorrt": Format(
+    "tensorrt": ExportFormat(
+        ENGINE_FORMATS["tensorrt"],
         "export.tensorrt",
         {"cuda": ("fp16", "bf16", "fp32", "int8", "fp8")},
-        options=(*PLAN_OPTIONS, "version_compatible", "hardware_compatible"),
+        options=(*PROFILE_OPTIONS, "version_compatible", "hardware_compatible"),
         calibrated=("int8", "fp8"),
+        triton_backend="tensorrt",
     ),
-    "tensorrt_rtx": Format(
+    "tensorrt_rtx": ExportFormat(
+        ENGINE_FORMATS["tensorrt_rtx"],
         "export.tensorrt",
-        # NVIDIA's support matrix lists int8 for weights alone, and these plans need activations too.
+        # NVIDIA's support matrix lists int8 for weights only; these plans need activations too.
         {"cuda": ("fp16", "bf16", "fp32", "fp8")},
-        options=(*PLAN_OPTIONS, "compute_capabilities"),
+        options=(*PROFILE_OPTIONS, "compute_capabilities"),
         calibrated=("fp8",),
-        portable=True,
     ),
 }
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an artifact may be from its checkpoint in float32."""
+    """The largest accepted difference between an artifact and its checkpoint in float32."""
 
     min_cosine: float
-    """Of any image's features."""
+    """Of each image's features."""
     max_logit_error: float
-    """Of any logit, in standard deviations of the logits where that is over 1; and of any probability of a mask."""
+    """Of each logit, divided by the logits' standard deviation if that is over 1; also of each
+    probability of a mask."""
     min_rank_correlation: float
     """Spearman's, of the logits of real images."""
 
@@ -163,52 +197,84 @@ TOLERANCES = {
 
 
 def gpu_without_bfloat16() -> str | None:
-    """Return why this machine's GPU lacks bfloat16, None if it has it or there is no GPU."""
+    """Returns why this machine's GPU lacks bfloat16, None if it has it or there is no GPU."""
     return without_bfloat16(torch.device("cuda")) if torch.cuda.is_available() else None
 
 
-def device_of(name: str, device: str) -> str:
-    """Return the device that a format is built for: the given one if it has that, `auto` by what runs here."""
-    offered = FORMATS[name].precisions
-    if device == "auto" and len(offered) > 1:
+def build_device(name: str, device: str) -> str:
+    """Returns the device that a format is built for: the given one, if the format runs there.
+
+    With `auto` it is the device that the format's engine runs on here.
+    """
+    devices = FORMATS[name].engine.devices
+    if device == "auto" and len(devices) > 1:
         device = usual_device(name)
-    return device if device in offered else next(iter(offered))
+    return device if device in devices else devices[0]
+
+
+def check_options(options: PlanOptions, formats: Collection[str]) -> None:
+    """Raises UserError for a flag that only another format than the requested ones follows."""
+    for option, name in options_of_one_format():
+        if getattr(options, option) and name not in formats:
+            raise UserError(
+                f"--{option} is for --formats {name} only; leave it out, or export that format too"
+            )
+
+
+def options_of_one_format() -> Iterator[tuple[str, str]]:
+    """Yields the flags that are off by default and that a single format follows, with its name."""
+    for option, field in PlanOptions.model_fields.items():
+        formats = [name for name, row in FORMATS.items() if option in row.options]
+        if len(formats) == 1 and not field.default:
+            yield option, formats[0]
 
 
 def find_formats(
     names: tuple[str, ...], precisions: tuple[str, ...], device: str
 ) -> list[tuple[str, str]]:
-    """Returns each format with each of the precisions that it offers, its usual one where none is named.
+    """Returns each format with each requested precision that it offers.
+
+    Args:
+        names: the formats.
+        precisions: each format's default one if empty.
+        device: `cpu`, `cuda` or `auto`.
 
     Raises:
-        UserError: no such format or precision, or one that has none of the others.
+        UserError: there is no such format or precision, a format offers none of the precisions, or
+            no format offers one of them.
     """
     for name in names:
         if name not in FORMATS:
             raise UserError(f'--formats: no format "{name}", {did_you_mean(name, FORMATS)}')
     for precision in precisions:
         if precision not in TOLERANCES:
-            raise UserError(
-                f'--precision: no precision "{precision}", {did_you_mean(precision, TOLERANCES)}'
-            )
+            hint = did_you_mean(precision, TOLERANCES)
+            raise UserError(f'--precision: no precision "{precision}", {hint}')
     chosen = []
     for name in names:
-        kind, device_name = FORMATS[name], device_of(name, device)
-        offered = kind.offered(device_name)
-        if {"bf16"} & set(precisions) & set(kind.precisions[device_name]) - set(offered):
-            raise UserError(f"--precision bf16: {gpu_without_bfloat16()}; use fp16 or fp32")
-        wanted = (
-            [precision for precision in precisions if precision in offered]
-            if precisions
-            else [offered[0]]
-        )
-        if not wanted:
-            where = f"{name} on {device_name}"
-            raise UserError(
-                f"--precision {','.join(precisions)}: {where} offers {', '.join(offered)}; choose one of these"
-            )
-        chosen += [(name, precision) for precision in wanted]
+        for precision in _chosen_precisions(name, precisions, build_device(name, device)):
+            chosen.append((name, precision))
     unused = set(precisions) - {precision for _, precision in chosen}
     if unused:
         raise UserError(f"--precision {min(unused)}: {', '.join(names)} does not offer it here")
     return chosen
+
+
+def _chosen_precisions(name: str, precisions: tuple[str, ...], device: str) -> list[str]:
+    """Returns the requested precisions that a format offers, or its default one."""
+    offered = FORMATS[name].offered(device)
+    if (
+        "bf16" in precisions
+        and "bf16" in FORMATS[name].precisions[device]
+        and "bf16" not in offered
+    ):
+        raise UserError(f"--precision bf16: {gpu_without_bfloat16()}; use fp16 or fp32")
+    if not precisions:
+        return [offered[0]]
+    wanted = [precision for precision in precisions if precision in offered]
+    if not wanted:
+        raise UserError(
+            f"--precision {','.join(precisions)}: {name} on {device} offers {', '.join(offered)}; "
+            "choose one of these"
+        )
+    return wanted

@@ -1,4 +1,4 @@
-"""The ONNX graph: uint8 images in, features, logits and perhaps a mask out, any batch size."""
+"""The ONNX graph: uint8 images in, features, logits and an optional mask out, any batch size."""
 
 import contextlib
 import io
@@ -12,59 +12,57 @@ from typing import Any
 
 import onnx
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import QuantType as OrtQuantType
+from onnxruntime.quantization import quantize_dynamic
 from torch import Tensor
 
-from export.formats import Target
-from export.precision import lowered, with_products
+from export.formats import ArtifactSpec, BuildInputs
+from export.precision import cast_model, pointwise_convs_as_linear
+from infer.engines.contract import IMAGES, LOGITS
 from train.model import Classifier
 
 OPSET = 20
-"""Gelu is one node from opset 20 on, and ONNX Runtime runs it from version 1.17 on."""
+"""The first opset with Gelu as one node; ONNX Runtime runs it from version 1.17 on."""
 BFLOAT16_OPSET = 22
-"""The first opset whose convolutions take bfloat16; ONNX Runtime refuses such a graph of an older one."""
+"""The first opset with bfloat16 convolutions; ONNX Runtime refuses such a graph of an older one."""
 ATTENTION_OPSET = 23
-"""Attention is one node from opset 23 on, which TensorRT fuses; ONNX Runtime on a CPU is no faster for it.
+"""The first opset with Attention as one node, which TensorRT fuses.
 
-The node's own `softmax_precision` is left out, because TensorRT's parser refuses it; its fused kernels decide."""
+ONNX Runtime on a CPU is no faster with it. The node's attribute `softmax_precision` must be absent,
+because TensorRT's parser refuses it (seen with TensorRT-RTX 1.7; no report found); the fused
+kernels choose the precision.
+"""
 TRACED_BATCH = 2
-"""torch.export specialises a dimension of size 0 or 1, so the graph is traced with two images."""
-QUANTIZED = ["MatMul", "Gemm"]
-"""What int8 is for: convolutions that are no products are slower as integers, and the rest has no weights."""
+"""torch.export treats a dimension of size 0 or 1 as a constant, so the example has two images."""
+INT8_OPERATORS = ["MatMul", "Gemm"]
+"""Convolutions are slower as integers, unless they are products (see `pointwise_convs_as_linear`);
+the other operators have no weights."""
 
 
-def file_name(target: Target) -> str:
-    return "model.onnx" if target.precision == "fp32" else f"model.{target.precision}.onnx"
+def file_name(spec: ArtifactSpec) -> str:
+    return "model.onnx" if spec.precision == "fp32" else f"model.{spec.precision}.onnx"
 
 
-def build(model: Classifier, target: Target, path: Path) -> dict[str, Any]:
-    """Writes the graph of `model` for images [N, size, size, 3] and says in its metadata what it is."""
-    opset = BFLOAT16_OPSET if target.precision == "bf16" else OPSET
-    if target.precision == "int8":
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / "model.onnx"
-            graph = trace(with_products(model), target.size, OPSET)
-            del graph.graph.value_info[
-                :
-            ]  # the quantizer infers shapes itself, and stumbles over the exporter's
-            onnx.save(graph, whole)
-            quantize(whole, path)
-        graph = onnx.load(path)
+def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]:
+    """Writes the graph of a network for images [N, size, size, 3], with metadata about it."""
+    opset = BFLOAT16_OPSET if spec.precision == "bf16" else OPSET
+    if spec.precision == "int8":
+        graph = int8_graph(inputs.model, inputs.size, path.parent)
     else:
-        graph = trace(lowered(model, target.precision), target.size, opset)
-    onnx.helper.set_model_props(graph, metadata(target))
+        graph = trace(cast_model(inputs.model, spec.precision), inputs.size, opset)
+    onnx.helper.set_model_props(graph, metadata(spec, inputs))
     onnx.save(graph, path)
     return {"opset": opset}
 
 
-def metadata(target: Target) -> dict[str, str]:
-    """Returns what the file says of itself, as ONNX metadata properties."""
+def metadata(spec: ArtifactSpec, inputs: BuildInputs) -> dict[str, str]:
+    """Returns the file's ONNX metadata properties: its origin and its preprocessing."""
     return {
-        "name": target.config,
-        "fold": str(target.fold),
-        "precision": target.precision,
-        "preprocess": target.spec.model_dump_json(),
-        "labels": json.dumps({"logits": ["malignant"]}),
+        "name": spec.config,
+        "fold": str(spec.fold),
+        "precision": spec.precision,
+        "preprocess": inputs.preprocess.model_dump_json(),
+        "labels": json.dumps({LOGITS: ["malignant"]}),
     }
 
 
@@ -76,11 +74,11 @@ def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
         contextlib.redirect_stdout(io.StringIO()),
         quiet("torch.onnx", "onnxscript"),
     ):
-        warnings.simplefilter("ignore")  # the exporter's notes on its own internals
+        warnings.simplefilter("ignore")  # they are about the exporter's own internals
         program = torch.export.export(
             model,
             (example,),
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamic_shapes={IMAGES: {0: torch.export.Dim("batch")}},
             strict=False,
         )
         if opset < ATTENTION_OPSET:
@@ -90,7 +88,7 @@ def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
         exported = torch.onnx.export(
             program,
             (example,),
-            input_names=["images"],
+            input_names=[IMAGES],
             output_names=list(model.output_names),
             opset_version=opset,
             external_data=False,
@@ -104,34 +102,49 @@ def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any
 ) -> Tensor:
-    """Scaled dot-product attention without a mask, its softmax in float32 whatever the inputs are."""
+    """Scaled dot-product attention without a mask, its softmax in float32 for any input type."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query * scale) @ key.transpose(-2, -1)
-    # A cast of its own: the exporter would write softmax's argument `dtype` as a cast of its result.
+    # An explicit cast, because the exporter writes softmax's argument `dtype` as a cast of the
+    # result and not of the input (pytorch/pytorch#153393; still so in onnxscript 0.7.2).
     return scores.to(torch.float32).softmax(dim=-1).to(value.dtype) @ value
 
 
-def quantize(source: Path, path: Path) -> None:
-    """Writes a float32 graph with int8 weights, whose activations are quantized as they come.
+def int8_graph(model: Classifier, size: int, folder: Path) -> onnx.ModelProto:
+    """Returns the graph of a network with int8 weights; `folder` is for temporary files."""
+    graph = trace(pointwise_convs_as_linear(model), size, OPSET)
+    # The quantizer infers shapes itself and fails if they differ from those that the exporter wrote
+    # (seen with ONNX Runtime 1.31; no report found).
+    del graph.graph.value_info[:]
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        float_path = Path(temporary) / "float32.onnx"
+        int8_path = Path(temporary) / "int8.onnx"
+        onnx.save(graph, float_path)
+        quantize_weights(float_path, int8_path)
+        return onnx.load(int8_path)
 
-    Ranges calibrated on real images (static Q/DQ of the same products) do not win: on two cores with VNNI they took 1
-    to 11 % more CPU time than this for a ViT-Tiny, a ConvNeXt-Tiny and a small trained ViT, and the error (1 - cosine)
-    was one and a half to six times this one's.
+
+def quantize_weights(source: Path, path: Path) -> None:
+    """Writes a float32 graph with int8 weights, whose activations are quantized at run time.
+
+    Static ranges, calibrated on real images (Q/DQ of the same products), are no better: on two
+    cores with VNNI they took 1 to 11 % more CPU time for a ViT-Tiny, a ConvNeXt-Tiny and a small
+    trained ViT, and their error (1 - cosine) was 1.5 to 6 times as large.
     """
     with quiet("root"):
         quantize_dynamic(
             source,
             path,
-            op_types_to_quantize=QUANTIZED,
-            weight_type=QuantType.QInt8,
+            op_types_to_quantize=INT8_OPERATORS,
+            weight_type=OrtQuantType.QInt8,
             per_channel=True,
         )
 
 
 @contextlib.contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Keeps the warnings of some loggers to itself; `root` is the logger above all."""
-    loggers = [logging.getLogger(name if name != "root" else None) for name in names]
+    """Silences the warnings of some loggers; `root` is the logger above all others."""
+    loggers = [logging.getLogger(None if name == "root" else name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -1,7 +1,10 @@
-"""The parity gate: an artifact must say what its checkpoint says, on real images and noise, at several batch sizes."""
+"""The parity check: an exported artifact must reproduce its checkpoint's outputs.
+
+It compares them on real images and on noise, at several batch sizes.
+"""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,131 +12,149 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from export.formats import Tolerance
-from infer.engines import Engine
+from infer.engines import Engine, SupportsMask
+from infer.engines.contract import OUTPUTS
 from isic.metrics import pauc
 from isic.preprocess import Pixels
 from train.model import Classifier
 
 NUM_NOISE = 7
+"""Noise images that are compared in addition to the real ones."""
 NUM_FEW = 16
-"""Images that small batches are tried on; the largest batch sees them all."""
+"""Images that small batches are compared on; the largest batch size is compared on all of them."""
 MAX_PAUC_CHANGE = 1e-3
 
-NAMES = ("features", "logits", "mask")
-"""Outputs in their order; the mask is there where the network draws one."""
-
 Arrays = tuple[NDArray[np.float32], ...]
-
-
-@runtime_checkable
-class Draws(Protocol):
-    """An engine that can run the optional output `mask`."""
-
-    def run_mask(self, images: Pixels) -> NDArray[np.float32]:
-        """Returns probabilities [n, h, w] float32 of images uint8 [n, H, W, 3]."""
-        ...
+"""Outputs in the order of OUTPUTS; the mask is absent if the network has none."""
 
 
 class ParityError(Exception):
-    """An artifact differs from its checkpoint; the message says in what and by how much."""
+    """An artifact differs from its checkpoint; the message names the output and the difference."""
 
 
 class Reference:
-    """What the checkpoint says in float32 of real images and of noise."""
+    """The checkpoint's outputs in float32 for real images and noise."""
 
     def __init__(
-        self, model: Classifier, images: Pixels, target: NDArray[np.float32] | None = None
+        self, model: Classifier, images: Pixels, labels: NDArray[np.float32] | None = None
     ) -> None:
         """Runs the checkpoint.
 
         Args:
             model: in eval mode on the CPU.
             images: real ones, uint8 [R, H, W, 3]; noise is added.
-            target: [R] 0 or 1, where the images have labels.
+            labels: [R] 0 or 1; None if unknown.
         """
-        noise = np.random.default_rng(0).integers(
-            0, 256, (NUM_NOISE, *images.shape[1:]), dtype=np.uint8
-        )
+        shape = (NUM_NOISE, *images.shape[1:])
+        noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         self.images: Pixels = np.concatenate([images, noise])
         self.outputs = run_model(model, self.images)
         self.num_real = len(images)
-        self.target = target if target is not None and 0 < target.sum() < len(target) else None
+        has_both_labels = labels is not None and 0 < labels.sum() < len(labels)
+        self.labels = labels if has_both_labels else None
+        """None also if the labels are all the same, as the pAUC is then undefined."""
 
 
 @torch.inference_mode()
 def run_model(model: Classifier, images: Pixels, batch_size: int = 16) -> Arrays:
-    """Returns features [N, D], logits [N, 1] and any mask [N, h, w], float32, of images uint8 [N, H, W, 3]."""
+    """Returns features [N, D], logits [N, 1] and any mask [N, h, w], float32.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+    """
     starts = range(0, len(images), batch_size)
     outputs = [model(torch.from_numpy(images[at : at + batch_size])) for at in starts]
-    return tuple(torch.cat(part).numpy() for part in zip(*outputs, strict=True))
+    return tuple(torch.cat(parts).numpy() for parts in zip(*outputs, strict=True))
 
 
 def run_engine(engine: Engine, images: Pixels, batch_size: int, with_mask: bool) -> Arrays:
-    """Returns what the engine says, as `run_model` does. Raises ParityError where it cannot draw the mask."""
-    if with_mask and not isinstance(engine, Draws):
-        raise ParityError("the network draws masks, and this engine does not run them")
-    outputs: list[Arrays] = []
-    for at in range(0, len(images), batch_size):
-        batch = images[at : at + batch_size]
-        masks = (engine.run_mask(batch),) if with_mask and isinstance(engine, Draws) else ()
-        outputs.append((*engine.run(batch), *masks))
-    return tuple(np.concatenate(part) for part in zip(*outputs, strict=True))
+    """Returns the engine's outputs, as `run_model` does.
+
+    Raises:
+        ParityError: the mask is requested and the engine cannot compute it.
+    """
+    if with_mask and not isinstance(engine, SupportsMask):
+        raise ParityError("the network predicts masks, and this engine does not")
+    batches: list[Arrays] = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        outputs: Arrays = engine.run(batch)
+        if with_mask and isinstance(engine, SupportsMask):
+            outputs = (*outputs, engine.predict_mask(batch))
+        batches.append(outputs)
+    return tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
 
 
 def check_parity(
     reference: Reference, engine: Engine, tolerance: Tolerance, batch_sizes: Sequence[int]
 ) -> dict[str, Any]:
-    """Compares an engine with its checkpoint, the largest batch on all images and smaller ones on a few.
+    """Compares an engine with its checkpoint: the largest batch on all images, others on a few.
 
     Returns:
-        The figures by batch size (see `compare`), and of the largest batch also `rank_correlation` and `pauc_change`.
+        The figures of each batch size (see `compare`), and `rank_correlation` and `pauc_change` of
+        the largest one.
 
     Raises:
-        ParityError: outputs of the wrong shape or dtype, not finite, too far off, or in another order.
+        ParityError: an output has another shape or type, is not finite or differs too much, or
+            the logits are in another order.
     """
     figures: dict[str, Any] = {}
     for batch_size in sorted(batch_sizes):
         first = 0 if batch_size == max(batch_sizes) else -max(NUM_FEW, batch_size)
-        expected = tuple(part[first:] for part in reference.outputs)
-        actual = run_engine(engine, reference.images[first:], batch_size, len(expected) > 2)
-        figures[f"batch_{batch_size}"] = figure = compare(expected, actual)
+        expected = tuple(output[first:] for output in reference.outputs)
+        with_mask = len(expected) == len(OUTPUTS)
+        actual = run_engine(engine, reference.images[first:], batch_size, with_mask)
+        figure = compare(expected, actual)
         check_figure(figure, tolerance, f"at batch {batch_size}")
+        figures[f"batch_{batch_size}"] = figure
+    # The largest batch size was the last one, so `actual` has the logits of all images.
     figures |= compare_order(reference, actual[1])
     check_order(figures, tolerance, reference)
     return figures
 
 
 def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:
-    """Returns how far outputs are apart: shapes and types first, then whether all is finite, then values.
+    """Returns the differences of outputs; their shapes, types and finiteness are checked first.
 
     Returns:
-        `cosine`: the least of any image's features. `max_abs_error`: of the features. `max_logit_error`: in standard
-        deviations of the logits where that is over 1. `max_mask_error`: of any probability, where there is a mask.
+        `cosine`: the smallest of all images' features. `max_abs_error`: of the features.
+        `max_logit_error`: divided by the logits' standard deviation if that is over 1.
+        `max_mask_error`: of all probabilities, if there is a mask.
 
     Raises:
         ParityError: another shape or type, or values that are not finite.
     """
-    for name, want, have in zip(NAMES, expected, actual, strict=False):
-        if have.dtype != np.float32 or have.shape != want.shape:
+    for name, wanted, found in zip(OUTPUTS, expected, actual, strict=False):
+        if found.dtype != np.float32 or found.shape != wanted.shape:
             raise ParityError(
-                f"{name} are {have.dtype} {list(have.shape)}, not float32 {list(want.shape)}"
+                f"{name} are {found.dtype} {list(found.shape)}, not float32 {list(wanted.shape)}"
             )
-        if not np.isfinite(have).all():
+        if not np.isfinite(found).all():
             raise ParityError(f"{name} hold values that are not finite")
-    features, other = (part[0].astype(np.float64) for part in (expected, actual))
-    norms = np.linalg.norm(features, axis=1) * np.linalg.norm(other, axis=1)
-    cosine = (features * other).sum(axis=1) / np.maximum(norms, 1e-30)
-    errors = [float(np.abs(want - have).max()) for want, have in zip(expected, actual, strict=True)]
+    errors = [
+        float(np.abs(wanted - found).max()) for wanted, found in zip(expected, actual, strict=True)
+    ]
     errors[1] /= max(1.0, float(expected[1].std()))
-    named = zip(("max_abs_error", "max_logit_error", "max_mask_error"), errors, strict=False)
-    return {"cosine": float(cosine.min()), **dict(named)}
+    names = ("max_abs_error", "max_logit_error", "max_mask_error")
+    cosine = smallest_cosine(expected[0], actual[0])
+    return {"cosine": cosine, **dict(zip(names, errors, strict=False))}
+
+
+def smallest_cosine(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
+    """Returns the smallest cosine between corresponding rows of two arrays [N, D]."""
+    a = expected.astype(np.float64)
+    b = actual.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(axis=1) / np.maximum(norms, 1e-30)
+    return float(cosine.min())
 
 
 def check_figure(figure: dict[str, float], tolerance: Tolerance, where: str) -> None:
-    """Raises ParityError where a figure of `compare` is beyond the tolerance."""
+    """Raises ParityError if a figure of `compare` is beyond the tolerance."""
     if figure["cosine"] < tolerance.min_cosine:
         raise ParityError(
-            f"{where} the cosine of the features is {figure['cosine']:.6f}, under {tolerance.min_cosine}"
+            f"{where} the cosine of the features is {figure['cosine']:.6f}, under "
+            f"{tolerance.min_cosine}"
         )
     for name in ("logit", "mask"):
         error = figure.get(f"max_{name}_error", 0.0)
@@ -144,29 +165,42 @@ def check_figure(figure: dict[str, float], tolerance: Tolerance, where: str) -> 
 
 
 def compare_order(reference: Reference, logits: NDArray[np.float32]) -> dict[str, float]:
-    """Returns `rank_correlation` of the real images' logits, and `pauc_change` where they have labels of both kinds."""
-    expected, actual = (part[: reference.num_real, 0] for part in (reference.outputs[1], logits))
+    """Returns `rank_correlation` and `pauc_change` of the real images' logits [N, 1].
+
+    The first is absent if all logits are equal, the second if there are no labels.
+    """
+    expected = reference.outputs[1][: reference.num_real, 0]
+    actual = logits[: reference.num_real, 0]
     figures = {}
     if len(np.unique(expected)) > 1 and len(np.unique(actual)) > 1:
         figures["rank_correlation"] = float(spearmanr(expected, actual).statistic)
-    if reference.target is not None:
-        figures["pauc_change"] = pauc(reference.target, actual) - pauc(reference.target, expected)
+    if reference.labels is not None:
+        figures["pauc_change"] = pauc(reference.labels, actual) - pauc(reference.labels, expected)
     return figures
 
 
 def check_order(figures: dict[str, Any], tolerance: Tolerance, reference: Reference) -> None:
-    """Raises ParityError where the order of the logits, or the score they reach, is not the checkpoint's."""
+    """Raises ParityError if the order of the logits, or the pAUC they reach, has changed."""
     rank = figures.get("rank_correlation", 1.0)
     if rank < tolerance.min_rank_correlation:
         raise ParityError(
             f"the logits' rank correlation is {rank:.4f}, under {tolerance.min_rank_correlation}"
         )
-    if reference.target is None:
+    if reference.labels is None:
         return
-    positives = float(reference.target.sum())
-    one_pair = 1 / (positives * (len(reference.target) - positives))
-    allowed = max(
-        MAX_PAUC_CHANGE, one_pair
-    )  # a small sample cannot show less than one pair that trades places
+    # In a small sample the smallest possible change, one pair that swaps, can exceed the limit.
+    positives = float(reference.labels.sum())
+    one_pair = 1 / (positives * (len(reference.labels) - positives))
+    allowed = max(MAX_PAUC_CHANGE, one_pair)
     if abs(figures["pauc_change"]) > allowed:
         raise ParityError(f"pAUC changes by {figures['pauc_change']:+.4f}, over {allowed:.4f}")
+
+
+def worst_figures(parity: dict[str, Any]) -> dict[str, float]:
+    """Returns the worst of the figures of `check_parity` over all batch sizes."""
+    figures = [figure for name, figure in parity.items() if name.startswith("batch_")]
+    return {
+        "cosine": min(figure["cosine"] for figure in figures),
+        "max_logit_error": max(figure["max_logit_error"] for figure in figures),
+        "rank_correlation": parity.get("rank_correlation", float("nan")),
+    }

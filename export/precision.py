@@ -1,4 +1,4 @@
-"""Low precision written into the model before it is traced, so that every runtime computes in the same types."""
+"""Casts the network to a precision before it is traced, so that all runtimes compute alike."""
 
 import copy
 
@@ -9,43 +9,48 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from train.model import Classifier
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-ISLANDS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, GlobalResponseNorm, _BatchNorm)
-"""Layers that stay in float32: they square activations, which overflows float16, or sum many, which costs bfloat16.
+# Batch normalisation is among them because the exporter's rule fuse_batchnorm folds it into a
+# bfloat16 convolution in another type (seen with onnxscript 0.7.2; no report found).
+FP32_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, GlobalResponseNorm, _BatchNorm)
+"""Layers that stay in float32: they square activations, which overflows float16, or sum many, which
+bfloat16 rounds too much."""
+MIN_INT8_CHANNELS = 64
+"""Channels from which a 1x1 convolution is faster as an int8 product, transpositions included."""
 
-Batch normalisation is among them because the exporter folds it into a bfloat16 convolution in another type.
-"""
-WIDE = 64
-"""Channels from which on a 1x1 convolution's product in int8 saves more than the transpositions around it cost."""
 
+def cast_model(model: Classifier, precision: str) -> Classifier:
+    """Returns a copy of the model that computes in `precision`, except for FP32_LAYERS.
 
-def lowered(model: Classifier, precision: str) -> Classifier:
-    """Returns a copy of the model that computes in `precision`, with its normalisation layers as float32 islands.
-
-    It takes uint8 images and gives float32 outputs like the model itself. Explicit casts, unlike torch.autocast, leave
-    no LayerNormalization with inputs of two types, which ONNX Runtime and TensorRT refuse.
+    It takes uint8 images and returns float32 outputs like the model itself. torch.autocast instead
+    of explicit casts would leave LayerNormalization nodes with inputs of two types, which ONNX
+    Runtime and TensorRT refuse.
     """
-    model, dtype = copy.deepcopy(model), DTYPES[precision]
+    model = copy.deepcopy(model)
+    dtype = TORCH_DTYPES[precision]
     if dtype == torch.float32:
         return model
     for part in (model.backbone, *model.heads):
-        if part is not model.head:  # a few numbers, whose last digits order the logits
+        # The classifier is cheap, and the last digits of the logits decide their order.
+        if part is not model.head:
             part.to(dtype)
     model.dtype = dtype
     for module in model.modules():
-        if isinstance(module, ISLANDS):
+        if isinstance(module, FP32_LAYERS):
             module.float()
-            module.register_forward_pre_hook(_into_float32)
-            module.register_forward_hook(_OutOfFloat32(dtype))
+            module.register_forward_pre_hook(_inputs_to_float32)
+            module.register_forward_hook(_OutputTo(dtype))
     return model
 
 
-def _into_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _inputs_to_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(part.float() for part in inputs)
 
 
-class _OutOfFloat32:
+class _OutputTo:
+    """A forward hook that casts a layer's output."""
+
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
@@ -53,27 +58,34 @@ class _OutOfFloat32:
         return output.to(self.dtype)
 
 
-def with_products(model: Classifier) -> Classifier:
-    """Returns a copy whose wide 1x1 convolutions are linear layers over the channels, for what quantizes only those."""
+def pointwise_convs_as_linear(model: Classifier) -> Classifier:
+    """Returns a copy whose wide 1x1 convolutions are linear layers over the channels.
+
+    Dynamic quantization is for matrix products only, so it would skip the convolutions.
+    """
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Conv2d and _is_product(layer):
-                setattr(parent, name, _Product(layer))
+            if type(layer) is nn.Conv2d and _is_wide_pointwise(layer):
+                setattr(parent, name, PointwiseLinear(layer))
     return model
 
 
-def _is_product(conv: nn.Conv2d) -> bool:
+def _is_wide_pointwise(conv: nn.Conv2d) -> bool:
     form = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
-    return form == ((1, 1), (1, 1), (0, 0), 1) and min(conv.in_channels, conv.out_channels) >= WIDE
+    is_pointwise = form == ((1, 1), (1, 1), (0, 0), 1)
+    return is_pointwise and min(conv.in_channels, conv.out_channels) >= MIN_INT8_CHANNELS
 
 
-class _Product(nn.Module):
+class PointwiseLinear(nn.Module):
+    """A 1x1 convolution as a linear layer."""
+
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(conv.weight.flatten(1)), conv.bias
+        self.weight = nn.Parameter(conv.weight.flatten(1))
+        self.bias = conv.bias
 
     def forward(self, maps: Tensor) -> Tensor:
-        return nn.functional.linear(maps.permute(0, 2, 3, 1), self.weight, self.bias).permute(
-            0, 3, 1, 2
-        )
+        """Returns [N, D, H, W] of feature maps [N, C, H, W]."""
+        channels_last = maps.permute(0, 2, 3, 1)
+        return nn.functional.linear(channels_last, self.weight, self.bias).permute(0, 3, 1, 2)

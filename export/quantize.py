@@ -1,9 +1,9 @@
-"""int8 and fp8 as explicit pairs of QuantizeLinear and DequantizeLinear in the ONNX graph.
+"""int8 and fp8 as explicit pairs of QuantizeLinear and DequantizeLinear (Q/DQ) in the ONNX graph.
 
-TensorRT fuses such a pair before each input of a product into a product of the quantized types. Its rules: zero points
-of 0, scales in the type of what surrounds the pair, one scale a tensor for activations and one an output channel for
-weights, and biases left as they are. Ours beside them: all else of the graph keeps float16, and what is float32 there
-(norms, softmax, the head) stays float32.
+TensorRT fuses the pairs before the inputs of a product into a product of the quantized type. Its
+rules: zero points of 0, scales in the type of the surrounding tensors, one scale per tensor for
+activations and one per output channel for weights, and biases that are not quantized. The rest of
+the graph keeps float16, and its float32 layers (norms, softmax, the head) stay float32.
 """
 
 import hashlib
@@ -18,212 +18,234 @@ import torch
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from infer.engines.contract import IMAGES
 from infer.engines.onnxruntime import LOAD_ERRORS, PROVIDERS, session_options
 from isic.preprocess import Pixels
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
-class Kind:
+class QuantType:
     """A quantized type."""
 
     code: int
-    """As ONNX numbers it."""
+    """Its number in ONNX."""
     dtype: torch.dtype
     largest: float
-    """What a scale maps the end of a range to."""
+    """The value that a scale maps the end of a range to."""
     operators: frozenset[str]
-    """Products that have kernels for it."""
+    """Operators that TensorRT has kernels for in this type."""
 
 
-BASE = "fp16"
-"""Precision of the graph that is quantized: what is not quantized keeps it."""
-QUANTIZED = {
-    "int8": Kind(TensorProto.INT8, torch.int8, 127, frozenset({"MatMul", "Gemm", "Conv"})),
-    # TensorRT-RTX promises fp8 for matrix products alone, and ran some convolutions in float32 after all.
-    "fp8": Kind(TensorProto.FLOAT8E4M3FN, torch.float8_e4m3fn, 448, frozenset({"MatMul", "Gemm"})),
+BASE_PRECISION = "fp16"
+"""Precision of the graph before quantization; the layers that are not quantized keep it."""
+QUANT_TYPES = {
+    "int8": QuantType(TensorProto.INT8, torch.int8, 127, frozenset({"MatMul", "Gemm", "Conv"})),
+    # Without Conv: NVIDIA documents fp8 in TensorRT-RTX for matrix products only, and it ran some
+    # fp8 convolutions in float32 (seen with TensorRT-RTX 1.7; no report found).
+    "fp8": QuantType(
+        TensorProto.FLOAT8E4M3FN, torch.float8_e4m3fn, 448, frozenset({"MatMul", "Gemm"})
+    ),
 }
-MIN_CHANNELS = 16
-"""A convolution from or to fewer channels has no fast kernel; so a stem and depthwise convolutions stay as they are."""
-BATCH_SIZE = 4
-"""Images whose activations are held at once."""
-
-Floats = NDArray[np.float32]
+MIN_CONV_CHANNELS = 16
+"""A convolution with fewer input or output channels has no fast int8 kernel; this excludes the stem
+and depthwise convolutions."""
+CALIBRATION_BATCH_SIZE = 4
+"""Images whose activations are in memory at once."""
 
 
 def quantize(graph: onnx.ModelProto, precision: str, images: Pixels) -> dict[str, Any]:
     """Quantizes the products of a float16 graph with constant weights, in place.
 
     Args:
-        graph: of this toolkit's contract, from a model in BASE.
-        precision: a key of QUANTIZED.
-        images: uint8 [R, H, W, 3] that show which values the activations take.
+        graph: a graph of the contract, from a model in BASE_PRECISION.
+        precision: a key of QUANT_TYPES.
+        images: uint8 [R, H, W, 3] that show the range of the activations.
 
     Returns:
-        What a manifest is to say of it: `images` and their `sha256`, and the number of `layers`.
+        Fields for the manifest: the number of `images` and their `sha256`, and of `layers`.
 
     Raises:
-        UserError: nothing in the graph can be quantized, there are no images, or activations overflow float16.
+        UserError: nothing in the graph can be quantized, there are no images, or activations
+            overflow float16.
     """
-    kind = QUANTIZED[precision]
-    layers = find_layers(graph.graph, kind)
+    quant_type = QUANT_TYPES[precision]
+    layers = find_layers(graph.graph, quant_type)
     if not layers:
         raise UserError(
             f"this network has no products to compute in {precision}; choose another --precision"
         )
     if not len(images):
-        raise UserError(f"{precision} takes images to calibrate on, and there is none; give --data")
-    largest = largest_magnitudes(
-        graph, list(dict.fromkeys(layer.input[0] for layer in layers)), images
-    )
-    insert_pairs(graph.graph, layers, largest, kind)
+        raise UserError(
+            f"{precision} needs images to calibrate on, and there are none; give --data"
+        )
+    activations = list(dict.fromkeys(layer.input[0] for layer in layers))
+    absmax = calibrate_absmax(graph, activations, images)
+    insert_qdq(graph.graph, layers, absmax, quant_type)
     digest = hashlib.sha256(images.tobytes()).hexdigest()
     return {"images": len(images), "sha256": digest, "layers": len(layers)}
 
 
-def find_layers(graph: onnx.GraphProto, kind: Kind) -> list[NodeProto]:
-    """Returns the nodes to quantize: dense products of an activation and a constant, both float16."""
-    halves = {
+def find_layers(graph: onnx.GraphProto, quant_type: QuantType) -> list[NodeProto]:
+    """Returns the nodes to quantize: dense products of an activation and a constant, in float16."""
+    constants = {
         tensor.name: tensor
         for tensor in graph.initializer
         if tensor.data_type == TensorProto.FLOAT16
     }
-    nodes = [
-        node for node in graph.node if node.op_type in kind.operators and node.input[1] in halves
-    ]
-    return [
-        node
-        for node in nodes
-        if node.op_type != "Conv" or min(halves[node.input[1]].dims[:2]) >= MIN_CHANNELS
-    ]
+    layers = []
+    for node in graph.node:
+        if node.op_type not in quant_type.operators or node.input[1] not in constants:
+            continue
+        channels = min(constants[node.input[1]].dims[:2])
+        if node.op_type != "Conv" or channels >= MIN_CONV_CHANNELS:
+            layers.append(node)
+    return layers
 
 
-def largest_magnitudes(
+def calibrate_absmax(
     graph: onnx.ModelProto, names: Sequence[str], images: Pixels
 ) -> dict[str, float]:
-    """Runs the graph on images and returns the largest magnitude that each of some float16 activations takes.
+    """Runs the graph on images and returns the largest magnitude of each named float16 activation.
 
-    It is where ranges end. To clip rare values instead, for the least squared error of all, leaves the worst image
-    further from float32: of a trained ViT with outliers the cosine is 0.993 instead of 0.994 in int8, and 0.990
-    instead of 0.996 in fp8.
+    The range ends there. Clipping rare values instead, for the smallest squared error, makes the
+    worst image worse: for a trained ViT with outliers the cosine to float32 is 0.993 instead of
+    0.994 in int8, and 0.990 instead of 0.996 in fp8.
 
     Raises:
-        UserError: values are not finite, or ONNX Runtime does not know the graph's operators.
+        UserError: values are not finite, or ONNX Runtime lacks one of the graph's operators.
     """
     watched = onnx.ModelProto()
     watched.CopyFrom(graph)
-    replace(
-        watched.graph.output,
-        (helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in names),
-    )
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in names]
+    replace_all(watched.graph.output, outputs)
     try:
         session = ort.InferenceSession(
             watched.SerializeToString(), session_options(), providers=PROVIDERS["cpu"]
         )
     except LOAD_ERRORS as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"ONNX Runtime {ort.__version__} cannot calibrate ({reason}); install a newer one"
+            f"ONNX Runtime {ort.__version__} cannot calibrate ({first_line(error)}); install a "
+            "newer one"
         ) from None
     largest = np.zeros(len(names))
-    for at in range(0, len(images), BATCH_SIZE):
-        values = session.run(names, {"images": images[at : at + BATCH_SIZE]})
+    for start in range(0, len(images), CALIBRATION_BATCH_SIZE):
+        batch = images[start : start + CALIBRATION_BATCH_SIZE]
+        values = session.run(names, {IMAGES: batch})
         largest = np.maximum(largest, [np.abs(value).max() for value in values])
     if not np.isfinite(largest).all():
         raise UserError(
-            "activations overflow float16, in which the rest of the network is to run; choose bf16 or fp32"
+            "activations overflow float16, the type of the layers that are not quantized; choose "
+            "bf16 or fp32"
         )
     return dict(zip(names, largest.tolist(), strict=True))
 
 
-def to_scale(ends: Floats, kind: Kind) -> NDArray[np.float16]:
-    """Returns scales that map the ends of ranges to the largest quantized value; those of no range at all are 1."""
-    scales = (ends / kind.largest).astype(np.float16)
-    return np.where(ends > 0, np.maximum(scales, np.finfo(np.float16).smallest_normal), 1).astype(
-        np.float16
-    )
+def absmax_to_scale(absmax: NDArray[np.float32], quant_type: QuantType) -> NDArray[np.float16]:
+    """Returns the scales that map the ends of ranges to the largest quantized value.
+
+    The scale of an empty range, whose values are all 0, is 1.
+    """
+    scales = (absmax / quant_type.largest).astype(np.float16)
+    at_least = np.maximum(scales, np.finfo(np.float16).smallest_normal)
+    return np.where(absmax > 0, at_least, 1).astype(np.float16)
 
 
-def codes(values: Floats, scale: NDArray[np.float16], kind: Kind) -> torch.Tensor:
-    """Returns values as the quantized type; those beyond its range become its ends."""
-    scaled = torch.from_numpy(values / scale.astype(np.float32)).clamp(-kind.largest, kind.largest)
-    return (scaled if kind.dtype.is_floating_point else scaled.round()).to(kind.dtype)
+def quantize_values(
+    values: NDArray[np.float32], scale: NDArray[np.float16], quant_type: QuantType
+) -> torch.Tensor:
+    """Returns values as the quantized type; values beyond its range become its ends."""
+    scaled = torch.from_numpy(values / scale.astype(np.float32))
+    scaled = scaled.clamp(-quant_type.largest, quant_type.largest)
+    if not quant_type.dtype.is_floating_point:
+        scaled = scaled.round()
+    return scaled.to(quant_type.dtype)
 
 
-def insert_pairs(
-    graph: onnx.GraphProto, layers: Sequence[NodeProto], largest: Mapping[str, float], kind: Kind
+def insert_qdq(
+    graph: onnx.GraphProto,
+    layers: Sequence[NodeProto],
+    absmax: Mapping[str, float],
+    quant_type: QuantType,
 ) -> None:
-    """Puts pairs before the activations, and quantized constants in the place of the weights, of some layers.
+    """Inserts Q/DQ pairs before the activations of layers, and quantizes their weights.
 
     Args:
-        largest: magnitude of each activation, by name.
+        absmax: largest magnitude of each activation by name.
     """
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    chosen = {layer.output[0] for layer in layers}
-    nodes: dict[str, NodeProto] = {}
+    layer_outputs = {layer.output[0] for layer in layers}
+    # In the order of the graph, which must stay topological: a pair comes before its first layer.
+    nodes: list[NodeProto] = []
+    inserted: set[str] = set()
     for node in graph.node:
-        if node.output[0] in chosen:
+        if node.output[0] in layer_outputs:
             activation, weight = node.input[:2]
-            if (
-                f"{activation}_dequantized" not in nodes
-            ):  # layers side by side share their input's pair
-                nodes |= _activation_pair(graph, activation, largest[activation], kind)
-            nodes |= _weight(graph, weights[weight], channel_axis(node), kind)
-            node.input[0], node.input[1] = f"{activation}_dequantized", f"{weight}_dequantized"
-        nodes[node.output[0]] = node
-    replace(graph.node, nodes.values())
+            # Query, key and value are products of one activation, and share its pair; a weight
+            # can be shared too.
+            if activation not in inserted:
+                nodes += _activation_qdq(graph, activation, absmax[activation], quant_type)
+            if weight not in inserted:
+                nodes.append(_weight_dq(graph, weights[weight], channel_axis(node), quant_type))
+            inserted |= {activation, weight}
+            node.input[0] = f"{activation}_dequantized"
+            node.input[1] = f"{weight}_dequantized"
+        nodes.append(node)
+    replace_all(graph.node, nodes)
     used = {name for node in graph.node for name in node.input}
-    replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in used])
+    replace_all(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in used])
 
 
 def channel_axis(node: NodeProto) -> int:
-    """Returns the axis of a layer's weights that its output channels lie on."""
+    """Returns the axis of a layer's weights that is the output channel."""
     transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
     return 0 if node.op_type == "Conv" or transposed else 1
 
 
-def _activation_pair(
-    graph: onnx.GraphProto, name: str, largest: float, kind: Kind
-) -> dict[str, NodeProto]:
-    """Returns both nodes by their output; their constants are added to the graph."""
-    parameters = _parameters(graph, name, to_scale(np.array(largest, np.float32), kind), kind)
-    return {
-        f"{name}_quantized": helper.make_node(
-            "QuantizeLinear", [name, *parameters], [f"{name}_quantized"]
-        ),
-        f"{name}_dequantized": helper.make_node(
-            "DequantizeLinear", [f"{name}_quantized", *parameters], [f"{name}_dequantized"]
-        ),
-    }
+def _activation_qdq(
+    graph: onnx.GraphProto, name: str, absmax: float, quant_type: QuantType
+) -> list[NodeProto]:
+    """Returns the Q and the DQ node of an activation; adds their constants to the graph."""
+    scale = absmax_to_scale(np.array(absmax, np.float32), quant_type)
+    parameters = _parameters(graph, name, scale, quant_type)
+    quantized = f"{name}_quantized"
+    return [
+        helper.make_node("QuantizeLinear", [name, *parameters], [quantized]),
+        helper.make_node("DequantizeLinear", [quantized, *parameters], [f"{name}_dequantized"]),
+    ]
 
 
-def _weight(
-    graph: onnx.GraphProto, weight: TensorProto, axis: int, kind: Kind
-) -> dict[str, NodeProto]:
-    """Returns the node that dequantizes a weight, by its output; its constants are added to the graph."""
-    name, values = weight.name, numpy_helper.to_array(weight).astype(np.float32)
-    others = tuple(other for other in range(values.ndim) if other != axis)
-    scale = to_scale(np.abs(values).max(axis=others, keepdims=True), kind)
-    raw = codes(values, scale, kind).view(torch.uint8).numpy().tobytes()
+def _weight_dq(
+    graph: onnx.GraphProto, weight: TensorProto, axis: int, quant_type: QuantType
+) -> NodeProto:
+    """Returns the DQ node of a weight; adds the quantized weight and its constants to the graph."""
+    name = weight.name
+    values = numpy_helper.to_array(weight).astype(np.float32)
+    other_axes = tuple(other for other in range(values.ndim) if other != axis)
+    absmax = np.abs(values).max(axis=other_axes, keepdims=True)
+    scale = absmax_to_scale(absmax, quant_type)
+    raw = quantize_values(values, scale, quant_type).view(torch.uint8).numpy().tobytes()
+    quantized = f"{name}_quantized"
     graph.initializer.append(
-        helper.make_tensor(f"{name}_quantized", kind.code, values.shape, raw, raw=True)
+        helper.make_tensor(quantized, quant_type.code, values.shape, raw, raw=True)
     )
-    inputs = [f"{name}_quantized", *_parameters(graph, name, scale.ravel(), kind)]
-    output = f"{name}_dequantized"
-    return {output: helper.make_node("DequantizeLinear", inputs, [output], axis=axis)}
+    inputs = [quantized, *_parameters(graph, name, scale.ravel(), quant_type)]
+    return helper.make_node("DequantizeLinear", inputs, [f"{name}_dequantized"], axis=axis)
 
 
 def _parameters(
-    graph: onnx.GraphProto, name: str, scale: NDArray[np.float16], kind: Kind
+    graph: onnx.GraphProto, name: str, scale: NDArray[np.float16], quant_type: QuantType
 ) -> tuple[str, str]:
     """Adds a scale and its zero point to the graph and returns their names."""
-    zeros = helper.make_tensor(f"{name}_zero", kind.code, scale.shape, bytes(scale.size), raw=True)
+    zeros = helper.make_tensor(
+        f"{name}_zero", quant_type.code, scale.shape, bytes(scale.size), raw=True
+    )
     graph.initializer.extend([numpy_helper.from_array(scale, f"{name}_scale"), zeros])
     return f"{name}_scale", f"{name}_zero"
 
 
-def replace(field: Any, messages: Iterable[Any]) -> None:
-    """Gives a repeated field of a message other contents."""
+def replace_all(field: Any, messages: Iterable[Any]) -> None:
+    """Replaces the contents of a repeated protobuf field."""
     messages = list(messages)
     del field[:]
     field.extend(messages)

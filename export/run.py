@@ -1,10 +1,10 @@
-"""Exports folds: build, gate, publish."""
+"""Exports the folds of a trained config: build, check parity, publish."""
 
 import contextlib
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,17 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import AliasChoices, Field
 
-from export.formats import FORMATS, TOLERANCES, Target, device_of, find_formats
-from export.options import PlanOptions, check_options
-from export.parity import ParityError, Reference, check_parity
+from export.formats import (
+    FORMATS,
+    TOLERANCES,
+    ArtifactSpec,
+    BuildInputs,
+    build_device,
+    check_options,
+    find_formats,
+)
+from export.options import PlanOptions
+from export.parity import ParityError, Reference, check_parity, worst_figures
 from export.triton import write_repository
 from infer.engines import create, unavailable_reason
 from isic import schema
@@ -42,43 +50,49 @@ from train.checkpoint import BEST, checkpoint_settings, load_checkpoint
 from train.model import Classifier, create_model
 
 PARITY_FILE = "parity.json"
-PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+BUILD_PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+"""Packages that any build may use; a manifest has their versions and those of its engine's."""
 HEADER = "fold format       types      MB  seconds     cosine  logit error     rank  artifact"
 
 
 class ExportSettings(PlanOptions):
-    """What `python -m export` takes."""
+    """The settings of `python -m export`."""
 
     config: str = Field(
         validation_alias=AliasChoices("config", "model_config"),
         description="name of the trained config (--model_config)",
     )
     model_dir: Path | None = Field(
-        None, description="the trained run; outputs/<config> if not given"
+        None, description="folder of the trained run; outputs/<config> if not given"
     )
     fold: int | None = Field(
-        None, ge=0, description="export this fold alone; all trained folds if not given"
+        None, ge=0, description="the only fold to export; all trained folds if not given"
     )
     formats: Several[str] = Field(
-        ("onnx",), description=f"of {', '.join(FORMATS)}, separated by commas"
+        ("onnx",),
+        validation_alias=AliasChoices("formats", "format", "engine"),
+        description=f"formats to export, separated by commas: {', '.join(FORMATS)}",
     )
     precision: Several[str] = Field(
         (),
-        description="fp32, fp16, bf16, int8 or fp8, separated by commas; each format's usual one if not given",
+        description=f"precisions, separated by commas: {', '.join(TOLERANCES)}; the default one of "
+        "each format if not given",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="what the artifacts will run on"
+        "auto", description="device that the artifacts will run on"
     )
     data: Path | None = Field(
         None,
-        description="dataset with real images for the parity gate; the training's if not given",
+        description="dataset with the images of the parity check; the training's if not given",
     )
     parity_images: int = Field(
-        256, ge=1, description="held-out images that the parity gate compares"
+        256, ge=1, description="number of held-out images in the parity check"
     )
-    check: bool = Field(False, description="gate what is there on this machine, and build nothing")
+    check: bool = Field(
+        False, description="check the parity of existing artifacts on this machine, build nothing"
+    )
     triton: Path | None = Field(
-        None, description="also write a model repository for NVIDIA Triton into this folder"
+        None, description="folder for a model repository of NVIDIA Triton; none if not given"
     )
     force: bool = Field(False, description="export again what is up to date")
 
@@ -95,89 +109,125 @@ class Source:
     sha256: str
     model: Classifier
     config: dict[str, Any]
-    """Name, fold, features, folds digest and preprocessing, as the checkpoint has them."""
+    """Name, fold, features, digest of the folds and preprocessing, as the checkpoint has them."""
     data: Path
-    """The dataset whose images the gate compares on."""
+    """The dataset of the parity check."""
     num_images: int
+    """The number of images in the parity check."""
 
     @property
-    def spec(self) -> PreprocessSpec:
+    def preprocess(self) -> PreprocessSpec:
         return PreprocessSpec(**self.config["preprocess"])
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        """The entry of a manifest that names the checkpoint."""
+        return {"checkpoint": self.path.name, "sha256": self.sha256}
 
     @cached_property
     def reference(self) -> Reference:
-        """What the checkpoint says, computed once for all formats."""
-        return Reference(self.model, *parity_sample(self))
+        """The checkpoint's own outputs, computed once for all formats."""
+        images, labels = parity_sample(self)
+        return Reference(self.model, images, labels)
 
 
 def export(settings: ExportSettings) -> int:
-    """Exports the trained folds of a config, each artifact past the parity gate against its checkpoint.
+    """Exports the trained folds of a config. Each artifact must reproduce its checkpoint's outputs.
 
-    Exits with 1 where an artifact fails the gate; it is then not left under its final name.
+    Exits with 1 if an artifact fails this parity check; it is then removed.
     """
     check_options(settings, settings.formats)
     wanted = find_formats(settings.formats, settings.precision, settings.device)
-    failed, artifacts = 0, []
+    num_failed = 0
+    artifacts: list[Path] = []
     print(HEADER)
-    for fold, path in find_checkpoints(settings).items():
-        source: Source | None = None
-        for name, precision in wanted:
-            target = target_of(path, fold, name, precision, settings)
-            artifact = path.with_name(FORMATS[name].file_name(target))
-            artifacts.append(artifact)
-            if is_current(artifact, path, target) and not settings.force and not settings.check:
-                print(f"{fold:4} {name:12} {precision:5} up to date: {artifact}")
-                continue
-            source = source or load_source(path, fold, settings)
-            failed += not (check_one if settings.check else export_one)(source, target, artifact)
-    if settings.triton and not failed:
-        print(
-            f"Triton: {', '.join(write_repository(settings.triton, artifacts))} in {settings.triton}"
-        )
-    return 1 if failed else 0
+    for fold, checkpoint in find_checkpoints(settings).items():
+        specs = [artifact_spec(fold, name, precision, settings) for name, precision in wanted]
+        artifacts += [artifact_path(checkpoint, spec) for spec in specs]
+        num_failed += export_fold(checkpoint, fold, specs, settings)
+    if settings.triton and not num_failed:
+        names = write_repository(settings.triton, artifacts)
+        print(f"Triton: {', '.join(names)} in {settings.triton}")
+    return 1 if num_failed else 0
+
+
+def export_fold(
+    checkpoint: Path, fold: int, specs: list[ArtifactSpec], settings: ExportSettings
+) -> int:
+    """Exports, or with `--check` only checks, the artifacts of one fold.
+
+    A checkpoint holds the optimizer's state too and takes seconds to unpickle, so that is done
+    once, and not at all if everything is up to date.
+
+    Returns:
+        The number of artifacts that failed the parity check.
+    """
+    digest = sha256(checkpoint)
+    process = check_one if settings.check else export_one
+    source: Source | None = None
+    num_failed = 0
+    for spec in specs:
+        artifact = artifact_path(checkpoint, spec)
+        redo = settings.force or settings.check
+        if not redo and is_current(artifact, spec, checkpoint.name, digest):
+            print(f"{fold:4} {spec.format:12} {spec.precision:5} up to date: {artifact}")
+            continue
+        if source is None:
+            source = load_source(checkpoint, fold, settings)
+        if not process(source, spec, artifact):
+            num_failed += 1
+    return num_failed
 
 
 def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
-    """Returns the checkpoint by fold. Raises UserError where there is none."""
-    folders = fold_dirs(settings.run_dir)
-    found = {k: folder / BEST for k, folder in folders.items() if (folder / BEST).is_file()}
-    if settings.fold is not None:
-        found = {fold: path for fold, path in found.items() if fold == settings.fold}
+    """Returns the checkpoint of each fold to export. Raises UserError if there is none."""
+    found = {}
+    for fold, folder in fold_dirs(settings.run_dir).items():
+        if settings.fold in {None, fold} and (folder / BEST).is_file():
+            found[fold] = folder / BEST
     if not found:
         which = "no fold" if settings.fold is None else f"no fold {settings.fold}"
         raise UserError(
-            f"{settings.run_dir} has {which} with {BEST}; run `python -m train --config {settings.config}` first"
+            f"{settings.run_dir} has {which} with {BEST}; run "
+            f"`python -m train --config {settings.config}` first"
         )
     return found
 
 
-def target_of(
-    checkpoint: Path, fold: int, name: str, precision: str, settings: ExportSettings
-) -> Target:
-    """Returns what one artifact of a fold is to be."""
-    return Target(
+def artifact_spec(
+    fold: int, format_name: str, precision: str, settings: ExportSettings
+) -> ArtifactSpec:
+    """Returns the request for one artifact of a fold."""
+    return ArtifactSpec(
         config=settings.config,
         fold=fold,
-        format=name,
+        format=format_name,
         precision=precision,
-        device=device_of(name, settings.device),
-        spec=PreprocessSpec(**load_checkpoint(checkpoint)["config"]["preprocess"]),
+        device=build_device(format_name, settings.device),
         options=settings,
-        cache_dir=checkpoint.parents[1],
     )
 
 
-def is_current(artifact: Path, checkpoint: Path, target: Target) -> bool:
-    """Whether the artifact is whole, and is what the target asks for from this very checkpoint."""
+def artifact_path(checkpoint: Path, spec: ArtifactSpec) -> Path:
+    return checkpoint.with_name(FORMATS[spec.format].file_name(spec))
+
+
+def is_current(artifact: Path, spec: ArtifactSpec, checkpoint: str, digest: str) -> bool:
+    """Whether an artifact is intact and is what the spec asks for, from this checkpoint.
+
+    Args:
+        artifact: its path; it need not exist.
+        spec: the request.
+        checkpoint: file name of the checkpoint.
+        digest: SHA-256 of the checkpoint.
+    """
     if not (artifact.is_file() and manifest_path(artifact).is_file()):
         return False
     manifest = read_json(manifest_path(artifact))
-    asked = {
-        **target.facts,
-        "made_from": {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint)},
-    }
-    same = all(manifest.get(key) == value for key, value in asked.items())
-    return same and bool(manifest["sha256"] == sha256(artifact))
+    wanted = {**spec.facts, "made_from": {"checkpoint": checkpoint, "sha256": digest}}
+    if any(manifest.get(key) != value for key, value in wanted.items()):
+        return False
+    return bool(manifest["sha256"] == sha256(artifact))
 
 
 def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
@@ -190,17 +240,16 @@ def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
     config = checkpoint["config"]
     if (config["name"], config["fold"]) != (settings.config, fold):
         raise UserError(
-            f"{path} is fold {config['fold']} of {config['name']}, not fold {fold} of {settings.config}; give the "
-            "--config and --model_dir that belong together"
+            f"{path} is fold {config['fold']} of {config['name']}, not fold {fold} of "
+            f"{settings.config}; give the --config and --model_dir that belong together"
         )
     trained_with = checkpoint_settings(checkpoint)
     model = create_model(trained_with, pretrained=False)
     try:
         model.load_state_dict(checkpoint["model_state_dict"])
     except RuntimeError as error:
-        raise UserError(
-            f"{path} does not fit {trained_with.model} ({str(error).splitlines()[1].strip()})"
-        ) from None
+        mismatch = str(error).splitlines()[1].strip()  # the first line only names the class
+        raise UserError(f"{path} does not fit {trained_with.model} ({mismatch})") from None
     return Source(
         path,
         sha256(path),
@@ -211,67 +260,75 @@ def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
     )
 
 
-def export_one(source: Source, target: Target, artifact: Path) -> bool:
-    """Builds one artifact beside its final name, gates it, and moves it there. Returns whether it passed."""
+def export_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
+    """Builds one artifact under a temporary name, checks its parity, and gives it its name.
+
+    Returns:
+        Whether it passed.
+    """
     candidate = artifact.with_name(f".candidate-{artifact.name}")
-    target = replace(
-        target, calibration=partial(calibration_sample, source, target.options.calibration_images)
-    )
-    manifest = {**source.config, **target.facts}
+    manifest = {**source.config, **spec.facts}
     try:
         started = time.perf_counter()
-        manifest |= FORMATS[target.format].build(source.model, target, candidate)
+        manifest |= FORMATS[spec.format].build(spec, build_inputs(source, spec), candidate)
         seconds = time.perf_counter() - started
-        parity = gate(source, target, candidate, manifest)
+        parity = measure_parity(source, spec, candidate, manifest)
+        # The old manifest goes first: an artifact must never be next to the manifest of another.
         manifest_path(artifact).unlink(missing_ok=True)
         candidate.replace(artifact)
     except ParityError as error:
-        fail(artifact, manifest, error)
+        remove_failed(artifact, manifest, error)
         return False
     finally:
-        with contextlib.suppress(OSError):  # a folder that cannot be written has been told of
+        with contextlib.suppress(OSError):  # a read-only folder has already raised a UserError
             candidate.unlink(missing_ok=True)
-    manifest["made_from"] = {"checkpoint": source.path.name, "sha256": source.sha256}
-    publish(
-        artifact,
-        {**manifest, "build_seconds": round(seconds, 1), "versions": versions(*PACKAGES)},
-        parity,
-    )
+    manifest["made_from"] = source.made_from
+    manifest["build_seconds"] = round(seconds, 1)
+    manifest["versions"] = versions(*BUILD_PACKAGES, *FORMATS[spec.format].engine.packages)
+    publish(artifact, manifest, parity)
     return True
 
 
-def check_one(source: Source, target: Target, artifact: Path) -> bool:
-    """Gates an artifact that is there, on this machine. Returns whether it passed."""
+def build_inputs(source: Source, spec: ArtifactSpec) -> BuildInputs:
+    return BuildInputs(
+        model=source.model,
+        preprocess=source.preprocess,
+        cache_dir=source.path.parents[1],
+        calibration=partial(calibration_sample, source, spec.options.calibration_images),
+    )
+
+
+def check_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
+    """Checks the parity of an existing artifact on this machine. Returns whether it passed."""
     manifest = read_manifest(artifact)
     if manifest["made_from"]["sha256"] != source.sha256:
         raise UserError(
             f"{artifact} was made from another checkpoint than {source.path}; export it again"
         )
     try:
-        publish(artifact, manifest, gate(source, target, artifact, manifest))
+        parity = measure_parity(source, spec, artifact, manifest)
     except ParityError as error:
-        fail(artifact, manifest, error)
+        remove_failed(artifact, manifest, error)
         return False
+    publish(artifact, manifest, parity)
     return True
 
 
-def gate(
-    source: Source, target: Target, path: Path, manifest: Mapping[str, Any]
+def measure_parity(
+    source: Source, spec: ArtifactSpec, path: Path, manifest: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Return the parity figures of an artifact and the CPU they are of, None if it cannot run here.
+    """Returns an artifact's parity figures and the CPU they are of, None if it cannot run here.
 
     Raises:
-        ParityError: it does not say what its checkpoint says.
+        ParityError: it does not reproduce its checkpoint's outputs.
         UserError: its engine does not work here.
     """
-    if FORMATS[target.format].portable and unavailable_reason(target.format, target.device):
+    if FORMATS[spec.format].portable and unavailable_reason(spec.format, spec.device):
         return None
-    ungated = {
-        key: value for key, value in manifest.items() if key != "parity"
-    }  # or its engine refuses it
-    engine = create(path, ungated, target.device)
-    tolerance = TOLERANCES[target.precision]
-    figures = check_parity(source.reference, engine, tolerance, target.batch_sizes)
+    # An engine refuses an artifact whose manifest records that its parity is unchecked.
+    unchecked = {key: value for key, value in manifest.items() if key != "parity"}
+    engine = create(path, unchecked, spec.device)
+    figures = check_parity(source.reference, engine, TOLERANCES[spec.precision], spec.batch_sizes)
     cpu = {
         "architecture": platform.machine(),
         "processor": processor(),
@@ -281,78 +338,65 @@ def gate(
 
 
 def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | None) -> None:
-    """Writes the manifest of an artifact that is in its place, and says so."""
-    manifest = {**manifest, "parity": parity}
-    write_manifest(
-        artifact,
-        **{key: value for key, value in manifest.items() if key not in ("artifact", "sha256")},
-    )
+    """Writes the manifest and the parity record of an artifact that has its name, and prints it."""
+    fields = {key: manifest[key] for key in manifest if key not in {"artifact", "sha256"}}
+    write_manifest(artifact, **{**fields, "parity": parity})
     megabytes = artifact.stat().st_size / 1e6
     start = (
-        f"{manifest['fold']:4} {manifest['format']:12} {manifest['precision']:5} {megabytes:7.1f}"
+        f"{manifest['fold']:4} {manifest['format']:12} {manifest['precision']:5} {megabytes:7.1f} "
+        f"{manifest['build_seconds']:8.1f}"
     )
-    seconds = f"{manifest['build_seconds']:8.1f}"
     if parity is None:
-        print(
-            f"{start} {seconds} {'not gated: --check does it on a machine that runs it':>32}  {artifact}"
-        )
+        note = "not checked: run --check on a GPU"
+        print(f"{start} {note:>32}  {artifact}")
         return
-    record(artifact, {"passed": True, **parity})
-    worst = summary(parity)
+    record_parity(artifact, {"passed": True, **parity})
+    worst = worst_figures(parity)
     print(
-        f"{start} {seconds} {worst['cosine']:10.7f} {worst['max_logit_error']:12.1e} {worst['rank_correlation']:8.5f}  "
-        f"{artifact}"
+        f"{start} {worst['cosine']:10.7f} {worst['max_logit_error']:12.1e} "
+        f"{worst['rank_correlation']:8.5f}  {artifact}"
     )
 
 
-def summary(parity: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the worst of the parity figures over all batch sizes."""
-    figures = [figure for name, figure in parity.items() if name.startswith("batch_")]
-    return {
-        "cosine": min(figure["cosine"] for figure in figures),
-        "max_logit_error": max(figure["max_logit_error"] for figure in figures),
-        "rank_correlation": parity.get("rank_correlation", float("nan")),
-    }
-
-
-def record(artifact: Path, result: dict[str, Any]) -> None:
-    """Notes in `parity.json` how an artifact of this folder did at the gate."""
+def record_parity(artifact: Path, result: dict[str, Any]) -> None:
+    """Records in its folder's `parity.json` how an artifact did in the parity check."""
     path = artifact.with_name(PARITY_FILE)
     results = read_json(path) if path.is_file() else {}
     write_json(path, {**results, artifact.name: result})
 
 
-def fail(artifact: Path, manifest: Mapping[str, Any], error: ParityError) -> None:
-    """Takes an artifact that failed the gate away and says why."""
+def remove_failed(artifact: Path, manifest: Mapping[str, Any], error: ParityError) -> None:
+    """Removes an artifact that failed the parity check, and prints and records the reason."""
     artifact.unlink(missing_ok=True)
     manifest_path(artifact).unlink(missing_ok=True)
-    record(artifact, {"passed": False, "reason": str(error)})
+    record_parity(artifact, {"passed": False, "reason": str(error)})
     print(
-        f"{manifest['fold']:4} {manifest['format']:12} {manifest['precision']:5} failed the parity gate: {error}"
+        f"{manifest['fold']:4} {manifest['format']:12} {manifest['precision']:5} failed the parity "
+        f"check: {error}"
     )
 
 
 def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
-    """Returns images of the fold's held-out rows, by inference's own decoder, and their targets.
+    """Returns images that the fold holds out, and their labels.
 
     Returns:
-        uint8 [R, size, size, 3], float32 [R]; R is `source.num_images` or what the fold has.
+        uint8 [R, size, size, 3] and float32 [R]; R is at most `source.num_images`.
 
     Raises:
         UserError: none can be read.
     """
-    images, target = read_sample(source, source.num_images, held_out=True)
+    images, labels = read_sample(source, source.num_images, held_out=True)
     if not len(images):
         raise UserError(
             f"no image of fold {source.config['fold']} in {source.data} can be read; give --data"
         )
-    return images, target
+    return images, labels
 
 
 def calibration_sample(source: Source, num_images: int) -> Pixels:
-    """Returns at most `num_images` of the fold's training images, uint8 [R, size, size, 3], R perhaps 0.
+    """Returns at most `num_images` of the fold's training images, uint8 [R, size, size, 3].
 
-    The held-out ones are for the gate, which is to judge what calibration has not seen.
+    The held-out ones are for the parity check, which must not judge images of the calibration.
     """
     return read_sample(source, num_images, held_out=False)[0]
 
@@ -360,29 +404,33 @@ def calibration_sample(source: Source, num_images: int) -> Pixels:
 def read_sample(
     source: Source, num_images: int, held_out: bool
 ) -> tuple[Pixels, NDArray[np.float32]]:
-    """Returns images and targets of rows that the fold holds out, or of those that it trains on.
-
-    A quarter at most are positives, as far as there are any; the others are spread over the table.
-    """
+    """Returns images and labels of rows that the fold holds out, or of rows that it trains on."""
     dataset = Dataset(source.data)
     table = dataset.metadata("train")
-    fold = read_folds(source.path.parents[1] / FOLDS_FILE).of(table)
-    table = table.filter((fold == source.config["fold"]) == held_out)
+    folds = read_folds(source.path.parents[1] / FOLDS_FILE).of(table)
+    table = table.filter((folds == source.config["fold"]) == held_out)
     store = dataset.images("train")
     table = table.filter(~pl.col(schema.ID).is_in(store.missing(table[schema.ID].to_list())))
-    positives, negatives = (table.filter(pl.col(schema.TARGET) == target) for target in (1, 0))
-    rows = pl.concat([every(positives, num_images // 4), every(negatives, num_images)]).head(
-        num_images
-    )
-    images = np.empty((len(rows), source.spec.size, source.spec.size, 3), np.uint8)
+    rows = sample_rows(table, num_images)
+    size = source.preprocess.size
+    images = np.empty((len(rows), size, size, 3), np.uint8)
     with decode_pool(1) as pool:
-        failed = store.decode(rows[schema.ID].to_list(), source.spec, images, pool)
+        failed = store.decode(rows[schema.ID].to_list(), source.preprocess, images, pool)
     good = [row for row in range(len(rows)) if row not in failed]
-    return images[good], rows[schema.TARGET].cast(pl.Float32).to_numpy()[good]
+    labels = rows[schema.TARGET].cast(pl.Float32).to_numpy()
+    return images[good], labels[good]
 
 
-def every(table: pl.DataFrame, count: int) -> pl.DataFrame:
-    """Returns at most `count` rows, at even distances."""
-    return (
-        table.gather_every(max(1, ceil_div(len(table), max(count, 1)))) if count else table.clear()
-    )
+def sample_rows(table: pl.DataFrame, num_rows: int) -> pl.DataFrame:
+    """Returns rows spread evenly over the table; at most a quarter are positives."""
+    positives = table.filter(pl.col(schema.TARGET) == 1)
+    negatives = table.filter(pl.col(schema.TARGET) == 0)
+    chosen = [evenly_spaced(positives, num_rows // 4), evenly_spaced(negatives, num_rows)]
+    return pl.concat(chosen).head(num_rows)
+
+
+def evenly_spaced(table: pl.DataFrame, count: int) -> pl.DataFrame:
+    """Returns at most `count` rows at equal distances."""
+    if not count:
+        return table.clear()
+    return table.gather_every(max(1, ceil_div(len(table), count)))

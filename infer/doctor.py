@@ -5,34 +5,17 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from infer.engines.registry import engine_packages, engines_by_title
 from isic.runtime.config import Settings
 from isic.runtime.files import versions
 
 
 class DoctorSettings(Settings):
-    """What `python -m infer doctor` takes: nothing."""
+    """The settings of `python -m infer doctor`: none."""
 
 
-ENGINES = {
-    "ONNX Runtime, CPU": ("onnx", "cpu"),
-    "ONNX Runtime, CUDA": ("onnx", "cuda"),
-    "AOTInductor, CPU": ("aoti", "cpu"),
-    "AOTInductor, CUDA": ("aoti", "cuda"),
-    "TensorRT": ("tensorrt", "cuda"),
-    "TensorRT-RTX": ("tensorrt_rtx", "cuda"),
-}
-"""Each engine's format and device."""
-
-PACKAGES = (
-    "onnxruntime-gpu",
-    "onnxruntime",
-    "torch",
-    "tensorrt",
-    "tensorrt_rtx",
-    "cuda-bindings",
-    "lightgbm",
-    "polars",
-)
+OTHER_PACKAGES = ("lightgbm", "polars")
+"""Packages whose versions are printed in addition to those of the engines."""
 
 TRIAL = """
 import sys
@@ -40,22 +23,26 @@ from infer.engines import unavailable_reason
 reason = unavailable_reason(*sys.argv[1:])
 print("works" if reason is None else "does not work: " + " ".join(reason.split()))
 """
-SECONDS = 120
+TRIAL_SECONDS = 120
 """A trial that takes longer hangs. Loading CUDA's libraries from a slow disk takes up to a minute."""
 
 
 def doctor(settings: DoctorSettings) -> None:
-    """Try every engine on this machine and print which ones work, and why the others do not."""
+    """Tries every engine on this machine and prints which ones work, and why the others do not."""
+    engines = list(engines_by_title())
     with ThreadPoolExecutor() as pool:
-        answers = pool.map(lambda engine: try_out(*engine), ENGINES.values())
-        for title, answer in zip(ENGINES, answers, strict=True):
+        answers = pool.map(lambda engine: try_engine(engine[1], engine[2]), engines)
+        for (title, _, _), answer in zip(engines, answers, strict=True):
             print(f"{title:24} {answer}", flush=True)
-    for package, version in versions(*PACKAGES).items():
+    for package, version in versions(*engine_packages(), *OTHER_PACKAGES).items():
         print(f"{package:24} {version}")
 
 
-def try_out(name: str, device: str, seconds: float = SECONDS) -> str:
-    """Return whether an engine works and why not; it is tried in a process that may crash or hang."""
+def try_engine(name: str, device: str, seconds: float = TRIAL_SECONDS) -> str:
+    """Returns whether an engine works and why not.
+
+    The trial has its own process, because a library that does not fit the machine can crash or hang.
+    """
     command = [sys.executable, "-c", TRIAL, name, device]
     try:
         ended = subprocess.run(
@@ -70,6 +57,7 @@ def try_out(name: str, device: str, seconds: float = SECONDS) -> str:
         return f"does not work: no answer within {seconds:g} s"
     if ended.returncode < 0:
         return f"does not work: it crashes with {signal.Signals(-ended.returncode).name}"
-    lines = (ended.stdout if ended.returncode == 0 else ended.stderr).strip().splitlines()
+    succeeded = ended.returncode == 0
+    lines = (ended.stdout if succeeded else ended.stderr).strip().splitlines()
     answer = lines[-1] if lines else f"it ends with exit code {ended.returncode}"
-    return answer if ended.returncode == 0 else f"does not work: {answer}"
+    return answer if succeeded else f"does not work: {answer}"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from isic.preprocess import MASK_THRESHOLD, PreprocessSpec, decode, resize
 from isic.runtime import interrupt
 from isic.runtime.errors import UserError
-from isic.runtime.interrupt import leave_to_parent
+from isic.runtime.interrupt import ignore_signals_in_worker
 from train import distributed
 from train.augment import create_augmentation
 from train.batch import NO_MASK, Batch
@@ -136,7 +136,7 @@ def create_loader(
         prefetch_factor=num_prefetched if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_to_parent,
+        worker_init_fn=ignore_signals_in_worker,
     )
 
 
@@ -157,7 +157,7 @@ class TimedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         # iter() starts the workers; an interrupt in the middle of a fork would be lost.
-        with interrupt.held():
+        with interrupt.defer_signals():
             batches = iter(self.loader)
         while True:
             started = time.perf_counter()
@@ -174,7 +174,7 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
-        interrupt.check()  # if a signal ended the workers too, it is the cause
+        interrupt.raise_if_interrupted()  # if a signal ended the workers too, it is the cause
         message = str(error).strip() or type(error).__name__
         reason = message.splitlines()[0].rstrip(".")
         lacks_memory = "shared memory" in message

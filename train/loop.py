@@ -171,7 +171,7 @@ def train_epoch(
     mix = create_mixup(settings.mixup, settings.cutmix)
     results: deque[StepResult] = deque()
     for micro_batches in batched(progress, settings.accumulation_steps):
-        interrupt.check()
+        interrupt.raise_if_interrupted()
         set_lr(state.optimizer, schedule, state.step)
         mixed = [mix(to_device(batch, device)) for batch in micro_batches]
         loss = accumulate(state, forward, mixed, settings, device)

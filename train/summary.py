@@ -37,10 +37,8 @@ def print_scores(run: Path, num_folds: int) -> None:
         _print_mean(scores)
         curves["pooled"] = pl.concat(tables.values(), how="diagonal")
         _print_row("pooled", curves["pooled"])
-    drawn = draw_roc(run / ROC_FILE, curves)
-    print(f"\ncheckpoints in {run}" + (f", ROC curves in {ROC_FILE}" if drawn else ""))
-    if not drawn:
-        print(f"no {ROC_FILE}: matplotlib is not installed (pip install matplotlib)")
+    draw_roc(run / ROC_FILE, curves)
+    print(f"\ncheckpoints in {run}, ROC curves in {ROC_FILE}")
 
 
 def _print_row(name: str, oof: pl.DataFrame) -> Scores:

@@ -1,4 +1,4 @@
-"""AOTInductor packages, on the CPU or the GPU they were compiled for. The one engine that needs torch."""
+"""AOTInductor packages, on the CPU or GPU they were compiled for. The only engine with torch."""
 
 import platform
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from torch._inductor import aoti_load_package
 
 from infer.engines import Outputs
 from isic.preprocess import Pixels
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, first_line
 from isic.runtime.machine import cpu_features, no_gpu_reason, num_cores
 
 CPU_PIECE = 8
-"""Images that a CPU works on at once: its caches then hold the activations."""
+"""Images per call on a CPU: few enough that its caches hold the activations."""
 
 
 class AotiEngine:
@@ -27,15 +27,16 @@ class AotiEngine:
         """Loads the package onto the device.
 
         Args:
-            path: the `.pt2` package; it holds compiled code, so it must come from a source you trust.
-            manifest: says the device, the architecture and the largest batch it was compiled for.
+            path: the `.pt2` package; it contains compiled code, so its source must be trusted.
+            manifest: has the architecture and the largest batch that it was compiled for.
             device: `cpu` or `cuda`.
 
         Raises:
             UserError: it was compiled for another device or architecture, or is not a package.
         """
         self.device = device
-        if reason := mismatch(manifest, device):
+        reason = mismatch(manifest, device)
+        if reason:
             raise UserError(
                 f"{path} {reason}; run `python -m export --config {manifest['name']} --formats aoti "
                 f"--device {device} --force` on this machine"
@@ -46,31 +47,29 @@ class AotiEngine:
         try:
             self._forward = aoti_load_package(str(path))
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"{path} is not a whole AOTInductor package ({reason}); export it again"
+                f"{path} is not a whole AOTInductor package ({first_line(error)}); export it again"
             ) from None
-        most = int(manifest["max_batch"])
-        self._piece = min(most, CPU_PIECE) if device == "cpu" else most
+        max_batch = int(manifest["max_batch"])
+        self._piece = min(max_batch, CPU_PIECE) if device == "cpu" else max_batch
 
     def run(self, images: Pixels) -> Outputs:
         features, logits, *_ = self._outputs(images)
         return features, logits
 
-    def run_mask(self, images: Pixels) -> NDArray[np.float32]:
-        """Returns the lesion's probabilities [n, h, w] of a network that draws them."""
+    def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
+        """Returns probabilities [N, h, w] of a network with the optional output `mask`."""
         return self._outputs(images)[2]
 
     def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
-        """Returns an uninitialised uint8 array of this shape, in page-locked memory where the device is a GPU."""
-        array: Pixels = torch.empty(
-            shape, dtype=torch.uint8, pin_memory=self.device == "cuda"
-        ).numpy()
+        """Returns an uninitialised uint8 array, in page-locked memory if the device is a GPU."""
+        tensor = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device == "cuda")
+        array: Pixels = tensor.numpy()
         return array
 
     @torch.inference_mode()
     def _outputs(self, images: Pixels) -> list[NDArray[np.float32]]:
-        """Runs a batch in pieces, the largest that suit the device, one after another."""
+        """Runs a batch in pieces of at most `self._piece` images."""
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         parts = torch.split(pixels, self._piece)
         pieces = [self._forward(part.to(self.device, non_blocking=True)) for part in parts]
@@ -78,68 +77,68 @@ class AotiEngine:
 
 
 def forbid_tf32() -> None:
-    """Makes torch compute float32 in this process as such, where a GPU would round it to TF32's 10 bits.
+    """Turns TF32 off in this process, which rounds float32 to 10 bits of mantissa on a GPU.
 
-    That fails the parity gate of float32; low precision's few layers in float32 are there to be exact.
+    It would fail float32's parity check, and the float32 layers of a low-precision network are
+    there to be exact.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
 
 def architecture(device: str) -> str:
-    """Return what a package is compiled for: `cpu-x86_64-avx512`, `cuda-sm90`.
+    """Returns the architecture that a package is compiled for: `cpu-x86_64-avx512`, `cuda-sm90`.
 
     Raises:
         UserError: the device is a GPU, and there is none.
     """
     if device == "cpu":
         return f"cpu-{platform.machine()}-{instruction_set()}"
-    if reason := unavailable_reason("aoti", device):
+    reason = unavailable_reason("aoti", device)
+    if reason:
         raise UserError(f"--device {device}: {reason}")
     major, minor = torch.cuda.get_device_capability()
     return f"cuda-sm{major}{minor}"
 
 
 def instruction_set() -> str:
-    """Return the vector instructions that torch's compiler writes for this CPU: `avx2`, `avx512`."""
+    """Returns the vector instructions that torch's compiler writes for this CPU: `avx2`, `avx512`."""
     return torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
 
 
 def needed_features() -> list[str]:
-    """Return what a CPU needs to run a package compiled here: with -march=native all this one has."""
+    """Returns the instructions that a package compiled here needs: with -march=native, all."""
     return cpu_features() or [instruction_set()]
 
 
 def mismatch(manifest: Mapping[str, Any], device: str) -> str | None:
-    """Return why a package cannot run on a device here, None if it can.
+    """Returns why a package cannot run on a device here, None if it can.
 
     A CPU that lacks an instruction would end the process with SIGILL
-    (https://github.com/pytorch/pytorch/issues/121516); one that has more runs the package.
+    (https://github.com/pytorch/pytorch/issues/121516); one with more instructions runs it.
     """
-    built_for, here = manifest["architecture"], architecture(device)
-    of_this_kind = device == "cpu" and built_for.startswith(f"cpu-{platform.machine()}")
-    if not of_this_kind:
+    built_for = manifest["architecture"]
+    here = architecture(device)
+    if device != "cpu" or not built_for.startswith(f"cpu-{platform.machine()}"):
         return None if built_for == here else f"was compiled for {built_for}, this is {here}"
     if "cpu_features" not in manifest:
         return "does not record for which CPU's instructions it was compiled"
-    missing = sorted({*manifest["cpu_features"]} - {*needed_features()})
-    return (
-        f"was compiled for a CPU with {', '.join(missing)}, which this one lacks"
-        if missing
-        else None
-    )
+    missing = sorted(set(manifest["cpu_features"]) - set(needed_features()))
+    if not missing:
+        return None
+    return f"was compiled for a CPU with {', '.join(missing)}, which this one lacks"
 
 
 @cache
 def unavailable_reason(name: str, device: str) -> str | None:
-    """Return why torch cannot compute on a device here, None if it has just done so."""
+    """Returns why torch cannot compute on a device here, None if it has just done so."""
     try:
         torch.ones(1, device=device).sum().item()
     except (AssertionError, RuntimeError) as error:  # built without CUDA; no GPU, or one that fails
-        return (device == "cuda" and no_gpu_reason()) or str(error).splitlines()[0]
+        return (device == "cuda" and no_gpu_reason()) or first_line(error)
     return None
 
 
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> AotiEngine:
-    """Load a package onto `cpu` or `cuda`."""
+    """Loads a package onto `cpu` or `cuda`."""
     return AotiEngine(path, manifest, device)

@@ -1,4 +1,4 @@
-"""The little of CUDA that an engine needs: which GPU is there, memory that is freed, streams and events.
+"""The part of CUDA that an engine needs: the GPU's architecture, memory, streams and events.
 
 Calls go to NVIDIA's CUDA Python (the package `cuda-bindings`), so that an engine needs no torch.
 """
@@ -22,7 +22,7 @@ class CudaError(RuntimeError):
 
 @cache
 def runtime() -> ModuleType:
-    """Returns CUDA Python's module of the CUDA runtime. Raises UserError where it is not installed."""
+    """Returns CUDA Python's module of the CUDA runtime. Raises UserError if it is not installed."""
     try:
         return import_module("cuda.bindings.runtime")
     except ImportError as error:
@@ -32,16 +32,17 @@ def runtime() -> ModuleType:
 
 
 def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    """Call a function of the CUDA runtime; return its value, if it has one. Raises CudaError."""
+    """Calls a function of the CUDA runtime; returns its value, if it has one. Raises CudaError."""
     status, *values = function(*arguments)
-    check(function, status)
+    check_status(function, status)
     return values[0] if values else None
 
 
-def check(function: Callable[..., tuple[Any, ...]], status: Any) -> None:
-    """Raise CudaError if the status that a function of the CUDA runtime returned is an error."""
+def check_status(function: Callable[..., tuple[Any, ...]], status: Any) -> None:
+    """Raises CudaError if the status that a function of the CUDA runtime returned is an error."""
     if int(status) != 0:
-        runtime().cudaGetLastError()  # clears it, or another library would take it for its own
+        # Reading the error clears it; otherwise another library would report it as its own.
+        runtime().cudaGetLastError()
         raise CudaError(f"{getattr(function, '__name__', function)} failed: {_reason(status)}")
 
 
@@ -51,7 +52,7 @@ def _reason(status: Any) -> str:
 
 
 def architecture() -> str:
-    """Returns the architecture of the current GPU as NVIDIA writes it: `sm89` for compute capability 8.9.
+    """Returns the architecture of the current GPU: `sm89` for compute capability 8.9.
 
     Raises:
         UserError: CUDA Python is not installed, its driver is too old, or there is no GPU that
@@ -67,24 +68,20 @@ def architecture() -> str:
             "a machine that has one, or the format onnx"
         )
     device = call(cuda.cudaGetDevice)
-    major, minor = (
-        call(
-            cuda.cudaDeviceGetAttribute,
-            getattr(cuda.cudaDeviceAttr, f"cudaDevAttrComputeCapability{part}"),
-            device,
-        )
-        for part in ("Major", "Minor")
-    )
+    attributes = cuda.cudaDeviceAttr
+    major = call(cuda.cudaDeviceGetAttribute, attributes.cudaDevAttrComputeCapabilityMajor, device)
+    minor = call(cuda.cudaDeviceGetAttribute, attributes.cudaDevAttrComputeCapabilityMinor, device)
     return f"sm{major}{minor}"
 
 
 def check_driver() -> None:
-    """Raise UserError if the NVIDIA driver is older than the installed CUDA runtime.
+    """Raises UserError if the NVIDIA driver is older than the installed CUDA runtime.
 
-    CUDA itself gives the same reason when there is no driver at all, whose version reads 0.
+    CUDA itself gives the same reason if there is no driver at all, whose version reads 0.
     """
     cuda = runtime()
-    (_, driver), (_, library) = cuda.cudaDriverGetVersion(), cuda.cudaRuntimeGetVersion()
+    _, driver = cuda.cudaDriverGetVersion()
+    _, library = cuda.cudaRuntimeGetVersion()
     if 0 < driver // 1000 < library // 1000:
         major = driver // 1000
         raise UserError(
@@ -99,15 +96,20 @@ def _version(number: int) -> str:
 
 
 class Pinned:
-    """Page-locked host memory, from which the GPU copies faster and without waiting. Freed when nothing uses it."""
+    """Page-locked host memory, from which the GPU copies faster and asynchronously.
+
+    It is freed with the last array on it.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
-        cuda, self._dtype = runtime(), np.dtype(dtype)
+        cuda = runtime()
+        self._dtype = np.dtype(dtype)
         size = max(int(np.prod(shape)) * self._dtype.itemsize, 1)
         self._pointer = int(call(cuda.cudaHostAlloc, size, cuda.cudaHostAllocDefault))
         self._shape = shape
         weakref.finalize(self, cuda.cudaFreeHost, self._pointer)
 
+    # numpy keeps the object that gave it this interface alive, and so the memory.
     @property
     def __array_interface__(self) -> dict[str, Any]:
         return {
@@ -119,12 +121,12 @@ class Pinned:
 
 
 def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
-    """Returns an uninitialised array in page-locked memory, which lives as long as the array or a view of it does."""
+    """Returns an uninitialised array in page-locked memory; any view of it keeps the memory."""
     return np.asarray(Pinned(shape, dtype))
 
 
 def is_pinned(images: Pixels) -> bool:
-    """Whether the GPU can copy straight from the array: page-locked and contiguous."""
+    """Whether the GPU can copy straight from an array: it is page-locked and contiguous."""
     cuda = runtime()
     status, attributes = cuda.cudaPointerGetAttributes(images.ctypes.data)
     is_host = int(status) == 0 and attributes.type == cuda.cudaMemoryType.cudaMemoryTypeHost
@@ -132,7 +134,7 @@ def is_pinned(images: Pixels) -> bool:
 
 
 class DeviceMemory:
-    """Memory of the GPU, aligned to 256 bytes as TensorRT requires, freed with the object."""
+    """GPU memory, aligned to 256 bytes as TensorRT requires; freed with the object."""
 
     def __init__(self, num_bytes: int) -> None:
         cuda = runtime()
@@ -142,7 +144,7 @@ class DeviceMemory:
 
 
 class Stream:
-    """A CUDA stream of its own, which does not wait for the default one."""
+    """A CUDA stream that does not synchronise with the default one."""
 
     def __init__(self) -> None:
         cuda = runtime()
@@ -150,7 +152,7 @@ class Stream:
         weakref.finalize(self, cuda.cudaStreamDestroy, self.handle)
 
     def upload(self, target: DeviceMemory, source: np.ndarray[Any, Any]) -> None:
-        """Copies a contiguous array to the GPU in this stream's turn."""
+        """Enqueues a copy of a contiguous array to the GPU."""
         cuda = runtime()
         kind = cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         call(
@@ -163,7 +165,7 @@ class Stream:
         )
 
     def download(self, target: np.ndarray[Any, Any], source: DeviceMemory) -> None:
-        """Copies from the GPU into a contiguous array in this stream's turn."""
+        """Enqueues a copy from the GPU into a contiguous array."""
         cuda = runtime()
         kind = cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         call(
@@ -176,22 +178,22 @@ class Stream:
         )
 
     def record(self, event: "Event") -> None:
-        """Marks in `event` what the stream has been given so far."""
+        """Records `event` after the work enqueued so far."""
         call(runtime().cudaEventRecord, event.handle, self.handle)
 
     def wait_for(self, event: "Event") -> None:
-        """Lets what the stream is given from now on wait for `event`; the host does not wait."""
+        """Makes work enqueued from now on wait for `event`; the host does not wait."""
         call(runtime().cudaStreamWaitEvent, self.handle, event.handle, 0)
 
     def wait(self) -> None:
-        """Wait on the host until the stream has done all its work. Raises CudaError."""
+        """Waits on the host until the stream has done all its work. Raises CudaError."""
         call(runtime().cudaStreamSynchronize, self.handle)
 
     def recorded(self, enqueue: Callable[[], None]) -> Any:
-        """Return the CUDA graph of the work that `enqueue` gives this stream, without running it.
+        """Returns the CUDA graph of the work that `enqueue` adds to this stream, without running it.
 
         Raises:
-            CudaError: the work cannot be recorded; the stream is usable afterwards.
+            CudaError: the work cannot be recorded; the stream is still usable.
         """
         cuda = runtime()
         self.wait()
@@ -199,22 +201,22 @@ class Stream:
         call(cuda.cudaStreamBeginCapture, self.handle, mode)
         try:
             enqueue()
-        finally:  # after an error too: a stream that stays in capture refuses all later calls
+        finally:  # also after an error: a stream that stays in capture refuses all later calls
             status, graph = cuda.cudaStreamEndCapture(self.handle)
             if int(status) == 0:
                 weakref.finalize(self, cuda.cudaGraphDestroy, graph)
-        check(cuda.cudaStreamEndCapture, status)
+        check_status(cuda.cudaStreamEndCapture, status)
         executable = call(cuda.cudaGraphInstantiate, graph, 0)
         weakref.finalize(self, cuda.cudaGraphExecDestroy, executable)
         return executable
 
     def replay(self, graph: Any) -> None:
-        """Runs a recorded graph in this stream's turn."""
+        """Enqueues a run of a recorded graph."""
         call(runtime().cudaGraphLaunch, graph, self.handle)
 
 
 class Event:
-    """A mark in a stream that others can wait for."""
+    """A CUDA event: a point in a stream that other streams and the host can wait for."""
 
     def __init__(self) -> None:
         cuda = runtime()
@@ -222,5 +224,5 @@ class Event:
         weakref.finalize(self, cuda.cudaEventDestroy, self.handle)
 
     def wait(self) -> None:
-        """Waits on the host until what was marked is done. Raises CudaError for what failed on the way."""
+        """Waits on the host for the work before the event. Raises CudaError if any of it failed."""
         call(runtime().cudaEventSynchronize, self.handle)

@@ -1,6 +1,7 @@
-"""A stand-in engine that costs nothing: it shows what the pipeline around an engine can do, and what reached it.
+"""A synthetic engine that runs no network, to test and measure the pipeline around an engine.
 
-Its artifact is any file beside a manifest of the format `null`, which may pace it: `images_per_second`.
+Its artifact is any file with a manifest of the format `null`; the manifest's `images_per_second`
+limits its speed.
 """
 
 import time
@@ -18,35 +19,39 @@ from isic.metadata import read_metadata
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.files import write_manifest
 
-FORMAT, FILE = "null", "model.null"
-BATCH_SIZE = 256
+NULL_FORMAT = "null"
+NULL_FILE = "model.null"
+NULL_BATCH_SIZE = 256
 
 
 class NullEngine:
-    """Features are the first values of the image in [0, 1]; the logit is their mean plus the fold."""
+    """Features are the first values of the image in [0, 1]; the logit is their mean plus the fold.
+
+    The results thus show which pixels reached which fold's engine.
+    """
 
     device = "none"
 
     def __init__(self, fold: int, num_features: int, images_per_second: float | None) -> None:
-        self._fold, self._num_features = fold, num_features
+        self._fold = fold
+        self._num_features = num_features
         self._seconds_per_image = 1 / images_per_second if images_per_second else 0.0
 
     def run(self, images: Pixels) -> Outputs:
-        features = images.reshape(len(images), -1)[:, : self._num_features].astype(
-            np.float32
-        ) / np.float32(255)
+        values = images.reshape(len(images), -1)[:, : self._num_features]
+        features = values.astype(np.float32) / np.float32(255)
         if self._seconds_per_image:
             time.sleep(self._seconds_per_image * len(images))
         return features, features.mean(axis=1, keepdims=True) + np.float32(self._fold)
 
 
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> NullEngine:
-    """Makes the engine that a manifest describes; it runs anywhere."""
+    """Returns the engine that a manifest describes; it runs on any device."""
     return NullEngine(manifest["fold"], manifest["num_features"], manifest.get("images_per_second"))
 
 
 def unavailable_reason(name: str, device: str) -> str | None:
-    """Return None: it runs anywhere."""
+    """Returns None: it runs anywhere."""
     return None
 
 
@@ -58,30 +63,31 @@ def write_run(
     num_features: int = 192,
     images_per_second: float | None = None,
 ) -> None:
-    """Writes a run of stand-in engines as an export leaves it: an artifact a fold, and the fold plan.
+    """Writes the files of an exported run: an artifact per fold, and the fold plan.
 
     Args:
         model_dir: its name is the config's.
-        metadata: the training table that the folds are drawn from.
-        spec: decides the size of the images.
+        metadata: the training table that is split into folds.
+        spec: the preprocessing, with the size of the images.
         num_folds: at least 2.
         num_features: D, at most the number of values in an image.
-        images_per_second: of each engine; as fast as it goes if not given.
+        images_per_second: of each engine; unlimited if None.
     """
     folds = draw_folds(read_metadata(metadata, [schema.TARGET]), num_folds, seed=0)
     folds.write(model_dir / FOLDS_FILE)
     for fold in range(num_folds):
-        artifact = model_dir / f"fold_{fold}" / FILE
+        artifact = model_dir / f"fold_{fold}" / NULL_FILE
         artifact.parent.mkdir(parents=True, exist_ok=True)
+        # The digest of an artifact identifies it, so those of two folds must differ.
         artifact.write_bytes(f"stand-in {fold}\n".encode())
         write_manifest(
             artifact,
-            format=FORMAT,
+            format=NULL_FORMAT,
             name=model_dir.name,
             fold=fold,
             folds_digest=folds.digest,
             num_features=num_features,
             preprocess=spec.model_dump(mode="json"),
-            batch_size=BATCH_SIZE,
+            batch_size=NULL_BATCH_SIZE,
             images_per_second=images_per_second,
         )

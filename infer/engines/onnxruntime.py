@@ -22,36 +22,36 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 )
 
 from infer.engines import Outputs
+from infer.engines.contract import FEATURES, IMAGES, LOGITS, MASK, Tensor, contract_violation
 from isic.preprocess import Pixels
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, first_line
 from isic.runtime.machine import no_gpu_reason, num_cores
 
 PROVIDERS: dict[str, list[str | tuple[str, dict[str, str]]]] = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
 }
-"""Providers by device, in the order in which they take nodes. TF32 would fail float32's parity check."""
+"""Providers by device, in the order in which they take nodes. TF32 would fail float32's parity."""
 LOAD_ERRORS = (Fail, InvalidGraph, InvalidProtobuf, NoSuchFile)
-CONTRACT = {
-    "images": ("tensor(uint8)", 4),
-    "features": ("tensor(float)", 2),
-    "logits": ("tensor(float)", 2),
-}
-"""Type and rank of each input and output."""
+ORT_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(float16)": "float16"}
+"""numpy's names of the types that ONNX Runtime reports; it has others, which no contract names."""
 
+# Both graphs are bytes because inference runs without the package onnx.
 IDENTITY = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12'
     b"\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
 """An ONNX graph of one node, y = Identity(x), float32 [1]."""
 INT8_PRODUCT = (
-    b'\x08\x08:Z\n\x18\n\x01a\n\x01w\x12\x01y"\rMatMulInteger\x12\x01g*\x0f\x08\x04\x08\x01\x10\x03B\x01w'
-    b"J\x04\x7f\x7f\x7f\x7fZ\x14\n\x01a\x12\x0f\n\r\x08\x02\x12\t\n\x03\x12\x01n\n\x02\x08\x04b\x14\n\x01y"
+    b"\x08\x08:Z\n\x18\n\x01a\n\x01w\x12\x01y"
+    b'"\rMatMulInteger\x12\x01g*\x0f\x08\x04\x08\x01\x10\x03B\x01w'
+    b"J\x04\x7f\x7f\x7f\x7fZ\x14\n\x01a\x12\x0f\n\r\x08\x02\x12\t\n\x03\x12\x01n"
+    b"\n\x02\x08\x04b\x14\n\x01y"
     b"\x12\x0f\n\r\x08\x06\x12\t\n\x03\x12\x01n\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
 """An ONNX graph of one node, y = MatMulInteger(a, w): a uint8 [n, 4], w int8 [4, 1], all 127."""
 EXACT_INT8 = ("session.x64quantprecision", "1")
-"""Makes ONNX Runtime store int8 weights as uint8, with the zero points to match (from 1.13 on).
+"""The option to store int8 weights as uint8 with matching zero points (ONNX Runtime 1.13+).
 
 x86 CPUs without VNNI add two products of uint8 and int8 into a saturating int16. Their products of
 uint8 and uint8 are exact (https://github.com/microsoft/onnxruntime/pull/12088)."""
@@ -60,8 +60,9 @@ uint8 and uint8 are exact (https://github.com/microsoft/onnxruntime/pull/12088).
 class OnnxRuntimeEngine:
     """An ONNX file in an ONNX Runtime session.
 
-    On a CPU each core takes one image at a time: its cache then holds the activations, no core waits for another after
-    each layer, and what is said of an image does not depend on its batch, not even where int8 chooses its scales.
+    On a CPU each core runs one image at a time. Its cache then holds the activations, no core
+    waits for another after each layer, and the results of an image do not depend on its batch,
+    even if int8 chooses scales from the activations.
     """
 
     def __init__(self, path: Path, size: int, device: str) -> None:
@@ -77,9 +78,10 @@ class OnnxRuntimeEngine:
                 run on the device.
         """
         self.device = device
-        if reason := unavailable_reason("onnx", device):
-            raise UserError(f"ONNX Runtime does not run on --device {device} here: {reason}"
-                            + ("; use --device cpu" if device != "cpu" else ""))  # fmt: skip
+        reason = unavailable_reason("onnx", device)
+        if reason:
+            fix = "; use --device cpu" if device != "cpu" else ""
+            raise UserError(f"ONNX Runtime does not run on --device {device} here: {reason}{fix}")
         if device == "cuda":
             options = session_options()
         else:
@@ -90,50 +92,44 @@ class OnnxRuntimeEngine:
         except NotImplemented as error:
             raise UserError(
                 f"{path}: ONNX Runtime {ort.__version__} has no kernel for one of its operators in "
-                f"its precision on --device {device} ({_first_line(error)}); use another "
+                f"its precision on --device {device} ({first_line(error)}); use another "
                 "--precision or --device, or a newer ONNX Runtime"
             ) from None
         except LOAD_ERRORS as error:
             raise UserError(
-                f"{path} does not load in ONNX Runtime ({_first_line(error)}); export it again"
+                f"{path} does not load in ONNX Runtime ({first_line(error)}); export it again"
             ) from None
         self._check_contract(path, size)
 
     def run(self, images: Pixels) -> Outputs:
-        features, logits = self._run(("features", "logits"), images)
+        features, logits = self._run((FEATURES, LOGITS), images)
         return features, logits
 
-    def run_mask(self, images: Pixels) -> NDArray[np.float32]:
-        """Returns the lesion's probabilities [n, h, w] of a graph with the optional output `mask`."""
-        return self._run(("mask",), images)[0]
+    def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
+        """Returns probabilities [N, h, w] of a graph with the optional output `mask`."""
+        return self._run((MASK,), images)[0]
 
     def _run(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
-        return (
-            self._run_whole(names, images)
-            if self.device == "cuda"
-            else self._run_each(names, images)
-        )
+        if self.device == "cuda":
+            return self._run_batch(names, images)
+        return self._run_each(names, images)
 
     def _run_each(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
-        """Runs the graph on each image, as many at once as there are cores to use."""
+        """Runs the graph on each image separately, on all cores at once."""
 
-        def run(at: int) -> list[NDArray[np.float32]]:
-            outputs: list[NDArray[np.float32]] = self._session.run(
-                names, {"images": images[at : at + 1]}
-            )
+        def run(row: int) -> list[NDArray[np.float32]]:
+            inputs = {IMAGES: images[row : row + 1]}
+            outputs: list[NDArray[np.float32]] = self._session.run(names, inputs)
             return outputs
 
-        return [
-            np.concatenate(values)
-            for values in zip(*self._pool.map(run, range(len(images))), strict=True)
-        ]
+        results = self._pool.map(run, range(len(images)))
+        return [np.concatenate(values) for values in zip(*results, strict=True)]
 
-    def _run_whole(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
-        """Runs the graph with its input and outputs bound to the device, so that each is copied once."""
+    def _run_batch(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
+        """Runs the graph on the whole batch, bound to the device so that each array is copied once."""
         binding = self._session.io_binding()
-        binding.bind_ortvalue_input(
-            "images", ort.OrtValue.ortvalue_from_numpy(images, self.device, 0)
-        )
+        on_device = ort.OrtValue.ortvalue_from_numpy(images, self.device, 0)
+        binding.bind_ortvalue_input(IMAGES, on_device)
         for name in names:
             binding.bind_output(name, self.device)
         self._session.run_with_iobinding(binding)
@@ -141,33 +137,22 @@ class OnnxRuntimeEngine:
         return outputs
 
     def _check_contract(self, path: Path, size: int) -> None:
-        nodes = {
-            node.name: node for node in (*self._session.get_inputs(), *self._session.get_outputs())
-        }
-        for name, (dtype, rank) in CONTRACT.items():
-            node = nodes.get(name)
-            if node is None:
-                raise UserError(f"{path} has no {name}, only {', '.join(nodes)}; export it again")
-            if node.type != dtype or len(node.shape) != rank:
-                raise UserError(f"{path}: {name} is {node.type} of rank {len(node.shape)}, not {dtype} of rank {rank}; "
-                                "export it again")  # fmt: skip
-        if list(nodes["images"].shape[1:]) != [size, size, 3] or isinstance(
-            nodes["images"].shape[0], int
-        ):
-            raise UserError(
-                f"{path} takes images {nodes['images'].shape}, not [N, {size}, {size}, 3]; export it again"
-            )
+        nodes = (*self._session.get_inputs(), *self._session.get_outputs())
+        tensors = {node.name: _as_tensor(node) for node in nodes}
+        # A session computes only the outputs that it is asked for, so others do no harm.
+        violation = contract_violation(tensors, size, other_outputs=True)
+        if violation:
+            raise UserError(f"{path} {violation}; export it again")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def _as_tensor(node: ort.NodeArg) -> Tensor:
+    """Returns type and shape of an input or output; ONNX Runtime gives open sizes as names."""
+    shape = tuple(size if isinstance(size, int) else None for size in node.shape)
+    return Tensor(ORT_DTYPES.get(node.type, node.type), shape)
 
 
 def session_options(num_threads: int | None = None) -> ort.SessionOptions:
-    """Return options that give the same results on every CPU.
-
-    Threads that wait give their core back instead of spinning: another session, the decoder or
-    another process has work for it.
+    """Returns options that give the same results on every CPU.
 
     Args:
         num_threads: of a session; one per core that this process may use if None.
@@ -181,6 +166,7 @@ def session_options(num_threads: int | None = None) -> ort.SessionOptions:
 def _plain_options(num_threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # Spinning threads would take the core from other sessions, the decoder and other processes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = num_threads
     return options
@@ -188,10 +174,11 @@ def _plain_options(num_threads: int) -> ort.SessionOptions:
 
 @cache
 def int8_products_are_exact() -> bool:
-    """Return whether products of uint8 and int8 are exact on this CPU without EXACT_INT8.
+    """Returns whether products of uint8 and int8 are exact on this CPU without EXACT_INT8.
 
-    With VNNI, AMX or ARM's instructions they are. The option changes no bit there, but ViT-Tiny and
-    ConvNeXt-Tiny in int8 take 1.4 and 1.6 times as long with it, so that it is only set if needed.
+    With VNNI, AMX or ARM's instructions they are. The option would change no bit there, but
+    ViT-Tiny and ConvNeXt-Tiny in int8 take 1.4 and 1.6 times as long with it, so it is set only
+    if needed.
     """
     session = open_session(INT8_PRODUCT, "cpu", _plain_options(1))
     largest = np.full((2, 4), 255, np.uint8)
@@ -201,7 +188,7 @@ def int8_products_are_exact() -> bool:
 def open_session(
     graph: str | bytes, device: str, options: ort.SessionOptions
 ) -> ort.InferenceSession:
-    """Open a session on a device; unlike ONNX Runtime's default, an error is not retried elsewhere.
+    """Opens a session on a device; unlike ONNX Runtime's default, an error is not retried elsewhere.
 
     Raises:
         UserError: the device's provider did not load.
@@ -209,7 +196,8 @@ def open_session(
     session = ort.InferenceSession(
         graph, options, providers=PROVIDERS[device], enable_fallback=False
     )
-    if (loaded := session.get_providers()[0]) != _provider(device):
+    loaded = session.get_providers()[0]
+    if loaded != _provider(device):
         raise UserError(f"ONNX Runtime fell back to {loaded}: {_provider(device)} does not load")
     return session
 
@@ -220,34 +208,35 @@ def _provider(device: str) -> str:
 
 
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> OnnxRuntimeEngine:
-    """Open the session on `cpu` or `cuda`."""
+    """Opens the session on `cpu` or `cuda`."""
     return OnnxRuntimeEngine(path, manifest["preprocess"]["size"], device)
 
 
 @cache
 def unavailable_reason(name: str, device: str) -> str | None:
-    """Return why ONNX Runtime does not run a graph on a device, None if it has just run one."""
+    """Returns why ONNX Runtime does not run a graph on a device, None if it has just run one."""
     if _provider(device) not in ort.get_available_providers():
         return f"this build of ONNX Runtime has no {_provider(device)}; install onnxruntime-gpu"
     if device == "cuda":
-        if reason := no_gpu_reason():
+        reason = no_gpu_reason()
+        if reason:
             return reason
-        ort.preload_dlls()  # finds the CUDA libraries that torch brings
-    ort.set_default_logger_severity(4)  # it logs what is returned here
+        ort.preload_dlls()  # finds the CUDA libraries that torch's packages bring
+    ort.set_default_logger_severity(4)  # it would log the reason that is returned here
     try:
         session = open_session(IDENTITY, device, _plain_options(1))
         session.run(None, {"x": np.zeros(1, np.float32)})
     except UserError as error:
         return _loader_message() or str(error)
     except (EPFail, RuntimeException, *LOAD_ERRORS) as error:
-        return _first_line(error)
+        return first_line(error)
     finally:
         ort.set_default_logger_severity(2)
     return None
 
 
 def _loader_message() -> str | None:
-    """Return the system's reason why the library of CUDA's provider does not load, None if it does.
+    """Returns the system's reason why the library of CUDA's provider does not load, None if it does.
 
     ONNX Runtime only logs it. The library must not be loaded before ONNX Runtime has tried to:
     it asks for its host once, when it is loaded.
@@ -258,5 +247,5 @@ def _loader_message() -> str | None:
     try:
         ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / name))
     except OSError as error:
-        return _first_line(error)
+        return first_line(error)
     return None

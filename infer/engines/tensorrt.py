@@ -16,28 +16,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer.engines import Outputs, cudart
+from infer.engines.contract import FEATURES, IMAGES, LOGITS, MASK, Tensor, contract_violation
+from infer.engines.registry import ENGINE_FORMATS
 from isic.preprocess import Pixels
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, first_line
 
-
-@dataclass(frozen=True)
-class Flavour:
-    """One of NVIDIA's two libraries with the same interface."""
-
-    title: str
-    extra: str
-    """The extra of this package that installs it; the Python module has the same name."""
-    portable: bool
-    """Its plans are built without a GPU for several architectures, and their kernels compiled where they run."""
-
-
-FLAVOURS = {
-    "tensorrt": Flavour("TensorRT", extra="tensorrt", portable=False),
-    "tensorrt_rtx": Flavour("TensorRT-RTX", extra="tensorrt_rtx", portable=True),
+TENSORRT_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "UINT8": "uint8",
+    "INT8": "int8",
+    "FP8": "float8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
 }
-
+"""TensorRT's data types by their usual names."""
 AMPERE_PLUS = "sm80plus"
-"""The architectures of a plan that runs on Ampere GPUs and all newer ones."""
+"""The architecture of a plan that runs on Ampere GPUs and all newer ones."""
 TURING = "sm75"
 """TensorRT-RTX computes a float32 matrix product there as zeros, without an error, in some versions.
 
@@ -47,26 +44,31 @@ https://github.com/pytorch/TensorRT/pull/4643
 
 @cache
 def import_runtime(flavour: str) -> ModuleType:
-    """Returns the Python module of a flavour. Raises UserError where it is not installed."""
-    entry = FLAVOURS[flavour]
+    """Returns the Python module of a flavour: TensorRT or TensorRT-RTX, which have one interface.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    title, extra = ENGINE_FORMATS[flavour].title, ENGINE_FORMATS[flavour].extra
     try:
-        return import_module(entry.extra)
+        return import_module(flavour)
     except ImportError as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{entry.title} does not load here ({reason}); install it with `pip install isic-toolkit[{entry.extra}]`"
+            f"{title} does not load here ({first_line(error)}); install it with "
+            f"`pip install isic-toolkit[{extra}]`"
         ) from None
 
 
 @cache
 def logger(trt: ModuleType) -> Any:
-    """Returns the logger of a flavour, which keeps what went wrong in `errors`.
+    """Returns the logger of a flavour, which keeps error messages in `errors`.
 
-    There is one a process, because TensorRT goes on with the first that it is given.
+    It is cached because TensorRT keeps the first logger of a process, whatever it is given later.
     """
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
+            # TensorRT's classes do not support super() (NVIDIA/TensorRT#2632).
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
 
@@ -75,7 +77,7 @@ def logger(trt: ModuleType) -> Any:
                 self.errors.append(" ".join(message.split()))
 
         def reason(self) -> str:
-            """Returns the first thing that went wrong since the last call."""
+            """Returns the first error since the last call."""
             errors, self.errors = self.errors, []
             return errors[0][:300] if errors else "it gives no reason"
 
@@ -83,7 +85,7 @@ def logger(trt: ModuleType) -> Any:
 
 
 def unavailable_reason(flavour: str, device: str = "cuda") -> str | None:
-    """Returns why a flavour's plans cannot run here, None where they can."""
+    """Returns why a flavour's plans cannot run here, None if they can."""
     try:
         check_gpu(flavour, import_runtime(flavour), cudart.architecture())
     except UserError as error:
@@ -102,29 +104,29 @@ class Profile:
     def pieces(self, num_images: int) -> Iterator[slice]:
         """Yields the parts of a batch that run one after another.
 
-        A batch that the profile holds is one piece. A larger one goes in pieces of `opt`, which the kernels were
-        chosen for; while one is computed the next is copied.
+        A batch within the profile is one piece. A larger one is cut into pieces of `opt`, for
+        which the kernels were chosen, so that one piece is computed while the next is copied.
         """
         size = num_images if num_images <= self.max else self.opt
-        return (slice(at, min(at + size, num_images)) for at in range(0, num_images, max(size, 1)))
+        for start in range(0, num_images, max(size, 1)):
+            yield slice(start, min(start + size, num_images))
 
     def padded(self, num_images: int) -> int:
-        """Returns the batch that a piece runs as: the next of a few sizes, powers of two and `opt` and `max`.
+        """Returns the batch size that a piece runs as: `min`, `opt`, `max` or a power of two.
 
-        A size that TensorRT has not seen costs time (TensorRT-RTX compiles kernels for it), so that the tails of many
-        batches should not each have their own.
+        A size that is new to TensorRT costs time (TensorRT-RTX compiles kernels for it), so the
+        last pieces of different batches share a few sizes.
         """
         powers = (2**exponent for exponent in range(self.max.bit_length()))
-        sizes: list[int] = sorted(
-            {self.min, self.opt, self.max, *(power for power in powers if power > self.min)}
-        )
+        larger_powers = (power for power in powers if power > self.min)
+        sizes: list[int] = sorted({self.min, self.opt, self.max, *larger_powers})
         return sizes[bisect_left(sizes, num_images)]
 
 
 class Plan:
     """A loaded plan, and memory on the GPU that all its execution contexts share.
 
-    They may share it because they take turns: the engine runs all of them on one stream.
+    They can share it because they take turns: the engine runs all of them on one stream.
     """
 
     def __init__(self, trt: ModuleType, engine: Any, portable: bool, cuda_graph: bool) -> None:
@@ -134,32 +136,35 @@ class Plan:
             trt: the Python module of the flavour.
             engine: TensorRT's engine of the plan.
             portable: whether the flavour compiles kernels where the plan runs.
-            cuda_graph: whether such a flavour is to record CUDA graphs by itself.
+            cuda_graph: whether such a flavour records CUDA graphs by itself.
 
         Raises:
             CudaError: the GPU has too little memory.
         """
-        self._trt, self._engine = trt, engine
-        self._portable, self._cuda_graph = portable, cuda_graph
+        self._trt = trt
+        self._engine = engine
+        self._portable = portable
+        self._cuda_graph = cuda_graph
         self._memory = cudart.DeviceMemory(engine.device_memory_size_v2)
 
     def create_context(self) -> Any:
-        """Return a new execution context. Raises CudaError."""
-        context = self._engine.create_execution_context(self._settings())
+        """Returns a new execution context. Raises CudaError."""
+        context = self._engine.create_execution_context(self._context_settings())
         if context is None:
             raise cudart.CudaError(logger(self._trt).reason())
         context.set_device_memory(self._memory.pointer, self._memory.num_bytes)
         return context
 
-    def _settings(self) -> Any:
-        """Return the settings of a context, whose memory is the shared one."""
-        trt, strategy = self._trt, self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    def _context_settings(self) -> Any:
+        """Returns the settings of a context that uses the shared memory."""
+        trt = self._trt
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self._portable:
             return strategy
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        # By default it replaces kernels during the run, and the parity gate would have judged
-        # others than those that compute the results.
+        # By default TensorRT-RTX replaces kernels in the background while it runs, so the results
+        # would come from other kernels than those that the parity check has seen.
         config.dynamic_shapes_kernel_specialization_strategy = (
             trt.DynamicShapesKernelSpecializationStrategy.EAGER
         )
@@ -177,17 +182,19 @@ class BoundContext:
         memory: Mapping[str, cudart.DeviceMemory],
         image_shape: tuple[int, ...],
     ) -> None:
-        """Binds the memory of each input and output, by name. Raises CudaError."""
-        self._context, self._image_shape, self._size = context, image_shape, 0
+        """Binds the memory of each input and output by name. Raises CudaError."""
+        self._context = context
+        self._image_shape = image_shape
+        self._size = 0
         for name, buffer in memory.items():
             if not context.set_tensor_address(name, buffer.pointer):
                 raise cudart.CudaError(f"TensorRT did not accept the memory of {name}")
 
     def enqueue(self, size: int, stream: cudart.Stream) -> None:
-        """Run a batch of `size` images in the stream's turn. Raises CudaError."""
+        """Adds a run of `size` images to the stream. Raises CudaError."""
         if size != self._size:
-            self._size = 0
-            if not self._context.set_input_shape("images", (size, *self._image_shape)):
+            self._size = 0  # stays 0 if TensorRT refuses the new shape
+            if not self._context.set_input_shape(IMAGES, (size, *self._image_shape)):
                 raise cudart.CudaError(f"TensorRT did not accept a batch of {size}")
             self._size = size
         if not self._context.execute_async_v3(int(stream.handle)):
@@ -195,44 +202,54 @@ class BoundContext:
 
 
 class Slot:
-    """One of two sets of buffers: while the GPU works on one, the host fills the other."""
+    """The buffers, events and execution context of one piece in flight.
+
+    An engine has two slots. A piece is copied in (stream 1), computed and copied out (stream 2).
+    With two sets of buffers, stream 1 fills one slot while stream 2 computes from the other. The
+    events order the work of one slot: `uploaded` holds the computation back until the images are
+    on the GPU, and the host waits for `done` before it reads the results or reuses the buffers.
+    """
 
     def __init__(self, plan: Plan, shapes: Mapping[str, tuple[int, ...]], max_batch: int) -> None:
         """Allocates for `max_batch` images.
 
         Args:
             plan: the plan to run.
-            shapes: the shape of an image (`images`) and of each output, without the batch.
+            shapes: the shape of `images` and of each output, without the batch.
             max_batch: the largest number of images.
         """
-        outputs = {name: shape for name, shape in shapes.items() if name != "images"}
-        self._plan, self._image_shape, self._max_batch = plan, shapes["images"], max_batch
+        self._plan = plan
+        self._image_shape = shapes[IMAGES]
+        self._max_batch = max_batch
         self.images = cudart.DeviceMemory(max_batch * prod(self._image_shape))
-        self.outputs = {
-            name: cudart.DeviceMemory(4 * max_batch * prod(shape))
-            for name, shape in outputs.items()
-        }
-        self.host = {
-            name: cudart.pinned((max_batch, *shape), np.float32) for name, shape in outputs.items()
-        }
-        self.uploaded, self.done = cudart.Event(), cudart.Event()
+        self.outputs: dict[str, cudart.DeviceMemory] = {}
+        self.host: dict[str, NDArray[np.float32]] = {}
+        for name, shape in shapes.items():
+            if name == IMAGES:
+                continue
+            float32_bytes = 4 * max_batch * prod(shape)
+            self.outputs[name] = cudart.DeviceMemory(float32_bytes)
+            self.host[name] = cudart.pinned((max_batch, *shape), np.float32)
+        self.uploaded = cudart.Event()
+        self.done = cudart.Event()
         self.context = self._bound_context()
         self._graph_context: BoundContext | None = None
         self.graph: Any = None
 
     def record(self, size: int, stream: cudart.Stream) -> None:
-        """Record a batch of `size` images as a CUDA graph. Raises CudaError.
+        """Records a run of `size` images as a CUDA graph. Raises CudaError.
 
-        It has a context of its own, which nothing else uses: NVIDIA advises one context per graph,
-        as another shape changes the state that the graph relies on
+        The graph has a context of its own: NVIDIA advises one context per graph, because another
+        shape changes the state that the graph relies on
         (https://github.com/NVIDIA/TensorRT/issues/3798).
         """
-        self._graph_context = context = self._bound_context()
-        context.enqueue(size, stream)  # the first run does what cannot be recorded
+        context = self._bound_context()
+        self._graph_context = context  # must live as long as the graph, which uses its memory
+        context.enqueue(size, stream)  # the first run does work that cannot be recorded
         self.graph = stream.recorded(partial(context.enqueue, size, stream))
 
     def _bound_context(self) -> BoundContext:
-        memory = {"images": self.images, **self.outputs}
+        memory = {IMAGES: self.images, **self.outputs}
         return BoundContext(self._plan.create_context(), memory, self._image_shape)
 
     @cached_property
@@ -257,70 +274,73 @@ class TensorRTEngine:
 
         Args:
             plan: the plan to run.
-            shapes: sizes of `images` and of each output, without the batch.
-            profile: the batches that the plan was built for.
+            shapes: the shape of `images` and of each output, without the batch.
+            profile: the batch sizes that the plan was built for.
             cuda_graph: record batches of `opt` once and replay them.
 
         Raises:
             CudaError: for example, the GPU has too little memory.
         """
-        self._shapes, self._profile = shapes, profile
-        self._copies, self._kernels = cudart.Stream(), cudart.Stream()
+        self._shapes = shapes
+        self._profile = profile
+        self._copies = cudart.Stream()
+        self._kernels = cudart.Stream()
         self._slots = (Slot(plan, shapes, profile.max), Slot(plan, shapes, profile.max))
         if cuda_graph:
             for slot in self._slots:
                 slot.record(profile.opt, self._kernels)
 
     def run(self, images: Pixels) -> Outputs:
-        """Runs a batch of any size. Raises CudaError where the GPU fails."""
-        features, logits = self._run(images, ("features", "logits"))
+        """Runs a batch of any size. Raises CudaError."""
+        features, logits = self._run(images, (FEATURES, LOGITS))
         return features, logits
 
-    def run_mask(self, images: Pixels) -> NDArray[np.float32]:
-        """Returns the lesion's probabilities [n, h, w] of a plan with the optional output `mask`."""
-        return self._run(images, ("mask",))[0]
+    def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
+        """Returns probabilities [N, h, w] of a plan with the optional output `mask`."""
+        return self._run(images, (MASK,))[0]
 
     def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
-        """Returns uint8 memory from which `run` copies to the GPU without a copy on the host first."""
+        """Returns page-locked memory, from which `run` copies to the GPU without staging."""
         return cudart.pinned(shape, np.uint8)
 
     def _run(self, images: Pixels, names: Sequence[str]) -> list[NDArray[np.float32]]:
-        assert images.dtype == np.uint8 and images.shape[1:] == self._shapes["images"], (
+        assert images.dtype == np.uint8 and images.shape[1:] == self._shapes[IMAGES], (
             images.dtype,
             images.shape,
         )
         results = [np.empty((len(images), *self._shapes[name]), np.float32) for name in names]
-        flying: deque[tuple[Slot, slice]] = deque()
+        in_flight: deque[tuple[Slot, slice]] = deque()
 
-        def land() -> None:
-            slot, piece = flying.popleft()
+        def collect() -> None:
+            """Waits for the oldest piece in flight and copies its outputs into the results."""
+            slot, piece = in_flight.popleft()
             slot.done.wait()
             for name, result in zip(names, results, strict=True):
                 result[piece] = slot.host[name][: piece.stop - piece.start]
 
         try:
             for piece, slot in zip(self._profile.pieces(len(images)), cycle(self._slots)):
-                if len(flying) == len(self._slots):
-                    land()
+                if len(in_flight) == len(self._slots):
+                    collect()  # slots alternate, so the oldest piece is the one in this slot
                 self._launch(slot, images[piece], names)
-                flying.append((slot, piece))
-            while flying:
-                land()
-        finally:  # after an error too, no copy may still read memory that is about to be reused
+                in_flight.append((slot, piece))
+            while in_flight:
+                collect()
+        finally:  # also after an error: no copy may still read memory that the caller reuses
             self._copies.wait()
             self._kernels.wait()
         return results
 
     def _launch(self, slot: Slot, images: Pixels, names: Sequence[str]) -> None:
-        """Gives the GPU a piece: copy in, compute, copy out. Returns at once."""
+        """Enqueues one piece: copy in, compute, copy out. Returns at once."""
         num_images = len(images)
         if not cudart.is_pinned(images):
             slot.staging[:num_images] = images
             images = slot.staging[:num_images]
-        # Images of an earlier piece pad the batch, and nobody reads their outputs.
         self._copies.upload(slot.images, images)
         self._copies.record(slot.uploaded)
         self._kernels.wait_for(slot.uploaded)
+        # The padding is whatever images an earlier piece left; their outputs are not copied back.
         size = self._profile.padded(num_images)
         if slot.graph is not None and size == self._profile.opt:
             self._kernels.replay(slot.graph)
@@ -332,39 +352,34 @@ class TensorRTEngine:
 
 
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> TensorRTEngine:
-    """Opens a plan on the current GPU.
+    """Opens a plan on the current GPU. Only the last step touches the GPU.
 
     Raises:
-        UserError: the plan is for another library, version or GPU, has not passed the parity gate, is damaged or not
-            of the contract; or the library, CUDA Python or a GPU is missing. Nothing of this touches the GPU but
-            the last step.
+        UserError: the plan is for another library, version or GPU, has not passed the parity
+            check, is damaged or breaks the contract; or the library, CUDA Python or a GPU is
+            missing.
     """
-    flavour, again = (
-        manifest["format"],
-        f"build it again with `{export_command(path, manifest)} --force`",
-    )
+    flavour = manifest["format"]
+    row = ENGINE_FORMATS[flavour]
+    again = f"build it again with `{export_command(path, manifest)} --force`"
     trt = import_runtime(flavour)
     check_manifest(path, manifest, trt.__version__, again)
     if device == "cpu":
-        raise UserError(
-            f"{path} is a {FLAVOURS[flavour].title} plan and runs on a GPU; use --device cuda"
-        )
+        raise UserError(f"{path} is a {row.title} plan and runs on a GPU; use --device cuda")
     data = path.read_bytes()
     runtime = trt.Runtime(logger(trt))
     check_header(trt, runtime, path, data, again)
-    here = cudart.architecture()
-    check_gpu(flavour, trt, here)
-    check_architecture(path, manifest["plan"]["architectures"], here, again)
-    runtime.engine_host_code_allowed = manifest["plan"][
-        "version_compatible"
-    ]  # such a plan brings its own runtime
+    architecture = cudart.architecture()
+    check_gpu(flavour, trt, architecture)
+    check_architecture(path, manifest["plan"]["architectures"], architecture, again)
+    # A version-compatible plan contains its own runtime, which is code to run.
+    runtime.engine_host_code_allowed = manifest["plan"]["version_compatible"]
     engine = deserialize(trt, runtime, path, data, again)
-    shapes, profile = check_engine(trt, engine, path, manifest["preprocess"]["size"], again)
+    shapes, profile = check_engine(engine, path, manifest["preprocess"]["size"], again)
     cuda_graph = manifest["plan"]["cuda_graph"]
     try:
-        portable = FLAVOURS[flavour].portable
-        plan = Plan(trt, engine, portable, cuda_graph)
-        return TensorRTEngine(plan, shapes, profile, cuda_graph and not portable)
+        plan = Plan(trt, engine, row.portable, cuda_graph)
+        return TensorRTEngine(plan, shapes, profile, cuda_graph and not row.portable)
     except cudart.CudaError as error:
         raise UserError(
             f"{path} does not run on this GPU ({error}); {again} and a smaller --max_batch"
@@ -372,7 +387,7 @@ def create(path: Path, manifest: Mapping[str, Any], device: str) -> TensorRTEngi
 
 
 def export_command(path: Path, manifest: Mapping[str, Any]) -> str:
-    """Returns the command whose artifact a plan is."""
+    """Returns the command that exports a plan again."""
     flags = {"config": "name", "fold": "fold", "formats": "format", "precision": "precision"}
     given = [f"--{flag} {manifest[key]}" for flag, key in flags.items() if key in manifest]
     if path.parent.name.startswith("fold_"):
@@ -381,36 +396,47 @@ def export_command(path: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def check_manifest(path: Path, manifest: Mapping[str, Any], version: str, again: str) -> None:
-    """Raises UserError where the manifest says that this library's version may not run the plan, or nobody gated it."""
+    """Raises UserError if this version must not run the plan, or its parity is unchecked."""
     plan = manifest.get("plan")
     if plan is None:
-        raise UserError(f"the manifest of {path} does not say what the plan was built for; {again}")
-    built, here = (tuple(map(int, text.split(".")[:3])) for text in (plan["version"], version))
-    fits = (
-        built[0] == here[0] and built <= here
-        if plan["version_compatible"]
-        else plan["version"] == version
-    )
-    if not fits:
-        title = FLAVOURS[manifest["format"]].title
         raise UserError(
-            f"{path} was built by {title} {plan['version']}, and here is {version}; {again}"
+            f"the manifest of {path} does not name the plan's library and GPUs; {again}"
+        )
+    if not _can_run(plan, version):
+        title = ENGINE_FORMATS[manifest["format"]].title
+        raise UserError(
+            f"{path} was built by {title} {plan['version']}, and this is {version}; {again}"
         )
     if "parity" in manifest and manifest["parity"] is None:
         raise UserError(
-            f"{path} has not passed the parity gate, for want of a GPU where it was built; gate it here with "
-            f"`{export_command(path, manifest)} --check`"
+            f"{path} has not passed the parity check, because it was built without a GPU; check "
+            f"it here with `{export_command(path, manifest)} --check`"
         )
 
 
-def check_gpu(flavour: str, trt: ModuleType, architecture: str) -> None:
-    """Raise UserError if a flavour cannot run these models on a GPU (`sm90`), whatever the plan.
+def _can_run(plan: Mapping[str, Any], version: str) -> bool:
+    """Whether a library of this version runs a plan, by NVIDIA's rules of compatibility."""
+    if not plan["version_compatible"]:
+        return bool(plan["version"] == version)
+    built = _version_numbers(plan["version"])
+    here = _version_numbers(version)
+    return built[0] == here[0] and built <= here
 
-    TensorRT-RTX lists the GPUs that it is for; not all from Ampere on are among them.
+
+def _version_numbers(version: str) -> tuple[int, ...]:
+    """Returns major, minor and patch of a version such as `10.14.1.48`."""
+    return tuple(int(number) for number in version.split(".")[:3])
+
+
+def check_gpu(flavour: str, trt: ModuleType, architecture: str) -> None:
+    """Raises UserError if a flavour cannot run these models on a GPU (`sm90`), whatever the plan.
+
+    TensorRT-RTX lists the GPUs that it supports; not all from Ampere on are among them.
     """
-    if not FLAVOURS[flavour].portable:
+    if not ENGINE_FORMATS[flavour].portable:
         return
-    title, known = FLAVOURS[flavour].title, trt.ComputeCapability.__members__
+    title = ENGINE_FORMATS[flavour].title
+    known = trt.ComputeCapability.__members__
     if architecture == TURING:
         raise UserError(
             f"{title} has no matrix product in float32 on {TURING} (Turing), and each model ends "
@@ -419,12 +445,13 @@ def check_gpu(flavour: str, trt: ModuleType, architecture: str) -> None:
     if architecture.upper() not in known:
         names = [name.lower() for name in known if name.startswith("SM") and name.lower() != TURING]
         raise UserError(
-            f"{title} runs on {', '.join(names)}, and not on {architecture}; use another format there"
+            f"{title} runs on {', '.join(names)}, and not on {architecture}; use another format "
+            "there"
         )
 
 
 def check_architecture(path: Path, architectures: Sequence[str], here: str, again: str) -> None:
-    """Raises UserError where a plan's architectures do not include this GPU's (`sm89`)."""
+    """Raises UserError if a plan's architectures do not include this GPU's (`sm89`)."""
     is_ampere_plus = AMPERE_PLUS in architectures and int(here.removeprefix("sm")) >= 80
     if here not in architectures and not is_ampere_plus:
         raise UserError(
@@ -440,11 +467,11 @@ INVALID = {
     "INSUFFICIENT_GPU_MEMORY": "needs more memory than this GPU has",
     "MALFORMED_ENGINE": "is damaged or not a plan",
 }
-"""What TensorRT-RTX reads in a plan's header, in words."""
+"""TensorRT-RTX's findings in a plan's header, in words."""
 
 
 def check_header(trt: ModuleType, runtime: Any, path: Path, plan: bytes, again: str) -> None:
-    """Raises UserError for what TensorRT-RTX finds wrong in a plan's header; TensorRT has no such look."""
+    """Raises UserError for TensorRT-RTX's findings in a plan's header; TensorRT has no such check."""
     if not hasattr(runtime, "get_engine_validity"):
         return
     _, found = runtime.get_engine_validity(plan)
@@ -463,25 +490,27 @@ def deserialize(trt: ModuleType, runtime: Any, path: Path, plan: bytes, again: s
 
 
 def check_engine(
-    trt: ModuleType, engine: Any, path: Path, size: int, again: str
+    engine: Any, path: Path, size: int, again: str
 ) -> tuple[dict[str, tuple[int, ...]], Profile]:
-    """Returns the sizes of each input and output without the batch, and the profile.
+    """Returns the shape of each input and output without the batch, and the profile.
 
     Raises:
-        UserError: other names, types or sizes than the contract's.
+        UserError: it breaks the contract, or takes images of another size.
     """
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    tensors = {
+        name: as_tensor(engine.get_tensor_dtype(name), engine.get_tensor_shape(name))
+        for name in names
+    }
+    violation = contract_violation(tensors, size)
+    if violation:
+        raise UserError(f"{path} {violation}; {again}")
     shapes = {name: tuple(engine.get_tensor_shape(name))[1:] for name in names}
-    types = {name: engine.get_tensor_dtype(name) for name in names}
-    expected = dict.fromkeys(names, trt.DataType.FLOAT) | {"images": trt.DataType.UINT8}
-    if not {"images", "features", "logits"} <= set(names) or types != expected:
-        found = ", ".join(f"{name} {dtype.name}" for name, dtype in types.items())
-        raise UserError(
-            f"{path} has {found}, not images UINT8, features FLOAT and logits FLOAT; {again}"
-        )
-    if shapes["images"] != (size, size, 3):
-        raise UserError(
-            f"{path} takes images {list(shapes['images'])}, not [{size}, {size}, 3]; {again}"
-        )
-    batches = [int(shape[0]) for shape in engine.get_tensor_profile_shape("images", 0)]
+    batches = [int(shape[0]) for shape in engine.get_tensor_profile_shape(IMAGES, 0)]
     return shapes, Profile(*batches)
+
+
+def as_tensor(dtype: Any, shape: Sequence[int]) -> Tensor:
+    """Returns a tensor of TensorRT, which writes -1 for an open size."""
+    sizes = tuple(None if size == -1 else int(size) for size in shape)
+    return Tensor(TENSORRT_DTYPES.get(dtype.name, dtype.name.lower()), sizes)

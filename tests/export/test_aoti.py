@@ -1,20 +1,17 @@
-"""AOTInductor packages where the compiler fails, and of one image a call."""
+"""AOTInductor packages: parity, and compilers that fail."""
 
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from benchmarks.fresh import build_artifact, create_fresh
-from infer.engines import create
-from infer.engines.aoti import architecture, mismatch, needed_features
-from isic.runtime.errors import UserError
+from export.formats import TOLERANCES
+from export.parity import check_parity
 from tests.support.commands import TINY_YAML
+from tests.support.networks import build_engine, network, spec_of
 
 BROKEN = """#!/bin/sh
 case "$*" in *--version*) exec c++ "$@";; esac
@@ -23,13 +20,19 @@ echo "model.cpp:7:10: fatal error: cuda.h: No such file or directory" >&2
 exit 1
 """
 """A compiler that works until it is to compile."""
+
+
 REFUSES = """#!/bin/sh
 case "$*" in *--version*) exec c++ "$@";; esac
 echo "ptxas /tmp/kernel.ptx, line 30; error   : Feature '.bf16' requires .target sm_80 or higher" >&2
 exit 1
 """
 """One that says what CUDA's assembler says of a type that a GPU lacks."""
+
+
 ADVICE = "AOTInductor needs g++"
+
+
 CODE = """
 import sys
 from pathlib import Path
@@ -76,39 +79,15 @@ def test_a_compiler_that_fails_is_one_sentence(
     assert advice in sentence and (ADVICE in sentence) == (advice == ADVICE)
 
 
-def test_a_package_for_one_image_a_call_takes_more_in_pieces(tiny: Path, tmp_path: Path) -> None:
-    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=1)
-    engine = create(artifact.path, artifact.manifest)
-    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    features = np.concatenate([engine.run(images[row : row + 1])[0] for row in range(3)])
-    np.testing.assert_allclose(engine.run(images)[0], features, atol=1e-5)
-
-
-def test_float32_is_no_tf32_once_an_engine_is_open(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2)
-    torch.backends.cudnn.allow_tf32 = True
-    create(artifact.path, artifact.manifest)
-    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
-
-
-def test_a_package_runs_on_a_cpu_with_all_its_instructions(tiny: Path, tmp_path: Path) -> None:
-    """One with more instructions will do; one with fewer would end the process with SIGILL."""
-    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2)
-    assert artifact.manifest["cpu_features"] == needed_features()
-    level = torch.backends.cpu.get_cpu_capability().lower()
-    assert artifact.manifest["architecture"] == architecture("cpu") and level in artifact.path.name
-    older = {**artifact.manifest, "cpu_features": needed_features()[:-1]}
-    assert mismatch(artifact.manifest, "cpu") is None and mismatch(older, "cpu") is None
-    newer = {**artifact.manifest, "cpu_features": [*needed_features(), "avx1024", "amx_fp4"]}
-    with pytest.raises(
-        UserError,
-        match=r"a CPU with amx_fp4, avx1024, which this one lacks.*aoti --device cpu --force",
-    ):
-        create(artifact.path, newer)
-    former = {**artifact.manifest, "architecture": f"cpu-{platform.machine()}"}
-    del former["cpu_features"]
-    with pytest.raises(UserError, match=r"does not record for which CPU's instructions .* --force"):
-        create(artifact.path, former)
+def test_aoti_passes_the_gate(tmp_path: Path) -> None:
+    model, reference = network("test_convnext3")
+    spec = spec_of("test_convnext3", "aoti", "bf16", max_batch=16, opt_batch=8)
+    engine = build_engine(model, spec, tmp_path)
+    assert check_parity(reference, engine, TOLERANCES["bf16"], spec.batch_sizes)
+    whole, pieces = (
+        engine.run(reference.images),
+        [engine.run(part) for part in np.split(reference.images, 4)],
+    )
+    np.testing.assert_allclose(
+        whole[1], np.concatenate([logits for _, logits in pieces]), atol=1e-2
+    )

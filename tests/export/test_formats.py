@@ -1,210 +1,27 @@
-"""Every format in every precision that this machine runs, from small networks of each family."""
+"""The choice of formats and precisions, and the completeness of their rows."""
 
-import gc
 import re
-import weakref
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
+from importlib import import_module
+from importlib.util import find_spec
 
-import numpy as np
-import onnx
 import pytest
 import torch
-from numpy.typing import NDArray
 
-from export.formats import FORMATS, TOLERANCES, Target, find_formats
-from export.onnx_graph import ATTENTION_OPSET, trace
-from export.options import PlanOptions
-from export.parity import ParityError, Reference, check_parity
-from export.precision import lowered
-from infer.engines import Engine, create
-from isic.runtime.errors import UserError
-from train.config import TrainSettings
-from train.model import Classifier, create_model, preprocess_spec
-
-POINTWISE = "test_efficientnet"
-"""A network of 1x1 convolutions, two of them wide."""
-SIZES = {
-    POINTWISE: 64,
-    "test_vit3": 64,
-    "test_convnext": 64,
-    "test_convnext3": 64,
-    "eva02_tiny_patch14_224": 56,
-}
-"""A small network of each family and its image size; test_convnext3 has GRN."""
-
-
-@cache
-def network(name: str) -> tuple[Classifier, Reference]:
-    model = create_model(TrainSettings(model=name, pretrained=False, image_size=SIZES[name])).eval()
-    images = np.random.default_rng(1).integers(
-        0, 256, (25, SIZES[name], SIZES[name], 3), dtype=np.uint8
-    )
-    return model, Reference(model, images)
-
-
-def target_of(name: str, format_name: str, precision: str, **options: object) -> Target:
-    return Target(
-        config=name,
-        fold=0,
-        format=format_name,
-        precision=precision,
-        device="cpu",
-        spec=preprocess_spec(TrainSettings(model=name, pretrained=False, image_size=SIZES[name])),
-        options=PlanOptions.model_validate(options),
-        cache_dir=Path(),
-    )
-
-
-def built(model: Classifier, target: Target, folder: Path) -> Engine:
-    path = folder / FORMATS[target.format].file_name(target)
-    facts = FORMATS[target.format].build(model, target, path)
-    return create(path, {**target.facts, "preprocess": {"size": target.size}, **facts}, "cpu")
-
-
-@pytest.mark.parametrize(
-    ("name", "precision"),
-    [
-        *((name, "fp16") for name in SIZES),
-        ("test_vit3", "int8"),
-        ("test_convnext", "int8"),
-        (POINTWISE, "int8"),
-    ],
+from export.formats import (
+    FORMATS,
+    TOLERANCES,
+    ArtifactSpec,
+    ExportFormat,
+    check_options,
+    find_formats,
+    options_of_one_format,
 )
-def test_onnx_passes_the_gate(name: str, precision: str, tmp_path: Path) -> None:
-    model, reference = network(name)
-    target = target_of(name, "onnx", precision)
-    engine = built(model, target, tmp_path)
-    assert check_parity(reference, engine, TOLERANCES[precision], target.batch_sizes)
-    whole, alone = engine.run(reference.images)[0], engine.run(reference.images[3:4])[0]
-    np.testing.assert_array_equal(
-        whole[3:4], alone, "an image's features are its own, whatever the batch"
-    )
-    said = {
-        prop.key: prop.value for prop in onnx.load(next(tmp_path.glob("*.onnx"))).metadata_props
-    }
-    assert (
-        said["name"] == name and said["precision"] == precision and '"size":' in said["preprocess"]
-    )
-
-
-def test_wide_1x1_convolutions_are_quantized(tmp_path: Path) -> None:
-    model, _ = network(POINTWISE)
-    names = {name for name, _ in model.named_parameters()}
-    built(model, target_of(POINTWISE, "onnx", "int8"), tmp_path)
-    products = [node.op_type for node in onnx.load(next(tmp_path.glob("*.onnx"))).graph.node]
-    assert products.count("MatMulInteger") >= 2 and "Conv" in products, (
-        "the narrow and the spatial ones stay"
-    )
-    assert names == {name for name, _ in model.named_parameters()}, "the model itself is left alone"
-
-
-def test_an_engine_is_freed_once_nobody_holds_it(tmp_path: Path) -> None:
-    model, reference = network(POINTWISE)
-    engine = built(model, target_of(POINTWISE, "onnx", "fp32"), tmp_path)
-    engine.run(reference.images)
-    gc.disable()  # a session must not wait for the garbage collector
-    try:
-        held = weakref.ref(engine)
-        del engine
-        assert held() is None
-    finally:
-        gc.enable()
-
-
-def test_aoti_passes_the_gate(tmp_path: Path) -> None:
-    model, reference = network("test_convnext3")
-    target = target_of("test_convnext3", "aoti", "bf16", max_batch=16, opt_batch=8)
-    engine = built(model, target, tmp_path)
-    assert check_parity(reference, engine, TOLERANCES["bf16"], target.batch_sizes)
-    whole, pieces = (
-        engine.run(reference.images),
-        [engine.run(part) for part in np.split(reference.images, 4)],
-    )
-    np.testing.assert_allclose(
-        whole[1], np.concatenate([logits for _, logits in pieces]), atol=1e-2
-    )
-
-
-@pytest.mark.parametrize("opset", [20, ATTENTION_OPSET])
-@pytest.mark.parametrize("name", ["test_vit3", "test_convnext3"])
-def test_normalisation_and_softmax_stay_in_float32(name: str, opset: int) -> None:
-    graph = onnx.shape_inference.infer_shapes(
-        trace(lowered(network(name)[0], "fp16"), SIZES[name], opset)
-    )
-    kinds = {
-        value.name: value.type.tensor_type.elem_type
-        for value in (*graph.graph.value_info, *graph.graph.input)
-    }
-    kinds |= {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
-    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
-    seen: dict[str, set[int]] = {}
-    for node in graph.graph.node:
-        assert not [
-            attribute for attribute in node.attribute if attribute.name == "softmax_precision"
-        ]
-        seen.setdefault(node.op_type, set()).update(
-            kinds[name] for name in node.input if name in kinds
-        )
-    assert seen["LayerNormalization"] == {single}
-    assert seen.get("Softmax", {single}) == {single} and seen.get("ReduceL2", {single}) <= {
-        single,
-        onnx.TensorProto.INT64,
-    }
-    assert half in seen["MatMul"], "the work itself is in float16"
-
-
-def test_a_saturated_norm_fails_the_gate(tmp_path: Path) -> None:
-    """Activations beyond float16's range are what the float32 islands cannot save."""
-    model, _ = network("test_vit3")
-    loud = lowered(model, "fp32")
-    loud.backbone.blocks[0].mlp.fc2.weight.data *= 1e6  # type: ignore[index, union-attr]
-    images = np.random.default_rng(1).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
-    engine = built(loud, target_of("test_vit3", "onnx", "fp16"), tmp_path)
-    with pytest.raises(ParityError, match=r"not finite|cosine"):
-        check_parity(Reference(loud, images), engine, TOLERANCES["fp16"], (1, 8))
-
-
-class Fixed:
-    """An engine that says what it was told."""
-
-    device = "cpu"
-
-    def __init__(self, reference: Reference, logits: NDArray[np.float32]) -> None:
-        self.answers = dict(
-            zip((image.tobytes() for image in reference.images), logits, strict=True)
-        )
-        self.features = dict(zip(self.answers, reference.outputs[0], strict=True))
-
-    def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        keys = [image.tobytes() for image in images]
-        return np.stack([self.features[key] for key in keys]), np.stack(
-            [self.answers[key] for key in keys]
-        )
-
-
-def test_the_order_of_the_logits_counts_and_so_does_the_score() -> None:
-    model, plain = network("test_vit3")
-    order = plain.outputs[1][: plain.num_real, 0].argsort()
-    target = np.zeros(plain.num_real, np.float32)
-    target[order[-12:]] = 1
-    reference = Reference(model, plain.images[: plain.num_real], target)
-    tolerance = replace(TOLERANCES["fp32"], max_logit_error=1e9)
-    assert (
-        check_parity(reference, Fixed(reference, reference.outputs[1]), tolerance, (4,))[
-            "pauc_change"
-        ]
-        == 0
-    )
-    swapped = reference.outputs[1].copy()
-    swapped[[order[0], order[-1]]] = swapped[[order[-1], order[0]]]
-    with pytest.raises(ParityError, match="rank correlation"):
-        check_parity(reference, Fixed(reference, swapped), tolerance, (4,))
-    with pytest.raises(ParityError, match="pAUC changes by -"):
-        check_parity(
-            reference, Fixed(reference, swapped), replace(tolerance, min_rank_correlation=0.0), (4,)
-        )
+from export.options import PlanOptions
+from export.precision import TORCH_DTYPES
+from export.quantize import QUANT_TYPES
+from infer.engines.registry import ENGINE_FORMATS, PRECISIONS, exported_formats
+from isic.runtime.errors import UserError
 
 
 def test_formats_and_precisions_are_chosen_as_asked() -> None:
@@ -267,15 +84,102 @@ def test_newer_gpus_are_offered_bfloat16(
     assert all("bf16" in kind.offered("cuda") for kind in FORMATS.values())
 
 
-@pytest.mark.parametrize("name", ["test_vit3", "test_convnext3"])
-def test_an_operator_without_a_kernel_is_named(name: str, tmp_path: Path) -> None:
-    """The graph is valid, but ONNX Runtime has no convolution in bfloat16 on a CPU.
+def lacks(name: str, row: ExportFormat) -> list[str]:
+    """Returns what a row of FORMATS lacks."""
+    problems = []
+    if ENGINE_FORMATS.get(name) != row.engine:
+        problems.append(f"its own row of ENGINE_FORMATS, {name}")
+    if find_spec(row.module) is None:
+        problems.append(f"the builder {row.module}")
+    else:
+        module = import_module(row.module)
+        for function in ("file_name", "build"):
+            if not callable(getattr(module, function, None)):
+                problems.append(f"{function} in {row.module}")
+    if set(row.precisions) != set(row.engine.devices):
+        problems.append("precisions for each device of its engine")
+    for precisions in row.precisions.values():
+        for precision in sorted(set(precisions) - set(TOLERANCES)):
+            problems.append(f"a tolerance for {precision}")
+    offered = {precision for precisions in row.precisions.values() for precision in precisions}
+    if not set(row.calibrated) <= offered & set(QUANT_TYPES):
+        problems.append("a quantized type for each calibrated precision")
+    for option in row.options:
+        if option not in PlanOptions.model_fields:
+            problems.append(f"the option {option} in PlanOptions")
+    return problems
 
-    Older versions lack other kernels on CUDA.
-    """
-    words = (
-        r"has no kernel for one of its operators .*NOT_IMPLEMENTED.*Conv.*use another --precision"
-    )
-    with pytest.raises(UserError, match=words) as raised:
-        built(network(name)[0], target_of(name, "onnx", "bf16"), tmp_path)
-    assert "export it again" not in str(raised.value) and "\n" not in str(raised.value)
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_row_is_complete(name: str) -> None:
+    assert lacks(name, FORMATS[name]) == []
+
+
+def test_every_format_that_an_engine_runs_has_a_builder() -> None:
+    assert tuple(FORMATS) == exported_formats()
+
+
+def test_every_precision_has_a_tolerance_and_a_way_to_compute_it() -> None:
+    assert tuple(TOLERANCES) == PRECISIONS
+    assert set(PRECISIONS) == set(TORCH_DTYPES) | set(QUANT_TYPES)
+
+
+def test_what_a_row_lacks_is_reported() -> None:
+    row = FORMATS["tensorrt"]
+    assert lacks("openvino", row) == ["its own row of ENGINE_FORMATS, openvino"]
+    assert lacks("tensorrt", replace(row, module="export.openvino")) == [
+        "the builder export.openvino"
+    ]
+    assert lacks("tensorrt", replace(row, module="export.parity")) == [
+        "file_name in export.parity",
+        "build in export.parity",
+    ]
+    assert lacks("tensorrt", replace(row, precisions={"cpu": ("fp16", "nf4")}, options=("x",))) == [
+        "precisions for each device of its engine",
+        "a tolerance for nf4",
+        "a quantized type for each calibrated precision",
+        "the option x in PlanOptions",
+    ]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ArtifactSpec("tiny", 0, "onnx", "int8", "cpu", PlanOptions()),
+        ArtifactSpec("tiny", 0, "aoti", "fp32", "cpu", PlanOptions()),
+        ArtifactSpec("tiny", 0, "tensorrt_rtx", "fp16", "cuda", PlanOptions()),
+    ],
+)
+def test_file_names_end_as_the_registry_says(spec: ArtifactSpec) -> None:
+    if spec.format == "tensorrt_rtx":
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    assert FORMATS[spec.format].file_name(spec).endswith(ENGINE_FORMATS[spec.format].suffix)
+
+
+def test_an_option_of_one_format_is_refused_without_that_format() -> None:
+    assert dict(options_of_one_format()) == {
+        "version_compatible": "tensorrt",
+        "hardware_compatible": "tensorrt",
+        "compute_capabilities": "tensorrt_rtx",
+        "max_autotune": "aoti",
+    }
+    check_options(PlanOptions(compute_capabilities=("SM89",)), ["tensorrt", "tensorrt_rtx"])
+    with pytest.raises(UserError, match="--version_compatible is for --formats tensorrt only"):
+        check_options(PlanOptions(version_compatible=True), ["tensorrt_rtx"])
+    with pytest.raises(UserError, match="--compute_capabilities is for --formats tensorrt_rtx"):
+        check_options(PlanOptions(compute_capabilities=("SM89",)), ["tensorrt"])
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "sizes"),
+    [
+        ("cpu", {}, (1, 2, 8, 16)),
+        ("cuda", {"opt_batch": 4, "max_batch": 8}, (1, 2, 4, 8)),
+        ("cuda", {"min_batch": 2, "opt_batch": 2, "max_batch": 2}, (2,)),
+    ],
+)
+def test_parity_is_checked_within_the_profile(
+    device: str, options: dict[str, int], sizes: tuple[int, ...]
+) -> None:
+    spec = ArtifactSpec("tiny", 0, "onnx", "fp32", device, PlanOptions(**options))
+    assert spec.batch_sizes == sizes

@@ -161,8 +161,8 @@ def test_what_triton_cannot_serve_is_refused(exported: Path, tmp_path: Path) -> 
     bare = Path(shutil.copy(real, tmp_path / "bare.onnx"))
     for paths, words in (
         ([portable], "not the tensorrt_rtx of"),
-        ([real, other], "not one a fold of one config"),
-        ([real, real], "not one a fold of one config"),
+        ([real, other], "exactly one artifact per fold"),
+        ([real, real], "exactly one artifact per fold"),
         ([bare], "is missing"),
     ):
         with pytest.raises(UserError, match=words):

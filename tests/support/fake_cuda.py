@@ -430,3 +430,17 @@ class FakeContext:
                 as_array(addresses[name], values.shape, np.float32)[:] = values
 
         return Work("a run", (read, *written, *own), run)
+
+
+SHAPES = {"images": (4, 4, 3), "features": (5,), "logits": (1,), "mask": (2, 2)}
+
+
+def fake_network(images: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """What the stand-in plan computes: it tells every image and every pixel apart."""
+    values = images.astype(np.float32)
+    weights = np.arange(1, 49, dtype=np.float32).reshape(4, 4, 3)
+    return {
+        "features": values.reshape(len(images), 48)[:, :5].copy(),
+        "logits": (values * weights).sum(axis=(1, 2, 3))[:, None],
+        "mask": values[:, ::2, ::2, 0].copy(),
+    }

@@ -23,7 +23,7 @@ def test_a_folder_of_something_else_is_not_trained_into(
     small_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
     flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
-    for place in ("tiny/roc.png", "tiny/fold_0/oof.parquet", "tiny/fold_0/config.yaml"):
+    for place in ("tiny/roc.svg", "tiny/fold_0/oof.parquet", "tiny/fold_0/config.yaml"):
         path = tmp_path / place
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine: 1")

@@ -1,0 +1,83 @@
+"""The contract of every exported graph: names, types and shapes of its input and its outputs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+IMAGES = "images"
+FEATURES = "features"
+LOGITS = "logits"
+MASK = "mask"
+"""Probabilities of the lesion's pixels; only networks that learned from masks have this output."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """The type and the shape that the contract asks of one input or output."""
+
+    dtype: str
+    sizes: tuple[int | None, ...]
+    """The sizes after the batch; None is any fixed size."""
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """The type and the shape of an input or output of a graph."""
+
+    dtype: str
+    shape: tuple[int | None, ...]
+    """With the batch; None is a size that the graph leaves open."""
+
+
+GRAPH_CONTRACT = {
+    IMAGES: TensorSpec("uint8", (None, None, 3)),
+    FEATURES: TensorSpec("float32", (None,)),
+    LOGITS: TensorSpec("float32", (1,)),
+    MASK: TensorSpec("float32", (None, None), optional=True),
+}
+OUTPUTS = tuple(name for name in GRAPH_CONTRACT if name != IMAGES)
+"""The outputs in the order in which a network returns them."""
+REQUIRED = tuple(name for name, spec in GRAPH_CONTRACT.items() if not spec.optional)
+
+
+def contract_violation(
+    tensors: Mapping[str, Tensor], size: int | None = None, other_outputs: bool = False
+) -> str | None:
+    """Returns how a graph breaks the contract, None if it keeps it.
+
+    Args:
+        tensors: its inputs and outputs by name.
+        size: the side of its images in pixels; any if None.
+        other_outputs: accept tensors that the contract does not name.
+    """
+    unknown = set() if other_outputs else tensors.keys() - GRAPH_CONTRACT.keys()
+    if unknown or not tensors.keys() >= set(REQUIRED):
+        return f"has {', '.join(tensors)}, not {', '.join(REQUIRED)}"
+    for name, tensor in tensors.items():
+        if name not in GRAPH_CONTRACT:
+            continue
+        spec = GRAPH_CONTRACT[name]
+        if name == IMAGES and size is not None:
+            spec = replace(spec, sizes=(size, size, 3))
+        if not _matches(tensor, spec):
+            found = ["N" if length is None else length for length in tensor.shape]
+            wanted = ["N", *("fixed" if length is None else length for length in spec.sizes)]
+            return f"has {name} {_text(tensor.dtype, found)}, not {_text(spec.dtype, wanted)}"
+    return None
+
+
+def _matches(tensor: Tensor, spec: TensorSpec) -> bool:
+    """Whether type and rank are the spec's, the batch is open and every other size is fixed."""
+    if tensor.dtype != spec.dtype or len(tensor.shape) != 1 + len(spec.sizes):
+        return False
+    batch, *sizes = tensor.shape
+    if batch is not None:
+        return False
+    return all(
+        size is not None and wanted in {None, size}
+        for size, wanted in zip(sizes, spec.sizes, strict=True)
+    )
+
+
+def _text(dtype: str, sizes: Sequence[object]) -> str:
+    return f"{dtype} [{', '.join(map(str, sizes))}]"

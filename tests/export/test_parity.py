@@ -1,0 +1,114 @@
+"""The parity check: which differences it finds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from export.formats import TOLERANCES
+from export.parity import ParityError, Reference, check_parity, compare
+from export.run import ExportSettings, load_source
+from infer.engines import load
+from isic.preprocess import Pixels
+from tests.support.networks import network
+from train.checkpoint import BEST
+
+
+class Wrong:
+    """An engine that differs from its checkpoint in one way."""
+
+    device = "cpu"
+
+    def __init__(self, engine: object, change: str) -> None:
+        self.engine, self.change = engine, change
+
+    def run(self, images: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        if self.change == "channels":
+            images = np.ascontiguousarray(images[..., ::-1])
+        if self.change == "transposed":
+            images = np.ascontiguousarray(images.transpose(0, 2, 1, 3))
+        features, logits = self.engine.run(images)  # type: ignore[attr-defined]
+        if self.change == "nan":
+            features[0, 0] = np.nan
+        if self.change == "dtype":
+            features = features.astype(np.float16)
+        if self.change == "shape":
+            features = features[:, :-1]
+        if self.change == "order":
+            features, logits = features[::-1], logits[::-1]
+        if self.change == "logit":
+            logits = logits + 0.01
+        return features, logits
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("channels", "cosine|logit"),
+        ("transposed", "cosine|logit"),
+        ("order", "cosine|logit"),
+        ("nan", "not finite"),
+        ("dtype", "float16"),
+        ("shape", "63"),
+        ("logit", "a logit is off by 0.01"),
+    ],
+)
+def test_the_gate_stops_a_wrong_engine(exported: Path, change: str, words: str) -> None:
+    source = load_source(
+        exported / "fold_0" / BEST, 0, ExportSettings(config="tiny", model_dir=exported)
+    )
+    engine = load(exported / "fold_0" / "model.onnx", "cpu")
+    assert check_parity(source.reference, engine, TOLERANCES["fp32"], (1, 8))
+    with pytest.raises(ParityError, match=words):
+        check_parity(source.reference, Wrong(engine, change), TOLERANCES["fp32"], (8,))  # type: ignore[arg-type]
+
+
+def test_cosine_is_the_worst_images() -> None:
+    features = np.eye(3, dtype=np.float32)
+    turned = features.copy()
+    turned[2] = [0, 1, 1]
+    logits = np.zeros((3, 1), np.float32)
+    assert compare((features, logits), (turned, logits))["cosine"] == pytest.approx(np.sqrt(0.5))
+
+
+class Fixed:
+    """An engine that says what it was told."""
+
+    device = "cpu"
+
+    def __init__(self, reference: Reference, logits: NDArray[np.float32]) -> None:
+        self.answers = dict(
+            zip((image.tobytes() for image in reference.images), logits, strict=True)
+        )
+        self.features = dict(zip(self.answers, reference.outputs[0], strict=True))
+
+    def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        keys = [image.tobytes() for image in images]
+        return np.stack([self.features[key] for key in keys]), np.stack(
+            [self.answers[key] for key in keys]
+        )
+
+
+def test_the_order_of_the_logits_counts_and_so_does_the_score() -> None:
+    model, plain = network("test_vit3")
+    order = plain.outputs[1][: plain.num_real, 0].argsort()
+    labels = np.zeros(plain.num_real, np.float32)
+    labels[order[-12:]] = 1
+    reference = Reference(model, plain.images[: plain.num_real], labels)
+    tolerance = replace(TOLERANCES["fp32"], max_logit_error=1e9)
+    assert (
+        check_parity(reference, Fixed(reference, reference.outputs[1]), tolerance, (4,))[
+            "pauc_change"
+        ]
+        == 0
+    )
+    swapped = reference.outputs[1].copy()
+    swapped[[order[0], order[-1]]] = swapped[[order[-1], order[0]]]
+    with pytest.raises(ParityError, match="rank correlation"):
+        check_parity(reference, Fixed(reference, swapped), tolerance, (4,))
+    with pytest.raises(ParityError, match="pAUC changes by -"):
+        check_parity(
+            reference, Fixed(reference, swapped), replace(tolerance, min_rank_correlation=0.0), (4,)
+        )

@@ -1,0 +1,63 @@
+"""Networks cast to a low precision, and 1x1 convolutions as linear layers."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from export.formats import TOLERANCES
+from export.onnx_graph import ATTENTION_OPSET, trace
+from export.parity import ParityError, Reference, check_parity
+from export.precision import cast_model
+from tests.support.networks import POINTWISE, SIZES, build_engine, network, spec_of
+
+
+def test_wide_1x1_convolutions_are_quantized(tmp_path: Path) -> None:
+    model, _ = network(POINTWISE)
+    names = {name for name, _ in model.named_parameters()}
+    build_engine(model, spec_of(POINTWISE, "onnx", "int8"), tmp_path)
+    products = [node.op_type for node in onnx.load(next(tmp_path.glob("*.onnx"))).graph.node]
+    assert products.count("MatMulInteger") >= 2 and "Conv" in products, (
+        "the narrow and the spatial ones stay"
+    )
+    assert names == {name for name, _ in model.named_parameters()}, "the model itself is left alone"
+
+
+@pytest.mark.parametrize("opset", [20, ATTENTION_OPSET])
+@pytest.mark.parametrize("name", ["test_vit3", "test_convnext3"])
+def test_normalisation_and_softmax_stay_in_float32(name: str, opset: int) -> None:
+    graph = onnx.shape_inference.infer_shapes(
+        trace(cast_model(network(name)[0], "fp16"), SIZES[name], opset)
+    )
+    kinds = {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*graph.graph.value_info, *graph.graph.input)
+    }
+    kinds |= {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    seen: dict[str, set[int]] = {}
+    for node in graph.graph.node:
+        assert not [
+            attribute for attribute in node.attribute if attribute.name == "softmax_precision"
+        ]
+        seen.setdefault(node.op_type, set()).update(
+            kinds[name] for name in node.input if name in kinds
+        )
+    assert seen["LayerNormalization"] == {single}
+    assert seen.get("Softmax", {single}) == {single} and seen.get("ReduceL2", {single}) <= {
+        single,
+        onnx.TensorProto.INT64,
+    }
+    assert half in seen["MatMul"], "the work itself is in float16"
+
+
+def test_a_saturated_norm_fails_the_gate(tmp_path: Path) -> None:
+    """Activations beyond float16's range are what the float32 islands cannot save."""
+    model, _ = network("test_vit3")
+    loud = cast_model(model, "fp32")
+    loud.backbone.blocks[0].mlp.fc2.weight.data *= 1e6  # type: ignore[index, union-attr]
+    images = np.random.default_rng(1).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
+    engine = build_engine(loud, spec_of("test_vit3", "onnx", "fp16"), tmp_path)
+    with pytest.raises(ParityError, match=r"not finite|cosine"):
+        check_parity(Reference(loud, images), engine, TOLERANCES["fp16"], (1, 8))

@@ -1,0 +1,59 @@
+"""The AOTInductor engine."""
+
+import platform
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.fresh import build_artifact, create_fresh
+from infer.engines import create
+from infer.engines.aoti import architecture, mismatch, needed_features
+from isic.runtime.errors import UserError
+from tests.support.commands import TINY_YAML
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY_YAML)
+    return path
+
+
+def test_a_package_for_one_image_a_call_takes_more_in_pieces(tiny: Path, tmp_path: Path) -> None:
+    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=1)
+    engine = create(artifact.path, artifact.manifest)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    features = np.concatenate([engine.run(images[row : row + 1])[0] for row in range(3)])
+    np.testing.assert_allclose(engine.run(images)[0], features, atol=1e-5)
+
+
+def test_float32_is_no_tf32_once_an_engine_is_open(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2)
+    torch.backends.cudnn.allow_tf32 = True
+    create(artifact.path, artifact.manifest)
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_package_runs_on_a_cpu_with_all_its_instructions(tiny: Path, tmp_path: Path) -> None:
+    """One with more instructions will do; one with fewer would end the process with SIGILL."""
+    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2)
+    assert artifact.manifest["cpu_features"] == needed_features()
+    level = torch.backends.cpu.get_cpu_capability().lower()
+    assert artifact.manifest["architecture"] == architecture("cpu") and level in artifact.path.name
+    older = {**artifact.manifest, "cpu_features": needed_features()[:-1]}
+    assert mismatch(artifact.manifest, "cpu") is None and mismatch(older, "cpu") is None
+    newer = {**artifact.manifest, "cpu_features": [*needed_features(), "avx1024", "amx_fp4"]}
+    with pytest.raises(
+        UserError,
+        match=r"a CPU with amx_fp4, avx1024, which this one lacks.*aoti --device cpu --force",
+    ):
+        create(artifact.path, newer)
+    former = {**artifact.manifest, "architecture": f"cpu-{platform.machine()}"}
+    del former["cpu_features"]
+    with pytest.raises(UserError, match=r"does not record for which CPU's instructions .* --force"):
+        create(artifact.path, former)

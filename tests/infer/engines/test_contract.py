@@ -1,0 +1,67 @@
+"""The contract of exported graphs: which ones keep it, and what is reported about the others."""
+
+import subprocess
+import sys
+
+import pytest
+
+from infer.engines.contract import IMAGES, LOGITS, MASK, OUTPUTS, Tensor, contract_violation
+from train.model import MultiTask
+
+KEPT = {
+    "images": Tensor("uint8", (None, 8, 8, 3)),
+    "features": Tensor("float32", (None, 5)),
+    "logits": Tensor("float32", (None, 1)),
+}
+
+
+def test_a_graph_may_have_a_mask() -> None:
+    assert contract_violation(KEPT) is None
+    assert contract_violation(KEPT, size=8) is None
+    assert contract_violation({**KEPT, MASK: Tensor("float32", (None, 4, 4))}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("images", Tensor("uint8", (4, 8, 8, 3)), "images uint8 [4, 8, 8, 3], not uint8 [N, "),
+        ("images", Tensor("uint8", (None, 3, 8, 8)), "images uint8 [N, 3, 8, 8], not uint8 [N, f"),
+        ("features", Tensor("float32", (None, None)), "features float32 [N, N], not float32 [N, f"),
+        ("logits", Tensor("float16", (None, 1)), "logits float16 [N, 1], not float32 [N, 1]"),
+        ("logits", Tensor("float32", (None,)), "logits float32 [N], not float32 [N, 1]"),
+        ("logits", Tensor("float32", (None, 2)), "logits float32 [N, 2], not float32 [N, 1]"),
+        ("mask", Tensor("uint8", (None, 4, 4)), "mask uint8 [N, 4, 4], not float32 [N, fixed, "),
+    ],
+)
+def test_a_wrong_tensor_is_named(name: str, tensor: Tensor, words: str) -> None:
+    violation = contract_violation({**KEPT, name: tensor})
+    assert violation is not None
+    assert violation.startswith(f"has {words}")
+
+
+def test_another_size_of_images_is_reported() -> None:
+    violation = contract_violation(KEPT, size=9)
+    assert violation == "has images uint8 [N, 8, 8, 3], not uint8 [N, 9, 9, 3]"
+
+
+def test_missing_and_unknown_tensors_are_reported() -> None:
+    renamed = {"scores" if name == LOGITS else name: KEPT[name] for name in KEPT}
+    words = "has images, features, scores, not images, features, logits"
+    assert contract_violation(renamed) == words
+    assert contract_violation(renamed, other_outputs=True) == words
+    more = {**KEPT, "attention": Tensor("float16", (None,))}
+    assert contract_violation(more) is not None
+    assert contract_violation(more, other_outputs=True) is None
+
+
+def test_networks_return_the_outputs_in_the_contracts_order() -> None:
+    assert MultiTask.output_names == OUTPUTS
+    assert IMAGES not in OUTPUTS
+
+
+def test_the_contract_needs_neither_torch_nor_onnx() -> None:
+    code = (
+        "import sys, infer.engines.contract, infer.engines.registry\n"
+        "assert not {'torch', 'onnx', 'onnxruntime'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

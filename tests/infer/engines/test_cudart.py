@@ -1,0 +1,45 @@
+"""Calls of the CUDA runtime."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from infer.engines import cudart
+from infer.engines.cudart import CudaError
+from isic.runtime.errors import UserError
+from tests.support.fake_cuda import FakeCuda
+
+
+def test_a_call_that_breaks_a_recording_leaves_the_stream_usable(cuda: FakeCuda) -> None:
+    """On a stand-in for CUDA."""
+    stream = cudart.Stream()
+    with pytest.raises(CudaError, match="cudaMalloc failed: error 900"):
+        stream.recorded(lambda: cudart.DeviceMemory(8) and None)
+    with pytest.raises(CudaError, match="cudaStreamEndCapture failed: error 901"):
+        stream.recorded(lambda: cuda.cudaMalloc(8) and None)
+    stream.wait()
+
+
+@pytest.mark.parametrize(
+    ("driver", "words"),
+    [
+        (12040, 'the NVIDIA driver is for CUDA 12.4, .*CUDA runtime 13.5; .*"cuda-bindings<13"'),
+        (13000, "no NVIDIA GPU can be used here .*: driver version is insufficient"),
+        (0, "no NVIDIA GPU can be used here .*: driver version is insufficient"),
+    ],
+)
+def test_a_driver_that_is_too_old_is_named(
+    driver: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The versions are made up: CUDA returns the same status for an old driver and for none."""
+    fake = SimpleNamespace(
+        cudaGetDeviceCount=lambda: (35, None),
+        cudaDriverGetVersion=lambda: (0, driver),
+        cudaRuntimeGetVersion=lambda: (0, 13050),
+        cudaGetErrorString=lambda status: (0, b"driver version is insufficient"),
+    )
+    monkeypatch.setattr(cudart, "runtime", lambda: fake)
+    with pytest.raises(UserError, match=words) as raised:
+        cudart.architecture()
+    assert "\n" not in str(raised.value)
+    assert ("no NVIDIA GPU" in str(raised.value)) == (driver != 12040)

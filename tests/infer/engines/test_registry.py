@@ -1,0 +1,84 @@
+"""The registry of engine formats: a test reports what a new row lacks."""
+
+import configparser
+import re
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+
+from infer.engines.registry import (
+    ENGINE_FORMATS,
+    EngineFormat,
+    engine_packages,
+    engines_by_title,
+    exported_formats,
+)
+from tests.support.commands import ROOT
+
+
+def declared(section: str, key: str | None = None) -> set[str]:
+    """Returns the distributions that setup.cfg names in a section, or under one of its keys."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    keys = setup[section] if key is None else [key]
+    lines = "\n".join(setup[section].get(key, "") for key in keys).splitlines()
+    return {match[0] for line in lines if (match := re.match(r"[\w-]+", line.strip()))}
+
+
+def lacks(row: EngineFormat) -> list[str]:
+    """Returns what a row of ENGINE_FORMATS lacks."""
+    problems = []
+    if find_spec(row.module) is None:
+        problems.append(f"the module {row.module}")
+    else:
+        module = import_module(row.module)
+        for function in ("create", "unavailable_reason"):
+            if not callable(getattr(module, function, None)):
+                problems.append(f"{function} in {row.module}")
+    if not set(row.devices) <= {"cpu", "cuda"} or not row.devices:
+        problems.append("devices among cpu and cuda")
+    if not row.suffix.startswith("."):
+        problems.append("a suffix with its dot")
+    if not row.packages and not row.synthetic:
+        problems.append("packages")
+    everywhere = declared("options", "install_requires") | declared("options.extras_require")
+    home = everywhere if row.extra is None else declared("options.extras_require", row.extra)
+    for package in row.packages:
+        if package not in home:
+            problems.append(f"{package} in setup.cfg ({row.extra or 'anywhere'})")
+    return problems
+
+
+@pytest.mark.parametrize("name", ENGINE_FORMATS)
+def test_every_row_is_complete(name: str) -> None:
+    assert lacks(ENGINE_FORMATS[name]) == []
+
+
+def test_what_a_row_lacks_is_reported() -> None:
+    row = ENGINE_FORMATS["tensorrt"]
+    assert lacks(replace(row, module="infer.engines.openvino")) == [
+        "the module infer.engines.openvino"
+    ]
+    assert lacks(replace(row, module="infer.engines.registry")) == [
+        "create in infer.engines.registry",
+        "unavailable_reason in infer.engines.registry",
+    ]
+    assert lacks(replace(row, packages=("openvino",), extra="openvino")) == [
+        "openvino in setup.cfg (openvino)"
+    ]
+    assert lacks(replace(row, packages=(), suffix="plan", devices=("npu",))) == [
+        "devices among cpu and cuda",
+        "a suffix with its dot",
+        "packages",
+    ]
+
+
+def test_lists_are_derived_from_the_rows() -> None:
+    assert exported_formats() == ("onnx", "aoti", "tensorrt", "tensorrt_rtx")
+    titles = {title: (name, device) for title, name, device in engines_by_title()}
+    assert titles["ONNX Runtime, CUDA"] == ("onnx", "cuda")
+    assert titles["TensorRT-RTX"] == ("tensorrt_rtx", "cuda")
+    assert len(titles) == 6
+    assert engine_packages().count("cuda-bindings") == 1

@@ -1,0 +1,282 @@
+"""Predicting: the content of the submission, that nothing is fitted, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from infer.embedding.store import shard_path
+from infer.ensemble.blend import blend
+from infer.ensemble.boosters import LIBRARIES
+from infer.ensemble.fit import fit_ensemble
+from infer.ensemble.predict import PredictSettings, predict_submission
+from isic import schema
+from isic.dataset import Dataset
+from isic.folds import draw_folds
+from isic.runtime.errors import UserError
+from isic.runtime.files import sha256, write_json, write_manifest
+from tests.support.ensembles import (
+    copy_tree,
+    fit_settings,
+    predict_rows,
+    predict_table,
+    read_test_text,
+    write_run,
+)
+
+
+@pytest.mark.parametrize("ensemble", ["engineered", "image_tiny", "multimodal_tiny"])
+def test_every_row_has_a_score_in_the_tables_order(project: Path, ensemble: str) -> None:
+    submission = predict_table(project, ensemble)
+    assert submission.columns == ["isic_id", "target"]
+    assert (
+        submission["isic_id"].to_list()
+        == Dataset(project / "data").metadata("test")["isic_id"].to_list()
+    )
+    assert submission["target"].is_between(0, 1).all() and submission["target"].n_unique() > 10
+
+
+def test_the_manifest_leads_back_to_the_ensemble_and_the_embeddings(project: Path) -> None:
+    predict_table(project)
+    manifest = json.loads((project / "submission.csv.json").read_text())
+    assert manifest["sha256"] == sha256(project / "submission.csv")
+    assert manifest["ensemble"] == sha256(
+        project / "ensemble" / "multimodal_tiny" / "ensemble.json"
+    )
+    assert manifest["embeddings"]["engines"] == {"0": "a", "1": "b", "2": "c"}
+
+
+def test_the_sample_submission_gives_the_order(project: Path, tmp_path: Path) -> None:
+    data = copy_tree(project, tmp_path, "data")
+    before = predict_table(project)
+    sample = before.sample(fraction=1, shuffle=True, seed=1).with_columns(target=pl.lit(0.3))
+    sample.write_csv(data / "sample_submission.csv")
+    submission = predict_table(project, data=data, output=tmp_path / "s.csv")
+    assert (
+        submission["isic_id"].to_list()
+        == sample["isic_id"].to_list()
+        != before["isic_id"].to_list()
+    )
+    assert submission.sort("isic_id").equals(before.sort("isic_id"))
+
+
+@pytest.mark.parametrize(("change", "count"), [("fewer", 1), ("more", 1)])
+def test_a_sample_submission_of_other_ids_is_refused(
+    project: Path, tmp_path: Path, change: str, count: int
+) -> None:
+    data = copy_tree(project, tmp_path, "data")
+    sample = predict_table(project)
+    extra = pl.DataFrame({"isic_id": ["ISIC_9"], "target": [0.3]})
+    (sample[1:] if change == "fewer" else pl.concat([sample, extra])).write_csv(
+        data / "sample_submission.csv"
+    )
+    with pytest.raises(UserError, match=f"{count} of the 3. ids in .* are not in"):
+        predict_table(project, data=data)
+
+
+@pytest.mark.parametrize("text", ["", "id,target\n1,0\n", "isic_id,target\nISIC_1,0\nISIC_1,0\n"])
+def test_a_sample_submission_that_is_none_is_refused(
+    project: Path, tmp_path: Path, text: str
+) -> None:
+    data = copy_tree(project, tmp_path, "data")
+    (data / "sample_submission.csv").write_text(text)
+    with pytest.raises(UserError, match=r"sample_submission\.csv"):
+        predict_table(project, data=data)
+
+
+def test_scores_do_not_depend_on_the_other_patients_or_the_order(
+    project: Path, tmp_path: Path
+) -> None:
+    everything = predict_table(project)
+    table = read_test_text(project / "data")
+    patient = table["patient_id"][4]
+    data = tmp_path / "data"
+    data.mkdir()
+    some = table.filter(patient_id=patient).sample(fraction=1, shuffle=True, seed=2)
+    some.write_csv(data / "test-metadata.csv")
+    mine = predict_table(project, data=data, output=tmp_path / "s.csv")
+    joined = mine.join(everything, on="isic_id")
+    assert len(joined) == len(some) and joined["target"].equals(
+        joined["target_right"], check_names=False
+    )
+
+
+def test_one_row_of_an_institution_never_seen_with_blanks(project: Path, tmp_path: Path) -> None:
+    table = read_test_text(project / "data")
+    (tmp_path / "data").mkdir()
+    one = table[:1].with_columns(pl.lit(None).alias("age_approx"), pl.lit("").alias("sex"))
+    assert one["attribution"][0] == "An institution never seen"
+    one.write_csv(tmp_path / "data" / "test-metadata.csv")
+    submission = predict_table(project, data=tmp_path / "data", output=tmp_path / "s.csv")
+    assert len(submission) == 1 and 0 <= submission["target"][0] <= 1
+
+
+@pytest.mark.parametrize("column", schema.CATEGORICAL)
+def test_an_unseen_category_is_a_blank_and_not_the_commonest(
+    project: Path, tmp_path: Path, column: str
+) -> None:
+    """Boosters that look at one column alone, and so at nothing that could hide the difference."""
+    rng = np.random.default_rng(0)
+    size = 600
+    ids = [f"ISIC_{i:07d}" for i in range(size)]
+    values = rng.choice(["a", "b"], size, p=[0.7, 0.3])
+    target = rng.random(size) < np.where(values == "a", 0.6, 0.1)
+    (tmp_path / "train").mkdir()
+    pl.DataFrame({"isic_id": ids, "target": target.astype(int), column: values}).write_csv(
+        tmp_path / "train" / "train-metadata.csv"
+    )
+    fit_ensemble(fit_settings(tmp_path / "train", tmp_path / "ensemble", features=column))
+    one = {"isic_id": [f"ISIC_9{i}" for i in range(4)], column: ["a", "b", "never seen", None]}
+    common, rare, unseen, blank = predict_rows(
+        project,
+        tmp_path / "data",
+        pl.DataFrame(one),
+        ensemble=tmp_path / "ensemble",
+        embeddings=None,
+    )
+    assert unseen == blank
+    assert rare + 0.05 < unseen < common - 0.05
+
+
+def test_unseen_categories_are_named(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = read_test_text(project / "data")
+    changed = table.with_columns(
+        sex=pl.Series(["other", "other", *table["sex"][2:]]),
+        tbp_tile_type=pl.Series([f"3D: {i % 7}" for i in range(len(table))]),
+    )
+    predict_rows(project, tmp_path / "data", changed, ensemble=project / "ensemble" / "engineered")
+    lines = {line.split()[1]: line for line in capsys.readouterr().err.splitlines()}
+    assert '"An institution never seen" (1 rows)' in lines["attribution"]
+    assert '"other" (2 rows)' in lines["sex"]
+    assert lines["tbp_tile_type"].count(" rows)") == 5 and "and 2 more" in lines["tbp_tile_type"]
+    assert "copyright_license" not in lines and "tbp_lv_location" not in lines
+
+
+def test_a_missing_column_is_named(project: Path, tmp_path: Path) -> None:
+    data = copy_tree(project, tmp_path, "data")
+    read_test_text(data).drop("tbp_lv_y").write_csv(data / "test-metadata.csv")
+    with pytest.raises(UserError, match=r"test-metadata.csv lacks the column tbp_lv_y"):
+        predict_table(project, "engineered", data=data)
+
+
+def test_missing_embeddings_are_refused(project: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give --embeddings outputs/embeddings/tiny"):
+        predict_table(project, embeddings=None)
+    root = copy_tree(project, tmp_path, "embeddings/tiny")
+    path = shard_path(root, "test", 2, 0)
+    part = pl.read_parquet(path)
+    part[2:].write_parquet(path)
+    with pytest.raises(
+        UserError,
+        match=f"lacks the test embeddings of 2 of 30 images, the first is {part['isic_id'][0]}",
+    ):
+        predict_table(project, embeddings=root)
+
+
+def test_embeddings_of_another_plan_or_config_are_refused(project: Path, tmp_path: Path) -> None:
+    root = copy_tree(project, tmp_path, "embeddings/tiny")
+    train = Dataset(project / "data").metadata("train")
+    write_run(root, "test", draw_folds(train, 3, 5))
+    with pytest.raises(UserError, match="were made with the fold plan"):
+        predict_table(project, embeddings=root)
+    other = Path(shutil.copytree(project / "embeddings" / "tiny", tmp_path / "huge"))
+    write_run(other, "test", draw_folds(train, 3, 42))
+    with pytest.raises(UserError, match=r"were made with another config \(huge, not tiny\)"):
+        predict_table(project, embeddings=other)
+
+
+def test_a_table_of_the_dataset_is_not_written_over(project: Path, tmp_path: Path) -> None:
+    data = copy_tree(project, tmp_path, "data")
+    with pytest.raises(UserError, match="was not written by this command"):
+        predict_table(project, "engineered", data=data, output=data / "test-metadata.csv")
+    with pytest.raises(UserError, match="is not a regular file; choose another --output"):
+        predict_table(project, "engineered", data=data, output=data)
+
+
+@pytest.mark.parametrize("place", ["output", "models", "manifest", "link", "artifact"])
+def test_only_a_submission_is_replaced(project: Path, tmp_path: Path, place: str) -> None:
+    """No other file under its name, nor under those of what lies beside it."""
+    output = tmp_path / "s.csv"
+    taken = {"models": "s_models.parquet", "manifest": "s.csv.json"}.get(place, "s.csv")
+    (tmp_path / "images").write_bytes(b"images")
+    if place == "link":
+        output.symlink_to(tmp_path / "images")
+    else:
+        (tmp_path / taken).write_bytes(b"{}")
+    if place == "artifact":
+        write_manifest(output, format="onnx")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="was not written by this command"):
+        predict_table(project, "engineered", output=output)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_submission_is_written_again_even_if_the_last_run_was_killed(
+    project: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "s.csv"
+    first = predict_table(project, "engineered", output=output)
+    assert predict_table(project, "engineered", output=output).equals(first)
+    for path in (output, tmp_path / "s_models.parquet"):
+        path.unlink()
+        assert predict_table(project, "engineered", output=output).equals(first)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"checkpoints": {"0": "x", "1": "y", "2": "z"}}, "other trained weights than those"),
+        ({"tta": "d4"}, r"another --tta \(d4, not none\)"),
+        ({"preprocess": {"size": 16}}, "another preprocessing"),
+    ],
+)
+def test_embeddings_of_other_models_or_views_than_fitted_with_are_refused(
+    project: Path, tmp_path: Path, changed: dict[str, object], words: str
+) -> None:
+    """Their logits would be standardised by constants of other ones."""
+    root = copy_tree(project, tmp_path, "embeddings/tiny")
+    said = json.loads((root / "test" / "run.json").read_text())
+    write_json(
+        root / "test" / "run.json", said | {"engines": {"0": "int8", "1": "int8", "2": "int8"}}
+    )
+    predict_table(project, embeddings=root)  # other engines of the same weights may be used
+    write_json(root / "test" / "run.json", said | changed)
+    with pytest.raises(UserError, match=words):
+        predict_table(project, embeddings=root)
+
+
+def test_prediction_blends_as_fitting_did_and_one_row_scores_what_it_scores_among_others(
+    data: Path, three_libraries: Path, tmp_path: Path
+) -> None:
+    where = {"ensemble": three_libraries, "num_threads": 2}
+    predict_submission(PredictSettings(data=data, output=tmp_path / "s.csv", **where))
+    models, submission = (
+        pl.read_parquet(tmp_path / "s_models.parquet"),
+        pl.read_csv(tmp_path / "s.csv"),
+    )
+    oof = pl.read_parquet(three_libraries / "oof.parquet")
+    assert models.columns == ["isic_id", *oof.columns[3:]]
+    assert models["blend"].equals(submission["target"], check_names=False)
+    columns = [
+        {name: frame[name].to_numpy() for name in oof.columns[3:-1]} for frame in (models, oof)
+    ]
+    np.testing.assert_array_equal(
+        models["blend"],
+        blend(columns[0], dict.fromkeys(LIBRARIES, 1) | {"lightgbm": 2}, columns[1]),
+    )
+    manifest = json.loads((tmp_path / "s.csv.json").read_text())
+    assert manifest["models"] == {
+        "file": "s_models.parquet",
+        "sha256": sha256(tmp_path / "s_models.parquet"),
+    }
+    one = tmp_path / "one"
+    one.mkdir()
+    read_test_text(data)[:1].write_csv(one / "test-metadata.csv")
+    predict_submission(PredictSettings(data=one, output=one / "s.csv", **where))
+    again = pl.read_parquet(one / "s_models.parquet").row(0, named=True)
+    assert again == models.filter(isic_id=again["isic_id"]).row(0, named=True)
