@@ -40,7 +40,7 @@ def create_augmentation(level: str) -> Any | None:
 
 
 def create_mixup(mixup: float, cutmix: float) -> Callable[[Batch], Batch]:
-    """Returns a function that mixes the images of a batch and their targets, if either alpha is > 0.
+    """Returns a function that mixes the images of a batch, and their targets, in pairs.
 
     Args:
         mixup: alpha of the beta distribution (Zhang et al. 2018), 0 for none.

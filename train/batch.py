@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     rows: Tensor
     """int64 [N], row numbers in the training table."""
     masks: Tensor = torch.empty(0)
-    """uint8 [N, size, size], 1 on the lesion; NO_MASK for images without; [0] if masks are unused."""
+    """uint8 [N, size, size], 1 on the lesion, NO_MASK for an image without; [0] if not used."""
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

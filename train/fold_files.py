@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import torch
 
@@ -69,7 +68,8 @@ def save_fold(
     """
     if not distributed.is_main():
         return
-    save_trained_on(directory / TRAINED_ON_FILE, state, settings, data, fold)
+    trained_on = rows_trained_on(data, fold, settings.select_epoch)
+    write_seen(directory / TRAINED_ON_FILE, seen_rows(trained_on, state.weights.seen))
     config = checkpoint_config(directory, state, settings, data, fold)
     checkpoint = directory / BEST_CHECKPOINT
     save_checkpoint(
@@ -102,16 +102,11 @@ def save_fold(
     save_oof(directory / OOF_FILE, data, fold, predictions)
 
 
-def save_trained_on(
-    path: Path, state: TrainState, settings: TrainSettings, data: TrainData, fold: int
-) -> None:
-    """Writes the images and patients that the weights depend on."""
-    learned_from = data.fold != fold
-    if settings.select_epoch == "best":
-        # The held-out rows chose the epoch, so the weights depend on them too.
-        learned_from = np.ones_like(learned_from)
-    rows = data.table.filter(pl.Series(learned_from))
-    write_seen(path, seen_rows(rows, state.weights.seen))
+def rows_trained_on(data: TrainData, fold: int, select_epoch: str) -> pl.DataFrame:
+    """Returns the rows that the weights of a fold depend on."""
+    if select_epoch == "best":
+        return data.table  # the held-out rows have chosen the epoch
+    return data.table.filter(pl.Series(data.fold != fold))
 
 
 def checkpoint_config(
@@ -135,11 +130,11 @@ def checkpoint_config(
 
 
 def save_oof(path: Path, data: TrainData, fold: int, predictions: Predictions) -> None:
-    """Writes the out-of-fold scores: `isic_id`, `target`, `fold`, `logit` and, with masks, `dice`."""
+    """Writes the scores of the held-out rows, with `dice` if the run uses masks."""
     rows = data.table[predictions.rows].select(schema.ID, schema.TARGET)
     oof = rows.with_columns(
         pl.lit(fold, dtype=pl.Int8).alias("fold"), pl.Series("logit", predictions.logits)
     )
-    if data.rows.masks:
+    if data.rows.masks is not None:
         oof = oof.with_columns(pl.Series("dice", predictions.dice, nan_to_null=True))
     write_parquet(path, oof)

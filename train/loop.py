@@ -30,8 +30,7 @@ from train.step import StepResult, accumulate, optimizer_step
 from train.threads import set_threads
 
 STEPS_AHEAD = 2
-"""Optimizer steps that are queued on the device before the host reads a result, so that the device
-never waits for the host."""
+"""Steps queued on the device before the host reads a result, so that neither waits."""
 
 
 def train_fold(settings: TrainSettings, data: TrainData, fold: int, device: torch.device) -> None:
@@ -79,7 +78,7 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int, device: torc
         scores = score(data.target[predictions.rows], predictions)
 
         state.epoch = epoch + 1
-        if select_epoch(state, settings, scores["pauc"]):
+        if select_epoch(state, settings.select_epoch, settings.epochs, scores["pauc"]):
             save_fold(directory, state, settings, data, fold, predictions)
         rates = learning_rates(state.optimizer)
         log_epoch(directory, fold, state.epoch, settings.epochs, stats, scores, rates)
@@ -115,18 +114,19 @@ def start_or_resume(
         save_last(last, state, settings, digest)
 
 
-def select_epoch(state: TrainState, settings: TrainSettings, pauc: float) -> bool:
-    """Sets `state.best_pauc`; returns whether the finished epoch is to be saved as the best model.
+def select_epoch(state: TrainState, mode: str, num_epochs: int, pauc: float) -> bool:
+    """Updates `state.best_pauc`; returns whether the finished epoch becomes `best_model.pth`.
 
     Args:
         state: after the epoch.
-        settings: with `select_epoch=last`, only the last epoch is saved. `best_pauc` is then that
-            of the latest epoch, and so in the end that of the saved weights.
+        mode: `last` or `best`.
+        num_epochs: of the run.
         pauc: of the held-out rows.
     """
-    if settings.select_epoch == "last":
+    if mode == "last":
+        # Not the highest pAUC but the latest: after the last epoch, that of the saved weights.
         state.best_pauc = pauc
-        return state.epoch == settings.epochs
+        return state.epoch == num_epochs
     is_best = state.epoch == 1 or pauc > state.best_pauc
     if is_best:
         state.best_pauc = pauc
@@ -145,9 +145,9 @@ def train_epoch(
     """Trains on every batch of an epoch, `settings.accumulation_steps` batches per optimizer step.
 
     Args:
-        state: is changed.
-        forward: `state.model`, compiled or wrapped.
-        loader: yields `Batch`es; not on the device yet.
+        state: changed in place.
+        forward: `state.model`, possibly compiled and wrapped.
+        loader: batches on the host.
         schedule: of the whole run.
         settings: of the run.
         device: of the model.
@@ -166,7 +166,7 @@ def train_epoch(
         batches,
         desc=f"{title} epoch {state.epoch + 1}/{settings.epochs}",
         leave=False,
-        disable=None if distributed.is_main() else True,
+        disable=None if distributed.is_main() else True,  # None: hidden unless on a terminal
     )
     mix = create_mixup(settings.mixup, settings.cutmix)
     results: deque[StepResult] = deque()
@@ -176,6 +176,7 @@ def train_epoch(
         mixed = [mix(to_device(batch, device)) for batch in micro_batches]
         loss = accumulate(state, forward, mixed, settings, device)
         values = optimizer_step(state, settings.clip_grad, loss)
+        # With the batches before the copy to the device: reading row numbers there would sync.
         results.append(StepResult(state, micro_batches, values))
         stats.num_images += sum(len(batch.images) for batch in micro_batches)
         if len(results) > STEPS_AHEAD:

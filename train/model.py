@@ -204,7 +204,8 @@ def trunk_stride(finest: int) -> int:
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Returns a context without autocast.
 
-    A null context if autocast is off, because torch.export would record a disabled one.
+    A null context if autocast is off: torch.export would record a disabled one as a submodule,
+    which the ONNX exporter did not always support (pytorch/pytorch#136545).
     """
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)

@@ -14,7 +14,7 @@ READ_ROWS = 4096
 
 @dataclass(frozen=True)
 class PackedFiles:
-    """N files in one array, which loader processes share; a list of bytes would be copied to each."""
+    """N files in one array; loader processes share it, but would copy a list of bytes."""
 
     buffer: NDArray[np.uint8]
     starts: NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""The weights that a backbone starts from: their file, digests, and the images they learned from."""
+"""The weights that a backbone starts from: file, digests, and images they learned from."""
 
 import hashlib
 from collections.abc import Iterable

@@ -42,7 +42,9 @@ class Rows:
 
     def __add__(self, other: "Rows") -> "Rows":
         table = pl.concat([self.table, other.table], how="diagonal")
-        masks = self.masks + other.masks if self.masks and other.masks else None
+        masks = None
+        if self.masks is not None and other.masks is not None:
+            masks = self.masks + other.masks
         return Rows(table, self.images + other.images, masks)
 
 
@@ -91,7 +93,7 @@ def load_data(settings: TrainSettings) -> TrainData:
         rows += extra
         paths.append(Dataset(root).metadata_path("train"))
         sizes.append(len(extra.table))
-    if rows.masks and rows.masks.is_empty.all():
+    if rows.masks is not None and rows.masks.is_empty.all():
         raise UserError(
             f"{dataset.masks_path} has no mask of any training image; add masks, or set "
             "--mask_weight 0"

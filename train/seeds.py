@@ -22,4 +22,5 @@ def seed_weights(seed: int, fold: int) -> None:
 def seed_epoch(seed: int, fold: int, epoch: int, rank: int) -> None:
     """Seeds an epoch by itself, so that it repeats after a resume; ranks drop different units."""
     torch.manual_seed(derive_seed(seed, fold, epoch) + rank)
-    np.random.seed(derive_seed(seed, fold, epoch, rank) % 2**32)  # noqa: NPY002 - timm's Mixup draws here
+    # The legacy generator: timm's Mixup uses it.
+    np.random.seed(derive_seed(seed, fold, epoch, rank) % 2**32)  # noqa: NPY002

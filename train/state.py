@@ -78,7 +78,8 @@ def use_fast_memory_format(model: Classifier, name: str, device: torch.device) -
     if device.type == "cpu" and corrupts_heap(model):
         model.backbone.register_forward_pre_hook(_channels_first)
     elif not takes_image_size(name):
-        # Not model.to(memory_format=...): it raises for weights that are not 4-dimensional.
+        # Not model.to(memory_format=...), which raises for 5-dimensional weights:
+        # pytorch/pytorch#77821, seen with torch 2.14. Use it once they are left unchanged.
         convert_conv2d_weight_memory_format(model, torch.channels_last)
 
 

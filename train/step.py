@@ -39,7 +39,7 @@ def accumulate(
     settings: TrainSettings,
     device: torch.device,
 ) -> Tensor:
-    """Adds the gradient of the micro-batches' mean loss to the weights; returns that loss, a scalar.
+    """Computes the gradient of the micro-batches' mean loss; returns that loss, a scalar.
 
     If the device runs out of memory, micro-batches are cut into twice as many parts from then on.
     The optimizer step still sees every image once and with the same weight.
@@ -109,18 +109,18 @@ def optimizer_step(state: TrainState, clip_grad: float, loss: Tensor) -> Tensor:
         float32 [3] on the device: the loss, whether the step was skipped, whether the run has
         diverged and cannot continue.
     """
-    # Clipping needs the unscaled gradient, and its norm is not finite if any element is not.
+    # The order is fixed: clipping needs the unscaled gradient, and step() needs found_inf.
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
-    skipped = 1 - (norm + loss).isfinite().float()
+    skipped = 1 - (norm + loss).isfinite().float()  # the norm is finite only if all elements are
     diverged = skipped
     if state.scaler.is_enabled():
         scale = state.scaler.scale(torch.ones_like(loss))
         diverged = skipped * (scale < MIN_SCALE)
     # Fused AdamW reads found_inf on the device and leaves weights and moments unchanged if it is 1.
     # state.diverged stays 1: the host learns of a bad step only some steps later, and the weights
-    # must still be those before it. With float16 the scaler's step() replaces found_inf by its own
-    # result, for each step anew; weights that change after the last bad step are not saved.
+    # must still be those before it. With float16, scaler.step() overwrites found_inf with the
+    # result of this step only: steps after a divergence may change weights, which are not saved.
     state.diverged = torch.maximum(state.diverged, diverged)
     state.optimizer.found_inf = state.diverged  # type: ignore[attr-defined]
     state.scaler.step(state.optimizer)
@@ -158,8 +158,9 @@ class StepResult:
         self.step, self.epoch = state.step - 1, state.epoch + 1
         self.rows = [batch.rows for batch in micro_batches]
         self.values = values.to("cpu", non_blocking=values.is_cuda)
-        self.copied = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
-        if self.copied:
+        self.copied: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.copied.record()
 
     def read(self) -> tuple[float, bool]:

@@ -44,7 +44,8 @@ def set_threads(
     """
     number, reason = _known_number(settings.num_threads, device, saved)
     if number is None:
-        training_pass = _create_pass(model, settings, device)
+        shape = (settings.batch_size, settings.image_size, settings.image_size, 3)
+        training_pass = _create_pass(model, shape, device, settings.precision)
         rates = measure(training_pass, settings.batch_size, thread_counts())
         number = max(rates, key=lambda count: rates[count])
         reason = describe(rates)
@@ -82,16 +83,23 @@ def thread_counts() -> list[int]:
 
 
 def _create_pass(
-    model: Classifier, settings: TrainSettings, device: torch.device
+    model: Classifier, shape: tuple[int, ...], device: torch.device, precision: str
 ) -> Callable[[int], None]:
-    """Returns a function that trains a copy of the model on a number of random images."""
+    """Returns a function that makes a training pass of some random images through a copy.
+
+    Args:
+        model: unchanged; the copy trains all weights, also those that are frozen at first.
+        shape: [N, size, size, 3], of the largest batch.
+        device: of the model.
+        precision: fp32, fp16 or bf16.
+    """
     network = copy.deepcopy(model).requires_grad_(True).train()
-    shape = (settings.batch_size, settings.image_size, settings.image_size, 3)
+    # fork_rng: measuring must not change the random numbers of the training that follows.
     with torch.random.fork_rng(devices=[]):
         images = torch.randint(256, shape, dtype=torch.uint8)
 
     def run(num_images: int) -> None:
-        with torch.random.fork_rng(devices=[]), autocast(device, settings.precision):
+        with torch.random.fork_rng(devices=[]), autocast(device, precision):
             outputs: tuple[Tensor, ...] = network(images[:num_images])
             # Without the features: they are an input of the logits.
             loss = torch.stack([output.float().mean() for output in outputs[1:]]).sum()

@@ -12,33 +12,22 @@ from pathlib import Path
 
 from tests.support.commands import ROOT, TINY
 
-LONG_EPOCHS = (
-    "--batch_size",
-    8,
-    "--positive_repeats",
-    60,
-    "--fold",
-    0,
-    "--epochs",
-    2,
-    "--ema_decay",
-    0.9,
-)
-"""Some 120 steps an epoch, so that a signal lands within one."""
+LONG_EPOCHS = "--batch_size 8 --positive_repeats 60 --fold 0 --epochs 2 --ema_decay 0.9"
+"""Flags for about 120 steps per epoch, so that a signal arrives within one."""
 
 
-def command(*arguments: object, torchrun: int = 0) -> list[str]:
-    start = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)]
-        if torchrun
-        else []
-    )
-    return [sys.executable, *start, "-m", "train", *map(str, (*TINY, *arguments))]
+def command(*arguments: object, num_processes: int = 1) -> list[str]:
+    """Returns the command that trains the tiny model, by torchrun if in several processes."""
+    launcher = []
+    if num_processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        launcher.append(str(num_processes))
+    return [sys.executable, *launcher, "-m", "train", *map(str, (*TINY, *arguments))]
 
 
 @contextmanager
 def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A training process in its own process group, gone at the end."""
+    """Runs training in its own process group; kills it at the end of the block."""
     process = subprocess.Popen(
         command(*arguments),
         cwd=ROOT,
@@ -56,12 +45,15 @@ def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Waits until a process has written a file."""
     deadline = time.monotonic() + 120
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, f"no {path}"
+        assert process.poll() is None, f"no {path}"
+        assert time.monotonic() < deadline, f"no {path}"
         time.sleep(0.005)
 
 
 def history(fold_dir: Path) -> list[dict[str, float]]:
+    """Returns the loss and the scores of a fold's epochs."""
     entries = [json.loads(line) for line in (fold_dir / "history.jsonl").read_text().splitlines()]
     return [{key: entry[key] for key in ("epoch", "loss", "pauc", "auc")} for entry in entries]

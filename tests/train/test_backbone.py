@@ -10,7 +10,7 @@ from train.checkpoint import load_checkpoint
 from train.model import create_model, preprocess_spec
 
 
-def test_the_backbone_loads_in_timm_alone(trained: Path) -> None:
+def test_the_backbone_loads_with_timm_only(trained: Path) -> None:
     folder = trained / "fold_0" / "backbone"
     backbone = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     settings = tiny_settings()

@@ -1,4 +1,3 @@
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -6,29 +5,24 @@ import torch
 
 from isic.layout import LAST_CHECKPOINT
 from isic.runtime.errors import UserError
+from tests.support.datasets import small_disk
 from train.checkpoint import KEYS, load_checkpoint, save_checkpoint
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_readable(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only root can mount the small disk that this fills")
-    values = dict.fromkeys(
-        ("model_state_dict", "optimizer_state_dict", "best_pauc", "epoch", "config", "args"), 0
-    )
-    try:
-        save_checkpoint(disk / LAST_CHECKPOINT, **values, weights=torch.ones(100_000))
+    path = tmp_path / "disk" / LAST_CHECKPOINT
+    values = dict.fromkeys(KEYS, 0)
+    with small_disk(path.parent, "1m"):
+        save_checkpoint(path, **values, weights=torch.ones(100_000))
         with pytest.raises(UserError, match=r"the disk is full, so .*last\.pth was not written"):
-            save_checkpoint(disk / LAST_CHECKPOINT, **values, weights=torch.zeros(400_000))
-        assert load_checkpoint(disk / LAST_CHECKPOINT)["weights"].sum() == 100_000
-        assert [path.name for path in disk.iterdir()] == [LAST_CHECKPOINT]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+            save_checkpoint(path, **values, weights=torch.zeros(400_000))
+        assert load_checkpoint(path)["weights"].sum() == 100_000
+        assert list(path.parent.iterdir()) == [path]
 
 
 class Malicious:
+    """An object that runs code when it is unpickled."""
+
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (print, ("executed",))
 

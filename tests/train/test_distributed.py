@@ -8,38 +8,29 @@ from tests.support.commands import ROOT, TINY, Cli
 from tests.support.processes import command, history
 
 
+def run_in_two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, num_processes=2),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
 @pytest.mark.slow
 def test_two_processes_score_as_one_does(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
-    """Two processes with batches of 8 take the very batches that one process with 16 takes."""
-    flags = [
-        "--data",
-        small_dataset,
-        "--num_folds",
-        2,
-        "--epochs",
-        3,
-        "--lr",
-        1e-3,
-        "--ema_decay",
-        0.5,
-    ]
-    flags += ["--freeze_epochs", 1, "--warmup_epochs", 0, "--augmentation", "none"]
-    assert (
-        cli("train", *TINY, *flags, "--batch_size", 16, "--output_dir", tmp_path / "one").code == 0
+    """Two processes with batches of 8 take together the batches of one process with 16."""
+    hyperparameters = (
+        "--num_folds 2 --epochs 3 --lr 1e-3 --ema_decay 0.5 --freeze_epochs 1 --warmup_epochs 0 "
+        "--augmentation none"
     )
-    start = command(
-        *flags,
-        "--batch_size",
-        8,
-        "--accumulation_steps",
-        1,
-        "--output_dir",
-        tmp_path / "two",
-        torchrun=2,
-    )
-    ended = subprocess.run(
-        start, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
-    )
+    flags = ["--data", small_dataset, *hyperparameters.split()]
+    alone = ["--batch_size", 16, "--output_dir", tmp_path / "one"]
+    assert cli("train", *TINY, *flags, *alone).code == 0
+    together = ["--batch_size", 8, "--output_dir", tmp_path / "two"]
+    ended = run_in_two_processes(*flags, *together)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("checkpoints in") == 1, "one process prints"
     for fold in range(2):
@@ -52,8 +43,6 @@ def test_two_processes_score_as_one_does(small_dataset: Path, tmp_path: Path, cl
         histories = [history(tmp_path / run / "tiny" / f"fold_{fold}") for run in ("one", "two")]
         for mine, theirs in zip(*histories, strict=True):
             assert mine == pytest.approx(theirs, abs=0.02)
-    ended = subprocess.run(
-        start, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert ended.returncode == 0
+    ended = run_in_two_processes(*flags, *together)
+    assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("fold 1 is finished") == 1

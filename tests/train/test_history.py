@@ -9,12 +9,14 @@ from train.history import last_epoch, read_history
 from train.optim import BACKBONE, HEAD
 
 
-@pytest.mark.parametrize("text", ["", "half\n", "[1]\n", '{"loss": 1}\n'])
+def test_an_empty_history_has_no_last_epoch(tmp_path: Path) -> None:
+    (tmp_path / "history.jsonl").touch()
+    assert last_epoch(read_history(tmp_path / "history.jsonl")) == 0
+
+
+@pytest.mark.parametrize("text", ["half\n", "[1]\n", '{"loss": 1}\n'])
 def test_a_file_that_is_no_history_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "history.jsonl").write_text(text)
-    if not text:
-        assert last_epoch(read_history(tmp_path / "history.jsonl")) == 0
-        return
     with pytest.raises(UserError, match=r"history\.jsonl"):
         read_history(tmp_path / "history.jsonl")
 
@@ -27,7 +29,8 @@ def test_the_history_holds_the_rates_of_both_parts(
     assert cli("train", *TINY, *flags, *rates, "--layer_decay", 0.9).code == 0
     lines = (tmp_path / "tiny" / "fold_0" / "history.jsonl").read_text().splitlines()
     history = [json.loads(line) for line in lines]
-    head, backbone = ([entry[f"lr_{part}"] for entry in history] for part in (HEAD, BACKBONE))
+    head = [entry[f"lr_{HEAD}"] for entry in history]
+    backbone = [entry[f"lr_{BACKBONE}"] for entry in history]
     assert head[0] == 0.01
     assert head[1:] == sorted(head[1:], reverse=True)
     assert backbone[:2] == [0, 0]

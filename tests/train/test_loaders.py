@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -20,11 +21,9 @@ from train.rows import load_data
 
 
 def test_masks_are_augmented_with_their_images(small_dataset: Path, tmp_path: Path) -> None:
-    """The mask of an image that is bright in one corner is bright where the augmented image is."""
+    """Of an image with a bright corner and its mask, both have the same corner afterwards."""
     image = np.full((32, 32, 3), 20, np.uint8)
     image[:12, :9] = 220
-    import cv2
-
     png = cv2.imencode(".png", image)[1].tobytes()
     write_hdf5(small_dataset / "train-image.hdf5", dict.fromkeys(small_table()["isic_id"], png))
     mask = cv2.imencode(".png", (image > 100).astype(np.uint8)[..., 0] * 255)[1].tobytes()
@@ -34,13 +33,13 @@ def test_masks_are_augmented_with_their_images(small_dataset: Path, tmp_path: Pa
         load_data(settings), preprocess_spec(settings), create_augmentation("light")
     )
     for seed in range(8):
-        pixels, _, _, drawn = images[3, seed]
-        assert ((pixels[..., 0] > 110) == drawn).mean() > 0.99
+        pixels, _, _, augmented_mask = images[3, seed]
+        assert ((pixels[..., 0] > 110) == augmented_mask).mean() > 0.99
     assert (images[40, 0][3] == NO_MASK).all(), "an image without a mask"
 
 
 def run_with_shared_memory(size: str, script: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python in a mount namespace of its own whose /dev/shm has some size; skips if that is not allowed."""
+    """Runs Python with a /dev/shm of that size; skips the test if this user may not mount it."""
     unshare = ["unshare", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
     if subprocess.run([*unshare, mount], capture_output=True, check=False).returncode:
@@ -56,18 +55,21 @@ def run_with_shared_memory(size: str, script: str) -> subprocess.CompletedProces
 
 
 CLAIM_MORE = "import shutil; shutil.disk_usage = lambda path: type('Usage', (), {'free': 2**30})"
-"""Another program may take the shared memory after it was looked at."""
+"""Reports free memory that another program is about to take."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("claim", ["", CLAIM_MORE])
+@pytest.mark.parametrize("claim", ["", CLAIM_MORE], ids=["small", "taken"])
 def test_too_little_shared_memory_is_reported(
     claim: str, small_dataset: Path, tmp_path: Path
 ) -> None:
     flags = ["--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
     flags += ["--batch_size", 16, "--image_size", 64, "--positive_repeats", 8, "--num_workers", 4]
     arguments = [str(part) for part in ("train", *TINY, *flags)]
-    script = f"{claim}\nimport runpy, sys; sys.argv = {arguments!r}; runpy.run_module('train', run_name='__main__')"
+    script = (
+        f"{claim}\nimport runpy, sys\nsys.argv = {arguments!r}\n"
+        "runpy.run_module('train', run_name='__main__')"
+    )
     ended = run_with_shared_memory("1m", script)
     assert "Traceback" not in ended.stderr
     assert "--shm-size" in ended.stderr
@@ -82,7 +84,7 @@ def test_too_little_shared_memory_is_reported(
 
 
 def loader_processes(parent: int) -> list[int]:
-    """Children that run the same command: torch's resource tracker is not among them."""
+    """Returns the loader workers of a process, without torch's resource tracker."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return [
         int(child)
@@ -93,7 +95,15 @@ def loader_processes(parent: int) -> list[int]:
 
 @pytest.mark.slow
 def test_a_killed_worker_is_reported(small_dataset: Path, tmp_path: Path) -> None:
-    flags = [*LONG_EPOCHS, "--data", small_dataset, "--output_dir", tmp_path, "--num_workers", 1]
+    flags = [
+        *LONG_EPOCHS.split(),
+        "--data",
+        small_dataset,
+        "--output_dir",
+        tmp_path,
+        "--num_workers",
+        1,
+    ]
     with started(*flags) as process:
         wait_for(tmp_path / "tiny" / "fold_0" / LAST_CHECKPOINT, process)
         while not (workers := loader_processes(process.pid)):

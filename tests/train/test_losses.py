@@ -29,7 +29,8 @@ def test_dice_is_its_formula() -> None:
     masks = torch.zeros(4, 4, 4, dtype=torch.uint8)
     masks[0, :2] = masks[1, :2] = 1
     masks[3] = NO_MASK
-    drawn = torch.zeros(4, 4, 4)
-    drawn[0, :2], drawn[1, 1:3] = 1, 1
+    probabilities = torch.zeros(4, 4, 4)
+    probabilities[0, :2] = 1
+    probabilities[1, 1:3] = 1
     expected = torch.tensor([1.0, 0.5, 1.0, torch.nan])
-    torch.testing.assert_close(dice(drawn, masks), expected, equal_nan=True)
+    torch.testing.assert_close(dice(probabilities, masks), expected, equal_nan=True)

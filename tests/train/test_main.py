@@ -36,7 +36,7 @@ SEED_LINES = [
 def test_the_documented_command_lines_run(
     line: str, small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As written, on a tiny network, and with the epochs cut to two."""
+    """As written, but on a tiny network and for two epochs."""
     monkeypatch.chdir(ROOT)
     small = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 2]
     ended = cli("train", *line.split(), *small)
@@ -51,137 +51,65 @@ def test_the_documented_command_lines_run(
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--mixup", "0.4", "--cutmix", "1.0", "--batch_size", "8"],
-        ["--layer_decay", "0.7", "--grad_checkpointing", "true", "--global_pool", "avg"],
-        [
-            "--model",
-            "test_convnext",
-            "--image_size",
-            "64",
-            "--global_pool",
-            "avgmax",
-            "--drop_path_rate",
-            "0.1",
-        ],
+        "--mixup 0.4 --cutmix 1.0 --batch_size 8",
+        "--layer_decay 0.7 --grad_checkpointing true --global_pool avg",
+        "--model test_convnext --image_size 64 --global_pool avgmax --drop_path_rate 0.1",
     ],
 )
-def test_optional_settings_train(
-    flags: list[str], small_dataset: Path, tmp_path: Path, cli: Cli
-) -> None:
+def test_optional_settings_train(flags: str, small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
     fixed = ["--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 2]
-    ended = cli("train", *TINY, *fixed, *flags)
+    ended = cli("train", *TINY, *fixed, *flags.split())
     assert ended.code == 0, ended.err
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--epochs", "2", "--batch_size", "32", "--fold", "0", "--use_sample"],
-        [
-            "--epochs",
-            "1",
-            "--batch_size",
-            "24",
-            "--accumulation_steps",
-            "3",
-            "--fp16",
-            "--fold",
-            "1",
-        ],
-        ["--epochs", "1", "--bf16", "--fold", "0", "--select_epoch", "best"],
-        [
-            "--lr",
-            "5e-4",
-            "--lr_backbone",
-            "1e-5",
-            "--epochs",
-            "2",
-            "--freeze_epochs",
-            "1",
-            "--fold",
-            "0",
-        ],
-        ["--augmentation", "heavy", "--epochs", "1", "--fold", "0", "--num_workers", "2"],
-        ["--batch_size", "16", "--accumulation_steps", "4", "--epochs", "1", "--fold", "0"],
+        "--epochs 2 --batch_size 32 --fold 0 --use_sample",
+        "--epochs 1 --batch_size 24 --accumulation_steps 3 --fp16 --fold 1",
+        "--epochs 1 --bf16 --fold 0 --select_epoch best",
+        "--lr 5e-4 --lr_backbone 1e-5 --epochs 2 --freeze_epochs 1 --fold 0",
+        "--augmentation heavy --epochs 1 --fold 0 --num_workers 2",
+        "--batch_size 16 --accumulation_steps 4 --epochs 1 --fold 0",
     ],
 )
-def test_command_lines_run(small_dataset: Path, tmp_path: Path, cli: Cli, flags: list[str]) -> None:
-    ended = cli("train", *TINY, "--data", small_dataset, "--output_dir", tmp_path, *flags)
+def test_command_lines_run(small_dataset: Path, tmp_path: Path, cli: Cli, flags: str) -> None:
+    fixed = ["--data", small_dataset, "--output_dir", tmp_path]
+    ended = cli("train", *TINY, *fixed, *flags.split())
     assert ended.code == 0, ended.err
     assert "checkpoints in" in ended.out
 
 
 def test_it_learns_what_can_be_learnt(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
     """Malignant images are dark here: a model that learns at all gets them right."""
-    flags = [
-        "--data",
-        small_dataset,
-        "--output_dir",
-        tmp_path,
-        "--fold",
-        0,
-        "--epochs",
-        12,
-        "--batch_size",
-        16,
-    ]
-    ended = cli(
-        "train",
-        *TINY,
-        *flags,
-        "--lr",
-        3e-3,
-        "--lr_backbone",
-        3e-3,
-        "--ema_decay",
-        0.8,
-        "--focal_alpha",
-        0.5,
+    flags = ["--data", small_dataset, "--output_dir", tmp_path, "--fold", 0]
+    hyperparameters = (
+        "--epochs 12 --batch_size 16 --lr 3e-3 --lr_backbone 3e-3 --ema_decay 0.8 --focal_alpha 0.5"
     )
+    ended = cli("train", *TINY, *flags, *hyperparameters.split())
     assert ended.code == 0
     oof = pl.read_parquet(tmp_path / "tiny" / "fold_0" / "oof.parquet")
     assert pauc(oof["target"], oof["logit"]) > 0.19
 
 
-def test_same_seed_same_weights_and_a_resumed_run_too(
-    small_dataset: Path, tmp_path: Path, cli: Cli
-) -> None:
-    flags = [
-        *TINY,
-        "--data",
-        small_dataset,
-        "--fold",
-        0,
-        "--batch_size",
-        8,
-        "--augmentation",
-        "medium",
-        "--ema_decay",
-        0.9,
-    ]
-    for name, epochs in (("a", 3), ("b", 3)):
-        assert cli("train", *flags, "--output_dir", tmp_path / name, "--epochs", epochs).code == 0
-    first, second = (
-        (tmp_path / name / "tiny" / "fold_0" / "oof.parquet").read_bytes() for name in "ab"
-    )
-    assert first == second
+def test_equal_seeds_give_equal_scores(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+    flags = "--fold 0 --epochs 3 --batch_size 8 --augmentation medium --ema_decay 0.9"
+    scores = []
+    for name in ("one", "two"):
+        output = tmp_path / name
+        ended = cli("train", *TINY, "--data", small_dataset, "--output_dir", output, *flags.split())
+        assert ended.code == 0, ended.err
+        scores.append((output / "tiny" / "fold_0" / "oof.parquet").read_bytes())
+    assert scores[0] == scores[1]
 
 
 @pytest.mark.slow
 def test_masks_are_learnt_scored_and_exported(
     synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    flags = [
-        "--config",
-        "multitask_demo",
-        "--name",
-        "mt",
-        "--data",
-        synth_dataset,
-        "--output_dir",
-        tmp_path,
-    ]
-    ended = cli("train", *flags, "--num_workers", 0, "--fold", 0, "--epochs", 3, "--num_folds", 3)
+    flags = "--config multitask_demo --name mt --num_workers 0 --fold 0 --epochs 3 --num_folds 3"
+    where = ["--data", synth_dataset, "--output_dir", tmp_path]
+    ended = cli("train", *flags.split(), *where)
     assert ended.code == 0, ended.err
     assert "Dice 0." in ended.out
     fold = tmp_path / "mt" / "fold_0"
@@ -200,8 +128,8 @@ def test_masks_are_learnt_scored_and_exported(
         (["--extra_data", "nowhere"], "nowhere"),
         (
             ["--image_size", "30"],
-            "test_vit does not take images of 30 px (Input height (30) should be divisible by patch size (16)); "
-            "--image_size 32 fits, the size of its own config is 160",
+            "test_vit does not take images of 30 px (Input height (30) should be divisible by "
+            "patch size (16)); --image_size 32 fits, the size of its own config is 160",
         ),
         (
             ["--model", "efficientformer_l1", "--image_size", "128"],
@@ -214,7 +142,7 @@ def test_masks_are_learnt_scored_and_exported(
         (["--name", ""], "--name"),
     ],
 )
-def test_what_is_refused_has_changed_nothing(
+def test_a_refused_command_writes_nothing(
     small_dataset: Path, tmp_path: Path, cli: Cli, flags: list[str], words: str
 ) -> None:
     ended = cli("train", *TINY, "--data", small_dataset, "--output_dir", tmp_path / "out", *flags)
@@ -248,10 +176,10 @@ def test_settings_that_do_not_fit_are_user_errors(
     assert ended.err.count("\n") == 1
 
 
-def test_bfloat16_is_refused_on_a_gpu_that_imitates_it(
+def test_bfloat16_is_refused_on_a_gpu_that_emulates_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The GPU is pretended, because this machine has none."""
+    """With a fake GPU, so that the test runs without one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     settings = tiny_settings(bf16=True, output_dir=tmp_path / "outputs", data=tmp_path)
@@ -287,10 +215,10 @@ def test_images_that_break_the_gradient_are_named(
 
 
 @pytest.mark.slow
-def test_a_run_killed_within_an_epoch_goes_on_to_the_same_end(
+def test_a_run_killed_within_an_epoch_resumes_to_the_same_result(
     small_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    flags = [*LONG_EPOCHS, "--data", small_dataset, "--augmentation", "light"]
+    flags = [*LONG_EPOCHS.split(), "--data", small_dataset, "--augmentation", "light"]
     assert cli("train", *TINY, *flags, "--output_dir", tmp_path / "whole").code == 0
     whole, halves = (tmp_path / name / "tiny" / "fold_0" for name in ("whole", "halves"))
     with started(*flags, "--output_dir", tmp_path / "halves") as process:
@@ -321,20 +249,13 @@ def test_a_run_killed_within_an_epoch_goes_on_to_the_same_end(
 def test_a_signal_ends_a_run_cleanly(
     number: signal.Signals, workers: int, small_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    flags = [
-        *LONG_EPOCHS,
-        "--data",
-        small_dataset,
-        "--output_dir",
-        tmp_path,
-        "--num_workers",
-        workers,
-    ]
+    where = ["--data", small_dataset, "--output_dir", tmp_path]
+    flags = [*LONG_EPOCHS.split(), *where, "--num_workers", workers]
     last = tmp_path / "tiny" / "fold_0" / LAST_CHECKPOINT
     with started(*flags) as process:
         wait_for(last, process)
         time.sleep(0.2)
-        os.killpg(process.pid, number)  # as a terminal does: to the loader's processes as well
+        os.killpg(process.pid, number)  # a terminal signals the loader's processes too
         _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert f"stopped by {number.name}; the same command with --resume continues" in err

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -28,14 +30,15 @@ def test_head_and_backbone_have_their_own_rates_and_vectors_are_not_decayed() ->
 
 def test_layer_decay_falls_towards_the_input_and_leaves_the_head_alone() -> None:
     model = create_model(tiny_settings())
-    rate = {
-        id(weight): group["lr"]
-        for group in create_optimizer(
-            model, lr=1e-2, lr_backbone=1e-3, weight_decay=0.05, layer_decay=0.5
-        ).param_groups
-        for weight in group["params"]
-    }
-    blocks = [rate[id(block.mlp.fc1.weight)] for block in model.backbone.blocks]  # type: ignore[union-attr, attr-defined]
+    optimizer = create_optimizer(
+        model, lr=1e-2, lr_backbone=1e-3, weight_decay=0.05, layer_decay=0.5
+    )
+    rate = {}
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            rate[id(weight)] = group["lr"]
+    backbone: Any = model.backbone
+    blocks = [rate[id(block.mlp.fc1.weight)] for block in backbone.blocks]
     assert np.allclose(np.divide(blocks[1:], blocks[:-1]), 2)
     assert max(blocks) <= 1e-3
     assert {rate[id(weight)] for weight in model.head.parameters()} == {1e-2}
@@ -60,10 +63,11 @@ def test_the_schedule_warms_up_and_falls_to_zero() -> None:
     ],
 )
 def test_the_backbone_warms_up_when_it_is_thawed(name: str, flags: dict[str, float]) -> None:
-    """The head's rates are those of a schedule that knows of no freezing, to the bit."""
+    """The head's rates are those of a schedule without freezing, to the bit."""
     settings = load_settings(TrainSettings, {"config": name, **flags})
     per_epoch = 40
-    thaw, warmup = settings.freeze_epochs * per_epoch, round(settings.warmup_epochs * per_epoch)
+    thaw = settings.freeze_epochs * per_epoch
+    warmup = round(settings.warmup_epochs * per_epoch)
     schedule = create_schedule(
         per_epoch, settings.epochs, settings.warmup_epochs, settings.freeze_epochs
     )

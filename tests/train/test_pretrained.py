@@ -1,5 +1,3 @@
-"""Weights that a run starts from must not have learned from the rows that it holds out."""
-
 import json
 import shutil
 from collections.abc import Callable
@@ -41,7 +39,7 @@ def seen_ids(run: Path, fold: int) -> set[str]:
     return set(read_seen(run / f"fold_{fold}" / "trained_on.parquet")["isic_id"])
 
 
-def test_weights_that_met_held_out_rows_are_refused(train: Train, tmp_path: Path) -> None:
+def test_weights_that_learned_from_held_out_rows_are_refused(train: Train, tmp_path: Path) -> None:
     assert train("old").code == 0
     backbone = tmp_path / "old" / "fold_0" / "backbone"
 
@@ -51,7 +49,7 @@ def test_weights_that_met_held_out_rows_are_refused(train: Train, tmp_path: Path
     assert not (tmp_path / "leak").exists()
 
     ended = train("leak", "--pretrained", backbone)
-    assert ended.code == 2, "fold 0 alone would be sound; the others are refused before it begins"
+    assert ended.code == 2, "refused before fold 0, the only sound one, begins"
     assert not (tmp_path / "leak").exists()
 
     ended = train("sound", "--fold", 0, "--pretrained", backbone)

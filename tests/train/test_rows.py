@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import cv2
 import h5py
 import numpy as np
 import polars as pl
@@ -48,7 +49,7 @@ def test_bad_images_stop_the_run_or_are_skipped(
 
 
 def test_no_image_is_skipped_for_its_suffix(cli: Cli, small_dataset: Path, tmp_path: Path) -> None:
-    """Seven of sixty in capitals, as some cameras write them, and two that cannot be read."""
+    """Some suffixes are in capitals, as some cameras write them, and two files are unreadable."""
     folder = small_dataset / "train-image"
     folder.mkdir()
     with h5py.File(small_dataset / "train-image.hdf5") as file:
@@ -67,8 +68,7 @@ def test_no_image_is_skipped_for_its_suffix(cli: Cli, small_dataset: Path, tmp_p
 
 
 def mask_png(width: int, height: int, value: int = 255) -> bytes:
-    import cv2
-
+    """Returns a mask of one grey value."""
     return bytes(cv2.imencode(".png", np.full((height, width), value, np.uint8))[1])
 
 
@@ -162,6 +162,16 @@ def test_extra_rows_that_are_all_in_the_dataset_are_skipped(
     ended = cli("train", *TINY, *flags, "--extra_data", small_dataset)
     assert ended.code == 0, ended.err
     assert "60 rows skipped" in ended.out, ended.err
+
+
+def test_masks_stay_if_no_extra_row_is_left(small_dataset: Path, tmp_path: Path) -> None:
+    write_hdf5(small_dataset / "masks.hdf5", {"ISIC_0000001": mask_png(41, 41)})
+    settings = tiny_settings(
+        data=small_dataset, output_dir=tmp_path, extra_data=[small_dataset], mask_weight=1.0
+    )
+    masks = load_data(settings).rows.masks
+    assert masks is not None
+    assert masks.is_empty.sum() == 59
 
 
 @pytest.mark.parametrize("target", [0, 1])

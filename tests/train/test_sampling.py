@@ -11,7 +11,7 @@ from train.rows import load_data
 from train.sampling import EpochSampler, RankSampler, create_pools
 
 
-def test_the_sampler_redraws_negatives_by_seed_and_epoch_alone() -> None:
+def test_negatives_depend_on_seed_and_epoch_only() -> None:
     rows, target = np.arange(200), (np.arange(200) % 10 == 0).astype(np.float32)
     pools = create_pools(rows, target, repeats=2, per_positive=3)
 
@@ -38,15 +38,15 @@ def test_rank_batches_make_up_the_batches_of_one_process(
     pools = create_pools(rows, (rows % 3 == 0).astype(np.float32), repeats=1, per_positive=None)
     epoch = EpochSampler(pools, seed=42, epoch=3)
     whole = list(RankSampler(epoch, batch_size * world_size, 0, 1))
-    shares = [list(RankSampler(epoch, batch_size, rank, world_size)) for rank in range(world_size)]
-    assert [len(share) for share in shares] == [
+    by_rank = [list(RankSampler(epoch, batch_size, rank, world_size)) for rank in range(world_size)]
+    assert [len(keys) for keys in by_rank] == [
         len(RankSampler(epoch, batch_size, r, world_size)) for r in range(world_size)
     ]
-    drawn = [key for share in shares for key in share]
+    drawn = [key for keys in by_rank for key in keys]
     assert sorted(drawn) == sorted(whole)
     assert len(set(drawn)) == len(drawn)
-    for at in range(0, len(shares[0]), batch_size):
-        batch = [key for share in shares for key in share[at : at + batch_size]]
+    for at in range(0, len(by_rank[0]), batch_size):
+        batch = [key for keys in by_rank for key in keys[at : at + batch_size]]
         assert sorted(batch) == sorted(whole[at * world_size : (at + batch_size) * world_size])
 
 
@@ -59,7 +59,7 @@ def test_extra_weight_scales_what_an_epoch_shows_of_both_classes(weight: float) 
     assert len(shown) == round(2 * weight * 10)
     assert len(drawn) - len(shown) == round(weight * 20)
     counts = [shown.count(row) for row in range(0, 40, 4)]
-    assert max(counts) - min(counts) <= 1, "each positive equally often, but for a remainder"
+    assert max(counts) - min(counts) <= 1, "each positive equally often, except for a remainder"
 
 
 def test_every_extra_dataset_keeps_the_ratio_of_classes(
@@ -90,8 +90,8 @@ def test_every_extra_dataset_keeps_the_ratio_of_classes(
             assert (data.target[rows] == 0).sum() == 1.5 * weight * num_positives
     assert np.array_equal(epochs[0], epochs[2])
     few = [set(rows[(data.source[rows] == 1) & (data.target[rows] == 0)]) for rows in epochs]
-    assert len(few[0]) == 6, "negatives are redrawn"
-    assert few[0] != few[1], "negatives are redrawn"
+    assert len(few[0]) == 6
+    assert few[0] != few[1], "sampled again each epoch"
 
 
 def test_an_epoch_of_mostly_extra_rows_is_warned_of(

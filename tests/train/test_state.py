@@ -15,8 +15,8 @@ from train.rows import load_data
 from train.state import TrainState, create_state, restore, save_last
 
 
-def test_a_restored_state_learns_on_to_the_same_bits(small_dataset: Path, tmp_path: Path) -> None:
-    """With what a transformer in float32 lacks: batch statistics, channels-last weights, and a loss scale that fell."""
+def test_a_restored_state_continues_to_the_same_bits(small_dataset: Path, tmp_path: Path) -> None:
+    """With batch statistics, channels-last weights and a loss scale that was lowered."""
     settings = tiny_settings(
         model="test_efficientnet",
         data=small_dataset,
@@ -27,16 +27,15 @@ def test_a_restored_state_learns_on_to_the_same_bits(small_dataset: Path, tmp_pa
     )
     digest = load_data(settings).folds.digest
 
-    def learn(state: TrainState, num_batches: int, broken: float = 1.0) -> None:
-        batches = [
-            random_batch(8)._replace(target=torch.full((8,), broken)) for _ in range(num_batches)
-        ]
+    def learn(state: TrainState, num_batches: int, target: float = 1.0) -> None:
+        batches = [random_batch(8)._replace(target=torch.full((8,), target))] * num_batches
         torch.manual_seed(state.step)
         train_epoch(state, state.model, batches, peak_rates(99), settings, CPU, "")
 
-    state, restored = create_state(settings, CPU, 0), create_state(settings, CPU, 1)
+    state = create_state(settings, CPU, 0)
+    restored = create_state(settings, CPU, 1)
     learn(state, 3)
-    learn(state, 1, broken=torch.nan)
+    learn(state, 1, target=torch.nan)
     save_last(tmp_path / LAST_CHECKPOINT, state, settings, digest)
     restore(restored, tmp_path / LAST_CHECKPOINT, settings, digest)
     ends = []
@@ -68,8 +67,8 @@ def test_a_last_checkpoint_of_an_earlier_version_resumes(
 
 
 @pytest.mark.slow
-def test_a_convolution_that_damages_the_heap_is_avoided() -> None:
-    """In a process of its own: torch would end this one with a segmentation fault or an abort."""
+def test_a_convolution_that_corrupts_the_heap_is_avoided() -> None:
+    """In its own process, which would end with a segmentation fault or an abort."""
     script = """
 import torch
 from train.config import TrainSettings

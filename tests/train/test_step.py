@@ -1,8 +1,5 @@
-import contextlib
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,32 +10,26 @@ from tests.support.commands import tiny_settings
 from tests.support.datasets import small_table
 from tests.support.training import CPU, peak_rates, random_batch
 from train.augment import create_mixup
-from train.batch import Batch, to_device
+from train.batch import Batch, split, to_device
 from train.loop import train_epoch
-from train.state import create_state
+from train.state import TrainState, create_state
 from train.step import NonFiniteGradient, accumulate, optimizer_step
 
 
-def test_accumulated_batches_give_the_gradient_of_one(small_dataset: Path) -> None:
+def test_accumulated_batches_give_the_gradient_of_one() -> None:
     """Four micro-batches of 4 and one batch of 16 lead to the same weights."""
-    random = np.random.default_rng(0)
-    images = torch.from_numpy(random.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8))
-    target, rows = torch.from_numpy((random.random(16) < 0.5).astype(np.float32)), torch.arange(16)
     weights = []
-    for size, steps in ((16, 1), (4, 4)):
-        settings = tiny_settings(accumulation_steps=steps)
+    for num_batches in (1, 4):
+        settings = tiny_settings(accumulation_steps=num_batches)
         state = create_state(settings, CPU, 0)
-        batches = [
-            Batch(*(part[at : at + size] for part in (images, target, rows)))
-            for at in range(0, 16, size)
-        ]
+        batches = split(random_batch(16), num_batches)
         train_epoch(state, state.model, batches, peak_rates(1), settings, CPU, "")
         weights.append(torch.cat([p.detach().ravel() for p in state.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-3)
 
 
-def broken_batch(row: int, value: float = 1.0) -> Batch:
-    """A batch of two equal images; a target that is not a number breaks loss and gradient."""
+def equal_images(row: int, value: float = 1.0) -> Batch:
+    """Returns two equal images; the target NaN makes loss and gradient NaN."""
     return Batch(
         torch.zeros(2, 32, 32, 3, dtype=torch.uint8),
         torch.full((2,), value),
@@ -48,33 +39,32 @@ def broken_batch(row: int, value: float = 1.0) -> Batch:
 
 @pytest.mark.parametrize("num_after", [0, 5])
 def test_a_gradient_that_is_not_finite_stops_before_the_step(num_after: int) -> None:
-    """However many steps are under way when the host gets to know, the weights are those before the broken one."""
+    """However many steps are queued when the host learns of it."""
     settings = tiny_settings(clip_grad=1e9)
-    weights = []
-    for tail in ([], [broken_batch(4, torch.nan), *[broken_batch(8)] * num_after]):
-        state = create_state(settings, CPU, 0)
-        with (
-            contextlib.suppress(NonFiniteGradient)
-            if not tail
-            else pytest.raises(NonFiniteGradient) as stopped
-        ):
-            train_epoch(
-                state, state.model, [broken_batch(0), *tail], peak_rates(9), settings, CPU, ""
-            )
-        moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
-        weights.append([*state.model.state_dict().values(), *moments])
-    assert all(torch.equal(one, two) for one, two in zip(*weights, strict=True))
-    sentence = stopped.value.describe(small_table()["isic_id"])
-    assert (
-        "not finite at step 1, in epoch 1, on the images ISIC_0000004, ISIC_0000005; lower --lr"
-        in sentence
-    )
+    good = [equal_images(0)]
+    bad = [*good, equal_images(4, torch.nan), *[equal_images(8)] * num_after]
+    expected = create_state(settings, CPU, 0)
+    train_epoch(expected, expected.model, good, peak_rates(9), settings, CPU, "")
+    state = create_state(settings, CPU, 0)
+    with pytest.raises(NonFiniteGradient) as stopped:
+        train_epoch(state, state.model, bad, peak_rates(9), settings, CPU, "")
+    for one, two in zip(tensors(expected), tensors(state), strict=True):
+        assert torch.equal(one, two)
+    message = stopped.value.describe(small_table()["isic_id"])
+    where = "at step 1, in epoch 1, on the images ISIC_0000004, ISIC_0000005"
+    assert f"not finite {where}; lower --lr" in message
+
+
+def tensors(state: TrainState) -> list[torch.Tensor]:
+    """Returns the weights and the optimizer's moments."""
+    moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
+    return [*state.model.state_dict().values(), *moments]
 
 
 def test_loss_scaling_skips_steps_that_overflow() -> None:
     settings = tiny_settings(fp16=True)
     state = create_state(settings, CPU, 0)
-    batches = [broken_batch(0), broken_batch(2, torch.nan), broken_batch(4)]
+    batches = [equal_images(0), equal_images(2, torch.nan), equal_images(4)]
     stats = train_epoch(state, state.model, batches, peak_rates(3), settings, CPU, "")
     assert stats.skipped_steps == 1
     assert len(stats.losses) == state.step == 3
@@ -84,12 +74,12 @@ def test_loss_scaling_skips_steps_that_overflow() -> None:
     assert all(weight.isfinite().all() for weight in state.model.parameters())
     with pytest.raises(NonFiniteGradient, match="not finite"):
         train_epoch(
-            state, state.model, [broken_batch(2, torch.nan)] * 40, peak_rates(50), settings, CPU, ""
+            state, state.model, [equal_images(2, torch.nan)] * 40, peak_rates(50), settings, CPU, ""
         )
 
 
 class HostSyncs(TorchDispatchMode):
-    """Collects the operations that hand the host a value, for which a GPU would have to finish all its work."""
+    """Collects operations that return a value to the host, which would wait for a GPU."""
 
     SYNCING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
 
@@ -114,13 +104,8 @@ def test_a_host_sync_is_noticed() -> None:
     [
         {"ema_decay": 0.9, "accumulation_steps": 2},
         {"fp16": True, "mask_weight": 1.0},
-        {
-            "bf16": True,
-            "mixup": 0.4,
-            "cutmix": 0.4,
-            "model": "test_efficientnet",
-            "drop_path_rate": 0.1,
-        },
+        {"bf16": True, "mixup": 0.4, "cutmix": 0.4},
+        {"bf16": True, "model": "test_efficientnet", "drop_path_rate": 0.1},
     ],
 )
 def test_a_step_makes_no_host_sync(values: dict[str, object]) -> None:
@@ -136,7 +121,7 @@ def test_a_step_makes_no_host_sync(values: dict[str, object]) -> None:
 
 
 class OutOfMemory(nn.Module):
-    """Stands in for a GPU, which this machine may lack: it holds no more than `limit` images."""
+    """Raises what a GPU raises whose memory holds no more than `limit` images."""
 
     def __init__(self, model: nn.Module, limit: int) -> None:
         super().__init__()
@@ -154,18 +139,12 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     weights = []
+    settings = tiny_settings(batch_size=16)
+    batches = [random_batch(16)] * 2
     for limit in (16, 5):
-        state = create_state(tiny_settings(batch_size=16), CPU, 0)
+        state = create_state(settings, CPU, 0)
         forward = OutOfMemory(state.model, limit)
-        train_epoch(
-            state,
-            forward,
-            [random_batch(16)] * 2,
-            peak_rates(2),
-            tiny_settings(batch_size=16),
-            CPU,
-            "",
-        )
+        train_epoch(state, forward, batches, peak_rates(2), settings, CPU, "")
         weights.append(torch.cat([weight.detach().ravel() for weight in state.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-3)
     assert forward.sizes == [4] * 8

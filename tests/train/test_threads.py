@@ -1,5 +1,3 @@
-"""The number of threads of a run on a CPU: who decides on it, and how it is measured."""
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +24,7 @@ def _as_before() -> Iterator[None]:
 
 
 class Machine:
-    """A machine on which a pass takes some seconds with each number of threads, and a clock that shows them."""
+    """A simulated machine, with seconds per image by number of threads, and its clock."""
 
     def __init__(self, seconds_per_image: dict[int, list[float]]) -> None:
         self.seconds_per_image, self.now, self.passes = seconds_per_image, 0.0, list[int]()
@@ -72,7 +70,8 @@ def test_the_measurement_changes_neither_model_nor_random_numbers(
     )
     model = create_state(settings, CPU, 0).model
     model.backbone.requires_grad_(False)
-    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
     words = set_threads(model, settings, CPU, None)
     assert torch.get_num_threads() in (1, 2)
     assert "1 thread: " in words
@@ -101,7 +100,7 @@ def test_settings_come_before_the_stopped_run_and_that_before_the_environment(
 
 
 def test_several_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun sets OMP_NUM_THREADS to 1 if it is not set; that is no wish of the user's."""
+    """torchrun sets OMP_NUM_THREADS to 1 if it is not set: not a choice of the user."""
     monkeypatch.setattr(threads, "num_cores", lambda: 16)
     monkeypatch.setattr(threads, "DEFAULT_THREADS", 8)
     assert threads.thread_counts() == [1, 8, 16]
