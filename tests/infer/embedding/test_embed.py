@@ -54,9 +54,8 @@ def test_each_train_image_once_by_the_fold_that_held_it_out_and_each_test_image_
     assert sorted(train["isic_id"]) == sorted(table["isic_id"])
     assert (read_folds(embedded / "folds.parquet").of(train) == train["fold"]).all()
     assert sorted(test["isic_id"]) == sorted([*dataset.metadata("test")["isic_id"]] * 3)
-    assert (
-        train.schema["features"] == pl.Array(pl.Float16, 64) and train.schema["logit"] == pl.Float32
-    )
+    assert train.schema["features"] == pl.Array(pl.Float16, 64)
+    assert train.schema["logit"] == pl.Float32
     run = read_run(embedded, "train")
     assert (run["num_images"], run["num_bad"], run["folds"]) == (len(table), 0, [0, 1, 2])
 
@@ -86,16 +85,17 @@ def test_a_second_run_does_nothing_and_another_setting_is_refused(
     exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
     first = cli("infer", *embed_flags(exported, synth_dataset, tmp_path, "--split", "train"))
-    assert first.code == 0 and first.out.strip().splitlines()[-1].startswith(
-        "embedded config=tiny split=train images="
-    )
+    assert first.code == 0
+    assert first.out.strip().splitlines()[-1].startswith("embedded config=tiny split=train images=")
     again = cli("infer", *embed_flags(exported, synth_dataset, tmp_path, "--split", "train"))
-    assert again.code == 0 and again.out.startswith("up to date")
+    assert again.code == 0
+    assert again.out.startswith("up to date")
     other = cli(
         "infer",
         *embed_flags(exported, synth_dataset, tmp_path, "--split", "train", "--dtype", "float32"),
     )
-    assert other.code == 2 and "made with dtype = float16, now it is float32" in other.err
+    assert other.code == 2
+    assert "made with dtype = float16, now it is float32" in other.err
     forced = cli(
         "infer",
         *embed_flags(
@@ -161,11 +161,11 @@ def test_bad_images_are_listed_and_never_end_a_run(
         "infer",
         *embed_flags(exported, broken_dataset, tmp_path, "--split", "test", "--max_bad", 0.5),
     )
-    assert ended.code == 0 and "bad=4" in ended.out
+    assert ended.code == 0
+    assert "bad=4" in ended.out
     errors = dict(pl.read_parquet(tmp_path / "tiny" / "test" / "errors.parquet").iter_rows())
-    assert (
-        list(errors.values())[:2] == ["no image for this id", "truncated JPEG"] and len(errors) == 4
-    )
+    assert list(errors.values())[:2] == ["no image for this id", "truncated JPEG"]
+    assert len(errors) == 4
     ids = read_metadata(broken_dataset / "test-metadata.csv")["isic_id"]
     kept = scan_embeddings(tmp_path / "tiny", "test").collect()["isic_id"].unique()
     assert set(kept) == set(ids) - set(errors)
@@ -178,9 +178,12 @@ def test_bad_images_stop_the_run_where_they_should(
         "infer",
         *embed_flags(exported, broken_dataset, tmp_path, "--split", "test", "--on_error", "raise"),
     )
-    assert ended.code == 2 and "no image for this id" in ended.err
+    assert ended.code == 2
+    assert "no image for this id" in ended.err
     ended = cli("infer", *embed_flags(exported, broken_dataset, tmp_path, "--split", "test"))
-    assert ended.code == 2 and "4 of the first" in ended.err and "--max_bad" in ended.err
+    assert ended.code == 2
+    assert "4 of the first" in ended.err
+    assert "--max_bad" in ended.err
 
 
 def test_a_graph_of_another_contract_is_refused(tmp_path: Path) -> None:
@@ -231,8 +234,11 @@ def test_a_gpu_that_is_not_there_is_refused_with_the_cause(
     if unavailable_reason("onnx", "cuda") is None:
         pytest.skip("this machine has a GPU")
     ended = cli("infer", *embed_flags(exported, synth_dataset, tmp_path, "--device", "cuda"))
-    assert ended.code == 2 and ended.err.count("\n") == 1 and "doctor" not in ended.err
-    assert "does not run on --device cuda here: " in ended.err and "--device cpu" in ended.err
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert "doctor" not in ended.err
+    assert "does not run on --device cuda here: " in ended.err
+    assert "--device cpu" in ended.err
 
 
 @pytest.mark.parametrize("visible", ["-1", "", "0,-1,1", "0"])
@@ -248,7 +254,8 @@ def test_a_gpu_that_is_hidden_or_absent_leaves_the_cpu_and_its_batches(
         pytest.skip("this machine has a GPU")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     ended = cli("infer", *embed_flags(exported, synth_dataset, tmp_path, "--split", "test"))
-    assert ended.code == 0 and ended.err == ""
+    assert ended.code == 0
+    assert ended.err == ""
     run = json.loads((tmp_path / "tiny" / "test" / "run.json").read_text())
     assert (run["device"], run["batch_size"]) == ("cpu", 64)
 
@@ -267,7 +274,8 @@ def test_int8_that_was_checked_on_another_kind_of_cpu_is_warned_of(
             manifest["parity"]["cpu"]["architecture"] = architecture
             path.write_text(json.dumps({**manifest, "precision": precision}))
         ended = cli("infer", *embed_flags(run, synth_dataset, tmp_path / "out", "--split", "test"))
-        assert ended.code == 0 and ended.err.count("\n") == num_warnings
+        assert ended.code == 0
+        assert ended.err.count("\n") == num_warnings
         assert ended.err.count("in int8 was checked on sparc64, this is ") == num_warnings
 
 
@@ -298,7 +306,8 @@ def test_the_challenges_own_test_images(
         == 0
     )
     rows = scan_embeddings(tmp_path / "tiny", "test").collect()
-    assert rows["isic_id"].n_unique() == 3 and len(rows) == 9
+    assert rows["isic_id"].n_unique() == 3
+    assert len(rows) == 9
     assert rows["logit"].is_finite().all()
 
 
@@ -324,7 +333,8 @@ def test_a_run_says_what_it_did_and_where_the_time_went(whole: Path) -> None:
     )
     assert set(run["seconds"]) == {"total", "decode_wait", "engine", "write_wait"}
     assert sum(run["wait_shares"].values()) == pytest.approx(1)
-    assert run["bound_by"] in {"decode", "engine", "write"} and run["images_per_second"] > 0
+    assert run["bound_by"] in {"decode", "engine", "write"}
+    assert run["images_per_second"] > 0
     assert run["peak_memory_mb"] is None or 20 < run["peak_memory_mb"] < 1500
     assert {"numpy", "polars", "opencv-python-headless"} <= set(run["versions"])
 
@@ -335,17 +345,16 @@ def test_the_last_line_is_for_scripts_and_a_pipe_sees_no_bar(
     ended = fake_run.run(tmp_path)
     kind, *fields = ended.stdout.splitlines()[-1].split()
     values = dict(field.split("=", 1) for field in fields)
-    assert kind == "embedded" and ended.stderr == ""
+    assert kind == "embedded"
+    assert ended.stderr == ""
     assert (values["images"], values["bad"], values["split"], values["config"]) == (
         "300",
         "0",
         "train",
         "null",
     )
-    assert (
-        float(values["images_per_second"]) > 0
-        and Path(values["output"]) == tmp_path / "null" / "train"
-    )
+    assert float(values["images_per_second"]) > 0
+    assert Path(values["output"]) == tmp_path / "null" / "train"
 
 
 def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(
@@ -411,8 +420,10 @@ def test_a_signal_ends_it_cleanly_and_it_goes_on_from_there(
     assert process.returncode == 128 + number
     assert errors == f"stopped by {number.name}; the same command resumes the run\n"
     num_done = len(shard_bytes(tmp_path))
-    assert 0 < num_done < 15 and not list(tmp_path.rglob(".*.tmp"))
-    assert slow.run(tmp_path).returncode == 0 and len(shard_bytes(tmp_path)) == 16
+    assert 0 < num_done < 15
+    assert not list(tmp_path.rglob(".*.tmp"))
+    assert slow.run(tmp_path).returncode == 0
+    assert len(shard_bytes(tmp_path)) == 16
 
 
 def test_a_full_disk_is_a_sentence_and_a_rerun_completes(tmp_path: Path) -> None:
@@ -423,10 +434,8 @@ def test_a_full_disk_is_a_sentence_and_a_rerun_completes(tmp_path: Path) -> None
     with small_disk(disk, "40k"):
         ended = wide.run(disk)
         assert ended.returncode == 2
-        assert (
-            ended.stderr.startswith("error: the disk is full, so ")
-            and ended.stderr.count("\n") == 1
-        )
+        assert ended.stderr.startswith("error: the disk is full, so ")
+        assert ended.stderr.count("\n") == 1
         written = shard_bytes(disk)
         expected = shard_bytes(tmp_path / "whole")
         assert 0 < len(written) < len(expected)
@@ -449,19 +458,19 @@ def test_more_bad_images_than_allowed_stop_a_run_however_it_is_cut_up(
         file["ISIC_0000005"] = np.bytes_(b"text")
     damaged = FakeRun(data, fake_run.model_dir)
     allowed = cli("infer", *damaged.flags(tmp_path / "out"))
-    assert allowed.code == 0 and "images=297 bad=3" in allowed.out
+    assert allowed.code == 0
+    assert "images=297 bad=3" in allowed.out
     errors = dict(
         pl.read_parquet(tmp_path / "out/null/train/errors.parquet").sort("isic_id").iter_rows()
     )
     assert list(errors.values()) == ["no image for this id", "truncated JPEG", "not an image"]
     stopped = cli("infer", *damaged.flags(tmp_path / "strict", "--max_bad", 0.005))
-    assert (
-        stopped.code == 2
-        and "images cannot be used (" in stopped.err
-        and "--max_bad" in stopped.err
-    )
+    assert stopped.code == 2
+    assert "images cannot be used (" in stopped.err
+    assert "--max_bad" in stopped.err
     again = cli("infer", *damaged.flags(tmp_path / "out", "--on_error", "raise"))
-    assert again.code == 2 and "; fix it, or skip such images" in again.err
+    assert again.code == 2
+    assert "; fix it, or skip such images" in again.err
 
 
 def test_a_fold_plan_that_is_not_the_engines_is_refused(
@@ -472,14 +481,17 @@ def test_a_fold_plan_that_is_not_the_engines_is_refused(
     shifted = folds.table.with_columns((pl.col("fold") + 1) % 3)
     type(folds)(shifted).write(model_dir / "folds.parquet")
     ended = cli("infer", *FakeRun(fake_run.data, model_dir).flags(tmp_path / "out"))
-    assert ended.code == 2 and "was trained with the fold plan" in ended.err
+    assert ended.code == 2
+    assert "was trained with the fold plan" in ended.err
 
 
 def test_a_fold_without_an_engine_is_told_of(fake_run: FakeRun, tmp_path: Path, cli: Cli) -> None:
     model_dir = Path(shutil.copytree(fake_run.model_dir, tmp_path / "null"))
     (model_dir / "fold_1" / FILE).unlink()
     ended = cli("infer", *FakeRun(fake_run.data, model_dir).flags(tmp_path / "out"))
-    assert ended.code == 0 and "note: fold_1 in" in ended.out and "are not embedded" in ended.out
+    assert ended.code == 0
+    assert "note: fold_1 in" in ended.out
+    assert "are not embedded" in ended.out
 
 
 def test_the_lists_of_training_images_go_along(fake_run: FakeRun, tmp_path: Path, cli: Cli) -> None:
@@ -512,5 +524,6 @@ def test_no_thread_is_left_behind(fake_run: FakeRun, tmp_path: Path, cli: Cli) -
 def test_a_dataset_is_no_place_for_embeddings(fake_run: FakeRun, tmp_path: Path, cli: Cli) -> None:
     shutil.copytree(fake_run.data, tmp_path / "null")
     ended = cli("infer", *fake_run.flags(tmp_path))
-    assert ended.code == 2 and "holds a dataset" in ended.err
+    assert ended.code == 2
+    assert "holds a dataset" in ended.err
     assert not (tmp_path / "null" / "folds.parquet").exists()

@@ -8,10 +8,7 @@ from infer.embedding.views import VIEWS, apply_view, run_averaged
 from infer.engines import PinsMemory, load
 from infer.engines.null import FILE, write_run
 from isic.preprocess import PreprocessSpec
-from tests.support.fake_run import (
-    FakeRun,
-    make_fake_run,
-)
+from tests.support.fake_run import FakeRun, make_fake_run
 
 
 def test_views_are_groups_and_the_average_does_not_depend_on_which_view_is_shown() -> None:

@@ -22,7 +22,9 @@ def test_ranks_keep_every_order_and_reach_beyond_what_was_seen() -> None:
     reference = np.array([0.2, 0.4, 0.4, 0.6])
     score = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 1.0])
     ranks = rank_in(score, reference)
-    assert (np.diff(ranks) > 0).all() and ranks.min() > 0 and ranks.max() < 1
+    assert (np.diff(ranks) > 0).all()
+    assert ranks.min() > 0
+    assert ranks.max() < 1
     assert ranks[[2, 4, 5]].tolist() == [0.125, 0.5, 0.875]
 
 

@@ -111,13 +111,13 @@ def test_the_image_score_alone_and_with_the_rest(
         json.loads((tmp_path / name / "scores.json").read_text())["blend"]["auc"]
         for name in ("image_tiny", "raw", "multimodal_tiny")
     )
-    assert both > max(image, raw) and not list((tmp_path / "image_tiny").glob("lightgbm*"))
+    assert both > max(image, raw)
+    assert not list((tmp_path / "image_tiny").glob("lightgbm*"))
     manifest = json.loads((tmp_path / "multimodal_tiny" / "ensemble.json").read_text())
     assert manifest["embeddings"]["config"] == "tiny"
     state = json.loads((tmp_path / "multimodal_tiny" / "state.json").read_text())
-    assert state["names"][-2:] == ["image_score", "image_score_patient_diff"] and set(
-        state["image"]
-    ) == {"0", "1", "2"}
+    assert state["names"][-2:] == ["image_score", "image_score_patient_diff"]
+    assert set(state["image"]) == {"0", "1", "2"}
 
 
 def test_the_embeddings_fold_plan_is_the_one_used(data: Path, tmp_path: Path) -> None:
@@ -253,11 +253,10 @@ def test_a_fit_that_was_killed_is_repeated(
 def test_every_library_has_its_boosters_scores_and_settings(three_libraries: Path) -> None:
     manifest = json.loads((three_libraries / "ensemble.json").read_text())
     assert {entry["library"] for entry in manifest["boosters"]} == set(LIBRARIES)
-    assert len(manifest["boosters"]) == 3 * NUM_FOLDS * 2 and manifest["weights"]["lightgbm"] == 2
-    assert (
-        manifest["parameters"]["catboost"]["depth"] == 3
-        and manifest["parameters"]["xgboost"]["num_rounds"] == 8
-    )
+    assert len(manifest["boosters"]) == 3 * NUM_FOLDS * 2
+    assert manifest["weights"]["lightgbm"] == 2
+    assert manifest["parameters"]["catboost"]["depth"] == 3
+    assert manifest["parameters"]["xgboost"]["num_rounds"] == 8
     assert json.loads((three_libraries / "xgboost_fold_0_seed_1.json").read_text())["learner"]
     assert json.loads((three_libraries / "catboost_fold_0_seed_1.json").read_text())[
         "oblivious_trees"

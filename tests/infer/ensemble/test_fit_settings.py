@@ -18,11 +18,9 @@ def test_flags_win_over_the_file(library_config: Path) -> None:
     chosen = build(
         FitSettings, {"config": str(library_config), "catboost": "{depth: 2}", "seeds": "4"}
     )
-    assert (
-        chosen.parameters("catboost")["depth"] == 2
-        and chosen.seeds == 4
-        and chosen.features == "raw"
-    )
+    assert chosen.parameters("catboost")["depth"] == 2
+    assert chosen.seeds == 4
+    assert chosen.features == "raw"
 
 
 BAD = {

@@ -19,7 +19,8 @@ def test_the_manifest_has_the_lesions_per_patient(fitted: Path, data: Path) -> N
     assert described["patients"] == len(counts) == 40
     percentiles = described["percentiles"]
     assert (percentiles["0"], percentiles["100"]) == (counts[0], counts[-1])
-    assert percentiles["5"] == counts[1] and percentiles["50"] == counts[19]
+    assert percentiles["5"] == counts[1]
+    assert percentiles["50"] == counts[19]
 
 
 FEW = "3 of the 9 patients have fewer than 2 lesions, percentile 5 of the 40 training patients"

@@ -29,10 +29,12 @@ def test_out_of_fold_scores_are_one_a_model_and_their_mean(fitted: Path, data: P
     ]
     assert oof["isic_id"].to_list() == sorted(train_table(data)["isic_id"])
     np.testing.assert_allclose(oof["blend"], (oof["lightgbm_seed_0"] + oof["lightgbm_seed_1"]) / 2)
-    assert oof["blend"].is_between(0, 1).all() and oof["blend"].n_unique() > 100
+    assert oof["blend"].is_between(0, 1).all()
+    assert oof["blend"].n_unique() > 100
     scores = json.loads((fitted / "scores.json").read_text())
     assert scores["blend"]["pauc"] == pauc(oof["target"], oof["blend"])
-    assert len(scores["blend"]["pauc_by_fold"]) == 3 and set(scores) == set(oof.columns[3:])
+    assert len(scores["blend"]["pauc_by_fold"]) == 3
+    assert set(scores) == set(oof.columns[3:])
 
 
 def test_fold_members_of_held_out_rows_were_fitted_without_them(
@@ -79,12 +81,10 @@ def test_negatives_are_drawn_only_where_there_are_more_than_wanted() -> None:
     target = np.array([1] * 3 + [0] * 50)
     rows = np.arange(1, 53)
     drawn = undersample(target, rows, 5, (0, 0))
-    assert (
-        drawn[:2].tolist() == [1, 2]
-        and len(drawn) == 12
-        and len(set(drawn)) == 12
-        and drawn.max() < 53
-    )
+    assert drawn[:2].tolist() == [1, 2]
+    assert len(drawn) == 12
+    assert len(set(drawn)) == 12
+    assert drawn.max() < 53
     assert undersample(target, rows, 5, (0, 0)).tolist() == drawn.tolist()
     assert undersample(target, rows, 5, (1, 0)).tolist() != drawn.tolist()
     assert undersample(target, rows, 100, (0, 0)).tolist() == rows.tolist()

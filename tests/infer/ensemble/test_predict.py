@@ -36,7 +36,8 @@ def test_every_row_has_a_score_in_the_tables_order(project: Path, ensemble: str)
         submission["isic_id"].to_list()
         == Dataset(project / "data").metadata("test")["isic_id"].to_list()
     )
-    assert submission["target"].is_between(0, 1).all() and submission["target"].n_unique() > 10
+    assert submission["target"].is_between(0, 1).all()
+    assert submission["target"].n_unique() > 10
 
 
 def test_the_manifest_leads_back_to_the_ensemble_and_the_embeddings(project: Path) -> None:
@@ -99,9 +100,8 @@ def test_scores_do_not_depend_on_the_other_patients_or_the_order(
     some.write_csv(data / "test-metadata.csv")
     mine = predict_table(project, data=data, output=tmp_path / "s.csv")
     joined = mine.join(everything, on="isic_id")
-    assert len(joined) == len(some) and joined["target"].equals(
-        joined["target_right"], check_names=False
-    )
+    assert len(joined) == len(some)
+    assert joined["target"].equals(joined["target_right"], check_names=False)
 
 
 def test_one_row_of_an_institution_never_seen_with_blanks(project: Path, tmp_path: Path) -> None:
@@ -111,7 +111,8 @@ def test_one_row_of_an_institution_never_seen_with_blanks(project: Path, tmp_pat
     assert one["attribution"][0] == "An institution never seen"
     one.write_csv(tmp_path / "data" / "test-metadata.csv")
     submission = predict_table(project, data=tmp_path / "data", output=tmp_path / "s.csv")
-    assert len(submission) == 1 and 0 <= submission["target"][0] <= 1
+    assert len(submission) == 1
+    assert 0 <= submission["target"][0] <= 1
 
 
 @pytest.mark.parametrize("column", schema.CATEGORICAL)
@@ -153,8 +154,10 @@ def test_unseen_categories_are_named(
     lines = {line.split()[1]: line for line in capsys.readouterr().err.splitlines()}
     assert '"An institution never seen" (1 rows)' in lines["attribution"]
     assert '"other" (2 rows)' in lines["sex"]
-    assert lines["tbp_tile_type"].count(" rows)") == 5 and "and 2 more" in lines["tbp_tile_type"]
-    assert "copyright_license" not in lines and "tbp_lv_location" not in lines
+    assert lines["tbp_tile_type"].count(" rows)") == 5
+    assert "and 2 more" in lines["tbp_tile_type"]
+    assert "copyright_license" not in lines
+    assert "tbp_lv_location" not in lines
 
 
 def test_a_missing_column_is_named(project: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ def test_a_fold_of_one_class_has_no_score_of_its_own() -> None:
         np.array([0, 0, 1, 1]),
         np.array(list("abcd")),
     )
-    assert summary["pauc"] == pytest.approx(0.2) and summary["pauc_by_fold"] == [
+    assert summary["pauc"] == pytest.approx(0.2)
+    assert summary["pauc_by_fold"] == [
         pytest.approx(0.2),
         None,
     ]
@@ -54,5 +55,6 @@ def test_scores_of_another_version_are_left_out_with_a_warning(
     path.write_text(path.read_text().replace('"format": 4', '"format": 3'))
     show_scores(ScoresSettings(output_dir=tmp_path))
     shown = capsys.readouterr()
-    assert "\nnew " in shown.out and "\nold " not in shown.out
+    assert "\nnew " in shown.out
+    assert "\nold " not in shown.out
     assert f"warning: {tmp_path / 'old'} was fitted by another version" in shown.err
