@@ -9,7 +9,6 @@ import polars as pl
 import pytest
 
 from infer.embedding.store import shard_path, write_shard
-from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.image_columns import (
     ALIGNED,
     EMBEDDING_MODES,
@@ -31,7 +30,7 @@ from isic.runtime.files import write_json
 from tests.support.ensembles import (
     ENGINES,
     NUM_FOLDS,
-    fit_settings,
+    fit_small,
     read_test_text,
     train_table,
     write_seen_lists,
@@ -166,17 +165,8 @@ def test_a_test_row_has_the_mean_over_the_models(
 def test_what_the_images_show_is_found_and_predicted(
     data: Path, run: Path, frozen: Path, mode: str, tmp_path: Path
 ) -> None:
-    fit_ensemble(
-        fit_settings(
-            data,
-            tmp_path,
-            features=f"raw,{mode}",
-            embeddings=run,
-            frozen=frozen,
-            name="with",
-        )
-    )
-    fit_ensemble(fit_settings(data, tmp_path, features="raw", name="without", embeddings=run))
+    fit_small(data, tmp_path, features=f"raw,{mode}", embeddings=run, frozen=frozen, name="with")
+    fit_small(data, tmp_path, features="raw", name="without", embeddings=run)
     assert auc(tmp_path / "with") > auc(tmp_path / "without") + 0.02
     where = {"ensemble": tmp_path / "with", "embeddings": run, "frozen": frozen}
     predict_submission(PredictSettings(data=data, output=tmp_path / "all.csv", **where))
@@ -191,9 +181,7 @@ def test_what_the_images_show_is_found_and_predicted(
 
 def test_two_fits_give_the_same_bytes(data: Path, run: Path, tmp_path: Path) -> None:
     for name in "ab":
-        fit_ensemble(
-            fit_settings(data, tmp_path / name, features="raw,aligned", embeddings=run, name="same")
-        )
+        fit_small(data, tmp_path / name, features="raw,aligned", embeddings=run, name="same")
     first, second = (
         {path.name: path.read_bytes() for path in (tmp_path / name / "same").iterdir()}
         for name in "ab"
@@ -227,16 +215,7 @@ def test_shuffled_labels_give_chance(data: Path, mode: str, tmp_path: Path) -> N
         write_seen(seen_list(run, 0), seen_rows(pl.DataFrame({"isic_id": ["other"]})))
         elsewhere = {"frozen": run}
     features = "raw,image" if mode == "image" else mode
-    fit_ensemble(
-        fit_settings(
-            tmp_path / "data",
-            tmp_path,
-            features=features,
-            name="shuffled",
-            seeds=3,
-            **elsewhere,
-        )
-    )
+    fit_small(tmp_path / "data", tmp_path, features=features, name="shuffled", seeds=3, **elsewhere)
     blend = pl.read_parquet(tmp_path / "shuffled" / "oof.parquet")
     assert pauc(blend["target"], blend["blend"]) < 0.06  # 0.02 is chance, 0.2 perfect
     assert 0.4 < auc(tmp_path / "shuffled") < 0.6
@@ -291,7 +270,7 @@ def test_embeddings_of_held_out_images_alone_are_refused(
     with pytest.raises(
         UserError, match="aligned needs every training image embedded by every fold model"
     ):
-        fit_ensemble(fit_settings(data, tmp_path, features="aligned", embeddings=root))
+        fit_small(data, tmp_path, features="aligned", embeddings=root)
 
 
 def test_too_few_images_for_the_features_are_refused(
@@ -299,7 +278,7 @@ def test_too_few_images_for_the_features_are_refused(
 ) -> None:
     wide = write_fold_embeddings(tmp_path / "wide", data, plan, 0.0, 0.0, width=200)
     with pytest.raises(UserError, match=r"1\d\d shared images are too few to align 200 features"):
-        fit_ensemble(fit_settings(data, tmp_path, features="aligned", embeddings=wide))
+        fit_small(data, tmp_path, features="aligned", embeddings=wide)
 
 
 def test_missing_and_broken_embeddings_are_refused(data: Path, run: Path, tmp_path: Path) -> None:
@@ -310,11 +289,11 @@ def test_missing_and_broken_embeddings_are_refused(data: Path, run: Path, tmp_pa
     with pytest.raises(
         UserError, match=r"lacks the train embeddings of \d+ of \d+ images, .* for fold 2"
     ):
-        fit_ensemble(fit_settings(data, tmp_path, features="aligned", embeddings=root))
+        fit_small(data, tmp_path, features="aligned", embeddings=root)
     bad = np.full((len(part), WIDTH), np.nan, np.float32)
     write_shard(path, part["isic_id"].to_list(), bad, part["logit"].to_numpy())
     with pytest.raises(UserError, match="embeddings are not finite"):
-        fit_ensemble(fit_settings(data, tmp_path, features="aligned", embeddings=root))
+        fit_small(data, tmp_path, features="aligned", embeddings=root)
 
 
 def test_an_image_that_could_not_be_read_has_blank_columns(
@@ -327,15 +306,8 @@ def test_an_image_that_could_not_be_read_has_blank_columns(
         pl.read_parquet(path).filter(pl.col("isic_id") != name).write_parquet(path)
     skipped = pl.DataFrame({"isic_id": [name], "reason": ["truncated JPEG"]})
     skipped.write_parquet(root / "test" / "errors.parquet")
-    fit_ensemble(
-        fit_settings(
-            data,
-            tmp_path,
-            features="multimodal,aligned",
-            embeddings=root,
-            num_rounds=4,
-            name="m",
-        )
+    fit_small(
+        data, tmp_path, features="multimodal,aligned", embeddings=root, num_rounds=4, name="m"
     )
     predict_submission(
         PredictSettings(
@@ -352,16 +324,16 @@ def test_a_backbone_that_has_seen_the_labels_is_not_frozen(
     metadata = train_table(data)
     seen_list(root).unlink()
     with pytest.raises(UserError, match=r"trained_on.parquet is missing"):
-        fit_ensemble(fit_settings(data, tmp_path, features="frozen", frozen=root))
+        fit_small(data, tmp_path, features="frozen", frozen=root)
     write_seen(seen_list(root), seen_rows(metadata))
     with pytest.raises(UserError, match="learned from 400 of the 400 held-out rows or from their"):
-        fit_ensemble(fit_settings(data, tmp_path, features="frozen", frozen=root))
+        fit_small(data, tmp_path, features="frozen", frozen=root)
     patient = metadata["patient_id"][0]
     lesions = (metadata["patient_id"] == patient).sum()
     only_the_patient = pl.DataFrame({"isic_id": ["ISIC_9"], "patient_id": [patient]})
     write_seen(seen_list(root), seen_rows(only_the_patient))
     with pytest.raises(UserError, match=f"learned from {lesions} of the 400 held-out rows"):
-        fit_ensemble(fit_settings(data, tmp_path, features="frozen", frozen=root))
+        fit_small(data, tmp_path, features="frozen", frozen=root)
 
 
 @pytest.mark.parametrize("features", ["image", "raw,aligned"])
@@ -376,13 +348,11 @@ def test_scores_of_a_model_that_met_the_rows_are_not_out_of_fold(
     inherited = metadata.filter(pl.col("patient_id") == patient).head(1)
     write_seen(seen_list(root, 2), seen_rows(metadata.filter(fold != 2), seen_rows(inherited)))
     with pytest.raises(UserError, match=r"the model of fold 2 behind .* learned from"):
-        fit_ensemble(fit_settings(data, tmp_path, features=features, embeddings=root))
+        fit_small(data, tmp_path, features=features, embeddings=root)
 
 
 def test_the_frozen_model_must_be_the_same_one(data: Path, frozen: Path, tmp_path: Path) -> None:
-    fit_ensemble(
-        fit_settings(data, tmp_path, features="raw,frozen", frozen=frozen, num_rounds=2, name="f")
-    )
+    fit_small(data, tmp_path, features="raw,frozen", frozen=frozen, num_rounds=2, name="f")
     root = Path(shutil.copytree(frozen, tmp_path / "elsewhere"))
     said = json.loads((root / "test" / "run.json").read_text())
     write_json(root / "test" / "run.json", said | {"checkpoints": {"1": "another"}})

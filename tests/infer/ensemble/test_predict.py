@@ -11,7 +11,6 @@ import pytest
 from infer.embedding.store import shard_path
 from infer.ensemble.blend import blend
 from infer.ensemble.boosters import LIBRARIES
-from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.predict import PredictSettings, predict_submission
 from isic import schema
 from isic.dataset import Dataset
@@ -20,7 +19,7 @@ from isic.runtime.errors import UserError
 from isic.runtime.files import sha256, write_json, write_manifest
 from tests.support.ensembles import (
     copy_tree,
-    fit_settings,
+    fit_small,
     predict_rows,
     predict_table,
     read_test_text,
@@ -129,7 +128,7 @@ def test_an_unseen_category_is_a_blank_and_not_the_commonest(
     pl.DataFrame({"isic_id": ids, "target": target.astype(int), column: values}).write_csv(
         tmp_path / "train" / "train-metadata.csv"
     )
-    fit_ensemble(fit_settings(tmp_path / "train", tmp_path / "ensemble", features=column))
+    fit_small(tmp_path / "train", tmp_path / "ensemble", features=column)
     one = {"isic_id": [f"ISIC_9{i}" for i in range(4)], column: ["a", "b", "never seen", None]}
     common, rare, unseen, blank = predict_rows(
         project,
