@@ -63,7 +63,8 @@ def test_every_default_set_is_known() -> None:
 
 def test_an_unknown_library_is_a_sentence(data: Path, cli: Cli) -> None:
     ended = cli("benchmarks", "ablation", "--data", data, "--label", "x", "--libraries", "lightgb")
-    assert ended.code == 2 and 'unknown library "lightgb", did you mean "lightgbm"' in ended.err
+    assert ended.code == 2
+    assert 'unknown library "lightgb", did you mean "lightgbm"' in ended.err
     assert (
         build(AblationSettings, {"data": data, "label": "x"}).libraries[-1]
         == "lightgbm+xgboost+catboost"

@@ -8,7 +8,16 @@ from tests.support.commands import Cli
 def test_runs_and_baseline_are_scored_on_the_same_rows(
     trained: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    flags = ["--label", "synthetic", "--run", trained, "--num_folds", 3, "--results", tmp_path]
+    flags = [
+        "--label",
+        "synthetic",
+        "--model_dir",
+        trained,
+        "--num_folds",
+        3,
+        "--results",
+        tmp_path,
+    ]
     ended = cli("benchmarks", "accuracy", "--data", synth_dataset, *flags)
     assert ended.code == 0, ended.err
     rows = pl.read_csv(tmp_path / "accuracy.csv")

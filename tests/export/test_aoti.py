@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fresh import build_artifact, create_fresh
+from benchmarks.untrained import build_artifact, create_untrained
 from infer.engines import create
 from infer.engines.aoti import architecture, mismatch, needed_features
 from isic.runtime.errors import UserError
@@ -33,10 +33,10 @@ ADVICE = "AOTInductor needs g++"
 CODE = """
 import sys
 from pathlib import Path
-from benchmarks.fresh import build_artifact, create_fresh
+from benchmarks.untrained import build_artifact, create_untrained
 from isic.runtime.errors import UserError
 try:
-    build_artifact(create_fresh(sys.argv[1]), "aoti", "fp32", Path(sys.argv[2]), "cpu")
+    build_artifact(create_untrained(sys.argv[1]), "aoti", "fp32", Path(sys.argv[2]), "cpu")
 except UserError as error:
     print(error)
 """
@@ -77,7 +77,9 @@ def test_a_compiler_that_fails_is_one_sentence(
 
 
 def test_a_package_for_one_image_a_call_takes_more_in_pieces(tiny: Path, tmp_path: Path) -> None:
-    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=1)
+    artifact = build_artifact(
+        create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", max_batch=1
+    )
     engine = create(artifact.path, artifact.manifest)
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     features = np.concatenate([engine.run(images[row : row + 1])[0] for row in range(3)])
@@ -88,7 +90,9 @@ def test_float32_is_no_tf32_once_an_engine_is_open(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2)
+    artifact = build_artifact(
+        create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", max_batch=2
+    )
     torch.backends.cudnn.allow_tf32 = True
     create(artifact.path, artifact.manifest)
     assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
@@ -96,7 +100,9 @@ def test_float32_is_no_tf32_once_an_engine_is_open(
 
 def test_a_package_runs_on_a_cpu_with_all_its_instructions(tiny: Path, tmp_path: Path) -> None:
     """One with more instructions will do; one with fewer would end the process with SIGILL."""
-    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2)
+    artifact = build_artifact(
+        create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", max_batch=2
+    )
     assert artifact.manifest["cpu_features"] == needed_features()
     level = torch.backends.cpu.get_cpu_capability().lower()
     assert artifact.manifest["architecture"] == architecture("cpu") and level in artifact.path.name

@@ -8,11 +8,11 @@ import torch
 
 from benchmarks import train as rate
 from benchmarks.train import (
+    TimedBatches,
     TrainRateSettings,
-    Window,
     busy_processes,
-    create_window,
     precision_of,
+    time_batches,
 )
 from tests.support.commands import TINY, Cli
 from train.data import Batch
@@ -43,15 +43,18 @@ def test_training_is_measured_beside_a_bare_loop(
     ended = cli("benchmarks", "train", *TINY, *flags, *short, "--bf16", "--ema_decay", 0.9)
     assert ended.code == 0, ended.err
     (row,) = pl.read_csv(tmp_path / "train.csv").to_dicts()
-    assert row["busy"] == 2 and row["threads"] == 1 and row["workers"] == 0
-    assert row["what"] == "tiny" and row["precision"] == "bf16" and row["batch"] == "4 x 2"
+    assert row["busy"] == 2
+    assert row["threads"] == 1
+    assert row["workers"] == 0
+    assert row["what"] == "tiny"
+    assert row["precision"] == "bf16"
+    assert row["batch"] == "4 x 2"
     assert (
         min(row[name] for name in ("images_per_second", "in_memory", "bare", "mfu", "over_memory"))
         > 0
     )
-    assert (
-        row["over_bare_min"] <= row["over_bare"] <= row["over_bare_max"] and 0 <= row["waiting"] < 1
-    )
+    assert row["over_bare_min"] <= row["over_bare"] <= row["over_bare_max"]
+    assert 0 <= row["waiting"] < 1
 
 
 def test_a_network_that_draws_has_no_bare_counterpart(
@@ -68,22 +71,25 @@ def test_a_network_that_draws_has_no_bare_counterpart(
         "--mask_weight",
         1,
     )
-    assert ended.code == 2 and "give --mask_weight 0" in ended.err
+    assert ended.code == 2
+    assert "give --mask_weight 0" in ended.err
 
 
 def test_a_window_counts_what_comes_after_the_warm_up() -> None:
-    window = Window(iter([batch(2), batch(3), batch(4), batch(5)]), warmup=1, timed=2, device=CPU)
-    assert [len(each.images) for each in window] == [2, 3, 4] and len(window) == 3
-    assert (
-        window.num_images == 7
-        and window.rate == 7 / window.seconds > 0 <= window.waiting <= window.seconds
+    window = TimedBatches(
+        iter([batch(2), batch(3), batch(4), batch(5)]), warmup=1, timed=2, device=CPU
     )
+    assert [len(each.images) for each in window] == [2, 3, 4]
+    assert len(window) == 3
+    assert window.num_images == 7
+    assert window.rate == 7 / window.seconds > 0 <= window.waiting <= window.seconds
 
 
 def test_float32_on_a_gpu_is_called_tf32() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     plain = TrainRateSettings(model="test_vit")
-    assert precision_of(plain, gpu) == "tf32" and precision_of(plain, cpu) == "fp32"
+    assert precision_of(plain, gpu) == "tf32"
+    assert precision_of(plain, cpu) == "fp32"
     for name in ("fp16", "bf16"):
         low = TrainRateSettings(model="test_vit", **{name: True})
         assert precision_of(low, gpu) == precision_of(low, cpu) == name
@@ -123,7 +129,7 @@ def test_prefetched_batches_do_not_count_as_loaded(step: float, accumulated: int
     """Eight processes make a batch in 10 ms; the first step takes a second, in which they fill their queues."""
     files = Prefetching(workers=8, prefetched=2, seconds=0.01)
     settings = TrainRateSettings(model="test_vit", steps=10, accumulation_steps=accumulated)
-    window = create_window(settings, files, CPU, prefetched=files.limit)
+    window = time_batches(settings, files, CPU, prefetched=files.limit)
     window.clock = files.clock
     for number, _ in enumerate(window):
         files.now += 1.0 if number == 0 else step

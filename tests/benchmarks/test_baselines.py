@@ -1,0 +1,67 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import baselines
+from benchmarks.baselines import BASELINES, Task
+from benchmarks.limits import DTYPES
+from benchmarks.peers import (
+    PeersSettings,
+    describe,
+)
+from benchmarks.untrained import create_untrained, least_cosine
+from isic.dataset import Dataset
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A config whose images are larger than those of the dataset, so that no way antialiases."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text("model: test_vit\npretrained: false\nimage_size: 80\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("peer", "precision"),
+    [
+        ("timm eager + DataLoader", "fp32"),
+        ("timm eager + DataLoader", "bf16"),
+        ("ONNX Runtime loop, h5py + PIL", "fp16"),
+    ],
+)
+def test_a_peer_computes_in_the_precision_that_its_row_names(
+    peer: str,
+    precision: str,
+    tiny: Path,
+    small_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a CPU, which has all three types as well."""
+    settings = PeersSettings(config=str(tiny), data=small_dataset, num_workers=0, device="cpu")
+    untrained = create_untrained(str(tiny))
+    ids = Dataset(small_dataset).metadata("train")["isic_id"].to_list()[:4]
+    common = describe(untrained, ids, settings, tmp_path)
+    seen: set[torch.dtype] = set()
+
+    def watched(task: Task) -> Any:
+        model = real(task)
+        model.blocks[0].attn.qkv.register_forward_hook(
+            lambda module, images, output: seen.add(output.dtype)
+        )
+        return model
+
+    real = baselines._timm_model
+    expected = baselines.timm_eager(
+        Task(baseline=peer, folder=str(tmp_path), precision="fp32", **common)
+    )(small_dataset)
+    monkeypatch.setattr(baselines, "_timm_model", watched)
+    task = Task(baseline=peer, folder=str(tmp_path), precision=precision, **common)
+    features = BASELINES[peer](task)(small_dataset)
+    assert seen == {DTYPES[precision]}
+    assert features.dtype == np.float32
+    assert least_cosine(expected, features) > 0.999
+    assert (precision == "fp32") == np.array_equal(expected, features)
