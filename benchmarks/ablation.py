@@ -17,7 +17,7 @@ from infer.ensemble.fit import FitSettings, fit
 from isic.runtime.config import Settings, Several, build
 
 ALL_LIBRARIES = "+".join(LIBRARIES)
-TABULAR = (
+TABULAR_SETS = (
     "raw",
     "numeric",
     "raw+formula",
@@ -26,7 +26,7 @@ TABULAR = (
     "engineered",
     "extended",
 )
-IMAGES = ("image", "raw+image", "multimodal", "engineered+aligned", "multimodal+aligned")
+IMAGE_SETS = ("image", "raw+image", "multimodal", "engineered+aligned", "multimodal+aligned")
 
 
 class AblationSettings(Settings):
@@ -62,7 +62,7 @@ class AblationSettings(Settings):
 
 def ablation(settings: AblationSettings) -> None:
     """Fits an ensemble per feature set and library and compares each with the first set's."""
-    sets = settings.features or (*TABULAR, *(IMAGES if settings.embeddings else ()))
+    sets = settings.features or (*TABULAR_SETS, *(IMAGE_SETS if settings.embeddings else ()))
     rows: list[Row] = []
     for libraries in settings.libraries:
         for row in _compare_sets(settings, sets, libraries):

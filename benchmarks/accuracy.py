@@ -1,4 +1,4 @@
-"""`python -m benchmarks accuracy`: out-of-fold scores of runs, ensembles and a simple baseline."""
+"""`python -m benchmarks accuracy`: out-of-fold scores of runs, ensembles and a baseline."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks check`: results that are slower than the previous ones, beyond noise."""
+"""`python -m benchmarks check`: find results that became slower, beyond noise."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`python -m benchmarks embed`: embedding end to end, compared with its parts, or as a whole run."""
+"""`python -m benchmarks embed`: embedding end to end and its parts, or a whole run."""
 
 import shutil
 import statistics

@@ -25,7 +25,7 @@ from isic.runtime.config import Settings, Several
 
 NUM_IMAGES = 32
 """Images of the parity check; as many others calibrate int8 and fp8."""
-CONFIGS = (
+EXPORT_CONFIGS = (
     "vit_tiny",
     "vit_small",
     "vit_base",
@@ -39,7 +39,7 @@ CONFIGS = (
 class ExportSettings(Settings):
     """Settings of `benchmarks export`."""
 
-    config: Several[str] = Field(CONFIGS, description="configs, separated by commas, or all")
+    config: Several[str] = Field(EXPORT_CONFIGS, description="configs, separated by commas, or all")
     formats: Several[str] = Field(
         (ALL,),
         validation_alias=AliasChoices("formats", "format", "engine"),
@@ -92,7 +92,7 @@ def export_rows(config: str, wanted: list[tuple[str, str]], data: Path | None) -
 
 
 def _artifact_columns(artifact: Artifact, reference: Reference) -> Row:
-    """Returns build time, size and parity of an artifact, or the `reason` that parity is unknown."""
+    """Returns build time, size and parity, or the `reason` that there is no parity."""
     row: Row = {
         "seconds": round(artifact.seconds, 1),
         "megabytes": round(artifact.megabytes, 1),

@@ -21,7 +21,7 @@ SHARES = {"throughput": 0.45, "train": 0.25, "peers": 0.15, "export": 0.1, "inge
 A part that is stopped keeps its finished rows: per engine for throughput, per format for export,
 per config for train, per peer for peers; ingest writes all its rows at the end.
 """
-CONFIGS = (
+GPU_CONFIGS = (
     "vit_tiny",
     "convnext_tiny",
     "vit_base",
@@ -50,7 +50,7 @@ class GpuSettings(Settings):
         tuple(SHARES), description=f"of {', '.join(SHARES)}, separated by commas"
     )
     config: Several[str] = Field(
-        CONFIGS, description="configs, separated by commas; the peers run the first"
+        GPU_CONFIGS, description="configs, separated by commas; the peers run the first"
     )
     formats: Several[str] = Field(
         ("all",),

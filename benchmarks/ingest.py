@@ -57,7 +57,7 @@ class IngestSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Loader:
+class ImageLoader:
     """One way to turn ids into batches."""
 
     name: str
@@ -85,27 +85,31 @@ def ingest(settings: IngestSettings) -> None:
         print_and_append("ingest", time_index(store), settings.results)
 
 
-def make_loaders(store: ImageStore, settings: IngestSettings) -> list[Loader]:
+def make_loaders(store: ImageStore, settings: IngestSettings) -> list[ImageLoader]:
     """Returns the loaders for a store; those of HDF5 files only if it is one."""
     spec = PreprocessSpec(size=settings.size)
     threads = {number: f"{number} thread{'s' * (number > 1)}" for number in settings.threads}
     loaders = [
-        Loader(f"ours, {text}", _ours(store, spec, number), bare=f"{BARE}, {text}")
+        ImageLoader(f"ours, {text}", _ours(store, spec, number), bare=f"{BARE}, {text}")
         for number, text in threads.items()
     ]
     if isinstance(store, Hdf5Images):
         bare = partial(_bare, store.source, build_index(store.source), settings.size)
-        loaders += [Loader(f"{BARE}, {text}", bare(number)) for number, text in threads.items()]
+        loaders += [
+            ImageLoader(f"{BARE}, {text}", bare(number)) for number, text in threads.items()
+        ]
         notebook = _notebook(store.source, settings.size)
-        loaders.append(Loader("h5py + PIL + numpy, 1 core", notebook, share=0.1))
+        loaders.append(ImageLoader("h5py + PIL + numpy, 1 core", notebook, share=0.1))
     for num_workers in (0, 2):
         name = f"timm transform in a DataLoader, {num_workers} workers"
-        loaders.append(Loader(name, _data_loader(store, settings.size, num_workers), share=0.25))
+        loaders.append(
+            ImageLoader(name, _data_loader(store, settings.size, num_workers), share=0.25)
+        )
     return loaders
 
 
 def loader_rates(
-    loaders: Sequence[Loader], ids: Sequence[str], repeats: int
+    loaders: Sequence[ImageLoader], ids: Sequence[str], repeats: int
 ) -> dict[str, list[float]]:
     """Returns images per second of each loader and repeat, after one warm-up of each."""
     rates: dict[str, list[float]] = {loader.name: [] for loader in loaders}
@@ -119,7 +123,11 @@ def loader_rates(
 
 
 def _row(
-    loader: Loader, rates: dict[str, list[float]], first: list[float], size: int, num_images: int
+    loader: ImageLoader,
+    rates: dict[str, list[float]],
+    first: list[float],
+    size: int,
+    num_images: int,
 ) -> Row:
     own = rates[loader.name]
     row: Row = {

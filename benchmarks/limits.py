@@ -26,7 +26,7 @@ MAX_SECONDS = 3.0
 SIDES = {"cpu": (256, 1024), "cuda": (1024, 8192)}
 """Sides of the square matrices: the small product estimates the time of the large, measured one."""
 COPIED = {"cpu": 2**28, "cuda": 2**32}
-"""Bytes of the copied array, many times the caches; on a GPU at most a quarter of the free memory."""
+"""Bytes of the copied array, many times the caches; on a GPU at most 1/4 of the free memory."""
 MATMUL_OPSET, MATMUL_IR = 13, 8
 """Old enough for every supported ONNX Runtime."""
 DTYPES = {
@@ -43,7 +43,7 @@ On a CPU, int8 layers read and write float32; fp8 layers read and write float16.
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 FLOPS = {
     **flop_registry,
-    # torch 2.14 has no formula for its CPU attention; no report found. Drop when the registry has it.
+    # Missing in torch 2.14 (pytorch#195460); drop when the registry has it.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         torch.ops.aten._scaled_dot_product_flash_attention
     ],
@@ -53,7 +53,7 @@ FLOPS = {
 
 @dataclass(frozen=True)
 class Work:
-    """Work of a network in its matrix products, convolutions and attention; the rest can be fused."""
+    """Work of a network's products, convolutions and attention; the rest can be fused."""
 
     flops: float
     """Floating-point operations per image; a multiply-add counts as two."""
@@ -104,7 +104,7 @@ class Limits:
 
 
 def limits(device: str, precision: str) -> Limits:
-    """Measures a device. A precision that is slower than float32 there gets the limit of float32."""
+    """Measures a device; a precision slower than float32 gets the limit of float32."""
     rates = [(torch_rate(device, name), "torch") for name in {"fp32", precision}]
     if device == "cpu":
         # On some CPUs the product of ONNX Runtime is faster than that of torch.

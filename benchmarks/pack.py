@@ -1,4 +1,4 @@
-"""`python -m benchmarks pack`: a folder to run the benchmarks on a GPU machine without a network."""
+"""`python -m benchmarks pack`: a folder with all that a GPU machine without network needs."""
 
 import shutil
 import stat
@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 from pydantic import AliasChoices, Field
 
-from benchmarks.record import COMMIT_FILE, commit
+from benchmarks.record import CHECKOUT, COMMIT_FILE, commit
 from isic import schema
 from isic.dataset import Dataset
 from isic.runtime.config import Settings, Several
@@ -18,7 +18,6 @@ from isic.runtime.errors import UserError
 from isic.runtime.files import write_text
 from isic.synth.write import write_images
 
-ROOT = Path(__file__).resolve().parents[1]
 CODE = ("isic", "train", "export", "infer", "benchmarks", "configs")
 # fmt: off
 WHEELS = (
@@ -75,8 +74,8 @@ def copy_code(target: Path) -> None:
     """Copies the packages, without results, and the name of their commit."""
     ignore = shutil.ignore_patterns("__pycache__", "results")
     for name in CODE:
-        shutil.copytree(ROOT / name, target / name, ignore=ignore)
-    write_text(target / COMMIT_FILE.relative_to(ROOT), commit() + "\n")
+        shutil.copytree(CHECKOUT / name, target / name, ignore=ignore)
+    write_text(target / COMMIT_FILE.relative_to(CHECKOUT), commit() + "\n")
 
 
 def copy_sample(data: Path, target: Path, num_images: int) -> None:

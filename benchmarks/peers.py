@@ -93,7 +93,7 @@ def peers(settings: PeersSettings) -> None:
     }
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        common = describe(untrained, ids, settings, folder)
+        common = shared_fields(untrained, ids, settings, folder)
         folders = (settings.data.resolve(), write_resized(dataset, ids, untrained.spec, folder))
         for peer_precision, precisions in by_peer_precision(settings, common["device"]).items():
             ours, reasons = build_ours(untrained, common, settings, precisions, folder)
@@ -136,7 +136,7 @@ def write_resized(dataset: Dataset, ids: list[str], spec: PreprocessSpec, folder
     return resized
 
 
-def describe(
+def shared_fields(
     untrained: UntrainedModel, ids: list[str], settings: PeersSettings, folder: Path
 ) -> dict[str, Any]:
     """Writes the weights and returns the fields of a Task that all baselines share."""
@@ -191,7 +191,11 @@ def build_ours(
 
 
 def select_peers(wanted: tuple[str, ...]) -> list[str]:
-    """Returns the peers whose names contain one of some words. Raises UserError for an unknown word."""
+    """Returns the peers whose names contain one of some words.
+
+    Raises:
+        UserError: no peer has a word in its name.
+    """
     for word in wanted:
         if word != ALL and not any(word in name for name in PEERS):
             raise UserError(

@@ -8,13 +8,12 @@ import polars as pl
 from pydantic import Field
 
 from benchmarks.page import OWN_MARK, last_rows, read_results, render_page
-from benchmarks.record import RESULTS
+from benchmarks.record import CHECKOUT, RESULTS
 from isic.runtime.config import Settings, Several
 from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.files import read_text, refuse_foreign, write_text
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (CHECKOUT / "README.md", CHECKOUT / "docs" / "benchmarks.md")
 
 
 class ReportSettings(Settings):

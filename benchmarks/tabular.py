@@ -32,7 +32,7 @@ from isic.runtime.machine import num_cores, peak_memory_mb
 from isic.synth.rows import default_positives, draw_rows, num_patients
 from isic.tables import read_parquet
 
-WIDE = 968
+NUM_COLUMNS = 968
 """Columns of a published ensemble's matrix, with embeddings."""
 TREES, LEAVES = 300, 31
 """Size of such an ensemble's model."""
@@ -64,10 +64,10 @@ def tabular(settings: TabularSettings) -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        few = feature_rows(write_table(folder, FEW_ROWS), settings.repeats)
+        few = feature_rows(write_synthetic_table(folder, FEW_ROWS), settings.repeats)
         start_seconds = {row["what"]: row["seconds"] for row in few}
         for num_rows in settings.rows:
-            path = write_table(folder, num_rows)
+            path = write_synthetic_table(folder, num_rows)
             for row in feature_rows(path, settings.repeats):
                 rows.append({**row, "start_seconds": start_seconds[row["what"]]})
             rows += fit_rows(path, settings.fit_rounds)
@@ -75,7 +75,7 @@ def tabular(settings: TabularSettings) -> None:
     print(f"appended to {print_and_append('tabular', rows, settings.results)}")
 
 
-def write_table(folder: Path, num_rows: int) -> Path:
+def write_synthetic_table(folder: Path, num_rows: int) -> Path:
     """Writes a synthetic training table, without images, and returns its path."""
     path = folder / f"{num_rows}.parquet"
     ids = [f"ISIC_{i:07d}" for i in range(num_rows)]
@@ -227,18 +227,18 @@ def fit_rows(path: Path, num_rounds: int | None) -> list[Row]:
 
 
 def predict_rows(num_rows: int, num_trees: int, repeats: int) -> list[Row]:
-    """Measures LightGBM's predictions of WIDE columns on all cores, in turns.
+    """Measures LightGBM's predictions of NUM_COLUMNS columns on all cores, in turns.
 
     Ours read a C-ordered float32 matrix, the others an Arrow table, which LightGBM also takes.
     """
     rng = np.random.default_rng(0)
-    matrix = rng.standard_normal((num_rows, WIDE), dtype=np.float32)
-    names = [f"f{i}" for i in range(WIDE)]
+    matrix = rng.standard_normal((num_rows, NUM_COLUMNS), dtype=np.float32)
+    names = [f"f{i}" for i in range(NUM_COLUMNS)]
     text = _fit_lightgbm(matrix[:FIT_ROWS], names, num_trees, rng)
     predict = LIBRARIES["lightgbm"].load(text)
     booster = lightgbm.Booster(model_str=text)
     arrow = pl.from_numpy(matrix, names).to_arrow()
-    ours = f"predict, {num_trees} trees, {WIDE} features"
+    ours = f"predict, {num_trees} trees, {NUM_COLUMNS} features"
     calls: dict[str, Callable[[], Any]] = {
         ours: lambda: predict(matrix, num_cores()),
         f"{ours}, from an Arrow table": lambda: booster.predict(arrow),

@@ -1,4 +1,4 @@
-"""`python -m benchmarks throughput`: images per second of every engine, against hardware limits."""
+"""`python -m benchmarks throughput`: images per second of every engine."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ from benchmarks.untrained import (
     find_configs,
     least_cosine,
 )
-from benchmarks.worker import NUM_CHECKED, Job, write_job
+from benchmarks.worker import NUM_CHECKED, EngineJob, write_job
 from export.formats import FORMATS
 from export.parity import run_model
 from infer.engines import unavailable_reason
@@ -116,7 +116,7 @@ def throughput_rows(
     images = example_images(settings.data, untrained.spec, POOL)
     features, *_ = run_model(untrained.model, images[:NUM_CHECKED])
     for engine, precision in wanted:
-        case = Case(untrained, engine, precision, images, features)
+        case = EngineCase(untrained, engine, precision, images, features)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             for measured in engine_rows(case, settings, Path(folder)):
                 yield {
@@ -132,7 +132,7 @@ def throughput_rows(
 
 
 @dataclass(frozen=True)
-class Case:
+class EngineCase:
     """One engine of a network in one precision."""
 
     untrained: UntrainedModel
@@ -145,7 +145,7 @@ class Case:
     """Of the first NUM_CHECKED images, by the network in float32."""
 
 
-def engine_rows(case: Case, settings: ThroughputSettings, folder: Path) -> Iterator[Row]:
+def engine_rows(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Iterator[Row]:
     """Yields the measurements of each batch size, or the `reason` that there are none.
 
     Args:
@@ -177,7 +177,7 @@ def engine_rows(case: Case, settings: ThroughputSettings, folder: Path) -> Itera
         yield {"reason": result["reason"]}
 
 
-def _build(case: Case, settings: ThroughputSettings, folder: Path) -> Artifact:
+def _build(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Artifact:
     return build_artifact(
         case.untrained,
         case.engine,
@@ -190,7 +190,7 @@ def _build(case: Case, settings: ThroughputSettings, folder: Path) -> Artifact:
 
 
 def run_job(
-    case: Case, artifact: Artifact | None, settings: ThroughputSettings, path: Path
+    case: EngineCase, artifact: Artifact | None, settings: ThroughputSettings, path: Path
 ) -> dict[str, Any]:
     """Runs an engine in a process of its own and returns its results.
 
@@ -198,7 +198,7 @@ def run_job(
     """
     images_path = path.with_name("images.npy")
     np.save(images_path, case.images)
-    job = Job(
+    job = EngineJob(
         config=case.untrained.config,
         engine=case.engine,
         precision=case.precision,

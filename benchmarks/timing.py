@@ -1,4 +1,7 @@
-"""Clock and batches of the benchmarks. Imports nothing large: baselines choose their libraries."""
+"""Clock and batches of the benchmarks.
+
+It imports nothing large, since each baseline chooses its own libraries.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

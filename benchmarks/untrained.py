@@ -21,7 +21,7 @@ from train.config import TrainSettings, load_settings
 from train.model import Classifier, create_model, preprocess_spec
 
 ALL = "all"
-MAX_BATCH = 16
+DEFAULT_MAX_BATCH = 16
 """Default largest batch of an artifact."""
 NUM_CALIBRATION = 32
 """Images for calibration of int8 and fp8."""
@@ -91,7 +91,7 @@ def build_artifact(
     precision: str,
     folder: Path,
     device: str = "auto",
-    max_batch: int = MAX_BATCH,
+    max_batch: int = DEFAULT_MAX_BATCH,
     images: Pixels | None = None,
 ) -> Artifact:
     """Exports an untrained network as `python -m export` would.
@@ -131,7 +131,7 @@ def build_artifact(
 
 
 def least_cosine(left: Features, right: Features) -> float:
-    """Returns the least cosine between the rows of two arrays [N, D]; NaN if a value is not finite."""
+    """Returns the least cosine between rows of two arrays [N, D]; NaN if a value is not finite."""
     a = left.astype(np.float64)
     b = right.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)

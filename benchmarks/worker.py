@@ -29,7 +29,7 @@ NUM_CHECKED = 16
 
 
 @dataclass(frozen=True)
-class Job:
+class EngineJob:
     """One measurement."""
 
     config: str
@@ -51,7 +51,7 @@ def main(path: Path) -> None:
 
     Writes `.features.npy`, and `.result` after every batch size, next to it.
     """
-    job = Job(**read_json(path))
+    job = EngineJob(**read_json(path))
     result: dict[str, Any] = {"rows": []}
     try:
         used_before = _used_mb() if job.device == "cuda" else None
@@ -69,7 +69,7 @@ def main(path: Path) -> None:
         write_json(path.with_suffix(".result"), {**result, "reason": error_text(error)})
 
 
-def open_engine(job: Job) -> Engine:
+def open_engine(job: EngineJob) -> Engine:
     """Opens the engine of a job."""
     if job.artifact is None or job.manifest is None:
         # Only here: importing torch would count as memory of the other engines.
@@ -160,7 +160,7 @@ def _used_mb() -> int:
     return int((total - free) // 2**20)
 
 
-def write_job(job: Job, path: Path) -> None:
+def write_job(job: EngineJob, path: Path) -> None:
     """Writes a job for `main`."""
     write_json(path, asdict(job))
 

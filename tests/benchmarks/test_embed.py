@@ -1,11 +1,13 @@
 from pathlib import Path
 
 import polars as pl
+import pytest
 
 from tests.support.commands import Cli
 
 
-def test_the_pipeline_is_measured_beside_its_parts_and_as_a_whole(
+@pytest.mark.slow
+def test_the_pipeline_is_measured_against_its_parts_and_as_a_whole(
     small_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
     flags = ["--data", small_dataset, "--results", tmp_path]

@@ -1,21 +1,12 @@
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pytest
 
-from isic.synth.rows import draw_rows
 from tests.support.commands import Cli
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    ids, patients = [f"ISIC_{i:07d}" for i in range(400)], [f"IP_{i:07d}" for i in range(60)]
-    rows = draw_rows(ids, patients, 100, np.random.default_rng(0))
-    rows.table.write_csv(tmp_path / "train-metadata.csv")
-    return tmp_path
-
-
+@pytest.mark.slow
 def test_hospitals_are_held_out_whole(data: Path, cli: Cli) -> None:
     flags = ["--data", data, "--label", "synthetic", "--features", "raw", "--results", data / "r"]
     flags += ["--seeds", 2, "--draws", 100, "--split_seeds", "7", "--blank_shares", "0.2"]

@@ -16,7 +16,8 @@ def test_results_are_appended_and_new_columns_are_blank_in_old_rows(tmp_path: Pa
     assert rows["what"].to_list() == ["x", "y"]
     assert rows["seconds"].to_list() == [1.5, None]
     assert rows["bytes"].to_list() == [None, 7]
-    assert rows["commit"].null_count() == rows["processor"].null_count() == 0
+    assert rows["commit"].null_count() == 0
+    assert rows["processor"].null_count() == 0
 
 
 def test_an_error_of_any_type_costs_its_row_only(tmp_path: Path) -> None:
@@ -30,7 +31,11 @@ def test_an_error_of_any_type_costs_its_row_only(tmp_path: Path) -> None:
     rows = pl.read_csv(tmp_path / "b.csv")
     assert rows["what"].to_list() == ["bad", "bad", "good", "good"]
     assert rows["reason"].to_list() == [None, "Exception: a library's own", None, None]
+
+
+def test_a_users_error_ends_the_benchmark(tmp_path: Path) -> None:
+    def rows_of(name: str) -> Iterator[Row]:
+        yield {"what": create_untrained(name).config}
+
     with pytest.raises(UserError):
-        append_each(
-            "b", ["vit_tyni"], lambda name: [{"what": create_untrained(name).config}], tmp_path
-        )
+        append_each("b", ["vit_tyni"], rows_of, tmp_path)

@@ -9,44 +9,27 @@ from tests.support.commands import Cli
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_the_documents_tables_are_the_csvs(document: Path) -> None:
+def test_the_tables_of_the_documents_match_the_csvs(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     assert "<!-- table:" in text
     assert with_tables(text, RESULTS) == text, "run `python -m benchmarks report`"
 
 
-def test_the_last_row_of_each_kind_stands_in_the_table(tmp_path: Path, cli: Cli) -> None:
+def test_the_last_row_of_each_kind_is_in_the_table(tmp_path: Path, cli: Cli) -> None:
     for seconds in (1, 2):
-        append_rows(
-            "ingest",
-            [{"what": "a", "seconds": seconds}, {"what": "b", "images_per_second": 5}],
-            tmp_path,
-        )
+        rows = [{"what": "a", "seconds": seconds}, {"what": "b", "images_per_second": 5}]
+        append_rows("ingest", rows, tmp_path)
     for table in TABLES.values():
         if table.csv != "ingest":
-            append_rows(
-                table.csv,
-                [dict.fromkeys([*table.key, *table.columns], 0.5) | {"what": "m"}],
-                tmp_path,
-            )
-    append_rows(
-        "ingest",
-        [{"what": "a", "seconds": 3, "min": 0, "max": 0, "first_is_faster_by": 1, "of_bare": 1}],
-        tmp_path,
-    )
+            row = dict.fromkeys([*table.key, *table.columns], 0.5) | {"what": "m"}
+            append_rows(table.csv, [row], tmp_path)
+    last = {"what": "a", "seconds": 3, "min": 0, "max": 0, "first_is_faster_by": 1, "of_bare": 1}
+    append_rows("ingest", [last], tmp_path)
     readme = tmp_path / "README.md"
     marks = "".join(f"<!-- table: {name} -->\nstale\n<!-- end -->\n" for name in TABLES)
     readme.write_text(f"before\n{marks}after\n")
-    ended = cli(
-        "benchmarks",
-        "report",
-        "--documents",
-        readme,
-        "--results",
-        tmp_path,
-        "--page",
-        tmp_path / "page.html",
-    )
+    flags = ("--documents", readme, "--results", tmp_path, "--page", tmp_path / "page.html")
+    ended = cli("benchmarks", "report", *flags)
     assert ended.code == 0, ended.err
     text = readme.read_text()
     assert text.startswith("before\n")
@@ -57,14 +40,16 @@ def test_the_last_row_of_each_kind_stands_in_the_table(tmp_path: Path, cli: Cli)
     assert "| m |" in text
 
 
-def test_a_table_without_results_or_name_is_a_sentence(tmp_path: Path) -> None:
-    for name, hint in (("ingest", "run the benchmark first"), ("ingets", 'did you mean "ingest"')):
-        with pytest.raises(UserError, match=hint):
-            with_tables(f"<!-- table: {name} -->\n<!-- end -->", tmp_path)
+def test_a_table_without_results_or_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run the benchmark first"):
+        with_tables("<!-- table: ingest -->\n<!-- end -->", tmp_path)
+    with pytest.raises(UserError, match='did you mean "ingest"'):
+        with_tables("<!-- table: ingets -->\n<!-- end -->", tmp_path)
 
 
-def test_a_file_that_is_no_result_is_not_replaced(tmp_path: Path, cli: Cli) -> None:
-    table, page = tmp_path / "b.csv", tmp_path / "page.html"
+def test_a_file_of_other_content_is_not_replaced(tmp_path: Path, cli: Cli) -> None:
+    table = tmp_path / "b.csv"
+    page = tmp_path / "page.html"
     table.write_text("isic_id,target\na,1\n")
     with pytest.raises(UserError, match=r"b\.csv holds no results of benchmarks"):
         append_rows("b", [{"what": "x"}], tmp_path)
@@ -77,4 +62,5 @@ def test_a_file_that_is_no_result_is_not_replaced(tmp_path: Path, cli: Cli) -> N
     assert "was not written by this command" in ended.err
     assert page.read_text() == "<html>mine</html>"
     page.unlink()
-    assert cli("benchmarks", *flags).code == cli("benchmarks", *flags).code == 0
+    for _ in range(2):  # the second run replaces its own page
+        assert cli("benchmarks", *flags).code == 0

@@ -1,31 +1,23 @@
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from benchmarks.worker import Job, checked_features, main, write_job
+from benchmarks.worker import EngineJob, checked_features, main, write_job
 from infer.engines import Outputs
 from isic.preprocess import Pixels
 from isic.runtime.files import read_json
-from tests.support.commands import TINY_YAML
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A config of a network that runs in a millisecond."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY_YAML)
-    return path
-
-
-def test_an_engine_that_ends_in_an_error_says_its_type(tiny: Path, tmp_path: Path) -> None:
-    job = Job(
-        str(tiny),
-        "eager",
-        "fp32",
-        "cpu",
-        str(tmp_path / "absent.npy"),
-        [1],
+def test_an_engine_that_fails_has_the_type_of_its_error(tiny: Path, tmp_path: Path) -> None:
+    job = EngineJob(
+        config=str(tiny),
+        engine="eager",
+        precision="fp32",
+        device="cpu",
+        images=str(tmp_path / "absent.npy"),
+        batches=[1],
         repeats=1,
         seconds=0.01,
     )
@@ -39,16 +31,15 @@ def test_checked_features_come_from_calls_of_the_measured_size(batch: int) -> No
     class Numbered:
         """An engine whose features are the images' own numbers."""
 
-        device, sizes = "cpu", set[int]()
+        device = "cpu"
+        sizes: ClassVar[set[int]] = set()
 
         def run(self, images: Pixels) -> Outputs:
             self.sizes.add(len(images))
             numbers = images[:, 0, 0, :1].astype(np.float32)
             return numbers, numbers
 
-    engine, images = (
-        Numbered(),
-        np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3),
-    )
+    engine = Numbered()
+    images = np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
     assert checked_features(engine, images, batch)[:, 0].tolist() == list(range(16))
     assert engine.sizes == {batch}

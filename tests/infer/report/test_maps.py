@@ -5,7 +5,7 @@ import numpy as np
 import polars as pl
 
 from infer.embeddings import part_path, write_part
-from infer.report.maps import MAX_SHOWN, projections, sample_rows
+from infer.report.maps import MAX_SHOWN, projections, sample_lesions
 
 
 def test_a_map_shows_each_fold_its_own_lesions(embeddings: Path, oof: pl.DataFrame) -> None:
@@ -19,8 +19,8 @@ def test_a_map_shows_each_fold_its_own_lesions(embeddings: Path, oof: pl.DataFra
             "target": [row % 2 for row in range(2000)],
         }
     )
-    shown = sample_rows(many)
-    assert shown.equals(sample_rows(many.reverse()))
+    shown = sample_lesions(many)
+    assert shown.equals(sample_lesions(many.reverse()))
     assert shown["target"].sum() == MAX_SHOWN[1]
     assert len(shown) == sum(MAX_SHOWN.values())
 
