@@ -1,3 +1,3 @@
-"""What each step costs on this machine, measured in one run with what it is compared to."""
+"""Speed and scores of each step, compared with other libraries in the same run."""
 
 import isic  # noqa: F401  switches telemetry off before a library is imported

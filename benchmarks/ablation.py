@@ -1,14 +1,15 @@
-"""`python -m benchmarks ablation`: what each group of features brings, with each library of boosters."""
+"""`python -m benchmarks ablation`: scores of groups of features with each booster library."""
 
 import contextlib
 import io
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from pydantic import Field
 
-from benchmarks.record import Row, append
+from benchmarks.record import RESULTS_HELP, Row, append_rows, print_row
 from infer.ensemble.artifact import Ensemble, open_ensemble
 from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.compare import compare_sides, pauc_by_seed
@@ -16,8 +17,8 @@ from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.fit_settings import FitSettings
 from isic.runtime.config import Settings, Several, build
 
-ALL = "+".join(LIBRARIES)
-TABULAR = (
+ALL_LIBRARIES = "+".join(LIBRARIES)
+TABULAR_SETS = (
     "raw",
     "numeric",
     "raw+formula",
@@ -26,82 +27,98 @@ TABULAR = (
     "engineered",
     "extended",
 )
-IMAGES = ("image", "raw+image", "multimodal", "engineered+aligned", "multimodal+aligned")
-SHARED = ("data", "embeddings", "frozen", "seeds", "split_seed", "num_rounds")
-"""Settings that go to every fit as they are."""
+IMAGE_SETS = ("image", "raw+image", "multimodal", "engineered+aligned", "multimodal+aligned")
 
 
 class AblationSettings(Settings):
-    """What `python -m benchmarks ablation` takes."""
+    """Settings of `benchmarks ablation`."""
 
     data: Path = Field(description="dataset folder; its training rows are scored out of fold")
-    label: str = Field(description="what the data is, in a few words, for the table")
+    label: str = Field(description="name of the data in the table")
     embeddings: Path | None = Field(
         None, description="outputs/embeddings/<config>, made with --folds all"
     )
-    frozen: Path | None = Field(None, description="embeddings by a model trained on other images")
+    frozen: Path | None = Field(
+        None, description="embeddings of the images by a model trained on other images"
+    )
     features: Several[str] = Field(
         (),
-        description="feature sets, commas between them and + within; the first is what the others are compared with",
+        description="feature sets to compare with the first, separated by commas, "
+        "groups joined by +",
     )
     libraries: Several[str] = Field(
-        (*LIBRARIES, ALL), description="libraries, or several with + between them"
+        (*LIBRARIES, ALL_LIBRARIES),
+        description="booster libraries, separated by commas, several in one ensemble joined by +",
     )
-    seeds: int = Field(10, ge=2, description="seeds of every fit")
+    seeds: int = Field(10, ge=2, description="seeds per fit")
     split_seed: int | None = Field(
-        None, ge=0, description="seed of the folds, when no plan comes with the data or embeddings"
+        None, ge=0, description="seed of the folds, if no plan comes with the data or embeddings"
     )
     num_rounds: int | None = Field(
         None, ge=1, description="boosting rounds; each library's own if not given"
     )
-    draws: int = Field(1000, ge=100, description="redraws of the patients")
-    results: Path | None = Field(
-        None, description="folder of the CSV; benchmarks/results if not given"
-    )
+    draws: int = Field(1000, ge=100, description="bootstrap resamples of the patients")
+    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 def ablation(settings: AblationSettings) -> None:
-    """Fits an ensemble for each set of features and each library and compares them with the first set."""
-    sets = settings.features or (*TABULAR, *(IMAGES if settings.embeddings else ()))
+    """Fits an ensemble per feature set and library and compares each with the first set's."""
+    sets = settings.features or (*TABULAR_SETS, *(IMAGE_SETS if settings.embeddings else ()))
     rows: list[Row] = []
     for libraries in settings.libraries:
-        with tempfile.TemporaryDirectory() as folder:
-            first = _fitted(settings, sets[0], libraries, Path(folder))
-            for words in sets:
-                ensemble = (
-                    first if words == sets[0] else _fitted(settings, words, libraries, Path(folder))
-                )
-                rows.append(
-                    {
-                        "data": settings.label,
-                        "features": words,
-                        "model": libraries,
-                        **judged(first, ensemble, settings.data, settings.draws),
-                    }
-                )
-                print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
-    print(f"appended to {append('ablation', rows, settings.results)}")
+        for row in _compare_sets(settings, sets, libraries):
+            print_row(row)
+            rows.append(row)
+    print(f"appended to {append_rows('ablation', rows, settings.results)}")
+
+
+def _compare_sets(
+    settings: AblationSettings, sets: tuple[str, ...], libraries: str
+) -> Iterator[Row]:
+    """Yields the row of each feature set with some libraries."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        first = _fitted(settings, sets[0], libraries, folder)
+        for features in sets:
+            ensemble = first
+            if features != sets[0]:
+                ensemble = _fitted(settings, features, libraries, folder)
+            yield {
+                "data": settings.label,
+                "features": features,
+                "model": libraries,
+                **compare_with_first(first, ensemble, settings.data, settings.draws),
+            }
 
 
 def _fitted(settings: AblationSettings, features: str, libraries: str, folder: Path) -> Ensemble:
-    chosen = {key: getattr(settings, key) for key in SHARED}
-    words = {"features": features.replace("+", ","), "libraries": tuple(libraries.split("+"))}
+    """Fits an ensemble in `folder`, without its output."""
+    flags = {
+        "data": settings.data,
+        "embeddings": settings.embeddings,
+        "frozen": settings.frozen,
+        "features": features.replace("+", ","),
+        "libraries": tuple(libraries.split("+")),
+        "seeds": settings.seeds,
+        "split_seed": settings.split_seed,
+        "num_rounds": settings.num_rounds,
+        "output_dir": folder,
+        "name": features,
+    }
     with contextlib.redirect_stdout(io.StringIO()):
-        fit_ensemble(
-            build(FitSettings, {**chosen, **words, "output_dir": folder, "name": features})
-        )
+        fit_ensemble(build(FitSettings, flags))
     return open_ensemble(folder / features)
 
 
-def judged(first: Ensemble, ensemble: Ensemble, data: Path, num_draws: int) -> Row:
-    """Returns an ensemble's out-of-fold scores, and how it compares with the first one."""
+def compare_with_first(first: Ensemble, ensemble: Ensemble, data: Path, num_draws: int) -> Row:
+    """Returns an ensemble's out-of-fold scores, and its comparison with the first one."""
     scores = ensemble.manifest["scores"]
-    by_seed = pauc_by_seed(ensemble)
+    by_seed = list(pauc_by_seed(ensemble).values())
     return {
         "num_features": len(ensemble.state.names) or 1,
         "rows": len(ensemble.oof()),
         "pauc": round(scores["pauc"], 4),
         "auc": round(scores["auc"], 4),
-        "pauc_mean_of_seeds": round(float(np.mean(list(by_seed.values()))), 4) if by_seed else None,
+        "pauc_mean_of_seeds": round(float(np.mean(by_seed)), 4) if by_seed else None,
         **compare_sides([first], [ensemble], data, num_draws).row(),
     }

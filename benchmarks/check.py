@@ -1,8 +1,9 @@
-"""`python -m benchmarks check`: is anything slower than the last time on the same kind of machine, beyond noise?"""
+"""`python -m benchmarks check`: find results that became slower, beyond noise."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from pydantic import Field
@@ -15,51 +16,62 @@ from isic.tables import read_csv
 
 @dataclass(frozen=True)
 class Speed:
-    """Where a CSV says how fast something is."""
+    """The columns of a CSV that hold a speed."""
 
     key: tuple[str, ...]
-    """Columns that tell one thing from another."""
+    """Columns that identify a measurement, besides the machine."""
     rate: str
     """Larger is better."""
     low: str | None = None
     high: str | None = None
-    """The least and the most of the repeats, where they are known."""
-    yardstick: str | None = None
-    """What the machine did in the same run at something that is not ours: a virtual machine that has half its speed on
-    some days is no slowdown. None where the rate is a ratio already."""
+    """The least and the most of the repeats, if they are recorded."""
+    unit: str | None = None
+    """Speed of the machine in the same run, by which the rate is divided.
+
+    A virtual machine may have half its speed on some days. None for a rate that is a ratio.
+    """
 
 
 SPEEDS = {
     "throughput": Speed(
         ("what", "engine", "precision", "batch", "device", "input", "matmul_by"),
-        *("images_per_second", "min", "max", "matmul_gflops"),
+        rate="images_per_second",
+        low="min",
+        high="max",
+        unit="matmul_gflops",
     ),
-    "peers": Speed(("what", "data", "batch", "ours", "peer"), "ratio", "ratio_min", "ratio_max"),
-    "ingest": Speed(("what", "images", "size"), "of_bare", "of_bare_min", "of_bare_max"),
-    "embed": Speed(("what", "data", "images"), "share"),
+    "peers": Speed(
+        ("what", "data", "batch", "ours", "peer"), rate="ratio", low="ratio_min", high="ratio_max"
+    ),
+    "ingest": Speed(
+        ("what", "images", "size"), rate="of_bare", low="of_bare_min", high="of_bare_max"
+    ),
+    "embed": Speed(("what", "data", "images"), rate="share"),
     "train": Speed(
         ("what", "model", "device", "batch", "precision", "compile", "workers", "busy", "size"),
-        *("over_bare", "over_bare_min", "over_bare_max"),
+        rate="over_bare",
+        low="over_bare_min",
+        high="over_bare_max",
     ),
 }
 
 
 class CheckSettings(Settings):
-    """What `python -m benchmarks check` takes."""
+    """Settings of `benchmarks check`."""
 
     benchmark: Several[str] = Field(
-        (), description="CSVs to look at, separated by commas; all if not given"
+        (), description="benchmarks to check, separated by commas; all if not given"
     )
-    tolerance: float = Field(0.05, ge=0, lt=1, description="slowdown that is never complained of")
+    tolerance: float = Field(0.05, ge=0, lt=1, description="slowdown that is always accepted")
     noise: float = Field(
-        0.1, ge=0, lt=1, description="spread of a figure whose repeats are not in its row"
+        0.1, ge=0, lt=1, description="spread of a rate whose repeats are not recorded"
     )
     results: Path = Field(RESULTS, description="folder of the CSVs")
 
 
 @dataclass(frozen=True)
 class Change:
-    """The last figure of a thing as a ratio to the one before it, and the bounds within which it may lie."""
+    """The last rate of a measurement divided by the previous one, with its bounds."""
 
     name: str
     ratio: float
@@ -67,62 +79,79 @@ class Change:
     high: float
 
     def is_slower(self, tolerance: float) -> bool:
-        """Whether even the best of the last repeats is slower than the worst of those before, and by enough."""
+        """Whether it is slower by more than noise and tolerance.
+
+        Even the best of the last repeats is then slower than the worst of the previous ones.
+        """
         return self.high < 1 and self.ratio < 1 - tolerance
 
 
 def check(settings: CheckSettings) -> int:
-    """Compares each last figure with the one before it, by what the machine itself did at the time.
+    """Compares each last rate with the previous one on the same kind of machine.
 
-    Exits with 1 where one is slower beyond noise.
+    Exits with 1 if one is slower beyond noise.
     """
-    unknown = [name for name in settings.benchmark if name not in SPEEDS]
-    if unknown:
-        raise UserError(
-            f'--benchmark: nothing to check in "{unknown[0]}", {did_you_mean(unknown[0], SPEEDS)}'
-        )
-    changes = []
+    for name in settings.benchmark:
+        if name not in SPEEDS:
+            raise UserError(f'--benchmark: no speeds in "{name}", {did_you_mean(name, SPEEDS)}')
+    changes: list[Change] = []
     for name in settings.benchmark or SPEEDS:
         path = settings.results / f"{name}.csv"
         if path.is_file():
-            changes += list(find_changes(read_csv(path), SPEEDS[name], name, settings.noise))
-    slower = [change for change in changes if change.is_slower(settings.tolerance)]
+            changes += find_changes(read_csv(path), SPEEDS[name], name, settings.noise)
+    num_slower = 0
     for change in sorted(changes, key=lambda change: change.ratio):
-        mark = "SLOWER" if change in slower else "ok"
-        print(
-            f"{mark:6} {change.ratio:6.2f} ({change.low:.2f} to {change.high:.2f})  {change.name}"
-        )
+        slower = change.is_slower(settings.tolerance)
+        num_slower += slower
+        mark = "SLOWER" if slower else "ok"
+        bounds = f"({change.low:.2f} to {change.high:.2f})"
+        print(f"{mark:6} {change.ratio:6.2f} {bounds}  {change.name}")
     print(
-        f"{len(changes)} compared with the last on the same kind of machine, {len(slower)} slower beyond noise"
+        f"{len(changes)} compared with the previous on the same kind of machine, "
+        f"{num_slower} slower beyond noise"
     )
-    return 1 if slower else 0
+    return 1 if num_slower else 0
 
 
 def find_changes(rows: pl.DataFrame, speed: Speed, csv: str, noise: float) -> Iterator[Change]:
-    """Yields a change for everything that stands in a CSV twice on one kind of machine."""
-    needed = [name for name in (speed.rate, speed.yardstick) if name]
+    """Yields a change for each measurement that is in a CSV at least twice."""
+    needed = [speed.rate, speed.unit] if speed.unit else [speed.rate]
     if not set(needed) <= set(rows.columns):
         return
     key = [name for name in (*MACHINE, *speed.key) if name in rows.columns]
-    measured = rows.filter(pl.all_horizontal(pl.col(needed).is_not_null() & (pl.col(needed) != "")))
-    numbers = [name for name in (speed.rate, speed.low, speed.high) if name]
-    unit = pl.col(speed.yardstick).cast(pl.Float64) if speed.yardstick else 1.0
-    measured = measured.with_columns(pl.col(numbers).cast(pl.Float64) / unit)
-    for _, group in measured.group_by(key, maintain_order=True):
+    for _, group in _normalised(rows, speed, needed).group_by(key, maintain_order=True):
         if len(group) > 1:
-            before, last = (
-                _bounds(row, speed, noise) for row in group.tail(2).iter_rows(named=True)
-            )
-            named = group.row(-1, named=True)
-            name = " · ".join(
-                [csv, *(str(named[column]) for column in speed.key if named.get(column))]
-            )
-            yield Change(name, last[0] / before[0], last[1] / before[2], last[2] / before[1])
+            previous, last = group.tail(2).to_dicts()
+            yield _change(previous, last, speed, csv, noise)
 
 
-def _bounds(row: dict[str, float], speed: Speed, noise: float) -> tuple[float, float, float]:
-    """Returns a figure with the least and the most that it may be."""
-    rate = row[speed.rate]
+def _normalised(rows: pl.DataFrame, speed: Speed, needed: list[str]) -> pl.DataFrame:
+    """Returns the rows with a rate, their rates as numbers in units of the machine's speed."""
+    is_known = pl.col(needed).is_not_null() & (pl.col(needed) != "")
+    rates = [name for name in (speed.rate, speed.low, speed.high) if name]
+    unit = pl.col(speed.unit).cast(pl.Float64) if speed.unit else 1.0
+    return rows.filter(pl.all_horizontal(is_known)).with_columns(
+        pl.col(rates).cast(pl.Float64) / unit
+    )
+
+
+def _change(
+    previous: dict[str, Any], last: dict[str, Any], speed: Speed, csv: str, noise: float
+) -> Change:
+    words = [str(last[column]) for column in speed.key if last.get(column)]
+    previous_low, previous_high = _bounds(previous, speed, noise)
+    last_low, last_high = _bounds(last, speed, noise)
+    return Change(
+        name=" · ".join([csv, *words]),
+        ratio=last[speed.rate] / previous[speed.rate],
+        low=last_low / previous_high,
+        high=last_high / previous_low,
+    )
+
+
+def _bounds(row: dict[str, Any], speed: Speed, noise: float) -> tuple[float, float]:
+    """Returns the least and the most that a rate may be."""
     if speed.low is None or speed.high is None:
-        return rate, rate * (1 - noise / 2), rate * (1 + noise / 2)
-    return rate, row[speed.low], row[speed.high]
+        rate = row[speed.rate]
+        return rate * (1 - noise / 2), rate * (1 + noise / 2)
+    return row[speed.low], row[speed.high]

@@ -3,38 +3,42 @@
 import torch
 from torch import Tensor, nn
 
-from benchmarks.fresh import create_fresh
 from benchmarks.limits import DTYPES
+from benchmarks.low_precision import LowPrecision
+from benchmarks.untrained import create_untrained
 from infer.engines import Outputs
 from infer.engines.aoti import forbid_tf32
 from isic.preprocess import Pixels
 from train.model import Classifier
 
-ENGINES = ("eager", "compile")
+TORCH_ENGINES = ("eager", "compile")
 
 
-class _Lowered(nn.Module):
-    """Backbone and head with weights in a low precision; the input is normalised in float32."""
+class _LowPrecisionClassifier(nn.Module):
+    """Backbone and head in a low precision; the input is normalised in float32."""
 
     def __init__(self, model: Classifier, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model, self.dtype = model, dtype
-        model.backbone.to(dtype)
-        model.head.to(dtype)
+        self.model = model
+        self.backbone = LowPrecision(model.backbone, dtype)
+        self.head = LowPrecision(model.head, dtype)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.model.backbone(self.model.normalised(images).to(self.dtype))
-        return features.float(), self.model.head(features).float()
+        features = self.backbone(self.model.normalised(images))
+        return features, self.head(features)
 
 
 class EagerEngine:
-    """A config's fresh network as an engine, from host to host."""
+    """The untrained network of a config as an engine, from host memory to host memory."""
 
     def __init__(self, config: str, engine: str, precision: str, device: str) -> None:
         forbid_tf32()
-        model = create_fresh(config).model
-        network = model if precision == "fp32" else _Lowered(model, DTYPES[precision])
-        self.device, self._model = device, network.to(device)
+        model = create_untrained(config).model
+        network: nn.Module = model
+        if precision != "fp32":
+            network = _LowPrecisionClassifier(model, DTYPES[precision])
+        self.device = device
+        self._model = network.to(device)
         if engine == "compile":
             self._model.compile(dynamic=False)
 
@@ -45,8 +49,7 @@ class EagerEngine:
         return features, logits
 
     def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
-        """Returns an uninitialised uint8 array of this shape, in page-locked memory where the device is a GPU."""
-        array: Pixels = torch.empty(
-            shape, dtype=torch.uint8, pin_memory=self.device == "cuda"
-        ).numpy()
+        """Returns an uninitialised uint8 array, in page-locked memory if the device is a GPU."""
+        pin_memory = self.device == "cuda"
+        array: Pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory).numpy()
         return array

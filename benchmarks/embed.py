@@ -1,4 +1,4 @@
-"""`python -m benchmarks embed`: embedding end to end beside its parts, and a whole run in a process of its own."""
+"""`python -m benchmarks embed`: embedding end to end and its parts, or a whole run."""
 
 import shutil
 import statistics
@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from benchmarks.record import write
+from benchmarks.record import RESULTS_HELP, Row, print_and_append
+from benchmarks.timing import batches, seconds_of
 from infer.embedding.embedder import BatchStats, Embedder, EmbedJob
 from infer.embedding.models import Models, find_models
 from infer.embedding.pipeline import decode_ahead, ring_depth
@@ -32,169 +33,168 @@ from isic.runtime.config import Settings
 from isic.runtime.files import read_json
 from isic.runtime.machine import num_cores
 
-STAND_IN = "null"
-"""The config that is no model: a stand-in engine that costs nothing shows what the pipeline itself can do."""
+NULL = "null"
+"""The config of an engine that costs nothing, to measure the pipeline itself."""
 
 
 class EmbedSettings(Settings):
-    """What `python -m benchmarks embed` takes."""
+    """Settings of `benchmarks embed`."""
 
     config: str = Field(
-        STAND_IN, description="exported config to embed with; null: a stand-in that costs nothing"
+        NULL, description="exported config to embed with; null is an engine that costs nothing"
     )
     model_dir: Path | None = Field(
-        None, description="the exported run; outputs/<config> if not given"
+        None, description="folder of the exported run; outputs/<config> if not given"
     )
     data: Path = Field(
         Path("data/isic-2024"), description="dataset folder; its training images are embedded"
     )
-    images: int = Field(4000, ge=1, description="images a repeat")
+    images: int = Field(4000, ge=1, description="images per repeat")
     repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
     whole: bool = Field(
-        False, description="instead time `infer embed` of every training image, and its memory"
+        False, description="instead time `infer embed` on all training images, with its memory"
     )
-    results: Path | None = Field(
-        None, description="folder of the CSV; benchmarks/results if not given"
-    )
+    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 def embed(settings: EmbedSettings) -> None:
-    """Measures images per second of the ingest alone, the engine of fold 0 alone, and both end to end, in turns."""
+    """Measures images per second of reading, of the engine of fold 0, and of both end to end."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model_dir = settings.model_dir or Path("outputs") / settings.config
-        if settings.config == STAND_IN:
-            model_dir = folder / STAND_IN
-            null.write_run(
-                model_dir, Dataset(settings.data).metadata_path("train"), PreprocessSpec(size=224)
-            )
-        engine = null.NULL_FILE if settings.config == STAND_IN else "model.onnx"
-        measured = _whole if settings.whole else _rates
-        figures = measured(settings, model_dir, engine, folder)
-    row = {"what": settings.config, "data": settings.data.name, **figures}
-    print(f"appended to {write('embed', [row], settings.results)}")
+        if settings.config == NULL:
+            model_dir = folder / NULL
+            engine = null.NULL_FILE
+            metadata = Dataset(settings.data).metadata_path("train")
+            null.write_run(model_dir, metadata, PreprocessSpec(size=224))
+        else:
+            model_dir = settings.model_dir or Path("outputs") / settings.config
+            engine = "model.onnx"
+        measure = _measure_whole_runs if settings.whole else _measure_parts
+        measured = measure(settings, model_dir, engine, folder)
+    row = {"what": settings.config, "data": settings.data.name, **measured}
+    print(f"appended to {print_and_append('embed', [row], settings.results)}")
 
 
-def _rates(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) -> dict[str, Any]:
-    found = find_models(model_dir, settings.config, engine)
-    first = min(found.artifacts)
-    models = Models({first: found.artifacts[first]}, {first: found.manifests[first]}, found.spec)
+def _measure_parts(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) -> Row:
+    models = _first_fold(find_models(model_dir, settings.config, engine))
     batch_size = models.batch_size or BATCH_CPU
-    job = EmbedJob(
-        settings.data.resolve(), "train", models, "auto", "float16", "none", batch_size, None, None
-    )
+    data = settings.data.resolve()
+    job = EmbedJob(data, "train", models, "auto", "float16", "none", batch_size, None, None)
     ids = read_ids(Dataset(settings.data).metadata_path("train"))[: settings.images]
-    measured = rates(job, ids, folder / "parts", settings.repeats)
-    return {
-        "images": len(ids),
-        **{name: round(value, 3 if name == "share" else 0) for name, value in measured.items()},
-    }
+    rates = pipeline_rates(job, ids, folder / "parts", settings.repeats)
+    share = rates.pop("share")
+    rounded = {name: round(rate, 0) for name, rate in rates.items()}
+    return {"images": len(ids), **rounded, "share": round(share, 3)}
 
 
-def _whole(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) -> dict[str, Any]:
-    where = (
-        "--data",
-        settings.data,
-        "--model_dir",
-        model_dir,
-        "--output_dir",
-        folder / "embeddings",
-    )
+def _first_fold(models: Models) -> Models:
+    first = min(models.artifacts)
+    return Models({first: models.artifacts[first]}, {first: models.manifests[first]}, models.spec)
+
+
+def _measure_whole_runs(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) -> Row:
+    output_dir = folder / "embeddings"
     runs = []
     for _ in range(settings.repeats):
-        shutil.rmtree(folder / "embeddings", ignore_errors=True)
-        if cached := index_path(settings.data / "train-image.hdf5"):
-            cached.unlink(missing_ok=True)  # a first run has none
-        runs.append(
-            whole_run("--config", settings.config, "--format", engine, "--split", "train", *where)
+        shutil.rmtree(output_dir, ignore_errors=True)
+        cached = index_path(settings.data / "train-image.hdf5")
+        if cached:
+            cached.unlink(missing_ok=True)  # as before a first run
+        # fmt: off
+        run = whole_run(
+            "--config", settings.config, "--format", engine, "--split", "train",
+            "--data", settings.data, "--model_dir", model_dir, "--output_dir", output_dir,
         )
+        # fmt: on
+        runs.append(run)
+    last = runs[-1]
     return {
-        **{key: runs[-1][key] for key in ("images", "bad", "bound_by")},
-        **{
-            key: round(statistics.median(run[key] for run in runs), 3)
-            for key in ("seconds", "start_seconds")
-        },
+        "images": last["images"],
+        "bad": last["bad"],
+        "bound_by": last["bound_by"],
+        "seconds": round(statistics.median(run["seconds"] for run in runs), 3),
+        "start_seconds": round(statistics.median(run["start_seconds"] for run in runs), 3),
         "peak_mb": max(run["peak_mb"] for run in runs),
     }
 
 
-def rates(job: EmbedJob, ids: pl.Series, folder: Path, repeats: int = 5) -> dict[str, float]:
-    """Measures images per second, each way once a repeat in turns, so that a machine that drifts drifts for all.
+def pipeline_rates(
+    job: EmbedJob, ids: pl.Series, folder: Path, repeats: int = 5
+) -> dict[str, float]:
+    """Measures images per second of the pipeline and of its parts, in turns.
+
+    A drift of the machine then affects all of them.
 
     Args:
-        job: its batch size and threads are those of every way.
-        ids: what to embed by every fold of the job.
-        folder: for the parts, emptied before each repeat; not to exist before.
-        repeats: of which the median counts, after one to warm up.
+        job: its batch size and threads are used throughout.
+        ids: the images, embedded by every fold of the job.
+        folder: for the shards, emptied before each repeat; must not exist.
+        repeats: of which the median counts, after one of warm-up.
 
     Returns:
-        Medians of `ingest`, `engine` and `end_to_end` in images per second, and of `share`: what end to end reaches of
-        the slower of the two within each repeat.
+        Medians of `ingest`, `engine` and `end_to_end` in images per second, and of `share`: end to
+        end divided by the slower of the two parts, within each repeat.
     """
-    ways = {
+    cases = {
         "ingest": _ingest(job, ids),
         "engine": _engine(job, ids),
         "end_to_end": _end_to_end(job, ids, folder),
     }
-    measured: dict[str, list[float]] = {name: [] for name in (*ways, "share")}
+    measured: dict[str, list[float]] = {name: [] for name in (*cases, "share")}
     for repeat in range(repeats + 1):
-        rate = {name: len(ids) / _seconds(run) for name, run in ways.items()}
-        rate["share"] = rate["end_to_end"] / min(rate["ingest"], rate["engine"])
-        for name, value in rate.items():
-            measured[name] += [value] if repeat else []
+        rates = {name: len(ids) / seconds_of(run) for name, run in cases.items()}
+        rates["share"] = rates["end_to_end"] / min(rates["ingest"], rates["engine"])
+        if repeat:
+            for name, rate in rates.items():
+                measured[name].append(rate)
     return {name: statistics.median(values) for name, values in measured.items()}
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def _batches(ids: pl.Series, size: int) -> Iterable[list[str]]:
-    return (ids.slice(start, size).to_list() for start in range(0, len(ids), size))
-
-
 def _ingest(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
-    """The ring of decoded batches, read by nobody who needs time."""
-    store, spec, size = Dataset(job.data).images(job.split), job.models.spec, job.batch_size
+    """Returns a function that decodes all batches and drops them."""
+    store = Dataset(job.data).images(job.split)
+    spec = job.models.spec
+    size = job.batch_size
     num_threads = job.num_threads or num_cores()
     depth = job.depth or ring_depth(size, num_threads)
+    names = ids.to_list()
 
     def run() -> None:
         with decode_pool(num_threads) as pool:
-            for _ in decode_ahead(store, _batches(ids, size), spec, pool, size, depth):
+            for _ in decode_ahead(store, batches(names, size), spec, pool, size, depth):
                 pass
 
     return run
 
 
 def _engine(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
+    """Returns a function that runs the engines on the same batch again and again."""
     models = job.models
     engines = {
         fold: create(path, models.manifests[fold], job.device)
         for fold, path in models.artifacts.items()
     }
-    batch = next(iter(_batches(ids, job.batch_size)))
-    images = np.empty((len(batch), models.spec.size, models.spec.size, 3), np.uint8)
-    Dataset(job.data).images(job.split).decode(batch, models.spec, images)
+    names = ids.to_list()
+    first = names[: job.batch_size]
+    images = np.empty((len(first), models.spec.size, models.spec.size, 3), np.uint8)
+    Dataset(job.data).images(job.split).decode(first, models.spec, images)
 
     def run() -> None:
-        for names in _batches(ids, job.batch_size):
-            run_averaged(engines, images[: len(names)], job.tta)
+        for batch in batches(names, job.batch_size):
+            run_averaged(engines, images[: len(batch)], job.tta)
 
     return run
 
 
 def _end_to_end(job: EmbedJob, ids: pl.Series, folder: Path) -> Callable[[], None]:
+    """Returns a function that embeds all images into shards."""
     embedder = Embedder(job)
     steps: list[BatchStats] = []
 
     def run() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        embedder.run(
-            plan_shards(folder, job.split, ids, job.models.folds, None, "all"), steps.append
-        )
+        parts = plan_shards(folder, job.split, ids, job.models.folds, None, "all")
+        embedder.run(parts, steps.append)
 
     return run
 
@@ -203,9 +203,10 @@ def whole_run(*flags: object) -> dict[str, Any]:
     """Runs `python -m infer embed` with some flags in a process of its own.
 
     Returns:
-        `seconds` from its start to its end, `start_seconds` of them for all but embedding (Python, libraries, the
-        index of the image file), `peak_mb` of memory as it says itself (what the system says of a process counts what
-        its parent held when it was started), and what the last line says of the run.
+        The fields that the run prints last, `seconds` from its start to its end, `start_seconds`
+        of them before embedding (Python, libraries, the index of the image file), and `peak_mb` of
+        memory. The run reports its own peak: the one that the system reports of a child process
+        includes what its parent held at the fork.
 
     Raises:
         subprocess.CalledProcessError: it failed.
@@ -214,7 +215,12 @@ def whole_run(*flags: object) -> dict[str, Any]:
     command = [sys.executable, "-m", "infer", "embed", *map(str, flags)]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     seconds = time.perf_counter() - started
-    said = dict(field.split("=", 1) for field in printed.splitlines()[-1].split()[1:])
-    run = read_json(Path(said["output"]) / RUN_FILE)
-    start = seconds - run["seconds"]["total"]
-    return {**said, "seconds": seconds, "start_seconds": start, "peak_mb": run["peak_memory_mb"]}
+    last_line = printed.splitlines()[-1]
+    fields = dict(field.split("=", 1) for field in last_line.split()[1:])
+    run = read_json(Path(fields["output"]) / RUN_FILE)
+    return {
+        **fields,
+        "seconds": seconds,
+        "start_seconds": seconds - run["seconds"]["total"],
+        "peak_mb": run["peak_memory_mb"],
+    }

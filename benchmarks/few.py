@@ -1,7 +1,7 @@
-"""`python -m benchmarks few`: scores when only some of a patient's lesions are sent together.
+"""`python -m benchmarks few`: scores if only some of a patient's lesions are known.
 
-Each held-out patient's lesions are cut at random into groups of a given size, and each group is
-scored as if it were all that is known of the patient. Boosters are fitted on whole patients.
+Each held-out patient's lesions are split at random into groups of a given size. Each group is
+scored as if it were the whole patient. Boosters are fitted on whole patients.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field
 
-from benchmarks.record import Row, write
+from benchmarks.record import RESULTS_HELP, print_and_append
 from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.comparison import compare_scores
 from infer.ensemble.feature_spec import FeatureSpec
@@ -34,40 +34,52 @@ class FewSettings(Settings):
         ("raw", "engineered"), description="feature sets; the others are compared with the first"
     )
     sizes: Several[int] = Field(
-        (1, 2, 3, 5, 10, 20), description="lesions of a patient that are sent together"
+        (1, 2, 3, 5, 10, 20), description="numbers of a patient's lesions that are scored together"
     )
     num_folds: int = Field(5, ge=2, description="folds")
     split_seed: int = Field(42, ge=0, description="seed of the folds")
     seeds: int = Field(3, ge=1, description="boosters per fold, each with its own seed")
-    draws: int = Field(1000, ge=100, description="redraws of the patients")
+    draws: int = Field(1000, ge=100, description="bootstrap resamples of the patients")
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
-    results: Path | None = Field(
-        None, description="folder of the CSV; benchmarks/results if not given"
-    )
+    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 def few(settings: FewSettings) -> None:
-    """Scores every set of features on groups of each size, and on whole patients."""
+    """Scores every feature set on groups of each size, and on whole patients."""
     metadata = with_patient(Dataset(settings.data).metadata("train")).sort(schema.ID)
     fold = draw_folds(metadata, settings.num_folds, settings.split_seed).of(metadata).to_numpy()
-    target, patient = metadata[schema.TARGET].to_numpy(), metadata[schema.PATIENT].to_numpy()
-    tables = {str(size): in_groups(metadata, size) for size in settings.sizes} | {"all": metadata}
+    target = metadata[schema.TARGET].to_numpy()
+    patient = metadata[schema.PATIENT].to_numpy()
+    tables = {str(size): split_patients(metadata, size) for size in settings.sizes}
+    tables["all"] = metadata
     first: dict[str, NDArray[np.float64]] = {}
     for features in settings.features:
         spec = FeatureSpec.parse(features.replace("+", ","))
-        shared = {key: getattr(settings, key) for key in ("data", "seeds", "num_threads")}
-        whole = spec.frame(metadata, ())
-        bag = fit_boosters(whole, spec.tabular, target, fold, build(FitSettings, shared))
+        flags = {
+            "data": settings.data,
+            "seeds": settings.seeds,
+            "num_threads": settings.num_threads,
+        }
+        fit_settings = build(FitSettings, flags)
+        bag = fit_boosters(spec.frame(metadata, ()), spec.tabular, target, fold, fit_settings)
         for size, table in tables.items():
             scores = held_out_scores(bag, spec.frame(table, ()), fold)
             first.setdefault(size, scores)
             compared = compare_scores(target, patient, first[size], scores, settings.draws)
-            row = {"data": settings.label, "features": features, "lesions_together": size}
-            write("few", [{**row, **_worth(target, scores), **compared.row()}], settings.results)
+            mean = scores.mean(axis=0)
+            row = {
+                "data": settings.label,
+                "features": features,
+                "lesions_together": size,
+                "pauc": round(pauc(target, mean), 4),
+                "auc": round(roc_auc(target, mean), 4),
+                **compared.row(),
+            }
+            print_and_append("few", [row], settings.results)
 
 
-def in_groups(metadata: pl.DataFrame, size: int, seed: int = 0) -> pl.DataFrame:
-    """Returns the table with each patient replaced by groups of at most `size` of their lesions."""
+def split_patients(metadata: pl.DataFrame, size: int, seed: int = 0) -> pl.DataFrame:
+    """Returns the table with each patient replaced by groups of at most `size` of its lesions."""
     shuffled = metadata.sort(schema.ID).sample(fraction=1, shuffle=True, seed=seed)
     group = pl.int_range(pl.len()).over(schema.PATIENT) // size
     named = pl.format("{} group {}", schema.PATIENT, group).alias(schema.PATIENT)
@@ -77,15 +89,13 @@ def in_groups(metadata: pl.DataFrame, size: int, seed: int = 0) -> pl.DataFrame:
 def held_out_scores(
     bag: FitResult, table: pl.DataFrame, fold: NDArray[np.integer]
 ) -> NDArray[np.float64]:
-    """Returns [seeds, N] the scores of a feature table's rows by the boosters of their own fold."""
+    """Returns the scores [seeds, N] of a feature table's rows by the boosters of their own fold."""
+    matrices = {
+        k: encoding.transform(table.filter(fold == k)) for k, encoding in bag.encodings.items()
+    }
+    seeds = list(dict.fromkeys(seed for _, _, seed in bag.boosters))
     scores = np.zeros((len(bag.scores), len(table)))
-    rows = {k: encoding.transform(table.filter(fold == k)) for k, encoding in bag.encodings.items()}
-    numbers = {seed: i for i, seed in enumerate(dict.fromkeys(seed for _, _, seed in bag.boosters))}
     for (library, k, seed), text in bag.boosters.items():
-        scores[numbers[seed], fold == k] = LIBRARIES[library].load(text)(rows[k], 1)
+        predict = LIBRARIES[library].load(text)
+        scores[seeds.index(seed), fold == k] = predict(matrices[k], 1)
     return scores
-
-
-def _worth(target: NDArray[np.integer], scores: NDArray[np.float64]) -> Row:
-    score = scores.mean(axis=0)
-    return {"pauc": round(pauc(target, score), 4), "auc": round(roc_auc(target, score), 4)}

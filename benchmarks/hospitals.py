@@ -1,7 +1,7 @@
-"""`python -m benchmarks hospitals`: scores at a hospital that no training row comes from.
+"""`python -m benchmarks hospitals`: scores at a hospital without training rows.
 
-A hospital that training rows lack has an `attribution` that no booster has met. The ways to treat
-categories are compared with the first of them: on each hospital, held out in turn, and in ordinary
+A new hospital has an `attribution` that no booster was trained on. Several treatments of
+categories are compared with the first one: on each hospital, held out in turn, and in ordinary
 cross-validation, which shows the cost of a treatment when every hospital is known.
 """
 
@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field
 
-from benchmarks.record import write
+from benchmarks.record import RESULTS_HELP, Row, print_and_append
 from infer.ensemble.comparison import Comparison, compare_scores
 from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.fit_settings import FitSettings
@@ -28,7 +28,10 @@ from isic.runtime.errors import UserError
 
 HOSPITAL = "attribution"
 OF_HOSPITAL = (HOSPITAL, "copyright_license")
-"""Columns that follow from the hospital."""
+"""Columns that depend on the hospital."""
+
+Scores = NDArray[np.float64]
+"""[seeds, N]."""
 
 
 class HospitalSettings(Settings):
@@ -41,17 +44,15 @@ class HospitalSettings(Settings):
         (0.1, 0.2), description="shares of training rows to blank categories in"
     )
     min_positives: int = Field(
-        10, ge=1, description="malignant lesions of a hospital that is held out"
+        10, ge=1, description="fewest malignant lesions of a hospital that is held out"
     )
     split_seeds: Several[int] = Field((7, 11, 13), description="fold plans of the cross-validation")
-    num_folds: int = Field(5, ge=2, description="folds of each of them")
+    num_folds: int = Field(5, ge=2, description="folds per plan")
     seeds: int = Field(10, ge=2, description="boosters per fold, each with its own seed")
     seed: int = Field(0, ge=0, description="the first of the seeds")
-    draws: int = Field(1000, ge=100, description="redraws of the patients")
+    draws: int = Field(1000, ge=100, description="bootstrap resamples of the patients")
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
-    results: Path | None = Field(
-        None, description="folder of the CSV; benchmarks/results if not given"
-    )
+    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 @dataclass(frozen=True)
@@ -60,126 +61,140 @@ class Treatment:
 
     name: str
     without: tuple[str, ...] = ()
-    """Features that are left out."""
+    """Features that are dropped."""
     blank_share: float = 0.0
+    """Share of training rows in which each category is blanked."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Training rows that are scored by boosters fitted without them."""
+class HeldOut:
+    """Rows that are scored by boosters fitted without them."""
 
     group: str
-    """Rows of a group are averaged into a line of its own."""
+    """Comparisons of a group are also averaged."""
     name: str
     fold: NDArray[np.integer]
-    """[N] the rows that are held out together."""
+    """[N]; rows of a fold are held out together."""
     scored: NDArray[np.bool_]
     """[N]."""
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The rows of the dataset, sorted by id."""
+
+    metadata: pl.DataFrame
+    target: NDArray[np.integer]
+    patient: NDArray[np.str_]
 
 
 def hospitals(settings: HospitalSettings) -> None:
     """Compares treatments of categories on hospitals held out and in cross-validation."""
     metadata = Dataset(settings.data).metadata("train").sort(schema.ID)
-    target = metadata[schema.TARGET].to_numpy()
-    patient = with_patient(metadata)[schema.PATIENT].to_numpy()
-    places = [*_held_out(metadata, settings), *_cross_validated(metadata, settings)]
+    rows = TrainingRows(
+        metadata,
+        metadata[schema.TARGET].to_numpy(),
+        with_patient(metadata)[schema.PATIENT].to_numpy(),
+    )
+    held_out = [*_hospitals(metadata, settings), *_splits(metadata, settings)]
     treatments = [
         Treatment("as they are"),
-        Treatment("without the hospital", OF_HOSPITAL),
-        *(Treatment(f"blanked in {share:g}", (), share) for share in settings.blank_shares),
+        Treatment("without the hospital", without=OF_HOSPITAL),
+        *(Treatment(f"blanked in {share:g}", blank_share=share) for share in settings.blank_shares),
     ]
     for features in settings.features:
-        first: list[NDArray[np.float64]] = []
+        first: list[Scores] = []
         for treatment in treatments:
-            scores = _scores(metadata, features, treatment, places, settings)
+            scores = _scores(rows, features, treatment, held_out, settings)
             first = first or scores
             compared = [
-                (place, _compare(place, target, patient, before, after, settings.draws))
-                for place, before, after in zip(places, first, scores, strict=True)
+                (part, _compare(part, rows, before, after, settings.draws))
+                for part, before, after in zip(held_out, first, scores, strict=True)
             ]
             named = {"data": settings.label, "features": features, "treatment": treatment.name}
-            rows = [
-                {**named, "scored": name, "pauc_mean_of_seeds": _mean(found), **found.row()}
-                for name, found in _with_means(compared)
-            ]
-            write("hospitals", rows, settings.results)
+            print_and_append(
+                "hospitals", [{**named, **row} for row in _rows(compared)], settings.results
+            )
 
 
-def _held_out(metadata: pl.DataFrame, settings: HospitalSettings) -> list[Rows]:
+def _hospitals(metadata: pl.DataFrame, settings: HospitalSettings) -> list[HeldOut]:
     """Returns the hospitals with both classes and enough malignant lesions, each held out."""
     hospital = metadata[HOSPITAL].fill_null("blank")
     fold = (hospital.rank("dense") - 1).cast(pl.Int32).to_numpy()
     counts = metadata.group_by(hospital).agg(pl.col(schema.TARGET).sum(), pl.len()).sort(HOSPITAL)
-    enough = (pl.col(schema.TARGET) >= settings.min_positives) & (
-        pl.col(schema.TARGET) < pl.col("len")
-    )
-    names = counts.filter(enough)[HOSPITAL].to_list()
+    has_enough = pl.col(schema.TARGET) >= settings.min_positives
+    has_benign = pl.col(schema.TARGET) < pl.col("len")
+    names = counts.filter(has_enough & has_benign)[HOSPITAL].to_list()
     if len(counts) < 2 or not names:
         raise UserError(
             f"{settings.data} has {len(counts)} hospitals, {len(names)} of them with both classes "
-            f"and {settings.min_positives} malignant lesions; give data of two or more hospitals"
+            f"and {settings.min_positives} malignant lesions; use data of two or more hospitals"
         )
-    return [Rows("hospitals", name, fold, (hospital == name).to_numpy()) for name in names]
+    return [HeldOut("hospitals", name, fold, (hospital == name).to_numpy()) for name in names]
 
 
-def _cross_validated(metadata: pl.DataFrame, settings: HospitalSettings) -> list[Rows]:
-    every = np.ones(len(metadata), dtype=bool)
-    return [
-        Rows(
-            "splits",
-            f"split seed {seed}",
-            draw_folds(metadata, settings.num_folds, seed).of(metadata).to_numpy(),
-            every,
-        )
-        for seed in settings.split_seeds
-    ]
+def _splits(metadata: pl.DataFrame, settings: HospitalSettings) -> list[HeldOut]:
+    """Returns all rows, held out by fold, for each fold plan."""
+    scored = np.ones(len(metadata), dtype=bool)
+    held_out = []
+    for seed in settings.split_seeds:
+        fold = draw_folds(metadata, settings.num_folds, seed).of(metadata).to_numpy()
+        held_out.append(HeldOut("splits", f"split seed {seed}", fold, scored))
+    return held_out
 
 
 def _scores(
-    metadata: pl.DataFrame,
+    rows: TrainingRows,
     features: str,
     treatment: Treatment,
-    places: list[Rows],
+    held_out: list[HeldOut],
     settings: HospitalSettings,
-) -> list[NDArray[np.float64]]:
-    """Returns [seeds, N] held-out scores for each place; places with the same folds share a fit."""
+) -> list[Scores]:
+    """Returns the held-out scores of each part; parts with the same folds share a fit."""
     spec = FeatureSpec.parse(features.replace("+", ","))
     names = tuple(name for name in spec.tabular if name not in treatment.without)
-    shared = {key: getattr(settings, key) for key in ("data", "seeds", "seed", "num_threads")}
-    fitting = build(FitSettings, {**shared, "blank_share": treatment.blank_share})
-    table, target = spec.frame(metadata, ()), metadata[schema.TARGET].to_numpy()
-    found: dict[int, NDArray[np.float64]] = {}
-    for place in places:
-        if id(place.fold) not in found:
-            bag = fit_boosters(table, names, target, place.fold, fitting)
-            found[id(place.fold)] = np.stack(list(bag.scores.values()))
-    return [found[id(place.fold)] for place in places]
+    flags = {
+        "data": settings.data,
+        "seeds": settings.seeds,
+        "seed": settings.seed,
+        "num_threads": settings.num_threads,
+        "blank_share": treatment.blank_share,
+    }
+    fit_settings = build(FitSettings, flags)
+    table = spec.frame(rows.metadata, ())
+    fitted: dict[int, Scores] = {}  # by the identity of the fold array
+    for part in held_out:
+        if id(part.fold) not in fitted:
+            bag = fit_boosters(table, names, rows.target, part.fold, fit_settings)
+            fitted[id(part.fold)] = np.stack(list(bag.scores.values()))
+    return [fitted[id(part.fold)] for part in held_out]
 
 
 def _compare(
-    place: Rows,
-    target: NDArray[np.integer],
-    patient: NDArray[np.str_],
-    first: NDArray[np.float64],
-    second: NDArray[np.float64],
-    num_draws: int,
+    part: HeldOut, rows: TrainingRows, first: Scores, second: Scores, num_draws: int
 ) -> Comparison:
-    rows = place.scored
-    return compare_scores(target[rows], patient[rows], first[:, rows], second[:, rows], num_draws)
+    return compare_scores(
+        rows.target[part.scored],
+        rows.patient[part.scored],
+        first[:, part.scored],
+        second[:, part.scored],
+        num_draws,
+    )
 
 
-def _with_means(compared: list[tuple[Rows, Comparison]]) -> Iterator[tuple[str, Comparison]]:
-    """Yields each place's comparison, and after each group of several the mean over them."""
-    for group in dict.fromkeys(place.group for place, _ in compared):
-        inside = [(place.name, found) for place, found in compared if place.group == group]
-        yield from inside
-        fits, draws = (
-            np.mean([getattr(found, part) for _, found in inside], axis=0)
-            for part in ("fits", "draws")
-        )
-        if len(inside) > 1:
-            yield f"mean of {group}", Comparison(fits, draws)
+def _rows(compared: list[tuple[HeldOut, Comparison]]) -> Iterator[Row]:
+    """Yields a row per part, and after each group of several its mean."""
+    for group in dict.fromkeys(part.group for part, _ in compared):
+        comparisons = [found for part, found in compared if part.group == group]
+        for part, found in compared:
+            if part.group == group:
+                yield _row(part.name, found)
+        if len(comparisons) > 1:
+            fits = np.mean([found.fits for found in comparisons], axis=0)
+            draws = np.mean([found.draws for found in comparisons], axis=0)
+            yield _row(f"mean of {group}", Comparison(fits, draws))
 
 
-def _mean(found: Comparison) -> float:
-    return round(float(found.fits[:, 1].mean()), 4)
+def _row(name: str, found: Comparison) -> Row:
+    mean = round(float(found.fits[:, 1].mean()), 4)
+    return {"scored": name, "pauc_mean_of_seeds": mean, **found.row()}

@@ -1,11 +1,10 @@
-"""`python -m benchmarks ingest`: from ids to uint8 batches, against the usual loaders, in one run."""
+"""`python -m benchmarks ingest`: from ids to uint8 batches, compared with the usual loaders."""
 
 import io
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +15,12 @@ import h5py
 import numpy as np
 import PIL.Image
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from timm.data import create_transform
 
-from benchmarks.record import ratio, write
+from benchmarks.record import RESULTS_HELP, Row, print_and_append, ratio_columns
+from benchmarks.timing import batches, seconds_of
 from infer.embedding.pipeline import decode_ahead, ring_depth
 from isic import schema
 from isic.dataset import Dataset
@@ -32,170 +33,181 @@ from isic.synth.write import write_images
 BATCH = 256
 FULL_SIZE = 401_059
 BARE = "bare pread + cv2"
+NUM_CACHED = 5
+"""Repeats of reading the index from the cache."""
+
+ReadAll = Callable[[Sequence[str]], None]
+"""Reads the images of some ids, batch by batch."""
 
 
 class IngestSettings(Settings):
-    """What `python -m benchmarks ingest` takes."""
+    """Settings of `benchmarks ingest`."""
 
     data: Path = Field(Path("data/isic-2024"), description="dataset folder with train-image.hdf5")
-    size: int = Field(224, ge=8, description="side of the decoded images, pixels")
-    images: int = Field(
-        4000, ge=1, description="images a repeat of ours; the slower peers read a tenth"
-    )
+    size: int = Field(224, ge=8, description="side of the decoded images in pixels")
+    images: int = Field(4000, ge=1, description="images per repeat; slow loaders read fewer")
     repeats: int = Field(
-        5, ge=1, description="repeats, of which the median counts; all ways take turns in each"
+        5, ge=1, description="repeats, of which the median counts; the loaders alternate in each"
     )
     threads: Several[int] = Field(
         (1, 2), description="numbers of decoding threads, separated by commas"
     )
     index: bool = Field(True, description="also time the offset index of a file of 401,059 images")
-    results: Path | None = Field(
-        None, description="folder of the CSV; benchmarks/results if not given"
-    )
+    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 @dataclass(frozen=True)
-class Way:
+class ImageLoader:
     """One way to turn ids into batches."""
 
     name: str
-    run: Callable[[Sequence[str]], None]
+    read: ReadAll
     share: float = 1.0
-    """Share of the images that it reads in a repeat."""
+    """Share of the images that it reads per repeat."""
     bare: str | None = None
-    """Name of the way that does the same and nothing else."""
+    """Name of the bare loop that its rate is divided by."""
 
 
 def ingest(settings: IngestSettings) -> None:
-    """Measures images per second from ids to batches, for this toolkit and for the loaders that people use.
+    """Measures images per second from ids to batches, for this toolkit and for common loaders.
 
-    All ways read the same images, in turns, so that a machine that drifts drifts for all.
+    All loaders read the same images in turns, so that a drift of the machine affects all of them.
     """
     dataset = Dataset(settings.data)
     ids = dataset.metadata("train")[schema.ID].to_list()[: settings.images]
-    store, spec = dataset.images("train"), PreprocessSpec(size=settings.size)
-    threads = {n: f"{n} thread{'s' * (n > 1)}" for n in settings.threads}
-    ways = [
-        Way(f"ours, {text}", _ours(store, spec, n), bare=f"{BARE}, {text}")
-        for n, text in threads.items()
+    store = dataset.images("train")
+    loaders = make_loaders(store, settings)
+    rates = loader_rates(loaders, ids, settings.repeats)
+    first = rates[loaders[0].name]
+    rows = [_row(loader, rates, first, settings.size, len(ids)) for loader in loaders]
+    print_and_append("ingest", rows, settings.results)
+    if settings.index and isinstance(store, Hdf5Images):
+        print_and_append("ingest", time_index(store), settings.results)
+
+
+def make_loaders(store: ImageStore, settings: IngestSettings) -> list[ImageLoader]:
+    """Returns the loaders for a store; those of HDF5 files only if it is one."""
+    spec = PreprocessSpec(size=settings.size)
+    threads = {number: f"{number} thread{'s' * (number > 1)}" for number in settings.threads}
+    loaders = [
+        ImageLoader(f"ours, {text}", _ours(store, spec, number), bare=f"{BARE}, {text}")
+        for number, text in threads.items()
     ]
     if isinstance(store, Hdf5Images):
         bare = partial(_bare, store.source, build_index(store.source), settings.size)
-        ways += [Way(f"{BARE}, {text}", bare(n)) for n, text in threads.items()]
-        ways.append(
-            Way("h5py + PIL + numpy, 1 core", _usual(store.source, settings.size), share=0.1)
+        loaders += [
+            ImageLoader(f"{BARE}, {text}", bare(number)) for number, text in threads.items()
+        ]
+        notebook = _notebook(store.source, settings.size)
+        loaders.append(ImageLoader("h5py + PIL + numpy, 1 core", notebook, share=0.1))
+    for num_workers in (0, 2):
+        name = f"timm transform in a DataLoader, {num_workers} workers"
+        loaders.append(
+            ImageLoader(name, _data_loader(store, settings.size, num_workers), share=0.25)
         )
-    ways += [
-        Way(
-            f"timm transform in a DataLoader, {n} workers",
-            _data_loader(store, settings.size, n),
-            0.25,
-        )
-        for n in (0, 2)
-    ]
-    rates = measure(ways, ids, settings.repeats)
-    write("ingest", [_row(way, rates, settings, len(ids)) for way in ways], settings.results)
-    if settings.index and isinstance(store, Hdf5Images):
-        write("ingest", time_index(store), settings.results)
+    return loaders
 
 
-def measure(ways: Sequence[Way], ids: Sequence[str], repeats: int) -> dict[str, list[float]]:
-    """Returns images per second of each way and repeat, after one warm-up of each."""
-    rates: dict[str, list[float]] = {way.name: [] for way in ways}
+def loader_rates(
+    loaders: Sequence[ImageLoader], ids: Sequence[str], repeats: int
+) -> dict[str, list[float]]:
+    """Returns images per second of each loader and repeat, after one warm-up of each."""
+    rates: dict[str, list[float]] = {loader.name: [] for loader in loaders}
     for repeat in range(repeats + 1):
-        for way in ways:
-            wanted = ids[: max(1, round(way.share * len(ids)))]
-            started = time.perf_counter()
-            way.run(wanted)
+        for loader in loaders:
+            wanted = ids[: max(1, round(loader.share * len(ids)))]
+            seconds = seconds_of(partial(loader.read, wanted))
             if repeat:
-                rates[way.name].append(len(wanted) / (time.perf_counter() - started))
+                rates[loader.name].append(len(wanted) / seconds)
     return rates
 
 
 def _row(
-    way: Way, rates: dict[str, list[float]], settings: IngestSettings, num_images: int
-) -> dict[str, Any]:
-    first, own = rates[next(iter(rates))], rates[way.name]
-    row = {
-        "what": way.name,
+    loader: ImageLoader,
+    rates: dict[str, list[float]],
+    first: list[float],
+    size: int,
+    num_images: int,
+) -> Row:
+    own = rates[loader.name]
+    row: Row = {
+        "what": loader.name,
         "images": num_images,
-        "size": settings.size,
+        "size": size,
         "images_per_second": round(statistics.median(own)),
         "min": round(min(own)),
         "max": round(max(own)),
-        "first_is_faster_by": ratio("first", first, own, digits=2)["first"],
+        "first_is_faster_by": ratio_columns("first", first, own, digits=2)["first"],
     }
-    return {**row, **ratio("of_bare", own, rates[way.bare])} if way.bare in rates else row
+    if loader.bare in rates:
+        row |= ratio_columns("of_bare", own, rates[loader.bare])
+    return row
 
 
-def _ours(
-    store: ImageStore, spec: PreprocessSpec, num_threads: int
-) -> Callable[[Sequence[str]], None]:
+def _ours(store: ImageStore, spec: PreprocessSpec, num_threads: int) -> ReadAll:
     """The ring of batches that embedding reads, without an engine behind it."""
-    pool, depth = decode_pool(num_threads), ring_depth(BATCH, num_threads)
+    pool = decode_pool(num_threads)
+    depth = ring_depth(BATCH, num_threads)
     ring = [np.empty((BATCH, spec.size, spec.size, 3), np.uint8) for _ in range(depth)]
 
-    def run(ids: Sequence[str]) -> None:
-        free = iter(
-            ring
-        )  # memory that is there already: a run allocates it once, whatever the number of images
-        for batch in decode_ahead(
-            store, _batches(ids), spec, pool, BATCH, depth, lambda _: next(free)
-        ):
+    def read(ids: Sequence[str]) -> None:
+        # The buffers exist already: an embedding run allocates them once for all its images.
+        free = iter(ring)
+        ahead = decode_ahead(
+            store, batches(ids, BATCH), spec, pool, BATCH, depth, lambda _: next(free)
+        )
+        for batch in ahead:
             assert not batch.failed
 
-    return run
+    return read
 
 
-def _bare(path: Path, index: Index, size: int, num_threads: int) -> Callable[[Sequence[str]], None]:
-    """Nothing but a read, a decode and a resize for each image, a share of the images a thread: the machine's limit."""
-    pool, file = decode_pool(num_threads), os.open(path, os.O_RDONLY)
-    names, offsets, sizes = np.char.decode(index.ids), index.offsets, index.sizes
-    places = dict(
-        zip(names.tolist(), zip(sizes.tolist(), offsets.tolist(), strict=True), strict=True)
-    )
+def _bare(path: Path, index: Index, size: int, num_threads: int) -> ReadAll:
+    """The machine's limit: one pread, decode and resize per image, with the ids split by thread."""
+    pool = decode_pool(num_threads)
+    file = os.open(path, os.O_RDONLY)
+    names = np.char.decode(index.ids).tolist()
+    places = zip(index.sizes.tolist(), index.offsets.tolist(), strict=True)
+    place_of = dict(zip(names, places, strict=True))
     outs = [np.empty((BATCH, size, size, 3), np.uint8) for _ in range(num_threads)]
 
     def decode(ids: Sequence[str], out: Pixels) -> None:
         for row, name in enumerate(ids):
-            image = cv2.imdecode(
-                np.frombuffer(os.pread(file, *places[name]), np.uint8), cv2.IMREAD_COLOR_RGB
-            )
+            data = np.frombuffer(os.pread(file, *place_of[name]), np.uint8)
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
             assert image is not None
             cv2.resize(image, (size, size), dst=out[row % BATCH])
 
-    def run(ids: Sequence[str]) -> None:
+    def read(ids: Sequence[str]) -> None:
         list(pool.map(decode, (ids[thread::num_threads] for thread in range(num_threads)), outs))
 
-    return run
+    return read
 
 
-def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (ids[at : at + BATCH] for at in range(0, len(ids), BATCH))
+def _notebook(path: Path, size: int) -> ReadAll:
+    """h5py by key, PIL with bicubic resize, normalised and transposed in numpy.
 
+    Most public notebooks read the images this way.
+    """
+    mean = np.array(IMAGENET_MEAN, np.float32)
+    std = np.array(IMAGENET_STD, np.float32)
 
-def _usual(path: Path, size: int) -> Callable[[Sequence[str]], None]:
-    """h5py by key, PIL with bicubic resize, normalised and transposed in numpy: what most public notebooks do."""
-    mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
+    def load(file: h5py.File, name: str) -> NDArray[np.float32]:
+        picture = PIL.Image.open(io.BytesIO(file[name][()])).convert("RGB")
+        resized = picture.resize((size, size), PIL.Image.Resampling.BICUBIC)
+        pixels = (np.asarray(resized, np.float32) / 255 - mean) / std
+        return np.asarray(pixels.transpose(2, 0, 1), np.float32)
 
-    def load(file: h5py.File, name: str) -> Any:
-        image = (
-            PIL.Image.open(io.BytesIO(file[name][()]))
-            .convert("RGB")
-            .resize((size, size), PIL.Image.Resampling.BICUBIC)
-        )
-        return ((np.asarray(image, np.float32) / 255 - mean) / std).transpose(2, 0, 1)
-
-    def run(ids: Sequence[str]) -> None:
+    def read(ids: Sequence[str]) -> None:
         with h5py.File(path) as file:
-            for batch in _batches(ids):
-                np.stack([load(file, name) for name in batch])
+            for names in batches(ids, BATCH):
+                np.stack([load(file, name) for name in names])
 
-    return run
+    return read
 
 
-def _data_loader(store: Any, size: int, num_workers: int) -> Callable[[Sequence[str]], None]:
-    """timm's evaluation transform in a torch DataLoader: what most training code does."""
+def _data_loader(store: Any, size: int, num_workers: int) -> ReadAll:
+    """timm's evaluation transform in a torch DataLoader, as in most training code."""
     transform = create_transform((3, size, size), is_training=False, crop_pct=1.0)
 
     class Images(torch.utils.data.Dataset[torch.Tensor]):
@@ -210,37 +222,32 @@ def _data_loader(store: Any, size: int, num_workers: int) -> Callable[[Sequence[
             tensor: torch.Tensor = transform(PIL.Image.open(io.BytesIO(data)).convert("RGB"))
             return tensor
 
-    def run(ids: Sequence[str]) -> None:
-        for _ in torch.utils.data.DataLoader(
-            Images(ids), batch_size=BATCH, num_workers=num_workers
-        ):
+    def read(ids: Sequence[str]) -> None:
+        loader = torch.utils.data.DataLoader(Images(ids), batch_size=BATCH, num_workers=num_workers)
+        for _ in loader:
             pass
 
-    return run
+    return read
 
 
-def time_index(store: Hdf5Images) -> list[dict[str, Any]]:
-    """Seconds to index a file of 401,059 images the first time, and from the cache afterwards."""
+def time_index(store: Hdf5Images) -> list[Row]:
+    """Measures the seconds to index a file of 401,059 images, and to read it from the cache."""
     files = store.read(store.ids[:1000].tolist())
+    names = (f"ISIC_{row:07d}" for row in range(FULL_SIZE))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train-image.hdf5"
-        write_images(
-            path, ((f"ISIC_{row:07d}", files[row % len(files)]) for row in range(FULL_SIZE))
-        )
-        first = _seconds(lambda: build_index(path))
-        Hdf5Images(path)
-        cached = [_seconds(lambda: Hdf5Images(path)) for _ in range(5)]
-    return [
-        {"what": "offset index, built", "images": FULL_SIZE, "seconds": round(first, 2)},
-        {
-            "what": "offset index, from the cache",
-            "images": FULL_SIZE,
-            "seconds": round(statistics.median(cached), 3),
-        },
-    ]
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+        write_images(path, ((name, files[row % len(files)]) for row, name in enumerate(names)))
+        first = seconds_of(lambda: build_index(path))
+        Hdf5Images(path)  # fills the cache
+        cached = [seconds_of(lambda: Hdf5Images(path)) for _ in range(NUM_CACHED)]
+    built: Row = {
+        "what": "offset index, built",
+        "images": FULL_SIZE,
+        "seconds": round(first, 2),
+    }
+    from_cache: Row = {
+        "what": "offset index, from the cache",
+        "images": FULL_SIZE,
+        "seconds": round(statistics.median(cached), 3),
+    }
+    return [built, from_cache]

@@ -1,6 +1,5 @@
-"""What the machine can do at most, measured, and what a network asks of it, counted."""
+"""The machine's limits, measured, and the work of a network, counted."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -9,25 +8,27 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.timing import seconds_of
 from infer.engines.onnxruntime import session_options
 
 MIN_CALLS = 3
 SECONDS = 1.0
-"""Of a measurement, about."""
+"""Approximate length of a measurement."""
 MAX_SECONDS = 3.0
-"""Of one large matrix product, as the small one foretells it."""
+"""Longest large matrix product, estimated from the small one."""
 SIDES = {"cpu": (256, 1024), "cuda": (1024, 8192)}
-"""Of the square matrices that are multiplied: the first to find out how long it takes, the second to measure."""
+"""Sides of the square matrices: the small product estimates the time of the large, measured one."""
 COPIED = {"cpu": 2**28, "cuda": 2**32}
-"""Bytes of the array that is copied: many times the caches. On a GPU half of what is free holds it and its copy."""
+"""Bytes of the copied array, many times the caches; on a GPU at most 1/4 of the free memory."""
 MATMUL_OPSET, MATMUL_IR = 13, 8
-"""Old enough for every ONNX Runtime that runs the engines."""
+"""Old enough for every supported ONNX Runtime."""
 DTYPES = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -35,52 +36,56 @@ DTYPES = {
     "fp8": torch.float8_e4m3fn,
 }
 ACTIVATION_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 2}
-"""Of a value between two layers; layers in int8 on a CPU take and give float32, those in fp8 float16."""
+"""Bytes of a value between two layers, by precision.
+
+On a CPU, int8 layers read and write float32; fp8 layers read and write float16.
+"""
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 FLOPS = {
     **flop_registry,
-    # torch 2.14 has no formula for its attention on a CPU
+    # Missing in torch 2.14 (pytorch#195460); drop when the registry has it.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         torch.ops.aten._scaled_dot_product_flash_attention
     ],
 }
-"""The operations that an operator counts as, by torch's formulas."""
+"""torch's formulas of the floating-point operations of its operators."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a network asks for."""
+    """Work of a network's products, convolutions and attention; the rest can be fused."""
 
     flops: float
-    """Floating-point operations an image, a multiply-add being two."""
+    """Floating-point operations per image; a multiply-add counts as two."""
     activations: float
-    """Values that matrix products, convolutions and attention read and write an image; the rest can be fused."""
+    """Values read and written per image."""
     weights: float
-    """Values of weights that they read a batch."""
+    """Weights read per batch."""
 
     def bytes_per_image(self, precision: str, batch: int) -> float:
-        """Returns the least memory traffic of an image in a batch of some size."""
-        per_batch = self.weights * WEIGHT_BYTES[precision]
-        return self.activations * ACTIVATION_BYTES[precision] + per_batch / batch
+        """Returns the least memory traffic per image at a batch size."""
+        weight_bytes = self.weights * WEIGHT_BYTES[precision]
+        return self.activations * ACTIVATION_BYTES[precision] + weight_bytes / batch
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device does at most in a precision."""
+    """Highest rates of a device in a precision."""
 
     matmul: float
-    """Floating-point operations a second in a large matrix product."""
+    """Floating-point operations per second in a large matrix product."""
     copy: float
-    """Bytes a second, read and written, in a large copy."""
+    """Bytes per second, read and written, in a large copy."""
     matmul_by: str = "torch"
-    """The library whose product that was: rates of two are no measure of a machine that changes."""
+    """The library of that product; rates of different libraries are not comparable over time."""
 
     def of(
         self, work: Work, precision: str, batch: int, images_per_second: float
     ) -> dict[str, Any]:
-        """Returns what a rate means: what it achieves, its share of either limit, and which of the two binds.
+        """Returns the columns that compare a rate with the limits.
 
-        `limit_images_per_second` is what the binding one alone would allow.
+        They are the achieved GFLOP/s, the share of each limit, the binding limit, and
+        `limit_images_per_second`, the rate that this limit would allow.
         """
         traffic = work.bytes_per_image(precision, batch)
         allowed = {"matmul": self.matmul / work.flops, "copy": self.copy / traffic}
@@ -99,61 +104,65 @@ class Limits:
 
 
 def limits(device: str, precision: str) -> Limits:
-    """Measures a device. A precision that it computes slower than float32 has the limit of float32."""
+    """Measures a device; a precision slower than float32 gets the limit of float32."""
     rates = [(torch_rate(device, name), "torch") for name in {"fp32", precision}]
     if device == "cpu":
-        rates.append(
-            (_onnxruntime_rate(), "onnxruntime")
-        )  # on some CPUs torch's is not the fastest
+        # On some CPUs the product of ONNX Runtime is faster than that of torch.
+        rates.append((_onnxruntime_rate(), "onnxruntime"))
     matmul, library = max(rates)
     measured = Limits(matmul, _copy_rate(device), library)
     if device == "cuda":
-        torch.cuda.empty_cache()  # what is kept here an engine's process cannot have
+        torch.cuda.empty_cache()  # frees memory for the engine's own process
     return measured
 
 
 @cache
 def _onnxruntime_rate() -> float:
-    """Returns float32 operations a second of a product by a constant, as a network's layers are, on the CPU."""
+    """Returns float32 operations per second of ONNX Runtime's product by a constant on the CPU.
+
+    A constant right side, as in a network's layers, is packed once when the session opens.
+    """
     side = SIDES["cpu"][1]
-    left, right = (
-        np.random.default_rng(seed).standard_normal((side, side), dtype=np.float32)
-        for seed in (0, 1)
-    )
-    shape = [side, side]
-    ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        for name in ("left", "product")
-    ]
-    node = helper.make_node("MatMul", ["left", "right"], ["product"])
-    graph = helper.make_graph(
-        [node], "product", ends[:1], ends[1:], [numpy_helper.from_array(right, "right")]
-    )
-    opset = [helper.make_opsetid("", MATMUL_OPSET)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=MATMUL_IR).SerializeToString()
+    left = np.random.default_rng(0).standard_normal((side, side), dtype=np.float32)
+    right = np.random.default_rng(1).standard_normal((side, side), dtype=np.float32)
     session = onnxruntime.InferenceSession(
-        model, session_options(), providers=["CPUExecutionProvider"]
+        _product_graph(right), session_options(), providers=["CPUExecutionProvider"]
     )
-    return 2.0 * side**3 / _seconds(lambda: session.run(None, {"left": left}), "cpu")
+    return 2.0 * side**3 / _best_seconds(lambda: session.run(None, {"left": left}), "cpu")
+
+
+def _product_graph(right: NDArray[np.float32]) -> bytes:
+    """Returns an ONNX model that multiplies its input by `right`."""
+    shape = list(right.shape)
+    left = helper.make_tensor_value_info("left", TensorProto.FLOAT, shape)
+    product = helper.make_tensor_value_info("product", TensorProto.FLOAT, shape)
+    node = helper.make_node("MatMul", ["left", "right"], ["product"])
+    constant = numpy_helper.from_array(right, "right")
+    graph = helper.make_graph([node], "product", [left], [product], [constant])
+    opset = helper.make_opsetid("", MATMUL_OPSET)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=MATMUL_IR)
+    data: bytes = model.SerializeToString()
+    return data
 
 
 @cache
 def torch_rate(device: str, precision: str) -> float:
-    """Returns operations a second of torch's product of two large matrices on `cpu` or `cuda`."""
+    """Returns operations per second of torch's product of two large matrices on `cpu` or `cuda`."""
     small, large = SIDES[device]
-    if _seconds(_product(device, precision, small), device) * (large / small) ** 3 > MAX_SECONDS:
-        large = small  # a type that the device emulates
-    return 2.0 * large**3 / _seconds(_product(device, precision, large), device)
+    expected = _best_seconds(_product(device, precision, small), device) * (large / small) ** 3
+    side = small if expected > MAX_SECONDS else large  # a type that the device emulates is slow
+    return 2.0 * side**3 / _best_seconds(_product(device, precision, side), device)
 
 
 def _product(device: str, precision: str, side: int) -> Callable[[], object]:
+    """Returns a function that multiplies two square matrices."""
+    shape = (side, side)
     if precision == "int8":
-        left, right = (
-            torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device)
-            for _ in range(2)
-        )
+        left = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+        right = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
         return lambda: torch._int_mm(left, right)
-    left, right = (torch.randn((side, side), device=device).to(DTYPES[precision]) for _ in range(2))
+    left = torch.randn(shape, device=device).to(DTYPES[precision])
+    right = torch.randn(shape, device=device).to(DTYPES[precision])
     if precision == "fp8":
         one = torch.ones((), device=device)
         return lambda: torch._scaled_mm(
@@ -164,38 +173,41 @@ def _product(device: str, precision: str, side: int) -> Callable[[], object]:
 
 @cache
 def _copy_rate(device: str) -> float:
-    room = torch.cuda.mem_get_info()[0] // 4 if device == "cuda" else COPIED[device]
-    size = min(COPIED[device], room)
+    """Returns the bytes per second, read and written, of a large copy."""
+    size = COPIED[device]
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        size = min(size, free // 4)
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / _seconds(lambda: target.copy_(source), device)
+    return 2 * size / _best_seconds(lambda: target.copy_(source), device)
 
 
-def _seconds(work: Callable[[], object], device: str) -> float:
-    """Returns the seconds of the best call, the device waited for after each: this is to be a limit."""
-    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
-    work()
-    wait()
+def _best_seconds(work: Callable[[], object], device: str) -> float:
+    """Returns the seconds of the fastest call; a limit is the best that the device can do."""
+
+    def call() -> None:
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    call()
     calls: list[float] = []
     while len(calls) < MIN_CALLS or sum(calls) < SECONDS:
-        started = time.perf_counter()
-        work()
-        wait()
-        calls.append(time.perf_counter() - started)
+        calls.append(seconds_of(call))
     return min(calls)
 
 
 def count_work(model: nn.Module, size: int) -> Work:
-    """Counts the work of a network over uint8 images [N, size, size, 3], in eval mode on the CPU.
-
-    What two images cost more than one is the image's, the rest is the weights'.
-    """
-    one, two = (_counted(model, torch.zeros((n, size, size, 3), dtype=torch.uint8)) for n in (1, 2))
+    """Counts the work of a network on uint8 images [N, size, size, 3], in eval mode on the CPU."""
+    one = _counted(model, torch.zeros((1, size, size, 3), dtype=torch.uint8))
+    two = _counted(model, torch.zeros((2, size, size, 3), dtype=torch.uint8))
+    # A second image adds its activations; the weights are read once per batch.
     activations = float(two.values - one.values)
     return Work(float(two.flops - one.flops), activations, one.values - activations)
 
 
-@torch.no_grad()  # in inference mode a linear layer would not show as the product that it is
+@torch.no_grad()  # inference_mode would dispatch a linear layer whole, which has no formula
 def _counted(model: nn.Module, images: torch.Tensor) -> "_Counter":
     counter = _Counter()
     with counter:
@@ -204,7 +216,7 @@ def _counted(model: nn.Module, images: torch.Tensor) -> "_Counter":
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the operations of FLOPS, and the values that those operators read and write."""
+    """Sums the operations of FLOPS and the values that those operators read and write."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -212,11 +224,11 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.values = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         formula = FLOPS.get(func._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-            self.values += sum(
-                leaf.numel() for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor)
-            )
+            self.flops += formula(*args, **kwargs, out_val=out)
+            leaves = tree_leaves((args, out))
+            self.values += sum(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor))
         return out

@@ -1,4 +1,4 @@
-"""Commands in processes of their own that end with all that they have started."""
+"""Commands in processes of their own that end together with every process they started."""
 
 import contextlib
 import os
@@ -9,19 +9,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 GRACE = 5.0
-"""Seconds that a process has to tidy up after it is asked to end."""
+"""Seconds between SIGTERM and SIGKILL."""
 
 
-def run(
+def run_group(
     command: Sequence[str], seconds: float, **options: Any
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs a command for some seconds at most, and ends what it leaves running: compilers, loaders, engines.
+    """Runs a command and ends what it leaves running: compilers, loaders, engines.
 
     Args:
+        seconds: time limit.
         options: of `subprocess.Popen`.
 
     Raises:
-        subprocess.TimeoutExpired: it took longer, and has been ended.
+        subprocess.TimeoutExpired: it took longer and was ended.
     """
     with subprocess.Popen(command, text=True, start_new_session=True, **options) as process:
         try:
@@ -32,7 +33,7 @@ def run(
 
 
 def end_group(process: "subprocess.Popen[str]") -> None:
-    """Ends a process that leads a session, and its children and theirs: first asks, then makes them."""
+    """Ends a session leader and its descendants: SIGTERM, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
@@ -41,9 +42,9 @@ def end_group(process: "subprocess.Popen[str]") -> None:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Makes SIGTERM an exception in this block, so that a command that is stopped ends its processes and its files."""
-    former = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Turns SIGTERM into SystemExit within the block, so that `finally` blocks run."""
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGTERM, previous)

@@ -1,4 +1,7 @@
-"""Rows of results: one append-only CSV a benchmark, with machine, versions and commit in every row."""
+"""Rows of results: one append-only CSV per benchmark.
+
+Every row has the machine, the versions of the packages and the commit.
+"""
 
 import platform
 import shutil
@@ -17,14 +20,16 @@ from isic.runtime.files import atomic_path, versions
 from isic.runtime.machine import num_cores, processor
 from isic.tables import read_csv
 
+CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
+RESULTS_HELP = "folder of the CSV; benchmarks/results if not given"
 COMMIT_FILE = Path(__file__).parent / "COMMIT"
-"""Names the commit where the code was copied without its history."""
+"""Commit of a copy of the code without its history."""
 MACHINE = ("processor", "accelerator", "cores")
-"""Columns that tell one kind of machine from another."""
+"""Columns that identify a kind of machine."""
 MAX_REASON = 200
-"""Characters of a reason that a library gives."""
-PACKAGES = (
+"""Largest number of characters of an exception's text in a row."""
+RECORDED_PACKAGES = (
     "torch",
     "timm",
     "onnxruntime-gpu",
@@ -41,12 +46,12 @@ PACKAGES = (
     "tensorrt_rtx",
 )
 
-
 Row = dict[str, Any]
 
 
-def machine() -> dict[str, Any]:
-    """Returns what a figure depends on beside the code: processor, cores, GPU, Python, packages, commit, time."""
+def environment() -> Row:
+    """Returns the time, commit, machine and versions that a measurement depends on."""
+    installed = versions(*RECORDED_PACKAGES)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -54,28 +59,34 @@ def machine() -> dict[str, Any]:
         "accelerator": accelerator(),
         "cores": num_cores(),
         "python": platform.python_version(),
-        "versions": " ".join(f"{name}={version}" for name, version in versions(*PACKAGES).items()),
+        "versions": " ".join(f"{name}={version}" for name, version in installed.items()),
     }
 
 
-def append(benchmark: str, rows: Sequence[Mapping[str, Any]], results: Path | None = None) -> Path:
-    """Appends rows to `<results>/<benchmark>.csv`; columns that earlier rows lack are blank there.
+def append_rows(
+    benchmark: str, rows: Sequence[Mapping[str, Any]], results: Path | None = None
+) -> Path:
+    """Appends rows to `<results>/<benchmark>.csv` and returns its path.
 
-    `results` is benchmarks/results if not given.
+    Args:
+        rows: new columns are blank in earlier rows.
+        results: benchmarks/results if not given.
+
+    Raises:
+        UserError: the file is another table.
     """
     path = (results or RESULTS) / f"{benchmark}.csv"
-    here = machine()
+    here = environment()
     table = pl.DataFrame([{**here, **row} for row in rows], infer_schema_length=None)
     table = table.with_columns(pl.all().cast(pl.String))
     if path.is_file():
-        table = pl.concat([_earlier(path), table], how="diagonal")
+        table = pl.concat([_earlier_rows(path), table], how="diagonal")
     with atomic_path(path) as temporary:
         table.write_csv(temporary)
     return path
 
 
-def _earlier(path: Path) -> pl.DataFrame:
-    """Read the results to append to. Raises UserError if the file is another table."""
+def _earlier_rows(path: Path) -> pl.DataFrame:
     rows = read_csv(path)
     if not {"time", "commit"} <= set(rows.columns):
         raise UserError(
@@ -84,11 +95,16 @@ def _earlier(path: Path) -> pl.DataFrame:
     return rows
 
 
-def write(benchmark: str, rows: Sequence[Row], results: Path | None = None) -> Path:
-    """Prints rows and appends them, as `append` does."""
+def print_row(row: Row) -> None:
+    """Prints a row as `column=value` pairs."""
+    print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+
+
+def print_and_append(benchmark: str, rows: Sequence[Row], results: Path | None = None) -> Path:
+    """Prints rows and appends them with `append_rows`."""
     for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    return append(benchmark, rows, results)
+        print_row(row)
+    return append_rows(benchmark, rows, results)
 
 
 def append_each(
@@ -97,45 +113,53 @@ def append_each(
     rows_of: Callable[[str], Iterable[Row]],
     results: Path | None = None,
 ) -> None:
-    """Prints and appends the rows of each name as they come, and for a name that fails one with the `reason`.
+    """Prints and appends the rows of each name as they come.
+
+    A name that raises gets one row with the `reason`.
 
     Raises:
-        UserError: the first that a name raises; it is of what was asked for.
+        UserError: the first that a name raises, since it concerns the request.
     """
     for name in names:
         try:
             for row in rows_of(name):
-                write(benchmark, [row], results)
+                print_and_append(benchmark, [row], results)
         except UserError:
             raise
-        except Exception as error:  # what engines and compilers raise has no other base
-            write(benchmark, [{"what": name, "reason": reason(error)}], results)
+        except Exception as error:  # engines and compilers raise exceptions of any type
+            failed = {"what": name, "reason": error_text(error)}
+            print_and_append(benchmark, [failed], results)
 
 
-def reason(error: Exception) -> str:
-    """Returns what an exception says, short enough for a table: a sentence for users, or the type and a first line."""
-    lines = str(error).strip().splitlines() or [""]
-    return (
-        lines[0]
-        if isinstance(error, UserError)
-        else f"{type(error).__name__}: {lines[0]}"[:MAX_REASON]
-    )
+def error_text(error: Exception) -> str:
+    """Returns an exception's first line, with its type unless it is a UserError."""
+    lines = str(error).strip().splitlines()
+    first = lines[0] if lines else ""
+    if isinstance(error, UserError):
+        return first
+    return f"{type(error).__name__}: {first}"[:MAX_REASON]
 
 
-def ratio(
+def ratio_columns(
     name: str, ours: Sequence[float], theirs: Sequence[float], digits: int = 3
 ) -> dict[str, float]:
-    """Returns the columns `<name>`, `<name>_min` and `<name>_max`: median, least and most of the ratios of repeats.
+    """Returns the columns `<name>`, `<name>_min` and `<name>_max` of the ratios of repeats.
 
-    Each of ours is set against the one of theirs that took its turn beside it.
+    Args:
+        name: of the median.
+        ours, theirs: rates per repeat; the ratio of a repeat is taken first, since both ran in it.
+        digits: decimals.
     """
     ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-    spread = {"": statistics.median(ratios), "_min": min(ratios), "_max": max(ratios)}
-    return {name + key: round(value, digits) for key, value in spread.items()}
+    return {
+        name: round(statistics.median(ratios), digits),
+        f"{name}_min": round(min(ratios), digits),
+        f"{name}_max": round(max(ratios), digits),
+    }
 
 
 def commit() -> str:
-    """Returns the short hash of the code that runs, `unknown` where nothing says it."""
+    """Returns the short hash of the code's commit, or `unknown`."""
     if COMMIT_FILE.is_file():
         return COMMIT_FILE.read_text().strip()
     ended = subprocess.run(
@@ -150,10 +174,12 @@ def commit() -> str:
 
 @cache
 def accelerator() -> str | None:
-    """Returns the name of the machine's GPU, None where there is none."""
+    """Returns the name of the machine's GPU, or None."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     ended = subprocess.run(query, capture_output=True, text=True, check=False)
-    names = ended.stdout.split("\n")
-    return names[0].strip() or None if ended.returncode == 0 else None
+    if ended.returncode:
+        return None
+    first, *_ = ended.stdout.split("\n")
+    return first.strip() or None

@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: the documents' tables and a page of charts, all from the CSVs and nothing else."""
+"""`python -m benchmarks report`: the documents' tables and a page of charts, from the CSVs."""
 
 import re
 from dataclasses import dataclass, field
@@ -7,25 +7,24 @@ from pathlib import Path
 import polars as pl
 from pydantic import Field
 
-from benchmarks.page import HEADING, last_rows, read, render
-from benchmarks.record import RESULTS
+from benchmarks.page import OWN_MARK, last_rows, read_results, render_page
+from benchmarks.record import CHECKOUT, RESULTS
 from isic.runtime.config import Settings, Several
 from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.files import read_text, refuse_foreign, write_text
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (CHECKOUT / "README.md", CHECKOUT / "docs" / "benchmarks.md")
 
 
 class ReportSettings(Settings):
-    """What `python -m benchmarks report` takes."""
+    """Settings of `benchmarks report`."""
 
     documents: Several[Path] = Field(
-        DOCUMENTS, description="Markdown files whose tables are written anew"
+        DOCUMENTS, description="Markdown files with tables to update, separated by commas"
     )
     results: Path = Field(RESULTS, description="folder of the CSVs")
     page: Path = Field(
-        Path("outputs/benchmarks.html"), description="the page of charts and all tables"
+        Path("outputs/benchmarks.html"), description="HTML page of charts and all tables"
     )
 
 
@@ -35,13 +34,13 @@ class Table:
 
     csv: str
     key: tuple[str, ...]
-    """Columns that tell one kind of row from another."""
+    """Columns that identify a kind of row."""
     columns: dict[str, str]
     """Heading by column."""
     only: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Values that a column may have in it, and their order, the last column's first; one not named may have any."""
+    """Values to show of a column, in this order; the last column here sorts first."""
     sort: tuple[str, ...] = ()
-    """Columns to sort by, numbers as numbers; without them, kinds stand in the order in which they were first seen."""
+    """Columns to sort by, numbers as numbers; otherwise kinds keep the order of the CSV."""
 
 
 THROUGHPUT = {
@@ -61,18 +60,24 @@ THROUGHPUT = {
     "of_copy": "of the copy bandwidth",
     "bound_by": "bound by",
     "cosine": "cosine",
-    "reason": "not measured, because",
+    "reason": "reason if not measured",
 }
+# fmt: off
 SHORT = {
-    *("what", "accelerator", "engine", "precision", "batch"),
-    *("images_per_second", "min", "max", "peak_mb", "cosine"),
+    "what", "accelerator", "engine", "precision", "batch",
+    "images_per_second", "min", "max", "peak_mb", "cosine",
 }
 """Columns of THROUGHPUT that the README shows."""
+SHOWN_CONFIGS = (
+    "vit_tiny", "vit_small", "vit_base", "eva02_small", "eva02_base",
+    "convnext_tiny", "convnext_base", "multitask_vit_tiny",
+)
+# fmt: on
 COMPARED = {
     "difference": "pAUC above the first, mean of seeds",
     "better_in": "better in",
     "p": "p",
-    "low": "95 % of redraws of patients: from",
+    "low": "95 % of patient resamples: from",
     "high": "to",
     "verdict": "verdict",
 }
@@ -91,10 +96,7 @@ TABLES = {
         {
             "precision": ("fp32", "bf16", "int8"),
             "engine": ("eager", "onnx", "aoti"),
-            "what": (
-                *("vit_tiny", "vit_small", "vit_base", "eva02_small", "eva02_base"),
-                *("convnext_tiny", "convnext_base", "multitask_vit_tiny"),
-            ),
+            "what": SHOWN_CONFIGS,
         },
     ),
     "export": Table(
@@ -108,7 +110,7 @@ TABLES = {
             "megabytes": "MB",
             "cosine": "cosine",
             "max_logit_error": "logit error",
-            "reason": "not compared, because",
+            "reason": "reason if not compared",
         },
         sort=("what", "accelerator", "format", "precision"),
     ),
@@ -127,7 +129,7 @@ TABLES = {
             "ratio_max": "max",
             "cosine_same_pixels": "cosine, same pixels",
             "cosine": "cosine, own pixels",
-            "reason": "not measured, because",
+            "reason": "reason if not measured",
         },
     ),
     "embed": Table(
@@ -136,11 +138,11 @@ TABLES = {
         {
             "what": "engine",
             "data": "data",
-            "images": "images a repeat",
-            "ingest": "reading alone, images/s",
-            "engine": "engine alone",
+            "images": "images per repeat",
+            "ingest": "reading only, images/s",
+            "engine": "engine only",
             "end_to_end": "end to end",
-            "share": "of the slower of the two",
+            "share": "share of the slower of the two",
         },
     ),
     "growth": Table(
@@ -151,8 +153,8 @@ TABLES = {
             "data": "data",
             "images": "images",
             "seconds": "seconds",
-            "start_seconds": "of which to start",
-            "us_per_row": "the rest, µs an image",
+            "start_seconds": "start-up seconds",
+            "us_per_row": "the rest, µs per image",
             "peak_mb": "peak MB",
             "bound_by": "bound by",
         },
@@ -164,8 +166,8 @@ TABLES = {
             "what": "step",
             "rows": "rows",
             "seconds": "seconds",
-            "start_seconds": "of which to start",
-            "us_per_row": "the rest, µs a row",
+            "start_seconds": "start-up seconds",
+            "us_per_row": "the rest, µs per row",
             "peak_mb": "peak MB",
             "ours_is_faster_by": "ours is faster by",
             "rows_per_second": "rows/s",
@@ -196,14 +198,14 @@ TABLES = {
             "precision": "precision",
             "compile": "compiled",
             "workers": "loader processes",
-            "busy": "busy processes beside it",
+            "busy": "other busy processes",
             "threads": "threads",
             "images_per_second": "images/s",
             "over_bare": "over a bare loop",
             "over_bare_min": "min",
             "over_bare_max": "max",
-            "over_memory": "over itself on tensors in memory",
-            "waiting": "share waiting for data",
+            "over_memory": "over the same loop in memory",
+            "waiting": "share of time waiting for data",
             "mfu": "MFU",
         },
         sort=("accelerator", "what", "workers", "busy"),
@@ -221,8 +223,6 @@ TABLES = {
             "pauc_std_of_folds": "± between folds",
             "auc_pooled": "AUC",
             "pauc_by_fold": "pAUC by fold",
-            "published_oof": "published out of fold, whole data",
-            "published_board": "published, private board",
         },
     ),
     "hospitals": Table(
@@ -267,52 +267,64 @@ MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def report(settings: ReportSettings) -> None:
-    """Writes every table of the documents anew from the last results, and a page that shows them all."""
-    is_own = settings.page.is_file() and HEADING in read_text(settings.page)
+    """Updates every table of the documents, and the page of charts, from the last results."""
+    is_own = settings.page.is_file() and OWN_MARK in read_text(settings.page)
     refuse_foreign([settings.page], is_own, "--page")
     for path in settings.documents:
         write_text(path, with_tables(read_text(path), settings.results))
-    write_text(settings.page, render(settings.results))
-    print(f"wrote the tables of {', '.join(map(str, settings.documents))}, and {settings.page}")
+    write_text(settings.page, render_page(settings.results))
+    documents = ", ".join(map(str, settings.documents))
+    print(f"wrote the tables of {documents}, and {settings.page}")
 
 
 def with_tables(text: str, results: Path) -> str:
     """Returns a Markdown text with the tables between its marks made from the CSVs."""
-    return MARK.sub(lambda match: match[1] + _table(match[2], results) + match[3], text)
+    return MARK.sub(lambda match: match[1] + _table_text(match[2], results) + match[3], text)
 
 
-def _table(name: str, results: Path) -> str:
+def _table_text(name: str, results: Path) -> str:
     if name not in TABLES:
         raise UserError(f'there is no table "{name}", {did_you_mean(name, TABLES)}')
     path = results / f"{TABLES[name].csv}.csv"
     if not path.is_file():
         raise UserError(f"the table {name} needs {path}; run the benchmark first")
-    return markdown(read(path), TABLES[name])
+    return render_markdown(read_results(path), TABLES[name])
 
 
-def markdown(rows: pl.DataFrame, table: Table) -> str:
-    """Renders the last row of each kind that has a figure, without the columns that are blank in all."""
-    last = last_rows(rows, table.key)
-    by = (pl.col(name) for name in table.sort if name in last.columns)
-    last = last.sort(
-        [key for column in by for key in (column.cast(pl.Float64, strict=False), column)]
-    )
-    for name, values in table.only.items():
-        last = last.filter(pl.col(name).is_in(values)).sort(
-            pl.col(name).cast(pl.Enum(values)), maintain_order=True
-        )
-    figures = [name for name in table.columns if name in last.columns and name not in table.key]
-    last = last.filter(pl.any_horizontal(pl.col(name).is_not_null() for name in figures))
-    shown = {name: heading for name, heading in table.columns.items() if name in last.columns}
-    last = last.select(list(shown))
-    shown = {
-        name: heading
-        for name, heading in shown.items()
-        if not len(last) or last[name].null_count() < len(last)
-    }
+def render_markdown(rows: pl.DataFrame, table: Table) -> str:
+    """Renders the last measured row of each kind; columns that are blank in all are omitted."""
+    shown = _selected(_sorted(last_rows(rows, table.key), table.sort), table.only)
+    measured = [name for name in table.columns if name in shown.columns and name not in table.key]
+    has_value = pl.any_horizontal(pl.col(name).is_not_null() for name in measured)
+    shown = shown.filter(has_value)
+    names = [name for name in table.columns if _is_filled(shown, name)]
     lines = [
-        list(shown.values()),
-        ["---"] * len(shown),
-        *map(list, last.select(list(shown)).fill_null("").iter_rows()),
+        [table.columns[name] for name in names],
+        ["---"] * len(names),
+        *map(list, shown.select(names).fill_null("").iter_rows()),
     ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _sorted(rows: pl.DataFrame, columns: tuple[str, ...]) -> pl.DataFrame:
+    """Sorts text columns: numbers first as numbers, then other values as text."""
+    keys = []
+    for name in columns:
+        if name in rows.columns:
+            keys += [pl.col(name).cast(pl.Float64, strict=False), pl.col(name)]
+    return rows.sort(keys) if keys else rows
+
+
+def _selected(rows: pl.DataFrame, only: dict[str, tuple[str, ...]]) -> pl.DataFrame:
+    """Returns the rows with the values of `only`, in their order."""
+    for name, values in only.items():
+        order = pl.col(name).cast(pl.Enum(values))
+        rows = rows.filter(pl.col(name).is_in(values)).sort(order, maintain_order=True)
+    return rows
+
+
+def _is_filled(rows: pl.DataFrame, name: str) -> bool:
+    """Whether a column has a value in some row; of a table without rows, every column counts."""
+    if name not in rows.columns:
+        return False
+    return rows.is_empty() or rows[name].null_count() < len(rows)

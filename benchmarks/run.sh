@@ -1,7 +1,8 @@
 #!/bin/sh
-# Installs what is missing beside this file, not into the machine, and runs the benchmarks. Rows land in results/.
-#   PYTHON  the machine's Python
-#   SITE    a folder in which the wheels are unpacked already, by an earlier run.sh say; site/ if not given
+# Runs the benchmarks; their rows are written to results/. Missing packages are installed next to
+# this file, not into the machine.
+#   PYTHON  Python of the machine
+#   SITE    folder in which the wheels are installed already, such as by an earlier run; default site/
 set -eu
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3}
@@ -11,11 +12,11 @@ if [ ! -d "$SITE" ] && ls wheels/*.whl >/dev/null 2>&1; then
 fi
 export PYTHONPATH="$PWD/code:$SITE${PYTHONPATH:+:$PYTHONPATH}"
 
-# AOTInductor compiles against CUDA. torch takes CUDA_HOME from where nvcc lies, which is wrong where that is a wrapper.
+# AOTInductor compiles against CUDA. torch derives CUDA_HOME from the path of nvcc, which is wrong if nvcc is a wrapper.
 if [ -z "${CUDA_HOME:-}" ] && [ -f /usr/local/cuda/include/cuda.h ]; then
   export CUDA_HOME=/usr/local/cuda
 fi
-# A driver brings libcuda.so.1, and the linker looks for libcuda.so (https://github.com/pytorch/pytorch/issues/150442).
+# A driver installs libcuda.so.1, but torch links libcuda.so (pytorch/pytorch#150442).
 LIBCUDA=$({ PATH="$PATH:/usr/sbin:/sbin" ldconfig -p | sed -n 's/.*libcuda\.so\.1 (libc6,.*=> //p'
             ls /usr/local/nvidia/lib*/libcuda.so.1; } 2>/dev/null | head -n 1)
 if [ -n "$LIBCUDA" ]; then

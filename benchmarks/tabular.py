@@ -1,11 +1,12 @@
-"""`python -m benchmarks tabular`: features of a whole table, beside pandas; fitting; and predicting."""
+"""`python -m benchmarks tabular`: time and memory of features, fitting and predicting."""
 
 import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import lightgbm
 import numpy as np
 import pandas as pd
 import polars as pl
+from numpy.typing import NDArray
 from pydantic import Field
 
-from benchmarks.record import write
+from benchmarks.record import RESULTS_HELP, Row, print_and_append
+from benchmarks.timing import seconds_of
 from infer.ensemble.boosters import LIBRARIES, parameters_of
 from infer.ensemble.out_of_fold import undersample
 from isic import schema
@@ -29,112 +32,122 @@ from isic.runtime.machine import num_cores, peak_memory_mb
 from isic.synth.rows import default_positives, draw_rows, num_patients
 from isic.tables import read_parquet
 
-WIDE, TREES, LEAVES = 968, 300, 31
-"""A matrix and a model of the size that published ensembles with embeddings have."""
+NUM_COLUMNS = 968
+"""Columns of a published ensemble's matrix, with embeddings."""
+TREES, LEAVES = 300, 31
+"""Size of such an ensemble's model."""
 FIT_ROWS = 10_000
 FEW_ROWS = 200
-"""Of a table that costs what a call costs: a plan of two hundred expressions."""
+"""Rows of a table so small that only the fixed cost of a call counts."""
 WARM_ROWS = 4_000
-"""Gone through before the clock starts, so that threads run and memory is there."""
+"""Rows of the warm-up, which starts threads and allocates memory."""
 TOLERANCE = 1e-4
 
 
 class TabularSettings(Settings):
-    """What `python -m benchmarks tabular` takes."""
+    """Settings of `benchmarks tabular`."""
 
     rows: Several[int] = Field(
-        (4_000, 40_000, 401_059), description="sizes of the synthetic tables"
+        (4_000, 40_000, 401_059), description="sizes of the synthetic tables, separated by commas"
     )
-    predict_rows: int = Field(100_000, ge=1, description="rows of the matrix to predict")
-    trees: int = Field(TREES, ge=1, description="trees of the booster to predict with")
+    predict_rows: int = Field(100_000, ge=1, description="rows to predict")
+    trees: int = Field(TREES, ge=1, description="trees of the booster that predicts")
     fit_rounds: int | None = Field(
         None, ge=1, description="boosting rounds to fit; each library's own if not given"
     )
-    repeats: int = Field(3, ge=1, description="repeats of each, of which the median counts")
-    results: Path | None = Field(
-        None, description="folder of the CSV; benchmarks/results if not given"
-    )
+    repeats: int = Field(3, ge=1, description="repeats, of which the median counts")
+    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 def tabular(settings: TabularSettings) -> None:
-    """Measures seconds and memory of the default features, a part of them here and in pandas, fitting, predicting."""
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        few = _features(write_table(Path(folder), FEW_ROWS), settings.repeats)
-        start = {row["what"]: row["seconds"] for row in few}
-        for number in settings.rows:
-            path = write_table(Path(folder), number)
-            features = _features(path, settings.repeats)
-            rows += [{**row, "start_seconds": start[row["what"]]} for row in features]
-            rows += _fits(path, settings.fit_rounds)
-    rows += predict_rates(settings.predict_rows, settings.trees, settings.repeats)
-    print(f"appended to {write('tabular', rows, settings.results)}")
+    """Measures features, here and in pandas, fitting, and predicting: seconds and memory."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        few = feature_rows(write_synthetic_table(folder, FEW_ROWS), settings.repeats)
+        start_seconds = {row["what"]: row["seconds"] for row in few}
+        for num_rows in settings.rows:
+            path = write_synthetic_table(folder, num_rows)
+            for row in feature_rows(path, settings.repeats):
+                rows.append({**row, "start_seconds": start_seconds[row["what"]]})
+            rows += fit_rows(path, settings.fit_rounds)
+    rows += predict_rows(settings.predict_rows, settings.trees, settings.repeats)
+    print(f"appended to {print_and_append('tabular', rows, settings.results)}")
 
 
-def write_table(folder: Path, number: int) -> Path:
-    """Writes a synthetic training table of so many rows, without images, and returns its path."""
-    path = folder / f"{number}.parquet"
-    ids = [f"ISIC_{i:07d}" for i in range(number)]
-    patients = [f"IP_{i:07d}" for i in range(num_patients(number))]
-    drawn = draw_rows(ids, patients, default_positives(number), np.random.default_rng(0))
-    write_parquet(path, drawn.table)
+def write_synthetic_table(folder: Path, num_rows: int) -> Path:
+    """Writes a synthetic training table, without images, and returns its path."""
+    path = folder / f"{num_rows}.parquet"
+    ids = [f"ISIC_{i:07d}" for i in range(num_rows)]
+    patients = [f"IP_{i:07d}" for i in range(num_patients(num_rows))]
+    rows = draw_rows(ids, patients, default_positives(num_rows), np.random.default_rng(0))
+    write_parquet(path, rows.table)
     return path
 
 
-def _features(path: Path, repeats: int) -> list[dict[str, Any]]:
-    """Measures the ways to make features, each repeat in a process of its own, in turns."""
-    found: dict[str, list[tuple[float, int | None]]] = {name: [] for name in WAYS}
+def feature_rows(path: Path, repeats: int) -> list[Row]:
+    """Measures the ways to compute features, in turns, each repeat in its own process."""
+    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    peaks: dict[str, list[int]] = {name: [] for name in METHODS}
     for _ in range(repeats):
-        for name in WAYS:
-            found[name].append(alone(name, path))
-    seconds = {
-        name: statistics.median(time for time, _ in measured) for name, measured in found.items()
-    }
+        for name in METHODS:
+            elapsed, peak = measure_alone(name, path)
+            seconds[name].append(elapsed)
+            if peak:
+                peaks[name].append(peak)
     check_same(path)
-    number = len(read_parquet(path, columns=[schema.ID]))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    num_rows = len(read_parquet(path, columns=[schema.ID]))
     return [
         {
             "what": name,
-            "rows": number,
-            "seconds": round(seconds[name], 3),
-            "peak_mb": max((peak for _, peak in measured if peak), default=None),
-            "ours_is_faster_by": round(seconds[name] / seconds[PART], 1) if name != FULL else None,
+            "rows": num_rows,
+            "seconds": round(medians[name], 3),
+            "peak_mb": max(peaks[name], default=None),
+            "ours_is_faster_by": (
+                None if name == FULL else round(medians[name] / medians[PART], 1)
+            ),
         }
-        for name, measured in found.items()
+        for name in METHODS
     ]
 
 
-def alone(name: str, path: Path) -> tuple[float, int | None]:
-    """Returns the seconds of one way in a new process, its threads running and the table read, and its peak MB."""
+def measure_alone(name: str, path: Path) -> tuple[float, int | None]:
+    """Returns the seconds and the peak memory in MB of one method in a new process.
+
+    Reading the table and starting threads is not in the seconds.
+    """
+    # spawn: a forked child would inherit this process's memory and count it in its peak.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_measure, name, path).result()
 
 
 def _measure(name: str, path: Path) -> tuple[float, int | None]:
-    read, run = WAYS[name]
-    table = read(path)
-    run(table.head(WARM_ROWS))
-    started = time.perf_counter()
-    run(table)
-    return time.perf_counter() - started, peak_memory_mb()
+    method = METHODS[name]
+    table = method.read(path)
+    method.compute(table.head(WARM_ROWS))
+    return seconds_of(lambda: method.compute(table)), peak_memory_mb()
 
 
 def _part_names() -> tuple[str, ...]:
-    z = (f"{name}_patient_z" for name in schema.NUMERIC)
+    """Returns the features that pandas computes as well."""
+    zscores = (f"{name}_patient_z" for name in schema.NUMERIC)
     ranks = (f"{name}_patient_rank" for name in RANKED)
     extremes = (f"{name}_to_patient_{which}" for name in EXTREMES for which in ("max", "min"))
-    return (*z, *ranks, *extremes, "patient_num_lesions", "patient_area_sum")
+    return (*zscores, *ranks, *extremes, "patient_num_lesions", "patient_area_sum")
 
 
 def compute_part(metadata: pl.DataFrame) -> pl.DataFrame:
-    """Returns `isic_id` and the part of the features that `compute_pandas` makes."""
+    """Returns `isic_id` and the features that `compute_pandas` computes."""
     return compute(metadata, _part_names())
 
 
-def compute_pandas(
-    table: pd.DataFrame, zscore: Callable[[Any, pd.Series], pd.Series]
-) -> pd.DataFrame:
-    """Returns the same as `compute_part` does; `zscore` takes the column by patient, and as it is."""
+Zscore = Callable[[Any, pd.Series], pd.Series]
+"""Takes a column grouped by patient, and the column itself."""
+
+
+def compute_pandas(table: pd.DataFrame, zscore: Zscore) -> pd.DataFrame:
+    """Returns the same as `compute_part`, computed with pandas."""
     group = table.groupby("patient_id")
     columns = {schema.ID: table[schema.ID]}
     for name in schema.NUMERIC:
@@ -150,17 +163,17 @@ def compute_pandas(
 
 
 def zscore_by_name(group: Any, column: pd.Series) -> pd.Series:
-    """The quick way in pandas: two passes that it has in C."""
+    """The fast way in pandas: two transforms that it has in C."""
     return (column - group.transform("mean")) / (group.transform("std").fillna(0) + ERR)
 
 
 def zscore_by_function(group: Any, column: pd.Series) -> pd.Series:
-    """The short way in pandas: a function that it calls for every patient."""
+    """The short way in pandas: a Python function that is called per patient."""
     return group.transform(lambda x: (x - x.mean()) / ((x.std() if x.count() > 1 else 0) + ERR))
 
 
 def check_same(path: Path) -> None:
-    """Raises an AssertionError where the ways do not give the same values."""
+    """Raises AssertionError if the methods do not compute the same values."""
     ours = compute_part(read_metadata(path))
     for zscore in (zscore_by_name, zscore_by_function):
         theirs = compute_pandas(pd.read_parquet(path), zscore)
@@ -172,82 +185,99 @@ def check_same(path: Path) -> None:
             )
 
 
-FULL, PART = "default features", "part of them"
-PANDAS, PANDAS_FUNCTION = (
-    'the part in pandas, transform("mean")',
-    "the part in pandas, transform(lambda)",
-)
-WAYS: dict[str, tuple[Callable[[Path], Any], Callable[[Any], Any]]] = {
-    FULL: (read_metadata, lambda table: compute(table, SETS["engineered"])),
-    PART: (read_metadata, compute_part),
-    PANDAS: (pd.read_parquet, lambda table: compute_pandas(table, zscore_by_name)),
-    PANDAS_FUNCTION: (pd.read_parquet, lambda table: compute_pandas(table, zscore_by_function)),
+@dataclass(frozen=True)
+class Method:
+    """One way to compute features."""
+
+    read: Callable[[Path], Any]
+    """Reads the table; not timed."""
+    compute: Callable[[Any], Any]
+
+
+FULL = "default features"
+PART = "part of them"
+METHODS = {
+    FULL: Method(read_metadata, lambda table: compute(table, SETS["engineered"])),
+    PART: Method(read_metadata, compute_part),
+    'the part in pandas, transform("mean")': Method(
+        pd.read_parquet, lambda table: compute_pandas(table, zscore_by_name)
+    ),
+    "the part in pandas, transform(lambda)": Method(
+        pd.read_parquet, lambda table: compute_pandas(table, zscore_by_function)
+    ),
 }
-"""How to read the table, and what is timed."""
 
 
-def _fits(path: Path, rounds: int | None) -> list[dict[str, Any]]:
-    """Measures one booster of each library on a fold's rows after undersampling, on one thread."""
+def fit_rows(path: Path, num_rounds: int | None) -> list[Row]:
+    """Measures one booster per library on a fold's undersampled rows, on one thread."""
     metadata = read_metadata(path)
     target = metadata[schema.TARGET].to_numpy()
     rows = undersample(target, np.arange(len(target)), 100.0, (0, 0))
     features = compute(metadata, SETS["engineered"])[rows]
     matrix = fit_encoding(features, SETS["engineered"]).transform(features)
-    changes = {"num_rounds": rounds} if rounds else {}
-    measured = []
+    changes = {"num_rounds": num_rounds} if num_rounds else {}
+    measured: list[Row] = []
     for name, library in LIBRARIES.items():
+        parameters = parameters_of(name, changes)
         started = time.perf_counter()
-        library.fit(matrix, target[rows], SETS["engineered"], parameters_of(name, changes), 0)
+        library.fit(matrix, target[rows], SETS["engineered"], parameters, 0)
         seconds = round(time.perf_counter() - started, 2)
         measured.append({"what": f"{name}, one booster", "rows": len(rows), "seconds": seconds})
     return measured
 
 
-def predict_rates(num_rows: int, num_trees: int, repeats: int) -> list[dict[str, Any]]:
-    """Measures LightGBM's predictions of WIDE columns on all cores, in turns.
+def predict_rows(num_rows: int, num_trees: int, repeats: int) -> list[Row]:
+    """Measures LightGBM's predictions of NUM_COLUMNS columns on all cores, in turns.
 
-    Ours are from a C-ordered float32 matrix, the others from an Arrow table, as LightGBM takes one.
+    Ours read a C-ordered float32 matrix, the others an Arrow table, which LightGBM also takes.
     """
     rng = np.random.default_rng(0)
-    matrix = rng.standard_normal((num_rows, WIDE), dtype=np.float32)
-    fitted_on = matrix[:FIT_ROWS]
-    target = (fitted_on[:, :50].sum(axis=1) + rng.standard_normal(len(fitted_on)) * 3 > 10).astype(
-        np.int8
-    )
-    shape = {
-        "num_rounds": num_trees,
-        "num_leaves": LEAVES,
-        "max_depth": -1,
-        "feature_fraction_bynode": 0.1,
+    matrix = rng.standard_normal((num_rows, NUM_COLUMNS), dtype=np.float32)
+    names = [f"f{i}" for i in range(NUM_COLUMNS)]
+    text = _fit_lightgbm(matrix[:FIT_ROWS], names, num_trees, rng)
+    predict = LIBRARIES["lightgbm"].load(text)
+    booster = lightgbm.Booster(model_str=text)
+    arrow = pl.from_numpy(matrix, names).to_arrow()
+    ours = f"predict, {num_trees} trees, {NUM_COLUMNS} features"
+    calls: dict[str, Callable[[], Any]] = {
+        ours: lambda: predict(matrix, num_cores()),
+        f"{ours}, from an Arrow table": lambda: booster.predict(arrow),
     }
-    names = [f"f{i}" for i in range(WIDE)]
-    library = LIBRARIES["lightgbm"]
-    text = library.fit(fitted_on, target, names, parameters_of("lightgbm", shape), 0)
-    predict, booster, table = (
-        library.load(text),
-        lightgbm.Booster(model_str=text),
-        pl.from_numpy(matrix, names),
-    )
-    arrow = table.to_arrow()
-    what = f"predict, {num_trees} trees, {WIDE} features"
-    ways: dict[str, Callable[[], Any]] = {
-        what: lambda: predict(matrix, num_cores()),
-        f"{what}, from an Arrow table": lambda: booster.predict(arrow),
-    }
-    np.testing.assert_allclose(*(run() for run in ways.values()))  # warms up, too
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, run in ways.items():
-            started = time.perf_counter()
-            run()
-            rates[name].append(num_rows / (time.perf_counter() - started))
-    medians = {name: statistics.median(measured) for name, measured in rates.items()}
+    np.testing.assert_allclose(*(call() for call in calls.values()))  # also warms up
+    rates = _rates_in_turns(calls, num_rows, repeats)
     return [
         {
             "what": name,
             "rows": num_rows,
             "rows_per_second": round(rate),
-            "ours_is_faster_by": round(medians[what] / rate, 1),
+            "ours_is_faster_by": round(rates[ours] / rate, 1),
         }
-        for name, rate in medians.items()
+        for name, rate in rates.items()
     ]
+
+
+def _fit_lightgbm(
+    matrix: NDArray[np.float32], names: Sequence[str], num_trees: int, rng: np.random.Generator
+) -> str:
+    """Returns a booster of the size of a published one, fitted on noise."""
+    noise = rng.standard_normal(len(matrix))
+    target = (matrix[:, :50].sum(axis=1) + 3 * noise > 10).astype(np.int8)
+    size = {
+        "num_rounds": num_trees,
+        "num_leaves": LEAVES,
+        "max_depth": -1,
+        "feature_fraction_bynode": 0.1,
+    }
+    parameters = parameters_of("lightgbm", size)
+    return LIBRARIES["lightgbm"].fit(matrix, target, names, parameters, 0)
+
+
+def _rates_in_turns(
+    calls: Mapping[str, Callable[[], Any]], num_rows: int, repeats: int
+) -> dict[str, float]:
+    """Returns the median rows per second of each call."""
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            rates[name].append(num_rows / seconds_of(call))
+    return {name: statistics.median(values) for name, values in rates.items()}

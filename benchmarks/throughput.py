@@ -1,34 +1,35 @@
-"""`python -m benchmarks throughput`: every config in every engine that runs here, against what the machine could do."""
+"""`python -m benchmarks throughput`: images per second of every engine."""
 
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
-from benchmarks.eager import ENGINES
-from benchmarks.fresh import (
+from benchmarks.eager import TORCH_ENGINES
+from benchmarks.limits import Work, count_work, limits
+from benchmarks.process import run_group
+from benchmarks.record import RESULTS_HELP, Row, append_each, error_text
+from benchmarks.untrained import (
     ALL,
     Artifact,
     Features,
-    Fresh,
+    UntrainedModel,
     build_artifact,
     chosen,
-    create_fresh,
+    create_untrained,
     example_images,
     find_configs,
     least_cosine,
 )
-from benchmarks.limits import Work, count_work, limits
-from benchmarks.process import run
-from benchmarks.record import Row, append_each, reason
-from benchmarks.worker import NUM_CHECKED, Job, job_file
+from benchmarks.worker import NUM_CHECKED, EngineJob, write_job
 from export.formats import FORMATS
 from export.parity import run_model
 from infer.engines import unavailable_reason
@@ -41,205 +42,200 @@ POOL = 64
 """Different images that the inputs are made of."""
 BATCHES = {"cpu": (1, 16), "cuda": (1, 256)}
 TORCH_PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
-"""What PyTorch itself is measured in: a CPU without the instructions emulates the others."""
+"""Precisions that PyTorch is measured in; a CPU may emulate the low ones."""
 
 
 class ThroughputSettings(Settings):
-    """What `python -m benchmarks throughput` takes."""
+    """Settings of `benchmarks throughput`."""
 
     config: Several[str] = Field((ALL,), description="configs, separated by commas, or all")
-    engine: Several[str] = Field(
-        (ALL,), description="eager, compile, or formats of an export, separated by commas"
+    formats: Several[str] = Field(
+        (ALL,),
+        validation_alias=AliasChoices("formats", "format", "engine"),
+        description="export formats, eager or compile, separated by commas, or all",
     )
     precision: Several[str] = Field(
-        (ALL,), description="fp32, fp16, bf16, int8, fp8, separated by commas"
+        (ALL,), description="fp32, fp16, bf16, int8, fp8, separated by commas, or all"
     )
     batch: Several[int] = Field(
-        (), description="images a call, separated by commas; 1,16 on a CPU, 1,256 on a GPU"
+        (), description="images per call, separated by commas; 1,16 on a CPU, 1,256 on a GPU"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the engines run")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the engines")
     data: Path | None = Field(
-        None, description="dataset whose images are the input; noise if not given"
+        None, description="dataset folder of the input images; noise if not given"
     )
     repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
-    seconds: float = Field(
-        1.0, gt=0, description="of each repeat, at least; one call where that takes longer"
-    )
-    patience: float = Field(900.0, gt=0, description="seconds after which an engine is given up")
-    results: Path | None = Field(
-        None, description="folder of the CSV; benchmarks/results if not given"
-    )
+    seconds: float = Field(1.0, gt=0, description="least length of a repeat, at least one call")
+    patience: float = Field(900.0, gt=0, description="time limit of an engine in seconds")
+    results: Path | None = Field(None, description=RESULTS_HELP)
 
     @property
-    def where(self) -> str:
+    def resolved_device(self) -> str:
         if self.device != "auto":
             return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
     def batches(self) -> list[int]:
-        return list(self.batch or BATCHES[self.where])
+        return list(self.batch or BATCHES[self.resolved_device])
 
 
 def throughput(settings: ThroughputSettings) -> None:
-    """Measures images per second of fresh networks, each engine in a process of its own.
+    """Measures images per second of untrained networks, each engine in its own process.
 
-    A row says what was measured and what it is of the machine's limits, or why it could not be measured.
+    A row compares the rate with the machine's limits, or has the reason that there is no rate.
     """
-    rows_of = partial(rows, wanted=engines(settings), settings=settings)
+    rows_of = partial(throughput_rows, wanted=select_engines(settings), settings=settings)
     append_each("throughput", find_configs(settings.config), rows_of, settings.results)
 
 
-def rows(config: str, wanted: list[tuple[str, str]], settings: ThroughputSettings) -> Iterator[Row]:
-    """Yields the rows of a config in each of some engines and precisions."""
-    fresh = create_fresh(config)
-    work = count_work(fresh.model, fresh.spec.size)
-    images = example_images(settings.data, fresh.spec, POOL)
-    expected = run_model(fresh.model, images[:NUM_CHECKED])[0]
-    for engine, precision in wanted:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            for figures in measure(
-                fresh, engine, precision, images, expected, settings, Path(folder)
-            ):
-                yield _row(fresh, engine, precision, figures, work, settings)
+def select_engines(settings: ThroughputSettings) -> list[tuple[str, str]]:
+    """Returns the pairs of engine and precision to measure. Raises UserError if there are none."""
+    device = settings.resolved_device
+    known = [(name, precision) for name in TORCH_ENGINES for precision in TORCH_PRECISIONS[device]]
+    for name, format_ in FORMATS.items():
+        if device in format_.precisions:
+            known += [(name, precision) for precision in format_.offered(device)]
+    engines = list(dict.fromkeys(name for name, _ in known))
+    precisions = list(dict.fromkeys(precision for _, precision in known))
+    engines = chosen("formats", settings.formats, engines)
+    precisions = chosen("precision", settings.precision, precisions)
+    selected = [pair for pair in known if pair[0] in engines and pair[1] in precisions]
+    if not selected:
+        pairs = ", ".join(f"{name} {precision}" for name, precision in known)
+        raise UserError(f"no engine of --formats has such a --precision; known are: {pairs}")
+    return selected
 
 
-def engines(settings: ThroughputSettings) -> list[tuple[str, str]]:
-    """Returns the engines and precisions that are asked for. Raises UserError where there is none such."""
-    known = [
-        (engine, precision) for engine in ENGINES for precision in TORCH_PRECISIONS[settings.where]
-    ]
-    known += [
-        (name, precision)
-        for name in FORMATS
-        if settings.where in FORMATS[name].precisions
-        for precision in FORMATS[name].offered(settings.where)
-    ]
-    names = chosen("engine", settings.engine, list(dict.fromkeys(name for name, _ in known)))
-    precisions = chosen(
-        "precision", settings.precision, list(dict.fromkeys(precision for _, precision in known))
-    )
-    found = [pair for pair in known if pair[0] in names and pair[1] in precisions]
-    if not found:
-        raise UserError(
-            f"no engine of --engine has a --precision that is asked for; there are {known}"
-        )
-    return found
-
-
-def measure(
-    fresh: Fresh,
-    engine: str,
-    precision: str,
-    images: Pixels,
-    expected: Features,
-    settings: ThroughputSettings,
-    folder: Path,
+def throughput_rows(
+    config: str, wanted: list[tuple[str, str]], settings: ThroughputSettings
 ) -> Iterator[Row]:
-    """Yields the figures of each batch size, or a `reason` why there are none.
+    """Yields the rows of a config for some engines and precisions."""
+    untrained = create_untrained(config)
+    work = count_work(untrained.model, untrained.spec.size)
+    images = example_images(settings.data, untrained.spec, POOL)
+    features, *_ = run_model(untrained.model, images[:NUM_CHECKED])
+    for engine, precision in wanted:
+        case = EngineCase(untrained, engine, precision, images, features)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            for measured in engine_rows(case, settings, Path(folder)):
+                yield {
+                    "what": untrained.settings.name,
+                    "engine": engine,
+                    "precision": precision,
+                    "device": settings.resolved_device,
+                    **measured,
+                    "input": settings.data.name if settings.data else "noise",
+                    "size": untrained.spec.size,
+                    **_limit_columns(measured, settings.resolved_device, precision, work),
+                }
+
+
+@dataclass(frozen=True)
+class EngineCase:
+    """One engine of a network in one precision."""
+
+    untrained: UntrainedModel
+    engine: str
+    """`eager`, `compile`, or an export format."""
+    precision: str
+    images: Pixels
+    """The pool, uint8 [P, size, size, 3]."""
+    features: Features
+    """Of the first NUM_CHECKED images, by the network in float32."""
+
+
+def engine_rows(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Iterator[Row]:
+    """Yields the measurements of each batch size, or the `reason` that there are none.
 
     Args:
-        images: the pool, uint8 [P, size, size, 3].
-        expected: features of its first NUM_CHECKED images by the network in float32.
         folder: for the artifact and the job.
     """
     artifact: Artifact | None = None
-    if engine not in ENGINES:
-        if missing := unavailable_reason(engine, settings.where):
-            yield {"reason": missing}
+    if case.engine not in TORCH_ENGINES:
+        reason = unavailable_reason(case.engine, settings.resolved_device)
+        if reason:
+            yield {"reason": reason}
             return
         try:
-            artifact = build_artifact(
-                fresh,
-                engine,
-                precision,
-                folder,
-                settings.where,
-                max(settings.batches),
-                images[NUM_CHECKED:],
-            )
-        except Exception as error:  # of any type, and it costs this row alone
-            yield {"reason": f"does not build: {reason(error)}"}
+            artifact = _build(case, settings, folder)
+        except Exception as error:  # builders raise exceptions of any type
+            yield {"reason": f"does not build: {error_text(error)}"}
             return
-    result = run_job(fresh, engine, precision, images, artifact, settings, folder / "job.json")
-    common = {
+    result = run_job(case, artifact, settings, folder / "job.json")
+    common: Row = {
         "load_seconds": result.get("load_seconds"),
         "build_seconds": artifact and round(artifact.seconds, 1),
     }
-    if (folder / "job.features.npy").is_file():
-        features = np.load(folder / "job.features.npy").astype(np.float32)
-        common["cosine"] = round(least_cosine(expected, features), 7)
+    features_path = folder / "job.features.npy"
+    if features_path.is_file():
+        features = np.load(features_path).astype(np.float32)
+        common["cosine"] = round(least_cosine(case.features, features), 7)
     for row in result["rows"]:
         yield {**row, **common}
     if "reason" in result:
         yield {"reason": result["reason"]}
 
 
+def _build(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Artifact:
+    return build_artifact(
+        case.untrained,
+        case.engine,
+        case.precision,
+        folder,
+        device=settings.resolved_device,
+        max_batch=max(settings.batches),
+        images=case.images[NUM_CHECKED:],
+    )
+
+
 def run_job(
-    fresh: Fresh,
-    engine: str,
-    precision: str,
-    images: Pixels,
-    artifact: Artifact | None,
-    settings: ThroughputSettings,
-    path: Path,
+    case: EngineCase, artifact: Artifact | None, settings: ThroughputSettings, path: Path
 ) -> dict[str, Any]:
-    """Runs an engine in a process of its own and returns what it measured, perhaps with the `reason` why not all."""
-    np.save(path.with_name("images.npy"), images)
-    built = {"artifact": str(artifact.path), "manifest": artifact.manifest} if artifact else {}
-    job_file(
-        Job(
-            config=fresh.config,
-            engine=engine,
-            precision=precision,
-            device=settings.where,
-            images=str(path.with_name("images.npy")),
-            batches=settings.batches,
-            repeats=settings.repeats,
-            seconds=settings.seconds,
-            **built,  # type: ignore[arg-type]
-        ),
-        path,
+    """Runs an engine in a process of its own and returns its results.
+
+    After a failure they have the `reason`, and the `rows` that were finished.
+    """
+    images_path = path.with_name("images.npy")
+    np.save(images_path, case.images)
+    job = EngineJob(
+        config=case.untrained.config,
+        engine=case.engine,
+        precision=case.precision,
+        device=settings.resolved_device,
+        images=str(images_path),
+        batches=settings.batches,
+        repeats=settings.repeats,
+        seconds=settings.seconds,
+        artifact=str(artifact.path) if artifact else None,
+        manifest=artifact.manifest if artifact else None,
     )
+    write_job(job, path)
+    failure = _run_worker(path, settings.patience)
+    result_path = path.with_suffix(".result")
+    result = read_json(result_path) if result_path.is_file() else {"rows": []}
+    return {**result, "reason": failure} if failure else result
+
+
+def _run_worker(path: Path, seconds: float) -> str | None:
+    """Runs the worker on a job and returns the reason that it failed, or None."""
     command = [sys.executable, "-m", "benchmarks.worker", str(path)]
-    failed = None
     try:
-        ended = run(command, settings.patience, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        if ended.returncode:
-            failed = f"its process ended with {ended.returncode}: {(ended.stderr.splitlines() or [''])[-1]}"
+        ended = run_group(command, seconds, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except subprocess.TimeoutExpired:
-        failed = f"took longer than {settings.patience:.0f} s"
-    result = (
-        read_json(path.with_suffix(".result"))
-        if path.with_suffix(".result").is_file()
-        else {"rows": []}
-    )
-    return {**result, **({"reason": failed} if failed else {})}
+        return f"took longer than {seconds:.0f} s"
+    if not ended.returncode:
+        return None
+    lines = ended.stderr.splitlines()
+    return f"its process ended with {ended.returncode}: {lines[-1] if lines else ''}"
 
 
-def _row(
-    fresh: Fresh,
-    engine: str,
-    precision: str,
-    figures: Row,
-    work: Work,
-    settings: ThroughputSettings,
-) -> Row:
-    row = {
-        "what": fresh.settings.name,
-        "engine": engine,
-        "precision": precision,
-        "device": settings.where,
-        **figures,
-    }
-    row["input"] = settings.data.name if settings.data else "noise"
-    row["size"] = fresh.spec.size
-    if "reason" in figures:
-        return row
+def _limit_columns(measured: Row, device: str, precision: str, work: Work) -> Row:
+    """Returns the columns that compare a rate with the machine's limits."""
+    if "reason" in measured:
+        return {}
+    rate = measured["images_per_second"]
     try:
-        limit = limits(settings.where, precision).of(
-            work, precision, figures["batch"], figures["images_per_second"]
-        )
-    except Exception as error:  # a rate counts also where torch has no product of that precision
-        return {**row, "reason": f"no limit to compare with: {reason(error)}"}
-    return {**row, **limit}
+        return limits(device, precision).of(work, precision, measured["batch"], rate)
+    except Exception as error:  # torch may have no product of that precision here
+        return {"reason": f"no limit to compare with: {error_text(error)}"}

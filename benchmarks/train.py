@@ -1,4 +1,4 @@
-"""`python -m benchmarks train`: the training loop on a dataset's files, against a bare loop on tensors in memory."""
+"""`python -m benchmarks train`: the training loop on files, against a bare loop in memory."""
 
 import contextlib
 import itertools
@@ -8,11 +8,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import timm
@@ -22,7 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader
 
 from benchmarks.limits import count_work, torch_rate
-from benchmarks.record import ratio, write
+from benchmarks.record import RESULTS_HELP, Row, print_and_append, ratio_columns
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from train.batch import Batch
@@ -37,46 +37,42 @@ from train.state import create_state
 from train.step import autocast
 from train.threads import set_threads
 
+ItemT = TypeVar("ItemT")
+
 NUM_IN_MEMORY = 4
-"""Random batches that are used in turns where none are read."""
+"""Random batches in memory, used in turns."""
 TIMED_PER_WARMUP = 8
-"""Timed batches for each one before them, so that a queue that is still full at the start counts for little."""
+"""Timed batches per batch of warm-up, so that a queue that is full at the start counts little."""
 PASSES = 3
-"""Work of a training step in forward passes: the backward pass computes two gradients for each product."""
+"""Forward passes that a training step costs: the backward pass has two products for each one."""
 
 
 class TrainRateSettings(TrainSettings):
-    """What `python -m benchmarks train` takes: every key of training, and how long to measure."""
+    """Settings of `benchmarks train`: every key of training, and the length of the measurement."""
 
     steps: int = Field(
         30,
         ge=1,
-        description=f"optimizer steps per repeat; on files with loader processes at least {TIMED_PER_WARMUP} times "
-        "those before them",
+        description="timed optimizer steps per repeat; with loader processes at least "
+        f"{TIMED_PER_WARMUP} times the steps of warm-up",
     )
     warmup_steps: int = Field(
-        5,
-        ge=1,
-        description="steps before them that are not timed, besides those on prefetched batches",
+        5, ge=1, description="untimed steps of warm-up, in addition to those on prefetched batches"
     )
     repeats: int = Field(
-        5, ge=1, description="repeats, of which the median counts; the loops take turns in each"
+        5, ge=1, description="repeats, of which the median counts; the loops alternate in each"
     )
     busy: int = Field(
-        0,
-        ge=0,
-        description="processes that compute beside the measurement, each as much as one core can",
+        0, ge=0, description="other processes during the measurement, each busy on one core"
     )
-    results: Path | None = Field(
-        None, description="folder of the CSV; benchmarks/results if not given"
-    )
+    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 @dataclass
-class Window:
-    """Batches for a loop, without end in themselves, of which the later ones are timed.
+class TimedBatches:
+    """A number of batches for a loop, timed after a warm-up.
 
-    Those before empty what the loader prepared during the first steps, which are slow.
+    The warm-up uses up the batches that loader processes prepared during the slow first steps.
     """
 
     batches: Iterable[Batch]
@@ -85,7 +81,7 @@ class Window:
     device: torch.device
     seconds: float = field(default=0.0, init=False)
     waiting: float = field(default=0.0, init=False)
-    """Seconds of the timed part that the loop waited for a batch."""
+    """Seconds of the timed part in which the loop waited for a batch."""
     num_images: int = field(default=0, init=False)
     clock: Callable[[], float] = time.perf_counter
 
@@ -96,7 +92,9 @@ class Window:
         batches = iter(self.batches)
         for number in range(len(self)):
             if number == self.warmup:
-                started, self.waiting, self.num_images = self._now(), 0.0, 0
+                started = self._now()
+                self.waiting = 0.0
+                self.num_images = 0
             asked = self.clock()
             batch = next(batches)
             self.waiting += self.clock() - asked
@@ -111,17 +109,18 @@ class Window:
 
     @property
     def rate(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return self.num_images / self.seconds
 
 
 def train(settings: TrainRateSettings) -> None:
-    """Measures images per second of training on files, on tensors in memory, and of a bare timm and torch loop.
+    """Measures images per second of training, on files and in memory, and of a bare loop.
 
-    The three take turns, the bare loop in a process of its own, which this toolkit's settings do not reach.
+    The bare loop uses timm and torch only, in a process of its own that this toolkit's global
+    settings do not affect. The three alternate.
     """
     if settings.mask_weight:
-        raise UserError("a bare loop draws no masks; give --mask_weight 0")
+        raise UserError("the bare loop predicts no masks; give --mask_weight 0")
     device = select_device(settings.device)
     if settings.bf16:
         check_bfloat16(device)
@@ -132,20 +131,27 @@ def train(settings: TrainRateSettings) -> None:
         BareLoop(settings) as bare,
     ):
         files = read_files(settings.model_copy(update={"output_dir": Path(folder)}))
-        memory, run = in_memory(settings, device), create_loop(settings, device)
-        windows: dict[str, list[Window]] = {"files": [], "memory": []}
-        bare_rates = []
+        memory = random_batches(settings, device)
+        run = create_loop(settings, device)
+        on_files: list[TimedBatches] = []
+        in_memory: list[TimedBatches] = []
+        bare_rates: list[float] = []
         for _ in range(settings.repeats):
-            windows["files"].append(run(Endless(files), num_prefetched(files)))
-            windows["memory"].append(run(memory, 0))
+            on_files.append(run(endless(files), num_prefetched(files)))
+            in_memory.append(run(endless(memory), 0))
             bare_rates.append(bare.rate())
-    row = figures(settings, device, windows, bare_rates, files.num_workers)
-    print(f"appended to {write('train', [row], settings.results)}")
+    row = {
+        **describe_run(settings, device, files.num_workers),
+        **compare_loops(on_files, in_memory, bare_rates),
+        **utilisation(settings, device, [run.rate for run in on_files]),
+    }
+    print(f"appended to {print_and_append('train', [row], settings.results)}")
 
 
 @contextlib.contextmanager
 def busy_processes(number: int) -> Iterator[None]:
-    """Keeps some processes computing within the block; they end with this process too, however it ends."""
+    """Keeps some processes computing within the block."""
+    # They also end if this process is killed and has no time to end them.
     spin = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(10_000))"
     processes = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(number)]
     try:
@@ -165,43 +171,33 @@ def read_files(settings: TrainSettings) -> DataLoader[Item]:
 
 
 def num_prefetched(loader: DataLoader[Item]) -> int:
-    """Returns how many batches a loader's processes prepare in advance."""
+    """Returns the number of batches that a loader's processes prepare in advance."""
     return loader.num_workers * (loader.prefetch_factor or 0)
 
 
-@dataclass(frozen=True)
-class Endless:
-    """Goes through an iterable again and again."""
-
-    items: Iterable[Any]
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(itertools.repeat(self.items))
+def endless(items: Iterable[ItemT]) -> Iterator[ItemT]:
+    """Iterates over `items` again and again."""
+    return itertools.chain.from_iterable(itertools.repeat(items))
 
 
-def in_memory(settings: TrainSettings, device: torch.device) -> Iterable[Batch]:
-    """Returns random batches that lie on the device, in turns."""
-    size, shape = (
-        settings.batch_size,
-        (settings.batch_size, settings.image_size, settings.image_size, 3),
-    )
-    batches = [
-        Batch(
-            torch.randint(256, shape, dtype=torch.uint8),
-            torch.randint(2, (size,)).float(),
-            torch.arange(size),
-        )
-        for _ in range(NUM_IN_MEMORY)
-    ]
-    return Endless([Batch(*(part.to(device) for part in batch)) for batch in batches])
+def random_batches(settings: TrainSettings, device: torch.device) -> list[Batch]:
+    """Returns batches of noise on the device."""
+    size = settings.batch_size
+    shape = (size, settings.image_size, settings.image_size, 3)
+    batches = []
+    for _ in range(NUM_IN_MEMORY):
+        images = torch.randint(256, shape, dtype=torch.uint8)
+        target = torch.randint(2, (size,)).float()
+        batches.append(Batch(images, target, torch.arange(size)))
+    return [Batch(*(part.to(device) for part in batch)) for batch in batches]
 
 
 def create_loop(
     settings: TrainRateSettings, device: torch.device
-) -> Callable[[Iterable[Batch], int], Window]:
-    """Returns a function that learns from batches by the loop of `python -m train`, and times it.
+) -> Callable[[Iterable[Batch], int], TimedBatches]:
+    """Returns a function that trains with the loop of `python -m train` and times it.
 
-    Its arguments are the batches and how many of them are prefetched.
+    Its arguments are the batches and the number of them that is prefetched.
     """
     prepare(device)
     state = create_state(settings.model_copy(update={"pretrained": False}), device, 0)
@@ -210,37 +206,39 @@ def create_loop(
         print(threads, flush=True)
     forward: Any = torch.compile(state.model) if settings.compile else state.model
 
-    def run(batches: Iterable[Batch], prefetched: int) -> Window:
-        window, state.step = create_window(settings, batches, device, prefetched), 0
-        num_steps = len(window) // settings.accumulation_steps
+    def run(batches: Iterable[Batch], prefetched: int) -> TimedBatches:
+        timed = time_batches(settings, batches, device, prefetched)
+        state.step = 0
+        num_steps = len(timed) // settings.accumulation_steps
         schedule = dict.fromkeys((BACKBONE, HEAD), np.full(num_steps, 0.1))
-        train_epoch(state, forward, window, schedule, settings, device, "benchmark")
-        return window
+        train_epoch(state, forward, timed, schedule, settings, device, "benchmark")
+        return timed
 
     return run
 
 
-def create_window(
+def time_batches(
     settings: TrainRateSettings,
     batches: Iterable[Batch],
     device: torch.device,
     prefetched: int = 0,
-) -> Window:
-    """Returns a window of whole optimizer steps.
+) -> TimedBatches:
+    """Returns timed batches for whole optimizer steps.
 
-    While the first steps are slow, loader processes prepare batches. Taking those is faster than loading: they belong
-    to the warm-up, and what is left of them when timing starts is little beside the timed batches.
+    Loader processes prepare batches while the first steps are slow, and taking those is faster
+    than loading. They belong to the warm-up; the rest of them counts little among the timed ones.
     """
-    each = settings.accumulation_steps
-    warmup, steps = settings.warmup_steps, settings.steps
+    per_step = settings.accumulation_steps
+    warmup = settings.warmup_steps
+    steps = settings.steps
     if prefetched:
-        warmup += ceil_div(prefetched, each)
+        warmup += ceil_div(prefetched, per_step)
         steps = max(steps, TIMED_PER_WARMUP * warmup)
-    return Window(batches, warmup * each, steps * each, device)
+    return TimedBatches(batches, warmup * per_step, steps * per_step, device)
 
 
 class BareLoop:
-    """A process with the loop that one writes first: timm's model, AdamW as it comes, and nothing else."""
+    """A process with the simplest training loop: timm's model, AdamW's defaults, nothing else."""
 
     def __init__(self, settings: TrainRateSettings) -> None:
         context = multiprocessing.get_context("spawn")
@@ -260,43 +258,42 @@ class BareLoop:
         self.connection.send(None)
         while not self.connection.poll(timeout=1):
             if not self.process.is_alive():
-                raise RuntimeError("the process of the bare loop has died; its error stands above")
+                raise RuntimeError("the process of the bare loop died; its error is printed above")
         rate: float = self.connection.recv()
         return rate
 
 
 def serve_bare_loop(connection: Connection, settings: TrainRateSettings) -> None:
-    """Builds the model and runs the loop whenever it is asked to."""
+    """Builds the model, and runs the loop on each request."""
     device = select_device(settings.device)
     allow_tf32(device)  # as training does: the ratio is to compare loops, not types
-    model = timm.create_model(
-        settings.model, **{**backbone_options(settings), "num_classes": 1}
-    ).to(device)
+    options = {**backbone_options(settings), "num_classes": 1}
+    model = timm.create_model(settings.model, **options).to(device)
     forward = torch.compile(model) if settings.compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     while True:
         connection.recv()
-        window = create_window(settings, normalised(settings, device), device)
-        run_bare_loop(forward, optimizer, window, settings, device)
-        connection.send(window.rate)
+        batches = time_batches(settings, endless(normalised_batches(settings, device)), device)
+        run_bare_loop(forward, optimizer, batches, settings, device)
+        connection.send(batches.rate)
 
 
-def normalised(settings: TrainSettings, device: torch.device) -> Iterable[Batch]:
-    """Returns batches in memory as a bare loop takes them: float32 [N, 3, size, size]."""
+def normalised_batches(settings: TrainSettings, device: torch.device) -> list[Batch]:
+    """Returns batches of noise as the bare loop takes them: float32 [N, 3, size, size]."""
     shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
     target = torch.randint(2, (settings.batch_size,)).float()
     batches = [Batch(torch.randn(shape), target, torch.empty(0)) for _ in range(NUM_IN_MEMORY)]
-    return Endless([Batch(*(part.to(device) for part in batch)) for batch in batches])
+    return [Batch(*(part.to(device) for part in batch)) for batch in batches]
 
 
 def run_bare_loop(
     model: Any,
     optimizer: torch.optim.Optimizer,
-    batches: Window,
+    batches: TimedBatches,
     settings: TrainSettings,
     device: torch.device,
 ) -> None:
-    """Learns from the batches at the run's precision and accumulation."""
+    """Trains on the batches with the run's precision and accumulation."""
     scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16)
     model.train()
     for number, batch in enumerate(batches, start=1):
@@ -310,7 +307,7 @@ def run_bare_loop(
 
 
 def precision_of(settings: TrainSettings, device: torch.device) -> str:
-    """Return the type that matrix products are computed in; on a GPU float32 is TF32 in training."""
+    """Returns the type of matrix products; float32 on a GPU is TF32 in training."""
     if settings.fp16:
         return "fp16"
     if settings.bf16:
@@ -318,46 +315,53 @@ def precision_of(settings: TrainSettings, device: torch.device) -> str:
     return "tf32" if device.type == "cuda" else "fp32"
 
 
-def figures(
-    settings: TrainRateSettings,
-    device: torch.device,
-    windows: dict[str, list[Window]],
-    bare: list[float],
-    num_workers: int,
-) -> dict[str, Any]:
-    """Returns the row of the CSV. Ratios are of turns that followed each other, and their spread that between turns."""
-    ours, memory = ([window.rate for window in windows[name]] for name in ("files", "memory"))
-    precision = precision_of(settings, device)
-    network = create_model(settings, pretrained=False).eval()
-    flops, peak = (
-        PASSES * count_work(network, settings.image_size).flops,
-        torch_rate(device.type, "fp32" if precision == "tf32" else precision),
-    )
+def describe_run(settings: TrainRateSettings, device: torch.device, num_workers: int) -> Row:
+    """Returns the columns that identify a measurement."""
+    on_gpu = device.type == "cuda"
     return {
         "what": settings.name,
         "model": settings.model,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "size": settings.image_size,
         "batch": f"{settings.batch_size} x {settings.accumulation_steps}",
-        "precision": precision,
+        "precision": precision_of(settings, device),
         "compile": str(settings.compile).lower(),
         "workers": num_workers,
         "busy": settings.busy or None,
         "threads": torch.get_num_threads(),
-        "images_per_second": _round(statistics.median(ours)),
-        "in_memory": _round(statistics.median(memory)),
-        "bare": _round(statistics.median(bare)),
-        **ratio("over_bare", ours, bare),
-        **ratio("over_memory", ours, memory),
-        "waiting": round(
-            statistics.median(window.waiting / window.seconds for window in windows["files"]), 4
-        ),
-        "gflop_per_image": _round(flops / 1e9),
-        "matmul_tflop_per_second": _round(peak / 1e12),
-        "mfu": round(statistics.median(ours) * flops / peak, 3),
     }
 
 
-def _round(value: float) -> float:
-    """Three significant digits, and all of a number with more before the point."""
+def compare_loops(
+    on_files: Sequence[TimedBatches], in_memory: Sequence[TimedBatches], bare: Sequence[float]
+) -> Row:
+    """Returns the columns of rates and ratios; a ratio is that of one repeat."""
+    ours = [run.rate for run in on_files]
+    memory = [run.rate for run in in_memory]
+    waiting = statistics.median(run.waiting / run.seconds for run in on_files)
+    return {
+        "images_per_second": _three_digits(statistics.median(ours)),
+        "in_memory": _three_digits(statistics.median(memory)),
+        "bare": _three_digits(statistics.median(bare)),
+        **ratio_columns("over_bare", ours, bare),
+        **ratio_columns("over_memory", ours, memory),
+        "waiting": round(waiting, 4),
+    }
+
+
+def utilisation(settings: TrainSettings, device: torch.device, rates: Sequence[float]) -> Row:
+    """Returns the columns of model FLOPs utilisation (MFU)."""
+    network = create_model(settings, pretrained=False).eval()
+    flops = PASSES * count_work(network, settings.image_size).flops
+    precision = precision_of(settings, device)
+    peak = torch_rate(device.type, "fp32" if precision == "tf32" else precision)
+    return {
+        "gflop_per_image": _three_digits(flops / 1e9),
+        "matmul_tflop_per_second": _three_digits(peak / 1e12),
+        "mfu": round(statistics.median(rates) * flops / peak, 3),
+    }
+
+
+def _three_digits(value: float) -> float:
+    """Rounds to three significant digits, or to an integer from 1000 on."""
     return float(f"{value:.3g}") if value < 1000 else round(value)

@@ -1,6 +1,6 @@
-"""One engine in a process of its own: its memory is its own, and so is its crash.
+"""Measures one engine in a process of its own, which isolates its memory and its crashes.
 
-Started by `benchmarks.throughput` with the path of a job; writes what it measured beside it.
+`benchmarks.throughput` starts it with the path of a job; the results are written next to it.
 """
 
 import contextlib
@@ -14,23 +14,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.record import reason
+from benchmarks.record import error_text
 from infer.engines import Engine, allocator, create
 from isic.preprocess import Pixels
 from isic.runtime.files import read_json, write_json
 from isic.runtime.machine import peak_memory_mb
 
 WARM_UP = 2
-"""Calls before a measurement: the first of a shape allocates, compiles or tunes."""
+"""Calls before a measurement: the first with a shape allocates, compiles or tunes."""
 NUM_INPUTS = 4
-"""Batches that take turns, so that no cache holds the answer."""
+"""Different batches, used in turns so that no cache holds the input."""
 NUM_CHECKED = 16
-"""Images whose features go back to be compared."""
+"""Images whose features are compared with the network's own."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to measure."""
+class EngineJob:
+    """One measurement."""
 
     config: str
     engine: str
@@ -47,8 +47,11 @@ class Job:
 
 
 def main(path: Path) -> None:
-    """Runs the job at a path and writes `<path>.result` after every batch size, and `<path>.features.npy`."""
-    job = Job(**read_json(path))
+    """Runs the job at `path`.
+
+    Writes `.features.npy`, and `.result` after every batch size, next to it.
+    """
+    job = EngineJob(**read_json(path))
     result: dict[str, Any] = {"rows": []}
     try:
         used_before = _used_mb() if job.device == "cuda" else None
@@ -58,54 +61,71 @@ def main(path: Path) -> None:
         np.save(path.with_suffix(".features.npy"), checked_features(engine, images, job.batches[0]))
         result["load_seconds"] = round(time.perf_counter() - started, 2)
         for batch in job.batches:
-            rates = measure(engine, images, batch, job)
+            rates = batch_rates(engine, images, batch, job.repeats, job.seconds)
             peak = peak_memory_mb() if used_before is None else _used_mb() - used_before
             result["rows"].append({"batch": batch, **rates, "peak_mb": peak})
             write_json(path.with_suffix(".result"), result)
-    except Exception as error:  # what engines raise has no other base
-        write_json(path.with_suffix(".result"), {**result, "reason": reason(error)})
+    except Exception as error:  # engines raise exceptions of any type
+        write_json(path.with_suffix(".result"), {**result, "reason": error_text(error)})
 
 
-def open_engine(job: Job) -> Engine:
-    """Returns what runs a batch from host to host."""
+def open_engine(job: EngineJob) -> Engine:
+    """Opens the engine of a job."""
     if job.artifact is None or job.manifest is None:
-        from benchmarks.eager import EagerEngine  # noqa: PLC0415  an artifact's process has no torch in it
+        # Only here: importing torch would count as memory of the other engines.
+        from benchmarks.eager import EagerEngine  # noqa: PLC0415
 
         return EagerEngine(job.config, job.engine, job.precision, job.device)
     return create(Path(job.artifact), job.manifest, job.device)
 
 
 def checked_features(engine: Engine, images: Pixels, batch: int) -> NDArray[np.float32]:
-    """Returns the features [NUM_CHECKED, D] of the first images, by calls of a batch that is measured anyway.
+    """Returns the features [NUM_CHECKED, D] of the first images.
 
-    Another batch might have to be compiled for, which can take longer than the measurement.
+    They are computed with `batch`, which is measured as well: compiling for another batch size can
+    take longer than the measurement.
     """
-    starts = range(0, NUM_CHECKED, batch)
-    pieces = [engine.run(images[np.arange(at, at + batch) % len(images)])[0] for at in starts]
-    return np.concatenate(pieces)[:NUM_CHECKED]
+    parts = []
+    for start in range(0, NUM_CHECKED, batch):
+        rows = np.arange(start, start + batch) % len(images)
+        features, *_ = engine.run(images[rows])
+        parts.append(features)
+    return np.concatenate(parts)[:NUM_CHECKED]
 
 
-def measure(engine: Engine, images: Pixels, batch: int, job: Job) -> dict[str, Any]:
-    """Measures calls of one batch size, each from uint8 on the host to float32 on the host, which waits for the device.
+def batch_rates(
+    engine: Engine, images: Pixels, batch: int, num_repeats: int, seconds: float
+) -> dict[str, Any]:
+    """Measures calls with one batch size, from uint8 to float32, both in host memory.
+
+    Args:
+        seconds: least length of a repeat.
 
     Returns:
         Images per second (median, least and most of the repeats) and latency percentiles.
     """
-    allocate = allocator(engine)
-    inputs = [allocate((batch, *images.shape[1:])) for _ in range(NUM_INPUTS)]
-    for number, array in enumerate(inputs):
-        array[...] = images[(np.arange(batch) + number * batch) % len(images)]
+    inputs = _make_inputs(engine, images, batch)
     _reset_peak()
     for number in range(WARM_UP):
         engine.run(inputs[number % NUM_INPUTS])
-    repeats = [_repeat(engine, inputs, job.seconds) for _ in range(job.repeats)]
+    repeats = [_time_calls(engine, inputs, seconds) for _ in range(num_repeats)]
     rates = sorted(batch * len(calls) / sum(calls) for calls in repeats)
     latencies = 1000 * np.concatenate(repeats)
     percentiles = {f"p{p}_ms": round(float(np.percentile(latencies, p)), 3) for p in (50, 90, 99)}
     return {**spread(rates), **percentiles, "calls": len(latencies)}
 
 
-def _repeat(engine: Engine, inputs: Sequence[Pixels], seconds: float) -> list[float]:
+def _make_inputs(engine: Engine, images: Pixels, batch: int) -> list[Pixels]:
+    """Returns NUM_INPUTS batches of the images, in memory that the engine prefers."""
+    allocate = allocator(engine)
+    inputs = [allocate((batch, *images.shape[1:])) for _ in range(NUM_INPUTS)]
+    for number, array in enumerate(inputs):
+        array[...] = images[(np.arange(batch) + number * batch) % len(images)]
+    return inputs
+
+
+def _time_calls(engine: Engine, inputs: Sequence[Pixels], seconds: float) -> list[float]:
+    """Calls the engine for at least some seconds and returns the seconds of each call."""
     calls: list[float] = []
     while not calls or sum(calls) < seconds:
         started = time.perf_counter()
@@ -115,7 +135,7 @@ def _repeat(engine: Engine, inputs: Sequence[Pixels], seconds: float) -> list[fl
 
 
 def spread(rates: Sequence[float]) -> dict[str, float]:
-    """Returns the median, least and most of images per second."""
+    """Returns the columns of images per second: median, least and most."""
     return {
         "images_per_second": round(float(np.median(rates)), 2),
         "min": round(min(rates), 2),
@@ -124,24 +144,23 @@ def spread(rates: Sequence[float]) -> dict[str, float]:
 
 
 def _reset_peak() -> None:
-    with contextlib.suppress(OSError):  # there is none, or a container may not write it
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # Linux: the peak begins anew at what is used now
+    """Sets the peak of this process's memory back to what it uses now, on Linux."""
+    with contextlib.suppress(OSError):  # not on other systems, nor in some containers
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _used_mb() -> int:
-    """Returns what the GPU has given out by now, to this process and to others, CUDA's own part in this one included.
+    """Returns the GPU's memory in use by all processes, with CUDA's own.
 
-    Engines keep what they once had, so that what it has grown by since they were opened is their peak.
+    Engines do not return memory to the GPU, so the growth since before they opened is their peak.
     """
-    import torch  # noqa: PLC0415  a CPU artifact's process has no torch in it
+    import torch  # noqa: PLC0415 - the process of a CPU artifact has no torch
 
     free, total = torch.cuda.mem_get_info()
     return int((total - free) // 2**20)
 
 
-def job_file(job: Job, path: Path) -> None:
+def write_job(job: EngineJob, path: Path) -> None:
     """Writes a job for `main`."""
     write_json(path, asdict(job))
 

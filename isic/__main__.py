@@ -10,9 +10,9 @@ from isic.synth import SynthSettings, synthesize
 def synth(settings: SynthSettings) -> None:
     """Write a synthetic dataset in the layout of the challenge."""
     if synthesize(settings, say=partial(print, flush=True)):
-        print(f"wrote a synthetic dataset to {settings.out}")
+        print(f"wrote a synthetic dataset to {settings.output_dir}")
     else:
-        print(f"{settings.out} already holds this dataset; nothing to do")
+        print(f"{settings.output_dir} already holds this dataset; nothing to do")
 
 
 if __name__ == "__main__":

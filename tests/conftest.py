@@ -31,7 +31,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Headless Chromium for the tests of a module; see `tests.support.browser.look`."""
+    """Headless Chromium for the tests of a module; see `tests.support.browser.inspect`."""
     with open_browser() as running:
         yield running
 

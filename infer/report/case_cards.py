@@ -7,7 +7,7 @@ from infer.report.cases import Case, Lesion, Picture
 from isic.html import page
 from isic.html.markup import Markup, join, tag
 
-SHOWN = {
+SHOWN_COLUMNS = {
     "Diagnosis": ("iddx_full", ""),
     "Age": ("age_approx", ""),
     "Sex": ("sex", ""),
@@ -56,7 +56,7 @@ def _ranking(case: Case) -> Markup:
 def _shown_metadata(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         label: _value_text(row[column]) + unit
-        for label, (column, unit) in SHOWN.items()
+        for label, (column, unit) in SHOWN_COLUMNS.items()
         if row.get(column) is not None
     }
 

@@ -1,4 +1,4 @@
-"""The lesions that an ensemble scored worst, their metadata, and the patient's other lesions."""
+"""The lesions that an ensemble scored worst, and the other lesions of their patients."""
 
 import base64
 from collections.abc import Sequence
@@ -74,7 +74,11 @@ def _cases(oof: pl.DataFrame, metadata: pl.DataFrame, label: int, number: int) -
 def _case(
     scored: dict[str, Any], oof: pl.DataFrame, metadata: pl.DataFrame, other_class: pl.Series
 ) -> Case:
-    """Returns the case of a row of `oof`; `other_class` has the sorted scores of the other class."""
+    """Returns the case of a row of `oof`.
+
+    Args:
+        other_class: the scores of the other class, sorted.
+    """
     name = scored[schema.ID]
     score = scored["blend"]
     lesions = oof.filter(pl.col(schema.PATIENT) == scored[schema.PATIENT])

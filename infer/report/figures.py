@@ -10,8 +10,8 @@ from infer.report.curves import Projection, Reliability, precision_recall
 from isic import schema
 from isic.html.markup import Markup, number, tag
 from isic.html.page import figure, percent
-from isic.html.plot import Axis, Plot, decades, stairs
-from isic.html.roc import Labels, Scores, Values, roc_chart, scored_region_chart
+from isic.html.plot import Axis, Plot, Values, decades, stairs
+from isic.html.roc import Labels, Scores, roc_chart, scored_region_chart
 from isic.metrics import pauc
 
 RARE = 0.05

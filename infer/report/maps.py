@@ -37,7 +37,7 @@ def projections(
 
 def _sampled_features(embeddings: Path, oof: pl.DataFrame) -> Iterator[tuple[int, pl.DataFrame]]:
     """Yields, by fold, the stored features of a sample of its held-out lesions."""
-    sampled = pl.concat(sample_rows(rows) for _, rows in sorted(oof.group_by("fold")))
+    sampled = pl.concat(sample_lesions(rows) for _, rows in sorted(oof.group_by("fold")))
     wanted = sampled.select(schema.ID, pl.col("fold").cast(pl.Int8), schema.TARGET).lazy()
     stored = scan_embeddings(embeddings, "train", ["features"]).join(wanted, on=[schema.ID, "fold"])
     with reading(embeddings):
@@ -46,7 +46,7 @@ def _sampled_features(embeddings: Path, oof: pl.DataFrame) -> Iterator[tuple[int
         yield int(str(fold)), rows
 
 
-def sample_rows(rows: pl.DataFrame) -> pl.DataFrame:
+def sample_lesions(rows: pl.DataFrame) -> pl.DataFrame:
     """Returns at most MAX_SHOWN rows of each class, the same ones every time."""
     parts = []
     for label, most in MAX_SHOWN.items():

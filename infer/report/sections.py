@@ -13,7 +13,7 @@ from infer.ensemble.scores import small_patients
 from infer.report import figures
 from infer.report.case_cards import Pictures, case_card
 from infer.report.cases import Case, pictures, worst_false_alarms, worst_misses
-from infer.report.curves import Reliability, reliability
+from infer.report.curves import NUM_RESAMPLES, Reliability, reliability
 from infer.report.importance import GROUPS, importance, share_by_group
 from infer.report.maps import projections
 from infer.report.scored import BLEND, GROUP, Judgement, Scored, judge
@@ -28,8 +28,6 @@ CAVEAT = (
     "anyone's care."
 )
 TOP = f"Top-{TOP_K}"
-NUM_RESAMPLES = 200
-"""Bootstrap resamples of the patients for the interval; more would change its third digit."""
 NUM_TOP = 15
 """Features that are listed by name."""
 LARGE, SMALL = 160, 96

@@ -13,7 +13,7 @@ from isic.runtime.config import Settings
 from isic.runtime.files import write_text
 
 REPORT_FILE = "report.html"
-STYLE = Path(__file__).with_name("report.css")
+REPORT_STYLE = Path(__file__).with_name("report.css")
 
 
 class ReportSettings(Settings):
@@ -55,7 +55,7 @@ def write_report(ensemble: Path, data: Path, embeddings: Path | None = None) -> 
         f"{name}: out-of-fold report",
         header(scored, parts),
         tag("main", *body),
-        style=STYLE.read_text(encoding="utf-8"),
+        style=REPORT_STYLE.read_text(encoding="utf-8"),
     )
     path = scored.ensemble.root / REPORT_FILE
     write_text(path, text)

@@ -1,4 +1,7 @@
-"""HTML and SVG as values. Text is escaped, so nothing in a dataset can become part of a page."""
+"""HTML and SVG as values.
+
+Text is escaped, so nothing in a dataset can become markup.
+"""
 
 from html import escape
 

@@ -1,13 +1,13 @@
-"""A page of HTML: its frame, and the parts of its sections. It has no script and loads nothing."""
+"""An HTML page and the parts of its sections, without scripts or external files."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from isic.html import plot
 from isic.html.markup import Markup, join, tag
+from isic.html.plot import PLOT_STYLE
 
-STYLE = Path(__file__).with_name("page.css")
+PAGE_STYLE = Path(__file__).with_name("page.css")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """Content security policy: loads nothing from outside, and runs no script even if one got in."""
 NONE = "\N{EN DASH}"
@@ -16,7 +16,7 @@ NONE = "\N{EN DASH}"
 
 def document(title: str, *body: str, style: str = "") -> str:
     """Returns the whole file; `style` is CSS in addition to that of every page."""
-    css = plot.STYLE.read_text(encoding="utf-8") + STYLE.read_text(encoding="utf-8") + style
+    css = PLOT_STYLE.read_text(encoding="utf-8") + PAGE_STYLE.read_text(encoding="utf-8") + style
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

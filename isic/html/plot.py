@@ -14,7 +14,7 @@ from isic.html.markup import Markup, join, number, tag
 
 Values = NDArray[np.float64]
 
-STYLE = Path(__file__).with_name("plot.css")
+PLOT_STYLE = Path(__file__).with_name("plot.css")
 
 WIDTH, HEIGHT = 360, 336
 """CSS pixels, about the size of a chart on a phone and on a wide screen: its text is then 12 px."""
@@ -148,7 +148,7 @@ def _title(text: str) -> list[Markup]:
 def svg_file(chart: Markup) -> str:
     """Returns the text of an SVG file: a chart of `Plot.draw` with its styles, light and dark."""
     # CSS has no characters that XML would need escaped, and a comment of it may not have any.
-    style = tag("style", Markup(STYLE.read_text(encoding="utf-8")))
+    style = tag("style", Markup(PLOT_STYLE.read_text(encoding="utf-8")))
     size = f' xmlns="http://www.w3.org/2000/svg" width="{IMAGE_WIDTH}">'
     return chart.replace(">", f"{size}\n{style}", 1) + "\n"
 

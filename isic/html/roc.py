@@ -1,4 +1,4 @@
-"""ROC charts: curves, and the region that the challenge scores, above a true-positive rate of 0.8."""
+"""ROC charts, with the region that the challenge scores: true-positive rates above 0.8."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,9 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
 from isic.html.markup import Markup
-from isic.html.plot import Axis, Plot
+from isic.html.plot import Axis, Plot, Values
 from isic.metrics import MIN_TPR, above_min_tpr, pauc, roc_auc
 
-Values = NDArray[np.float64]
 Labels = NDArray[np.integer]
 Scores = tuple[Labels, Values]
 """Targets [N] of 0 and 1, and scores [N]."""

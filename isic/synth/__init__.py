@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 from numpy.random import Generator
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from sklearn.neighbors import KDTree
 
 from isic import schema
@@ -54,7 +54,10 @@ MATCHED = (
 class SynthSettings(Settings):
     """Size and seed of a synthetic dataset. The same settings give the same bytes."""
 
-    out: Path = Field(description="folder to write the dataset into")
+    output_dir: Path = Field(
+        validation_alias=AliasChoices("output_dir", "out"),
+        description="folder to write the dataset into",
+    )
     images: int = Field(
         3_000, ge=50, le=2_000_000, description="rows and crops of the training split"
     )
@@ -103,7 +106,7 @@ def spec_of(settings: SynthSettings) -> Spec:
 
 
 def synthesize(settings: SynthSettings, say: Callable[[str], None] = lambda _: None) -> bool:
-    """Writes a synthetic dataset into `settings.out`, in the challenge's layout.
+    """Writes a synthetic dataset into `settings.output_dir`, in the challenge's layout.
 
     Three files are extra: `masks.hdf5`, `test-truth.csv` (labels of the test split) and
     `synth.json` (settings, counts, digests), which is written last. A run that finds it marked as
@@ -120,7 +123,7 @@ def synthesize(settings: SynthSettings, say: Callable[[str], None] = lambda _: N
         UserError: too many positives, or the folder holds another dataset or cannot be written.
     """
     spec = spec_of(settings)
-    out = settings.out
+    out = settings.output_dir
     if _is_done(out, spec):
         return False
     _remove_leftovers(out)
@@ -154,7 +157,7 @@ def _is_done(out: Path, spec: Spec) -> bool:
         if present:
             raise UserError(
                 f"{out} already holds a dataset ({present[0]}) that is not synthetic; "
-                "choose another --out"
+                "choose another --output_dir"
             )
         return False
     found = read_json(manifest)
@@ -163,7 +166,7 @@ def _is_done(out: Path, spec: Spec) -> bool:
     if found.get("spec") != spec.__dict__:
         raise UserError(
             f"{out} already holds a synthetic dataset with other settings; "
-            "choose another --out, or delete it"
+            "choose another --output_dir, or delete it"
         )
     files = found.get("files", {})
     if not set(files) == set(FILES) == set(present):

@@ -1,48 +1,18 @@
 from pathlib import Path
 
-import numpy as np
 import polars as pl
-import pytest
 
-from benchmarks.ablation import IMAGES, TABULAR, AblationSettings
+from benchmarks.ablation import IMAGE_SETS, TABULAR_SETS, AblationSettings
 from infer.ensemble.feature_spec import FeatureSpec
 from isic.runtime.config import build
-from isic.synth.rows import draw_rows
-from tests.support.commands import Cli
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    ids, patients = [f"ISIC_{i:07d}" for i in range(200)], [f"IP_{i:07d}" for i in range(30)]
-    rows = draw_rows(ids, patients, 40, np.random.default_rng(0))
-    rows.table.write_csv(tmp_path / "train-metadata.csv")
-    return tmp_path
+from tests.support.commands import Cli, split_flags
 
 
 def test_every_set_and_library_has_a_row_and_a_paired_difference(data: Path, cli: Cli) -> None:
-    flags = [
-        "--data",
-        data,
-        "--label",
-        "synthetic",
-        "--features",
-        "raw,raw+formula",
-        "--seeds",
-        2,
-        "--num_rounds",
-        3,
-        "--draws",
-        100,
-    ]
-    ended = cli(
-        "benchmarks",
-        "ablation",
-        *flags,
-        "--libraries",
-        "lightgbm,lightgbm+xgboost",
-        "--results",
-        data / "r",
-    )
+    places = ("--data", data, "--results", data / "r")
+    flags = split_flags("--label synthetic --seeds 2 --num_rounds 3 --draws 100")
+    flags += split_flags("--features raw,raw+formula --libraries lightgbm,lightgbm+xgboost")
+    ended = cli("benchmarks", "ablation", *places, *flags)
     assert ended.code == 0, ended.err
     rows = pl.read_csv(data / "r" / "ablation.csv")
     assert rows["features"].to_list() == ["raw", "raw+formula"] * 2
@@ -58,13 +28,13 @@ def test_every_set_and_library_has_a_row_and_a_paired_difference(data: Path, cli
 
 
 def test_every_default_set_is_known() -> None:
-    assert all(FeatureSpec.parse(words.replace("+", ",")).words for words in (*TABULAR, *IMAGES))
+    for words in (*TABULAR_SETS, *IMAGE_SETS):
+        assert FeatureSpec.parse(words.replace("+", ",")).words
 
 
-def test_an_unknown_library_is_a_sentence(data: Path, cli: Cli) -> None:
+def test_an_unknown_library_is_refused(data: Path, cli: Cli) -> None:
     ended = cli("benchmarks", "ablation", "--data", data, "--label", "x", "--libraries", "lightgb")
-    assert ended.code == 2 and 'unknown library "lightgb", did you mean "lightgbm"' in ended.err
-    assert (
-        build(AblationSettings, {"data": data, "label": "x"}).libraries[-1]
-        == "lightgbm+xgboost+catboost"
-    )
+    assert ended.code == 2
+    assert 'unknown library "lightgb", did you mean "lightgbm"' in ended.err
+    defaults = build(AblationSettings, {"data": data, "label": "x"})
+    assert defaults.libraries[-1] == "lightgbm+xgboost+catboost"

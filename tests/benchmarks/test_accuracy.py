@@ -8,12 +8,13 @@ from tests.support.commands import Cli
 def test_runs_and_baseline_are_scored_on_the_same_rows(
     trained: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    flags = ["--label", "synthetic", "--run", trained, "--num_folds", 3, "--results", tmp_path]
-    ended = cli("benchmarks", "accuracy", "--data", synth_dataset, *flags)
+    places = ("--data", synth_dataset, "--model_dir", trained, "--results", tmp_path)
+    ended = cli("benchmarks", "accuracy", *places, "--label", "synthetic", "--num_folds", 3)
     assert ended.code == 0, ended.err
     rows = pl.read_csv(tmp_path / "accuracy.csv")
     assert rows["what"].to_list() == ["colour statistics, LightGBM", "tiny, images only"]
-    assert rows["rows"].n_unique() == rows["positives"].n_unique() == 1
+    assert rows["rows"].n_unique() == 1
+    assert rows["positives"].n_unique() == 1
     assert rows["pauc_pooled"].is_between(0, 0.2).all()
-    assert set(rows["published_oof"]) == {0.1582}, "out of fold, as the scores beside it are"
-    assert rows["auc_pooled"][0] > 0.6, "colours tell something"
+    assert set(rows["published_oof"]) == {0.1582}  # of images, out of fold like these scores
+    assert rows["auc_pooled"][0] > 0.6

@@ -15,7 +15,7 @@ import timm
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 import train.model
-from benchmarks.fresh import create_fresh, find_configs
+from benchmarks.untrained import create_untrained, find_configs
 from export.onnx_graph import ATTENTION_OPSET, trace
 from export.options import PlanOptions
 from export.precision import cast_model
@@ -114,7 +114,7 @@ def test_every_config_builds(
         return backbone_options(settings) | next(few, {})
 
     monkeypatch.setattr(train.model, "backbone_options", shallow)
-    fresh = create_fresh(config)
+    fresh = create_untrained(config)
     facts = built(
         write_graph(fresh.model, fresh.spec.size, precision, tmp_path / "model.onnx"),
         tmp_path / "model.plan",

@@ -114,7 +114,7 @@ class TestLayout:
 
     @pytest.mark.parametrize("test_images", [1, 2, 9])
     def test_a_test_split_of_a_few_rows(self, test_images: int, tmp_path: Path) -> None:
-        assert synthesize(SynthSettings(out=tmp_path, images=50, test_images=test_images))
+        assert synthesize(SynthSettings(output_dir=tmp_path, images=50, test_images=test_images))
         assert len(Dataset(tmp_path).metadata("test")) == test_images
 
     @pytest.mark.parametrize("images", [50, 120])
@@ -280,22 +280,22 @@ def measured(jpeg: bytes, mask: bytes) -> list[float]:
 class TestCommand:
     def test_two_runs_give_the_same_bytes(self, tmp_path: Path) -> None:
         for name in ("one", "two"):
-            assert synthesize(SynthSettings(out=tmp_path / name, images=60, seed=3))
+            assert synthesize(SynthSettings(output_dir=tmp_path / name, images=60, seed=3))
         assert files(tmp_path / "one") == files(tmp_path / "two")
-        synthesize(SynthSettings(out=tmp_path / "three", images=60, seed=4))
+        synthesize(SynthSettings(output_dir=tmp_path / "three", images=60, seed=4))
         other = files(tmp_path / "three")
         assert all(other[name] != content for name, content in files(tmp_path / "one").items())
 
     def test_a_second_run_does_nothing(self, synth_dataset: Path, cli: Cli) -> None:
         before = {name: (synth_dataset / name).stat().st_mtime_ns for name in FILES}
-        ended = cli("isic", "synth", "--out", synth_dataset, "--images", 300, "--seed", 1)
+        ended = cli("isic", "synth", "--output_dir", synth_dataset, "--images", 300, "--seed", 1)
         assert ended.code == 0
         assert "nothing to do" in ended.out
         assert before == {name: (synth_dataset / name).stat().st_mtime_ns for name in FILES}
 
     def test_a_killed_run_is_drawn_anew(self, synth_dataset: Path, tmp_path: Path) -> None:
         out = tmp_path / "killed"
-        arguments = ["--out", str(out), "--images", "300", "--seed", "1"]
+        arguments = ["--output_dir", str(out), "--images", "300", "--seed", "1"]
         process = subprocess.Popen([sys.executable, "-m", "isic", "synth", *arguments])
         while not (out / "train-metadata.csv").exists():
             assert process.poll() is None
@@ -304,18 +304,18 @@ class TestCommand:
         process.wait()
         assert read_json(out / MANIFEST)["unfinished"]
         assert not (out / "train-image.hdf5").exists()
-        assert synthesize(SynthSettings(out=out, images=300, seed=1))
+        assert synthesize(SynthSettings(output_dir=out, images=300, seed=1))
         assert files(out) == files(synth_dataset)
         assert not list(out.glob(".*.tmp"))
 
     def test_an_unfinished_dataset_of_other_settings_is_replaced(self, tmp_path: Path) -> None:
         write_json(tmp_path / MANIFEST, {"unfinished": True, "spec": {}})
         (tmp_path / "train-metadata.csv").write_text("half")
-        assert synthesize(SynthSettings(out=tmp_path, images=60))
+        assert synthesize(SynthSettings(output_dir=tmp_path, images=60))
         assert len(Dataset(tmp_path).metadata("train")) == 60
 
     def test_a_damaged_file_is_drawn_anew(self, tmp_path: Path) -> None:
-        settings = SynthSettings(out=tmp_path, images=60)
+        settings = SynthSettings(output_dir=tmp_path, images=60)
         synthesize(settings)
         whole = files(tmp_path)
         (tmp_path / "train-image.hdf5").write_bytes(whole["train-image.hdf5"][:-100])
@@ -324,12 +324,14 @@ class TestCommand:
 
     def test_a_full_disk_is_a_sentence(self, tmp_path: Path, cli: Cli) -> None:
         with small_disk(tmp_path / "disk", "600k"):
-            ended = cli("isic", "synth", "--out", tmp_path / "disk" / "data", "--images", 200)
+            ended = cli(
+                "isic", "synth", "--output_dir", tmp_path / "disk" / "data", "--images", 200
+            )
             assert ended.code == 2, ended.err
             assert ended.err.startswith("error: the disk is full"), ended.err
 
     def test_a_small_pool_is_used_again(self, tmp_path: Path) -> None:
-        synthesize(SynthSettings(out=tmp_path, images=400, pool=100, test_images=50))
+        synthesize(SynthSettings(output_dir=tmp_path, images=400, pool=100, test_images=50))
         crops = {name: (jpeg, mask) for name, jpeg, mask in crops_of(tmp_path, "train")}
         assert len(crops) == 400
         assert 30 < len(set(crops.values())) <= 100
@@ -349,7 +351,7 @@ class TestCommand:
         ],
     )
     def test_bad_flags(self, flags: list[str], sentence: str, tmp_path: Path, cli: Cli) -> None:
-        ended = cli("isic", "synth", "--out", tmp_path / "out", *flags)
+        ended = cli("isic", "synth", "--output_dir", tmp_path / "out", *flags)
         assert ended.code == 2
         assert sentence in ended.err
         assert not (tmp_path / "out").exists()
@@ -358,10 +360,10 @@ class TestCommand:
         self, synth_dataset: Path, small_dataset: Path
     ) -> None:
         with pytest.raises(UserError, match="synthetic dataset with other settings"):
-            synthesize(SynthSettings(out=synth_dataset, images=300, seed=2))
+            synthesize(SynthSettings(output_dir=synth_dataset, images=300, seed=2))
         before = (small_dataset / "train-metadata.csv").read_bytes()
         with pytest.raises(UserError, match="that is not synthetic"):
-            synthesize(SynthSettings(out=small_dataset, images=300))
+            synthesize(SynthSettings(output_dir=small_dataset, images=300))
         assert (small_dataset / "train-metadata.csv").read_bytes() == before
 
 

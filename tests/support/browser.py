@@ -1,4 +1,4 @@
-"""Pages as a person sees them: headless Chromium opens a file, and what is wrong with it comes back as data."""
+"""Open a page in headless Chromium and return its faults as data."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, sync_playwright
 
 WIDTHS = (1280, 390)
 """CSS pixels: a laptop and a phone."""
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+# fmt: off
 FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )
+# fmt: on
 
-LOOK = """() => {
+MEASURE = """() => {
   const root = document.body ?? document.documentElement;  // an SVG file has no body
-  const clip = (element, {left, right, top, bottom}) => {  // what scrolling or cropping parents leave of a box
+  // The part of a box that scrolling or cropping parents leave visible.
+  const clip = (element, {left, right, top, bottom}) => {
     let box = {left, right, top, bottom};
     for (let at = element; at && at !== root; at = at.parentElement) {
       if (getComputedStyle(at).overflowX === 'visible') continue;
@@ -33,13 +36,15 @@ LOOK = """() => {
   const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   for (let node; node = walker.nextNode();) {
     const parent = node.parentElement;
-    if (!node.data.trim() || !parent.checkVisibility() || parent.closest('title, script, style')) continue;
+    if (!node.data.trim() || !parent.checkVisibility()) continue;
+    if (parent.closest('title, script, style')) continue;
     const range = document.createRange();
     range.selectNodeContents(node);
     const svg = parent.closest('svg');
     const boxes = svg ? [parent.getBoundingClientRect()] : [...range.getClientRects()];
     const text = node.data.trim().slice(0, 40);
-    for (const box of boxes) texts.push({node, svg, text, ...clip(svg?.parentElement ?? parent, box)});
+    const clipped = svg?.parentElement ?? parent;
+    for (const box of boxes) texts.push({node, svg, text, ...clip(clipped, box)});
   }
   texts.sort((a, b) => a.top - b.top);
   const overlaps = [];
@@ -53,39 +58,46 @@ LOOK = """() => {
   });
   const cut = texts.filter(({svg}) => svg).filter(({svg, left, right, top, bottom}) => {
     const edge = svg.getBoundingClientRect();
-    return left < edge.left - 1 || right > edge.right + 1 || top < edge.top - 1 || bottom > edge.bottom + 1;
+    return left < edge.left - 1 || right > edge.right + 1
+        || top < edge.top - 1 || bottom > edge.bottom + 1;
   });
   const images = [...document.images];
+  const name = image => image.alt || image.src.slice(0, 80);
   return {
     overflow: Math.max(0, document.documentElement.scrollWidth - window.innerWidth),
     num_images: images.length,
-    broken: images.filter(image => !image.naturalWidth).map(image => image.alt || image.src.slice(0, 80)),
-    without_alt: images.filter(image => !image.hasAttribute('alt')).map(image => image.src.slice(0, 80)),
+    broken: images.filter(image => !image.naturalWidth).map(name),
+    without_alt: images.filter(image => !image.hasAttribute('alt')).map(name),
     overlaps: overlaps,
     cut: cut.map(({text}) => text),
     num_texts: texts.length,
   };
 }"""
-"""Measures the page. A text's box may enter another's by 2 px upright: fonts leave that much above and below."""
+"""Script that measures the page.
+
+Boxes of text may overlap vertically by 2 px: fonts leave that much above and below.
+"""
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What a browser saw of a page."""
+class Inspection:
+    """The faults of a page."""
 
     errors: list[str]
-    """Of scripts, and what the console calls an error."""
+    """Errors of scripts and of the console."""
     requests: list[str]
-    """All but the page itself and data URIs."""
+    """URLs requested, without the page itself and data URIs."""
     overflow: int
     """Pixels by which the page is wider than the window."""
     num_images: int
     broken: list[str]
+    """Images that do not decode."""
     without_alt: list[str]
+    """Images without an alternative text."""
     overlaps: list[str]
-    """Pairs of texts, in figures or outside, that cover each other."""
+    """Pairs of texts that cover each other."""
     cut: list[str]
-    """Texts that stick out of their figure."""
+    """Texts that extend beyond their figure."""
     num_texts: int
 
     def assert_sound(self) -> None:
@@ -100,39 +112,43 @@ class Sight:
 
 @contextmanager
 def open_browser() -> Iterator[Browser]:
-    """Starts Chromium; skips the test on a machine without one."""
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        pytest.skip("no Chromium here to look at the page with; apt-get install chromium")
+    """Starts Chromium; skips the test on a machine without it."""
+    paths = [path for path in map(shutil.which, NAMES) if path]
+    if not paths:
+        pytest.skip("Chromium is not installed; apt-get install chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=paths[0], args=FLAGS)
         yield browser
         browser.close()
 
 
-def look(
+def inspect(
     browser: Browser, path: Path, width: int, scheme: str = "light", screenshot: Path | None = None
-) -> Sight:
-    """Opens an HTML file in a window of a width.
+) -> Inspection:
+    """Opens an HTML or SVG file in a window of some width and returns its faults.
 
     Args:
-        scheme: `light` or `dark`, as the reader's system asks for.
-        screenshot: where to write a PNG of the whole page.
+        scheme: `light` or `dark`, the system's colour scheme.
+        screenshot: PNG of the whole page to write. Playwright hangs on that of an SVG file.
     """
+    url = path.resolve().as_uri()
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     errors: list[str] = []
     requests: list[str] = []
+
+    def on_console(message: ConsoleMessage) -> None:
+        if message.type == "error":
+            errors.append(message.text)
+
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on(
-        "console", lambda message: errors.append(message.text) if message.type == "error" else None
-    )
+    page.on("console", on_console)
     page.on("request", lambda request: requests.append(request.url))
-    page.goto(path.resolve().as_uri(), wait_until="load")
-    seen = page.evaluate(LOOK)
+    page.goto(url, wait_until="load")
+    measured = page.evaluate(MEASURE)
     if screenshot:
         page.screenshot(path=screenshot, full_page=True)
     page.close()
-    foreign = [
-        url for url in requests if url != path.resolve().as_uri() and not url.startswith("data:")
+    external = [
+        request for request in requests if request != url and not request.startswith("data:")
     ]
-    return Sight(errors, foreign, **seen)
+    return Inspection(errors, external, **measured)

@@ -53,3 +53,8 @@ def run_module(module: str, *arguments: object) -> None:
         assert not ended.code, f"{module} {arguments} exited with {ended.code}"
     finally:
         sys.argv = argv
+
+
+def split_flags(text: str) -> list[str]:
+    """Splits flags as a shell does, without quotes."""
+    return text.split()

@@ -1,10 +1,13 @@
-"""What looks at the pages must see what is wrong with one."""
+"""The inspection of pages must find every kind of fault."""
 
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Browser
 
-from tests.support.browser import look
+from tests.support.browser import inspect
+
+pytestmark = pytest.mark.browser
 
 BAD = """<!doctype html><title>t</title>
 <link rel="stylesheet" href="missing.css"><script>nothing()</script>
@@ -16,19 +19,19 @@ GOOD = """<!doctype html><title>t</title><p>one</p><p>two</p>
 <div style="overflow-x: auto"><div style="width: 900px; text-align: right">out of sight</div></div>"""
 
 
-def test_faults_are_seen(browser: Browser, tmp_path: Path) -> None:
+def test_faults_are_found(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "bad.html").write_text(BAD)
-    seen = look(browser, tmp_path / "bad.html", 390)
-    assert seen.errors
-    assert seen.requests == [(tmp_path / "missing.css").as_uri()]
-    assert seen.overlaps == ['"above" and "below"', '"one" and "two"']
-    assert seen.cut == ["cut"]
-    assert seen.broken
-    assert seen.without_alt
-    assert seen.num_images == 1
-    assert seen.overflow > 100
+    found = inspect(browser, tmp_path / "bad.html", 390)
+    assert found.errors
+    assert found.requests == [(tmp_path / "missing.css").as_uri()]
+    assert found.overlaps == ['"above" and "below"', '"one" and "two"']
+    assert found.cut == ["cut"]
+    assert found.broken
+    assert found.without_alt
+    assert found.num_images == 1
+    assert found.overflow > 100
 
 
 def test_a_sound_page_is_sound(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "good.html").write_text(GOOD)
-    look(browser, tmp_path / "good.html", 390).assert_sound()
+    inspect(browser, tmp_path / "good.html", 390).assert_sound()

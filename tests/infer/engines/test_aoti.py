@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fresh import build_artifact, create_fresh
+from benchmarks.untrained import build_artifact, create_untrained
 from infer.engines import create
 from infer.engines.aoti import mismatch, needed_features, package_architecture
 from isic.runtime.errors import UserError
@@ -22,7 +22,9 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def test_a_package_for_one_image_a_call_takes_more_in_pieces(tiny: Path, tmp_path: Path) -> None:
-    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=1)
+    artifact = build_artifact(
+        create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=1
+    )
     engine = create(artifact.path, artifact.manifest)
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     features = np.concatenate([engine.run(images[row : row + 1])[0] for row in range(3)])
@@ -33,7 +35,9 @@ def test_float32_is_no_tf32_once_an_engine_is_open(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2)
+    artifact = build_artifact(
+        create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2
+    )
     torch.backends.cudnn.allow_tf32 = True
     create(artifact.path, artifact.manifest)
     assert not torch.backends.cudnn.allow_tf32
@@ -42,7 +46,9 @@ def test_float32_is_no_tf32_once_an_engine_is_open(
 
 def test_a_package_runs_on_a_cpu_with_all_its_instructions(tiny: Path, tmp_path: Path) -> None:
     """One with more instructions will do; one with fewer would end the process with SIGILL."""
-    artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2)
+    artifact = build_artifact(
+        create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2
+    )
     assert artifact.manifest["cpu_features"] == needed_features()
     level = torch.backends.cpu.get_cpu_capability().lower()
     assert artifact.manifest["architecture"] == package_architecture("cpu")

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
-from infer.ensemble.fit import fit_ensemble
+from infer.ensemble.fit import fit
 from infer.report import write_report
 from infer.report.cases import NUM_CASES
 from isic.runtime.errors import UserError
-from tests.support.browser import WIDTHS, look
+from tests.support.browser import WIDTHS, inspect
 from tests.support.commands import Cli
-from tests.support.ensembles import fit_settings, write_dataset, write_embeddings
+from tests.support.ensembles import settings, write_dataset, write_embeddings
 
 
 def copied(root: Path, to: Path) -> Path:
@@ -27,29 +27,31 @@ def test_nothing_in_the_data_becomes_markup(page: str, with_images: Path) -> Non
     assert "<h1>a &lt;i&gt;&amp;amp;</h1>" in page
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", WIDTHS)
 def test_it_is_sound_in_a_browser(
     browser: Browser, fitted: Path, data: Path, with_images: Path, width: int
 ) -> None:
-    seen = look(browser, with_images, width)
-    seen.assert_sound()
+    found = inspect(browser, with_images, width)
+    found.assert_sound()
     text = with_images.read_text()
-    assert seen.num_images == text.count('src="data:image/jpeg;base64,') > NUM_CASES
+    assert found.num_images == text.count('src="data:image/jpeg;base64,') > NUM_CASES
     assert ">no image for this id</div>" in text
     assert ">truncated JPEG</div>" in text
     without = write_report(fitted, data)
-    tables_only = look(browser, without, width, "dark")
+    tables_only = inspect(browser, without, width, "dark")
     tables_only.assert_sound()
     assert tables_only.num_images == 0
     assert "This dataset has no images." in without.read_text()
 
 
+@pytest.mark.browser
 def test_real_lesions_in_a_browser(browser: Browser, real_data: Path, tmp_path: Path) -> None:
     data = real_data / "real-pairs"
-    root = fit_ensemble(fit_settings(data, tmp_path, features="numeric", num_rounds=10))
-    seen = look(browser, write_report(root, data), 390)
-    seen.assert_sound()
-    assert seen.num_images >= 2 * NUM_CASES
+    root = fit(settings(data, tmp_path, features="numeric", num_rounds=10))
+    found = inspect(browser, write_report(root, data), 390)
+    found.assert_sound()
+    assert found.num_images >= 2 * NUM_CASES
 
 
 def test_the_same_inputs_give_the_same_bytes(

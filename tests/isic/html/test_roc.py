@@ -10,7 +10,7 @@ from sklearn.metrics import roc_curve
 from isic.html.plot import svg_file
 from isic.html.roc import roc_chart, scored_region
 from isic.metrics import pauc
-from tests.support.browser import WIDTHS, look
+from tests.support.browser import WIDTHS, inspect
 from tests.support.charts import polygon_area
 
 Scores = tuple[NDArray[np.int8], NDArray[np.float64]]
@@ -46,7 +46,7 @@ def test_a_file_is_sound_in_a_browser(browser: Browser, tmp_path: Path, width: i
     text = svg_file(roc_chart(curves, with_legend=True))
     assert ElementTree.fromstring(text).get("viewBox") is not None
     (tmp_path / "roc.svg").write_text(text)
-    look(browser, tmp_path / "roc.svg", width).assert_sound()
+    inspect(browser, tmp_path / "roc.svg", width).assert_sound()
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 3.0])

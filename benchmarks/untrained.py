@@ -1,4 +1,4 @@
-"""Networks of a config with fresh weights, and their artifacts: speed and size need no training."""
+"""Untrained networks of configs and their artifacts: speed and size need no training."""
 
 import time
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from export.formats import FORMATS, ArtifactSpec, BuildInputs, build_device
 from export.options import PlanOptions
 from isic import schema
 from isic.dataset import Dataset
-from isic.images import decode_pool
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.config import CONFIG_DIR
 from isic.runtime.errors import UserError, did_you_mean
@@ -22,30 +21,29 @@ from train.config import TrainSettings, load_settings
 from train.model import Classifier, create_model, preprocess_spec
 
 ALL = "all"
-LARGEST = 16
-"""Batch that artifacts are built for where nobody says."""
+DEFAULT_MAX_BATCH = 16
+"""Default largest batch of an artifact."""
 NUM_CALIBRATION = 32
-"""Images that int8 and fp8 are calibrated on."""
+"""Images for calibration of int8 and fp8."""
 LAYER_SCALE = 0.5
 SCALE_NAMES = (".gamma", ".gamma_1", ".gamma_2")
-
 
 Features = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Fresh:
-    """A network with random weights, the same ones every time, in eval mode on the CPU."""
+class UntrainedModel:
+    """A network with reproducible random weights, in eval mode on the CPU."""
 
     config: str
-    """As it was asked for: a name in configs/ or a path."""
+    """A name in configs/ or a path, as given."""
     settings: TrainSettings
     model: Classifier
     spec: PreprocessSpec
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What a checkpoint says of itself."""
+        """The fields of a checkpoint's manifest that an engine needs."""
         return {
             "name": self.settings.name,
             "fold": 0,
@@ -56,7 +54,7 @@ class Fresh:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported network and what building it took."""
+    """An exported network and the time to build it."""
 
     path: Path
     manifest: dict[str, Any]
@@ -68,101 +66,105 @@ class Artifact:
         return self.path.stat().st_size / 1e6
 
 
-def create_fresh(config: str) -> Fresh:
-    """Builds the network of a config. Raises UserError for a config that there is not."""
+def create_untrained(config: str) -> UntrainedModel:
+    """Builds the network of a config. Raises UserError for an unknown config."""
     torch.manual_seed(0)
     settings = load_settings(TrainSettings, {"config": config, "pretrained": False})
     model = create_model(settings, pretrained=False).eval()
-    _open_branches(model)
-    return Fresh(config, settings, model, preprocess_spec(settings))
+    _raise_layer_scales(model)
+    return UntrainedModel(config, settings, model, preprocess_spec(settings))
 
 
-def _open_branches(model: nn.Module) -> None:
-    """Sets layer scales, which begin near zero, to what training makes of them, or no branch would count."""
+def _raise_layer_scales(model: nn.Module) -> None:
+    """Sets layer scales to the size that they have after training.
+
+    They start near zero, so that the residual branches would not affect the parity check.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith(SCALE_NAMES):
             nn.init.constant_(parameter, LAYER_SCALE)
 
 
 def build_artifact(
-    fresh: Fresh,
-    name: str,
+    untrained: UntrainedModel,
+    format_name: str,
     precision: str,
     folder: Path,
     device: str = "auto",
-    largest: int = LARGEST,
+    max_batch: int = DEFAULT_MAX_BATCH,
     images: Pixels | None = None,
 ) -> Artifact:
-    """Exports a fresh network as `python -m export` would.
+    """Exports an untrained network as `python -m export` would.
 
     Args:
-        folder: for the artifact and what its builder keeps.
-        device: what it is to run on.
-        largest: the batch that it is built for, and up to.
-        images: what a precision is calibrated on that needs it; noise if not given.
+        folder: for the artifact and the files of its builder.
+        device: the device that runs it.
+        max_batch: the largest batch, for which the artifact is also optimised.
+        images: for calibration of int8 and fp8; noise if not given.
 
     Raises:
-        What the builder and its libraries do, of any type.
+        Exception: of any type, from the builder and its libraries.
     """
 
     def calibration() -> Pixels:
-        return (
-            example_images(None, fresh.spec, NUM_CALIBRATION)
-            if images is None
-            else images[:NUM_CALIBRATION]
-        )
+        if images is None:
+            return example_images(None, untrained.spec, NUM_CALIBRATION)
+        return images[:NUM_CALIBRATION]
 
     target = ArtifactSpec(
-        config=fresh.settings.name,
+        config=untrained.settings.name,
         fold=0,
-        format=name,
+        format=format_name,
         precision=precision,
-        device=build_device(name, device),
-        options=PlanOptions(opt_batch=largest, max_batch=largest),
+        device=build_device(format_name, device),
+        options=PlanOptions(opt_batch=max_batch, max_batch=max_batch),
     )
-    inputs = BuildInputs(fresh.model, fresh.spec, folder, calibration)
-    path = folder / FORMATS[name].file_name(target)
-    manifest = {**fresh.manifest, **target.facts}
+    inputs = BuildInputs(untrained.model, untrained.spec, folder, calibration)
+    path = folder / FORMATS[format_name].file_name(target)
+    manifest = {**untrained.manifest, **target.facts}
     started = time.perf_counter()
-    manifest |= FORMATS[name].build(target, inputs, path)
+    manifest |= FORMATS[format_name].build(target, inputs, path)
     seconds = time.perf_counter() - started
     return Artifact(path, manifest, seconds, target)
 
 
 def least_cosine(left: Features, right: Features) -> float:
-    """Returns the least cosine between the rows of two arrays [N, D]; NaN where a value is not finite."""
-    a, b = left.astype(np.float64), right.astype(np.float64)
+    """Returns the least cosine between rows of two arrays [N, D]; NaN if a value is not finite."""
+    a = left.astype(np.float64)
+    b = right.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return float(((a * b).sum(axis=1) / norms).min())
 
 
 def find_configs(names: tuple[str, ...]) -> list[str]:
-    """Returns config names; `all` stands for every file in configs/."""
+    """Returns config names; `all` expands to every file in configs/."""
     if ALL in names:
         return sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
     return list(names)
 
 
 def chosen(key: str, wanted: tuple[str, ...], known: list[str]) -> list[str]:
-    """Returns those of some words that a flag asks for; `all` stands for each. Raises UserError for an unknown one."""
+    """Returns the known words that a flag selects; `all` selects every one.
+
+    Raises:
+        UserError: `wanted` has an unknown word; `key` is the flag.
+    """
+    words = (*known, ALL)
     for name in wanted:
-        if name not in (*known, ALL):
-            raise UserError(f'--{key}: no "{name}", {did_you_mean(name, (*known, ALL))}')
+        if name not in words:
+            raise UserError(f'--{key}: no "{name}", {did_you_mean(name, words)}')
     return [name for name in known if name in wanted or ALL in wanted]
 
 
 def example_images(data: Path | None, spec: PreprocessSpec, number: int) -> Pixels:
-    """Returns uint8 [number, size, size, 3]: a dataset's images over and over, or noise where no dataset is given."""
+    """Returns uint8 [number, size, size, 3]: a dataset's images, repeated, or noise without one."""
     if data is None:
-        noise = np.random.default_rng(0).integers(
-            0, 256, (number, spec.size, spec.size, 3), dtype=np.uint8
-        )
+        shape = (number, spec.size, spec.size, 3)
+        noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         return np.asarray(noise, np.uint8)
     dataset = Dataset(data)
     ids = dataset.metadata("train")[schema.ID].to_list()[:number]
-    images = np.empty((len(ids), spec.size, spec.size, 3), np.uint8)
-    with decode_pool(1) as pool:
-        failed = dataset.images("train").decode(ids, spec, images, pool)
+    images, failed = dataset.images("train").load(ids, spec)
     if failed:
         raise UserError(
             f"{data}: {len(failed)} of {len(ids)} images cannot be read; run `python -m isic check`"

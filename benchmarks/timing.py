@@ -1,0 +1,22 @@
+"""Clock and batches of the benchmarks.
+
+It imports nothing large, since each baseline chooses its own libraries.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+ItemT = TypeVar("ItemT")
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Returns the seconds that a call takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def batches(items: Sequence[ItemT], size: int) -> Iterator[Sequence[ItemT]]:
+    """Yields consecutive slices of at most `size` items."""
+    return (items[start : start + size] for start in range(0, len(items), size))
