@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from isic.preprocess import MASK_THRESHOLD, PreprocessSpec, decode, resize
 from isic.runtime import interrupt
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, first_line
 from isic.runtime.interrupt import ignore_signals_in_worker
 from train import distributed
 from train.augment import create_augmentation
@@ -175,9 +175,8 @@ def worker_errors() -> Iterator[None]:
         yield
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         interrupt.raise_if_interrupted()  # if a signal ended the workers too, it is the cause
-        message = str(error).strip() or type(error).__name__
-        reason = message.splitlines()[0].rstrip(".")
-        lacks_memory = "shared memory" in message
+        reason = first_line(error).rstrip(".")
+        lacks_memory = "shared memory" in str(error)
         # All but RuntimeError: a dead worker's batch could not be received.
         has_ended = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in reason
         if not lacks_memory and not has_ended:
