@@ -65,11 +65,11 @@ def fold_loaders(
     images = LesionImages(data, spec, create_augmentation(settings.augmentation))
     held_out_images = LesionImages(data, spec)
     batch_size = settings.batch_size
-    num_channels = 4 if settings.mask_weight else 3
+    num_channels = 4 if settings.mask_weight else 3  # a mask is as large as one colour channel
     num_workers, num_prefetched = fit_workers(
         default_workers(device) if settings.num_workers is None else settings.num_workers,
         batch_bytes=batch_size * spec.size**2 * num_channels,
-        num_held=settings.accumulation_steps + 1,
+        num_held=settings.accumulation_steps + 1,  # those of a step, and the next one
     )
     workers = {"num_workers": num_workers, "num_prefetched": num_prefetched}
     return FoldLoaders(
@@ -134,7 +134,7 @@ def create_loader(
         collate_fn=collate,
         num_workers=num_workers,
         prefetch_factor=num_prefetched if num_workers else None,
-        persistent_workers=num_workers > 0,
+        persistent_workers=num_workers > 0,  # starting them again costs seconds per epoch
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_signals_in_worker,
     )
