@@ -15,7 +15,7 @@ from torch._inductor.exc import InductorError
 from export.formats import ArtifactSpec, BuildInputs
 from export.onnx_graph import TRACED_BATCH, quiet
 from export.precision import cast_model
-from infer.engines.aoti import architecture, forbid_tf32, needed_features
+from infer.engines.aoti import forbid_tf32, needed_features, package_architecture
 from infer.engines.contract import IMAGES
 from isic.runtime.errors import UserError
 
@@ -26,7 +26,7 @@ MISSING_MARKERS = re.compile(r"No such file|cannot find|No working C\+\+ compile
 
 
 def file_name(spec: ArtifactSpec) -> str:
-    return f"model.{spec.precision}.{architecture(spec.device)}.pt2"
+    return f"model.{spec.precision}.{package_architecture(spec.device)}.pt2"
 
 
 def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
         )
         configs = {"max_autotune": True} if spec.options.max_autotune else {}
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
-    facts: dict[str, Any] = {"architecture": architecture(spec.device)}
+    facts: dict[str, Any] = {"architecture": package_architecture(spec.device)}
     if spec.device == "cpu":
         facts["cpu_features"] = needed_features()
     return {**facts, "max_batch": spec.options.max_batch}

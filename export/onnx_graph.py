@@ -67,7 +67,7 @@ def metadata(spec: ArtifactSpec, inputs: BuildInputs) -> dict[str, str]:
 
 
 def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
-    """Returns the graph of `model` (in eval mode, on the CPU) for images uint8 [N, size, size, 3]."""
+    """Returns the graph of a model in eval mode on the CPU, for images [N, size, size, 3]."""
     example = torch.zeros((TRACED_BATCH, size, size, 3), dtype=torch.uint8)
     with (
         warnings.catch_warnings(),

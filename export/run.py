@@ -94,7 +94,7 @@ class ExportSettings(PlanOptions):
     triton: Path | None = Field(
         None, description="folder for a model repository of NVIDIA Triton; none if not given"
     )
-    force: bool = Field(False, description="export again what is up to date")
+    force: bool = Field(False, description="export artifacts again that are up to date")
 
     @property
     def run_dir(self) -> Path:
@@ -213,7 +213,7 @@ def artifact_path(checkpoint: Path, spec: ArtifactSpec) -> Path:
 
 
 def is_current(artifact: Path, spec: ArtifactSpec, checkpoint: str, digest: str) -> bool:
-    """Whether an artifact is intact and is what the spec asks for, from this checkpoint.
+    """Whether an artifact is intact, made from this checkpoint, and matches the spec.
 
     Args:
         artifact: its path; it need not exist.

@@ -213,7 +213,11 @@ def build_plan(
 
 
 def parse(trt: ModuleType, builder: Any, onnx_path: Path, title: str) -> tuple[Any, Any]:
-    """Returns the network of an ONNX file and its parser. Raises UserError with the first errors."""
+    """Returns the network of an ONNX file and its parser.
+
+    Raises:
+        UserError: the file cannot be parsed; the message has the first errors.
+    """
     # TensorRT 11 is always strongly typed and ignores the flag; 10 needs it.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger(trt))
@@ -235,7 +239,7 @@ def _parser_error_text(error: Any) -> str:
 
 
 def check_contract(network: Any, onnx_path: Path) -> dict[str, dict[str, Any]]:
-    """Returns type and shape of each input and output. Raises UserError if the contract is broken."""
+    """Returns type and shape of each input and output. Raises UserError for a broken contract."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     tensors = {tensor.name: as_tensor(tensor.dtype, tensor.shape) for tensor in (*inputs, *outputs)}
@@ -290,7 +294,7 @@ def configure(
 
 
 def read_timings(config: Any, path: Path, log: Log) -> None:
-    """Gives the builder the timings of earlier builds, unless they are of another GPU or version."""
+    """Loads the timings of earlier builds, unless they are of another GPU or version."""
     earlier = path.read_bytes() if path.is_file() else b""
     if not config.set_timing_cache(config.create_timing_cache(earlier), False):
         log(f"{path} is of another GPU or TensorRT version, so kernels are timed again")
@@ -328,8 +332,8 @@ def serialize(
         raise KeyboardInterrupt
     if plan is None:
         raise UserError(
-            f"{title} cannot build {onnx_path} ({logger(trt).reason()}); try another --precision, a "
-            "smaller --max_batch or other architectures"
+            f"{title} cannot build {onnx_path} ({logger(trt).reason()}); try another --precision, "
+            "a smaller --max_batch or other architectures"
         )
     return memoryview(plan)
 

@@ -196,7 +196,7 @@ def fold_config(model: FoldModel) -> dict[str, Any]:
 
 
 def ensemble_config(name: str, mean: str, models: Sequence[FoldModel]) -> dict[str, Any]:
-    """Returns the fields of the ensemble's config.pbtxt: every fold on the images, then the mean."""
+    """Returns the fields of the ensemble's config.pbtxt: all folds, then their mean."""
     shapes = models[0].shapes()
     steps = []
     for model in models:

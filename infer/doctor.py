@@ -24,7 +24,7 @@ reason = unavailable_reason(*sys.argv[1:])
 print("works" if reason is None else "does not work: " + " ".join(reason.split()))
 """
 TRIAL_SECONDS = 120
-"""A trial that takes longer hangs. Loading CUDA's libraries from a slow disk takes up to a minute."""
+"""A longer trial hangs. Loading CUDA's libraries from a slow disk takes up to a minute."""
 
 
 def doctor(settings: DoctorSettings) -> None:
@@ -41,7 +41,7 @@ def doctor(settings: DoctorSettings) -> None:
 def try_engine(name: str, device: str, seconds: float = TRIAL_SECONDS) -> str:
     """Returns whether an engine works and why not.
 
-    The trial has its own process, because a library that does not fit the machine can crash or hang.
+    The trial has its own process: a library that does not fit the machine can crash or hang.
     """
     command = [sys.executable, "-c", TRIAL, name, device]
     try:

@@ -38,8 +38,8 @@ class AotiEngine:
         reason = mismatch(manifest, device)
         if reason:
             raise UserError(
-                f"{path} {reason}; run `python -m export --config {manifest['name']} --formats aoti "
-                f"--device {device} --force` on this machine"
+                f"{path} {reason}; run `python -m export --config {manifest['name']} "
+                f"--formats aoti --device {device} --force` on this machine"
             )
         forbid_tf32()
         if device == "cpu":
@@ -86,7 +86,7 @@ def forbid_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def architecture(device: str) -> str:
+def package_architecture(device: str) -> str:
     """Returns the architecture that a package is compiled for: `cpu-x86_64-avx512`, `cuda-sm90`.
 
     Raises:
@@ -102,7 +102,7 @@ def architecture(device: str) -> str:
 
 
 def instruction_set() -> str:
-    """Returns the vector instructions that torch's compiler writes for this CPU: `avx2`, `avx512`."""
+    """Returns the vector instructions that torch's compiler uses here: `avx2`, `avx512`."""
     return torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
 
 
@@ -118,7 +118,7 @@ def mismatch(manifest: Mapping[str, Any], device: str) -> str | None:
     (https://github.com/pytorch/pytorch/issues/121516); one with more instructions runs it.
     """
     built_for = manifest["architecture"]
-    here = architecture(device)
+    here = package_architecture(device)
     if device != "cpu" or not built_for.startswith(f"cpu-{platform.machine()}"):
         return None if built_for == here else f"was compiled for {built_for}, this is {here}"
     if "cpu_features" not in manifest:

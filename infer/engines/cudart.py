@@ -190,7 +190,7 @@ class Stream:
         call(runtime().cudaStreamSynchronize, self.handle)
 
     def recorded(self, enqueue: Callable[[], None]) -> Any:
-        """Returns the CUDA graph of the work that `enqueue` adds to this stream, without running it.
+        """Returns the CUDA graph of the work that `enqueue` adds to this stream; runs nothing.
 
         Raises:
             CudaError: the work cannot be recorded; the stream is still usable.

@@ -126,7 +126,7 @@ class OnnxRuntimeEngine:
         return [np.concatenate(values) for values in zip(*results, strict=True)]
 
     def _run_batch(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
-        """Runs the graph on the whole batch, bound to the device so that each array is copied once."""
+        """Runs the graph on the whole batch; bound to the device, each array is copied once."""
         binding = self._session.io_binding()
         on_device = ort.OrtValue.ortvalue_from_numpy(images, self.device, 0)
         binding.bind_ortvalue_input(IMAGES, on_device)
@@ -188,7 +188,7 @@ def int8_products_are_exact() -> bool:
 def open_session(
     graph: str | bytes, device: str, options: ort.SessionOptions
 ) -> ort.InferenceSession:
-    """Opens a session on a device; unlike ONNX Runtime's default, an error is not retried elsewhere.
+    """Opens a session on a device, and does not fall back to another one as ONNX Runtime would.
 
     Raises:
         UserError: the device's provider did not load.
@@ -236,7 +236,7 @@ def unavailable_reason(name: str, device: str) -> str | None:
 
 
 def _loader_message() -> str | None:
-    """Returns the system's reason why the library of CUDA's provider does not load, None if it does.
+    """Returns why the library of CUDA's provider does not load, None if it does.
 
     ONNX Runtime only logs it. The library must not be loaded before ONNX Runtime has tried to:
     it asks for its host once, when it is loaded.

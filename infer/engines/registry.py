@@ -1,6 +1,6 @@
 """The engine formats as data. A new one is a row here and the engine module that it names.
 
-`export` adds what building takes in a row of the same name (`FORMATS` in `export/formats.py`).
+`export/formats.py` adds a row of the same name with the builder.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class EngineFormat:
     any_device: bool = False
     """One file runs on each of its devices, whichever it was exported for."""
     portable: bool = False
-    """Artifacts can be built without the GPU they are for; parity is then checked where they run."""
+    """Artifacts can be built without the GPU they are for, and are checked where they run."""
     synthetic: bool = False
     """It runs no network, so it is not exported and the doctor does not try it."""
 
@@ -79,7 +79,7 @@ def exported_formats() -> tuple[str, ...]:
 
 
 def engines_by_title() -> Iterator[tuple[str, str, str]]:
-    """Yields title, format and device of each engine; the title names the device if it has several."""
+    """Yields title, format and device of each engine and device that it can run on."""
     for name in exported_formats():
         row = ENGINE_FORMATS[name]
         for device in row.devices:

@@ -36,9 +36,9 @@ TENSORRT_DTYPES = {
 AMPERE_PLUS = "sm80plus"
 """The architecture of a plan that runs on Ampere GPUs and all newer ones."""
 TURING = "sm75"
-"""TensorRT-RTX computes a float32 matrix product there as zeros, without an error, in some versions.
+"""On this architecture some versions of TensorRT-RTX compute float32 matrix products as zeros.
 
-https://github.com/pytorch/TensorRT/pull/4643
+There is no error (https://github.com/pytorch/TensorRT/pull/4643).
 """
 
 
@@ -135,7 +135,7 @@ class Plan:
         Args:
             trt: the Python module of the flavour.
             engine: TensorRT's engine of the plan.
-            portable: whether the flavour compiles kernels where the plan runs.
+            portable: whether the flavour compiles kernels on the machine that runs the plan.
             cuda_graph: whether such a flavour records CUDA graphs by itself.
 
         Raises:
@@ -471,7 +471,7 @@ INVALID = {
 
 
 def check_header(trt: ModuleType, runtime: Any, path: Path, plan: bytes, again: str) -> None:
-    """Raises UserError for TensorRT-RTX's findings in a plan's header; TensorRT has no such check."""
+    """Raises UserError for a bad plan header; only TensorRT-RTX can check it."""
     if not hasattr(runtime, "get_engine_validity"):
         return
     _, found = runtime.get_engine_validity(plan)

@@ -19,15 +19,16 @@ echo "In file included from model.cpp:3:" >&2
 echo "model.cpp:7:10: fatal error: cuda.h: No such file or directory" >&2
 exit 1
 """
-"""A compiler that works until it is to compile."""
+"""A compiler that reports its version and fails to compile."""
 
 
 REFUSES = """#!/bin/sh
 case "$*" in *--version*) exec c++ "$@";; esac
-echo "ptxas /tmp/kernel.ptx, line 30; error   : Feature '.bf16' requires .target sm_80 or higher" >&2
+echo "ptxas /tmp/kernel.ptx, line 30; error   : " \\
+  "Feature '.bf16' requires .target sm_80 or higher" >&2
 exit 1
 """
-"""One that says what CUDA's assembler says of a type that a GPU lacks."""
+"""A compiler with the error of CUDA's assembler about a type that a GPU lacks."""
 
 
 ADVICE = "AOTInductor needs g++"
@@ -53,7 +54,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("compiler", "told", "advice"),
+    ("compiler", "reason", "advice"),
     [
         (None, "No working C++ compiler", ADVICE),
         (BROKEN, "(model.cpp:7:10: fatal error: cuda.h: No such file or directory)", ADVICE),
@@ -61,7 +62,7 @@ def tiny(tmp_path: Path) -> Path:
     ],
 )
 def test_a_compiler_that_fails_is_one_sentence(
-    compiler: str | None, told: str, advice: str, tiny: Path, tmp_path: Path
+    compiler: str | None, reason: str, advice: str, tiny: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "c++"
     if compiler:
@@ -75,11 +76,13 @@ def test_a_compiler_that_fails_is_one_sentence(
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     (sentence,) = ended.stdout.splitlines()
-    assert told in sentence and sentence.endswith("leave out --formats aoti")
-    assert advice in sentence and (ADVICE in sentence) == (advice == ADVICE)
+    assert reason in sentence
+    assert sentence.endswith("leave out --formats aoti")
+    assert advice in sentence
+    assert (ADVICE in sentence) == (advice == ADVICE)
 
 
-def test_aoti_passes_the_gate(tmp_path: Path) -> None:
+def test_a_package_passes_the_parity_check(tmp_path: Path) -> None:
     model, reference = network("test_convnext3")
     spec = spec_of("test_convnext3", "aoti", "bf16", max_batch=16, opt_batch=8)
     engine = build_engine(model, spec, tmp_path)

@@ -38,18 +38,18 @@ def test_the_graph_keeps_the_contract(exported: Path) -> None:
         (POINTWISE, "int8"),
     ],
 )
-def test_onnx_passes_the_gate(name: str, precision: str, tmp_path: Path) -> None:
+def test_every_family_passes_the_parity_check(name: str, precision: str, tmp_path: Path) -> None:
     model, reference = network(name)
     spec = spec_of(name, "onnx", precision)
     engine = build_engine(model, spec, tmp_path)
     assert check_parity(reference, engine, TOLERANCES[precision], spec.batch_sizes)
-    whole, alone = engine.run(reference.images)[0], engine.run(reference.images[3:4])[0]
+    batch, single = engine.run(reference.images)[0], engine.run(reference.images[3:4])[0]
     np.testing.assert_array_equal(
-        whole[3:4], alone, "an image's features are its own, whatever the batch"
+        batch[3:4], single, "an image's features do not depend on its batch"
     )
-    said = {
+    properties = {
         prop.key: prop.value for prop in onnx.load(next(tmp_path.glob("*.onnx"))).metadata_props
     }
-    assert (
-        said["name"] == name and said["precision"] == precision and '"size":' in said["preprocess"]
-    )
+    assert properties["name"] == name
+    assert properties["precision"] == precision
+    assert '"size":' in properties["preprocess"]

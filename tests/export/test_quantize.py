@@ -1,4 +1,4 @@
-"""int8 and fp8 graphs: their numerics in ONNX Runtime, and the plans that TensorRT-RTX builds of them."""
+"""int8 and fp8 graphs: their numerics in ONNX Runtime, and plans built by TensorRT-RTX."""
 
 import re
 from functools import cache
@@ -35,7 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "test_convnext3": {},
     "eva02_base_patch14_448": {"img_size": 28, "depth": 1},
 }
-"""A ViT, a ConvNeXt, and an EVA02, whose query, key and value are three products of one activation."""
+"""A ViT, a ConvNeXt, and an EVA02, whose query, key and value share one activation."""
 
 
 NUM_PRODUCTS = {"test_vit": 8, "test_convnext3": 8, "eva02_base_patch14_448": 7}
@@ -84,7 +84,7 @@ def quantized(name: str, precision: str, path: Path) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("precision", QUANT_TYPES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_graph_passes_the_gate_on_images_that_it_was_not_calibrated_on(
+def test_the_graph_passes_the_parity_check_on_unseen_images(
     name: str, precision: str, tmp_path: Path
 ) -> None:
     quantized(name, precision, tmp_path / "model.onnx")
@@ -112,8 +112,10 @@ def test_what_is_quantized_and_how(name: str, precision: str, tmp_path: Path) ->
         assert constants[weight.input[0]].data_type == kind.code, "weights are stored quantized"
         for pair in (activation, weight):
             scale, zero = (constants[tensor] for tensor in pair.input[1:])
-            assert scale.data_type == TensorProto.FLOAT16 and zero.data_type == kind.code
-            assert not any(zero.raw_data) and (numpy_helper.to_array(scale) > 0).all()
+            assert scale.data_type == TensorProto.FLOAT16
+            assert zero.data_type == kind.code
+            assert not any(zero.raw_data)
+            assert (numpy_helper.to_array(scale) > 0).all()
         assert list(constants[activation.input[1]].dims) == [], "one scale a tensor"
         assert max(constants[weight.input[0]].dims) >= constants[weight.input[1]].dims[0] > 1, (
             "one a channel"
@@ -156,12 +158,13 @@ def test_a_quantized_weight_is_within_half_a_step(tmp_path: Path) -> None:
         shape = [-1 if axis == axes[f"{name}_quantized"] else 1 for axis in range(codes.ndim)]
         step = scale.reshape(shape)
         error = np.abs(codes * step - numpy_helper.to_array(before[name]).astype(np.float32))
-        assert (error <= 0.51 * step + 1e-7).all() and np.abs(codes).max() == 127
+        assert (error <= 0.51 * step + 1e-7).all()
+        assert np.abs(codes).max() == 127
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """All that TensorRT-RTX says while it builds, which at the end is every layer that it compiled."""
+def build_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The log of TensorRT-RTX, which ends with every layer that it compiled."""
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     lines: list[str] = []
     kind = type(logger(trt))
@@ -175,10 +178,11 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def compiled_products(said: list[str]) -> dict[str, str]:
+def compiled_products(build_log: list[str]) -> dict[str, str]:
     """Returns the type of the first input of each matrix product of a plan, by its name."""
     found = (
-        re.match(r"Name: (\S+), LayerType: gemm, Inputs:.*?Datatype: (\w+)", line) for line in said
+        re.match(r"Name: (\S+), LayerType: gemm, Inputs:.*?Datatype: (\w+)", line)
+        for line in build_log
     )
     return {match[1]: match[2] for match in found if match}
 
@@ -188,7 +192,7 @@ def compiled_products(said: list[str]) -> dict[str, str]:
 )
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_compiles_to_products_of_the_quantized_type(
-    name: str, precision: str, dtype: str, compiled: str, tmp_path: Path, said: list[str]
+    name: str, precision: str, dtype: str, compiled: str, tmp_path: Path, build_log: list[str]
 ) -> None:
     quantized(name, precision, tmp_path / "model.onnx")
     options = with_capabilities(precision, RTX, PlanOptions(opt_batch=4, max_batch=8))
@@ -202,8 +206,11 @@ def test_every_family_compiles_to_products_of_the_quantized_type(
     assert {
         kind for dtypes in ("normalization", "softmax") for kind in facts.layers.get(dtypes, {})
     } <= {"float32"}
-    products = {key: value for key, value in compiled_products(said).items() if "MatMul" in key}
-    assert products and set(products.values()) == {compiled}
+    products = {
+        key: value for key, value in compiled_products(build_log).items() if "MatMul" in key
+    }
+    assert products
+    assert set(products.values()) == {compiled}
 
 
 def test_fp8_is_not_built_for_gpus_without_it(tmp_path: Path) -> None:

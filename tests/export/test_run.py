@@ -18,7 +18,7 @@ from export.run import ExportSettings, artifact_spec, calibration_sample, load_s
 from infer.engines import load
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_manifest, sha256
-from tests.support.commands import Cli
+from tests.support.commands import Cli, run_module
 from train.checkpoint import BEST, load_checkpoint, save_checkpoint
 
 
@@ -28,7 +28,7 @@ def run(exported: Path, tmp_path: Path) -> Path:
     return shutil.copytree(exported, tmp_path / "tiny")
 
 
-def test_the_engine_says_what_the_checkpoint_says(exported: Path) -> None:
+def test_an_engine_reproduces_its_checkpoints_outputs(exported: Path) -> None:
     source = load_source(
         exported / "fold_1" / BEST, 1, ExportSettings(config="tiny", model_dir=exported)
     )
@@ -53,22 +53,25 @@ def test_the_manifest_ties_the_artifact_to_its_checkpoint(exported: Path) -> Non
             "batch_16",
         ]
         assert all(parity[f"batch_{size}"]["cosine"] >= 0.99999 for size in (1, 2, 8, 16))
-        assert parity["rank_correlation"] > 0.9999 and abs(parity["pauc_change"]) < 1e-3
+        assert parity["rank_correlation"] > 0.9999
+        assert abs(parity["pauc_change"]) < 1e-3
 
 
-def test_what_is_up_to_date_is_kept_and_what_is_stale_is_made_again(run: Path, cli: Cli) -> None:
+def test_a_current_artifact_is_kept_and_a_stale_one_is_made_again(run: Path, cli: Cli) -> None:
     ended = cli("export", "--config", "tiny", "--model_dir", run, "--fold", 0)
-    assert ended.code == 0 and "up to date" in ended.out
+    assert ended.code == 0
+    assert "up to date" in ended.out
     checkpoint = load_checkpoint(run / "fold_0" / BEST)
     checkpoint["model_state_dict"]["head.1.bias"] += 1
     save_checkpoint(run / "fold_0" / BEST, **checkpoint)
     before = sha256(run / "fold_0" / "model.onnx")
     ended = cli("export", "--config", "tiny", "--model_dir", run, "--fold", 0)
-    assert ended.code == 0 and "up to date" not in ended.out
+    assert ended.code == 0
+    assert "up to date" not in ended.out
     assert sha256(run / "fold_0" / "model.onnx") != before
 
 
-def test_a_failed_gate_leaves_no_artifact_and_exits_1(
+def test_a_failed_parity_check_leaves_no_artifact_and_exits_1(
     run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from export import onnx_graph
@@ -87,13 +90,14 @@ def test_a_failed_gate_leaves_no_artifact_and_exits_1(
 
     monkeypatch.setattr(onnx_graph, "build", corrupted)
     ended = cli("export", "--config", "tiny", "--model_dir", run, "--fold", 0, "--force")
-    assert ended.code == 1 and "failed the parity check" in ended.out
+    assert ended.code == 1
+    assert "failed the parity check" in ended.out
     assert not (run / "fold_0" / "model.onnx").exists()
     assert json.loads((run / "fold_0" / "parity.json").read_text())["model.onnx"]["passed"] is False
     assert not list((run / "fold_0").glob(".candidate*"))
 
 
-def test_bad_input_is_one_sentence(run: Path, cli: Cli, tmp_path: Path) -> None:
+def test_bad_input_is_refused(run: Path, cli: Cli, tmp_path: Path) -> None:
     for flags, words in (
         (["--config", "other", "--model_dir", run], "is fold 0 of tiny, not fold 0 of other"),
         (
@@ -107,25 +111,16 @@ def test_bad_input_is_one_sentence(run: Path, cli: Cli, tmp_path: Path) -> None:
         ),
     ):
         ended = cli("export", *flags)
-        assert ended.code == 2 and words in ended.err and ended.err.count("\n") == 1
+        assert ended.code == 2
+        assert words in ended.err
+        assert ended.err.count("\n") == 1
 
 
 def test_a_checkpoint_in_another_folds_folder_is_refused(run: Path, cli: Cli) -> None:
     shutil.copy(run / "fold_1" / BEST, run / "fold_0" / BEST)
     ended = cli("export", "--config", "tiny", "--model_dir", run, "--fold", 0)
-    assert ended.code == 2 and "is fold 1 of tiny, not fold 0" in ended.err
-
-
-FORMATS_FLAGS = (
-    "--formats",
-    "onnx,aoti,tensorrt_rtx",
-    "--precision",
-    "fp16",
-    "--max_batch",
-    16,
-    "--opt_batch",
-    8,
-)
+    assert ended.code == 2
+    assert "is fold 1 of tiny, not fold 0" in ended.err
 
 
 def test_a_checkpoint_is_read_once_per_fold_and_not_at_all_if_all_is_up_to_date(
@@ -164,6 +159,18 @@ def test_the_help_shows_one_word_for_the_format(cli: Cli) -> None:
     assert not {"--format", "--engine"} & set(words)
 
 
+FORMATS_FLAGS = (
+    "--formats",
+    "onnx,aoti,tensorrt_rtx",
+    "--precision",
+    "fp16",
+    "--max_batch",
+    16,
+    "--opt_batch",
+    8,
+)
+
+
 @pytest.fixture(scope="module")
 def formats_run(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shutil.copytree(exported, tmp_path_factory.mktemp("formats") / "tiny")
@@ -171,9 +178,7 @@ def formats_run(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def first(formats_run: Path) -> Path:
-    """One fold in many formats."""
-    from tests.support.commands import run_module
-
+    """The folder of a fold with artifacts in many formats."""
     run_module(
         "export", "--config", "tiny", "--model_dir", formats_run, "--fold", 0, *FORMATS_FLAGS
     )
@@ -202,7 +207,7 @@ def test_one_command_makes_them_all(first: Path) -> None:
     assert all(0 < np.abs(exact - other).max() < 0.05 for other in others)
 
 
-def test_what_is_up_to_date_stays_until_an_option_changes(
+def test_a_current_artifact_is_kept_until_an_option_changes(
     formats_run: Path, first: Path, cli: Cli
 ) -> None:
     base = (
@@ -219,9 +224,8 @@ def test_what_is_up_to_date_stays_until_an_option_changes(
     base = (*base, "--precision", "fp16")
     assert cli(*base, "--max_batch", 16, "--opt_batch", 8).out.count("up to date") == 2
     ended = cli(*base, "--max_batch", 32, "--opt_batch", 8)
-    assert ended.code == 0 and ended.out.count("up to date") == 1, (
-        "the batch profile is no matter of the ONNX file"
-    )
+    assert ended.code == 0
+    assert ended.out.count("up to date") == 1, "an ONNX file does not depend on the batch profile"
     assert "not checked" in ended.out
 
 
@@ -264,35 +268,35 @@ def test_embed_takes_the_engine_that_is_named(
     )
     base = (*base, "--output_dir", tmp_path)
     ended = cli(*base, "--engine", "onnx")
-    assert (
-        ended.code == 2 and "has model.fp16.onnx, model.onnx; choose with --precision" in ended.err
-    )
+    assert ended.code == 2
+    assert "has model.fp16.onnx, model.onnx; choose with --precision" in ended.err
     ended = cli(*base, "--engine", "onnx", "--precision", "int8")
-    assert ended.code == 2 and "no fold_<k> with onnx in int8; run `python -m export" in ended.err
+    assert ended.code == 2
+    assert "no fold_<k> with onnx in int8; run `python -m export" in ended.err
     ended = cli(*base, "--engine", "tensorrt_rtx")
-    assert ended.code == 2 and "has not passed the parity check" in ended.err
+    assert ended.code == 2
+    assert "has not passed the parity check" in ended.err
     assert cli(*base, "--engine", "aoti").code == 0
     assert (tmp_path / "tiny" / "test" / "run.json").is_file()
 
 
-def test_check_gates_what_is_there(formats_run: Path, first: Path, cli: Cli) -> None:
+def test_check_compares_existing_artifacts(formats_run: Path, first: Path, cli: Cli) -> None:
     base = ("export", "--config", "tiny", "--model_dir", formats_run, "--fold", 0, "--check")
     before = read_manifest(first / "model.onnx")
     assert cli(*base).code == 0
     after = read_manifest(first / "model.onnx")
-    assert (
-        after["parity"].keys() == before["parity"].keys()
-        and after["made_from"] == before["made_from"]
-    )
+    assert after["parity"].keys() == before["parity"].keys()
+    assert after["made_from"] == before["made_from"]
     ended = cli(*base, "--fold", 1, "--precision", "fp16")
-    assert ended.code == 2 and "no such file" in ended.err
+    assert ended.code == 2
+    assert "no such file" in ended.err
 
 
 RTX = "tensorrt_rtx"
 RTX_FLAGS = ("--formats", RTX, "--max_batch", 8, "--opt_batch", 4)
 
 
-def test_one_command_calibrates_on_training_images_and_says_so(
+def test_one_command_calibrates_on_training_images_and_records_it(
     trained: Path, tmp_path: Path, cli: Cli
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -310,7 +314,8 @@ def test_one_command_calibrates_on_training_images_and_says_so(
         24,
     )
     ended = cli(*base, "--precision", "fp8")
-    assert ended.code == 0 and ended.out.count("not checked") == 1
+    assert ended.code == 0
+    assert ended.out.count("not checked") == 1
     (plan,) = run.glob("fold_0/*.plan")
     source = load_source(run / "fold_0" / BEST, 0, ExportSettings(config="tiny", model_dir=run))
     calibrated = calibration_sample(source, 24)
@@ -320,21 +325,22 @@ def test_one_command_calibrates_on_training_images_and_says_so(
     assert manifest["plan"]["layers"]["matrix_multiply"]["float8"] == 24
     assert manifest["options"]["calibration_images"] == 24
     held_out = {image.tobytes() for image in parity_sample(source)[0]}
-    assert not held_out & {image.tobytes() for image in calibrated}, "the gate's images are unseen"
+    assert not held_out & {image.tobytes() for image in calibrated}, (
+        "calibration sees no image of the parity check"
+    )
     assert cli(*base, "--precision", "fp8").out.count("up to date") == 1
     fewer = ExportSettings(config="tiny", calibration_images=23)
     stale, calm = (
         artifact_spec(0, RTX, precision, fewer).facts["options"] for precision in ("fp8", "fp16")
     )
-    assert stale["calibration_images"] == 23 and "calibration_images" not in calm, (
-        "float16 is not calibrated"
-    )
+    assert stale["calibration_images"] == 23
+    assert "calibration_images" not in calm, "float16 is not calibrated"
 
 
 def test_a_dataset_without_training_images_is_refused(
     trained: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    """The held-out images are there for the gate, and those to calibrate on are not."""
+    """The images of the parity check exist, and those of the calibration do not."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     data = tmp_path / "data"
     data.mkdir()
@@ -349,10 +355,12 @@ def test_a_dataset_without_training_images_is_refused(
         for name in held_out:
             new.create_dataset(name, data=old[name][()])
     run = shutil.copytree(trained, tmp_path / "tiny")
-    ended = cli("export", "--config", "tiny", "--model_dir", run, "--fold", 0, *RTX_FLAGS, "--precision", "fp8",
-                "--data", data)  # fmt: skip
-    assert ended.code == 2 and ended.err.count("\n") == 1
+    command = ("export", "--config", "tiny", "--model_dir", run)
+    ended = cli(*command, "--fold", 0, *RTX_FLAGS, "--precision", "fp8", "--data", data)
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
     assert "fp8 needs images to calibrate on, and there are none; give --data" in ended.err
     assert not list(run.glob("fold_0/*.plan"))
     ended = cli("export", "--config", "tiny", "--model_dir", run, "--precision", "fp8")
-    assert ended.code == 2 and "onnx on cpu offers fp32, fp16, int8" in ended.err
+    assert ended.code == 2
+    assert "onnx on cpu offers fp32, fp16, int8" in ended.err

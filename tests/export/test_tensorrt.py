@@ -45,7 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "test_convnext3": {},
     "eva02_tiny_patch14_224": {"img_size": 28, "depth": 2},
 }
-"""A ConvNeXt, and two blocks of a ViT and of an EVA02, with what makes them small."""
+"""A ConvNeXt, and two blocks of a ViT and of an EVA02: the options that make them small."""
 
 SHALLOW: dict[str, dict[str, Any]] = {
     "vit": {"depth": 2},
@@ -77,7 +77,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def built(onnx_path: Path, plan: Path, options: PlanOptions = OPTIONS) -> PlanFacts:
     facts = build_plan(onnx_path, plan, RTX, options)
-    assert plan.stat().st_size > 100_000 and not list(plan.parent.glob(".*"))
+    assert plan.stat().st_size > 100_000
+    assert not list(plan.parent.glob(".*"))
     return facts
 
 
@@ -100,9 +101,8 @@ def test_every_family_builds_in_its_precision_with_float32_islands(
         assert set(layers.get(kind, {})) <= {"float32"}, f"{kind} is a float32 island"
     assert layers["normalization"]["float32"] > 4
     assert layers["convolution"] == {LOW[precision]: layers["convolution"][LOW[precision]]}
-    assert (
-        layers["matrix_multiply"][LOW[precision]] > 4 and layers["matrix_multiply"]["float32"] == 1
-    ), "the head"
+    assert layers["matrix_multiply"][LOW[precision]] > 4
+    assert layers["matrix_multiply"]["float32"] == 1, "the head"
 
 
 @pytest.mark.parametrize("config", find_configs(("all",)))
@@ -155,7 +155,7 @@ def test_architectures_are_named_and_built(tiny: Path, tmp_path: Path) -> None:
     assert (facts.runtime, facts.version) == (RTX, import_runtime(RTX).__version__)
 
 
-def test_the_name_says_what_decides_whether_a_plan_fits() -> None:
+def test_a_plans_name_has_all_that_decides_whether_it_runs() -> None:
     version = import_runtime(RTX).__version__
     name = plan_name("vit_tiny", 3, "bf16", RTX, OPTIONS)
     assert name == f"vit_tiny-fold_3-bf16-sm86-sm89-sm120-tensorrt_rtx_{version}.plan"
@@ -238,14 +238,14 @@ def test_a_gpu_that_this_version_does_not_know_is_refused(
 
 def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path: Path) -> None:
     source = graph("test_vit", "fp16", tmp_path / "model.onnx")
-    former = signal.getsignal(signal.SIGINT)
+    previous = signal.getsignal(signal.SIGINT)
     presser = threading.Thread(target=_press_ctrl_c_during_the_build)
     presser.start()
     with pytest.raises(KeyboardInterrupt):
         build_plan(source, tmp_path / "model.plan", RTX, OPTIONS)
     presser.join()
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
-    assert signal.getsignal(signal.SIGINT) is former
+    assert signal.getsignal(signal.SIGINT) is previous
 
 
 def _press_ctrl_c_during_the_build() -> None:
@@ -257,16 +257,17 @@ def _press_ctrl_c_during_the_build() -> None:
 
 
 def test_timings_are_kept_for_the_next_fold(tiny: Path, tmp_path: Path) -> None:
-    """TensorRT-RTX has the calls and times nothing, so this shows the file and not what it spares."""
+    """TensorRT-RTX has the calls but times nothing, so this tests only the file."""
     trt = import_runtime(RTX)
     builder = trt.Builder(logger(trt))
     network, _parser = parse(trt, builder, tiny, "TensorRT")
-    path, said = tmp_path / "timings.cache", []
+    path, messages = tmp_path / "timings.cache", []
     for _ in range(2):
         config = configure(trt, builder, network, True, OPTIONS)
-        read_timings(config, path, said.append)
+        read_timings(config, path, messages.append)
         write_timings(config, path)
-    assert path.stat().st_size > 0 and not said
+    assert path.stat().st_size > 0
+    assert not messages
 
 
 def test_without_a_gpu_or_the_library_it_is_one_sentence(tiny: Path, tmp_path: Path) -> None:

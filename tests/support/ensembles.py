@@ -1,12 +1,15 @@
 """Small datasets and synthetic embeddings for the tests of fitting and predicting."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from infer.embedding.store import fold_dir, shard_path, write_shard
+from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.fit_settings import FitSettings
 from infer.ensemble.predict import PredictSettings, predict_submission
 from isic import schema
@@ -120,6 +123,32 @@ def fit_settings(data: Path, output_dir: Path, **more: object) -> FitSettings:
     """Returns the settings of a fit that takes a second."""
     defaults = {"seeds": 1, "num_folds": NUM_FOLDS, "num_rounds": 40, "num_threads": 1}
     return FitSettings.model_validate(defaults | {"data": data, "output_dir": output_dir} | more)
+
+
+def fit_small(data: Path, output_dir: Path, **more: object) -> Path:
+    """Fits an ensemble in a second. Returns its folder."""
+    return fit_ensemble(fit_settings(data, output_dir, **more))
+
+
+def read_blend(ensemble: Path) -> dict[str, Any]:
+    """Reads the metrics of an ensemble's blend."""
+    scores: dict[str, Any] = json.loads((ensemble / "scores.json").read_text())["blend"]
+    return scores
+
+
+def read_files(root: Path) -> dict[str, bytes]:
+    """Reads the files of a folder by name."""
+    return {path.name: path.read_bytes() for path in root.iterdir()}
+
+
+def shuffle_targets(data: Path, root: Path, seed: int = 1) -> pl.DataFrame:
+    """Writes the dataset with its targets in random order. Returns the training table."""
+    table = train_table(data)
+    target = table[schema.TARGET].sample(fraction=1, shuffle=True, seed=seed)
+    shuffled = table.with_columns(target)
+    write_train(root, shuffled)
+    shutil.copy(data / "test-metadata.csv", root)
+    return shuffled
 
 
 def predict_table(project: Path, ensemble: str = "multimodal_tiny", **more: object) -> pl.DataFrame:

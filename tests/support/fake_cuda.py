@@ -1,17 +1,18 @@
-"""A stand-in for the CUDA runtime and for TensorRT's execution contexts, stricter than both.
+"""A fake CUDA runtime and fake TensorRT execution contexts, stricter than the real ones.
 
-A machine without a GPU can have neither. What CUDA and TensorRT leave undefined is an error here:
+Tests without a GPU run the engine on them. Undefined behaviour of CUDA or TensorRT is an error:
 
-- Two pieces of work that touch the same memory, of which one writes, and that nothing puts in order.
-  A stream does its work in order; events and the host's waits put the work of several in order.
-- Memory that is freed, and host memory that is rewritten, while work on it has not been waited for.
+- Two unordered pieces of work on the same memory, of which one writes. A stream does its work in
+  order; events and the host's waits order the work of several streams.
+- Memory that is freed, or host memory that is rewritten, before the host has waited for the work
+  on it.
 - An address for TensorRT that is not aligned to 256 bytes. Allocations are aligned to no more.
 - An execution context on two streams at once, or two contexts on the same scratch memory.
 - A graph that is replayed after its context was used for anything else, and one that is recorded
   before a run with the context's present shape.
 
-Work runs as late as possible (or, with `eager_copies`, copies to the GPU as early as possible), and
-memory is poisoned until it has been written, so that a wait that is missing gives wrong numbers too.
+Work runs as late as possible (or, with `eager_copies`, copies to the GPU as early as possible).
+Memory is poisoned until it has been written, so a missing wait gives wrong numbers too.
 """
 
 import ctypes
@@ -186,7 +187,7 @@ class FakeCuda:
     def _check_order(self, stream: FakeStream | None, work: Work) -> None:
         """Raise Misuse if work collides with work of other streams that is not done before it.
 
-        The host's own (`stream` is None) comes after what it has waited for.
+        Work of the host itself (`stream` is None) comes after the work that it has waited for.
         """
         clock = stream.clock if stream else self._clock
         for other in self.streams.values():
@@ -436,7 +437,7 @@ SHAPES = {"images": (4, 4, 3), "features": (5,), "logits": (1,), "mask": (2, 2)}
 
 
 def fake_network(images: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """What the stand-in plan computes: it tells every image and every pixel apart."""
+    """The network of the fake plan: its outputs differ for any two images."""
     values = images.astype(np.float32)
     weights = np.arange(1, 49, dtype=np.float32).reshape(4, 4, 3)
     return {

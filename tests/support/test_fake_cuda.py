@@ -1,17 +1,17 @@
-"""The fake CUDA refuses what CUDA and TensorRT leave undefined."""
+"""The fake CUDA refuses what CUDA and TensorRT leave undefined; other tests rely on that."""
 
 import pytest
 
 from tests.support.fake_cuda import SHAPES, FakeCuda, FakeEngine, Kind, Misuse, fake_network
 
 
-def test_the_stand_in_refuses_what_cuda_leaves_undefined() -> None:
-    """The other tests prove as much as these refusals."""
+def test_undefined_behaviour_of_cuda_is_refused() -> None:
     fake = FakeCuda()
     (_, one), (_, two) = (fake.cudaStreamCreateWithFlags(0) for _ in range(2))
     (_, host), (_, device) = fake.cudaHostAlloc(64, 0), fake.cudaMalloc(64)
     upload, download = Kind.cudaMemcpyHostToDevice, Kind.cudaMemcpyDeviceToHost
-    assert device % 256 == 0 and device % 512, "aligned as promised and no more"
+    assert device % 256 == 0
+    assert device % 512, "aligned as promised and no more"
     fake.cudaMemcpyAsync(device, host, 64, upload, one)
     with pytest.raises(Misuse, match="download does not wait for upload"):
         fake.cudaMemcpyAsync(host, device, 64, download, two)
@@ -24,8 +24,7 @@ def test_the_stand_in_refuses_what_cuda_leaves_undefined() -> None:
         fake.cudaStreamSynchronize(one)
 
 
-def test_the_stand_in_refuses_what_tensorrt_leaves_undefined() -> None:
-    """The other tests prove as much as these refusals."""
+def test_undefined_behaviour_of_tensorrt_is_refused() -> None:
     fake = FakeCuda()
     streams = [fake.cudaStreamCreateWithFlags(0)[1] for _ in range(2)]
     context = FakeEngine(fake, fake_network, max_batch=16).create_execution_context(2)

@@ -4,13 +4,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import Cli
-from tests.support.fake_run import (
-    FakeRun,
-    embed_flags,
-)
+from tests.support.fake_run import FakeRun, embed_flags
 
 
-def test_engines_that_do_not_belong_are_refused(
+def test_artifacts_without_their_manifest_or_folds_are_refused(
     exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
     run = shutil.copytree(exported, tmp_path / "tiny")
@@ -18,11 +15,14 @@ def test_engines_that_do_not_belong_are_refused(
 
     def fails_with(words: str) -> None:
         ended = cli("infer", *arguments)
-        assert ended.code == 2 and words in ended.err and ended.err.count("\n") == 1
+        assert ended.code == 2
+        assert words in ended.err
+        assert ended.err.count("\n") == 1
 
-    for suffix in ("", ".json"):
-        shutil.copy(run / "fold_1" / f"model.onnx{suffix}", run / "fold_0" / f"model.onnx{suffix}")
-        fails_with("does not match its manifest" if not suffix else "is fold 1 of tiny, not fold 0")
+    shutil.copy(run / "fold_1" / "model.onnx", run / "fold_0")
+    fails_with("does not match its manifest")
+    shutil.copy(run / "fold_1" / "model.onnx.json", run / "fold_0")
+    fails_with("is fold 1 of tiny, not fold 0")
     (run / "fold_0" / "model.onnx").write_bytes(b"truncated")
     fails_with("does not match its manifest")
     (run / "fold_0" / "model.onnx.json").unlink()
@@ -35,7 +35,7 @@ def test_engines_that_do_not_belong_are_refused(
     fails_with("run `python -m export --config tiny` first")
 
 
-def test_two_folds_that_traded_their_engines_are_found_out(
+def test_exchanged_artifacts_of_two_folds_are_refused(
     exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
     run = shutil.copytree(exported, tmp_path / "tiny")
@@ -43,21 +43,25 @@ def test_two_folds_that_traded_their_engines_are_found_out(
         ("", "does not match its manifest"),
         (".json", "is fold 1 of tiny, not fold 0 of tiny"),
     ):
-        first, second = (run / f"fold_{fold}" / f"model.onnx{suffix}" for fold in (0, 1))
-        first.rename(tmp_path / "traded")
+        first = run / "fold_0" / f"model.onnx{suffix}"
+        second = run / "fold_1" / f"model.onnx{suffix}"
+        first.rename(tmp_path / "other")
         second.rename(first)
-        (tmp_path / "traded").rename(second)
+        (tmp_path / "other").rename(second)
         ended = cli("infer", *embed_flags(run, synth_dataset, tmp_path / "out"))
-        assert ended.code == 2 and words in ended.err
+        assert ended.code == 2
+        assert words in ended.err
 
 
 @pytest.mark.parametrize("name", ["*", "[a", "", "/etc/passwd", "../fold_0/model.null", "**"])
-def test_an_engine_is_a_file_name_and_no_pattern(
+def test_a_format_is_not_a_path_or_a_pattern(
     fake_run: FakeRun, tmp_path: Path, cli: Cli, name: str
 ) -> None:
     model_dir = Path(shutil.copytree(fake_run.model_dir, tmp_path / "null"))
     shutil.copytree(model_dir / "fold_0", model_dir / "fold_0_old")
     flags = FakeRun(fake_run.data, model_dir).flags(tmp_path / "out")
-    assert cli("infer", *flags).code == 0, "a copy of a fold is no fold"
+    assert cli("infer", *flags).code == 0, "fold_0_old is not a fold"
     ended = cli("infer", *flags, "--force", f"--format={name}")
-    assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1
+    assert ended.code == 2
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("\n") == 1

@@ -36,7 +36,8 @@ def test_batches_arrive_whole_and_in_order(
     seen: list[str] = []
     with decode_pool(num_threads) as pool:
         for batch in decode_ahead(store, batches(size), SPEC, pool, size, depth):
-            assert batch.images.shape == (len(batch.ids), 16, 16, 3) and not batch.failed
+            assert batch.images.shape == (len(batch.ids), 16, 16, 3)
+            assert not batch.failed
             expected = range(len(seen), len(seen) + len(batch.ids))
             np.testing.assert_array_equal(batch.images[:, 3, 3, 0], expected)
             seen += batch.ids

@@ -1,4 +1,4 @@
-"""Embedding on Ray: real clusters of node processes on this machine, one node killed during the run."""
+"""Embedding on Ray, on real clusters of node processes on this machine."""
 
 import os
 import threading
@@ -14,10 +14,10 @@ from infer.embedding.ray_runner import NO_AUTO_CONNECT, size_actors
 from tests.support.commands import Cli
 from tests.support.fake_run import FakeRun, make_fake_run, shard_bytes
 
-os.environ.setdefault(
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-)  # else every init warns of a default to come
-os.environ.setdefault(*NO_AUTO_CONNECT)  # these processes shut clusters down and go on
+# Otherwise every init warns of a future default (seen with ray 2.60).
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Before Ray is imported: these tests shut clusters down and continue.
+os.environ.setdefault(*NO_AUTO_CONNECT)
 
 try:
     import ray
@@ -30,13 +30,13 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024 * 1024, "include_dashboa
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
-    """300 images at 50 a second: seconds in which a node can be killed."""
+    """300 images at 50 per second, so that a node can be killed during the run."""
     return make_fake_run(tmp_path_factory.mktemp("slow"), images_per_second=50)
 
 
 @pytest.fixture(scope="module")
 def expected(slow: FakeRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a single process gives."""
+    """The shards of a single process."""
     output = tmp_path_factory.mktemp("whole")
     ended = slow.run(output)
     assert ended.returncode == 0, ended.stderr
@@ -45,7 +45,7 @@ def expected(slow: FakeRun, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    """Two nodes of one core, each with processes of its own."""
+    """Two nodes of one core each."""
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
     cluster.add_node(**NODE)
     cluster.wait_for_nodes()
@@ -54,6 +54,7 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
+@pytest.mark.ray
 def test_a_node_killed_during_the_run_costs_nothing_but_time(
     cluster: Any,
     slow: FakeRun,
@@ -70,9 +71,8 @@ def test_a_node_killed_during_the_run_costs_nothing_but_time(
         while len(shard_bytes(tmp_path)) < 4 and time.monotonic() < deadline:
             time.sleep(0.05)
         killed.append(len(shard_bytes(tmp_path)))
-        cluster.remove_node(
-            next(node for node in cluster.list_all_nodes() if not node.head), allow_graceful=False
-        )
+        (worker,) = (node for node in cluster.list_all_nodes() if not node.head)
+        cluster.remove_node(worker, allow_graceful=False)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -84,7 +84,8 @@ def test_a_node_killed_during_the_run_costs_nothing_but_time(
     assert shard_bytes(tmp_path) == expected
 
 
-def test_a_cluster_of_its_own_gives_the_same_bytes_and_an_actors_error_is_a_sentence(
+@pytest.mark.ray
+def test_a_local_cluster_gives_the_same_bytes_and_reports_an_actors_error(
     slow: FakeRun,
     expected: dict[str, bytes],
     tmp_path: Path,
@@ -102,26 +103,28 @@ def test_a_cluster_of_its_own_gives_the_same_bytes_and_an_actors_error_is_a_sent
         failed = cli(
             "infer", *slow.flags(tmp_path / "blocked", "--batch_size", 8, "--ray", "local")
         )
-        assert failed.code == 2 and "choose another output folder" in failed.err
+        assert failed.code == 2
+        assert "choose another output folder" in failed.err
     finally:
         ray.shutdown()
 
 
-def test_no_cluster_at_the_address_is_a_sentence(slow: FakeRun, tmp_path: Path, cli: Cli) -> None:
+@pytest.mark.ray
+def test_no_cluster_at_the_address_is_a_user_error(slow: FakeRun, tmp_path: Path, cli: Cli) -> None:
     ended = cli("infer", *slow.flags(tmp_path, "--ray", "nonsense"))
-    assert (
-        ended.code == 2 and "no Ray cluster at nonsense" in ended.err and "--ray local" in ended.err
-    )
+    assert ended.code == 2
+    assert "no Ray cluster at nonsense" in ended.err
+    assert "--ray local" in ended.err
 
 
-def test_nothing_starts_a_cluster_that_nobody_asked_for() -> None:
+def test_no_cluster_is_started_implicitly() -> None:
     assert not ray.is_initialized()
     with pytest.raises(ray.exceptions.RaySystemError, match="has not been started"):
         ray.get([])
     assert not ray.is_initialized()
 
 
-def test_an_actor_a_gpu_or_one_a_machine() -> None:
+def test_one_actor_per_gpu_or_per_machine() -> None:
     def node(alive: bool = True, **resources: float) -> dict[str, Any]:
         return {"Alive": alive, "Resources": resources}
 

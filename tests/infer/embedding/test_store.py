@@ -6,19 +6,18 @@ import pytest
 from infer.embedding.store import scan_embeddings
 from isic.runtime.errors import UserError
 from tests.support.commands import Cli
-from tests.support.fake_run import (
-    FakeRun,
-)
+from tests.support.fake_run import FakeRun
 
 
-def test_a_part_of_another_run_is_noticed(
+def test_a_shard_of_another_run_is_refused(
     whole: Path, fake_run: FakeRun, tmp_path: Path, cli: Cli
 ) -> None:
-    """It holds the very ids it should, but another plan made it."""
-    root, place = shutil.copytree(whole, tmp_path / "null"), Path("train/fold_0/part-00000.parquet")
+    """It has the right ids, but was made with other settings."""
+    root = shutil.copytree(whole, tmp_path / "null")
+    place = Path("train/fold_0/part-00000.parquet")
     flags = fake_run.flags(tmp_path / "other", "--batch_size", 8, "--dtype", "float32")
     assert cli("infer", *flags).code == 0
-    shutil.copy(next((tmp_path / "other/null/train/fold_0").glob("part-*.parquet")), root / place)
+    shutil.copy(tmp_path / "other" / "null" / place, root / place)
     with pytest.raises(UserError, match=r"part-00000\.parquet was made by another run"):
         scan_embeddings(root, "train")
     (root / place).write_bytes((whole / place).read_bytes()[:100])

@@ -11,11 +11,17 @@ import pytest
 
 from infer.embedding.workers import core_slice
 from tests.support.commands import ROOT
-from tests.support.fake_run import (
-    FakeRun,
-    make_fake_run,
-    shard_bytes,
-)
+from tests.support.fake_run import FakeRun, make_fake_run, shard_bytes
+
+WORKERS_WITHOUT_CORES = """
+from infer.embedding import workers
+from infer.embedding.embed import embed_dataset
+from isic.runtime import cli
+
+if __name__ == "__main__":  # workers import this file too
+    workers.core_slice = lambda *arguments: [100_000]
+    cli.run({"embed": embed_dataset})
+"""
 
 
 def test_cores_are_shared_out() -> None:
@@ -23,6 +29,7 @@ def test_cores_are_shared_out() -> None:
     assert [core_slice([0, 1], index, 3) for index in range(3)] == [[0], [1], [0]]
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_same_bytes(
     whole: Path, fake_run: FakeRun, tmp_path: Path
 ) -> None:
@@ -42,8 +49,9 @@ def children(pid: int) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through /proc")
-def test_the_parts_of_a_lost_worker_are_done_again(tmp_path: Path) -> None:
+def test_the_shards_of_a_lost_worker_are_embedded_again(tmp_path: Path) -> None:
     slow = make_fake_run(tmp_path / "slow", images_per_second=100)
     assert slow.run(tmp_path / "whole").returncode == 0
     command = slow.command(tmp_path / "lost", "--num_processes", 2)
@@ -55,30 +63,26 @@ def test_the_parts_of_a_lost_worker_are_done_again(tmp_path: Path) -> None:
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "a worker was lost (exit code -9)" in errors and "images=300" in out
+    assert "a worker was lost (exit code -9)" in errors
+    assert "images=300" in out
     assert shard_bytes(tmp_path / "lost") == shard_bytes(tmp_path / "whole")
 
 
-def test_what_a_worker_has_to_say_reaches_the_user(fake_run: FakeRun, tmp_path: Path) -> None:
+def test_an_error_of_a_worker_reaches_the_user(fake_run: FakeRun, tmp_path: Path) -> None:
     data = shutil.copytree(fake_run.data, tmp_path / "data")
     with h5py.File(data / "train-image.hdf5", "a") as file:
         for row in range(30):
             del file[f"ISIC_{row:07d}"]
     ended = FakeRun(data, fake_run.model_dir).run(tmp_path / "out", "--num_processes", 2)
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
-    assert "cannot be used (" in ended.stderr and "no image for this id" in ended.stderr
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "cannot be used (" in ended.stderr
+    assert "no image for this id" in ended.stderr
 
 
 def test_workers_that_all_die_end_the_run(fake_run: FakeRun, tmp_path: Path) -> None:
-    """They are given cores that do not exist. Nothing is tried for ever."""
-    code = (
-        "import infer.embedding.workers as w\n"
-        "if __name__ == '__main__':\n"
-        "    from infer.embedding.embed import embed_dataset; from isic.runtime import cli\n"
-        "    w.core_slice = lambda *a: [100_000]\n"
-        "    cli.run({'embed': embed_dataset})"
-    )
-    (tmp_path / "run.py").write_text(code)
+    """Their cores do not exist, so every round fails."""
+    (tmp_path / "run.py").write_text(WORKERS_WITHOUT_CORES)
     command = [
         sys.executable,
         str(tmp_path / "run.py"),
@@ -88,4 +92,5 @@ def test_workers_that_all_die_end_the_run(fake_run: FakeRun, tmp_path: Path) -> 
     ended = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=120
     )
-    assert ended.returncode == 2 and "every worker was lost before it finished one" in ended.stderr
+    assert ended.returncode == 2
+    assert "every worker was lost before it finished one" in ended.stderr

@@ -26,7 +26,7 @@ def broken_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[False, True], ids=["late", "eager copies"])
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    """A stand-in for CUDA, which this machine lacks, in its two extreme orders of work."""
+    """A fake CUDA in its two extreme orders of work."""
     fake = FakeCuda(eager_copies=request.param)
     monkeypatch.setattr(cudart, "runtime", lambda: fake)
     yield fake

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.fresh import build_artifact, create_fresh
 from infer.engines import create
-from infer.engines.aoti import architecture, mismatch, needed_features
+from infer.engines.aoti import mismatch, needed_features, package_architecture
 from isic.runtime.errors import UserError
 from tests.support.commands import TINY_YAML
 
@@ -36,7 +36,8 @@ def test_float32_is_no_tf32_once_an_engine_is_open(
     artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2)
     torch.backends.cudnn.allow_tf32 = True
     create(artifact.path, artifact.manifest)
-    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_package_runs_on_a_cpu_with_all_its_instructions(tiny: Path, tmp_path: Path) -> None:
@@ -44,16 +45,18 @@ def test_a_package_runs_on_a_cpu_with_all_its_instructions(tiny: Path, tmp_path:
     artifact = build_artifact(create_fresh(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2)
     assert artifact.manifest["cpu_features"] == needed_features()
     level = torch.backends.cpu.get_cpu_capability().lower()
-    assert artifact.manifest["architecture"] == architecture("cpu") and level in artifact.path.name
+    assert artifact.manifest["architecture"] == package_architecture("cpu")
+    assert level in artifact.path.name
     older = {**artifact.manifest, "cpu_features": needed_features()[:-1]}
-    assert mismatch(artifact.manifest, "cpu") is None and mismatch(older, "cpu") is None
+    assert mismatch(artifact.manifest, "cpu") is None
+    assert mismatch(older, "cpu") is None
     newer = {**artifact.manifest, "cpu_features": [*needed_features(), "avx1024", "amx_fp4"]}
     with pytest.raises(
         UserError,
         match=r"a CPU with amx_fp4, avx1024, which this one lacks.*aoti --device cpu --force",
     ):
         create(artifact.path, newer)
-    former = {**artifact.manifest, "architecture": f"cpu-{platform.machine()}"}
-    del former["cpu_features"]
+    older_version = {**artifact.manifest, "architecture": f"cpu-{platform.machine()}"}
+    del older_version["cpu_features"]
     with pytest.raises(UserError, match=r"does not record for which CPU's instructions .* --force"):
-        create(artifact.path, former)
+        create(artifact.path, older_version)

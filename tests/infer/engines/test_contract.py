@@ -1,4 +1,4 @@
-"""The contract of exported graphs: which ones keep it, and what is reported about the others."""
+"""The contract of exported graphs: graphs that keep it, and the message about others."""
 
 import subprocess
 import sys

@@ -11,7 +11,6 @@ from tests.support.fake_cuda import FakeCuda
 
 
 def test_a_call_that_breaks_a_recording_leaves_the_stream_usable(cuda: FakeCuda) -> None:
-    """On a stand-in for CUDA."""
     stream = cudart.Stream()
     with pytest.raises(CudaError, match="cudaMalloc failed: error 900"):
         stream.recorded(lambda: cudart.DeviceMemory(8) and None)

@@ -27,10 +27,12 @@ from isic.runtime.errors import UserError
 from tests.support.networks import POINTWISE, build_engine, network, spec_of
 
 SATURATION = """
-from infer.engines.onnxruntime import int8_products_are_exact, open_session, session_options, INT8_PRODUCT
 import numpy as np
+from infer.engines.onnxruntime import INT8_PRODUCT, int8_products_are_exact
+from infer.engines.onnxruntime import open_session, session_options
 session = open_session(INT8_PRODUCT, "cpu", session_options(1))
-print(int8_products_are_exact(), session.run(None, {"a": np.full((3, 4), 255, np.uint8)})[0].ravel())
+largest = np.full((3, 4), 255, np.uint8)
+print(int8_products_are_exact(), session.run(None, {"a": largest})[0].ravel())
 """
 
 
@@ -122,12 +124,14 @@ def test_a_provider_that_does_not_load_gives_the_loaders_reason(
     broken_gpu: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        pytest.skip("this build of ONNX Runtime is for CPUs alone")
+        pytest.skip("this build of ONNX Runtime is for CPUs only")
     reason = unavailable_reason("onnx", "cuda")
-    assert reason and ".so" in reason and "cannot open shared object file" in reason
+    assert reason
+    assert ".so" in reason
+    assert "cannot open shared object file" in reason
     with pytest.raises(UserError, match=r"--device cuda here: lib.*\.so.*; use --device cpu$"):
         OnnxRuntimeEngine(Path("any.onnx"), 32, "cuda")
-    assert capfd.readouterr() == ("", ""), "ONNX Runtime's own log says the same in three lines"
+    assert capfd.readouterr() == ("", ""), "ONNX Runtime's own log of the same error is silenced"
 
 
 def test_an_engine_is_freed_once_nobody_holds_it(tmp_path: Path) -> None:
@@ -154,7 +158,8 @@ def test_an_operator_without_a_kernel_is_named(name: str, tmp_path: Path) -> Non
     )
     with pytest.raises(UserError, match=words) as raised:
         build_engine(network(name)[0], spec_of(name, "onnx", "bf16"), tmp_path)
-    assert "export it again" not in str(raised.value) and "\n" not in str(raised.value)
+    assert "export it again" not in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_graph_of_another_contract_is_refused(tmp_path: Path) -> None:

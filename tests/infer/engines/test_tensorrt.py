@@ -32,7 +32,7 @@ def pictures(number: int, seed: int = 0) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(0, 256, (number, 4, 4, 3), dtype=np.uint8)
 
 
-def stand_in(cuda: FakeCuda, cuda_graph: bool = False) -> tuple[TensorRTEngine, FakeEngine]:
+def fake_engine(cuda: FakeCuda, cuda_graph: bool = False) -> tuple[TensorRTEngine, FakeEngine]:
     fake = FakeEngine(cuda, fake_network, PROFILE.max)
     return engine_of(fake, cuda_graph), fake
 
@@ -53,8 +53,8 @@ def assert_right(engine: TensorRTEngine, number: int) -> None:
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("pinned", [False, True])
 def test_batches_of_any_size_are_right(cuda: FakeCuda, cuda_graph: bool, pinned: bool) -> None:
-    """On a stand-in for CUDA: every piece meets its own images, whatever the order of the two streams."""
-    engine, _ = stand_in(cuda, cuda_graph)
+    """Every piece is computed from its own images, in any order of the two streams."""
+    engine, _ = fake_engine(cuda, cuda_graph)
     for number in (0, 1, 2, 3, 8, 9, 16, 17, 24, 61):
         images = (
             engine.allocate((number, 4, 4, 3)) if pinned else np.empty((number, 4, 4, 3), np.uint8)
@@ -68,8 +68,7 @@ def test_batches_of_any_size_are_right(cuda: FakeCuda, cuda_graph: bool, pinned:
 
 
 def test_a_batch_over_the_profile_goes_in_pieces_and_the_tail_is_padded(cuda: FakeCuda) -> None:
-    """On a stand-in for CUDA."""
-    engine, fake = stand_in(cuda)
+    engine, fake = fake_engine(cuda)
     engine.run(pictures(21))
     assert fake.batches == [8, 8, 8]  # the last with five images
     engine.run(pictures(16))
@@ -77,18 +76,19 @@ def test_a_batch_over_the_profile_goes_in_pieces_and_the_tail_is_padded(cuda: Fa
 
 
 def test_the_full_batch_replays_a_cuda_graph(cuda: FakeCuda) -> None:
-    """On a stand-in for CUDA."""
-    engine, fake = stand_in(cuda, cuda_graph=True)
+    engine, fake = fake_engine(cuda, cuda_graph=True)
     recorded = len(fake.batches)
     engine.run(pictures(40))
-    assert cuda.replays == 5 and len(fake.batches) == recorded
+    assert cuda.replays == 5
+    assert len(fake.batches) == recorded
     engine.run(pictures(3))
-    assert cuda.replays == 5 and fake.batches[recorded:] == [4]
+    assert cuda.replays == 5
+    assert fake.batches[recorded:] == [4]
 
 
 def test_a_graph_is_right_after_batches_of_other_sizes(cuda: FakeCuda) -> None:
-    """On a stand-in for CUDA, where a graph whose context was used otherwise cannot be replayed."""
-    engine, fake = stand_in(cuda, cuda_graph=True)
+    """The fake CUDA refuses to replay a graph whose context was used for something else."""
+    engine, fake = fake_engine(cuda, cuda_graph=True)
     for number in (40, 3, 40, 16, 1, 8, 61, 24):
         assert_right(engine, number)
     assert cuda.replays == 5 + 5 + 1 + 8 + 3
@@ -96,16 +96,14 @@ def test_a_graph_is_right_after_batches_of_other_sizes(cuda: FakeCuda) -> None:
 
 
 def test_a_shape_is_set_only_when_the_batch_changes(cuda: FakeCuda) -> None:
-    """On a stand-in for CUDA."""
-    engine, fake = stand_in(cuda)
+    engine, fake = fake_engine(cuda)
     for number in (24, 24, 3, 3, 24):
         assert_right(engine, number)
     assert [context.shapes for context in fake.contexts] == [[8, 4, 8], [8]]
 
 
 def test_contexts_share_their_scratch_memory(cuda: FakeCuda) -> None:
-    """On a stand-in for CUDA."""
-    _, fake = stand_in(cuda, cuda_graph=True)
+    _, fake = fake_engine(cuda, cuda_graph=True)
     sizes = [array.size for array in cuda.device.values()]
     assert sizes.count(fake.device_memory_size_v2) == 1
 
@@ -141,7 +139,7 @@ def test_contexts_of_tensorrt_rtx_share_memory_and_keep_their_kernels(cuda: Fake
 
 @pytest.mark.parametrize("fails_from", [0, 1, 2, 3])
 def test_an_error_while_recording_ends_the_recording(cuda: FakeCuda, fails_from: int) -> None:
-    """On a stand-in for CUDA, where a stream that is left recording refuses what follows."""
+    """In the fake CUDA a stream that is left recording refuses all later calls."""
     fake = FakeEngine(cuda, fake_network, PROFILE.max)
     fake.fails_from = fails_from
     with pytest.raises(CudaError, match="did not run a batch of 8"):
@@ -154,8 +152,8 @@ def test_an_error_while_recording_ends_the_recording(cuda: FakeCuda, fails_from:
 
 
 def test_a_batch_that_fails_halfway_leaves_nothing_in_flight(cuda: FakeCuda) -> None:
-    """On a stand-in for CUDA, where memory that is reused in flight fails."""
-    engine, fake = stand_in(cuda)
+    """The fake CUDA refuses to reuse memory in flight."""
+    engine, fake = fake_engine(cuda)
     for fails_from in range(3):
         fake.fails_from = len(fake.batches) + fails_from
         with pytest.raises(CudaError, match="did not run a batch of 8"):
@@ -165,8 +163,7 @@ def test_a_batch_that_fails_halfway_leaves_nothing_in_flight(cuda: FakeCuda) -> 
 
 
 def test_pinned_images_are_not_copied_on_the_host(cuda: FakeCuda) -> None:
-    """On a stand-in for CUDA."""
-    engine, _ = stand_in(cuda)
+    engine, _ = fake_engine(cuda)
     images = engine.allocate((8, 4, 4, 3))
     before = len(cuda.host)
     engine.run(images)
@@ -177,13 +174,13 @@ def test_pinned_images_are_not_copied_on_the_host(cuda: FakeCuda) -> None:
 
 
 def test_memory_is_freed_and_outlives_the_engine_where_it_is_in_use(cuda: FakeCuda) -> None:
-    """On a stand-in for CUDA."""
-    engine, _ = stand_in(cuda)
+    engine, _ = fake_engine(cuda)
     images = engine.allocate((3, 4, 4, 3))[1:]
     engine.run(images)
     del engine
     gc.collect()
-    assert not cuda.device and len(cuda.host) == 1
+    assert not cuda.device
+    assert len(cuda.host) == 1
     images[:] = 1
     del images
     gc.collect()
@@ -241,13 +238,12 @@ def test_what_the_manifest_rules_out_is_refused(built: Path) -> None:
     manifest = read_manifest(built)
     version = manifest["plan"]["version"]
     other = refusal(built, changed(manifest, version="1.0.0.5"))
-    assert (
-        "built by TensorRT-RTX 1.0.0.5" in other
-        and version in other
-        and f"{COMMAND} --force" in other
-    )
+    assert "built by TensorRT-RTX 1.0.0.5" in other
+    assert version in other
+    assert f"{COMMAND} --force" in other
     ungated = refusal(built, {**manifest, "parity": None})
-    assert "has not passed the parity check" in ungated and f"`{COMMAND} --check`" in ungated
+    assert "has not passed the parity check" in ungated
+    assert f"`{COMMAND} --check`" in ungated
     elsewhere = tensorrt.export_command(Path("runs/a/fold_0/model.plan"), manifest)
     assert elsewhere.startswith("python -m export --config tiny --model_dir runs/a --fold 0 ")
     assert "use --device cuda" in refusal(built, manifest, device="cpu")
@@ -271,11 +267,9 @@ def test_version_compatible_plans_run_in_later_versions_of_one_major() -> None:
 def test_a_plan_for_another_gpu_is_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU is a name here, because this machine has none; the plan and the refusal are real."""
     monkeypatch.setattr(cudart, "architecture", lambda: "sm75")
-    said = refusal(built, read_manifest(built))
-    assert (
-        "no matrix product in float32 on sm75" in said
-        and tensorrt.unavailable_reason("tensorrt_rtx") == said
-    )
+    message = refusal(built, read_manifest(built))
+    assert "no matrix product in float32 on sm75" in message
+    assert tensorrt.unavailable_reason("tensorrt_rtx") == message
     monkeypatch.setattr(cudart, "architecture", lambda: "sm80")
     assert "was built for sm86 and sm89 and sm120, and this GPU is sm80" in refusal(
         built, read_manifest(built)
@@ -291,11 +285,10 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know_is_refused(
 ) -> None:
     """The GPU is a name here too. It is newer than Ampere, and the plan is for Ampere and newer."""
     monkeypatch.setattr(cudart, "architecture", lambda: "sm90")
-    said = refusal(built, read_manifest(built))
-    assert said.startswith("TensorRT-RTX runs on sm80") and said.endswith(
-        "and not on sm90; use another format there"
-    )
-    assert tensorrt.unavailable_reason("tensorrt_rtx") == said
+    message = refusal(built, read_manifest(built))
+    assert message.startswith("TensorRT-RTX runs on sm80")
+    assert message.endswith("and not on sm90; use another format there")
+    assert tensorrt.unavailable_reason("tensorrt_rtx") == message
     monkeypatch.setattr(cudart, "architecture", lambda: "sm89")
     assert tensorrt.unavailable_reason("tensorrt_rtx") is None
 
@@ -343,7 +336,8 @@ def test_another_contract_is_refused() -> None:
     uint8, half, single = trt.DataType.UINT8, trt.DataType.HALF, trt.DataType.FLOAT
     right = described(images=uint8, features=single, logits=single)
     shapes, profile = tensorrt.check_engine(right, Path("a.plan"), 8, "")
-    assert profile == Profile(1, 4, 8) and shapes["features"] == (5,)
+    assert profile == Profile(1, 4, 8)
+    assert shapes["features"] == (5,)
     for engine, size, words in (
         (right, 9, r"has images uint8 \[N, 8, 8, 3\], not uint8 \[N, 9, 9, 3\]"),
         (

@@ -6,7 +6,7 @@ import pytest
 
 from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.fit_settings import FitSettings
-from tests.support.ensembles import fit_settings, write_dataset, write_embeddings
+from tests.support.ensembles import fit_small, write_dataset, write_embeddings
 
 THREE_LIBRARIES = """
 features: raw
@@ -32,9 +32,7 @@ def embeddings(data: Path) -> Path:
 @pytest.fixture(scope="session")
 def fitted(data: Path) -> Path:
     """An ensemble of engineered features with two seeds."""
-    return fit_ensemble(
-        fit_settings(data, data.parent / "ensemble", features="engineered", seeds=2)
-    )
+    return fit_small(data, data.parent / "ensemble", features="engineered", seeds=2)
 
 
 @pytest.fixture(scope="session")
@@ -60,5 +58,5 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embeddings = write_embeddings(root / "embeddings" / "tiny", data)
     shared = {"embeddings": embeddings, "num_rounds": 20}
     for features in ("engineered", "raw", "image", "raw,image", "multimodal"):
-        fit_ensemble(fit_settings(data, root / "ensemble", features=features, **shared))
+        fit_small(data, root / "ensemble", features=features, **shared)
     return root

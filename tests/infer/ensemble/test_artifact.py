@@ -5,25 +5,21 @@ from pathlib import Path
 import pytest
 
 from infer.ensemble.artifact import open_ensemble
-from infer.ensemble.fit import fit_ensemble
 from isic.runtime.errors import UserError
 from isic.runtime.files import sha256, write_json
 from tests.support.ensembles import (
     copy_tree,
-    fit_settings,
+    fit_small,
     predict_table,
 )
 
 
-def test_a_folder_with_one_ensemble_will_do_and_with_several_not(
-    project: Path, tmp_path: Path
-) -> None:
+def test_a_parent_folder_is_enough_if_it_has_one_ensemble(project: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"several ensembles, choose one: .*engineered.*image_tiny"):
         predict_table(project, ensemble="")
     shutil.copytree(project / "ensemble" / "engineered", tmp_path / "ensemble" / "engineered")
-    assert predict_table(project, ensemble=tmp_path / "ensemble").equals(
-        predict_table(project, "engineered")
-    )
+    expected = predict_table(project, "engineered")
+    assert predict_table(project, ensemble=tmp_path / "ensemble").equals(expected)
     with pytest.raises(UserError, match="holds no finished ensemble"):
         predict_table(project, ensemble=tmp_path / "nowhere")
 
@@ -38,7 +34,7 @@ def test_an_ensemble_without_its_manifest_is_not_finished(project: Path, tmp_pat
 @pytest.mark.parametrize(
     "name", ["lightgbm_fold_1_seed_0.txt", "state.json", "folds.parquet", "oof.parquet"]
 )
-def test_a_file_cut_short_or_gone_is_refused(project: Path, tmp_path: Path, name: str) -> None:
+def test_a_damaged_or_missing_file_is_refused(project: Path, tmp_path: Path, name: str) -> None:
     root = copy_tree(project, tmp_path, "ensemble/multimodal_tiny")
     (root / name).write_bytes((root / name).read_bytes()[:-40])
     with pytest.raises(UserError, match=f"{name} does not match ensemble.json"):
@@ -49,7 +45,7 @@ def test_a_file_cut_short_or_gone_is_refused(project: Path, tmp_path: Path, name
 
 
 def forge(root: Path, **changes: object) -> None:
-    """Changes fields of the state, and the manifest so that it fits."""
+    """Changes fields of the state, with the digest in the manifest."""
     state = json.loads((root / "state.json").read_text()) | changes
     (root / "state.json").write_text(json.dumps(state))
     manifest = json.loads((root / "ensemble.json").read_text())
@@ -61,9 +57,8 @@ def test_a_changed_feature_list_is_refused(project: Path, tmp_path: Path) -> Non
     root = copy_tree(project, tmp_path, "ensemble/engineered")
     names = json.loads((root / "state.json").read_text())["names"]
     forge(root, names=[*names[:-1], "gone"])
-    with pytest.raises(
-        UserError, match=r"was fitted on 200 features, .*different: gone, patient_lof"
-    ):
+    message = r"was fitted on 200 features, .*different: gone, patient_lof"
+    with pytest.raises(UserError, match=message):
         predict_table(project, ensemble=root)
     forge(root, names=names[::-1])
     with pytest.raises(UserError, match="their order"):
@@ -77,10 +72,8 @@ def test_a_manifest_of_another_version_is_refused(project: Path, tmp_path: Path)
         predict_table(project, ensemble=root)
 
 
-def test_an_ensemble_on_embeddings_of_an_earlier_form_is_refused(
-    data: Path, tmp_path: Path
-) -> None:
-    fit_ensemble(fit_settings(data, tmp_path, features="sex", num_rounds=2))
+def test_features_of_an_earlier_version_are_refused(data: Path, tmp_path: Path) -> None:
+    fit_small(data, tmp_path, features="sex", num_rounds=2)
     manifest = json.loads((tmp_path / "sex" / "ensemble.json").read_text())
     write_json(tmp_path / "sex" / "ensemble.json", manifest | {"features": "sex,components"})
     with pytest.raises(UserError, match='unknown features "components"'):

@@ -13,13 +13,12 @@ from infer.ensemble.boosters import (
     parameters_of,
     read_booster,
 )
-from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.fit_settings import FitSettings
 from isic.runtime.config import build
 from isic.runtime.errors import UserError
 from isic.runtime.files import versions
 from tests.support.commands import ROOT, Cli
-from tests.support.ensembles import fit_settings
+from tests.support.ensembles import fit_small
 
 NAMES = list("abcd")
 REFUSED = {
@@ -169,7 +168,7 @@ def test_a_value_that_a_library_refuses_is_a_user_error(
 ) -> None:
     flags = {"features": "raw", "libraries": library, library: setting, "num_rounds": 2}
     with pytest.raises(UserError, match=rf"^{library} does not fit \(.+\); change --{library}$"):
-        fit_ensemble(fit_settings(data, tmp_path, **flags))
+        fit_small(data, tmp_path, **flags)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,11 +1,15 @@
 from pathlib import Path
 
-import polars as pl
 import pytest
 
-from infer.ensemble.fit import fit_ensemble
-from tests.support.commands import Cli, run_module
-from tests.support.ensembles import fit_settings, write_dataset, write_embeddings
+from tests.support.commands import Cli
+from tests.support.ensembles import (
+    fit_small,
+    train_table,
+    write_dataset,
+    write_embeddings,
+    write_train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -17,37 +21,22 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ensembles(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ensembles of the same rows: one on sensible features, one on a lesion's position alone."""
+    """Two ensembles of the same rows: one on all numbers, one only on a lesion's position."""
     folder = tmp_path_factory.mktemp("ensembles")
     for name, features in (("good", "numeric,patient_z"), ("poor", "tbp_lv_x")):
-        flags = [
-            "--data",
-            tables,
-            "--output_dir",
-            folder,
-            "--num_folds",
-            3,
-            "--num_rounds",
-            20,
-            "--seeds",
-            4,
-        ]
-        run_module("infer", "fit", "--features", features, "--name", name, *flags)
+        fit_small(tables, folder, features=features, name=name, num_rounds=20, seeds=4)
     return folder
 
 
 def test_a_real_difference_and_none(ensembles: Path, tables: Path, cli: Cli) -> None:
-    ended = cli(
-        "infer", "compare", ensembles / "poor", ensembles / "good", "--data", tables, "--draws", 200
-    )
+    flags = ["--data", tables, "--draws", 200]
+    ended = cli("infer", "compare", ensembles / "poor", ensembles / "good", *flags)
     assert ended.code == 0, ended.err
-    assert "better in 4 of 4" in ended.out and ended.out.endswith(
-        "second against first: a difference\n"
-    )
-    ended = cli(
-        "infer", "compare", ensembles / "good", ensembles / "good", "--data", tables, "--draws", 200
-    )
-    assert ended.out.endswith("second against first: noise\n") and "p = 1," in ended.out
+    assert "better in 4 of 4" in ended.out
+    assert ended.out.endswith("second against first: a difference\n")
+    ended = cli("infer", "compare", ensembles / "good", ensembles / "good", *flags)
+    assert ended.out.endswith("second against first: noise\n")
+    assert "p = 1," in ended.out
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +48,7 @@ def runs(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             root = folder / "embeddings" / f"{name}{run}"
             write_embeddings(root, tables, seed=10 * run + int(strength), strength=strength)
             chosen = {"features": "image", "embeddings": root, "name": root.name}
-            fit_ensemble(fit_settings(tables, folder, **chosen))
+            fit_small(tables, folder, **chosen)
     return folder
 
 
@@ -71,10 +60,12 @@ def test_one_training_run_per_side_does_not_compare_recipes(
     assert "a difference between these trained models; to compare the recipes" in ended.out
     ended = cli("infer", "compare", ensembles / "poor", runs / "good0", *flags)
     assert "a difference between these trained models" in ended.out
-    names = [",".join(str(runs / f"{name}{run}") for run in range(3)) for name in ("poor", "good")]
-    ended = cli("infer", "compare", *names, *flags)
+    poor = ",".join(str(runs / f"poor{run}") for run in range(3))
+    good = ",".join(str(runs / f"good{run}") for run in range(3))
+    ended = cli("infer", "compare", poor, good, *flags)
     assert ended.code == 0, ended.err
-    assert "runs " in ended.out and "better in 3 of 3" in ended.out
+    assert "runs " in ended.out
+    assert "better in 3 of 3" in ended.out
     assert ended.out.endswith("second against first: a difference\n")
 
 
@@ -83,50 +74,38 @@ def test_sides_of_unequal_length_and_a_run_given_twice_are_refused(
 ) -> None:
     two = f"{runs / 'good0'},{runs / 'good1'}"
     ended = cli("infer", "compare", runs / "poor0", two, "--data", tables)
-    assert ended.code == 2 and "cannot compare 1 ensembles with 2" in ended.err
+    assert ended.code == 2
+    assert "cannot compare 1 ensembles with 2" in ended.err
     twice = f"{runs / 'good0'},{runs}/./good0"
     ended = cli("infer", "compare", twice, two, "--data", tables)
-    assert ended.code == 2 and "good0 is given twice on one side" in ended.err
+    assert ended.code == 2
+    assert "good0 is given twice on one side" in ended.err
 
 
 def test_ensembles_of_other_rows_are_refused(
     ensembles: Path, tables: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    flags = [
-        "--data",
-        tables,
-        "--num_folds",
-        4,
-        "--num_rounds",
-        5,
-        "--seeds",
-        1,
-        "--features",
-        "tbp_lv_x",
-    ]
-    assert cli("infer", "fit", *flags, "--output_dir", tmp_path, "--name", "four").code == 0
-    ended = cli("infer", "compare", ensembles / "good", tmp_path / "four", "--data", tables)
-    assert ended.code == 2 and "scored on different rows or folds" in ended.err
-    other = tmp_path / "other"
-    other.mkdir()
-    pl.read_csv(tables / "train-metadata.csv", infer_schema=False).head(100).write_csv(
-        other / "train-metadata.csv"
-    )
+    four = fit_small(tables, tmp_path, features="tbp_lv_x", name="four", num_folds=4, num_rounds=5)
+    ended = cli("infer", "compare", ensembles / "good", four, "--data", tables)
+    assert ended.code == 2
+    assert "scored on different rows or folds" in ended.err
+    other = write_train(tmp_path / "other", train_table(tables).head(100))
     ended = cli("infer", "compare", ensembles / "good", ensembles / "poor", "--data", other)
-    assert ended.code == 2 and "lacks 1100 of the scored rows" in ended.err
+    assert ended.code == 2
+    assert "lacks 1100 of the scored rows" in ended.err
     ended = cli("infer", "compare", ensembles / "good")
-    assert ended.code == 2 and "--second is required" in ended.err
+    assert ended.code == 2
+    assert "--second is required" in ended.err
     ended = cli("infer", "compare", "a", "b", "c")
-    assert ended.code == 2 and 'unexpected argument "c"' in ended.err
+    assert ended.code == 2
+    assert 'unexpected argument "c"' in ended.err
 
 
-QUICK = {"num_rounds": 8}
-
-
-def test_compare_blends_seed_by_seed(data: Path, three_libraries: Path, cli: Cli) -> None:
-    fit_ensemble(fit_settings(data, data.parent, features="raw", seeds=2, name="one", **QUICK))
-    ended = cli(
-        "infer", "compare", data.parent / "one", three_libraries, "--data", data, "--draws", 100
-    )
+def test_compare_blends_seed_by_seed(
+    data: Path, three_libraries: Path, tmp_path: Path, cli: Cli
+) -> None:
+    one = fit_small(data, tmp_path, features="raw", seeds=2, num_rounds=8)
+    ended = cli("infer", "compare", one, three_libraries, "--data", data, "--draws", 100)
     assert ended.code == 0, ended.err
-    assert "of 2\n" in ended.out and "second against first" in ended.out
+    assert "of 2\n" in ended.out
+    assert "second against first" in ended.out

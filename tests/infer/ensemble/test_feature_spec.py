@@ -2,9 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from infer.ensemble.fit import fit_ensemble
 from isic.runtime.errors import UserError
-from tests.support.ensembles import fit_settings
+from tests.support.ensembles import fit_small
 
 
 @pytest.mark.parametrize(
@@ -21,4 +20,4 @@ from tests.support.ensembles import fit_settings
 )
 def test_bad_features_are_refused(data: Path, tmp_path: Path, features: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        fit_ensemble(fit_settings(data, tmp_path, features=features))
+        fit_small(data, tmp_path, features=features)

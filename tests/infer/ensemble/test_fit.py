@@ -8,7 +8,6 @@ import polars as pl
 import pytest
 
 from infer.ensemble.boosters import LIBRARIES
-from infer.ensemble.fit import fit_ensemble
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds, read_folds
@@ -16,15 +15,13 @@ from isic.runtime.errors import UserError
 from tests.support.commands import Cli
 from tests.support.ensembles import (
     NUM_FOLDS,
-    fit_settings,
+    fit_small,
+    read_blend,
+    read_files,
     train_table,
     write_embeddings,
     write_train,
 )
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in root.iterdir()}
 
 
 def test_the_folder_holds_all_that_the_manifest_names(fitted: Path, data: Path) -> None:
@@ -38,109 +35,93 @@ def test_the_folder_holds_all_that_the_manifest_names(fitted: Path, data: Path) 
 
 
 def test_the_planted_signal_is_found(fitted: Path) -> None:
-    assert json.loads((fitted / "scores.json").read_text())["blend"]["auc"] > 0.75
+    assert read_blend(fitted)["auc"] > 0.75
 
 
-def test_two_fits_give_the_same_bytes_whatever_the_threads_and_the_order_of_rows(
+def test_threads_and_the_order_of_rows_do_not_change_the_bytes(
     fitted: Path, data: Path, tmp_path: Path
 ) -> None:
-    fit_ensemble(
-        fit_settings(data, tmp_path / "threads", features="engineered", seeds=2, num_threads=3)
-    )
-    assert files(tmp_path / "threads" / "engineered") == files(fitted)
-    mixed = write_train(
-        tmp_path / "mixed", train_table(data).sample(fraction=1, shuffle=True, seed=4)
-    )
-    fit_ensemble(fit_settings(mixed, tmp_path / "order", features="engineered", seeds=2))
-    again, before = files(tmp_path / "order" / "engineered"), files(fitted)
-    differing = {name for name in before if again[name] != before[name]}
+    expected = read_files(fitted)
+    chosen = {"features": "engineered", "seeds": 2}
+    assert read_files(fit_small(data, tmp_path / "threads", num_threads=3, **chosen)) == expected
+    table = train_table(data).sample(fraction=1, shuffle=True, seed=4)
+    shuffled = write_train(tmp_path / "shuffled", table)
+    again = read_files(fit_small(shuffled, tmp_path / "order", **chosen))
+    differing = {name for name in expected if again[name] != expected[name]}
     assert differing == {"ensemble.json"}  # it has the digest of the metadata file
 
 
 def test_another_seed_gives_other_boosters(fitted: Path, data: Path, tmp_path: Path) -> None:
-    fit_ensemble(fit_settings(data, tmp_path, features="engineered", seed=7))
+    fit_small(data, tmp_path, features="engineered", seed=7)
     other = pl.read_parquet(tmp_path / "engineered" / "oof.parquet")
     assert "lightgbm_seed_7" in other.columns
     assert not other["blend"].equals(pl.read_parquet(fitted / "oof.parquet")["blend"])
 
 
-def test_a_second_fit_into_the_folder_leaves_nothing_of_the_first(
-    data: Path, tmp_path: Path
-) -> None:
-    root = tmp_path / "numeric"
-    fit_ensemble(fit_settings(data, tmp_path, features="numeric", seeds=2, num_rounds=2))
-    before = {path.name: path.read_bytes() for path in root.iterdir()}
-    for other, words in (
+def test_an_ensemble_is_replaced_only_with_force(data: Path, tmp_path: Path) -> None:
+    chosen = {"features": "numeric", "seeds": 2, "num_rounds": 2}
+    root = fit_small(data, tmp_path, **chosen)
+    before = read_files(root)
+    for change, difference in (
         ({"seeds": 1}, "settings.seeds = 2, now it is 1"),
         ({"lightgbm": {"max_depth": 3}}, "parameters.lightgbm.max_depth = 4, now it is 3"),
         ({"libraries": "lightgbm,xgboost"}, "weights.xgboost = None, now it is 1.0"),
     ):
-        with pytest.raises(
-            UserError, match=f"{words}; choose another --name, or replace it with --force"
-        ):
-            fit_ensemble(
-                fit_settings(
-                    data, tmp_path, features="numeric", **{"seeds": 2, "num_rounds": 2} | other
-                )
-            )
-    fit_ensemble(fit_settings(data, tmp_path, features="numeric", seeds=2, num_rounds=2))
-    assert before == {path.name: path.read_bytes() for path in root.iterdir()}
-    fit_ensemble(
-        fit_settings(data, tmp_path, features="numeric", seeds=1, num_rounds=2, force=True)
-    )
+        message = f"{difference}; choose another --name, or replace it with --force"
+        with pytest.raises(UserError, match=message):
+            fit_small(data, tmp_path, **{**chosen, **change})
+    fit_small(data, tmp_path, **chosen)
+    assert read_files(root) == before
+    fit_small(data, tmp_path, **{**chosen, "seeds": 1}, force=True)
     assert not (root / "lightgbm_fold_0_seed_1.txt").exists()
 
 
-def test_categories_alone_are_features_enough(data: Path, tmp_path: Path) -> None:
-    fit_ensemble(fit_settings(data, tmp_path, features="sex", num_rounds=2))
+def test_a_single_category_is_enough(data: Path, tmp_path: Path) -> None:
+    fit_small(data, tmp_path, features="sex", num_rounds=2)
     assert (tmp_path / "sex" / "ensemble.json").is_file()
 
 
-def test_an_output_folder_that_is_a_file_is_a_sentence(data: Path, tmp_path: Path) -> None:
+def test_an_output_folder_that_is_a_file_is_a_user_error(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"cannot write .*; choose another output folder"):
-        fit_ensemble(fit_settings(data, tmp_path / "file", features="sex", num_rounds=2))
+        fit_small(data, tmp_path / "file", features="sex", num_rounds=2)
 
 
-def test_the_image_score_alone_and_with_the_rest(
+def test_the_image_score_is_an_ensemble_and_a_feature(
     data: Path, embeddings: Path, tmp_path: Path
 ) -> None:
-    for features in ("image", "raw", "multimodal"):
-        fit_ensemble(fit_settings(data, tmp_path, features=features, embeddings=embeddings))
-    image, raw, both = (
-        json.loads((tmp_path / name / "scores.json").read_text())["blend"]["auc"]
-        for name in ("image_tiny", "raw", "multimodal_tiny")
-    )
-    assert both > max(image, raw) and not list((tmp_path / "image_tiny").glob("lightgbm*"))
-    manifest = json.loads((tmp_path / "multimodal_tiny" / "ensemble.json").read_text())
+    image = fit_small(data, tmp_path, features="image", embeddings=embeddings)
+    raw = fit_small(data, tmp_path, features="raw", embeddings=embeddings)
+    both = fit_small(data, tmp_path, features="multimodal", embeddings=embeddings)
+    assert read_blend(both)["auc"] > max(read_blend(image)["auc"], read_blend(raw)["auc"])
+    assert not list(image.glob("lightgbm*"))
+    manifest = json.loads((both / "ensemble.json").read_text())
     assert manifest["embeddings"]["config"] == "tiny"
-    state = json.loads((tmp_path / "multimodal_tiny" / "state.json").read_text())
-    assert state["names"][-2:] == ["image_score", "image_score_patient_diff"] and set(
-        state["image"]
-    ) == {"0", "1", "2"}
+    state = json.loads((both / "state.json").read_text())
+    assert state["names"][-2:] == ["image_score", "image_score_patient_diff"]
+    assert set(state["image"]) == {"0", "1", "2"}
 
 
-def test_the_embeddings_fold_plan_is_the_one_used(data: Path, tmp_path: Path) -> None:
-    plan = draw_folds(train_table(data), 4, 9)
-    embeddings = write_embeddings(tmp_path / "four", data, plan)
+def test_the_fold_plan_of_the_embeddings_is_used(data: Path, tmp_path: Path) -> None:
+    folds = draw_folds(train_table(data), 4, 9)
+    embeddings = write_embeddings(tmp_path / "four", data, folds)
     chosen = {"features": "numeric", "embeddings": embeddings, "num_folds": None}
-    fit_ensemble(fit_settings(data, tmp_path, **chosen, num_rounds=2))
-    assert read_folds(tmp_path / "numeric" / "folds.parquet").digest == plan.digest
+    fit_small(data, tmp_path, **chosen, num_rounds=2)
+    assert read_folds(tmp_path / "numeric" / "folds.parquet").digest == folds.digest
 
 
-def test_a_blank_column_is_noted_and_fitting_goes_on(
+def test_a_blank_column_is_noted(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    blank = train_table(data).with_columns(
-        pl.lit(None).alias("age_approx"), pl.lit(None).alias("sex")
-    )
-    fit_ensemble(
-        fit_settings(write_train(tmp_path / "blank", blank), tmp_path, features="raw", num_rounds=2)
-    )
-    assert (
-        "note: 2 features are blank in every row, the first is age_approx"
-        in capsys.readouterr().out
-    )
+    blank = train_table(data).with_columns(age_approx=pl.lit(None), sex=pl.lit(None))
+    fit_small(write_train(tmp_path / "blank", blank), tmp_path, features="raw", num_rounds=2)
+    note = "note: 2 features are blank in every row, the first is age_approx"
+    assert note in capsys.readouterr().out
+
+
+def with_two_positive_patients(table: pl.DataFrame) -> pl.DataFrame:
+    patients = table.filter(target=1)["patient_id"].unique().sort()[:2]
+    return table.with_columns(target=pl.col("patient_id").is_in(patients.implode()).cast(pl.Int8))
 
 
 BAD_TABLES = {
@@ -148,11 +129,7 @@ BAD_TABLES = {
     "lacks the column patient_id": lambda t: t.drop("patient_id"),
     "lacks the column target": lambda t: t.drop("target"),
     "every target is 0": lambda t: t.with_columns(target=pl.lit(0)),
-    "2 patients with a positive row are too few for 3 folds": lambda t: t.with_columns(
-        target=pl.col("patient_id")
-        .is_in(t.filter(target=1)["patient_id"].unique().sort()[:2].implode())
-        .cast(pl.Int8)
-    ),
+    "2 patients with a positive row are too few for 3 folds": with_two_positive_patients,
     "too few for 3 folds": lambda t: t.with_columns(patient_id=pl.lit("IP_1")),
     "every target is 1": lambda t: t.filter(target=1)[:1],
     "must hold finite numbers": lambda t: t.with_columns(tbp_lv_H=pl.lit(float("inf"))),
@@ -163,32 +140,24 @@ BAD_TABLES = {
 def test_bad_tables_are_refused(data: Path, tmp_path: Path, message: str) -> None:
     root = write_train(tmp_path / "bad", BAD_TABLES[message](train_table(data)))
     with pytest.raises(UserError, match=message):
-        fit_ensemble(fit_settings(root, tmp_path, features="engineered"))
+        fit_small(root, tmp_path, features="engineered")
     assert not (tmp_path / "engineered").exists()
 
 
 def test_a_dataset_of_ids_targets_and_patients_can_be_scored_by_its_images(
     data: Path, tmp_path: Path
 ) -> None:
-    plain = write_train(
-        tmp_path / "plain", train_table(data).select(schema.ID, schema.TARGET, schema.PATIENT)
-    )
+    table = train_table(data).select(schema.ID, schema.TARGET, schema.PATIENT)
+    plain = write_train(tmp_path / "plain", table)
     Dataset(data).metadata("test").select(schema.ID).write_csv(plain / "test-metadata.csv")
-    fit_ensemble(
-        fit_settings(
-            plain, tmp_path, features="image", embeddings=write_embeddings(tmp_path / "e", plain)
-        )
-    )
+    embeddings = write_embeddings(tmp_path / "e", plain)
+    fit_small(plain, tmp_path, features="image", embeddings=embeddings)
     assert (tmp_path / "image_e" / "ensemble.json").is_file()
 
 
 def test_real_rows_beat_the_known_baseline_of_raw_numbers(real_data: Path, tmp_path: Path) -> None:
-    fit_ensemble(
-        fit_settings(
-            real_data / "real-tabular", tmp_path, features="numeric", num_folds=5, num_rounds=200
-        )
-    )
-    assert json.loads((tmp_path / "numeric" / "scores.json").read_text())["blend"]["auc"] > 0.92
+    fit_small(real_data / "real-tabular", tmp_path, features="numeric", num_folds=5, num_rounds=200)
+    assert read_blend(tmp_path / "numeric")["auc"] > 0.92
 
 
 def test_settings_that_contradict_the_fold_plan_are_refused(
@@ -200,7 +169,7 @@ def test_settings_that_contradict_the_fold_plan_are_refused(
     for root, given in ((data, image), (pinned, {"features": "tbp_lv_H"})):
         for contradiction in ({"num_folds": 5}, {"num_folds": 3, "split_seed": 8}):
             with pytest.raises(UserError, match=r"folds\.parquet .*; leave --\w+ out"):
-                fit_ensemble(fit_settings(root, tmp_path / "out", **given, **contradiction))
+                fit_small(root, tmp_path / "out", **given, **contradiction)
     assert not (tmp_path / "out").exists()
 
 
@@ -215,7 +184,7 @@ def test_the_manifest_records_the_folds_that_were_used(data: Path, tmp_path: Pat
         ("default", data, {"num_folds": None}),
     ):
         chosen = {"features": "tbp_lv_H", "num_rounds": 2, "name": name}
-        fit_ensemble(fit_settings(root, tmp_path / "out", **chosen, **given))
+        fit_small(root, tmp_path / "out", **chosen, **given)
         manifest = json.loads((tmp_path / "out" / name / "ensemble.json").read_text())
         used = manifest["settings"]
         recorded[name] = (used["num_folds"], used.get("split_seed"))
@@ -223,16 +192,16 @@ def test_the_manifest_records_the_folds_that_were_used(data: Path, tmp_path: Pat
 
 
 def test_a_folder_of_something_else_is_not_written_into(data: Path, tmp_path: Path) -> None:
-    """A trained run has a fold plan too, and a dataset would take one for its own."""
+    """A training run has a fold plan too, and a dataset would use one as its own."""
     run = tmp_path / "demo"
     run.mkdir()
     (run / "folds.parquet").write_bytes(b"the plan of a run")
     with pytest.raises(UserError, match=r"folds\.parquet exists and was not written by this"):
-        fit_ensemble(fit_settings(data, tmp_path, name="demo", features="raw"))
+        fit_small(data, tmp_path, name="demo", features="raw")
     assert (run / "folds.parquet").read_bytes() == b"the plan of a run"
     own = Path(shutil.copytree(data, tmp_path / "own"))
     with pytest.raises(UserError, match="holds a dataset; choose another --output_dir or --name"):
-        fit_ensemble(fit_settings(data, tmp_path, name="own", features="raw"))
+        fit_small(data, tmp_path, name="own", features="raw")
     assert sorted(path.name for path in own.iterdir()) == sorted(p.name for p in data.iterdir())
 
 
@@ -244,48 +213,38 @@ def test_a_fit_that_was_killed_is_repeated(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("infer.ensemble.fit.write_ensemble_manifest", killed)
-        fit_ensemble(fit_settings(data, tmp_path, name="raw", features="raw", num_rounds=2))
+        fit_small(data, tmp_path, name="raw", features="raw", num_rounds=2)
     assert (tmp_path / "raw" / "oof.parquet").is_file()
-    fit_ensemble(fit_settings(data, tmp_path, name="raw", features="raw", num_rounds=2))
+    fit_small(data, tmp_path, name="raw", features="raw", num_rounds=2)
     assert not (tmp_path / "raw" / "begun.json").exists()
 
 
 def test_every_library_has_its_boosters_scores_and_settings(three_libraries: Path) -> None:
     manifest = json.loads((three_libraries / "ensemble.json").read_text())
     assert {entry["library"] for entry in manifest["boosters"]} == set(LIBRARIES)
-    assert len(manifest["boosters"]) == 3 * NUM_FOLDS * 2 and manifest["weights"]["lightgbm"] == 2
-    assert (
-        manifest["parameters"]["catboost"]["depth"] == 3
-        and manifest["parameters"]["xgboost"]["num_rounds"] == 8
-    )
-    assert json.loads((three_libraries / "xgboost_fold_0_seed_1.json").read_text())["learner"]
-    assert json.loads((three_libraries / "catboost_fold_0_seed_1.json").read_text())[
-        "oblivious_trees"
-    ]
+    assert len(manifest["boosters"]) == 3 * NUM_FOLDS * 2
+    assert manifest["weights"]["lightgbm"] == 2
+    assert manifest["parameters"]["catboost"]["depth"] == 3
+    assert manifest["parameters"]["xgboost"]["num_rounds"] == 8
+    xgboost = json.loads((three_libraries / "xgboost_fold_0_seed_1.json").read_text())
+    assert xgboost["learner"]
+    catboost = json.loads((three_libraries / "catboost_fold_0_seed_1.json").read_text())
+    assert catboost["oblivious_trees"]
     oof = pl.read_parquet(three_libraries / "oof.parquet")
     models = [f"{library}_seed_{seed}" for library in LIBRARIES for seed in range(2)]
     assert oof.columns == ["isic_id", "fold", "target", *models, "blend"]
     assert {"lightgbm", "xgboost-cpu", "catboost"} < set(manifest["versions"])
 
 
-def test_another_number_of_threads_gives_the_same_bytes(
-    data: Path, library_config: Path, three_libraries: Path, cli: Cli
+def test_the_command_fits_and_writes_a_report(
+    data: Path, library_config: Path, three_libraries: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    flags = [
-        "--data",
-        data,
-        "--output_dir",
-        data.parent / "threads",
-        "--name",
-        "three",
-        "--num_threads",
-        3,
-    ]
-    ended = cli("infer", "fit", "--config", library_config, *flags)
+    """With another number of threads and the short names of flags, the bytes are the same."""
+    flags = ["--config", library_config, "--data", data, "--out", tmp_path, "--name", "three"]
+    ended = cli("infer", "fit", *flags, "--num_threads", 3)
     assert ended.code == 0, ended.err
-    roots = (data.parent / "threads" / "three", three_libraries)
-    again, before = ({path.name: path.read_bytes() for path in root.iterdir()} for root in roots)
+    again = read_files(tmp_path / "three")
     report = again.pop("report.html").decode()
-    assert again == before
+    assert again == read_files(three_libraries)
     assert "<h1>three</h1>" in report
-    assert ended.out.endswith(f"report: {roots[0] / 'report.html'}\n")
+    assert ended.out.endswith(f"report: {tmp_path / 'three' / 'report.html'}\n")

@@ -9,11 +9,11 @@ import polars as pl
 import pytest
 
 from infer.embedding.store import shard_path, write_shard
-from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.image_columns import (
     ALIGNED,
     EMBEDDING_MODES,
     AffineMap,
+    AffineMaps,
     fit_affine_maps,
     mapped_columns,
     procrustes,
@@ -22,77 +22,79 @@ from infer.ensemble.image_columns import (
 )
 from infer.ensemble.predict import PredictSettings, predict_submission
 from isic import schema
-from isic.dataset import Dataset
+from isic.dataset import SPLITS, Dataset, Split
 from isic.folds import Folds, draw_folds, read_folds
-from isic.metrics import pauc, roc_auc
+from isic.metrics import roc_auc
 from isic.provenance import seen_rows, write_seen
 from isic.runtime.errors import UserError
 from isic.runtime.files import write_json
 from tests.support.ensembles import (
     ENGINES,
     NUM_FOLDS,
-    fit_settings,
+    fit_small,
+    read_blend,
+    read_files,
     read_test_text,
+    shuffle_targets,
     train_table,
     write_seen_lists,
 )
 
 WIDTH = 12
-
-
 REMEMBERED = 6.0
-"""How strongly an overfitted model writes the label of an image that it was trained on into the image's embedding."""
+"""How much of a training image's label an overfitted model writes into the image's embedding."""
 
 
 def spaces(width: int) -> list[np.ndarray]:
-    """Orthogonal matrices, one a fold model."""
+    """Returns an orthogonal matrix per fold model."""
     rng = np.random.default_rng(6)
     return [np.linalg.qr(rng.standard_normal((width, width)))[0] for _ in range(NUM_FOLDS)]
 
 
 def write_full_run(
-    root: Path, split: str, plan: Folds, engines: dict[str, str] = ENGINES, width: int = WIDTH
+    root: Path, split: str, folds: Folds, engines: dict[str, str] = ENGINES, width: int = WIDTH
 ) -> None:
+    """Writes the `run.json` of embeddings by every fold."""
     run = {
         "config": root.name,
         "folds": [int(k) for k in engines],
-        "folds_digest": plan.digest,
+        "folds_digest": folds.digest,
+        "folds_mode": "all",
         "engines": engines,
+        "checkpoints": engines,
+        "tta": "none",
+        "preprocess": {"size": 8},
+        "num_features": width,
     }
-    run |= {"checkpoints": engines, "tta": "none", "preprocess": {"size": 8}}
-    write_json(root / split / "run.json", {**run, "folds_mode": "all", "num_features": width})
+    write_json(root / split / "run.json", run)
 
 
 def write_fold_embeddings(
-    root: Path, data: Path, plan: Folds, strength: float, remembered: float, width: int = WIDTH
+    root: Path, data: Path, folds: Folds, strength: float, remembered: float, width: int = WIDTH
 ) -> Path:
-    """Writes what fold models say of every image: the same of each, in a space of their own, less noise.
+    """Writes embeddings of every image by every fold: the same features, in rotated spaces.
 
     Args:
-        strength: how far a malignant lesion looks malignant.
-        remembered: how far a model knows the label of an image that it was trained on.
+        strength: how much a malignant lesion differs from a benign one.
+        remembered: how much a model knows of the label of an image that it was trained on.
     """
     rng = np.random.default_rng(5)
-    plan.write(root / "folds.parquet")
-    for split in ("train", "test"):
-        table = Dataset(data).metadata("train" if split == "train" else "test")
+    folds.write(root / "folds.parquet")
+    for split in SPLITS:
+        table = Dataset(data).metadata(split)
         target = table[schema.TARGET].to_numpy() if split == "train" else np.zeros(len(table))
-        fold = plan.of(table).to_numpy() if split == "train" else np.full(len(table), -1)
-        looks = rng.standard_normal((len(table), width)) * np.linspace(3, 1, width)
-        looks[:, 0] += strength * target
-        for k, turn in enumerate(spaces(width)):
+        fold = folds.of(table).to_numpy() if split == "train" else np.full(len(table), -1)
+        common = rng.standard_normal((len(table), width)) * np.linspace(3, 1, width)
+        common[:, 0] += strength * target
+        for k, rotation in enumerate(spaces(width)):
             seen = (fold != k) & (fold >= 0)
-            own = looks + 0.1 * rng.standard_normal(looks.shape)
+            own = common + 0.1 * rng.standard_normal(common.shape)
             own[:, 1] += remembered * target * seen
-            features = (own @ turn + k).astype(np.float32)
-            write_shard(
-                shard_path(root, split, k, 0),
-                table[schema.ID].to_list(),
-                features,
-                own[:, 0].astype(np.float32),
-            )
-        write_full_run(root, split, plan, width=width)
-    write_seen_lists(root, train_table(data), plan)
+            features = (own @ rotation + k).astype(np.float32)
+            logits = own[:, 0].astype(np.float32)
+            write_shard(shard_path(root, split, k, 0), table[schema.ID].to_list(), features, logits)
+        write_full_run(root, split, folds, width=width)
+    write_seen_lists(root, train_table(data), folds)
     return root
 
 
@@ -101,13 +103,13 @@ def seen_list(root: Path, fold: int = 1) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plan(data: Path) -> Folds:
+def folds(data: Path) -> Folds:
     return draw_folds(train_table(data), NUM_FOLDS, 42)
 
 
 @pytest.fixture(scope="module")
-def run(data: Path, plan: Folds) -> Path:
-    return write_fold_embeddings(data.parent / "tiny", data, plan, strength=4.0, remembered=0.0)
+def run(data: Path, folds: Folds) -> Path:
+    return write_fold_embeddings(data.parent / "tiny", data, folds, strength=4.0, remembered=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -123,21 +125,23 @@ def frozen(data: Path, run: Path) -> Path:
     return root
 
 
-def auc(root: Path) -> float:
-    return float(json.loads((root / "scores.json").read_text())["blend"]["auc"])
+def to_matrix(columns: pl.DataFrame) -> np.ndarray:
+    return columns.drop("isic_id").to_numpy()
+
+
+def read_features(run: Path, split: Split, fold: int) -> np.ndarray:
+    return pl.read_parquet(shard_path(run, split, fold, 0))["features"].to_numpy()
 
 
 def test_an_image_gets_the_same_columns_from_every_model(
-    data: Path, run: Path, plan: Folds
+    data: Path, run: Path, folds: Folds
 ) -> None:
     metadata = train_table(data)
-    maps = fit_affine_maps(run, metadata, plan)
-    by_fold = [
-        mapped_columns(run, "train", ALIGNED, metadata, maps, pl.Series([k] * len(metadata)))
-        .drop("isic_id")
-        .to_numpy()
-        for k in range(NUM_FOLDS)
-    ]
+    maps = fit_affine_maps(run, metadata, folds)
+    by_fold = []
+    for k in range(NUM_FOLDS):
+        fold = pl.Series([k] * len(metadata))
+        by_fold.append(to_matrix(mapped_columns(run, "train", ALIGNED, metadata, maps, fold)))
     assert by_fold[0].shape == (len(metadata), WIDTH)
     assert by_fold[0].dtype == np.float32
     for other in by_fold[1:]:
@@ -145,178 +149,132 @@ def test_an_image_gets_the_same_columns_from_every_model(
 
 
 def test_a_test_row_has_the_mean_over_the_models(
-    data: Path, run: Path, plan: Folds, tmp_path: Path
+    data: Path, run: Path, folds: Folds, tmp_path: Path
 ) -> None:
-    maps = fit_affine_maps(run, train_table(data), plan)
+    maps = fit_affine_maps(run, train_table(data), folds)
     write_affine_maps(tmp_path / "maps.parquet", maps)
     again = read_affine_maps(tmp_path / "maps.parquet")
     test = Dataset(data).metadata("test")
     found = mapped_columns(run, "test", ALIGNED, test, again, None)
     assert found["isic_id"].to_list() == test["isic_id"].to_list()
-    one = [
-        maps[k].apply(pl.read_parquet(shard_path(run, "test", k, 0))["features"].to_numpy())
-        for k in maps
-    ]
-    np.testing.assert_allclose(
-        found.drop("isic_id").to_numpy(), np.mean(one, axis=0), rtol=1e-5, atol=1e-5
-    )
+    mapped = [maps[k].apply(read_features(run, "test", k)) for k in maps]
+    np.testing.assert_allclose(to_matrix(found), np.mean(mapped, axis=0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", EMBEDDING_MODES)
-def test_what_the_images_show_is_found_and_predicted(
+def test_embeddings_improve_scores_and_a_row_alone_scores_the_same(
     data: Path, run: Path, frozen: Path, mode: str, tmp_path: Path
 ) -> None:
-    fit_ensemble(
-        fit_settings(
-            data,
-            tmp_path,
-            features=f"raw,{mode}",
-            embeddings=run,
-            frozen=frozen,
-            name="with",
-        )
-    )
-    fit_ensemble(fit_settings(data, tmp_path, features="raw", name="without", embeddings=run))
-    assert auc(tmp_path / "with") > auc(tmp_path / "without") + 0.02
-    where = {"ensemble": tmp_path / "with", "embeddings": run, "frozen": frozen}
-    predict_submission(PredictSettings(data=data, output=tmp_path / "all.csv", **where))
+    sources = {"embeddings": run, "frozen": frozen}
+    images = fit_small(data, tmp_path, features=f"raw,{mode}", name="images", **sources)
+    raw = fit_small(data, tmp_path, features="raw", name="raw", embeddings=run)
+    assert read_blend(images)["auc"] > read_blend(raw)["auc"] + 0.02
     (tmp_path / "one").mkdir()
     test = read_test_text(data)
-    alone = test.filter(patient_id=test["patient_id"][3])[:1]
-    alone.write_csv(tmp_path / "one" / "test-metadata.csv")
-    predict_submission(PredictSettings(data=tmp_path / "one", output=tmp_path / "one.csv", **where))
-    one, every = (pl.read_csv(tmp_path / name) for name in ("one.csv", "all.csv"))
-    assert one.rows() == every.filter(isic_id=alone["isic_id"][0]).rows()
+    row = test.filter(patient_id=test["patient_id"][3])[:1]
+    row.write_csv(tmp_path / "one" / "test-metadata.csv")
+    chosen = {"ensemble": images, **sources}
+    predict_submission(PredictSettings(data=data, output=tmp_path / "all.csv", **chosen))
+    predict_submission(PredictSettings(data=tmp_path / "one", output=tmp_path / "1.csv", **chosen))
+    scores = pl.read_csv(tmp_path / "all.csv")
+    alone = pl.read_csv(tmp_path / "1.csv")
+    assert alone.rows() == scores.filter(isic_id=row["isic_id"][0]).rows()
 
 
 def test_two_fits_give_the_same_bytes(data: Path, run: Path, tmp_path: Path) -> None:
-    for name in "ab":
-        fit_ensemble(
-            fit_settings(data, tmp_path / name, features="raw,aligned", embeddings=run, name="same")
-        )
-    first, second = (
-        {path.name: path.read_bytes() for path in (tmp_path / name / "same").iterdir()}
-        for name in "ab"
-    )
-    assert first == second
+    chosen = {"features": "raw,aligned", "embeddings": run, "name": "same"}
+    first = read_files(fit_small(data, tmp_path / "a", **chosen))
+    assert first == read_files(fit_small(data, tmp_path / "b", **chosen))
     assert "maps_aligned.parquet" in first
 
 
-def shuffle_labels(data: Path, root: Path, seed: int = 1) -> pl.DataFrame:
-    """Writes the dataset with its labels in another order and returns the training table."""
-    table = train_table(data)
-    shuffled = table.with_columns(
-        table["target"].sample(fraction=1, shuffle=True, seed=seed).alias("target")
-    )
-    root.mkdir()
-    shuffled.write_csv(root / "train-metadata.csv")
-    shutil.copy(data / "test-metadata.csv", root)
-    return shuffled
-
-
 @pytest.mark.parametrize("mode", [*EMBEDDING_MODES, "image"])
-def test_shuffled_labels_give_chance(data: Path, mode: str, tmp_path: Path) -> None:
-    """Embeddings that show nothing of the label, but for those of images that the model was trained on."""
-    shuffled = shuffle_labels(data, tmp_path / "data")
-    plan = draw_folds(shuffled, NUM_FOLDS, 42)
-    run = write_fold_embeddings(
-        tmp_path / "blind", tmp_path / "data", plan, 0.0, 0.0 if mode == "frozen" else REMEMBERED
-    )
-    elsewhere: dict[str, object] = {"embeddings": run}
+def test_shuffled_targets_give_chance(data: Path, mode: str, tmp_path: Path) -> None:
+    """Embeddings that know a label only if the model was trained on the image."""
+    shuffled = shuffle_targets(data, tmp_path / "data")
+    folds = draw_folds(shuffled, NUM_FOLDS, 42)
+    remembered = 0.0 if mode == "frozen" else REMEMBERED
+    run = write_fold_embeddings(tmp_path / "blind", tmp_path / "data", folds, 0.0, remembered)
+    source = {"embeddings": run}
     if mode == "frozen":
         write_seen(seen_list(run, 0), seen_rows(pl.DataFrame({"isic_id": ["other"]})))
-        elsewhere = {"frozen": run}
+        source = {"frozen": run}
     features = "raw,image" if mode == "image" else mode
-    fit_ensemble(
-        fit_settings(
-            tmp_path / "data",
-            tmp_path,
-            features=features,
-            name="shuffled",
-            seeds=3,
-            **elsewhere,
-        )
-    )
-    blend = pl.read_parquet(tmp_path / "shuffled" / "oof.parquet")
-    assert pauc(blend["target"], blend["blend"]) < 0.06  # 0.02 is chance, 0.2 perfect
-    assert 0.4 < auc(tmp_path / "shuffled") < 0.6
+    ensemble = fit_small(tmp_path / "data", tmp_path, features=features, seeds=3, **source)
+    scores = read_blend(ensemble)
+    assert scores["pauc"] < 0.06  # 0.02 is chance, 0.2 perfect
+    assert 0.4 < scores["auc"] < 0.6
 
 
-def test_a_map_fitted_on_held_out_images_would_leak_and_ours_does_not(
-    data: Path, tmp_path: Path
-) -> None:
-    """Looks along the one direction in which models remember labels, at rows whose own model has not seen theirs."""
-    width, found = 100, {"ours": [], "leaky": []}
+def test_maps_do_not_carry_labels_over(data: Path, tmp_path: Path) -> None:
+    """Looks at the direction in which models remember labels, in rows that each has not seen.
+
+    A map that is fitted on held-out images too would leak.
+    """
+    width = 100
+    ours, leaky = [], []
     for seed in range(6):
-        table = shuffle_labels(data, tmp_path / f"data{seed}", seed)
-        plan = draw_folds(table, NUM_FOLDS, 42)
+        table = shuffle_targets(data, tmp_path / f"data{seed}", seed)
+        folds = draw_folds(table, NUM_FOLDS, 42)
         run = write_fold_embeddings(
-            tmp_path / f"run{seed}", tmp_path / f"data{seed}", plan, 0.0, REMEMBERED, width
+            tmp_path / f"run{seed}", tmp_path / f"data{seed}", folds, 0.0, REMEMBERED, width
         )
-        maps = fit_affine_maps(run, table, plan)
-        parts = [
-            pl.read_parquet(shard_path(run, "train", k, 0))["features"].to_numpy()
-            for k in range(NUM_FOLDS)
-        ]
-        centred = [part - part.mean(axis=0) for part in parts]
-        leaky = {
-            k: AffineMap(procrustes(centred[k], centred[0]), np.zeros(width))
-            for k in range(NUM_FOLDS)
-        }
-        for name, used in (("ours", maps), ("leaky", leaky)):
-            columns = (
-                mapped_columns(run, "train", "aligned", table, used, plan.of(table))
-                .drop("isic_id")
-                .to_numpy()
-            )
-            of_fold = [plan.of(table).to_numpy() == k for k in (1, 2)]
-            memory = columns @ spaces(width)[0][1]
-            found[name].append(
-                np.mean(
-                    [roc_auc(table["target"].to_numpy()[rows], memory[rows]) for rows in of_fold]
-                )
-            )
-    assert (
-        abs(np.mean(found["ours"]) - 0.5) < 0.025
-        and np.mean(found["leaky"]) > np.mean(found["ours"]) + 0.02
-    )
+        ours.append(remembered_auc(run, table, folds, fit_affine_maps(run, table, folds)))
+        leaky.append(remembered_auc(run, table, folds, fit_on_held_out(run, width)))
+    assert abs(np.mean(ours) - 0.5) < 0.025
+    assert np.mean(leaky) > np.mean(ours) + 0.02
 
 
-def test_embeddings_of_held_out_images_alone_are_refused(
-    data: Path, run: Path, plan: Folds, tmp_path: Path
+def fit_on_held_out(run: Path, width: int) -> AffineMaps:
+    """Fits rotations as `fit_affine_maps` must not: on all images."""
+    features = [read_features(run, "train", k) for k in range(NUM_FOLDS)]
+    centred = [matrix - matrix.mean(axis=0) for matrix in features]
+    return {
+        k: AffineMap(procrustes(centred[k], centred[0]), np.zeros(width)) for k in range(NUM_FOLDS)
+    }
+
+
+def remembered_auc(run: Path, table: pl.DataFrame, folds: Folds, maps: AffineMaps) -> float:
+    """Returns the AUC, within folds, of the direction in which the first model remembers."""
+    fold = folds.of(table)
+    columns = to_matrix(mapped_columns(run, "train", ALIGNED, table, maps, fold))
+    memory = columns @ spaces(columns.shape[1])[0][1]
+    target = table["target"].to_numpy()
+    rows = [fold.to_numpy() == k for k in range(1, NUM_FOLDS)]
+    return float(np.mean([roc_auc(target[of_fold], memory[of_fold]) for of_fold in rows]))
+
+
+def test_embeddings_of_held_out_images_only_are_refused(
+    data: Path, run: Path, folds: Folds, tmp_path: Path
 ) -> None:
     root = Path(shutil.copytree(run, tmp_path / "tiny"))
-    write_json(
-        root / "train" / "run.json",
-        json.loads((root / "train" / "run.json").read_text()) | {"folds_mode": "oof"},
-    )
-    with pytest.raises(
-        UserError, match="aligned needs every training image embedded by every fold model"
-    ):
-        fit_ensemble(fit_settings(data, tmp_path, features="aligned", embeddings=root))
+    path = root / "train" / "run.json"
+    write_json(path, json.loads(path.read_text()) | {"folds_mode": "oof"})
+    message = "aligned needs every training image embedded by every fold model"
+    with pytest.raises(UserError, match=message):
+        fit_small(data, tmp_path, features="aligned", embeddings=root)
 
 
 def test_too_few_images_for_the_features_are_refused(
-    data: Path, plan: Folds, tmp_path: Path
+    data: Path, folds: Folds, tmp_path: Path
 ) -> None:
-    wide = write_fold_embeddings(tmp_path / "wide", data, plan, 0.0, 0.0, width=200)
+    wide = write_fold_embeddings(tmp_path / "wide", data, folds, 0.0, 0.0, width=200)
     with pytest.raises(UserError, match=r"1\d\d shared images are too few to align 200 features"):
-        fit_ensemble(fit_settings(data, tmp_path, features="aligned", embeddings=wide))
+        fit_small(data, tmp_path, features="aligned", embeddings=wide)
 
 
 def test_missing_and_broken_embeddings_are_refused(data: Path, run: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(run, tmp_path / "tiny"))
     path = shard_path(root, "train", 2, 0)
-    part = pl.read_parquet(path)
-    part[3:].write_parquet(path)
-    with pytest.raises(
-        UserError, match=r"lacks the train embeddings of \d+ of \d+ images, .* for fold 2"
-    ):
-        fit_ensemble(fit_settings(data, tmp_path, features="aligned", embeddings=root))
-    bad = np.full((len(part), WIDTH), np.nan, np.float32)
-    write_shard(path, part["isic_id"].to_list(), bad, part["logit"].to_numpy())
+    shard = pl.read_parquet(path)
+    shard[3:].write_parquet(path)
+    message = r"lacks the train embeddings of \d+ of \d+ images, .* for fold 2"
+    with pytest.raises(UserError, match=message):
+        fit_small(data, tmp_path, features="aligned", embeddings=root)
+    bad = np.full((len(shard), WIDTH), np.nan, np.float32)
+    write_shard(path, shard["isic_id"].to_list(), bad, shard["logit"].to_numpy())
     with pytest.raises(UserError, match="embeddings are not finite"):
-        fit_ensemble(fit_settings(data, tmp_path, features="aligned", embeddings=root))
+        fit_small(data, tmp_path, features="aligned", embeddings=root)
 
 
 def test_an_image_that_could_not_be_read_has_blank_columns(
@@ -329,15 +287,8 @@ def test_an_image_that_could_not_be_read_has_blank_columns(
         pl.read_parquet(path).filter(pl.col("isic_id") != name).write_parquet(path)
     skipped = pl.DataFrame({"isic_id": [name], "reason": ["truncated JPEG"]})
     skipped.write_parquet(root / "test" / "errors.parquet")
-    fit_ensemble(
-        fit_settings(
-            data,
-            tmp_path,
-            features="multimodal,aligned",
-            embeddings=root,
-            num_rounds=4,
-            name="m",
-        )
+    fit_small(
+        data, tmp_path, features="multimodal,aligned", embeddings=root, num_rounds=4, name="m"
     )
     predict_submission(
         PredictSettings(
@@ -347,54 +298,47 @@ def test_an_image_that_could_not_be_read_has_blank_columns(
     assert pl.read_csv(tmp_path / "s.csv")["target"].null_count() == 0
 
 
-def test_a_backbone_that_has_seen_the_labels_is_not_frozen(
+def test_a_frozen_model_that_has_seen_the_rows_is_refused(
     data: Path, frozen: Path, tmp_path: Path
 ) -> None:
     root = Path(shutil.copytree(frozen, tmp_path / "knowing"))
     metadata = train_table(data)
     seen_list(root).unlink()
     with pytest.raises(UserError, match=r"trained_on.parquet is missing"):
-        fit_ensemble(fit_settings(data, tmp_path, features="frozen", frozen=root))
+        fit_small(data, tmp_path, features="frozen", frozen=root)
     write_seen(seen_list(root), seen_rows(metadata))
     with pytest.raises(UserError, match="learned from 400 of the 400 held-out rows or from their"):
-        fit_ensemble(fit_settings(data, tmp_path, features="frozen", frozen=root))
+        fit_small(data, tmp_path, features="frozen", frozen=root)
     patient = metadata["patient_id"][0]
-    lesions = (metadata["patient_id"] == patient).sum()
+    num_lesions = (metadata["patient_id"] == patient).sum()
     only_the_patient = pl.DataFrame({"isic_id": ["ISIC_9"], "patient_id": [patient]})
     write_seen(seen_list(root), seen_rows(only_the_patient))
-    with pytest.raises(UserError, match=f"learned from {lesions} of the 400 held-out rows"):
-        fit_ensemble(fit_settings(data, tmp_path, features="frozen", frozen=root))
+    with pytest.raises(UserError, match=f"learned from {num_lesions} of the 400 held-out rows"):
+        fit_small(data, tmp_path, features="frozen", frozen=root)
 
 
 @pytest.mark.parametrize("features", ["image", "raw,aligned"])
-def test_scores_of_a_model_that_met_the_rows_are_not_out_of_fold(
+def test_a_fold_model_that_has_seen_its_rows_is_refused(
     data: Path, run: Path, tmp_path: Path, features: str
 ) -> None:
-    """The plan holds the rows out, but the weights that the model started from had met one patient."""
+    """The fold folds holds the rows out, but the initial weights had seen one patient."""
     root = Path(shutil.copytree(run, tmp_path / "leaking"))
-    metadata, plan = train_table(data), read_folds(root / "folds.parquet")
-    fold = plan.of(metadata)
+    metadata = train_table(data)
+    fold = read_folds(root / "folds.parquet").of(metadata)
     patient = metadata.filter(fold == 2)["patient_id"][0]
     inherited = metadata.filter(pl.col("patient_id") == patient).head(1)
     write_seen(seen_list(root, 2), seen_rows(metadata.filter(fold != 2), seen_rows(inherited)))
     with pytest.raises(UserError, match=r"the model of fold 2 behind .* learned from"):
-        fit_ensemble(fit_settings(data, tmp_path, features=features, embeddings=root))
+        fit_small(data, tmp_path, features=features, embeddings=root)
 
 
-def test_the_frozen_model_must_be_the_same_one(data: Path, frozen: Path, tmp_path: Path) -> None:
-    fit_ensemble(
-        fit_settings(data, tmp_path, features="raw,frozen", frozen=frozen, num_rounds=2, name="f")
-    )
+def test_another_frozen_model_is_refused(data: Path, frozen: Path, tmp_path: Path) -> None:
+    ensemble = fit_small(data, tmp_path, features="raw,frozen", frozen=frozen, num_rounds=2)
     root = Path(shutil.copytree(frozen, tmp_path / "elsewhere"))
-    said = json.loads((root / "test" / "run.json").read_text())
-    write_json(root / "test" / "run.json", said | {"checkpoints": {"1": "another"}})
+    path = root / "test" / "run.json"
+    write_json(path, json.loads(path.read_text()) | {"checkpoints": {"1": "another"}})
+    chosen = {"data": data, "ensemble": ensemble, "output": tmp_path / "s.csv"}
     with pytest.raises(UserError, match="were made with other trained weights"):
-        predict_submission(
-            PredictSettings(
-                data=data, ensemble=tmp_path / "f", frozen=root, output=tmp_path / "s.csv"
-            )
-        )
+        predict_submission(PredictSettings(frozen=root, **chosen))
     with pytest.raises(UserError, match="give --frozen outputs/embeddings/elsewhere"):
-        predict_submission(
-            PredictSettings(data=data, ensemble=tmp_path / "f", output=tmp_path / "s.csv")
-        )
+        predict_submission(PredictSettings(**chosen))

@@ -6,12 +6,11 @@ import polars as pl
 import pytest
 
 from infer.embedding.store import shard_path
-from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.image_scores import fit_logit_scaler, image_features
 from isic.folds import draw_folds
 from isic.runtime.errors import UserError
 from tests.support.ensembles import (
-    fit_settings,
+    fit_small,
     predict_table,
     train_table,
     write_embeddings,
@@ -19,7 +18,7 @@ from tests.support.ensembles import (
 )
 
 
-def test_fold_scores_are_standardised_each_by_its_own_fold() -> None:
+def test_logits_are_standardised_per_fold() -> None:
     ids = [f"ISIC_{i}" for i in range(6)]
     logits = pl.DataFrame(
         {
@@ -40,44 +39,44 @@ def test_fold_scores_are_standardised_each_by_its_own_fold() -> None:
 def test_embeddings_that_lack_rows_are_refused(data: Path, tmp_path: Path) -> None:
     root = write_embeddings(tmp_path / "gaps", data)
     path = shard_path(root, "train", 1, 0)
-    part = pl.read_parquet(path)
-    part[3:].write_parquet(path)
-    missing = sorted(part["isic_id"][:3])
+    shard = pl.read_parquet(path)
+    shard[3:].write_parquet(path)
+    missing = sorted(shard["isic_id"][:3])
     message = f"lacks the train embeddings of 3 of 400 images, the first is {missing[0]} for fold 1"
     with pytest.raises(UserError, match=message):
-        fit_ensemble(fit_settings(data, tmp_path, features="multimodal", embeddings=root))
+        fit_small(data, tmp_path, features="multimodal", embeddings=root)
     skipped = pl.DataFrame({"isic_id": missing, "reason": ["truncated JPEG"] * 3})
     skipped.write_parquet(root / "train" / "errors.parquet")
-    fit_ensemble(fit_settings(data, tmp_path, features="multimodal", embeddings=root, num_rounds=2))
-    fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=root))
+    fit_small(data, tmp_path, features="multimodal", embeddings=root, num_rounds=2)
+    fit_small(data, tmp_path, features="image", embeddings=root)
 
 
 def test_embeddings_of_another_fold_plan_are_refused(data: Path, tmp_path: Path) -> None:
     root = write_embeddings(tmp_path / "other", data)
     write_run(root, "train", draw_folds(train_table(data), 3, 1))
     with pytest.raises(UserError, match="were made with the fold plan"):
-        fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=root))
+        fit_small(data, tmp_path, features="image", embeddings=root)
 
 
-def test_logits_that_are_not_numbers_or_stand_twice_are_refused(data: Path, tmp_path: Path) -> None:
+def test_repeated_and_not_finite_logits_are_refused(data: Path, tmp_path: Path) -> None:
     root = write_embeddings(tmp_path / "nan", data)
     path = shard_path(root, "train", 0, 0)
-    part = pl.read_parquet(path)
-    pl.concat([part, part[:1]]).write_parquet(path)
+    shard = pl.read_parquet(path)
+    pl.concat([shard, shard[:1]]).write_parquet(path)
     with pytest.raises(UserError, match="has more than one train logit of fold 0"):
-        fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=root))
-    part.with_columns(pl.lit(float("nan"), dtype=pl.Float32).alias("logit")).write_parquet(path)
+        fit_small(data, tmp_path, features="image", embeddings=root)
+    shard.with_columns(pl.lit(float("nan"), dtype=pl.Float32).alias("logit")).write_parquet(path)
     with pytest.raises(UserError, match="train logits are not finite"):
-        fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=root))
+        fit_small(data, tmp_path, features="image", embeddings=root)
 
 
-def test_a_test_row_gets_what_a_training_row_of_every_fold_model_would(project: Path) -> None:
-    """The image ensemble's score is the logistic of the mean over folds of the standardised logits."""
+def test_a_test_row_has_the_mean_over_the_fold_models(project: Path) -> None:
+    """The image ensemble's score is the logistic function of the mean standardised logit."""
     state = json.loads((project / "ensemble" / "image_tiny" / "state.json").read_text())
     name = predict_table(project, "image_tiny")["isic_id"][0]
     standardised = []
     for k, (mean, std) in state["image"].items():
-        part = pl.read_parquet(shard_path(project / "embeddings" / "tiny", "test", int(k), 0))
-        standardised.append((part.filter(isic_id=name)["logit"][0] - mean) / std)
+        shard = pl.read_parquet(shard_path(project / "embeddings" / "tiny", "test", int(k), 0))
+        standardised.append((shard.filter(isic_id=name)["logit"][0] - mean) / std)
     expected = 1 / (1 + np.exp(-np.mean(standardised)))
     assert predict_table(project, "image_tiny")["target"][0] == pytest.approx(expected, rel=1e-6)

@@ -11,20 +11,21 @@ import pytest
 from infer.embedding.store import shard_path
 from infer.ensemble.blend import blend
 from infer.ensemble.boosters import LIBRARIES
-from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.predict import PredictSettings, predict_submission
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds
 from isic.runtime.errors import UserError
 from isic.runtime.files import sha256, write_json, write_manifest
+from tests.support.commands import Cli
 from tests.support.ensembles import (
     copy_tree,
-    fit_settings,
+    fit_small,
     predict_rows,
     predict_table,
     read_test_text,
     write_run,
+    write_train,
 )
 
 
@@ -32,20 +33,18 @@ from tests.support.ensembles import (
 def test_every_row_has_a_score_in_the_tables_order(project: Path, ensemble: str) -> None:
     submission = predict_table(project, ensemble)
     assert submission.columns == ["isic_id", "target"]
-    assert (
-        submission["isic_id"].to_list()
-        == Dataset(project / "data").metadata("test")["isic_id"].to_list()
-    )
-    assert submission["target"].is_between(0, 1).all() and submission["target"].n_unique() > 10
+    ids = Dataset(project / "data").metadata("test")["isic_id"]
+    assert submission["isic_id"].to_list() == ids.to_list()
+    assert submission["target"].is_between(0, 1).all()
+    assert submission["target"].n_unique() > 10
 
 
 def test_the_manifest_leads_back_to_the_ensemble_and_the_embeddings(project: Path) -> None:
     predict_table(project)
     manifest = json.loads((project / "submission.csv.json").read_text())
     assert manifest["sha256"] == sha256(project / "submission.csv")
-    assert manifest["ensemble"] == sha256(
-        project / "ensemble" / "multimodal_tiny" / "ensemble.json"
-    )
+    ensemble = project / "ensemble" / "multimodal_tiny" / "ensemble.json"
+    assert manifest["ensemble"] == sha256(ensemble)
     assert manifest["embeddings"]["engines"] == {"0": "a", "1": "b", "2": "c"}
 
 
@@ -55,32 +54,23 @@ def test_the_sample_submission_gives_the_order(project: Path, tmp_path: Path) ->
     sample = before.sample(fraction=1, shuffle=True, seed=1).with_columns(target=pl.lit(0.3))
     sample.write_csv(data / "sample_submission.csv")
     submission = predict_table(project, data=data, output=tmp_path / "s.csv")
-    assert (
-        submission["isic_id"].to_list()
-        == sample["isic_id"].to_list()
-        != before["isic_id"].to_list()
-    )
+    assert submission["isic_id"].to_list() == sample["isic_id"].to_list()
+    assert submission["isic_id"].to_list() != before["isic_id"].to_list()
     assert submission.sort("isic_id").equals(before.sort("isic_id"))
 
 
-@pytest.mark.parametrize(("change", "count"), [("fewer", 1), ("more", 1)])
-def test_a_sample_submission_of_other_ids_is_refused(
-    project: Path, tmp_path: Path, change: str, count: int
-) -> None:
+def test_a_sample_submission_of_other_ids_is_refused(project: Path, tmp_path: Path) -> None:
     data = copy_tree(project, tmp_path, "data")
     sample = predict_table(project)
     extra = pl.DataFrame({"isic_id": ["ISIC_9"], "target": [0.3]})
-    (sample[1:] if change == "fewer" else pl.concat([sample, extra])).write_csv(
-        data / "sample_submission.csv"
-    )
-    with pytest.raises(UserError, match=f"{count} of the 3. ids in .* are not in"):
-        predict_table(project, data=data)
+    for changed in (sample[1:], pl.concat([sample, extra])):
+        changed.write_csv(data / "sample_submission.csv")
+        with pytest.raises(UserError, match=r"1 of the 3. ids in .* are not in"):
+            predict_table(project, data=data)
 
 
 @pytest.mark.parametrize("text", ["", "id,target\n1,0\n", "isic_id,target\nISIC_1,0\nISIC_1,0\n"])
-def test_a_sample_submission_that_is_none_is_refused(
-    project: Path, tmp_path: Path, text: str
-) -> None:
+def test_a_broken_sample_submission_is_refused(project: Path, tmp_path: Path, text: str) -> None:
     data = copy_tree(project, tmp_path, "data")
     (data / "sample_submission.csv").write_text(text)
     with pytest.raises(UserError, match=r"sample_submission\.csv"):
@@ -99,44 +89,38 @@ def test_scores_do_not_depend_on_the_other_patients_or_the_order(
     some.write_csv(data / "test-metadata.csv")
     mine = predict_table(project, data=data, output=tmp_path / "s.csv")
     joined = mine.join(everything, on="isic_id")
-    assert len(joined) == len(some) and joined["target"].equals(
-        joined["target_right"], check_names=False
-    )
+    assert len(joined) == len(some)
+    assert joined["target"].equals(joined["target_right"], check_names=False)
 
 
-def test_one_row_of_an_institution_never_seen_with_blanks(project: Path, tmp_path: Path) -> None:
+def test_a_single_row_with_an_unseen_institution_and_blanks(project: Path, tmp_path: Path) -> None:
     table = read_test_text(project / "data")
     (tmp_path / "data").mkdir()
     one = table[:1].with_columns(pl.lit(None).alias("age_approx"), pl.lit("").alias("sex"))
     assert one["attribution"][0] == "An institution never seen"
     one.write_csv(tmp_path / "data" / "test-metadata.csv")
     submission = predict_table(project, data=tmp_path / "data", output=tmp_path / "s.csv")
-    assert len(submission) == 1 and 0 <= submission["target"][0] <= 1
+    assert len(submission) == 1
+    assert 0 <= submission["target"][0] <= 1
 
 
 @pytest.mark.parametrize("column", schema.CATEGORICAL)
-def test_an_unseen_category_is_a_blank_and_not_the_commonest(
+def test_an_unseen_category_is_scored_as_a_blank(
     project: Path, tmp_path: Path, column: str
 ) -> None:
-    """Boosters that look at one column alone, and so at nothing that could hide the difference."""
+    """The column is the only feature, so nothing else can hide the difference."""
     rng = np.random.default_rng(0)
     size = 600
     ids = [f"ISIC_{i:07d}" for i in range(size)]
     values = rng.choice(["a", "b"], size, p=[0.7, 0.3])
     target = rng.random(size) < np.where(values == "a", 0.6, 0.1)
-    (tmp_path / "train").mkdir()
-    pl.DataFrame({"isic_id": ids, "target": target.astype(int), column: values}).write_csv(
-        tmp_path / "train" / "train-metadata.csv"
+    table = pl.DataFrame({"isic_id": ids, "target": target.astype(int), column: values})
+    ensemble = fit_small(write_train(tmp_path / "train", table), tmp_path, features=column)
+    test = pl.DataFrame(
+        {"isic_id": [f"ISIC_9{i}" for i in range(4)], column: ["a", "b", "never seen", None]}
     )
-    fit_ensemble(fit_settings(tmp_path / "train", tmp_path / "ensemble", features=column))
-    one = {"isic_id": [f"ISIC_9{i}" for i in range(4)], column: ["a", "b", "never seen", None]}
-    common, rare, unseen, blank = predict_rows(
-        project,
-        tmp_path / "data",
-        pl.DataFrame(one),
-        ensemble=tmp_path / "ensemble",
-        embeddings=None,
-    )
+    chosen = {"ensemble": ensemble, "embeddings": None}
+    common, rare, unseen, blank = predict_rows(project, tmp_path / "data", test, **chosen)
     assert unseen == blank
     assert rare + 0.05 < unseen < common - 0.05
 
@@ -153,8 +137,10 @@ def test_unseen_categories_are_named(
     lines = {line.split()[1]: line for line in capsys.readouterr().err.splitlines()}
     assert '"An institution never seen" (1 rows)' in lines["attribution"]
     assert '"other" (2 rows)' in lines["sex"]
-    assert lines["tbp_tile_type"].count(" rows)") == 5 and "and 2 more" in lines["tbp_tile_type"]
-    assert "copyright_license" not in lines and "tbp_lv_location" not in lines
+    assert lines["tbp_tile_type"].count(" rows)") == 5
+    assert "and 2 more" in lines["tbp_tile_type"]
+    assert "copyright_license" not in lines
+    assert "tbp_lv_location" not in lines
 
 
 def test_a_missing_column_is_named(project: Path, tmp_path: Path) -> None:
@@ -169,12 +155,11 @@ def test_missing_embeddings_are_refused(project: Path, tmp_path: Path) -> None:
         predict_table(project, embeddings=None)
     root = copy_tree(project, tmp_path, "embeddings/tiny")
     path = shard_path(root, "test", 2, 0)
-    part = pl.read_parquet(path)
-    part[2:].write_parquet(path)
-    with pytest.raises(
-        UserError,
-        match=f"lacks the test embeddings of 2 of 30 images, the first is {part['isic_id'][0]}",
-    ):
+    shard = pl.read_parquet(path)
+    shard[2:].write_parquet(path)
+    first = shard["isic_id"][0]
+    message = f"lacks the test embeddings of 2 of 30 images, the first is {first}"
+    with pytest.raises(UserError, match=message):
         predict_table(project, embeddings=root)
 
 
@@ -190,7 +175,7 @@ def test_embeddings_of_another_plan_or_config_are_refused(project: Path, tmp_pat
         predict_table(project, embeddings=other)
 
 
-def test_a_table_of_the_dataset_is_not_written_over(project: Path, tmp_path: Path) -> None:
+def test_a_table_of_the_dataset_is_not_overwritten(project: Path, tmp_path: Path) -> None:
     data = copy_tree(project, tmp_path, "data")
     with pytest.raises(UserError, match="was not written by this command"):
         predict_table(project, "engineered", data=data, output=data / "test-metadata.csv")
@@ -200,7 +185,7 @@ def test_a_table_of_the_dataset_is_not_written_over(project: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("place", ["output", "models", "manifest", "link", "artifact"])
 def test_only_a_submission_is_replaced(project: Path, tmp_path: Path, place: str) -> None:
-    """No other file under its name, nor under those of what lies beside it."""
+    """No other file with the name of the submission, its manifest or its models is."""
     output = tmp_path / "s.csv"
     taken = {"models": "s_models.parquet", "manifest": "s.csv.json"}.get(place, "s.csv")
     (tmp_path / "images").write_bytes(b"images")
@@ -228,55 +213,55 @@ def test_a_submission_is_written_again_even_if_the_last_run_was_killed(
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "message"),
     [
         ({"checkpoints": {"0": "x", "1": "y", "2": "z"}}, "other trained weights than those"),
         ({"tta": "d4"}, r"another --tta \(d4, not none\)"),
         ({"preprocess": {"size": 16}}, "another preprocessing"),
     ],
 )
-def test_embeddings_of_other_models_or_views_than_fitted_with_are_refused(
-    project: Path, tmp_path: Path, changed: dict[str, object], words: str
+def test_embeddings_of_another_origin_are_refused(
+    project: Path, tmp_path: Path, changed: dict[str, object], message: str
 ) -> None:
-    """Their logits would be standardised by constants of other ones."""
+    """The constants of the image score would not fit their logits."""
     root = copy_tree(project, tmp_path, "embeddings/tiny")
-    said = json.loads((root / "test" / "run.json").read_text())
-    write_json(
-        root / "test" / "run.json", said | {"engines": {"0": "int8", "1": "int8", "2": "int8"}}
-    )
+    path = root / "test" / "run.json"
+    run = json.loads(path.read_text())
+    write_json(path, run | {"engines": {"0": "int8", "1": "int8", "2": "int8"}})
     predict_table(project, embeddings=root)  # other engines of the same weights may be used
-    write_json(root / "test" / "run.json", said | changed)
-    with pytest.raises(UserError, match=words):
+    write_json(path, run | changed)
+    with pytest.raises(UserError, match=message):
         predict_table(project, embeddings=root)
 
 
-def test_prediction_blends_as_fitting_did_and_one_row_scores_what_it_scores_among_others(
-    data: Path, three_libraries: Path, tmp_path: Path
-) -> None:
-    where = {"ensemble": three_libraries, "num_threads": 2}
-    predict_submission(PredictSettings(data=data, output=tmp_path / "s.csv", **where))
-    models, submission = (
-        pl.read_parquet(tmp_path / "s_models.parquet"),
-        pl.read_csv(tmp_path / "s.csv"),
+def test_prediction_blends_like_fitting(data: Path, three_libraries: Path, tmp_path: Path) -> None:
+    predict_submission(
+        PredictSettings(data=data, ensemble=three_libraries, output=tmp_path / "s.csv")
     )
+    models = pl.read_parquet(tmp_path / "s_models.parquet")
+    submission = pl.read_csv(tmp_path / "s.csv")
     oof = pl.read_parquet(three_libraries / "oof.parquet")
     assert models.columns == ["isic_id", *oof.columns[3:]]
     assert models["blend"].equals(submission["target"], check_names=False)
-    columns = [
-        {name: frame[name].to_numpy() for name in oof.columns[3:-1]} for frame in (models, oof)
-    ]
-    np.testing.assert_array_equal(
-        models["blend"],
-        blend(columns[0], dict.fromkeys(LIBRARIES, 1) | {"lightgbm": 2}, columns[1]),
-    )
+    names = oof.columns[3:-1]
+    scores = {name: models[name].to_numpy() for name in names}
+    reference = {name: oof[name].to_numpy() for name in names}
+    weights = {**dict.fromkeys(LIBRARIES, 1), "lightgbm": 2}
+    np.testing.assert_array_equal(models["blend"], blend(scores, weights, reference))
     manifest = json.loads((tmp_path / "s.csv.json").read_text())
-    assert manifest["models"] == {
-        "file": "s_models.parquet",
-        "sha256": sha256(tmp_path / "s_models.parquet"),
-    }
+    digest = sha256(tmp_path / "s_models.parquet")
+    assert manifest["models"] == {"file": "s_models.parquet", "sha256": digest}
+
+
+def test_a_row_gets_the_same_score_on_its_own(
+    data: Path, three_libraries: Path, tmp_path: Path, cli: Cli
+) -> None:
     one = tmp_path / "one"
     one.mkdir()
     read_test_text(data)[:1].write_csv(one / "test-metadata.csv")
-    predict_submission(PredictSettings(data=one, output=one / "s.csv", **where))
-    again = pl.read_parquet(one / "s_models.parquet").row(0, named=True)
-    assert again == models.filter(isic_id=again["isic_id"]).row(0, named=True)
+    for folder in (data, one):
+        flags = ["--ensemble", three_libraries, "--out", tmp_path / f"{folder.name}.csv"]
+        assert cli("infer", "predict", "--data", folder, *flags).code == 0
+    alone = pl.read_parquet(tmp_path / "one_models.parquet")
+    among_others = pl.read_parquet(tmp_path / f"{data.name}_models.parquet")
+    assert alone.rows() == among_others.filter(isic_id=alone["isic_id"][0]).rows()

@@ -1,4 +1,3 @@
-import json
 import shutil
 from pathlib import Path
 
@@ -8,23 +7,20 @@ import pytest
 from infer.ensemble.artifact import clear_ensemble
 from infer.ensemble.scores import ScoresSettings, format_scores, show_scores, summarise
 from isic.runtime.errors import UserError
+from tests.support.ensembles import read_blend
 
 
 def test_a_fold_of_one_class_has_no_score_of_its_own() -> None:
-    summary = summarise(
-        np.array([0, 1, 0, 0]),
-        np.array([0.1, 0.9, 0.2, 0.3]),
-        np.array([0, 0, 1, 1]),
-        np.array(list("abcd")),
-    )
-    assert summary["pauc"] == pytest.approx(0.2) and summary["pauc_by_fold"] == [
-        pytest.approx(0.2),
-        None,
-    ]
+    target = np.array([0, 1, 0, 0])
+    score = np.array([0.1, 0.9, 0.2, 0.3])
+    fold = np.array([0, 0, 1, 1])
+    summary = summarise(target, score, fold, patient=np.array(list("abcd")))
+    assert summary["pauc"] == pytest.approx(0.2)
+    assert summary["pauc_by_fold"] == [pytest.approx(0.2), None]
     assert summary["pauc_std"] is None
 
 
-def test_all_finished_ensembles_of_a_folder_in_one_table(
+def test_finished_ensembles_of_a_folder_are_listed(
     fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     show_scores(ScoresSettings(output_dir=fitted.parent))
@@ -37,8 +33,8 @@ def test_all_finished_ensembles_of_a_folder_in_one_table(
         show_scores(ScoresSettings(output_dir=fitted))
 
 
-def test_a_patient_of_few_lesions_is_noted_beside_the_top_15(fitted: Path) -> None:
-    summary = json.loads((fitted / "scores.json").read_text())["blend"]
+def test_patients_with_few_lesions_are_noted_below_the_top_15(fitted: Path) -> None:
+    summary = read_blend(fitted)
     assert 0 < summary["patients_of_at_most_15"] < summary["patients_with_malignant"]
     sentence = "have at most 15 lesions, so theirs count as found in the top 15 whatever their"
     assert format_scores({"blend": summary}).count(sentence) == 1
@@ -54,5 +50,6 @@ def test_scores_of_another_version_are_left_out_with_a_warning(
     path.write_text(path.read_text().replace('"format": 4', '"format": 3'))
     show_scores(ScoresSettings(output_dir=tmp_path))
     shown = capsys.readouterr()
-    assert "\nnew " in shown.out and "\nold " not in shown.out
+    assert "\nnew " in shown.out
+    assert "\nold " not in shown.out
     assert f"warning: {tmp_path / 'old'} was fitted by another version" in shown.err
