@@ -41,7 +41,7 @@ from isic.runtime.errors import UserError
 from isic.runtime.files import write_json
 from isic.runtime.machine import num_cores
 from isic.synth.write import write_images
-from train.model import backbone_options
+from train.timm_models import backbone_options
 
 OURS, *PEERS = BASELINES
 PEER_PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}

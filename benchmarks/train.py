@@ -30,12 +30,13 @@ from train.config import TrainSettings
 from train.loaders import Item, fold_loaders, worker_errors
 from train.loop import train_epoch
 from train.machine import allow_tf32, check_bfloat16, prepare, select_device
-from train.model import backbone_options, create_model, preprocess_spec
+from train.model import create_model, preprocess_spec
 from train.optim import BACKBONE, HEAD
 from train.rows import load_data
 from train.state import create_state
 from train.step import autocast
 from train.threads import set_threads
+from train.timm_models import backbone_options
 
 ItemT = TypeVar("ItemT")
 

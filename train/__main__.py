@@ -46,6 +46,7 @@ def train_folds(settings: TrainSettings, device: torch.device) -> None:
     if settings.bf16:
         check_bfloat16(device)
     due = folds_to_train(settings)
+    # All folds are checked before the first is trained, which may take hours.
     for fold in due:
         refuse_other_content(settings, fold)
         require_resume_or_force(settings, fold)

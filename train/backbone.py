@@ -10,8 +10,9 @@ from safetensors.torch import save
 from isic.layout import BACKBONE_DIR
 from isic.runtime.files import atomic_path
 from train.config import TrainSettings
-from train.model import Classifier, backbone_options
+from train.model import Classifier
 from train.pretrained import TRAINED_ON_KEY, WEIGHTS_FILE
+from train.timm_models import backbone_options
 
 LICENSE = "cc-by-nc-4.0"
 """Some sites of the challenge's dataset forbid commercial use of images, hence of weights."""

@@ -61,13 +61,14 @@ def save_fold(
     fold: int,
     predictions: Predictions,
 ) -> None:
-    """Writes `best_model.pth` and what belongs to it. Main process only.
+    """Writes `best_model.pth` and the files derived from it. Main process only.
 
     These are its manifest, the list of images it has learned from, its backbone for timm, and the
     out-of-fold scores.
     """
     if not distributed.is_main():
         return
+    # First, because checkpoint, manifest and backbone contain its digest.
     trained_on = rows_trained_on(data, fold, settings.select_epoch)
     write_seen(directory / TRAINED_ON_FILE, seen_rows(trained_on, state.weights.seen))
     config = checkpoint_config(directory, state, settings, data, fold)

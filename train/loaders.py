@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from isic.preprocess import MASK_THRESHOLD, PreprocessSpec, decode, resize
 from isic.runtime import interrupt
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, first_line
 from isic.runtime.interrupt import ignore_signals_in_worker
 from train import distributed
 from train.augment import create_augmentation
@@ -65,11 +65,11 @@ def fold_loaders(
     images = LesionImages(data, spec, create_augmentation(settings.augmentation))
     held_out_images = LesionImages(data, spec)
     batch_size = settings.batch_size
-    num_channels = 4 if settings.mask_weight else 3
+    num_channels = 4 if settings.mask_weight else 3  # a mask is as large as one colour channel
     num_workers, num_prefetched = fit_workers(
         default_workers(device) if settings.num_workers is None else settings.num_workers,
         batch_bytes=batch_size * spec.size**2 * num_channels,
-        num_held=settings.accumulation_steps + 1,
+        num_held=settings.accumulation_steps + 1,  # those of a step, and the next one
     )
     workers = {"num_workers": num_workers, "num_prefetched": num_prefetched}
     return FoldLoaders(
@@ -134,7 +134,7 @@ def create_loader(
         collate_fn=collate,
         num_workers=num_workers,
         prefetch_factor=num_prefetched if num_workers else None,
-        persistent_workers=num_workers > 0,
+        persistent_workers=num_workers > 0,  # starting them again costs seconds per epoch
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_signals_in_worker,
     )
@@ -175,9 +175,8 @@ def worker_errors() -> Iterator[None]:
         yield
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         interrupt.raise_if_interrupted()  # if a signal ended the workers too, it is the cause
-        message = str(error).strip() or type(error).__name__
-        reason = message.splitlines()[0].rstrip(".")
-        lacks_memory = "shared memory" in message
+        reason = first_line(error).rstrip(".")
+        lacks_memory = "shared memory" in str(error)
         # All but RuntimeError: a dead worker's batch could not be received.
         has_ended = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in reason
         if not lacks_memory and not has_ended:

@@ -2,37 +2,22 @@
 
 import contextlib
 import copy
-from pickle import UnpicklingError
 from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
-from timm.layers import LayerNorm2d
-from timm.models import get_deprecated_models
 from torch import Tensor, nn
 
 from isic.preprocess import PreprocessSpec
-from isic.runtime.errors import UserError, did_you_mean
+from isic.runtime.errors import UserError, first_line
 from train.config import TrainSettings
-from train.pretrained import hub_id, local_file
-
-MASK_STRIDE = 2
-"""Input pixels per side of a mask's pixel: at 4, lesions of a few pixels lose their outline."""
-TRUNK_STRIDE = 4
-"""Stride at which the feature maps are summed, if it divides the finest of their strides."""
-
-LIBRARY_ERRORS = (
-    RuntimeError,
-    AssertionError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
+from train.mask_decoder import MASK_STRIDE, MaskDecoder
+from train.timm_models import (
+    LIBRARY_ERRORS,
+    backbone_options,
+    create_backbone,
+    pretrained_config,
 )
-"""Errors of timm and torch about a backbone that does not fit the settings."""
 
 HARMLESS = {
     "global_pool": None,
@@ -154,53 +139,6 @@ class MultiTask(Classifier):
         return [self.head, self.decoder]
 
 
-class MaskDecoder(nn.Module):
-    """Turns feature maps of one or several strides into one map of mask logits.
-
-    Each map is projected and upsampled by pixel shuffle to one stride, where they are summed. An
-    exported graph has no Resize then, whose interpolation differs between runtimes.
-    """
-
-    def __init__(self, channels: list[int], strides: list[int], width: int = 32) -> None:
-        super().__init__()
-        trunk = trunk_stride(min(strides))
-        self.stride = MASK_STRIDE if trunk % MASK_STRIDE == 0 else trunk
-        self.projections = nn.ModuleList()
-        for count, stride in zip(channels, strides, strict=True):
-            factor = stride // trunk
-            self.projections.append(
-                nn.Sequential(
-                    LayerNorm2d(count),
-                    nn.Conv2d(count, width * factor**2, 1),
-                    nn.PixelShuffle(factor),
-                )
-            )
-        factor = trunk // self.stride
-        # Named `draw` because the names of a checkpoint's weights contain it.
-        self.draw = nn.Sequential(
-            LayerNorm2d(width),
-            nn.GELU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(width, factor**2, 3, padding=1),
-            nn.PixelShuffle(factor),
-        )
-
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        """Returns logits [N, h, w] of maps [N, C_i, h_i, w_i]."""
-        projected = [project(part) for project, part in zip(self.projections, maps, strict=True)]
-        logits: Tensor = self.draw(torch.stack(projected).sum(dim=0))
-        return logits.squeeze(1)
-
-
-def trunk_stride(finest: int) -> int:
-    """Returns the stride at which feature maps are summed; `finest` is the smallest of theirs."""
-    for stride in (TRUNK_STRIDE, MASK_STRIDE):
-        if finest % stride == 0:
-            return stride
-    return finest
-
-
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Returns a context without autocast.
 
@@ -214,7 +152,7 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
 
 def preprocess_spec(settings: TrainSettings) -> PreprocessSpec:
     """Returns the preprocessing of a config; mean and std are the backbone's own."""
-    config = resolve_model_data_config(None, pretrained_cfg=_backbone_config(settings.model))
+    config = resolve_model_data_config(None, pretrained_cfg=pretrained_config(settings.model))
     return PreprocessSpec(
         size=settings.image_size,
         interpolation=settings.interpolation,
@@ -239,7 +177,7 @@ def create_model(settings: TrainSettings, pretrained: bool | str | None = None) 
     except UserError:
         raise
     except LIBRARY_ERRORS as error:
-        raise UserError(_explain(settings, _first_line(error))) from error
+        raise UserError(_explain(settings, first_line(error).rstrip("."))) from error
 
 
 def _create_checked(settings: TrainSettings, pretrained: bool | str) -> Classifier:
@@ -249,7 +187,7 @@ def _create_checked(settings: TrainSettings, pretrained: bool | str) -> Classifi
         UserError: no such model, or its weights cannot be loaded.
         LIBRARY_ERRORS: timm's backbone and the settings do not fit.
     """
-    backbone = _create_backbone(settings.model, pretrained, backbone_options(settings))
+    backbone = create_backbone(settings.model, pretrained, backbone_options(settings))
     if settings.grad_checkpointing:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     network = MultiTask if settings.mask_weight else Classifier
@@ -288,7 +226,7 @@ def _explain(settings: TrainSettings, reason: str) -> str:
         settings: of the network.
         reason: the library's error.
     """
-    own_size = _backbone_config(settings.model)["input_size"][-1]
+    own_size = pretrained_config(settings.model)["input_size"][-1]
     task = "predict masks of images" if settings.mask_weight else "take images"
     blamed, fits = _find_remedy(settings, own_size)
     return REFUSALS[blamed].format(
@@ -316,109 +254,3 @@ def _runs(settings: TrainSettings) -> bool:
     except LIBRARY_ERRORS:
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
-
-
-def backbone_options(settings: TrainSettings) -> dict[str, Any]:
-    """Returns the arguments of `timm.create_model` for the backbone of a config."""
-    options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": settings.drop_path_rate}
-    if takes_image_size(settings.model):
-        options["img_size"] = settings.image_size
-    if settings.global_pool:
-        options["global_pool"] = settings.global_pool
-    return options
-
-
-def _backbone_config(name: str) -> dict[str, Any]:
-    """Returns timm's pretrained config of a model. Raises a UserError if there is none."""
-    new_name = get_deprecated_models().get(name)
-    if new_name:
-        raise UserError(f'timm calls "{name}" "{new_name}" now; use that name')
-    if not timm.is_model(name):
-        raise UserError(f'timm has no model "{name}", {did_you_mean(name, timm.list_models())}')
-    try:
-        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError:
-        architecture, _, tag = name.partition(".")
-        known = timm.list_models(f"{architecture}.*", include_tags=True)
-        tags = ", ".join(each.partition(".")[2] for each in known) or "none"
-        raise UserError(
-            f'timm has no weights "{tag}" for {architecture}; known tags are: {tags}; '
-            f"--model {architecture} takes the default ones"
-        ) from None
-    values: dict[str, Any] = config.to_dict()
-    return values
-
-
-def takes_image_size(name: str) -> bool:
-    """Whether the backbone is built for one image size (transformers) instead of taking any."""
-    return bool(_backbone_config(name).get("fixed_input_size"))
-
-
-def _create_backbone(name: str, pretrained: bool | str, options: dict[str, Any]) -> nn.Module:
-    """Builds a backbone and loads its weights, if any.
-
-    Raises:
-        UserError: no such model, or its weights cannot be loaded.
-        LIBRARY_ERRORS: the backbone does not take an option.
-    """
-    overlay: dict[str, Any] | None = None
-    if isinstance(pretrained, str):
-        path = local_file(pretrained)
-        overlay = {"file": str(path)} if path else {"hf_hub_id": hub_id(pretrained)}
-    rng_state = torch.get_rng_state()
-    try:
-        backbone: nn.Module = timm.create_model(
-            name, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay, **options
-        )
-    except (*LIBRARY_ERRORS, OSError, EOFError, SafetensorError, UnpicklingError) as error:
-        if "drop_path_rate" in str(error) and options.get("drop_path_rate") == 0:
-            # Some backbones do not know the option, not even as 0.
-            accepted = {key: value for key, value in options.items() if key != "drop_path_rate"}
-            return _create_backbone(name, pretrained, accepted)
-        if not pretrained:
-            raise
-        timm.create_model(name, **options)  # raises if the options are the cause, not the weights
-        raise UserError(
-            f"cannot load the pretrained weights of {name} ({_first_line(error)}); connect to the "
-            "hub, give a local file (--pretrained weights.safetensors), or start from random "
-            "weights (--pretrained false)"
-        ) from error
-    if isinstance(pretrained, str):
-        _refuse_unfilled(backbone, name, pretrained, options, rng_state)
-    return backbone
-
-
-def _refuse_unfilled(
-    backbone: nn.Module, name: str, pretrained: str, options: dict[str, Any], rng_state: Tensor
-) -> None:
-    """Raises a UserError if weights still have their random values; timm would only log it.
-
-    Args:
-        backbone: built from `rng_state`, then filled from a file.
-        name: of the model.
-        pretrained: the setting, for the message.
-        options: of the model.
-        rng_state: torch's random state before the backbone was built.
-    """
-    with torch.random.fork_rng():
-        torch.set_rng_state(rng_state)
-        random = timm.create_model(name, **options).state_dict()
-    # Biases and norms start as constants, so only matrices tell loaded values from initial ones.
-    matrices = {key for key, value in random.items() if value.ndim > 1 and value.float().std() > 0}
-    unfilled = [
-        key
-        for key, value in backbone.state_dict().items()
-        if key in matrices and torch.equal(value, random[key])
-    ]
-    if unfilled:
-        num_filled = len(matrices) - len(unfilled)
-        raise UserError(
-            f"{pretrained} fills {num_filled} of the {len(matrices)} weight matrices of {name}, "
-            f"not {unfilled[0]}; give weights of this backbone (of a run of this toolkit: its "
-            "folder fold_<k>/backbone)"
-        )

@@ -56,6 +56,7 @@ def predict(
     """
     model.eval()
     rows, logits, overlaps = [], [], []
+    # Not timed, but TimedLoader also defers interrupts while the workers start.
     for whole in TimedLoader(loader):
         for batch in split(whole, num_parts):
             on_device = to_device(batch, device)

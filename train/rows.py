@@ -83,6 +83,7 @@ def load_data(settings: TrainSettings) -> TrainData:
     folds = folds_for(table, settings.num_folds, settings.split_seed, run_plan, dataset.folds_path)
     sample = sample_rows(table, SAMPLE_ROWS, settings.split_seed) if settings.use_sample else table
     rows = load_rows(dataset, sample, settings)
+    # With the ids of the whole table: masks of rows outside the sample are no mistake.
     warn_of_unmatched_masks(dataset.masks_path, table[schema.ID], rows.masks)
     fold = folds.of(rows.table).to_numpy()
 

@@ -127,7 +127,8 @@ class RankSampler(Sampler[Key]):
 
     def __init__(self, epoch: EpochSampler, batch_size: int, rank: int, world_size: int) -> None:
         self.epoch, self.rank, self.world_size = epoch, rank, world_size
-        self.num_keys = len(epoch) - len(epoch) % (batch_size * world_size) or len(epoch)
+        incomplete = len(epoch) % (batch_size * world_size)
+        self.num_keys = len(epoch) - incomplete or len(epoch)
 
     def __len__(self) -> int:
         return len(range(self.rank, self.num_keys, self.world_size))

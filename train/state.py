@@ -13,11 +13,12 @@ from isic.runtime.errors import UserError
 from train import distributed
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import TrainSettings
-from train.model import Classifier, create_model, takes_image_size
+from train.model import Classifier, create_model
 from train.optim import create_optimizer
 from train.pretrained import Weights, find_weights
 from train.resume import refuse_difference
 from train.seeds import seed_weights
+from train.timm_models import takes_image_size
 
 
 @dataclass

@@ -34,7 +34,8 @@ from infer.engines.tensorrt import import_runtime, logger, unavailable_reason
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError
 from train.config import TrainSettings
-from train.model import Classifier, backbone_options, create_model
+from train.model import Classifier, create_model
+from train.timm_models import backbone_options
 
 RTX = "tensorrt_rtx"
 OPTIONS = PlanOptions(opt_batch=4, max_batch=8)

@@ -1,0 +1,57 @@
+"""The head that predicts lesion masks from a backbone's feature maps."""
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+MASK_STRIDE = 2
+"""Input pixels per side of a mask's pixel: at 4, lesions of a few pixels lose their outline."""
+TRUNK_STRIDE = 4
+"""Stride at which the feature maps are summed, if it divides the finest of their strides."""
+
+
+class MaskDecoder(nn.Module):
+    """Turns feature maps of one or several strides into one map of mask logits.
+
+    Each map is projected and upsampled by pixel shuffle to one stride, where they are summed. An
+    exported graph has no Resize then, whose interpolation differs between runtimes.
+    """
+
+    def __init__(self, channels: list[int], strides: list[int], width: int = 32) -> None:
+        super().__init__()
+        trunk = trunk_stride(min(strides))
+        self.stride = MASK_STRIDE if trunk % MASK_STRIDE == 0 else trunk
+        self.projections = nn.ModuleList()
+        for count, stride in zip(channels, strides, strict=True):
+            factor = stride // trunk
+            self.projections.append(
+                nn.Sequential(
+                    LayerNorm2d(count),
+                    nn.Conv2d(count, width * factor**2, 1),
+                    nn.PixelShuffle(factor),
+                )
+            )
+        factor = trunk // self.stride
+        # Named `draw` because the names of a checkpoint's weights contain it.
+        self.draw = nn.Sequential(
+            LayerNorm2d(width),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, factor**2, 3, padding=1),
+            nn.PixelShuffle(factor),
+        )
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Returns logits [N, h, w] of maps [N, C_i, h_i, w_i]."""
+        projected = [project(part) for project, part in zip(self.projections, maps, strict=True)]
+        logits: Tensor = self.draw(torch.stack(projected).sum(dim=0))
+        return logits.squeeze(1)
+
+
+def trunk_stride(finest: int) -> int:
+    """Returns the stride at which feature maps are summed; `finest` is the smallest of theirs."""
+    for stride in (TRUNK_STRIDE, MASK_STRIDE):
+        if finest % stride == 0:
+            return stride
+    return finest
