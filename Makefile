@@ -5,7 +5,7 @@ SETUP := .venv/.ready
 DATA := data/demo
 OUT := outputs
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test quick lint clean
 
 setup: $(SETUP)
 
@@ -30,6 +30,10 @@ demo: $(SETUP)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest
+
+# Without the tests that take long, start a browser or a Ray cluster, or need a GPU: under two minutes.
+quick: $(SETUP)
+	$(BIN)/python -m pytest -m "not slow and not browser and not ray and not gpu"
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ COMMANDS = (
         "ablation",
         "hospitals",
         "few",
+        "configs",
     ),
     *("report", "check", "pack", "gpu"),
 )

@@ -11,8 +11,9 @@ from pydantic import Field
 from benchmarks.record import Row, append
 from infer.ensemble.artifact import Ensemble, open_ensemble
 from infer.ensemble.boosters import LIBRARIES
-from infer.ensemble.compare import comparison, pauc_by_seed
-from infer.ensemble.fit import FitSettings, fit
+from infer.ensemble.compare import compare_sides, pauc_by_seed
+from infer.ensemble.fit import fit_ensemble
+from infer.ensemble.fit_settings import FitSettings
 from isic.runtime.config import Settings, Several, build
 
 ALL = "+".join(LIBRARIES)
@@ -86,7 +87,9 @@ def _fitted(settings: AblationSettings, features: str, libraries: str, folder: P
     chosen = {key: getattr(settings, key) for key in SHARED}
     words = {"features": features.replace("+", ","), "libraries": tuple(libraries.split("+"))}
     with contextlib.redirect_stdout(io.StringIO()):
-        fit(build(FitSettings, {**chosen, **words, "output_dir": folder, "name": features}))
+        fit_ensemble(
+            build(FitSettings, {**chosen, **words, "output_dir": folder, "name": features})
+        )
     return open_ensemble(folder / features)
 
 
@@ -100,5 +103,5 @@ def judged(first: Ensemble, ensemble: Ensemble, data: Path, num_draws: int) -> R
         "pauc": round(scores["pauc"], 4),
         "auc": round(scores["auc"], 4),
         "pauc_mean_of_seeds": round(float(np.mean(list(by_seed.values()))), 4) if by_seed else None,
-        **comparison([first], [ensemble], data, num_draws).row(),
+        **compare_sides([first], [ensemble], data, num_draws).row(),
     }

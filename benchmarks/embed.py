@@ -15,12 +15,13 @@ import polars as pl
 from pydantic import Field
 
 from benchmarks.record import write
-from infer.embedding.embed import BATCH_CPU
-from infer.embedding.embedder import Embedder, Job, Step
+from infer.embedding.embedder import BatchStats, Embedder, EmbedJob
+from infer.embedding.models import Models, find_models
 from infer.embedding.pipeline import decode_ahead, ring_depth
-from infer.embedding.plan import Models, find_models, plan_parts
-from infer.embedding.views import averaged
-from infer.embeddings import RUN_FILE
+from infer.embedding.settings import BATCH_CPU
+from infer.embedding.shards import plan_shards
+from infer.embedding.store import RUN_FILE
+from infer.embedding.views import run_averaged
 from infer.engines import create, null
 from isic.cache import index_path
 from isic.dataset import Dataset
@@ -79,7 +80,7 @@ def _rates(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) 
     first = min(found.artifacts)
     models = Models({first: found.artifacts[first]}, {first: found.manifests[first]}, found.spec)
     batch_size = models.batch_size or BATCH_CPU
-    job = Job(
+    job = EmbedJob(
         settings.data.resolve(), "train", models, "auto", "float16", "none", batch_size, None, None
     )
     ids = read_ids(Dataset(settings.data).metadata_path("train"))[: settings.images]
@@ -105,7 +106,7 @@ def _whole(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) 
         if cached := index_path(settings.data / "train-image.hdf5"):
             cached.unlink(missing_ok=True)  # a first run has none
         runs.append(
-            whole_run("--config", settings.config, "--engine", engine, "--split", "train", *where)
+            whole_run("--config", settings.config, "--format", engine, "--split", "train", *where)
         )
     return {
         **{key: runs[-1][key] for key in ("images", "bad", "bound_by")},
@@ -117,7 +118,7 @@ def _whole(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) 
     }
 
 
-def rates(job: Job, ids: pl.Series, folder: Path, repeats: int = 5) -> dict[str, float]:
+def rates(job: EmbedJob, ids: pl.Series, folder: Path, repeats: int = 5) -> dict[str, float]:
     """Measures images per second, each way once a repeat in turns, so that a machine that drifts drifts for all.
 
     Args:
@@ -154,7 +155,7 @@ def _batches(ids: pl.Series, size: int) -> Iterable[list[str]]:
     return (ids.slice(start, size).to_list() for start in range(0, len(ids), size))
 
 
-def _ingest(job: Job, ids: pl.Series) -> Callable[[], None]:
+def _ingest(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
     """The ring of decoded batches, read by nobody who needs time."""
     store, spec, size = Dataset(job.data).images(job.split), job.models.spec, job.batch_size
     num_threads = job.num_threads or num_cores()
@@ -168,7 +169,7 @@ def _ingest(job: Job, ids: pl.Series) -> Callable[[], None]:
     return run
 
 
-def _engine(job: Job, ids: pl.Series) -> Callable[[], None]:
+def _engine(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
     models = job.models
     engines = {
         fold: create(path, models.manifests[fold], job.device)
@@ -180,19 +181,19 @@ def _engine(job: Job, ids: pl.Series) -> Callable[[], None]:
 
     def run() -> None:
         for names in _batches(ids, job.batch_size):
-            averaged(engines, images[: len(names)], job.tta)
+            run_averaged(engines, images[: len(names)], job.tta)
 
     return run
 
 
-def _end_to_end(job: Job, ids: pl.Series, folder: Path) -> Callable[[], None]:
+def _end_to_end(job: EmbedJob, ids: pl.Series, folder: Path) -> Callable[[], None]:
     embedder = Embedder(job)
-    steps: list[Step] = []
+    steps: list[BatchStats] = []
 
     def run() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         embedder.run(
-            plan_parts(folder, job.split, ids, job.models.folds, None, "all"), steps.append
+            plan_shards(folder, job.split, ids, job.models.folds, None, "all"), steps.append
         )
 
     return run

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from benchmarks.record import Row, write
-from infer.ensemble.artifact import FeatureSpec
 from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.comparison import compare_scores
-from infer.ensemble.fit import Bag, FitSettings, fit_bag
+from infer.ensemble.feature_spec import FeatureSpec
+from infer.ensemble.fit_settings import FitSettings
+from infer.ensemble.out_of_fold import FitResult, fit_boosters
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds
@@ -56,7 +57,7 @@ def few(settings: FewSettings) -> None:
         spec = FeatureSpec.parse(features.replace("+", ","))
         shared = {key: getattr(settings, key) for key in ("data", "seeds", "num_threads")}
         whole = spec.frame(metadata, ())
-        bag = fit_bag(whole, spec.tabular, target, fold, build(FitSettings, shared))
+        bag = fit_boosters(whole, spec.tabular, target, fold, build(FitSettings, shared))
         for size, table in tables.items():
             scores = held_out_scores(bag, spec.frame(table, ()), fold)
             first.setdefault(size, scores)
@@ -74,7 +75,7 @@ def in_groups(metadata: pl.DataFrame, size: int, seed: int = 0) -> pl.DataFrame:
 
 
 def held_out_scores(
-    bag: Bag, table: pl.DataFrame, fold: NDArray[np.integer]
+    bag: FitResult, table: pl.DataFrame, fold: NDArray[np.integer]
 ) -> NDArray[np.float64]:
     """Returns [seeds, N] the scores of a feature table's rows by the boosters of their own fold."""
     scores = np.zeros((len(bag.scores), len(table)))

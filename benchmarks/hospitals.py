@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from benchmarks.record import write
-from infer.ensemble.artifact import FeatureSpec
 from infer.ensemble.comparison import Comparison, compare_scores
-from infer.ensemble.fit import FitSettings, fit_bag
+from infer.ensemble.feature_spec import FeatureSpec
+from infer.ensemble.fit_settings import FitSettings
+from infer.ensemble.out_of_fold import fit_boosters
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds
@@ -150,7 +151,7 @@ def _scores(
     found: dict[int, NDArray[np.float64]] = {}
     for place in places:
         if id(place.fold) not in found:
-            bag = fit_bag(table, names, target, place.fold, fitting)
+            bag = fit_boosters(table, names, target, place.fold, fitting)
             found[id(place.fold)] = np.stack(list(bag.scores.values()))
     return [found[id(place.fold)] for place in places]
 

@@ -8,9 +8,9 @@ from typing import Any
 import polars as pl
 
 from benchmarks.record import MACHINE
-from infer.report import page
-from infer.report.markup import Markup, join, tag
-from infer.report.plot import Axis, Plot
+from isic.html import page
+from isic.html.markup import Markup, join, tag
+from isic.html.plot import Axis, Plot
 from isic.tables import read_csv
 
 Section = tuple[str, str, tuple[Markup, ...]]

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from benchmarks.record import write
 from infer.ensemble.boosters import LIBRARIES, parameters_of
-from infer.ensemble.fit import undersample
+from infer.ensemble.out_of_fold import undersample
 from isic import schema
 from isic.features import SETS, compute, fit_encoding
 from isic.features.formulas import ERR

@@ -25,12 +25,14 @@ from benchmarks.limits import count_work, torch_rate
 from benchmarks.record import ratio, write
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
+from train.batch import Batch
 from train.config import TrainSettings
-from train.data import Batch, Item, fold_loaders, load_data, worker_errors
+from train.loaders import Item, fold_loaders, worker_errors
 from train.loop import train_epoch
 from train.machine import allow_tf32, check_bfloat16, prepare, select_device
 from train.model import backbone_options, create_model, preprocess_spec
 from train.optim import BACKBONE, HEAD
+from train.rows import load_data
 from train.state import create_state
 from train.step import autocast
 from train.threads import set_threads
@@ -157,8 +159,9 @@ def busy_processes(number: int) -> Iterator[None]:
 def read_files(settings: TrainSettings) -> DataLoader[Item]:
     """Returns the loader of the training batches of a fold."""
     data = load_data(settings)
-    loader, _, _ = fold_loaders(data, settings.fold or 0, preprocess_spec(settings), settings)
-    return loader
+    device = select_device(settings.device)
+    spec = preprocess_spec(settings)
+    return fold_loaders(data, settings.fold or 0, spec, settings, device).training
 
 
 def num_prefetched(loader: DataLoader[Item]) -> int:
@@ -297,7 +300,7 @@ def run_bare_loop(
     scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16)
     model.train()
     for number, batch in enumerate(batches, start=1):
-        with autocast(settings, device):
+        with autocast(device, settings.precision):
             loss = binary_cross_entropy_with_logits(model(batch.images).squeeze(1), batch.target)
         scaler.scale(loss / settings.accumulation_steps).backward()  # type: ignore[no-untyped-call]
         if number % settings.accumulation_steps == 0:

@@ -61,8 +61,9 @@ def ours(task: Task) -> Embed:
     """The pipeline of `python -m infer embed` with an exported artifact, from the file to parts on disk."""
     import polars as pl  # noqa: PLC0415  each way brings its own libraries, here and below
 
-    from infer.embedding.embedder import Embedder, Job  # noqa: PLC0415
-    from infer.embedding.plan import Models, plan_parts  # noqa: PLC0415
+    from infer.embedding.embedder import Embedder, EmbedJob  # noqa: PLC0415
+    from infer.embedding.models import Models  # noqa: PLC0415
+    from infer.embedding.shards import plan_shards  # noqa: PLC0415
     from infer.engines import manifest_spec  # noqa: PLC0415
     from isic.tables import read_parquet  # noqa: PLC0415
 
@@ -73,14 +74,16 @@ def ours(task: Task) -> Embed:
     @cache
     def embedder(data: Path) -> Embedder:
         return Embedder(
-            Job(data, "train", models, task.device, "float32", "none", task.batch, None, None)
+            EmbedJob(data, "train", models, task.device, "float32", "none", task.batch, None, None)
         )
 
     embedder(Path(task.data))  # an engine that does not work here says so before it takes turns
 
     def embed(data: Path) -> Features:
         shutil.rmtree(root, ignore_errors=True)
-        parts = plan_parts(root, "train", pl.Series("isic_id", task.ids), models.folds, None, "all")
+        parts = plan_shards(
+            root, "train", pl.Series("isic_id", task.ids), models.folds, None, "all"
+        )
         embedder(data).run(parts, lambda step: None)
         tables = [read_parquet(part.paths[0]) for part in parts]
         return np.concatenate(

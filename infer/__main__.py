@@ -1,12 +1,12 @@
 """`python -m infer embed | fit | predict | scores | compare | report | doctor`."""
 
 from infer.doctor import doctor
-from infer.embedding.embed import embed
-from infer.ensemble.compare import compare
-from infer.ensemble.fit import FitSettings
-from infer.ensemble.fit import fit as fit_ensemble
-from infer.ensemble.predict import predict
-from infer.ensemble.scores import show
+from infer.embedding.embed import embed_dataset
+from infer.ensemble.compare import compare_ensembles
+from infer.ensemble.fit import fit_ensemble
+from infer.ensemble.fit_settings import FitSettings
+from infer.ensemble.predict import predict_submission
+from infer.ensemble.scores import show_scores
 from infer.report import report, write_report
 from isic.runtime import cli
 
@@ -20,11 +20,11 @@ def fit(settings: FitSettings) -> None:
 if __name__ == "__main__":
     cli.run(
         {
-            "embed": embed,
+            "embed": embed_dataset,
             "fit": fit,
-            "predict": predict,
-            "scores": show,
-            "compare": compare,
+            "predict": predict_submission,
+            "scores": show_scores,
+            "compare": compare_ensembles,
             "report": report,
             "doctor": doctor,
         }

@@ -1,6 +1,8 @@
-"""The domain of the ISIC 2024 challenge: tables, images, folds, metrics and the files between steps."""
+"""The domain of the ISIC 2024 challenge: tables, images, folds, features and metrics."""
 
 import os
+
+__version__ = "0.1.0"
 
 NO_TELEMETRY = {
     "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime: events to Microsoft, and a device id in ~/.cache
@@ -8,7 +10,7 @@ NO_TELEMETRY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-"""Variables that stop dependencies from reporting their use, each read when its library is imported.
+"""Variables that turn off the telemetry of libraries, each read when its library is imported.
 
 Every package of this toolkit imports `isic` first, so that no library can be imported before. A
 value that the user has set stays.

@@ -8,7 +8,7 @@ from isic.synth import SynthSettings, synthesize
 
 
 def synth(settings: SynthSettings) -> None:
-    """Writes a synthetic dataset in the layout of the challenge."""
+    """Write a synthetic dataset in the layout of the challenge."""
     if synthesize(settings, say=partial(print, flush=True)):
         print(f"wrote a synthetic dataset to {settings.out}")
     else:

@@ -1,4 +1,4 @@
-"""The user's cache folder, and in it the index of each HDF5 file of images."""
+"""The user's cache folder, which holds the index of each HDF5 file of images."""
 
 import contextlib
 import os
@@ -17,19 +17,19 @@ from isic.runtime.files import atomic_path, digest
 FOLDER_VARIABLE = "ISIC_CACHE_DIR"
 INDEX_VERSION = 3
 SETTLED_SECONDS = 2.0
-"""Age from which a file's time stamps differ from those of any later change; some file systems count in seconds."""
+"""Age from which a later change is sure to alter the time stamps; some count whole seconds."""
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotImplementedError)
-"""Raised by numpy for an archive that is not one, is truncated or holds something else."""
+"""Raised by numpy for a file that is not an archive, is truncated or holds other arrays."""
 
 State = tuple[int, int, int, int]
-"""Inode, size, and times of the last change of a file's content and of its inode; copying over a file changes it."""
+"""Inode, size, mtime and ctime in ns; copying another file over this one changes them."""
 
 
 def cache_folder() -> Path | None:
-    """Returns the folder for files that can be made again, None without a home directory.
+    """Return the folder for reproducible files, None without a home directory.
 
-    It is `ISIC_CACHE_DIR` if that is set, else a folder in the operating system's cache folder of the user.
+    It is `ISIC_CACHE_DIR` if set, else a folder in the user's cache folder.
     """
     if folder := os.environ.get(FOLDER_VARIABLE):
         return Path(folder)
@@ -45,14 +45,14 @@ def cache_folder() -> Path | None:
 
 
 def index_path(path: Path) -> Path | None:
-    """Returns where the index of an HDF5 file is cached, None without a cache."""
+    """Return the path of an HDF5 file's cached index, None without a cache."""
     folder = cache_folder()
     key = digest(os.fsencode(os.path.realpath(path)))  # a path need not be UTF-8
     return folder / f"{key}.index.npz" if folder else None
 
 
 def state(file: int) -> State:
-    """Returns the state of an open file."""
+    """Return the state of an open file."""
     return _state(os.fstat(file))
 
 
@@ -61,11 +61,11 @@ def _state(found: os.stat_result) -> State:
 
 
 def load_index(path: Path, file: int) -> Index:
-    """Returns the index of an HDF5 file from the cache, or builds and caches it.
+    """Return the index of an HDF5 file from the cache, or build and cache it.
 
     Args:
         path: the HDF5 file.
-        file: the same file, open; what is read from it later is described by the index.
+        file: its descriptor; reads by offset use this descriptor, so it must be the indexed file.
 
     Raises:
         UserError: as `build_index`, or the file was changed meanwhile.
@@ -90,7 +90,7 @@ def _read(cached: Path, key: str) -> Index | None:
 
 
 def _write(cached: Path, key: str, index: Index) -> None:
-    """Writes an index. Without a cache a command is only slower, so failures are of no importance."""
+    """Write an index. Failures are ignored: without a cache a command is only slower."""
     with (
         contextlib.suppress(OSError, UserError),
         atomic_path(cached) as temporary,

@@ -1,4 +1,4 @@
-"""Says what is in a dataset, what is missing, and what its folds will look like, before hours are spent on it."""
+"""Check a dataset before training: tables, images, masks and folds."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,41 +28,41 @@ from isic.runtime.machine import num_cores
 
 DECODE_BATCH = 1_024
 DECODE_SPEC = PreprocessSpec(size=32)
-"""Only whether an image decodes matters here, so the pixels may be few."""
+"""Small, because only whether an image decodes matters here."""
 
 SHOWN = 5
-"""How many ids or values a list shows before it says how many more there are."""
+"""Number of values that a list shows before it only counts the rest."""
 
 COLUMNS: dict[Split, tuple[str, ...]] = {
     "train": schema.TRAIN_ORDER,
     "test": tuple(name for name in schema.TRAIN_ORDER if name not in schema.TRAIN_ONLY),
 }
 FEATURES = (schema.PATIENT, *schema.NUMERIC, *schema.CATEGORICAL)
-"""The columns whose blanks matter."""
+"""The columns whose blanks are counted."""
 
 Facts = dict[str, str]
 Problems = list[str]
 
 
 class CheckSettings(Settings):
-    """What to look at."""
+    """Settings of `python -m isic check`."""
 
     data: Path = Field(description="folder in the layout of the challenge")
     sample: int | None = Field(
         None, ge=1, description="decode this many images of each split instead of all"
     )
     num_folds: int = Field(
-        5, ge=2, le=100, description="folds to draw, or that the dataset's own plan should have"
+        5, ge=2, le=100, description="number of folds, also of a fold plan in the dataset"
     )
-    seed: int = Field(42, ge=0, description="of the folds and of the sample")
-    num_threads: int = Field(num_cores(), ge=1, description="threads that decode")
+    seed: int = Field(42, ge=0, description="seed of the folds and of the sample")
+    num_threads: int = Field(num_cores(), ge=1, description="decoding threads")
 
 
 def check(settings: CheckSettings) -> None:
-    """Prints what a dataset holds, what it lacks, which images do not decode, and its folds.
+    """Print a dataset's content, its problems, the images that do not decode, and its folds.
 
     Raises:
-        UserError: a table cannot be read, or there is something to mend; all of it in one sentence.
+        UserError: a table cannot be read, or there are problems; one sentence lists them all.
     """
     dataset = Dataset(settings.data)
     print(f"dataset {settings.data}")
@@ -127,10 +127,10 @@ def _table_facts(split: Split, table: pl.DataFrame) -> Facts:
     if extra:
         facts["other columns"] = _listed(extra)
     if schema.TARGET in table.columns:
-        facts["positives"] = _share(int(table[schema.TARGET].sum()), len(table))
+        facts["positives"] = _fraction(int(table[schema.TARGET].sum()), len(table))
     facts["patients"] = _patient_fact(table)
     blanks = {name: table[name].null_count() for name in FEATURES if name in table.columns}
-    blank = [f"{name} {_share(count, len(table))}" for name, count in blanks.items() if count]
+    blank = [f"{name} {_fraction(count, len(table))}" for name, count in blanks.items() if count]
     return facts | {"blanks": ", ".join(blank) or "none"}
 
 
@@ -146,7 +146,7 @@ def _patient_fact(table: pl.DataFrame) -> str:
 
 
 def _similar_names(root: Path, split: Split) -> str:
-    """Returns the entries of a dataset whose names are nearly those of its images."""
+    """Return the entries of a dataset whose names are nearly those of its images."""
     names = [path.name for path in root.iterdir() if path.name.lower().startswith(f"{split}-image")]
     if not names:
         return ""
@@ -173,7 +173,7 @@ def _image_facts(
 
 
 def _other_facts(root: Path, split: Split, images: ImageStore, problems: Problems) -> Facts:
-    """Returns the content of a split's images that is not read."""
+    """Return facts on files of a split that are not read as images."""
     facts: Facts = {}
     if images.rejected:
         facts["not images"] = _rejected(images)
@@ -192,20 +192,20 @@ def _other_facts(root: Path, split: Split, images: ImageStore, problems: Problem
     difference = _difference(images, unread)
     if difference:
         problems.append(
-            f"{images.source.name} and {folder.name}/ differ ({difference}) and the former is read; "
-            "move the other one out of this folder"
+            f"{images.source.name} and {folder.name}/ differ ({difference}) and only "
+            f"{images.source.name} is read; move the other one out of this folder"
         )
     facts[f"{folder.name}/"] = f"not read; {difference or 'the same ids and file sizes'}"
     return facts
 
 
 def _difference(images: ImageStore, others: ImageStore) -> str:
-    """Compares two stores by ids and file sizes. Returns an empty string if they are equal."""
+    """Compare two stores by ids and file sizes. Returns an empty string if they are equal."""
     ids, other_ids = images.ids, others.ids
     shared, rows, other_rows = np.intersect1d(ids, other_ids, True, return_indices=True)
     counts = {
-        "in the former only": len(ids) - len(shared),
-        "in the latter only": len(other_ids) - len(shared),
+        f"only in {images.source.name}": len(ids) - len(shared),
+        f"only in {others.source.name}/": len(other_ids) - len(shared),
         "of another size": int((images.sizes()[rows] != others.sizes()[other_rows]).sum()),
     }
     return ", ".join(f"{count:,} images {text}" for text, count in counts.items() if count)
@@ -222,7 +222,7 @@ def _decode_facts(
     settings: CheckSettings,
     problems: Problems,
 ) -> Facts:
-    """Decodes every image that has a row, or a sample of them."""
+    """Decode every image that has a row, or a sample of them."""
     ids = _sample(table, images, settings)
     failed = _undecodable(images, ids, settings.num_threads)
     if failed:
@@ -235,7 +235,7 @@ def _decode_facts(
 
 
 def _sample(table: pl.DataFrame, images: ImageStore, settings: CheckSettings) -> list[str]:
-    """Returns the ids of a table that have an image, or as many of them as are to be decoded."""
+    """Return the ids of a table that have an image, or a sample of them if one is asked for."""
     ids = table[schema.ID].to_numpy().astype(np.str_)
     ids = ids[images.locate(ids) >= 0]  # type: ignore[arg-type]
     if settings.sample is not None and settings.sample < len(ids):
@@ -244,7 +244,7 @@ def _sample(table: pl.DataFrame, images: ImageStore, settings: CheckSettings) ->
 
 
 def _undecodable(images: ImageStore, ids: Sequence[str], num_threads: int) -> dict[str, str]:
-    """Returns the reason by id for each image that does not decode."""
+    """Return the reason by id for each image that does not decode."""
     out = np.empty((DECODE_BATCH, DECODE_SPEC.size, DECODE_SPEC.size, 3), dtype=np.uint8)
     failed: dict[str, str] = {}
     with decode_pool(num_threads) as pool:
@@ -271,11 +271,11 @@ def _mask_facts(
     settings: CheckSettings,
     problems: Problems,
 ) -> Facts:
-    """Counts the rows with a mask, and compares the masks of the decoded images with these."""
+    """Count the rows with a mask, and compare the masks of the decoded images with these."""
     if masks is None:
         return {"masks": "none"}
     num_with = int((masks.locate(table[schema.ID].to_list()) >= 0).sum())
-    facts = {"masks": _share(num_with, len(table))}
+    facts = {"masks": _fraction(num_with, len(table))}
     ids = _sample(table, images, settings)
     wrong, other_sizes = _compare_masks(
         masks, images, [ids[row] for row in np.flatnonzero(masks.locate(ids) >= 0)], settings
@@ -296,7 +296,7 @@ def _mask_facts(
 def _compare_masks(
     masks: ImageStore, images: ImageStore, ids: Sequence[str], settings: CheckSettings
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns the reason by id for masks that cannot be used, and both sizes for those that are not their image's."""
+    """Return the reason by id for unusable masks, and both sizes for masks of another size."""
     other_sizes: dict[str, str] = {}
 
     def look(row: int) -> None:
@@ -314,7 +314,7 @@ def _compare_masks(
 def _print_masks(
     masks: ImageStore, train: pl.DataFrame, test: pl.DataFrame | None, problems: Problems
 ) -> None:
-    """Prints the masks that belong to no row."""
+    """Print the masks that belong to no row."""
     known = [
         table[schema.ID].to_numpy().astype(np.str_) for table in (train, test) if table is not None
     ]
@@ -345,7 +345,7 @@ def _submission_facts(dataset: Dataset, test: pl.DataFrame, problems: Problems) 
 
 
 def _unseen_facts(train: pl.DataFrame, test: pl.DataFrame) -> Facts:
-    """The values of each categorical column that training never sees."""
+    """Return the values of each categorical column that are in the test table only."""
     shared = [name for name in schema.CATEGORICAL if name in train.columns and name in test.columns]
     unseen = {
         name: sorted(set(test[name].drop_nulls()) - set(train[name].drop_nulls()))
@@ -357,7 +357,7 @@ def _unseen_facts(train: pl.DataFrame, test: pl.DataFrame) -> Facts:
 def _print_folds(
     dataset: Dataset, train: pl.DataFrame, settings: CheckSettings, problems: Problems
 ) -> None:
-    """Prints the folds that runs will use: those of the plan that lies with the dataset, else those drawn."""
+    """Print the folds that runs will use, from the dataset's plan or newly drawn."""
     pinned = os.path.lexists(dataset.folds_path)
     title = dataset.folds_path.name if pinned else f"seed {settings.seed}"
     try:
@@ -387,9 +387,12 @@ def _print_folds(
 def _fold_problems(
     folds: Folds, fold: pl.Series, train: pl.DataFrame, num_folds: int
 ) -> Iterator[str]:
-    """Yields why training would refuse a fold plan; `fold` [N] is the fold of each row."""
+    """Yield the reasons that training would refuse a fold plan; `fold` [N] is each row's fold."""
     if folds.num_folds != num_folds:
-        yield f"{folds} has {folds.num_folds} folds, not {num_folds}; use --num_folds {folds.num_folds}"
+        yield (
+            f"{folds} has {folds.num_folds} folds, not {num_folds}; "
+            f"use --num_folds {folds.num_folds}"
+        )
     try:
         folds.of(train)
     except UserError as error:
@@ -397,7 +400,10 @@ def _fold_problems(
     targets = train.select(fold, schema.TARGET).group_by("fold").agg(pl.col(schema.TARGET).unique())
     for number in range(folds.num_folds):
         if len(targets.filter(fold=number)[schema.TARGET].explode().drop_nulls()) < 2:
-            yield f"fold {number} does not hold rows of both classes, so it can be neither trained nor scored"
+            yield (
+                f"fold {number} does not have rows of both classes, "
+                "so it can be neither trained nor scored"
+            )
 
 
 def _print_facts(title: str, facts: Mapping[str, str]) -> None:
@@ -407,12 +413,12 @@ def _print_facts(title: str, facts: Mapping[str, str]) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
-def _share(count: int, total: int) -> str:
+def _fraction(count: int, total: int) -> str:
     return f"{count:,} ({100 * count / total:.2f} %)"
 
 
 def _listed(values: Iterable[object]) -> str:
-    """Counts and shows the first few of a list."""
+    """Count and show the first few of a list."""
     shown = list(map(str, values))
     if not shown:
         return "none"

@@ -27,7 +27,7 @@ class Dataset:
     root: Path
 
     def metadata_path(self, split: Split) -> Path:
-        """Returns the path of a split's table: Parquet if there are both, with a warning.
+        """Return the path of a split's table: Parquet if there are both, with a warning.
 
         Raises:
             UserError: the folder does not exist.
@@ -41,16 +41,16 @@ class Dataset:
         if not parquet.exists():
             return csv
         if csv.exists():
-            warn_once(f"{self.root} has {parquet.name} and {csv.name}; the former is read")
+            warn_once(f"{self.root} has {parquet.name} and {csv.name}; {parquet.name} is read")
         return parquet
 
     def metadata(self, split: Split, need: Iterable[str] = ()) -> pl.DataFrame:
-        """Reads a split's table, which must have `need`, and in training a target."""
+        """Read a split's table; the columns `need`, and in training the target, are required."""
         needed = (schema.TARGET, *need) if split == "train" else tuple(need)
         return read_metadata(self.metadata_path(split), needed)
 
     def images(self, split: Split) -> ImageStore:
-        """Opens the images of a split. Raises UserError if there are none."""
+        """Open the images of a split. Raises UserError if there are none."""
         images = self.find_images(split)
         if images is None:
             raise UserError(
@@ -59,7 +59,7 @@ class Dataset:
         return images
 
     def find_images(self, split: Split) -> ImageStore | None:
-        """Opens the images of a split; None if there are none."""
+        """Open the images of a split; None if there are none."""
         return open_images(self.root, split)
 
     @property
@@ -68,7 +68,7 @@ class Dataset:
 
     @property
     def folds_path(self) -> Path:
-        """Path of an optional fold plan that comes with the data."""
+        """The path of a fold plan that comes with the data; it need not exist."""
         return self.root / folds.FILE
 
     @property
@@ -77,7 +77,10 @@ class Dataset:
 
 
 def refuse_dataset(folder: Path, flag: str) -> None:
-    """Raise a UserError if a folder to be written into holds a dataset: a fold plan there would count for every run."""
+    """Raise a UserError if an output folder holds a dataset.
+
+    A fold plan written there would apply to every later run on that dataset.
+    """
     for split in SPLITS:
         for ending in ("csv", "parquet"):
             if os.path.lexists(folder / f"{split}-metadata.{ending}"):

@@ -20,7 +20,7 @@ FILE = "folds.parquet"
 
 
 def fold_dirs(run: Path) -> dict[int, Path]:
-    """Return the folders `fold_<k>` of a run by their number; copies such as `fold_0_old` are none of them."""
+    """Return the folders `fold_<k>` of a run by number, without copies such as `fold_0_old`."""
     found = (path for path in run.glob("fold_*") if path.is_dir())
     numbers = {path.name.removeprefix("fold_"): path for path in found}
     folders = {int(text): path for text, path in numbers.items() if re.fullmatch("[0-9]+", text)}
@@ -48,7 +48,7 @@ class Folds:
         return digest(*self.table["isic_id"], *self.table["fold"])
 
     def of(self, metadata: pl.DataFrame) -> pl.Series:
-        """Returns the fold of each row of `metadata`, Int8 in the table's order.
+        """Return the fold of each row of `metadata`, Int8 in the table's order.
 
         Raises:
             UserError: a row is not in the plan, or a patient is in two folds.
@@ -71,7 +71,7 @@ class Folds:
         return fold
 
     def find(self, metadata: pl.DataFrame) -> pl.Series:
-        """Return the fold of each row of `metadata`, Int8 in the table's order, null for a row that the plan lacks."""
+        """Return the fold of each row of `metadata`, Int8 in its order, null if not in the plan."""
         rows = metadata.select(schema.ID)
         return rows.join(self.table, on=schema.ID, how="left", maintain_order="left")["fold"]
 
@@ -80,12 +80,12 @@ class Folds:
 
 
 def read_folds(path: Path) -> Folds:
-    """Read a fold plan. Raises UserError if it is missing, not a plan, or changed since it was written."""
+    """Read a fold plan. Raises UserError if it is missing, not a plan, or was edited."""
     table = _read(path, {schema.ID: pl.String(), "fold": pl.Int8()}, "fold plan")
     folds = Folds(table, str(path))
     written = parquet_metadata(path).get("digest")
     if written not in (None, folds.digest):
-        raise UserError(f"{path} was changed after it was written; get the plan as it was")
+        raise UserError(f"{path} was changed after it was written; restore the original plan")
     present = table["fold"].unique().sort().to_list()
     if (
         not present
@@ -93,8 +93,8 @@ def read_folds(path: Path) -> Folds:
         or table[schema.ID].is_duplicated().any()
     ):
         raise UserError(
-            f"{path} is not a fold plan: every row needs an isic_id of its own, and the folds are 0, 1, 2 and so on; "
-            "correct it"
+            f"{path} is not a fold plan: isic_ids must be unique and folds numbered 0, 1, 2 and so "
+            "on; correct it"
         )
     return folds
 
@@ -117,7 +117,7 @@ def _read(path: Path, columns: dict[str, pl.DataType], what: str) -> pl.DataFram
 
 
 def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
-    """Makes a fold plan: stratified by target and grouped by patient.
+    """Make a fold plan: stratified by target and grouped by patient.
 
     Args:
         metadata: `isic_id`, `target` and, if known, `patient_id`; a row without is its own patient.
@@ -150,7 +150,7 @@ def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
 
 
 def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path, pinned: Path) -> Folds:
-    """Returns a run's fold plan: its own if it has one, else the dataset's, else a new one.
+    """Return a run's fold plan: the run's if there is one, else the dataset's, else a new one.
 
     Args:
         metadata: the whole training table; the plan is checked against it.

@@ -1,4 +1,4 @@
-"""HDF5 files of images: the byte range of each image, and the reason that a file or an entry is unusable."""
+"""HDF5 files of images: the byte range of each image, and why a file or entry is unusable."""
 
 import os
 import re
@@ -20,11 +20,11 @@ MAX_NAME = 255
 """Bytes of an id. No file system allows longer names, and all ids are padded to the longest."""
 METADATA_CACHE = 1024 * 1024
 INDEX_SLICE = 32768
-"""Rows held as Python objects at once; holding all 401,059 of a full-size file fragments the heap."""
+"""Rows held as Python objects at once; holding all 401,059 would fragment the heap."""
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 FIRST_USER_BLOCK = 512
-"""The signature is at byte 0 or, behind a user block, at 512, 1024, 2048 and so on."""
+"""The signature is at byte 0 or, after a user block, at 512, 1024, 2048 and so on."""
 
 OTHER_FORMATS = (
     (b"version https://git-lfs", "is a Git LFS pointer; fetch the file with `git lfs pull`"),
@@ -34,7 +34,7 @@ OTHER_FORMATS = (
     (b"Rar!", "is a RAR archive; unpack it"),
     (b"<", "is a web page or XML; a download that needs a login saves such a page, sign in first"),
 )
-"""First bytes of files that are found under the name of an HDF5 file, and a description of each."""
+"""First bytes of other formats that are found in place of an HDF5 file, with a description."""
 
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError)
 """Raised by h5py for a file, its tree, a link, a storage layout or a type that it cannot read."""
@@ -63,10 +63,10 @@ Row = tuple[bytes, int, int]
 
 
 def build_index(path: Path) -> Index:
-    """Reads the byte range of every image in an HDF5 file.
+    """Read the byte range of every image in an HDF5 file.
 
-    An image is a dataset at the top level that holds the bytes of a JPEG or PNG file. Groups, links to nothing and
-    arrays of pixels (whose colour order the file does not define) are listed as rejected.
+    An image is a dataset at the top level that holds the bytes of a JPEG or PNG file. Groups, dead
+    links and arrays of pixels (whose colour order is undefined) are listed as rejected.
 
     Raises:
         UserError: the file is truncated, damaged or locked, or holds no images.
@@ -83,7 +83,7 @@ def build_index(path: Path) -> Index:
 
 
 def open_file(path: Path) -> int:
-    """Opens an HDF5 file for reading by offset. Returns the descriptor.
+    """Open an HDF5 file for reading by offset. Returns the descriptor.
 
     Raises:
         UserError: the file cannot be opened or is not HDF5; with a description of the file.
@@ -103,7 +103,7 @@ def open_file(path: Path) -> int:
 
 
 def _describe(start: bytes) -> str:
-    """Returns a description of a file that is not HDF5 by its first bytes."""
+    """Return a description of a file that is not HDF5 by its first bytes."""
     if not start:
         return "not a whole HDF5 file (0 bytes); copy or download it again"
     for first_bytes, description in OTHER_FORMATS:
@@ -121,7 +121,7 @@ def _possible_signatures(file: int) -> Iterator[bytes]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    """Returns the cause of an error of h5py, or of the operating system, as one sentence."""
+    """Return the cause of an error of h5py, or of the operating system, as one sentence."""
     text = str(error.args[-1] if error.args else error)
     if "lock file" in text:
         return _locked(path, text)
@@ -130,15 +130,16 @@ def _unreadable(path: Path, error: Exception) -> UserError:
         return UserError(f"{path} is not a whole HDF5 file ({sizes}); copy or download it again")
     if "already open for write" in text:
         return UserError(
-            f"{path} is marked as open for writing; close it in the other program, or, if a program ended without "
-            f"closing it, clear the mark with `h5clear -s {path}`"
+            f"{path} is marked as open for writing; close it in the other program or, if that has "
+            f"crashed, clear the mark with `h5clear -s {path}`"
         )
     if isinstance(error, FileNotFoundError) and path.is_symlink():
         return UserError(f"{path} is a link to {path.readlink()}, which does not exist")
     if isinstance(error, OSError) and error.errno:
         return UserError(f"{path} cannot be read: {os.strerror(error.errno)}")
     return UserError(
-        f"{path} cannot be read as HDF5 ({brief(error)}); compare its size or checksum with the original's"
+        f"{path} cannot be read as HDF5 ({brief(error)}); "
+        "compare its size or checksum with the original's"
     )
 
 
@@ -151,18 +152,19 @@ def _locked(path: Path, text: str) -> UserError:
         )
     reason = os.strerror(int(number[1])) if number else "no reason given"
     return UserError(
-        f"{path} cannot be locked ({reason}); if its file system has no locks, set HDF5_USE_FILE_LOCKING=FALSE"
+        f"{path} cannot be locked ({reason}); "
+        "if its file system has no locks, set HDF5_USE_FILE_LOCKING=FALSE"
     )
 
 
 def brief(error: Exception) -> str:
-    """Returns the reason at the end of an error text of h5py, which it puts in parentheses."""
+    """Return the reason in an error of h5py, which ends in it in parentheses."""
     text = str(error.args[-1] if error.args else error)
     return text.split("(", 1)[-1].removesuffix(")").split("\n")[0]
 
 
 def _first_rejected(index: Index) -> str:
-    """Returns the end of the sentence that a file holds no images."""
+    """Return the end of the sentence that a file holds no images."""
     if not len(index.rejected):
         return ""
     first = f"{index.rejected[0]} ({index.reasons[0]})"
@@ -170,7 +172,7 @@ def _first_rejected(index: Index) -> str:
 
 
 def _access() -> h5py.h5p.PropFAID:
-    """Returns access properties with a small metadata cache: each header is read only once."""
+    """Return access properties with a small metadata cache: each header is read only once."""
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     cache = access.get_mdc_config()
     cache.set_initial_size = True
@@ -200,9 +202,9 @@ def _read_index(file: h5py.h5f.FileID, path: Path) -> Index:
 def _visit(
     file: h5py.h5f.FileID,
 ) -> tuple[NDArray[np.bytes_], NDArray[np.int64], NDArray[np.int64], dict[str, str]]:
-    """Returns ids, offsets and sizes of the datasets, and the reason by name for every other entry.
+    """Return ids, offsets and sizes of the datasets, and the reason by name for every other entry.
 
-    Datasets are opened during the walk: opened one by one afterwards, each would load the table of all names again.
+    Datasets are opened during the walk: afterwards, each would load the table of all names again.
     """
     rows: list[Row] = []
     slices: list[list[NDArray[Any]]] = []
@@ -212,7 +214,7 @@ def _visit(
         try:
             dataset = h5py.h5d.open(file, name)
             offset = dataset.get_offset()  # None unless contiguous, in this file, and allocated
-            if offset is None or link.type != h5py.h5l.TYPE_HARD:  # it may lie in another file
+            if offset is None or link.type != h5py.h5l.TYPE_HARD:  # it may be in another file
                 offset = NO_OFFSET
             if len(name) > MAX_NAME:
                 rejected[as_text(name[:MAX_NAME])] = f"a name of more than {MAX_NAME} bytes"
@@ -231,10 +233,11 @@ def _visit(
 
 
 def _iterate(file: h5py.h5f.FileID, visit: Any) -> None:
-    """Calls `visit` with each link's name and description.
+    """Call `visit` with each link's name and description.
 
-    An exception that leaves HDF5's iteration becomes a SystemError (as in https://github.com/h5py/h5py/issues/1740),
-    so that of a signal is carried past it.
+    h5py turns an exception inside the iteration into a SystemError
+    (https://github.com/h5py/h5py/issues/1740), so an exception, such as a signal's, is kept and
+    raised afterwards.
     """
     stopped: list[BaseException] = []
 
@@ -259,7 +262,7 @@ def _columns(rows: Sequence[Row]) -> list[NDArray[Any]]:
 
 
 def _without_image_header(file: int, offsets: NDArray[np.int64]) -> list[int]:
-    """Returns the rows whose byte range is not known or does not begin like a JPEG or PNG file."""
+    """Return the rows whose byte range is unknown or does not start like a JPEG or PNG file."""
     starts = (JPEG_START, PNG_START)
     return [
         row
@@ -286,7 +289,7 @@ def _dead_link(file: h5py.h5f.FileID, name: bytes, link_type: int, error: Except
 
 
 def _not_a_file(dataset: h5py.h5d.DatasetID) -> str | None:
-    """Returns the reason that a dataset does not hold the bytes of a file, None if it does."""
+    """Return the reason that a dataset does not hold the bytes of a file, None if it does."""
     kind, shape = dataset.get_type(), dataset.shape
     if kind.get_class() in FILE_OF_BYTES:
         return None
@@ -305,18 +308,18 @@ def _has_variable_length(kind: h5py.h5t.TypeID) -> bool:
 
 
 def as_text(name: bytes) -> str:
-    """Returns a name for display; bytes that are not UTF-8 become escapes, which equal no id of a table."""
+    """Return a name as text; bytes that are not UTF-8 become escapes, which match no id."""
     return name.decode("utf-8", "backslashreplace")
 
 
 def read_dataset(path: Path, name: bytes) -> bytes:
-    """Reads the bytes of one image through HDF5. Raises one of H5PY_ERRORS."""
+    """Read the bytes of one image through HDF5. Raises one of H5PY_ERRORS."""
     with h5py.File(path, "r") as file:
         return _file_bytes(file[name][()])
 
 
 def _file_bytes(value: Any) -> bytes:
-    """Returns the bytes in a value of h5py: fixed-length or variable-length, scalar or not, or empty."""
+    """Return the bytes in a value of h5py: fixed or variable length, scalar or array, or empty."""
     if isinstance(value, h5py.Empty):
         return b""
     if isinstance(value, np.ndarray) and value.dtype.kind == "O":

@@ -1,4 +1,4 @@
-"""Image stores: the bytes of image files by id, from an HDF5 file or a folder, decoded by threads."""
+"""Image stores: read images by id from an HDF5 file or a folder, and decode them in threads."""
 
 import contextlib
 import hashlib
@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -21,14 +22,14 @@ from isic.runtime.errors import UserError
 
 NO_IMAGE = "no image for this id"
 SUFFIXES = (".jpg", ".jpeg", ".png")
-"""Of image files in a folder, in any case; an image is decoded by its content."""
+"""Extensions of image files in a folder, in any case; the content decides how one is decoded."""
 IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"})
-"""Names that operating systems put into folders; hidden files, of which macOS writes `._<name>`, are ignored too."""
+"""Names that operating systems put into folders. Hidden files are ignored too."""
 
 CHUNK = 32
-"""Largest number of images that a thread takes at once: few enough to share out, enough to read together."""
+"""Images per task: few enough to balance threads, enough to read neighbours together."""
 LOOK_ROWS = 256
-"""Rows that a thread checks at a time."""
+"""Rows per task when images are only checked."""
 MAX_GAP = 16 * 1024
 """Largest gap, in bytes, that is read through rather than skipped with a second pread."""
 MAX_AHEAD = 8 * 1024 * 1024
@@ -41,7 +42,7 @@ class ImageStore(ABC):
     def __init__(
         self, source: Path, names: NDArray[np.bytes_], rejected: Mapping[str, str]
     ) -> None:
-        """Keeps the ids as UTF-8, which takes a quarter of the memory of numpy's strings.
+        """Store the ids as UTF-8, in a quarter of the memory of numpy's strings.
 
         Args:
             source: the file or folder.
@@ -61,7 +62,7 @@ class ImageStore(ABC):
         return np.char.decode(self._names, "utf-8", "backslashreplace")
 
     def locate(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Returns the position of each id in `self.ids`, -1 for an id without an image."""
+        """Return the position of each id in `self.ids`, -1 for an id without an image."""
         if not len(self):
             return np.full(len(ids), -1)
         wanted = np.array([self._comparable(name) for name in ids], dtype=self._names.dtype)
@@ -69,36 +70,36 @@ class ImageStore(ABC):
         return np.where(self._names[position] == wanted, position, -1)
 
     def _comparable(self, name: str) -> bytes:
-        """Returns an id in UTF-8, empty if it is none of ours because numpy would cut its end or a final NUL."""
+        """Return an id in UTF-8, empty if numpy would cut it, since it then cannot match."""
         encoded = name.encode("utf-8", "surrogatepass")
         fits = len(encoded) <= self._names.dtype.itemsize and not encoded.endswith(b"\0")
         return encoded if fits else b""
 
     def missing(self, ids: Sequence[str]) -> list[str]:
-        """Returns those of `ids` that have no image here."""
+        """Return the ids without an image in this store."""
         return [name for name, position in zip(ids, self.locate(ids), strict=True) if position < 0]
 
     def reason(self, name: str) -> str:
-        """Returns the reason that an id has no image."""
+        """Return the reason that an id has no image."""
         return self.rejected.get(name, NO_IMAGE)
 
     def read(self, ids: Sequence[str]) -> list[bytes]:
-        """Returns the bytes of each image file.
+        """Return the bytes of each image file.
 
         Raises:
             UserError: an id has no image, or its image cannot be read.
         """
         files, failed = self.read_each(ids)
         if failed:
-            row, reason = next(iter(failed.items()))
+            row, reason = min(failed.items())
             raise UserError(
-                f"{self.source}: {len(failed)} of {len(ids)} images cannot be read, the first is {ids[row]} "
-                f"({reason}); run `python -m isic check` for the whole list"
+                f"{self.source}: {len(failed)} of {len(ids)} images cannot be read, "
+                f"the first is {ids[row]} ({reason}); run `python -m isic check` for the whole list"
             )
         return files
 
     def read_each(self, ids: Sequence[str]) -> tuple[list[bytes], dict[int, str]]:
-        """Returns the bytes of each image file, empty for those in the second: the reason by row of a failure."""
+        """Return the bytes of each image file, empty on failure, and the reason per failed row."""
         files, failed = [], {}
         for row, position in enumerate(self.locate(ids).tolist()):
             try:
@@ -110,20 +111,31 @@ class ImageStore(ABC):
         return files, failed
 
     def refuse_changes(self) -> None:
-        """Raises UserError if a change of the source since it was opened may have led to wrong bytes."""
-        return  # a folder's files are found by name
+        """Raise UserError if the source was changed since it was opened and bytes may be wrong."""
+        return  # files in a folder are opened by name for each read
 
     @abstractmethod
     def read_at(self, position: int) -> bytes:
-        """Returns the bytes of the image at a position of `self.ids`. Raises ImageError."""
+        """Return the bytes of the image at a position of `self.ids`. Raises ImageError."""
 
     @abstractmethod
     def sizes(self) -> NDArray[np.int64]:
-        """Returns [N] the size of each image in bytes, in the order of `self.ids`."""
+        """Return [N] the size of each image in bytes, in the order of `self.ids`."""
 
     def sizes_digest(self) -> str:
-        """Returns a digest of all file sizes: it detects replaced images without reading them."""
+        """Return a digest of all file sizes: it detects replaced images without reading them."""
         return hashlib.sha256(self.sizes().astype("<i8").tobytes()).hexdigest()[:16]
+
+    def load(self, ids: Sequence[str], spec: PreprocessSpec) -> tuple[Pixels, dict[int, str]]:
+        """Returns the images of N ids, decoded by one thread: uint8 [N, size, size, 3].
+
+        The second value is the reason by row for every image that is absent or does not decode; its
+        pixels are zero.
+        """
+        pixels = np.empty((len(ids), spec.size, spec.size, 3), dtype=np.uint8)
+        with decode_pool(1) as pool:
+            failed = self.decode(ids, spec, pixels, pool)
+        return pixels, failed
 
     def decode(
         self,
@@ -132,16 +144,16 @@ class ImageStore(ABC):
         out: Pixels,
         pool: ThreadPoolExecutor | None = None,
     ) -> dict[int, str]:
-        """Decodes and resizes the images of `ids` into `out`, with the threads of `pool` where one is given.
+        """Decode and resize the images of `ids` into `out`.
 
         Args:
             ids: N ids.
             spec: size and interpolation.
-            out: uint8 [N, size, size, 3], contiguous; the row of an image that fails is set to zero.
-            pool: its size is the number of threads.
+            out: contiguous uint8 [N, size, size, 3]; the row of an image that fails is zeroed.
+            pool: decodes in its threads instead of in this one.
 
         Returns:
-            The reason by row for every image that is absent or does not decode.
+            The reason per row for every image that is absent or does not decode.
         """
         if pool is None:
             return self._decode_rows(ids, self.locate(ids), spec, out, range(len(ids)))
@@ -150,14 +162,14 @@ class ImageStore(ABC):
     def submit(
         self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels, pool: ThreadPoolExecutor
     ) -> "list[Decoding]":
-        """Starts to decode into `out` as `decode` does, and returns at once; `gather` waits for what it returns."""
+        """Start `decode` in threads and return its tasks, for which `gather` waits."""
         positions = self.locate(ids)
         size = max(1, min(CHUNK, ceil_div(len(ids), pool._max_workers)))
         chunks = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
         return [pool.submit(self._decode_rows, ids, positions, spec, out, rows) for rows in chunks]
 
     def read_ahead(self, positions: Sequence[int]) -> dict[int, bytes]:
-        """Reads those images of some positions that are cheaper to read together. The rest is for `read_at`."""
+        """Read images that are cheaper to read together; `read_at` reads the others."""
         return {}
 
     def _decode_rows(
@@ -174,9 +186,9 @@ class ImageStore(ABC):
         for row, position in zip(rows, wanted, strict=True):
             try:
                 data = files.get(position)
-                decode_into(
-                    self._read_image(position, ids[row]) if data is None else data, spec, out[row]
-                )
+                if data is None:
+                    data = self._read_image(position, ids[row])
+                decode_into(data, spec, out[row])
             except ImageError as error:
                 failed[row] = str(error)
                 out[row] = 0
@@ -193,7 +205,7 @@ Decoding = Future[dict[int, str]]
 
 
 def gather(decodings: Sequence[Decoding]) -> dict[int, str]:
-    """Waits for what `submit` started. Returns the reason by row for every image that failed, rows ascending."""
+    """Wait for the tasks of `submit`. Returns the reason per failed row, rows ascending."""
     failed: dict[int, str] = {}
     for decoding in decodings:
         failed.update(decoding.result())
@@ -201,9 +213,9 @@ def gather(decodings: Sequence[Decoding]) -> dict[int, str]:
 
 
 def decode_pool(num_threads: int) -> ThreadPoolExecutor:
-    """Returns threads for decoding. OpenCV's own threads are turned off: they would compete for the same cores.
+    """Return threads for decoding, with OpenCV's own threads and messages turned off.
 
-    So are its messages on standard error: the reason that an image fails is in its ImageError.
+    Those threads would compete for the same cores. An image's ImageError has the reason it fails.
     """
     cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -213,7 +225,7 @@ def decode_pool(num_threads: int) -> ThreadPoolExecutor:
 def failures(
     look: Callable[[int], object], rows: Sequence[int], num_threads: int
 ) -> dict[int, str]:
-    """Calls `look` for each row from threads. Returns the reason by row for every ImageError that it raises."""
+    """Call `look` per row in threads. Returns the reason for each row that raises ImageError."""
 
     def reasons(chunk: Sequence[int]) -> dict[int, str]:
         found = {}
@@ -234,7 +246,7 @@ class FolderImages(ImageStore):
     """A folder of `<isic_id>.jpg`, `.jpeg` or `.png` files, at any depth."""
 
     def __init__(self, folder: Path) -> None:
-        """Lists the folder. Raises UserError if a part of it cannot be read, or an id has two files."""
+        """List the folder. Raises UserError if it cannot be read or an id has two files."""
         found: list[tuple[bytes, str]] = []
         rejected: dict[str, str] = {}
         self.other_files: Counter[str] = Counter()
@@ -259,8 +271,9 @@ class FolderImages(ImageStore):
         if len(second):
             first = second[0]
             raise UserError(
-                f"{self.source}: {len(second)} images have the id of another, the first are {self._paths[first - 1]} "
-                f"and {self._paths[first]}; keep one image per id in this folder and move the others elsewhere"
+                f"{self.source}: {len(second)} images have the id of another one, the first are "
+                f"{self._paths[first - 1]} and {self._paths[first]}; keep one image per id in this "
+                "folder and move the others elsewhere"
             )
 
     def _content(self) -> str:
@@ -281,7 +294,7 @@ class FolderImages(ImageStore):
 
 
 def _size(path: str) -> int:
-    """Returns the size of a file in bytes, -1 if it has gone."""
+    """Return the size of a file in bytes, -1 if it no longer exists."""
     try:
         return Path(path).stat().st_size
     except OSError:
@@ -289,7 +302,7 @@ def _size(path: str) -> int:
 
 
 def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yields everything but folders below a folder, links followed, each folder once even if links form a loop.
+    """Yield all files below a folder, links included; each folder once even if links form a loop.
 
     Raises:
         UserError: a folder cannot be read.
@@ -316,7 +329,7 @@ def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _identity(folder: str | Path) -> tuple[int, int] | None:
-    """Returns device and inode, the same for every path to a folder, None if it is out of reach."""
+    """Return device and inode, the same for every path to a folder, None if it is out of reach."""
     try:
         found = Path(folder).stat()
     except OSError:
@@ -332,7 +345,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _not_a_file(entry: os.DirEntry[str]) -> str | None:
-    """Returns the reason that an entry is not a regular file, None if it is one."""
+    """Return the reason that an entry is not a regular file, None if it is one."""
     try:
         if entry.is_file():
             return None
@@ -346,12 +359,12 @@ def _not_a_file(entry: os.DirEntry[str]) -> str | None:
 class Hdf5Images(ImageStore):
     """The challenge's HDF5 file: one scalar dataset per id, the bytes of a JPEG or PNG file.
 
-    h5py reads under one lock for the whole library. Bytes that are stored as they are (contiguous storage, no filter,
-    in this file) are read by offset instead, which needs no lock.
+    h5py holds one lock for the whole library while it reads. Bytes that are stored unchanged
+    (contiguous, no filter, in this file) are therefore read by offset.
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens a file and reads its index. Raises UserError with the reason if that is not possible."""
+        """Open a file and read its index. Raises UserError with the reason of a failure."""
         self._file = open_file(path)
         self._state = cache.state(self._file)
         index = cache.load_index(path, self._file)
@@ -382,60 +395,65 @@ class Hdf5Images(ImageStore):
         return self._sizes
 
     def read_ahead(self, positions: Sequence[int]) -> dict[int, bytes]:
-        """Reads neighbours in the file with one call."""
+        """Read images that are neighbours in the file with one system call per group."""
         files: dict[int, bytes] = {}
-        offsets, sizes = self._offsets[positions].tolist(), self._sizes[positions].tolist()
+        offsets = self._offsets[positions].tolist()
+        sizes = self._sizes[positions].tolist()
         places = [
-            place
-            for place in zip(offsets, sizes, positions, strict=True)
-            if place[0] >= 0 <= place[2]
+            Place(offset, size, position)
+            for offset, size, position in zip(offsets, sizes, positions, strict=True)
+            if offset != NO_OFFSET and position >= 0
         ]
-        if sum(size for _, size, _ in places) > MAX_AHEAD:
+        if sum(place.size for place in places) > MAX_AHEAD:
             return files
-        for span in _neighbours(sorted(places)):
-            start, (last, size, _) = span[0][0], span[-1]
-            with contextlib.suppress(OSError):  # read_at fails then, with the reason of each image
-                data = os.pread(self._file, last + size - start, start)
-                files |= {
-                    position: data[at - start : at - start + size] for at, size, position in span
-                }
+        for group in _neighbours(sorted(places)):
+            start = group[0].offset
+            num_bytes = group[-1].offset + group[-1].size - start
+            with contextlib.suppress(OSError):  # read_at will fail with the reason for each image
+                data = os.pread(self._file, num_bytes, start)
+                for offset, size, position in group:
+                    files[position] = data[offset - start : offset - start + size]
         return files
 
 
-Place = tuple[int, int, int]
-"""Offset, size and position of an image's bytes."""
+class Place(NamedTuple):
+    """The byte range of an image, and the image's position in `ids`."""
+
+    offset: int
+    size: int
+    position: int
 
 
 def _neighbours(places: Sequence[Place]) -> Iterator[list[Place]]:
-    """Splits places, sorted by offset, wherever more than MAX_GAP lies between two."""
-    span: list[Place] = []
+    """Group places, sorted by offset, so that gaps inside a group are at most MAX_GAP bytes."""
+    group: list[Place] = []
     for place in places:
-        if span and place[0] - (span[-1][0] + span[-1][1]) > MAX_GAP:
-            yield span
-            span = []
-        span.append(place)
-    if span:
-        yield span
+        if group and place.offset - (group[-1].offset + group[-1].size) > MAX_GAP:
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
 
 
 def open_images(root: Path, split: str) -> ImageStore | None:
-    """Opens the images of `train` or `test` in a dataset's folder: the HDF5 file, else the folder of image files.
+    """Open a split's images: the HDF5 file if there is one, else the folder of image files.
 
     Returns:
         None if the dataset has neither for this split.
 
     Raises:
-        UserError: there is something under the name of one of them that cannot be used.
+        UserError: the file or folder exists but cannot be used.
     """
     images = open_hdf5(root / f"{split}-image.hdf5")
     return images if images is not None else open_folder(root / f"{split}-image")
 
 
 def open_hdf5(path: Path) -> Hdf5Images | None:
-    """Opens an HDF5 file of images or masks. Returns None if there is none. Raises UserError."""
+    """Open an HDF5 file of images or masks. Returns None if there is none. Raises UserError."""
     return Hdf5Images(path) if os.path.lexists(path) else None
 
 
 def open_folder(folder: Path) -> FolderImages | None:
-    """Opens a folder of image files. Returns None if there is none. Raises UserError."""
+    """Open a folder of image files. Returns None if there is none. Raises UserError."""
     return FolderImages(folder) if os.path.lexists(folder) else None

@@ -14,29 +14,30 @@ MISSING = (
     *("na", "n/a", "#na", "#n/a", "<na>", "nan", "-nan", "nat", "null", "none"),
     *("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),
 )
-"""Texts that mean "no value" in a column of the schema, in any case: those that pandas writes or reads as such.
+"""Texts that mean "no value", in any case: those that pandas writes or reads as such.
 
-So does a text without a letter or a digit, such as "-" or "?". "Unknown" is a value: the challenge's tables have it.
+A text without a letter or digit, such as "-" or "?", means the same. "Unknown" is a value: the
+challenge's tables contain it.
 """
 NO_PATIENT = ("unknown", "missing", "not available", "anonymous")
-"""Further texts that mean "no value" as a patient: one group of them would hold many patients."""
+"""More such texts in `patient_id`; as a value they would join many patients in one group."""
 LETTER_OR_DIGIT = r"[\p{L}\p{N}]"
 IMAGE_ENDING = r"(?i)\.(jpe?g|png)$"
 
 
 def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:
-    """Read a metadata table from CSV or Parquet, alike.
+    """Read a metadata table; CSV and Parquet give the same result.
 
-    A column of the schema gets the schema's type whatever its first rows hold; its texts lose the spaces around them,
-    and those that mean "no value" (MISSING) become null. An unknown column is kept as it is (text in CSV).
+    Columns of the schema get the schema's types. Their texts are stripped, and texts that mean
+    "no value" (MISSING) become null. Other columns stay as they are (text in CSV).
 
     Args:
         path: a `.csv` or `.parquet` file.
-        need: columns that must be there beside `isic_id`.
+        need: required columns in addition to `isic_id`.
 
     Raises:
-        UserError: no such file, not a whole table, a needed column is missing or misspelt, a value has the wrong type,
-            a target other than 0 or 1, duplicate or blank ids, no rows.
+        UserError: no such file, a damaged table, a required column is missing or misspelt, a value
+            of the wrong type, a target other than 0 or 1, duplicate or blank ids, no rows.
     """
     require_file(path)
     table = read_table(path)
@@ -55,13 +56,13 @@ def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:
 
 
 def read_ids(path: Path) -> pl.Series:
-    """Read the ids of a table and nothing else: the other columns would be most of a run's memory.
+    """Read only the ids of a table, since the other columns would be most of a run's memory.
 
     Returns:
-        [N] String, the very ids that `read_metadata` gives.
+        [N] String, the same ids as in `read_metadata`.
 
     Raises:
-        UserError: no such file, not a whole table, no `isic_id`, no rows, or an id that is blank or stands twice.
+        UserError: no such file, a damaged table, no `isic_id`, no rows, a blank or repeated id.
     """
     require_file(path)
     ids = read_column(path, schema.ID)
@@ -73,7 +74,7 @@ def read_ids(path: Path) -> pl.Series:
 
 
 def require_file(path: Path) -> None:
-    """Raise a UserError if a dataset has no such table; why one cannot be opened is said when it is read."""
+    """Raise a UserError if a dataset's table does not exist; other errors surface on reading."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -88,7 +89,10 @@ def require_file(path: Path) -> None:
 
 
 def _refuse_misspelt(columns: Sequence[str], path: Path) -> None:
-    """Raise a UserError for a column of the schema whose case or punctuation differs: it would count for nothing."""
+    """Raise a UserError for a column that matches the schema but for case or punctuation.
+
+    It would otherwise be ignored without notice.
+    """
     known = {_letters(name): name for name in schema.DTYPES if name not in columns}
     for name in columns:
         if name not in schema.DTYPES and (meant := known.get(_letters(name))):
@@ -100,28 +104,29 @@ def _letters(name: str) -> str:
 
 
 def require(table: pl.DataFrame, columns: Iterable[str], source: Path | str) -> None:
-    """Raises a UserError that names the columns which `table` lacks."""
+    """Raise a UserError that lists the required columns missing from `table`."""
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise UserError(
-            f"{source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; add what is missing"
+            f"{source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
+            f"add {'them' if len(missing) > 1 else 'it'}"
         )
 
 
 def patient_group() -> pl.Expr:
-    """The patient of each row; a row without one is its own group."""
+    """Return an expression for each row's patient; a row without one is its own group."""
     return pl.coalesce(schema.PATIENT, schema.ID).alias(schema.PATIENT)
 
 
 def with_patient(table: pl.DataFrame) -> pl.DataFrame:
-    """Returns `table` with a `patient_id` in every row: the row's own id where the patient is not known."""
+    """Return `table` with a `patient_id` in every row: the row's id if the patient is unknown."""
     if schema.PATIENT not in table.columns:
         return table.with_columns(pl.col(schema.ID).alias(schema.PATIENT))
     return table.with_columns(patient_group())
 
 
 def _typed(column: pl.Series, path: Path) -> pl.Series:
-    """Returns a column in the schema's type (numbers Float64), null if a value is missing. Raises UserError."""
+    """Return a column in the schema's type, missing values as null. Raises UserError."""
     if isinstance(column.dtype, pl.Categorical | pl.Enum | pl.Binary | pl.Null):
         column = _cast(column, pl.String(), path)
     if schema.DTYPES[column.name] == pl.String():
@@ -130,7 +135,7 @@ def _typed(column: pl.Series, path: Path) -> pl.Series:
 
 
 def _text(column: pl.Series, path: Path) -> pl.Series:
-    """Returns texts without the spaces around them, null if they mean that there is no value."""
+    """Return stripped texts, null for those that mean "no value"."""
     name = column.name
     if column.dtype.is_float():  # pandas makes whole numbers floats as soon as one is missing
         column = column.fill_nan(None)
@@ -153,7 +158,7 @@ def _is_missing(text: pl.Expr, words: Sequence[str]) -> pl.Expr:
 
 
 def _number(column: pl.Series, path: Path) -> pl.Series:
-    """Returns Float64, null if a value is missing. Raises UserError for anything else than finite numbers."""
+    """Return Float64, missing values as null. Raises UserError for non-numbers and infinities."""
     number = _cast(column, pl.Float64(), path, strict=False)
     wrong = (number.is_null() & column.is_not_null()) | number.is_infinite().fill_null(False)
     if wrong.any() and column.dtype == pl.String:
@@ -164,29 +169,32 @@ def _number(column: pl.Series, path: Path) -> pl.Series:
         row = wrong.to_list().index(True)
         hint = "write 1.5, not 1,5" if "," in str(column[row]) else "correct the file"
         raise UserError(
-            f'{path}: column {column.name} must hold finite numbers, row {row} has "{column[row]}"; {hint}'
+            f"{path}: column {column.name} must hold finite numbers, "
+            f'row {row} has "{column[row]}"; {hint}'
         )
     return number.fill_nan(None)  # polars' null functions do not see NaN
 
 
 def _cast(column: pl.Series, dtype: pl.DataType, path: Path, strict: bool = True) -> pl.Series:
-    """Casts text, numbers and truth values. Raises UserError for dates, lists and what else Parquet may hold."""
+    """Cast text, numbers and booleans. Raises UserError for dates, lists and other types."""
     plain = (pl.String, pl.Boolean, pl.Categorical, pl.Enum, pl.Binary, pl.Null)
     if not (column.dtype.is_numeric() or column.dtype in plain):
-        what = "numbers" if dtype.is_numeric() else "text"
+        wanted = "numbers" if dtype.is_numeric() else "text"
         raise UserError(
-            f"{path}: column {column.name} must hold {what}, not {column.dtype}; save it as such"
+            f"{path}: column {column.name} must hold {wanted}, not {column.dtype}; "
+            f"save it as {wanted}"
         )
     try:
         return column.cast(dtype, strict=strict)
     except pl.exceptions.PolarsError as error:
         raise UserError(
-            f"{path}: column {column.name} cannot be read as {dtype} ({str(error).splitlines()[0]}); correct the file"
+            f"{path}: column {column.name} cannot be read as {dtype} "
+            f"({str(error).splitlines()[0]}); correct the file"
         ) from None
 
 
 def check_ids(ids: pl.Series, path: Path) -> None:
-    """Raises a UserError unless there are ids, none of them blank, repeated or the name of a file."""
+    """Raise a UserError if there are no ids, or one is blank, repeated or a file name."""
     if ids.is_empty():
         raise UserError(f"{path} has no rows; give a table with at least one")
     if ids.null_count():
@@ -194,25 +202,26 @@ def check_ids(ids: pl.Series, path: Path) -> None:
     if ids.n_unique() < len(ids):
         repeated = ids.filter(ids.is_duplicated()).unique(maintain_order=True)
         raise UserError(
-            f"{path}: {len(repeated)} isic_id stand more than once, the first is {repeated[0]}; keep one row each"
+            f"{path}: {len(repeated)} duplicate isic_id, the first is {repeated[0]}; "
+            "keep one row per id"
         )
     if (is_file := ids.str.contains(IMAGE_ENDING)).any():
         raise UserError(
-            f'{path}: isic_id "{ids.filter(is_file)[0]}" is the name of a file; leave out its ending'
+            f'{path}: isic_id "{ids.filter(is_file)[0]}" is a file name; remove the extension'
         )
     _warn_of_case(ids, path)
 
 
 def _warn_of_case(names: pl.Series, path: Path) -> None:
-    """Warns of names that differ in nothing but their case, as those of one image or one patient may."""
+    """Warns of names that differ only in case: they may be one image or one patient."""
     lower = names.str.to_lowercase()
     if lower.n_unique() == names.n_unique():
         return
     different = pl.DataFrame({"name": names, "lower": lower}).drop_nulls().unique()
     alike = different.filter(pl.col("lower").is_duplicated()).sort("lower", "name")["name"]
     warn_once(
-        f'{path}: {len(alike)} {names.name} differ from another one only in case, such as "{alike[0]}" and '
-        f'"{alike[1]}"; they count as different'
+        f"{path}: {len(alike)} {names.name} differ from another one only in case, "
+        f'such as "{alike[0]}" and "{alike[1]}"; they count as different'
     )
 
 

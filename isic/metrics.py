@@ -10,6 +10,8 @@ from sklearn.metrics import roc_auc_score
 
 from isic.runtime.errors import UserError
 
+Floats = NDArray[np.float64]
+
 MIN_TPR = 0.8
 TOP_K = 15
 
@@ -34,6 +36,19 @@ def pauc(target: ArrayLike, score: ArrayLike) -> float:
     max_area = max_fpr
     standardised = roc_auc_score(1 - labels, -scores, max_fpr=max_fpr)
     return float(min_area + (max_area - min_area) * (2 * standardised - 1))
+
+
+def above_min_tpr(fpr: Floats, tpr: Floats) -> tuple[Floats, Floats]:
+    """Returns the part of an ROC curve from TPR 0.8 on; its first point is interpolated.
+
+    Args:
+        fpr, tpr: [M], rising from (0, 0) to (1, 1).
+    """
+    # The curve crosses MIN_TPR on the segment that ends at `after`.
+    after = int(np.searchsorted(tpr, MIN_TPR, side="right"))
+    fraction = (MIN_TPR - tpr[after - 1]) / (tpr[after] - tpr[after - 1])
+    first_fpr = fpr[after - 1] + fraction * (fpr[after] - fpr[after - 1])
+    return np.append(first_fpr, fpr[after:]), np.append(MIN_TPR, tpr[after:])
 
 
 def bootstrap_pauc(
@@ -67,14 +82,14 @@ def bootstrap_pauc(
 
 
 def redraws(num_groups: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Yields bootstrap resamples without end: [num_groups] count of each group."""
+    """Yield bootstrap resamples without end: [num_groups] count of each group."""
     random = np.random.default_rng(seed)
     while True:
         yield np.bincount(random.integers(num_groups, size=num_groups), minlength=num_groups)
 
 
 class _Curve:
-    """A score that is sorted once, so that its pAUC under many row weights is cheap."""
+    """A score, sorted once so that its pAUC under many row weights is cheap."""
 
     def __init__(self, labels: NDArray[np.int64], scores: NDArray[np.float64]) -> None:
         self.order = np.argsort(-scores, kind="stable")
@@ -84,20 +99,15 @@ class _Curve:
         """First row of each distinct score: ties are one point of the ROC curve."""
 
     def pauc(self, weight: NDArray[np.int64]) -> float:
-        """Returns the pAUC if row i counts weight[i] times; both classes need a weight."""
+        """Return the pAUC if row i counts weight[i] times; both classes need a weight."""
         ordered = weight[self.order]
         tpr = self._cumulative_rate(np.where(self.positive, ordered, 0))
         fpr = self._cumulative_rate(np.where(self.positive, 0, ordered))
-        # The curve crosses MIN_TPR on the segment that ends at `after`; interpolate its FPR there.
-        after = np.searchsorted(tpr, MIN_TPR, side="right")
-        share = (MIN_TPR - tpr[after - 1]) / (tpr[after] - tpr[after - 1])
-        first_fpr = fpr[after - 1] + share * (fpr[after] - fpr[after - 1])
-        # Integrated over TPR: the width to the right of the curve.
-        width = 1 - np.append(first_fpr, fpr[after:])
-        return float(np.trapezoid(width, np.append(MIN_TPR, tpr[after:])))
+        fpr, tpr = above_min_tpr(fpr, tpr)
+        return float(np.trapezoid(1 - fpr, tpr))  # over TPR: the width to the right of the curve
 
     def _cumulative_rate(self, weight: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Returns the share of the weight at or above each distinct score, from 0 to 1."""
+        """Return the share of the weight at or above each distinct score, from 0 to 1."""
         count = np.append(0, np.cumsum(np.add.reduceat(weight, self.starts)))
         rate: NDArray[np.float64] = count / count[-1]
         return rate
@@ -129,7 +139,7 @@ class TopK:
 
 
 def top_k(target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_K) -> TopK:
-    """Counts the malignant lesions that are among the `k` highest scores of their patient.
+    """Count the malignant lesions that are among the `k` highest scores of their patient.
 
     Ties count against the lesion: its rank is the number of the patient's lesions that score at
     least as high. The challenge's script ranks equal scores in file order instead.
@@ -158,7 +168,7 @@ def top_k(target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_
 
 
 def _rank_within(group: NDArray[np.intp], scores: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Returns [N] the number of rows of the same group that score at least as high."""
+    """Return [N] the number of rows of the same group that score at least as high."""
     order = np.lexsort((-scores, group))
     ordered_group = group[order]
     ordered = scores[order]

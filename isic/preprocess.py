@@ -1,4 +1,4 @@
-"""From JPEG bytes to the uint8 pixels that every model sees: one code path for validation, parity and inference."""
+"""JPEG or PNG bytes to uint8 pixels: one code path for training, parity check and inference."""
 
 from typing import Literal
 
@@ -10,32 +10,32 @@ from pydantic import BaseModel, ConfigDict, Field
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 8192 * 4096
-"""Above what dermatoscopes and cameras give (6,000 x 4,000); a thread needs three bytes for each while it decodes."""
+"""More than cameras produce (6,000 x 4,000); decoding takes three bytes of memory per pixel."""
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers of the segment with height and width. The three left out lie in their range and mean something else."""
+"""Markers of the segment that holds height and width (ITU-T T.81, table B.1)."""
 JPEG_BARE = frozenset((0x01, *range(0xD0, 0xD9)))
-"""Markers that no length follows."""
+"""Markers that are not followed by a length."""
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
 
 INTERPOLATION = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}
 
 MASK_THRESHOLD = 127
-"""Values of a mask above it are lesion."""
+"""Mask values above this are lesion."""
 
 Pixels = NDArray[np.uint8]
 
 
 class ImageError(Exception):
-    """One image cannot be used. Its text is the reason, short enough for a table."""
+    """One image cannot be used. The message is the reason, short enough for a table."""
 
 
 class PreprocessSpec(BaseModel):
-    """What happens to an image before the backbone. Stored in every checkpoint and manifest.
+    """Preprocessing of an image before the backbone; stored in every checkpoint and manifest.
 
-    Decoding and resizing happen on the host and give uint8; mean and std are applied inside the model to values
-    scaled to [0, 1].
+    Decoding and resizing run on the host and give uint8. The model itself scales to [0, 1] and
+    applies mean and std.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,10 +48,10 @@ class PreprocessSpec(BaseModel):
 
 
 def decode(data: bytes) -> Pixels:
-    """Decodes a JPEG or PNG file's bytes to uint8 [height, width, 3], RGB.
+    """Decode a JPEG or PNG file's bytes to uint8 [height, width, 3], RGB.
 
-    Grey, CMYK, palette, 16-bit and transparent images become RGB. What the file claims to be is read from its header
-    first, so that memory is bounded whatever it claims.
+    Grey, CMYK, palette, 16-bit and transparent images become RGB. The size is checked in the header
+    first, which bounds the memory.
 
     Raises:
         ImageError: empty, truncated, more than MAX_PIXELS, damaged, or neither JPEG nor PNG.
@@ -69,10 +69,10 @@ def decode(data: bytes) -> Pixels:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Returns height and width from the header of a JPEG or PNG file that has its end.
+    """Return height and width from the header of a JPEG or PNG file. Raises ImageError.
 
-    libjpeg paints the missing part of a cut file grey and calls it a success, so the end marker is looked for here.
-    Raises ImageError.
+    The end marker is checked too: libjpeg fills the missing part of a truncated file with grey and
+    reports success.
     """
     if not data:
         raise ImageError("zero bytes")
@@ -80,9 +80,9 @@ def image_size(data: bytes) -> tuple[int, int]:
         frame = _jpeg_frame(data)
         if data.rfind(JPEG_END, frame) < 0:
             raise ImageError("truncated JPEG")
-        return int.from_bytes(data[frame + 5 : frame + 7]), int.from_bytes(
-            data[frame + 7 : frame + 9]
-        )
+        height = int.from_bytes(data[frame + 5 : frame + 7])
+        width = int.from_bytes(data[frame + 7 : frame + 9])
+        return height, width
     if data.startswith(PNG_START):
         if data.rfind(PNG_END) < 24:
             raise ImageError("truncated PNG")
@@ -91,7 +91,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def _jpeg_frame(data: bytes) -> int:
-    """Returns where the frame header starts: segments before it, such as a thumbnail's, are stepped over."""
+    """Return the offset of the frame header, past earlier segments such as a thumbnail's."""
     at = data.find(b"\xff", 2)
     while 0 <= at <= len(data) - 9:
         marker = data[at + 1]
@@ -101,40 +101,37 @@ def _jpeg_frame(data: bytes) -> int:
             at += 1
         else:
             length = 0 if marker in JPEG_BARE else int.from_bytes(data[at + 2 : at + 4])
-            at = data.find(
-                b"\xff", at + 2 + length
-            )  # libjpeg, too, skips what lies between segments
+            at = data.find(b"\xff", at + 2 + length)  # like libjpeg, skip bytes between segments
     raise ImageError("truncated JPEG")
 
 
 def check_mask(mask: bytes, image: bytes) -> str | None:
-    """Checks the mask file of a lesion against its image file.
+    """Check the mask file of a lesion against its image file.
 
     Returns:
-        Both sizes if they differ: the mask is then stretched to the image.
+        Both sizes if they differ, since training stretches the mask to the image; else None.
 
     Raises:
-        ImageError: one does not decode, or the mask has values but none that counts as lesion.
+        ImageError: one does not decode, or the mask has values but none above MASK_THRESHOLD.
     """
-    drawn, pixels = decode(mask), decode(image)
-    brightest = int(drawn[..., 0].max())
-    if drawn.any() and brightest <= MASK_THRESHOLD:
+    mask_pixels = decode(mask)
+    brightest = int(mask_pixels[..., 0].max())
+    if mask_pixels.any() and brightest <= MASK_THRESHOLD:
         raise ImageError(f"its brightest red value is {brightest}; in the lesion it must be 255")
-    if drawn.shape == pixels.shape:
+    height, width = mask_pixels.shape[:2]
+    image_height, image_width = decode(image).shape[:2]
+    if (height, width) == (image_height, image_width):
         return None
-    (height, width), (image_height, image_width) = drawn.shape[:2], pixels.shape[:2]
     return f"mask {width} x {height}, image {image_width} x {image_height}"
 
 
 def resize(image: Pixels, spec: PreprocessSpec, out: Pixels | None = None) -> Pixels:
-    """Resizes uint8 [h, w, 3] to [size, size, 3], into `out` where it is given."""
+    """Resize uint8 [h, w, 3] to [size, size, 3], into `out` if given."""
     interpolation = INTERPOLATION[spec.interpolation]
-    return np.asarray(
-        cv2.resize(image, (spec.size, spec.size), dst=out, interpolation=interpolation),
-        dtype=np.uint8,
-    )
+    resized = cv2.resize(image, (spec.size, spec.size), dst=out, interpolation=interpolation)
+    return np.asarray(resized, dtype=np.uint8)
 
 
 def decode_into(data: bytes, spec: PreprocessSpec, out: Pixels) -> None:
-    """Decodes and resizes one image into `out`, uint8 [size, size, 3] and contiguous. Raises ImageError."""
+    """Decode and resize into `out`, contiguous uint8 [size, size, 3]. Raises ImageError."""
     resize(decode(data), spec, out)

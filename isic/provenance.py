@@ -29,18 +29,18 @@ NOTHING: Seen = pl.DataFrame(schema=COLUMNS)
 
 
 def seen_rows(table: pl.DataFrame, *inherited: Seen) -> Seen:
-    """Returns the images and patients of `table` and of the `inherited` lists, sorted."""
+    """Return the images and patients of `table` and of the `inherited` lists, sorted."""
     parts = [with_patient(table).select(KEYS), *inherited]
     return pl.concat(parts).unique().sort(KEYS)
 
 
 def write_seen(path: Path, seen: Seen) -> None:
-    """Writes a list of seen images; equal lists give equal bytes."""
+    """Write a list of seen images; equal lists give equal bytes."""
     write_parquet(path, seen, {"version": VERSION})
 
 
 def read_seen(path: Path) -> Seen:
-    """Reads a list of seen images.
+    """Read a list of seen images.
 
     Raises:
         UserError: the file is missing, is not such a list, or comes from an earlier version.
@@ -61,13 +61,13 @@ def read_seen(path: Path) -> Seen:
 
 
 def rows_seen(metadata: pl.DataFrame, seen: Seen) -> pl.DataFrame:
-    """Returns the rows of `metadata` whose image or patient is in `seen`."""
+    """Return the rows of `metadata` whose image or patient is in `seen`."""
     known = pl.any_horizontal(pl.col(key).is_in(seen[key].implode()) for key in KEYS)
     return metadata.filter(with_patient(metadata).select(known).to_series())
 
 
 def refuse_seen(held_out: pl.DataFrame, seen: Seen, model: str, remedy: str) -> None:
-    """Raises a UserError if a model has learned from held-out images or patients.
+    """Raise a UserError if a model has learned from held-out images or patients.
 
     Args:
         held_out: rows to be scored out of fold: `isic_id` and optionally `patient_id`.

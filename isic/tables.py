@@ -1,7 +1,7 @@
-"""Opening tables: what a file really is, whether it is whole, and one sentence if it cannot be read.
+"""Read CSV and Parquet tables, and refuse truncated files and other formats in one sentence.
 
-This is the only module that calls the readers of polars. They take a path as a glob pattern unless told otherwise,
-and they fill a short row with blanks, so that half a file would pass for a whole one.
+This is the only module that calls the readers of polars: by default they treat a path as a glob
+pattern and fill a short row with blanks, so that half a file passes for a whole one.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from isic.runtime.errors import UserError, warn_once
 from isic.runtime.files import COMPRESSED
 
 CSV_BLOCK = 4 * 1024 * 1024
-"""Bytes of a CSV that are in memory at a time when it is checked, or when one column is read."""
+"""Bytes of a CSV that are held in memory while it is checked or one column is read."""
 LONGEST_ROW = 4 * CSV_BLOCK
-"""Bytes after which a row that does not end is one whose quote was never closed."""
+"""Bytes without the end of a row after which a quote must have been left open."""
 
 QUOTE, COMMA, NEWLINE = b'",\n'
 Positions = NDArray[np.int64]
@@ -51,15 +51,15 @@ SIGNATURES = {
     b"{": f"is JSON, perhaps an error message of a server; {AGAIN}",
     b"<": f"is a web page, perhaps an error message of a server; {AGAIN}",
 }
-"""The first bytes of what is found under the name of a table: what it is, and what to do."""
+"""First bytes of other formats that are found in place of a table, with a description and a fix."""
 UTF8_MARK = b"\xef\xbb\xbf"
 
 
 @contextlib.contextmanager
 def reading(source: Path | str) -> Iterator[None]:
-    """Turn whatever polars or the operating system raises inside the block into a UserError.
+    """Turn errors of polars and of the operating system inside the block into a UserError.
 
-    Use it around the `collect` of a LazyFrame too: that is when its files are read.
+    Use it around the `collect` of a LazyFrame too, which reads the files.
     """
     try:
         yield
@@ -73,12 +73,12 @@ def reading(source: Path | str) -> Iterator[None]:
             f"cannot read {source} ({reason}); check its permissions and the disk"
         ) from None
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, UnicodeDecodeError) as error:
-        reason = next(iter(str(error).splitlines()), "no content")
-        raise UserError(f"{source} is not a readable table: {reason}") from None
+        lines = str(error).splitlines() or ["no content"]
+        raise UserError(f"{source} is not a readable table: {lines[0]}") from None
 
 
 def first_bytes(path: Path, count: int = 64) -> bytes:
-    """Return the first bytes of a file. Raises UserError if there is none or it cannot be opened."""
+    """Return the first bytes of a file. Raises UserError if it is missing or cannot be opened."""
     with reading(path):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is not a regular file; give a CSV or Parquet file")
@@ -87,19 +87,19 @@ def first_bytes(path: Path, count: int = 64) -> bytes:
 
 
 def read_table(path: Path) -> pl.DataFrame:
-    """Read a whole table: Parquet if the name ends so, else a CSV, whose columns stay text.
+    """Read a table: Parquet if the name ends in `.parquet`, else a CSV, whose columns stay text.
 
     Raises:
-        UserError: no such file, something else under that name, or a table that is not whole.
+        UserError: no such file, another format under that name, or a truncated table.
     """
     return read_parquet(path) if is_parquet(path) else read_csv(path)
 
 
 def read_column(path: Path, name: str) -> pl.Series | None:
-    """Read one column of a table, None if it has none of that name; memory does not grow with the other columns.
+    """Read one column, None if the table lacks it, without holding the others in memory.
 
     Raises:
-        UserError: as `read_table` does.
+        UserError: as in `read_table`.
     """
     if is_parquet(path):
         _refuse_other_than_parquet(path)
@@ -120,7 +120,7 @@ def read_column(path: Path, name: str) -> pl.Series | None:
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether a table's name says that it is Parquet."""
+    """Return whether a table's name ends in `.parquet`."""
     return path.suffix.lower() == ".parquet"
 
 
@@ -128,8 +128,8 @@ def read_csv(path: Path) -> pl.DataFrame:
     """Read a CSV as text, so that no type depends on the first rows; an empty field is null.
 
     Raises:
-        UserError: no such file, compressed or not a CSV at all, a column that stands twice, other separators than
-            commas, text that is not UTF-8, or a row with too few or too many fields, as a cut file has.
+        UserError: no such file, another format, a repeated column, other separators than commas,
+            text that is not UTF-8, or a row with too few or too many fields.
     """
     with reading(path), _open_csv(path) as file:
         _, names = _read_header(file, path)
@@ -161,38 +161,42 @@ def scan_parquet(paths: Iterable[Path]) -> pl.LazyFrame:
 
 
 def _refuse_other_than_parquet(path: Path) -> None:
-    """Raise a UserError unless a file begins and ends like Parquet."""
+    """Raise a UserError if a file does not start and end like Parquet."""
     start = first_bytes(path)
+    if not start:
+        raise UserError(f"{path} is empty; {AGAIN}")
     if not start.startswith(PARQUET):
-        what = _foreign(start) or "is not a Parquet file; restore it, or name it .csv if it is one"
-        raise UserError(f"{path} {what if start else f'is empty; {AGAIN}'}")
+        default = "is not a Parquet file; restore it, or name it .csv if it is one"
+        raise UserError(f"{path} {_other_format(start) or default}")
     with reading(path), open(path, "rb") as file:
         file.seek(-len(PARQUET), os.SEEK_END)
         if file.read() != PARQUET:
             raise UserError(f"{path} is damaged: it does not end as a Parquet file does; {AGAIN}")
 
 
-def _foreign(start: bytes) -> str | None:
-    """Return what the first bytes of a file show it to be, None for what may be a CSV."""
+def _other_format(start: bytes) -> str | None:
+    """Return the description of another format by a file's first bytes, None if it may be a CSV."""
+    for signature, description in SIGNATURES.items():
+        if start.startswith(signature):
+            return description
     text = start.removeprefix(UTF8_MARK).lstrip()
-    signatures = (what for sign, what in SIGNATURES.items() if start.startswith(sign))
-    return next(signatures, SIGNATURES.get(text[:1]))
+    return SIGNATURES.get(text[:1])
 
 
 @contextlib.contextmanager
 def _open_csv(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that may be a CSV. Raises UserError if its first bytes are of something else."""
+    """Open a file that may be a CSV. Raises UserError if its first bytes are of another format."""
     start = first_bytes(path)
     if start.startswith(PARQUET):
         raise UserError(f"{path} is a Parquet file; give it a name that ends in .parquet")
-    if what := _foreign(start):
-        raise UserError(f"{path} {what}")
+    if description := _other_format(start):
+        raise UserError(f"{path} {description}")
     with open(path, "rb") as file:
         yield file
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[bytes, list[str]]:
-    """Read the first row of a CSV. Returns its bytes and the names of the columns, without spaces around them."""
+    """Read the first row of a CSV. Returns its bytes and the stripped names of the columns."""
     line = file.readline()
     while line and not line.removeprefix(UTF8_MARK).strip():
         line = file.readline()
@@ -203,14 +207,14 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[bytes, list[str]]:
     if not text:
         raise UserError(f"{path} is not a readable table: it is empty; {AGAIN}")
     if "\r" in text and '"' not in text:
-        raise UserError(f"{path} ends its lines as old Macs did (CR); save it with LF line ends")
+        raise UserError(f"{path} has CR line ends, as on old Macs; save it with LF line ends")
     names = [name.strip() for name in next(csv.reader([text]))]
     _refuse_header(names, path)
     return (line if line.endswith(b"\n") else line + b"\n"), names
 
 
 def _refuse_header(names: Sequence[str], path: Path) -> None:
-    """Raise a UserError if a name stands twice, or the columns are separated by something else than commas."""
+    """Raise a UserError if a name is repeated or the separator is not a comma."""
     repeated = next((name for name in names if name and names.count(name) > 1), None)
     if repeated:
         raise UserError(f'{path} has two columns "{repeated}"; remove or rename one of them')
@@ -221,7 +225,7 @@ def _refuse_header(names: Sequence[str], path: Path) -> None:
 
 
 def _refuse_other_text(block: bytes, path: Path, before: int = 0) -> None:
-    """Raise a UserError if a block of a CSV is not text in UTF-8; `before`: the rows ahead of it."""
+    """Raise a UserError if a block of a CSV is not UTF-8; `before` is the number of rows ahead."""
     if b"\0" in block:
         row = before + block.count(b"\n", 0, block.index(b"\0"))
         raise UserError(f"{path}: line {row + 1} holds zero bytes, which no CSV has; {AGAIN}")
@@ -236,10 +240,10 @@ def _refuse_other_text(block: bytes, path: Path, before: int = 0) -> None:
 
 
 def _whole_rows(file: BinaryIO, path: Path, num_fields: int) -> Iterator[bytes]:
-    """Yield the rows of a CSV behind its header in blocks that end where a row does.
+    """Yield the rows of a CSV after its header in blocks of whole rows.
 
     Raises:
-        UserError: text that is not UTF-8, a row of more or fewer fields than the header, or a quote left open.
+        UserError: text that is not UTF-8, more or fewer fields than in the header, an open quote.
     """
     block, number = b"", 0
     while more := file.read(CSV_BLOCK):
@@ -254,25 +258,25 @@ def _whole_rows(file: BinaryIO, path: Path, num_fields: int) -> Iterator[bytes]:
             break
     if block.count(b'"') % 2:
         raise UserError(
-            f"{path} is cut short or has a quote too many: behind line {number + 1} a quote has no end; {AGAIN}"
+            f"{path} is truncated or has a quote too many: "
+            f"a quote after line {number + 1} is never closed; {AGAIN}"
         )
     if block:
         _check_rows(block + b"\n", path, num_fields, number, is_last=True)
-        warn_once(
-            f"{path} has no line break at its end; if it was cut short, its last value is too"
-        )
+        warn_once(f"{path} has no line break at its end; if it is truncated, so is its last value")
         yield block
 
 
 def _check_rows(
     rows: bytes, path: Path, num_fields: int, before: int, is_last: bool = False
 ) -> int:
-    """Return how many rows a block has. Raises UserError unless each has as many fields as the header.
+    """Return the number of rows in a block. Raises UserError if a row has another number of fields.
 
     Args:
         rows: whole rows.
-        before: the number of rows ahead of them, for messages.
-        is_last: whether the file ends with them and lacks the line break.
+        num_fields: fields of the header.
+        before: rows ahead of the block, for messages.
+        is_last: whether these are the last rows of a file without a final line break.
     """
     _refuse_other_text(rows, path, before + 1)
     data = np.frombuffer(rows, np.uint8)
@@ -289,10 +293,12 @@ def _check_rows(
             raise UserError(f"{path}: line {line} is blank; remove it")
         if is_last and row == len(ends) - 1 and found[row] < num_fields:
             raise UserError(
-                f"{path}: the last row has {found[row]} of {num_fields} fields; it is cut short, {AGAIN}"
+                f"{path} is truncated: "
+                f"its last row has {found[row]} of {num_fields} fields; {AGAIN}"
             )
         raise UserError(
-            f"{path}: line {line} has {found[row]} fields, the header has {num_fields}; correct the file"
+            f"{path}: line {line} has {found[row]} fields, the header has {num_fields}; "
+            "correct the file"
         )
     return len(ends)
 
@@ -300,7 +306,7 @@ def _check_rows(
 def _count_fields(
     commas: Positions, ends: Positions, opening: Positions, closing: Positions
 ) -> Positions:
-    """Returns [R] how many fields each row has: the commas up to its end that are not in quotes, and one."""
+    """Return [R] the number of fields of each row: its commas outside quotes plus one."""
     up_to_end = np.searchsorted(commas, ends)
     in_quotes = np.searchsorted(commas, closing) - np.searchsorted(commas, opening)
     quoted = np.concatenate([[0], np.cumsum(in_quotes)])[np.searchsorted(opening, ends)]
@@ -310,11 +316,15 @@ def _count_fields(
 def _refuse_stray_quotes(
     data: NDArray[np.uint8], opening: Positions, path: Path, before: int
 ) -> None:
-    """Raise a UserError if a quote opens inside a field: polars would take the rows to the next quote for one text."""
+    """Raise a UserError if a quote opens inside a field.
+
+    polars would read all rows up to the next quote as one text.
+    """
     inner = opening[opening > 0]
     stray = inner[~np.isin(data[inner - 1], [COMMA, NEWLINE, QUOTE])]
     if len(stray):
         line = before + np.count_nonzero(data[: stray[0]] == NEWLINE) + 2
         raise UserError(
-            f"{path}: line {line} has a quote inside a field; put the field in quotes and double those inside"
+            f"{path}: line {line} has a quote inside a field; "
+            "put the field in quotes and double those inside"
         )

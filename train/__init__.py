@@ -1,3 +1,3 @@
-"""Images to fold checkpoints and out-of-fold scores: a plain PyTorch AMP loop over timm backbones."""
+"""Trains timm backbones on images: fold checkpoints and out-of-fold scores."""
 
 import isic  # noqa: F401  switches telemetry off before a library is imported

@@ -1,8 +1,12 @@
-"""Augmentation levels, as data. All work on uint8 [size, size, 3] after the resize."""
+"""Augmentation of single images and of batches."""
 
+from collections.abc import Callable
 from typing import Any
 
 import albumentations as A
+from timm.data import Mixup
+
+from train.batch import Batch
 
 LIGHT: tuple[Any, ...] = (
     A.SquareSymmetry(p=1.0),
@@ -27,8 +31,30 @@ HEAVY: tuple[Any, ...] = (
     ),
 )
 LEVELS: dict[str, tuple[Any, ...]] = {"none": (), "light": LIGHT, "medium": MEDIUM, "heavy": HEAVY}
+"""Transforms of uint8 [size, size, 3], after the resize."""
 
 
 def create_augmentation(level: str) -> Any | None:
     """Returns the albumentations pipeline of a level, None for `none`."""
     return A.Compose(list(LEVELS[level])) if LEVELS[level] else None
+
+
+def create_mixup(mixup: float, cutmix: float) -> Callable[[Batch], Batch]:
+    """Returns a function that mixes the images of a batch, and their targets, in pairs.
+
+    Args:
+        mixup: alpha of the beta distribution (Zhang et al. 2018), 0 for none.
+        cutmix: alpha of the beta distribution (Yun et al. 2019), 0 for none.
+    """
+    if not (mixup or cutmix):
+        return lambda batch: batch
+    mixer = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=2)
+
+    def mix(batch: Batch) -> Batch:
+        if len(batch.images) % 2:
+            return batch  # timm mixes pairs; only the single batch of a small dataset can be odd
+        # timm cuts and pastes along the last two axes, so it needs channels first.
+        pixels, target = mixer(batch.images.float().permute(0, 3, 1, 2), batch.target.long())
+        return batch._replace(images=pixels.permute(0, 2, 3, 1), target=target[:, 1])
+
+    return mix

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain values only, written whole or not at all, never unpickled into code."""
+"""Checkpoints: tensors and plain values only, written atomically, never unpickled into code."""
 
 import pickle
 from pathlib import Path
@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from isic.layout import BEST_CHECKPOINT
 from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path
 from isic.tables import reading
 from train.config import TrainSettings
 
-BEST, LAST = "best_model.pth", "last.pth"
+BEST = BEST_CHECKPOINT
 KEYS = ("model_state_dict", "optimizer_state_dict", "best_pauc", "epoch", "config", "args")
 
 DAMAGE = (
@@ -24,16 +25,22 @@ DAMAGE = (
     AttributeError,
     AssertionError,
 )
-"""What reading a file with a few wrong bytes has been seen to raise."""
+"""Errors that torch.load has been seen to raise for a file with a few wrong bytes."""
 
 
 def save_checkpoint(path: Path, **values: Any) -> None:
-    """Writes a checkpoint. Raises UserError when the disk is full; the former file is then still whole."""
+    """Writes a checkpoint.
+
+    Raises:
+        UserError: the disk is full or not writable; a previous file is then still intact.
+    """
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(values, file)
         except RuntimeError as error:
-            # torch's archive is closed on the way out of a failed write, and what that raises hides the OSError.
+            # When a write fails, torch.save closes its zip archive, which raises a RuntimeError
+            # that hides the OSError; atomic_path needs the OSError to report a full disk. Seen with
+            # torch 2.14; no report found. Remove it once torch.save raises the OSError.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -43,29 +50,32 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU.
 
     Raises:
-        UserError: no such file, damaged, not a checkpoint of this toolkit, or it holds anything but tensors and
-            plain values (which would be code to run, and is refused).
+        UserError: the file is missing, damaged or not a checkpoint of this toolkit, or it holds
+            anything but tensors and plain values, which would be code to run.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; train this fold first")
     with reading(path), open(path, "rb"):
-        pass  # below, an OSError means wrong bytes
+        pass  # reports unreadable files here, because below an OSError means wrong bytes
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors and plain values and is not loaded; get it from its author "
-            "as plain tensors"
+            f"{path} holds more than tensors and plain values and is not loaded; ask its author "
+            "for plain tensors"
         ) from error
     except DAMAGE as error:
-        reason = next(iter(str(error).splitlines()), "it ends too early")
-        raise UserError(f"{path} is damaged ({reason}); train this fold again") from error
-    missing = [key for key in KEYS if key not in values] if isinstance(values, dict) else list(KEYS)
+        lines = str(error).splitlines() or ["it ends too early"]
+        raise UserError(f"{path} is damaged ({lines[0]}); train this fold again") from error
+    present = values if isinstance(values, dict) else {}
+    missing = [key for key in KEYS if key not in present]
     if missing:
-        raise UserError(f"{path} is no checkpoint of this toolkit: it lacks {', '.join(missing)}")
+        raise UserError(
+            f"{path} is not a checkpoint of this toolkit: it lacks {', '.join(missing)}"
+        )
     return dict(values)
 
 
 def checkpoint_settings(checkpoint: dict[str, Any]) -> TrainSettings:
-    """Returns the settings a checkpoint was trained with."""
+    """Returns the settings that a checkpoint was trained with."""
     return TrainSettings(**checkpoint["args"])

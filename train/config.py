@@ -1,4 +1,4 @@
-"""Settings of a training run. One YAML file in `configs/` is one set of them."""
+"""Settings of a training run; a YAML file in `configs/` is one set of them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,29 +6,33 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from isic.layout import OUTPUT_DIR
 from isic.runtime.config import Settings, Several, build, describe_configs, find_config, read_config
 from isic.runtime.errors import UserError
 
-TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class TrainSettings(Settings):
-    """What `python -m train` takes. Precedence: these defaults < the YAML file < flags."""
+    """Settings of `python -m train`. Precedence: these defaults < the YAML file < flags."""
 
     name: str = Field(
-        "custom", min_length=1, description="name of the run; the config's file name unless given"
+        "custom", min_length=1, description="name of the run; the config's file name if not given"
     )
     model: str = Field(description="timm name of the backbone")
     pretrained: bool | str = Field(
         True,
-        description="true: timm's weights for the model; a hub name; a local file of weights or a folder such as "
-        "fold_<k>/backbone; false: random",
+        description="initial weights: true (timm's for the model), false (random), a hub "
+        "repository, a local file, or a folder such as fold_<k>/backbone or a whole run",
     )
-    image_size: int = Field(224, ge=8, le=2048, description="side of the square input, pixels")
+    image_size: int = Field(
+        224, ge=8, le=2048, description="height and width of the network's input, in pixels"
+    )
     interpolation: Literal["linear", "cubic", "area"] = Field("linear", description="resize method")
     global_pool: Literal["avg", "max", "avgmax", "token"] | None = Field(
         None,
-        description="how the backbone pools its last map (token: transformers only); its own way if not given",
+        description="pooling of the backbone's last feature map (token: transformers only); the "
+        "model's own if not given",
     )
 
     data: Path = Field(
@@ -36,109 +40,129 @@ class TrainSettings(Settings):
     )
     extra_data: Several[Path] = Field(
         (),
-        description="further labelled dataset folders, commas between them: trained on, never validated on",
+        description="extra labelled dataset folders, separated by commas: trained on, never "
+        "validated on",
     )
     extra_weight: float = Field(
         1.0,
         gt=0,
-        description="factor of the rows that an epoch shows of each extra dataset; 0.5: half of them, redrawn",
+        description="factor on the number of rows per epoch from each extra dataset; 0.5: half of "
+        "them, sampled again each epoch",
     )
-    output_dir: Path = Field(Path("outputs"), description="the run lands in <output_dir>/<name>")
+    output_dir: Path = Field(OUTPUT_DIR, description="parent folder of <name>, the run's folder")
     fold: int | None = Field(
-        None, ge=0, description="train this fold alone; all folds if not given"
+        None, ge=0, description="the only fold to train; all folds if not given"
     )
     num_folds: int = Field(5, ge=2, le=50, description="number of folds")
-    split_seed: int = Field(42, description="seed of the fold plan")
-    seed: int = Field(42, ge=0, description="seed of everything random in training")
+    split_seed: int = Field(42, description="seed of the assignment of patients to folds")
+    seed: int = Field(
+        42, ge=0, description="seed of initial weights, sampling, augmentation and dropout"
+    )
     force: bool = Field(False, description="train finished folds again")
-    resume: bool = Field(False, description="go on from last.pth where a fold was interrupted")
+    resume: bool = Field(False, description="continue interrupted folds from their last.pth")
 
-    epochs: int = Field(20, ge=1, description="passes over the (sampled) training rows")
-    batch_size: int = Field(64, ge=1, description="images a micro-batch, in each process")
-    accumulation_steps: int = Field(1, ge=1, description="micro-batches an optimizer step")
+    epochs: int = Field(20, ge=1, description="number of passes over the (sampled) training rows")
+    batch_size: int = Field(64, ge=1, description="images per micro-batch and process")
+    accumulation_steps: int = Field(1, ge=1, description="micro-batches per optimizer step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of the head")
     lr_backbone: float = Field(1e-4, gt=0, description="peak learning rate of the backbone")
     layer_decay: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="factor of the backbone's learning rate from each layer to the one below it",
+        description="factor on the backbone's learning rate from each layer to the one below it",
     )
-    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay of matrices")
+    weight_decay: float = Field(
+        0.05, ge=0, description="AdamW weight decay; biases and norms are not decayed"
+    )
     warmup_epochs: float = Field(
         1.0,
         ge=0,
-        description="linear warm-up of the learning rate, of the backbone's from the epoch in which it is thawed; "
+        description="epochs of linear learning-rate warm-up, for the backbone after it is thawed; "
         "0: none",
     )
-    freeze_epochs: int = Field(0, ge=0, description="first epochs in which only the head learns")
-    clip_grad: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head")
-    drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the backbone")
+    freeze_epochs: int = Field(
+        0, ge=0, description="number of first epochs that train only the head"
+    )
+    clip_grad: float = Field(1.0, gt=0, description="maximum norm of the gradient")
+    drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout rate before the head")
+    drop_path_rate: float = Field(
+        0.0, ge=0, lt=1, description="stochastic-depth rate of the backbone"
+    )
     mixup: float = Field(
-        0.0, ge=0, description="mixup: alpha of the beta distribution (Zhang et al. 2018); 0: none"
+        0.0,
+        ge=0,
+        description="alpha of mixup's beta distribution (Zhang et al. 2018); 0: no mixup",
     )
     cutmix: float = Field(
-        0.0, ge=0, description="cutmix: alpha of the beta distribution (Yun et al. 2019); 0: none"
+        0.0,
+        ge=0,
+        description="alpha of CutMix's beta distribution (Yun et al. 2019); 0: no CutMix",
     )
     mask_weight: float = Field(
         0.0,
         ge=0,
-        description="weight of the segmentation loss where masks.hdf5 has a mask; 0: classification alone",
+        description="weight of the segmentation loss, for images with a mask in masks.hdf5; 0: "
+        "classification only",
     )
     focal_alpha: float = Field(
-        0.25, ge=0, le=1, description="focal loss: weight of the positive class"
+        0.25, ge=0, le=1, description="weight of the positive class in the focal loss"
     )
     focal_gamma: float = Field(
-        2.0, ge=0, description="focal loss: how far easy examples are discounted"
+        2.0, ge=0, description="focusing exponent of the focal loss; higher: easy images count less"
     )
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="moving average of the weights, validated and saved; 0: none"
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of the moving average of the weights, which is validated and saved; 0: "
+        "no average",
     )
 
-    fp16: bool = Field(False, description="autocast to float16 with loss scaling")
-    bf16: bool = Field(False, description="autocast to bfloat16")
+    fp16: bool = Field(False, description="float16 autocast with loss scaling")
+    bf16: bool = Field(False, description="bfloat16 autocast")
     grad_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory"
+        False,
+        description="recomputation of activations in the backward pass: slower, less memory",
     )
-    compile: bool = Field(False, description="torch.compile the model")
-    device: str = Field("auto", description="cuda, cpu, or auto")
+    compile: bool = Field(False, description="compilation of the network by torch.compile")
+    device: str = Field("auto", description="cuda, cuda:N, cpu, or auto (a GPU if there is one)")
     num_workers: int | None = Field(
         None,
         ge=0,
-        description="processes that decode and augment; if not given, one per core with a GPU, else none; fewer if "
-        "/dev/shm is too small for their batches",
+        description="loader processes; if not given, one per core with a GPU and none without; "
+        "fewer if /dev/shm is too small for their batches",
     )
 
     num_threads: int | None = Field(
         None,
         ge=1,
-        description="threads that torch computes with on a CPU; measured when a fold begins if neither this nor "
-        "OMP_NUM_THREADS is given; results of different numbers differ in the last bits, so a resumed fold keeps its "
-        "own",
+        description="CPU threads of torch; if neither this nor OMP_NUM_THREADS is given, measured "
+        "when a fold begins; a resumed fold keeps its number, because results of different "
+        "numbers differ in the last bits",
     )
     on_error: Literal["raise", "skip"] = Field(
-        "raise", description="an image that is absent or does not decode"
+        "raise", description="reaction to an image that is missing or does not decode"
     )
     augmentation: Literal["none", "light", "medium", "heavy"] = Field(
         "light", description="strength of augmentation"
     )
     use_sample: bool = Field(
-        False, description="train and validate on 50,000 rows that keep every positive"
+        False, description="training and validation on 50,000 rows that include every positive"
     )
     negatives_per_positive: float | None = Field(
         None,
         gt=0,
-        description="negatives drawn anew each epoch for one positive, in each dataset for its own positives; "
-        "all of them if not given",
+        description="negatives per positive and epoch in each dataset, sampled again each epoch; "
+        "all negatives if not given",
     )
     positive_repeats: int = Field(
-        1, ge=1, description="how often an epoch shows each positive, in every dataset"
+        1, ge=1, description="number of times that an epoch shows each positive, in every dataset"
     )
     select_epoch: Literal["last", "best"] = Field(
         "last",
-        description="which epoch best_model.pth holds; `best` picks it on the held-out fold, which flatters the "
-        "out-of-fold score",
+        description="epoch that best_model.pth holds; `best` is chosen on the held-out fold, which "
+        "makes the out-of-fold score too good",
     )
 
     @classmethod
@@ -147,9 +171,9 @@ class TrainSettings(Settings):
 
     @field_validator("pretrained", mode="before")
     @classmethod
-    def _truth_from_text(cls, value: Any) -> Any:
+    def _boolean_from_text(cls, value: Any) -> Any:
         """A flag is text, and "false" or "no" is not the name of a model on the hub."""
-        return TRUTH.get(value.lower(), value) if isinstance(value, str) else value
+        return BOOLEANS.get(value.lower(), value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -158,36 +182,44 @@ class TrainSettings(Settings):
         if self.fold is not None and self.fold >= self.num_folds:
             raise ValueError(f"--fold {self.fold} is not one of 0..{self.num_folds - 1}")
         if self.force and self.resume:
-            raise ValueError("--force trains afresh and --resume goes on; choose one")
+            raise ValueError("--force starts again and --resume continues; choose one")
         if self.freeze_epochs >= self.epochs:
             raise ValueError(
-                f"--freeze_epochs {self.freeze_epochs} leaves none of {self.epochs} epochs for the backbone"
+                f"--freeze_epochs {self.freeze_epochs} leaves none of the {self.epochs} epochs for "
+                "the backbone"
             )
-        if self.mixes and self.batch_size % 2:
+        if self.mixes_images and self.batch_size % 2:
             raise ValueError(
                 f"--mixup and --cutmix pair images; make --batch_size {self.batch_size} even"
             )
-        if self.mixes and self.mask_weight:
+        if self.mixes_images and self.mask_weight:
             raise ValueError(
-                "--mixup and --cutmix would mix images but not their masks; choose them or --mask_weight"
+                "--mixup and --cutmix would mix images but not their masks; choose them or "
+                "--mask_weight"
             )
         return self
 
     @property
-    def mixes(self) -> bool:
-        """Whether images of a batch are mixed with each other."""
+    def mixes_images(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def precision(self) -> Literal["fp32", "fp16", "bf16"]:
+        """The type that the network computes in."""
+        if self.fp16:
+            return "fp16"
+        return "bf16" if self.bf16 else "fp32"
 
     @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name
 
-    def fold_dir(self, fold: int) -> Path:
-        return self.run_dir / f"fold_{fold}"
-
 
 def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> TrainSettings:
-    """Builds the settings from a config's YAML file and flags; `--model_config` is an older name of `--config`."""
+    """Builds settings from flags and the YAML file that `--config` names, if any.
+
+    `--model_config` is an older name of `--config`.
+    """
     values = dict(flags)
     named = [values.pop(key) for key in ("config", "model_config") if key in values]
     if len(named) > 1:
@@ -200,7 +232,7 @@ def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> Train
 
 
 def build_checked(model: type[TrainSettings], path: Path) -> dict[str, Any]:
-    """Reads a config file, its keys and values checked by themselves so that an error names the file."""
+    """Reads a config file and checks it without the flags, so that an error names the file."""
     values = read_config(path)
     build(model, values, source=str(path))
     return values

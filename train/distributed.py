@@ -1,4 +1,4 @@
-"""Several processes that train one model, as torchrun starts them. With one process everything here does nothing."""
+"""Training in several processes, as torchrun starts them; with one process all of it is a no-op."""
 
 import contextlib
 import os
@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = timedelta(hours=2)
-"""How long a process waits for the others: the first one alone validates, saves and reads the data before them."""
+"""Longest wait for another process: only the main one writes checkpoints, and disks can be slow."""
 
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes that torchrun started, where it did."""
+    """Joins the processes that torchrun started, if it did."""
     if "RANK" not in os.environ:
         yield
         return
@@ -27,24 +27,27 @@ def process_group(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     yield
-    dist.destroy_process_group()  # not after an error: the other processes would not answer
+    # Not in a `finally`: after an error it would wait for processes that no longer answer.
+    dist.destroy_process_group()
 
 
 def rank() -> int:
+    """Returns the number of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Returns the number of processes on all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, and so of its GPU."""
+    """Returns the number of this process on its machine, which is also that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """The number of processes on this machine."""
+    """Returns the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -53,18 +56,18 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def from_main(value: T) -> T:
-    """Returns the main process's value in all of them."""
+def broadcast_object(value: T) -> T:
+    """Returns the main process's value."""
     if world_size() == 1:
         return value
     values: list[Any] = [value]
     dist.broadcast_object_list(values, src=0)
-    shared: T = values[0]
-    return shared
+    received: T = values[0]
+    return received
 
 
 def gather(value: T) -> list[T]:
-    """Returns every process's value, in the order of their ranks, in all of them."""
+    """Returns the values of all processes in the order of their ranks."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -72,22 +75,20 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def share(module: nn.Module) -> None:
-    """Copies the main process's weights and buffers into the other processes' module."""
+def broadcast_weights(module: nn.Module) -> None:
+    """Overwrites a module's weights and buffers with those of the main process."""
     if world_size() > 1:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0)
 
 
-def parallel(module: Any) -> Any:
-    """Returns the module with its gradient averaged over the processes in every backward pass."""
+def wrap_ddp(module: Any) -> Any:
+    """Wraps a module so that a backward pass averages its gradient over the processes."""
     return module if world_size() == 1 else DistributedDataParallel(module)
 
 
-def averaging(module: Any, now: bool) -> contextlib.AbstractContextManager[Any]:
-    """Within the block gradients are averaged over the processes, or only added up until a later block does it."""
-    return (
-        module.no_sync()
-        if isinstance(module, DistributedDataParallel) and not now
-        else contextlib.nullcontext()
-    )
+def maybe_no_sync(module: Any, sync: bool) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which backward passes do not average gradients unless `sync`."""
+    if sync or not isinstance(module, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return module.no_sync()

@@ -1,108 +1,136 @@
-"""One fold, from the first batch to its checkpoint and out-of-fold scores."""
+"""Training of one fold, from the first batch to its checkpoint and out-of-fold scores."""
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from timm.data import Mixup
 from tqdm import tqdm
 
-from isic import schema
-from isic.metrics import pauc, roc_auc
+from isic.layout import LAST_CHECKPOINT, fold_dir
 from isic.runtime import interrupt
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from train import distributed
-from train.checkpoint import LAST
+from train.augment import create_mixup
+from train.batch import Batch, to_device
 from train.config import TrainSettings
-from train.data import Batch, TrainData, fold_loaders, report_composition
-from train.losses import dice
-from train.machine import select_device
-from train.model import preprocess_spec
-from train.optim import Schedule, create_schedule, set_lr
-from train.outputs import EpochStats, Predictions, begin_fold, log_epoch, loss_text, save_fold
+from train.fold_files import begin_fold, save_fold
+from train.history import EpochStats, log_epoch
+from train.loaders import TimedLoader, fold_loaders
+from train.optim import Schedule, create_schedule, learning_rates, set_lr
+from train.predict import Predictions, predict, score
+from train.rows import TrainData
+from train.sampling import report_composition
+from train.seeds import seed_epoch
 from train.state import TrainState, create_state, restore, save_last
-from train.step import NotFinite, Outcome, accumulate, autocast, optimizer_step, split
+from train.step import StepResult, accumulate, optimizer_step
 from train.threads import set_threads
 
 STEPS_AHEAD = 2
-"""Optimizer steps that the host prepares while the device is at work, so that the device never waits for the host."""
+"""Steps queued on the device before the host reads a result, so that neither waits."""
 
 
-def train_fold(settings: TrainSettings, data: TrainData, fold: int) -> None:
-    """Trains one fold and writes its folder: checkpoints, history, and the scores of the held-out rows.
+def train_fold(settings: TrainSettings, data: TrainData, fold: int, device: torch.device) -> None:
+    """Trains one fold and writes its folder.
 
     Raises:
-        UserError: the fold cannot be trained on, or the loss stopped being a finite number.
+        UserError: the fold cannot be trained on, or logits are not finite.
+        NonFiniteGradient: the run has diverged.
     """
-    directory, device = settings.fold_dir(fold), select_device(settings.device)
-    loader, sampler, held_out = fold_loaders(data, fold, preprocess_spec(settings), settings)
-    steps_per_epoch = ceil_div(len(loader), settings.accumulation_steps)
-    schedule = create_schedule(settings, steps_per_epoch)
+    directory = fold_dir(settings.run_dir, fold)
+    digest = data.folds.digest
     state = create_state(settings, device, fold)
-    resumes = distributed.from_main(settings.resume and (directory / LAST).is_file())
-    if resumes:
-        restore(state, directory / LAST, settings, data)
-        if state.epoch == settings.epochs:
-            raise UserError(
-                f"the last epoch of {directory} is done, but its results are gone; add --force"
-            )
-    threads = set_threads(state.model, settings, device, state.num_threads)
+    loaders = fold_loaders(data, fold, state.model.spec, settings, device)
+    schedule = create_schedule(
+        ceil_div(len(loaders.training), settings.accumulation_steps),
+        settings.epochs,
+        settings.warmup_epochs,
+        settings.freeze_epochs,
+    )
     if distributed.is_main():
-        report_composition(sampler.pools, fold)
-        if threads:
-            print(f"fold {fold}: {threads}", flush=True)
+        report_composition(loaders.sampler.pools, fold)
+    start_or_resume(state, settings, data, fold, device)
+
+    network: Any = torch.compile(state.model) if settings.compile else state.model
+    first_epoch = state.epoch
+    for epoch in range(first_epoch, settings.epochs):
+        seed_epoch(settings.seed, fold, epoch, distributed.rank())
+        loaders.sampler.epoch = epoch
+        if epoch in {first_epoch, settings.freeze_epochs}:
+            # DistributedDataParallel lists the weights that need a gradient when it is created, so
+            # it is created again when the backbone is thawed.
+            state.model.backbone.requires_grad_(epoch >= settings.freeze_epochs)
+            forward = distributed.wrap_ddp(network)
+        stats = train_epoch(
+            state, forward, loaders.training, schedule, settings, device, f"fold {fold}"
+        )
+        stats = EpochStats.merge(distributed.gather(stats))
+
+        # Ranks differ in their batch statistics, and in the moving average of those.
+        distributed.broadcast_weights(state.evaluated)
+        predictions = predict(
+            state.evaluated, loaders.held_out, device, settings.precision, state.num_parts
+        )
+        predictions = Predictions.merge(distributed.gather(predictions))
+        scores = score(data.target[predictions.rows], predictions)
+
+        state.epoch = epoch + 1
+        if select_epoch(state, settings.select_epoch, settings.epochs, scores["pauc"]):
+            save_fold(directory, state, settings, data, fold, predictions)
+        rates = learning_rates(state.optimizer)
+        log_epoch(directory, fold, state.epoch, settings.epochs, stats, scores, rates)
+        # Last of all: a run that is killed before this point repeats the epoch.
+        save_last(directory / LAST_CHECKPOINT, state, settings, digest)
+
+
+def start_or_resume(
+    state: TrainState, settings: TrainSettings, data: TrainData, fold: int, device: torch.device
+) -> None:
+    """Loads `last.pth` into `state` with --resume, sets the threads and prepares the folder.
+
+    Raises:
+        UserError: `last.pth` does not fit this run, or its last epoch is already finished.
+    """
+    directory = fold_dir(settings.run_dir, fold)
+    last = directory / LAST_CHECKPOINT
+    digest = data.folds.digest
+    resumes = distributed.broadcast_object(settings.resume and last.is_file())
+    if resumes:
+        restore(state, last, settings, digest)
+    if state.epoch == settings.epochs:
+        raise UserError(
+            f"{directory} has finished its last epoch, but results are missing; train it again "
+            "with --force"
+        )
+    threads = set_threads(state.model, settings, device, state.num_threads)
+    if threads and distributed.is_main():
+        print(f"fold {fold}: {threads}", flush=True)
     begin_fold(settings, data, fold, resumes)
     if not resumes:
-        save_last(
-            directory / LAST, state, settings, data
-        )  # what a run stopped within its first epoch goes on from
-    network: Any = torch.compile(state.model) if settings.compile else state.model
-    forward: Any = None
-
-    while state.epoch < settings.epochs:
-        seed_epoch(settings, fold, state.epoch)
-        sampler.epoch = state.epoch
-        if forward is None or state.epoch == settings.freeze_epochs:
-            state.model.backbone.requires_grad_(state.epoch >= settings.freeze_epochs)
-            forward = distributed.parallel(
-                network
-            )  # it must know which weights will have a gradient
-        try:
-            stats = train_epoch(state, forward, loader, schedule, settings, device, f"fold {fold}")
-        except NotFinite as error:
-            raise UserError(error.sentence(data.table[schema.ID])) from None
-        distributed.share(
-            state.evaluated
-        )  # each process has its own moving average and batch statistics
-        held = Predictions.joined(distributed.gather(predict(state, held_out, settings, device)))
-        state.epoch += 1
-        scores = score(data.target[held.rows], held)
-        if settings.select_epoch == "best":
-            chosen = state.epoch == 1 or scores["pauc"] > state.best_pauc
-        else:
-            chosen = state.epoch == settings.epochs
-        state.best_pauc = (
-            scores["pauc"] if chosen or settings.select_epoch == "last" else state.best_pauc
-        )
-        stats = EpochStats.joined(distributed.gather(stats))
-        if chosen:
-            save_fold(directory, state, settings, data, fold, held)
-        log_epoch(directory, settings, fold, state, stats, scores)
-        save_last(
-            directory / LAST, state, settings, data
-        )  # at last: a run killed before it repeats the epoch
+        # A run that is stopped in its first epoch can be resumed too.
+        save_last(last, state, settings, digest)
 
 
-def seed_epoch(settings: TrainSettings, fold: int, epoch: int) -> None:
-    """Seeds what an epoch draws, so that it repeats after a resume; each process drops other units."""
-    torch.manual_seed(hash((settings.seed, fold, epoch)) + distributed.rank())
-    np.random.seed(hash((settings.seed, fold, epoch, distributed.rank())) % 2**32)  # noqa: NPY002 - timm's Mixup draws here
+def select_epoch(state: TrainState, mode: str, num_epochs: int, pauc: float) -> bool:
+    """Updates `state.best_pauc`; returns whether the finished epoch becomes `best_model.pth`.
+
+    Args:
+        state: after the epoch.
+        mode: `last` or `best`.
+        num_epochs: of the run.
+        pauc: of the held-out rows.
+    """
+    if mode == "last":
+        # Not the highest pAUC but the latest: after the last epoch, that of the saved weights.
+        state.best_pauc = pauc
+        return state.epoch == num_epochs
+    is_best = state.epoch == 1 or pauc > state.best_pauc
+    if is_best:
+        state.best_pauc = pauc
+    return is_best
 
 
 def train_epoch(
@@ -114,136 +142,70 @@ def train_epoch(
     device: torch.device,
     title: str,
 ) -> EpochStats:
-    """Learns from every batch of an epoch once; `settings.accumulation_steps` batches make an optimizer step.
+    """Trains on every batch of an epoch, `settings.accumulation_steps` batches per optimizer step.
+
+    Args:
+        state: changed in place.
+        forward: `state.model`, possibly compiled and wrapped.
+        loader: batches on the host.
+        schedule: of the whole run.
+        settings: of the run.
+        device: of the model.
+        title: of the progress bar.
 
     Raises:
-        NotFinite: the gradient is not finite; in float32 and bfloat16 the weights are those before the step.
-        UserError: a single image does not fit the GPU's memory.
+        NonFiniteGradient: the run has diverged; in float32 and bfloat16 the weights are those
+            before the step.
+        UserError: a single image does not fit the device's memory.
     """
     state.model.train()
-    stats, started = EpochStats(), time.perf_counter()
-    batches = Waiting(loader)
+    stats = EpochStats()
+    started = time.perf_counter()
+    batches = TimedLoader(loader)
     progress = tqdm(
         batches,
         desc=f"{title} epoch {state.epoch + 1}/{settings.epochs}",
         leave=False,
-        disable=None if distributed.is_main() else True,
+        disable=None if distributed.is_main() else True,  # None: hidden unless on a terminal
     )
-    mix, outcomes = create_mixup(settings), deque[Outcome]()
+    mix = create_mixup(settings.mixup, settings.cutmix)
+    results: deque[StepResult] = deque()
     for micro_batches in batched(progress, settings.accumulation_steps):
-        interrupt.check()
+        interrupt.raise_if_interrupted()
         set_lr(state.optimizer, schedule, state.step)
         mixed = [mix(to_device(batch, device)) for batch in micro_batches]
         loss = accumulate(state, forward, mixed, settings, device)
-        outcomes.append(Outcome(state, micro_batches, optimizer_step(state, settings, loss)))
+        values = optimizer_step(state, settings.clip_grad, loss)
+        # With the batches before the copy to the device: reading row numbers there would sync.
+        results.append(StepResult(state, micro_batches, values))
         stats.num_images += sum(len(batch.images) for batch in micro_batches)
-        if len(outcomes) > STEPS_AHEAD:
-            stats.add(*outcomes.popleft().read())
-            show(progress, stats, state, time.perf_counter() - started)
-    for outcome in outcomes:
-        stats.add(*outcome.read())
-    stats.seconds, stats.waiting = time.perf_counter() - started, batches.seconds
+        if len(results) > STEPS_AHEAD:
+            stats.add(*results.popleft().read())
+            show_progress(progress, stats, state.optimizer, time.perf_counter() - started)
+    for result in results:
+        stats.add(*result.read())
+    stats.seconds = time.perf_counter() - started
+    stats.waiting = batches.seconds
     return stats
 
 
-def show(progress: "tqdm[Batch]", stats: EpochStats, state: TrainState, seconds: float) -> None:
-    """Puts loss, learning rate of the head and speed into the progress bar, which is drawn when it is due."""
+def show_progress(
+    progress: "tqdm[Batch]", stats: EpochStats, optimizer: torch.optim.Optimizer, seconds: float
+) -> None:
+    """Sets the loss, the head's learning rate and the speed that the progress bar shows."""
     progress.set_postfix(
-        loss=loss_text(stats, last=50),
-        lr=f"{state.optimizer.param_groups[-1]['lr']:.1e}",
+        loss=stats.loss_text(last=50),
+        lr=f"{optimizer.param_groups[-1]['lr']:.1e}",
         img_s=f"{stats.num_images / seconds:.0f}",
         refresh=False,
     )
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(part.to(device, non_blocking=True) for part in batch))
-
-
-def create_mixup(settings: TrainSettings) -> Callable[[Batch], Batch]:
-    """Returns what mixes the images of a batch and their targets, or passes the batch on where the config mixes none.
-
-    A batch of an odd number, the only one of a small dataset, stays as it is: images are mixed in pairs.
-    """
-    if not settings.mixes:
-        return lambda batch: batch
-    mixup = Mixup(settings.mixup, settings.cutmix, label_smoothing=0.0, num_classes=2)
-
-    def mix(batch: Batch) -> Batch:
-        if len(batch.images) % 2:
-            return batch
-        # timm cuts and pastes along the last two axes, so it sees the pixels with channels first
-        pixels, target = mixup(batch.images.float().permute(0, 3, 1, 2), batch.target.long())
-        return batch._replace(images=pixels.permute(0, 2, 3, 1), target=target[:, 1])
-
-    return mix
-
-
-@torch.inference_mode()
-def predict(
-    state: TrainState, loader: Iterable[Batch], settings: TrainSettings, device: torch.device
-) -> Predictions:
-    """Returns what the model says of the loader's rows; how well it draws only where it was taught to."""
-    model = state.evaluated.eval()
-    rows, logits, overlap = [], [], []
-    for whole in Waiting(loader):
-        for batch in split(whole, state.num_parts):
-            on_device = to_device(batch, device)
-            with autocast(settings, device):
-                outputs = model(on_device.images)
-            rows.append(batch.rows)
-            logits.append(outputs[1].squeeze(1))
-            if settings.mask_weight:
-                overlap.append(dice(outputs[2], on_device.masks))
-    no_overlap = torch.full((sum(map(len, rows)),), torch.nan)
-    return Predictions(
-        torch.cat(rows).numpy(),
-        torch.cat(logits).float().cpu().numpy(),
-        (torch.cat(overlap).cpu() if overlap else no_overlap).numpy(),
-    )
-
-
-def score(target: NDArray[np.float32], held: Predictions) -> dict[str, float]:
-    """Returns `pauc`, `auc` and, where held-out images have masks, their mean `dice`.
-
-    Raises:
-        UserError: a score is not finite.
-    """
-    if not np.isfinite(held.logits).all():
-        raise UserError(
-            "the network's scores of held-out images are not finite; lower --lr, or use --bf16 for --fp16"
-        )
-    scores = {"pauc": pauc(target, held.logits), "auc": roc_auc(target, held.logits)}
-    drawn = held.dice[~np.isnan(held.dice)]
-    return {**scores, "dice": float(drawn.mean())} if len(drawn) else scores
-
-
-class Waiting:
-    """Iterates over batches and adds up the seconds spent waiting for them."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader, self.seconds = loader, 0.0
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        with interrupt.held():
-            batches = iter(self.loader)
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            self.seconds += time.perf_counter() - started
-            if batch is None:
-                return
-            yield batch
 
 
 T = TypeVar("T")
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yields lists of `size` items, the last one shorter (itertools.batched, which Python 3.11 lacks)."""
+    """Yields lists of `size` items, the last one shorter: itertools.batched of Python 3.12."""
     iterator = iter(items)
     while group := list(islice(iterator, size)):
         yield group

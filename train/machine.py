@@ -1,4 +1,4 @@
-"""What training makes of a machine: its device, its cores, and settings of its libraries that are off by default."""
+"""The machine's part in training: device, fast settings of the libraries, loader processes."""
 
 import ctypes
 import shutil
@@ -16,24 +16,28 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability of the first GPUs that compute in bfloat16."""
 SHARED_MEMORY = Path("/dev/shm")
-PREFETCHED = 2
-"""Batches that each worker prepares in advance, as torch does by default."""
+NUM_PREFETCHED = 2
+"""Batches that each worker prepares in advance, torch's default."""
 TENSOR_OVERHEAD = 32 * 1024
-"""Bytes by which the files of a batch's tensors are larger than the pixels."""
+"""Bytes by which the files of a batch's tensors exceed its pixels."""
 
 
 def select_device(name: str) -> torch.device:
-    """Returns the device of a setting: `auto` is the GPU where there is one, of several this process's own."""
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    """Returns the device of a setting; with several processes, each has its own GPU.
+
+    Args:
+        name: `auto` (a GPU if there is one), `cuda`, `cpu` or `cuda:N`.
+
+    Raises:
+        UserError: no such device.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name.startswith("cuda") and not has_gpu:
         raise UserError(
             "--device cuda: this machine has no GPU that torch can use; use --device cpu"
         )
     if name in {"auto", "cuda"}:
-        return (
-            torch.device("cuda", distributed.local_rank())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        return torch.device("cuda", distributed.local_rank()) if has_gpu else torch.device("cpu")
     try:
         return torch.device(name)
     except RuntimeError:
@@ -41,9 +45,9 @@ def select_device(name: str) -> torch.device:
 
 
 def without_bfloat16(device: torch.device) -> str | None:
-    """Return why a device does not compute in bfloat16, None if it does.
+    """Returns the reason why a device cannot compute in bfloat16, None if it can.
 
-    On older GPUs torch imitates it, slowly, and compilers refuse it.
+    On older GPUs torch emulates it slowly, and compilers refuse it.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY:
         return None
@@ -55,16 +59,17 @@ def without_bfloat16(device: torch.device) -> str | None:
 
 
 def check_bfloat16(device: torch.device) -> None:
-    """Raise UserError if a device that is to compute in bfloat16 does not do so."""
-    if reason := without_bfloat16(device):
+    """Raises a UserError if the device cannot compute in bfloat16."""
+    reason = without_bfloat16(device)
+    if reason:
         raise UserError(f"--bf16: {reason}; use --fp16")
 
 
 def default_workers(device: torch.device) -> int:
-    """Returns how many processes should decode and augment for one that trains: a GPU wants all the cores there are.
+    """Returns the number of loader workers per training process: all cores for a GPU, else none.
 
-    Without a GPU it is none: the network's threads share each layer evenly, so that whoever takes a core from one of
-    them makes all of them wait, and handing batches over comes on top.
+    On a CPU, each layer is shared evenly among the network's threads. A worker that takes a core
+    from one of them delays all, and handing batches over costs time as well.
     """
     if device.type == "cpu":
         return 0
@@ -72,55 +77,59 @@ def default_workers(device: torch.device) -> int:
 
 
 def fit_workers(num_workers: int, batch_bytes: int, num_held: int) -> tuple[int, int]:
-    """Returns how many workers, and prefetched batches of each, have room in shared memory.
+    """Returns the number of workers, and of prefetched batches per worker, that fit shared memory.
 
-    Workers hand batches over in /dev/shm, which has 64 MB in a container by default. With less than is wanted there is
-    one batch per worker, and a warning is printed; without room for any batch the number of workers is 0.
+    Workers hand batches over in /dev/shm, which has 64 MB in a container by default. If it is too
+    small, a warning is printed, each worker prefetches one batch, and there are fewer workers, or
+    none if no batch fits.
 
     Args:
-        num_workers: wanted, of each of the processes that train on this machine.
-        batch_bytes: of the tensors of a batch.
-        num_held: batches that the main process holds besides.
+        num_workers: wanted per training process.
+        batch_bytes: size of the tensors of a batch.
+        num_held: batches that the main process holds in addition.
     """
     if not num_workers or not SHARED_MEMORY.is_dir():
-        return num_workers, PREFETCHED
+        return num_workers, NUM_PREFETCHED
     free = shutil.disk_usage(SHARED_MEMORY).free // distributed.local_world_size()
     num_batches = max(free // (batch_bytes + TENSOR_OVERHEAD) - num_held, 0)
-    if num_workers * PREFETCHED <= num_batches:
-        return num_workers, PREFETCHED
-    fitting = min(num_workers, num_batches)
+    if num_workers * NUM_PREFETCHED <= num_batches:
+        return num_workers, NUM_PREFETCHED
+    num_fitting = min(num_workers, num_batches)
     if distributed.is_main():
         warn(
-            f"the {free / 1e6:.0f} MB of {SHARED_MEMORY} have room for few batches of {num_workers} workers; "
-            f"{fitting} are used, with one batch each; `docker run --shm-size` makes room, --num_workers sets "
-            "their number",
+            f"{SHARED_MEMORY} has only {free / 1e6:.0f} MB for the batches of {num_workers} "
+            f"workers; {num_fitting} are used, with one batch each; enlarge it with `docker run "
+            "--shm-size`, or lower --num_workers",
         )
-    return fitting, 1
+    return num_fitting, 1
 
 
 def prepare(device: torch.device) -> None:
-    """Makes a device the one that work goes to, and chooses the fast way of what it can do in several."""
+    """Selects the device and turns on its fast paths: TF32, cuDNN autotuning, memory reuse."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # events are recorded on the current one
+        torch.cuda.set_device(device)  # events are recorded on the current device
         allow_tf32(device)
-        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        torch.backends.cudnn.benchmark = True  # pays because every batch has the same shape
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
         keep_freed_memory()
 
 
 def allow_tf32(device: torch.device) -> None:
-    """Let a GPU multiply float32 as TF32, with 10 bits, if the run is not in half precision."""
+    """Lets a GPU multiply float32 matrices as TF32, with a mantissa of 10 bits."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep what a step frees for the next one; does nothing where the C library is another.
+    """Makes glibc keep freed memory for the next step; does nothing with another C library.
 
-    By default it gives large blocks back to the system, which clears every page anew when the next step touches it.
+    By default it returns large blocks to the kernel, which clears every page again when the next
+    step touches it.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(MMAP_MAX, 0)
         mallopt(TRIM_THRESHOLD, -1)

@@ -1,4 +1,4 @@
-"""The weights a backbone starts from: where they are, their digest, and which images they have seen."""
+"""The weights that a backbone starts from: file, digests, and images they learned from."""
 
 import hashlib
 from collections.abc import Iterable
@@ -12,30 +12,31 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from isic.provenance import NOTHING, SEEN_FILE, Seen, read_seen, refuse_seen
+from isic.layout import BACKBONE_DIR, TRAINED_ON_FILE, fold_dir
+from isic.provenance import NOTHING, Seen, read_seen, refuse_seen
 from isic.runtime.errors import UserError
 from isic.runtime.files import sha256
 
-FOLDER, WEIGHTS_FILE = "backbone", "model.safetensors"
-"""A trained backbone is `fold_<k>/backbone/model.safetensors`."""
-MARK = "trained_on"
+WEIGHTS_FILE = "model.safetensors"
+"""Name of the weights in a folder in timm's `local-dir` form."""
+TRAINED_ON_KEY = "trained_on"
 """Key in the metadata of WEIGHTS_FILE: the SHA-256 of its list of images and patients."""
 SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights a backbone starts from."""
+    """The weights that a backbone starts from."""
 
     source: str
-    """A path, the name of a hub repository, `timm` (its own weights for the model), or `random`."""
+    """A path, a hub repository, `timm` (its own weights for the model), or `random`."""
     path: Path | None = None
     """The file, if it is a local one."""
     seen: Seen = field(default_factory=lambda: NOTHING)
-    """The images and patients they have learned from, as far as a list says so."""
+    """The images and patients they have learned from, as far as known."""
 
-    def facts(self, backbone: nn.Module) -> dict[str, Any]:
-        """Returns the fields of a manifest: source, file digest and digest of the tensors.
+    def manifest_fields(self, backbone: nn.Module) -> dict[str, Any]:
+        """Returns source, SHA-256 of the file and SHA-256 of the tensors, as far as they apply.
 
         Args:
             backbone: holds these weights, before its first training step.
@@ -47,7 +48,7 @@ class Weights:
 
 
 def find_weights(pretrained: bool | str, fold: int) -> Weights:
-    """Finds the weights that one fold starts from.
+    """Finds the weights that a fold starts from.
 
     Args:
         pretrained: the setting: true, false, a local file or folder, or a hub repository.
@@ -70,65 +71,70 @@ def local_file(pretrained: str, fold: int | None = None) -> Path | None:
         fold: the fold to take from a run.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file does not exist.
     """
     path = Path(pretrained)
-    if (path / f"fold_{fold}" / FOLDER).is_dir():
-        path = path / f"fold_{fold}" / FOLDER
+    if fold is not None and (fold_dir(path, fold) / BACKBONE_DIR).is_dir():
+        path = fold_dir(path, fold) / BACKBONE_DIR
     if path.is_dir():
         path = path / WEIGHTS_FILE
     if path.is_file():
         return path
     if path.suffix in SUFFIXES:
         raise UserError(
-            f"no weights at {pretrained}; give a file that exists, a hub name, or --pretrained false"
+            f"no weights at {pretrained}; give a file that exists, a hub name, or --pretrained "
+            "false"
         )
     return None
 
 
 def hub_id(pretrained: str) -> str:
-    """Returns the name of a hub repository, which may be written with `hf-hub:` before it."""
+    """Returns the name of a hub repository without the optional prefix `hf-hub:`."""
     return pretrained.removeprefix("hf-hub:")
 
 
 def seen_by(path: Path) -> Seen:
     """Returns the images and patients that the weights in a file have learned from.
 
-    Weights of this toolkit carry the digest of their list, so that they are not taken for foreign
-    ones once they have been moved away from it.
+    Weights of this toolkit carry the digest of their list, so that they are still recognised after
+    they were moved away from it.
 
     Raises:
-        UserError: the list is missing or another one, or an earlier version wrote it.
+        UserError: the list is missing, belongs to other weights, or is from an earlier version.
     """
-    folders = [path.parent, *([path.parent.parent] if path.parent.name == FOLDER else [])]
-    lists = [folder / SEEN_FILE for folder in folders if (folder / SEEN_FILE).is_file()]
-    expected = _mark(path)
+    folders = [path.parent]
+    if path.parent.name == BACKBONE_DIR:
+        folders.append(path.parent.parent)
+    lists = [folder / TRAINED_ON_FILE for folder in folders]
+    lists = [file for file in lists if file.is_file()]
+    expected = _trained_on_digest(path)
     if expected is None:
         return read_seen(lists[0]) if lists else NOTHING
-    for candidate in lists:
-        if sha256(candidate) == expected:
-            return read_seen(candidate)
+    for file in lists:
+        if sha256(file) == expected:
+            return read_seen(file)
     raise UserError(
-        f"{path} was trained by this toolkit, but its list of images is not beside it; copy "
-        f"{SEEN_FILE} from the fold's folder into {path.parent}"
+        f"{path} was trained by this toolkit, but its list of images is not next to it; copy "
+        f"{TRAINED_ON_FILE} from the fold's folder into {path.parent}"
     )
 
 
-def _mark(path: Path) -> str | None:
+def _trained_on_digest(path: Path) -> str | None:
+    """Returns the digest of its list of images that a file carries, None if it has none."""
     if path.suffix != ".safetensors":
         return None
     try:
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get(MARK)
+            return (file.metadata() or {}).get(TRAINED_ON_KEY)
     except SafetensorError as error:
         raise UserError(
-            f"{path} is not a whole safetensors file ({error}); give weights that are, or "
+            f"{path} is not a complete safetensors file ({error}); give one that is, or "
             "--pretrained false"
         ) from None
 
 
 def tensors_sha256(module: nn.Module) -> str:
-    """Returns the SHA-256 of a module's tensors, in the order of their names."""
+    """Returns the SHA-256 of a module's tensors in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -139,13 +145,13 @@ def tensors_sha256(module: nn.Module) -> str:
 def refuse_leaking_weights(
     pretrained: bool | str, folds: Iterable[int], table: pl.DataFrame, fold: NDArray[np.int8]
 ) -> None:
-    """Raises a UserError if the weights of a fold have learned from rows which the fold holds out.
+    """Raises a UserError if the weights of a fold have learned from rows that the fold holds out.
 
     Args:
         pretrained: the setting.
         folds: the folds to be trained.
-        table: `isic_id` and perhaps `patient_id` of N rows.
-        fold: [N] the fold of each row.
+        table: `isic_id` and optionally `patient_id` of N rows.
+        fold: [N], the fold of each row.
     """
     for k in folds:
         weights = find_weights(pretrained, k)
@@ -154,5 +160,5 @@ def refuse_leaking_weights(
             weights.seen,
             f"the weights in {weights.source}",
             "start from weights that were trained on other data, or give the folder of a run with "
-            "the same folds, of which each fold takes its own backbone",
+            "the same folds, so that each fold takes its own backbone",
         )

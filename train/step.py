@@ -1,7 +1,7 @@
-"""One optimizer step: gradients of some micro-batches, and weights that change where those are finite.
+"""One optimizer step: gradients of some micro-batches, then an update if they are finite.
 
-Nothing here asks the device for a value, which would leave it without work until the host has gone on. What a step came
-to is read when it has arrived, by `Outcome`.
+Nothing here synchronises with the device. A step's result is copied asynchronously and read later
+through `StepResult`.
 """
 
 from typing import Any
@@ -14,15 +14,22 @@ from tqdm import tqdm
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from train import distributed
+from train.batch import Batch, split
 from train.config import TrainSettings
-from train.data import Batch
 from train.losses import focal_loss, mask_loss
 from train.state import TrainState
 
 MAX_NAMED = 8
-"""Images that the message on a gradient names."""
+"""Images that the error about a gradient names."""
 MIN_SCALE = 1e-3
-"""Loss scale under which an overflow is no longer float16's fault; scaling starts at 65536."""
+"""Loss scale below which an overflow is not float16's fault; scaling starts at 65536."""
+AUTOCAST_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Returns the autocast context of a precision, disabled for fp32."""
+    dtype = AUTOCAST_DTYPES.get(precision, torch.bfloat16)
+    return torch.autocast(device.type, dtype, enabled=precision in AUTOCAST_DTYPES)
 
 
 def accumulate(
@@ -32,13 +39,14 @@ def accumulate(
     settings: TrainSettings,
     device: torch.device,
 ) -> Tensor:
-    """Adds the gradient of the micro-batches' mean loss to the weights and returns that loss, a scalar.
+    """Computes the gradient of the micro-batches' mean loss; returns that loss, a scalar.
 
-    Where the GPU's memory does not hold a micro-batch, it is cut into twice as many parts, here and from then on: the
-    optimizer step still sees every image once and with the same weight.
+    If the device runs out of memory, micro-batches are cut into twice as many parts from then on.
+    The optimizer step still sees every image once and with the same weight.
 
     Raises:
-        UserError: a part of one image does not fit, or there are several processes, which cut alike or not at all.
+        UserError: a single image does not fit, or there are several processes: they would have to
+            agree on the number of parts.
     """
     while True:
         try:
@@ -46,18 +54,19 @@ def accumulate(
         except torch.OutOfMemoryError:
             largest = max(len(batch.images) for batch in micro_batches)
             if distributed.world_size() > 1 or state.num_parts >= largest:
+                num_images = ceil_div(largest, state.num_parts)
                 raise UserError(
-                    f"the memory of {device} does not hold {ceil_div(largest, state.num_parts)} images; use a smaller "
-                    "--batch_size, --grad_checkpointing true or a smaller --image_size"
+                    f"{device} is out of memory with {num_images} images at a time; lower "
+                    "--batch_size or --image_size, or set --grad_checkpointing true"
                 ) from None
-            state.num_parts *= 2
-            size = ceil_div(settings.batch_size, state.num_parts)
-            tqdm.write(
-                f"out of memory: micro-batches of {size} instead, {state.num_parts} times as many a step"
-            )
-        state.optimizer.zero_grad(
-            set_to_none=True
-        )  # outside `except`, whose traceback holds the activations
+        # Outside of `except`: the exception's traceback keeps the activations alive.
+        state.num_parts *= 2
+        size = ceil_div(settings.batch_size, state.num_parts)
+        tqdm.write(
+            f"out of memory: continuing with micro-batches of {size}, {state.num_parts} times as "
+            "many per step"
+        )
+        state.optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -69,104 +78,100 @@ def backward(
     settings: TrainSettings,
     device: torch.device,
 ) -> Tensor:
-    """One forward and backward pass over every part of every micro-batch. Returns the mean loss, a scalar."""
+    """Runs forward and backward passes over all micro-batches; returns the mean loss, a scalar."""
     total = torch.zeros((), device=device)
-    parts = [
-        (part, len(batch.images))
-        for batch in micro_batches
-        for part in split(batch, state.num_parts)
-    ]
-    for number, (part, size) in enumerate(parts, start=1):
-        with distributed.averaging(forward, now=number == len(parts)):
-            with autocast(settings, device):
+    parts = []
+    for batch in micro_batches:
+        for part in split(batch, state.num_parts):
+            weight = len(part.images) / len(batch.images) / len(micro_batches)
+            parts.append((part, weight))
+    for number, (part, weight) in enumerate(parts, start=1):
+        with distributed.maybe_no_sync(forward, sync=number == len(parts)):
+            with autocast(device, settings.precision):
                 outputs = forward(part.images)
-            loss = focal_loss(outputs[1].squeeze(1), part.target, settings)
+            logits = outputs[1].squeeze(1)
+            loss = focal_loss(logits, part.target, settings.focal_alpha, settings.focal_gamma)
             if settings.mask_weight:
                 loss = loss + settings.mask_weight * mask_loss(outputs[2], part.masks)
-            loss = loss * (len(part.images) / size / len(micro_batches))
+            loss = loss * weight
             state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total
 
 
-def split(batch: Batch, num_parts: int) -> list[Batch]:
-    """Cuts a batch into at most `num_parts` parts of about the same size."""
-    size = ceil_div(len(batch.images), num_parts)
-    return [
-        Batch(*(part[at : at + size] for part in batch)) for at in range(0, len(batch.images), size)
-    ]
+def optimizer_step(state: TrainState, clip_grad: float, loss: Tensor) -> Tensor:
+    """Clips and applies the accumulated gradient; skips the update if it or the loss is not finite.
 
-
-def autocast(settings: TrainSettings, device: torch.device) -> torch.autocast:
-    dtype = torch.float16 if settings.fp16 else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=settings.fp16 or settings.bf16)
-
-
-def optimizer_step(state: TrainState, settings: TrainSettings, loss: Tensor) -> Tensor:
-    """Clips and applies the accumulated gradient where it and the loss are finite; otherwise the weights stay.
-
-    Fused AdamW reads on the device whether to leave a step out. In float32 and bfloat16 a gradient that is not finite
-    ends the run, and all further steps are left out as well, so that the weights are those before it when the host
-    learns of it. In float16 the scaler decides for each step by itself: the gradient ends the run only at the smallest
-    loss scale, and steps that are under way then may still change the weights, which are not saved.
+    In float32 and bfloat16 a gradient that is not finite ends the run. In float16 the scaler skips
+    such steps, and the run ends only at the smallest loss scale.
 
     Returns:
-        float32 [3] on the device: the loss, whether the step was left out, and whether the run cannot go on.
+        float32 [3] on the device: the loss, whether the step was skipped, whether the run has
+        diverged and cannot continue.
     """
+    # The order is fixed: clipping needs the unscaled gradient, and step() needs found_inf.
     state.scaler.unscale_(state.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_grad)
-    left_out = 1 - (norm + loss).isfinite().float()
-    scale = state.scaler.scale(torch.ones_like(loss))
-    hopeless = left_out * (scale < MIN_SCALE) if settings.fp16 else left_out
-    state.stopped = torch.maximum(state.stopped, hopeless)
-    state.optimizer.found_inf = state.stopped  # type: ignore[attr-defined] # the float16 scaler replaces it
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
+    skipped = 1 - (norm + loss).isfinite().float()  # the norm is finite only if all elements are
+    diverged = skipped
+    if state.scaler.is_enabled():
+        scale = state.scaler.scale(torch.ones_like(loss))
+        diverged = skipped * (scale < MIN_SCALE)
+    # Fused AdamW reads found_inf on the device and leaves weights and moments unchanged if it is 1.
+    # state.diverged stays 1: the host learns of a bad step only some steps later, and the weights
+    # must still be those before it. With float16, scaler.step() overwrites found_inf with the
+    # result of this step only: steps after a divergence may change weights, which are not saved.
+    state.diverged = torch.maximum(state.diverged, diverged)
+    state.optimizer.found_inf = state.diverged  # type: ignore[attr-defined]
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     if state.averaged:
         state.averaged.update(state.model, step=state.step)
     state.step += 1
-    return torch.stack([loss, left_out, hopeless])
+    return torch.stack([loss, skipped, diverged])
 
 
-class NotFinite(Exception):
-    """The gradient of a step is not finite and the run cannot go on."""
+class NonFiniteGradient(Exception):
+    """The gradient of a step is not finite and the run cannot continue."""
 
     def __init__(self, step: int, epoch: int, rows: list[int]) -> None:
         super().__init__("the gradient is not finite")
         self.step, self.epoch, self.rows = step, epoch, rows
 
-    def sentence(self, ids: pl.Series) -> str:
-        """Says where it happened, with the ids of the table that the rows belong to."""
+    def describe(self, ids: pl.Series) -> str:
+        """Returns the error message, with the ids of the images; `ids` are those of the table."""
         names = ", ".join(ids[row] for row in self.rows[:MAX_NAMED])
-        more = f" and {len(self.rows) - MAX_NAMED} more" if len(self.rows) > MAX_NAMED else ""
+        num_more = len(self.rows) - MAX_NAMED
+        more = f" and {num_more} more" if num_more > 0 else ""
         return (
-            f"the gradient is not finite at step {self.step}, in epoch {self.epoch}, on the images {names}{more}; "
-            "lower --lr and --lr_backbone, or look at these images"
+            f"the gradient is not finite at step {self.step}, in epoch {self.epoch}, on the images "
+            f"{names}{more}; lower --lr and --lr_backbone, or check these images"
         )
 
 
-class Outcome:
-    """What a step came to, on its way from the device to the host."""
+class StepResult:
+    """The result of the last optimizer step, on its way from the device to the host."""
 
     def __init__(self, state: TrainState, micro_batches: list[Batch], values: Tensor) -> None:
-        """Starts to copy `values`, as `optimizer_step` returns them, of the step that `state` has just made."""
+        """Starts to copy `values`, as `optimizer_step` returns them."""
         self.step, self.epoch = state.step - 1, state.epoch + 1
         self.rows = [batch.rows for batch in micro_batches]
         self.values = values.to("cpu", non_blocking=values.is_cuda)
-        self.arrived = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
-        if self.arrived:
-            self.arrived.record()
+        self.copied: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.copied.record()
 
     def read(self) -> tuple[float, bool]:
-        """Waits until the device has made the step. Returns its loss and whether loss scaling left it out.
+        """Waits for the copy. Returns the loss and whether the step was skipped.
 
         Raises:
-            NotFinite: the gradient is not finite, and no loss scaling is there to deal with it, or it tried in vain.
+            NonFiniteGradient: the run has diverged.
         """
-        if self.arrived:
-            self.arrived.synchronize()
-        loss, left_out, hopeless = self.values.tolist()
-        if hopeless:
-            raise NotFinite(self.step, self.epoch, torch.cat(self.rows).tolist())
-        return loss, bool(left_out)
+        if self.copied:
+            self.copied.synchronize()
+        loss, skipped, diverged = self.values.tolist()
+        if diverged:
+            raise NonFiniteGradient(self.step, self.epoch, torch.cat(self.rows).tolist())
+        return loss, bool(skipped)

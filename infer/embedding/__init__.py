@@ -1,1 +1,1 @@
-"""From images to features and logits on disk: plan, pipeline, and where it runs."""
+"""Images to features and logits on disk: shards, decoding, engines, and where they run."""

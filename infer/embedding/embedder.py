@@ -1,4 +1,4 @@
-"""Engines, images and threads of one process, and the one function that embeds parts, wherever that process runs."""
+"""Embed shards in one process: decoding runs ahead of the engines, writing behind them."""
 
 import contextlib
 import time
@@ -13,10 +13,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from infer.embedding.models import Models
 from infer.embedding.pipeline import Decoded, decode_ahead, ring_depth
-from infer.embedding.plan import Models, Part
-from infer.embedding.views import averaged
-from infer.embeddings import ERRORS, write_part
+from infer.embedding.shards import Shard
+from infer.embedding.store import ERRORS_SCHEMA, write_shard
+from infer.embedding.views import run_averaged
 from infer.engines import Outputs, allocator, load_many
 from isic.dataset import Dataset, Split
 from isic.images import decode_pool
@@ -25,14 +26,17 @@ from isic.runtime.errors import UserError
 from isic.runtime.files import write_parquet
 from isic.runtime.machine import num_cores
 
-MAX_PARTS_WAITING = 2
-"""Parts that may wait for the disk before the engines do."""
-DTYPES: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.float32}
+MAX_SHARDS_WAITING = 2
+"""Shards that may wait to be written before the engines pause, which bounds the memory."""
+STORED_DTYPES: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.float32}
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a process needs to know to embed any part of a run. Paths are absolute: it may run elsewhere."""
+class EmbedJob:
+    """Everything a process needs to embed any shard of a run, here or on another machine.
+
+    Paths are absolute.
+    """
 
     data: Path
     split: Split
@@ -42,16 +46,16 @@ class Job:
     tta: str
     batch_size: int
     num_threads: int | None
-    """Decoding threads of one process; None: one a core that it may use."""
+    """Decoding threads per process; None for one per core that it may use."""
     depth: int | None
-    """Batches in the ring; None: what keeps the threads busy."""
-    plan_digest: str | None = None
-    """Of the run's plan; each part says that it was made by it."""
+    """Batches in the ring; None for as many as keep the threads busy."""
+    run_spec_digest: str | None = None
+    """Written into each shard."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one batch (or one part) was and cost; seconds are the control thread's."""
+class BatchStats:
+    """The images of a batch and the control thread's seconds."""
 
     num_images: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -61,32 +65,33 @@ class Step:
     write_wait: float = 0.0
 
 
-Report = Callable[[Step], None]
+OnBatch = Callable[[BatchStats], None]
 
 
 @dataclass(frozen=True)
-class PartOutputs:
-    """What the engines said of a part's N good images, and why the others are not good."""
+class ShardOutputs:
+    """The outputs for the N good images of a shard, and the reasons for the bad ones."""
 
     ids: list[str]
     features: dict[int, NDArray[np.floating]]
-    """[N, D] by fold, in the type that is stored."""
+    """[N, D] by fold, in the type to be stored."""
     logits: dict[int, NDArray[np.float32]]
     """[N] by fold."""
     bad: dict[str, str]
+    """Reason by id."""
 
 
 class Embedder:
-    """Embeds parts of one job. Use it as a context: it owns threads."""
+    """Embeds shards of one job. A context manager, because it owns threads."""
 
-    def __init__(self, job: Job) -> None:
-        """Loads the engines and opens the images. Raises UserError where either does not work here."""
+    def __init__(self, job: EmbedJob) -> None:
+        """Loads the engines and opens the images. Raises UserError if either fails."""
         self._job = job
         self._engines = load_many(job.models.artifacts, job.models.manifests, job.device)
         self._store = Dataset(job.data).images(job.split)
         self._num_threads = job.num_threads or num_cores()
         self._pool = decode_pool(self._num_threads)
-        self._dtype = DTYPES[job.dtype]
+        self._dtype = STORED_DTYPES[job.dtype]
 
     def __enter__(self) -> "Embedder":
         return self
@@ -94,73 +99,81 @@ class Embedder:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def run(self, parts: Sequence[Part], report: Report) -> None:
-        """Embeds parts: decoding runs ahead, writing runs behind, the engines in between set the pace.
+    def run(self, shards: Sequence[Shard], on_batch: OnBatch) -> None:
+        """Embeds shards and writes each as soon as it is complete.
 
-        `report` hears of each batch; what it raises ends the run, like Ctrl-C, with whole parts on disk and no thread
+        An exception from `on_batch` ends the run like Ctrl-C: no partial shard and no thread is
         left behind.
 
         Raises:
-            UserError: the disk is full, or an engine gives what cannot be stored.
+            UserError: the disk is full, or an engine returns values that are not finite.
         """
         written: deque[Future[None]] = deque()
-        stream = self._decoded(parts)
+        stream = self._decoded(shards)
         with (
             contextlib.closing(stream),
             ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
         ):
-            for part in parts:
+            for shard in shards:
+                outputs = self._embed(shard, stream, on_batch)
                 written.append(
-                    writer.submit(
-                        write, part, self._embed(part, stream, report), self._job.plan_digest
-                    )
+                    writer.submit(write_outputs, shard, outputs, self._job.run_spec_digest)
                 )
-                _await_all_but(MAX_PARTS_WAITING, written, report)
-            _await_all_but(0, written, report)
+                _wait_for_writes(written, MAX_SHARDS_WAITING, on_batch)
+            _wait_for_writes(written, 0, on_batch)
 
-    def _decoded(self, parts: Sequence[Part]) -> Generator[Decoded, None, None]:
+    def _decoded(self, shards: Sequence[Shard]) -> Generator[Decoded, None, None]:
+        """Yields the decoded batches of all shards; a batch never spans two shards."""
         size = self._job.batch_size
         batches = (
-            part.ids.slice(at, size).to_list() for part in parts for at in range(0, len(part), size)
+            shard.ids.slice(start, size).to_list()
+            for shard in shards
+            for start in range(0, len(shard), size)
         )
-        allocate = allocator(next(iter(self._engines.values())))
+        any_engine, *_ = self._engines.values()
         depth = self._job.depth or ring_depth(size, self._num_threads)
         return decode_ahead(
-            self._store, batches, self._job.models.spec, self._pool, size, depth, allocate
+            self._store,
+            batches,
+            self._job.models.spec,
+            self._pool,
+            size,
+            depth,
+            allocator(any_engine),
         )
 
-    def _embed(self, part: Part, stream: Iterator[Decoded], report: Report) -> PartOutputs:
-        """Takes a part's batches off the stream and runs every engine of the part on each."""
-        engines = {fold: self._engines[fold] for fold in part.paths}
-        shape = (len(part), self._job.models.num_features)
-        outputs = PartOutputs(
+    def _embed(self, shard: Shard, stream: Iterator[Decoded], on_batch: OnBatch) -> ShardOutputs:
+        """Takes a shard's batches off the stream and runs the engines of its folds on each."""
+        engines = {fold: self._engines[fold] for fold in shard.paths}
+        shape = (len(shard), self._job.models.num_features)
+        outputs = ShardOutputs(
             ids=[],
             features={fold: np.empty(shape, self._dtype) for fold in engines},
-            logits={fold: np.empty(len(part), np.float32) for fold in engines},
+            logits={fold: np.empty(len(shard), np.float32) for fold in engines},
             bad={},
         )
-        for batch in islice(stream, ceil_div(len(part), self._job.batch_size)):
+        for batch in islice(stream, ceil_div(len(shard), self._job.batch_size)):
             started = time.perf_counter()
-            _store(outputs, batch, averaged(engines, batch.images, self._job.tta))
+            _append(outputs, batch, run_averaged(engines, batch.images, self._job.tta))
             bad = [(batch.ids[row], reason) for row, reason in batch.failed.items()]
             outputs.bad.update(bad)
-            engine = time.perf_counter() - started
-            report(Step(len(batch.ids), bad, decode_wait=batch.waited, engine=engine))
-        return _trimmed(outputs)
+            seconds = time.perf_counter() - started
+            on_batch(BatchStats(len(batch.ids), bad, decode_wait=batch.waited, engine=seconds))
+        return _checked(outputs)
 
 
-def _store(outputs: PartOutputs, batch: Decoded, results: Mapping[int, Outputs]) -> None:
-    """Appends a batch's good rows to a part's outputs."""
+def _append(outputs: ShardOutputs, batch: Decoded, results: Mapping[int, Outputs]) -> None:
+    """Appends a batch's good rows to the outputs of its shard."""
     good = [row for row in range(len(batch.ids)) if row not in batch.failed]
-    at = slice(len(outputs.ids), len(outputs.ids) + len(good))
+    target = slice(len(outputs.ids), len(outputs.ids) + len(good))
     for fold, (features, logits) in results.items():
-        outputs.features[fold][at] = features[good]
-        outputs.logits[fold][at] = logits[good, 0]
+        outputs.features[fold][target] = features[good]
+        outputs.logits[fold][target] = logits[good, 0]
     outputs.ids.extend(batch.ids[row] for row in good)
 
 
-def _trimmed(outputs: PartOutputs) -> PartOutputs:
-    """Drops the room that bad images left. Raises UserError for a value that is not finite."""
+def _checked(outputs: ShardOutputs) -> ShardOutputs:
+    """Cuts the arrays to the good images. Raises UserError for a value that is not finite."""
     num_good = len(outputs.ids)
     features = {fold: values[:num_good] for fold, values in outputs.features.items()}
     logits = {fold: values[:num_good] for fold, values in outputs.logits.items()}
@@ -168,25 +181,30 @@ def _trimmed(outputs: PartOutputs) -> PartOutputs:
         finite = np.isfinite(values).all(axis=1) & np.isfinite(logits[fold])
         if not finite.all():
             raise UserError(
-                f"the engine of fold {fold} gives {outputs.ids[int(np.argmin(finite))]} values that are not finite as "
-                f"{values.dtype}; use --dtype float32, or export the model in another precision"
+                f"the engine of fold {fold} returns values for {outputs.ids[int(np.argmin(finite))]} "
+                f"that are not finite as {values.dtype}; "
+                "use --dtype float32, or export the model in another precision"
             )
-    return PartOutputs(outputs.ids, features, logits, outputs.bad)
+    return ShardOutputs(outputs.ids, features, logits, outputs.bad)
 
 
-def _await_all_but(number: int, written: deque[Future[None]], report: Report) -> None:
-    """Waits until at most `number` parts are not yet on disk."""
+def _wait_for_writes(written: deque[Future[None]], max_waiting: int, on_batch: OnBatch) -> None:
+    """Waits until at most `max_waiting` shards are not yet on disk."""
     started = time.perf_counter()
-    while len(written) > number:
+    while len(written) > max_waiting:
         written.popleft().result()
-    report(Step(write_wait=time.perf_counter() - started))
+    on_batch(BatchStats(write_wait=time.perf_counter() - started))
 
 
-def write(part: Part, outputs: PartOutputs, plan_digest: str | None) -> None:
-    """Writes a part's files, the reasons for its bad images first: a part that exists has said all it knows."""
+def write_outputs(shard: Shard, outputs: ShardOutputs, run_spec_digest: str | None) -> None:
+    """Writes the files of a shard, the list of bad images first.
+
+    A shard counts as done once its Parquet files exist, so the list must be there by then.
+    """
     if outputs.bad:
-        write_parquet(
-            part.errors_path, pl.DataFrame(list(outputs.bad.items()), ERRORS, orient="row")
+        bad = pl.DataFrame(list(outputs.bad.items()), ERRORS_SCHEMA, orient="row")
+        write_parquet(shard.errors_path, bad)
+    for fold, path in shard.paths.items():
+        write_shard(
+            path, outputs.ids, outputs.features[fold], outputs.logits[fold], run_spec_digest
         )
-    for fold, path in part.paths.items():
-        write_part(path, outputs.ids, outputs.features[fold], outputs.logits[fold], plan_digest)

@@ -1,4 +1,4 @@
-"""Decoding ahead of the engine: a ring of preallocated batches that decoder threads fill and one thread reads."""
+"""Decode ahead of the engine: threads fill a ring of preallocated batches, one thread reads it."""
 
 import time
 from collections import deque
@@ -13,29 +13,29 @@ from isic.runtime.arithmetic import ceil_div
 
 MIN_DEPTH = 3
 """One batch in the engine, one ready, one being filled."""
-CHUNKS_A_THREAD = 4
-"""Work that should wait for each thread, so that none runs dry while the engine is busy."""
+CHUNKS_PER_THREAD = 4
+"""Queued work per decoding thread, so that none runs dry while the engine is busy."""
 
 Shape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded batch. `images` is valid until the next one is asked for: its memory is then used again."""
+    """A decoded batch of N images."""
 
     ids: Sequence[str]
     images: Pixels
-    """uint8 [N, size, size, 3]; rows that failed are zero."""
+    """uint8 [N, size, size, 3], zero in failed rows. Overwritten once the next batch is taken."""
     failed: dict[int, str]
     """The reason by row."""
     waited: float
-    """Seconds its reader had to wait for it."""
+    """Seconds that the reader waited for this batch."""
 
 
 def ring_depth(batch_size: int, num_threads: int) -> int:
-    """Returns how many batches keep `num_threads` decoders busy."""
-    chunks_a_batch = ceil_div(batch_size, CHUNK)
-    return max(MIN_DEPTH, ceil_div(CHUNKS_A_THREAD * num_threads, chunks_a_batch))
+    """Returns the number of batches that keep all decoding threads busy."""
+    chunks_per_batch = ceil_div(batch_size, CHUNK)
+    return max(MIN_DEPTH, ceil_div(CHUNKS_PER_THREAD * num_threads, chunks_per_batch))
 
 
 def decode_ahead(
@@ -47,18 +47,20 @@ def decode_ahead(
     depth: int = MIN_DEPTH,
     allocate: Callable[[Shape], Pixels] = pageable,
 ) -> Generator[Decoded, None, None]:
-    """Yields the batches in order, decoded by `pool` while the caller works on those before.
+    """Yields the batches in order; `pool` decodes later ones while the caller works.
 
-    There is no thread beside the pool's: each time the caller comes back, the batch it has done with joins the end of
-    the ring. Memory is `depth` batches whatever the number of images. An error in decoding is raised here; leaving
-    the loop early, for whatever reason, drops what is not begun and waits for what is.
+    Memory is `depth` batches, whatever the number of images. An error in decoding is raised at
+    its batch. Closing the generator cancels waiting work and waits for work in progress.
     """
     free = [allocate((batch_size, spec.size, spec.size, 3)) for _ in range(depth)]
     ring: deque[tuple[Sequence[str], Pixels, list[Decoding]]] = deque()
     upcoming = iter(batches)
     try:
         while True:
-            while free and (ids := next(upcoming, None)) is not None:
+            while free:
+                ids = next(upcoming, None)
+                if ids is None:
+                    break
                 buffer = free.pop()
                 ring.append((ids, buffer, store.submit(ids, spec, buffer[: len(ids)], pool)))
             if not ring:
@@ -66,9 +68,16 @@ def decode_ahead(
             ids, buffer, decodings = ring[0]
             started = time.perf_counter()
             failed = gather(decodings)
+            # The buffer is still in the ring, not in `free`, while the caller reads it: the
+            # generator is suspended here, and only this thread submits work, so nothing can
+            # overwrite it. The caller's next() says that it is done with the batch.
             yield Decoded(ids, buffer[: len(ids)], failed, time.perf_counter() - started)
             free.append(buffer)
             ring.popleft()
     finally:
-        unfinished = [decoding for _, _, decodings in ring for decoding in decodings]
-        wait([decoding for decoding in unfinished if not decoding.cancel()])
+        # Also after an exception or an early close. Decoders write into the buffers, which must
+        # not be freed under them.
+        running = [
+            decoding for _, _, decodings in ring for decoding in decodings if not decoding.cancel()
+        ]
+        wait(running)

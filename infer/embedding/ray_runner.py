@@ -1,6 +1,6 @@
-"""A Ray cluster: Ray Data over the parts, with a pool of actors that embed them as a single process does.
+"""Embed shards on a Ray cluster: Ray Data over shard numbers, with a pool of actors.
 
-Every node needs this toolkit, and sees dataset, engines and output folder under the same paths.
+Every node needs this toolkit, and the dataset, artifacts and output folder under the same paths.
 """
 
 import dataclasses
@@ -12,86 +12,96 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from infer.embedding.embedder import Embedder, Job, Report, Step
-from infer.embedding.plan import Part
+from infer.embedding.embedder import BatchStats, Embedder, EmbedJob, OnBatch
+from infer.embedding.shards import Shard
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from isic.runtime.machine import num_cores
 
-PARTS_A_TASK = 4
-"""Parts that an actor runs through without a pause, and that are lost with it."""
+SHARDS_PER_TASK = 4
+"""Shards that an actor embeds in one task, and that are lost with it."""
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
-"""Of a cluster started here: only counts travel through it, the images and features go from disk to disk."""
+"""Of a cluster started here. Only counts pass through it; images and features stay on disks."""
 
 NO_AUTO_CONNECT = ("RAY_ENABLE_AUTO_CONNECT", "0")
-"""Read when Ray is imported. Otherwise a thread that Ray Data leaves running starts a cluster of its own where it comes
-too late for the one that has been shut down, and that cluster's end takes the process with it."""
+"""Environment variable that Ray reads when it is imported.
+
+Without it, a thread that Ray Data leaves running may call Ray after the cluster is shut down. Ray
+then starts another cluster (ray-project/ray#31060, seen with ray 2.60), whose end kills this
+process. Needed until Ray no longer connects implicitly.
+"""
 
 
-class PartsActor:
-    """Keeps an Embedder and runs it on the parts whose numbers arrive."""
+class ShardsActor:
+    """Holds an Embedder and runs it on the shards whose numbers it is given."""
 
-    def __init__(self, job: Job, parts: Sequence[Part]) -> None:
-        self._job, self._parts = job, parts
+    def __init__(self, job: EmbedJob, shards: Sequence[Shard]) -> None:
+        self._job = job
+        self._shards = shards
         self._embedder: Embedder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Embeds parts; returns what they cost as JSON, or the sentence of a UserError: Ray would wrap an exception."""
-        steps: list[Step] = []
+        """Embeds shards; returns their stats, or the message of a UserError, as JSON.
+
+        The message is returned because Ray Data hides the type of an exception
+        (ray-project/ray#46962).
+        """
+        stats: list[BatchStats] = []
         try:
             self._embedder = self._embedder or Embedder(self._job)
-            self._embedder.run([self._parts[number] for number in batch["part"]], steps.append)
+            shards = [self._shards[number] for number in batch["shard"]]
+            self._embedder.run(shards, stats.append)
         except UserError as error:
             return {"message": [json.dumps({"error": str(error)})]}
-        return {"message": [json.dumps(dataclasses.asdict(_sum(steps)))]}
+        return {"message": [json.dumps(dataclasses.asdict(_sum(stats)))]}
 
 
-def _sum(steps: Sequence[Step]) -> Step:
-    return Step(
-        sum(step.num_images for step in steps),
-        [bad for step in steps for bad in step.bad],
-        *(
-            sum(getattr(step, name) for step in steps)
-            for name in ("decode_wait", "engine", "write_wait")
-        ),
+def _sum(stats: Sequence[BatchStats]) -> BatchStats:
+    return BatchStats(
+        num_images=sum(batch.num_images for batch in stats),
+        bad=[bad for batch in stats for bad in batch.bad],
+        decode_wait=sum(batch.decode_wait for batch in stats),
+        engine=sum(batch.engine for batch in stats),
+        write_wait=sum(batch.write_wait for batch in stats),
     )
 
 
-def run_ray(parts: Sequence[Part], job: Job, address: str, report: Report) -> None:
-    """Embeds parts on a cluster: an actor a GPU, or one a machine where there are none.
+def run_ray(shards: Sequence[Shard], job: EmbedJob, address: str, on_batch: OnBatch) -> None:
+    """Embeds shards on a cluster, with one actor per GPU, or per machine if there are no GPUs.
 
-    Ray runs a task again whose actor or machine died; what it may still lose, the caller does again.
+    Ray repeats a task whose actor or machine died. Shards that are lost all the same stay missing.
 
     Args:
         address: of a running cluster, or `local` to start one on this machine.
 
     Raises:
-        UserError: Ray is not installed, the cluster does not answer, or what an actor raised.
+        UserError: Ray is not installed, the cluster does not answer, or an actor raised it.
     """
     ray = connect(address)
-    number, resources = actors(ray.nodes(), job.device)
+    num_actors, resources = size_actors(ray.nodes(), job.device)
     job = dataclasses.replace(job, num_threads=job.num_threads or int(resources["num_cpus"]))
-    num_tasks = ceil_div(len(parts), min(PARTS_A_TASK, ceil_div(len(parts), number)))
-    items = [{"part": number} for number in range(len(parts))]
+    shards_per_actor = ceil_div(len(shards), num_actors)
+    num_tasks = ceil_div(len(shards), min(SHARDS_PER_TASK, shards_per_actor))
+    items = [{"shard": number} for number in range(len(shards))]
     results = ray.data.from_items(items, override_num_blocks=num_tasks).map_batches(
-        PartsActor,
-        fn_constructor_args=(job, list(parts)),
+        ShardsActor,
+        fn_constructor_args=(job, list(shards)),
         batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=number),
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
         **resources,
     )
     for row in results.iter_rows():
         message = json.loads(row["message"])
         if "error" in message:
             raise UserError(message["error"])
-        report(Step(**message))
+        on_batch(BatchStats(**message))
 
 
 def connect(address: str) -> Any:
-    """Joins a cluster, or starts one, and returns the module `ray`; does nothing where this process has joined one.
+    """Joins or starts a cluster, unless this process has joined one; returns the module `ray`.
 
     Raises:
-        UserError: Ray is not installed, or nothing answers.
+        UserError: Ray is not installed, or no cluster answers.
     """
     os.environ.setdefault(*NO_AUTO_CONNECT)
     try:
@@ -103,35 +113,43 @@ def connect(address: str) -> Any:
     ray.data.DataContext.get_current().enable_progress_bars = False
     if ray.is_initialized():
         return ray
-    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        settings |= {
+        options |= {
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": False,
             "num_cpus": num_cores(),
         }
+    # ray.init replaces the SIGTERM handler by one that exits with code 15 (ray-project/ray#17308),
+    # so a stopped run would not clean up. Needed as long as Ray installs a handler in drivers.
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, **settings)
+        ray.init(address=address, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"no Ray cluster at {address} ({reason}); give its address, or --ray local"
         ) from None
     finally:
-        signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own there, which exits with 15
+        signal.signal(signal.SIGTERM, handler)
     return ray
 
 
-def actors(nodes: Sequence[Mapping[str, Any]], device: str) -> tuple[int, dict[str, float]]:
-    """Returns how many actors a cluster should have, and what each reserves: a GPU, or all cores of a machine."""
-    alive = [
+def size_actors(nodes: Sequence[Mapping[str, Any]], device: str) -> tuple[int, dict[str, float]]:
+    """Returns the number of actors, and what each reserves: a GPU, or all cores of a machine.
+
+    Args:
+        nodes: as `ray.nodes()` returns them.
+    """
+    machines = [
         node["Resources"]
         for node in nodes
         if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
     ]
-    with_gpu = [node for node in alive if node.get("GPU", 0) >= 1 and device != "cpu"]
-    if with_gpu:
-        num_cpus = min(max(node["CPU"] // node["GPU"], 1) for node in with_gpu)
-        return int(sum(node["GPU"] for node in with_gpu)), {"num_cpus": num_cpus, "num_gpus": 1}
-    return len(alive), {"num_cpus": min(node["CPU"] for node in alive)}
+    with_gpu = [machine for machine in machines if machine.get("GPU", 0) >= 1]
+    if with_gpu and device != "cpu":
+        num_gpus = int(sum(machine["GPU"] for machine in with_gpu))
+        # The machine with the fewest cores per GPU decides: all actors reserve the same.
+        num_cpus = min(max(machine["CPU"] // machine["GPU"], 1) for machine in with_gpu)
+        return num_gpus, {"num_cpus": num_cpus, "num_gpus": 1}
+    return len(machines), {"num_cpus": min(machine["CPU"] for machine in machines)}

@@ -1,4 +1,4 @@
-"""Test-time augmentation: what an engine says of an image, averaged over flips and quarter turns of it."""
+"""Test-time augmentation: an engine's outputs averaged over flips and quarter turns of an image."""
 
 from collections.abc import Mapping
 
@@ -12,29 +12,36 @@ VIEWS: dict[str, tuple[tuple[int, bool], ...]] = {
     "flips": ((0, False), (0, True), (2, True), (2, False)),
     "d4": tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4)),
 }
-"""Quarter turns, and whether left and right change places afterwards. Each is a group, so that the average is the
-same for an image and its views."""
+"""Per view the quarter turns, and whether left and right are then swapped.
+
+Each set is a group, so an image and any of its views have the same average.
+"""
 
 
-def view(images: Pixels, turns: int, mirrored: bool) -> Pixels:
-    """Returns images uint8 [N, size, size, 3] turned and mirrored, contiguous; the same memory for no change."""
+def apply_view(images: Pixels, turns: int, mirrored: bool) -> Pixels:
+    """Returns images uint8 [N, size, size, 3] turned and mirrored, contiguous.
+
+    Without a change it is the same memory.
+    """
     turned = np.rot90(images, turns, axes=(1, 2))
     return np.ascontiguousarray(turned[:, :, ::-1] if mirrored else turned)
 
 
-def averaged(engines: Mapping[int, Engine], images: Pixels, tta: str) -> dict[int, Outputs]:
+def run_averaged(engines: Mapping[int, Engine], images: Pixels, tta: str) -> dict[int, Outputs]:
     """Runs every engine on every view of images uint8 [N, size, size, 3].
 
     Returns:
-        By fold the means over the views in float32: features [N, D] and logits [N, 1].
+        The float32 means over the views by fold: features [N, D] and logits [N, 1].
     """
     sums: dict[int, Outputs] = {}
     for turns, mirrored in VIEWS[tta]:
-        seen = view(images, turns, mirrored)
+        view = apply_view(images, turns, mirrored)
         for fold, engine in engines.items():
-            features, logits = engine.run(seen)
+            features, logits = engine.run(view)
             if fold in sums:
-                features, logits = sums[fold][0] + features, sums[fold][1] + logits
+                features = sums[fold][0] + features
+                logits = sums[fold][1] + logits
             sums[fold] = features, logits
-    scale = np.float32(1 / len(VIEWS[tta]))  # a power of two: exact
+    # A power of two, so the multiplication is exact.
+    scale = np.float32(1 / len(VIEWS[tta]))
     return {fold: (features * scale, logits * scale) for fold, (features, logits) in sums.items()}

@@ -1,4 +1,4 @@
-"""Several processes on one machine, one a GPU: each embeds its share of the parts with its share of the cores."""
+"""Several processes on one machine, one per GPU, each with its own shards and cores."""
 
 import contextlib
 import os
@@ -9,48 +9,51 @@ from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
-from infer.embedding.embedder import Embedder, Job, Report
-from infer.embedding.plan import Part
+from infer.embedding.embedder import Embedder, EmbedJob, OnBatch
+from infer.embedding.shards import Shard
 from isic.runtime.errors import UserError
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.machine import VISIBLE_GPUS, cores, gpus
 
 GRACE_SECONDS = 30
-"""For a worker that is told to stop, to bring what it has to disk."""
+"""Time that a stopped worker has to write its finished shards to disk."""
 
 
-def share(items: Sequence[int], index: int, number: int) -> list[int]:
-    """Returns the share of one of `number` workers in neighbouring items: one at least, the same for two if it must."""
+def core_slice(items: Sequence[int], index: int, number: int) -> list[int]:
+    """Returns worker `index`'s contiguous slice of `items`, for `number` workers.
+
+    It has at least one item, shared if there are more workers than items.
+    """
     size = max(len(items) // number, 1)
     start = index * size % len(items)
     return list(items[start : start + size])
 
 
-def run_processes(parts: Sequence[Part], job: Job, number: int, report: Report) -> None:
-    """Embeds parts in `number` processes. The parts of one that dies stay missing; the caller does them again.
+def run_processes(shards: Sequence[Shard], job: EmbedJob, number: int, on_batch: OnBatch) -> None:
+    """Embeds shards in `number` processes. The shards of one that dies stay missing.
 
     Raises:
-        UserError: what a worker raised; the others are stopped.
+        UserError: raised in a worker; the others are stopped.
     """
-    context, names = get_context("spawn"), gpus()
+    context = get_context("spawn")
+    gpu_names = gpus()
     workers: dict[Connection, SpawnProcess] = {}
     try:
         for index in range(number):
-            ours, theirs = context.Pipe()
-            arguments = (
-                parts[index::number],
-                job,
-                theirs,
-                names[index % len(names)] if names else None,
-            )
+            receiver, sender = context.Pipe()
+            gpu = gpu_names[index % len(gpu_names)] if gpu_names else None
+            own_cores = core_slice(cores(), index, number)
             process = context.Process(
-                target=_work, args=(*arguments, share(cores(), index, number)), daemon=True
+                target=_work,
+                args=(shards[index::number], job, sender, gpu, own_cores),
+                daemon=True,
             )
-            workers[ours] = process
-            with _deaf_to_ctrl_c():
+            workers[receiver] = process
+            with _block_sigint():
                 process.start()
-            theirs.close()
-        _listen(dict(workers), report)
+            # The child has its own copy; with this one open, the child's end would give no EOF.
+            sender.close()
+        _listen(dict(workers), on_batch)
     finally:
         started = [process for process in workers.values() if process.pid is not None]
         for process in started:
@@ -61,8 +64,12 @@ def run_processes(parts: Sequence[Part], job: Job, number: int, report: Report) 
 
 
 @contextlib.contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started in the block never hear of the Ctrl-C that reaches all of a terminal: this one ends them."""
+def _block_sigint() -> Iterator[None]:
+    """Blocks SIGINT in processes that are started inside the block.
+
+    Ctrl-C reaches every process of a terminal; workers must leave it to their parent, which then
+    ends them with SIGTERM.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -70,8 +77,8 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _listen(workers: dict[Connection, SpawnProcess], report: Report) -> None:
-    """Passes on what workers report until all have ended."""
+def _listen(workers: dict[Connection, SpawnProcess], on_batch: OnBatch) -> None:
+    """Passes on the workers' messages until all workers have ended."""
     while workers:
         for pipe in connection.wait(list(workers)):
             assert isinstance(pipe, Connection)
@@ -82,26 +89,27 @@ def _listen(workers: dict[Connection, SpawnProcess], report: Report) -> None:
                 process.join()
                 if process.exitcode:
                     print(
-                        f"a worker was lost (exit code {process.exitcode}), its parts are done again",
+                        f"a worker was lost (exit code {process.exitcode}); "
+                        "its shards are embedded again",
                         file=sys.stderr,
                     )
                 continue
             if isinstance(message, UserError):
                 raise message
-            report(message)
+            on_batch(message)
 
 
 def _work(
-    parts: list[Part], job: Job, pipe: Connection, gpu: str | None, own_cores: list[int]
+    shards: list[Shard], job: EmbedJob, pipe: Connection, gpu: str | None, own_cores: list[int]
 ) -> None:
-    """The worker: embeds its parts and tells of each batch."""
+    """Embeds shards in a worker process and sends the stats of each batch."""
     if gpu is not None:
         os.environ[VISIBLE_GPUS] = gpu
-    if hasattr(os, "sched_setaffinity"):
+    if hasattr(os, "sched_setaffinity"):  # Linux only
         os.sched_setaffinity(0, own_cores)
     try:
         with interruptible(), Embedder(job) as embedder:
-            embedder.run(parts, pipe.send)
+            embedder.run(shards, pipe.send)
     except UserError as error:
         pipe.send(error)
     except Interrupted as stop:

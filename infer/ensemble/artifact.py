@@ -8,7 +8,7 @@
 | `oof.parquet`, `scores.json` | out-of-fold scores, and their metrics |
 | `folds.parquet` | the fold plan |
 
-Nothing is pickled.
+Nothing is pickled, so opening an ensemble runs no code from it.
 """
 
 import json
@@ -21,91 +21,29 @@ import polars as pl
 
 from infer.ensemble import image_scores
 from infer.ensemble.blend import Scores
-from infer.ensemble.image_columns import FORMS
+from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.image_features import ImageState
-from isic import features, schema
+from isic import schema
 from isic.features import Encoding, relative_to_patient
 from isic.folds import FILE as FOLDS_FILE
 from isic.runtime.errors import UserError
 from isic.runtime.files import holds, read_json, refuse_foreign, sha256, write_json
 from isic.tables import read_parquet
 
-MANIFEST = "ensemble.json"
-STATE = "state.json"
-OOF = "oof.parquet"
-SCORES = "scores.json"
-BEGUN = "begun.json"
+ENSEMBLE_FILE = "ensemble.json"
+STATE_FILE = "state.json"
+OOF_FILE = "oof.parquet"
+SCORES_FILE = "scores.json"
+BEGUN_FILE = "begun.json"
 """Marks a folder in which an ensemble is being written."""
-FORMAT = 4
+FORMAT_VERSION = 4
 
-REPORT = "report.html"
+REPORT_FILE = "report.html"
 """Not part of the manifest: it can be written again at any time."""
 
-IMAGE_WORDS = ("image", "multimodal")
-"""Words of `--features` that include the image model's score."""
-
 
 @dataclass(frozen=True)
-class FeatureSpec:
-    """The features of the boosters, from the words of `--features`."""
-
-    words: tuple[str, ...]
-    tabular: tuple[str, ...]
-    """Names of the tabular features."""
-    score: bool
-    """Whether the image model's score is a feature."""
-    forms: tuple[str, ...]
-    """The kinds of embedding columns, some of `FORMS`."""
-
-    @classmethod
-    def parse(cls, text: str) -> "FeatureSpec":
-        """Parse a comma-separated list of sets, groups and features.
-
-        `image` is the image model's score, `multimodal` is `image` and `engineered`; `aligned` and
-        `frozen` are embeddings as columns.
-
-        Raises:
-            UserError: an unknown word, or a column that only training tables have.
-        """
-        words = tuple(word.strip() for word in text.split(","))
-        image_words = (*IMAGE_WORDS, *FORMS)
-        plain = [word for word in words if word not in image_words]
-        if "multimodal" in words:
-            plain.append("engineered")
-        return cls(
-            words,
-            tabular=features.expand(plain, also_known=image_words),
-            score=any(word in IMAGE_WORDS for word in words),
-            forms=tuple(form for form in FORMS if form in words),
-        )
-
-    @property
-    def images(self) -> bool:
-        """Whether any feature comes from images."""
-        return self.score or bool(self.forms)
-
-    def names(self, image: ImageState) -> tuple[str, ...]:
-        """Return the columns of the boosters' matrix.
-
-        There are none, and no boosters, if the image model's score is the only feature.
-        """
-        if not (self.tabular or self.forms):
-            return ()
-        return (*self.tabular, *image.names)
-
-    def frame(self, metadata: pl.DataFrame, image: Iterable[pl.DataFrame]) -> pl.DataFrame:
-        """Return the feature table: `isic_id`, tabular and image columns.
-
-        Args:
-            metadata: the rows, whose order is kept.
-            image: tables of `isic_id` and columns in the same order.
-        """
-        tabular = features.compute(metadata, self.tabular)
-        return pl.concat([tabular, *(table.drop(schema.ID) for table in image)], how="horizontal")
-
-
-@dataclass(frozen=True)
-class State:
+class EnsembleState:
     """The fitted state of the features."""
 
     names: tuple[str, ...]
@@ -115,15 +53,15 @@ class State:
     image: ImageState
 
     def write(self, root: Path) -> list[str]:
-        """Write the state. Returns the names of its files."""
+        """Writes the state. Returns the names of its files."""
         encodings = {str(fold): encoding.to_json() for fold, encoding in self.encodings.items()}
         value = {"names": list(self.names), **self.image.to_json(), "encodings": encodings}
-        write_json(root / STATE, value)
-        return [STATE, *self.image.write(root)]
+        write_json(root / STATE_FILE, value)
+        return [STATE_FILE, *self.image.write(root)]
 
     @classmethod
-    def read(cls, root: Path) -> "State":
-        value = read_json(root / STATE)
+    def read(cls, root: Path) -> "EnsembleState":
+        value = read_json(root / STATE_FILE)
         names = tuple(value["names"])
         encodings = {
             int(fold): Encoding.from_json(names, part) for fold, part in value["encodings"].items()
@@ -137,7 +75,7 @@ class Ensemble:
 
     root: Path
     manifest: Mapping[str, Any]
-    state: State
+    state: EnsembleState
     spec: FeatureSpec
 
     @property
@@ -152,56 +90,58 @@ class Ensemble:
         return image_scores.RELATIVE in names or relative_to_patient(names)
 
     def oof(self) -> pl.DataFrame:
-        """Return `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
-        return read_parquet(self.root / OOF)
+        """Returns `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
+        return read_parquet(self.root / OOF_FILE)
 
     def oof_models(self) -> dict[str, Scores]:
-        """Return [N] out-of-fold scores by model name."""
+        """Returns [N] out-of-fold scores by model name."""
         models = self.oof().drop(schema.ID, "fold", schema.TARGET, "blend")
         return {column.name: column.to_numpy() for column in models}
 
 
-def write_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) -> None:
-    """Write the manifest of the named files. Call it after they are written."""
+def write_ensemble_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) -> None:
+    """Writes the manifest of the named files. Call it after they are written."""
     digests = {name: sha256(root / name) for name in files}
-    write_json(root / MANIFEST, {"format": FORMAT, **fields, "files": digests})
-    (root / BEGUN).unlink(missing_ok=True)
+    write_json(root / ENSEMBLE_FILE, {"format": FORMAT_VERSION, **fields, "files": digests})
+    (root / BEGUN_FILE).unlink(missing_ok=True)
 
 
-def refuse_other_content(root: Path) -> None:
-    """Raise a UserError if a folder has files with an ensemble's names but is not an ensemble.
+def refuse_foreign_folder(root: Path) -> None:
+    """Raises a UserError if a folder has files with an ensemble's names but is not an ensemble.
 
     An ensemble whose fit was interrupted counts as one.
     """
-    is_own = holds(root / MANIFEST, "format", "weights") or holds(root / BEGUN, "format")
-    others = (root / name for name in (MANIFEST, BEGUN, STATE, OOF, SCORES, FOLDS_FILE))
-    refuse_foreign([*others, *_removable(root)], is_own, "--output_dir or --name")
+    is_own = holds(root / ENSEMBLE_FILE, "format", "weights") or holds(root / BEGUN_FILE, "format")
+    names = (ENSEMBLE_FILE, BEGUN_FILE, STATE_FILE, OOF_FILE, SCORES_FILE, FOLDS_FILE)
+    files = [root / name for name in names]
+    refuse_foreign([*files, *_removable(root)], is_own, "--output_dir or --name")
 
 
-def clear(root: Path) -> None:
-    """Remove an earlier ensemble, manifest first: a folder without one is not an ensemble.
+def clear_ensemble(root: Path) -> None:
+    """Removes an earlier ensemble, manifest first: a folder without one is not an ensemble.
 
-    BEGUN stays until `write_manifest`, so that a killed run can be repeated.
+    BEGUN_FILE stays until `write_ensemble_manifest`, so that a killed fit can be repeated.
     """
-    write_json(root / BEGUN, {"format": FORMAT})
-    for path in (root / MANIFEST, *_removable(root)):
+    write_json(root / BEGUN_FILE, {"format": FORMAT_VERSION})
+    for path in (root / ENSEMBLE_FILE, *_removable(root)):
         path.unlink(missing_ok=True)
 
 
 def _removable(root: Path) -> list[Path]:
-    """Return the files that not every ensemble has, and the report."""
+    """Returns the files that not every ensemble has, and the report."""
     boosters = root.glob("[!.]*_fold_*_seed_*")
     maps = root.glob("maps_*.parquet")
-    return [root / REPORT, *boosters, *maps]
+    return [root / REPORT_FILE, *boosters, *maps]
 
 
-def refuse_another(root: Path, fields: Mapping[str, Any]) -> None:
-    """Raise a UserError if the folder has an ensemble whose manifest differs in these fields."""
-    if not (root / MANIFEST).is_file():
+def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:
+    """Raises a UserError if the folder has an ensemble whose manifest differs in these fields."""
+    if not (root / ENSEMBLE_FILE).is_file():
         return
-    manifest = read_json(root / MANIFEST)
-    now = dict(_flat(json.loads(json.dumps(fields))))
-    then = dict(_flat({key: manifest.get(key) for key in fields}))
+    manifest = read_json(root / ENSEMBLE_FILE)
+    # Through JSON and back, so that tuples and integer keys compare as they were written.
+    now = dict(_flatten(json.loads(json.dumps(fields))))
+    then = dict(_flatten({key: manifest.get(key) for key in fields}))
     for key in {**now, **then}:
         if now.get(key) != then.get(key):
             raise UserError(
@@ -210,17 +150,17 @@ def refuse_another(root: Path, fields: Mapping[str, Any]) -> None:
             )
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted names and values of nested mappings."""
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted names and values of nested mappings."""
     if not isinstance(value, dict):
         yield name, value
         return
     for key, part in value.items():
-        yield from _flat(part, f"{name}.{key}" if name else key)
+        yield from _flatten(part, f"{name}.{key}" if name else key)
 
 
 def open_ensemble(path: Path) -> Ensemble:
-    """Read and checks an ensemble.
+    """Reads and checks an ensemble.
 
     Args:
         path: the ensemble's folder, or a folder with exactly one ensemble in it.
@@ -229,17 +169,11 @@ def open_ensemble(path: Path) -> Ensemble:
         UserError: no ensemble, or several; a file that is missing or does not match the manifest;
             other features, or another order of them, in this version.
     """
-    root = _find(path)
-    manifest = read_json(root / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{root / MANIFEST} is of another version of the toolkit; fit the ensemble again"
-        )
-    for name, expected in manifest["files"].items():
-        if sha256(root / name) != expected:
-            raise UserError(f"{root / name} does not match {MANIFEST}; fit the ensemble again")
+    root = _find_ensemble(path)
+    manifest = read_json(root / ENSEMBLE_FILE)
+    _refuse_damaged(root, manifest)
     spec = FeatureSpec.parse(manifest["features"])
-    state = State.read(root)
+    state = EnsembleState.read(root)
     names = spec.names(state.image)
     if names != state.names:
         changed = sorted({*names} ^ {*state.names})
@@ -251,10 +185,21 @@ def open_ensemble(path: Path) -> Ensemble:
     return Ensemble(root, manifest, state, spec)
 
 
-def _find(path: Path) -> Path:
-    if (path / MANIFEST).is_file():
+def _refuse_damaged(root: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises a UserError if the manifest is of another version or a file does not match it."""
+    if manifest.get("format") != FORMAT_VERSION:
+        raise UserError(
+            f"{root / ENSEMBLE_FILE} is of another version of the toolkit; fit the ensemble again"
+        )
+    for name, expected in manifest["files"].items():
+        if sha256(root / name) != expected:
+            raise UserError(f"{root / name} does not match {ENSEMBLE_FILE}; fit the ensemble again")
+
+
+def _find_ensemble(path: Path) -> Path:
+    if (path / ENSEMBLE_FILE).is_file():
         return path
-    inside = sorted(manifest.parent for manifest in path.glob(f"*/{MANIFEST}"))
+    inside = sorted(manifest.parent for manifest in path.glob(f"*/{ENSEMBLE_FILE}"))
     if not inside:
         raise UserError(f"{path} holds no finished ensemble; run `python -m infer fit` first")
     if len(inside) > 1:

@@ -1,9 +1,10 @@
-"""Gradient-boosted trees: fitted to a text, and loaded from the text to score.
+"""Gradient-boosted trees of several libraries: fitted to a text, and loaded from it to score.
 
 Out-of-fold rows are scored by the loaded text, so the scores are those of the model that ships.
 Each booster is fitted on one thread, so its bytes do not depend on the number of threads.
 
-A new library is one row of `LIBRARIES`.
+A new library is one row of `LIBRARIES`: the flag of `infer fit`, the feature importance of the
+report and the version in the manifest follow from it.
 """
 
 import json
@@ -93,7 +94,7 @@ CATBOOST: Parameters = {
 
 
 def min_data(num_rows: int) -> int:
-    """Return the default `min_data_in_leaf`: 85 per 31,700 rows, between 10 and 85.
+    """Returns the default `min_data_in_leaf`: 85 per 31,700 rows, between 10 and 85.
 
     With 85 rows of 700, a leaf could not separate the rare malignant lesions.
     """
@@ -108,7 +109,7 @@ def fit_lightgbm(
     parameters: Parameters,
     seed: int,
 ) -> str:
-    """Fit one booster and returns it in LightGBM's text format."""
+    """Fits one booster and returns it in LightGBM's text format."""
     given = parameters["min_data_in_leaf"]
     options = {
         **parameters,
@@ -117,7 +118,8 @@ def fit_lightgbm(
         "seed": seed,
         "num_threads": 1,
         "deterministic": True,
-        # Otherwise LightGBM picks row- or column-wise by timing, and the text differs between runs.
+        # Otherwise LightGBM picks row- or column-wise histograms by timing, and the text differs
+        # between runs. Needed until `deterministic` implies it (lightgbm-org/LightGBM#6731).
         "force_row_wise": True,
         "verbosity": -1,
     }
@@ -132,9 +134,9 @@ LIGHTGBM_END = "\npandas_categorical:null\n"
 
 
 def load_lightgbm(text: str) -> Predict:
-    """Return the function that scores a C-ordered float32 matrix."""
+    """Returns the function that scores a C-ordered float32 matrix."""
     try:
-        # LightGBM aborts the process on half a model (seen with lightgbm 4.7).
+        # LightGBM aborts the process on half a model (seen with lightgbm 4.7; no report found).
         if not text.endswith(LIGHTGBM_END):
             raise ValueError("it is cut short")
         booster = lightgbm.Booster(model_str=text)
@@ -150,7 +152,7 @@ def load_lightgbm(text: str) -> Predict:
 
 
 def lightgbm_gains(text: str, num_features: int) -> Gains:
-    """Return [D] total gain of the splits on each feature."""
+    """Returns [D] total gain of the splits on each feature."""
     return np.asarray(lightgbm.Booster(model_str=text).feature_importance("gain"), dtype=np.float64)
 
 
@@ -161,8 +163,8 @@ def fit_xgboost(
     parameters: Parameters,
     seed: int,
 ) -> str:
-    """Fit one booster and returns it in XGBoost's JSON format."""
-    xgboost = _optional("xgboost")
+    """Fits one booster and returns it in XGBoost's JSON format."""
+    xgboost = _import("xgboost")
     options = {
         **parameters,
         "objective": "binary:logistic",
@@ -179,11 +181,11 @@ def fit_xgboost(
 
 
 def load_xgboost(text: str) -> Predict:
-    """Return the function that scores a matrix."""
-    xgboost = _optional("xgboost")
+    """Returns the function that scores a matrix."""
+    xgboost = _import("xgboost")
     booster = xgboost.Booster()
     try:
-        # XGBoost aborts the process on an empty text (seen with xgboost 3.2).
+        # XGBoost aborts the process on an empty text (seen with xgboost 3.2; no report found).
         json.loads(text)["learner"]["gradient_booster"]
         booster.load_model(bytearray(text, "utf-8"))
     except (ValueError, LookupError, TypeError, xgboost.core.XGBoostError) as error:
@@ -197,7 +199,7 @@ def load_xgboost(text: str) -> Predict:
 
 
 def xgboost_gains(text: str, num_features: int) -> Gains:
-    """Return [D] total loss reduction by the splits on each feature."""
+    """Returns [D] total loss reduction by the splits on each feature."""
     gains = np.zeros(num_features)
     for tree in json.loads(text)["learner"]["gradient_booster"]["model"]["trees"]:
         is_split = np.array(tree["left_children"]) >= 0  # a node without children is a leaf
@@ -207,7 +209,7 @@ def xgboost_gains(text: str, num_features: int) -> Gains:
 
 
 UNREPEATED = ("model_guid", "train_finish_time")
-"""Fields of CatBoost's JSON that differ between fits of the same data."""
+"""Fields of CatBoost's JSON that differ between fits of the same data (seen with catboost 1.2)."""
 
 
 def fit_catboost(
@@ -217,8 +219,8 @@ def fit_catboost(
     parameters: Parameters,
     seed: int,
 ) -> str:
-    """Fit one booster and returns it in CatBoost's JSON format, without UNREPEATED."""
-    catboost = _optional("catboost")
+    """Fits one booster and returns it in CatBoost's JSON format, without UNREPEATED."""
+    catboost = _import("catboost")
     options = {
         **parameters,
         "loss_function": "Logloss",
@@ -230,7 +232,8 @@ def fit_catboost(
     }
     model = catboost.CatBoost({"iterations": options.pop("num_rounds"), **options})
     model.fit(catboost.Pool(matrix, target, feature_names=list(names), thread_count=1))
-    with tempfile.TemporaryDirectory() as folder:  # CatBoost writes JSON to files only
+    # CatBoost writes JSON only to files (catboost/catboost#2714).
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.json"
         model.save_model(str(path), format="json")
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -240,11 +243,12 @@ def fit_catboost(
 
 
 def load_catboost(text: str) -> Predict:
-    """Return the function that scores a matrix."""
-    catboost = _optional("catboost")
+    """Returns the function that scores a matrix."""
+    catboost = _import("catboost")
     model = catboost.CatBoost()
     try:
-        # CatBoost loads any text and fails when it scores (seen with catboost 1.2).
+        # CatBoost loads an incomplete model without an error and fails when it scores
+        # (catboost/catboost#3137, seen with catboost 1.2).
         json.loads(text)["oblivious_trees"][0]["splits"]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.json"
@@ -263,7 +267,7 @@ def load_catboost(text: str) -> Predict:
 
 
 def catboost_gains(text: str, num_features: int) -> Gains:
-    """Return [D] PredictionValuesChange: how much the splits on each feature move the prediction.
+    """Returns [D] PredictionValuesChange: how much the splits on each feature move the prediction.
 
     All nodes at one depth of a symmetric tree share a split; bit d of a leaf's number is its
     side of split d. A split's part is the weighted variance between leaves that differ only in
@@ -284,12 +288,14 @@ def catboost_gains(text: str, num_features: int) -> Gains:
     return gains
 
 
-def _optional(module: str) -> Any:
+def _import(library: str) -> Any:
+    """Imports an optional library. Raises UserError with the extra that installs it."""
     try:
-        return import_module(module)
+        return import_module(library)
     except ImportError:
         raise UserError(
-            f'{module} is not installed; run `pip install "isic-toolkit[boosters]"`'
+            f"{library} is not installed; "
+            f'run `pip install "isic-toolkit[{LIBRARIES[library].extra}]"`'
         ) from None
 
 
@@ -304,40 +310,63 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Library:
-    """A library of gradient-boosted trees."""
+    """A library of gradient-boosted trees. A test reports what a new row lacks."""
 
     fit: Callable[[Matrix, NDArray[np.integer], Sequence[str], Parameters, int], str]
     """See `fit_booster`."""
     load: Callable[[str], Predict]
-    """Load a booster's text. Raises UserError if it is not a whole model."""
+    """Loads a booster's text. Raises UserError if it is not a whole model."""
     gains: Callable[[str, int], Gains]
-    """Return [D] each feature's gain, from a booster's text and D."""
+    """Returns [D] each feature's gain, from a booster's text and D."""
     defaults: Parameters
-    """Every setting that may be changed, with its default; None: see the library's `fit`."""
+    """Every setting that may be changed, with its default; None if `fit` derives it."""
     suffix: str
     """Of the booster's file."""
     package: str
-    """The distribution that has the module."""
+    """The distribution that has the module; its version is recorded in the manifest."""
+    extra: str | None
+    """The extra of this toolkit that installs the package; None if it is always installed."""
 
 
 LIBRARIES = {
     "lightgbm": Library(
-        fit_lightgbm, load_lightgbm, lightgbm_gains, LIGHTGBM, ".txt", package="lightgbm"
+        fit=fit_lightgbm,
+        load=load_lightgbm,
+        gains=lightgbm_gains,
+        defaults=LIGHTGBM,
+        suffix=".txt",
+        package="lightgbm",
+        extra=None,
     ),
     "xgboost": Library(
-        fit_xgboost, load_xgboost, xgboost_gains, XGBOOST, ".json", package="xgboost-cpu"
+        fit=fit_xgboost,
+        load=load_xgboost,
+        gains=xgboost_gains,
+        defaults=XGBOOST,
+        suffix=".json",
+        package="xgboost-cpu",
+        extra="boosters",
     ),
     "catboost": Library(
-        fit_catboost, load_catboost, catboost_gains, CATBOOST, ".json", package="catboost"
+        fit=fit_catboost,
+        load=load_catboost,
+        gains=catboost_gains,
+        defaults=CATBOOST,
+        suffix=".json",
+        package="catboost",
+        extra="boosters",
     ),
 }
 """By the name of the library's module, which is also the flag of `infer fit` for its settings."""
 
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
+"""Names of the types of settings in error messages."""
+
 
 def parameters_of(library: str, changes: Parameters) -> dict[str, Any]:
-    """Return a library's settings with some of them changed.
+    """Returns a library's settings with some of them changed.
 
     Raises:
         UserError: an unknown setting, or a value of another type.
@@ -349,14 +378,12 @@ def parameters_of(library: str, changes: Parameters) -> dict[str, Any]:
         kind = int if defaults[key] is None else type(defaults[key])
         # Not isinstance: a bool is an int.
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UserError(f"{library}: {key} is {WORDS[kind]}, not {value}; change --{library}")
+            raise UserError(
+                f"{library}: {key} is {TYPE_NAMES[kind]}, not {value}; change --{library}"
+            )
     if changes.get("num_rounds", 1) < 1:
         raise UserError(f"{library}: num_rounds is {changes['num_rounds']}; give at least one")
     return {**defaults, **changes}
-
-
-WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
-"""Names of the types of settings."""
 
 
 def fit_booster(
@@ -367,7 +394,7 @@ def fit_booster(
     parameters: Parameters,
     seed: int,
 ) -> str:
-    """Fit one booster and returns it as text.
+    """Fits one booster and returns it as text.
 
     Args:
         matrix: [N, D].
@@ -380,19 +407,21 @@ def fit_booster(
     """
     try:
         return LIBRARIES[library].fit(matrix, target, names, parameters, seed)
-    except Exception as error:  # an optional library's own error types cannot be named here
+    except Exception as error:
+        # An optional library's own error types cannot be named here. CatBoost's come from the
+        # extension module `_catboost`.
         if not type(error).__module__.startswith((library, f"_{library}")):
             raise
         message = f"{library} does not fit ({_first_line(error)}); change --{library}"
         raise UserError(message) from None
 
 
-def file_name(library: str, fold: int, seed: int) -> str:
+def booster_file_name(library: str, fold: int, seed: int) -> str:
     return f"{library}_fold_{fold}_seed_{seed}{LIBRARIES[library].suffix}"
 
 
 def read_booster(path: Path, library: str) -> Predict:
-    """Load a booster from its file. Raises UserError if it is missing or not a whole model."""
+    """Loads a booster from its file. Raises UserError if it is missing or not a whole model."""
     if not path.is_file():
         raise UserError(f"{path} is missing; fit the ensemble again")
     return LIBRARIES[library].load(path.read_text(encoding="utf-8"))

@@ -42,8 +42,8 @@ class CompareSettings(Settings):
     seed: int = Field(0, ge=0, description="seed of the bootstrap")
 
 
-def compare(settings: CompareSettings) -> None:
-    """Compare two ensembles: a paired test over their seeds and a bootstrap over patients.
+def compare_ensembles(settings: CompareSettings) -> None:
+    """Compares two ensembles: a paired test over their seeds and a bootstrap over patients.
 
     The seeds test the difference against chance in fitting, the bootstrap against chance in the
     choice of patients. It is called noise unless both find a difference in the same direction. With
@@ -56,7 +56,7 @@ def compare(settings: CompareSettings) -> None:
             f"cannot compare {len(first)} ensembles with {len(second)}; "
             "give the same number on both sides"
         )
-    found = comparison(first, second, settings.data, settings.draws, settings.seed)
+    found = compare_sides(first, second, settings.data, settings.draws, settings.seed)
     _print(found, "seeds" if len(first) == 1 else "runs")
     images = any(ensemble.spec.images for ensemble in (*first, *second))
     one_run = len(first) == 1 and (images or not found.tested)
@@ -64,7 +64,7 @@ def compare(settings: CompareSettings) -> None:
 
 
 def _open(paths: Sequence[Path]) -> list[Ensemble]:
-    """Open the ensembles of a side. Raises UserError if one is given twice."""
+    """Opens the ensembles of a side. Raises UserError if one is given twice."""
     ensembles = [open_ensemble(path) for path in paths]
     roots = [ensemble.root.resolve() for ensemble in ensembles]
     for root in roots:
@@ -73,10 +73,10 @@ def _open(paths: Sequence[Path]) -> list[Ensemble]:
     return ensembles
 
 
-def comparison(
+def compare_sides(
     first: Sequence[Ensemble], second: Sequence[Ensemble], data: Path, num_draws: int, seed: int = 0
 ) -> Comparison:
-    """Compare the out-of-fold scores of two sides with the same number of ensembles.
+    """Compares the out-of-fold scores of two sides with the same number of ensembles.
 
     Args:
         data: the dataset folder of the ensembles, for the patients.
@@ -105,7 +105,7 @@ def comparison(
 
 
 def pauc_by_seed(ensemble: Ensemble) -> dict[int, float]:
-    """Return the pooled pAUC of each seed's models; empty without boosters."""
+    """Returns the pooled pAUC of each seed's models; empty without boosters."""
     if not ensemble.manifest["boosters"]:
         return {}
     weights = ensemble.weights
@@ -120,13 +120,13 @@ def pauc_by_seed(ensemble: Ensemble) -> dict[int, float]:
 
 
 def paired(first: dict[int, float], second: dict[int, float]) -> NDArray[np.float64]:
-    """Return [num_seeds, 2] for the seeds that both have."""
+    """Returns [num_seeds, 2] for the seeds that both have."""
     pairs = [[first[seed], second[seed]] for seed in first if seed in second]
     return np.array(pairs).reshape(-1, 2)
 
 
 def _print(found: Comparison, kind: str) -> None:
-    """Print both tests; `kind` is the name of a fit: seeds or runs."""
+    """Prints both tests; `kind` is the name of a fit: seeds or runs."""
     print(f"{'':12} {'first':>8} {'second':>8} {'second - first':>15}")
     if found.tested:
         first, second = found.fits.mean(axis=0)
@@ -145,7 +145,7 @@ def _print(found: Comparison, kind: str) -> None:
 
 
 def _patients(oof: pl.DataFrame, data: Path) -> pl.Series:
-    """Return [N] the patient of each scored row. Raises UserError if the dataset lacks one."""
+    """Returns [N] the patient of each scored row. Raises UserError if the dataset lacks one."""
     metadata = with_patient(Dataset(data).metadata("train")).select(schema.ID, schema.PATIENT)
     rows = oof.select(schema.ID).join(metadata, on=schema.ID, how="left", maintain_order="left")
     num_missing = rows[schema.PATIENT].null_count()

@@ -4,9 +4,6 @@
   Procrustes; Schönemann 1966, Psychometrika 31:1). A training row gets the embedding of the model
   that held it out, a test row the mean over all fold models.
 - `frozen`: the embedding of one model that was trained on other images.
-
-A rotation is fitted on images that both models were trained on. Of an image that one model held out,
-the other has learned the label, and a rotation of hundreds of columns could pass the label on.
 """
 
 from collections.abc import Mapping
@@ -19,8 +16,14 @@ import polars as pl
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from infer.embeddings import ORIGIN, fold_dir, load, read_run, refuse_other_origin
-from infer.ensemble.image_scores import refuse_gaps
+from infer.embedding.store import (
+    ORIGIN_KEYS,
+    fold_dir,
+    read_run,
+    refuse_missing_embeddings,
+    refuse_other_origin,
+    scan_embeddings,
+)
 from isic import schema
 from isic.dataset import Split
 from isic.folds import Folds
@@ -32,50 +35,56 @@ from isic.tables import read_parquet, reading
 
 ALIGNED = "aligned"
 FROZEN = "frozen"
-FORMS = (ALIGNED, FROZEN)
+EMBEDDING_MODES = (ALIGNED, FROZEN)
 
 MAX_ANCHORS = 20_000
-"""Images that maps are fitted on: many times the columns of any backbone here."""
-BLOCK = 32_768
+"""Images that maps are fitted on: many times the number of features of any backbone here."""
+MAX_MAPPED_ROWS = 32_768
 """Rows that are mapped together, which bounds the memory for their float64 values."""
 
-Floats = NDArray[np.floating]
+FeatureMatrix = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
-class Map:
-    """Takes the embeddings of one fold's model to the common columns: features @ matrix + offset."""
+class AffineMap:
+    """Maps the embeddings of one fold's model to the common columns: x @ matrix + offset."""
 
     matrix: NDArray[np.float64]
     """[D, C]."""
     offset: NDArray[np.float64]
     """[C]."""
 
-    def apply(self, features: Floats) -> NDArray[np.float32]:
-        """Takes [N, D] to [N, C]. In float64, so that how BLAS cuts the rows does not show in float32."""
-        blocks = [features[start : start + BLOCK] for start in range(0, len(features), BLOCK)]
-        mapped = [
-            (block.astype(np.float64) @ self.matrix + self.offset).astype(np.float32)
-            for block in blocks
-        ]
-        return np.concatenate(mapped) if mapped else np.empty((0, len(self.offset)), np.float32)
+    def apply(self, features: FeatureMatrix) -> NDArray[np.float32]:
+        """Maps [N, D] to [N, C].
+
+        In float64: BLAS sums in an order that depends on the number of rows, and the difference
+        disappears when the result is rounded to float32.
+        """
+        mapped = np.empty((len(features), len(self.offset)), np.float32)
+        for start in range(0, len(features), MAX_MAPPED_ROWS):
+            rows = slice(start, start + MAX_MAPPED_ROWS)
+            mapped[rows] = features[rows].astype(np.float64) @ self.matrix + self.offset
+        return mapped
 
 
-Maps = Mapping[int, Map]
+AffineMaps = Mapping[int, AffineMap]
 """By fold."""
 
 
-def column_names(form: str, width: int) -> tuple[str, ...]:
-    return tuple(f"{form}_{index:03d}" for index in range(width))
+def column_names(mode: str, width: int) -> tuple[str, ...]:
+    return tuple(f"{mode}_{index:03d}" for index in range(width))
 
 
-def procrustes(own: Floats, target: Floats) -> NDArray[np.float64]:
-    """Returns the orthogonal [C, C] that brings own [N, C] nearest to target [N, C], both centred."""
+def procrustes(own: FeatureMatrix, target: FeatureMatrix) -> NDArray[np.float64]:
+    """Returns the orthogonal [C, C] that brings own [N, C] closest to target [N, C].
+
+    Both must be centred.
+    """
     left, _, right = np.linalg.svd(own.T @ target)
     return np.asarray(left @ right)
 
 
-def fit_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> Maps:
+def fit_affine_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> AffineMaps:
     """Fits the map of each fold's embeddings onto those of the first fold. Uses no labels.
 
     Args:
@@ -101,19 +110,24 @@ def fit_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> Maps:
     first, *others = range(folds.num_folds)
     # The bytes of a decomposition depend on the number of BLAS threads.
     with threadpool_limits(1, "blas"):
-        own = _read(root, "train", first, anchors.filter(pl.col("fold") != first))
-        maps = {first: Map(np.eye(own.shape[1]), -own.mean(axis=0))}
+        trained_on = anchors.filter(pl.col("fold") != first)
+        reference = _read_features(root, "train", first, trained_on)
+        maps = {first: AffineMap(np.eye(reference.shape[1]), -reference.mean(axis=0))}
         for k in others:
+            # Only images that both models were trained on. Of an image that one model held out,
+            # the other has learned the label, and a rotation of hundreds of columns could carry
+            # the label over.
             shared = anchors.filter(~pl.col("fold").is_in([first, k]))
-            own = _read(root, "train", k, shared)
-            reference = _read(root, "train", first, shared)
-            maps[k] = _fit_map(own, maps[first].apply(reference), root)
+            own = _read_features(root, "train", k, shared)
+            reference = _read_features(root, "train", first, shared)
+            maps[k] = _fit_rotation(own, maps[first].apply(reference), root)
     return maps
 
 
-def _fit_map(own: Floats, target: Floats, root: Path) -> Map:
-    """Fits the rotation and shift that bring own [N, D] nearest to target [N, D]."""
+def _fit_rotation(own: FeatureMatrix, target: FeatureMatrix, root: Path) -> AffineMap:
+    """Fits the rotation and shift that bring own [N, D] closest to target [N, D]."""
     num_images, width = own.shape
+    # With fewer images than features the rotation is not determined.
     if num_images < width:
         raise UserError(
             f"{root}: {num_images} shared images are too few to align {width} features; "
@@ -123,56 +137,63 @@ def _fit_map(own: Floats, target: Floats, root: Path) -> Map:
     center = own.mean(axis=0)
     target_center = target.mean(axis=0)
     rotation = procrustes(own - center, target - target_center)
-    return Map(rotation, target_center - center @ rotation)
+    return AffineMap(rotation, target_center - center @ rotation)
 
 
 def mapped_columns(
-    root: Path, split: Split, form: str, metadata: pl.DataFrame, maps: Maps, fold: pl.Series | None
+    root: Path,
+    split: Split,
+    mode: str,
+    metadata: pl.DataFrame,
+    maps: AffineMaps,
+    fold: pl.Series | None,
 ) -> pl.DataFrame:
-    """Returns `isic_id` and a form's Float32 columns, in the order of `metadata`.
+    """Returns `isic_id` and the Float32 columns of a mode, in the order of `metadata`.
 
     A row without a readable image is null.
 
     Args:
-        form: the prefix of the columns.
-        fold: [N] fold whose model embeds each row; None for the mean over all models.
+        mode: the prefix of the columns.
+        fold: [N] the fold whose model embeds each row; None for the mean over all models.
 
     Raises:
         UserError: embeddings are missing, not finite, or of another width.
     """
     ids = metadata.select(schema.ID).with_row_index("_row")
-    num_columns = len(maps[min(maps)].offset)
+    first, *_ = maps.values()
+    num_columns = len(first.offset)
     total = np.zeros((len(ids), num_columns), np.float32)
     num_models = np.zeros(len(ids), np.int64)
-    for k, map_ in maps.items():
+    for k, affine_map in maps.items():
         wanted = ids if fold is None else ids.filter(fold == k)
-        found = _found(root, split, k, wanted)
+        found = _find_features(root, split, k, wanted)
+        features = _to_matrix(found, root, width=len(affine_map.matrix))
         rows = found["_row"].to_numpy()
-        total[rows] += map_.apply(_matrix(found, root, len(map_.matrix)))
+        total[rows] += affine_map.apply(features)
         num_models[rows] += 1
     mean = total / np.maximum(num_models, 1).astype(np.float32)[:, None]
-    table = pl.DataFrame(mean, list(column_names(form, num_columns)))
+    table = pl.DataFrame(mean, list(column_names(mode, num_columns)))
     if not num_models.all():
         table = table.with_columns(pl.when(pl.Series(num_models > 0)).then(pl.all()))
     return metadata.select(schema.ID).hstack(table)
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """The one model whose embeddings stand in the columns as they are."""
+class FrozenModel:
+    """The model whose embeddings are used as they are. Its fields are keys in `state.json`."""
 
     config: str
     fold: int
     made_with: Mapping[str, Any]
-    """ORIGIN of it."""
+    """ORIGIN_KEYS of its embedding run."""
     width: int
+    """Number of features."""
 
 
-def find_frozen(root: Path, metadata: pl.DataFrame) -> Frozen:
-    """Finds the model whose embeddings are used as they are: the lowest fold of a run.
+def find_frozen_model(root: Path, metadata: pl.DataFrame) -> FrozenModel:
+    """Returns the model of the lowest fold of an embedding run.
 
     Args:
-        root: an embedding run.
         metadata: the training table.
 
     Raises:
@@ -186,76 +207,84 @@ def find_frozen(root: Path, metadata: pl.DataFrame) -> Frozen:
         f"the frozen model behind {root}",
         "train it on other images of other patients",
     )
-    return Frozen(run["config"], fold, _origin(run, fold), int(run["num_features"]))
+    return FrozenModel(run["config"], fold, _origin_of_fold(run, fold), int(run["num_features"]))
 
 
-def _origin(run: Mapping[str, Any], fold: int) -> dict[str, Any]:
-    return {key: run.get(key) for key in ORIGIN} | {
-        "checkpoints": (run.get("checkpoints") or {}).get(str(fold))
-    }
+def _origin_of_fold(run: Mapping[str, Any], fold: int) -> dict[str, Any]:
+    """Returns ORIGIN_KEYS of a run, with only this fold's checkpoint."""
+    checkpoints = run.get("checkpoints") or {}
+    origin = {key: run.get(key) for key in ORIGIN_KEYS}
+    origin["checkpoints"] = checkpoints.get(str(fold))
+    return origin
 
 
 def frozen_columns(
-    root: Path, split: Split, metadata: pl.DataFrame, frozen: Frozen
+    root: Path, split: Split, metadata: pl.DataFrame, model: FrozenModel
 ) -> pl.DataFrame:
-    """Returns `isic_id` and the embedding's columns Float32, as `mapped_columns` does.
+    """Returns `isic_id` and the embeddings as Float32 columns, as `mapped_columns` does.
 
     Raises:
-        UserError: as there, or the run is of another model.
+        UserError: as there, or the run has another model.
     """
-    refuse_other_origin(root, split, _origin(read_run(root, split), frozen.fold), frozen.made_with)
-    identity = Map(np.eye(frozen.width), np.zeros(frozen.width))
-    return mapped_columns(root, split, FROZEN, metadata, {frozen.fold: identity}, None)
+    origin = _origin_of_fold(read_run(root, split), model.fold)
+    refuse_other_origin(root, split, origin, model.made_with)
+    identity = AffineMap(np.eye(model.width), np.zeros(model.width))
+    return mapped_columns(root, split, FROZEN, metadata, {model.fold: identity}, None)
 
 
-def write_maps(path: Path, maps: Maps) -> None:
-    """Writes maps as a table: for each fold the rows of its matrix and, last, the offset."""
-    parts = [
-        pl.DataFrame({"values": np.vstack([map_.matrix, map_.offset])}).with_columns(
-            fold=pl.lit(k, dtype=pl.Int8)
-        )
-        for k, map_ in maps.items()
-    ]
-    write_parquet(path, pl.concat(parts))
+def write_affine_maps(path: Path, maps: AffineMaps) -> None:
+    """Writes maps as a table: per fold the rows of its matrix and, last, the offset."""
+    tables = []
+    for fold, affine_map in maps.items():
+        rows = pl.DataFrame({"values": np.vstack([affine_map.matrix, affine_map.offset])})
+        tables.append(rows.with_columns(fold=pl.lit(fold, dtype=pl.Int8)))
+    write_parquet(path, pl.concat(tables))
 
 
-def read_maps(path: Path) -> Maps:
-    """Reads what `write_maps` wrote."""
+def read_affine_maps(path: Path) -> AffineMaps:
+    """Reads the table that `write_affine_maps` wrote."""
     table = read_parquet(path)
-    values = {
-        k: table.filter(fold=k)["values"].to_numpy()
-        for k in table["fold"].unique().sort().to_list()
-    }
-    return {k: Map(rows[:-1], rows[-1]) for k, rows in values.items()}
+    maps = {}
+    for fold in table["fold"].unique().sort().to_list():
+        rows = table.filter(fold=fold)["values"].to_numpy()
+        maps[fold] = AffineMap(rows[:-1], rows[-1])
+    return maps
 
 
-def _found(root: Path, split: Split, fold: int, wanted: pl.DataFrame) -> pl.DataFrame:
-    """Reads `features` of the wanted `isic_id` by one fold's model; images that could not be read are absent."""
-    rows = load(root, split, ["features"]).filter(pl.col("fold") == fold)
+def _find_features(root: Path, split: Split, fold: int, wanted: pl.DataFrame) -> pl.DataFrame:
+    """Adds the `features` by one fold's model to `wanted`, without unreadable images.
+
+    Raises:
+        UserError: an embedding is missing, or there are several per image.
+    """
+    rows = scan_embeddings(root, split, ["features"]).filter(pl.col("fold") == fold)
     with reading(root):
         found = wanted.lazy().join(rows, on=schema.ID, how="inner", maintain_order="left").collect()
     if found[schema.ID].is_duplicated().any():
         raise UserError(
             f"{root}: an image has more than one {split} embedding of fold {fold}; embed again"
         )
-    gaps = wanted.join(found, on=schema.ID, how="anti").select(
-        schema.ID, pl.lit(fold, dtype=pl.Int8).alias("fold")
-    )
-    refuse_gaps(gaps, len(wanted), root, split)
+    number = pl.lit(fold, dtype=pl.Int8).alias("fold")
+    missing = wanted.join(found, on=schema.ID, how="anti").select(schema.ID, number)
+    refuse_missing_embeddings(missing, len(wanted), root, split)
     return found
 
 
-def _read(root: Path, split: Split, fold: int, wanted: pl.DataFrame) -> NDArray[np.float64]:
-    return _matrix(_found(root, split, fold, wanted.select(schema.ID)), root, None).astype(
-        np.float64
-    )
+def _read_features(
+    root: Path, split: Split, fold: int, wanted: pl.DataFrame
+) -> NDArray[np.float64]:
+    """Returns [N, D] the features of the wanted ids by one fold's model."""
+    found = _find_features(root, split, fold, wanted.select(schema.ID))
+    return _to_matrix(found, root).astype(np.float64)
 
 
-def _matrix(found: pl.DataFrame, root: Path, width: int | None) -> Floats:
+def _to_matrix(found: pl.DataFrame, root: Path, width: int | None = None) -> FeatureMatrix:
+    """Returns [N, D] `features`. Raises UserError if D is not `width`, or a value not finite."""
     features = found["features"].to_numpy()
     if width is not None and features.shape[1] != width:
         raise UserError(
-            f"{root} holds embeddings of {features.shape[1]} features, not {width}; give the same model's"
+            f"{root} holds embeddings of {features.shape[1]} features, not {width}; "
+            "give embeddings of the same model"
         )
     if not np.isfinite(features).all():
         raise UserError(f"{root}: embeddings are not finite; train and export the model again")

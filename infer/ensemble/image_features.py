@@ -1,4 +1,4 @@
-"""What an ensemble takes from images: the score, and embeddings as columns. Learnt when fitting, read when scoring."""
+"""The features that an ensemble takes from images: the score, and embeddings as columns."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,52 +11,59 @@ from infer.ensemble import image_scores
 from infer.ensemble.image_columns import (
     ALIGNED,
     FROZEN,
-    Frozen,
-    Maps,
+    AffineMaps,
+    FrozenModel,
     column_names,
-    find_frozen,
-    fit_maps,
+    find_frozen_model,
+    fit_affine_maps,
     frozen_columns,
     mapped_columns,
-    read_maps,
-    write_maps,
+    read_affine_maps,
+    write_affine_maps,
 )
-from infer.ensemble.image_scores import Standard
+from infer.ensemble.image_scores import LogitScaler
 from isic.dataset import Split
 from isic.folds import Folds
 from isic.runtime.errors import UserError
 
-NEEDS_EMBEDDINGS = "image features need --embeddings outputs/embeddings/<config>; run `python -m infer embed` first"
-NEEDS_FROZEN = "frozen columns need --frozen outputs/embeddings/<config>, of a model that was trained on other images"
+NEEDS_EMBEDDINGS = (
+    "image features need --embeddings outputs/embeddings/<config>; "
+    "run `python -m infer embed` first"
+)
+NEEDS_FROZEN = (
+    "frozen columns need --frozen outputs/embeddings/<config>, "
+    "of a model that was trained on other images"
+)
 
-MAPS = f"maps_{ALIGNED}.parquet"
+MAPS_FILE = f"maps_{ALIGNED}.parquet"
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Where embeddings are read from."""
+class EmbeddingSources:
+    """The embedding runs to read; the fields are also flags and keys of the manifest."""
 
     embeddings: Path | None
-    """The run of the fold models."""
+    """Of the fold models."""
     frozen: Path | None
-    """The run of a backbone that was trained on other images."""
+    """Of a model that was trained on other images."""
 
 
 @dataclass(frozen=True)
 class ImageState:
-    """What was learnt about images. Empty where an ensemble uses none."""
+    """The fitted state of the image features; empty if an ensemble uses none."""
 
-    standard: Standard | None = None
-    maps: Maps | None = None
+    scaler: LogitScaler | None = None
+    """For the image score."""
+    maps: AffineMaps | None = None
     """For the aligned embeddings."""
-    frozen: Frozen | None = None
+    frozen: FrozenModel | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The columns, in the order of the feature table."""
         names: list[str] = []
-        if self.standard:
-            names += image_scores.FEATURES
+        if self.scaler:
+            names += image_scores.IMAGE_FEATURES
         if self.maps:
             names += column_names(ALIGNED, len(self.maps[0].offset))
         if self.frozen:
@@ -65,63 +72,68 @@ class ImageState:
 
     @property
     def needs(self) -> dict[str, bool]:
-        """Whether each of `Sources` is read."""
-        return {"embeddings": bool(self.standard or self.maps), "frozen": self.frozen is not None}
+        """Whether each field of `EmbeddingSources` is read."""
+        return {"embeddings": bool(self.scaler or self.maps), "frozen": self.frozen is not None}
 
     def write(self, root: Path) -> list[str]:
-        """Writes the maps and returns the names of their files; the rest is in `to_json`."""
+        """Writes the maps, which `to_json` leaves out. Returns the names of the files."""
         if not self.maps:
             return []
-        write_maps(root / MAPS, self.maps)
-        return [MAPS]
+        write_affine_maps(root / MAPS_FILE, self.maps)
+        return [MAPS_FILE]
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "image": self.standard.to_json() if self.standard else None,
+            "image": self.scaler.to_json() if self.scaler else None,
             "maps": [ALIGNED] if self.maps else [],
             "frozen": vars(self.frozen) if self.frozen else None,
         }
 
     @classmethod
     def read(cls, root: Path, value: Mapping[str, Any]) -> "ImageState":
-        """Reads the maps from `root` and the rest from `value`, as `to_json` returns it."""
+        """Reads the maps from `root` and the rest from `value`, the result of `to_json`."""
         return cls(
-            Standard.from_json(value["image"]) if value["image"] else None,
-            read_maps(root / MAPS) if value["maps"] else None,
-            Frozen(**value["frozen"]) if value["frozen"] else None,
+            scaler=LogitScaler.from_json(value["image"]) if value["image"] else None,
+            maps=read_affine_maps(root / MAPS_FILE) if value["maps"] else None,
+            frozen=FrozenModel(**value["frozen"]) if value["frozen"] else None,
         )
 
 
-def learn(
-    score: bool, forms: Collection[str], sources: Sources, metadata: pl.DataFrame, folds: Folds
+def fit_image_state(
+    uses_score: bool,
+    modes: Collection[str],
+    sources: EmbeddingSources,
+    metadata: pl.DataFrame,
+    folds: Folds,
 ) -> ImageState:
-    """Learns how to read a training table's embeddings.
+    """Fits the image features to a training table's embeddings.
 
     Args:
-        score: whether the image model's score is a feature.
-        forms: the embedding columns that are features.
+        uses_score: whether the image model's score is a feature.
+        modes: the embedding columns that are features, of `EMBEDDING_MODES`.
 
     Raises:
         UserError: embeddings that are needed are not given, not finished, of another fold plan,
             or of a model that has learned from the rows it scores.
     """
-    standard = maps = frozen = None
-    if FROZEN in forms:
-        frozen = find_frozen(_given(sources.frozen, NEEDS_FROZEN), metadata)
-    if score or ALIGNED in forms:
-        root = _given(sources.embeddings, NEEDS_EMBEDDINGS)
-        image_scores.made_with(root, "train", folds.digest)
+    scaler = maps = frozen = None
+    if FROZEN in modes:
+        frozen = find_frozen_model(_required(sources.frozen, NEEDS_FROZEN), metadata)
+    if uses_score or ALIGNED in modes:
+        root = _required(sources.embeddings, NEEDS_EMBEDDINGS)
+        image_scores.read_origin(root, "train", folds.digest)
         image_scores.refuse_leaks(root, metadata, folds)
-        if score:
-            standard = image_scores.fit_standard(image_scores.oof_logits(root, metadata, folds))
-        if ALIGNED in forms:
-            maps = fit_maps(root, metadata, folds)
-    return ImageState(standard, maps, frozen)
+        if uses_score:
+            logits = image_scores.oof_logits(root, metadata, folds)
+            scaler = image_scores.fit_logit_scaler(logits)
+        if ALIGNED in modes:
+            maps = fit_affine_maps(root, metadata, folds)
+    return ImageState(scaler, maps, frozen)
 
 
-def frames(
+def image_feature_tables(
     state: ImageState,
-    sources: Sources,
+    sources: EmbeddingSources,
     split: Split,
     metadata: pl.DataFrame,
     folds_digest: str,
@@ -131,7 +143,7 @@ def frames(
 
     Args:
         folds_digest: of the fold plan that the embeddings were made with.
-        folds: where given, a row's come from the model that held it out; else they are the mean over every fold's.
+        folds: to read each row from the model that held it out; None for the mean over all models.
 
     Returns:
         Tables of `isic_id` and columns in the order of `metadata`.
@@ -140,37 +152,38 @@ def frames(
         UserError: embeddings are not given, missing, or of another fold plan.
     """
     tables = []
-    if state.standard:
-        root = _given(sources.embeddings, NEEDS_EMBEDDINGS)
-        logits = (
-            image_scores.oof_logits(root, metadata, folds)
-            if folds
-            else image_scores.scoring_logits(root, split, metadata, folds_digest, state.standard)
-        )
-        tables.append(image_scores.image_features(logits, state.standard, metadata))
+    if state.scaler:
+        root = _required(sources.embeddings, NEEDS_EMBEDDINGS)
+        if folds:
+            logits = image_scores.oof_logits(root, metadata, folds)
+        else:
+            logits = image_scores.scoring_logits(root, split, metadata, folds_digest, state.scaler)
+        tables.append(image_scores.image_features(logits, state.scaler, metadata))
     if state.maps:
-        root = _given(sources.embeddings, NEEDS_EMBEDDINGS)
+        root = _required(sources.embeddings, NEEDS_EMBEDDINGS)
         fold = folds.of(metadata) if folds else None
         tables.append(mapped_columns(root, split, ALIGNED, metadata, state.maps, fold))
     if state.frozen:
-        root = _given(sources.frozen, NEEDS_FROZEN)
+        root = _required(sources.frozen, NEEDS_FROZEN)
         tables.append(frozen_columns(root, split, metadata, state.frozen))
     return tables
 
 
-def _given(root: Path | None, otherwise: str) -> Path:
+def _required(root: Path | None, message: str) -> Path:
     if root is None:
-        raise UserError(otherwise)
+        raise UserError(message)
     return root
 
 
-def origins(state: ImageState, sources: Sources, split: Split, folds_digest: str) -> dict[str, Any]:
-    """Returns what `embeddings` and `frozen` were made with, None for what is not used.
+def embedding_origins(
+    state: ImageState, sources: EmbeddingSources, split: Split, folds_digest: str
+) -> dict[str, Any]:
+    """Returns the origin of each of `EmbeddingSources`, None for one that is not used.
 
     Raises:
-        UserError: the embeddings are of another fold plan.
+        UserError: the embeddings belong to another fold plan.
     """
-    made_with = None
+    origin = None
     if state.needs["embeddings"] and sources.embeddings:
-        made_with = image_scores.made_with(sources.embeddings, split, folds_digest)
-    return {"embeddings": made_with, "frozen": vars(state.frozen) if state.frozen else None}
+        origin = image_scores.read_origin(sources.embeddings, split, folds_digest)
+    return {"embeddings": origin, "frozen": vars(state.frozen) if state.frozen else None}

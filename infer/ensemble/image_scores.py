@@ -1,9 +1,9 @@
 """The image model's score as a feature of a lesion.
 
-Fold models differ in the scale of their logits, so each fold's are standardised by the mean and deviation of the
-training rows that it held out, before they stand in one column. A training row has the score of the one model that
-never saw its patient; a test row has the mean over all fold models. An image that the embedding run could not read
-has a blank score.
+Fold models differ in the scale of their logits. So that these can share a column, each model's
+logits are standardised by mean and deviation of the training rows that it held out. A training row
+gets the score of the one model that never saw its patient, a test row the mean over all models, and
+an unreadable image a blank.
 """
 
 from collections.abc import Mapping
@@ -15,80 +15,136 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from infer.embeddings import ERRORS_FILE, ORIGIN, fold_dir, load, read_run
+from infer.embedding.store import (
+    ORIGIN_KEYS,
+    fold_dir,
+    read_run,
+    refuse_missing_embeddings,
+    scan_embeddings,
+)
 from isic import schema
 from isic.dataset import Split
 from isic.folds import Folds
 from isic.metadata import with_patient
 from isic.provenance import SEEN_FILE, read_seen, refuse_seen
 from isic.runtime.errors import UserError
-from isic.tables import read_parquet, reading
+from isic.tables import reading
 
 SCORE = "image_score"
 RELATIVE = "image_score_patient_diff"
-FEATURES = (SCORE, RELATIVE)
+IMAGE_FEATURES = (SCORE, RELATIVE)
 
 
 @dataclass(frozen=True)
-class Standard:
+class LogitScaler:
     """Mean and deviation of each fold model's out-of-fold logits."""
 
     folds: Mapping[int, tuple[float, float]]
 
-    def apply(self) -> pl.Expr:
-        """Returns (logit - mean) / std by the row's `fold`."""
-        keys = list(self.folds)
-        mean, std = (
-            pl.Series([pair[i] for pair in self.folds.values()], dtype=pl.Float64) for i in (0, 1)
-        )
-        codes = pl.Series(keys, dtype=pl.Int8)
-        fold = pl.col("fold")
-        return (pl.col("logit") - fold.replace_strict(codes, mean)) / fold.replace_strict(
-            codes, std
-        )
+    def standardised(self) -> pl.Expr:
+        """Returns (logit - mean) / deviation, with the constants of the row's `fold`."""
+        folds = pl.Series(list(self.folds), dtype=pl.Int8)
+        means = pl.Series([mean for mean, _ in self.folds.values()], dtype=pl.Float64)
+        deviations = pl.Series([std for _, std in self.folds.values()], dtype=pl.Float64)
+        mean = pl.col("fold").replace_strict(folds, means)
+        deviation = pl.col("fold").replace_strict(folds, deviations)
+        return (pl.col("logit") - mean) / deviation
 
     def to_json(self) -> dict[str, list[float]]:
         return {str(fold): list(pair) for fold, pair in self.folds.items()}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Standard":
+    def from_json(cls, value: Mapping[str, Any]) -> "LogitScaler":
         return cls({int(fold): (pair[0], pair[1]) for fold, pair in value.items()})
 
 
-def fit_standard(logits: pl.DataFrame) -> Standard:
-    """Learns the constants from out-of-fold `fold` and `logit`. A fold of equal logits has deviation 1."""
+def fit_logit_scaler(logits: pl.DataFrame) -> LogitScaler:
+    """Learns the constants from out-of-fold logits; equal logits get deviation 1.
+
+    Args:
+        logits: `isic_id`, `fold` and `logit`.
+    """
     logit = pl.col("logit").cast(pl.Float64)
-    std = pl.when(logit.std() > 0).then(logit.std()).otherwise(1.0)
+    deviation = pl.when(logit.std() > 0).then(logit.std()).otherwise(1.0)
     table = (
+        # Sorted, because the last bits of a sum depend on its order.
         logits.sort("fold", schema.ID)
         .group_by("fold", maintain_order=True)
-        .agg(logit.mean().alias("mean"), std.alias("std"))
+        .agg(logit.mean().alias("mean"), deviation.alias("std"))
     )
-    return Standard({fold: (mean, deviation) for fold, mean, deviation in table.iter_rows()})
+    return LogitScaler({fold: (mean, std) for fold, mean, std in table.iter_rows()})
 
 
 def oof_logits(root: Path, metadata: pl.DataFrame, folds: Folds) -> pl.DataFrame:
-    """Reads each training row's logit from the model of the fold that held it out.
+    """Reads each training row's logit from the model that held it out.
 
     Returns:
-        `isic_id`, `fold` and `logit` Float64 in the order of `metadata`; null for an image that could not be read.
+        `isic_id`, `fold` and `logit` Float64 in the order of `metadata`; null for an unreadable
+        image.
 
     Raises:
-        UserError: the embeddings are of another fold plan, or lack rows.
+        UserError: the embeddings belong to another fold plan, or lack rows.
     """
-    made_with(root, "train", folds.digest)
-    logits = _read(root, "train")
-    plan = metadata.select(schema.ID).with_columns(folds.of(metadata).alias("fold"))
-    table = plan.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
-    _refuse_blank(table, root, "train")
+    read_origin(root, "train", folds.digest)
+    wanted = metadata.select(schema.ID).with_columns(folds.of(metadata).alias("fold"))
+    return _join_logits(wanted, root, "train")
+
+
+def scoring_logits(
+    root: Path, split: Split, metadata: pl.DataFrame, folds_digest: str, scaler: LogitScaler
+) -> pl.DataFrame:
+    """Reads the logits of every fold model for the rows to score.
+
+    Returns:
+        As `oof_logits`, but with one row per row of `metadata` and fold.
+
+    Raises:
+        UserError: the embeddings belong to another fold plan, or lack rows or folds.
+    """
+    read_origin(root, split, folds_digest)
+    folds = pl.DataFrame({"fold": pl.Series(list(scaler.folds), dtype=pl.Int8)})
+    wanted = metadata.select(schema.ID).join(folds, how="cross", maintain_order="left_right")
+    return _join_logits(wanted, root, split)
+
+
+def _join_logits(wanted: pl.DataFrame, root: Path, split: Split) -> pl.DataFrame:
+    """Adds the logits to `isic_id` and `fold`. Raises UserError if readable images lack one."""
+    logits = _read_logits(root, split)
+    table = wanted.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
+    missing = table.filter(pl.col("logit").is_null())
+    refuse_missing_embeddings(missing, table[schema.ID].n_unique(), root, split)
     return table
 
 
-def refuse_leaks(root: Path, metadata: pl.DataFrame, folds: Folds) -> None:
-    """Raises a UserError if the model of a fold has learned from rows that it scores.
+def _read_logits(root: Path, split: Split) -> pl.DataFrame:
+    """Reads `isic_id`, `fold` and `logit` Float64 of all embeddings of a split.
 
-    The fold plan alone does not show this: the weights that the model started from may have met
-    rows which the plan holds out.
+    Raises:
+        UserError: a logit is not finite, or there are several per image and fold.
+    """
+    stored = scan_embeddings(root, split, ["logit"]).with_columns(pl.col("logit").cast(pl.Float64))
+    with reading(root):
+        logits = stored.collect()
+    not_finite = logits.filter(~pl.col("logit").is_finite().fill_null(False))
+    if len(not_finite):
+        raise UserError(
+            f"{root}: {len(not_finite)} {split} logits are not finite (first: "
+            f"{not_finite[schema.ID][0]}); train and export the model again"
+        )
+    repeated = logits.filter(pl.struct(schema.ID, "fold").is_duplicated())
+    if len(repeated):
+        raise UserError(
+            f"{root}: {repeated[schema.ID][0]} has more than one {split} logit of fold "
+            f"{repeated['fold'][0]}; embed again into an empty folder"
+        )
+    return logits
+
+
+def refuse_leaks(root: Path, metadata: pl.DataFrame, folds: Folds) -> None:
+    """Raises a UserError if a fold's model has learned from rows that it scores.
+
+    The fold plan does not rule this out: the model's initial weights may have been trained on rows
+    that the plan holds out.
 
     Args:
         root: an embedding run.
@@ -105,48 +161,36 @@ def refuse_leaks(root: Path, metadata: pl.DataFrame, folds: Folds) -> None:
         )
 
 
-def scoring_logits(
-    root: Path, split: Split, metadata: pl.DataFrame, folds_digest: str, standard: Standard
-) -> pl.DataFrame:
-    """Reads the logits of every fold model for the rows to score.
-
-    Returns:
-        `isic_id`, `fold` and `logit` Float64, null as above; each row of `metadata` stands once a fold.
-
-    Raises:
-        UserError: the embeddings are of another fold plan, or lack rows or folds.
-    """
-    made_with(root, split, folds_digest)
-    logits = _read(root, split)
-    every = pl.DataFrame({"fold": pl.Series(list(standard.folds), dtype=pl.Int8)})
-    table = metadata.select(schema.ID).join(every, how="cross", maintain_order="left_right")
-    table = table.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
-    _refuse_blank(table, root, split)
-    return table
-
-
 def image_features(
-    logits: pl.DataFrame, standard: Standard, metadata: pl.DataFrame
+    logits: pl.DataFrame, scaler: LogitScaler, metadata: pl.DataFrame
 ) -> pl.DataFrame:
-    """Returns `isic_id` and FEATURES Float32 in the order of `metadata`.
+    """Returns `isic_id` and IMAGE_FEATURES Float32 in the order of `metadata`.
 
-    The score is the mean over the folds that have one for the row; relative is its difference from the mean over the
-    patient's lesions. A ratio, as others use, has no meaning for a score around zero.
+    The score is the mean over the folds that have a logit for the row. The relative score is its
+    difference from the mean over the patient's lesions; a ratio would be meaningless for scores
+    around 0.
     """
-    score = logits.with_columns(standard.apply().alias(SCORE)).sort(schema.ID, "fold")
-    score = score.group_by(schema.ID, maintain_order=True).agg(pl.col(SCORE).mean())
-    patient = with_patient(metadata.select(pl.col(schema.ID, f"^{schema.PATIENT}$")))
-    table = patient.join(score, on=schema.ID, how="left", maintain_order="left").with_row_index(
-        "_row"
+    # Both means are taken in a fixed order of rows, because the last bits of a sum depend on it.
+    score = (
+        logits.with_columns(scaler.standardised().alias(SCORE))
+        .sort(schema.ID, "fold")
+        .group_by(schema.ID, maintain_order=True)
+        .agg(pl.col(SCORE).mean())
     )
-    table = table.sort(schema.PATIENT, schema.ID)
+    patient = with_patient(metadata.select(pl.col(schema.ID, f"^{schema.PATIENT}$")))
     relative = pl.col(SCORE) - pl.col(SCORE).mean().over(schema.PATIENT)
-    table = table.with_columns(relative.alias(RELATIVE)).sort("_row")
-    return table.select(schema.ID, pl.col(FEATURES).cast(pl.Float32))
+    table = (
+        patient.join(score, on=schema.ID, how="left", maintain_order="left")
+        .with_row_index("_row")
+        .sort(schema.PATIENT, schema.ID)
+        .with_columns(relative.alias(RELATIVE))
+        .sort("_row")
+    )
+    return table.select(schema.ID, pl.col(IMAGE_FEATURES).cast(pl.Float32))
 
 
-def probability(table: pl.DataFrame) -> NDArray[np.float64]:
-    """Returns [N] the logistic function of the image score: what the image model says alone, in (0, 1).
+def image_probability(table: pl.DataFrame) -> NDArray[np.float64]:
+    """Returns [N] the logistic function of the image score, in (0, 1).
 
     A blank score counts as 0, the mean of the training rows.
     """
@@ -154,60 +198,17 @@ def probability(table: pl.DataFrame) -> NDArray[np.float64]:
     return np.asarray(1 / (1 + np.exp(-score)))
 
 
-def made_with(root: Path, split: Split, folds_digest: str) -> dict[str, Any]:
-    """Returns what an embedding run says of itself: folds, fold plan, the engines' digests, and ORIGIN.
+def read_origin(root: Path, split: Split, folds_digest: str) -> dict[str, Any]:
+    """Returns the folds, fold plan and engines of an embedding run, and its ORIGIN_KEYS.
 
     Raises:
-        UserError: there is no such run, or its fold plan is another one.
+        UserError: there is no such run, or it has another fold plan.
     """
     run = read_run(root, split)
     if run.get("folds_digest") != folds_digest:
         raise UserError(
-            f"the {split} embeddings in {root} were made with the fold plan {run.get('folds_digest')}, this is "
-            f"{folds_digest}; use the embeddings of the same training run"
+            f"the {split} embeddings in {root} were made with the fold plan "
+            f"{run.get('folds_digest')}, this is {folds_digest}; "
+            "use the embeddings of the same training run"
         )
-    return {key: run.get(key) for key in ("folds", "folds_digest", "engines", *ORIGIN)}
-
-
-def _read(root: Path, split: Split) -> pl.DataFrame:
-    """Returns `isic_id`, `fold` and `logit` Float64 of every row that the embeddings have."""
-    stored = load(root, split, ["logit"]).with_columns(pl.col("logit").cast(pl.Float64))
-    with reading(root):
-        logits = stored.collect()
-    wrong = logits.filter(~pl.col("logit").is_finite().fill_null(False))
-    if len(wrong):
-        raise UserError(
-            f"{root}: {len(wrong)} {split} logits are not finite, the first is of {wrong[schema.ID][0]}; "
-            "train and export the model again"
-        )
-    repeated = logits.filter(pl.struct(schema.ID, "fold").is_duplicated())
-    if len(repeated):
-        raise UserError(
-            f"{root}: {repeated[schema.ID][0]} has more than one {split} logit of fold {repeated['fold'][0]}; "
-            "embed again into an empty folder"
-        )
-    return logits
-
-
-def _refuse_blank(table: pl.DataFrame, root: Path, split: Split) -> None:
-    refuse_gaps(table.filter(pl.col("logit").is_null()), table[schema.ID].n_unique(), root, split)
-
-
-def refuse_gaps(gaps: pl.DataFrame, num_images: int, root: Path, split: Split) -> None:
-    """Raises a UserError where an embedding is missing, unless the run has said of that image that it cannot be used.
-
-    Args:
-        gaps: `isic_id` and `fold` of what is missing.
-        num_images: how many images there should be.
-    """
-    errors = root / split / ERRORS_FILE
-    if gaps.is_empty():
-        return
-    skipped = read_parquet(errors)[schema.ID] if errors.is_file() else pl.Series(dtype=pl.String)
-    gaps = gaps.filter(~pl.col(schema.ID).is_in(skipped.implode()))
-    if len(gaps):
-        raise UserError(
-            f"{root} lacks the {split} embeddings of {gaps[schema.ID].n_unique()} of {num_images} "
-            f"images, the first is {gaps[schema.ID][0]} for fold {gaps['fold'][0]}; "
-            f"run `python -m infer embed --split {split}` on all of them, for every fold"
-        )
+    return {key: run.get(key) for key in ("folds", "folds_digest", "engines", *ORIGIN_KEYS)}

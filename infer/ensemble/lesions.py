@@ -1,7 +1,7 @@
 """The number of lesions per patient, in the training table and in a table to score.
 
-Features relative to a patient compare a lesion with the others of the same table. Without the others
-they are constants that boosters have hardly met in training, and the score is far worse than it looks.
+Features relative to a patient compare a lesion with the patient's others in the same table. Without
+these they are constants, which boosters have hardly seen in training, and the score is unreliable.
 """
 
 from typing import Any
@@ -18,14 +18,14 @@ FEW = 5
 """The percentile of training patients under which a patient has few lesions."""
 
 
-def lesions_per_patient(metadata: pl.DataFrame) -> NDArray[np.int64]:
+def count_lesions(metadata: pl.DataFrame) -> NDArray[np.int64]:
     """Returns [P] the number of rows of each patient."""
     return with_patient(metadata)[schema.PATIENT].value_counts()["count"].to_numpy().astype(int)
 
 
-def describe(metadata: pl.DataFrame) -> dict[str, Any]:
-    """Returns the number of `patients`, and the lesions per patient by percentile, from 0 to 100."""
-    counts = lesions_per_patient(metadata)
+def describe_lesion_counts(metadata: pl.DataFrame) -> dict[str, Any]:
+    """Returns the number of `patients`, and `percentiles` of the lesions per patient."""
+    counts = count_lesions(metadata)
     values = np.percentile(counts, PERCENTILES, method="inverted_cdf").tolist()
     return {
         "patients": len(counts),
@@ -37,16 +37,16 @@ def too_few(metadata: pl.DataFrame, training: dict[str, Any]) -> str | None:
     """Returns a sentence on the patients with fewer lesions than nearly all in training, if any.
 
     Args:
-        training: as `describe` returns it.
+        training: as `describe_lesion_counts` returns it.
     """
-    counts = lesions_per_patient(metadata)
+    counts = count_lesions(metadata)
     least = training["percentiles"][str(FEW)]
     few = int((counts < least).sum())
     if not few:
         return None
     return (
-        f"{few:,} of the {len(counts):,} patients have fewer than {least:,} lesions, percentile {FEW} "
-        f"of the {training['patients']:,} training patients (median "
+        f"{few:,} of the {len(counts):,} patients have fewer than {least:,} lesions, "
+        f"percentile {FEW} of the {training['patients']:,} training patients (median "
         f"{training['percentiles']['50']:,}); this ensemble compares a lesion with the patient's "
         "others, so these patients' scores are unreliable"
     )

@@ -1,33 +1,36 @@
-"""How good out-of-fold scores are: pooled, by fold, and among each patient's own lesions."""
+"""Metrics of out-of-fold scores: pooled, by fold, and among each patient's own lesions."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
-from infer.ensemble.artifact import FORMAT, MANIFEST
+from infer.ensemble.artifact import ENSEMBLE_FILE, FORMAT_VERSION
+from infer.ensemble.blend import Scores
 from isic.metrics import TOP_K, pauc, roc_auc, top_k
 from isic.runtime.config import Settings
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import read_json
 
-Scores = NDArray[np.float64]
-
 
 class ScoresSettings(Settings):
     """Settings of `infer scores`."""
 
-    output_dir: Path = Field(Path("outputs/ensemble"), description="folder with ensembles in it")
+    output_dir: Path = Field(
+        Path("outputs/ensemble"),
+        validation_alias=AliasChoices("output_dir", "out"),
+        description="folder with ensembles in it",
+    )
 
 
-def show(settings: ScoresSettings) -> None:
+def show_scores(settings: ScoresSettings) -> None:
     """Prints the out-of-fold scores of every ensemble in a folder, the lowest pAUC first."""
     blends = {}
-    for path in settings.output_dir.glob(f"*/{MANIFEST}"):
+    for path in settings.output_dir.glob(f"*/{ENSEMBLE_FILE}"):
         manifest = read_json(path)
-        if manifest.get("format") == FORMAT:
+        if manifest.get("format") == FORMAT_VERSION:
             blends[path.parent.name] = manifest["scores"]
         else:
             warn(f"{path.parent} was fitted by another version")
@@ -35,15 +38,15 @@ def show(settings: ScoresSettings) -> None:
         raise UserError(
             f"{settings.output_dir} holds no finished ensemble; run `python -m infer fit` first"
         )
-    print(table(dict(sorted(blends.items(), key=lambda item: item[1]["pauc"]))))
+    print(format_scores(dict(sorted(blends.items(), key=lambda item: item[1]["pauc"]))))
 
 
 def summarise(
     target: NDArray[np.integer], score: Scores, fold: NDArray[np.integer], patient: NDArray[np.str_]
 ) -> dict[str, Any]:
-    """Scores out-of-fold predictions.
+    """Returns the metrics of out-of-fold scores.
 
-    pAUC is not additive: the value over all rows pooled and the mean over folds differ, so both are given.
+    The pAUC over all rows and the mean of the folds' pAUC differ, so both are given.
 
     Args:
         target, score, fold, patient: [N] each.
@@ -78,38 +81,47 @@ def _pauc_or_none(target: NDArray[np.integer], score: Scores) -> float | None:
     return pauc(target, score) if target.min() < target.max() else None
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
+BY_LESION = f"top-{TOP_K} by lesion"
+"""A heading, which sets the width of its column."""
+
+
+def format_scores(rows: dict[str, dict[str, Any]]) -> str:
     """Returns the summaries as lines of text, one per row, under a heading, with notes below."""
     width = max(len(name) for name in rows)
-    heading = f"{'':{width}}  pAUC pooled  mean of folds ± std     AUC  {TOP}  by patient"
+    heading = f"{'':{width}}  pAUC pooled  mean of folds ± std     AUC  {BY_LESION}  by patient"
     lines = [_line(name.ljust(width), summary) for name, summary in rows.items()]
     notes = dict.fromkeys(note for summary in rows.values() for note in _notes(summary))
     return "\n".join([heading, *lines, *notes])
 
 
-TOP = f"top-{TOP_K} by lesion"
-
-
 def _line(name: str, summary: dict[str, Any]) -> str:
-    mean, std = (summary[key] for key in ("pauc_mean", "pauc_std"))
-    folds = (
-        f"{mean:.4f}" + (f" ± {std:.4f}" if std is not None else "") if mean is not None else "-"
-    )
-    by_lesion, by_patient = (summary[f"top_{TOP_K}_by_{unit}"] for unit in ("lesion", "patient"))
+    by_lesion = summary[f"top_{TOP_K}_by_lesion"]
+    by_patient = summary[f"top_{TOP_K}_by_patient"]
     return (
-        f"{name}  {summary['pauc']:11.4f}  {folds:>19}  {summary['auc']:.4f}  "
-        f"{by_lesion:{len(TOP)}.3f}  {by_patient:10.3f}"
+        f"{name}  {summary['pauc']:11.4f}  {_mean_of_folds(summary):>19}  {summary['auc']:.4f}  "
+        f"{by_lesion:{len(BY_LESION)}.3f}  {by_patient:10.3f}"
     )
+
+
+def _mean_of_folds(summary: dict[str, Any]) -> str:
+    mean, std = summary["pauc_mean"], summary["pauc_std"]
+    if mean is None:
+        return "-"
+    if std is None:
+        return f"{mean:.4f}"
+    return f"{mean:.4f} ± {std:.4f}"
 
 
 def _notes(summary: dict[str, Any]) -> list[str]:
-    small, every = summary[f"patients_of_at_most_{TOP_K}"], summary["patients_with_malignant"]
-    return [f"note: {small_patients(small, every)}"] if small else []
+    num_small = summary[f"patients_of_at_most_{TOP_K}"]
+    if not num_small:
+        return []
+    return [f"note: {small_patients(num_small, summary['patients_with_malignant'])}"]
 
 
-def small_patients(small: int, every: int) -> str:
+def small_patients(num_small: int, num_patients: int) -> str:
     """Returns a sentence on patients whose malignant lesions are in the top whatever the scores."""
     return (
-        f"{small:,} of the {every:,} patients with a malignant lesion have at most {TOP_K} lesions, "
-        f"so theirs count as found in the top {TOP_K} whatever their scores"
+        f"{num_small:,} of the {num_patients:,} patients with a malignant lesion have at most "
+        f"{TOP_K} lesions, so theirs count as found in the top {TOP_K} whatever their scores"
     )

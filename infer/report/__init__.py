@@ -1,5 +1,5 @@
-"""An ensemble's report: one HTML file with curves, tables, feature importance and the worst errors as pictures."""
+"""An ensemble's report: one HTML file with its curves, tables, importances and worst errors."""
 
-from infer.report.write import FILE, ReportSettings, report, write_report
+from infer.report.write import REPORT_FILE, ReportSettings, report, write_report
 
-__all__ = ["FILE", "ReportSettings", "report", "write_report"]
+__all__ = ["REPORT_FILE", "ReportSettings", "report", "write_report"]

@@ -1,4 +1,4 @@
-"""The lesions that an ensemble got most wrong, what is known of them, and the patient's other lesions."""
+"""The lesions that an ensemble scored worst, their metadata, and the patient's other lesions."""
 
 import base64
 from collections.abc import Sequence
@@ -10,13 +10,12 @@ import numpy as np
 import polars as pl
 
 from isic import schema
-from isic.images import ImageStore, decode_pool
-from isic.preprocess import PreprocessSpec
+from isic.images import ImageStore
+from isic.preprocess import Pixels, PreprocessSpec
 
 NUM_CASES = 8
 NUM_OTHERS = 6
-QUALITY = 85
-"""Of the JPEGs on the page."""
+JPEG_QUALITY = 85
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,11 @@ class Lesion:
 
 @dataclass(frozen=True)
 class Case:
-    """A lesion that stands far from where it should."""
+    """A wrongly scored lesion."""
 
     lesion: Lesion
     row: dict[str, Any]
-    """Its metadata as the file has them."""
+    """Its metadata as in the file."""
     beaten: float
     """Share of the other class that scores lower."""
     patient: str | None
@@ -49,7 +48,7 @@ def worst_misses(oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CA
     """Returns the malignant lesions with the lowest scores, the lowest first.
 
     Args:
-        oof: `isic_id`, `target`, `blend` and `patient_id`, filled in where it is not known.
+        oof: `isic_id`, `target`, `blend` and `patient_id`, the row's own id if that is unknown.
         metadata: the training table.
     """
     return _cases(oof, metadata, 1, number)
@@ -58,69 +57,68 @@ def worst_misses(oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CA
 def worst_false_alarms(
     oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CASES
 ) -> list[Case]:
-    """Returns the benign lesions with the highest scores, the highest first. Arguments as above."""
+    """Returns the benign lesions with the highest scores, the highest first.
+
+    Arguments as for `worst_misses`.
+    """
     return _cases(oof, metadata, 0, number)
 
 
 def _cases(oof: pl.DataFrame, metadata: pl.DataFrame, label: int, number: int) -> list[Case]:
-    wrong = oof.filter(pl.col(schema.TARGET) == label).sort(
-        "blend", schema.ID, descending=[label == 0, False]
+    is_class = pl.col(schema.TARGET) == label
+    wrong = oof.filter(is_class).sort("blend", schema.ID, descending=[label == 0, False])
+    other_class = oof.filter(~is_class)["blend"].sort()
+    return [_case(row, oof, metadata, other_class) for row in wrong.head(number).to_dicts()]
+
+
+def _case(
+    scored: dict[str, Any], oof: pl.DataFrame, metadata: pl.DataFrame, other_class: pl.Series
+) -> Case:
+    """Returns the case of a row of `oof`; `other_class` has the sorted scores of the other class."""
+    name = scored[schema.ID]
+    score = scored["blend"]
+    lesions = oof.filter(pl.col(schema.PATIENT) == scored[schema.PATIENT])
+    others = (
+        lesions.filter(pl.col(schema.ID) != name)
+        .sort("blend", schema.ID, descending=[True, False])
+        .head(NUM_OTHERS)
+        .select(schema.ID, schema.TARGET, "blend")
     )
-    other_class = np.sort(oof.filter(pl.col(schema.TARGET) != label)["blend"].to_numpy())
-    cases = []
-    for name, score, patient in (
-        wrong.head(number).select(schema.ID, "blend", schema.PATIENT).iter_rows()
-    ):
-        lesions = oof.filter(pl.col(schema.PATIENT) == patient)
-        others = lesions.filter(pl.col(schema.ID) != name).sort(
-            "blend", schema.ID, descending=[True, False]
-        )
-        row = metadata.row(by_predicate=pl.col(schema.ID) == name, named=True)
-        cases.append(
-            Case(
-                Lesion(name, label, score),
-                row,
-                float(np.searchsorted(other_class, score) / len(other_class)),
-                row.get(schema.PATIENT),
-                int((lesions["blend"] >= score).sum()),
-                len(lesions),
-                tuple(
-                    Lesion(*values)
-                    for values in others.head(NUM_OTHERS).select(_LESION).iter_rows()
-                ),
-            )
-        )
-    return cases
-
-
-_LESION = (schema.ID, schema.TARGET, "blend")
+    row = metadata.row(by_predicate=pl.col(schema.ID) == name, named=True)
+    num_beaten = np.searchsorted(other_class.to_numpy(), score)
+    return Case(
+        lesion=Lesion(name, scored[schema.TARGET], score),
+        row=row,
+        beaten=float(num_beaten / len(other_class)),
+        patient=row.get(schema.PATIENT),
+        rank=int((lesions["blend"] >= score).sum()),
+        num_lesions=len(lesions),
+        others=tuple(Lesion(*values) for values in others.iter_rows()),
+    )
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A thumbnail as a data URI, or the reason why there is none."""
+    """A thumbnail as a data URI, or the reason that there is none."""
 
     uri: str = ""
     reason: str = ""
 
 
 def pictures(images: ImageStore, names: Sequence[str], side: int) -> dict[str, Picture]:
-    """Reads thumbnails, square as the model sees the images.
+    """Returns thumbnails by id, square as the model sees the images.
 
     Args:
         side: in pixels.
     """
-    pixels = np.empty((len(names), side, side, 3), dtype=np.uint8)
-    with decode_pool(1) as pool:
-        failed = images.decode(names, PreprocessSpec(size=side, interpolation="area"), pixels, pool)
+    pixels, failed = images.load(names, PreprocessSpec(size=side, interpolation="area"))
     return {
         name: Picture(reason=failed[row]) if row in failed else Picture(_jpeg_uri(pixels[row]))
         for row, name in enumerate(names)
     }
 
 
-def _jpeg_uri(image: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
-    _, data = cv2.imencode(
-        ".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY]
-    )
+def _jpeg_uri(image: Pixels) -> str:
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")

@@ -5,43 +5,25 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
+from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from isic.metrics import MIN_TPR, redraws
+from isic.metrics import redraws
 
 Values = NDArray[np.float64]
 Labels = NDArray[np.integer]
 
 NUM_BINS = 10
-NUM_DRAWS = 200
-"""Redraws of the patients."""
+NUM_RESAMPLES = 200
+"""Bootstrap resamples of the patients."""
 Z_95 = 1.959964
-"""Standard deviations of a normal distribution to either side that hold 95 % of it."""
-
-
-def roc(target: Labels, score: Values) -> tuple[Values, Values]:
-    """Returns false- and true-positive rate [M] from (0, 0) to (1, 1); the curve is straight between its points."""
-    false_positives, true_positives, _ = roc_curve(target, score)
-    return false_positives, true_positives
-
-
-def scored_region(fpr: Values, tpr: Values) -> tuple[Values, Values]:
-    """Returns the corners of what the challenge scores: the region under the curve and above TPR 0.8.
-
-    Its area is the partial AUC.
-    """
-    after = int(np.searchsorted(tpr, MIN_TPR, side="right"))
-    share = (MIN_TPR - tpr[after - 1]) / (tpr[after] - tpr[after - 1])
-    start = fpr[after - 1] + share * (fpr[after] - fpr[after - 1])
-    return np.concatenate([[start], fpr[after:], [1.0]]), np.concatenate(
-        [[MIN_TPR], tpr[after:], [MIN_TPR]]
-    )
+"""A normal distribution has 95 % within this many standard deviations of its mean."""
 
 
 def precision_recall(target: Labels, score: Values) -> tuple[Values, Values, float]:
     """Returns recall rising from 0, precision [M], and the average precision.
 
-    Average precision is the area under the steps that hold each precision back to the recall before it.
+    Average precision is the area of the steps in which each precision extends back to the
+    previous recall.
     """
     precision, recall, _ = precision_recall_curve(target, score, drop_intermediate=True)
     return recall[::-1], precision[::-1], float(average_precision_score(target, score))
@@ -49,7 +31,7 @@ def precision_recall(target: Labels, score: Values) -> tuple[Values, Values, flo
 
 @dataclass(frozen=True)
 class Reliability:
-    """What scores promise and what came true, by bins of rising score; [B] each."""
+    """Predicted and observed shares of malignant lesions by bins of rising score; [B] each."""
 
     mean_score: Values
     observed: Values
@@ -63,14 +45,14 @@ class Reliability:
 def reliability(
     target: Labels, score: Values, patient: NDArray[Any], num_bins: int = NUM_BINS
 ) -> Reliability:
-    """Compares scores, read as probabilities, with observed shares.
+    """Compares scores, taken as probabilities, with observed shares.
 
-    A bin holds an equal part of the sum of scores, that is, of the malignant lesions that the scores promise. Bins of
-    equal numbers of rows would, at one malignant lesion in a thousand, leave most bins with none.
+    A bin holds an equal part of the sum of scores, that is, of the predicted malignant lesions.
+    With one malignant lesion in a thousand, most bins of equal size would have none.
 
-    A patient's lesions are not independent, so the intervals hold 95 % of the redraws of the
-    patients. They also hold Wilson's interval for independent lesions: redraws of a bin without a
-    malignant lesion have none either, and so no spread.
+    The lesions of a patient are not independent, so the intervals hold 95 % of the resamples of
+    the patients. They also hold Wilson's interval for independent lesions: resamples of a bin
+    without a malignant lesion have none either, and so no spread.
 
     Args:
         target, score: [N]; scores in [0, 1].
@@ -80,36 +62,39 @@ def reliability(
     num_rows = np.bincount(code)
     observed = np.bincount(code, target) / num_rows
     low, high = wilson(observed, num_rows)
-    drawn = _redrawn_shares(code, target, patient)
+    resampled = _resampled_shares(code, target, patient)
     return Reliability(
-        np.bincount(code, score) / num_rows,
-        observed,
-        np.minimum(low, np.nanpercentile(drawn, 2.5, axis=0)),
-        np.maximum(high, np.nanpercentile(drawn, 97.5, axis=0)),
-        num_rows,
+        mean_score=np.bincount(code, score) / num_rows,
+        observed=observed,
+        low=np.minimum(low, np.nanpercentile(resampled, 2.5, axis=0)),
+        high=np.maximum(high, np.nanpercentile(resampled, 97.5, axis=0)),
+        num_rows=num_rows,
     )
 
 
 def _bins(score: Values, num_bins: int) -> NDArray[np.intp]:
-    """Returns [N] the bin of each score; bins hold equal parts of the sum and are numbered from 0."""
+    """Returns [N] the bin of each score; bins hold equal parts of the sum, numbered from 0."""
     order = np.argsort(score, kind="stable")
     scores = score[order]
     before = np.cumsum(scores) - scores
     part = before / max(scores.sum(), np.finfo(float).tiny) * num_bins
+    bin_of_part = np.minimum(part.astype(int), num_bins - 1)
+    # A single large score can skip bins: number those that have rows.
+    _, numbered = np.unique(bin_of_part, return_inverse=True)
     code = np.empty(len(score), dtype=np.intp)
-    code[order] = np.unique(np.minimum(part.astype(int), num_bins - 1), return_inverse=True)[1]
+    code[order] = numbered
     return code
 
 
-def _redrawn_shares(code: NDArray[np.intp], target: Labels, patient: NDArray[Any]) -> Values:
-    """Returns [NUM_DRAWS, B] the share of malignant lesions by redraw; NaN for a bin left empty."""
-    group = np.unique(patient, return_inverse=True)[1]
-    drawn = np.full((NUM_DRAWS, code.max() + 1), np.nan)
-    for share, weight in zip(drawn, redraws(group.max() + 1, seed=0), strict=False):
+def _resampled_shares(code: NDArray[np.intp], target: Labels, patient: NDArray[Any]) -> Values:
+    """Returns [NUM_RESAMPLES, B] the share of malignant lesions; NaN for a bin without rows."""
+    _, group = np.unique(patient, return_inverse=True)
+    shares = np.full((NUM_RESAMPLES, code.max() + 1), np.nan)
+    for share, weight in zip(shares, redraws(group.max() + 1, seed=0), strict=False):
         rows = np.bincount(code, weight[group])
         malignant = np.bincount(code, weight[group] * target)
         np.divide(malignant, rows, out=share, where=rows > 0)
-    return drawn
+    return shares
 
 
 def wilson(share: Values, number: NDArray[np.int64]) -> tuple[Values, Values]:
@@ -130,18 +115,23 @@ class Projection:
     points: Values
     """[N, 2]."""
     explained: tuple[float, float]
-    """Share of the whole variance along each."""
+    """Share of the total variance along each direction."""
 
 
 def pca(features: NDArray[np.floating]) -> Projection:
-    """Projects features [N, D] onto their first two principal components, each turned so that its largest
-    coefficient is positive."""
+    """Projects features [N, D] onto their first two principal components.
+
+    The sign of a component is arbitrary; its largest coefficient is made positive.
+    """
     centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
-    _, singular, components = np.linalg.svd(centred, full_matrices=False)
-    components, singular = components[:2], singular**2
-    largest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)
+    _, singular_values, components = np.linalg.svd(centred, full_matrices=False)
+    components = components[:2]
+    largest_at = np.abs(components).argmax(axis=1)[:, None]
+    largest = np.take_along_axis(components, largest_at, axis=1)
     points = centred @ (components * np.sign(largest)).T
-    total = max(singular.sum(), np.finfo(float).tiny)
+    variance = singular_values**2
+    explained = variance[:2] / max(variance.sum(), np.finfo(float).tiny)
+    # One feature or one row has one component only: fill up with zeros.
     points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
-    first, second = np.pad(singular[:2] / total, (0, 2))[:2].tolist()
+    first, second = np.pad(explained, (0, 2))[:2].tolist()
     return Projection(points, (first, second))

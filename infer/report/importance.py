@@ -1,4 +1,4 @@
-"""What the boosters split on: each feature's share of the gain, from the text of each library's boosters."""
+"""Feature importance: each feature's share of the gain of a booster's splits."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,15 +27,15 @@ GROUPS = {
     "patient_location_outliers": "outlying measurements at the location",
     IMAGE: "the image",
 }
-"""What the groups of features are called on the page."""
+"""Name of each group of features on the page."""
 
 
 def importance(
     root: Path, boosters: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> pl.DataFrame:
-    """Returns each feature's part in an ensemble, the largest first.
+    """Returns each feature's importance in an ensemble, the largest first.
 
-    A booster's gains are scaled to add up to 1 before the mean over boosters, so each has the same say.
+    A booster's gains are scaled to add up to 1 before the mean, so each booster counts equally.
 
     Args:
         root: the ensemble's folder.
@@ -43,7 +43,7 @@ def importance(
         names: D columns of the boosters' matrix.
 
     Returns:
-        `feature`, `group` and `share`; no row where there are no boosters.
+        `feature`, `group` and `share`; no rows if there are no boosters.
     """
     shares = np.zeros(len(names))
     for entry in boosters:
@@ -54,13 +54,11 @@ def importance(
     table = pl.DataFrame(
         {"feature": list(names), "group": groups, "share": shares},
         schema_overrides={"group": pl.String},
-    )
-    return table.sort("share", "feature", descending=[True, False]).head(
-        len(names) if boosters else 0
-    )
+    ).sort("share", "feature", descending=[True, False])
+    return table if boosters else table.clear()
 
 
-def by_group(table: pl.DataFrame) -> pl.DataFrame:
+def share_by_group(table: pl.DataFrame) -> pl.DataFrame:
     """Returns `group`, `num_features` and `share`, the largest first."""
     groups = table.group_by("group").agg(pl.len().alias("num_features"), pl.col("share").sum())
     return groups.sort("share", "group", descending=[True, False])

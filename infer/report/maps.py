@@ -1,4 +1,7 @@
-"""A map of each fold's embeddings. Fold models have spaces of their own, so one map of all would show the folds."""
+"""A map of each fold's embeddings.
+
+Each fold's model has its own feature space, so one map of all would only show the folds.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from infer.embeddings import load
+from infer.embedding.store import scan_embeddings
 from infer.report.curves import Projection, pca
 from isic import schema
 from isic.tables import reading
 
-MOST = {0: 400, 1: 150}
-"""Benign and malignant lesions on a map, at most."""
+MAX_SHOWN = {0: 400, 1: 150}
+"""Largest number of benign (0) and malignant (1) lesions on a map."""
 
 
 def projections(
@@ -22,28 +25,31 @@ def projections(
 
     Args:
         embeddings: the run's folder, made with the ensemble's fold plan.
-        oof: `isic_id`, `fold` and `target`; of many lesions a fixed draw is shown.
+        oof: `isic_id`, `fold` and `target`; of many lesions a fixed sample is shown.
     """
-    drawn = pl.concat(draw(rows) for _, rows in sorted(oof.group_by("fold")))
-    wanted = drawn.select(schema.ID, pl.col("fold").cast(pl.Int8), schema.TARGET).lazy()
-    stored = load(embeddings, "train", ["features"]).join(wanted, on=[schema.ID, "fold"])
-    with reading(embeddings):
-        table = stored.collect()
-    for (fold,), rows in sorted(table.sort(schema.ID).group_by("fold", maintain_order=True)):
+    for fold, rows in _sampled_features(embeddings, oof):
         features = rows["features"].to_numpy().astype(np.float32)
         finite = np.isfinite(features).all(axis=1)
         if finite.any():
-            yield (
-                int(str(fold)),
-                pca(features[finite]),
-                rows.filter(pl.Series(finite)).select(schema.ID, schema.TARGET),
-            )
+            shown = rows.filter(pl.Series(finite)).select(schema.ID, schema.TARGET)
+            yield fold, pca(features[finite]), shown
 
 
-def draw(rows: pl.DataFrame) -> pl.DataFrame:
-    """Returns at most MOST rows of each class, the same ones every time."""
-    classes = [rows.filter(pl.col(schema.TARGET) == label).sort(schema.ID) for label in MOST]
-    return pl.concat(
-        part.sample(min(len(part), most), seed=0)
-        for part, most in zip(classes, MOST.values(), strict=True)
-    )
+def _sampled_features(embeddings: Path, oof: pl.DataFrame) -> Iterator[tuple[int, pl.DataFrame]]:
+    """Yields, by fold, the stored features of a sample of its held-out lesions."""
+    sampled = pl.concat(sample_rows(rows) for _, rows in sorted(oof.group_by("fold")))
+    wanted = sampled.select(schema.ID, pl.col("fold").cast(pl.Int8), schema.TARGET).lazy()
+    stored = scan_embeddings(embeddings, "train", ["features"]).join(wanted, on=[schema.ID, "fold"])
+    with reading(embeddings):
+        table = stored.collect().sort(schema.ID)
+    for (fold,), rows in sorted(table.group_by("fold", maintain_order=True)):
+        yield int(str(fold)), rows
+
+
+def sample_rows(rows: pl.DataFrame) -> pl.DataFrame:
+    """Returns at most MAX_SHOWN rows of each class, the same ones every time."""
+    parts = []
+    for label, most in MAX_SHOWN.items():
+        part = rows.filter(pl.col(schema.TARGET) == label).sort(schema.ID)
+        parts.append(part.sample(min(len(part), most), seed=0))
+    return pl.concat(parts)

@@ -1,5 +1,6 @@
-"""What a report is made from: an ensemble's out-of-fold scores beside the dataset that they belong to."""
+"""Input of a report: an ensemble's out-of-fold scores joined with their dataset."""
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +17,12 @@ from isic.runtime.errors import UserError
 
 BLEND = "blend"
 GROUP = "_patient"
-"""The patient as a number, which is far faster to group by than text."""
+"""Column with the patient as a number, which is much faster to group by than text."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """How many rows there are and how well they are scored; a score is None where they are of one class."""
+    """Number and scores of some rows; a score is None if the rows have one class only."""
 
     name: str
     num_lesions: int
@@ -34,12 +35,23 @@ class Judgement:
 
 def judge(name: str, rows: pl.DataFrame, model: str = BLEND) -> Judgement:
     """Scores a model on some rows of `Scored.oof`."""
-    target, score, patient = (rows[column].to_numpy() for column in (schema.TARGET, model, GROUP))
-    counts = len(rows), int(target.sum()), rows[GROUP].n_unique()
+    target = rows[schema.TARGET].to_numpy()
+    score = rows[model].to_numpy()
+    patient = rows[GROUP].to_numpy()
+    counts = Judgement(
+        name,
+        num_lesions=len(rows),
+        num_malignant=int(target.sum()),
+        num_patients=rows[GROUP].n_unique(),
+    )
     if target.min() == target.max():
-        return Judgement(name, *counts)
-    values = pauc(target, score), roc_auc(target, score), top_k(target, score, patient)
-    return Judgement(name, *counts, *values)
+        return counts
+    return dataclasses.replace(
+        counts,
+        pauc=pauc(target, score),
+        auc=roc_auc(target, score),
+        top=top_k(target, score, patient),
+    )
 
 
 @dataclass(frozen=True)
@@ -48,16 +60,18 @@ class Scored:
 
     ensemble: Ensemble
     oof: pl.DataFrame
-    """`isic_id`, `fold`, `target`, a column a model, `blend`, `patient_id` (the row's own id where it is not known)
-    and GROUP."""
+    """`isic_id`, `fold`, `target`, one column per model, `blend`, `patient_id` and GROUP.
+
+    A row without a patient has its own id as `patient_id`.
+    """
     metadata: pl.DataFrame
     images: ImageStore | None
     images_missing: str
-    """Why there are no images."""
+    """The reason that there are no images, as a sentence."""
 
     @property
     def models(self) -> list[str]:
-        """The names of the models, the blend left out."""
+        """The names of the models, without the blend."""
         others = {schema.ID, "fold", schema.TARGET, BLEND, schema.PATIENT, GROUP}
         return [name for name in self.oof.columns if name not in others]
 
@@ -71,19 +85,26 @@ class Scored:
 
 
 def read_scored(ensemble: Ensemble, data: Path) -> Scored:
-    """Joins an ensemble's scores with its dataset. Raises UserError where that lacks a scored row."""
+    """Joins an ensemble's scores with its dataset. Raises UserError if that lacks a scored row."""
     dataset = Dataset(data)
     metadata = dataset.metadata("train")
     patients = with_patient(metadata).select(
         schema.ID, schema.PATIENT, pl.col(schema.PATIENT).rank("dense").alias(GROUP)
     )
     oof = ensemble.oof().join(patients, on=schema.ID, how="left", maintain_order="left")
-    if missing := oof[schema.PATIENT].null_count():
+    missing = oof[schema.PATIENT].null_count()
+    if missing:
         raise UserError(
-            f"{data} lacks {missing} of the scored rows; give the --data that {ensemble.root} was fitted on"
+            f"{data} lacks {missing} of the scored rows; "
+            f"give the --data that {ensemble.root} was fitted on"
         )
-    try:
-        images, reason = dataset.find_images("train"), "This dataset has no images."
-    except UserError as error:  # the scores do not need them
-        images, reason = None, f"The images cannot be read: {error}."
+    images, reason = _find_images(dataset)
     return Scored(ensemble, oof, metadata, images, reason)
+
+
+def _find_images(dataset: Dataset) -> tuple[ImageStore | None, str]:
+    """Returns the images, or None, with the sentence to show without them."""
+    try:
+        return dataset.find_images("train"), "This dataset has no images."
+    except UserError as error:  # the rest of the report does not need them
+        return None, f"The images cannot be read: {error}."

@@ -1,4 +1,4 @@
-"""The report's sections: what each says, in which order."""
+"""The report's sections: their content and order."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,32 +10,41 @@ import polars as pl
 
 from infer.ensemble import image_scores
 from infer.ensemble.scores import small_patients
-from infer.report import figures, page
+from infer.report import figures
+from infer.report.case_cards import Pictures, case_card
 from infer.report.cases import Case, pictures, worst_false_alarms, worst_misses
 from infer.report.curves import Reliability, reliability
-from infer.report.importance import GROUPS, by_group, importance
+from infer.report.importance import GROUPS, importance, share_by_group
 from infer.report.maps import projections
-from infer.report.markup import Markup, join, tag
-from infer.report.page import NONE, percent
 from infer.report.scored import BLEND, GROUP, Judgement, Scored, judge
 from isic import schema
+from isic.html import page
+from isic.html.markup import Markup, join, tag
+from isic.html.page import NONE, percent
 from isic.metrics import TOP_K, TopK, bootstrap_pauc
 
-CAVEAT = "These are research scores for comparing models: they are no diagnosis and must not guide anyone's care."
+CAVEAT = (
+    "These are research scores for comparing models: they are no diagnosis and must not guide "
+    "anyone's care."
+)
 TOP = f"Top-{TOP_K}"
-NUM_DRAWS = 200
-"""Redraws of the patients for the interval; more would change its third digit."""
+NUM_RESAMPLES = 200
+"""Bootstrap resamples of the patients for the interval; more would change its third digit."""
 NUM_TOP = 15
-"""Features that are named."""
+"""Features that are listed by name."""
 LARGE, SMALL = 160, 96
-"""Sides of the thumbnails in pixels, larger than they are shown: screens have more pixels than CSS counts."""
+"""Sides of the thumbnails in pixels, larger than in CSS pixels for screens of high density."""
 
 Section = tuple[str, Sequence[str]]
 """Title and content."""
 
 
 def sections(scored: Scored, embeddings: Path | None) -> dict[str, Section]:
-    """Returns all sections by the names of the links to them. Raises UserError for embeddings of another fold plan."""
+    """Returns all sections by the names of the links to them.
+
+    Raises:
+        UserError: the embeddings have another fold plan.
+    """
     return {
         "Ranking": _ranking(scored),
         "Stability": _stability(scored),
@@ -48,19 +57,24 @@ def sections(scored: Scored, embeddings: Path | None) -> dict[str, Section]:
 
 
 def header(scored: Scored, names: Iterable[str]) -> Markup:
-    """Returns what stands above the sections, with links to them by their names."""
-    counts, num_boosters = scored.pooled, len(scored.ensemble.manifest["boosters"])
+    """Returns the part above the sections, with links to them by their names."""
+    manifest = scored.ensemble.manifest
+    counts = scored.pooled
+    num_boosters = len(manifest["boosters"])
+    malignant = percent(counts.num_malignant / counts.num_lesions)
     lead = (
-        f"{counts.num_lesions:,} lesions of {counts.num_patients:,} patients, {counts.num_malignant:,} of the lesions "
-        f"malignant ({percent(counts.num_malignant / counts.num_lesions)}). "
-        f"{_out_of_fold(bool(num_boosters), scored.ensemble.manifest['embeddings'] is not None)} "
+        f"{counts.num_lesions:,} lesions of {counts.num_patients:,} patients, "
+        f"{counts.num_malignant:,} of the lesions malignant ({malignant}). "
+        f"{_out_of_fold(num_boosters > 0, manifest['embeddings'] is not None)} "
     )
-    trees = f"{num_boosters} boosters look at {len(scored.ensemble.state.names)} features."
+    models = "The score is that of the image model."
+    if num_boosters:
+        models = f"{num_boosters} boosters on {len(scored.ensemble.state.names)} features."
     return tag(
         "header",
         tag("p", "Out-of-fold report", class_="over"),
         tag("h1", scored.ensemble.root.name),
-        tag("p", lead, trees if num_boosters else "The image model stands alone.", class_="lead"),
+        tag("p", lead, models, class_="lead"),
         tag("p", CAVEAT, class_="caveat"),
         _tiles(scored),
         page.links(names),
@@ -68,7 +82,7 @@ def header(scored: Scored, names: Iterable[str]) -> Markup:
 
 
 def _out_of_fold(boosters: bool, fold_models: bool) -> str:
-    """Returns a sentence on how far the scores are independent of the patients they are of."""
+    """Returns how far the scores are independent of their own patients, as a sentence."""
     if not boosters:
         return "Every score is out of fold: by an image model that was trained without the patient."
     if not fold_models:
@@ -82,47 +96,45 @@ def _out_of_fold(boosters: bool, fold_models: bool) -> str:
 
 
 def _tiles(scored: Scored) -> Markup:
-    target, score, group = (scored.oof[name].to_numpy() for name in (schema.TARGET, BLEND, GROUP))
-    low, high = np.percentile(bootstrap_pauc(target, [score], group, NUM_DRAWS), [2.5, 97.5])
+    target = scored.oof[schema.TARGET].to_numpy()
+    score = scored.oof[BLEND].to_numpy()
+    group = scored.oof[GROUP].to_numpy()
+    resampled = bootstrap_pauc(target, [score], group, NUM_RESAMPLES)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    interval = f"{low:.4f} to {high:.4f} in 95 % of resamples of the patients"
     by_fold = [fold.pauc for fold in scored.by_fold if fold.pauc is not None]
-    mean = _four(float(np.mean(by_fold)) if by_fold else None)
-    spread = (
-        f"± {np.std(by_fold, ddof=1):.4f} between folds"
-        if len(by_fold) > 1
-        else "too few folds for a spread"
-    )
-    interval = f"{low:.4f} to {high:.4f} in 95 % of redraws of the patients"
+    mean = float(np.mean(by_fold)) if by_fold else None
+    spread = "too few folds for a spread"
+    if len(by_fold) > 1:
+        spread = f"± {np.std(by_fold, ddof=1):.4f} between folds"
     return page.tiles(
         [
-            ("pAUC, pooled", _four(scored.pooled.pauc), interval),
-            ("pAUC, mean of folds", mean, spread),
-            ("AUC", _four(scored.pooled.auc), "area under the whole ROC curve"),
+            ("pAUC, pooled", _four_digits(scored.pooled.pauc), interval),
+            ("pAUC, mean of folds", _four_digits(mean), spread),
+            ("AUC", _four_digits(scored.pooled.auc), "area under the whole ROC curve"),
             *_top_tiles(scored.pooled.top),
         ]
     )
 
 
 def _top_tiles(top: TopK | None) -> list[tuple[str, str, str]]:
-    """Returns the tiles of both ways to count malignant lesions among their patient's highest scores."""
+    """Returns the tiles of malignant lesions found among their patient's highest scores."""
     if top is None:
         return []
-    small = f"; {small_patients(top.num_small, top.num_patients)}" if top.num_small else ""
+    by_lesion = f"of malignant lesions are among their patient's {TOP_K} highest scores"
+    if top.num_small:
+        by_lesion += f"; {small_patients(top.num_small, top.num_patients)}"
+    by_patient = (
+        "the same share of each patient with a malignant lesion, averaged: the challenge's "
+        "secondary metric"
+    )
     return [
-        (
-            f"{TOP} by lesion",
-            percent(top.by_lesion, 1),
-            f"of malignant lesions are among their patient's {TOP_K} highest scores{small}",
-        ),
-        (
-            f"{TOP} by patient",
-            percent(top.by_patient, 1),
-            "the same share of each patient with a malignant lesion, averaged: the challenge's "
-            "secondary metric",
-        ),
+        (f"{TOP} by lesion", percent(top.by_lesion, 1), by_lesion),
+        (f"{TOP} by patient", percent(top.by_patient, 1), by_patient),
     ]
 
 
-def _four(value: float | None) -> str:
+def _four_digits(value: float | None) -> str:
     return NONE if value is None else f"{value:.4f}"
 
 
@@ -131,42 +143,48 @@ def _tenths(share: float | None) -> str:
 
 
 def _ranking(scored: Scored) -> Section:
-    drawn = (figures.roc_figure, figures.region_figure, figures.precision_recall_figure)
     intro = (
-        "The challenge counts the order of the scores alone, and only where four in five malignant "
-        "lesions are found."
+        "The challenge scores only the order of the lesions, and only where at least 80 % of the "
+        "malignant ones are found."
     )
-    return "How well the scores rank", (
-        tag("p", intro),
-        tag("div", *(draw(scored.oof) for draw in drawn), class_="figures"),
+    charts = (
+        figures.roc_figure(scored.oof),
+        figures.region_figure(scored.oof),
+        figures.precision_recall_figure(scored.oof),
     )
+    content = (tag("p", intro), tag("div", *charts, class_="figures"))
+    return "How well the scores rank", content
 
 
 def _stability(scored: Scored) -> Section:
-    intro = "Pooled values and means of folds differ: a partial area is not additive."
-    heading = ("pAUC", "AUC", f"top-{TOP_K} by lesion", "by patient")
+    intro = (
+        "The pooled pAUC is not the mean of the folds: a partial area is not additive, and the "
+        "models of different folds may scale their scores differently."
+    )
+    tables = tag("div", _fold_table(scored), _model_table(scored), class_="tables")
+    return "How stable the scores are", (tag("p", intro), tables)
+
+
+SCORES = ("pAUC", "AUC", f"top-{TOP_K} by lesion", "by patient")
+"""Headings of the columns of `_scores`."""
+
+
+def _fold_table(scored: Scored) -> Markup:
+    heading = ("fold", *SCORES, "lesions", "malignant", "patients")
+    rows = [[row.name, *_scores(row), *_counts(row)] for row in (*scored.by_fold, scored.pooled)]
+    return page.table("By fold", heading, rows, sums=1)
+
+
+def _model_table(scored: Scored) -> Markup:
     models = [judge(name, scored.oof, name) for name in scored.models]
-    by_fold = page.table(
-        "By fold",
-        ("fold", *heading, "lesions", "malignant", "patients"),
-        [[row.name, *_scores(row), *_counts(row)] for row in (*scored.by_fold, scored.pooled)],
-        sums=1,
-    )
-    by_model = page.table(
-        "By library and seed, pooled",
-        ("model", *heading),
-        [
-            [row.name, *_scores(row)]
-            for row in (*models, dataclasses.replace(scored.pooled, name=BLEND))
-        ],
-        sums=1,
-    )
-    return "How steady they are", (tag("p", intro), tag("div", by_fold, by_model, class_="tables"))
+    blend = dataclasses.replace(scored.pooled, name=BLEND)
+    rows = [[row.name, *_scores(row)] for row in (*models, blend)]
+    return page.table("By library and seed, pooled", ("model", *SCORES), rows, sums=1)
 
 
 def _scores(row: Judgement) -> list[str]:
     top = (row.top.by_lesion, row.top.by_patient) if row.top else (None, None)
-    return [_four(row.pauc), _four(row.auc), *map(_tenths, top)]
+    return [_four_digits(row.pauc), _four_digits(row.auc), *map(_tenths, top)]
 
 
 def _counts(row: Judgement) -> list[str]:
@@ -175,19 +193,23 @@ def _counts(row: Judgement) -> list[str]:
 
 def _calibration(scored: Scored) -> Section:
     intro = (
-        "The challenge never asks whether a score is a probability. Negatives are thinned out and positives weighted "
-        "when the boosters are fitted, so scores may lie far above the true shares; their order is what they are for."
+        "Scores are not meant as probabilities: the boosters are fitted on fewer negatives and "
+        "with weighted positives, so scores may be far above the true shares. The challenge "
+        "evaluates their order only."
     )
-    # Between libraries the blend has ranks; what may be read as a probability is the mean over the models.
+    # The blend of several libraries averages ranks; the mean over the models is a probability.
     oof = scored.oof.with_columns(**{BLEND: pl.mean_horizontal(scored.models)})
-    target, score, patient = (oof[name].to_numpy() for name in (schema.TARGET, BLEND, GROUP))
-    bins = reliability(target, score, patient)
-    drawn = (figures.reliability_figure(oof, bins), figures.distribution_figure(oof), _bins(bins))
-    return "What a score means", (tag("p", intro), tag("div", *drawn, class_="figures"))
+    bins = reliability(oof[schema.TARGET].to_numpy(), oof[BLEND].to_numpy(), oof[GROUP].to_numpy())
+    charts = (
+        figures.reliability_figure(oof, bins),
+        figures.distribution_figure(oof),
+        _bin_table(bins),
+    )
+    return "Calibration", (tag("p", intro), tag("div", *charts, class_="figures"))
 
 
-def _bins(bins: Reliability) -> Markup:
-    """The dots of the calibration chart as a table."""
+def _bin_table(bins: Reliability) -> Markup:
+    """Returns the dots of the calibration chart as a table."""
     rows = zip(
         bins.mean_score.tolist(), bins.observed.tolist(), bins.num_rows.tolist(), strict=True
     )
@@ -196,44 +218,40 @@ def _bins(bins: Reliability) -> Markup:
 
 
 def _features(scored: Scored) -> Section:
-    title = "What the trees look at"
+    title = "Feature importance"
     ensemble = scored.ensemble
     shares = importance(ensemble.root, ensemble.manifest["boosters"], ensemble.state.names)
     if shares.is_empty():
-        return title, (tag("p", "There are no trees: the score is the image model's own."),)
+        return title, (tag("p", "There are no trees: the score is that of the image model."),)
+    intro = (
+        "Share of the gain of all splits, averaged over boosters. Correlated features share their "
+        "importance, so a low share does not mean that a feature can be dropped."
+    )
     groups = [
         (join(GROUPS.get(group, group), f" ({number})"), share)
-        for group, number, share in by_group(shares).iter_rows()
+        for group, number, share in share_by_group(shares).iter_rows()
     ]
     top = [
         (join(page.code(name), " ", tag("small", GROUPS.get(group, group))), share)
         for name, group, share in shares.head(NUM_TOP).iter_rows()
     ]
-    intro = (
-        "Shares of the gain of all splits, averaged over boosters. Features that say nearly the same divide their "
-        "share between them, so a low one does not mean that a feature could go."
-    )
-    content = (
-        page.bars("By group (features in it)", ("group", "share"), groups),
+    tables = tag(
+        "div",
+        page.bars("By group (number of features)", ("group", "share"), groups),
         page.bars(f"The first {len(top)} of {len(shares)}", ("feature", "share"), top),
+        class_="tables uneven",
     )
-    return title, (tag("p", intro), tag("div", *content, class_="tables uneven"))
+    return title, (tag("p", intro), tables)
 
 
 def _map(scored: Scored, embeddings: Path | None) -> Section:
     title = "Map of the embeddings"
     manifest = scored.ensemble.manifest
     if manifest["embeddings"] is None:
-        return title, (
-            tag(
-                "p",
-                "This ensemble uses no fold model's view of the images, so there is none to map.",
-            ),
-        )
+        return title, (tag("p", "This ensemble uses no embeddings, so there is no map."),)
     if embeddings is None:
-        text = "Not drawn: `infer report` was given no --embeddings."
-        return title, (tag("p", text),)
-    image_scores.made_with(embeddings, "train", manifest["folds_digest"])
+        return title, (tag("p", "Not drawn: `infer report` was run without --embeddings."),)
+    image_scores.read_origin(embeddings, "train", manifest["folds_digest"])
     maps = (
         figures.map_figure(
             fold, projection, rows[schema.ID].to_list(), rows[schema.TARGET].to_numpy()
@@ -241,28 +259,23 @@ def _map(scored: Scored, embeddings: Path | None) -> Section:
         for fold, projection, rows in projections(embeddings, scored.oof)
     )
     intro = (
-        "The two directions in which a fold model's features of the lesions it held out vary most. Each fold has a "
-        "space of its own, so there is a map for each; of many lesions a part is drawn."
+        "The first two principal components of each fold model's features, for the lesions that "
+        "the fold holds out. Each model has its own feature space, so each fold has its own map; "
+        "of many lesions a sample is shown."
     )
-    key = tag("span", "malignant", class_="key malignant"), tag("span", "benign", class_="key")
+    key = (tag("span", "malignant", class_="key malignant"), tag("span", "benign", class_="key"))
     return title, (tag("p", intro), tag("p", *key), tag("div", *maps, class_="figures maps"))
 
 
 def _errors(scored: Scored) -> dict[str, Section]:
-    misses, alarms = (
-        find(scored.oof, scored.metadata) for find in (worst_misses, worst_false_alarms)
-    )
-    names = [case.lesion.name for case in (*misses, *alarms)]
-    others = [lesion.name for case in (*misses, *alarms) for lesion in case.others]
-    small, large = (
-        pictures(scored.images, sorted(set(wanted)), side) if scored.images else {}
-        for wanted, side in ((others, SMALL), (names, LARGE))
-    )
-    note = [tag("p", scored.images_missing)] if scored.images is None else []
+    misses = worst_misses(scored.oof, scored.metadata)
+    alarms = worst_false_alarms(scored.oof, scored.metadata)
+    large, small = _thumbnails(scored, (*misses, *alarms))
 
     def section(title: str, intro: str, cases: Sequence[Case]) -> Section:
-        shown = tag("div", *(page.case(case, large, small) for case in cases), class_="cases")
-        return title, (tag("p", intro), *note, shown)
+        note = [tag("p", scored.images_missing)] if scored.images is None else []
+        cards = tag("div", *(case_card(case, large, small) for case in cases), class_="cases")
+        return title, (tag("p", intro), *note, cards)
 
     return {
         "Misses": section("Worst misses", "The malignant lesions with the lowest scores.", misses),
@@ -270,6 +283,17 @@ def _errors(scored: Scored) -> dict[str, Section]:
             "Worst false alarms", "The benign lesions with the highest scores.", alarms
         ),
     }
+
+
+def _thumbnails(scored: Scored, cases: Sequence[Case]) -> tuple[Pictures, Pictures]:
+    """Returns large pictures of the cases and small ones of their patients' other lesions."""
+    if scored.images is None:
+        return {}, {}
+    names = {case.lesion.name for case in cases}
+    others = {lesion.name for case in cases for lesion in case.others}
+    large = pictures(scored.images, sorted(names), LARGE)
+    small = pictures(scored.images, sorted(others), SMALL)
+    return large, small
 
 
 def _origin(scored: Scored) -> Section:
@@ -284,7 +308,7 @@ def _origin(scored: Scored) -> Section:
         "Training table": f"sha256 {manifest['metadata_sha256']}",
         "Versions": _pairs(manifest["versions"]),
     }
-    return "Where this comes from", (page.facts(items),)
+    return "Provenance", (page.facts(items),)
 
 
 def _lesions(per_patient: Mapping[str, Any]) -> str:

@@ -1,18 +1,19 @@
-"""`python -m infer report`: what an ensemble is worth and where it errs, as one HTML file that opens anywhere."""
+"""`python -m infer report`: an ensemble's scores and worst errors as one HTML file."""
 
 from pathlib import Path
 
 from pydantic import Field
 
 from infer.ensemble.artifact import open_ensemble
-from infer.report import page
-from infer.report.markup import tag
 from infer.report.scored import read_scored
 from infer.report.sections import header, sections
+from isic.html import page
+from isic.html.markup import tag
 from isic.runtime.config import Settings
 from isic.runtime.files import write_text
 
-FILE = "report.html"
+REPORT_FILE = "report.html"
+STYLE = Path(__file__).with_name("report.css")
 
 
 class ReportSettings(Settings):
@@ -20,16 +21,18 @@ class ReportSettings(Settings):
 
     ensemble: Path = Field(
         Path("outputs/ensemble"),
-        description="an ensemble's folder, or one with a single ensemble in it",
+        description="folder of an ensemble, or of a folder with a single ensemble in it",
     )
-    data: Path = Field(Path("data/isic-2024"), description="dataset folder that it was fitted on")
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset folder that the ensemble was fitted on"
+    )
     embeddings: Path | None = Field(
         None, description="outputs/embeddings/<config>, for the map of embeddings"
     )
 
 
 def report(settings: ReportSettings) -> None:
-    """Writes an ensemble's report.html again: curves, tables, what the trees look at, the worst errors."""
+    """Writes an ensemble's report.html: curves, tables, feature importance, worst errors."""
     print(f"report: {write_report(settings.ensemble, settings.data, settings.embeddings)}")
 
 
@@ -38,7 +41,7 @@ def write_report(ensemble: Path, data: Path, embeddings: Path | None = None) -> 
 
     Args:
         ensemble: the folder.
-        data: the dataset that it was fitted on; its images are shown where it has them.
+        data: the dataset that it was fitted on; its images, if any, are shown.
         embeddings: the embedding run that it was fitted with, for the map.
 
     Raises:
@@ -47,9 +50,13 @@ def write_report(ensemble: Path, data: Path, embeddings: Path | None = None) -> 
     scored = read_scored(open_ensemble(ensemble), data)
     parts = sections(scored, embeddings)
     body = (page.section(name, title, *content) for name, (title, content) in parts.items())
-    name, path = scored.ensemble.root.name, scored.ensemble.root / FILE
-    write_text(
-        path,
-        page.document(f"{name}: out-of-fold report", header(scored, parts), tag("main", *body)),
+    name = scored.ensemble.root.name
+    text = page.document(
+        f"{name}: out-of-fold report",
+        header(scored, parts),
+        tag("main", *body),
+        style=STYLE.read_text(encoding="utf-8"),
     )
+    path = scored.ensemble.root / REPORT_FILE
+    write_text(path, text)
     return path

@@ -49,7 +49,7 @@ _LOF = Feature(outlier.NAME, pl.col(outlier.NAME), "patient_lof", outlier.SOURCE
 
 
 def feature_table(own_formulas: Mapping[str, pl.Expr]) -> dict[str, Feature]:
-    """Returns every feature by name, in the column order of a feature table, own formulas last.
+    """Return every feature by name, in the column order of a feature table, own formulas last.
 
     Raises:
         ValueError: an own formula has an unusable name or reads more than raw features.
@@ -74,7 +74,7 @@ def feature_table(own_formulas: Mapping[str, pl.Expr]) -> dict[str, Feature]:
 
 
 def feature_sets(features: Mapping[str, Feature]) -> dict[str, tuple[str, ...]]:
-    """Returns feature names by set and by group; own formulas are in none of them."""
+    """Return feature names by set and by group; own formulas are in none of them."""
     shared = [f for f in features.values() if f.group != OWN]
     extended = {f.name for f in EXTENDED_FEATURES}
     sets = {
@@ -95,7 +95,7 @@ SETS = feature_sets(FEATURES)
 
 
 def expand(words: Iterable[str], also_known: Iterable[str] = ()) -> tuple[str, ...]:
-    """Returns the names of the requested features, in the order of FEATURES.
+    """Return the names of the requested features, in the order of FEATURES.
 
     Args:
         words: sets, groups or single features.
@@ -119,12 +119,12 @@ def expand(words: Iterable[str], also_known: Iterable[str] = ()) -> tuple[str, .
 
 
 def relative_to_patient(names: Iterable[str]) -> bool:
-    """Returns whether a named feature depends on the patient's other lesions; ignores others."""
+    """Return whether a named feature depends on the patient's other lesions; ignores others."""
     return any(name in FEATURES and FEATURES[name].relative for name in names)
 
 
 def needed_columns(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the metadata columns that the named features read, in the schema's order."""
+    """Return the metadata columns that the named features read, in the schema's order."""
     columns: set[str] = set()
     for name in names:
         roots = _roots(name)
@@ -140,12 +140,12 @@ def needed_columns(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _roots(name: str) -> Iterable[str]:
-    """Returns the columns that a feature's expression reads."""
+    """Return the columns that a feature's expression reads."""
     return outlier.COLUMNS if name == outlier.NAME else FEATURES[name].expr.meta.root_names()
 
 
 def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
-    """Computes the named features.
+    """Compute the named features.
 
     Args:
         metadata: from `read_metadata`. A row without a patient is a patient of its own.
@@ -178,7 +178,7 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
 
 
 def _in_canonical_order(metadata: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:
-    """Sorts by patient and id, so that floating-point sums do not depend on the file's order."""
+    """Sort by patient and id, so that floating-point sums do not depend on the file's order."""
     patient = with_patient(metadata)[schema.PATIENT].alias(PATIENT_CODE)
     keyed = (
         metadata.select(schema.ID, patient, *columns)
@@ -189,7 +189,7 @@ def _in_canonical_order(metadata: pl.DataFrame, columns: Iterable[str]) -> pl.Da
 
 
 def _needed_formulas(names: tuple[str, ...]) -> list[Feature]:
-    """Returns the row formulas to compute: the named ones and those that relative ones read."""
+    """Return the row formulas to compute: the named ones and those that relative ones read."""
     needed = set(names)
     for name in names:
         needed.update(FEATURES[name].expr.meta.root_names())

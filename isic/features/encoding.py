@@ -30,7 +30,7 @@ class Encoding:
     categories: Mapping[str, tuple[str, ...]]
 
     def transform(self, features: pl.DataFrame) -> NDArray[np.float32]:
-        """Returns [N, D] float32, C-ordered and finite."""
+        """Return [N, D] float32, C-ordered and finite."""
         matrix = features.select(self._column(name) for name in self.names).to_numpy(order="c")
         assert matrix.dtype == np.float32
         return np.ascontiguousarray(matrix)
@@ -47,7 +47,7 @@ class Encoding:
     def blank_categories(
         self, matrix: NDArray[np.float32], share: float, random: np.random.Generator
     ) -> None:
-        """Sets each category column to BLANK in its own random share of the rows.
+        """Set each category column to BLANK in its own random share of the rows.
 
         Without it boosters score an unseen category like the most frequent one.
 
@@ -75,7 +75,7 @@ class Encoding:
 
 
 def fit_encoding(features: pl.DataFrame, names: tuple[str, ...]) -> Encoding:
-    """Learns the encoding of the named columns from a feature table of training rows."""
+    """Learn the encoding of the named columns from a feature table of training rows."""
     numeric = [name for name in names if name not in CATEGORIES]
     medians: dict[str, float] = {}
     if numeric:
@@ -95,7 +95,7 @@ def _by_frequency(column: pl.Series) -> tuple[str, ...]:
 def unseen_categories(
     features: pl.DataFrame, encodings: Collection[Encoding]
 ) -> dict[str, dict[str, int]]:
-    """Counts the rows whose category no encoding knows: column -> value -> number of rows."""
+    """Count the rows whose category no encoding knows: column -> value -> number of rows."""
     known_values: dict[str, set[str]] = {}
     for encoding in encodings:
         for name, values in encoding.categories.items():

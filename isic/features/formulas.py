@@ -46,12 +46,12 @@ class Feature:
 
 
 def ratio(numerator: pl.Expr, denominator: pl.Expr) -> pl.Expr:
-    """Returns numerator / denominator; a denominator of exactly 0 is ERR, so 0/0 is 0."""
+    """Return numerator / denominator; a denominator of exactly 0 is ERR, so 0/0 is 0."""
     return numerator / pl.when(denominator == 0).then(ERR).otherwise(denominator)
 
 
 def norm(*parts: pl.Expr) -> pl.Expr:
-    """Returns the Euclidean norm of the parts."""
+    """Return the Euclidean norm of the parts."""
     return sum((part * part for part in parts), start=pl.lit(0.0)).sqrt()
 
 

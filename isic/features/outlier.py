@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 
 
 def patient_lof(measured: NDArray[np.float32], patient: NDArray[np.integer]) -> NDArray[np.float32]:
-    """Returns each lesion's negative local outlier factor among its patient's lesions.
+    """Return each lesion's negative local outlier factor among its patient's lesions.
 
     About -1 for a lesion like its neighbors, lower for an outlier, at least FLOOR (identical
     lesions have a huge density), and -1 if the patient has fewer than MIN_LESIONS. Equal to
@@ -70,7 +70,7 @@ def _one_patient(measured: NDArray[np.float32]) -> Floats:
 
 
 def _nearest(points: Floats, number: int) -> tuple[Floats, NDArray[np.intp]]:
-    """Returns distances and indices of each point's nearest others, [N, number], unordered."""
+    """Return distances and indices of each point's nearest others, [N, number], unordered."""
     half_square = (points * points).sum(axis=1) / 2
     distance = np.empty((len(points), number))
     neighbor = np.empty((len(points), number), dtype=np.intp)

@@ -44,12 +44,12 @@ Z_OUTLIER = 2.0
 
 
 def zscore(column: pl.Expr, keys: list[str]) -> pl.Expr:
-    """Returns (x - mean) / (std + ERR) among rows with equal keys; a single lesion scores 0."""
+    """Return (x - mean) / (std + ERR) among rows with equal keys; a single lesion scores 0."""
     return (column - column.mean().over(keys)) / (column.std().over(keys).fill_null(0) + ERR)
 
 
 def percentile(column: pl.Expr, keys: list[str]) -> pl.Expr:
-    """Returns rank / count among the rows with equal keys and a value, in (0, 1].
+    """Return rank / count among the rows with equal keys and a value, in (0, 1].
 
     Ties get their mean rank.
     """

@@ -1,1 +1,1 @@
-"""Infrastructure of the commands: settings, errors, files, signals and the machine. Knows nothing of lesions."""
+"""Infrastructure of the commands: settings, errors, files, signals and the machine."""

@@ -2,5 +2,5 @@
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
-    """Returns the quotient of two integers, rounded up."""
+    """Return the quotient of two integers, rounded up."""
     return -(-numerator // denominator)

@@ -1,4 +1,4 @@
-"""Command lines: Fire over one typed function a command, settings validated before anything runs."""
+"""Command lines: one typed function per command, its settings validated before it runs."""
 
 import contextlib
 import inspect
@@ -13,23 +13,25 @@ import fire
 from fire.decorators import SetParseFn
 from pydantic.fields import FieldInfo
 
+from isic import __version__
 from isic.runtime.config import Settings, build
 from isic.runtime.errors import UserError, did_you_mean
 
 Command = Callable[[Any], int | None]
 HELP = {"--help", "-h"}
+VERSION = "--version"
 
 
 def run(commands: Command | Mapping[str, Command], load: Callable[..., Settings] = build) -> None:
-    """Runs one command, or the one of several that the first argument names; exits 2 on a UserError.
+    """Run one command, or the one that the first argument names; exits with 2 on a UserError.
 
     Args:
-        commands: a function of one settings argument, or several by name. Its return value is the exit code.
+        commands: a function of one settings argument, or several by name; it returns the exit code.
         load: builds the settings from their type and the flags.
     """
     make_printable()
     try:
-        with _while_somebody_reads():
+        with _exit_quietly_on_broken_pipe():
             _dispatch(commands, load, sys.argv[1:])
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
@@ -45,28 +47,27 @@ def make_printable() -> None:
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-        elif stream is None:  # it was closed before this process began, as by `>&-`
+        elif stream is None:  # closed before this process started, as by `>&-`
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 @contextlib.contextmanager
-def _while_somebody_reads() -> Iterator[None]:
-    """Ends with exit code 1 and no word where the reader of the output has left, as `| head` does."""
+def _exit_quietly_on_broken_pipe() -> Iterator[None]:
+    """Exit with status 1 and no message if stdout is closed early, for example by `| head`."""
     try:
         try:
             yield
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        if not _reader_has_left():
-            raise  # another pipe broke, a worker's say
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # Python flushes once more when it ends
+        if not _stdout_is_closed():
+            raise  # some other pipe, such as a worker's
+        # Python flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
-def _reader_has_left() -> bool:
+def _stdout_is_closed() -> bool:
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
@@ -75,6 +76,9 @@ def _reader_has_left() -> bool:
 def _dispatch(
     commands: Command | Mapping[str, Command], load: Callable[..., Settings], arguments: list[str]
 ) -> None:
+    if arguments == [VERSION]:
+        print(f"isic-toolkit {__version__}")
+        return
     if isinstance(commands, Mapping):
         if not arguments or arguments[0] in HELP:
             _print_commands(commands)
@@ -105,10 +109,10 @@ def _settings_type(command: Command) -> type[Settings]:
 
 
 def _fire_function(command: Command, load: Callable[..., Settings]) -> Callable[..., None]:
-    """Wraps a command for Fire.
+    """Wrap a command for Fire.
 
-    Fire calls a function before it complains of a flag it does not know, so the wrapper takes everything and
-    leaves it to the settings to refuse. Values reach pydantic as the text that was typed.
+    Fire calls a function before it reports an unknown flag, so the wrapper accepts every flag and
+    the settings refuse unknown ones. Values reach pydantic as text.
     """
 
     def call(*extra: str, **flags: str) -> None:
@@ -116,7 +120,8 @@ def _fire_function(command: Command, load: Callable[..., Settings]) -> Callable[
             positional = _settings_type(command).positional
             if len(extra) > len(positional):
                 raise UserError(
-                    f'unexpected argument "{extra[len(positional)]}"; options are written --key value'
+                    f'unexpected argument "{extra[len(positional)]}"; '
+                    "options are written --key value"
                 )
             code = command(
                 load(
@@ -139,7 +144,7 @@ def _fire_function(command: Command, load: Callable[..., Settings]) -> Callable[
 def _print_commands(commands: Mapping[str, Command]) -> None:
     for name, command in commands.items():
         print(f"{name:12} {(inspect.getdoc(command) or '').splitlines()[0]}")
-    print("\n<command> --help lists a command's keys")
+    print("\n<command> --help lists a command's keys; --version prints the version")
 
 
 def _print_help(command: Command) -> None:

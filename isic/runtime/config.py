@@ -1,4 +1,4 @@
-"""Settings of a command: a pydantic model filled from defaults < YAML file < flags, unknown keys refused."""
+"""Settings of a command: a pydantic model of defaults < YAML file < flags without unknown keys."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,14 +18,14 @@ BASE = "base"
 
 
 class Settings(BaseModel):
-    """Base of every command's settings. Values are checked on construction and frozen afterwards."""
+    """Base of every command's settings: checked on construction and frozen afterwards."""
 
     positional: ClassVar[tuple[str, ...]] = ()
-    """Keys that a command line may also give by position."""
+    """Keys whose values may also be given by position."""
 
     @classmethod
     def help_notes(cls) -> Mapping[str, str]:
-        """Returns further entries for `--help`: values that a key can name, with a line on each."""
+        """Return extra entries for `--help`, such as the values that a key accepts."""
         return {}
 
     model_config = ConfigDict(
@@ -35,7 +35,7 @@ class Settings(BaseModel):
     @field_validator("*")
     @classmethod
     def _expand_home(cls, value: Any) -> Any:
-        """Resolve `~` in a path: a shell does not in --data=~/isic, and nobody does in a YAML file."""
+        """Resolve `~` in a path: shells leave it in --data=~/isic, and YAML files always do."""
         if isinstance(value, tuple):
             return tuple(map(cls._expand_home, value))
         if not isinstance(value, Path) or not str(value).startswith("~"):
@@ -47,7 +47,7 @@ class Settings(BaseModel):
 
     @classmethod
     def flags(cls) -> dict[str, FieldInfo]:
-        """Return the keys that a command line or a file may give, with default and help."""
+        """Return the accepted keys, with default and help."""
         return cls.model_fields
 
 
@@ -63,10 +63,10 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def build(model: type[SettingsT], values: Mapping[str, Any], source: str = "") -> SettingsT:
-    """Validates `values` into `model`.
+    """Validate `values` into `model`.
 
     Raises:
-        UserError: names every wrong key or value; `source` (a file, say) is put in front.
+        UserError: lists every wrong key or value, after `source` (such as a file name).
     """
     try:
         return model(**values)
@@ -89,7 +89,7 @@ def _sentence(model: type[Settings], problem: Mapping[str, Any]) -> str:
 
 
 def find_config(name: str) -> Path:
-    """Returns the YAML file for a name in `configs/` or a path to one."""
+    """Return the YAML file for a name in `configs/` or a path to one."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
@@ -111,7 +111,7 @@ def yaml_reason(error: yaml.YAMLError) -> str:
 
 
 def describe_configs() -> dict[str, str]:
-    """Returns the first line of each model config's comment, by name."""
+    """Return the first line of each model config's comment, by name."""
     return {
         path.stem: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
         for path in sorted(CONFIG_DIR.glob("*.yaml"))
@@ -119,10 +119,10 @@ def describe_configs() -> dict[str, str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads a config file over the one that it names as its `base`.
+    """Read a config file over the one that it names as its `base`.
 
     Args:
-        path: a YAML file; `base: x` in it stands for `configs/base/x.yaml`.
+        path: a YAML file; `base: x` in it names `configs/base/x.yaml`.
 
     Raises:
         UserError: a file is missing or not a YAML mapping.

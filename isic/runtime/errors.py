@@ -1,4 +1,4 @@
-"""The one error type that a user can cause, and the hint it carries."""
+"""The error that a user can cause and fix, warnings, and hints at misspelt names."""
 
 import sys
 from collections.abc import Iterable
@@ -7,9 +7,9 @@ from functools import cache
 
 
 class UserError(ValueError):
-    """Something the user can mend; the message is one sentence that says what is wrong and what to do.
+    """A problem that the user can fix; the message is one sentence with the cause and the fix.
 
-    Commands print it and exit with code 2. Anything else that escapes a command is a bug.
+    Commands print it and exit with code 2. Any other exception that leaves a command is a bug.
     """
 
 
@@ -20,7 +20,7 @@ def warn(message: str) -> None:
 
 @cache
 def warn_once(message: str) -> None:
-    """Print a warning that a command meets each time it reads the same file."""
+    """Print a warning the first time only, however often the same file is read."""
     warn(message)
 
 
@@ -34,7 +34,7 @@ MAX_LISTED = 12
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns the hint that names the known word nearest to `name`, or all of a few when none is near."""
+    """Return a hint with the known word nearest to `name`, or all known words if none is near."""
     words = sorted(known)
     near = get_close_matches(name, words, n=1, cutoff=0.5)
     if near:

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the manifests that tie each artifact to what it was made from."""
+"""Atomic writes, digests, and the manifest that links each artifact to its inputs."""
 
 import contextlib
 import errno
@@ -27,7 +27,7 @@ COMPRESSED = {
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success its content appears under `path` in one step.
+    """Yield a temporary path in the same folder; on success it replaces `path` in one step.
 
     A process killed inside the block leaves `path` as it was. Readers never see half a file.
 
@@ -63,7 +63,7 @@ def _sync(path: Path) -> None:
 
 
 NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EROFS}
-"""What fsync(2) says of a file that cannot be synchronised; some FUSE and network file systems say it of all."""
+"""Errors of fsync(2) for files that cannot be synchronised, as on some FUSE and network mounts."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
 NOT_WRITABLE = {
     *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
@@ -74,7 +74,7 @@ NOT_WRITABLE = {
 def _disk_error(path: Path, error: OSError) -> Exception:
     if error.errno in FULL:
         return UserError(
-            f"the disk is full, so {path} was not written; make room and run the same command again"
+            f"the disk is full, so {path} was not written; free space and run the command again"
         )
     if error.errno in NOT_WRITABLE:
         reason = os.strerror(error.errno)
@@ -87,7 +87,8 @@ def refuse_foreign(paths: Iterable[Path], is_own: bool, flag: str) -> None:
 
     Args:
         paths: the files to be written.
-        is_own: whether an earlier run of the command wrote what is there. Devices and folders are refused even then.
+        is_own: whether an earlier run of the command wrote them; devices and folders are refused
+            even then.
         flag: the option that chooses another place.
     """
     for path in paths:
@@ -95,21 +96,21 @@ def refuse_foreign(paths: Iterable[Path], is_own: bool, flag: str) -> None:
             raise UserError(f"{path} is not a regular file; choose another {flag}")
         if os.path.lexists(path) and not is_own:
             raise UserError(
-                f"{path} exists and was not written by this command, which would replace it; choose another {flag}"
+                f"{path} exists and was not written by this command, which would replace it; "
+                f"choose another {flag}"
             )
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text atomically."""
+    """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_parquet(path: Path, table: pl.DataFrame, metadata: dict[str, str] | None = None) -> None:
-    """Writes a table as Parquet, atomically; equal tables give equal bytes."""
-    encoded = (
-        io.BytesIO()
-    )  # what polars raises for a full disk is not an OSError and does not say so
+    """Write a table as Parquet, atomically; equal tables give equal bytes."""
+    # Encoded in memory: the error that polars raises for a full disk is not an OSError.
+    encoded = io.BytesIO()
     table.write_parquet(encoded, compression="zstd", statistics=False, metadata=metadata)
     with atomic_path(path) as temporary:
         temporary.write_bytes(encoded.getvalue())
@@ -130,7 +131,7 @@ def read_text(path: Path) -> str:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a mapping as indented JSON, atomically."""
+    """Write a mapping as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
@@ -148,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Returns the hexadecimal SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file's bytes."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -161,12 +162,12 @@ def sha256(path: Path) -> str:
 
 
 def digest(*parts: object) -> str:
-    """Returns a short digest (16 hexadecimal digits) of the parts' text."""
+    """Return a short digest (16 hexadecimal digits) of the parts' text."""
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Returns the installed version of each package that is installed."""
+    """Return the installed version of each package that is installed."""
     found = {}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
@@ -175,21 +176,21 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def manifest_path(artifact: Path) -> Path:
-    """The manifest of `model.onnx` is `model.onnx.json`: the artifact's own bytes stay pure."""
+    """Return the path of an artifact's manifest: `model.onnx.json` for `model.onnx`."""
     return artifact.with_name(artifact.name + ".json")
 
 
 def write_manifest(artifact: Path, content: Path | None = None, **fields: Any) -> None:
-    """Write the manifest beside an artifact; its `sha256` is added here.
+    """Write an artifact's manifest, with the artifact's `sha256` added.
 
-    `content` is the file that will become the artifact, if it has not got its name yet.
+    `content` is the file that will be renamed to the artifact, if that has not happened yet.
     """
     about = {"artifact": artifact.name, "sha256": sha256(content or artifact)}
     write_json(manifest_path(artifact), {**about, **fields})
 
 
 def holds(path: Path, *keys: str) -> bool:
-    """Whether a file is a JSON object with these keys, by which a command knows again what it wrote."""
+    """Return whether a file is a JSON object with these keys, as a command's own output is."""
     if not path.is_file():
         return False
     with contextlib.suppress(UserError):
@@ -198,14 +199,14 @@ def holds(path: Path, *keys: str) -> bool:
 
 
 def read_manifest(artifact: Path) -> dict[str, Any]:
-    """Reads an artifact's manifest and checks that it belongs to these very bytes.
+    """Read an artifact's manifest and check the artifact's sha256.
 
     Raises:
-        UserError: no artifact, no manifest, or one that was written for other bytes.
+        UserError: no artifact, no manifest, or a manifest of other bytes.
     """
     if not artifact.is_file():
         raise UserError(f"no such file: {artifact}")
     manifest = read_json(manifest_path(artifact))
     if manifest.get("sha256") != sha256(artifact):
-        raise UserError(f"{artifact} is not the file its manifest describes; export it again")
+        raise UserError(f"{artifact} does not match its manifest's sha256; export it again")
     return manifest

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _arrived: list[int] = []
 """Signals received inside the `interruptible` block."""
 _held: list[bool] = []
-"""One entry per active `held` block."""
+"""One entry per active `defer_signals` block."""
 
 
 class Interrupted(BaseException):
@@ -25,7 +25,7 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raises Interrupted inside the block on SIGINT or SIGTERM."""
+    """Raise Interrupted inside the block on SIGINT or SIGTERM."""
     owner = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -39,31 +39,31 @@ def interruptible() -> Iterator[None]:
     before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
         yield
-        check()
+        raise_if_interrupted()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def check() -> None:
-    """Raises Interrupted if a signal's exception was lost: Python drops those in `__del__`."""
+def raise_if_interrupted() -> None:
+    """Raise Interrupted if a signal's exception was lost: Python drops those in `__del__`."""
     if _arrived:
         raise Interrupted(_arrived[0])
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
-    """Defers Interrupted to the end of the block: an exception inside a fork would be lost."""
+def defer_signals() -> Iterator[None]:
+    """Defer signals to the end of the block: an exception raised in mid-fork would be lost."""
     _held.append(True)
     try:
         yield
     finally:
         _held.pop()
-    check()
+    raise_if_interrupted()
 
 
-def leave_to_parent(_: int) -> None:
-    """Makes a loader worker ignore Ctrl-C and exit quietly on SIGTERM.
+def ignore_signals_in_worker(_: int) -> None:
+    """Make a loader worker ignore Ctrl-C and exit quietly on SIGTERM.
 
     A terminal sends Ctrl-C to all processes. The main process reports it; workers that failed
     because of it would only add their own errors. Usable as a DataLoader's `worker_init_fn`.
@@ -76,7 +76,7 @@ def leave_to_parent(_: int) -> None:
 def _report_unless_left(
     kind: type[BaseException], error: BaseException, where: TracebackType | None
 ) -> None:
-    """Reports an uncaught error, except for a connection that the main process closed."""
+    """Report an uncaught error, except for a connection that the main process closed."""
     # The thread of multiprocessing.resource_sharer, which hands batches over, calls excepthook.
     if not isinstance(error, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, where)

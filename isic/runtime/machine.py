@@ -1,4 +1,4 @@
-"""The parts of the machine that this process may use, and the memory it has used."""
+"""Cores, GPUs and memory of this machine as this process may use them."""
 
 import ctypes
 import math
@@ -49,7 +49,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def _cpu_control_groups(root: Path) -> Iterator[Path]:
-    """Yield the folders of this process's control groups for CPU time and of the groups around them.
+    """Yield the folders of this process's control groups for CPU time and of their parents.
 
     See cgroups(7) for /proc/self/cgroup and proc(5) for /proc/self/mountinfo. Version 2 has one
     hierarchy, listed without a controller's name.
@@ -96,7 +96,7 @@ def cpu_features() -> list[str]:
 
 
 def processor() -> str:
-    """Return the processor's name with its family and model, as virtual machines shorten the name."""
+    """Return the processor's name, family and model; virtual machines shorten the name."""
     pairs = [line.split(":", 1) for line in reversed(_lines("/proc/cpuinfo")) if ":" in line]
     facts = {key.strip(): value.strip() for key, value in pairs}
     if "model name" not in facts:
@@ -152,9 +152,9 @@ def _ask_cuda() -> tuple[int, str]:
 
 
 def peak_memory_mb() -> int | None:
-    """Return the most memory that this process (not its workers) has held, in MB; None without /proc.
+    """Return this process's peak memory in MB without its workers', None without /proc.
 
-    `getrusage` works on every system, but it counts the memory of the parent that started this process.
+    `getrusage` works on every system but includes the parent that forked this process.
     """
     lines = _lines("/proc/self/status")
     return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")), None)

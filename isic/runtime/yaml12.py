@@ -1,8 +1,8 @@
 """YAML as version 1.2 defines it: 1e-2 is a number, 010 is ten, and yes, no, on and off are words.
 
 PyYAML follows version 1.1, in which these read as the text "1e-2", as 8 and as truth values
-(https://github.com/yaml/pyyaml/issues/486, https://github.com/yaml/pyyaml/issues/173). A key that is given twice is an
-error instead of the last one counting alone (https://github.com/yaml/pyyaml/issues/165).
+(https://github.com/yaml/pyyaml/issues/486, https://github.com/yaml/pyyaml/issues/173). A repeated
+key is an error; PyYAML keeps the last one (https://github.com/yaml/pyyaml/issues/165).
 """
 
 import re
@@ -14,7 +14,7 @@ TAG = "tag:yaml.org,2002:"
 PLAIN = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "null": (r"~|null|Null|NULL|", "~nN\0"),
-    # groups of three digits, as Python writes them, beyond what the standard has
+    # 1_000 as Python writes it is an extension of the standard
     "int": (r"[-+]?[0-9]+|[-+]?[0-9]{1,3}(_[0-9]{3})+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
     "float": (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
@@ -22,9 +22,9 @@ PLAIN = {
     ),
     "merge": (r"<<", "<"),
 }
-"""The words without quotes that are not text: their pattern, and the characters that they begin with.
+"""Patterns of unquoted words that are not text, and the characters that these can start with.
 
-A number that matches `int` is whole: the first pattern that matches counts.
+The first matching pattern decides, so a number that matches `int` is whole.
 """
 
 
@@ -44,7 +44,7 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes YAML in which a text is quoted wherever version 1.1 or 1.2 would read something else."""
+    """Writes YAML that quotes every text which version 1.1 or 1.2 would read as another type."""
 
 
 def _whole_number(loader: Loader, node: yaml.ScalarNode) -> int:

@@ -21,7 +21,7 @@ from isic.runtime.config import Settings
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_json, sha256, versions, write_json
 from isic.runtime.machine import num_cores
-from isic.synth.crops import Crop, looks, render
+from isic.synth.crops import Crop, crop_specs, render
 from isic.synth.rows import Rows, default_positives, draw_rows, num_patients
 from isic.synth.write import write_images, write_table
 
@@ -260,6 +260,6 @@ def _nearest(rows: Rows, pool: Rows) -> NDArray[np.int64]:
 def _render_all(rows: Rows, seed: int) -> list[Crop]:
     """Renders one crop per row, on all cores. Each has its own seed, so their order is free."""
     cv2.setNumThreads(1)  # the pool's threads already occupy all cores
-    wanted = looks(rows.table, rows.cue)
+    wanted = crop_specs(rows.table, rows.cue)
     with ThreadPoolExecutor(num_cores()) as pool:
         return list(pool.map(lambda i: render(wanted[i], (seed, 2, i)), range(len(wanted))))

@@ -11,7 +11,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from isic.preprocess import Pixels
-from isic.synth import margins
+from isic.synth import marginals
 
 Field = NDArray[np.float32]
 
@@ -54,7 +54,7 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class Look:
+class CropSpec:
     """Appearance of one crop, taken from its row."""
 
     diameter_mm: float
@@ -74,11 +74,11 @@ class Look:
     """Visible strength of the hidden cue, 0 to 1."""
 
 
-def looks(table: pl.DataFrame, cue: NDArray[np.float64]) -> list[Look]:
-    """Returns the look of each row of `table`, with `cue`: [N] the rows' hidden cue."""
+def crop_specs(table: pl.DataFrame, cue: NDArray[np.float64]) -> list[CropSpec]:
+    """Returns the spec of the crop of each row of `table`, with `cue`: [N] the rows' hidden cue."""
     shown = np.clip((cue - CUE_FROM) / (CUE_TO - CUE_FROM), 0, 1)
     return [
-        Look(
+        CropSpec(
             diameter_mm=row["clin_size_long_diam_mm"],
             axis_ratio=row["tbp_lv_minorAxisMM"] / row["clin_size_long_diam_mm"],
             inside=np.array([row[f"tbp_lv_{axis}"] for axis in "LAB"], dtype=np.float32),
@@ -95,15 +95,15 @@ def looks(table: pl.DataFrame, cue: NDArray[np.float64]) -> list[Look]:
     ]
 
 
-def render(look: Look, seed: tuple[int, ...]) -> Crop:
-    """Renders one crop; the same look and seed give the same bytes."""
+def render(spec: CropSpec, seed: tuple[int, ...]) -> Crop:
+    """Renders one crop; the same spec and seed give the same bytes."""
     rng = np.random.default_rng(seed)
-    side = round(float(np.interp(100 * rng.random(), *margins.SIDE_PX)))
-    depth = _lesion_depth(look, side, rng)
+    side = round(float(np.interp(100 * rng.random(), *marginals.SIDE_PX)))
+    depth = _lesion_depth(spec, side, rng)
     lesion = depth > 0
-    lab = _skin(look, side, rng)
-    _add_neighbours(lab, look, rng)
-    _paint_lesion(lab, depth, look, rng)
+    lab = _skin(spec, side, rng)
+    _add_neighbours(lab, spec, rng)
+    _paint_lesion(lab, depth, spec, rng)
     _add_hair(lab, rng)
     _add_gloss(lab, depth, rng)
     bgr = cv2.cvtColor(lab, cv2.COLOR_LAB2BGR)
@@ -122,7 +122,7 @@ def _grid(side: int) -> tuple[Field, Field]:
     return x, y
 
 
-def _lesion_depth(look: Look, side: int, rng: Generator) -> Field:
+def _lesion_depth(spec: CropSpec, side: int, rng: Generator) -> Field:
     """Returns each pixel's depth in the lesion, [side, side]: 1 at its centre, 0 on its outline.
 
     The outline is an ellipse whose radius is perturbed by a Fourier series: odd harmonics for
@@ -131,22 +131,22 @@ def _lesion_depth(look: Look, side: int, rng: Generator) -> Field:
     x, y = _grid(side)
     x = x - rng.normal(0, 0.4)
     y = y - rng.normal(0, 0.4)
-    cos = math.cos(look.angle)
-    sin = math.sin(look.angle)
-    radius_mm = look.diameter_mm / 2
+    cos = math.cos(spec.angle)
+    sin = math.sin(spec.angle)
+    radius_mm = spec.diameter_mm / 2
     # Coordinates along the axes of the ellipse, in radii.
     u = (x * cos + y * sin) / radius_mm
-    v = (y * cos - x * sin) / (radius_mm * look.axis_ratio)
+    v = (y * cos - x * sin) / (radius_mm * spec.axis_ratio)
     step = (np.arctan2(v, u) * (OUTLINE_STEPS / (2 * np.pi))).astype(np.int32) % OUTLINE_STEPS
-    depth = 1 - np.hypot(u, v) / _outline(look, rng)[step]
+    depth = 1 - np.hypot(u, v) / _outline(spec, rng)[step]
     return np.asarray(depth, dtype=np.float32)
 
 
-def _outline(look: Look, rng: Generator) -> Field:
+def _outline(spec: CropSpec, rng: Generator) -> Field:
     """Returns the relative radius, [OUTLINE_STEPS]; its mean square is 1, which keeps the area."""
     order = np.arange(1, 13)
-    ragged = 0.030 * look.border * (order >= 4) / order
-    lopsided = 0.18 * look.asymmetry * np.isin(order, (1, 3)) / order
+    ragged = 0.030 * spec.border * (order >= 4) / order
+    lopsided = 0.18 * spec.asymmetry * np.isin(order, (1, 3)) / order
     amplitude = ragged + lopsided + 0.012
     angle = np.arange(OUTLINE_STEPS) * (2 * np.pi / OUTLINE_STEPS)
     phase = rng.uniform(0, 2 * np.pi, len(order))
@@ -174,14 +174,14 @@ def _noise(side: int, sigma: float, rng: Generator, stretch: float = 1.0) -> Fie
     return np.asarray((smooth - smooth.mean()) / (smooth.std() + 1e-6), dtype=np.float32)
 
 
-def _skin(look: Look, side: int, rng: Generator) -> Field:
+def _skin(spec: CropSpec, side: int, rng: Generator) -> Field:
     """Returns skin [side, side, 3] in Lab: furrows, grain, redness, uneven light."""
     furrows = _turned(_noise(side, side / 120, rng, stretch=rng.uniform(1.0, 2.4)), rng)
     grain = _noise(side, 0.6, rng)
     blotches = _noise(side, side / 10, rng)
     x, y = _grid(side)
     light = (x * rng.normal() + y * rng.normal()) / FIELD_MM
-    lightness = (0.7 * furrows + 0.5 * grain + 0.5 * blotches) * look.std_l_outside + 3.5 * light
+    lightness = (0.7 * furrows + 0.5 * grain + 0.5 * blotches) * spec.std_l_outside + 3.5 * light
     if rng.random() < 0.15:
         corner = rng.uniform(0, 2 * np.pi)
         distance = (x * math.cos(corner) + y * math.sin(corner)) / (FIELD_MM / 2)
@@ -190,8 +190,8 @@ def _skin(look: Look, side: int, rng: Generator) -> Field:
     mottles = 0.6 * _noise(side, side / 45, rng)
     redness = patches + mottles - 0.25 * furrows
     yellowness = 0.7 * _noise(side, side / 14, rng) + 0.3 * furrows
-    spread = 0.35 * look.std_l_outside + 0.4
-    lab = np.stack([lightness, redness * spread, yellowness * spread], axis=2) + look.outside
+    spread = 0.35 * spec.std_l_outside + 0.4
+    lab = np.stack([lightness, redness * spread, yellowness * spread], axis=2) + spec.outside
     return np.asarray(lab, dtype=np.float32)
 
 
@@ -203,7 +203,7 @@ def _turned(field: Field, rng: Generator) -> Field:
     return np.asarray(turned, dtype=np.float32)
 
 
-def _paint_lesion(lab: Field, depth: Field, look: Look, rng: Generator) -> None:
+def _paint_lesion(lab: Field, depth: Field, spec: CropSpec, rng: Generator) -> None:
     """Paints the lesion, in place; its mean colour is the row's at any hidden cue."""
     side = len(lab)
     softness = np.float32(rng.uniform(0.05, 0.11))
@@ -212,40 +212,40 @@ def _paint_lesion(lab: Field, depth: Field, look: Look, rng: Generator) -> None:
     pattern = np.zeros_like(lab)
     darker_centre = 1.6 * rng.uniform(-0.2, 1.0)
     texture = 0.7 * _noise(side, side / 26, rng)
-    pattern[..., 0] = look.std_l * (texture - darker_centre * np.clip(depth, 0, 1))
+    pattern[..., 0] = spec.std_l * (texture - darker_centre * np.clip(depth, 0, 1))
     for axis in (1, 2):
-        pattern[..., axis] = 0.9 * look.color_std * _noise(side, side / 24, rng)
-    pattern += _veil(depth, look, rng) + _dots(depth, look, rng)
+        pattern[..., axis] = 0.9 * spec.color_std * _noise(side, side / 24, rng)
+    pattern += _veil(depth, spec, rng) + _dots(depth, spec, rng)
     if lesion.any():
         pattern -= pattern[lesion].mean(axis=0)
     ring = np.exp(-(((depth + 0.35) / 0.3) ** 2)) * (1 - cover)
-    lab += (HALO * look.cue * ring)[..., None] * np.array(HALO_LAB, dtype=np.float32)
-    skin_left = 0.35 * (lab - look.outside)  # the furrows continue, fainter, through the lesion
-    lab += cover[..., None] * (look.inside + pattern + skin_left - lab)
+    lab += (HALO * spec.cue * ring)[..., None] * np.array(HALO_LAB, dtype=np.float32)
+    skin_left = 0.35 * (lab - spec.outside)  # the furrows continue, fainter, through the lesion
+    lab += cover[..., None] * (spec.inside + pattern + skin_left - lab)
 
 
-def _veil(depth: Field, look: Look, rng: Generator) -> Field:
+def _veil(depth: Field, spec: CropSpec, rng: Generator) -> Field:
     """Returns a blue-white patch on one side of the lesion, [side, side, 3] in Lab."""
     side = len(depth)
     x, y = _grid(side)
     direction = rng.uniform(0, 2 * np.pi)
-    offset = 0.22 * look.diameter_mm
-    radius = 0.30 * look.diameter_mm
+    offset = 0.22 * spec.diameter_mm
+    radius = 0.30 * spec.diameter_mm
     center_x = offset * math.cos(direction)
     center_y = offset * math.sin(direction)
     patch = np.exp(-((x - center_x) ** 2 + (y - center_y) ** 2) / radius**2)
     patch = np.where(depth > -0.1, patch, 0)
     patch *= 1 + 0.25 * _noise(side, side / 30, rng)
-    veil = (VEIL * look.cue * patch)[..., None] * np.array(VEIL_LAB, dtype=np.float32)
+    veil = (VEIL * spec.cue * patch)[..., None] * np.array(VEIL_LAB, dtype=np.float32)
     return np.asarray(veil, dtype=np.float32)
 
 
-def _dots(depth: Field, look: Look, rng: Generator) -> Field:
+def _dots(depth: Field, spec: CropSpec, rng: Generator) -> Field:
     """Returns dark dots near the rim of the lesion, [side, side, 3] in Lab."""
     side = len(depth)
     canvas = np.zeros((side, side), dtype=np.float32)
     rim_y, rim_x = np.nonzero((depth > 0.05) & (depth < 0.5))
-    count = min(rng.poisson(8 * DOTS * look.cue), len(rim_y))
+    count = min(rng.poisson(8 * DOTS * spec.cue), len(rim_y))
     for i in rng.permutation(len(rim_y))[:count]:
         radius = max(1, round(side * rng.uniform(0.008, 0.018)))
         cv2.circle(canvas, (int(rim_x[i]), int(rim_y[i])), radius, 1.0, -1)
@@ -253,7 +253,7 @@ def _dots(depth: Field, look: Look, rng: Generator) -> Field:
     return np.asarray(soft[..., None] * np.array((-13, -1, -5), dtype=np.float32), dtype=np.float32)
 
 
-def _add_neighbours(lab: Field, look: Look, rng: Generator) -> None:
+def _add_neighbours(lab: Field, spec: CropSpec, rng: Generator) -> None:
     """Paints small brown spots away from the centre, in place."""
     if rng.random() > NEIGHBOURS:
         return
@@ -266,7 +266,7 @@ def _add_neighbours(lab: Field, look: Look, rng: Generator) -> None:
         center_y = offset * math.sin(direction)
         distance = np.hypot(x - center_x, y - center_y) / radius
         spot = np.exp(-(distance**4)) * rng.uniform(0.3, 0.9)
-        lab += spot[..., None] * (look.inside - look.outside)
+        lab += spot[..., None] * (spec.inside - spec.outside)
 
 
 def _add_hair(lab: Field, rng: Generator) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from isic import schema
-from isic.synth import margins
+from isic.synth import marginals
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -26,7 +26,7 @@ ROW_CUE: dict[str, float] = {
 }
 """Shift of a malignant row's columns, in standard deviations: the cue within the row itself."""
 
-UGLY_CUE: dict[str, float] = {
+PATIENT_RELATIVE_SHIFT: dict[str, float] = {
     "tbp_lv_deltaL": -0.40,
     "tbp_lv_deltaA": 0.85,
     "tbp_lv_deltaB": -0.95,
@@ -75,16 +75,16 @@ class Rows:
 
 def default_positives(num_rows: int) -> int:
     """Returns the number of positives: the challenge's share, but 5 % in a small table."""
-    share = round(num_rows * margins.FULL_POSITIVES / margins.FULL_ROWS)
-    small_table = min(max(num_rows // 20, 10), margins.FULL_POSITIVES)
+    share = round(num_rows * marginals.FULL_POSITIVES / marginals.FULL_ROWS)
+    small_table = min(max(num_rows // 20, 10), marginals.FULL_POSITIVES)
     return max(share, small_table)
 
 
 def num_patients(num_rows: int) -> int:
     """Returns the number of patients in a table of `num_rows`; the challenge's at its size."""
-    share = num_rows / margins.FULL_ROWS
+    share = num_rows / marginals.FULL_ROWS
     growth = share if share > 1 else share**PATIENTS_OF_SMALL
-    usual = round(margins.FULL_PATIENTS * growth)
+    usual = round(marginals.FULL_PATIENTS * growth)
     return min(max(usual, FEWEST_PATIENTS), num_rows)
 
 
@@ -109,7 +109,7 @@ def draw_rows(
     patient = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
     target = _positives(patient, num_positives, rng)
     z = _latents(patient, sizes, rng)
-    _plant(z, target, rng)
+    _plant_signal(z, target, rng)
     cue = rng.standard_normal(num_rows)
     cue += target * IMAGE_CUE * _strength(num_rows, rng)
     columns: dict[str, Sequence[object] | Floats | Ints] = {
@@ -137,7 +137,7 @@ def _positives(patient: Ints, num_positives: int, rng: Generator) -> Ints:
     """Returns the target, [N] of 0 and 1; the positives belong to a part of the patients."""
     num_rows = len(patient)
     count = int(patient.max()) + 1
-    share = margins.FULL_POSITIVE_PATIENTS / margins.FULL_POSITIVES
+    share = marginals.FULL_POSITIVE_PATIENTS / marginals.FULL_POSITIVES
     num_affected = max(1, min(round(num_positives * share), round(0.6 * count)))
     affected = rng.permutation(count)[:num_affected]
     order = rng.permutation(num_rows)
@@ -153,10 +153,10 @@ def _positives(patient: Ints, num_positives: int, rng: Generator) -> Ints:
 
 
 def _latents(patient: Ints, sizes: Ints, rng: Generator) -> dict[str, Floats]:
-    """Samples a standard normal value [N] per column of COPULA, correlated, also per patient."""
-    names = list(margins.COPULA)
-    root = np.linalg.cholesky(margins.correlation()).T
-    share = np.array([margins.PATIENT_SHARE.get(name, 0.0) for name in names])
+    """Samples a standard normal value [N] per column of RANK_CORRELATION, correlated, also per patient."""
+    names = list(marginals.RANK_CORRELATION)
+    root = np.linalg.cholesky(marginals.correlation()).T
+    share = np.array([marginals.PATIENT_SHARE.get(name, 0.0) for name in names])
     own = rng.standard_normal((len(patient), len(names))) @ root
     shared = rng.standard_normal((len(sizes), len(names))) @ root
     per_row = _normal_by_rows(shared, sizes)[patient]
@@ -184,9 +184,9 @@ def _strength(num_rows: int, rng: Generator) -> Floats:
     return np.maximum(rng.normal(1, CUE_SPREAD, num_rows), 0)
 
 
-def _plant(z: dict[str, Floats], target: Ints, rng: Generator) -> None:
+def _plant_signal(z: dict[str, Floats], target: Ints, rng: Generator) -> None:
     """Shifts the malignant rows in place; the cues are independent of one another."""
-    for cue in (ROW_CUE, UGLY_CUE, {"tbp_lv_dnn_lesion_confidence": DNN_CUE}):
+    for cue in (ROW_CUE, PATIENT_RELATIVE_SHIFT, {"tbp_lv_dnn_lesion_confidence": DNN_CUE}):
         strength = target * _strength(len(target), rng)
         for name, shift in cue.items():
             z[name] += shift * strength
@@ -194,12 +194,12 @@ def _plant(z: dict[str, Floats], target: Ints, rng: Generator) -> None:
 
 def _numbers(z: Mapping[str, Floats], rng: Generator) -> dict[str, Floats]:
     """Returns the numeric columns: from the latents `z`, and derived from those by identities."""
-    value = {name: margins.quantile(name, latent) for name, latent in z.items()}
+    value = {name: marginals.quantile(name, latent) for name, latent in z.items()}
     value["age_approx"] = np.round(value["age_approx"] / 5) * 5
     angle_z = rng.standard_normal(len(z["tbp_lv_Lext"]))
-    angle = margins.quantile("tbp_lv_symm_2axis_angle", angle_z)
+    angle = marginals.quantile("tbp_lv_symm_2axis_angle", angle_z)
     value["tbp_lv_symm_2axis_angle"] = np.round(angle / 5) * 5
-    no_color = z["tbp_lv_color_std_mean"] < ndtri(margins.ZERO_COLOR)
+    no_color = z["tbp_lv_color_std_mean"] < ndtri(marginals.ZERO_COLOR)
     for name in ("tbp_lv_color_std_mean", "tbp_lv_norm_color", "tbp_lv_radial_color_std_max"):
         value[name] = np.where(no_color, 0.0, np.maximum(value[name], 0.01))
     value |= _shape(value, rng)
@@ -260,9 +260,9 @@ def _quota(counts: Sequence[float], num_rows: int, rng: Generator) -> Ints:
 
 def _places(num_rows: int, rng: Generator) -> dict[str, Sequence[object] | Floats]:
     """Returns location, its two coarser columns, and the position with its published marginals."""
-    names = list(margins.LOCATIONS)
-    counts = [count for count, *_ in margins.LOCATIONS.values()]
-    centres = np.array([centre for _, *centre in margins.LOCATIONS.values()])
+    names = list(marginals.LOCATIONS)
+    counts = [count for count, *_ in marginals.LOCATIONS.values()]
+    centres = np.array([centre for _, *centre in marginals.LOCATIONS.values()])
     location = _quota(counts, num_rows, rng)
     simple = [_simple_location(name) for name in names]
     rough = centres[location] + rng.normal(0, POSITION_SPREAD_MM, (num_rows, 3))
@@ -271,17 +271,17 @@ def _places(num_rows: int, rng: Generator) -> dict[str, Sequence[object] | Float
     columns: dict[str, Sequence[object] | Floats] = {
         "tbp_lv_location": [names[i] for i in location],
         "tbp_lv_location_simple": [simple[i] for i in location],
-        "anatom_site_general": [margins.SITES[simple[i]] for i in location],
+        "anatom_site_general": [marginals.SITES[simple[i]] for i in location],
     }
     for i, axis in enumerate("xyz"):
         name = f"tbp_lv_{axis}"
-        columns[name] = margins.quantile(name, z[:, i]).round(DECIMALS)
+        columns[name] = marginals.quantile(name, z[:, i]).round(DECIMALS)
     return columns
 
 
 def _simple_location(location: str) -> str:
     """Returns `tbp_lv_location_simple`, with which the location begins."""
-    return next(simple for simple in margins.SITES if location.startswith(simple))
+    return next(simple for simple in marginals.SITES if location.startswith(simple))
 
 
 def _share_out(counts: Sequence[float], sizes: Ints) -> Ints:
@@ -298,16 +298,16 @@ def _patient_facts(
     patient: Ints, sizes: Ints, rng: Generator, unseen_site: bool
 ) -> dict[str, Sequence[str]]:
     """Returns the text columns that are equal in all rows of a patient."""
-    sites = dict(margins.ATTRIBUTIONS)
+    sites = dict(marginals.ATTRIBUTIONS)
     if unseen_site:
-        sites[margins.UNSEEN] = margins.UNSEEN_ATTRIBUTION
+        sites[marginals.UNSEEN] = marginals.UNSEEN_ATTRIBUTION
     names = list(sites)
     licences = [licence for _, licence, _ in sites.values()]
     white_shares = np.array([share for _, _, share in sites.values()])
     attribution = _share_out([rows for rows, _, _ in sites.values()], sizes)
     white = rng.random(len(sizes)) < white_shares[attribution]
-    sexes = list(margins.SEX)
-    sex = _share_out(list(margins.SEX.values()), sizes)
+    sexes = list(marginals.SEX)
+    sex = _share_out(list(marginals.SEX.values()), sizes)
     return {
         "attribution": [names[i] for i in attribution[patient]],
         "copyright_license": [licences[i] for i in attribution[patient]],
@@ -320,21 +320,21 @@ def _patient_facts(
 def _diagnoses(target: Ints, rng: Generator) -> dict[str, Sequence[object]]:
     """Returns the train-only columns: ids, diagnoses, measurements of invasive melanomas."""
     chance = rng.random(len(target))
-    biopsied = (target == 1) | (chance < margins.BIOPSIED_BENIGN)
-    has_id = (target == 1) | (chance < margins.LESION_ID_BENIGN)
+    biopsied = (target == 1) | (chance < marginals.BIOPSIED_BENIGN)
+    has_id = (target == 1) | (chance < marginals.LESION_ID_BENIGN)
     number = rng.permutation(len(target)) + 1_000_000
-    finest: list[margins.Diagnosis] = [("Benign", None, None, None)] * len(target)
-    for label, kinds in enumerate((margins.BENIGN_DIAGNOSES, margins.MALIGNANT_DIAGNOSES)):
+    finest: list[marginals.Diagnosis] = [("Benign", None, None, None)] * len(target)
+    for label, kinds in enumerate((marginals.BENIGN_DIAGNOSES, marginals.MALIGNANT_DIAGNOSES)):
         rows = np.flatnonzero(biopsied & (target == label))
         choice = _quota(list(kinds.values()), len(rows), rng)
         diagnoses = list(kinds)
         for row, kind in zip(rows, choice, strict=True):
             finest[row] = diagnoses[kind]
     levels = list(zip(*finest, strict=True))
-    invasive = np.array([level == margins.INVASIVE for level in levels[2]])
-    mitoses = np.array(list(margins.MITOSES))
-    mitoses = mitoses[_quota(list(margins.MITOSES.values()), len(target), rng)]
-    thickness = rng.choice(margins.THICKNESS_MM, len(target))
+    invasive = np.array([level == marginals.INVASIVE for level in levels[2]])
+    mitoses = np.array(list(marginals.MITOSES))
+    mitoses = mitoses[_quota(list(marginals.MITOSES.values()), len(target), rng)]
+    thickness = rng.choice(marginals.THICKNESS_MM, len(target))
     return {
         "lesion_id": _masked([f"IL_{n}" for n in number], has_id),
         "iddx_full": ["::".join(filter(None, parts)) for parts in finest],
@@ -353,7 +353,7 @@ def _masked(values: Sequence[object], known: NDArray[np.bool_]) -> list[object]:
 def _blanked(table: pl.DataFrame, rng: Generator) -> pl.DataFrame:
     """Sets the schema's types, and BLANKS' shares of the rows to null."""
     table = table.with_columns(pl.col(name).cast(schema.DTYPES[name]) for name in table.columns)
-    for name, share in margins.BLANKS.items():
+    for name, share in marginals.BLANKS.items():
         num_blank = round(share * len(table))
         blank = np.zeros(len(table), dtype=bool)
         blank[rng.permutation(len(table))[:num_blank]] = True

@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 from benchmarks.ablation import IMAGES, TABULAR, AblationSettings
-from infer.ensemble.artifact import FeatureSpec
+from infer.ensemble.feature_spec import FeatureSpec
 from isic.runtime.config import build
 from isic.synth.rows import draw_rows
 from tests.support.commands import Cli

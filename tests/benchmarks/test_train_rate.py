@@ -15,7 +15,7 @@ from benchmarks.train import (
     precision_of,
 )
 from tests.support.commands import TINY, Cli
-from train.data import Batch
+from train.batch import Batch
 
 CPU = torch.device("cpu")
 

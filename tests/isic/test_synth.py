@@ -21,8 +21,8 @@ from isic.metrics import pauc, roc_auc
 from isic.preprocess import decode
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_json, write_json
-from isic.synth import FILES, MANIFEST, SynthSettings, margins, synthesize
-from isic.synth.crops import Crop, looks, render
+from isic.synth import FILES, MANIFEST, SynthSettings, marginals, synthesize
+from isic.synth.crops import Crop, crop_specs, render
 from isic.synth.rows import Rows, default_positives, draw_rows, lesions_per_patient, num_patients
 from tests.support.commands import Cli
 from tests.support.datasets import small_disk
@@ -109,8 +109,8 @@ class TestLayout:
 
     def test_only_the_test_split_has_the_unseen_attribution(self, synth_dataset: Path) -> None:
         dataset = Dataset(synth_dataset)
-        assert margins.UNSEEN in set(dataset.metadata("test")["attribution"])
-        assert set(dataset.metadata("train")["attribution"]) == set(margins.ATTRIBUTIONS)
+        assert marginals.UNSEEN in set(dataset.metadata("test")["attribution"])
+        assert set(dataset.metadata("train")["attribution"]) == set(marginals.ATTRIBUTIONS)
 
     @pytest.mark.parametrize("test_images", [1, 2, 9])
     def test_a_test_split_of_a_few_rows(self, test_images: int, tmp_path: Path) -> None:
@@ -149,15 +149,15 @@ class TestRows:
         axes = np.sqrt(1 - (t["minorAxisMM"] / t["clin_size_long_diam_mm"]) ** 2)
         assert np.corrcoef(axes, t["eccentricity"])[0, 1] > 0.9
 
-    @pytest.mark.parametrize("name", margins.KNOTS)
-    def test_margins(self, large: pl.DataFrame, name: str) -> None:
-        percent = np.array(margins.KNOT_PERCENT[3:15])
-        values = np.array(margins.KNOTS[name][3:15])
+    @pytest.mark.parametrize("name", marginals.KNOTS)
+    def test_marginals(self, large: pl.DataFrame, name: str) -> None:
+        percent = np.array(marginals.KNOT_PERCENT[3:15])
+        values = np.array(marginals.KNOTS[name][3:15])
         sampled = np.percentile(large[name].drop_nulls().to_numpy(), percent)
         assert np.abs(sampled - values)[:-2].max() < 0.06 * (values[9] - values[0])
 
     @pytest.mark.parametrize("name", PUBLISHED)
-    def test_margins_of_columns_that_follow_from_others(
+    def test_marginals_of_columns_that_follow_from_others(
         self, large: pl.DataFrame, name: str
     ) -> None:
         published = np.array(PUBLISHED[name])
@@ -185,15 +185,15 @@ class TestRows:
     def test_categories(self, large: pl.DataFrame) -> None:
         is_white = pl.col("tbp_tile_type") == "3D: white"
         white = dict(large.group_by("attribution").agg(is_white.mean()).iter_rows())
-        assert white[margins.MSKCC] > 0.7
-        assert max(white[name] for name in white if name != margins.MSKCC) < 0.4
+        assert white[marginals.MSKCC] > 0.7
+        assert max(white[name] for name in white if name != marginals.MSKCC) < 0.4
         licence = dict(large.select("attribution", "copyright_license").unique().iter_rows())
         assert len(licence) == 7
-        assert licence[margins.ACEMID] == "CC-0"
-        assert licence[margins.BASEL] == "CC-BY-NC"
-        for name, (count, *_) in margins.LOCATIONS.items():
+        assert licence[marginals.ACEMID] == "CC-0"
+        assert licence[marginals.BASEL] == "CC-BY-NC"
+        for name, (count, *_) in marginals.LOCATIONS.items():
             found = (large["tbp_lv_location"] == name).mean()
-            assert found == pytest.approx(count / margins.FULL_ROWS, abs=2e-4)
+            assert found == pytest.approx(count / marginals.FULL_ROWS, abs=2e-4)
         sex = large["sex"].drop_nulls()
         assert (sex == "male").mean() == pytest.approx(0.682, abs=0.02)
         assert set(large["age_approx"].drop_nulls() % 5) == {0}
@@ -205,19 +205,19 @@ class TestRows:
         assert benign["lesion_id"].is_not_null().mean() == pytest.approx(0.054, abs=0.006)
         assert set(malignant["iddx_1"]) == {"Malignant"}
         assert set(benign["iddx_1"]) == {"Benign"}
-        assert set(large["mel_mitotic_index"].drop_nulls()) <= set(margins.MITOSES)
+        assert set(large["mel_mitotic_index"].drop_nulls()) <= set(marginals.MITOSES)
         assert malignant["mel_mitotic_index"].drop_nulls().len() > 0
         assert large["tbp_lv_dnn_lesion_confidence"].null_count() == 0
 
     def test_full_size_figures(self) -> None:
         sizes = lesions_per_patient(
-            margins.FULL_ROWS, num_patients(margins.FULL_ROWS), np.random.default_rng(0)
+            marginals.FULL_ROWS, num_patients(marginals.FULL_ROWS), np.random.default_rng(0)
         )
-        assert sizes.sum() == margins.FULL_ROWS
+        assert sizes.sum() == marginals.FULL_ROWS
         assert len(sizes) == 1_042
         assert np.median(sizes) == pytest.approx(241.5, rel=0.05)
         assert sizes.max() == pytest.approx(9_184, rel=0.05)
-        assert default_positives(margins.FULL_ROWS) == 393
+        assert default_positives(marginals.FULL_ROWS) == 393
         assert default_positives(3_000) == 150
 
     @pytest.mark.parametrize("num_positives", [1, 7, 60])
@@ -266,8 +266,8 @@ class TestCrops:
         assert np.mean(seen[:, 0] < seen[:, 3]) > 0.98  # a lesion is darker than its skin
 
     def test_the_same_seed_draws_the_same_crop(self, learnable: Rows) -> None:
-        look = looks(learnable.table[:1], learnable.cue[:1])[0]
-        assert render(look, (1, 2)) == render(look, (1, 2)) != render(look, (1, 3))
+        spec = crop_specs(learnable.table[:1], learnable.cue[:1])[0]
+        assert render(spec, (1, 2)) == render(spec, (1, 2)) != render(spec, (1, 3))
 
 
 def measured(jpeg: bytes, mask: bytes) -> list[float]:
@@ -382,7 +382,7 @@ class TestPlantedMalignancy:
 
     def test_the_crop_tells_what_the_row_does_not(self) -> None:
         rows = draw(500, 120, seed=5)
-        crops = [render(look, (5, i)) for i, look in enumerate(looks(rows.table, rows.cue))]
+        crops = [render(spec, (5, i)) for i, spec in enumerate(crop_specs(rows.table, rows.cue))]
         score = out_of_fold(rows.table, np.array([thumbnail(crop) for crop in crops]))
         target = rows.table["target"].to_numpy()
         assert 0.78 < roc_auc(target, score) < 0.98

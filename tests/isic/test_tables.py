@@ -1,4 +1,4 @@
-"""What is found under the name of a table: other paths, other formats, half files, other spellings of "no value"."""
+"""Tables: paths like patterns, other formats, truncated files, other spellings of "no value"."""
 
 import ast
 import gzip
@@ -45,7 +45,7 @@ def test_one_module_opens_tables_and_one_reads_yaml() -> None:
 
 @pytest.mark.parametrize("name", ["data [2]", "a*b", "what?", "{a,b}", "50%", "~x", "#1", "k=v"])
 def test_a_path_is_no_pattern(tmp_path: Path, name: str) -> None:
-    """Beside each folder lies one that it would match as a pattern, with another table in it."""
+    """Next to each folder is one that its name would match as a pattern, with another table."""
     decoy = name.replace("[2]", "2").replace("*", "XX").replace("?", "X")
     for folder, value in ((decoy, "decoy"), (name, "right")):
         table = pl.DataFrame({"isic_id": [value]})
@@ -87,7 +87,8 @@ def test_what_is_no_table_is_named(tmp_path: Path, content: str) -> None:
         for read in (read_metadata, read_ids):
             with pytest.raises(UserError, match=words) as raised:
                 read(path)
-            assert "cut short" not in str(raised.value) and "damaged" not in str(raised.value)
+            assert "truncated" not in str(raised.value)
+            assert "damaged" not in str(raised.value)
 
 
 def test_a_packed_table_beside_the_wanted_one_is_named(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_a_csv_cut_anywhere_in_a_row_is_noticed(
             try:
                 read(path)
             except UserError as error:
-                assert "cut short" in str(error)
+                assert "truncated" in str(error)
             else:
                 assert end > data.rindex(b",")
                 assert "no line break at its end" in capsys.readouterr().err
@@ -174,12 +175,12 @@ def test_a_csv_cut_anywhere_in_a_row_is_noticed(
         (b"isic_id,target\nb,1\n\xe9,0\n", "line 3 is not text in UTF-8"),
         (b"isic_id;target\na;0\n", "separates its columns by semicolons"),
         (b"isic_id\ttarget\na\t0\n", "separates its columns by tabs"),
-        (b"isic_id,target\ra,0\rb,1\r", "as old Macs did"),
+        (b"isic_id,target\ra,0\rb,1\r", "as on old Macs"),
         (b"isic_id,target,target\na,0,1\n", 'has two columns "target"'),
         (b"isic_id,target,x, x\na,0,1,2\n", 'has two columns "x"'),
         (b'isic_id,target,x\na,0,5" wide\nb,1,6" wide\n', "line 2 has a quote inside a field"),
         (b"isic_id,target,Patient ID\na,0,p\n", 'column "Patient ID"; rename it to patient_id'),
-        (b"isic_id,target\na.JPG,0\n", "is the name of a file; leave out its ending"),
+        (b"isic_id,target\na.JPG,0\n", "is a file name; remove the extension"),
         (b'isic_id,target,tbp_lv_A\na,0,"1,5"\n', "write 1.5, not 1,5"),
     ],
 )
@@ -200,7 +201,8 @@ def test_marks_and_spaces_that_programs_add_change_nothing(tmp_path: Path) -> No
     path.write_bytes(odd)
     assert read_metadata(path).equals(wanted)
     assert read_ids(path).equals(wanted["isic_id"])
-    assert read_column(path, "target") is not None and read_column(path, "none") is None
+    assert read_column(path, "target") is not None
+    assert read_column(path, "none") is None
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
@@ -228,7 +230,8 @@ def test_unknown_is_a_site_but_no_patient(tmp_path: Path) -> None:
     columns = {"isic_id": ["a", "b"], "patient_id": ["Unknown", "p"], "tbp_lv_location": "Unknown"}
     pl.DataFrame(columns).write_csv(tmp_path / "t.csv")
     table = read_metadata(tmp_path / "t.csv")
-    assert table["patient_id"].to_list() == [None, "p"] and table["tbp_lv_location"][0] == "Unknown"
+    assert table["patient_id"].to_list() == [None, "p"]
+    assert table["tbp_lv_location"][0] == "Unknown"
 
 
 def test_types_that_parquet_has_and_csv_has_not(tmp_path: Path) -> None:
@@ -243,8 +246,10 @@ def test_types_that_parquet_has_and_csv_has_not(tmp_path: Path) -> None:
     }
     pl.DataFrame(columns).write_parquet(path)
     table = read_metadata(path)
-    assert table["age_approx"].to_list() == [70, 55] and table["isic_id"].to_list() == ["a", "b"]
-    assert table["patient_id"].to_list() == ["7", None] and table["target"].to_list() == [1, 0]
+    assert table["age_approx"].to_list() == [70, 55]
+    assert table["isic_id"].to_list() == ["a", "b"]
+    assert table["patient_id"].to_list() == ["7", None]
+    assert table["target"].to_list() == [1, 0]
     pl.DataFrame({"isic_id": "a", "tbp_lv_A": [[1.0]]}).write_parquet(path)
     with pytest.raises(UserError, match="column tbp_lv_A must hold numbers, not List"):
         read_metadata(path)
@@ -257,7 +262,8 @@ def test_names_that_differ_only_in_case_are_warned_of(
     pl.DataFrame(columns).write_csv(tmp_path / "t.csv")
     read_metadata(tmp_path / "t.csv")
     said = capsys.readouterr().err
-    assert said.startswith("warning: ") and '"IP_1a" and "ip_1A"; they count as different' in said
+    assert said.startswith("warning: ")
+    assert '"IP_1a" and "ip_1A"; they count as different' in said
 
 
 def test_of_two_tables_of_a_split_the_one_that_is_read_is_named(
@@ -268,7 +274,10 @@ def test_of_two_tables_of_a_split_the_one_that_is_read_is_named(
     for _ in range(2):
         assert len(Dataset(tmp_path).metadata("train")) == 30
     said = capsys.readouterr().err
-    assert said.count("train-metadata.parquet and train-metadata.csv; the former is read") == 1
+    assert (
+        said.count("train-metadata.parquet and train-metadata.csv; train-metadata.parquet is read")
+        == 1
+    )
 
 
 def test_check_of_a_folder_with_brackets_reads_that_folder(tmp_path: Path, cli: Cli) -> None:
@@ -276,4 +285,5 @@ def test_check_of_a_folder_with_brackets_reads_that_folder(tmp_path: Path, cli: 
         (tmp_path / name).mkdir()
         small_table(rows).write_csv(tmp_path / name / "train-metadata.csv")
     ended = cli("isic", "check", "--data", tmp_path / "data [2]")
-    assert ended.code == 0 and "rows             60" in ended.out
+    assert ended.code == 0
+    assert "rows             60" in ended.out

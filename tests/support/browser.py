@@ -18,9 +18,10 @@ FLAGS = (
 )
 
 LOOK = """() => {
+  const root = document.body ?? document.documentElement;  // an SVG file has no body
   const clip = (element, {left, right, top, bottom}) => {  // what scrolling or cropping parents leave of a box
     let box = {left, right, top, bottom};
-    for (let at = element; at && at !== document.body; at = at.parentElement) {
+    for (let at = element; at && at !== root; at = at.parentElement) {
       if (getComputedStyle(at).overflowX === 'visible') continue;
       const edge = at.getBoundingClientRect();
       box = {left: Math.max(box.left, edge.left), right: Math.min(box.right, edge.right),
@@ -29,7 +30,7 @@ LOOK = """() => {
     return box;
   };
   const texts = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   for (let node; node = walker.nextNode();) {
     const parent = node.parentElement;
     if (!node.data.trim() || !parent.checkVisibility() || parent.closest('title, script, style')) continue;

@@ -1,12 +1,17 @@
-"""Small datasets and stand-in embeddings for the tests of fitting and predicting."""
+"""Small datasets and synthetic embeddings for the tests of fitting and predicting."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from infer.embeddings import fold_dir, part_path, write_part
-from infer.ensemble.fit import FitSettings
+from infer.embedding.store import fold_dir, shard_path, write_shard
+from infer.ensemble.fit import fit_ensemble
+from infer.ensemble.fit_settings import FitSettings
+from infer.ensemble.predict import PredictSettings, predict_submission
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import Folds, draw_folds
@@ -16,12 +21,16 @@ from isic.synth.rows import draw_rows
 
 NUM_FOLDS = 3
 ENGINES = {"0": "a", "1": "b", "2": "c"}
+"""Digests by fold."""
 
 
 def write_dataset(
     root: Path, num_train: int = 400, num_positives: int = 60, num_test: int = 30
 ) -> Path:
-    """Writes a dataset of tables only: 40 patients to train on, others to score, one of an unseen institution."""
+    """Writes a dataset of tables: 40 patients to train on, 6 others to score.
+
+    The first test row is of an institution that no training row has.
+    """
     rng = np.random.default_rng(3)
     root.mkdir(parents=True)
     train = draw_rows(
@@ -39,54 +48,129 @@ def write_dataset(
     return root
 
 
-def write_embeddings(
-    root: Path, data: Path, folds: Folds | None = None, seed: int = 0, strength: float = 2.0
-) -> Path:
-    """Writes logits as fold models of different scale would give them; they know the label with some noise."""
-    rng = np.random.default_rng(seed)
-    train, test = (Dataset(data).metadata(split) for split in ("train", "test"))
-    plan = folds or draw_folds(train, NUM_FOLDS, 42)
-    fold = plan.of(train).to_numpy()
-    plan.write(root / "folds.parquet")
-    known = train[schema.TARGET].to_numpy() * strength + rng.standard_normal(len(train))
-    hidden = rng.standard_normal(len(test))
-    for k in range(plan.num_folds):
-        mine = np.flatnonzero(fold == k)
-        rows = {"train": (train[schema.ID][mine], known[mine]), "test": (test[schema.ID], hidden)}
-        for split, (ids, score) in rows.items():
-            logits = (score * (k + 1) - 10 * k).astype(np.float32)
-            features = np.zeros((len(logits), 4), dtype=np.float16)
-            write_part(
-                part_path(root, "train" if split == "train" else "test", k, 0),
-                ids.to_list(),
-                features,
-                logits,
-            )
-    for split in ("train", "test"):
-        write_run(root, split, plan)
-    write_lists(root, train, plan)
+def train_table(data: Path) -> pl.DataFrame:
+    return Dataset(data).metadata("train")
+
+
+def read_test_text(data: Path) -> pl.DataFrame:
+    """Reads the test table with every column as text, so that it can be written back unchanged."""
+    return pl.read_csv(data / "test-metadata.csv", infer_schema=False)
+
+
+def write_train(root: Path, table: pl.DataFrame) -> Path:
+    """Writes a dataset that has only a training table."""
+    root.mkdir()
+    table.write_csv(root / "train-metadata.csv")
     return root
 
 
-def write_lists(root: Path, train: pl.DataFrame, plan: Folds) -> None:
-    """Writes, for the model of each fold, that it was trained on the rows of the others."""
-    fold = plan.of(train)
-    for k in range(plan.num_folds):
+def write_embeddings(
+    root: Path, data: Path, folds: Folds | None = None, seed: int = 0, strength: float = 2.0
+) -> Path:
+    """Writes logits as of fold models that differ in scale; they know the label, with noise.
+
+    Args:
+        strength: weight of the label in the logits, compared with the noise's deviation of 1.
+    """
+    rng = np.random.default_rng(seed)
+    train = train_table(data)
+    test = Dataset(data).metadata("test")
+    folds = folds or draw_folds(train, NUM_FOLDS, 42)
+    fold = folds.of(train).to_numpy()
+    folds.write(root / "folds.parquet")
+    train_score = train[schema.TARGET].to_numpy() * strength + rng.standard_normal(len(train))
+    test_score = rng.standard_normal(len(test))
+    for k in range(folds.num_folds):
+        held_out = np.flatnonzero(fold == k)
+        _write_logits(
+            shard_path(root, "train", k, 0), train[schema.ID][held_out], train_score[held_out], k
+        )
+        _write_logits(shard_path(root, "test", k, 0), test[schema.ID], test_score, k)
+    for split in ("train", "test"):
+        write_run(root, split, folds)
+    write_seen_lists(root, train, folds)
+    return root
+
+
+def _write_logits(path: Path, ids: pl.Series, score: np.ndarray, fold: int) -> None:
+    """Writes a shard with the logits in the scale of a fold's model, and features of zeros."""
+    logits = (score * (fold + 1) - 10 * fold).astype(np.float32)
+    write_shard(path, ids.to_list(), np.zeros((len(logits), 4), np.float16), logits)
+
+
+def write_seen_lists(root: Path, train: pl.DataFrame, folds: Folds) -> None:
+    """Writes, per fold's model, that it was trained on the rows of the other folds."""
+    fold = folds.of(train)
+    for k in range(folds.num_folds):
         write_seen(fold_dir(root, "train", k) / SEEN_FILE, seen_rows(train.filter(fold != k)))
 
 
-def write_run(root: Path, split: str, plan: Folds) -> None:
+def write_run(root: Path, split: str, folds: Folds) -> None:
+    """Writes the `run.json` of a split."""
     run = {
         "config": root.name,
-        "folds": list(range(plan.num_folds)),
-        "folds_digest": plan.digest,
+        "folds": list(range(folds.num_folds)),
+        "folds_digest": folds.digest,
         "engines": ENGINES,
+        "checkpoints": ENGINES,
+        "tta": "none",
+        "preprocess": {"size": 8},
     }
-    run |= {"checkpoints": ENGINES, "tta": "none", "preprocess": {"size": 8}}
     write_json(root / split / "run.json", run)
 
 
-def settings(data: Path, output_dir: Path, **more: object) -> FitSettings:
-    """Settings of a fit that takes a second."""
+def fit_settings(data: Path, output_dir: Path, **more: object) -> FitSettings:
+    """Returns the settings of a fit that takes a second."""
     defaults = {"seeds": 1, "num_folds": NUM_FOLDS, "num_rounds": 40, "num_threads": 1}
     return FitSettings.model_validate(defaults | {"data": data, "output_dir": output_dir} | more)
+
+
+def fit_small(data: Path, output_dir: Path, **more: object) -> Path:
+    """Fits an ensemble in a second. Returns its folder."""
+    return fit_ensemble(fit_settings(data, output_dir, **more))
+
+
+def read_blend(ensemble: Path) -> dict[str, Any]:
+    """Reads the metrics of an ensemble's blend."""
+    scores: dict[str, Any] = json.loads((ensemble / "scores.json").read_text())["blend"]
+    return scores
+
+
+def read_files(root: Path) -> dict[str, bytes]:
+    """Reads the files of a folder by name."""
+    return {path.name: path.read_bytes() for path in root.iterdir()}
+
+
+def shuffle_targets(data: Path, root: Path, seed: int = 1) -> pl.DataFrame:
+    """Writes the dataset with its targets in random order. Returns the training table."""
+    table = train_table(data)
+    target = table[schema.TARGET].sample(fraction=1, shuffle=True, seed=seed)
+    shuffled = table.with_columns(target)
+    write_train(root, shuffled)
+    shutil.copy(data / "test-metadata.csv", root)
+    return shuffled
+
+
+def predict_table(project: Path, ensemble: str = "multimodal_tiny", **more: object) -> pl.DataFrame:
+    """Predicts with an ensemble of the fixture `project`. Returns the submission."""
+    defaults = {
+        "data": project / "data",
+        "ensemble": project / "ensemble" / ensemble,
+        "embeddings": project / "embeddings" / "tiny",
+        "output": project / "submission.csv",
+    }
+    settings = PredictSettings.model_validate(defaults | more)
+    predict_submission(settings)
+    return pl.read_csv(settings.output)
+
+
+def predict_rows(project: Path, folder: Path, table: pl.DataFrame, **more: object) -> pl.Series:
+    """Returns the scores of another test table, which is written into a new folder."""
+    folder.mkdir()
+    table.write_csv(folder / "test-metadata.csv")
+    return predict_table(project, data=folder, output=folder / "s.csv", **more)["target"]
+
+
+def copy_tree(project: Path, tmp_path: Path, part: str) -> Path:
+    """Copies a folder of the fixture `project`, to change it."""
+    return Path(shutil.copytree(project / part, tmp_path / Path(part).name))

@@ -1,4 +1,4 @@
-"""A dataset and a run of stand-in engines that embed in moments, for tests of all that is around an engine."""
+"""A dataset and a run of null engines that embed in moments, to test everything around an engine."""
 
 import os
 import subprocess
@@ -9,97 +9,120 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from infer.embedding import plan
-from infer.embedding.embed import EmbedSettings, embed
+from infer.embedding import shards
+from infer.embedding.embed import embed_dataset
+from infer.embedding.embedder import EmbedJob
+from infer.embedding.models import find_models
+from infer.embedding.settings import EmbedSettings
+from infer.embedding.shards import Shard
 from infer.engines.null import NULL_FILE, write_run
 from isic.preprocess import PreprocessSpec
 from tests.support.commands import ROOT
 from tests.support.datasets import jpeg, write_hdf5
 
 SIZE = 16
-PART_ROWS = 20
+SHARD_ROWS = 20
+"""So few that a small run has many shards."""
+
+COMMAND = """
+import infer.embedding.shards
+infer.embedding.shards.SHARD_ROWS = {shard_rows}
+from infer.embedding.embed import embed_dataset
+from isic.runtime import cli
+cli.run({{"embed": embed_dataset}})
+"""
 
 
 @dataclass(frozen=True)
-class StandIn:
-    """Where a small dataset and its engines are."""
+class FakeRun:
+    """The folders of a small dataset and of a run with null engines."""
 
     data: Path
     model_dir: Path
 
     def flags(self, output: Path, *more: object) -> list[str]:
-        where = (
-            "--data",
-            self.data,
-            "--model_dir",
-            self.model_dir,
-            "--output_dir",
-            output,
-            "--engine",
-            NULL_FILE,
+        # fmt: off
+        flags = (
+            "embed", "--config", "null", "--format", NULL_FILE,
+            "--data", self.data, "--model_dir", self.model_dir, "--output_dir", output,
         )
-        return [*map(str, ("embed", "--config", "null", *where, *more))]
+        # fmt: on
+        return [str(flag) for flag in (*flags, *more)]
 
-    def command(self, output: Path, *more: object, part_rows: int = PART_ROWS) -> list[str]:
-        """A process of its own, with parts so small that there are many."""
-        code = (
-            f"import sys, infer.embedding.plan; infer.embedding.plan.PART_ROWS = {part_rows}\n"
-            "from infer.embedding.embed import embed; from isic.runtime import cli; cli.run({'embed': embed})"
-        )
+    def command(self, output: Path, *more: object, shard_rows: int = SHARD_ROWS) -> list[str]:
+        """Returns the command that embeds in a process of its own, in small shards."""
+        code = COMMAND.format(shard_rows=shard_rows)
         return [sys.executable, "-c", code, *self.flags(output, "--batch_size", 8, *more)]
 
     def run(
-        self, output: Path, *more: object, part_rows: int = PART_ROWS
+        self, output: Path, *more: object, shard_rows: int = SHARD_ROWS
     ) -> "subprocess.CompletedProcess[str]":
-        command = self.command(output, *more, part_rows=part_rows)
+        command = self.command(output, *more, shard_rows=shard_rows)
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         return subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
 
 
-def embed_small_parts(stand_in: StandIn, output: Path) -> None:
-    """What a process forked from one that has imported everything runs: it is at work within milliseconds."""
-    plan.PART_ROWS = PART_ROWS
-    where = {"data": stand_in.data, "model_dir": stand_in.model_dir, "output_dir": output}
-    sys.exit(embed(EmbedSettings(config="null", engine=NULL_FILE, batch_size=8, **where)))
+def embed_small_shards(fake_run: FakeRun, output: Path) -> None:
+    """Embeds in this process; forked from one that has imported everything, it starts at once."""
+    shards.SHARD_ROWS = SHARD_ROWS
+    folders = {"data": fake_run.data, "model_dir": fake_run.model_dir, "output_dir": output}
+    sys.exit(embed_dataset(EmbedSettings(config="null", format=NULL_FILE, batch_size=8, **folders)))
 
 
-def make_stand_in(
+def make_fake_run(
     folder: Path,
     num_images: int = 300,
     num_folds: int = 3,
     num_features: int = 8,
     images_per_second: float | None = None,
-) -> StandIn:
-    """Writes both: every image has a grey of its own at 16 x 16 pixels."""
-    data, model_dir = folder / "data", folder / "null"
+) -> FakeRun:
+    """Writes the dataset and the run. Image i is 16 x 16 pixels of grey i modulo 256."""
+    data = folder / "data"
+    model_dir = folder / "null"
     data.mkdir(parents=True)
     ids = [f"ISIC_{row:07d}" for row in range(num_images)]
-    table = {"isic_id": ids, "target": [row % 3 == 0 for row in range(num_images)]}
-    pl.DataFrame(table).with_columns(pl.col("target").cast(pl.Int8)).write_csv(
-        data / "train-metadata.csv"
-    )
-    write_hdf5(
-        data / "train-image.hdf5", {name: jpeg(SIZE, row % 256) for row, name in enumerate(ids)}
-    )
+    target = pl.Series([row % 3 == 0 for row in range(num_images)]).cast(pl.Int8)
+    metadata = data / "train-metadata.csv"
+    pl.DataFrame({"isic_id": ids, "target": target}).write_csv(metadata)
+    images = {name: jpeg(SIZE, row % 256) for row, name in enumerate(ids)}
+    write_hdf5(data / "train-image.hdf5", images)
     spec = PreprocessSpec(size=SIZE)
-    write_run(
-        model_dir, data / "train-metadata.csv", spec, num_folds, num_features, images_per_second
-    )
-    return StandIn(data, model_dir)
+    write_run(model_dir, metadata, spec, num_folds, num_features, images_per_second)
+    return FakeRun(data, model_dir)
 
 
-def parts(root: Path) -> dict[str, bytes]:
-    """Returns the bytes of every part, and of the lists of bad images, by its path."""
-    patterns = ("part-*.parquet", "errors*.parquet")
-    return {
-        str(path.relative_to(root)): path.read_bytes()
-        for pattern in patterns
-        for path in root.rglob(pattern)
-    }
+def shard_bytes(root: Path) -> dict[str, bytes]:
+    """Returns the bytes of every shard, and of the lists of bad images, by relative path."""
+    shard_files = root.rglob("part-*.parquet")
+    error_files = root.rglob("errors*.parquet")
+    return {str(path.relative_to(root)): path.read_bytes() for path in (*shard_files, *error_files)}
 
 
 def grey(row: int) -> np.float16:
-    """What an engine says of the image in a row."""
+    """Returns the null engine's features of the image in a row."""
     return np.float16(row % 256 / 255)
+
+
+def null_job(fake_run: FakeRun) -> EmbedJob:
+    """Returns a job for the train images of a run, in batches of four."""
+    models = find_models(fake_run.model_dir, "null", NULL_FILE)
+    return EmbedJob(fake_run.data, "train", models, "cpu", "float16", "none", 4, 2, None)
+
+
+def finished_shard(folder: Path, number: int, num_ids: int = 10, num_bad: int = 0) -> Shard:
+    """Writes an empty file as a finished shard, the first images of which are bad."""
+    ids = pl.Series([f"{number}-{row}" for row in range(num_ids)])
+    shard = Shard(ids, {0: folder / f"part-{number:05d}.parquet"})
+    shard.paths[0].touch()
+    if num_bad:
+        bad = {"isic_id": ids[:num_bad], "reason": ["truncated JPEG"] * num_bad}
+        pl.DataFrame(bad).write_parquet(shard.errors_path)
+    return shard
+
+
+def embed_flags(exported: Path, data: Path, output: Path, *more: object) -> list[object]:
+    """Returns the arguments of `infer embed` for the fixture `exported`."""
+    folders = ["--model_dir", exported, "--data", data, "--output_dir", output]
+    return ["embed", "--model_config", "tiny", *folders, *more]

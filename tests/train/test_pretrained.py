@@ -1,5 +1,3 @@
-"""Weights that a run starts from must not have learned from the rows that it holds out."""
-
 import json
 import shutil
 from collections.abc import Callable
@@ -41,7 +39,7 @@ def seen_ids(run: Path, fold: int) -> set[str]:
     return set(read_seen(run / f"fold_{fold}" / "trained_on.parquet")["isic_id"])
 
 
-def test_weights_that_met_held_out_rows_are_refused(train: Train, tmp_path: Path) -> None:
+def test_weights_that_learned_from_held_out_rows_are_refused(train: Train, tmp_path: Path) -> None:
     assert train("old").code == 0
     backbone = tmp_path / "old" / "fold_0" / "backbone"
 
@@ -51,7 +49,7 @@ def test_weights_that_met_held_out_rows_are_refused(train: Train, tmp_path: Path
     assert not (tmp_path / "leak").exists()
 
     ended = train("leak", "--pretrained", backbone)
-    assert ended.code == 2, "fold 0 alone would be sound; the others are refused before it begins"
+    assert ended.code == 2, "refused before fold 0, the only sound one, begins"
     assert not (tmp_path / "leak").exists()
 
     ended = train("sound", "--fold", 0, "--pretrained", backbone)
@@ -90,7 +88,8 @@ def test_the_list_is_inherited_through_a_chain(
 
     start = tmp_path / "between" / "fold_1" / "backbone"
     ended = train("new", "--fold", 2, "--pretrained", start)
-    assert ended.code == 2 and "learned from 20 of the 20 held-out rows" in ended.err
+    assert ended.code == 2
+    assert "learned from 20 of the 20 held-out rows" in ended.err
 
 
 def test_a_fold_has_not_seen_what_it_holds_out(train: Train, tmp_path: Path) -> None:
@@ -106,14 +105,14 @@ def test_weights_that_were_moved_from_their_list_are_refused(train: Train, tmp_p
     fold = tmp_path / "old" / "fold_0"
     moved = tmp_path / "weights.safetensors"
     shutil.copy(fold / "backbone" / "model.safetensors", moved)
-    with pytest.raises(UserError, match="its list of images is not beside it; copy"):
+    with pytest.raises(UserError, match="its list of images is not next to it; copy"):
         find_weights(str(moved), 0)
     shutil.copy(fold / "trained_on.parquet", tmp_path)
     assert len(find_weights(str(moved), 0).seen) == 40
     pl.DataFrame({"isic_id": ["a"], "patient_id": ["a"]}).write_parquet(
         tmp_path / "trained_on.parquet"
     )
-    with pytest.raises(UserError, match="its list of images is not beside it; copy"):
+    with pytest.raises(UserError, match="its list of images is not next to it; copy"):
         find_weights(str(moved), 0)
 
 
@@ -130,7 +129,8 @@ def test_a_resumed_run_started_from_the_same_weights(train: Train, tmp_path: Pat
     (fold / "oof.parquet").unlink()
     torch.save({name: tensor * 2 for name, tensor in tensors.items()}, weights)
     ended = train("new", "--fold", 0, "--pretrained", weights, "--resume")
-    assert ended.code == 2 and "started from other weights than" in ended.err
+    assert ended.code == 2
+    assert "started from other weights than" in ended.err
 
 
 def test_the_manifest_names_random_weights(train: Train, tmp_path: Path) -> None:

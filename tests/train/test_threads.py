@@ -1,16 +1,15 @@
-"""The number of threads of a run on a CPU: who decides on it, and how it is measured."""
-
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from isic.layout import BEST_CHECKPOINT, LAST_CHECKPOINT
 from isic.runtime.files import read_manifest
 from tests.support.commands import TINY, Cli, tiny_settings
 from train import threads
-from train.checkpoint import BEST, LAST, load_checkpoint
-from train.data import load_data
+from train.checkpoint import load_checkpoint
+from train.rows import load_data
 from train.state import create_state, restore
 from train.threads import measure, set_threads
 
@@ -25,7 +24,7 @@ def _as_before() -> Iterator[None]:
 
 
 class Machine:
-    """A machine on which a pass takes some seconds with each number of threads, and a clock that shows them."""
+    """A simulated machine, with seconds per image by number of threads, and its clock."""
 
     def __init__(self, seconds_per_image: dict[int, list[float]]) -> None:
         self.seconds_per_image, self.now, self.passes = seconds_per_image, 0.0, list[int]()
@@ -71,13 +70,17 @@ def test_the_measurement_changes_neither_model_nor_random_numbers(
     )
     model = create_state(settings, CPU, 0).model
     model.backbone.requires_grad_(False)
-    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
     words = set_threads(model, settings, CPU, None)
     assert torch.get_num_threads() in (1, 2)
-    assert "1 thread: " in words and "2 threads: " in words and "img/s" in words
+    assert "1 thread: " in words
+    assert "2 threads: " in words
+    assert "img/s" in words
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert torch.equal(random, torch.get_rng_state())
-    assert all(weight.grad is None for weight in model.parameters()) and model.training
+    assert all(weight.grad is None for weight in model.parameters())
+    assert model.training
 
 
 def test_settings_come_before_the_stopped_run_and_that_before_the_environment(
@@ -97,7 +100,7 @@ def test_settings_come_before_the_stopped_run_and_that_before_the_environment(
 
 
 def test_several_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun sets OMP_NUM_THREADS to 1 if it is not set; that is no wish of the user's."""
+    """torchrun sets OMP_NUM_THREADS to 1 if it is not set: not a choice of the user."""
     monkeypatch.setattr(threads, "num_cores", lambda: 16)
     monkeypatch.setattr(threads, "DEFAULT_THREADS", 8)
     assert threads.thread_counts() == [1, 8, 16]
@@ -105,13 +108,13 @@ def test_several_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(threads, "DEFAULT_THREADS", 1)
     assert threads.thread_counts() == [1, 4]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert threads._given(None, CPU, None) == (None, "")
+    assert threads._known_number(None, CPU, None) == (None, "")
     monkeypatch.setattr(threads, "DEFAULT_THREADS", 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert threads._given(None, CPU, None) == (2, "OMP_NUM_THREADS")
+    assert threads._known_number(None, CPU, None) == (2, "OMP_NUM_THREADS")
     monkeypatch.setattr(threads, "num_cores", lambda: 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert threads._given(None, CPU, None) == (1, "one core for each process")
+    assert threads._known_number(None, CPU, None) == (1, "one core per process")
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(
@@ -119,13 +122,14 @@ def test_a_resumed_run_keeps_its_number_of_threads(
 ) -> None:
     flags = ["--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
     ended = cli("train", *TINY, *flags, "--num_threads", 2)
-    assert ended.code == 0 and "fold 0: 2 threads (--num_threads)" in ended.out
+    assert ended.code == 0
+    assert "fold 0: 2 threads (--num_threads)" in ended.out
     fold = tmp_path / "tiny" / "fold_0"
-    assert load_checkpoint(fold / LAST)["num_threads"] == 2
-    assert read_manifest(fold / BEST)["num_threads"] == 2
+    assert load_checkpoint(fold / LAST_CHECKPOINT)["num_threads"] == 2
+    assert read_manifest(fold / BEST_CHECKPOINT)["num_threads"] == 2
     settings = tiny_settings(
         data=small_dataset, output_dir=tmp_path, epochs=1, name="tiny", resume=True
     )
     state = create_state(settings, CPU, 0)
-    restore(state, fold / LAST, settings, load_data(settings))
+    restore(state, fold / LAST_CHECKPOINT, settings, load_data(settings).folds.digest)
     assert state.num_threads == 2

@@ -298,7 +298,7 @@ def test_a_damaged_plan_is_refused(built: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.plan"
     path.write_bytes(plan[: len(plan) // 2])
     manifest_path(path).write_bytes(manifest_path(built).read_bytes())
-    with pytest.raises(UserError, match="is not the file its manifest describes"):
+    with pytest.raises(UserError, match="does not match its manifest"):
         load(path, "cuda")
     path.write_bytes(b"not a plan" * 100)
     assert "is damaged or not a plan" in refusal(path, fields)

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,8 @@ def test_a_wrong_command_line_is_one_sentence_and_exit_2(
 ) -> None:
     ended = cli(*arguments)
     assert ended.code == 2
-    assert words in ended.err and ended.err.count("\n") == 1
+    assert words in ended.err
+    assert ended.err.count("\n") == 1
     assert ended.out == ""
 
 
@@ -73,7 +75,8 @@ def test_a_wrong_command_line_is_one_sentence_and_exit_2(
 def test_a_broken_config_names_the_file(cli: Cli, tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "broken.yaml").write_text(text)
     ended = cli("train", "--config", tmp_path / "broken.yaml")
-    assert ended.code == 2 and words in ended.err
+    assert ended.code == 2
+    assert words in ended.err
 
 
 def test_help_lists_every_key() -> None:
@@ -90,13 +93,21 @@ def test_help_lists_every_key() -> None:
     assert "images a micro-batch" in text
 
 
+@pytest.mark.parametrize("module", ["isic", "export", "infer"])
+def test_version_is_that_of_the_package(cli: Cli, module: str) -> None:
+    ended = cli(module, "--version")
+    assert ended.code == 0
+    assert ended.out == f"isic-toolkit {version('isic-toolkit')}\n"
+
+
 @pytest.mark.parametrize("arguments", [["isic"], ["infer", "embed", "--help"]])
 def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
     command = [sys.executable, "-m", *arguments]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout and process.stderr
+        assert process.stdout
+        assert process.stderr
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
@@ -120,7 +131,8 @@ def test_ctrl_c_is_a_word(tmp_path: Path) -> None:
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         signal.signal(signal.SIGINT, former)
-        assert process.stdout and "sampling" in process.stdout.readline()
+        assert process.stdout
+        assert "sampling" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (130, "stopped by SIGINT\n")
@@ -153,7 +165,8 @@ def test_a_character_that_the_output_lacks_loses_no_result(encoding: str, tmp_pa
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert ("±" if encoding != "ascii" else "\\xb1") in ended.stdout and "\\u76ae" in ended.stdout
+    assert ("±" if encoding != "ascii" else "\\xb1") in ended.stdout
+    assert "\\u76ae" in ended.stdout
     assert (tmp_path / "皮膚" / "raw" / "report.html").is_file()
 
 
@@ -161,7 +174,8 @@ def test_a_path_that_is_no_unicode_is_printed(tmp_path: Path) -> None:
     path = os.fsencode(tmp_path) + b"/caf\xe9"
     command = [sys.executable, "-m", "isic", "check", "--data", path]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
-    assert ended.returncode == 2 and b"caf\\udce9" in ended.stderr
+    assert ended.returncode == 2
+    assert b"caf\\udce9" in ended.stderr
     assert b"Traceback" not in ended.stderr
 
 

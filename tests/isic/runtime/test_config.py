@@ -1,49 +1,14 @@
-"""Settings from YAML files and flags: numbers, truth values and paths as people write them."""
+"""Settings from YAML files and flags."""
 
 from pathlib import Path
 
 import pytest
-import yaml
 
-from infer.ensemble.fit import FitSettings
-from isic.runtime import config, yaml12
+from infer.ensemble.fit_settings import FitSettings
+from isic.runtime import config
 from isic.runtime.config import Settings, Several, build, describe_configs, read_config, read_yaml
 from isic.runtime.errors import UserError
 from tests.support.commands import Cli
-
-VALUES = {
-    "1e-2": 0.01,
-    "1E5": 1e5,
-    "-1.5e+3": -1500.0,
-    ".5": 0.5,
-    "1.": 1.0,
-    ".inf": float("inf"),
-    "1_000": 1000,
-    "401_059": 401_059,
-    "010": 10,
-    "0o10": 8,
-    "0x1F": 31,
-    "true": True,
-    "False": False,
-    "null": None,
-    "~": None,
-    "": None,
-    **{word: word for word in ("yes", "no", "on", "off", "None", "nan", "1e", "e5", "1.2.3")},
-    **{word: word for word in ("12:30:45", "2024-01-31", "2024_01_31", "1__0")},
-}
-
-
-@pytest.mark.parametrize("text", VALUES)
-def test_a_plain_word_is_what_version_1_2_says(text: str) -> None:
-    value = yaml12.load(f"key: {text}")["key"]
-    assert value == VALUES[text] and type(value) is type(VALUES[text])
-
-
-@pytest.mark.parametrize("value", [*VALUES, 1e-5, 1e22, 7, True, None, "<<", "plain words"])
-def test_what_is_written_is_read_back(value: object) -> None:
-    """By readers of version 1.1 too."""
-    text = yaml12.dump({"key": value})
-    assert yaml12.load(text) == yaml.safe_load(text) == {"key": value}
 
 
 def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def test_a_killed_writer_leaves_the_former_file(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         cwd=Path(__file__).parents[3],
     )
-    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
     process.kill()
     process.wait()
     time.sleep(0.05)
@@ -69,7 +70,7 @@ def test_a_manifest_knows_its_artifact(tmp_path: Path) -> None:
     write_manifest(artifact, fold=3)
     assert read_manifest(artifact)["fold"] == 3
     artifact.write_bytes(b"other")
-    with pytest.raises(UserError, match="not the file its manifest describes"):
+    with pytest.raises(UserError, match="does not match its manifest"):
         read_manifest(artifact)
     manifest_path(artifact).write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
@@ -99,7 +100,8 @@ def test_a_file_system_without_chmod_and_fsync_is_written_to(
         monkeypatch.setattr(os, name, not_permitted)
     monkeypatch.setattr(os, "fsync", no_sync)
     write_text(tmp_path / "file", "text")
-    assert (tmp_path / "file").read_text() == "text" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "file").read_text() == "text"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_disk_that_fails_when_it_is_asked_to_confirm_is_reported(
@@ -112,7 +114,8 @@ def test_a_disk_that_fails_when_it_is_asked_to_confirm_is_reported(
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(UserError, match=r"cannot write .*file \(Input/output error\)"):
         write_text(tmp_path / "file", "text")
-    assert (tmp_path / "file").read_text() == "former" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "file").read_text() == "former"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_files_are_for_everybody_whom_the_umask_admits(tmp_path: Path) -> None:

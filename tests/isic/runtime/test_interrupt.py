@@ -7,7 +7,13 @@ import sys
 
 import pytest
 
-from isic.runtime.interrupt import SIGNALS, Interrupted, check, held, interruptible
+from isic.runtime.interrupt import (
+    SIGNALS,
+    Interrupted,
+    defer_signals,
+    interruptible,
+    raise_if_interrupted,
+)
 
 
 class Finalized:
@@ -27,30 +33,30 @@ def test_a_signal_within_a_destructor_is_not_lost(number: signal.Signals) -> Non
     with pytest.raises(Interrupted, match=number.name), interruptible():
         Finalized(number)
         passed = True  # Python dropped the exception
-        check()
+        raise_if_interrupted()
     assert passed
     with pytest.raises(Interrupted), interruptible():
         Finalized(number)
     with interruptible():
-        check()
+        raise_if_interrupted()
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_that_is_held_comes_at_the_end(number: signal.Signals) -> None:
     reached = []
     with pytest.raises(Interrupted, match=number.name), interruptible():
-        with held():
+        with defer_signals():
             os.kill(os.getpid(), number)
             reached.append("the end of the block")
         reached.append("what follows")
     assert reached == ["the end of the block"]
-    with interruptible(), held():
+    with interruptible(), defer_signals():
         pass
 
 
 LEFT = """
 import multiprocessing.resource_sharer as sharing, socket, torch
-from isic.runtime.interrupt import leave_to_parent
+from isic.runtime.interrupt import ignore_signals_in_worker
 from torch.utils.data import DataLoader
 
 connect, left = sharing._resource_sharer.get_connection, []
@@ -62,7 +68,7 @@ def leave_then_connect(ident):
     return connect(ident)  # served after the abandoned connection
 
 type(sharing._resource_sharer).get_connection = staticmethod(leave_then_connect)
-loader = DataLoader(torch.arange(8.0), batch_size=4, num_workers=1, worker_init_fn=leave_to_parent)
+loader = DataLoader(torch.arange(8.0), batch_size=4, num_workers=1, worker_init_fn=ignore_signals_in_worker)
 assert torch.equal(torch.cat(list(loader)), torch.arange(8.0)) and left
 """
 

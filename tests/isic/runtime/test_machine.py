@@ -139,7 +139,7 @@ def test_cuda_counts_and_the_variable_names(
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 def test_the_driver_is_asked(tmp_path: Path) -> None:
-    """With a stand-in for libcuda.so.1, which this machine need not have."""
+    """With a fake libcuda.so.1, which this machine need not have."""
     (tmp_path / "driver.c").write_text(FAKE_DRIVER)
     library = tmp_path / "libcuda.so.1"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True)
@@ -169,4 +169,5 @@ def test_a_machine_without_a_gpu_has_none_whatever_is_named(
     if machine.has_gpu():
         pytest.skip("this machine has a GPU")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert gpus() == [] and "no NVIDIA GPU" in str(no_gpu_reason())
+    assert gpus() == []
+    assert "no NVIDIA GPU" in str(no_gpu_reason())

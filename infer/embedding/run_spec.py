@@ -1,0 +1,143 @@
+"""The run spec: everything that determines the content of an embedding run.
+
+A run resumes only if its spec is the one that it began with, so that all its shards agree. Key order
+matters: the digest is that of the spec's JSON.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from infer.embedding.models import Models
+from infer.embedding.settings import BATCH_CPU, BATCH_GPU, EmbedSettings
+from infer.embedding.store import ERRORS_FILE, RUN_FILE, RUN_SPEC_FILE, RUN_SPEC_KEY, ids_digest
+from infer.engines import device_of
+from isic.dataset import Dataset, Split
+from isic.folds import Folds
+from isic.runtime.errors import UserError
+from isic.runtime.files import (
+    digest,
+    holds,
+    read_json,
+    refuse_foreign,
+    sha256,
+    versions,
+    write_json,
+)
+
+RECORDED_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "opencv-python-headless", "numpy", "polars")
+STALE_SECONDS = 3600
+"""Age from which a temporary file is taken for a killed run's, not for one of a run in progress."""
+
+RunSpec = dict[str, Any]
+
+
+def build_run_spec(
+    dataset: Dataset,
+    split: Split,
+    models: Models,
+    folds: Folds,
+    ids: pl.Series,
+    settings: EmbedSettings,
+) -> RunSpec:
+    """Returns the run spec, with its own digest as the last field.
+
+    Args:
+        folds: the fold plan of the training run.
+        ids: of the split's table, in its order.
+    """
+    images = dataset.images(split)
+    spec = {
+        "config": settings.config,
+        "split": split,
+        "folds": models.folds,
+        "folds_mode": settings.folds,
+        "folds_digest": folds.digest,
+        "engines": {str(fold): manifest["sha256"] for fold, manifest in models.manifests.items()},
+        "checkpoints": {
+            str(fold): manifest.get("made_from", manifest)["sha256"]
+            for fold, manifest in models.manifests.items()
+        },
+        "preprocess": models.spec.model_dump(mode="json"),
+        "tta": settings.tta,
+        "dtype": settings.dtype,
+        "num_features": models.num_features,
+        "metadata_sha256": sha256(dataset.metadata_path(split)),
+        "images": {"number": len(images), "sizes": images.sizes_digest()},
+        "versions": versions(*RECORDED_PACKAGES),
+        "batch_size": settings.batch_size or _usual_batch_size(split, models, settings),
+        "ids_digest": ids_digest(ids),
+    }
+    spec[RUN_SPEC_KEY] = digest(json.dumps(spec))
+    return spec
+
+
+def _usual_batch_size(split: Split, models: Models, settings: EmbedSettings) -> int:
+    """Returns the batch size if none is given.
+
+    A resumed run keeps its own, because the last bits of an engine's outputs may depend on it.
+    """
+    path = settings.run_dir.resolve() / split / RUN_SPEC_FILE
+    if path.is_file() and not settings.force:
+        earlier = read_json(path).get("batch_size")
+        if earlier:
+            return int(earlier)
+    if models.batch_size:
+        return int(models.batch_size)
+    device = device_of(models.first_manifest, settings.device)
+    return BATCH_GPU if device == "cuda" else BATCH_CPU
+
+
+def start_or_resume(directory: Path, spec: Mapping[str, Any], force: bool) -> None:
+    """Writes the run spec, or checks that it is the one of the run to resume.
+
+    Temporary files of killed runs are deleted.
+
+    Args:
+        directory: the split's folder.
+        force: delete a run that has another spec.
+
+    Raises:
+        UserError: the files there belong to something else, or to a run with another spec.
+    """
+    path = directory / RUN_SPEC_FILE
+    is_own = holds(path, RUN_SPEC_KEY) or holds(directory / RUN_FILE, RUN_SPEC_KEY)
+    names = (path, directory / RUN_FILE, directory / ERRORS_FILE)
+    refuse_foreign([*names, *directory.glob("fold_*/part-*")], is_own, "--output_dir")
+    if force and is_own:
+        shutil.rmtree(directory)
+    if path.is_file():
+        earlier = read_json(path)
+        changed = [key for key in spec if spec[key] != earlier.get(key)]
+        # Without a shard nothing is lost: an engine may have been refused before the first one.
+        if changed and any(directory.rglob("part-*")):
+            raise UserError(_other_spec(directory, changed[0], earlier, spec))
+        if changed:
+            shutil.rmtree(directory)
+    write_json(path, spec)
+    _delete_stale(directory)
+
+
+def _other_spec(
+    directory: Path, key: str, earlier: Mapping[str, Any], spec: Mapping[str, Any]
+) -> str:
+    """Returns the error message for a run with another value of `key`."""
+    difference = f"{key} = {earlier.get(key)}, now it is {spec[key]}"
+    if isinstance(spec[key], dict):  # digests per fold would not help a reader
+        difference = f"other {key}"
+    return (
+        f"{directory} holds embeddings made with {difference}; "
+        "choose another --output_dir, or replace them with --force"
+    )
+
+
+def _delete_stale(directory: Path) -> None:
+    """Deletes temporary files that a killed run left; recent ones may belong to a running one."""
+    for path in directory.rglob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,103 @@
+"""The settings of `python -m infer embed`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field, model_validator
+
+from infer.engines.registry import ENGINE_FORMATS
+from isic.runtime.config import Settings
+
+BATCH_CPU = 64
+"""ONNX Runtime splits a batch into images, one per core: several for each core of a large CPU."""
+BATCH_GPU = 256
+"""Enough images to fill a GPU."""
+
+
+class EmbedSettings(Settings):
+    """Settings of `infer embed`."""
+
+    config: str = Field(
+        validation_alias=AliasChoices("config", "model_config"),
+        description="name of the model config (or --model_config)",
+    )
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset folder in the challenge's layout"
+    )
+    model_dir: Path | None = Field(
+        None, description="training run with exported folds; outputs/<config> by default"
+    )
+    output_dir: Path = Field(
+        Path("outputs/embeddings"),
+        validation_alias=AliasChoices("output_dir", "out"),
+        description="parent of the embeddings' folder, which is named <config>",
+    )
+    split: Literal["train", "test", "all"] = Field(
+        "all", description="images to embed; all: every split in the dataset"
+    )
+    folds: Literal["oof", "all"] = Field(
+        "oof",
+        description="models per train image: the fold that held it out, or all; a test image is "
+        "always embedded by all",
+    )
+    tta: Literal["none", "flips", "d4"] = Field(
+        "none",
+        description="test-time augmentation: average over flips (4 views), or flips and quarter "
+        "turns (8)",
+    )
+    format: str = Field(
+        "model.onnx",
+        validation_alias=AliasChoices("format", "engine"),
+        description="exported artifact of each fold: a format (onnx, aoti, tensorrt) or a file "
+        "name",
+    )
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = Field(
+        None, description="precision of the artifact, if a format has several"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="device of the engines; auto: a GPU if one can be used"
+    )
+    dtype: Literal["float16", "float32"] = Field("float16", description="type of stored features")
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description=f"images per engine call; {BATCH_CPU} on a CPU, {BATCH_GPU} on a GPU by "
+        "default",
+    )
+    num_threads: int | None = Field(
+        None, ge=1, description="decoding threads per process; one per core by default"
+    )
+    depth: int | None = Field(
+        None, ge=2, description="batches decoded ahead; enough to keep all threads busy by default"
+    )
+    num_processes: int = Field(
+        1, ge=1, description="processes on this machine, each with its own GPU and cores"
+    )
+    ray: str | None = Field(
+        None, description="address of a Ray cluster, or local; runs one actor per GPU"
+    )
+    on_error: Literal["raise", "skip"] = Field(
+        "skip", description="whether a missing or unreadable image stops the run"
+    )
+    max_bad: float = Field(
+        0.01, ge=0, le=1, description="share of skipped images above which the run stops"
+    )
+    quiet: bool = Field(False, description="hide the progress bar")
+    force: bool = Field(
+        False, description="replace embeddings that were made with other models, data or settings"
+    )
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.config
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EmbedSettings":
+        if self.ray and self.num_processes > 1:
+            raise ValueError("--ray sets the number of processes; leave out --num_processes")
+        if self.precision and self.format not in ENGINE_FORMATS:
+            raise ValueError(
+                "--precision chooses among the artifacts of a format; "
+                f"add --format onnx, not {self.format}"
+            )
+        return self

@@ -1,0 +1,177 @@
+"""Embeddings on disk: Parquet shards per split and fold, read back as one table.
+
+| file | content |
+| --- | --- |
+| `<root>/<split>/fold_<k>/part-00000.parquet` | `isic_id`, `features` (fixed-size list), `logit` |
+| `<root>/<split>/errors.parquet` | the images that could not be used, with the reason |
+| `<root>/<split>/run.json` | the settings, inputs and speed of a finished run |
+| `<root>/<split>/plan.json` | the settings and inputs of a run, also of an unfinished one |
+| `<root>/folds.parquet` | which fold held out which row |
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from isic import schema
+from isic.dataset import Split
+from isic.runtime.errors import UserError
+from isic.runtime.files import digest, read_json, write_parquet
+from isic.tables import parquet_metadata, read_parquet, scan_parquet
+
+RUN_SPEC_FILE = "plan.json"
+RUN_FILE = "run.json"
+ERRORS_FILE = "errors.parquet"
+ERRORS_SCHEMA = {"isic_id": pl.String, "reason": pl.String}
+RUN_SPEC_KEY = "plan_digest"
+"""Key of the run spec's digest in a run's JSON files and in the metadata of its shards."""
+SLICE_ROWS = 32768
+"""Ids that are hashed together; all 400,000 at once would be a large list of Python strings."""
+
+
+def fold_dir(root: Path, split: Split, fold: int) -> Path:
+    return root / split / f"fold_{fold}"
+
+
+def shard_path(root: Path, split: Split, fold: int, shard: int) -> Path:
+    return fold_dir(root, split, fold) / f"part-{shard:05d}.parquet"
+
+
+def write_shard(
+    path: Path,
+    ids: Sequence[str],
+    features: NDArray[np.floating],
+    logits: NDArray[np.float32],
+    run_spec_digest: str | None = None,
+) -> None:
+    """Writes one shard atomically; its bytes depend only on the arguments.
+
+    Args:
+        ids: [N].
+        features: [N, D] float16 or float32; stored in that type.
+        logits: [N] float32.
+        run_spec_digest: kept in the file's metadata.
+    """
+    inner = pl.Float16 if features.dtype == np.float16 else pl.Float32
+    table = pl.DataFrame(
+        {
+            "isic_id": pl.Series(list(ids), dtype=pl.String),
+            "features": pl.Series(features, dtype=pl.Array(inner, features.shape[1])),
+            "logit": pl.Series(logits, dtype=pl.Float32),
+        }
+    )
+    write_parquet(path, table, {RUN_SPEC_KEY: run_spec_digest} if run_spec_digest else None)
+
+
+def ids_digest(ids: pl.Series) -> str:
+    """Returns a digest of a table's ids and their order."""
+    slices = ids.to_frame(schema.ID).iter_slices(SLICE_ROWS)
+    return digest(*(digest(*rows[schema.ID]) for rows in slices))
+
+
+def read_run(root: Path, split: Split) -> dict[str, Any]:
+    """Reads the `run.json` of a finished embedding run. Raises UserError if there is none."""
+    path = root / split / RUN_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{root} has no finished {split} embeddings; "
+            f"run `python -m infer embed --split {split}` first"
+        )
+    return read_json(path)
+
+
+ORIGIN_KEYS = {
+    "config": "another config",
+    "checkpoints": "other trained weights",
+    "tta": "another --tta",
+    "preprocess": "another preprocessing",
+}
+"""Fields of `run.json` that determine the values of embeddings, with a phrase for a difference.
+
+The engine is not among them: every engine has passed the parity check against its checkpoint.
+"""
+
+
+def refuse_other_origin(
+    root: Path, split: Split, found: Mapping[str, Any], fitted: Mapping[str, Any]
+) -> None:
+    """Raises a UserError if embeddings differ in origin from those an ensemble was fitted with.
+
+    Args:
+        found: ORIGIN_KEYS of the embeddings in `root`.
+        fitted: ORIGIN_KEYS of the embeddings that the ensemble was fitted with.
+    """
+    for key, difference in ORIGIN_KEYS.items():
+        now, then = found.get(key), fitted.get(key)
+        if now == then:
+            continue
+        values = f" ({now}, not {then})" if isinstance(now, str) else ""
+        raise UserError(
+            f"the {split} embeddings in {root} were made with {difference}{values} than those "
+            "that the ensemble was fitted with; embed with the same, or fit again"
+        )
+
+
+def scan_embeddings(
+    root: Path, split: Split, columns: Iterable[str] = ("features", "logit")
+) -> pl.LazyFrame:
+    """Scans the embeddings of a split lazily.
+
+    Collect the table inside `isic.tables.reading`, which reports a shard that proves damaged.
+
+    Returns:
+        `isic_id` String, `fold` Int8 (of the model that made the row) and the given columns: a
+        row per train image, from the fold that held it out, and one per test image and fold.
+
+    Raises:
+        UserError: the run is not finished, one of its folds has no shards, or a shard belongs to
+            another run or cannot be read.
+    """
+    run = read_run(root, split)
+    frames = []
+    for fold in run["folds"]:
+        directory = fold_dir(root, split, fold)
+        shards = sorted(directory.glob("part-*.parquet"))
+        if not shards:
+            raise UserError(f"{directory} has no shards; run `python -m infer embed` again")
+        _refuse_other_run(shards, run)
+        number = pl.lit(fold, dtype=pl.Int8).alias("fold")
+        frames.append(scan_parquet(shards).select("isic_id", number, *columns))
+    return pl.concat(frames)
+
+
+def _refuse_other_run(shards: Iterable[Path], run: Mapping[str, Any]) -> None:
+    """Raises a UserError if a shard cannot be opened or was made by another run."""
+    for path in shards:
+        if parquet_metadata(path).get(RUN_SPEC_KEY) != run.get(RUN_SPEC_KEY):
+            raise UserError(
+                f"{path} was made by another run than the {RUN_FILE} of its split; "
+                "embed again with --force"
+            )
+
+
+def refuse_missing_embeddings(
+    missing: pl.DataFrame, num_images: int, root: Path, split: Split
+) -> None:
+    """Raises a UserError if an embedding is missing of an image that the run could use.
+
+    Args:
+        missing: `isic_id` and `fold` of the missing embeddings.
+        num_images: how many images should have embeddings.
+    """
+    if missing.is_empty():
+        return
+    errors = root / split / ERRORS_FILE
+    skipped = read_parquet(errors)[schema.ID] if errors.is_file() else pl.Series(dtype=pl.String)
+    missing = missing.filter(~pl.col(schema.ID).is_in(skipped.implode()))
+    if len(missing):
+        raise UserError(
+            f"{root} lacks the {split} embeddings of {missing[schema.ID].n_unique()} of "
+            f"{num_images} images, the first is {missing[schema.ID][0]} for fold "
+            f"{missing['fold'][0]}; run `python -m infer embed --split {split}` on all of them, "
+            "for every fold"
+        )

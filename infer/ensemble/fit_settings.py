@@ -1,0 +1,215 @@
+"""The settings of `python -m infer fit`, with a flag per booster library."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from infer.ensemble.boosters import LIBRARIES, parameters_of
+from infer.ensemble.image_features import EmbeddingSources
+from isic.runtime import yaml12
+from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason
+from isic.runtime.errors import did_you_mean
+
+BLANK_SHARE = 0.2
+"""Share of training rows in which a category is blanked, so that boosters learn to handle a blank.
+
+Chosen by `python -m benchmarks hospitals` on 885 real rows of four hospitals. Change of the pAUC
+compared with no blanks, for raw and engineered features (all noise by `infer compare`):
+
+- split seeds 7, 11 and 13: 0.0000 and +0.0007 on held-out hospitals, -0.0006 and 0.0000 in
+  cross-validation;
+- split seed 42 and other seeds: +0.0011, -0.0006, +0.0010 and -0.0002.
+
+A share of 0.1 was no better. Leaving the hospital's columns out gave +0.0004, -0.0022, -0.0007 and
++0.0006 (noise), and does not help the other columns.
+"""
+NUM_FOLDS = 5
+SPLIT_SEED = 42
+"""The fold plan if none comes with the embeddings or the dataset."""
+
+CHANGES = "library_settings"
+"""The field behind the flags of the libraries."""
+OUTPUT_NAMES = AliasChoices("output_dir", "out")
+
+
+class FitSettings(Settings):
+    """Settings of `infer fit`."""
+
+    config: str | None = Field(
+        None,
+        description="YAML file with any of these keys: a name in configs/ or a path; "
+        "flags take precedence",
+    )
+    data: Path = Field(Path("data/isic-2024"), description="dataset folder")
+    features: str = Field(
+        "engineered",
+        description="comma-separated sets (raw, engineered, extended, image, multimodal, aligned, "
+        "frozen), groups and features",
+    )
+    embeddings: Path | None = Field(
+        None, description="outputs/embeddings/<config>, for image, multimodal and aligned"
+    )
+    frozen: Path | None = Field(
+        None, description="for frozen: embeddings by a model that was trained on other images"
+    )
+    output_dir: Path = Field(
+        Path("outputs/ensemble"),
+        validation_alias=OUTPUT_NAMES,
+        description="parent of the ensemble's folder",
+    )
+    name: str = Field(
+        "",
+        description="name of the ensemble's folder; by default the features and the embeddings' "
+        "config",
+    )
+    libraries: Several[str] = Field(("lightgbm",), description=f"some of {', '.join(LIBRARIES)}")
+    weights: Several[float] = Field(
+        (), description="one number per library, to weight its ranks; equal by default"
+    )
+    seeds: int = Field(
+        3, ge=1, description="boosters per fold and library, each on its own sample of negatives"
+    )
+    seed: int = Field(0, ge=0, description="the first seed")
+    num_folds: int | None = Field(
+        None,
+        ge=2,
+        description=f"folds if neither embeddings nor dataset have a fold plan, {NUM_FOLDS} by "
+        "default; must match the plan if there is one",
+    )
+    split_seed: int | None = Field(
+        None,
+        ge=0,
+        description=f"seed of those folds, {SPLIT_SEED} by default; must match the plan if there "
+        "is one",
+    )
+    num_rounds: int | None = Field(
+        None, ge=1, description="boosting rounds; each library has its own default"
+    )
+    negatives: float = Field(
+        100.0, gt=0, allow_inf_nan=False, description="sampled negatives per positive"
+    )
+    image_noise: float = Field(
+        0.1,
+        ge=0,
+        allow_inf_nan=False,
+        description="standard deviation of the noise on the image scores of training rows",
+    )
+    blank_share: float = Field(
+        BLANK_SHARE,
+        ge=0,
+        lt=1,
+        description="share of the training rows in which a category is blanked, per column",
+    )
+    num_threads: int = Field(0, ge=0, description="threads, 0 for all cores")
+    force: bool = Field(
+        False, description="replace an ensemble of that name that has other settings"
+    )
+    library_settings: dict[str, dict[str, Any]] = Field(
+        {}, description="changed settings per library; the flags are the libraries' names"
+    )
+
+    @classmethod
+    def flags(cls) -> dict[str, FieldInfo]:
+        """Returns the flags: one per library in place of `library_settings`."""
+        others = {name: field for name, field in cls.model_fields.items() if name != CHANGES}
+        help_text = 'changed settings of {}, such as "{{num_rounds: 100}}"'
+        libraries = {
+            name: FieldInfo(default={}, description=help_text.format(name)) for name in LIBRARIES
+        }
+        return {**others, **libraries}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, values: Any) -> Any:
+        """Adds the values of the config file, and gathers the flags of the libraries."""
+        if not isinstance(values, Mapping):
+            return values
+        if values.get("config"):
+            values = cls._over_config(values)
+        others = {key: value for key, value in values.items() if key not in LIBRARIES}
+        gathered = {key: _parse_changes(key, values[key]) for key in LIBRARIES if key in values}
+        if not gathered:
+            return others
+        changes = others.setdefault(CHANGES, {})
+        if isinstance(changes, Mapping):  # else the field's own validation reports it
+            others[CHANGES] = {**changes, **gathered}
+        return others
+
+    @classmethod
+    def _over_config(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the values of the config file, replaced by those given as flags."""
+        path = find_config(values["config"])
+        from_file = read_yaml(path)
+        build(cls, from_file, str(path))  # on its own, so that an error names the file
+        if any(name in values for name in OUTPUT_NAMES.choices):
+            # The flag may have the other name of the two.
+            from_file = {k: v for k, v in from_file.items() if k not in OUTPUT_NAMES.choices}
+        return {**from_file, **values}
+
+    @field_validator("libraries")
+    @classmethod
+    def _are_known_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            _need_library(name)
+        if not value or len(set(value)) < len(value):
+            raise ValueError("name each library once")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FitSettings":
+        if self.weights and len(self.weights) != len(self.libraries):
+            raise ValueError(
+                f"--weights needs {len(self.libraries)} numbers, one per entry of --libraries"
+            )
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError(
+                "--weights must be numbers above 0; leave a library out of --libraries instead"
+            )
+        for name, changes in self.library_settings.items():
+            _need_library(name)
+            parameters_of(name, changes)
+        return self
+
+    def parameters(self, library: str) -> dict[str, Any]:
+        """Returns all settings of a library, the changed ones included."""
+        changes = dict(self.library_settings.get(library, {}))
+        if self.num_rounds:
+            changes["num_rounds"] = self.num_rounds
+        return parameters_of(library, changes)
+
+    @property
+    def seed_of_split(self) -> int:
+        return SPLIT_SEED if self.split_seed is None else self.split_seed
+
+    @property
+    def library_weights(self) -> dict[str, float]:
+        weights = self.weights or (1.0,) * len(self.libraries)
+        return dict(zip(self.libraries, weights, strict=True))
+
+    @property
+    def sources(self) -> EmbeddingSources:
+        return EmbeddingSources(self.embeddings, self.frozen)
+
+
+def _parse_changes(library: str, value: Any) -> dict[str, Any]:
+    """Returns a library's changed settings, from a mapping or the YAML of one."""
+    try:
+        parsed = yaml12.load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"--{library}: this is not the YAML of a mapping ({yaml_reason(error)})"
+        ) from None
+    if not isinstance(parsed, Mapping) or not all(isinstance(key, str) for key in parsed):
+        example = '"{num_rounds: 100}"'
+        raise ValueError(f"--{library} needs a mapping such as {example}, got {value!r}")
+    return dict(parsed)
+
+
+def _need_library(name: str) -> None:
+    if name not in LIBRARIES:
+        raise ValueError(f'unknown library "{name}", {did_you_mean(name, LIBRARIES)}')

@@ -1,0 +1,130 @@
+"""Fit a booster per library, fold and seed, and score each fold's held-out rows with it."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from infer.ensemble import image_scores
+from infer.ensemble.blend import Scores, model_name
+from infer.ensemble.boosters import LIBRARIES, fit_booster
+from infer.ensemble.fit_settings import FitSettings
+from isic.features import Encoding, fit_encoding
+from isic.runtime.errors import UserError
+from isic.runtime.machine import num_cores
+
+NOISE_STREAM = 1
+BLANK_STREAM = 2
+"""Added to a booster's seed, so that its random choices are independent of each other."""
+
+Task = tuple[str, int, int]
+"""Library, fold and seed of a booster."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Fitted boosters, the encodings of their features, and their out-of-fold scores."""
+
+    boosters: dict[Task, str] = field(default_factory=dict)
+    """Text by library, fold and seed."""
+    encodings: dict[int, Encoding] = field(default_factory=dict)
+    """By fold."""
+    scores: dict[str, Scores] = field(default_factory=dict)
+    """[N] by model name."""
+
+
+def fit_boosters(
+    table: pl.DataFrame,
+    names: tuple[str, ...],
+    target: NDArray[np.integer],
+    fold: NDArray[np.integer],
+    settings: FitSettings,
+) -> FitResult:
+    """Fits all boosters of an ensemble and scores every row out of fold.
+
+    Args:
+        table: feature table of N rows.
+        names: the columns to use.
+        target, fold: [N].
+
+    Raises:
+        UserError: the rows outside a fold are of one class.
+    """
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    fold_ids = np.unique(fold).tolist()
+    tasks = list(itertools.product(settings.libraries, fold_ids, seeds))
+    result = FitResult()
+    for library, _, seed in tasks:
+        result.scores[model_name(library, seed)] = np.zeros(len(table))
+    for k in fold_ids:
+        _need_both_classes(target[fold != k], k)
+        result.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), names)
+
+    def fit_one(task: Task) -> tuple[str, Scores]:
+        library, k, seed = task
+        encoding = result.encodings[k]
+        rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
+        matrix = encoding.transform(table[rows])
+        _add_noise(matrix, names, settings.image_noise, (seed, k))
+        blanks = np.random.default_rng((seed, k, BLANK_STREAM))
+        encoding.blank_categories(matrix, settings.blank_share, blanks)
+        text = fit_booster(library, matrix, target[rows], names, settings.parameters(library), seed)
+        # Scored by the text, as in prediction, not by the booster in memory.
+        held_out = encoding.transform(table.filter(pl.Series(fold == k)))
+        return text, LIBRARIES[library].load(text)(held_out, 1)
+
+    # Threads rather than processes: the libraries release the GIL, and the table is shared.
+    pool = ThreadPoolExecutor(settings.num_threads or num_cores())
+    try:
+        fitted = tqdm(pool.map(fit_one, tasks), "boosters", len(tasks), leave=False, disable=None)
+        for task, (text, score) in zip(tasks, fitted, strict=True):
+            library, k, seed = task
+            result.boosters[task] = text
+            result.scores[model_name(library, seed)][fold == k] = score
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the rest is of no use
+    return result
+
+
+def undersample(
+    target: NDArray[np.integer], rows: NDArray[np.int64], negatives: float, seed: tuple[int, int]
+) -> NDArray[np.int64]:
+    """Returns all positive rows and a sample of the negative ones, sorted.
+
+    Args:
+        target: [N], 0 or 1.
+        rows: the indices to choose from.
+        negatives: kept per positive; at least one is kept in all.
+    """
+    positive = rows[target[rows] == 1]
+    negative = rows[target[rows] == 0]
+    num_kept = max(int(len(positive) * negatives), 1)
+    if num_kept < len(negative):
+        negative = np.random.default_rng(seed).choice(negative, num_kept, replace=False)
+    return np.sort(np.concatenate([positive, negative]))
+
+
+def _add_noise(
+    matrix: NDArray[np.float32], names: tuple[str, ...], deviation: float, seed: tuple[int, int]
+) -> None:
+    """Adds noise to each row's image score in place, and the same noise to its relative score.
+
+    New rows have slightly different scores, so the trees should not rely on exact values.
+    """
+    columns = [names.index(name) for name in image_scores.IMAGE_FEATURES if name in names]
+    if columns and deviation:
+        random = np.random.default_rng((*seed, NOISE_STREAM))
+        noise = random.normal(0, deviation, (len(matrix), 1))
+        matrix[:, columns] += noise.astype(np.float32)
+
+
+def _need_both_classes(target: NDArray[np.integer], fold: int) -> None:
+    if target.min() == target.max():
+        raise UserError(
+            f"the rows outside fold {fold} all have target {target[0]}; "
+            "use fewer folds or more data"
+        )

@@ -1,0 +1,24 @@
+"""The size of model configs."""
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from benchmarks import configs as module
+from benchmarks.configs import ConfigsSettings, configs, describe
+from isic.runtime.config import describe_configs
+
+
+def test_a_row_has_what_timm_says_of_the_network() -> None:
+    row = describe("vit_tiny")
+    assert row["network"] == "vit_tiny_patch16_224"
+    assert row["size"] == 224
+    assert row["features"] == 192
+    assert row["parameters_m"] == pytest.approx(5.5, abs=0.1)
+
+
+def test_every_config_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "describe", lambda name: {"what": name})
+    configs(ConfigsSettings(results=tmp_path))
+    assert pl.read_csv(tmp_path / "configs.csv")["what"].to_list() == list(describe_configs())

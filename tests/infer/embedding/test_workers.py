@@ -1,0 +1,96 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import pytest
+
+from infer.embedding.workers import core_slice
+from tests.support.commands import ROOT
+from tests.support.fake_run import FakeRun, make_fake_run, shard_bytes
+
+WORKERS_WITHOUT_CORES = """
+from infer.embedding import workers
+from infer.embedding.embed import embed_dataset
+from isic.runtime import cli
+
+if __name__ == "__main__":  # workers import this file too
+    workers.core_slice = lambda *arguments: [100_000]
+    cli.run({"embed": embed_dataset})
+"""
+
+
+def test_cores_are_shared_out() -> None:
+    assert [core_slice([4, 5, 6, 7], index, 2) for index in range(2)] == [[4, 5], [6, 7]]
+    assert [core_slice([0, 1], index, 3) for index in range(3)] == [[0], [1], [0]]
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_bytes(
+    whole: Path, fake_run: FakeRun, tmp_path: Path
+) -> None:
+    ended = fake_run.run(tmp_path, "--num_processes", 3)
+    assert ended.returncode == 0, ended.stderr
+    assert "images=300" in ended.stdout
+    assert shard_bytes(tmp_path / "null") == shard_bytes(whole)
+
+
+def children(pid: int) -> list[int]:
+    """Returns the worker processes of a run; Linux only."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [
+        int(child)
+        for child in found
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through /proc")
+def test_the_shards_of_a_lost_worker_are_embedded_again(tmp_path: Path) -> None:
+    slow = make_fake_run(tmp_path / "slow", images_per_second=100)
+    assert slow.run(tmp_path / "whole").returncode == 0
+    command = slow.command(tmp_path / "lost", "--num_processes", 2)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not shard_bytes(tmp_path / "lost") and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "a worker was lost (exit code -9)" in errors
+    assert "images=300" in out
+    assert shard_bytes(tmp_path / "lost") == shard_bytes(tmp_path / "whole")
+
+
+def test_an_error_of_a_worker_reaches_the_user(fake_run: FakeRun, tmp_path: Path) -> None:
+    data = shutil.copytree(fake_run.data, tmp_path / "data")
+    with h5py.File(data / "train-image.hdf5", "a") as file:
+        for row in range(30):
+            del file[f"ISIC_{row:07d}"]
+    ended = FakeRun(data, fake_run.model_dir).run(tmp_path / "out", "--num_processes", 2)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "cannot be used (" in ended.stderr
+    assert "no image for this id" in ended.stderr
+
+
+def test_workers_that_all_die_end_the_run(fake_run: FakeRun, tmp_path: Path) -> None:
+    """Their cores do not exist, so every round fails."""
+    (tmp_path / "run.py").write_text(WORKERS_WITHOUT_CORES)
+    command = [
+        sys.executable,
+        str(tmp_path / "run.py"),
+        *fake_run.flags(tmp_path / "out", "--num_processes", 2),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert ended.returncode == 2
+    assert "every worker was lost before it finished one" in ended.stderr

@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import pytest
+
+from infer.ensemble.fit_settings import FitSettings
+from isic.runtime.config import CONFIG_DIR, build
+from isic.runtime.errors import UserError
+
+
+def test_the_flags_of_libraries_are_merged_into_the_mapping() -> None:
+    mapping = {"lightgbm": {"max_depth": 3}, "xgboost": {"max_depth": 2}}
+    chosen = build(FitSettings, {"library_settings": mapping, "xgboost": "{gamma: 1}"})
+    assert chosen.library_settings == {"lightgbm": {"max_depth": 3}, "xgboost": {"gamma": 1}}
+    assert build(FitSettings, {"library_settings": chosen.library_settings}) == chosen
+
+
+def test_flags_take_precedence_over_the_file(library_config: Path) -> None:
+    flags = {"config": str(library_config), "catboost": "{depth: 2}", "seeds": "4"}
+    chosen = build(FitSettings, flags)
+    assert chosen.parameters("catboost")["depth"] == 2
+    assert chosen.seeds == 4
+    assert chosen.features == "raw"
+
+
+@pytest.mark.parametrize("in_file", ["out", "output_dir"])
+@pytest.mark.parametrize("flag", ["out", "output_dir"])
+def test_both_names_of_the_output_folder_take_precedence_over_the_file(
+    tmp_path: Path, in_file: str, flag: str
+) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"{in_file}: file\n")
+    assert build(FitSettings, {"config": str(config)}).output_dir == Path("file")
+    chosen = build(FitSettings, {"config": str(config), flag: "flag"})
+    assert chosen.output_dir == Path("flag")
+
+
+BAD_SETTINGS: tuple[tuple[dict[str, object], str], ...] = (
+    ({"libraries": "lightgbm,xgbost"}, 'unknown library "xgbost", did you mean "xgboost"'),
+    ({"libraries": "xgboost,xgboost"}, "name each library once"),
+    ({"libraries": "xgboost,lightgbm", "weights": "1,2,3"}, "weights needs 2 numbers"),
+    ({"weights": "0"}, "weights must be numbers above 0"),
+    ({"weights": "nan"}, "weights must be numbers above 0; leave"),
+    ({"negatives": "inf"}, "negatives.*finite"),
+    ({"image_noise": "inf"}, "image_noise.*finite"),
+    ({"lightgbm": "{max_depth: deep}"}, "lightgbm: max_depth is a whole number, not deep"),
+    (
+        {"lightgbm": "{min_data_in_leaf: 1.5}"},
+        "lightgbm: min_data_in_leaf is a whole number, not 1.5",
+    ),
+    ({"lightgbm": "{learning_rate: true}"}, "lightgbm: learning_rate is a number, not True"),
+    ({"lightgbm": "{extra_trees: 1}"}, "lightgbm: extra_trees is true or false, not 1"),
+    ({"xgboost": "{num_rounds: 0}"}, "xgboost: num_rounds is 0; give at least one"),
+    (
+        {"xgboost": "{max_dept: 3}"},
+        'xgboost has no setting "max_dept" here, did you mean "max_depth"',
+    ),
+    ({"lightgbm": "3"}, "--lightgbm needs a mapping such as .*, got '3'"),
+    ({"catboost": "{depth: 3"}, "--catboost: this is not the YAML of a mapping"),
+    ({"library_settings": {"xgbost": {}}}, 'unknown library "xgbost"'),
+    ({"library_settings": "3", "lightgbm": "{max_depth: 3}"}, "--library_settings: .*dictionary"),
+    ({"lightgb": "{max_depth: 3}"}, 'unknown key "lightgb", did you mean "lightgbm"'),
+    ({"config": "ensembles/thre"}, 'no config "ensembles/thre", did you mean "ensembles/three"'),
+)
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
+def test_bad_settings_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(FitSettings, settings)
+
+
+def test_a_config_with_an_unknown_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("seds: 3\n")
+    with pytest.raises(UserError, match=r'bad\.yaml: unknown key "seds", did you mean "seeds"'):
+        build(FitSettings, {"config": str(tmp_path / "bad.yaml")})
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONFIG_DIR / "ensembles").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_config_is_valid(path: Path) -> None:
+    build(FitSettings, {"config": f"ensembles/{path.stem}"})

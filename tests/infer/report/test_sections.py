@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from infer.ensemble.fit import fit_ensemble
+from infer.report import write_report
+from isic.metrics import pauc, roc_auc, top_k
+from tests.support.ensembles import fit_settings
+
+
+def test_the_tables_hold_the_scores(page: str, oof: pl.DataFrame) -> None:
+    def line(name: str, rows: pl.DataFrame, model: str) -> str:
+        values = (
+            f"{pauc(rows['target'], rows[model]):.4f}",
+            f"{roc_auc(rows['target'], rows[model]):.4f}",
+        )
+        top = top_k(rows["target"], rows[model], rows["patient_id"])
+        shares = (
+            f"{100 * share:.1f}\N{NO-BREAK SPACE}%" for share in (top.by_lesion, top.by_patient)
+        )
+        return f'<th scope="row">{name}</th>' + "".join(
+            f"<td>{value}</td>" for value in (*values, *shares)
+        )
+
+    for (fold,), rows in oof.group_by("fold"):
+        assert (
+            line(str(fold), rows, "blend") + f"<td>{len(rows)}</td><td>{rows['target'].sum()}</td>"
+            in page
+        )
+    for model in ("lightgbm_seed_0", "lightgbm_seed_1", "blend"):
+        assert line(model, oof, model) in page
+    assert line("pooled", oof, "blend") in page
+
+
+def test_without_trees_and_without_images(data: Path, embeddings: Path, tmp_path: Path) -> None:
+    image = fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=embeddings))
+    assert "There are no trees" in write_report(image, data).read_text()
+    tabular = fit_ensemble(fit_settings(data, tmp_path, features="numeric", num_rounds=2))
+    assert "so there is no map" in write_report(tabular, data, embeddings).read_text()
+
+
+@pytest.mark.parametrize(
+    ("features", "sentence"),
+    [
+        ("numeric", "by boosters that were fitted without the patient."),
+        ("image", "by an image model that was trained without the patient."),
+        ("numeric,image", "so the independence is not complete."),
+    ],
+)
+def test_the_report_does_not_claim_more_independence_than_there_is(
+    data: Path, embeddings: Path, tmp_path: Path, features: str, sentence: str
+) -> None:
+    chosen = {"features": features, "embeddings": embeddings, "num_rounds": 2, "name": "it"}
+    page = write_report(fit_ensemble(fit_settings(data, tmp_path, **chosen)), data).read_text()
+    assert sentence in page
+    assert "never saw the patient" not in page

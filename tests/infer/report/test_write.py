@@ -1,0 +1,98 @@
+"""The report as a whole: its command, its sections and how it looks in a browser."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser
+
+from infer.ensemble.fit import fit_ensemble
+from infer.report import write_report
+from infer.report.cases import NUM_CASES
+from isic.runtime.errors import UserError
+from tests.support.browser import WIDTHS, look
+from tests.support.commands import Cli
+from tests.support.ensembles import fit_settings, write_dataset, write_embeddings
+
+
+def copied(root: Path, to: Path) -> Path:
+    return Path(shutil.copytree(root, to))
+
+
+def test_nothing_in_the_data_becomes_markup(page: str, with_images: Path) -> None:
+    for text in (page, with_images.read_text()):
+        for markup in ("<script", "<img src=x", "<i>", "<b>&quot;"):
+            assert markup not in text
+        assert "&lt;script&gt;alert(1)&lt;/script&gt;&quot;" in text
+    assert "<h1>a &lt;i&gt;&amp;amp;</h1>" in page
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_it_is_sound_in_a_browser(
+    browser: Browser, fitted: Path, data: Path, with_images: Path, width: int
+) -> None:
+    seen = look(browser, with_images, width)
+    seen.assert_sound()
+    text = with_images.read_text()
+    assert seen.num_images == text.count('src="data:image/jpeg;base64,') > NUM_CASES
+    assert ">no image for this id</div>" in text
+    assert ">truncated JPEG</div>" in text
+    without = write_report(fitted, data)
+    tables_only = look(browser, without, width, "dark")
+    tables_only.assert_sound()
+    assert tables_only.num_images == 0
+    assert "This dataset has no images." in without.read_text()
+
+
+def test_real_lesions_in_a_browser(browser: Browser, real_data: Path, tmp_path: Path) -> None:
+    data = real_data / "real-pairs"
+    root = fit_ensemble(fit_settings(data, tmp_path, features="numeric", num_rounds=10))
+    seen = look(browser, write_report(root, data), 390)
+    seen.assert_sound()
+    assert seen.num_images >= 2 * NUM_CASES
+
+
+def test_the_same_inputs_give_the_same_bytes(
+    with_images: Path, embeddings: Path, data: Path
+) -> None:
+    before = with_images.read_bytes()
+    write_report(with_images.parent, data.parent / "with_images", embeddings)
+    assert with_images.read_bytes() == before
+
+
+def test_images_that_cannot_be_opened_leave_the_rest(
+    data: Path, fitted: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "damaged"
+    root.mkdir()
+    (root / "train-metadata.csv").write_bytes((data / "train-metadata.csv").read_bytes())
+    (root / "train-image.hdf5").write_bytes(b"not HDF5")
+    assert (
+        "The images cannot be read: "
+        in write_report(copied(fitted, tmp_path / "copy"), root).read_text()
+    )
+
+
+def test_the_command(data: Path, fitted: Path, embeddings: Path, tmp_path: Path, cli: Cli) -> None:
+    root = copied(fitted, tmp_path / "copy")
+    ended = cli("infer", "report", "--ensemble", root, "--data", data)
+    assert ended.out == f"report: {root / 'report.html'}\n"
+    assert "Not drawn" in (root / "report.html").read_text()
+    ended = cli("infer", "report", "--ensemble", root, "--data", data, "--embeddings", embeddings)
+    assert "<h3>Fold 2</h3>" in (root / "report.html").read_text()
+    ended = cli("infer", "report", "--ensemble", data, "--data", data)
+    assert ended.code == 2
+    assert "no finished ensemble" in ended.err
+    other = write_dataset(tmp_path / "other", num_train=100, num_positives=20)
+    ended = cli("infer", "report", "--ensemble", root, "--data", other)
+    assert ended.code == 2
+    assert "lacks 300 of the scored rows" in ended.err
+    strange = write_embeddings(tmp_path / "strange", other)
+    ended = cli("infer", "report", "--ensemble", root, "--data", data, "--embeddings", strange)
+    assert ended.code == 2
+    assert "fold plan" in ended.err
+
+
+def test_a_folder_without_an_ensemble_is_refused(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(UserError, match="no finished ensemble"):
+        write_report(tmp_path, data)

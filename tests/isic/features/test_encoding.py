@@ -1,0 +1,41 @@
+"""Encoding of categories and blanks."""
+
+import numpy as np
+import polars as pl
+
+from isic.features import (
+    Encoding,
+    fit_encoding,
+)
+from tests.support.tables import EXTENDED
+
+
+def test_codes_follow_frequency_and_what_is_unseen_is_a_blank() -> None:
+    text = ["b", "a", "b", None, "c", "a", "b"]
+    features = pl.DataFrame(
+        {"sex": text, "age_approx": pl.Series([None, 1, 2, 3, 4, None, 10], dtype=pl.Float32)}
+    )
+    encoding = fit_encoding(features, ("age_approx", "sex"))
+    new = pl.DataFrame(
+        {"sex": ["b", "a", "c", "new", None], "age_approx": pl.Series([None] * 5, dtype=pl.Float32)}
+    )
+    matrix = encoding.transform(new)
+    assert matrix.dtype == np.float32
+    assert matrix.flags.c_contiguous
+    assert matrix[:, 1].tolist() == [0, 1, 2, -1, -1]
+    assert matrix[:, 0].tolist() == [3.0] * 5
+
+
+def test_a_column_blank_in_every_training_row_is_zero() -> None:
+    features = pl.DataFrame(
+        {"sex": [None], "age_approx": [None]}, schema={"sex": pl.String, "age_approx": pl.Float32}
+    )
+    encoding = fit_encoding(features, ("age_approx", "sex"))
+    assert encoding.transform(features).tolist() == [[0, -1]]
+    assert encoding.transform(features.with_columns(sex=pl.lit("male"))).tolist() == [[0, -1]]
+
+
+def test_an_encoding_survives_its_file_form_bit_for_bit(extended: pl.DataFrame) -> None:
+    encoding = fit_encoding(extended, EXTENDED)
+    again = Encoding.from_json(EXTENDED, encoding.to_json())
+    np.testing.assert_array_equal(again.transform(extended), encoding.transform(extended))

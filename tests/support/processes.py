@@ -1,0 +1,59 @@
+"""Training as a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.commands import ROOT, TINY
+
+LONG_EPOCHS = "--batch_size 8 --positive_repeats 60 --fold 0 --epochs 2 --ema_decay 0.9"
+"""Flags for about 120 steps per epoch, so that a signal arrives within one."""
+
+
+def command(*arguments: object, num_processes: int = 1) -> list[str]:
+    """Returns the command that trains the tiny model, by torchrun if in several processes."""
+    launcher = []
+    if num_processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        launcher.append(str(num_processes))
+    return [sys.executable, *launcher, "-m", "train", *map(str, (*TINY, *arguments))]
+
+
+@contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Runs training in its own process group; kills it at the end of the block."""
+    process = subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Waits until a process has written a file."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, f"no {path}"
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.005)
+
+
+def history(fold_dir: Path) -> list[dict[str, float]]:
+    """Returns the loss and the scores of a fold's epochs."""
+    entries = [json.loads(line) for line in (fold_dir / "history.jsonl").read_text().splitlines()]
+    return [{key: entry[key] for key in ("epoch", "loss", "pauc", "auc")} for entry in entries]

@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from isic.layout import LAST_CHECKPOINT
+from isic.runtime.errors import UserError
+from tests.support.datasets import small_disk
+from train.checkpoint import KEYS, load_checkpoint, save_checkpoint
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_readable(tmp_path: Path) -> None:
+    path = tmp_path / "disk" / LAST_CHECKPOINT
+    values = dict.fromkeys(KEYS, 0)
+    with small_disk(path.parent, "1m"):
+        save_checkpoint(path, **values, weights=torch.ones(100_000))
+        with pytest.raises(UserError, match=r"the disk is full, so .*last\.pth was not written"):
+            save_checkpoint(path, **values, weights=torch.zeros(400_000))
+        assert load_checkpoint(path)["weights"].sum() == 100_000
+        assert list(path.parent.iterdir()) == [path]
+
+
+class Malicious:
+    """An object that runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("executed",))
+
+
+def test_a_checkpoint_that_holds_code_is_refused_unexecuted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"model_state_dict": Malicious()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="more than tensors and plain values"):
+        load_checkpoint(tmp_path / "evil.pth")
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_something_else_or_cut_short_is_refused(tmp_path: Path) -> None:
+    torch.save({"state": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(
+        UserError, match="is not a checkpoint of this toolkit: it lacks model_state_dict"
+    ):
+        load_checkpoint(tmp_path / "other.pth")
+    save_checkpoint(tmp_path / "cut.pth", **dict.fromkeys(KEYS, torch.zeros(1000)))
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-700])
+    with pytest.raises(UserError, match="is damaged"):
+        load_checkpoint(tmp_path / "cut.pth")
+    for content in (b"", b"hello\nworld", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(100)):
+        (tmp_path / "cut.pth").write_bytes(content)
+        with pytest.raises(UserError, match=r"is damaged|is not loaded"):
+            load_checkpoint(tmp_path / "cut.pth")
+    with pytest.raises(UserError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "none.pth")

@@ -1,0 +1,37 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from isic.runtime.errors import UserError
+from tests.support.commands import TINY, Cli
+from train.history import last_epoch, read_history
+from train.optim import BACKBONE, HEAD
+
+
+def test_an_empty_history_has_no_last_epoch(tmp_path: Path) -> None:
+    (tmp_path / "history.jsonl").touch()
+    assert last_epoch(read_history(tmp_path / "history.jsonl")) == 0
+
+
+@pytest.mark.parametrize("text", ["half\n", "[1]\n", '{"loss": 1}\n'])
+def test_a_file_that_is_no_history_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "history.jsonl").write_text(text)
+    with pytest.raises(UserError, match=r"history\.jsonl"):
+        read_history(tmp_path / "history.jsonl")
+
+
+def test_the_history_holds_the_rates_of_both_parts(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags = ["--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--batch_size", 8]
+    rates = ["--epochs", 4, "--freeze_epochs", 2, "--lr", 0.01, "--lr_backbone", 0.001]
+    assert cli("train", *TINY, *flags, *rates, "--layer_decay", 0.9).code == 0
+    lines = (tmp_path / "tiny" / "fold_0" / "history.jsonl").read_text().splitlines()
+    history = [json.loads(line) for line in lines]
+    head = [entry[f"lr_{HEAD}"] for entry in history]
+    backbone = [entry[f"lr_{BACKBONE}"] for entry in history]
+    assert head[0] == 0.01
+    assert head[1:] == sorted(head[1:], reverse=True)
+    assert backbone[:2] == [0, 0]
+    assert backbone[2:] == pytest.approx([rate / 10 for rate in head[2:]])

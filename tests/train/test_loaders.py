@@ -1,0 +1,119 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from isic.layout import LAST_CHECKPOINT
+from tests.support.commands import ROOT, TINY, tiny_settings
+from tests.support.datasets import small_table, write_hdf5
+from tests.support.processes import LONG_EPOCHS, started, wait_for
+from train.augment import create_augmentation
+from train.batch import NO_MASK
+from train.loaders import LesionImages
+from train.model import preprocess_spec
+from train.rows import load_data
+
+
+def test_masks_are_augmented_with_their_images(small_dataset: Path, tmp_path: Path) -> None:
+    """Of an image with a bright corner and its mask, both have the same corner afterwards."""
+    image = np.full((32, 32, 3), 20, np.uint8)
+    image[:12, :9] = 220
+    png = cv2.imencode(".png", image)[1].tobytes()
+    write_hdf5(small_dataset / "train-image.hdf5", dict.fromkeys(small_table()["isic_id"], png))
+    mask = cv2.imencode(".png", (image > 100).astype(np.uint8)[..., 0] * 255)[1].tobytes()
+    write_hdf5(small_dataset / "masks.hdf5", dict.fromkeys(small_table()["isic_id"][:30], mask))
+    settings = tiny_settings(data=small_dataset, output_dir=tmp_path, mask_weight=1.0)
+    images = LesionImages(
+        load_data(settings), preprocess_spec(settings), create_augmentation("light")
+    )
+    for seed in range(8):
+        pixels, _, _, augmented_mask = images[3, seed]
+        assert ((pixels[..., 0] > 110) == augmented_mask).mean() > 0.99
+    assert (images[40, 0][3] == NO_MASK).all(), "an image without a mask"
+
+
+def run_with_shared_memory(size: str, script: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with a /dev/shm of that size; skips the test if this user may not mount it."""
+    unshare = ["unshare", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    if subprocess.run([*unshare, mount], capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount another /dev/shm")
+    return subprocess.run(
+        [*unshare, f'{mount} && exec "$@"', "sh", sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+CLAIM_MORE = "import shutil; shutil.disk_usage = lambda path: type('Usage', (), {'free': 2**30})"
+"""Reports free memory that another program is about to take."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("claim", ["", CLAIM_MORE], ids=["small", "taken"])
+def test_too_little_shared_memory_is_reported(
+    claim: str, small_dataset: Path, tmp_path: Path
+) -> None:
+    flags = ["--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
+    flags += ["--batch_size", 16, "--image_size", 64, "--positive_repeats", 8, "--num_workers", 4]
+    arguments = [str(part) for part in ("train", *TINY, *flags)]
+    script = (
+        f"{claim}\nimport runpy, sys\nsys.argv = {arguments!r}\n"
+        "runpy.run_module('train', run_name='__main__')"
+    )
+    ended = run_with_shared_memory("1m", script)
+    assert "Traceback" not in ended.stderr
+    assert "--shm-size" in ended.stderr
+    assert "--num_workers" in ended.stderr
+    if claim:
+        assert ended.returncode == 2
+        assert "error: the image-decoding workers ran out of shared memory" in ended.stderr
+    else:
+        assert ended.returncode == 0, ended.stderr
+        warning = "MB for the batches of 4 workers; 2 are used, with one batch each"
+        assert ended.stderr.count(warning) == 1
+
+
+def loader_processes(parent: int) -> list[int]:
+    """Returns the loader workers of a process, without torch's resource tracker."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [
+        int(child)
+        for child in children
+        if "-m\0train" in Path(f"/proc/{child}/cmdline").read_text()
+    ]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_reported(small_dataset: Path, tmp_path: Path) -> None:
+    flags = [
+        *LONG_EPOCHS.split(),
+        "--data",
+        small_dataset,
+        "--output_dir",
+        tmp_path,
+        "--num_workers",
+        1,
+    ]
+    with started(*flags) as process:
+        wait_for(tmp_path / "tiny" / "fold_0" / LAST_CHECKPOINT, process)
+        while not (workers := loader_processes(process.pid)):
+            assert process.poll() is None
+            time.sleep(0.005)
+        time.sleep(0.2)
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert "Traceback" not in err, err
+    assert "error: an image-decoding worker died" in err
+    assert "--resume" in err

@@ -1,0 +1,35 @@
+import numpy as np
+import pytest
+import torch
+
+from isic.runtime.errors import UserError
+from tests.support.commands import tiny_settings
+from tests.support.training import CPU, random_batch
+from train.predict import Predictions, predict, score
+from train.state import create_state
+from train.step import autocast
+
+
+@pytest.mark.parametrize("values", [{"bf16": True}, {"fp16": True}])
+def test_logits_keep_float32_resolution_under_autocast(values: dict[str, object]) -> None:
+    settings = tiny_settings(**values)
+    state = create_state(settings, CPU, 0)
+    held = predict(state.model, [random_batch(500)], CPU, settings.precision)
+    half = torch.float16 if settings.fp16 else torch.bfloat16
+    logits = torch.from_numpy(held.logits)
+    assert logits.dtype == torch.float32
+    assert len(logits.unique()) > 450
+    assert (logits.to(half) == logits).float().mean() < 0.05
+    images = random_batch(8).images
+    with autocast(CPU, settings.precision):
+        features, logits, *_ = state.model(images)
+    assert torch.equal(logits, state.model.head(features))
+    assert not torch.equal(features, state.model(images)[0]), "the backbone in half precision"
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    held = Predictions(
+        np.arange(2), np.array([0.5, np.nan], np.float32), np.full(2, np.nan, np.float32)
+    )
+    with pytest.raises(UserError, match=r"not finite; lower --lr"):
+        score(np.array([0, 1], np.float32), held)

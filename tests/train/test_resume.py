@@ -1,0 +1,58 @@
+from pathlib import Path
+
+from isic.layout import BEST_CHECKPOINT
+from tests.support.commands import TINY, Cli
+
+
+def test_finished_folds_are_skipped_and_other_settings_refused(
+    trained: Path, synth_dataset: Path, cli: Cli
+) -> None:
+    flags = [*TINY, "--data", synth_dataset, "--output_dir", trained.parent, "--num_folds", 3]
+    before = (trained / "fold_0" / BEST_CHECKPOINT).stat().st_mtime_ns
+    ended = cli("train", *flags, "--epochs", 1)
+    assert ended.code == 0
+    assert "fold 2 is finished" in ended.out
+    assert "pooled" in ended.out
+    assert (trained / "fold_0" / BEST_CHECKPOINT).stat().st_mtime_ns == before
+    ended = cli("train", *flags, "--epochs", 2)
+    assert ended.code == 2
+    assert "epochs=1, now it is 2" in ended.err
+
+
+def test_a_folder_of_something_else_is_not_trained_into(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
+    for place in ("tiny/roc.svg", "tiny/fold_0/oof.parquet", "tiny/fold_0/config.yaml"):
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine: 1")
+        ended = cli("train", *flags, "--force")
+        assert ended.code == 2
+        assert f"{place} exists and was not written by this" in ended.err
+        assert path.read_text() == "mine: 1"
+        path.unlink()
+    ended = cli("train", *flags, "--output_dir", small_dataset.parent, "--name", small_dataset.name)
+    assert ended.code == 2
+    assert "holds a dataset" in ended.err
+    assert not (small_dataset / "folds.parquet").exists()
+
+
+def test_epochs_are_not_thrown_away_unasked(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+    flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
+    folder = tmp_path / "tiny" / "fold_0"
+    assert cli("train", *flags).code == 0
+    (folder / "oof.parquet").write_bytes(b"half")
+    ended = cli("train", *flags)
+    assert ended.code == 2
+    assert "oof.parquet is not a Parquet file" in ended.err
+    assert "--force" not in ended.err, "the checkpoint is whole"
+    (folder / "oof.parquet").unlink()
+    ended = cli("train", *flags)
+    assert ended.code == 2
+    assert "has 1 of 1 epochs; continue with --resume, or start again with --force" in ended.err
+    assert cli("train", *flags, "--force").code == 0
+    (folder / "config.yaml").write_text("name: tiny")
+    ended = cli("train", *flags)
+    assert ended.code == 2
+    assert "config.yaml lacks model or epochs" in ended.err

@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.commands import TINY, Cli, tiny_settings
+from tests.support.training import CPU, write_extra
+from train.loaders import fold_loaders
+from train.model import preprocess_spec
+from train.rows import load_data
+from train.sampling import EpochSampler, RankSampler, create_pools
+
+
+def test_negatives_depend_on_seed_and_epoch_only() -> None:
+    rows, target = np.arange(200), (np.arange(200) % 10 == 0).astype(np.float32)
+    pools = create_pools(rows, target, repeats=2, per_positive=3)
+
+    def epoch(number: int) -> list[tuple[int, int]]:
+        return list(EpochSampler(pools, seed=42, epoch=number))
+
+    first, second = epoch(0), epoch(1)
+    assert first == epoch(0)
+    assert len(first) == len(EpochSampler(pools, 42)) == 2 * 20 + 60
+    drawn = [row for row, _ in first]
+    assert all(drawn.count(row) == 2 for row in range(0, 200, 10))
+    negatives = {row for row in drawn if row % 10}
+    assert len(negatives) == 60, "no negative twice"
+    assert negatives != {row for row, _ in second if row % 10}
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "world_size"), [(100, 8, 2), (61, 4, 3), (10, 8, 2)]
+)
+def test_rank_batches_make_up_the_batches_of_one_process(
+    num_rows: int, batch_size: int, world_size: int
+) -> None:
+    rows = np.arange(num_rows)
+    pools = create_pools(rows, (rows % 3 == 0).astype(np.float32), repeats=1, per_positive=None)
+    epoch = EpochSampler(pools, seed=42, epoch=3)
+    whole = list(RankSampler(epoch, batch_size * world_size, 0, 1))
+    by_rank = [list(RankSampler(epoch, batch_size, rank, world_size)) for rank in range(world_size)]
+    assert [len(keys) for keys in by_rank] == [
+        len(RankSampler(epoch, batch_size, r, world_size)) for r in range(world_size)
+    ]
+    drawn = [key for keys in by_rank for key in keys]
+    assert sorted(drawn) == sorted(whole)
+    assert len(set(drawn)) == len(drawn)
+    for at in range(0, len(by_rank[0]), batch_size):
+        batch = [key for keys in by_rank for key in keys[at : at + batch_size]]
+        assert sorted(batch) == sorted(whole[at * world_size : (at + batch_size) * world_size])
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 2.5])
+def test_extra_weight_scales_what_an_epoch_shows_of_both_classes(weight: float) -> None:
+    rows, target = np.arange(40), (np.arange(40) % 4 == 0).astype(np.float32)
+    positives, negatives = create_pools(rows, target, repeats=2, per_positive=2, weight=weight)
+    drawn = [row for row, _ in EpochSampler([positives, negatives], seed=1)]
+    shown = [row for row in drawn if row % 4 == 0]
+    assert len(shown) == round(2 * weight * 10)
+    assert len(drawn) - len(shown) == round(weight * 20)
+    counts = [shown.count(row) for row in range(0, 40, 4)]
+    assert max(counts) - min(counts) <= 1, "each positive equally often, except for a remainder"
+
+
+def test_every_extra_dataset_keeps_the_ratio_of_classes(
+    small_dataset: Path, tmp_path: Path
+) -> None:
+    extras = [
+        write_extra(tmp_path / "few", [1] * 2 + [0] * 50),
+        write_extra(tmp_path / "many", [1] * 10 + [0] * 90),
+    ]
+    settings = tiny_settings(
+        data=small_dataset,
+        output_dir=tmp_path,
+        extra_data=extras,
+        negatives_per_positive=1.5,
+        positive_repeats=2,
+        extra_weight=2,
+    )
+    data = load_data(settings)
+    sampler = fold_loaders(data, 0, preprocess_spec(settings), settings, CPU).sampler
+    own = np.flatnonzero(data.fold > 0)
+    epochs = []
+    for sampler.epoch in (0, 1, 0):
+        epochs.append(np.array([row for row, _ in sampler]))
+        for number, num_positives in ((0, int(data.target[own].sum())), (1, 2), (2, 10)):
+            rows = epochs[-1][data.source[epochs[-1]] == number]
+            weight = 2 if number else 1
+            assert (data.target[rows] == 1).sum() == 2 * weight * num_positives
+            assert (data.target[rows] == 0).sum() == 1.5 * weight * num_positives
+    assert np.array_equal(epochs[0], epochs[2])
+    few = [set(rows[(data.source[rows] == 1) & (data.target[rows] == 0)]) for rows in epochs]
+    assert len(few[0]) == 6
+    assert few[0] != few[1], "sampled again each epoch"
+
+
+def test_an_epoch_of_mostly_extra_rows_is_warned_of(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    extra = write_extra(tmp_path / "more", [1, 0] * 60)
+    flags = [*TINY, "--data", small_dataset, "--epochs", 1, "--fold", 0, "--extra_data", extra]
+    ended = cli("train", *flags, "--output_dir", tmp_path / "one")
+    assert ended.code == 0, ended.err
+    assert "fold 0: an epoch shows 16 positives and 32 negatives; of --extra_data" in ended.out
+    assert "60 positives and 60 negatives (71%)" in ended.out
+    warning = "warning: 71% of the rows of an epoch are of --extra_data; a lower --extra_weight"
+    assert warning in ended.err
+    ended = cli("train", *flags, "--output_dir", tmp_path / "two", "--extra_weight", 0.2)
+    assert "12 positives and 12 negatives (33%)" in ended.out
+    assert "warning" not in ended.err

@@ -1,0 +1,121 @@
+"""A trained backbone in timm's `local-dir` form, with a model card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save
+
+from isic.layout import BACKBONE_DIR
+from isic.runtime.files import atomic_path
+from train.config import TrainSettings
+from train.model import Classifier, backbone_options
+from train.pretrained import TRAINED_ON_KEY, WEIGHTS_FILE
+
+LICENSE = "cc-by-nc-4.0"
+"""Some sites of the challenge's dataset forbid commercial use of images, hence of weights."""
+INTERPOLATIONS = {"linear": "bilinear", "cubic": "bicubic", "area": "box"}
+"""timm's name of a resize method."""
+
+
+def save_backbone(
+    directory: Path, model: Classifier, settings: TrainSettings, facts: dict[str, Any]
+) -> None:
+    """Writes a backbone for `timm.create_model("local-dir:...")`, with a model card.
+
+    Args:
+        directory: created if it does not exist.
+        model: the network whose backbone is written.
+        settings: of the run.
+        facts: for the card: `fold`, `folds_digest`, `num_rows`, `metadata_sha256`, `trained_on`,
+            `pauc`, `auc`.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
+    files = {
+        WEIGHTS_FILE: save(tensors, {TRAINED_ON_KEY: facts[TRAINED_ON_KEY]}),
+        "config.json": (json.dumps(timm_config(model, settings), indent=1) + "\n").encode(),
+        "README.md": model_card(model, settings, facts).encode(),
+    }
+    for name, content in files.items():
+        with atomic_path(directory / name) as temporary:
+            temporary.write_bytes(content)
+
+
+def timm_config(model: Classifier, settings: TrainSettings) -> dict[str, Any]:
+    """Returns the `config.json` from which timm builds the backbone."""
+    options = backbone_options(settings)
+    spec = model.spec
+    return {
+        "architecture": settings.model,
+        "num_classes": 0,
+        "num_features": model.num_features,
+        "model_args": {key: options[key] for key in options if key in {"img_size", "global_pool"}},
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [3, spec.size, spec.size],
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "interpolation": INTERPOLATIONS[spec.interpolation],
+            "crop_pct": 1.0,
+            "license": LICENSE,
+        },
+    }
+
+
+def model_card(model: Classifier, settings: TrainSettings, facts: dict[str, Any]) -> str:
+    """Returns a model card of the Hugging Face hub: YAML between dashes, then Markdown."""
+    name = f"{settings.name}, fold {facts['fold']}"
+    metrics = [
+        {"type": kind, "value": round(facts[kind], 4), "name": kind} for kind in ("pauc", "auc")
+    ]
+    task = {"type": "image-classification", "name": "malignant or benign skin lesion"}
+    result = {
+        "task": task,
+        "dataset": {"type": "isic-2024", "name": "ISIC 2024 (SLICE-3D)"},
+        "metrics": metrics,
+    }
+    header = {
+        "library_name": "timm",
+        "license": LICENSE,
+        "tags": ["image-feature-extraction", "dermatology", "timm"],
+        "model-index": [{"name": name, "results": [result]}],
+    }
+    start = "random weights" if settings.pretrained is False else "pretrained weights"
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False).strip()}
+---
+
+# {name}
+
+The backbone of a skin-lesion classifier: `{settings.model}` at {settings.image_size} px, \
+{model.num_features} features.
+
+```python
+import timm
+
+backbone = timm.create_model("local-dir:{BACKBONE_DIR}", pretrained=True)
+```
+
+It takes RGB scaled to [0, 1] and normalised with the mean and std in `config.json`.
+
+## Training
+- Data: {facts["num_rows"]:,} rows; metadata sha256 `{facts["metadata_sha256"]}`.
+- Folds: {settings.num_folds}, grouped by patient, plan `{facts["folds_digest"]}`; \
+fold {facts["fold"]} was held out.
+- {settings.epochs} epochs from {start}, seed {settings.seed}, \
+augmentation `{settings.augmentation}`.
+
+## Scores on the held-out fold
+| pAUC above 80 % TPR (0 to 0.2) | AUC |
+|---|---|
+| {facts["pauc"]:.4f} | {facts["auc"]:.4f} |
+
+## Licence and limits
+The images of several sites of the challenge's dataset are CC-BY-NC; for another dataset \
+put its own licence here.
+The scores are those of one dataset. This is no medical device.
+"""

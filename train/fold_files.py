@@ -1,0 +1,140 @@
+"""The files of a trained fold: settings, checkpoint, manifest, out-of-fold scores."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from isic import schema
+from isic.layout import (
+    BACKBONE_DIR,
+    BEST_CHECKPOINT,
+    CONFIG_FILE,
+    FOLDS_FILE,
+    HISTORY_FILE,
+    LAST_CHECKPOINT,
+    OOF_FILE,
+    TRAINED_ON_FILE,
+    fold_dir,
+)
+from isic.metrics import roc_auc
+from isic.provenance import seen_rows, write_seen
+from isic.runtime import yaml12
+from isic.runtime.files import sha256, versions, write_manifest, write_parquet, write_text
+from train import distributed
+from train.backbone import save_backbone
+from train.checkpoint import save_checkpoint
+from train.config import TrainSettings
+from train.predict import Predictions
+from train.pretrained import TRAINED_ON_KEY
+from train.rows import TrainData
+from train.state import TrainState
+
+PACKAGES = ("torch", "timm", "albumentations", "opencv-python-headless")
+"""Packages whose versions are in the manifest."""
+
+
+def begin_fold(settings: TrainSettings, data: TrainData, fold: int, resumes: bool) -> None:
+    """Writes the fold plan and `config.yaml`, and deletes a previous run's results unless resumed.
+
+    Nothing is written before this, so that wrong settings or data leave no trace. Main process
+    only.
+    """
+    if not distributed.is_main():
+        return
+    run = settings.run_dir
+    directory = fold_dir(run, fold)
+    if not (run / FOLDS_FILE).is_file():
+        data.folds.write(run / FOLDS_FILE)
+    if not resumes:
+        for name in (OOF_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, HISTORY_FILE, TRAINED_ON_FILE):
+            (directory / name).unlink(missing_ok=True)
+    write_text(directory / CONFIG_FILE, yaml12.dump(settings.model_dump(mode="json")))
+
+
+def save_fold(
+    directory: Path,
+    state: TrainState,
+    settings: TrainSettings,
+    data: TrainData,
+    fold: int,
+    predictions: Predictions,
+) -> None:
+    """Writes `best_model.pth` and what belongs to it. Main process only.
+
+    These are its manifest, the list of images it has learned from, its backbone for timm, and the
+    out-of-fold scores.
+    """
+    if not distributed.is_main():
+        return
+    trained_on = rows_trained_on(data, fold, settings.select_epoch)
+    write_seen(directory / TRAINED_ON_FILE, seen_rows(trained_on, state.weights.seen))
+    config = checkpoint_config(directory, state, settings, data, fold)
+    checkpoint = directory / BEST_CHECKPOINT
+    save_checkpoint(
+        checkpoint,
+        model_state_dict=state.evaluated.state_dict(),
+        optimizer_state_dict=state.optimizer.state_dict(),
+        best_pauc=state.best_pauc,
+        epoch=state.epoch,
+        config=config,
+        args=settings.model_dump(mode="json"),
+    )
+    made_from = {
+        "metadata_sha256": sha256(data.metadata_paths[0]),
+        "extra_sha256": [sha256(path) for path in data.metadata_paths[1:]],
+        "num_rows": len(data.table),
+    }
+    write_manifest(
+        checkpoint,
+        None,
+        **config,
+        epoch=state.epoch,
+        num_threads=torch.get_num_threads(),
+        pauc=state.best_pauc,
+        made_from=made_from,
+        versions=versions(*PACKAGES),
+    )
+    auc = roc_auc(data.target[predictions.rows], predictions.logits)
+    facts = {**config, **made_from, "pauc": state.best_pauc, "auc": auc}
+    save_backbone(directory / BACKBONE_DIR, state.evaluated, settings, facts)
+    save_oof(directory / OOF_FILE, data, fold, predictions)
+
+
+def rows_trained_on(data: TrainData, fold: int, select_epoch: str) -> pl.DataFrame:
+    """Returns the rows that the weights of a fold depend on."""
+    if select_epoch == "best":
+        return data.table  # the held-out rows have chosen the epoch
+    return data.table.filter(pl.Series(data.fold != fold))
+
+
+def checkpoint_config(
+    directory: Path, state: TrainState, settings: TrainSettings, data: TrainData, fold: int
+) -> dict[str, Any]:
+    """Returns the facts that the checkpoint and its manifest share."""
+    model = state.model
+    config = {
+        "name": settings.name,
+        "model": settings.model,
+        "num_features": model.num_features,
+        "fold": fold,
+        "folds_digest": data.folds.digest,
+        "preprocess": model.spec.model_dump(mode="json"),
+        "pretrained": state.started_from,
+        TRAINED_ON_KEY: sha256(directory / TRAINED_ON_FILE),
+    }
+    if model.mask_stride:
+        config["mask_stride"] = model.mask_stride
+    return config
+
+
+def save_oof(path: Path, data: TrainData, fold: int, predictions: Predictions) -> None:
+    """Writes the scores of the held-out rows, with `dice` if the run uses masks."""
+    rows = data.table[predictions.rows].select(schema.ID, schema.TARGET)
+    oof = rows.with_columns(
+        pl.lit(fold, dtype=pl.Int8).alias("fold"), pl.Series("logit", predictions.logits)
+    )
+    if data.rows.masks is not None:
+        oof = oof.with_columns(pl.Series("dice", predictions.dice, nan_to_null=True))
+    write_parquet(path, oof)

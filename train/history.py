@@ -1,0 +1,123 @@
+"""The epochs of a fold: their statistics, `history.jsonl`, and a printed line each."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isic.layout import HISTORY_FILE
+from isic.runtime.errors import UserError
+from isic.runtime.files import read_text, write_text
+from train import distributed
+from train.plots import write_scalars
+
+
+@dataclass
+class EpochStats:
+    """Losses and times of an epoch's optimizer steps."""
+
+    losses: list[float] = field(default_factory=list)
+    num_images: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0
+    """Seconds spent waiting for batches."""
+    skipped_steps: int = 0
+    """Steps skipped because a float16 gradient overflowed; the loss scale is then halved."""
+
+    def add(self, loss: float, skipped: bool) -> None:
+        """Adds an optimizer step."""
+        self.losses.append(loss)
+        self.skipped_steps += skipped
+
+    def mean_loss(self, last: int = 0) -> float | None:
+        """Returns the mean finite loss of the `last` steps (0: all), None if there is none."""
+        finite = [loss for loss in self.losses[-last:] if math.isfinite(loss)]
+        return float(np.mean(finite)) if finite else None
+
+    def loss_text(self, last: int = 0) -> str:
+        """Returns the mean loss for display."""
+        loss = self.mean_loss(last)
+        return "-" if loss is None else f"{loss:.4f}"
+
+    @classmethod
+    def merge(cls, parts: list["EpochStats"]) -> "EpochStats":
+        """Merges the processes of an epoch: mean loss per step, all images, the slowest's times."""
+        losses: list[float] = np.mean([part.losses for part in parts], axis=0).tolist()
+        return cls(
+            losses,
+            num_images=sum(part.num_images for part in parts),
+            seconds=max(part.seconds for part in parts),
+            waiting=max(part.waiting for part in parts),
+            skipped_steps=parts[0].skipped_steps,
+        )
+
+
+def log_epoch(
+    directory: Path,
+    fold: int,
+    epoch: int,
+    num_epochs: int,
+    stats: EpochStats,
+    scores: Mapping[str, float],
+    learning_rates: Mapping[str, float],
+) -> None:
+    """Appends an epoch to `history.jsonl` and TensorBoard, and prints a line. Main process only.
+
+    Args:
+        directory: of the fold.
+        fold: its number.
+        epoch: number of the epoch, from 1.
+        num_epochs: of the run.
+        stats: of the epoch.
+        scores: of the held-out rows.
+        learning_rates: of the epoch's last step by part of the network, 0 while it is frozen.
+    """
+    if not distributed.is_main():
+        return
+    entry = {
+        "fold": fold,
+        "epoch": epoch,
+        "loss": stats.mean_loss(),
+        **scores,
+        **{f"lr_{part}": rate for part, rate in learning_rates.items()},
+        "images_per_second": stats.num_images / stats.seconds,
+        "waiting_share": stats.waiting / stats.seconds,
+        "skipped_steps": stats.skipped_steps,
+    }
+    path = directory / HISTORY_FILE
+    earlier = read_history(path) if path.is_file() and epoch > 1 else []
+    # A resumed run may repeat an epoch that is already in the file.
+    kept = [each for each in earlier if each["epoch"] < epoch]
+    write_text(path, "".join(json.dumps(each) + "\n" for each in [*kept, entry]))
+    write_scalars(directory / "tensorboard", epoch, {"loss": stats.mean_loss(), **scores})
+    dice = f"Dice {scores['dice']:.3f}, " if "dice" in scores else ""
+    print(
+        f"fold {fold} epoch {epoch}/{num_epochs}: loss {stats.loss_text()}, "
+        f"pAUC {scores['pauc']:.4f}, AUC {scores['auc']:.4f}, {dice}"
+        f"{entry['images_per_second']:.0f} img/s, waiting {entry['waiting_share']:.0%}",
+        flush=True,
+    )
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Reads the epochs of `history.jsonl`.
+
+    Raises:
+        UserError: it is not the history of a training run.
+    """
+    try:
+        epochs = [json.loads(line) for line in read_text(path).splitlines()]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON lines ({error}); restore it") from None
+    if not all(isinstance(epoch, dict) and isinstance(epoch.get("epoch"), int) for epoch in epochs):
+        raise UserError(f"{path} is not the history of a training run; restore it")
+    return epochs
+
+
+def last_epoch(history: Sequence[Mapping[str, Any]]) -> int:
+    """Returns the number of the last epoch, 0 if there is none."""
+    return int(history[-1]["epoch"]) if history else 0

@@ -1,0 +1,196 @@
+"""Loaders that decode, augment and batch the rows of a fold."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from isic.preprocess import MASK_THRESHOLD, PreprocessSpec, decode, resize
+from isic.runtime import interrupt
+from isic.runtime.errors import UserError
+from isic.runtime.interrupt import ignore_signals_in_worker
+from train import distributed
+from train.augment import create_augmentation
+from train.batch import NO_MASK, Batch
+from train.config import TrainSettings
+from train.machine import default_workers, fit_workers
+from train.rows import EXTRA, TrainData
+from train.sampling import EpochSampler, Key, RankSampler, RowSampler, epoch_pools
+
+Item = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.uint8]]
+"""Image [size, size, 3], target, row number, mask [size, size], or [0, 0] if masks are unused."""
+
+
+class FoldLoaders(NamedTuple):
+    """Both loaders of a fold, for this process's rows."""
+
+    training: DataLoader[Item]
+    sampler: EpochSampler
+    """Of `training`; its `epoch` is to be set before each epoch."""
+    held_out: DataLoader[Item]
+
+
+def fold_loaders(
+    data: TrainData,
+    fold: int,
+    spec: PreprocessSpec,
+    settings: TrainSettings,
+    device: torch.device,
+) -> FoldLoaders:
+    """Creates the loaders of a fold.
+
+    Raises:
+        UserError: the training or the held-out rows lack a class, or are fewer than the processes.
+    """
+    training = np.flatnonzero((data.fold != fold) & (data.fold != EXTRA))
+    held_out = np.flatnonzero(data.fold == fold)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    check_rows(data.target[training], f"training rows of fold {fold}", world_size)
+    check_rows(data.target[held_out], f"held-out rows of fold {fold}", world_size)
+
+    pools = epoch_pools(
+        data,
+        training,
+        settings.positive_repeats,
+        settings.negatives_per_positive,
+        settings.extra_weight,
+    )
+    sampler = EpochSampler(pools, settings.seed)
+    images = LesionImages(data, spec, create_augmentation(settings.augmentation))
+    held_out_images = LesionImages(data, spec)
+    batch_size = settings.batch_size
+    num_channels = 4 if settings.mask_weight else 3
+    num_workers, num_prefetched = fit_workers(
+        default_workers(device) if settings.num_workers is None else settings.num_workers,
+        batch_bytes=batch_size * spec.size**2 * num_channels,
+        num_held=settings.accumulation_steps + 1,
+    )
+    workers = {"num_workers": num_workers, "num_prefetched": num_prefetched}
+    return FoldLoaders(
+        create_loader(
+            images, RankSampler(sampler, batch_size, rank, world_size), batch_size, **workers
+        ),
+        sampler,
+        create_loader(
+            held_out_images, RowSampler(held_out[rank::world_size]), batch_size, **workers
+        ),
+    )
+
+
+def check_rows(target: NDArray[np.float32], name: str, world_size: int) -> None:
+    """Raises a UserError if rows hold only one class or are fewer than the processes."""
+    if len(np.unique(target)) < 2:
+        raise UserError(f"the {name} hold only one class; use more data or fewer folds")
+    if len(target) < world_size:
+        raise UserError(
+            f"the {len(target)} {name} are too few for {world_size} processes; start fewer"
+        )
+
+
+class LesionImages(Dataset[Item]):
+    """Decodes, resizes and augments rows of the training table."""
+
+    def __init__(
+        self, data: TrainData, spec: PreprocessSpec, augmentation: Any | None = None
+    ) -> None:
+        self.images, self.masks, self.target = data.rows.images, data.rows.masks, data.target
+        self.spec, self.augmentation = spec, augmentation
+
+    def __getitem__(self, key: Key) -> Item:
+        row, seed = key
+        pixels = {"image": resize(decode(self.images[row]), self.spec)}
+        png = b"" if self.masks is None else self.masks[row]
+        if png:
+            mask = resize(decode(png), self.spec)[..., 0] > MASK_THRESHOLD
+            pixels["mask"] = mask.astype(np.uint8)
+        if self.augmentation is not None:
+            self.augmentation.set_random_seed(seed)
+            pixels = self.augmentation(**pixels)
+        return pixels["image"], self.target[row], row, pixels.get("mask", self._no_mask())
+
+    def _no_mask(self) -> NDArray[np.uint8]:
+        size = 0 if self.masks is None else self.spec.size
+        return np.full((size, size), NO_MASK, np.uint8)
+
+
+def create_loader(
+    images: LesionImages,
+    sampler: Sampler[Key],
+    batch_size: int,
+    num_workers: int,
+    num_prefetched: int,
+) -> DataLoader[Item]:
+    """Creates a loader of `Batch`es; each of its workers prefetches `num_prefetched` of them."""
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        sampler=cast(Any, sampler),
+        collate_fn=collate,
+        num_workers=num_workers,
+        prefetch_factor=num_prefetched if num_workers else None,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_signals_in_worker,
+    )
+
+
+def collate(items: list[Item]) -> Batch:
+    """Stacks items into a batch."""
+    return Batch(*default_collate(items))
+
+
+class TimedLoader:
+    """Iterates over batches and adds up the seconds spent waiting for them."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # iter() starts the workers; an interrupt in the middle of a fork would be lost.
+        with interrupt.defer_signals():
+            batches = iter(self.loader)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turns torch's errors about a dead worker or a lack of shared memory into a UserError."""
+    try:
+        yield
+    except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
+        interrupt.raise_if_interrupted()  # if a signal ended the workers too, it is the cause
+        message = str(error).strip() or type(error).__name__
+        reason = message.splitlines()[0].rstrip(".")
+        lacks_memory = "shared memory" in message
+        # All but RuntimeError: a dead worker's batch could not be received.
+        has_ended = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in reason
+        if not lacks_memory and not has_ended:
+            raise
+        # torch's handler would raise again for each worker that exits while the loader is deleted.
+        # Seen with torch 2.14; no report found. Remove it once the test passes without.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if lacks_memory:
+            raise UserError(
+                "the image-decoding workers ran out of shared memory in /dev/shm; enlarge it "
+                "(docker run --shm-size) or lower --num_workers"
+            ) from error
+        raise UserError(
+            f"an image-decoding worker died ({reason}), possibly for lack of memory; lower "
+            "--num_workers and continue with --resume"
+        ) from error

@@ -1,0 +1,91 @@
+"""Predictions of held-out rows, and their scores."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from isic.metrics import pauc, roc_auc
+from isic.runtime.errors import UserError
+from train.batch import Batch, split, to_device
+from train.loaders import TimedLoader
+from train.losses import dice
+from train.model import Classifier
+from train.step import autocast
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of N rows that the model was not trained on."""
+
+    rows: NDArray[np.int64]
+    """[N], row numbers in the training table."""
+    logits: NDArray[np.float32]
+    """[N]."""
+    dice: NDArray[np.float32]
+    """[N], Dice coefficient of the predicted mask; NaN for an image without a mask."""
+
+    @classmethod
+    def merge(cls, parts: list["Predictions"]) -> "Predictions":
+        """Merges the predictions of several processes, in the table's order."""
+        rows = np.concatenate([part.rows for part in parts])
+        logits = np.concatenate([part.logits for part in parts])
+        overlaps = np.concatenate([part.dice for part in parts])
+        order = np.argsort(rows)
+        return cls(rows[order], logits[order], overlaps[order])
+
+
+@torch.inference_mode()
+def predict(
+    model: Classifier,
+    loader: Iterable[Batch],
+    device: torch.device,
+    precision: str,
+    num_parts: int = 1,
+) -> Predictions:
+    """Predicts the loader's rows; Dice is NaN unless the model predicts masks.
+
+    Args:
+        model: set to eval mode.
+        loader: of the rows.
+        device: of the model.
+        precision: fp32, fp16 or bf16.
+        num_parts: parts that a batch is cut into to fit the device's memory.
+    """
+    model.eval()
+    rows, logits, overlaps = [], [], []
+    for whole in TimedLoader(loader):
+        for batch in split(whole, num_parts):
+            on_device = to_device(batch, device)
+            with autocast(device, precision):
+                outputs = model(on_device.images)
+            rows.append(batch.rows)
+            logits.append(outputs[1].squeeze(1))
+            if model.mask_stride:
+                overlaps.append(dice(outputs[2], on_device.masks))
+    all_rows = torch.cat(rows)
+    overlap = torch.cat(overlaps) if overlaps else torch.full((len(all_rows),), torch.nan)
+    return Predictions(
+        all_rows.numpy(), torch.cat(logits).float().cpu().numpy(), overlap.cpu().numpy()
+    )
+
+
+def score(target: NDArray[np.float32], predictions: Predictions) -> dict[str, float]:
+    """Returns `pauc`, `auc` and, if any of the images has a mask, the mean `dice`.
+
+    Raises:
+        UserError: a logit is not finite.
+    """
+    logits = predictions.logits
+    if not np.isfinite(logits).all():
+        raise UserError(
+            "the network's logits of held-out images are not finite; lower --lr, or use --bf16 "
+            "instead of --fp16"
+        )
+    scores = {"pauc": pauc(target, logits), "auc": roc_auc(target, logits)}
+    overlaps = predictions.dice[~np.isnan(predictions.dice)]
+    if len(overlaps):
+        scores["dice"] = float(overlaps.mean())
+    return scores

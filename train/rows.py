@@ -1,0 +1,266 @@
+"""The rows of a training run: tables, encoded images and masks, and which fold holds out which row.
+
+Every image is decoded once before training starts: a run of hours should not end at a broken file,
+and the check takes 0.1 ms per file and core.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from isic import schema
+from isic.dataset import Dataset
+from isic.folds import Folds, folds_for
+from isic.images import NO_IMAGE, failures, open_hdf5
+from isic.layout import ERRORS_FILE, FOLDS_FILE
+from isic.preprocess import check_mask, decode
+from isic.runtime.errors import UserError, warn, warn_once
+from isic.runtime.files import write_parquet
+from isic.runtime.machine import num_cores
+from train import distributed
+from train.config import TrainSettings
+from train.packed import PackedFiles, empty_files, read_packed
+
+SAMPLE_ROWS = 50_000
+"""Rows that `use_sample` keeps."""
+EXTRA = -1
+"""Fold of the rows of extra datasets, which are never held out."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N rows whose images all decode."""
+
+    table: pl.DataFrame
+    """`isic_id`, `target` and, if the dataset has it, `patient_id`."""
+    images: PackedFiles
+    masks: PackedFiles | None
+    """PNG files, empty for a row without a mask; None if the run does not use masks."""
+
+    def __add__(self, other: "Rows") -> "Rows":
+        table = pl.concat([self.table, other.table], how="diagonal")
+        masks = None
+        if self.masks is not None and other.masks is not None:
+            masks = self.masks + other.masks
+        return Rows(table, self.images + other.images, masks)
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """The rows that a run trains and validates on."""
+
+    rows: Rows
+    fold: NDArray[np.int8]
+    """[N], EXTRA for rows of extra datasets."""
+    source: NDArray[np.int16]
+    """[N], index into `metadata_paths`; 0 is the dataset that is validated on."""
+    folds: Folds
+    metadata_paths: list[Path]
+    """The training tables: of the dataset, then of each extra dataset."""
+
+    @property
+    def table(self) -> pl.DataFrame:
+        return self.rows.table
+
+    @property
+    def target(self) -> NDArray[np.float32]:
+        return self.table[schema.TARGET].to_numpy().astype(np.float32)
+
+
+def load_data(settings: TrainSettings) -> TrainData:
+    """Loads the training rows of the dataset and of the extra datasets.
+
+    Raises:
+        UserError: anything is wrong with a dataset; with `on_error=skip`, rows without a usable
+            image are skipped and listed in `errors.parquet` instead.
+    """
+    dataset = Dataset(settings.data)
+    table = dataset.metadata("train")
+    run_plan = settings.run_dir / FOLDS_FILE
+    folds = folds_for(table, settings.num_folds, settings.split_seed, run_plan, dataset.folds_path)
+    sample = sample_rows(table, SAMPLE_ROWS, settings.split_seed) if settings.use_sample else table
+    rows = load_rows(dataset, sample, settings)
+    warn_of_unmatched_masks(dataset.masks_path, table[schema.ID], rows.masks)
+    fold = folds.of(rows.table).to_numpy()
+
+    paths = [dataset.metadata_path("train")]
+    sizes = [len(rows.table)]
+    for root in settings.extra_data:
+        extra = load_extra(root, [table, rows.table], settings)
+        rows += extra
+        paths.append(Dataset(root).metadata_path("train"))
+        sizes.append(len(extra.table))
+    if rows.masks is not None and rows.masks.is_empty.all():
+        raise UserError(
+            f"{dataset.masks_path} has no mask of any training image; add masks, or set "
+            "--mask_weight 0"
+        )
+    no_fold = np.full(sum(sizes[1:]), EXTRA, np.int8)
+    source = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)
+    return TrainData(rows, np.concatenate([fold, no_fold]), source, folds, paths)
+
+
+def sample_rows(table: pl.DataFrame, num_rows: int, seed: int) -> pl.DataFrame:
+    """Returns about `num_rows` rows that include every positive, in the table's order."""
+    negatives = table.filter(pl.col(schema.TARGET) == 0)
+    num_negatives = num_rows - (len(table) - len(negatives))
+    if num_negatives >= len(negatives):
+        return table
+    kept = negatives.sample(max(num_negatives, 1), seed=seed)[schema.ID]
+    return table.filter((pl.col(schema.TARGET) == 1) | pl.col(schema.ID).is_in(kept.implode()))
+
+
+def load_extra(root: Path, others: list[pl.DataFrame], settings: TrainSettings) -> Rows:
+    """Loads the rows of an extra dataset that share no image or patient with the other tables."""
+    dataset = Dataset(root)
+    table = exclude_overlap(dataset.metadata("train"), others, root)
+    rows = load_rows(dataset, table, settings)
+    check_classes(rows.table, root, settings.negatives_per_positive)
+    return rows
+
+
+def exclude_overlap(table: pl.DataFrame, others: list[pl.DataFrame], root: Path) -> pl.DataFrame:
+    """Returns the rows of an extra dataset whose image and patient are in none of the others.
+
+    A patient in the training rows and in the held-out rows would inflate the out-of-fold score.
+    """
+    kept = table
+    for other in others:
+        for key in (schema.ID, schema.PATIENT):
+            if key in kept.columns and key in other.columns:
+                overlaps = pl.col(key).is_in(other[key].drop_nulls().implode())
+                kept = kept.filter(~overlaps.fill_null(False))
+    num_skipped = len(table) - len(kept)
+    if num_skipped and distributed.is_main():
+        print(f"{root}: {num_skipped} rows skipped, their image or patient is in another dataset")
+    return kept
+
+
+def check_classes(table: pl.DataFrame, root: Path, negatives_per_positive: float | None) -> None:
+    """Warns if an extra dataset has only one class.
+
+    Raises:
+        UserError: it has no positive for `negatives_per_positive` to count from.
+    """
+    classes = table[schema.TARGET].unique().to_list()
+    if classes == [0] and negatives_per_positive is not None:
+        raise UserError(
+            f"{root}: none of the {len(table)} rows is positive, so --negatives_per_positive "
+            f"{negatives_per_positive:g} would use none of them; remove it from --extra_data"
+        )
+    if len(classes) == 1 and distributed.is_main():
+        warn(
+            f"{root}: the target of all {len(table)} rows is {classes[0]}; the network can learn "
+            "to recognise this dataset instead of lesions",
+        )
+
+
+def load_rows(dataset: Dataset, table: pl.DataFrame, settings: TrainSettings) -> Rows:
+    """Reads and checks the images, and masks if the run uses them, of a table's rows.
+
+    Raises:
+        UserError: an image cannot be used and `on_error` is `raise`, or a mask cannot be used.
+    """
+    columns = [key for key in (schema.ID, schema.TARGET, schema.PATIENT) if key in table.columns]
+    table = table.select(columns)
+    ids = table[schema.ID].to_list()
+    images, unread = read_packed(dataset.images("train"), ids)
+    errors = undecodable(images) | unread
+    if errors:
+        report_errors(errors, ids, settings.on_error, settings.run_dir / ERRORS_FILE)
+        is_good = np.ones(len(ids), bool)
+        is_good[list(errors)] = False
+        table, images = table.filter(is_good), images.without(errors)
+    if not settings.mask_weight:
+        return Rows(table, images, None)
+    return Rows(table, images, load_masks(dataset.masks_path, table[schema.ID].to_list(), images))
+
+
+def undecodable(images: PackedFiles) -> dict[int, str]:
+    """Returns the reason by row for every file that does not decode."""
+    return failures(lambda row: decode(images[row]), range(len(images)), num_cores())
+
+
+def report_errors(errors: dict[int, str], ids: list[str], on_error: str, path: Path) -> None:
+    """Lists the images that cannot be used in `path`.
+
+    Args:
+        errors: reason by row.
+        ids: of all rows.
+        on_error: `raise` or `skip`.
+
+    Raises:
+        UserError: `on_error` is `raise`.
+    """
+    rows = sorted(errors)
+    first = rows[0]
+    summary = (
+        f"{len(rows)} of {len(ids)} images cannot be used, the first is {ids[first]} "
+        f"({errors[first]})"
+    )
+    if on_error == "raise":
+        raise UserError(f"{summary}; fix them, or skip their rows with --on_error skip")
+    if not distributed.is_main():
+        return
+    bad_ids = [ids[row] for row in rows]
+    reasons = [errors[row] for row in rows]
+    write_parquet(path, pl.DataFrame({schema.ID: bad_ids, "reason": reasons}))
+    print(f"{summary}; their rows are skipped and listed in {path}")
+
+
+def load_masks(path: Path, ids: list[str], images: PackedFiles) -> PackedFiles:
+    """Reads the mask files of `ids`, empty for an image without one.
+
+    Raises:
+        UserError: the file of masks, or one of the masks, cannot be used.
+    """
+    store = open_hdf5(path)
+    if store is None:
+        return empty_files(len(ids))
+    masks, unread = read_packed(store, ids)
+    other_sizes: dict[int, str] = {}
+
+    def check(row: int) -> None:
+        sizes = check_mask(masks[row], images[row])
+        if sizes:
+            other_sizes[row] = sizes
+
+    wrong = {row: reason for row, reason in unread.items() if reason != NO_IMAGE}
+    readable = [row for row in range(len(ids)) if row not in unread]
+    wrong |= failures(check, readable, num_cores())
+    if wrong:
+        first = min(wrong)
+        raise UserError(
+            f"{path}: {len(wrong)} masks cannot be used, the first is {ids[first]} "
+            f"({wrong[first]}); fix them, or set --mask_weight 0"
+        )
+    if other_sizes and distributed.is_main():
+        first = min(other_sizes)
+        warn_once(
+            f"{path}: {len(other_sizes)} masks differ in size from their image and are stretched, "
+            f"the first is {ids[first]} ({other_sizes[first]})"
+        )
+    return masks
+
+
+def warn_of_unmatched_masks(path: Path, ids: pl.Series, masks: PackedFiles | None) -> None:
+    """Warns of masks without a row if rows without a mask exist: ids may be spelt differently.
+
+    Args:
+        path: masks of a dataset.
+        ids: every id of its training table.
+        masks: of the rows that are trained on.
+    """
+    store = open_hdf5(path)
+    if store is None or masks is None or not distributed.is_main():
+        return
+    unmatched = np.setdiff1d(store.ids, ids.to_numpy().astype(np.str_))
+    num_without = int(masks.is_empty.sum())
+    if len(unmatched) and num_without:
+        warn_once(
+            f"{path}: {len(unmatched)} masks belong to no training row, the first is "
+            f"{unmatched[0]}; {num_without} training images have no mask"
+        )

@@ -1,0 +1,149 @@
+"""Which rows an epoch shows, in which order, and the seed of each row's augmentation."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from isic.runtime.errors import warn
+from train.rows import TrainData
+
+Key = tuple[int, int]
+"""A row number and the seed of its augmentation."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rows of one dataset and one class, and the number of them that an epoch shows."""
+
+    rows: NDArray[np.int64]
+    num_samples: int
+
+    def sample(self, random: np.random.Generator) -> NDArray[np.int64]:
+        """Returns `num_samples` rows: all equally often, the remainder without replacement."""
+        if not self.num_samples:
+            return self.rows[:0]
+        repeats, remainder = divmod(self.num_samples, len(self.rows))
+        rest = random.choice(self.rows, remainder, replace=False)
+        return np.concatenate([np.tile(self.rows, repeats), rest])
+
+
+def create_pools(
+    rows: NDArray[np.int64],
+    target: NDArray[np.float32],
+    repeats: int,
+    per_positive: float | None,
+    weight: float = 1.0,
+) -> tuple[Pool, Pool]:
+    """Returns the positives and the negatives of a dataset.
+
+    Args:
+        rows: [N], row numbers.
+        target: [N], 0 or 1.
+        repeats: times that each positive is shown.
+        per_positive: negatives per positive, as far as there are any; None: all negatives.
+        weight: factor of both numbers.
+    """
+    positives, negatives = rows[target == 1], rows[target == 0]
+    num_negatives = len(negatives)
+    if per_positive is not None:
+        num_negatives = min(round(per_positive * len(positives)), len(negatives))
+    return (
+        Pool(positives, round(weight * repeats * len(positives))),
+        Pool(negatives, round(weight * num_negatives)),
+    )
+
+
+def epoch_pools(
+    data: TrainData,
+    training: NDArray[np.int64],
+    repeats: int,
+    per_positive: float | None,
+    extra_weight: float,
+) -> list[Pool]:
+    """Returns positives and negatives of the training rows, then those of each extra dataset.
+
+    Each dataset has the same ratio of classes. With the negatives of one and the positives of
+    another, the network would learn to recognise datasets.
+    """
+    pools = list(create_pools(training, data.target[training], repeats, per_positive))
+    for number in range(1, len(data.metadata_paths)):
+        rows = np.flatnonzero(data.source == number)
+        pools += create_pools(rows, data.target[rows], repeats, per_positive, extra_weight)
+    return pools
+
+
+def report_composition(pools: Sequence[Pool], fold: int) -> None:
+    """Prints how many rows of each class an epoch shows; warns if most are of extra datasets."""
+    positives, negatives = pools[0].num_samples, pools[1].num_samples
+    text = f"{positives} positives and {negatives} negatives"
+    extra_positives = sum(pool.num_samples for pool in pools[2::2])
+    extra_negatives = sum(pool.num_samples for pool in pools[3::2])
+    num_extra = extra_positives + extra_negatives
+    fraction = num_extra / (positives + negatives + num_extra)
+    if len(pools) > 2:
+        text += (
+            f"; of --extra_data {extra_positives} positives and {extra_negatives} negatives "
+            f"({fraction:.0%})"
+        )
+    print(f"fold {fold}: an epoch shows {text}", flush=True)
+    if fraction > 0.5:
+        warn(
+            f"{fraction:.0%} of the rows of an epoch are of --extra_data; "
+            "a lower --extra_weight shows fewer"
+        )
+
+
+class EpochSampler(Sampler[Key]):
+    """Samples an epoch's rows from pools and shuffles them.
+
+    The keys depend on the seed and the epoch only, not on the number of workers or processes or on
+    earlier epochs, so that a resumed run sees what an uninterrupted one would.
+    """
+
+    def __init__(self, pools: Sequence[Pool], seed: int, epoch: int = 0) -> None:
+        self.pools, self.seed, self.epoch = pools, seed, epoch
+
+    def __len__(self) -> int:
+        return sum(pool.num_samples for pool in self.pools)
+
+    def __iter__(self) -> Iterator[Key]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        rows = random.permutation(np.concatenate([pool.sample(random) for pool in self.pools]))
+        seeds = random.integers(2**31, size=len(rows))
+        return iter(zip(rows.tolist(), seeds.tolist(), strict=True))
+
+
+class RankSampler(Sampler[Key]):
+    """One process's keys of an epoch, interleaved with those of the other processes.
+
+    The batches of all processes make up the batch that a single process would take. An incomplete
+    last batch is dropped, because its few rows would weigh as much as a full one's, unless it is
+    the only one.
+    """
+
+    def __init__(self, epoch: EpochSampler, batch_size: int, rank: int, world_size: int) -> None:
+        self.epoch, self.rank, self.world_size = epoch, rank, world_size
+        self.num_keys = len(epoch) - len(epoch) % (batch_size * world_size) or len(epoch)
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.num_keys, self.world_size))
+
+    def __iter__(self) -> Iterator[Key]:
+        return islice(iter(self.epoch), self.rank, self.num_keys, self.world_size)
+
+
+class RowSampler(Sampler[Key]):
+    """Every row once, in order."""
+
+    def __init__(self, rows: NDArray[np.int64]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter((int(row), 0) for row in self.rows)
