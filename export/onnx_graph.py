@@ -29,8 +29,8 @@ ATTENTION_OPSET = 23
 """The first opset with Attention as one node, which TensorRT fuses.
 
 ONNX Runtime on a CPU is no faster with it. The node's attribute `softmax_precision` must be absent,
-because TensorRT's parser refuses it (seen with TensorRT-RTX 1.7; no report found); the fused
-kernels choose the precision.
+because TensorRT's parser refuses it ("not supported in TensorRT Attention", seen with TensorRT-RTX
+1.7; no report found); the fused kernels choose the precision.
 """
 TRACED_BATCH = 2
 """torch.export treats a dimension of size 0 or 1 as a constant, so the example has two images."""
@@ -113,8 +113,8 @@ def attention(
 def int8_graph(model: Classifier, size: int, folder: Path) -> onnx.ModelProto:
     """Returns the graph of a network with int8 weights; `folder` is for temporary files."""
     graph = trace(pointwise_convs_as_linear(model), size, OPSET)
-    # The quantizer infers shapes itself and fails if they differ from those that the exporter wrote
-    # (seen with ONNX Runtime 1.31; no report found).
+    # Without the exporter's shapes: the quantizer infers its own, and fails with "Inferred shape and
+    # existing shape differ" (seen with ONNX Runtime 1.31 and torch 2.14; no report found).
     del graph.graph.value_info[:]
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         float_path = Path(temporary) / "float32.onnx"

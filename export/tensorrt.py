@@ -321,8 +321,7 @@ def serialize(
         deferred_sigint() as interrupted,
         tqdm(desc=title, unit="step", leave=False, disable=None) as bar,
     ):
-        # TensorRT keeps a plain pointer to the monitor (seen with TensorRT-RTX 1.7; no report
-        # found), so it must live until the configuration no longer points to it.
+        # The configuration does not own its monitor, so the monitor must live until it is unset.
         monitor = progress_monitor(trt, bar, interrupted)
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)

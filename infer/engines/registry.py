@@ -5,9 +5,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 """The types that engines compute in."""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)

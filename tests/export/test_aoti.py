@@ -53,6 +53,7 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiler", "reason", "advice"),
     [
@@ -82,6 +83,7 @@ def test_a_compiler_that_fails_is_one_sentence(
     assert (ADVICE in sentence) == (advice == ADVICE)
 
 
+@pytest.mark.slow
 def test_a_package_passes_the_parity_check(tmp_path: Path) -> None:
     model, reference = network("test_convnext3")
     spec = spec_of("test_convnext3", "aoti", "bf16", max_batch=16, opt_batch=8)

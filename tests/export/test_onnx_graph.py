@@ -29,6 +29,7 @@ def test_the_graph_keeps_the_contract(exported: Path) -> None:
     assert readers <= {"Cast", "Shape"}, "TensorRT refuses to transpose uint8"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "precision"),
     [

@@ -52,6 +52,7 @@ def test_normalisation_and_softmax_stay_in_float32(name: str, opset: int) -> Non
     assert half in seen["MatMul"], "the work itself is in float16"
 
 
+@pytest.mark.slow
 def test_a_saturated_norm_fails_the_parity_check(tmp_path: Path) -> None:
     """Float32 layers cannot repair activations beyond float16's range."""
     model, _ = network("test_vit3")

@@ -82,6 +82,7 @@ def quantized(name: str, precision: str, path: Path) -> onnx.ModelProto:
     return graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", QUANT_TYPES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_graph_passes_the_parity_check_on_unseen_images(

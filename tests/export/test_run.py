@@ -57,6 +57,7 @@ def test_the_manifest_ties_the_artifact_to_its_checkpoint(exported: Path) -> Non
         assert abs(parity["pauc_change"]) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_current_artifact_is_kept_and_a_stale_one_is_made_again(run: Path, cli: Cli) -> None:
     ended = cli("export", "--config", "tiny", "--model_dir", run, "--fold", 0)
     assert ended.code == 0
@@ -71,6 +72,7 @@ def test_a_current_artifact_is_kept_and_a_stale_one_is_made_again(run: Path, cli
     assert sha256(run / "fold_0" / "model.onnx") != before
 
 
+@pytest.mark.slow
 def test_a_failed_parity_check_leaves_no_artifact_and_exits_1(
     run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +99,7 @@ def test_a_failed_parity_check_leaves_no_artifact_and_exits_1(
     assert not list((run / "fold_0").glob(".candidate*"))
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(run: Path, cli: Cli, tmp_path: Path) -> None:
     for flags, words in (
         (["--config", "other", "--model_dir", run], "is fold 0 of tiny, not fold 0 of other"),
@@ -123,6 +126,7 @@ def test_a_checkpoint_in_another_folds_folder_is_refused(run: Path, cli: Cli) ->
     assert "is fold 1 of tiny, not fold 0" in ended.err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_read_once_per_fold_and_not_at_all_if_all_is_up_to_date(
     run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +195,7 @@ def names(folder: Path) -> set[str]:
     return {manifest["artifact"] for manifest in manifests if "format" in manifest}
 
 
+@pytest.mark.slow
 def test_one_command_makes_them_all(first: Path) -> None:
     made = names(first)
     package, plan = (
@@ -207,6 +212,7 @@ def test_one_command_makes_them_all(first: Path) -> None:
     assert all(0 < np.abs(exact - other).max() < 0.05 for other in others)
 
 
+@pytest.mark.slow
 def test_a_current_artifact_is_kept_until_an_option_changes(
     formats_run: Path, first: Path, cli: Cli
 ) -> None:
@@ -229,6 +235,7 @@ def test_a_current_artifact_is_kept_until_an_option_changes(
     assert "not checked" in ended.out
 
 
+@pytest.mark.slow
 def test_a_plan_that_no_gpu_has_run_is_not_used(first: Path) -> None:
     plan = next(first.glob("*.plan"))
     assert read_manifest(plan)["parity"] is None
@@ -236,6 +243,7 @@ def test_a_plan_that_no_gpu_has_run_is_not_used(first: Path) -> None:
         load(plan)
 
 
+@pytest.mark.slow
 def test_a_package_for_another_machine_is_not_loaded(first: Path, tmp_path: Path) -> None:
     package = next(first.glob("*.pt2"))
     manifest = json.loads((first / f"{package.name}.json").read_text())
@@ -251,6 +259,7 @@ def test_a_package_for_another_machine_is_not_loaded(first: Path, tmp_path: Path
         load(package, "cuda")
 
 
+@pytest.mark.slow
 def test_embed_takes_the_engine_that_is_named(
     formats_run: Path, first: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
@@ -280,6 +289,7 @@ def test_embed_takes_the_engine_that_is_named(
     assert (tmp_path / "tiny" / "test" / "run.json").is_file()
 
 
+@pytest.mark.slow
 def test_check_compares_existing_artifacts(formats_run: Path, first: Path, cli: Cli) -> None:
     base = ("export", "--config", "tiny", "--model_dir", formats_run, "--fold", 0, "--check")
     before = read_manifest(first / "model.onnx")
@@ -296,6 +306,7 @@ RTX = "tensorrt_rtx"
 RTX_FLAGS = ("--formats", RTX, "--max_batch", 8, "--opt_batch", 4)
 
 
+@pytest.mark.slow
 def test_one_command_calibrates_on_training_images_and_records_it(
     trained: Path, tmp_path: Path, cli: Cli
 ) -> None:

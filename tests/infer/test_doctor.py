@@ -21,6 +21,7 @@ def test_a_crash_and_a_hang_are_answers(
     assert doctor.try_engine("onnx", "cuda", seconds=1) == answer
 
 
+@pytest.mark.slow
 def test_engines_that_run_here_work() -> None:
     assert doctor.try_engine("onnx", "cpu") == "works"
     assert doctor.try_engine("null", "cpu") == "works"

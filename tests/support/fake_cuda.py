@@ -434,6 +434,7 @@ class FakeContext:
 
 
 SHAPES = {"images": (4, 4, 3), "features": (5,), "logits": (1,), "mask": (2, 2)}
+"""Input and outputs of the fake network, without the batch."""
 
 
 def fake_network(images: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:

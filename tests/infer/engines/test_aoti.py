@@ -21,6 +21,7 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_package_for_one_image_a_call_takes_more_in_pieces(tiny: Path, tmp_path: Path) -> None:
     artifact = build_artifact(
         create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=1
@@ -31,6 +32,7 @@ def test_a_package_for_one_image_a_call_takes_more_in_pieces(tiny: Path, tmp_pat
     np.testing.assert_allclose(engine.run(images)[0], features, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_float32_is_no_tf32_once_an_engine_is_open(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,6 +46,7 @@ def test_float32_is_no_tf32_once_an_engine_is_open(
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.slow
 def test_a_package_runs_on_a_cpu_with_all_its_instructions(tiny: Path, tmp_path: Path) -> None:
     """One with more instructions will do; one with fewer would end the process with SIGILL."""
     artifact = build_artifact(

@@ -134,6 +134,7 @@ def test_a_provider_that_does_not_load_gives_the_loaders_reason(
     assert capfd.readouterr() == ("", ""), "ONNX Runtime's own log of the same error is silenced"
 
 
+@pytest.mark.slow
 def test_an_engine_is_freed_once_nobody_holds_it(tmp_path: Path) -> None:
     model, reference = network(POINTWISE)
     engine = build_engine(model, spec_of(POINTWISE, "onnx", "fp32"), tmp_path)
@@ -147,6 +148,7 @@ def test_an_engine_is_freed_once_nobody_holds_it(tmp_path: Path) -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit3", "test_convnext3"])
 def test_an_operator_without_a_kernel_is_named(name: str, tmp_path: Path) -> None:
     """The graph is valid, but ONNX Runtime has no convolution in bfloat16 on a CPU.
