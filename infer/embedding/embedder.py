@@ -180,9 +180,10 @@ def _checked(outputs: ShardOutputs) -> ShardOutputs:
     for fold, values in features.items():
         finite = np.isfinite(values).all(axis=1) & np.isfinite(logits[fold])
         if not finite.all():
+            first = outputs.ids[int(np.argmin(finite))]
             raise UserError(
-                f"the engine of fold {fold} returns values for {outputs.ids[int(np.argmin(finite))]} "
-                f"that are not finite as {values.dtype}; "
+                f"the engine of fold {fold} returns values for {first} that are not finite as "
+                f"{values.dtype}; "
                 "use --dtype float32, or export the model in another precision"
             )
     return ShardOutputs(outputs.ids, features, logits, outputs.bad)

@@ -1,7 +1,7 @@
 """The run spec: everything that determines the content of an embedding run.
 
-A run resumes only if its spec is the one that it began with, so that all its shards agree. Key order
-matters: the digest is that of the spec's JSON.
+A run resumes only with the spec that it began with, so that all its shards agree. The order of the
+keys matters: the digest is that of the JSON text.
 """
 
 import json

@@ -64,23 +64,14 @@ def fit_boosters(
         _need_both_classes(target[fold != k], k)
         result.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), names)
 
-    def fit_one(task: Task) -> tuple[str, Scores]:
-        library, k, seed = task
-        encoding = result.encodings[k]
-        rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
-        matrix = encoding.transform(table[rows])
-        _add_noise(matrix, names, settings.image_noise, (seed, k))
-        blanks = np.random.default_rng((seed, k, BLANK_STREAM))
-        encoding.blank_categories(matrix, settings.blank_share, blanks)
-        text = fit_booster(library, matrix, target[rows], names, settings.parameters(library), seed)
-        # Scored by the text, as in prediction, not by the booster in memory.
-        held_out = encoding.transform(table.filter(pl.Series(fold == k)))
-        return text, LIBRARIES[library].load(text)(held_out, 1)
+    def run(task: Task) -> tuple[str, Scores]:
+        _, k, _ = task
+        return _fit_and_score(task, table, target, fold, result.encodings[k], settings)
 
     # Threads rather than processes: the libraries release the GIL, and the table is shared.
     pool = ThreadPoolExecutor(settings.num_threads or num_cores())
     try:
-        fitted = tqdm(pool.map(fit_one, tasks), "boosters", len(tasks), leave=False, disable=None)
+        fitted = tqdm(pool.map(run, tasks), "boosters", len(tasks), leave=False, disable=None)
         for task, (text, score) in zip(tasks, fitted, strict=True):
             library, k, seed = task
             result.boosters[task] = text
@@ -88,6 +79,29 @@ def fit_boosters(
     finally:
         pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the rest is of no use
     return result
+
+
+def _fit_and_score(
+    task: Task,
+    table: pl.DataFrame,
+    target: NDArray[np.integer],
+    fold: NDArray[np.integer],
+    encoding: Encoding,
+    settings: FitSettings,
+) -> tuple[str, Scores]:
+    """Fits one booster outside a fold. Returns its text, and the scores of the fold's rows."""
+    library, k, seed = task
+    rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
+    matrix = encoding.transform(table[rows])
+    _add_noise(matrix, encoding.names, settings.image_noise, (seed, k))
+    blanks = np.random.default_rng((seed, k, BLANK_STREAM))
+    encoding.blank_categories(matrix, settings.blank_share, blanks)
+    parameters = settings.parameters(library)
+    text = fit_booster(library, matrix, target[rows], encoding.names, parameters, seed)
+    # Scored by the text, as in prediction, not by the booster in memory.
+    predict = LIBRARIES[library].load(text)
+    held_out = encoding.transform(table.filter(pl.Series(fold == k)))
+    return text, predict(held_out, 1)
 
 
 def undersample(
