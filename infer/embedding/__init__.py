@@ -1,1 +1,1 @@
-"""Images to features and logits on disk: shards, decoding, engines, and where they run."""
+"""Embed images: decode them, run the engines of all folds, write features and logits."""

@@ -18,8 +18,8 @@ from infer.embedding.run_spec import RunSpec, build_run_spec, start_or_resume
 from infer.embedding.settings import EmbedSettings
 from infer.embedding.shards import Shard, plan_shards, run_missing_shards
 from infer.embedding.store import (
-    ERRORS_FILE,
-    ERRORS_SCHEMA,
+    BAD_IMAGES_FILE,
+    BAD_IMAGES_SCHEMA,
     RUN_FILE,
     RUN_SPEC_FILE,
     RUN_SPEC_KEY,
@@ -257,5 +257,5 @@ def make_runner(
 def gather_errors(directory: Path, shards: list[Shard]) -> int:
     """Writes `errors.parquet` from the lists of all shards. Returns the number of images in it."""
     bad = [row for shard in shards for row in shard.read_bad()]
-    write_parquet(directory / ERRORS_FILE, pl.DataFrame(bad, ERRORS_SCHEMA, orient="row"))
+    write_parquet(directory / BAD_IMAGES_FILE, pl.DataFrame(bad, BAD_IMAGES_SCHEMA, orient="row"))
     return len(bad)

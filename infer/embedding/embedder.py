@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from infer.embedding.models import Models
 from infer.embedding.pipeline import Decoded, decode_ahead, ring_depth
 from infer.embedding.shards import Shard
-from infer.embedding.store import ERRORS_SCHEMA, write_shard
+from infer.embedding.store import BAD_IMAGES_SCHEMA, write_shard
 from infer.embedding.views import run_averaged
 from infer.engines import Outputs, allocator, load_many
 from isic.dataset import Dataset, Split
@@ -180,9 +180,10 @@ def _checked(outputs: ShardOutputs) -> ShardOutputs:
     for fold, values in features.items():
         finite = np.isfinite(values).all(axis=1) & np.isfinite(logits[fold])
         if not finite.all():
+            first = outputs.ids[int(np.argmin(finite))]
             raise UserError(
-                f"the engine of fold {fold} returns values for {outputs.ids[int(np.argmin(finite))]} "
-                f"that are not finite as {values.dtype}; "
+                f"the engine of fold {fold} returns values for {first} that are not finite as "
+                f"{values.dtype}; "
                 "use --dtype float32, or export the model in another precision"
             )
     return ShardOutputs(outputs.ids, features, logits, outputs.bad)
@@ -202,7 +203,7 @@ def write_outputs(shard: Shard, outputs: ShardOutputs, run_spec_digest: str | No
     A shard counts as done once its Parquet files exist, so the list must be there by then.
     """
     if outputs.bad:
-        bad = pl.DataFrame(list(outputs.bad.items()), ERRORS_SCHEMA, orient="row")
+        bad = pl.DataFrame(list(outputs.bad.items()), BAD_IMAGES_SCHEMA, orient="row")
         write_parquet(shard.errors_path, bad)
     for fold, path in shard.paths.items():
         write_shard(

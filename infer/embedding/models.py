@@ -70,11 +70,7 @@ def find_models(
         raise UserError(_no_artifact(model_dir, config, format_or_file, precision))
     manifests = {fold: read_manifest(path) for fold, path in artifacts.items()}
     for fold, manifest in manifests.items():
-        if (manifest["name"], manifest["fold"]) != (config, fold):
-            raise UserError(
-                f"{artifacts[fold]} is fold {manifest['fold']} of {manifest['name']}, "
-                f"not fold {fold} of {config}; export it again"
-            )
+        _refuse_other_fold(artifacts[fold], manifest, config, fold)
     specs = {manifest_spec(manifest) for manifest in manifests.values()}
     if len(specs) > 1:
         raise UserError(
@@ -95,6 +91,15 @@ def _find_artifact(folder: Path, format_or_file: str, precision: str | None) -> 
             f"{folder} has {names}; choose with --precision, or give a file name as --format"
         )
     return found[0] if found else None
+
+
+def _refuse_other_fold(path: Path, manifest: Mapping[str, Any], config: str, fold: int) -> None:
+    """Raises a UserError if an artifact belongs to another config or fold than its folder."""
+    if (manifest["name"], manifest["fold"]) != (config, fold):
+        raise UserError(
+            f"{path} is fold {manifest['fold']} of {manifest['name']}, "
+            f"not fold {fold} of {config}; export it again"
+        )
 
 
 def artifacts_of_format(folder: Path, format_name: str, precision: str | None) -> list[Path]:

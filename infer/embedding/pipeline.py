@@ -70,7 +70,7 @@ def decode_ahead(
             failed = gather(decodings)
             # The buffer is still in the ring, not in `free`, while the caller reads it: the
             # generator is suspended here, and only this thread submits work, so nothing can
-            # overwrite it. The caller's next() says that it is done with the batch.
+            # overwrite it. By calling next(), the caller releases the batch.
             yield Decoded(ids, buffer[: len(ids)], failed, time.perf_counter() - started)
             free.append(buffer)
             ring.popleft()

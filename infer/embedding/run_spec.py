@@ -1,7 +1,7 @@
 """The run spec: everything that determines the content of an embedding run.
 
-A run resumes only if its spec is the one that it began with, so that all its shards agree. Key order
-matters: the digest is that of the spec's JSON.
+A run resumes only with the spec that it began with, so that all its shards agree. The order of the
+keys matters: the digest is that of the JSON text.
 """
 
 import json
@@ -15,7 +15,7 @@ import polars as pl
 
 from infer.embedding.models import Models
 from infer.embedding.settings import BATCH_CPU, BATCH_GPU, EmbedSettings
-from infer.embedding.store import ERRORS_FILE, RUN_FILE, RUN_SPEC_FILE, RUN_SPEC_KEY, ids_digest
+from infer.embedding.store import BAD_IMAGES_FILE, RUN_FILE, RUN_SPEC_FILE, RUN_SPEC_KEY, ids_digest
 from infer.engines import device_of
 from isic.dataset import Dataset, Split
 from isic.folds import Folds
@@ -107,7 +107,7 @@ def start_or_resume(directory: Path, spec: Mapping[str, Any], force: bool) -> No
     """
     path = directory / RUN_SPEC_FILE
     is_own = holds(path, RUN_SPEC_KEY) or holds(directory / RUN_FILE, RUN_SPEC_KEY)
-    names = (path, directory / RUN_FILE, directory / ERRORS_FILE)
+    names = (path, directory / RUN_FILE, directory / BAD_IMAGES_FILE)
     refuse_foreign([*names, *directory.glob("fold_*/part-*")], is_own, "--output_dir")
     if force and is_own:
         shutil.rmtree(directory)

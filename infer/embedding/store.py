@@ -25,8 +25,8 @@ from isic.tables import parquet_metadata, read_parquet, scan_parquet
 
 RUN_SPEC_FILE = "plan.json"
 RUN_FILE = "run.json"
-ERRORS_FILE = "errors.parquet"
-ERRORS_SCHEMA = {"isic_id": pl.String, "reason": pl.String}
+BAD_IMAGES_FILE = "errors.parquet"
+BAD_IMAGES_SCHEMA = {"isic_id": pl.String, "reason": pl.String}
 RUN_SPEC_KEY = "plan_digest"
 """Key of the run spec's digest in a run's JSON files and in the metadata of its shards."""
 SLICE_ROWS = 32768
@@ -165,7 +165,7 @@ def refuse_missing_embeddings(
     """
     if missing.is_empty():
         return
-    errors = root / split / ERRORS_FILE
+    errors = root / split / BAD_IMAGES_FILE
     skipped = read_parquet(errors)[schema.ID] if errors.is_file() else pl.Series(dtype=pl.String)
     missing = missing.filter(~pl.col(schema.ID).is_in(skipped.implode()))
     if len(missing):

@@ -84,7 +84,7 @@ class Ensemble:
         return dict(self.manifest["weights"])
 
     @property
-    def relative(self) -> bool:
+    def is_relative(self) -> bool:
         """Whether a score depends on the patient's other lesions."""
         names = self.state.names
         return image_scores.RELATIVE in names or relative_to_patient(names)

@@ -40,13 +40,13 @@ def blend(
         (library,) = weights
         return _mean(models, library)
     ranks = (
-        weight * rank_in(_mean(models, library), _mean(reference, library))
+        weight * rank_among(_mean(models, library), _mean(reference, library))
         for library, weight in weights.items()
     )
     return np.asarray(sum(ranks) / sum(weights.values()))
 
 
-def rank_in(score: Scores, reference: Scores) -> Scores:
+def rank_among(score: Scores, reference: Scores) -> Scores:
     """Returns [N] the share of reference scores below each score, in (0, 1); ties count half.
 
     It is interpolated between reference scores and rises beyond them too, so the order is kept.

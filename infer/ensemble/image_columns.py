@@ -92,8 +92,8 @@ def fit_affine_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> AffineM
         metadata: the training table.
 
     Raises:
-        UserError: the run lacks embeddings, there are fewer than three folds, or fewer shared images
-            than features.
+        UserError: the run lacks embeddings, there are fewer than three folds, or the models share
+            fewer images than there are features.
     """
     run = read_run(root, "train")
     if run.get("folds_mode") != "all":

@@ -33,7 +33,7 @@ def describe_lesion_counts(metadata: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def too_few(metadata: pl.DataFrame, training: dict[str, Any]) -> str | None:
+def few_lesions_warning(metadata: pl.DataFrame, training: dict[str, Any]) -> str | None:
     """Returns a sentence on the patients with fewer lesions than nearly all in training, if any.
 
     Args:

@@ -21,7 +21,7 @@ NOISE_STREAM = 1
 BLANK_STREAM = 2
 """Added to a booster's seed, so that its random choices are independent of each other."""
 
-Task = tuple[str, int, int]
+BoosterKey = tuple[str, int, int]
 """Library, fold and seed of a booster."""
 
 
@@ -29,7 +29,7 @@ Task = tuple[str, int, int]
 class FitResult:
     """Fitted boosters, the encodings of their features, and their out-of-fold scores."""
 
-    boosters: dict[Task, str] = field(default_factory=dict)
+    boosters: dict[BoosterKey, str] = field(default_factory=dict)
     """Text by library, fold and seed."""
     encodings: dict[int, Encoding] = field(default_factory=dict)
     """By fold."""
@@ -56,38 +56,52 @@ def fit_boosters(
     """
     seeds = range(settings.seed, settings.seed + settings.seeds)
     fold_ids = np.unique(fold).tolist()
-    tasks = list(itertools.product(settings.libraries, fold_ids, seeds))
+    keys = list(itertools.product(settings.libraries, fold_ids, seeds))
     result = FitResult()
-    for library, _, seed in tasks:
+    for library, _, seed in keys:
         result.scores[model_name(library, seed)] = np.zeros(len(table))
     for k in fold_ids:
         _need_both_classes(target[fold != k], k)
         result.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), names)
 
-    def fit_one(task: Task) -> tuple[str, Scores]:
-        library, k, seed = task
-        encoding = result.encodings[k]
-        rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
-        matrix = encoding.transform(table[rows])
-        _add_noise(matrix, names, settings.image_noise, (seed, k))
-        blanks = np.random.default_rng((seed, k, BLANK_STREAM))
-        encoding.blank_categories(matrix, settings.blank_share, blanks)
-        text = fit_booster(library, matrix, target[rows], names, settings.parameters(library), seed)
-        # Scored by the text, as in prediction, not by the booster in memory.
-        held_out = encoding.transform(table.filter(pl.Series(fold == k)))
-        return text, LIBRARIES[library].load(text)(held_out, 1)
+    def fit_one(key: BoosterKey) -> tuple[str, Scores]:
+        _, k, _ = key
+        return _fit_and_score(key, table, target, fold, result.encodings[k], settings)
 
     # Threads rather than processes: the libraries release the GIL, and the table is shared.
     pool = ThreadPoolExecutor(settings.num_threads or num_cores())
     try:
-        fitted = tqdm(pool.map(fit_one, tasks), "boosters", len(tasks), leave=False, disable=None)
-        for task, (text, score) in zip(tasks, fitted, strict=True):
-            library, k, seed = task
-            result.boosters[task] = text
+        fitted = tqdm(pool.map(fit_one, keys), "boosters", len(keys), leave=False, disable=None)
+        for key, (text, score) in zip(keys, fitted, strict=True):
+            library, k, seed = key
+            result.boosters[key] = text
             result.scores[model_name(library, seed)][fold == k] = score
     finally:
         pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the rest is of no use
     return result
+
+
+def _fit_and_score(
+    key: BoosterKey,
+    table: pl.DataFrame,
+    target: NDArray[np.integer],
+    fold: NDArray[np.integer],
+    encoding: Encoding,
+    settings: FitSettings,
+) -> tuple[str, Scores]:
+    """Fits one booster outside a fold. Returns its text, and the scores of the fold's rows."""
+    library, k, seed = key
+    rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
+    matrix = encoding.transform(table[rows])
+    _add_noise(matrix, encoding.names, settings.image_noise, (seed, k))
+    blanks = np.random.default_rng((seed, k, BLANK_STREAM))
+    encoding.blank_categories(matrix, settings.blank_share, blanks)
+    parameters = settings.parameters(library)
+    text = fit_booster(library, matrix, target[rows], encoding.names, parameters, seed)
+    # Scored by the text, as in prediction, not by the booster in memory.
+    predict = LIBRARIES[library].load(text)
+    held_out = encoding.transform(table.filter(pl.Series(fold == k)))
+    return text, predict(held_out, 1)
 
 
 def undersample(

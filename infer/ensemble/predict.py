@@ -17,7 +17,7 @@ from infer.ensemble.image_features import (
     image_feature_tables,
 )
 from infer.ensemble.image_scores import image_probability
-from infer.ensemble.lesions import too_few
+from infer.ensemble.lesions import few_lesions_warning
 from isic import schema
 from isic.dataset import Dataset
 from isic.features import needed_columns, unseen_categories
@@ -132,9 +132,9 @@ def _refuse_foreign(output: Path) -> None:
 
 def _check_lesions(ensemble: Ensemble, metadata: pl.DataFrame, few: str) -> None:
     """Warns of patients with too few lesions to compare with each other, or raises a UserError."""
-    if not ensemble.relative:
+    if not ensemble.is_relative:
         return
-    problem = too_few(metadata, ensemble.manifest["lesions_per_patient"])
+    problem = few_lesions_warning(metadata, ensemble.manifest["lesions_per_patient"])
     if problem is None:
         return
     if few == "refuse":

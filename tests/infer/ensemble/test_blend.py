@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.ensemble.blend import blend, rank_in, seeds_of
+from infer.ensemble.blend import blend, rank_among, seeds_of
 from infer.ensemble.boosters import LIBRARIES
 
 
@@ -21,7 +21,7 @@ def test_the_blend_is_the_weighted_mean_of_ranks(three_libraries: Path) -> None:
 def test_ranks_keep_the_order_also_outside_the_reference() -> None:
     reference = np.array([0.2, 0.4, 0.4, 0.6])
     score = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 1.0])
-    ranks = rank_in(score, reference)
+    ranks = rank_among(score, reference)
     assert (np.diff(ranks) > 0).all()
     assert ranks.min() > 0
     assert ranks.max() < 1
