@@ -67,12 +67,15 @@ def render_page(results: Path) -> str:
         sections.append(_peers(tables["peers"]))
     sections += _growth(tables)
     sections.append(_tables(tables))
-    lead = "All values are measured by `python -m benchmarks`; each row names its machine."
+    command = tag("code", "python -m benchmarks")
+    lead = tag(
+        "p", "Values are measured by ", command, "; each row has its machine.", class_="lead"
+    )
     header = tag(
         "header",
         OWN_MARK,
         tag("h1", HEADING),
-        tag("p", lead, class_="lead"),
+        lead,
         page.links(name for name, _, _ in sections),
     )
     body = (page.section(name, title, *content) for name, title, content in sections)
