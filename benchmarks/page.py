@@ -67,12 +67,15 @@ def render_page(results: Path) -> str:
         sections.append(_peers(tables["peers"]))
     sections += _growth(tables)
     sections.append(_tables(tables))
-    lead = "All values are measured by `python -m benchmarks`; each row names its machine."
+    command = tag("code", "python -m benchmarks")
+    lead = tag(
+        "p", "Values are measured by ", command, "; each row has its machine.", class_="lead"
+    )
     header = tag(
         "header",
         OWN_MARK,
         tag("h1", HEADING),
-        tag("p", lead, class_="lead"),
+        lead,
         page.links(name for name, _, _ in sections),
     )
     body = (page.section(name, title, *content) for name, title, content in sections)
@@ -183,7 +186,7 @@ def _time(rows: pl.DataFrame) -> Section:
 
 def _time_figure(machine: str, series: pl.DataFrame) -> Markup:
     """Draws the rates of each measurement, which are lists, as a line."""
-    ratios = [[rate / rates[0] for rate in rates] for rates in series["images_per_second"]]
+    ratios = [_relative(rates) for rates in series["images_per_second"].to_list()]
     longest = max(len(ratio) for ratio in ratios)
     x = Axis("measurement", 1, longest, list(range(1, longest + 1)))
     y = _ratio_axis("rate relative to the first", max(max(ratio) for ratio in ratios))
@@ -193,6 +196,10 @@ def _time_figure(machine: str, series: pl.DataFrame) -> Markup:
         title = f"{row['what']} {row['engine']} {row['precision']} batch {row['batch']}"
         lines.append(plot.line(list(range(1, len(ratio) + 1)), ratio, "part", title))
     return page.figure(machine, plot.draw(*lines))
+
+
+def _relative(rates: Sequence[float]) -> list[float]:
+    return [rate / rates[0] for rate in rates]
 
 
 def _ratio_axis(label: str, largest: float) -> Axis:

@@ -99,13 +99,34 @@ def peers(settings: PeersSettings) -> None:
             ours, reasons = build_ours(untrained, common, settings, precisions, folder)
             for peer in selected:
                 place = _subfolder(folder, f"{peer}, {peer_precision}")
-                task = Task(baseline=peer, folder=place, precision=peer_precision, **common)
-                processes = {name: BaselineProcess(t) for name, t in {**ours, peer: task}.items()}
-                rates, features = embed_in_turns(processes, *folders, len(ids), settings.repeats)
-                failed = {name: each.reason for name, each in processes.items() if each.reason}
-                rows = compare_all(rates, features, {**reasons, **failed}, [peer])
+                theirs = Task(baseline=peer, folder=place, precision=peer_precision, **common)
+                tasks = {**ours, peer: theirs}
+                rows = compare_tasks(tasks, reasons, [peer], *folders, settings.repeats)
                 rows = [{**request, **row, "peer_precision": peer_precision} for row in rows]
                 print_and_append("peers", rows, settings.results)
+
+
+def compare_tasks(
+    tasks: Mapping[str, Task],
+    reasons: Mapping[str, str],
+    names: list[str],
+    data: Path,
+    resized: Path,
+    repeats: int,
+) -> list[Row]:
+    """Runs tasks in turns, each in its own process, and returns the rows that compare them.
+
+    Args:
+        tasks: by the baselines' names in the rows.
+        reasons: of those of ours that did not build.
+        names: the peers.
+        data, resized: dataset folders with the original images and with the resized ones.
+    """
+    processes = {name: BaselineProcess(task) for name, task in tasks.items()}
+    num_images = len(tasks[names[0]].ids)
+    rates, features = embed_in_turns(processes, data, resized, num_images, repeats)
+    failed = {name: process.reason for name, process in processes.items() if process.reason}
+    return compare_all(rates, features, {**reasons, **failed}, names)
 
 
 def by_peer_precision(settings: PeersSettings, device: str) -> dict[str, list[str]]:

@@ -37,11 +37,13 @@ def projections(
 
 def _sampled_features(embeddings: Path, oof: pl.DataFrame) -> Iterator[tuple[int, pl.DataFrame]]:
     """Yields, by fold, the stored features of a sample of its held-out lesions."""
-    sampled = pl.concat(sample_lesions(rows) for _, rows in sorted(oof.group_by("fold")))
-    wanted = sampled.select(schema.ID, pl.col("fold").cast(pl.Int8), schema.TARGET).lazy()
-    stored = scan_embeddings(embeddings, "train", ["features"]).join(wanted, on=[schema.ID, "fold"])
+    folds = [rows for _, rows in sorted(oof.group_by("fold"))]
+    sampled = pl.concat(sample_lesions(rows) for rows in folds)
+    wanted = sampled.select(schema.ID, pl.col("fold").cast(pl.Int8), schema.TARGET)
+    stored = scan_embeddings(embeddings, "train", ["features"])
     with reading(embeddings):
-        table = stored.collect().sort(schema.ID)
+        table = stored.join(wanted.lazy(), on=[schema.ID, "fold"]).collect()
+    table = table.sort(schema.ID)
     for (fold,), rows in sorted(table.group_by("fold", maintain_order=True)):
         yield int(str(fold)), rows
 

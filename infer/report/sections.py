@@ -203,7 +203,7 @@ def _calibration(scored: Scored) -> Section:
         figures.distribution_figure(oof),
         _bin_table(bins),
     )
-    return "Calibration", (tag("p", intro), tag("div", *charts, class_="figures"))
+    return "Scores as probabilities", (tag("p", intro), tag("div", *charts, class_="figures"))
 
 
 def _bin_table(bins: Reliability) -> Markup:
@@ -248,7 +248,8 @@ def _map(scored: Scored, embeddings: Path | None) -> Section:
     if manifest["embeddings"] is None:
         return title, (tag("p", "This ensemble uses no embeddings, so there is no map."),)
     if embeddings is None:
-        return title, (tag("p", "Not drawn: `infer report` was run without --embeddings."),)
+        command = tag("code", "infer report")
+        return title, (tag("p", "Not drawn: ", command, " was run without --embeddings."),)
     image_scores.read_origin(embeddings, "train", manifest["folds_digest"])
     maps = (
         figures.map_figure(

@@ -156,11 +156,13 @@ def svg_file(chart: Markup) -> str:
 def path(points: Values) -> str:
     """Returns path data through pixels [N, 2], rounded to 0.1, without redundant points."""
     rounded = np.round(points, 1)
-    moved = np.append(True, (rounded[1:] != rounded[:-1]).any(axis=1))
-    rounded = rounded[moved]
+    differs = (rounded[1:] != rounded[:-1]).any(axis=1)
+    rounded = rounded[np.append(True, differs)]
     if len(rounded) > 2:
-        straight = (rounded[2:] == rounded[1:-1]) & (rounded[1:-1] == rounded[:-2])
-        rounded = rounded[np.concatenate([[True], ~straight.any(axis=1), [True]])]
+        # A point is redundant if it and both neighbours have the same x, or the same y.
+        same_as_next = rounded[1:] == rounded[:-1]
+        is_redundant = (same_as_next[1:] & same_as_next[:-1]).any(axis=1)
+        rounded = rounded[np.concatenate([[True], ~is_redundant, [True]])]
     return "M" + "L".join(f"{number(x)} {number(y)}" for x, y in rounded.tolist())
 
 

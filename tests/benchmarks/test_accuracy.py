@@ -2,6 +2,8 @@ from pathlib import Path
 
 import polars as pl
 
+from benchmarks.accuracy import AccuracySettings
+from isic.runtime.config import build
 from tests.support.commands import Cli
 
 
@@ -18,3 +20,9 @@ def test_runs_and_baseline_are_scored_on_the_same_rows(
     assert rows["pauc_pooled"].is_between(0, 0.2).all()
     assert set(rows["published_oof"]) == {0.1582}  # of images, out of fold like these scores
     assert rows["auc_pooled"][0] > 0.6
+
+
+def test_the_run_has_two_flags(tmp_path: Path) -> None:
+    for flag in ("model_dir", "run"):
+        settings = build(AccuracySettings, {"data": tmp_path, "label": "x", flag: tmp_path})
+        assert settings.model_dir == tmp_path

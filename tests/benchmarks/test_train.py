@@ -1,5 +1,6 @@
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,18 +130,20 @@ def test_prefetched_batches_do_not_count_as_loaded(step: float, accumulated: int
 
 def test_processes_that_keep_the_cores_busy_end_with_the_block() -> None:
     with busy_processes(2):
-        spinning = [path for path in children() if b"getppid" in (path / "cmdline").read_bytes()]
+        deadline = time.monotonic() + 30
+        while len(spinning := spinning_children()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)  # a process that has just been started has no command line yet
         assert len(spinning) == 2
     for path in spinning:
         assert not path.exists()
 
 
-def children() -> list[Path]:
-    """Returns this process's children in /proc; its own list of them may lack some of a running process."""
-    processes = [path for path in Path("/proc").iterdir() if path.name.isdigit()]
+def spinning_children() -> list[Path]:
+    """Returns the busy children of this process in /proc; its own list of children may lack some."""
     found = []
-    for path in processes:
+    for path in (path for path in Path("/proc").iterdir() if path.name.isdigit()):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            if f"PPid:\t{os.getpid()}\n" in (path / "status").read_text():
+            is_child = f"PPid:\t{os.getpid()}\n" in (path / "status").read_text()
+            if is_child and b"getppid" in (path / "cmdline").read_bytes():
                 found.append(path)
     return found
