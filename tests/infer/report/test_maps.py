@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from infer.embedding.store import part_path, write_part
+from infer.embedding.store import shard_path, write_shard
 from infer.report.maps import MAX_SHOWN, projections, sample_lesions
 
 
@@ -29,11 +29,11 @@ def test_embeddings_that_overflowed_are_left_out(
     embeddings: Path, oof: pl.DataFrame, tmp_path: Path
 ) -> None:
     root = Path(shutil.copytree(embeddings, tmp_path / "overflowed"))
-    part = part_path(root, "train", 1, 0)
+    part = shard_path(root, "train", 1, 0)
     table = pl.read_parquet(part)
     features = np.array(table["features"].to_numpy())
     features[0] = np.inf
-    write_part(part, table["isic_id"].to_list(), features, table["logit"].to_numpy())
+    write_shard(part, table["isic_id"].to_list(), features, table["logit"].to_numpy())
     maps = {fold: rows for fold, _, rows in projections(root, oof)}
     assert len(maps[1]) == len(table) - 1
     assert table["isic_id"][0] not in maps[1]["isic_id"]

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
-from infer.ensemble.fit import fit
+from infer.ensemble.fit import fit_ensemble
 from infer.report import write_report
 from infer.report.cases import NUM_CASES
 from isic.runtime.errors import UserError
 from tests.support.browser import WIDTHS, inspect
 from tests.support.commands import Cli
-from tests.support.ensembles import settings, write_dataset, write_embeddings
+from tests.support.ensembles import fit_settings, write_dataset, write_embeddings
 
 
 def copied(root: Path, to: Path) -> Path:
@@ -48,7 +48,7 @@ def test_it_is_sound_in_a_browser(
 @pytest.mark.browser
 def test_real_lesions_in_a_browser(browser: Browser, real_data: Path, tmp_path: Path) -> None:
     data = real_data / "real-pairs"
-    root = fit(settings(data, tmp_path, features="numeric", num_rounds=10))
+    root = fit_ensemble(fit_settings(data, tmp_path, features="numeric", num_rounds=10))
     found = inspect(browser, write_report(root, data), 390)
     found.assert_sound()
     assert found.num_images >= 2 * NUM_CASES
