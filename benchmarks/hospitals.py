@@ -91,7 +91,7 @@ class TrainingRows:
 def hospitals(settings: HospitalSettings) -> None:
     """Compares treatments of categories on hospitals held out and in cross-validation."""
     metadata = Dataset(settings.data).metadata("train").sort(schema.ID)
-    rows = TrainingRows(
+    training = TrainingRows(
         metadata,
         metadata[schema.TARGET].to_numpy(),
         with_patient(metadata)[schema.PATIENT].to_numpy(),
@@ -105,16 +105,15 @@ def hospitals(settings: HospitalSettings) -> None:
     for features in settings.features:
         first: list[Scores] = []
         for treatment in treatments:
-            scores = _scores(rows, features, treatment, held_out, settings)
+            scores = _scores(training, features, treatment, held_out, settings)
             first = first or scores
             compared = [
-                (part, _compare(part, rows, before, after, settings.draws))
+                (part, _compare(part, training, before, after, settings.draws))
                 for part, before, after in zip(held_out, first, scores, strict=True)
             ]
             named = {"data": settings.label, "features": features, "treatment": treatment.name}
-            print_and_append(
-                "hospitals", [{**named, **row} for row in _rows(compared)], settings.results
-            )
+            rows = [{**named, **row} for row in _rows(compared)]
+            print_and_append("hospitals", rows, settings.results)
 
 
 def _hospitals(metadata: pl.DataFrame, settings: HospitalSettings) -> list[HeldOut]:
@@ -144,7 +143,7 @@ def _splits(metadata: pl.DataFrame, settings: HospitalSettings) -> list[HeldOut]
 
 
 def _scores(
-    rows: TrainingRows,
+    training: TrainingRows,
     features: str,
     treatment: Treatment,
     held_out: list[HeldOut],
@@ -161,21 +160,21 @@ def _scores(
         "blank_share": treatment.blank_share,
     }
     fit_settings = build(FitSettings, flags)
-    table = spec.frame(rows.metadata, ())
+    table = spec.frame(training.metadata, ())
     fitted: dict[int, Scores] = {}  # by the identity of the fold array
     for part in held_out:
         if id(part.fold) not in fitted:
-            bag = fit_boosters(table, names, rows.target, part.fold, fit_settings)
+            bag = fit_boosters(table, names, training.target, part.fold, fit_settings)
             fitted[id(part.fold)] = np.stack(list(bag.scores.values()))
     return [fitted[id(part.fold)] for part in held_out]
 
 
 def _compare(
-    part: HeldOut, rows: TrainingRows, first: Scores, second: Scores, num_draws: int
+    part: HeldOut, training: TrainingRows, first: Scores, second: Scores, num_draws: int
 ) -> Comparison:
     return compare_scores(
-        rows.target[part.scored],
-        rows.patient[part.scored],
+        training.target[part.scored],
+        training.patient[part.scored],
         first[:, part.scored],
         second[:, part.scored],
         num_draws,
