@@ -27,10 +27,9 @@ from isic.features.formulas import ERR
 from isic.features.relative import EXTREMES, RANKED
 from isic.metadata import read_metadata
 from isic.runtime.config import Settings, Several
-from isic.runtime.files import write_parquet
 from isic.runtime.machine import num_cores, peak_memory_mb
 from isic.synth.rows import default_positives, draw_rows, num_patients
-from isic.tables import read_parquet
+from isic.tables import read_parquet, write_parquet
 
 NUM_COLUMNS = 968
 """Columns of a published ensemble's matrix, with embeddings."""

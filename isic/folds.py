@@ -13,8 +13,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from isic import schema
 from isic.metadata import require, with_patient
 from isic.runtime.errors import UserError
-from isic.runtime.files import digest, write_parquet
-from isic.tables import parquet_metadata, read_parquet
+from isic.runtime.files import digest
+from isic.tables import parquet_metadata, read_parquet, write_parquet
 
 FILE = "folds.parquet"
 

@@ -12,8 +12,7 @@ import polars as pl
 from isic import schema
 from isic.metadata import with_patient
 from isic.runtime.errors import UserError
-from isic.runtime.files import write_parquet
-from isic.tables import parquet_metadata, read_parquet, reading
+from isic.tables import parquet_metadata, read_parquet, reading, write_parquet
 
 SEEN_FILE = "trained_on.parquet"
 """Stored next to a checkpoint, in its `backbone/`, and next to the embeddings of its fold."""

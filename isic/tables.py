@@ -1,4 +1,4 @@
-"""Read CSV and Parquet tables, and refuse truncated files and other formats in one sentence.
+"""Read and write tables, and refuse truncated files and other formats in one sentence.
 
 This is the only module that calls the readers of polars: by default they treat a path as a glob
 pattern and fill a short row with blanks, so that half a file passes for a whole one.
@@ -6,6 +6,7 @@ pattern and fill a short row with blanks, so that half a file passes for a whole
 
 import contextlib
 import csv
+import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from isic.runtime.errors import UserError, warn_once
-from isic.runtime.files import COMPRESSED
+from isic.runtime.files import COMPRESSED, atomic_path
 
 CSV_BLOCK = 4 * 1024 * 1024
 """Bytes of a CSV that are held in memory while it is checked or one column is read."""
@@ -150,6 +151,15 @@ def parquet_metadata(path: Path) -> dict[str, str]:
     _refuse_other_than_parquet(path)
     with reading(path), open(path, "rb") as file:
         return pl.read_parquet_metadata(file)
+
+
+def write_parquet(path: Path, table: pl.DataFrame, metadata: dict[str, str] | None = None) -> None:
+    """Write a table as Parquet, atomically; equal tables give equal bytes."""
+    # Encoded in memory: the error that polars raises for a full disk is not an OSError.
+    encoded = io.BytesIO()
+    table.write_parquet(encoded, compression="zstd", statistics=False, metadata=metadata)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(encoded.getvalue())
 
 
 def scan_parquet(paths: Iterable[Path]) -> pl.LazyFrame:

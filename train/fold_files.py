@@ -21,7 +21,8 @@ from isic.layout import (
 from isic.metrics import roc_auc
 from isic.provenance import seen_rows, write_seen
 from isic.runtime import yaml12
-from isic.runtime.files import sha256, versions, write_manifest, write_parquet, write_text
+from isic.runtime.files import sha256, versions, write_manifest, write_text
+from isic.tables import write_parquet
 from train import distributed
 from train.backbone import save_backbone
 from train.checkpoint import save_checkpoint

@@ -18,8 +18,8 @@ from isic.images import NO_IMAGE, failures, open_hdf5
 from isic.layout import ERRORS_FILE, FOLDS_FILE
 from isic.preprocess import check_mask, decode
 from isic.runtime.errors import UserError, warn, warn_once
-from isic.runtime.files import write_parquet
 from isic.runtime.machine import num_cores
+from isic.tables import write_parquet
 from train import distributed
 from train.config import TrainSettings
 from train.packed import PackedFiles, empty_files, read_packed

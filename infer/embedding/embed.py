@@ -33,16 +33,10 @@ from isic.folds import Folds, fold_dirs, read_folds
 from isic.metadata import read_ids
 from isic.provenance import SEEN_FILE
 from isic.runtime.errors import UserError, warn
-from isic.runtime.files import (
-    atomic_path,
-    holds,
-    refuse_foreign,
-    sha256,
-    write_json,
-    write_parquet,
-)
+from isic.runtime.files import atomic_path, holds, refuse_foreign, sha256, write_json
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.machine import processor
+from isic.tables import write_parquet
 
 
 def embed_dataset(settings: EmbedSettings) -> int:

@@ -23,8 +23,8 @@ from isic.dataset import Dataset, Split
 from isic.images import decode_pool
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
-from isic.runtime.files import write_parquet
 from isic.runtime.machine import num_cores
+from isic.tables import write_parquet
 
 MAX_SHARDS_WAITING = 2
 """Shards that may wait to be written before the engines pause, which bounds the memory."""

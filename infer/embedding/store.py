@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from isic import schema
 from isic.dataset import Split
 from isic.runtime.errors import UserError
-from isic.runtime.files import digest, read_json, write_parquet
-from isic.tables import parquet_metadata, read_parquet, scan_parquet
+from isic.runtime.files import digest, read_json
+from isic.tables import parquet_metadata, read_parquet, scan_parquet, write_parquet
 
 RUN_SPEC_FILE = "plan.json"
 RUN_FILE = "run.json"

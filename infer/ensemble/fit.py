@@ -39,7 +39,8 @@ from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, draw_folds, read_folds
 from isic.metadata import require, with_patient
 from isic.runtime.errors import UserError
-from isic.runtime.files import sha256, versions, write_json, write_parquet, write_text
+from isic.runtime.files import sha256, versions, write_json, write_text
+from isic.tables import write_parquet
 
 MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
 """The settings that shape the model, besides the fold plan and those of the libraries."""

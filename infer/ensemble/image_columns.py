@@ -30,8 +30,7 @@ from isic.folds import Folds
 from isic.provenance import SEEN_FILE, read_seen, refuse_seen
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
-from isic.runtime.files import write_parquet
-from isic.tables import read_parquet, reading
+from isic.tables import read_parquet, reading, write_parquet
 
 ALIGNED = "aligned"
 FROZEN = "frozen"

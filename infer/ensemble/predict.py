@@ -32,9 +32,9 @@ from isic.runtime.files import (
     sha256,
     versions,
     write_manifest,
-    write_parquet,
 )
 from isic.runtime.machine import num_cores
+from isic.tables import write_parquet
 
 MAX_NAMED_VALUES = 5
 """Unseen values of a column that a warning names."""

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import secrets
@@ -11,8 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import polars as pl
 
 from isic.runtime.errors import UserError
 
@@ -105,15 +102,6 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def write_parquet(path: Path, table: pl.DataFrame, metadata: dict[str, str] | None = None) -> None:
-    """Write a table as Parquet, atomically; equal tables give equal bytes."""
-    # Encoded in memory: the error that polars raises for a full disk is not an OSError.
-    encoded = io.BytesIO()
-    table.write_parquet(encoded, compression="zstd", statistics=False, metadata=metadata)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(encoded.getvalue())
 
 
 def read_text(path: Path) -> str:

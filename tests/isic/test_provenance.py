@@ -7,7 +7,7 @@ import pytest
 
 from isic.provenance import read_seen, refuse_seen, rows_seen, seen_rows, write_seen
 from isic.runtime.errors import UserError
-from isic.runtime.files import write_parquet
+from isic.tables import write_parquet
 
 TRAINED_ON = pl.DataFrame({"isic_id": ["a", "b"], "patient_id": ["p", None]})
 

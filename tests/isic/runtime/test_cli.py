@@ -90,7 +90,7 @@ def test_help_lists_every_key() -> None:
     text = ended.stdout
     for key in ("--epochs", "--lr_backbone", "--focal_gamma", "--use_sample"):
         assert key in text
-    assert "images a micro-batch" in text
+    assert "images per micro-batch" in text
 
 
 @pytest.mark.parametrize("module", ["isic", "export", "infer"])
