@@ -1,19 +1,11 @@
-"""python -m isic synth | check"""
+"""`python -m isic synth | check`."""
 
-from functools import partial
+from isic.runtime.cli import Command, run
 
-from isic.check import check
-from isic.runtime.cli import run
-from isic.synth import SynthSettings, synthesize
-
-
-def synth(settings: SynthSettings) -> None:
-    """Write a synthetic dataset in the layout of the challenge."""
-    if synthesize(settings, say=partial(print, flush=True)):
-        print(f"wrote a synthetic dataset to {settings.output_dir}")
-    else:
-        print(f"{settings.output_dir} already holds this dataset; nothing to do")
-
+COMMANDS = {
+    "synth": Command("isic.settings:SynthSettings", "isic.synth:synth"),
+    "check": Command("isic.settings:CheckSettings", "isic.check:check"),
+}
 
 if __name__ == "__main__":
-    run({"synth": synth, "check": check})
+    run(COMMANDS)

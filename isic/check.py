@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from pydantic import Field
 
 from isic import schema
 from isic.dataset import Dataset, Split
@@ -22,9 +21,8 @@ from isic.images import (
 )
 from isic.metadata import read_ids, with_patient
 from isic.preprocess import ImageError, PreprocessSpec, check_mask
-from isic.runtime.config import Settings
 from isic.runtime.errors import UserError
-from isic.runtime.machine import num_cores
+from isic.settings import CheckSettings
 
 DECODE_BATCH = 1_024
 DECODE_SPEC = PreprocessSpec(size=32)
@@ -42,20 +40,6 @@ FEATURES = (schema.PATIENT, *schema.NUMERIC, *schema.CATEGORICAL)
 
 Facts = dict[str, str]
 Problems = list[str]
-
-
-class CheckSettings(Settings):
-    """Settings of `python -m isic check`."""
-
-    data: Path = Field(description="folder in the layout of the challenge")
-    sample: int | None = Field(
-        None, ge=1, description="decode this many images of each split instead of all"
-    )
-    num_folds: int = Field(
-        5, ge=2, le=100, description="number of folds, also of a fold plan in the dataset"
-    )
-    seed: int = Field(42, ge=0, description="seed of the folds and of the sample")
-    num_threads: int = Field(num_cores(), ge=1, description="decoding threads")
 
 
 def check(settings: CheckSettings) -> None:

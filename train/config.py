@@ -14,7 +14,11 @@ BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, 
 
 
 class TrainSettings(Settings):
-    """Settings of `python -m train`. Precedence: these defaults < the YAML file < flags."""
+    """Train one fold or all of a config into <output_dir>/<name>/fold_<k>.
+
+    --config (or --model_config) names a file in configs/ or a path; every key of it is a flag as
+    well, and a flag takes precedence.
+    """
 
     name: str = Field(
         "custom", min_length=1, description="name of the run; the config's file name if not given"

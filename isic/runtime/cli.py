@@ -1,4 +1,4 @@
-"""Command lines: one typed function per command, its settings validated before it runs."""
+"""Command lines: settings are validated before anything else is imported or run."""
 
 import contextlib
 import inspect
@@ -7,7 +7,9 @@ import os
 import select
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
 
 import fire
 from fire.decorators import SetParseFn
@@ -16,23 +18,35 @@ from pydantic.fields import FieldInfo
 from isic import __version__
 from isic.runtime.config import Settings, build
 from isic.runtime.errors import UserError, did_you_mean
+from isic.runtime.extras import missing_library
 
-Command = Callable[[Any], int | None]
 HELP = {"--help", "-h"}
 VERSION = "--version"
 
 
-def run(commands: Command | Mapping[str, Command], load: Callable[..., Settings] = build) -> None:
-    """Run one command, or the one that the first argument names; exits with 2 on a UserError.
+@dataclass(frozen=True)
+class Command:
+    """A command by the names of its parts, so that its help needs no heavy library."""
 
-    Args:
-        commands: a function of one settings argument, or several by name; it returns the exit code.
-        load: builds the settings from their type and the flags.
-    """
+    settings: str
+    """`module:Class` of its settings. The docstring of the class is the command's help."""
+    function: str
+    """`module:function` that takes the settings and returns an exit code or None."""
+    load: Callable[..., Settings] = build
+    """Builds the settings from their type and the flags."""
+
+    @property
+    def settings_type(self) -> type[Settings]:
+        settings: type[Settings] = resolve_name(self.settings)
+        return settings
+
+
+def run(commands: Command | Mapping[str, Command]) -> None:
+    """Run one command, or the one that the first argument names; exit with 2 on a UserError."""
     make_printable()
     try:
         with _exit_quietly_on_broken_pipe():
-            _dispatch(commands, load, sys.argv[1:])
+            _dispatch(commands, sys.argv[1:])
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)
@@ -73,9 +87,7 @@ def _stdout_is_closed() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _dispatch(
-    commands: Command | Mapping[str, Command], load: Callable[..., Settings], arguments: list[str]
-) -> None:
+def _dispatch(commands: Command | Mapping[str, Command], arguments: list[str]) -> None:
     if arguments == [VERSION]:
         print(f"isic-toolkit {__version__}")
         return
@@ -83,32 +95,24 @@ def _dispatch(
         if not arguments or arguments[0] in HELP:
             _print_commands(commands)
             return
-        if arguments[0] not in commands:
-            sys.exit(
-                _complain(
-                    f'unknown command "{arguments[0]}", {did_you_mean(arguments[0], commands)}'
-                )
-            )
-        command, arguments = commands[arguments[0]], arguments[1:]
+        name, *arguments = arguments
+        if name not in commands:
+            sys.exit(_report(f'unknown command "{name}", {did_you_mean(name, commands)}'))
+        command = commands[name]
     else:
         command = commands
     if HELP & set(arguments):
         _print_help(command)
     else:
-        fire.Fire(_fire_function(command, load), command=arguments)
+        fire.Fire(_fire_function(command), command=arguments)
 
 
-def _complain(message: str) -> int:
+def _report(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
 
 
-def _settings_type(command: Command) -> type[Settings]:
-    settings: type[Settings] = next(iter(get_type_hints(command).values()))
-    return settings
-
-
-def _fire_function(command: Command, load: Callable[..., Settings]) -> Callable[..., None]:
+def _fire_function(command: Command) -> Callable[..., None]:
     """Wrap a command for Fire.
 
     Fire calls a function before it reports an unknown flag, so the wrapper accepts every flag and
@@ -117,23 +121,12 @@ def _fire_function(command: Command, load: Callable[..., Settings]) -> Callable[
 
     def call(*extra: str, **flags: str) -> None:
         try:
-            positional = _settings_type(command).positional
-            if len(extra) > len(positional):
-                raise UserError(
-                    f'unexpected argument "{extra[len(positional)]}"; '
-                    "options are written --key value"
-                )
-            code = command(
-                load(
-                    _settings_type(command), {**dict(zip(positional, extra, strict=False)), **flags}
-                )
-            )
+            code = _call(command, extra, flags)
         except UserError as error:
-            code = _complain(str(error))
+            code = _report(str(error))
         except PermissionError as error:
-            code = _complain(
-                f"no access to {error.filename} ({error.strerror}); change its permissions"
-            )
+            reason = f"no access to {error.filename} ({error.strerror})"
+            code = _report(f"{reason}; change its permissions")
         if code:
             sys.exit(code)
 
@@ -141,17 +134,39 @@ def _fire_function(command: Command, load: Callable[..., Settings]) -> Callable[
     return wrapped
 
 
+def _call(command: Command, extra: tuple[str, ...], flags: Mapping[str, str]) -> int | None:
+    settings_type = command.settings_type
+    positional = settings_type.positional
+    if len(extra) > len(positional):
+        unexpected = extra[len(positional)]
+        raise UserError(f'unexpected argument "{unexpected}"; options are written --key value')
+    by_position: dict[str, Any] = dict(zip(positional, extra, strict=False))
+    settings = command.load(settings_type, {**by_position, **flags})
+    try:
+        function: Callable[[Settings], int | None] = resolve_name(command.function)
+        return function(settings)
+    except ModuleNotFoundError as error:
+        if sentence := missing_library(error):
+            raise sentence from None
+        raise
+
+
 def _print_commands(commands: Mapping[str, Command]) -> None:
     for name, command in commands.items():
-        print(f"{name:12} {(inspect.getdoc(command) or '').splitlines()[0]}")
+        print(f"{name:12} {_summary(command)}")
     print("\n<command> --help lists a command's keys; --version prints the version")
 
 
+def _summary(command: Command) -> str:
+    return (inspect.getdoc(command.settings_type) or "").splitlines()[0]
+
+
 def _print_help(command: Command) -> None:
-    print(f"{inspect.getdoc(command)}\n")
-    for name, field in _settings_type(command).flags().items():
+    settings_type = command.settings_type
+    print(f"{inspect.getdoc(settings_type)}\n")
+    for name, field in settings_type.flags().items():
         print(f"  --{name:24} {_default(field):20} {field.description or ''}")
-    for name, note in _settings_type(command).help_notes().items():
+    for name, note in settings_type.help_notes().items():
         print(f"  {name:26} {note}")
 
 

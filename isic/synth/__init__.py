@@ -6,6 +6,7 @@ Nothing in it is real. It serves to run, test and measure the pipeline without t
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -13,14 +14,13 @@ import numpy as np
 import polars as pl
 from numpy.random import Generator
 from numpy.typing import NDArray
-from pydantic import AliasChoices, Field
 from sklearn.neighbors import KDTree
 
 from isic import schema
-from isic.runtime.config import Settings
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_json, sha256, versions, write_json
 from isic.runtime.machine import num_cores
+from isic.settings import SynthSettings
 from isic.synth.crops import Crop, crop_specs, render
 from isic.synth.rows import Rows, default_positives, draw_rows, num_patients
 from isic.synth.write import write_images, write_table
@@ -49,28 +49,6 @@ MATCHED = (
     "clin_size_long_diam_mm",
 )
 """Columns that match a row to its crop, in standard deviations; its cue counts CUE_WEIGHT."""
-
-
-class SynthSettings(Settings):
-    """Size and seed of a synthetic dataset. The same settings give the same bytes."""
-
-    output_dir: Path = Field(
-        validation_alias=AliasChoices("output_dir", "out"),
-        description="folder to write the dataset into",
-    )
-    images: int = Field(
-        3_000, ge=50, le=2_000_000, description="rows and crops of the training split"
-    )
-    positives: int | None = Field(
-        None, ge=1, description="malignant rows in the training split; by default 5 %, at most 393"
-    )
-    seed: int = Field(0, ge=0, description="random seed")
-    test_images: int | None = Field(
-        None, ge=1, le=2_000_000, description="rows and crops of the test split; by default 10 %"
-    )
-    pool: int | None = Field(
-        None, ge=50, description="crops to render; if there are more rows, crops are reused"
-    )
 
 
 @dataclass(frozen=True)
@@ -103,6 +81,14 @@ def spec_of(settings: SynthSettings) -> Spec:
         seed=settings.seed,
         pool=min(settings.images, settings.pool or DEFAULT_POOL),
     )
+
+
+def synth(settings: SynthSettings) -> None:
+    """Write a synthetic dataset, with its progress on stdout."""
+    if synthesize(settings, say=partial(print, flush=True)):
+        print(f"wrote a synthetic dataset to {settings.output_dir}")
+    else:
+        print(f"{settings.output_dir} already holds this dataset; nothing to do")
 
 
 def synthesize(settings: SynthSettings, say: Callable[[str], None] = lambda _: None) -> bool:

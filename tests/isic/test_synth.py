@@ -21,7 +21,8 @@ from isic.metrics import pauc, roc_auc
 from isic.preprocess import decode
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_json, write_json
-from isic.synth import FILES, MANIFEST, SynthSettings, marginals, synthesize
+from isic.settings import SynthSettings
+from isic.synth import FILES, MANIFEST, marginals, synthesize
 from isic.synth.crops import Crop, crop_specs, render
 from isic.synth.rows import Rows, default_positives, draw_rows, lesions_per_patient, num_patients
 from tests.support.commands import Cli

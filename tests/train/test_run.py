@@ -18,9 +18,9 @@ from isic.runtime.errors import UserError
 from tests.support.commands import ROOT, TINY, Cli, tiny_settings
 from tests.support.processes import LONG_EPOCHS, history, started, wait_for
 from tests.support.training import CPU
-from train.__main__ import train_folds
 from train.checkpoint import load_checkpoint
 from train.machine import check_bfloat16
+from train.run import train_folds
 
 SEED_LINES = [
     "--model_config vit_tiny --epochs 5 --batch_size 32 --fold 0 --use_sample",

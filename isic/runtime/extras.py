@@ -1,0 +1,28 @@
+"""Optional libraries, and the extra of this package that installs each."""
+
+from isic.runtime.errors import UserError
+
+EXTRAS = {
+    "train": ("torch", "torchvision", "timm", "albumentations"),
+    "export": ("onnx", "onnxscript"),
+    "tensorrt": ("tensorrt", "cuda"),
+    "tensorrt_rtx": ("tensorrt_rtx",),
+    "boosters": ("xgboost", "catboost"),
+    "ray": ("ray",),
+    "tensorboard": ("tensorboard",),
+}
+"""Modules by the extra that installs them; a test compares them with setup.cfg."""
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra."""
+    return f'pip install "isic-toolkit[{extra}]"'
+
+
+def missing_library(error: ModuleNotFoundError) -> UserError | None:
+    """Return the sentence on a missing optional library, None for any other module."""
+    module = (error.name or "").split(".")[0]
+    for extra, modules in EXTRAS.items():
+        if module in modules:
+            return UserError(f"{module} is not installed; run {install_command(extra)}")
+    return None

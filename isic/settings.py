@@ -1,0 +1,47 @@
+"""Settings of `python -m isic synth` and `python -m isic check`."""
+
+from pathlib import Path
+
+from pydantic import AliasChoices, Field
+
+from isic.runtime.config import Settings
+from isic.runtime.machine import num_cores
+
+
+class SynthSettings(Settings):
+    """Write a synthetic dataset in the layout of the challenge.
+
+    The same settings give the same bytes.
+    """
+
+    output_dir: Path = Field(
+        validation_alias=AliasChoices("output_dir", "out"),
+        description="folder to write the dataset into",
+    )
+    images: int = Field(
+        3_000, ge=50, le=2_000_000, description="rows and crops of the training split"
+    )
+    positives: int | None = Field(
+        None, ge=1, description="malignant rows in the training split; by default 5 %, at most 393"
+    )
+    seed: int = Field(0, ge=0, description="random seed")
+    test_images: int | None = Field(
+        None, ge=1, le=2_000_000, description="rows and crops of the test split; by default 10 %"
+    )
+    pool: int | None = Field(
+        None, ge=50, description="crops to render; if there are more rows, crops are reused"
+    )
+
+
+class CheckSettings(Settings):
+    """Print a dataset's content, its problems, the images that do not decode, and its folds."""
+
+    data: Path = Field(description="folder in the layout of the challenge")
+    sample: int | None = Field(
+        None, ge=1, description="decode this many images of each split instead of all"
+    )
+    num_folds: int = Field(
+        5, ge=2, le=100, description="number of folds, also of a fold plan in the dataset"
+    )
+    seed: int = Field(42, ge=0, description="seed of the folds and of the sample")
+    num_threads: int = Field(num_cores(), ge=1, description="decoding threads")

@@ -1,0 +1,71 @@
+"""Train the folds of a config."""
+
+import sys
+
+import torch
+
+from isic import schema
+from isic.runtime.errors import UserError
+from isic.runtime.interrupt import Interrupted, interruptible
+from train import distributed
+from train.config import TrainSettings
+from train.loaders import worker_errors
+from train.loop import train_fold
+from train.machine import check_bfloat16, prepare, select_device
+from train.pretrained import refuse_leaking_weights
+from train.resume import is_finished, refuse_other_content, require_resume_or_force
+from train.rows import load_data
+from train.step import NonFiniteGradient
+from train.summary import print_scores
+
+
+def train(settings: TrainSettings) -> int:
+    """Train one fold or all of a config. Returns the exit code."""
+    device = select_device(settings.device)
+    try:
+        with interruptible(), distributed.process_group(device):
+            train_folds(settings, device)
+    except Interrupted as signal:
+        if distributed.is_main():
+            print(
+                f"stopped by {signal}; the same command with --resume continues after the last "
+                "finished epoch",
+                file=sys.stderr,
+            )
+        return signal.exit_code
+    return 0
+
+
+def train_folds(settings: TrainSettings, device: torch.device) -> None:
+    """Trains the folds that are not finished and prints the scores of all."""
+    if settings.bf16:
+        check_bfloat16(device)
+    due = folds_to_train(settings)
+    # All folds are checked before the first is trained, which may take hours.
+    for fold in due:
+        refuse_other_content(settings, fold)
+        require_resume_or_force(settings, fold)
+    if due:
+        data = load_data(settings)
+        refuse_leaking_weights(settings.pretrained, due, data.table, data.fold)
+        prepare(device)
+        with worker_errors():
+            for fold in due:
+                try:
+                    train_fold(settings, data, fold, device)
+                except NonFiniteGradient as error:
+                    raise UserError(error.describe(data.table[schema.ID])) from None
+    if distributed.is_main():
+        print_scores(settings.run_dir, settings.num_folds)
+
+
+def folds_to_train(settings: TrainSettings) -> list[int]:
+    """Returns the wanted folds without the finished ones, in all processes alike."""
+    folds = range(settings.num_folds) if settings.fold is None else [settings.fold]
+    due = [fold for fold in folds if settings.force or not is_finished(settings, fold)]
+    if distributed.is_main():
+        for fold in folds:
+            if fold not in due:
+                print(f"fold {fold} is finished; --force trains it again")
+    # The main process decides: it may finish a fold before another process has looked at it.
+    return distributed.broadcast_object(due)
