@@ -1,0 +1,115 @@
+"""The installed command `isic-toolkit`: the packages as verbs, and completion for bash and zsh."""
+
+import runpy
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from isic import __version__
+from isic.runtime.cli import HELP, VERSION, Command, make_printable
+from isic.runtime.config import describe_configs
+from isic.runtime.errors import did_you_mean
+
+PACKAGES = {
+    "isic": "check a dataset, or write a synthetic one",
+    "train": "train the folds of a model config",
+    "export": "export trained folds to ONNX and other engines",
+    "infer": "embed images, fit ensembles, predict, compare, report",
+    "benchmarks": "measure every step",
+}
+"""Packages with a command line, in the order of the pipeline."""
+
+COMPLETE = "--complete"
+"""Prints the candidates for the last of the words that follow it; the shells' functions call it."""
+
+SCRIPTS = {
+    "bash": f"""_isic_toolkit() {{
+    local IFS=$'\\n'
+    COMPREPLY=($(compgen -W "$(isic-toolkit {COMPLETE} "${{COMP_WORDS[@]:1:COMP_CWORD}}")" -- \\
+        "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _isic_toolkit isic-toolkit""",
+    "zsh": f"""_isic_toolkit() {{
+    local -a found
+    found=(${{(f)"$(isic-toolkit {COMPLETE} ${{words[2,CURRENT]}})"}})
+    (( ${{#found}} )) && compadd -a found || _files
+}}
+compdef _isic_toolkit isic-toolkit""",
+}
+"""Completion functions by shell. Without candidates a shell completes file names."""
+
+
+def main() -> None:
+    """Run `isic-toolkit <package> ...` like `python -m <package> ...`."""
+    make_printable()
+    match sys.argv[1:]:
+        case []:
+            _print_help()
+        case [word] if word in HELP:
+            _print_help()
+        case [word] if word == VERSION:
+            print(f"isic-toolkit {__version__}")
+        case [word, *words] if word == COMPLETE:
+            print("\n".join(candidates(words)))
+        case ["completion", shell] if shell in SCRIPTS:
+            print(SCRIPTS[shell])
+        case [package, *arguments] if package in PACKAGES:
+            sys.argv = [f"isic-toolkit {package}", *arguments]
+            runpy.run_module(package, run_name="__main__")
+        case [word, *_]:
+            known = [*PACKAGES, *(f"completion {shell}" for shell in SCRIPTS)]
+            hint = did_you_mean(" ".join(sys.argv[1:3]) if word == "completion" else word, known)
+            print(f'error: unknown command "{word}", {hint}', file=sys.stderr)
+            sys.exit(2)
+
+
+def _print_help() -> None:
+    for package, summary in PACKAGES.items():
+        print(f"{package:12} {summary}")
+    print(
+        "\ncompletion bash | zsh prints a completion script: source <(isic-toolkit completion bash)"
+    )
+    print("<package> --help lists the commands or keys; --version prints the version")
+
+
+def candidates(words: list[str]) -> list[str]:
+    """Return the completions of the last of `words`, of which the shell drops those that differ."""
+    if len(words) <= 1:
+        return [*PACKAGES, "completion"]
+    package, *arguments = words
+    if package == "completion":
+        return list(SCRIPTS)
+    if package not in PACKAGES:
+        return []
+    commands: Command | Mapping[str, Command] = import_module(f"{package}.__main__").COMMANDS
+    if isinstance(commands, Mapping):
+        if len(arguments) == 1:
+            return list(commands)
+        if arguments[0] not in commands:
+            return []
+        return _flags_or_values(commands[arguments[0]], arguments[1:])
+    return _flags_or_values(commands, arguments)
+
+
+def _flags_or_values(command: Command, arguments: list[str]) -> list[str]:
+    flags = command.settings_type.flags()
+    previous = arguments[-2].removeprefix("--") if len(arguments) > 1 else ""
+    if previous in flags and not arguments[-1].startswith("--"):
+        return _values(previous, flags[previous])
+    return [f"--{name}" for name in flags]
+
+
+def _values(name: str, field: FieldInfo) -> list[str]:
+    """Return the values that a key accepts if they are few and known."""
+    if name == "config":
+        return list(describe_configs())
+    if field.annotation is bool:
+        return ["true", "false"]
+    return [
+        str(value)
+        for value in get_args(field.annotation)
+        if get_origin(field.annotation) is Literal
+    ]
