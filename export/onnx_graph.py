@@ -113,8 +113,8 @@ def attention(
 def int8_graph(model: Classifier, size: int, folder: Path) -> onnx.ModelProto:
     """Returns the graph of a network with int8 weights; `folder` is for temporary files."""
     graph = trace(pointwise_convs_as_linear(model), size, OPSET)
-    # Without the exporter's shapes: the quantizer infers its own, and fails with "Inferred shape and
-    # existing shape differ" (seen with ONNX Runtime 1.31 and torch 2.14; no report found).
+    # Without the exporter's shapes: the quantizer infers its own, and fails with "Inferred shape
+    # and existing shape differ" (seen with ONNX Runtime 1.31 and torch 2.14; no report found).
     del graph.graph.value_info[:]
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         float_path = Path(temporary) / "float32.onnx"

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
-from infer.engines.registry import ENGINE_FORMATS
+from infer.engines.registry import ENGINE_FORMATS, Precision, exported_formats
 from isic.runtime.config import Settings
 
 BATCH_CPU = 64
@@ -48,10 +48,10 @@ class EmbedSettings(Settings):
     format: str = Field(
         "model.onnx",
         validation_alias=AliasChoices("format", "engine"),
-        description="exported artifact of each fold: a format (onnx, aoti, tensorrt) or a file "
-        "name",
+        description="exported artifact of each fold: a file name or a format "
+        f"({', '.join(exported_formats())})",
     )
-    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = Field(
+    precision: Precision | None = Field(
         None, description="precision of the artifact, if a format has several"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(

@@ -23,13 +23,13 @@ class EngineFormat:
     suffix: str
     """Ending of the artifact's file name."""
     devices: tuple[str, ...]
-    """Where its artifacts can run: `cpu`, `cuda`."""
+    """Devices that its artifacts can run on: `cpu`, `cuda`."""
     packages: tuple[str, ...] = ()
-    """Distributions whose installed versions matter to it."""
+    """Distributions that it needs; their versions are printed and recorded."""
     extra: str | None = None
     """The extra of this package that installs them; None if they always are."""
     any_device: bool = False
-    """One file runs on each of its devices, whichever it was exported for."""
+    """One file runs on all of its devices, not only on the one it was exported for."""
     portable: bool = False
     """Artifacts can be built without the GPU they are for, and are checked where they run."""
     synthetic: bool = False

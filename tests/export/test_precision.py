@@ -23,6 +23,7 @@ def test_wide_1x1_convolutions_are_quantized(tmp_path: Path) -> None:
     assert names == {name for name, _ in model.named_parameters()}, "the model itself is unchanged"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [20, ATTENTION_OPSET])
 @pytest.mark.parametrize("name", ["test_vit3", "test_convnext3"])
 def test_normalisation_and_softmax_stay_in_float32(name: str, opset: int) -> None:

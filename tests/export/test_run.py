@@ -348,6 +348,7 @@ def test_one_command_calibrates_on_training_images_and_records_it(
     assert "calibration_images" not in calm, "float16 is not calibrated"
 
 
+@pytest.mark.slow
 def test_a_dataset_without_training_images_is_refused(
     trained: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
