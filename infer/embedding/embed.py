@@ -18,20 +18,17 @@ from infer.embedding.run_spec import RunSpec, build_run_spec, start_or_resume
 from infer.embedding.settings import EmbedSettings
 from infer.embedding.shards import Shard, plan_shards, run_missing_shards
 from infer.embedding.store import (
-    BAD_IMAGES_FILE,
     BAD_IMAGES_SCHEMA,
     RUN_FILE,
     RUN_SPEC_FILE,
     RUN_SPEC_KEY,
-    fold_dir,
 )
 from infer.embedding.workers import run_processes
 from infer.engines import device_of
 from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
-from isic.folds import FILE as FOLDS_FILE
-from isic.folds import Folds, fold_dirs, read_folds
+from isic.folds import Folds, read_folds
+from isic.layout import ERRORS_FILE, FOLDS_FILE, OUTPUT_DIR, TRAINED_ON_FILE, fold_dir, fold_dirs
 from isic.metadata import read_ids
-from isic.provenance import SEEN_FILE
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import atomic_path, holds, refuse_foreign, sha256, write_json
 from isic.runtime.interrupt import Interrupted, interruptible
@@ -56,7 +53,7 @@ def embed_dataset(settings: EmbedSettings) -> int:
 def embed_splits(settings: EmbedSettings) -> None:
     """Embeds one split, or all that the dataset has."""
     dataset = Dataset(settings.data)
-    model_dir = settings.model_dir or Path("outputs") / settings.config
+    model_dir = settings.model_dir or OUTPUT_DIR / settings.config
     models = find_models(model_dir, settings.config, settings.format, settings.precision)
     _note_missing_folds(model_dir, models)
     device = choose_device(models, settings.device, uses_ray=settings.ray is not None)
@@ -197,10 +194,10 @@ def copy_provenance(models: Models, folds_path: Path, root: Path) -> None:
     """
     copies = {folds_path: root / FOLDS_FILE}
     for fold, artifact in models.artifacts.items():
-        path = artifact.parent / SEEN_FILE
+        path = artifact.parent / TRAINED_ON_FILE
         if path.is_file():
             _refuse_other_seen(path, models.manifests[fold])
-            copies[path] = fold_dir(root, "train", fold) / SEEN_FILE
+            copies[path] = fold_dir(root / "train", fold) / TRAINED_ON_FILE
     for source, copy in copies.items():
         with atomic_path(copy) as temporary:
             shutil.copyfile(source, temporary)
@@ -251,5 +248,5 @@ def make_runner(
 def gather_errors(directory: Path, shards: list[Shard]) -> int:
     """Writes `errors.parquet` from the lists of all shards. Returns the number of images in it."""
     bad = [row for shard in shards for row in shard.read_bad()]
-    write_parquet(directory / BAD_IMAGES_FILE, pl.DataFrame(bad, BAD_IMAGES_SCHEMA, orient="row"))
+    write_parquet(directory / ERRORS_FILE, pl.DataFrame(bad, BAD_IMAGES_SCHEMA, orient="row"))
     return len(bad)

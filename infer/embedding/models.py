@@ -7,7 +7,7 @@ from typing import Any
 
 from infer.engines import manifest_spec
 from infer.engines.registry import ENGINE_FORMATS
-from isic.folds import fold_dirs
+from isic.layout import fold_dirs
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_json, read_manifest

@@ -15,7 +15,7 @@ from typing import Any
 from infer.embedding.embedder import BatchStats, Embedder, EmbedJob, OnBatch
 from infer.embedding.shards import Shard
 from isic.runtime.arithmetic import ceil_div
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, first_line
 from isic.runtime.machine import num_cores
 
 SHARDS_PER_TASK = 4
@@ -126,9 +126,8 @@ def connect(address: str) -> Any:
     try:
         ray.init(address=address, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"no Ray cluster at {address} ({reason}); give its address, or --ray local"
+            f"no Ray cluster at {address} ({first_line(error)}); give its address, or --ray local"
         ) from None
     finally:
         signal.signal(signal.SIGTERM, handler)

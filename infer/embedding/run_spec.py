@@ -15,10 +15,11 @@ import polars as pl
 
 from infer.embedding.models import Models
 from infer.embedding.settings import BATCH_CPU, BATCH_GPU, EmbedSettings
-from infer.embedding.store import BAD_IMAGES_FILE, RUN_FILE, RUN_SPEC_FILE, RUN_SPEC_KEY, ids_digest
+from infer.embedding.store import RUN_FILE, RUN_SPEC_FILE, RUN_SPEC_KEY, ids_digest
 from infer.engines import device_of
 from isic.dataset import Dataset, Split
 from isic.folds import Folds
+from isic.layout import ERRORS_FILE
 from isic.runtime.errors import UserError
 from isic.runtime.files import (
     digest,
@@ -107,7 +108,7 @@ def start_or_resume(directory: Path, spec: Mapping[str, Any], force: bool) -> No
     """
     path = directory / RUN_SPEC_FILE
     is_own = holds(path, RUN_SPEC_KEY) or holds(directory / RUN_FILE, RUN_SPEC_KEY)
-    names = (path, directory / RUN_FILE, directory / BAD_IMAGES_FILE)
+    names = (path, directory / RUN_FILE, directory / ERRORS_FILE)
     refuse_foreign([*names, *directory.glob("fold_*/part-*")], is_own, "--output_dir")
     if force and is_own:
         shutil.rmtree(directory)

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from isic import schema
 from isic.dataset import Split
+from isic.layout import ERRORS_FILE, fold_dir
 from isic.runtime.errors import UserError
 from isic.runtime.files import digest, read_json
 from isic.tables import parquet_metadata, read_parquet, scan_parquet, write_parquet
 
 RUN_SPEC_FILE = "plan.json"
 RUN_FILE = "run.json"
-BAD_IMAGES_FILE = "errors.parquet"
 BAD_IMAGES_SCHEMA = {"isic_id": pl.String, "reason": pl.String}
 RUN_SPEC_KEY = "plan_digest"
 """Key of the run spec's digest in a run's JSON files and in the metadata of its shards."""
@@ -33,12 +33,8 @@ SLICE_ROWS = 32768
 """Ids that are hashed together; all 400,000 at once would be a large list of Python strings."""
 
 
-def fold_dir(root: Path, split: Split, fold: int) -> Path:
-    return root / split / f"fold_{fold}"
-
-
 def shard_path(root: Path, split: Split, fold: int, shard: int) -> Path:
-    return fold_dir(root, split, fold) / f"part-{shard:05d}.parquet"
+    return fold_dir(root / split, fold) / f"part-{shard:05d}.parquet"
 
 
 def write_shard(
@@ -134,7 +130,7 @@ def scan_embeddings(
     run = read_run(root, split)
     frames = []
     for fold in run["folds"]:
-        directory = fold_dir(root, split, fold)
+        directory = fold_dir(root / split, fold)
         shards = sorted(directory.glob("part-*.parquet"))
         if not shards:
             raise UserError(f"{directory} has no shards; run `python -m infer embed` again")
@@ -165,7 +161,7 @@ def refuse_missing_embeddings(
     """
     if missing.is_empty():
         return
-    errors = root / split / BAD_IMAGES_FILE
+    errors = root / split / ERRORS_FILE
     skipped = read_parquet(errors)[schema.ID] if errors.is_file() else pl.Series(dtype=pl.String)
     missing = missing.filter(~pl.col(schema.ID).is_in(skipped.implode()))
     if len(missing):

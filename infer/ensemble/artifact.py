@@ -25,14 +25,13 @@ from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.image_features import ImageState
 from isic import schema
 from isic.features import Encoding, relative_to_patient
-from isic.folds import FILE as FOLDS_FILE
+from isic.layout import FOLDS_FILE, OOF_FILE
 from isic.runtime.errors import UserError
 from isic.runtime.files import holds, read_json, refuse_foreign, sha256, write_json
 from isic.tables import read_parquet
 
 ENSEMBLE_FILE = "ensemble.json"
 STATE_FILE = "state.json"
-OOF_FILE = "oof.parquet"
 SCORES_FILE = "scores.json"
 BEGUN_FILE = "begun.json"
 """Marks a folder in which an ensemble is being written."""

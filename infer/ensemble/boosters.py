@@ -19,7 +19,7 @@ import lightgbm
 import numpy as np
 from numpy.typing import NDArray
 
-from isic.runtime.errors import UserError, did_you_mean
+from isic.runtime.errors import UserError, did_you_mean, first_line
 
 Matrix = NDArray[np.float32]
 Parameters = Mapping[str, Any]
@@ -301,13 +301,8 @@ def _import(library: str) -> Any:
 
 def _broken(library: str, error: Exception) -> UserError:
     return UserError(
-        f"the {library} model does not load ({_first_line(error)}); fit the ensemble again"
+        f"the {library} model does not load ({first_line(error)}); fit the ensemble again"
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,7 +407,7 @@ def fit_booster(
         # extension module `_catboost`.
         if not type(error).__module__.startswith((library, f"_{library}")):
             raise
-        message = f"{library} does not fit ({_first_line(error)}); change --{library}"
+        message = f"{library} does not fit ({first_line(error)}); change --{library}"
         raise UserError(message) from None
 
 

@@ -10,7 +10,6 @@ import polars as pl
 from numpy.typing import NDArray
 
 from infer.ensemble.artifact import (
-    OOF_FILE,
     SCORES_FILE,
     EnsembleState,
     clear_ensemble,
@@ -35,8 +34,8 @@ from infer.ensemble.scores import format_scores, summarise
 from isic import schema
 from isic.dataset import Dataset, refuse_dataset
 from isic.features import needed_columns
-from isic.folds import FILE as FOLDS_FILE
 from isic.folds import Folds, draw_folds, read_folds
+from isic.layout import FOLDS_FILE, OOF_FILE
 from isic.metadata import require, with_patient
 from isic.runtime.errors import UserError
 from isic.runtime.files import sha256, versions, write_json, write_text

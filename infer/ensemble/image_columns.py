@@ -18,7 +18,6 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from infer.embedding.store import (
     ORIGIN_KEYS,
-    fold_dir,
     read_run,
     refuse_missing_embeddings,
     refuse_other_origin,
@@ -27,7 +26,8 @@ from infer.embedding.store import (
 from isic import schema
 from isic.dataset import Split
 from isic.folds import Folds
-from isic.provenance import SEEN_FILE, read_seen, refuse_seen
+from isic.layout import TRAINED_ON_FILE, fold_dir
+from isic.provenance import read_seen, refuse_seen
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from isic.tables import read_parquet, reading, write_parquet
@@ -202,7 +202,7 @@ def find_frozen_model(root: Path, metadata: pl.DataFrame) -> FrozenModel:
     fold = min(run["folds"])
     refuse_seen(
         metadata,
-        read_seen(fold_dir(root, "train", fold) / SEEN_FILE),
+        read_seen(fold_dir(root / "train", fold) / TRAINED_ON_FILE),
         f"the frozen model behind {root}",
         "train it on other images of other patients",
     )

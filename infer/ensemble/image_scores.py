@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from infer.embedding.store import (
     ORIGIN_KEYS,
-    fold_dir,
     read_run,
     refuse_missing_embeddings,
     scan_embeddings,
@@ -25,8 +24,9 @@ from infer.embedding.store import (
 from isic import schema
 from isic.dataset import Split
 from isic.folds import Folds
+from isic.layout import TRAINED_ON_FILE, fold_dir
 from isic.metadata import with_patient
-from isic.provenance import SEEN_FILE, read_seen, refuse_seen
+from isic.provenance import read_seen, refuse_seen
 from isic.runtime.errors import UserError
 from isic.tables import reading
 
@@ -155,7 +155,7 @@ def refuse_leaks(root: Path, metadata: pl.DataFrame, folds: Folds) -> None:
     for k in read_run(root, "train")["folds"]:
         refuse_seen(
             metadata.filter(fold == k),
-            read_seen(fold_dir(root, "train", k) / SEEN_FILE),
+            read_seen(fold_dir(root / "train", k) / TRAINED_ON_FILE),
             f"the model of fold {k} behind {root}",
             "train it again from other weights",
         )

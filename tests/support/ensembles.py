@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from infer.embedding.store import fold_dir, shard_path, write_shard
+from infer.embedding.store import shard_path, write_shard
 from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.fit_settings import FitSettings
 from infer.ensemble.predict import PredictSettings, predict_submission
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import Folds, draw_folds
-from isic.provenance import SEEN_FILE, seen_rows, write_seen
+from isic.layout import TRAINED_ON_FILE, fold_dir
+from isic.provenance import seen_rows, write_seen
 from isic.runtime.files import write_json
 from isic.synth.rows import draw_rows
 
@@ -102,7 +103,9 @@ def write_seen_lists(root: Path, train: pl.DataFrame, folds: Folds) -> None:
     """Writes, per fold's model, that it was trained on the rows of the other folds."""
     fold = folds.of(train)
     for k in range(folds.num_folds):
-        write_seen(fold_dir(root, "train", k) / SEEN_FILE, seen_rows(train.filter(fold != k)))
+        write_seen(
+            fold_dir(root / "train", k) / TRAINED_ON_FILE, seen_rows(train.filter(fold != k))
+        )
 
 
 def write_run(root: Path, split: str, folds: Folds) -> None:
