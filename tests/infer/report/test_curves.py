@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from infer.report.curves import pca, reliability, wilson
+from infer.report.curves import Reliability, pca, reliability, wilson
 
 
 def test_reliability_of_scores_that_are_probabilities() -> None:
@@ -20,21 +20,23 @@ def test_reliability_of_scores_that_are_probabilities() -> None:
     assert len(reliability(target, np.zeros(len(score)), target).num_rows) == 1
 
 
+def share_inside(bins: Reliability) -> float:
+    """Returns the share of bins whose interval holds the mean score."""
+    return float(np.mean((bins.low < bins.mean_score) & (bins.mean_score < bins.high)))
+
+
 def test_calibration_bars_are_wider_when_lesions_of_a_patient_are_alike() -> None:
     rng = np.random.default_rng(0)
     patient = np.repeat(np.arange(100), 20)
     score = np.repeat(rng.uniform(0, 1, 100), 20)
     target = np.repeat(rng.random(100) < score[::20], 20).astype(np.int8)
-    alike, alone = (reliability(target, score, group) for group in (patient, np.arange(2000)))
-    inside = [
-        np.mean((bins.low < bins.mean_score) & (bins.mean_score < bins.high))
-        for bins in (alike, alone)
-    ]
-    assert inside[0] >= 0.9
-    assert inside[1] < 0.6
-    low, high = wilson(alike.observed, alike.num_rows)
-    assert (alike.low <= low).all()
-    assert (alike.high >= high).all()
+    by_patient = reliability(target, score, patient)
+    by_lesion = reliability(target, score, np.arange(2000))
+    assert share_inside(by_patient) >= 0.9
+    assert share_inside(by_lesion) < 0.6
+    low, high = wilson(by_patient.observed, by_patient.num_rows)
+    assert (by_patient.low <= low).all()
+    assert (by_patient.high >= high).all()
 
 
 def test_wilson_intervals_are_the_textbooks() -> None:

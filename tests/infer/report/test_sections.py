@@ -9,28 +9,25 @@ from isic.metrics import pauc, roc_auc, top_k
 from tests.support.ensembles import fit_settings
 
 
-def test_the_tables_hold_the_scores(page: str, oof: pl.DataFrame) -> None:
-    def line(name: str, rows: pl.DataFrame, model: str) -> str:
-        values = (
-            f"{pauc(rows['target'], rows[model]):.4f}",
-            f"{roc_auc(rows['target'], rows[model]):.4f}",
-        )
-        top = top_k(rows["target"], rows[model], rows["patient_id"])
-        shares = (
-            f"{100 * share:.1f}\N{NO-BREAK SPACE}%" for share in (top.by_lesion, top.by_patient)
-        )
-        return f'<th scope="row">{name}</th>' + "".join(
-            f"<td>{value}</td>" for value in (*values, *shares)
-        )
+def score_cells(name: str, rows: pl.DataFrame, model: str) -> str:
+    """Returns the HTML of the first cells of a line: its name and four scores of a model."""
+    top = top_k(rows["target"], rows[model], rows["patient_id"])
+    cells = (
+        f"{pauc(rows['target'], rows[model]):.4f}",
+        f"{roc_auc(rows['target'], rows[model]):.4f}",
+        f"{100 * top.by_lesion:.1f}\N{NO-BREAK SPACE}%",
+        f"{100 * top.by_patient:.1f}\N{NO-BREAK SPACE}%",
+    )
+    return f'<th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells)
 
+
+def test_the_tables_hold_the_scores(page: str, oof: pl.DataFrame) -> None:
     for (fold,), rows in oof.group_by("fold"):
-        assert (
-            line(str(fold), rows, "blend") + f"<td>{len(rows)}</td><td>{rows['target'].sum()}</td>"
-            in page
-        )
+        counts = f"<td>{len(rows)}</td><td>{rows['target'].sum()}</td>"
+        assert score_cells(str(fold), rows, "blend") + counts in page
     for model in ("lightgbm_seed_0", "lightgbm_seed_1", "blend"):
-        assert line(model, oof, model) in page
-    assert line("pooled", oof, "blend") in page
+        assert score_cells(model, oof, model) in page
+    assert score_cells("pooled", oof, "blend") in page
 
 
 def test_without_trees_and_without_images(data: Path, embeddings: Path, tmp_path: Path) -> None:
