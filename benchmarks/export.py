@@ -11,13 +11,13 @@ from benchmarks.record import RESULTS_HELP, Row, append_each, error_text
 from benchmarks.untrained import (
     ALL,
     Artifact,
-    build_artifact,
     chosen,
     create_untrained,
     example_images,
+    export_untrained,
     find_configs,
 )
-from export.formats import FORMATS, TOLERANCES, build_device
+from export.formats import FORMATS, TOLERANCES, build_device, offered_precisions
 from export.parity import Reference, check_parity, worst_figures
 from infer.engines import create, unavailable_reason
 from isic.runtime.config import Settings, Several
@@ -63,7 +63,7 @@ def select_formats(settings: ExportSettings) -> list[tuple[str, str]]:
     known = [
         (name, precision)
         for name in FORMATS
-        for precision in FORMATS[name].offered(build_device(name, "auto"))
+        for precision in offered_precisions(name, build_device(name, "auto"))
     ]
     formats = list(dict.fromkeys(name for name, _ in known))
     precisions = list(dict.fromkeys(precision for _, precision in known))
@@ -81,7 +81,7 @@ def export_rows(config: str, wanted: list[tuple[str, str]], data: Path | None) -
         row: Row = {"what": untrained.settings.name, "format": name, "precision": precision}
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             try:
-                artifact = build_artifact(
+                artifact = export_untrained(
                     untrained, name, precision, Path(folder), images=images[NUM_IMAGES:]
                 )
                 row |= _artifact_columns(artifact, reference)

@@ -29,8 +29,8 @@ from benchmarks.record import (
 from benchmarks.untrained import (
     ALL,
     UntrainedModel,
-    build_artifact,
     create_untrained,
+    export_untrained,
     least_cosine,
 )
 from isic import schema
@@ -194,7 +194,7 @@ def build_ours(
     for precision in precisions:
         name = f"{OURS}, {settings.formats} {precision}"
         try:
-            artifact = build_artifact(
+            artifact = export_untrained(
                 untrained, settings.formats, precision, folder, common["device"], settings.batch
             )
         except Exception as error:  # builders raise exceptions of any type

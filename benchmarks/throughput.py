@@ -22,15 +22,15 @@ from benchmarks.untrained import (
     Artifact,
     Features,
     UntrainedModel,
-    build_artifact,
     chosen,
     create_untrained,
     example_images,
+    export_untrained,
     find_configs,
     least_cosine,
 )
 from benchmarks.worker import NUM_CHECKED, EngineJob, write_job
-from export.formats import FORMATS
+from export.formats import FORMATS, offered_precisions
 from export.parity import run_model
 from infer.engines import unavailable_reason
 from isic.preprocess import Pixels
@@ -93,9 +93,9 @@ def select_engines(settings: ThroughputSettings) -> list[tuple[str, str]]:
     """Returns the pairs of engine and precision to measure. Raises UserError if there are none."""
     device = settings.resolved_device
     known = [(name, precision) for name in TORCH_ENGINES for precision in TORCH_PRECISIONS[device]]
-    for name, format_ in FORMATS.items():
-        if device in format_.precisions:
-            known += [(name, precision) for precision in format_.offered(device)]
+    for name, row in FORMATS.items():
+        if device in row.precisions:
+            known += [(name, precision) for precision in offered_precisions(name, device)]
     engines = list(dict.fromkeys(name for name, _ in known))
     precisions = list(dict.fromkeys(precision for _, precision in known))
     engines = chosen("formats", settings.formats, engines)
@@ -178,7 +178,7 @@ def engine_rows(case: EngineCase, settings: ThroughputSettings, folder: Path) ->
 
 
 def _build(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Artifact:
-    return build_artifact(
+    return export_untrained(
         case.untrained,
         case.engine,
         case.precision,

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export.formats import FORMATS, ArtifactSpec, BuildInputs, build_device
+from export.formats import ArtifactSpec, BuildInputs, build_artifact, build_device, file_name
 from export.options import PlanOptions
 from isic import schema
 from isic.dataset import Dataset
@@ -120,10 +120,10 @@ def build_artifact(
         options=PlanOptions(opt_batch=max_batch, max_batch=max_batch),
     )
     inputs = BuildInputs(untrained.model, untrained.spec, folder, calibration)
-    path = folder / FORMATS[format_name].file_name(target)
+    path = folder / file_name(target)
     manifest = {**untrained.manifest, **target.facts}
     started = time.perf_counter()
-    manifest |= FORMATS[format_name].build(target, inputs, path)
+    manifest |= build_artifact(target, inputs, path)
     seconds = time.perf_counter() - started
     return Artifact(path, manifest, seconds, target)
 

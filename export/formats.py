@@ -1,7 +1,6 @@
-"""The export formats as data: how each one is built, and how exact each precision must be.
+"""Builds each export format, and says how exact each precision must be.
 
-A new format is a row of `ENGINE_FORMATS` in `infer/engines/registry.py`, a row of the same name in
-FORMATS here, and a builder module with `file_name(spec)` and `build(spec, inputs, path)`.
+The formats are rows of `ENGINE_FORMATS` in `infer/formats.py`, which name their builder modules.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,7 +14,7 @@ import torch
 
 from export.options import PlanOptions
 from infer.engines import usual_device
-from infer.engines.registry import ENGINE_FORMATS, EngineFormat
+from infer.formats import ENGINE_FORMATS, exported_formats
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.errors import UserError, did_you_mean
 from train.machine import without_bfloat16
@@ -85,93 +84,40 @@ class BuildInputs:
         return self.preprocess.size
 
 
-Builder = Callable[[ArtifactSpec, BuildInputs, Path], Mapping[str, Any]]
-"""Writes an artifact to a path and returns additional fields of its manifest."""
+def file_name(spec: ArtifactSpec) -> str:
+    """Returns the file name of an artifact."""
+    name: str = _builder(spec.format).file_name(spec)
+    return name
 
 
-@dataclass(frozen=True)
-class ExportFormat:
-    """How one format is built."""
-
-    engine: EngineFormat
-    """The row of ENGINE_FORMATS: how it is run."""
-    module: str
-    """The module with `file_name(spec)` and `build(spec, inputs, path)`."""
-    precisions: Mapping[str, tuple[str, ...]]
-    """The precisions on each device, the default one first."""
-    options: tuple[str, ...] = ()
-    """Fields of PlanOptions that the build follows."""
-    calibrated: tuple[str, ...] = ()
-    """Precisions whose scales are computed from images."""
-    triton_backend: str | None = None
-    """The backend of NVIDIA Triton that runs it, None if there is none."""
-
-    def file_name(self, spec: ArtifactSpec) -> str:
-        name: str = import_module(self.module).file_name(spec)
-        return name
-
-    @property
-    def portable(self) -> bool:
-        return self.engine.portable
-
-    @property
-    def build(self) -> Builder:
-        builder: Builder = import_module(self.module).build
-        return builder
-
-    def offered(self, device: str) -> tuple[str, ...]:
-        """Returns its precisions on a device, the default one first.
-
-        It omits those that this machine's GPU lacks, unless the artifact is for other GPUs.
-        """
-        precisions = self.precisions[device]
-        if device == "cpu" or self.portable or gpu_without_bfloat16() is None:
-            return precisions
-        return tuple(precision for precision in precisions if precision != "bf16")
+def build_artifact(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> Mapping[str, Any]:
+    """Writes an artifact to `path` and returns additional fields of its manifest."""
+    fields: Mapping[str, Any] = _builder(spec.format).build(spec, inputs, path)
+    return fields
 
 
-PROFILE_OPTIONS = (
-    "min_batch",
-    "opt_batch",
-    "max_batch",
-    "workspace_mib",
-    "optimization_level",
-    "cuda_graph",
-)
-"""Options of every TensorRT plan."""
+def _builder(name: str) -> Any:
+    module = FORMATS[name].builder
+    assert module is not None
+    return import_module(module)
+
+
+def offered_precisions(name: str, device: str) -> tuple[str, ...]:
+    """Returns a format's precisions on a device, the default one first.
+
+    It omits those that this machine's GPU lacks, unless the artifact is for other GPUs.
+    """
+    precisions = FORMATS[name].precisions[device]
+    if device == "cpu" or FORMATS[name].portable or gpu_without_bfloat16() is None:
+        return precisions
+    return tuple(precision for precision in precisions if precision != "bf16")
+
+
 CALIBRATION_OPTIONS = ("calibration_images",)
 """Additional options of a calibrated precision."""
 
-FORMATS = {
-    "onnx": ExportFormat(
-        ENGINE_FORMATS["onnx"],
-        "export.onnx_graph",
-        {"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16", "bf16")},
-        triton_backend="onnxruntime",
-    ),
-    "aoti": ExportFormat(
-        ENGINE_FORMATS["aoti"],
-        "export.aoti",
-        {"cpu": ("fp32", "bf16", "fp16"), "cuda": ("bf16", "fp16", "fp32")},
-        options=("opt_batch", "max_batch", "max_autotune"),
-    ),
-    "tensorrt": ExportFormat(
-        ENGINE_FORMATS["tensorrt"],
-        "export.tensorrt",
-        {"cuda": ("fp16", "bf16", "fp32", "int8", "fp8")},
-        options=(*PROFILE_OPTIONS, "version_compatible", "hardware_compatible"),
-        calibrated=("int8", "fp8"),
-        triton_backend="tensorrt",
-    ),
-    "tensorrt_rtx": ExportFormat(
-        ENGINE_FORMATS["tensorrt_rtx"],
-        "export.tensorrt",
-        # NVIDIA's support matrix lists int8 for weights only; these plans need activations too.
-        {"cuda": ("fp16", "bf16", "fp32", "fp8")},
-        options=(*PROFILE_OPTIONS, "compute_capabilities"),
-        calibrated=("fp8",),
-    ),
-}
+FORMATS = {name: ENGINE_FORMATS[name] for name in exported_formats()}
+"""The formats that can be exported."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +152,7 @@ def build_device(name: str, device: str) -> str:
 
     With `auto` it is the device that the format's engine runs on here.
     """
-    devices = FORMATS[name].engine.devices
+    devices = FORMATS[name].devices
     if device == "auto" and len(devices) > 1:
         device = usual_device(name)
     return device if device in devices else devices[0]
@@ -262,7 +208,7 @@ def find_formats(
 
 def _chosen_precisions(name: str, precisions: tuple[str, ...], device: str) -> list[str]:
     """Returns the requested precisions that a format offers, or its default one."""
-    offered = FORMATS[name].offered(device)
+    offered = offered_precisions(name, device)
     if (
         "bf16" in precisions
         and "bf16" in FORMATS[name].precisions[device]

@@ -19,8 +19,10 @@ from export.formats import (
     TOLERANCES,
     ArtifactSpec,
     BuildInputs,
+    build_artifact,
     build_device,
     check_options,
+    file_name,
     find_formats,
 )
 from export.options import PlanOptions
@@ -209,7 +211,7 @@ def artifact_spec(
 
 
 def artifact_path(checkpoint: Path, spec: ArtifactSpec) -> Path:
-    return checkpoint.with_name(FORMATS[spec.format].file_name(spec))
+    return checkpoint.with_name(file_name(spec))
 
 
 def is_current(artifact: Path, spec: ArtifactSpec, checkpoint: str, digest: str) -> bool:
@@ -270,7 +272,7 @@ def export_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
     manifest = {**source.config, **spec.facts}
     try:
         started = time.perf_counter()
-        manifest |= FORMATS[spec.format].build(spec, build_inputs(source, spec), candidate)
+        manifest |= build_artifact(spec, build_inputs(source, spec), candidate)
         seconds = time.perf_counter() - started
         parity = measure_parity(source, spec, candidate, manifest)
         # The old manifest goes first: an artifact must never be next to the manifest of another.
@@ -284,7 +286,7 @@ def export_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
             candidate.unlink(missing_ok=True)
     manifest["made_from"] = source.made_from
     manifest["build_seconds"] = round(seconds, 1)
-    manifest["versions"] = versions(*BUILD_PACKAGES, *FORMATS[spec.format].engine.packages)
+    manifest["versions"] = versions(*BUILD_PACKAGES, *FORMATS[spec.format].packages)
     publish(artifact, manifest, parity)
     return True
 

@@ -25,7 +25,6 @@ from export.precision import cast_model
 from export.quantize import BASE_PRECISION, QUANT_TYPES, quantize
 from infer.engines import cudart
 from infer.engines.contract import IMAGES, contract_violation
-from infer.engines.registry import ENGINE_FORMATS
 from infer.engines.tensorrt import (
     AMPERE_PLUS,
     TENSORRT_DTYPES,
@@ -34,6 +33,7 @@ from infer.engines.tensorrt import (
     import_runtime,
     logger,
 )
+from infer.formats import ENGINE_FORMATS
 from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.formats import FORMATS
 from infer.engines.contract import IMAGES, LOGITS
-from infer.engines.registry import ENGINE_FORMATS
+from infer.formats import ENGINE_FORMATS
 from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path, read_manifest, refuse_foreign, write_json, write_text
 

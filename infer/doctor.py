@@ -5,7 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from infer.engines.registry import engine_packages, engines_by_title
+from infer.formats import engine_packages, engines_by_title
 from isic.runtime.config import Settings
 from isic.runtime.files import versions
 

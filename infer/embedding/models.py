@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.engines import manifest_spec
-from infer.engines.registry import ENGINE_FORMATS
+from infer.formats import ENGINE_FORMATS
 from isic.layout import fold_dirs
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError

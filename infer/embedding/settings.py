@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
-from infer.engines.registry import ENGINE_FORMATS, Precision, exported_formats
+from infer.formats import ENGINE_FORMATS, Precision, exported_formats
 from isic.runtime.config import Settings
 
 BATCH_CPU = 64

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from infer.engines.registry import ENGINE_FORMATS
+from infer.formats import ENGINE_FORMATS
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.files import read_manifest

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from infer.engines import Outputs, cudart
 from infer.engines.contract import FEATURES, IMAGES, LOGITS, MASK, Tensor, contract_violation
-from infer.engines.registry import ENGINE_FORMATS
+from infer.formats import ENGINE_FORMATS
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
 

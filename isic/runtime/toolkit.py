@@ -76,22 +76,26 @@ def _print_help() -> None:
 
 
 def candidates(words: list[str]) -> list[str]:
-    """Return the completions of the last of `words`, of which the shell drops those that differ."""
-    if len(words) <= 1:
-        return [*PACKAGES, "completion"]
-    package, *arguments = words
-    if package == "completion":
-        return list(SCRIPTS)
-    if package not in PACKAGES:
-        return []
-    commands: Command | Mapping[str, Command] = import_module(f"{package}.__main__").COMMANDS
-    if isinstance(commands, Mapping):
-        if len(arguments) == 1:
-            return list(commands)
-        if arguments[0] not in commands:
-            return []
-        return _flags_or_values(commands[arguments[0]], arguments[1:])
-    return _flags_or_values(commands, arguments)
+    """Return the completions of the last of `words`; the shell drops those that do not match."""
+    match words:
+        case [] | [_]:
+            return [*PACKAGES, "completion"]
+        case ["completion", *_]:
+            return list(SCRIPTS)
+        case [package, *arguments] if package in PACKAGES:
+            return _command_candidates(import_module(f"{package}.__main__").COMMANDS, arguments)
+    return []
+
+
+def _command_candidates(
+    commands: Command | Mapping[str, Command], arguments: list[str]
+) -> list[str]:
+    if isinstance(commands, Command):
+        return _flags_or_values(commands, arguments)
+    if len(arguments) == 1:
+        return list(commands)
+    name, *rest = arguments
+    return _flags_or_values(commands[name], rest) if name in commands else []
 
 
 def _flags_or_values(command: Command, arguments: list[str]) -> list[str]:

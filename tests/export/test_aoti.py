@@ -37,10 +37,10 @@ ADVICE = "AOTInductor needs g++"
 CODE = """
 import sys
 from pathlib import Path
-from benchmarks.untrained import build_artifact, create_untrained
+from benchmarks.untrained import export_untrained, create_untrained
 from isic.runtime.errors import UserError
 try:
-    build_artifact(create_untrained(sys.argv[1]), "aoti", "fp32", Path(sys.argv[2]), "cpu")
+    export_untrained(create_untrained(sys.argv[1]), "aoti", "fp32", Path(sys.argv[2]), "cpu")
 except UserError as error:
     print(error)
 """

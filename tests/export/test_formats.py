@@ -12,15 +12,16 @@ from export.formats import (
     FORMATS,
     TOLERANCES,
     ArtifactSpec,
-    ExportFormat,
     check_options,
+    file_name,
     find_formats,
+    offered_precisions,
     options_of_one_format,
 )
 from export.options import PlanOptions
 from export.precision import TORCH_DTYPES
 from export.quantize import QUANT_TYPES
-from infer.engines.registry import ENGINE_FORMATS, PRECISIONS, exported_formats
+from infer.formats import ENGINE_FORMATS, PRECISIONS, EngineFormat
 from isic.runtime.errors import UserError
 
 
@@ -57,9 +58,9 @@ def test_a_gpu_without_bfloat16_is_not_offered_it(
     """The GPU is pretended."""
     pretend_gpu(monkeypatch, capability)
     for name, kind in FORMATS.items():
-        assert ("bf16" in kind.offered("cuda")) == kind.portable
+        assert ("bf16" in offered_precisions(name, "cuda")) == kind.portable
         assert {"cuda"} <= set(kind.precisions)
-        assert kind.offered("cuda")[0] != "bf16", name
+        assert offered_precisions(name, "cuda")[0] != "bf16", name
     assert find_formats(("aoti",), (), "cuda") == [("aoti", "fp16")]
     assert find_formats(("aoti",), ("bf16",), "cpu") == [("aoti", "bf16")], "a CPU has it"
     assert find_formats(("tensorrt_rtx",), ("bf16",), "cuda") == [("tensorrt_rtx", "bf16")], (
@@ -82,23 +83,21 @@ def test_newer_gpus_are_offered_bfloat16(
     """The GPU is pretended."""
     pretend_gpu(monkeypatch, capability)
     assert find_formats(("aoti",), (), "cuda") == [("aoti", "bf16")]
-    assert all("bf16" in kind.offered("cuda") for kind in FORMATS.values())
+    assert all("bf16" in offered_precisions(name, "cuda") for name in FORMATS)
 
 
-def lacks(name: str, row: ExportFormat) -> list[str]:
-    """Returns what a row of FORMATS lacks."""
+def lacks(row: EngineFormat) -> list[str]:
+    """Returns what a row lacks for export."""
     problems = []
-    if ENGINE_FORMATS.get(name) != row.engine:
-        problems.append(f"its own row of ENGINE_FORMATS, {name}")
-    if find_spec(row.module) is None:
-        problems.append(f"the builder {row.module}")
+    if row.builder is None or find_spec(row.builder) is None:
+        problems.append(f"the builder {row.builder}")
     else:
-        module = import_module(row.module)
+        module = import_module(row.builder)
         for function in ("file_name", "build"):
             if not callable(getattr(module, function, None)):
-                problems.append(f"{function} in {row.module}")
-    if set(row.precisions) != set(row.engine.devices):
-        problems.append("precisions for each device of its engine")
+                problems.append(f"{function} in {row.builder}")
+    if set(row.precisions) != set(row.devices):
+        problems.append("precisions for each of its devices")
     for precisions in row.precisions.values():
         for precision in sorted(set(precisions) - set(TOLERANCES)):
             problems.append(f"a tolerance for {precision}")
@@ -113,11 +112,7 @@ def lacks(name: str, row: ExportFormat) -> list[str]:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_row_is_complete(name: str) -> None:
-    assert lacks(name, FORMATS[name]) == []
-
-
-def test_every_format_that_an_engine_runs_has_a_builder() -> None:
-    assert tuple(FORMATS) == exported_formats()
+    assert lacks(FORMATS[name]) == []
 
 
 def test_every_precision_has_a_tolerance_and_a_way_to_compute_it() -> None:
@@ -127,16 +122,13 @@ def test_every_precision_has_a_tolerance_and_a_way_to_compute_it() -> None:
 
 def test_what_a_row_lacks_is_reported() -> None:
     row = FORMATS["tensorrt"]
-    assert lacks("openvino", row) == ["its own row of ENGINE_FORMATS, openvino"]
-    assert lacks("tensorrt", replace(row, module="export.openvino")) == [
-        "the builder export.openvino"
-    ]
-    assert lacks("tensorrt", replace(row, module="export.parity")) == [
+    assert lacks(replace(row, builder="export.openvino")) == ["the builder export.openvino"]
+    assert lacks(replace(row, builder="export.parity")) == [
         "file_name in export.parity",
         "build in export.parity",
     ]
-    assert lacks("tensorrt", replace(row, precisions={"cpu": ("fp16", "nf4")}, options=("x",))) == [
-        "precisions for each device of its engine",
+    assert lacks(replace(row, precisions={"cpu": ("fp16", "nf4")}, options=("x",))) == [
+        "precisions for each of its devices",
         "a tolerance for nf4",
         "a quantized type for each calibrated precision",
         "the option x in PlanOptions",
@@ -154,7 +146,7 @@ def test_what_a_row_lacks_is_reported() -> None:
 def test_file_names_end_as_the_registry_says(spec: ArtifactSpec) -> None:
     if spec.format == "tensorrt_rtx":
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    assert FORMATS[spec.format].file_name(spec).endswith(ENGINE_FORMATS[spec.format].suffix)
+    assert file_name(spec).endswith(ENGINE_FORMATS[spec.format].suffix)
 
 
 def test_an_option_of_one_format_is_refused_without_that_format() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.formats import FORMATS, ArtifactSpec, BuildInputs
+from export.formats import ArtifactSpec, BuildInputs, build_artifact, file_name
 from export.options import PlanOptions
 from export.parity import Reference
 from infer.engines import Engine, create
@@ -50,7 +50,7 @@ def build_engine(model: Classifier, spec: ArtifactSpec, folder: Path) -> Engine:
     """Builds the artifact of a network that has the name of the spec's config."""
     size = SIZES[spec.config]
     settings = TrainSettings(model=spec.config, pretrained=False, image_size=size)
-    path = folder / FORMATS[spec.format].file_name(spec)
+    path = folder / file_name(spec)
     inputs = BuildInputs(model, preprocess_spec(settings), cache_dir=folder)
-    facts = FORMATS[spec.format].build(spec, inputs, path)
+    facts = build_artifact(spec, inputs, path)
     return create(path, {**spec.facts, "preprocess": {"size": size}, **facts}, "cpu")

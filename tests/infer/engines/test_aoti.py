@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.untrained import build_artifact, create_untrained
+from benchmarks.untrained import create_untrained, export_untrained
 from infer.engines import create
 from infer.engines.aoti import mismatch, needed_features, package_architecture
 from isic.runtime.errors import UserError
@@ -23,7 +23,7 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_package_for_one_image_a_call_takes_more_in_pieces(tiny: Path, tmp_path: Path) -> None:
-    artifact = build_artifact(
+    artifact = export_untrained(
         create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=1
     )
     engine = create(artifact.path, artifact.manifest)
@@ -37,7 +37,7 @@ def test_float32_is_no_tf32_once_an_engine_is_open(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    artifact = build_artifact(
+    artifact = export_untrained(
         create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2
     )
     torch.backends.cudnn.allow_tf32 = True
@@ -49,7 +49,7 @@ def test_float32_is_no_tf32_once_an_engine_is_open(
 @pytest.mark.slow
 def test_a_package_runs_on_a_cpu_with_all_its_instructions(tiny: Path, tmp_path: Path) -> None:
     """One with more instructions will do; one with fewer would end the process with SIGILL."""
-    artifact = build_artifact(
+    artifact = export_untrained(
         create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2
     )
     assert artifact.manifest["cpu_features"] == needed_features()

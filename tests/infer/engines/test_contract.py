@@ -61,7 +61,7 @@ def test_networks_return_the_outputs_in_the_contracts_order() -> None:
 
 def test_the_contract_needs_neither_torch_nor_onnx() -> None:
     code = (
-        "import sys, infer.engines.contract, infer.engines.registry\n"
+        "import sys, infer.engines.contract, infer.formats\n"
         "assert not {'torch', 'onnx', 'onnxruntime'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

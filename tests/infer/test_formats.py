@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from infer.engines.registry import (
+from infer.formats import (
     ENGINE_FORMATS,
     EngineFormat,
     engine_packages,
@@ -41,7 +41,7 @@ def lacks(row: EngineFormat) -> list[str]:
         problems.append("devices among cpu and cuda")
     if not row.suffix.startswith("."):
         problems.append("a suffix with its dot")
-    if not row.packages and not row.synthetic:
+    if row.builder and not row.packages:
         problems.append("packages")
     everywhere = declared("options", "install_requires") | declared("options.extras_require")
     home = everywhere if row.extra is None else declared("options.extras_require", row.extra)
@@ -61,9 +61,9 @@ def test_what_a_row_lacks_is_reported() -> None:
     assert lacks(replace(row, module="infer.engines.openvino")) == [
         "the module infer.engines.openvino"
     ]
-    assert lacks(replace(row, module="infer.engines.registry")) == [
-        "create in infer.engines.registry",
-        "unavailable_reason in infer.engines.registry",
+    assert lacks(replace(row, module="infer.formats")) == [
+        "create in infer.formats",
+        "unavailable_reason in infer.formats",
     ]
     assert lacks(replace(row, packages=("openvino",), extra="openvino")) == [
         "openvino in setup.cfg (openvino)"

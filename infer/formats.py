@@ -1,10 +1,10 @@
-"""The engine formats as data. A new one is a row here and the engine module that it names.
+"""The artifact formats as data: how each is exported and run.
 
-`export/formats.py` adds a row of the same name with the builder.
+A new format is a row here, a builder module in `export/` and an engine module in `infer/engines/`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
@@ -14,7 +14,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 @dataclass(frozen=True)
 class EngineFormat:
-    """One format that a manifest can name, and the library that runs it."""
+    """One format that a manifest can name: the library that runs it, and how it is built."""
 
     title: str
     """The library's name in messages."""
@@ -32,9 +32,28 @@ class EngineFormat:
     """One file runs on all of its devices, not only on the one it was exported for."""
     portable: bool = False
     """Artifacts can be built without the GPU they are for, and are checked where they run."""
-    synthetic: bool = False
-    """It runs no network, so it is not exported and the doctor does not try it."""
+    builder: str | None = None
+    """The module of `export` with `file_name(spec)` and `build(spec, inputs, path)`; None for a
+    format that runs no network, which is neither exported nor tried by the doctor."""
+    precisions: Mapping[str, tuple[Precision, ...]] = field(default_factory=dict)
+    """The precisions on each device, the default one first."""
+    options: tuple[str, ...] = ()
+    """Fields of `export.options.PlanOptions` that the builder follows."""
+    calibrated: tuple[Precision, ...] = ()
+    """Precisions whose scales are computed from images."""
+    triton_backend: str | None = None
+    """The backend of NVIDIA Triton that runs it, None if there is none."""
 
+
+PROFILE_OPTIONS = (
+    "min_batch",
+    "opt_batch",
+    "max_batch",
+    "workspace_mib",
+    "optimization_level",
+    "cuda_graph",
+)
+"""Options of every TensorRT plan."""
 
 ENGINE_FORMATS = {
     "onnx": EngineFormat(
@@ -44,6 +63,9 @@ ENGINE_FORMATS = {
         devices=("cpu", "cuda"),
         packages=("onnxruntime-gpu", "onnxruntime"),
         any_device=True,
+        builder="export.onnx_graph",
+        precisions={"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16", "bf16")},
+        triton_backend="onnxruntime",
     ),
     "aoti": EngineFormat(
         "AOTInductor",
@@ -51,6 +73,9 @@ ENGINE_FORMATS = {
         suffix=".pt2",
         devices=("cpu", "cuda"),
         packages=("torch",),
+        builder="export.aoti",
+        precisions={"cpu": ("fp32", "bf16", "fp16"), "cuda": ("bf16", "fp16", "fp32")},
+        options=("opt_batch", "max_batch", "max_autotune"),
     ),
     "tensorrt": EngineFormat(
         "TensorRT",
@@ -59,6 +84,11 @@ ENGINE_FORMATS = {
         devices=("cuda",),
         packages=("tensorrt", "cuda-bindings"),
         extra="tensorrt",
+        builder="export.tensorrt",
+        precisions={"cuda": ("fp16", "bf16", "fp32", "int8", "fp8")},
+        options=(*PROFILE_OPTIONS, "version_compatible", "hardware_compatible"),
+        calibrated=("int8", "fp8"),
+        triton_backend="tensorrt",
     ),
     "tensorrt_rtx": EngineFormat(
         "TensorRT-RTX",
@@ -68,16 +98,19 @@ ENGINE_FORMATS = {
         packages=("tensorrt_rtx", "cuda-bindings"),
         extra="tensorrt_rtx",
         portable=True,
+        builder="export.tensorrt",
+        # NVIDIA's support matrix lists int8 for weights only; these plans need activations too.
+        precisions={"cuda": ("fp16", "bf16", "fp32", "fp8")},
+        options=(*PROFILE_OPTIONS, "compute_capabilities"),
+        calibrated=("fp8",),
     ),
-    "null": EngineFormat(
-        "no network", "infer.engines.null", suffix=".null", devices=("cpu",), synthetic=True
-    ),
+    "null": EngineFormat("no network", "infer.engines.null", suffix=".null", devices=("cpu",)),
 }
 
 
 def exported_formats() -> tuple[str, ...]:
     """Returns the formats that `python -m export` makes, in their order."""
-    return tuple(name for name, row in ENGINE_FORMATS.items() if not row.synthetic)
+    return tuple(name for name, row in ENGINE_FORMATS.items() if row.builder)
 
 
 def engines_by_title() -> Iterator[tuple[str, str, str]]:
