@@ -85,7 +85,7 @@ def _raise_layer_scales(model: nn.Module) -> None:
             nn.init.constant_(parameter, LAYER_SCALE)
 
 
-def build_artifact(
+def export_untrained(
     untrained: UntrainedModel,
     format_name: str,
     precision: str,
