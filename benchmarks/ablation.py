@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field
 
-from benchmarks.record import RESULTS_HELP, Row, append_rows, print_row
+from benchmarks.record import Row, append_rows, print_row
+from benchmarks.settings import AblationSettings
 from infer.ensemble.artifact import Ensemble, open_ensemble
 from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.compare import compare_sides, pauc_by_seed
 from infer.ensemble.fit import fit_ensemble
-from infer.ensemble.fit_settings import FitSettings
-from isic.runtime.config import Settings, Several, build
+from infer.ensemble.settings import FitSettings
+from isic.runtime.config import build
 
 ALL_LIBRARIES = "+".join(LIBRARIES)
 TABULAR_SETS = (
@@ -28,37 +28,6 @@ TABULAR_SETS = (
     "extended",
 )
 IMAGE_SETS = ("image", "raw+image", "multimodal", "engineered+aligned", "multimodal+aligned")
-
-
-class AblationSettings(Settings):
-    """Settings of `benchmarks ablation`."""
-
-    data: Path = Field(description="dataset folder; its training rows are scored out of fold")
-    label: str = Field(description="name of the data in the table")
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, made with --folds all"
-    )
-    frozen: Path | None = Field(
-        None, description="embeddings of the images by a model trained on other images"
-    )
-    features: Several[str] = Field(
-        (),
-        description="feature sets to compare with the first, separated by commas, "
-        "groups joined by +",
-    )
-    libraries: Several[str] = Field(
-        (*LIBRARIES, ALL_LIBRARIES),
-        description="booster libraries, separated by commas, several in one ensemble joined by +",
-    )
-    seeds: int = Field(10, ge=2, description="seeds per fit")
-    split_seed: int | None = Field(
-        None, ge=0, description="seed of the folds, if no plan comes with the data or embeddings"
-    )
-    num_rounds: int | None = Field(
-        None, ge=1, description="boosting rounds; each library's own if not given"
-    )
-    draws: int = Field(1000, ge=100, description="bootstrap resamples of the patients")
-    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 def ablation(settings: AblationSettings) -> None:

@@ -7,16 +7,15 @@ import lightgbm
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import AliasChoices, Field
 
-from benchmarks.record import RESULTS_HELP, Row, print_and_append
+from benchmarks.record import Row, print_and_append
+from benchmarks.settings import AccuracySettings
 from infer.ensemble.artifact import open_ensemble
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds, fold_dirs
 from isic.metrics import pauc, roc_auc
 from isic.preprocess import Pixels, PreprocessSpec
-from isic.runtime.config import Settings
 from isic.tables import read_parquet
 
 PUBLISHED_OOF = {"tabular": "0.1689", "image": "0.1582", "both": "0.1738"}
@@ -34,25 +33,6 @@ THUMBNAIL = 8
 """Side of the thumbnail whose pixels are features."""
 DECODED = 96
 """Side of the images from which colour statistics are computed."""
-
-
-class AccuracySettings(Settings):
-    """Settings of `benchmarks accuracy`."""
-
-    data: Path = Field(description="dataset folder; its training rows are scored out of fold")
-    label: str = Field(description="name of the data in the table")
-    model_dir: Path | None = Field(
-        None,
-        validation_alias=AliasChoices("model_dir", "run"),
-        description="folder of a trained run, outputs/<config>",
-    )
-    ensembles: Path | None = Field(None, description="folder of fitted ensembles, outputs/ensemble")
-    baseline: bool = Field(
-        True, description="also score LightGBM on colour statistics of the images, if there are any"
-    )
-    num_folds: int = Field(5, ge=2, description="folds of the baseline")
-    split_seed: int = Field(42, description="seed of the baseline's folds")
-    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 def accuracy(settings: AccuracySettings) -> None:

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import polars as pl
-from pydantic import Field
 
-from benchmarks.record import MACHINE, RESULTS
-from isic.runtime.config import Settings, Several
+from benchmarks.record import MACHINE
+from benchmarks.settings import SlowdownSettings
 from isic.runtime.errors import UserError, did_you_mean
 from isic.tables import read_csv
 
@@ -56,19 +54,6 @@ SPEEDS = {
 }
 
 
-class CheckSettings(Settings):
-    """Settings of `benchmarks check`."""
-
-    benchmark: Several[str] = Field(
-        (), description="benchmarks to check, separated by commas; all if not given"
-    )
-    tolerance: float = Field(0.05, ge=0, lt=1, description="slowdown that is always accepted")
-    noise: float = Field(
-        0.1, ge=0, lt=1, description="spread of a rate whose repeats are not recorded"
-    )
-    results: Path = Field(RESULTS, description="folder of the CSVs")
-
-
 @dataclass(frozen=True)
 class Change:
     """The last rate of a measurement divided by the previous one, with its bounds."""
@@ -86,7 +71,7 @@ class Change:
         return self.high < 1 and self.ratio < 1 - tolerance
 
 
-def check(settings: CheckSettings) -> int:
+def check(settings: SlowdownSettings) -> int:
     """Compares each last rate with the previous one on the same kind of machine.
 
     Exits with 1 if one is slower beyond noise.

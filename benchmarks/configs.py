@@ -1,21 +1,10 @@
 """`python -m benchmarks configs`: image size, parameters and features of each model config."""
 
-from pathlib import Path
-
-from pydantic import Field
-
 from benchmarks.record import Row, append_each
-from isic.runtime.config import Settings, describe_configs
+from benchmarks.settings import ConfigsSettings
+from isic.runtime.config import describe_configs
 from train.config import TrainSettings, load_settings
 from train.model import create_model, preprocess_spec
-
-
-class ConfigsSettings(Settings):
-    """Count the parameters and features of every model config, without weights or data."""
-
-    results: Path | None = Field(
-        None, description="folder of the CSV; benchmarks/results if not given"
-    )
 
 
 def configs(settings: ConfigsSettings) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from pydantic import Field
 
-from benchmarks.record import RESULTS_HELP, Row, print_and_append
+from benchmarks.record import Row, print_and_append
+from benchmarks.settings import NULL, EmbedRateSettings
 from benchmarks.timing import batches, seconds_of
 from infer.embedding.embedder import BatchStats, Embedder, EmbedJob
 from infer.embedding.models import Models, find_models
@@ -29,35 +29,11 @@ from isic.dataset import Dataset
 from isic.images import decode_pool
 from isic.metadata import read_ids
 from isic.preprocess import PreprocessSpec
-from isic.runtime.config import Settings
 from isic.runtime.files import read_json
 from isic.runtime.machine import num_cores
 
-NULL = "null"
-"""The config of an engine that costs nothing, to measure the pipeline itself."""
 
-
-class EmbedSettings(Settings):
-    """Settings of `benchmarks embed`."""
-
-    config: str = Field(
-        NULL, description="exported config to embed with; null is an engine that costs nothing"
-    )
-    model_dir: Path | None = Field(
-        None, description="folder of the exported run; outputs/<config> if not given"
-    )
-    data: Path = Field(
-        Path("data/isic-2024"), description="dataset folder; its training images are embedded"
-    )
-    images: int = Field(4000, ge=1, description="images per repeat")
-    repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
-    whole: bool = Field(
-        False, description="instead time `infer embed` on all training images, with its memory"
-    )
-    results: Path | None = Field(None, description=RESULTS_HELP)
-
-
-def embed(settings: EmbedSettings) -> None:
+def embed(settings: EmbedRateSettings) -> None:
     """Measures images per second of reading, of the engine of fold 0, and of both end to end."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -75,7 +51,7 @@ def embed(settings: EmbedSettings) -> None:
     print(f"appended to {print_and_append('embed', [row], settings.results)}")
 
 
-def _measure_parts(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) -> Row:
+def _measure_parts(settings: EmbedRateSettings, model_dir: Path, engine: str, folder: Path) -> Row:
     models = _first_fold(find_models(model_dir, settings.config, engine))
     batch_size = models.batch_size or BATCH_CPU
     data = settings.data.resolve()
@@ -92,7 +68,9 @@ def _first_fold(models: Models) -> Models:
     return Models({first: models.artifacts[first]}, {first: models.manifests[first]}, models.spec)
 
 
-def _measure_whole_runs(settings: EmbedSettings, model_dir: Path, engine: str, folder: Path) -> Row:
+def _measure_whole_runs(
+    settings: EmbedRateSettings, model_dir: Path, engine: str, folder: Path
+) -> Row:
     output_dir = folder / "embeddings"
     runs = []
     for _ in range(settings.repeats):

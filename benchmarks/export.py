@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from pydantic import AliasChoices, Field
-
-from benchmarks.record import RESULTS_HELP, Row, append_each, error_text
+from benchmarks.record import Row, append_each, error_text
+from benchmarks.settings import ExportCostSettings
 from benchmarks.untrained import (
-    ALL,
     Artifact,
     chosen,
     create_untrained,
@@ -20,45 +18,19 @@ from benchmarks.untrained import (
 from export.formats import FORMATS, TOLERANCES, build_device, offered_precisions
 from export.parity import Reference, check_parity, worst_figures
 from infer.engines import create, unavailable_reason
-from isic.runtime.config import Settings, Several
 
 NUM_IMAGES = 32
 """Images of the parity check; as many others calibrate int8 and fp8."""
-EXPORT_CONFIGS = (
-    "vit_tiny",
-    "vit_small",
-    "vit_base",
-    "eva02_small",
-    "eva02_base",
-    "convnext_tiny",
-    "multitask_vit_tiny",
-)
 
 
-class ExportSettings(Settings):
-    """Settings of `benchmarks export`."""
-
-    config: Several[str] = Field(EXPORT_CONFIGS, description="configs, separated by commas, or all")
-    formats: Several[str] = Field(
-        (ALL,),
-        validation_alias=AliasChoices("formats", "format", "engine"),
-        description="export formats, separated by commas, or all",
-    )
-    precision: Several[str] = Field((ALL,), description="precisions, separated by commas, or all")
-    data: Path | None = Field(
-        None, description="dataset folder of the parity check's images; noise if not given"
-    )
-    results: Path | None = Field(None, description=RESULTS_HELP)
-
-
-def export(settings: ExportSettings) -> None:
+def export(settings: ExportCostSettings) -> None:
     """Builds untrained networks in every format and precision and checks their parity."""
     wanted = select_formats(settings)
     rows_of = partial(export_rows, wanted=wanted, data=settings.data)
     append_each("export", find_configs(settings.config), rows_of, settings.results)
 
 
-def select_formats(settings: ExportSettings) -> list[tuple[str, str]]:
+def select_formats(settings: ExportCostSettings) -> list[tuple[str, str]]:
     """Returns the pairs of format and precision to build. Raises UserError for an unknown word."""
     known = [
         (name, precision)

@@ -4,44 +4,23 @@ Each held-out patient's lesions are split at random into groups of a given size.
 scored as if it were the whole patient. Boosters are fitted on whole patients.
 """
 
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import Field
 
-from benchmarks.record import RESULTS_HELP, print_and_append
+from benchmarks.record import print_and_append
+from benchmarks.settings import FewSettings
 from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.comparison import compare_scores
 from infer.ensemble.feature_spec import FeatureSpec
-from infer.ensemble.fit_settings import FitSettings
 from infer.ensemble.out_of_fold import FitResult, fit_boosters
+from infer.ensemble.settings import FitSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds
 from isic.metadata import with_patient
 from isic.metrics import pauc, roc_auc
-from isic.runtime.config import Settings, Several, build
-
-
-class FewSettings(Settings):
-    """Settings of `benchmarks few`."""
-
-    data: Path = Field(description="dataset folder; its training rows are scored out of fold")
-    label: str = Field(description="name of the data in the table")
-    features: Several[str] = Field(
-        ("raw", "engineered"), description="feature sets; the others are compared with the first"
-    )
-    sizes: Several[int] = Field(
-        (1, 2, 3, 5, 10, 20), description="numbers of a patient's lesions that are scored together"
-    )
-    num_folds: int = Field(5, ge=2, description="folds")
-    split_seed: int = Field(42, ge=0, description="seed of the folds")
-    seeds: int = Field(3, ge=1, description="boosters per fold, each with its own seed")
-    draws: int = Field(1000, ge=100, description="bootstrap resamples of the patients")
-    num_threads: int = Field(0, ge=0, description="threads, 0 for all")
-    results: Path | None = Field(None, description=RESULTS_HELP)
+from isic.runtime.config import build
 
 
 def few(settings: FewSettings) -> None:

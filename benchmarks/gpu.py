@@ -4,33 +4,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
-
-from pydantic import AliasChoices, Field
 
 from benchmarks.process import run_group
+from benchmarks.settings import SHARES, GpuSettings
 from export.formats import gpu_without_bfloat16
 from infer.engines import unavailable_reason
-from isic.runtime.config import Settings, Several
 from isic.runtime.errors import UserError, did_you_mean
 
-SHARES = {"throughput": 0.45, "train": 0.25, "peers": 0.15, "export": 0.1, "ingest": 0.05}
-"""The parts in their order, and the share of the time after which each is stopped.
-
-A part that is stopped keeps its finished rows: per engine for throughput, per format for export,
-per config for train, per peer for peers; ingest writes all its rows at the end.
-"""
-GPU_CONFIGS = (
-    "vit_tiny",
-    "convnext_tiny",
-    "vit_base",
-    "eva02_base",
-    "vit_small",
-    "eva02_small",
-    "convnext_base",
-)
-"""The most important first, since the time may run out."""
 TRAIN_STEPS = 10
 """Optimizer steps per repeat of training."""
 ENGINE_PATIENCE = 240
@@ -38,39 +18,6 @@ ENGINE_PATIENCE = 240
 INGEST_THREADS = "1,2,4,8,16"
 
 Flags = dict[str, object]
-
-
-class GpuSettings(Settings):
-    """Settings of `benchmarks gpu`."""
-
-    data: Path | None = Field(
-        None, description="dataset folder of the images; noise, and fewer parts, if not given"
-    )
-    parts: Several[str] = Field(
-        tuple(SHARES), description=f"of {', '.join(SHARES)}, separated by commas"
-    )
-    config: Several[str] = Field(
-        GPU_CONFIGS, description="configs, separated by commas; the peers run the first"
-    )
-    formats: Several[str] = Field(
-        ("all",),
-        validation_alias=AliasChoices("formats", "format", "engine"),
-        description="export formats, eager or compile of the throughput, or all",
-    )
-    precision: Several[str] = Field(
-        (),
-        description="precisions of the engines, separated by commas, or all; bf16 if not given, "
-        "fp16 on a GPU without it",
-    )
-    batch: int = Field(256, ge=1, description="images per call")
-    images: int = Field(4096, ge=1, description="images per repeat of peers and ingest")
-    repeats: int = Field(3, ge=1, description="repeats of each part")
-    seconds: float = Field(0.5, gt=0, description="least length of a repeat of the throughput")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the networks")
-    minutes: float = Field(9.5, gt=0, description="time limit of all parts together")
-    results: Path | None = Field(
-        None, description="folder of the CSVs; benchmarks/results if not given"
-    )
 
 
 def gpu(settings: GpuSettings) -> int:

@@ -7,23 +7,22 @@ cross-validation, which shows the cost of a treatment when every hospital is kno
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import Field
 
-from benchmarks.record import RESULTS_HELP, Row, print_and_append
+from benchmarks.record import Row, print_and_append
+from benchmarks.settings import HospitalSettings
 from infer.ensemble.comparison import Comparison, compare_scores
 from infer.ensemble.feature_spec import FeatureSpec
-from infer.ensemble.fit_settings import FitSettings
 from infer.ensemble.out_of_fold import fit_boosters
+from infer.ensemble.settings import FitSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds
 from isic.metadata import with_patient
-from isic.runtime.config import Settings, Several, build
+from isic.runtime.config import build
 from isic.runtime.errors import UserError
 
 HOSPITAL = "attribution"
@@ -32,27 +31,6 @@ OF_HOSPITAL = (HOSPITAL, "copyright_license")
 
 Scores = NDArray[np.float64]
 """[seeds, N]."""
-
-
-class HospitalSettings(Settings):
-    """Settings of `benchmarks hospitals`."""
-
-    data: Path = Field(description="dataset folder; its training rows are scored")
-    label: str = Field(description="name of the data in the table")
-    features: Several[str] = Field(("raw", "engineered"), description="feature sets")
-    blank_shares: Several[float] = Field(
-        (0.1, 0.2), description="shares of training rows to blank categories in"
-    )
-    min_positives: int = Field(
-        10, ge=1, description="fewest malignant lesions of a hospital that is held out"
-    )
-    split_seeds: Several[int] = Field((7, 11, 13), description="fold plans of the cross-validation")
-    num_folds: int = Field(5, ge=2, description="folds per plan")
-    seeds: int = Field(10, ge=2, description="boosters per fold, each with its own seed")
-    seed: int = Field(0, ge=0, description="the first of the seeds")
-    draws: int = Field(1000, ge=100, description="bootstrap resamples of the patients")
-    num_threads: int = Field(0, ge=0, description="threads, 0 for all")
-    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import numpy as np
 import PIL.Image
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from timm.data import create_transform
 
-from benchmarks.record import RESULTS_HELP, Row, print_and_append, ratio_columns
+from benchmarks.record import Row, print_and_append, ratio_columns
+from benchmarks.settings import IngestSettings
 from benchmarks.timing import batches, seconds_of
 from infer.embedding.pipeline import decode_ahead, ring_depth
 from isic import schema
@@ -27,7 +27,6 @@ from isic.dataset import Dataset
 from isic.hdf5 import Index, build_index
 from isic.images import Hdf5Images, ImageStore, decode_pool
 from isic.preprocess import IMAGENET_MEAN, IMAGENET_STD, Pixels, PreprocessSpec
-from isic.runtime.config import Settings, Several
 from isic.synth.write import write_images
 
 BATCH = 256
@@ -38,22 +37,6 @@ NUM_CACHED = 5
 
 ReadAll = Callable[[Sequence[str]], None]
 """Reads the images of some ids, batch by batch."""
-
-
-class IngestSettings(Settings):
-    """Settings of `benchmarks ingest`."""
-
-    data: Path = Field(Path("data/isic-2024"), description="dataset folder with train-image.hdf5")
-    size: int = Field(224, ge=8, description="side of the decoded images in pixels")
-    images: int = Field(4000, ge=1, description="images per repeat; slow loaders read fewer")
-    repeats: int = Field(
-        5, ge=1, description="repeats, of which the median counts; the loaders alternate in each"
-    )
-    threads: Several[int] = Field(
-        (1, 2), description="numbers of decoding threads, separated by commas"
-    )
-    index: bool = Field(True, description="also time the offset index of a file of 401,059 images")
-    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 @dataclass(frozen=True)

@@ -8,48 +8,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import polars as pl
-from pydantic import AliasChoices, Field
 
-from benchmarks.record import CHECKOUT, COMMIT_FILE, commit
+from benchmarks.record import COMMIT_FILE, commit
+from benchmarks.settings import CHECKOUT, PackSettings
 from isic import schema
 from isic.dataset import Dataset
-from isic.runtime.config import Settings, Several
 from isic.runtime.errors import UserError
 from isic.runtime.files import write_text
 from isic.synth.write import write_images
 
 CODE = ("isic", "train", "export", "infer", "benchmarks", "configs")
-# fmt: off
-WHEELS = (
-    "fire", "termcolor", "pydantic", "pydantic-core", "annotated-types", "typing-inspection",
-    "polars", "polars-runtime-32", "albumentations", "albucore", "stringzilla", "simsimd",
-)
-"""Packages that a machine with PyTorch, timm and ONNX usually lacks."""
-PLATFORMS = (
-    "manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64",
-    "manylinux2014_x86_64",
-)
 # fmt: on
 NO_WHEELS = ("none",)
 SCRIPT = Path(__file__).with_name("run.sh")
-
-
-class PackSettings(Settings):
-    """Settings of `benchmarks pack`."""
-
-    output_dir: Path = Field(
-        validation_alias=AliasChoices("output_dir", "out"),
-        description="folder to write, which must not exist",
-    )
-    data: Path = Field(
-        Path("data/isic-2024"), description="dataset folder from which images are sampled"
-    )
-    images: int = Field(4096, ge=1, description="images of the sample")
-    wheels: Several[str] = Field(
-        WHEELS, description="packages to add as wheels, separated by commas, or none"
-    )
-    python: str = Field("3.12", description="Python version of the machine")
-    platform: Several[str] = Field(PLATFORMS, description="platform tags of the machine")
 
 
 def pack(settings: PackSettings) -> None:

@@ -9,34 +9,20 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from pydantic import AliasChoices, Field
 from safetensors.torch import save_file
 
 from benchmarks.baselines import BASELINES, IMAGE_FILE, Features, Task
-from benchmarks.record import (
-    MAX_REASON,
-    RESULTS_HELP,
-    Row,
-    error_text,
-    print_and_append,
-    ratio_columns,
-)
-from benchmarks.untrained import (
-    ALL,
-    UntrainedModel,
-    create_untrained,
-    export_untrained,
-    least_cosine,
-)
+from benchmarks.record import MAX_REASON, Row, error_text, print_and_append, ratio_columns
+from benchmarks.settings import ALL, PeersSettings
+from benchmarks.untrained import UntrainedModel, create_untrained, export_untrained, least_cosine
 from isic import schema
 from isic.dataset import Dataset
 from isic.preprocess import PreprocessSpec, decode, resize
-from isic.runtime.config import Settings, Several
 from isic.runtime.errors import UserError
 from isic.runtime.files import write_json
 from isic.runtime.machine import num_cores
@@ -46,33 +32,6 @@ from train.timm_models import backbone_options
 OURS, *PEERS = BASELINES
 PEER_PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}
 """Precision of the peers on a GPU by that of ours; torch has no autocast to an 8-bit type."""
-
-
-class PeersSettings(Settings):
-    """Settings of `benchmarks peers`."""
-
-    config: str = Field("vit_tiny", description="config of the network, which is not trained")
-    data: Path = Field(Path("data/isic-2024"), description="dataset folder with train-image.hdf5")
-    formats: str = Field(
-        "onnx",
-        validation_alias=AliasChoices("formats", "format", "engine"),
-        description="export format of this toolkit's artifact",
-    )
-    precision: Several[str] = Field(
-        ("fp32",),
-        description="precisions of the artifact; peers use the same on a GPU, else float32",
-    )
-    peers: Several[str] = Field(
-        (ALL,), description="parts of the peers' names, separated by commas, or all"
-    )
-    images: int = Field(512, ge=1, description="images per repeat")
-    batch: int = Field(16, ge=1, description="images per call of the network")
-    repeats: int = Field(5, ge=1, description="repeats; the baselines alternate in each")
-    num_workers: int | None = Field(
-        None, ge=0, description="workers of the peers' DataLoader; one per core if not given"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the network")
-    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 def peers(settings: PeersSettings) -> None:

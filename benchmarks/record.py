@@ -15,14 +15,12 @@ from typing import Any
 
 import polars as pl
 
+from benchmarks.settings import RESULTS
 from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path, versions
 from isic.runtime.machine import num_cores, processor
 from isic.tables import read_csv
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
-RESULTS_HELP = "folder of the CSV; benchmarks/results if not given"
 COMMIT_FILE = Path(__file__).parent / "COMMIT"
 """Commit of a copy of the code without its history."""
 MACHINE = ("processor", "accelerator", "cores")

@@ -5,27 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
-from pydantic import Field
 
 from benchmarks.page import OWN_MARK, last_rows, read_results, render_page
-from benchmarks.record import CHECKOUT, RESULTS
-from isic.runtime.config import Settings, Several
+from benchmarks.settings import TablesSettings
 from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.files import read_text, refuse_foreign, write_text
-
-DOCUMENTS = (CHECKOUT / "README.md", CHECKOUT / "docs" / "benchmarks.md")
-
-
-class ReportSettings(Settings):
-    """Settings of `benchmarks report`."""
-
-    documents: Several[Path] = Field(
-        DOCUMENTS, description="Markdown files with tables to update, separated by commas"
-    )
-    results: Path = Field(RESULTS, description="folder of the CSVs")
-    page: Path = Field(
-        Path("outputs/benchmarks.html"), description="HTML page of charts and all tables"
-    )
 
 
 @dataclass(frozen=True)
@@ -266,7 +250,7 @@ TABLES = {
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def report(settings: ReportSettings) -> None:
+def report(settings: TablesSettings) -> None:
     """Updates every table of the documents, and the page of charts, from the last results."""
     is_own = settings.page.is_file() and OWN_MARK in read_text(settings.page)
     refuse_foreign([settings.page], is_own, "--page")

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import Field
 
-from benchmarks.record import RESULTS_HELP, Row, print_and_append
+from benchmarks.record import Row, print_and_append
+from benchmarks.settings import TabularSettings
 from benchmarks.timing import seconds_of
 from infer.ensemble.boosters import LIBRARIES, parameters_of
 from infer.ensemble.out_of_fold import undersample
@@ -26,14 +26,13 @@ from isic.features import SETS, compute, fit_encoding
 from isic.features.formulas import ERR
 from isic.features.relative import EXTREMES, RANKED
 from isic.metadata import read_metadata
-from isic.runtime.config import Settings, Several
 from isic.runtime.machine import num_cores, peak_memory_mb
 from isic.synth.rows import default_positives, draw_rows, num_patients
 from isic.tables import read_parquet, write_parquet
 
 NUM_COLUMNS = 968
 """Columns of a published ensemble's matrix, with embeddings."""
-TREES, LEAVES = 300, 31
+LEAVES = 31
 """Size of such an ensemble's model."""
 FIT_ROWS = 10_000
 FEW_ROWS = 200
@@ -41,21 +40,6 @@ FEW_ROWS = 200
 WARM_ROWS = 4_000
 """Rows of the warm-up, which starts threads and allocates memory."""
 TOLERANCE = 1e-4
-
-
-class TabularSettings(Settings):
-    """Settings of `benchmarks tabular`."""
-
-    rows: Several[int] = Field(
-        (4_000, 40_000, 401_059), description="sizes of the synthetic tables, separated by commas"
-    )
-    predict_rows: int = Field(100_000, ge=1, description="rows to predict")
-    trees: int = Field(TREES, ge=1, description="trees of the booster that predicts")
-    fit_rounds: int | None = Field(
-        None, ge=1, description="boosting rounds to fit; each library's own if not given"
-    )
-    repeats: int = Field(3, ge=1, description="repeats, of which the median counts")
-    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 def tabular(settings: TabularSettings) -> None:

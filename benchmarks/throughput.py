@@ -7,18 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import AliasChoices, Field
 
 from benchmarks.eager import TORCH_ENGINES
 from benchmarks.limits import Work, count_work, limits
 from benchmarks.process import run_group
-from benchmarks.record import RESULTS_HELP, Row, append_each, error_text
+from benchmarks.record import Row, append_each, error_text
+from benchmarks.settings import BATCHES, ThroughputSettings
 from benchmarks.untrained import (
-    ALL,
     Artifact,
     Features,
     UntrainedModel,
@@ -34,50 +33,13 @@ from export.formats import FORMATS, offered_precisions
 from export.parity import run_model
 from infer.engines import unavailable_reason
 from isic.preprocess import Pixels
-from isic.runtime.config import Settings, Several
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_json
 
 POOL = 64
 """Different images that the inputs are made of."""
-BATCHES = {"cpu": (1, 16), "cuda": (1, 256)}
 TORCH_PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
 """Precisions that PyTorch is measured in; a CPU may emulate the low ones."""
-
-
-class ThroughputSettings(Settings):
-    """Settings of `benchmarks throughput`."""
-
-    config: Several[str] = Field((ALL,), description="configs, separated by commas, or all")
-    formats: Several[str] = Field(
-        (ALL,),
-        validation_alias=AliasChoices("formats", "format", "engine"),
-        description="export formats, eager or compile, separated by commas, or all",
-    )
-    precision: Several[str] = Field(
-        (ALL,), description="fp32, fp16, bf16, int8, fp8, separated by commas, or all"
-    )
-    batch: Several[int] = Field(
-        (), description="images per call, separated by commas; 1,16 on a CPU, 1,256 on a GPU"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the engines")
-    data: Path | None = Field(
-        None, description="dataset folder of the input images; noise if not given"
-    )
-    repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
-    seconds: float = Field(1.0, gt=0, description="least length of a repeat, at least one call")
-    patience: float = Field(900.0, gt=0, description="time limit of an engine in seconds")
-    results: Path | None = Field(None, description=RESULTS_HELP)
-
-    @property
-    def resolved_device(self) -> str:
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
-    @property
-    def batches(self) -> list[int]:
-        return list(self.batch or BATCHES[self.resolved_device])
 
 
 def throughput(settings: ThroughputSettings) -> None:
@@ -89,9 +51,21 @@ def throughput(settings: ThroughputSettings) -> None:
     append_each("throughput", find_configs(settings.config), rows_of, settings.results)
 
 
+def resolve_device(device: str) -> str:
+    """Returns `cpu` or `cuda`; `auto` is a GPU if torch can use one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def batch_sizes(settings: ThroughputSettings) -> list[int]:
+    """Returns the batch sizes to measure."""
+    return list(settings.batch or BATCHES[resolve_device(settings.device)])
+
+
 def select_engines(settings: ThroughputSettings) -> list[tuple[str, str]]:
     """Returns the pairs of engine and precision to measure. Raises UserError if there are none."""
-    device = settings.resolved_device
+    device = resolve_device(settings.device)
     known = [(name, precision) for name in TORCH_ENGINES for precision in TORCH_PRECISIONS[device]]
     for name, row in FORMATS.items():
         if device in row.precisions:
@@ -123,11 +97,11 @@ def throughput_rows(
                     "what": untrained.settings.name,
                     "engine": engine,
                     "precision": precision,
-                    "device": settings.resolved_device,
+                    "device": resolve_device(settings.device),
                     **measured,
                     "input": settings.data.name if settings.data else "noise",
                     "size": untrained.spec.size,
-                    **_limit_columns(measured, settings.resolved_device, precision, work),
+                    **_limit_columns(measured, resolve_device(settings.device), precision, work),
                 }
 
 
@@ -153,7 +127,7 @@ def engine_rows(case: EngineCase, settings: ThroughputSettings, folder: Path) ->
     """
     artifact: Artifact | None = None
     if case.engine not in TORCH_ENGINES:
-        reason = unavailable_reason(case.engine, settings.resolved_device)
+        reason = unavailable_reason(case.engine, resolve_device(settings.device))
         if reason:
             yield {"reason": reason}
             return
@@ -183,8 +157,8 @@ def _build(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Arti
         case.engine,
         case.precision,
         folder,
-        device=settings.resolved_device,
-        max_batch=max(settings.batches),
+        device=resolve_device(settings.device),
+        max_batch=max(batch_sizes(settings)),
         images=case.images[NUM_CHECKED:],
     )
 
@@ -202,9 +176,9 @@ def run_job(
         config=case.untrained.config,
         engine=case.engine,
         precision=case.precision,
-        device=settings.resolved_device,
+        device=resolve_device(settings.device),
         images=str(images_path),
-        batches=settings.batches,
+        batches=batch_sizes(settings),
         repeats=settings.repeats,
         seconds=settings.seconds,
         artifact=str(artifact.path) if artifact else None,

@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import numpy as np
 import timm
 import torch
-from pydantic import Field
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader
 
 from benchmarks.limits import count_work, torch_rate
-from benchmarks.record import RESULTS_HELP, Row, print_and_append, ratio_columns
+from benchmarks.record import Row, print_and_append, ratio_columns
+from benchmarks.settings import TIMED_PER_WARMUP, TrainRateSettings
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from train.batch import Batch
@@ -42,31 +42,8 @@ ItemT = TypeVar("ItemT")
 
 NUM_IN_MEMORY = 4
 """Random batches in memory, used in turns."""
-TIMED_PER_WARMUP = 8
-"""Timed batches per batch of warm-up, so that a queue that is full at the start counts little."""
 PASSES = 3
 """Forward passes that a training step costs: the backward pass has two products for each one."""
-
-
-class TrainRateSettings(TrainSettings):
-    """Settings of `benchmarks train`: every key of training, and the length of the measurement."""
-
-    steps: int = Field(
-        30,
-        ge=1,
-        description="timed optimizer steps per repeat; with loader processes at least "
-        f"{TIMED_PER_WARMUP} times the steps of warm-up",
-    )
-    warmup_steps: int = Field(
-        5, ge=1, description="untimed steps of warm-up, in addition to those on prefetched batches"
-    )
-    repeats: int = Field(
-        5, ge=1, description="repeats, of which the median counts; the loops alternate in each"
-    )
-    busy: int = Field(
-        0, ge=0, description="other processes during the measurement, each busy on one core"
-    )
-    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from benchmarks.settings import ALL
 from export.formats import ArtifactSpec, BuildInputs, build_artifact, build_device, file_name
 from export.options import PlanOptions
 from isic import schema
@@ -20,7 +21,6 @@ from isic.runtime.errors import UserError, did_you_mean
 from train.config import TrainSettings, load_settings
 from train.model import Classifier, create_model, preprocess_spec
 
-ALL = "all"
 DEFAULT_MAX_BATCH = 16
 """Default largest batch of an artifact."""
 NUM_CALIBRATION = 32

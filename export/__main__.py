@@ -1,7 +1,8 @@
 """`python -m export --config eva02_base`: exports the trained folds of a config."""
 
-from export.run import export
-from isic.runtime import cli
+from isic.runtime.cli import Command, run
+
+COMMANDS = Command("export.options:ExportSettings", "export.run:export")
 
 if __name__ == "__main__":
-    cli.run(export)
+    run(COMMANDS)

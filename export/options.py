@@ -1,9 +1,11 @@
 """Build options: the keys of `python -m export` that the builders follow."""
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
+from infer.formats import PRECISIONS, exported_formats
 from isic.runtime.config import Settings, Several
 
 
@@ -68,3 +70,52 @@ class PlanOptions(Settings):
     def profile(self) -> dict[str, int]:
         """The batch sizes by TensorRT's names."""
         return {"min": self.min_batch, "opt": self.opt_batch, "max": self.max_batch}
+
+
+class ExportSettings(PlanOptions):
+    """Export the trained folds of a config. Each artifact must reproduce its checkpoint's outputs.
+
+    Exits with 1 if an artifact fails this parity check; it is then removed.
+    """
+
+    config: str = Field(
+        validation_alias=AliasChoices("config", "model_config"),
+        description="name of the trained config (--model_config)",
+    )
+    model_dir: Path | None = Field(
+        None, description="folder of the trained run; outputs/<config> if not given"
+    )
+    fold: int | None = Field(
+        None, ge=0, description="the only fold to export; all trained folds if not given"
+    )
+    formats: Several[str] = Field(
+        ("onnx",),
+        validation_alias=AliasChoices("formats", "format", "engine"),
+        description=f"formats to export, separated by commas: {', '.join(exported_formats())}",
+    )
+    precision: Several[str] = Field(
+        (),
+        description=f"precisions, separated by commas: {', '.join(PRECISIONS)}; the default one of "
+        "each format if not given",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="device that the artifacts will run on"
+    )
+    data: Path | None = Field(
+        None,
+        description="dataset with the images of the parity check; the training's if not given",
+    )
+    parity_images: int = Field(
+        256, ge=1, description="number of held-out images in the parity check"
+    )
+    check: bool = Field(
+        False, description="check the parity of existing artifacts on this machine, build nothing"
+    )
+    triton: Path | None = Field(
+        None, description="folder for a model repository of NVIDIA Triton; none if not given"
+    )
+    force: bool = Field(False, description="export artifacts again that are up to date")
+
+    @property
+    def run_dir(self) -> Path:
+        return self.model_dir or Path("outputs") / self.config

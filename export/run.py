@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import AliasChoices, Field
 
 from export.formats import (
     FORMATS,
@@ -25,7 +24,7 @@ from export.formats import (
     file_name,
     find_formats,
 )
-from export.options import PlanOptions
+from export.options import ExportSettings
 from export.parity import ParityError, Reference, check_parity, worst_figures
 from export.triton import write_repository
 from infer.engines import create, unavailable_reason
@@ -36,7 +35,6 @@ from isic.folds import fold_dirs, read_folds
 from isic.images import decode_pool
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.arithmetic import ceil_div
-from isic.runtime.config import Several
 from isic.runtime.errors import UserError
 from isic.runtime.files import (
     manifest_path,
@@ -55,52 +53,6 @@ PARITY_FILE = "parity.json"
 BUILD_PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
 """Packages that any build may use; a manifest has their versions and those of its engine's."""
 HEADER = "fold format       types      MB  seconds     cosine  logit error     rank  artifact"
-
-
-class ExportSettings(PlanOptions):
-    """The settings of `python -m export`."""
-
-    config: str = Field(
-        validation_alias=AliasChoices("config", "model_config"),
-        description="name of the trained config (--model_config)",
-    )
-    model_dir: Path | None = Field(
-        None, description="folder of the trained run; outputs/<config> if not given"
-    )
-    fold: int | None = Field(
-        None, ge=0, description="the only fold to export; all trained folds if not given"
-    )
-    formats: Several[str] = Field(
-        ("onnx",),
-        validation_alias=AliasChoices("formats", "format", "engine"),
-        description=f"formats to export, separated by commas: {', '.join(FORMATS)}",
-    )
-    precision: Several[str] = Field(
-        (),
-        description=f"precisions, separated by commas: {', '.join(TOLERANCES)}; the default one of "
-        "each format if not given",
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="device that the artifacts will run on"
-    )
-    data: Path | None = Field(
-        None,
-        description="dataset with the images of the parity check; the training's if not given",
-    )
-    parity_images: int = Field(
-        256, ge=1, description="number of held-out images in the parity check"
-    )
-    check: bool = Field(
-        False, description="check the parity of existing artifacts on this machine, build nothing"
-    )
-    triton: Path | None = Field(
-        None, description="folder for a model repository of NVIDIA Triton; none if not given"
-    )
-    force: bool = Field(False, description="export artifacts again that are up to date")
-
-    @property
-    def run_dir(self) -> Path:
-        return self.model_dir or Path("outputs") / self.config
 
 
 @dataclass(frozen=True)

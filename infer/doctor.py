@@ -11,7 +11,7 @@ from isic.runtime.files import versions
 
 
 class DoctorSettings(Settings):
-    """The settings of `python -m infer doctor`: none."""
+    """Try every engine on this machine; print which ones work, and why the others do not."""
 
 
 OTHER_PACKAGES = ("lightgbm", "polars")

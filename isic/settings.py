@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, field_validator
 
 from isic.runtime.config import Settings
 from isic.runtime.machine import num_cores
@@ -45,3 +45,10 @@ class CheckSettings(Settings):
     )
     seed: int = Field(42, ge=0, description="seed of the folds and of the sample")
     num_threads: int = Field(num_cores(), ge=1, description="decoding threads")
+
+    @field_validator("data")
+    @classmethod
+    def _exists(cls, value: Path) -> Path:
+        if not value.is_dir():
+            raise ValueError("no such folder; point it at a dataset in the challenge's layout")
+        return value

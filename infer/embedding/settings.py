@@ -15,7 +15,10 @@ BATCH_GPU = 256
 
 
 class EmbedSettings(Settings):
-    """Settings of `infer embed`."""
+    """Embed the dataset's images with the exported folds of a model config.
+
+    Shards that exist are kept, so an interrupted run resumes where it stopped.
+    """
 
     config: str = Field(
         validation_alias=AliasChoices("config", "model_config"),

@@ -15,7 +15,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import lightgbm
 import numpy as np
 from numpy.typing import NDArray
 
@@ -102,6 +101,11 @@ def min_data(num_rows: int) -> int:
     return min(max(proportional, SMALLEST_MIN_DATA), REFERENCE_MIN_DATA)
 
 
+def _lightgbm() -> Any:
+    """Imports LightGBM, which takes half a second, only when a booster is fitted or loaded."""
+    return import_module("lightgbm")
+
+
 def fit_lightgbm(
     matrix: Matrix,
     target: NDArray[np.integer],
@@ -124,8 +128,8 @@ def fit_lightgbm(
         "verbosity": -1,
     }
     num_rounds = options.pop("num_rounds")
-    data = lightgbm.Dataset(matrix, target, feature_name=list(names), params=options)
-    text: str = lightgbm.train(options, data, num_boost_round=num_rounds).model_to_string()
+    data = _lightgbm().Dataset(matrix, target, feature_name=list(names), params=options)
+    text: str = _lightgbm().train(options, data, num_boost_round=num_rounds).model_to_string()
     return text
 
 
@@ -139,8 +143,8 @@ def load_lightgbm(text: str) -> Predict:
         # LightGBM aborts the process on half a model (seen with lightgbm 4.7; no report found).
         if not text.endswith(LIGHTGBM_END):
             raise ValueError("it is cut short")
-        booster = lightgbm.Booster(model_str=text)
-    except (ValueError, lightgbm.basic.LightGBMError) as error:
+        booster = _lightgbm().Booster(model_str=text)
+    except (ValueError, _lightgbm().basic.LightGBMError) as error:
         raise _broken("LightGBM", error) from None
 
     def predict(matrix: Matrix, num_threads: int) -> NDArray[np.float64]:
@@ -153,7 +157,9 @@ def load_lightgbm(text: str) -> Predict:
 
 def lightgbm_gains(text: str, num_features: int) -> Gains:
     """Returns [D] total gain of the splits on each feature."""
-    return np.asarray(lightgbm.Booster(model_str=text).feature_importance("gain"), dtype=np.float64)
+    return np.asarray(
+        _lightgbm().Booster(model_str=text).feature_importance("gain"), dtype=np.float64
+    )
 
 
 def fit_xgboost(

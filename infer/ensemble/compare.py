@@ -2,44 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import Field
 
 from infer.ensemble.artifact import Ensemble, open_ensemble
 from infer.ensemble.blend import blend, model_name, seeds_of
 from infer.ensemble.comparison import Comparison, patient_draws
+from infer.ensemble.settings import CompareSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.metadata import with_patient
 from isic.metrics import pauc
-from isic.runtime.config import Settings, Several
 from isic.runtime.errors import UserError
 
 ONE_RUN = (
     " between these trained models; to compare the recipes behind them, fit ensembles of several "
     "training runs and give them all: compare a1,a2,a3 b1,b2,b3"
 )
-
-
-class CompareSettings(Settings):
-    """Settings of `infer compare`."""
-
-    positional: ClassVar[tuple[str, ...]] = ("first", "second")
-
-    first: Several[Path] = Field(
-        description="first argument: an ensemble's folder, or comma-separated folders of "
-        "several training runs of one recipe"
-    )
-    second: Several[Path] = Field(
-        description="second argument: as many other folders, with the same rows and folds"
-    )
-    data: Path = Field(Path("data/isic-2024"), description="dataset folder, for the patients")
-    draws: int = Field(1000, ge=100, description="bootstrap samples of the patients")
-    seed: int = Field(0, ge=0, description="seed of the bootstrap")
 
 
 def compare_ensembles(settings: CompareSettings) -> None:

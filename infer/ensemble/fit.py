@@ -20,7 +20,6 @@ from infer.ensemble.artifact import (
 from infer.ensemble.blend import blend
 from infer.ensemble.boosters import LIBRARIES, booster_file_name
 from infer.ensemble.feature_spec import FeatureSpec
-from infer.ensemble.fit_settings import NUM_FOLDS, FitSettings
 from infer.ensemble.image_features import (
     ImageState,
     embedding_origins,
@@ -31,6 +30,7 @@ from infer.ensemble.image_scores import image_probability
 from infer.ensemble.lesions import describe_lesion_counts
 from infer.ensemble.out_of_fold import FitResult, fit_boosters
 from infer.ensemble.scores import format_scores, summarise
+from infer.ensemble.settings import NUM_FOLDS, FitSettings
 from isic import schema
 from isic.dataset import Dataset, refuse_dataset
 from isic.features import needed_columns

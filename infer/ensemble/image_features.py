@@ -22,6 +22,7 @@ from infer.ensemble.image_columns import (
     write_affine_maps,
 )
 from infer.ensemble.image_scores import LogitScaler
+from infer.ensemble.settings import EmbeddingSources
 from isic.dataset import Split
 from isic.folds import Folds
 from isic.runtime.errors import UserError
@@ -36,16 +37,6 @@ NEEDS_FROZEN = (
 )
 
 MAPS_FILE = f"maps_{ALIGNED}.parquet"
-
-
-@dataclass(frozen=True)
-class EmbeddingSources:
-    """The embedding runs to read; the fields are also flags and keys of the manifest."""
-
-    embeddings: Path | None
-    """Of the fold models."""
-    frozen: Path | None
-    """Of a model that was trained on other images."""
 
 
 @dataclass(frozen=True)

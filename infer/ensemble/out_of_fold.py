@@ -12,7 +12,7 @@ from tqdm import tqdm
 from infer.ensemble import image_scores
 from infer.ensemble.blend import Scores, model_name
 from infer.ensemble.boosters import LIBRARIES, fit_booster
-from infer.ensemble.fit_settings import FitSettings
+from infer.ensemble.settings import FitSettings
 from isic.features import Encoding, fit_encoding
 from isic.runtime.errors import UserError
 from isic.runtime.machine import num_cores

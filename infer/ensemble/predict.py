@@ -1,28 +1,23 @@
 """Score the test table with a fitted ensemble and write the submission. Nothing is fitted here."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
-from pydantic import AliasChoices, Field
 
 from infer.embedding.store import refuse_other_origin
 from infer.ensemble.artifact import ENSEMBLE_FILE, Ensemble, open_ensemble
 from infer.ensemble.blend import Scores, blend, model_name
 from infer.ensemble.boosters import read_booster
-from infer.ensemble.image_features import (
-    EmbeddingSources,
-    embedding_origins,
-    image_feature_tables,
-)
+from infer.ensemble.image_features import embedding_origins, image_feature_tables
 from infer.ensemble.image_scores import image_probability
 from infer.ensemble.lesions import few_lesions_warning
+from infer.ensemble.settings import EmbeddingSources, PredictSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.features import needed_columns, unseen_categories
 from isic.metadata import read_ids, read_metadata, require
-from isic.runtime.config import Settings
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import (
     atomic_path,
@@ -38,33 +33,6 @@ from isic.tables import write_parquet
 
 MAX_NAMED_VALUES = 5
 """Unseen values of a column that a warning names."""
-
-
-class PredictSettings(Settings):
-    """Settings of `infer predict`."""
-
-    data: Path = Field(Path("data/isic-2024"), description="dataset folder")
-    ensemble: Path = Field(
-        Path("outputs/ensemble"),
-        description="an ensemble's folder, or one with a single ensemble in it",
-    )
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, if the ensemble uses the fold models"
-    )
-    frozen: Path | None = Field(
-        None, description="the frozen model's embeddings, if the ensemble uses them"
-    )
-    output: Path = Field(
-        Path("submission.csv"),
-        validation_alias=AliasChoices("output", "out"),
-        description="the submission to write",
-    )
-    few: Literal["warn", "refuse"] = Field(
-        "warn",
-        description="when patients have fewer lesions than nearly all in training and features are "
-        "relative to the patient",
-    )
-    num_threads: int = Field(0, ge=0, description="threads, 0 for all")
 
 
 def predict_submission(settings: PredictSettings) -> None:

@@ -1,28 +1,16 @@
 """Metrics of out-of-fold scores: pooled, by fold, and among each patient's own lesions."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AliasChoices, Field
 
 from infer.ensemble.artifact import ENSEMBLE_FILE, FORMAT_VERSION
 from infer.ensemble.blend import Scores
+from infer.ensemble.settings import ScoresSettings
 from isic.metrics import TOP_K, pauc, roc_auc, top_k
-from isic.runtime.config import Settings
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import read_json
-
-
-class ScoresSettings(Settings):
-    """Settings of `infer scores`."""
-
-    output_dir: Path = Field(
-        Path("outputs/ensemble"),
-        validation_alias=AliasChoices("output_dir", "out"),
-        description="folder with ensembles in it",
-    )
 
 
 def show_scores(settings: ScoresSettings) -> None:

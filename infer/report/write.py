@@ -2,33 +2,16 @@
 
 from pathlib import Path
 
-from pydantic import Field
-
 from infer.ensemble.artifact import open_ensemble
 from infer.report.scored import read_scored
 from infer.report.sections import header, sections
+from infer.report.settings import ReportSettings
 from isic.html import page
 from isic.html.markup import tag
-from isic.runtime.config import Settings
 from isic.runtime.files import write_text
 
 REPORT_FILE = "report.html"
 REPORT_STYLE = Path(__file__).with_name("report.css")
-
-
-class ReportSettings(Settings):
-    """Settings of `infer report`."""
-
-    ensemble: Path = Field(
-        Path("outputs/ensemble"),
-        description="folder of an ensemble, or of a folder with a single ensemble in it",
-    )
-    data: Path = Field(
-        Path("data/isic-2024"), description="dataset folder that the ensemble was fitted on"
-    )
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, for the map of embeddings"
-    )
 
 
 def report(settings: ReportSettings) -> None:

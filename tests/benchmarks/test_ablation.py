@@ -2,7 +2,8 @@ from pathlib import Path
 
 import polars as pl
 
-from benchmarks.ablation import IMAGE_SETS, TABULAR_SETS, AblationSettings
+from benchmarks.ablation import IMAGE_SETS, TABULAR_SETS
+from benchmarks.settings import AblationSettings
 from infer.ensemble.feature_spec import FeatureSpec
 from isic.runtime.config import build
 from tests.support.commands import Cli, split_flags

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import polars as pl
 
-from benchmarks.accuracy import AccuracySettings
+from benchmarks.settings import AccuracySettings
 from isic.runtime.config import build
 from tests.support.commands import Cli
 

@@ -8,7 +8,8 @@ import torch
 from benchmarks import baselines
 from benchmarks.baselines import BASELINES, Task
 from benchmarks.limits import DTYPES
-from benchmarks.peers import PeersSettings, shared_fields
+from benchmarks.peers import shared_fields
+from benchmarks.settings import PeersSettings
 from benchmarks.untrained import create_untrained, least_cosine
 from isic.dataset import Dataset
 

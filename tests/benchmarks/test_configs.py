@@ -6,7 +6,8 @@ import polars as pl
 import pytest
 
 from benchmarks import configs as module
-from benchmarks.configs import ConfigsSettings, configs, describe
+from benchmarks.configs import configs, describe
+from benchmarks.settings import ConfigsSettings
 from isic.runtime.config import describe_configs
 
 

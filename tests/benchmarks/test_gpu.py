@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import SHARES
+from benchmarks.settings import SHARES
 from tests.support.commands import Cli
 
 

@@ -5,7 +5,8 @@ from playwright.sync_api import Browser
 
 from benchmarks.limits import Limits, Work
 from benchmarks.page import render_page
-from benchmarks.record import RESULTS, Row, append_rows
+from benchmarks.record import Row, append_rows
+from benchmarks.settings import RESULTS
 from tests.support.browser import WIDTHS, inspect
 
 

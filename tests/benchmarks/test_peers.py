@@ -7,7 +7,6 @@ import pytest
 from benchmarks.peers import (
     OURS,
     BaselineProcess,
-    PeersSettings,
     build_ours,
     by_peer_precision,
     compare_all,
@@ -15,6 +14,7 @@ from benchmarks.peers import (
     shared_fields,
     write_resized,
 )
+from benchmarks.settings import PeersSettings
 from benchmarks.untrained import create_untrained
 from infer.engines import unavailable_reason
 from isic.dataset import Dataset

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.record import RESULTS, append_rows
-from benchmarks.report import DOCUMENTS, TABLES, with_tables
+from benchmarks.record import append_rows
+from benchmarks.report import TABLES, with_tables
+from benchmarks.settings import DOCUMENTS, RESULTS
 from isic.runtime.errors import UserError
 from tests.support.commands import Cli
 

@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from benchmarks import train as rate
-from benchmarks.train import (
-    TimedBatches,
-    TrainRateSettings,
-    busy_processes,
-    precision_of,
-    time_batches,
-)
+from benchmarks.settings import TrainRateSettings
+from benchmarks.train import TimedBatches, busy_processes, precision_of, time_batches
 from tests.support.commands import TINY, Cli, split_flags
 from train.batch import Batch
 

@@ -9,8 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from export.formats import TOLERANCES
+from export.options import ExportSettings
 from export.parity import ParityError, Reference, check_parity, compare
-from export.run import ExportSettings, load_source
+from export.run import load_source
 from infer.engines import load
 from isic.preprocess import Pixels
 from tests.support.networks import network

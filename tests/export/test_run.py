@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from export.formats import ArtifactSpec, BuildInputs
-from export.run import ExportSettings, artifact_spec, calibration_sample, load_source, parity_sample
+from export.options import ExportSettings
+from export.run import artifact_spec, calibration_sample, load_source, parity_sample
 from infer.engines import load
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_manifest, sha256

@@ -10,8 +10,8 @@ import polars as pl
 
 from infer.embedding.store import shard_path, write_shard
 from infer.ensemble.fit import fit_ensemble
-from infer.ensemble.fit_settings import FitSettings
-from infer.ensemble.predict import PredictSettings, predict_submission
+from infer.ensemble.predict import predict_submission
+from infer.ensemble.settings import FitSettings, PredictSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import Folds, draw_folds

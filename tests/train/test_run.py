@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import benchmarks.train
-from benchmarks.train import TrainRateSettings
+from benchmarks.settings import TrainRateSettings
 from isic.layout import BEST_CHECKPOINT, LAST_CHECKPOINT
 from isic.metrics import pauc
 from isic.runtime.errors import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from infer.ensemble.fit import fit_ensemble
-from infer.ensemble.fit_settings import FitSettings
+from infer.ensemble.settings import FitSettings
 from tests.support.ensembles import fit_small, write_dataset, write_embeddings
 
 THREE_LIBRARIES = """

@@ -13,7 +13,7 @@ from infer.ensemble.boosters import (
     parameters_of,
     read_booster,
 )
-from infer.ensemble.fit_settings import FitSettings
+from infer.ensemble.settings import FitSettings
 from isic.runtime.config import build
 from isic.runtime.errors import UserError
 from isic.runtime.files import versions

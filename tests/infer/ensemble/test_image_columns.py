@@ -20,7 +20,8 @@ from infer.ensemble.image_columns import (
     read_affine_maps,
     write_affine_maps,
 )
-from infer.ensemble.predict import PredictSettings, predict_submission
+from infer.ensemble.predict import predict_submission
+from infer.ensemble.settings import PredictSettings
 from isic import schema
 from isic.dataset import SPLITS, Dataset, Split
 from isic.folds import Folds, draw_folds, read_folds

@@ -11,7 +11,8 @@ import pytest
 from infer.embedding.store import shard_path
 from infer.ensemble.blend import blend
 from infer.ensemble.boosters import LIBRARIES
-from infer.ensemble.predict import PredictSettings, predict_submission
+from infer.ensemble.predict import predict_submission
+from infer.ensemble.settings import PredictSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds

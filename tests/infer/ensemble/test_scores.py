@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from infer.ensemble.artifact import clear_ensemble
-from infer.ensemble.scores import ScoresSettings, format_scores, show_scores, summarise
+from infer.ensemble.scores import format_scores, show_scores, summarise
+from infer.ensemble.settings import ScoresSettings
 from isic.runtime.errors import UserError
 from tests.support.ensembles import read_blend
 

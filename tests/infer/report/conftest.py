@@ -9,8 +9,8 @@ import pytest
 
 from infer.embedding.store import scan_embeddings, shard_path, write_shard
 from infer.ensemble.fit import fit_ensemble
-from infer.report import write_report
 from infer.report.cases import worst_misses
+from infer.report.write import write_report
 from isic.dataset import Dataset
 from tests.support.datasets import jpeg, write_hdf5
 from tests.support.ensembles import fit_settings, write_dataset, write_embeddings

@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from infer.ensemble.fit import fit_ensemble
-from infer.report import write_report
+from infer.report.write import write_report
 from isic.metrics import pauc, roc_auc, top_k
 from tests.support.ensembles import fit_settings
 

@@ -7,8 +7,8 @@ import pytest
 from playwright.sync_api import Browser
 
 from infer.ensemble.fit import fit_ensemble
-from infer.report import write_report
 from infer.report.cases import NUM_CASES
+from infer.report.write import write_report
 from isic.runtime.errors import UserError
 from tests.support.browser import WIDTHS, inspect
 from tests.support.commands import Cli

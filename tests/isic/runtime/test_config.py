@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from infer.ensemble.fit_settings import FitSettings
+from infer.ensemble.settings import FitSettings
 from isic.runtime import config
 from isic.runtime.config import Settings, Several, build, describe_configs, read_config, read_yaml
 from isic.runtime.errors import UserError

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from infer.ensemble.fit_settings import FitSettings
+from infer.ensemble.settings import FitSettings
 from isic.runtime.config import CONFIG_DIR, build
 from isic.runtime.errors import UserError
 

@@ -1,16 +1,16 @@
-"""The settings of `python -m infer fit`, with a flag per booster library."""
+"""Settings of `python -m infer fit`, `predict`, `scores` and `compare`."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from infer.ensemble.boosters import LIBRARIES, parameters_of
-from infer.ensemble.image_features import EmbeddingSources
 from isic.runtime import yaml12
 from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason
 from isic.runtime.errors import did_you_mean
@@ -37,8 +37,18 @@ CHANGES = "library_settings"
 OUTPUT_NAMES = AliasChoices("output_dir", "out")
 
 
+@dataclass(frozen=True)
+class EmbeddingSources:
+    """The embedding runs to read; the fields are also flags and keys of the manifest."""
+
+    embeddings: Path | None
+    """Of the fold models."""
+    frozen: Path | None
+    """Of a model that was trained on other images."""
+
+
 class FitSettings(Settings):
-    """Settings of `infer fit`."""
+    """Fit a GBDT ensemble and write it with its out-of-fold scores and a report."""
 
     config: str | None = Field(
         None,
@@ -213,3 +223,62 @@ def _parse_changes(library: str, value: Any) -> dict[str, Any]:
 def _need_library(name: str) -> None:
     if name not in LIBRARIES:
         raise ValueError(f'unknown library "{name}", {did_you_mean(name, LIBRARIES)}')
+
+
+class PredictSettings(Settings):
+    """Score the test table with a fitted ensemble and write the submission."""
+
+    data: Path = Field(Path("data/isic-2024"), description="dataset folder")
+    ensemble: Path = Field(
+        Path("outputs/ensemble"),
+        description="an ensemble's folder, or one with a single ensemble in it",
+    )
+    embeddings: Path | None = Field(
+        None, description="outputs/embeddings/<config>, if the ensemble uses the fold models"
+    )
+    frozen: Path | None = Field(
+        None, description="the frozen model's embeddings, if the ensemble uses them"
+    )
+    output: Path = Field(
+        Path("submission.csv"),
+        validation_alias=AliasChoices("output", "out"),
+        description="the submission to write",
+    )
+    few: Literal["warn", "refuse"] = Field(
+        "warn",
+        description="when patients have fewer lesions than nearly all in training and features are "
+        "relative to the patient",
+    )
+    num_threads: int = Field(0, ge=0, description="threads, 0 for all")
+
+
+class ScoresSettings(Settings):
+    """Print the out-of-fold scores of every ensemble in a folder, the lowest pAUC first."""
+
+    output_dir: Path = Field(
+        Path("outputs/ensemble"),
+        validation_alias=AliasChoices("output_dir", "out"),
+        description="folder with ensembles in it",
+    )
+
+
+class CompareSettings(Settings):
+    """Compare two ensembles: a paired test over their seeds and a bootstrap over patients.
+
+    The seeds test the difference against chance in fitting, the bootstrap against chance in the
+    choice of patients. It is called noise unless both find a difference in the same direction. With
+    several training runs per side, runs are paired instead of seeds.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("first", "second")
+
+    first: Several[Path] = Field(
+        description="first argument: an ensemble's folder, or comma-separated folders of "
+        "several training runs of one recipe"
+    )
+    second: Several[Path] = Field(
+        description="second argument: as many other folders, with the same rows and folds"
+    )
+    data: Path = Field(Path("data/isic-2024"), description="dataset folder, for the patients")
+    draws: int = Field(1000, ge=100, description="bootstrap samples of the patients")
+    seed: int = Field(0, ge=0, description="seed of the bootstrap")

@@ -1,0 +1,391 @@
+"""Settings of every benchmark, by the name of its command."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field
+
+from infer.ensemble.boosters import LIBRARIES
+from isic.runtime.config import Settings, Several
+from train.config import TrainSettings
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+RESULTS_HELP = "folder of the CSV; benchmarks/results if not given"
+ALL = "all"
+
+BATCHES = {"cpu": (1, 16), "cuda": (1, 256)}
+EXPORT_CONFIGS = (
+    "vit_tiny",
+    "vit_small",
+    "vit_base",
+    "eva02_small",
+    "eva02_base",
+    "convnext_tiny",
+    "multitask_vit_tiny",
+)
+TIMED_PER_WARMUP = 8
+"""Timed batches per batch of warm-up, so that a queue that is full at the start counts little."""
+NULL = "null"
+"""The config of an engine that costs nothing, to measure the pipeline itself."""
+DOCUMENTS = (CHECKOUT / "README.md", CHECKOUT / "docs" / "benchmarks.md")
+# fmt: off
+WHEELS = (
+    "fire", "termcolor", "pydantic", "pydantic-core", "annotated-types", "typing-inspection",
+    "polars", "polars-runtime-32", "albumentations", "albucore", "stringzilla", "simsimd",
+)
+"""Packages that a machine with PyTorch, timm and ONNX usually lacks."""
+PLATFORMS = (
+    "manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+)
+SHARES = {"throughput": 0.45, "train": 0.25, "peers": 0.15, "export": 0.1, "ingest": 0.05}
+"""The parts in their order, and the share of the time after which each is stopped.
+
+A part that is stopped keeps its finished rows: per engine for throughput, per format for export,
+per config for train, per peer for peers; ingest writes all its rows at the end.
+"""
+GPU_CONFIGS = (
+    "vit_tiny",
+    "convnext_tiny",
+    "vit_base",
+    "eva02_base",
+    "vit_small",
+    "eva02_small",
+    "convnext_base",
+)
+"""The most important first, since the time may run out."""
+
+
+class ThroughputSettings(Settings):
+    """Measures images per second of untrained networks, each engine in its own process.
+
+    A row compares the rate with the machine's limits, or has the reason that there is no rate.
+    """
+
+    config: Several[str] = Field((ALL,), description="configs, separated by commas, or all")
+    formats: Several[str] = Field(
+        (ALL,),
+        validation_alias=AliasChoices("formats", "format", "engine"),
+        description="export formats, eager or compile, separated by commas, or all",
+    )
+    precision: Several[str] = Field(
+        (ALL,), description="fp32, fp16, bf16, int8, fp8, separated by commas, or all"
+    )
+    batch: Several[int] = Field(
+        (), description="images per call, separated by commas; 1,16 on a CPU, 1,256 on a GPU"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the engines")
+    data: Path | None = Field(
+        None, description="dataset folder of the input images; noise if not given"
+    )
+    repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
+    seconds: float = Field(1.0, gt=0, description="least length of a repeat, at least one call")
+    patience: float = Field(900.0, gt=0, description="time limit of an engine in seconds")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class ExportCostSettings(Settings):
+    """Builds untrained networks in every format and precision and checks their parity."""
+
+    config: Several[str] = Field(EXPORT_CONFIGS, description="configs, separated by commas, or all")
+    formats: Several[str] = Field(
+        (ALL,),
+        validation_alias=AliasChoices("formats", "format", "engine"),
+        description="export formats, separated by commas, or all",
+    )
+    precision: Several[str] = Field((ALL,), description="precisions, separated by commas, or all")
+    data: Path | None = Field(
+        None, description="dataset folder of the parity check's images; noise if not given"
+    )
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class PeersSettings(Settings):
+    """Measures `infer embed` end to end against each peer and compares the features by cosine.
+
+    The features are compared twice: from the images as each baseline reads them, and from the same
+    pixels, since PIL antialiases what it shrinks.
+    """
+
+    config: str = Field("vit_tiny", description="config of the network, which is not trained")
+    data: Path = Field(Path("data/isic-2024"), description="dataset folder with train-image.hdf5")
+    formats: str = Field(
+        "onnx",
+        validation_alias=AliasChoices("formats", "format", "engine"),
+        description="export format of this toolkit's artifact",
+    )
+    precision: Several[str] = Field(
+        ("fp32",),
+        description="precisions of the artifact; peers use the same on a GPU, else float32",
+    )
+    peers: Several[str] = Field(
+        (ALL,), description="parts of the peers' names, separated by commas, or all"
+    )
+    images: int = Field(512, ge=1, description="images per repeat")
+    batch: int = Field(16, ge=1, description="images per call of the network")
+    repeats: int = Field(5, ge=1, description="repeats; the baselines alternate in each")
+    num_workers: int | None = Field(
+        None, ge=0, description="workers of the peers' DataLoader; one per core if not given"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the network")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class IngestSettings(Settings):
+    """Measures images per second from ids to batches, for this toolkit and for common loaders.
+
+    All loaders read the same images in turns, so that a drift of the machine affects all of them.
+    """
+
+    data: Path = Field(Path("data/isic-2024"), description="dataset folder with train-image.hdf5")
+    size: int = Field(224, ge=8, description="side of the decoded images in pixels")
+    images: int = Field(4000, ge=1, description="images per repeat; slow loaders read fewer")
+    repeats: int = Field(
+        5, ge=1, description="repeats, of which the median counts; the loaders alternate in each"
+    )
+    threads: Several[int] = Field(
+        (1, 2), description="numbers of decoding threads, separated by commas"
+    )
+    index: bool = Field(True, description="also time the offset index of a file of 401,059 images")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class TrainRateSettings(TrainSettings):
+    """Measures images per second of training, on files and in memory, and of a bare loop.
+
+    The bare loop uses timm and torch only, in a process of its own that this toolkit's global
+    settings do not affect. The three alternate.
+    """
+
+    steps: int = Field(
+        30,
+        ge=1,
+        description="timed optimizer steps per repeat; with loader processes at least "
+        f"{TIMED_PER_WARMUP} times the steps of warm-up",
+    )
+    warmup_steps: int = Field(
+        5, ge=1, description="untimed steps of warm-up, in addition to those on prefetched batches"
+    )
+    repeats: int = Field(
+        5, ge=1, description="repeats, of which the median counts; the loops alternate in each"
+    )
+    busy: int = Field(
+        0, ge=0, description="other processes during the measurement, each busy on one core"
+    )
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class EmbedRateSettings(Settings):
+    """Measures images per second of reading, of the engine of fold 0, and of both end to end."""
+
+    config: str = Field(
+        NULL, description="exported config to embed with; null is an engine that costs nothing"
+    )
+    model_dir: Path | None = Field(
+        None, description="folder of the exported run; outputs/<config> if not given"
+    )
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset folder; its training images are embedded"
+    )
+    images: int = Field(4000, ge=1, description="images per repeat")
+    repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
+    whole: bool = Field(
+        False, description="instead time `infer embed` on all training images, with its memory"
+    )
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class TabularSettings(Settings):
+    """Measures features, here and in pandas, fitting, and predicting: seconds and memory."""
+
+    rows: Several[int] = Field(
+        (4_000, 40_000, 401_059), description="sizes of the synthetic tables, separated by commas"
+    )
+    predict_rows: int = Field(100_000, ge=1, description="rows to predict")
+    trees: int = Field(300, ge=1, description="trees of the booster that predicts")
+    fit_rounds: int | None = Field(
+        None, ge=1, description="boosting rounds to fit; each library's own if not given"
+    )
+    repeats: int = Field(3, ge=1, description="repeats, of which the median counts")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class AccuracySettings(Settings):
+    """Appends out-of-fold scores, pooled and by fold. Fits nothing but the colour baseline."""
+
+    data: Path = Field(description="dataset folder; its training rows are scored out of fold")
+    label: str = Field(description="name of the data in the table")
+    model_dir: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("model_dir", "run"),
+        description="folder of a trained run, outputs/<config>",
+    )
+    ensembles: Path | None = Field(None, description="folder of fitted ensembles, outputs/ensemble")
+    baseline: bool = Field(
+        True, description="also score LightGBM on colour statistics of the images, if there are any"
+    )
+    num_folds: int = Field(5, ge=2, description="folds of the baseline")
+    split_seed: int = Field(42, description="seed of the baseline's folds")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class AblationSettings(Settings):
+    """Fits an ensemble per feature set and library and compares each with the first set's."""
+
+    data: Path = Field(description="dataset folder; its training rows are scored out of fold")
+    label: str = Field(description="name of the data in the table")
+    embeddings: Path | None = Field(
+        None, description="outputs/embeddings/<config>, made with --folds all"
+    )
+    frozen: Path | None = Field(
+        None, description="embeddings of the images by a model trained on other images"
+    )
+    features: Several[str] = Field(
+        (),
+        description="feature sets to compare with the first, separated by commas, "
+        "groups joined by +",
+    )
+    libraries: Several[str] = Field(
+        (*LIBRARIES, "+".join(LIBRARIES)),
+        description="booster libraries, separated by commas, several in one ensemble joined by +",
+    )
+    seeds: int = Field(10, ge=2, description="seeds per fit")
+    split_seed: int | None = Field(
+        None, ge=0, description="seed of the folds, if no plan comes with the data or embeddings"
+    )
+    num_rounds: int | None = Field(
+        None, ge=1, description="boosting rounds; each library's own if not given"
+    )
+    draws: int = Field(1000, ge=100, description="bootstrap resamples of the patients")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class HospitalSettings(Settings):
+    """Compares treatments of categories on hospitals held out and in cross-validation."""
+
+    data: Path = Field(description="dataset folder; its training rows are scored")
+    label: str = Field(description="name of the data in the table")
+    features: Several[str] = Field(("raw", "engineered"), description="feature sets")
+    blank_shares: Several[float] = Field(
+        (0.1, 0.2), description="shares of training rows to blank categories in"
+    )
+    min_positives: int = Field(
+        10, ge=1, description="fewest malignant lesions of a hospital that is held out"
+    )
+    split_seeds: Several[int] = Field((7, 11, 13), description="fold plans of the cross-validation")
+    num_folds: int = Field(5, ge=2, description="folds per plan")
+    seeds: int = Field(10, ge=2, description="boosters per fold, each with its own seed")
+    seed: int = Field(0, ge=0, description="the first of the seeds")
+    draws: int = Field(1000, ge=100, description="bootstrap resamples of the patients")
+    num_threads: int = Field(0, ge=0, description="threads, 0 for all")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class FewSettings(Settings):
+    """Scores every feature set on groups of each size, and on whole patients."""
+
+    data: Path = Field(description="dataset folder; its training rows are scored out of fold")
+    label: str = Field(description="name of the data in the table")
+    features: Several[str] = Field(
+        ("raw", "engineered"), description="feature sets; the others are compared with the first"
+    )
+    sizes: Several[int] = Field(
+        (1, 2, 3, 5, 10, 20), description="numbers of a patient's lesions that are scored together"
+    )
+    num_folds: int = Field(5, ge=2, description="folds")
+    split_seed: int = Field(42, ge=0, description="seed of the folds")
+    seeds: int = Field(3, ge=1, description="boosters per fold, each with its own seed")
+    draws: int = Field(1000, ge=100, description="bootstrap resamples of the patients")
+    num_threads: int = Field(0, ge=0, description="threads, 0 for all")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class ConfigsSettings(Settings):
+    """Record the size of every model config."""
+
+    results: Path | None = Field(
+        None, description="folder of the CSV; benchmarks/results if not given"
+    )
+
+
+class TablesSettings(Settings):
+    """Updates every table of the documents, and the page of charts, from the last results."""
+
+    documents: Several[Path] = Field(
+        DOCUMENTS, description="Markdown files with tables to update, separated by commas"
+    )
+    results: Path = Field(RESULTS, description="folder of the CSVs")
+    page: Path = Field(
+        Path("outputs/benchmarks.html"), description="HTML page of charts and all tables"
+    )
+
+
+class SlowdownSettings(Settings):
+    """Compares each last rate with the previous one on the same kind of machine.
+
+    Exits with 1 if one is slower beyond noise.
+    """
+
+    benchmark: Several[str] = Field(
+        (), description="benchmarks to check, separated by commas; all if not given"
+    )
+    tolerance: float = Field(0.05, ge=0, lt=1, description="slowdown that is always accepted")
+    noise: float = Field(
+        0.1, ge=0, lt=1, description="spread of a rate whose repeats are not recorded"
+    )
+    results: Path = Field(RESULTS, description="folder of the CSVs")
+
+
+class PackSettings(Settings):
+    """Writes code, wheels, a sample of images and the script `run.sh` into a folder."""
+
+    output_dir: Path = Field(
+        validation_alias=AliasChoices("output_dir", "out"),
+        description="folder to write, which must not exist",
+    )
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset folder from which images are sampled"
+    )
+    images: int = Field(4096, ge=1, description="images of the sample")
+    wheels: Several[str] = Field(
+        WHEELS, description="packages to add as wheels, separated by commas, or none"
+    )
+    python: str = Field("3.12", description="Python version of the machine")
+    platform: Several[str] = Field(PLATFORMS, description="platform tags of the machine")
+
+
+class GpuSettings(Settings):
+    """Runs all parts, each in its own processes. Exits with 1 if none succeeds.
+
+    A part that fails or takes too long does not affect the others.
+    """
+
+    data: Path | None = Field(
+        None, description="dataset folder of the images; noise, and fewer parts, if not given"
+    )
+    parts: Several[str] = Field(
+        tuple(SHARES), description=f"of {', '.join(SHARES)}, separated by commas"
+    )
+    config: Several[str] = Field(
+        GPU_CONFIGS, description="configs, separated by commas; the peers run the first"
+    )
+    formats: Several[str] = Field(
+        ("all",),
+        validation_alias=AliasChoices("formats", "format", "engine"),
+        description="export formats, eager or compile of the throughput, or all",
+    )
+    precision: Several[str] = Field(
+        (),
+        description="precisions of the engines, separated by commas, or all; bf16 if not given, "
+        "fp16 on a GPU without it",
+    )
+    batch: int = Field(256, ge=1, description="images per call")
+    images: int = Field(4096, ge=1, description="images per repeat of peers and ingest")
+    repeats: int = Field(3, ge=1, description="repeats of each part")
+    seconds: float = Field(0.5, gt=0, description="least length of a repeat of the throughput")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the networks")
+    minutes: float = Field(9.5, gt=0, description="time limit of all parts together")
+    results: Path | None = Field(
+        None, description="folder of the CSVs; benchmarks/results if not given"
+    )
