@@ -31,7 +31,7 @@ IMAGE_SETS = ("image", "raw+image", "multimodal", "engineered+aligned", "multimo
 
 
 def ablation(settings: AblationSettings) -> None:
-    """Fits an ensemble per feature set and library and compares each with the first set's."""
+    """Fit an ensemble per feature set and library and compare each with the first set's."""
     sets = settings.features or (*TABULAR_SETS, *(IMAGE_SETS if settings.embeddings else ()))
     rows: list[Row] = []
     for libraries in settings.libraries:
@@ -44,7 +44,7 @@ def ablation(settings: AblationSettings) -> None:
 def _compare_sets(
     settings: AblationSettings, sets: tuple[str, ...], libraries: str
 ) -> Iterator[Row]:
-    """Yields the row of each feature set with some libraries."""
+    """Yield the row of each feature set with some libraries."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         first = _fitted(settings, sets[0], libraries, folder)
@@ -61,7 +61,7 @@ def _compare_sets(
 
 
 def _fitted(settings: AblationSettings, features: str, libraries: str, folder: Path) -> Ensemble:
-    """Fits an ensemble in `folder`, without its output."""
+    """Fit an ensemble in `folder`, without its output."""
     flags = {
         "data": settings.data,
         "embeddings": settings.embeddings,
@@ -80,7 +80,7 @@ def _fitted(settings: AblationSettings, features: str, libraries: str, folder: P
 
 
 def compare_with_first(first: Ensemble, ensemble: Ensemble, data: Path, num_draws: int) -> Row:
-    """Returns an ensemble's out-of-fold scores, and its comparison with the first one."""
+    """Return an ensemble's out-of-fold scores, and its comparison with the first one."""
     scores = ensemble.manifest["scores"]
     by_seed = list(pauc_by_seed(ensemble).values())
     return {

@@ -36,7 +36,7 @@ DECODED = 96
 
 
 def accuracy(settings: AccuracySettings) -> None:
-    """Appends out-of-fold scores, pooled and by fold. Fits nothing but the colour baseline."""
+    """Append out-of-fold scores, pooled and by fold. Fits nothing but the colour baseline."""
     rows: list[Row] = []
     if settings.baseline and Dataset(settings.data).find_images("train"):
         oof = colour_baseline(settings.data, settings.num_folds, settings.split_seed)
@@ -54,14 +54,14 @@ def accuracy(settings: AccuracySettings) -> None:
 
 
 def _read_run(model_dir: Path) -> pl.DataFrame:
-    """Returns the out-of-fold scores of a trained run's finished folds."""
+    """Return the out-of-fold scores of a trained run's finished folds."""
     paths = [folder / "oof.parquet" for folder in fold_dirs(model_dir).values()]
     folds = [read_parquet(path) for path in paths if path.is_file()]
     return pl.concat(folds).rename({"logit": "score"})
 
 
 def input_kind(ensemble: Path) -> str:
-    """Returns the kind of an ensemble's inputs, a key of PUBLISHED_OOF."""
+    """Return the kind of an ensemble's inputs, a key of PUBLISHED_OOF."""
     spec = open_ensemble(ensemble).spec
     if not spec.images:
         return "tabular"
@@ -69,7 +69,7 @@ def input_kind(ensemble: Path) -> str:
 
 
 def score_row(name: str, oof: pl.DataFrame, kind: str) -> Row:
-    """Returns a row of the table.
+    """Return a row of the table.
 
     Args:
         oof: `target`, `fold` and `score` of every row.
@@ -93,7 +93,7 @@ def score_row(name: str, oof: pl.DataFrame, kind: str) -> Row:
 
 
 def colour_baseline(data: Path, num_folds: int, split_seed: int) -> pl.DataFrame:
-    """Scores LightGBM on colour statistics of the images, out of fold.
+    """Score LightGBM on colour statistics of the images, out of fold.
 
     Returns:
         `isic_id`, `target`, `fold` and `score`.
@@ -117,7 +117,7 @@ def colour_baseline(data: Path, num_folds: int, split_seed: int) -> pl.DataFrame
 
 
 def colour_statistics(dataset: Dataset, ids: list[str]) -> NDArray[np.float32]:
-    """Returns the statistics of N images, [N, 199] float32."""
+    """Return the statistics of N images, [N, 199] float32."""
     store = dataset.images("train")
     images, _ = store.load(ids, PreprocessSpec(size=DECODED, interpolation="area"))
     sizes = [len(data) for data in store.read(ids)]
@@ -126,7 +126,7 @@ def colour_statistics(dataset: Dataset, ids: list[str]) -> NDArray[np.float32]:
 
 
 def _statistics(image: Pixels, num_bytes: int) -> NDArray[np.float64]:
-    """Returns a Lab thumbnail, mean and deviation per channel, and the file's size, [199]."""
+    """Return a Lab thumbnail, mean and deviation per channel, and the file's size, [199]."""
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
     thumbnail = cv2.resize(lab, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
     return np.concatenate([thumbnail.ravel(), lab.mean((0, 1)), lab.std((0, 1)), [num_bytes]])

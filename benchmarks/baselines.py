@@ -190,7 +190,7 @@ BASELINES: dict[str, Callable[[Task], Embed]] = {
 
 
 def _autocast(task: Task) -> AbstractContextManager[Any]:
-    """Returns torch's autocast context for the task's precision, with exact float32."""
+    """Return torch's autocast context for the task's precision, with exact float32."""
     import torch  # noqa: PLC0415
 
     torch.backends.cudnn.allow_tf32 = False  # convolutions round to TF32's 10 bits by default
@@ -200,7 +200,7 @@ def _autocast(task: Task) -> AbstractContextManager[Any]:
 
 
 def _export_onnx(task: Task, path: Path) -> None:
-    """Exports timm's model, its weights in the task's precision, with float32 input and output."""
+    """Export timm's model, its weights in the task's precision, with float32 input and output."""
     import torch  # noqa: PLC0415
 
     from benchmarks.low_precision import LowPrecision  # noqa: PLC0415
@@ -240,7 +240,7 @@ def _picture(file: Any, name: str) -> Any:
 
 
 def main(path: Path) -> None:
-    """Opens the baseline of the task at `path` and answers every line with seconds.
+    """Open the baseline of the task at `path` and answers every line with seconds.
 
     The last features are next to the task, as .npy.
     """

@@ -72,7 +72,7 @@ class Change:
 
 
 def check(settings: SlowdownSettings) -> int:
-    """Compares each last rate with the previous one on the same kind of machine.
+    """Compare each last rate with the previous one on the same kind of machine.
 
     Exits with 1 if one is slower beyond noise.
     """
@@ -99,7 +99,7 @@ def check(settings: SlowdownSettings) -> int:
 
 
 def find_changes(rows: pl.DataFrame, speed: Speed, csv: str, noise: float) -> Iterator[Change]:
-    """Yields a change for each measurement that is in a CSV at least twice."""
+    """Yield a change for each measurement that is in a CSV at least twice."""
     needed = [speed.rate, speed.unit] if speed.unit else [speed.rate]
     if not set(needed) <= set(rows.columns):
         return
@@ -111,7 +111,7 @@ def find_changes(rows: pl.DataFrame, speed: Speed, csv: str, noise: float) -> It
 
 
 def _normalised(rows: pl.DataFrame, speed: Speed, needed: list[str]) -> pl.DataFrame:
-    """Returns the rows with a rate, their rates as numbers in units of the machine's speed."""
+    """Return the rows with a rate, their rates as numbers in units of the machine's speed."""
     is_known = pl.col(needed).is_not_null() & (pl.col(needed) != "")
     rates = [name for name in (speed.rate, speed.low, speed.high) if name]
     unit = pl.col(speed.unit).cast(pl.Float64) if speed.unit else 1.0
@@ -135,7 +135,7 @@ def _change(
 
 
 def _bounds(row: dict[str, Any], speed: Speed, noise: float) -> tuple[float, float]:
-    """Returns the least and the most that a rate may be."""
+    """Return the least and the most that a rate may be."""
     if speed.low is None or speed.high is None:
         rate = row[speed.rate]
         return rate * (1 - noise / 2), rate * (1 + noise / 2)

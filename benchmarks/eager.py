@@ -49,7 +49,7 @@ class EagerEngine:
         return features, logits
 
     def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
-        """Returns an uninitialised uint8 array, in page-locked memory if the device is a GPU."""
+        """Return an uninitialised uint8 array, in page-locked memory if the device is a GPU."""
         pin_memory = self.device == "cuda"
         array: Pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory).numpy()
         return array

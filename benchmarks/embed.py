@@ -34,7 +34,7 @@ from isic.runtime.machine import num_cores
 
 
 def embed(settings: EmbedRateSettings) -> None:
-    """Measures images per second of reading, of the engine of fold 0, and of both end to end."""
+    """Measure images per second of reading, of the engine of fold 0, and of both end to end."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if settings.config == NULL:
@@ -99,7 +99,7 @@ def _measure_whole_runs(
 def pipeline_rates(
     job: EmbedJob, ids: pl.Series, folder: Path, repeats: int = 5
 ) -> dict[str, float]:
-    """Measures images per second of the pipeline and of its parts, in turns.
+    """Measure images per second of the pipeline and of its parts, in turns.
 
     A drift of the machine then affects all of them.
 
@@ -129,7 +129,7 @@ def pipeline_rates(
 
 
 def _ingest(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
-    """Returns a function that decodes all batches and drops them."""
+    """Return a function that decodes all batches and drop them."""
     store = Dataset(job.data).images(job.split)
     spec = job.models.spec
     size = job.batch_size
@@ -146,7 +146,7 @@ def _ingest(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
 
 
 def _engine(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
-    """Returns a function that runs the engines on the same batch again and again."""
+    """Return a function that runs the engines on the same batch again and again."""
     models = job.models
     engines = {
         fold: create(path, models.manifests[fold], job.device)
@@ -165,7 +165,7 @@ def _engine(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
 
 
 def _end_to_end(job: EmbedJob, ids: pl.Series, folder: Path) -> Callable[[], None]:
-    """Returns a function that embeds all images into shards."""
+    """Return a function that embeds all images into shards."""
     embedder = Embedder(job)
     steps: list[BatchStats] = []
 
@@ -178,7 +178,7 @@ def _end_to_end(job: EmbedJob, ids: pl.Series, folder: Path) -> Callable[[], Non
 
 
 def whole_run(*flags: object) -> dict[str, Any]:
-    """Runs `python -m infer embed` with some flags in a process of its own.
+    """Run `python -m infer embed` with some flags in a process of its own.
 
     Returns:
         The fields that the run prints last, `seconds` from its start to its end, `start_seconds`

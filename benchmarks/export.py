@@ -24,14 +24,14 @@ NUM_IMAGES = 32
 
 
 def export(settings: ExportCostSettings) -> None:
-    """Builds untrained networks in every format and precision and checks their parity."""
+    """Build untrained networks in every format and precision and check their parity."""
     wanted = select_formats(settings)
     rows_of = partial(export_rows, wanted=wanted, data=settings.data)
     append_each("export", find_configs(settings.config), rows_of, settings.results)
 
 
 def select_formats(settings: ExportCostSettings) -> list[tuple[str, str]]:
-    """Returns the pairs of format and precision to build. Raises UserError for an unknown word."""
+    """Return the pairs of format and precision to build. Raises UserError for an unknown word."""
     known = [
         (name, precision)
         for name in FORMATS
@@ -45,7 +45,7 @@ def select_formats(settings: ExportCostSettings) -> list[tuple[str, str]]:
 
 
 def export_rows(config: str, wanted: list[tuple[str, str]], data: Path | None) -> Iterator[Row]:
-    """Yields one row per artifact of a config."""
+    """Yield one row per artifact of a config."""
     untrained = create_untrained(config)
     images = example_images(data, untrained.spec, 2 * NUM_IMAGES)
     reference = Reference(untrained.model, images[:NUM_IMAGES])
@@ -63,7 +63,7 @@ def export_rows(config: str, wanted: list[tuple[str, str]], data: Path | None) -
 
 
 def _artifact_columns(artifact: Artifact, reference: Reference) -> Row:
-    """Returns build time, size and parity, or the `reason` that there is no parity."""
+    """Return build time, size and parity, or the `reason` that there is no parity."""
     row: Row = {
         "seconds": round(artifact.seconds, 1),
         "megabytes": round(artifact.megabytes, 1),

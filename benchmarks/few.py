@@ -24,7 +24,7 @@ from isic.runtime.config import build
 
 
 def few(settings: FewSettings) -> None:
-    """Scores every feature set on groups of each size, and on whole patients."""
+    """Score every feature set on groups of each size, and on whole patients."""
     metadata = with_patient(Dataset(settings.data).metadata("train")).sort(schema.ID)
     fold = draw_folds(metadata, settings.num_folds, settings.split_seed).of(metadata).to_numpy()
     target = metadata[schema.TARGET].to_numpy()
@@ -58,7 +58,7 @@ def few(settings: FewSettings) -> None:
 
 
 def split_patients(metadata: pl.DataFrame, size: int, seed: int = 0) -> pl.DataFrame:
-    """Returns the table with each patient replaced by groups of at most `size` of its lesions."""
+    """Return the table with each patient replaced by groups of at most `size` of its lesions."""
     shuffled = metadata.sort(schema.ID).sample(fraction=1, shuffle=True, seed=seed)
     group = pl.int_range(pl.len()).over(schema.PATIENT) // size
     named = pl.format("{} group {}", schema.PATIENT, group).alias(schema.PATIENT)
@@ -68,7 +68,7 @@ def split_patients(metadata: pl.DataFrame, size: int, seed: int = 0) -> pl.DataF
 def held_out_scores(
     bag: FitResult, table: pl.DataFrame, fold: NDArray[np.integer]
 ) -> NDArray[np.float64]:
-    """Returns the scores [seeds, N] of a feature table's rows by the boosters of their own fold."""
+    """Return the scores [seeds, N] of a feature table's rows by the boosters of their own fold."""
     matrices = {
         k: encoding.transform(table.filter(fold == k)) for k, encoding in bag.encodings.items()
     }

@@ -21,7 +21,7 @@ Flags = dict[str, object]
 
 
 def gpu(settings: GpuSettings) -> int:
-    """Runs all parts, each in its own processes. Exits with 1 if none succeeds.
+    """Run all parts, each in its own processes. Exits with 1 if none succeeds.
 
     A part that fails or takes too long does not affect the others.
     """
@@ -43,7 +43,7 @@ def gpu(settings: GpuSettings) -> int:
 
 
 def part_commands(name: str, settings: GpuSettings) -> list[Flags]:
-    """Returns the flags of a part's commands; training has one per config."""
+    """Return the flags of a part's commands; training has one per config."""
     if name == "train":
         return [_train_flags(config, settings) for config in settings.config]
     common: Flags = {"data": settings.data, "results": settings.results}
@@ -113,7 +113,7 @@ def _peers_flags(settings: GpuSettings) -> Flags:
 
 
 def peers_format(device: str) -> str:
-    """Returns the format to compare with the peers.
+    """Return the format to compare with the peers.
 
     It is ONNX, or AOTInductor if this build of ONNX Runtime cannot use the GPU.
     """
@@ -122,7 +122,7 @@ def peers_format(device: str) -> str:
 
 
 def run_part(name: str, commands: Sequence[Flags], seconds: float) -> bool:
-    """Runs a part's commands within a time limit. Returns whether one succeeded."""
+    """Run a part's commands within a time limit. Returns whether one succeeded."""
     print(f"{name}: at most {seconds:.0f} s", flush=True)
     started = time.monotonic()
     codes = [run_command(name, flags, started + seconds) for flags in commands]
@@ -132,7 +132,7 @@ def run_part(name: str, commands: Sequence[Flags], seconds: float) -> bool:
 
 
 def run_command(name: str, flags: Flags, deadline: float) -> int | None:
-    """Runs one command and returns its exit code, or None if the time ran out.
+    """Run one command and return its exit code, or None if the time ran out.
 
     Args:
         deadline: on the monotonic clock.

@@ -67,7 +67,7 @@ class TrainingRows:
 
 
 def hospitals(settings: HospitalSettings) -> None:
-    """Compares treatments of categories on hospitals held out and in cross-validation."""
+    """Compare treatments of categories on hospitals held out and in cross-validation."""
     metadata = Dataset(settings.data).metadata("train").sort(schema.ID)
     training = TrainingRows(
         metadata,
@@ -95,7 +95,7 @@ def hospitals(settings: HospitalSettings) -> None:
 
 
 def _hospitals(metadata: pl.DataFrame, settings: HospitalSettings) -> list[HeldOut]:
-    """Returns the hospitals with both classes and enough malignant lesions, each held out."""
+    """Return the hospitals with both classes and enough malignant lesions, each held out."""
     hospital = metadata[HOSPITAL].fill_null("blank")
     fold = (hospital.rank("dense") - 1).cast(pl.Int32).to_numpy()
     counts = metadata.group_by(hospital).agg(pl.col(schema.TARGET).sum(), pl.len()).sort(HOSPITAL)
@@ -111,7 +111,7 @@ def _hospitals(metadata: pl.DataFrame, settings: HospitalSettings) -> list[HeldO
 
 
 def _splits(metadata: pl.DataFrame, settings: HospitalSettings) -> list[HeldOut]:
-    """Returns all rows, held out by fold, for each fold plan."""
+    """Return all rows, held out by fold, for each fold plan."""
     scored = np.ones(len(metadata), dtype=bool)
     held_out = []
     for seed in settings.split_seeds:
@@ -127,7 +127,7 @@ def _scores(
     held_out: list[HeldOut],
     settings: HospitalSettings,
 ) -> list[Scores]:
-    """Returns the held-out scores of each part; parts with the same folds share a fit."""
+    """Return the held-out scores of each part; parts with the same folds share a fit."""
     spec = FeatureSpec.parse(features.replace("+", ","))
     names = tuple(name for name in spec.tabular if name not in treatment.without)
     flags = {
@@ -160,7 +160,7 @@ def _compare(
 
 
 def _rows(compared: list[tuple[HeldOut, Comparison]]) -> Iterator[Row]:
-    """Yields a row per part, and after each group of several its mean."""
+    """Yield a row per part, and after each group of several its mean."""
     for group in dict.fromkeys(part.group for part, _ in compared):
         comparisons = [found for part, found in compared if part.group == group]
         for part, found in compared:

@@ -52,7 +52,7 @@ class ImageLoader:
 
 
 def ingest(settings: IngestSettings) -> None:
-    """Measures images per second from ids to batches, for this toolkit and for common loaders.
+    """Measure images per second from ids to batches, for this toolkit and for common loaders.
 
     All loaders read the same images in turns, so that a drift of the machine affects all of them.
     """
@@ -69,7 +69,7 @@ def ingest(settings: IngestSettings) -> None:
 
 
 def make_loaders(store: ImageStore, settings: IngestSettings) -> list[ImageLoader]:
-    """Returns the loaders for a store; those of HDF5 files only if it is one."""
+    """Return the loaders for a store; those of HDF5 files only if it is one."""
     spec = PreprocessSpec(size=settings.size)
     threads = {number: f"{number} thread{'s' * (number > 1)}" for number in settings.threads}
     loaders = [
@@ -94,7 +94,7 @@ def make_loaders(store: ImageStore, settings: IngestSettings) -> list[ImageLoade
 def loader_rates(
     loaders: Sequence[ImageLoader], ids: Sequence[str], repeats: int
 ) -> dict[str, list[float]]:
-    """Returns images per second of each loader and repeat, after one warm-up of each."""
+    """Return images per second of each loader and repeat, after one warm-up of each."""
     rates: dict[str, list[float]] = {loader.name: [] for loader in loaders}
     for repeat in range(repeats + 1):
         for loader in loaders:
@@ -214,7 +214,7 @@ def _data_loader(store: Any, size: int, num_workers: int) -> ReadAll:
 
 
 def time_index(store: Hdf5Images) -> list[Row]:
-    """Measures the seconds to index a file of 401,059 images, and to read it from the cache."""
+    """Measure the seconds to index a file of 401,059 images, and to read it from the cache."""
     files = store.read(store.ids[:1000].tolist())
     names = (f"ISIC_{row:07d}" for row in range(FULL_SIZE))
     with tempfile.TemporaryDirectory() as folder:

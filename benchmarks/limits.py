@@ -63,7 +63,7 @@ class Work:
     """Weights read per batch."""
 
     def bytes_per_image(self, precision: str, batch: int) -> float:
-        """Returns the least memory traffic per image at a batch size."""
+        """Return the least memory traffic per image at a batch size."""
         weight_bytes = self.weights * WEIGHT_BYTES[precision]
         return self.activations * ACTIVATION_BYTES[precision] + weight_bytes / batch
 
@@ -82,7 +82,7 @@ class Limits:
     def of(
         self, work: Work, precision: str, batch: int, images_per_second: float
     ) -> dict[str, Any]:
-        """Returns the columns that compare a rate with the limits.
+        """Return the columns that compare a rate with the limits.
 
         They are the achieved GFLOP/s, the share of each limit, the binding limit, and
         `limit_images_per_second`, the rate that this limit would allow.
@@ -104,7 +104,7 @@ class Limits:
 
 
 def limits(device: str, precision: str) -> Limits:
-    """Measures a device; a precision slower than float32 gets the limit of float32."""
+    """Measure a device; a precision slower than float32 gets the limit of float32."""
     rates = [(torch_rate(device, name), "torch") for name in {"fp32", precision}]
     if device == "cpu":
         # On some CPUs the product of ONNX Runtime is faster than that of torch.
@@ -118,7 +118,7 @@ def limits(device: str, precision: str) -> Limits:
 
 @cache
 def _onnxruntime_rate() -> float:
-    """Returns float32 operations per second of ONNX Runtime's product by a constant on the CPU.
+    """Return float32 operations per second of ONNX Runtime's product by a constant on the CPU.
 
     A constant right side, as in a network's layers, is packed once when the session opens.
     """
@@ -132,7 +132,7 @@ def _onnxruntime_rate() -> float:
 
 
 def _product_graph(right: NDArray[np.float32]) -> bytes:
-    """Returns an ONNX model that multiplies its input by `right`."""
+    """Return an ONNX model that multiplies its input by `right`."""
     shape = list(right.shape)
     left = helper.make_tensor_value_info("left", TensorProto.FLOAT, shape)
     product = helper.make_tensor_value_info("product", TensorProto.FLOAT, shape)
@@ -147,7 +147,7 @@ def _product_graph(right: NDArray[np.float32]) -> bytes:
 
 @cache
 def torch_rate(device: str, precision: str) -> float:
-    """Returns operations per second of torch's product of two large matrices on `cpu` or `cuda`."""
+    """Return operations per second of torch's product of two large matrices on `cpu` or `cuda`."""
     small, large = SIDES[device]
     expected = _best_seconds(_product(device, precision, small), device) * (large / small) ** 3
     side = small if expected > MAX_SECONDS else large  # a type that the device emulates is slow
@@ -155,7 +155,7 @@ def torch_rate(device: str, precision: str) -> float:
 
 
 def _product(device: str, precision: str, side: int) -> Callable[[], object]:
-    """Returns a function that multiplies two square matrices."""
+    """Return a function that multiplies two square matrices."""
     shape = (side, side)
     if precision == "int8":
         left = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
@@ -173,7 +173,7 @@ def _product(device: str, precision: str, side: int) -> Callable[[], object]:
 
 @cache
 def _copy_rate(device: str) -> float:
-    """Returns the bytes per second, read and written, of a large copy."""
+    """Return the bytes per second, read and written, of a large copy."""
     size = COPIED[device]
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
@@ -184,7 +184,7 @@ def _copy_rate(device: str) -> float:
 
 
 def _best_seconds(work: Callable[[], object], device: str) -> float:
-    """Returns the seconds of the fastest call; a limit is the best that the device can do."""
+    """Return the seconds of the fastest call; a limit is the best that the device can do."""
 
     def call() -> None:
         work()
@@ -199,7 +199,7 @@ def _best_seconds(work: Callable[[], object], device: str) -> float:
 
 
 def count_work(model: nn.Module, size: int) -> Work:
-    """Counts the work of a network on uint8 images [N, size, size, 3], in eval mode on the CPU."""
+    """Count the work of a network on uint8 images [N, size, size, 3], in eval mode on the CPU."""
     one = _counted(model, torch.zeros((1, size, size, 3), dtype=torch.uint8))
     two = _counted(model, torch.zeros((2, size, size, 3), dtype=torch.uint8))
     # A second image adds its activations; the weights are read once per batch.

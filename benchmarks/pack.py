@@ -24,7 +24,7 @@ SCRIPT = Path(__file__).with_name("run.sh")
 
 
 def pack(settings: PackSettings) -> None:
-    """Writes code, wheels, a sample of images and the script `run.sh` into a folder."""
+    """Write code, wheels, a sample of images and the script `run.sh` into a folder."""
     folder = settings.output_dir
     if folder.exists():
         raise UserError(f"{folder} exists already; choose another --output_dir")
@@ -42,7 +42,7 @@ def pack(settings: PackSettings) -> None:
 
 
 def copy_code(target: Path) -> None:
-    """Copies the packages, without results, and the name of their commit."""
+    """Copy the packages, without results, and the name of their commit."""
     ignore = shutil.ignore_patterns("__pycache__", "results")
     for name in CODE:
         shutil.copytree(CHECKOUT / name, target / name, ignore=ignore)
@@ -50,7 +50,7 @@ def copy_code(target: Path) -> None:
 
 
 def copy_sample(data: Path, target: Path, num_images: int) -> None:
-    """Writes some images of a dataset, with their rows, as a dataset that can be trained on."""
+    """Write some images of a dataset, with their rows, as a dataset that can be trained on."""
     dataset = Dataset(data)
     table = dataset.metadata("train")
     store = dataset.images("train")
@@ -67,7 +67,7 @@ def copy_sample(data: Path, target: Path, num_images: int) -> None:
 
 
 def fetch_wheels(settings: PackSettings, target: Path) -> None:
-    """Downloads wheels for the other machine, in the versions installed here.
+    """Download wheels for the other machine, in the versions installed here.
 
     Raises:
         UserError: pip failed.
@@ -92,7 +92,7 @@ def fetch_wheels(settings: PackSettings, target: Path) -> None:
 
 
 def _pinned(package: str) -> str:
-    """Returns a requirement of the installed version, if there is one."""
+    """Return a requirement of the installed version, if there is one."""
     try:
         return f"{package}=={version(package)}"
     except PackageNotFoundError:

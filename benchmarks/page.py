@@ -28,7 +28,7 @@ NUMBERS = ("images_per_second", "min", "max", "limit_images_per_second", "gflop_
 
 
 def read_results(path: Path) -> pl.DataFrame:
-    """Reads a CSV of results as text.
+    """Read a CSV of results as text.
 
     If it has seconds and a number of rows, `us_per_row` is added: the cost of a row without that
     of starting, in microseconds.
@@ -45,19 +45,19 @@ def read_results(path: Path) -> pl.DataFrame:
 
 
 def _with_columns(rows: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
-    """Returns the rows with blank columns for those that are missing."""
+    """Return the rows with blank columns for those that are missing."""
     missing = [name for name in names if name not in rows.columns]
     return rows.with_columns(pl.lit(None, pl.String).alias(name) for name in missing)
 
 
 def last_rows(rows: pl.DataFrame, key: Sequence[str]) -> pl.DataFrame:
-    """Returns the last row of each kind, in the order in which the kinds first appeared."""
+    """Return the last row of each kind, in the order in which the kinds first appeared."""
     present = [name for name in key if name in rows.columns]
     return rows.unique(present, keep="last", maintain_order=True)
 
 
 def render_page(results: Path) -> str:
-    """Returns the page about a folder of CSVs as one HTML file that loads nothing."""
+    """Return the page about a folder of CSVs as one HTML file that loads nothing."""
     tables = {path.stem: read_results(path) for path in sorted(results.glob("*.csv"))}
     sections: list[Section] = []
     if "throughput" in tables:
@@ -83,7 +83,7 @@ def render_page(results: Path) -> str:
 
 
 def _measured(rows: pl.DataFrame) -> pl.DataFrame:
-    """Returns the rows of throughput with a rate, their NUMBERS as numbers."""
+    """Return the rows of throughput with a rate, their NUMBERS as numbers."""
     rows = _with_columns(rows, (*NUMBERS, *KEY[1:], "bound_by"))
     rows = rows.with_columns(pl.col(NUMBERS).cast(pl.Float64))
     rows = rows.filter(pl.col("images_per_second").is_not_null())
@@ -163,7 +163,7 @@ def _dot_title(row: dict[str, Any]) -> str:
 
 
 def _log_axis(label: str, values: Sequence[float]) -> Axis:
-    """Returns a logarithmic axis of whole decades around some values."""
+    """Return a logarithmic axis of whole decades around some values."""
     low = max([tick for tick in DECADES if tick <= min(values)], default=DECADES[0])
     above = [tick for tick in DECADES if tick >= max(values) and tick > low]
     high = min(above, default=DECADES[-1])
@@ -185,7 +185,7 @@ def _time(rows: pl.DataFrame) -> Section:
 
 
 def _time_figure(machine: str, series: pl.DataFrame) -> Markup:
-    """Draws the rates of each measurement, which are lists, as a line."""
+    """Draw the rates of each measurement, which are lists, as a line."""
     ratios = [_relative(rates) for rates in series["images_per_second"].to_list()]
     longest = max(len(ratio) for ratio in ratios)
     x = Axis("measurement", 1, longest, list(range(1, longest + 1)))
@@ -203,7 +203,7 @@ def _relative(rates: Sequence[float]) -> list[float]:
 
 
 def _ratio_axis(label: str, largest: float) -> Axis:
-    """Returns an axis from 0 to at least 1.5 with few ticks."""
+    """Return an axis from 0 to at least 1.5 with few ticks."""
     high = max(1.5, largest)
     step = 0.5 if high <= 3 else 1.0
     ticks = [step * number for number in range(int(high / step) + 2)]
@@ -252,7 +252,7 @@ def _peer_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _by_machine(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
-    """Yields the rows of each machine, the last measured first."""
+    """Yield the rows of each machine, the last measured first."""
     newest_first = rows.with_columns(machine=_machine()).reverse()
     for part in newest_first.partition_by("machine", maintain_order=True):
         yield str(part["machine"][0]), part.reverse()

@@ -35,7 +35,7 @@ PEER_PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16
 
 
 def peers(settings: PeersSettings) -> None:
-    """Measures `infer embed` end to end against each peer and compares the features by cosine.
+    """Measure `infer embed` end to end against each peer and compare the features by cosine.
 
     The features are compared twice: from the images as each baseline reads them, and from the same
     pixels, since PIL antialiases what it shrinks.
@@ -73,7 +73,7 @@ def compare_tasks(
     resized: Path,
     repeats: int,
 ) -> list[Row]:
-    """Runs tasks in turns, each in its own process, and returns the rows that compare them.
+    """Run tasks in turns, each in its own process, and return the rows that compare them.
 
     Args:
         tasks: by the baselines' names in the rows.
@@ -89,7 +89,7 @@ def compare_tasks(
 
 
 def by_peer_precision(settings: PeersSettings, device: str) -> dict[str, list[str]]:
-    """Returns the precisions of ours, by that of the peers.
+    """Return the precisions of ours, by that of the peers.
 
     On a CPU the peers compute in float32, as people run them there; on a GPU the same network in a
     lower precision is several times as fast, so both compute in the same.
@@ -102,7 +102,7 @@ def by_peer_precision(settings: PeersSettings, device: str) -> dict[str, list[st
 
 
 def write_resized(dataset: Dataset, ids: list[str], spec: PreprocessSpec, folder: Path) -> Path:
-    """Writes the images as PNGs of the network's size and returns their folder.
+    """Write the images as PNGs of the network's size and return their folder.
 
     All baselines get the same pixels from them.
     """
@@ -119,7 +119,7 @@ def write_resized(dataset: Dataset, ids: list[str], spec: PreprocessSpec, folder
 def shared_fields(
     untrained: UntrainedModel, ids: list[str], settings: PeersSettings, folder: Path
 ) -> dict[str, Any]:
-    """Writes the weights and returns the fields of a Task that all baselines share."""
+    """Write the weights and return the fields of a Task that all baselines share."""
     save_file(untrained.model.backbone.state_dict(), folder / "backbone.safetensors")
     device = settings.device
     if device == "auto":
@@ -147,7 +147,7 @@ def build_ours(
     precisions: Sequence[str],
     folder: Path,
 ) -> tuple[dict[str, Task], dict[str, str]]:
-    """Returns a task per precision of ours, and the reason for each that does not build."""
+    """Return a task per precision of ours, and the reason for each that does not build."""
     tasks: dict[str, Task] = {}
     reasons: dict[str, str] = {}
     for precision in precisions:
@@ -171,7 +171,7 @@ def build_ours(
 
 
 def select_peers(wanted: tuple[str, ...]) -> list[str]:
-    """Returns the peers whose names contain one of some words.
+    """Return the peers whose names contain one of some words.
 
     Raises:
         UserError: no peer has a word in its name.
@@ -194,7 +194,7 @@ class BaselineProcess:
     """A process with one opened baseline, which runs on request."""
 
     def __init__(self, task: Task) -> None:
-        """Starts the process and waits until it is ready; if it fails, `reason` is set."""
+        """Start the process and wait until it is ready; if it fails, `reason` is set."""
         self.path = Path(task.folder) / "task.json"
         write_json(self.path, asdict(task))
         command = [sys.executable, "-m", "benchmarks.baselines", str(self.path)]
@@ -210,7 +210,7 @@ class BaselineProcess:
         self.reason = None if self._answer() == "ready" else self._last_log_line()
 
     def run(self, data: Path) -> float | None:
-        """Embeds all images of a dataset folder once and returns the seconds.
+        """Embed all images of a dataset folder once and return the seconds.
 
         Returns None after a failure, with `reason` set.
         """
@@ -226,11 +226,11 @@ class BaselineProcess:
         return float(answer) if answer else None
 
     def features(self) -> Features:
-        """Returns the features of the last run, [N, D] float32."""
+        """Return the features of the last run, [N, D] float32."""
         return np.asarray(np.load(self.path.with_suffix(".npy")), np.float32)
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._process.communicate()
 
     def _answer(self) -> str:
@@ -250,7 +250,7 @@ def embed_in_turns(
     num_images: int,
     repeats: int,
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, Features]]]:
-    """Runs the baselines in turns on a dataset, then once on its resized images, and ends them.
+    """Run the baselines in turns on a dataset, then once on its resized images, and end them.
 
     Returns:
         Images per second by baseline and repeat, after one repeat of warm-up, and the features by
@@ -281,7 +281,7 @@ def compare_all(
     reasons: Mapping[str, str],
     names: list[str],
 ) -> list[Row]:
-    """Returns a row for each of ours and each peer: rates, their ratios, and the least cosines.
+    """Return a row for each of ours and each peer: rates, their ratios, and the least cosines.
 
     Args:
         rates: images per second by baseline and repeat.

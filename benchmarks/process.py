@@ -15,7 +15,7 @@ GRACE = 5.0
 def run_group(
     command: Sequence[str], seconds: float, **options: Any
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs a command and ends what it leaves running: compilers, loaders, engines.
+    """Run a command and end processes that it leaves running: compilers, loaders, engines.
 
     Args:
         seconds: time limit.
@@ -33,7 +33,7 @@ def run_group(
 
 
 def end_group(process: "subprocess.Popen[str]") -> None:
-    """Ends a session leader and its descendants: SIGTERM, then SIGKILL."""
+    """End a session leader and its descendants: SIGTERM, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
@@ -42,7 +42,7 @@ def end_group(process: "subprocess.Popen[str]") -> None:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Turns SIGTERM into SystemExit within the block, so that `finally` blocks run."""
+    """Turn SIGTERM into SystemExit within the block, so that `finally` blocks run."""
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield

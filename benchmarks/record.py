@@ -48,7 +48,7 @@ Row = dict[str, Any]
 
 
 def environment() -> Row:
-    """Returns the time, commit, machine and versions that a measurement depends on."""
+    """Return the time, commit, machine and versions that a measurement depends on."""
     installed = versions(*RECORDED_PACKAGES)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -64,7 +64,7 @@ def environment() -> Row:
 def append_rows(
     benchmark: str, rows: Sequence[Mapping[str, Any]], results: Path | None = None
 ) -> Path:
-    """Appends rows to `<results>/<benchmark>.csv` and returns its path.
+    """Append rows to `<results>/<benchmark>.csv` and return its path.
 
     Args:
         rows: new columns are blank in earlier rows.
@@ -94,12 +94,12 @@ def _earlier_rows(path: Path) -> pl.DataFrame:
 
 
 def print_row(row: Row) -> None:
-    """Prints a row as `column=value` pairs."""
+    """Print a row as `column=value` pairs."""
     print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 
 
 def print_and_append(benchmark: str, rows: Sequence[Row], results: Path | None = None) -> Path:
-    """Prints rows and appends them with `append_rows`."""
+    """Print rows and append them with `append_rows`."""
     for row in rows:
         print_row(row)
     return append_rows(benchmark, rows, results)
@@ -111,7 +111,7 @@ def append_each(
     rows_of: Callable[[str], Iterable[Row]],
     results: Path | None = None,
 ) -> None:
-    """Prints and appends the rows of each name as they come.
+    """Print and append the rows of each name as they come.
 
     A name that raises gets one row with the `reason`.
 
@@ -130,7 +130,7 @@ def append_each(
 
 
 def error_text(error: Exception) -> str:
-    """Returns an exception's first line, with its type unless it is a UserError."""
+    """Return an exception's first line, with its type unless it is a UserError."""
     lines = str(error).strip().splitlines()
     first = lines[0] if lines else ""
     if isinstance(error, UserError):
@@ -141,7 +141,7 @@ def error_text(error: Exception) -> str:
 def ratio_columns(
     name: str, ours: Sequence[float], theirs: Sequence[float], digits: int = 3
 ) -> dict[str, float]:
-    """Returns the columns `<name>`, `<name>_min` and `<name>_max` of the ratios of repeats.
+    """Return the columns `<name>`, `<name>_min` and `<name>_max` of the ratios of repeats.
 
     Args:
         name: of the median.
@@ -157,7 +157,7 @@ def ratio_columns(
 
 
 def commit() -> str:
-    """Returns the short hash of the code's commit, or `unknown`."""
+    """Return the short hash of the code's commit, or `unknown`."""
     if COMMIT_FILE.is_file():
         return COMMIT_FILE.read_text().strip()
     ended = subprocess.run(
@@ -172,7 +172,7 @@ def commit() -> str:
 
 @cache
 def accelerator() -> str | None:
-    """Returns the name of the machine's GPU, or None."""
+    """Return the name of the machine's GPU, or None."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

@@ -251,7 +251,7 @@ MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def report(settings: TablesSettings) -> None:
-    """Updates every table of the documents, and the page of charts, from the last results."""
+    """Update every table of the documents, and the page of charts, from the last results."""
     is_own = settings.page.is_file() and OWN_MARK in read_text(settings.page)
     refuse_foreign([settings.page], is_own, "--page")
     for path in settings.documents:
@@ -262,7 +262,7 @@ def report(settings: TablesSettings) -> None:
 
 
 def with_tables(text: str, results: Path) -> str:
-    """Returns a Markdown text with the tables between its marks made from the CSVs."""
+    """Return a Markdown text with the tables between its marks made from the CSVs."""
     return MARK.sub(lambda match: match[1] + _table_text(match[2], results) + match[3], text)
 
 
@@ -276,7 +276,7 @@ def _table_text(name: str, results: Path) -> str:
 
 
 def render_markdown(rows: pl.DataFrame, table: Table) -> str:
-    """Renders the last measured row of each kind; columns that are blank in all are omitted."""
+    """Render the last measured row of each kind; columns that are blank in all are omitted."""
     shown = _selected(_sorted(last_rows(rows, table.key), table.sort), table.only)
     measured = [name for name in table.columns if name in shown.columns and name not in table.key]
     has_value = pl.any_horizontal(pl.col(name).is_not_null() for name in measured)
@@ -291,7 +291,7 @@ def render_markdown(rows: pl.DataFrame, table: Table) -> str:
 
 
 def _sorted(rows: pl.DataFrame, columns: tuple[str, ...]) -> pl.DataFrame:
-    """Sorts text columns: numbers first as numbers, then other values as text."""
+    """Sort text columns: numbers first as numbers, then other values as text."""
     keys = []
     for name in columns:
         if name in rows.columns:
@@ -300,7 +300,7 @@ def _sorted(rows: pl.DataFrame, columns: tuple[str, ...]) -> pl.DataFrame:
 
 
 def _selected(rows: pl.DataFrame, only: dict[str, tuple[str, ...]]) -> pl.DataFrame:
-    """Returns the rows with the values of `only`, in their order."""
+    """Return the rows with the values of `only`, in their order."""
     for name, values in only.items():
         order = pl.col(name).cast(pl.Enum(values))
         rows = rows.filter(pl.col(name).is_in(values)).sort(order, maintain_order=True)

@@ -43,7 +43,7 @@ TOLERANCE = 1e-4
 
 
 def tabular(settings: TabularSettings) -> None:
-    """Measures features, here and in pandas, fitting, and predicting: seconds and memory."""
+    """Measure features, here and in pandas, fitting, and predicting: seconds and memory."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -59,7 +59,7 @@ def tabular(settings: TabularSettings) -> None:
 
 
 def write_synthetic_table(folder: Path, num_rows: int) -> Path:
-    """Writes a synthetic training table, without images, and returns its path."""
+    """Write a synthetic training table, without images, and return its path."""
     path = folder / f"{num_rows}.parquet"
     ids = [f"ISIC_{i:07d}" for i in range(num_rows)]
     patients = [f"IP_{i:07d}" for i in range(num_patients(num_rows))]
@@ -69,7 +69,7 @@ def write_synthetic_table(folder: Path, num_rows: int) -> Path:
 
 
 def feature_rows(path: Path, repeats: int) -> list[Row]:
-    """Measures the ways to compute features, in turns, each repeat in its own process."""
+    """Measure the ways to compute features, in turns, each repeat in its own process."""
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     peaks: dict[str, list[int]] = {name: [] for name in METHODS}
     for _ in range(repeats):
@@ -96,7 +96,7 @@ def feature_rows(path: Path, repeats: int) -> list[Row]:
 
 
 def measure_alone(name: str, path: Path) -> tuple[float, int | None]:
-    """Returns the seconds and the peak memory in MB of one method in a new process.
+    """Return the seconds and the peak memory in MB of one method in a new process.
 
     Reading the table and starting threads is not in the seconds.
     """
@@ -113,7 +113,7 @@ def _measure(name: str, path: Path) -> tuple[float, int | None]:
 
 
 def _part_names() -> tuple[str, ...]:
-    """Returns the features that pandas computes as well."""
+    """Return the features that pandas computes as well."""
     zscores = (f"{name}_patient_z" for name in schema.NUMERIC)
     ranks = (f"{name}_patient_rank" for name in RANKED)
     extremes = (f"{name}_to_patient_{which}" for name in EXTREMES for which in ("max", "min"))
@@ -121,7 +121,7 @@ def _part_names() -> tuple[str, ...]:
 
 
 def compute_part(metadata: pl.DataFrame) -> pl.DataFrame:
-    """Returns `isic_id` and the features that `compute_pandas` computes."""
+    """Return `isic_id` and the features that `compute_pandas` computes."""
     return compute(metadata, _part_names())
 
 
@@ -130,7 +130,7 @@ Zscore = Callable[[Any, pd.Series], pd.Series]
 
 
 def compute_pandas(table: pd.DataFrame, zscore: Zscore) -> pd.DataFrame:
-    """Returns the same as `compute_part`, computed with pandas."""
+    """Return the same as `compute_part`, computed with pandas."""
     group = table.groupby("patient_id")
     columns = {schema.ID: table[schema.ID]}
     for name in schema.NUMERIC:
@@ -156,7 +156,7 @@ def zscore_by_function(group: Any, column: pd.Series) -> pd.Series:
 
 
 def check_same(path: Path) -> None:
-    """Raises AssertionError if the methods do not compute the same values."""
+    """Raise AssertionError if the methods do not compute the same values."""
     ours = compute_part(read_metadata(path))
     for zscore in (zscore_by_name, zscore_by_function):
         theirs = compute_pandas(pd.read_parquet(path), zscore)
@@ -192,7 +192,7 @@ METHODS = {
 
 
 def fit_rows(path: Path, num_rounds: int | None) -> list[Row]:
-    """Measures one booster per library on a fold's undersampled rows, on one thread."""
+    """Measure one booster per library on a fold's undersampled rows, on one thread."""
     metadata = read_metadata(path)
     target = metadata[schema.TARGET].to_numpy()
     rows = undersample(target, np.arange(len(target)), 100.0, (0, 0))
@@ -210,7 +210,7 @@ def fit_rows(path: Path, num_rounds: int | None) -> list[Row]:
 
 
 def predict_rows(num_rows: int, num_trees: int, repeats: int) -> list[Row]:
-    """Measures LightGBM's predictions of NUM_COLUMNS columns on all cores, in turns.
+    """Measure LightGBM's predictions of NUM_COLUMNS columns on all cores, in turns.
 
     Ours read a C-ordered float32 matrix, the others an Arrow table, which LightGBM also takes.
     """
@@ -242,7 +242,7 @@ def predict_rows(num_rows: int, num_trees: int, repeats: int) -> list[Row]:
 def _fit_lightgbm(
     matrix: NDArray[np.float32], names: Sequence[str], num_trees: int, rng: np.random.Generator
 ) -> str:
-    """Returns a booster of the size of a published one, fitted on noise."""
+    """Return a booster of the size of a published one, fitted on noise."""
     noise = rng.standard_normal(len(matrix))
     target = (matrix[:, :50].sum(axis=1) + 3 * noise > 10).astype(np.int8)
     size = {
@@ -258,7 +258,7 @@ def _fit_lightgbm(
 def _rates_in_turns(
     calls: Mapping[str, Callable[[], Any]], num_rows: int, repeats: int
 ) -> dict[str, float]:
-    """Returns the median rows per second of each call."""
+    """Return the median rows per second of each call."""
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():

@@ -43,7 +43,7 @@ TORCH_PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
 
 
 def throughput(settings: ThroughputSettings) -> None:
-    """Measures images per second of untrained networks, each engine in its own process.
+    """Measure images per second of untrained networks, each engine in its own process.
 
     A row compares the rate with the machine's limits, or has the reason that there is no rate.
     """
@@ -52,19 +52,19 @@ def throughput(settings: ThroughputSettings) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """Returns `cpu` or `cuda`; `auto` is a GPU if torch can use one."""
+    """Return `cpu` or `cuda`; `auto` is a GPU if torch can use one."""
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def batch_sizes(settings: ThroughputSettings) -> list[int]:
-    """Returns the batch sizes to measure."""
+    """Return the batch sizes to measure."""
     return list(settings.batch or BATCHES[resolve_device(settings.device)])
 
 
 def select_engines(settings: ThroughputSettings) -> list[tuple[str, str]]:
-    """Returns the pairs of engine and precision to measure. Raises UserError if there are none."""
+    """Return the pairs of engine and precision to measure. Raises UserError if there are none."""
     device = resolve_device(settings.device)
     known = [(name, precision) for name in TORCH_ENGINES for precision in TORCH_PRECISIONS[device]]
     for name, row in FORMATS.items():
@@ -84,7 +84,7 @@ def select_engines(settings: ThroughputSettings) -> list[tuple[str, str]]:
 def throughput_rows(
     config: str, wanted: list[tuple[str, str]], settings: ThroughputSettings
 ) -> Iterator[Row]:
-    """Yields the rows of a config for some engines and precisions."""
+    """Yield the rows of a config for some engines and precisions."""
     untrained = create_untrained(config)
     work = count_work(untrained.model, untrained.spec.size)
     images = example_images(settings.data, untrained.spec, POOL)
@@ -120,7 +120,7 @@ class EngineCase:
 
 
 def engine_rows(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Iterator[Row]:
-    """Yields the measurements of each batch size, or the `reason` that there are none.
+    """Yield the measurements of each batch size, or the `reason` that there are none.
 
     Args:
         folder: for the artifact and the job.
@@ -166,7 +166,7 @@ def _build(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Arti
 def run_job(
     case: EngineCase, artifact: Artifact | None, settings: ThroughputSettings, path: Path
 ) -> dict[str, Any]:
-    """Runs an engine in a process of its own and returns its results.
+    """Run an engine in a process of its own and return its results.
 
     After a failure they have the `reason`, and the `rows` that were finished.
     """
@@ -192,7 +192,7 @@ def run_job(
 
 
 def _run_worker(path: Path, seconds: float) -> str | None:
-    """Runs the worker on a job and returns the reason that it failed, or None."""
+    """Run the worker on a job and return the reason that it failed, or None."""
     command = [sys.executable, "-m", "benchmarks.worker", str(path)]
     try:
         ended = run_group(command, seconds, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -205,7 +205,7 @@ def _run_worker(path: Path, seconds: float) -> str | None:
 
 
 def _limit_columns(measured: Row, device: str, precision: str, work: Work) -> Row:
-    """Returns the columns that compare a rate with the machine's limits."""
+    """Return the columns that compare a rate with the machine's limits."""
     if "reason" in measured:
         return {}
     rate = measured["images_per_second"]

@@ -11,12 +11,12 @@ ItemT = TypeVar("ItemT")
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Returns the seconds that a call takes."""
+    """Return the seconds that a call takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def batches(items: Sequence[ItemT], size: int) -> Iterator[Sequence[ItemT]]:
-    """Yields consecutive slices of at most `size` items."""
+    """Yield consecutive slices of at most `size` items."""
     return (items[start : start + size] for start in range(0, len(items), size))

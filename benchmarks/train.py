@@ -92,7 +92,7 @@ class TimedBatches:
 
 
 def train(settings: TrainRateSettings) -> None:
-    """Measures images per second of training, on files and in memory, and of a bare loop.
+    """Measure images per second of training, on files and in memory, and of a bare loop.
 
     The bare loop uses timm and torch only, in a process of its own that this toolkit's global
     settings do not affect. The three alternate.
@@ -128,7 +128,7 @@ def train(settings: TrainRateSettings) -> None:
 
 @contextlib.contextmanager
 def busy_processes(number: int) -> Iterator[None]:
-    """Keeps some processes computing within the block."""
+    """Keep some processes computing within the block."""
     # They also end if this process is killed and has no time to end them.
     spin = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(10_000))"
     processes = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(number)]
@@ -141,7 +141,7 @@ def busy_processes(number: int) -> Iterator[None]:
 
 
 def read_files(settings: TrainSettings) -> DataLoader[Item]:
-    """Returns the loader of the training batches of a fold."""
+    """Return the loader of the training batches of a fold."""
     data = load_data(settings)
     device = select_device(settings.device)
     spec = preprocess_spec(settings)
@@ -149,17 +149,17 @@ def read_files(settings: TrainSettings) -> DataLoader[Item]:
 
 
 def num_prefetched(loader: DataLoader[Item]) -> int:
-    """Returns the number of batches that a loader's processes prepare in advance."""
+    """Return the number of batches that a loader's processes prepare in advance."""
     return loader.num_workers * (loader.prefetch_factor or 0)
 
 
 def endless(items: Iterable[ItemT]) -> Iterator[ItemT]:
-    """Iterates over `items` again and again."""
+    """Iterate over `items` again and again."""
     return itertools.chain.from_iterable(itertools.repeat(items))
 
 
 def random_batches(settings: TrainSettings, device: torch.device) -> list[Batch]:
-    """Returns batches of noise on the device."""
+    """Return batches of noise on the device."""
     size = settings.batch_size
     shape = (size, settings.image_size, settings.image_size, 3)
     batches = []
@@ -173,7 +173,7 @@ def random_batches(settings: TrainSettings, device: torch.device) -> list[Batch]
 def create_loop(
     settings: TrainRateSettings, device: torch.device
 ) -> Callable[[Iterable[Batch], int], TimedBatches]:
-    """Returns a function that trains with the loop of `python -m train` and times it.
+    """Return a function that trains with the loop of `python -m train` and times it.
 
     Its arguments are the batches and the number of them that is prefetched.
     """
@@ -201,7 +201,7 @@ def time_batches(
     device: torch.device,
     prefetched: int = 0,
 ) -> TimedBatches:
-    """Returns timed batches for whole optimizer steps.
+    """Return timed batches for whole optimizer steps.
 
     Loader processes prepare batches while the first steps are slow, and taking those is faster
     than loading. They belong to the warm-up; the rest of them counts little among the timed ones.
@@ -232,7 +232,7 @@ class BareLoop:
         self.process.join()
 
     def rate(self) -> float:
-        """Runs it once and returns images per second."""
+        """Run it once and return images per second."""
         self.connection.send(None)
         while not self.connection.poll(timeout=1):
             if not self.process.is_alive():
@@ -242,7 +242,7 @@ class BareLoop:
 
 
 def serve_bare_loop(connection: Connection, settings: TrainRateSettings) -> None:
-    """Builds the model, and runs the loop on each request."""
+    """Build the model, and run the loop on each request."""
     device = select_device(settings.device)
     allow_tf32(device)  # as training does: the ratio is to compare loops, not types
     options = {**backbone_options(settings), "num_classes": 1}
@@ -257,7 +257,7 @@ def serve_bare_loop(connection: Connection, settings: TrainRateSettings) -> None
 
 
 def normalised_batches(settings: TrainSettings, device: torch.device) -> list[Batch]:
-    """Returns batches of noise as the bare loop takes them: float32 [N, 3, size, size]."""
+    """Return batches of noise as the bare loop takes them: float32 [N, 3, size, size]."""
     shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
     target = torch.randint(2, (settings.batch_size,)).float()
     batches = [Batch(torch.randn(shape), target, torch.empty(0)) for _ in range(NUM_IN_MEMORY)]
@@ -271,7 +271,7 @@ def run_bare_loop(
     settings: TrainSettings,
     device: torch.device,
 ) -> None:
-    """Trains on the batches with the run's precision and accumulation."""
+    """Train on the batches with the run's precision and accumulation."""
     scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16)
     model.train()
     for number, batch in enumerate(batches, start=1):
@@ -285,7 +285,7 @@ def run_bare_loop(
 
 
 def precision_of(settings: TrainSettings, device: torch.device) -> str:
-    """Returns the type of matrix products; float32 on a GPU is TF32 in training."""
+    """Return the type of matrix products; float32 on a GPU is TF32 in training."""
     if settings.fp16:
         return "fp16"
     if settings.bf16:
@@ -294,7 +294,7 @@ def precision_of(settings: TrainSettings, device: torch.device) -> str:
 
 
 def describe_run(settings: TrainRateSettings, device: torch.device, num_workers: int) -> Row:
-    """Returns the columns that identify a measurement."""
+    """Return the columns that identify a measurement."""
     on_gpu = device.type == "cuda"
     return {
         "what": settings.name,
@@ -313,7 +313,7 @@ def describe_run(settings: TrainRateSettings, device: torch.device, num_workers:
 def compare_loops(
     on_files: Sequence[TimedBatches], in_memory: Sequence[TimedBatches], bare: Sequence[float]
 ) -> Row:
-    """Returns the columns of rates and ratios; a ratio is that of one repeat."""
+    """Return the columns of rates and ratios; a ratio is that of one repeat."""
     ours = [run.rate for run in on_files]
     memory = [run.rate for run in in_memory]
     waiting = statistics.median(run.waiting / run.seconds for run in on_files)
@@ -328,7 +328,7 @@ def compare_loops(
 
 
 def utilisation(settings: TrainSettings, device: torch.device, rates: Sequence[float]) -> Row:
-    """Returns the columns of model FLOPs utilisation (MFU)."""
+    """Return the columns of model FLOPs utilisation (MFU)."""
     network = create_model(settings, pretrained=False).eval()
     flops = PASSES * count_work(network, settings.image_size).flops
     precision = precision_of(settings, device)

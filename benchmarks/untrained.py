@@ -67,7 +67,7 @@ class Artifact:
 
 
 def create_untrained(config: str) -> UntrainedModel:
-    """Builds the network of a config. Raises UserError for an unknown config."""
+    """Build the network of a config. Raises UserError for an unknown config."""
     torch.manual_seed(0)
     settings = load_settings(TrainSettings, {"config": config, "pretrained": False})
     model = create_model(settings, pretrained=False).eval()
@@ -76,7 +76,7 @@ def create_untrained(config: str) -> UntrainedModel:
 
 
 def _raise_layer_scales(model: nn.Module) -> None:
-    """Sets layer scales to the size that they have after training.
+    """Set layer scales to the size that they have after training.
 
     They start near zero, so that the residual branches would not affect the parity check.
     """
@@ -94,7 +94,7 @@ def export_untrained(
     max_batch: int = DEFAULT_MAX_BATCH,
     images: Pixels | None = None,
 ) -> Artifact:
-    """Exports an untrained network as `python -m export` would.
+    """Export an untrained network as `python -m export` would.
 
     Args:
         folder: for the artifact and the files of its builder.
@@ -129,7 +129,7 @@ def export_untrained(
 
 
 def least_cosine(left: Features, right: Features) -> float:
-    """Returns the least cosine between rows of two arrays [N, D]; NaN if a value is not finite."""
+    """Return the least cosine between rows of two arrays [N, D]; NaN if a value is not finite."""
     a = left.astype(np.float64)
     b = right.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
@@ -137,14 +137,14 @@ def least_cosine(left: Features, right: Features) -> float:
 
 
 def find_configs(names: tuple[str, ...]) -> list[str]:
-    """Returns config names; `all` expands to every file in configs/."""
+    """Return config names; `all` expands to every file in configs/."""
     if ALL in names:
         return sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
     return list(names)
 
 
 def chosen(key: str, wanted: tuple[str, ...], known: list[str]) -> list[str]:
-    """Returns the known words that a flag selects; `all` selects every one.
+    """Return the known words that a flag selects; `all` selects every one.
 
     Raises:
         UserError: `wanted` has an unknown word; `key` is the flag.
@@ -157,7 +157,7 @@ def chosen(key: str, wanted: tuple[str, ...], known: list[str]) -> list[str]:
 
 
 def example_images(data: Path | None, spec: PreprocessSpec, number: int) -> Pixels:
-    """Returns uint8 [number, size, size, 3]: a dataset's images, repeated, or noise without one."""
+    """Return uint8 [number, size, size, 3]: a dataset's images, repeated, or noise without one."""
     if data is None:
         shape = (number, spec.size, spec.size, 3)
         noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)

@@ -47,7 +47,7 @@ class EngineJob:
 
 
 def main(path: Path) -> None:
-    """Runs the job at `path`.
+    """Run the job at `path`.
 
     Writes `.features.npy`, and `.result` after every batch size, next to it.
     """
@@ -70,7 +70,7 @@ def main(path: Path) -> None:
 
 
 def open_engine(job: EngineJob) -> Engine:
-    """Opens the engine of a job."""
+    """Open the engine of a job."""
     if job.artifact is None or job.manifest is None:
         # Only here: importing torch would count as memory of the other engines.
         from benchmarks.eager import EagerEngine  # noqa: PLC0415
@@ -80,7 +80,7 @@ def open_engine(job: EngineJob) -> Engine:
 
 
 def checked_features(engine: Engine, images: Pixels, batch: int) -> NDArray[np.float32]:
-    """Returns the features [NUM_CHECKED, D] of the first images.
+    """Return the features [NUM_CHECKED, D] of the first images.
 
     They are computed with `batch`, which is measured as well: compiling for another batch size can
     take longer than the measurement.
@@ -96,7 +96,7 @@ def checked_features(engine: Engine, images: Pixels, batch: int) -> NDArray[np.f
 def batch_rates(
     engine: Engine, images: Pixels, batch: int, num_repeats: int, seconds: float
 ) -> dict[str, Any]:
-    """Measures calls with one batch size, from uint8 to float32, both in host memory.
+    """Measure calls with one batch size, from uint8 to float32, both in host memory.
 
     Args:
         seconds: least length of a repeat.
@@ -116,7 +116,7 @@ def batch_rates(
 
 
 def _make_inputs(engine: Engine, images: Pixels, batch: int) -> list[Pixels]:
-    """Returns NUM_INPUTS batches of the images, in memory that the engine prefers."""
+    """Return NUM_INPUTS batches of the images, in memory that the engine prefers."""
     allocate = allocator(engine)
     inputs = [allocate((batch, *images.shape[1:])) for _ in range(NUM_INPUTS)]
     for number, array in enumerate(inputs):
@@ -125,7 +125,7 @@ def _make_inputs(engine: Engine, images: Pixels, batch: int) -> list[Pixels]:
 
 
 def _time_calls(engine: Engine, inputs: Sequence[Pixels], seconds: float) -> list[float]:
-    """Calls the engine for at least some seconds and returns the seconds of each call."""
+    """Call the engine for at least some seconds and return the seconds of each call."""
     calls: list[float] = []
     while not calls or sum(calls) < seconds:
         started = time.perf_counter()
@@ -135,7 +135,7 @@ def _time_calls(engine: Engine, inputs: Sequence[Pixels], seconds: float) -> lis
 
 
 def spread(rates: Sequence[float]) -> dict[str, float]:
-    """Returns the columns of images per second: median, least and most."""
+    """Return the columns of images per second: median, least and most."""
     return {
         "images_per_second": round(float(np.median(rates)), 2),
         "min": round(min(rates), 2),
@@ -144,13 +144,13 @@ def spread(rates: Sequence[float]) -> dict[str, float]:
 
 
 def _reset_peak() -> None:
-    """Sets the peak of this process's memory back to what it uses now, on Linux."""
+    """Set the peak of this process's memory back to what it uses now, on Linux."""
     with contextlib.suppress(OSError):  # not on other systems, nor in some containers
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _used_mb() -> int:
-    """Returns the GPU's memory in use by all processes, with CUDA's own.
+    """Return the GPU's memory in use by all processes, with CUDA's own.
 
     Engines do not return memory to the GPU, so the growth since before they opened is their peak.
     """
@@ -161,7 +161,7 @@ def _used_mb() -> int:
 
 
 def write_job(job: EngineJob, path: Path) -> None:
-    """Writes a job for `main`."""
+    """Write a job for `main`."""
     write_json(path, asdict(job))
 
 

@@ -30,7 +30,7 @@ def file_name(spec: ArtifactSpec) -> str:
 
 
 def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]:
-    """Compiles a network for batches of 1 to `max_batch` images on the spec's device.
+    """Compile a network for batches of 1 to `max_batch` images on the spec's device.
 
     Raises:
         UserError: the compiler does not work on this machine.
@@ -63,7 +63,7 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
 
 
 def traced_batch(spec: ArtifactSpec) -> int:
-    """Returns the batch size of the example; kernels for a GPU are chosen for it.
+    """Return the batch size of the example; kernels for a GPU are chosen for it.
 
     It is at least 2, because torch.export takes a size of 1 for a constant.
     """
@@ -74,7 +74,7 @@ def traced_batch(spec: ArtifactSpec) -> int:
 
 @contextlib.contextmanager
 def compiler_errors_as_user_errors() -> Iterator[None]:
-    """Turns a compiler's error, whose text has whole command lines in it, into a UserError."""
+    """Turn a compiler's error, whose text has whole command lines in it, into a UserError."""
     try:
         yield
     except InductorError as error:

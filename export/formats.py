@@ -63,7 +63,7 @@ class ArtifactSpec:
 
 
 def no_images() -> Pixels:
-    """Returns no images, for artifacts that are not calibrated."""
+    """Return no images, for artifacts that are not calibrated."""
     return np.empty((0, 0, 0, 3), np.uint8)
 
 
@@ -85,13 +85,13 @@ class BuildInputs:
 
 
 def file_name(spec: ArtifactSpec) -> str:
-    """Returns the file name of an artifact."""
+    """Return the file name of an artifact."""
     name: str = _builder(spec.format).file_name(spec)
     return name
 
 
 def build_artifact(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> Mapping[str, Any]:
-    """Writes an artifact to `path` and returns additional fields of its manifest."""
+    """Write an artifact to `path` and return additional fields of its manifest."""
     fields: Mapping[str, Any] = _builder(spec.format).build(spec, inputs, path)
     return fields
 
@@ -103,7 +103,7 @@ def _builder(name: str) -> Any:
 
 
 def offered_precisions(name: str, device: str) -> tuple[str, ...]:
-    """Returns a format's precisions on a device, the default one first.
+    """Return a format's precisions on a device, the default one first.
 
     It omits those that this machine's GPU lacks, unless the artifact is for other GPUs.
     """
@@ -143,12 +143,12 @@ TOLERANCES = {
 
 
 def gpu_without_bfloat16() -> str | None:
-    """Returns why this machine's GPU lacks bfloat16, None if it has it or there is no GPU."""
+    """Return why this machine's GPU lacks bfloat16, None if it has it or there is no GPU."""
     return without_bfloat16(torch.device("cuda")) if torch.cuda.is_available() else None
 
 
 def build_device(name: str, device: str) -> str:
-    """Returns the device that a format is built for: the given one, if the format runs there.
+    """Return the device that a format is built for: the given one, if the format runs there.
 
     With `auto` it is the device that the format's engine runs on here.
     """
@@ -159,7 +159,7 @@ def build_device(name: str, device: str) -> str:
 
 
 def check_options(options: PlanOptions, formats: Collection[str]) -> None:
-    """Raises UserError for a flag that only another format than the requested ones follows."""
+    """Raise UserError for a flag that only another format than the requested ones follows."""
     for option, name in options_of_one_format():
         if getattr(options, option) and name not in formats:
             raise UserError(
@@ -168,7 +168,7 @@ def check_options(options: PlanOptions, formats: Collection[str]) -> None:
 
 
 def options_of_one_format() -> Iterator[tuple[str, str]]:
-    """Yields the flags that are off by default and that a single format follows, with its name."""
+    """Yield the flags that are off by default and that a single format follows, with its name."""
     for option, field in PlanOptions.model_fields.items():
         formats = [name for name, row in FORMATS.items() if option in row.options]
         if len(formats) == 1 and not field.default:
@@ -178,7 +178,7 @@ def options_of_one_format() -> Iterator[tuple[str, str]]:
 def find_formats(
     names: tuple[str, ...], precisions: tuple[str, ...], device: str
 ) -> list[tuple[str, str]]:
-    """Returns each format with each requested precision that it offers.
+    """Return each format with each requested precision that it offers.
 
     Args:
         names: the formats.
@@ -207,7 +207,7 @@ def find_formats(
 
 
 def _chosen_precisions(name: str, precisions: tuple[str, ...], device: str) -> list[str]:
-    """Returns the requested precisions that a format offers, or its default one."""
+    """Return the requested precisions that a format offers, or its default one."""
     offered = offered_precisions(name, device)
     if (
         "bf16" in precisions

@@ -44,7 +44,7 @@ def file_name(spec: ArtifactSpec) -> str:
 
 
 def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]:
-    """Writes the graph of a network for images [N, size, size, 3], with metadata about it."""
+    """Write the graph of a network for images [N, size, size, 3], with metadata about it."""
     opset = BFLOAT16_OPSET if spec.precision == "bf16" else OPSET
     if spec.precision == "int8":
         graph = int8_graph(inputs.model, inputs.size, path.parent)
@@ -56,7 +56,7 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
 
 
 def metadata(spec: ArtifactSpec, inputs: BuildInputs) -> dict[str, str]:
-    """Returns the file's ONNX metadata properties: its origin and its preprocessing."""
+    """Return the file's ONNX metadata properties: its origin and its preprocessing."""
     return {
         "name": spec.config,
         "fold": str(spec.fold),
@@ -67,7 +67,7 @@ def metadata(spec: ArtifactSpec, inputs: BuildInputs) -> dict[str, str]:
 
 
 def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
-    """Returns the graph of a model in eval mode on the CPU, for images [N, size, size, 3]."""
+    """Return the graph of a model in eval mode on the CPU, for images [N, size, size, 3]."""
     example = torch.zeros((TRACED_BATCH, size, size, 3), dtype=torch.uint8)
     with (
         warnings.catch_warnings(),
@@ -111,7 +111,7 @@ def attention(
 
 
 def int8_graph(model: Classifier, size: int, folder: Path) -> onnx.ModelProto:
-    """Returns the graph of a network with int8 weights; `folder` is for temporary files."""
+    """Return the graph of a network with int8 weights; `folder` is for temporary files."""
     graph = trace(pointwise_convs_as_linear(model), size, OPSET)
     # Without the exporter's shapes: the quantizer infers its own, and fails with "Inferred shape
     # and existing shape differ" (seen with ONNX Runtime 1.31 and torch 2.14; no report found).
@@ -125,7 +125,7 @@ def int8_graph(model: Classifier, size: int, folder: Path) -> onnx.ModelProto:
 
 
 def quantize_weights(source: Path, path: Path) -> None:
-    """Writes a float32 graph with int8 weights, whose activations are quantized at run time.
+    """Write a float32 graph with int8 weights, whose activations are quantized at run time.
 
     Static ranges, calibrated on real images (Q/DQ of the same products), are no better: on two
     cores with VNNI they took 1 to 11 % more CPU time for a ViT-Tiny, a ConvNeXt-Tiny and a small
@@ -143,7 +143,7 @@ def quantize_weights(source: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Silences the warnings of some loggers; `root` is the logger above all others."""
+    """Silence the warnings of some loggers; `root` is the logger above all others."""
     loggers = [logging.getLogger(None if name == "root" else name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

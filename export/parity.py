@@ -38,7 +38,7 @@ class Reference:
     def __init__(
         self, model: Classifier, images: Pixels, labels: NDArray[np.float32] | None = None
     ) -> None:
-        """Runs the checkpoint.
+        """Run the checkpoint.
 
         Args:
             model: in eval mode on the CPU.
@@ -57,7 +57,7 @@ class Reference:
 
 @torch.inference_mode()
 def run_model(model: Classifier, images: Pixels, batch_size: int = 16) -> Arrays:
-    """Returns features [N, D], logits [N, 1] and any mask [N, h, w], float32.
+    """Return features [N, D], logits [N, 1] and any mask [N, h, w], float32.
 
     Args:
         images: uint8 [N, H, W, 3].
@@ -68,7 +68,7 @@ def run_model(model: Classifier, images: Pixels, batch_size: int = 16) -> Arrays
 
 
 def run_engine(engine: Engine, images: Pixels, batch_size: int, with_mask: bool) -> Arrays:
-    """Returns the engine's outputs, as `run_model` does.
+    """Return the engine's outputs, as `run_model` does.
 
     Raises:
         ParityError: the mask is requested and the engine cannot compute it.
@@ -88,7 +88,7 @@ def run_engine(engine: Engine, images: Pixels, batch_size: int, with_mask: bool)
 def check_parity(
     reference: Reference, engine: Engine, tolerance: Tolerance, batch_sizes: Sequence[int]
 ) -> dict[str, Any]:
-    """Compares an engine with its checkpoint: the largest batch on all images, others on a few.
+    """Compare an engine with its checkpoint: the largest batch on all images, others on a few.
 
     Returns:
         The figures of each batch size (see `compare`), and `rank_correlation` and `pauc_change` of
@@ -114,7 +114,7 @@ def check_parity(
 
 
 def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:
-    """Returns the differences of outputs; their shapes, types and finiteness are checked first.
+    """Return the differences of outputs; their shapes, types and finiteness are checked first.
 
     Returns:
         `cosine`: the smallest of all images' features. `max_abs_error`: of the features.
@@ -141,7 +141,7 @@ def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:
 
 
 def smallest_cosine(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
-    """Returns the smallest cosine between corresponding rows of two arrays [N, D]."""
+    """Return the smallest cosine between corresponding rows of two arrays [N, D]."""
     a = expected.astype(np.float64)
     b = actual.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
@@ -150,7 +150,7 @@ def smallest_cosine(expected: NDArray[np.float32], actual: NDArray[np.float32]) 
 
 
 def check_figure(figure: dict[str, float], tolerance: Tolerance, where: str) -> None:
-    """Raises ParityError if a figure of `compare` is beyond the tolerance."""
+    """Raise ParityError if a figure of `compare` is beyond the tolerance."""
     if figure["cosine"] < tolerance.min_cosine:
         raise ParityError(
             f"{where} the cosine of the features is {figure['cosine']:.6f}, under "
@@ -165,7 +165,7 @@ def check_figure(figure: dict[str, float], tolerance: Tolerance, where: str) -> 
 
 
 def compare_order(reference: Reference, logits: NDArray[np.float32]) -> dict[str, float]:
-    """Returns `rank_correlation` and `pauc_change` of the real images' logits [N, 1].
+    """Return `rank_correlation` and `pauc_change` of the real images' logits [N, 1].
 
     The first is absent if all logits are equal, the second if there are no labels.
     """
@@ -180,7 +180,7 @@ def compare_order(reference: Reference, logits: NDArray[np.float32]) -> dict[str
 
 
 def check_order(figures: dict[str, Any], tolerance: Tolerance, reference: Reference) -> None:
-    """Raises ParityError if the order of the logits, or the pAUC they reach, has changed."""
+    """Raise ParityError if the order of the logits, or the pAUC they reach, have changed."""
     rank = figures.get("rank_correlation", 1.0)
     if rank < tolerance.min_rank_correlation:
         raise ParityError(
@@ -197,7 +197,7 @@ def check_order(figures: dict[str, Any], tolerance: Tolerance, reference: Refere
 
 
 def worst_figures(parity: dict[str, Any]) -> dict[str, float]:
-    """Returns the worst of the figures of `check_parity` over all batch sizes."""
+    """Return the worst of the figures of `check_parity` over all batch sizes."""
     figures = [figure for name, figure in parity.items() if name.startswith("batch_")]
     return {
         "cosine": min(figure["cosine"] for figure in figures),

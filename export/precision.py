@@ -21,7 +21,7 @@ MIN_INT8_CHANNELS = 64
 
 
 def cast_model(model: Classifier, precision: str) -> Classifier:
-    """Returns a copy of the model that computes in `precision`, except for FP32_LAYERS.
+    """Return a copy of the model that computes in `precision`, except for FP32_LAYERS.
 
     It takes uint8 images and returns float32 outputs like the model itself. torch.autocast instead
     of explicit casts would leave LayerNormalization nodes with inputs of two types, which ONNX
@@ -59,7 +59,7 @@ class _OutputTo:
 
 
 def pointwise_convs_as_linear(model: Classifier) -> Classifier:
-    """Returns a copy whose wide 1x1 convolutions are linear layers over the channels.
+    """Return a copy whose wide 1x1 convolutions are linear layers over the channels.
 
     Dynamic quantization is for matrix products only, so it would skip the convolutions.
     """
@@ -86,6 +86,6 @@ class PointwiseLinear(nn.Module):
         self.bias = conv.bias
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Returns [N, D, H, W] of feature maps [N, C, H, W]."""
+        """Return [N, D, H, W] of feature maps [N, C, H, W]."""
         channels_last = maps.permute(0, 2, 3, 1)
         return nn.functional.linear(channels_last, self.weight, self.bias).permute(0, 3, 1, 2)

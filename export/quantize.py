@@ -55,7 +55,7 @@ CALIBRATION_BATCH_SIZE = 4
 
 
 def quantize(graph: onnx.ModelProto, precision: str, images: Pixels) -> dict[str, Any]:
-    """Quantizes the products of a float16 graph with constant weights, in place.
+    """Quantize the products of a float16 graph with constant weights, in place.
 
     Args:
         graph: a graph of the contract, from a model in BASE_PRECISION.
@@ -87,7 +87,7 @@ def quantize(graph: onnx.ModelProto, precision: str, images: Pixels) -> dict[str
 
 
 def find_layers(graph: onnx.GraphProto, quant_type: QuantType) -> list[NodeProto]:
-    """Returns the nodes to quantize: dense products of an activation and a constant, in float16."""
+    """Return the nodes to quantize: dense products of an activation and a constant, in float16."""
     constants = {
         tensor.name: tensor
         for tensor in graph.initializer
@@ -106,7 +106,7 @@ def find_layers(graph: onnx.GraphProto, quant_type: QuantType) -> list[NodeProto
 def calibrate_absmax(
     graph: onnx.ModelProto, names: Sequence[str], images: Pixels
 ) -> dict[str, float]:
-    """Runs the graph on images and returns the largest magnitude of each named float16 activation.
+    """Run the graph on images and return the largest magnitude of each named float16 activation.
 
     The range ends there. Clipping rare values instead, for the smallest squared error, makes the
     worst image worse: for a trained ViT with outliers the cosine to float32 is 0.993 instead of
@@ -142,7 +142,7 @@ def calibrate_absmax(
 
 
 def absmax_to_scale(absmax: NDArray[np.float32], quant_type: QuantType) -> NDArray[np.float16]:
-    """Returns the scales that map the ends of ranges to the largest quantized value.
+    """Return the scales that map the ends of ranges to the largest quantized value.
 
     The scale of an empty range, whose values are all 0, is 1.
     """
@@ -154,7 +154,7 @@ def absmax_to_scale(absmax: NDArray[np.float32], quant_type: QuantType) -> NDArr
 def quantize_values(
     values: NDArray[np.float32], scale: NDArray[np.float16], quant_type: QuantType
 ) -> torch.Tensor:
-    """Returns values as the quantized type; values beyond its range become its ends."""
+    """Return values as the quantized type; values beyond its range become its ends."""
     scaled = torch.from_numpy(values / scale.astype(np.float32))
     scaled = scaled.clamp(-quant_type.largest, quant_type.largest)
     if not quant_type.dtype.is_floating_point:
@@ -168,7 +168,7 @@ def insert_qdq(
     absmax: Mapping[str, float],
     quant_type: QuantType,
 ) -> None:
-    """Inserts Q/DQ pairs before the activations of layers, and quantizes their weights.
+    """Insert Q/DQ pairs before the activations of layers, and quantize their weights.
 
     Args:
         absmax: largest magnitude of each activation by name.
@@ -197,7 +197,7 @@ def insert_qdq(
 
 
 def channel_axis(node: NodeProto) -> int:
-    """Returns the axis of a layer's weights that is the output channel."""
+    """Return the axis of a layer's weights that is the output channel."""
     transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
     return 0 if node.op_type == "Conv" or transposed else 1
 
@@ -205,7 +205,7 @@ def channel_axis(node: NodeProto) -> int:
 def _activation_qdq(
     graph: onnx.GraphProto, name: str, absmax: float, quant_type: QuantType
 ) -> list[NodeProto]:
-    """Returns the Q and the DQ node of an activation; adds their constants to the graph."""
+    """Return the Q and the DQ node of an activation; adds their constants to the graph."""
     scale = absmax_to_scale(np.array(absmax, np.float32), quant_type)
     parameters = _parameters(graph, name, scale, quant_type)
     quantized = f"{name}_quantized"
@@ -218,7 +218,7 @@ def _activation_qdq(
 def _weight_dq(
     graph: onnx.GraphProto, weight: TensorProto, axis: int, quant_type: QuantType
 ) -> NodeProto:
-    """Returns the DQ node of a weight; adds the quantized weight and its constants to the graph."""
+    """Return the DQ node of a weight; adds the quantized weight and its constants to the graph."""
     name = weight.name
     values = numpy_helper.to_array(weight).astype(np.float32)
     other_axes = tuple(other for other in range(values.ndim) if other != axis)
@@ -236,7 +236,7 @@ def _weight_dq(
 def _parameters(
     graph: onnx.GraphProto, name: str, scale: NDArray[np.float16], quant_type: QuantType
 ) -> tuple[str, str]:
-    """Adds a scale and its zero point to the graph and returns their names."""
+    """Add a scale and its zero point to the graph and return their names."""
     zeros = helper.make_tensor(
         f"{name}_zero", quant_type.code, scale.shape, bytes(scale.size), raw=True
     )
@@ -245,7 +245,7 @@ def _parameters(
 
 
 def replace_all(field: Any, messages: Iterable[Any]) -> None:
-    """Replaces the contents of a repeated protobuf field."""
+    """Replace the contents of a repeated protobuf field."""
     messages = list(messages)
     del field[:]
     field.extend(messages)

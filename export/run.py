@@ -86,7 +86,7 @@ class Source:
 
 
 def export(settings: ExportSettings) -> int:
-    """Exports the trained folds of a config. Each artifact must reproduce its checkpoint's outputs.
+    """Export the trained folds of a config. Each artifact must reproduce its checkpoint's outputs.
 
     Exits with 1 if an artifact fails this parity check; it is then removed.
     """
@@ -108,7 +108,7 @@ def export(settings: ExportSettings) -> int:
 def export_fold(
     checkpoint: Path, fold: int, specs: list[ArtifactSpec], settings: ExportSettings
 ) -> int:
-    """Exports, or with `--check` only checks, the artifacts of one fold.
+    """Export, or with `--check` only checks, the artifacts of one fold.
 
     A checkpoint holds the optimizer's state too and takes seconds to unpickle, so that is done
     once, and not at all if everything is up to date.
@@ -134,7 +134,7 @@ def export_fold(
 
 
 def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
-    """Returns the checkpoint of each fold to export. Raises UserError if there is none."""
+    """Return the checkpoint of each fold to export. Raises UserError if there is none."""
     found = {}
     for fold, folder in fold_dirs(settings.run_dir).items():
         if settings.fold in {None, fold} and (folder / BEST).is_file():
@@ -151,7 +151,7 @@ def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
 def artifact_spec(
     fold: int, format_name: str, precision: str, settings: ExportSettings
 ) -> ArtifactSpec:
-    """Returns the request for one artifact of a fold."""
+    """Return the request for one artifact of a fold."""
     return ArtifactSpec(
         config=settings.config,
         fold=fold,
@@ -185,7 +185,7 @@ def is_current(artifact: Path, spec: ArtifactSpec, checkpoint: str, digest: str)
 
 
 def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
-    """Loads a checkpoint into its model.
+    """Load a checkpoint into its model.
 
     Raises:
         UserError: the checkpoint is of another config or fold, or its weights do not fit its model.
@@ -215,7 +215,7 @@ def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
 
 
 def export_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
-    """Builds one artifact under a temporary name, checks its parity, and gives it its name.
+    """Build one artifact under a temporary name, check its parity, and give it its name.
 
     Returns:
         Whether it passed.
@@ -253,7 +253,7 @@ def build_inputs(source: Source, spec: ArtifactSpec) -> BuildInputs:
 
 
 def check_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
-    """Checks the parity of an existing artifact on this machine. Returns whether it passed."""
+    """Check the parity of an existing artifact on this machine. Returns whether it passed."""
     manifest = read_manifest(artifact)
     if manifest["made_from"]["sha256"] != source.sha256:
         raise UserError(
@@ -271,7 +271,7 @@ def check_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
 def measure_parity(
     source: Source, spec: ArtifactSpec, path: Path, manifest: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Returns an artifact's parity figures and the CPU they are of, None if it cannot run here.
+    """Return an artifact's parity figures and the CPU they are of, None if it cannot run here.
 
     Raises:
         ParityError: it does not reproduce its checkpoint's outputs.
@@ -292,7 +292,7 @@ def measure_parity(
 
 
 def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | None) -> None:
-    """Writes the manifest and the parity record of an artifact that has its name, and prints it."""
+    """Write the manifest and the parity record of an artifact that has its name, and print it."""
     fields = {key: manifest[key] for key in manifest if key not in {"artifact", "sha256"}}
     write_manifest(artifact, **{**fields, "parity": parity})
     megabytes = artifact.stat().st_size / 1e6
@@ -313,14 +313,14 @@ def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | N
 
 
 def record_parity(artifact: Path, result: dict[str, Any]) -> None:
-    """Records in its folder's `parity.json` how an artifact did in the parity check."""
+    """Record in its folder's `parity.json` how an artifact did in the parity check."""
     path = artifact.with_name(PARITY_FILE)
     results = read_json(path) if path.is_file() else {}
     write_json(path, {**results, artifact.name: result})
 
 
 def remove_failed(artifact: Path, manifest: Mapping[str, Any], error: ParityError) -> None:
-    """Removes an artifact that failed the parity check, and prints and records the reason."""
+    """Remove an artifact that failed the parity check, and print and records the reason."""
     artifact.unlink(missing_ok=True)
     manifest_path(artifact).unlink(missing_ok=True)
     record_parity(artifact, {"passed": False, "reason": str(error)})
@@ -331,7 +331,7 @@ def remove_failed(artifact: Path, manifest: Mapping[str, Any], error: ParityErro
 
 
 def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
-    """Returns images that the fold holds out, and their labels.
+    """Return images that the fold holds out, and their labels.
 
     Returns:
         uint8 [R, size, size, 3] and float32 [R]; R is at most `source.num_images`.
@@ -348,7 +348,7 @@ def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
 
 
 def calibration_sample(source: Source, num_images: int) -> Pixels:
-    """Returns at most `num_images` of the fold's training images, uint8 [R, size, size, 3].
+    """Return at most `num_images` of the fold's training images, uint8 [R, size, size, 3].
 
     The held-out ones are for the parity check, which must not judge images of the calibration.
     """
@@ -358,7 +358,7 @@ def calibration_sample(source: Source, num_images: int) -> Pixels:
 def read_sample(
     source: Source, num_images: int, held_out: bool
 ) -> tuple[Pixels, NDArray[np.float32]]:
-    """Returns images and labels of rows that the fold holds out, or of rows that it trains on."""
+    """Return images and labels of rows that the fold holds out, or of rows that it trains on."""
     dataset = Dataset(source.data)
     table = dataset.metadata("train")
     folds = read_folds(source.path.parents[1] / FOLDS_FILE).of(table)
@@ -376,7 +376,7 @@ def read_sample(
 
 
 def sample_rows(table: pl.DataFrame, num_rows: int) -> pl.DataFrame:
-    """Returns rows spread evenly over the table; at most a quarter are positives."""
+    """Return rows spread evenly over the table; at most a quarter are positives."""
     positives = table.filter(pl.col(schema.TARGET) == 1)
     negatives = table.filter(pl.col(schema.TARGET) == 0)
     chosen = [evenly_spaced(positives, num_rows // 4), evenly_spaced(negatives, num_rows)]
@@ -384,7 +384,7 @@ def sample_rows(table: pl.DataFrame, num_rows: int) -> pl.DataFrame:
 
 
 def evenly_spaced(table: pl.DataFrame, count: int) -> pl.DataFrame:
-    """Returns at most `count` rows at equal distances."""
+    """Return at most `count` rows at equal distances."""
     if not count:
         return table.clear()
     return table.gather_every(max(1, ceil_div(len(table), count)))

@@ -77,7 +77,7 @@ class PlanFacts:
 
 
 def architectures(flavour: str, options: PlanOptions) -> tuple[str, ...]:
-    """Returns the GPU architectures that a plan will run on.
+    """Return the GPU architectures that a plan will run on.
 
     Raises:
         UserError: it needs a GPU and there is none, or the library has no kernels for one of them.
@@ -97,7 +97,7 @@ def file_name(spec: ArtifactSpec) -> str:
 
 
 def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]:
-    """Builds the plan of a network from a graph in the spec's precision."""
+    """Build the plan of a network from a graph in the spec's precision."""
     opset = ATTENTION_OPSET if parses_attention(spec.format) else OPSET
     graph, calibration = typed_graph(spec, inputs, opset)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -118,7 +118,7 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
 def typed_graph(
     spec: ArtifactSpec, inputs: BuildInputs, opset: int
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """Returns the graph of a network in the spec's precision, and its calibration's facts."""
+    """Return the graph of a network in the spec's precision, and its calibration's facts."""
     if spec.precision not in QUANT_TYPES:
         return trace(cast_model(inputs.model, spec.precision), inputs.size, opset), {}
     graph = trace(cast_model(inputs.model, BASE_PRECISION), inputs.size, opset)
@@ -126,7 +126,7 @@ def typed_graph(
 
 
 def with_capabilities(precision: str, flavour: str, options: PlanOptions) -> PlanOptions:
-    """Returns the options with a precision's default architectures if none are given."""
+    """Return the options with a precision's default architectures if none are given."""
     if options.compute_capabilities or not ENGINE_FORMATS[flavour].portable:
         return options
     names = CAPABILITIES.get(precision, PORTABLE_CAPABILITIES)
@@ -142,7 +142,7 @@ def parses_attention(flavour: str) -> bool:
 
 
 def plan_name(config: str, fold: int, precision: str, flavour: str, options: PlanOptions) -> str:
-    """Returns the file name of a plan, which has all that decides whether it can run.
+    """Return the file name of a plan, which has all that decides whether it can run.
 
     For example `vit_tiny-fold_0-fp16-sm86-sm89-sm120-tensorrt_rtx_1.7.1.116.plan`.
 
@@ -163,7 +163,7 @@ def build_plan(
     log: Log = print,
     timing_cache: Path | None = None,
 ) -> PlanFacts:
-    """Builds a plan from a strongly typed ONNX graph and writes it atomically.
+    """Build a plan from a strongly typed ONNX graph and write it atomically.
 
     Args:
         onnx_path: a graph of this toolkit's contract in any precision.
@@ -213,7 +213,7 @@ def build_plan(
 
 
 def parse(trt: ModuleType, builder: Any, onnx_path: Path, title: str) -> tuple[Any, Any]:
-    """Returns the network of an ONNX file and its parser.
+    """Return the network of an ONNX file and its parser.
 
     Raises:
         UserError: the file cannot be parsed; the message has the first errors.
@@ -239,7 +239,7 @@ def _parser_error_text(error: Any) -> str:
 
 
 def check_contract(network: Any, onnx_path: Path) -> dict[str, dict[str, Any]]:
-    """Returns type and shape of each input and output. Raises UserError for a broken contract."""
+    """Return type and shape of each input and output. Raises UserError for a broken contract."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     tensors = {tensor.name: as_tensor(tensor.dtype, tensor.shape) for tensor in (*inputs, *outputs)}
@@ -269,7 +269,7 @@ def allow_decomposed_attention(trt: ModuleType, network: Any) -> None:
 def configure(
     trt: ModuleType, builder: Any, network: Any, portable: bool, options: PlanOptions
 ) -> Any:
-    """Returns the builder's configuration of a network with one batch profile."""
+    """Return the builder's configuration of a network with one batch profile."""
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -294,7 +294,7 @@ def configure(
 
 
 def read_timings(config: Any, path: Path, log: Log) -> None:
-    """Loads the timings of earlier builds, unless they are of another GPU or version."""
+    """Load the timings of earlier builds, unless they are of another GPU or version."""
     earlier = path.read_bytes() if path.is_file() else b""
     if not config.set_timing_cache(config.create_timing_cache(earlier), False):
         log(f"{path} is of another GPU or TensorRT version, so kernels are timed again")
@@ -302,7 +302,7 @@ def read_timings(config: Any, path: Path, log: Log) -> None:
 
 
 def write_timings(config: Any, path: Path) -> None:
-    """Writes the timings of earlier builds and of this one atomically."""
+    """Write the timings of earlier builds and of this one atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(config.get_timing_cache().serialize())
 
@@ -310,7 +310,7 @@ def write_timings(config: Any, path: Path) -> None:
 def serialize(
     trt: ModuleType, builder: Any, network: Any, config: Any, onnx_path: Path, title: str
 ) -> memoryview:
-    """Builds the plan and returns its bytes.
+    """Build the plan and return its bytes.
 
     Raises:
         UserError: TensorRT cannot build it; the message has its reason.
@@ -338,7 +338,7 @@ def serialize(
 
 
 def progress_monitor(trt: ModuleType, bar: Any, interrupted: threading.Event) -> Any:
-    """Returns a monitor that shows the current phase on `bar` and ends an interrupted build."""
+    """Return a monitor that shows the current phase on `bar` and ends an interrupted build."""
 
     class Progress(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -364,7 +364,7 @@ def progress_monitor(trt: ModuleType, bar: Any, interrupted: threading.Event) ->
 
 @contextlib.contextmanager
 def deferred_sigint() -> Iterator[threading.Event]:
-    """Records Ctrl-C instead of raising: an exception must not pass through TensorRT's frames."""
+    """Record Ctrl-C instead of raising: an exception must not pass through TensorRT's frames."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupted  # only the main thread receives signals
@@ -377,7 +377,7 @@ def deferred_sigint() -> Iterator[threading.Event]:
 
 
 def layer_types(network: Any) -> dict[str, dict[str, int]]:
-    """Returns the number of layers by kind and by type of the first output.
+    """Return the number of layers by kind and by type of the first output.
 
     A strongly typed plan computes each layer in the type that the network states; TensorRT may fuse
     layers but not change types. Shape arithmetic is not counted, and a product of dequantized

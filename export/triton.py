@@ -68,11 +68,11 @@ class FoldModel:
         return self.ensemble_name(LOGITS)
 
     def ensemble_name(self, output: str) -> str:
-        """Returns the name of one of its outputs within the ensemble."""
+        """Return the name of one of its outputs within the ensemble."""
         return f"{output}_{self.manifest['fold']}"
 
     def shapes(self) -> Shapes:
-        """Returns its inputs and outputs, from the manifest of a plan or from the ONNX file."""
+        """Return its inputs and outputs, from the manifest of a plan or from the ONNX file."""
         if self.plan:
             return {
                 name: (tensor["dtype"], tensor["shape"][1:])
@@ -91,7 +91,7 @@ class FoldModel:
 
 
 def write_repository(root: Path, artifacts: Sequence[Path]) -> list[str]:
-    """Writes a model repository for the folds of one config and returns its models' names.
+    """Write a model repository for the folds of one config and return its models' names.
 
     Models of these names are replaced, others are kept. For several folds there is also an
     ensemble with the config's name: it returns `logits` (the mean over the folds), `probabilities`
@@ -122,13 +122,13 @@ def write_repository(root: Path, artifacts: Sequence[Path]) -> list[str]:
 
 
 def _ensemble_names(models: Sequence[FoldModel]) -> tuple[str, str]:
-    """Returns the names of the ensemble and of the model of its mean."""
+    """Return the names of the ensemble and of the model of its mean."""
     name = models[0].manifest["name"]
     return name, f"{name}_mean"
 
 
 def mark_folders(root: Path, models: Sequence[FoldModel]) -> None:
-    """Marks the folders of all models as written here.
+    """Mark the folders of all models as written here.
 
     Raises:
         UserError: one of them holds another model.
@@ -146,7 +146,7 @@ def mark_folders(root: Path, models: Sequence[FoldModel]) -> None:
 
 
 def read_models(artifacts: Sequence[Path]) -> list[FoldModel]:
-    """Returns the models of artifacts. Raises UserError if they do not belong together."""
+    """Return the models of artifacts. Raises UserError if they do not belong together."""
     models = [FoldModel(path, read_manifest(path)) for path in artifacts]
     supported = [name for name, row in FORMATS.items() if row.triton_backend]
     for model in models:
@@ -171,7 +171,7 @@ def read_models(artifacts: Sequence[Path]) -> list[FoldModel]:
 
 
 def fold_config(model: FoldModel) -> dict[str, Any]:
-    """Returns the fields of a fold's config.pbtxt (Triton's ModelConfig)."""
+    """Return the fields of a fold's config.pbtxt (Triton's ModelConfig)."""
     shapes = model.shapes()
     batching: dict[str, Any] = {}
     if model.plan:
@@ -196,7 +196,7 @@ def fold_config(model: FoldModel) -> dict[str, Any]:
 
 
 def ensemble_config(name: str, mean: str, models: Sequence[FoldModel]) -> dict[str, Any]:
-    """Returns the fields of the ensemble's config.pbtxt: all folds, then their mean."""
+    """Return the fields of the ensemble's config.pbtxt: all folds, then their mean."""
     shapes = models[0].shapes()
     steps = []
     for model in models:
@@ -221,7 +221,7 @@ def ensemble_config(name: str, mean: str, models: Sequence[FoldModel]) -> dict[s
 
 
 def mean_model(names: Sequence[str]) -> onnx.ModelProto:
-    """Returns the ONNX model of `logits`, the mean of inputs [N, 1], and of their sigmoid."""
+    """Return the ONNX model of `logits`, the mean of inputs [N, 1], and of their sigmoid."""
 
     def tensor(name: str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 1])
@@ -237,7 +237,7 @@ def mean_model(names: Sequence[str]) -> onnx.ModelProto:
 
 
 def _write_fold(folder: Path, model: FoldModel) -> None:
-    """Writes the model before its configuration: a server that watches the folder sees it whole."""
+    """Write the model before its configuration: a server that watches the folder sees it whole."""
     manifest = model.manifest
     with atomic_path(folder / "1" / model.file_name) as temporary:
         if (manifest["format"], manifest["precision"]) == ("onnx", "int8"):
@@ -248,7 +248,7 @@ def _write_fold(folder: Path, model: FoldModel) -> None:
 
 
 def with_unsigned_weights(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Stores the int8 weights of a graph as uint8 with matching zero points, in place.
+    """Store the int8 weights of a graph as uint8 with matching zero points, in place.
 
     On x86 CPUs without VNNI products of uint8 and int8 saturate. ONNX Runtime has an option that
     does this (see infer/engines/onnxruntime.py), and Triton has no way to set it
@@ -287,7 +287,7 @@ def _write_mean(folder: Path, name: str, models: Sequence[FoldModel]) -> None:
 
 
 def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> dict[str, Any]:
-    """Returns a step of an ensemble; the maps go from the model's names to the ensemble's."""
+    """Return a step of an ensemble; the maps go from the model's names to the ensemble's."""
     return {
         "model_name": model,
         "model_version": -1,
@@ -310,7 +310,7 @@ class Word(str):
 
 
 def to_pbtxt(fields: Mapping[str, Any], indent: str = "") -> str:
-    """Returns protobuf text format: mappings are messages, lists repeat their field."""
+    """Return protobuf text format: mappings are messages, lists repeat their field."""
     lines = []
     for key, value in fields.items():
         for item in value if isinstance(value, list) else [value]:

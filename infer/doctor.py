@@ -28,7 +28,7 @@ TRIAL_SECONDS = 120
 
 
 def doctor(settings: DoctorSettings) -> None:
-    """Tries every engine on this machine and prints which ones work, and why the others do not."""
+    """Try every engine on this machine and print which ones work, and why the others do not."""
     engines = list(engines_by_title())
     with ThreadPoolExecutor() as pool:
         answers = pool.map(lambda engine: try_engine(engine[1], engine[2]), engines)
@@ -39,7 +39,7 @@ def doctor(settings: DoctorSettings) -> None:
 
 
 def try_engine(name: str, device: str, seconds: float = TRIAL_SECONDS) -> str:
-    """Returns whether an engine works and why not.
+    """Return whether an engine works and why not.
 
     The trial has its own process: a library that does not fit the machine can crash or hang.
     """

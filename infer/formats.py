@@ -109,12 +109,12 @@ ENGINE_FORMATS = {
 
 
 def exported_formats() -> tuple[str, ...]:
-    """Returns the formats that `python -m export` makes, in their order."""
+    """Return the formats that `python -m export` makes, in their order."""
     return tuple(name for name, row in ENGINE_FORMATS.items() if row.builder)
 
 
 def engines_by_title() -> Iterator[tuple[str, str, str]]:
-    """Yields title, format and device of each engine and device that it can run on."""
+    """Yield title, format and device of each engine and device that it can run on."""
     for name in exported_formats():
         row = ENGINE_FORMATS[name]
         for device in row.devices:
@@ -123,6 +123,6 @@ def engines_by_title() -> Iterator[tuple[str, str, str]]:
 
 
 def engine_packages() -> tuple[str, ...]:
-    """Returns the distributions of all engines, each once."""
+    """Return the distributions of all engines, each once."""
     names = (package for row in ENGINE_FORMATS.values() for package in row.packages)
     return tuple(dict.fromkeys(names))

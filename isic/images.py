@@ -127,7 +127,7 @@ class ImageStore(ABC):
         return hashlib.sha256(self.sizes().astype("<i8").tobytes()).hexdigest()[:16]
 
     def load(self, ids: Sequence[str], spec: PreprocessSpec) -> tuple[Pixels, dict[int, str]]:
-        """Returns the images of N ids, decoded by one thread: uint8 [N, size, size, 3].
+        """Return the images of N ids, decoded by one thread: uint8 [N, size, size, 3].
 
         The second value is the reason by row for every image that is absent or does not decode; its
         pixels are zero.

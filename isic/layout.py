@@ -34,17 +34,17 @@ ONNX_FILE = "model.onnx"
 
 
 def fold_name(fold: int) -> str:
-    """Returns the name of a fold's folder."""
+    """Return the name of a fold's folder."""
     return f"fold_{fold}"
 
 
 def fold_dir(parent: Path, fold: int) -> Path:
-    """Returns the folder of a fold, which need not exist."""
+    """Return the folder of a fold, which need not exist."""
     return parent / fold_name(fold)
 
 
 def fold_dirs(parent: Path) -> dict[int, Path]:
-    """Returns the existing folders of folds by number, ascending; `fold_0_old` is not one."""
+    """Return the existing folders of folds by number, ascending; `fold_0_old` is not one."""
     found = {}
     for path in parent.glob("fold_*"):
         match = re.fullmatch(r"fold_([0-9]+)", path.name)
@@ -54,6 +54,6 @@ def fold_dirs(parent: Path) -> dict[int, Path]:
 
 
 def fold_files(parent: Path, name: str) -> dict[int, Path]:
-    """Returns the file of that name by fold, for the folds that have it."""
+    """Return the file of that name by fold, for the folds that have it."""
     paths = {fold: folder / name for fold, folder in fold_dirs(parent).items()}
     return {fold: path for fold, path in paths.items() if path.is_file()}

@@ -39,7 +39,7 @@ def pauc(target: ArrayLike, score: ArrayLike) -> float:
 
 
 def above_min_tpr(fpr: Floats, tpr: Floats) -> tuple[Floats, Floats]:
-    """Returns the part of an ROC curve from TPR 0.8 on; its first point is interpolated.
+    """Return the part of an ROC curve from TPR 0.8 on; its first point is interpolated.
 
     Args:
         fpr, tpr: [M], rising from (0, 0) to (1, 1).

@@ -39,7 +39,7 @@ OPTIONAL = {
 
 
 def requirements(name: str) -> list[Requirement]:
-    """Returns the requirements of a list in setup.cfg, without this package's own extras."""
+    """Return the requirements of a list in setup.cfg, without this package's own extras."""
     setup = configparser.ConfigParser(interpolation=None)
     setup.read(ROOT / "setup.cfg")
     section = "options" if name == "install_requires" else "options.extras_require"
@@ -48,7 +48,7 @@ def requirements(name: str) -> list[Requirement]:
 
 
 def imported(package: str) -> set[str]:
-    """Returns the top-level names of the libraries that a package imports anywhere."""
+    """Return the top-level names of the libraries that a package imports anywhere."""
     names: set[str] = set()
     for path in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

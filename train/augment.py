@@ -35,12 +35,12 @@ LEVELS: dict[str, tuple[Any, ...]] = {"none": (), "light": LIGHT, "medium": MEDI
 
 
 def create_augmentation(level: str) -> Any | None:
-    """Returns the albumentations pipeline of a level, None for `none`."""
+    """Return the albumentations pipeline of a level, None for `none`."""
     return A.Compose(list(LEVELS[level])) if LEVELS[level] else None
 
 
 def create_mixup(mixup: float, cutmix: float) -> Callable[[Batch], Batch]:
-    """Returns a function that mixes the images of a batch, and their targets, in pairs.
+    """Return a function that mixes the images of a batch, and their targets, in pairs.
 
     Args:
         mixup: alpha of the beta distribution (Zhang et al. 2018), 0 for none.

@@ -23,7 +23,7 @@ INTERPOLATIONS = {"linear": "bilinear", "cubic": "bicubic", "area": "box"}
 def save_backbone(
     directory: Path, model: Classifier, settings: TrainSettings, facts: dict[str, Any]
 ) -> None:
-    """Writes a backbone for `timm.create_model("local-dir:...")`, with a model card.
+    """Write a backbone for `timm.create_model("local-dir:...")`, with a model card.
 
     Args:
         directory: created if it does not exist.
@@ -47,7 +47,7 @@ def save_backbone(
 
 
 def timm_config(model: Classifier, settings: TrainSettings) -> dict[str, Any]:
-    """Returns the `config.json` from which timm builds the backbone."""
+    """Return the `config.json` from which timm builds the backbone."""
     options = backbone_options(settings)
     spec = model.spec
     return {
@@ -68,7 +68,7 @@ def timm_config(model: Classifier, settings: TrainSettings) -> dict[str, Any]:
 
 
 def model_card(model: Classifier, settings: TrainSettings, facts: dict[str, Any]) -> str:
-    """Returns a model card of the Hugging Face hub: YAML between dashes, then Markdown."""
+    """Return a model card of the Hugging Face hub: YAML between dashes, then Markdown."""
     name = f"{settings.name}, fold {facts['fold']}"
     metrics = [
         {"type": kind, "value": round(facts[kind], 4), "name": kind} for kind in ("pauc", "auc")

@@ -25,12 +25,12 @@ class Batch(NamedTuple):
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copies a batch to the device, without waiting for the copy if its memory is pinned."""
+    """Copy a batch to the device, without waiting for the copy if its memory is pinned."""
     return Batch(*(part.to(device, non_blocking=True) for part in batch))
 
 
 def split(batch: Batch, num_parts: int) -> list[Batch]:
-    """Cuts a batch into at most `num_parts` parts of about the same size."""
+    """Cut a batch into at most `num_parts` parts of about the same size."""
     size = ceil_div(len(batch.images), num_parts)
     starts = range(0, len(batch.images), size)
     return [Batch(*(part[start : start + size] for part in batch)) for start in starts]

@@ -29,7 +29,7 @@ DAMAGE = (
 
 
 def save_checkpoint(path: Path, **values: Any) -> None:
-    """Writes a checkpoint.
+    """Write a checkpoint.
 
     Raises:
         UserError: the disk is full or not writable; a previous file is then still intact.
@@ -47,7 +47,7 @@ def save_checkpoint(path: Path, **values: Any) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU.
+    """Read a checkpoint onto the CPU.
 
     Raises:
         UserError: the file is missing, damaged or not a checkpoint of this toolkit, or it holds
@@ -77,5 +77,5 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_settings(checkpoint: dict[str, Any]) -> TrainSettings:
-    """Returns the settings that a checkpoint was trained with."""
+    """Return the settings that a checkpoint was trained with."""
     return TrainSettings(**checkpoint["args"])

@@ -220,7 +220,7 @@ class TrainSettings(Settings):
 
 
 def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> TrainSettings:
-    """Builds settings from flags and the YAML file that `--config` names, if any.
+    """Build settings from flags and the YAML file that `--config` names, if any.
 
     `--model_config` is an older name of `--config`.
     """
@@ -236,7 +236,7 @@ def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> Train
 
 
 def build_checked(model: type[TrainSettings], path: Path) -> dict[str, Any]:
-    """Reads a config file and checks it without the flags, so that an error names the file."""
+    """Read a config file and check it without the flags, so that an error names the file."""
     values = read_config(path)
     build(model, values, source=str(path))
     return values

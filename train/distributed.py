@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes that torchrun started, if it did."""
+    """Join the processes that torchrun started, if it did."""
     if "RANK" not in os.environ:
         yield
         return
@@ -32,22 +32,22 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def rank() -> int:
-    """Returns the number of this process."""
+    """Return the number of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Returns the number of processes on all machines."""
+    """Return the number of processes on all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """Returns the number of this process on its machine, which is also that of its GPU."""
+    """Return the number of this process on its machine, which is also that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """Returns the number of processes on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -57,7 +57,7 @@ def is_main() -> bool:
 
 
 def broadcast_object(value: T) -> T:
-    """Returns the main process's value."""
+    """Return the main process's value."""
     if world_size() == 1:
         return value
     values: list[Any] = [value]
@@ -67,7 +67,7 @@ def broadcast_object(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """Returns the values of all processes in the order of their ranks."""
+    """Return the values of all processes in the order of their ranks."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -83,12 +83,12 @@ def broadcast_weights(module: nn.Module) -> None:
 
 
 def wrap_ddp(module: Any) -> Any:
-    """Wraps a module so that a backward pass averages its gradient over the processes."""
+    """Wrap a module so that a backward pass averages its gradient over the processes."""
     return module if world_size() == 1 else DistributedDataParallel(module)
 
 
 def maybe_no_sync(module: Any, sync: bool) -> contextlib.AbstractContextManager[Any]:
-    """Returns a context in which backward passes do not average gradients unless `sync`."""
+    """Return a context in which backward passes do not average gradients unless `sync`."""
     if sync or not isinstance(module, DistributedDataParallel):
         return contextlib.nullcontext()
     return module.no_sync()

@@ -37,7 +37,7 @@ PACKAGES = ("torch", "timm", "albumentations", "opencv-python-headless")
 
 
 def begin_fold(settings: TrainSettings, data: TrainData, fold: int, resumes: bool) -> None:
-    """Writes the fold plan and `config.yaml`, and deletes a previous run's results unless resumed.
+    """Write the fold plan and `config.yaml`, and delete a previous run's results unless resumed.
 
     Nothing is written before this, so that wrong settings or data leave no trace. Main process
     only.
@@ -62,7 +62,7 @@ def save_fold(
     fold: int,
     predictions: Predictions,
 ) -> None:
-    """Writes `best_model.pth` and the files derived from it. Main process only.
+    """Write `best_model.pth` and the files derived from it. Main process only.
 
     These are its manifest, the list of images it has learned from, its backbone for timm, and the
     out-of-fold scores.
@@ -105,7 +105,7 @@ def save_fold(
 
 
 def rows_trained_on(data: TrainData, fold: int, select_epoch: str) -> pl.DataFrame:
-    """Returns the rows that the weights of a fold depend on."""
+    """Return the rows that the weights of a fold depend on."""
     if select_epoch == "best":
         return data.table  # the held-out rows have chosen the epoch
     return data.table.filter(pl.Series(data.fold != fold))
@@ -114,7 +114,7 @@ def rows_trained_on(data: TrainData, fold: int, select_epoch: str) -> pl.DataFra
 def checkpoint_config(
     directory: Path, state: TrainState, settings: TrainSettings, data: TrainData, fold: int
 ) -> dict[str, Any]:
-    """Returns the facts that the checkpoint and its manifest share."""
+    """Return the facts that the checkpoint and its manifest share."""
     model = state.model
     config = {
         "name": settings.name,
@@ -132,7 +132,7 @@ def checkpoint_config(
 
 
 def save_oof(path: Path, data: TrainData, fold: int, predictions: Predictions) -> None:
-    """Writes the scores of the held-out rows, with `dice` if the run uses masks."""
+    """Write the scores of the held-out rows, with `dice` if the run uses masks."""
     rows = data.table[predictions.rows].select(schema.ID, schema.TARGET)
     oof = rows.with_columns(
         pl.lit(fold, dtype=pl.Int8).alias("fold"), pl.Series("logit", predictions.logits)

@@ -29,23 +29,23 @@ class EpochStats:
     """Steps skipped because a float16 gradient overflowed; the loss scale is then halved."""
 
     def add(self, loss: float, skipped: bool) -> None:
-        """Adds an optimizer step."""
+        """Add an optimizer step."""
         self.losses.append(loss)
         self.skipped_steps += skipped
 
     def mean_loss(self, last: int = 0) -> float | None:
-        """Returns the mean finite loss of the `last` steps (0: all), None if there is none."""
+        """Return the mean finite loss of the `last` steps (0: all), None if there is none."""
         finite = [loss for loss in self.losses[-last:] if math.isfinite(loss)]
         return float(np.mean(finite)) if finite else None
 
     def loss_text(self, last: int = 0) -> str:
-        """Returns the mean loss for display."""
+        """Return the mean loss for display."""
         loss = self.mean_loss(last)
         return "-" if loss is None else f"{loss:.4f}"
 
     @classmethod
     def merge(cls, parts: list["EpochStats"]) -> "EpochStats":
-        """Merges the processes of an epoch: mean loss per step, all images, the slowest's times."""
+        """Merge the processes of an epoch: mean loss per step, all images, the slowest's times."""
         losses: list[float] = np.mean([part.losses for part in parts], axis=0).tolist()
         return cls(
             losses,
@@ -65,7 +65,7 @@ def log_epoch(
     scores: Mapping[str, float],
     learning_rates: Mapping[str, float],
 ) -> None:
-    """Appends an epoch to `history.jsonl` and TensorBoard, and prints a line. Main process only.
+    """Append an epoch to `history.jsonl` and TensorBoard, and print a line. Main process only.
 
     Args:
         directory: of the fold.
@@ -104,7 +104,7 @@ def log_epoch(
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Reads the epochs of `history.jsonl`.
+    """Read the epochs of `history.jsonl`.
 
     Raises:
         UserError: it is not the history of a training run.
@@ -119,5 +119,5 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def last_epoch(history: Sequence[Mapping[str, Any]]) -> int:
-    """Returns the number of the last epoch, 0 if there is none."""
+    """Return the number of the last epoch, 0 if there is none."""
     return int(history[-1]["epoch"]) if history else 0

@@ -43,7 +43,7 @@ def fold_loaders(
     settings: TrainSettings,
     device: torch.device,
 ) -> FoldLoaders:
-    """Creates the loaders of a fold.
+    """Create the loaders of a fold.
 
     Raises:
         UserError: the training or the held-out rows lack a class, or are fewer than the processes.
@@ -84,7 +84,7 @@ def fold_loaders(
 
 
 def check_rows(target: NDArray[np.float32], name: str, world_size: int) -> None:
-    """Raises a UserError if rows hold only one class or are fewer than the processes."""
+    """Raise a UserError if rows hold only one class or are fewer than the processes."""
     if len(np.unique(target)) < 2:
         raise UserError(f"the {name} hold only one class; use more data or fewer folds")
     if len(target) < world_size:
@@ -126,7 +126,7 @@ def create_loader(
     num_workers: int,
     num_prefetched: int,
 ) -> DataLoader[Item]:
-    """Creates a loader of `Batch`es; each of its workers prefetches `num_prefetched` of them."""
+    """Create a loader of `Batch`es; each of its workers prefetches `num_prefetched` of them."""
     return DataLoader(
         images,
         batch_size=batch_size,
@@ -141,7 +141,7 @@ def create_loader(
 
 
 def collate(items: list[Item]) -> Batch:
-    """Stacks items into a batch."""
+    """Stack items into a batch."""
     return Batch(*default_collate(items))
 
 
@@ -170,7 +170,7 @@ class TimedLoader:
 
 @contextlib.contextmanager
 def worker_errors() -> Iterator[None]:
-    """Turns torch's errors about a dead worker or a lack of shared memory into a UserError."""
+    """Turn torch's errors about a dead worker or a lack of shared memory into a UserError."""
     try:
         yield
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:

@@ -34,7 +34,7 @@ STEPS_AHEAD = 2
 
 
 def train_fold(settings: TrainSettings, data: TrainData, fold: int, device: torch.device) -> None:
-    """Trains one fold and writes its folder.
+    """Train one fold and write its folder.
 
     Raises:
         UserError: the fold cannot be trained on, or logits are not finite.
@@ -89,7 +89,7 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int, device: torc
 def start_or_resume(
     state: TrainState, settings: TrainSettings, data: TrainData, fold: int, device: torch.device
 ) -> None:
-    """Loads `last.pth` into `state` with --resume, sets the threads and prepares the folder.
+    """Load `last.pth` into `state` with --resume, set the threads and prepare the folder.
 
     Raises:
         UserError: `last.pth` does not fit this run, or its last epoch is already finished.
@@ -115,7 +115,7 @@ def start_or_resume(
 
 
 def select_epoch(state: TrainState, mode: str, num_epochs: int, pauc: float) -> bool:
-    """Updates `state.best_pauc`; returns whether the finished epoch becomes `best_model.pth`.
+    """Update `state.best_pauc`; returns whether the finished epoch becomes `best_model.pth`.
 
     Args:
         state: after the epoch.
@@ -142,7 +142,7 @@ def train_epoch(
     device: torch.device,
     title: str,
 ) -> EpochStats:
-    """Trains on every batch of an epoch, `settings.accumulation_steps` batches per optimizer step.
+    """Train on every batch of an epoch, `settings.accumulation_steps` batches per optimizer step.
 
     Args:
         state: changed in place.
@@ -192,7 +192,7 @@ def train_epoch(
 def show_progress(
     progress: "tqdm[Batch]", stats: EpochStats, optimizer: torch.optim.Optimizer, seconds: float
 ) -> None:
-    """Sets the loss, the head's learning rate and the speed that the progress bar shows."""
+    """Set the loss, the head's learning rate and the speed that the progress bar shows."""
     progress.set_postfix(
         loss=stats.loss_text(last=50),
         lr=f"{optimizer.param_groups[-1]['lr']:.1e}",
@@ -205,7 +205,7 @@ T = TypeVar("T")
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yields lists of `size` items, the last one shorter: itertools.batched of Python 3.12."""
+    """Yield lists of `size` items, the last one shorter: itertools.batched of Python 3.12."""
     iterator = iter(items)
     while group := list(islice(iterator, size)):
         yield group

@@ -23,7 +23,7 @@ TENSOR_OVERHEAD = 32 * 1024
 
 
 def select_device(name: str) -> torch.device:
-    """Returns the device of a setting; with several processes, each has its own GPU.
+    """Return the device of a setting; with several processes, each has its own GPU.
 
     Args:
         name: `auto` (a GPU if there is one), `cuda`, `cpu` or `cuda:N`.
@@ -45,7 +45,7 @@ def select_device(name: str) -> torch.device:
 
 
 def without_bfloat16(device: torch.device) -> str | None:
-    """Returns the reason why a device cannot compute in bfloat16, None if it can.
+    """Return the reason why a device cannot compute in bfloat16, None if it can.
 
     On older GPUs torch emulates it slowly, and compilers refuse it.
     """
@@ -59,14 +59,14 @@ def without_bfloat16(device: torch.device) -> str | None:
 
 
 def check_bfloat16(device: torch.device) -> None:
-    """Raises a UserError if the device cannot compute in bfloat16."""
+    """Raise a UserError if the device cannot compute in bfloat16."""
     reason = without_bfloat16(device)
     if reason:
         raise UserError(f"--bf16: {reason}; use --fp16")
 
 
 def default_workers(device: torch.device) -> int:
-    """Returns the number of loader workers per training process: all cores for a GPU, else none.
+    """Return the number of loader workers per training process: all cores for a GPU, else none.
 
     On a CPU, each layer is shared evenly among the network's threads. A worker that takes a core
     from one of them delays all, and handing batches over costs time as well.
@@ -77,7 +77,7 @@ def default_workers(device: torch.device) -> int:
 
 
 def fit_workers(num_workers: int, batch_bytes: int, num_held: int) -> tuple[int, int]:
-    """Returns the number of workers, and of prefetched batches per worker, that fit shared memory.
+    """Return the number of workers, and of prefetched batches per worker, that fit shared memory.
 
     Workers hand batches over in /dev/shm, which has 64 MB in a container by default. If it is too
     small, a warning is printed, each worker prefetches one batch, and there are fewer workers, or
@@ -105,7 +105,7 @@ def fit_workers(num_workers: int, batch_bytes: int, num_held: int) -> tuple[int,
 
 
 def prepare(device: torch.device) -> None:
-    """Selects the device and turns on its fast paths: TF32, cuDNN autotuning, memory reuse."""
+    """Select the device and turn on its fast paths: TF32, cuDNN autotuning, memory reuse."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events are recorded on the current device
         allow_tf32(device)
@@ -116,13 +116,13 @@ def prepare(device: torch.device) -> None:
 
 
 def allow_tf32(device: torch.device) -> None:
-    """Lets a GPU multiply float32 matrices as TF32, with a mantissa of 10 bits."""
+    """Let a GPU multiply float32 matrices as TF32, with a mantissa of 10 bits."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for the next step; does nothing with another C library.
+    """Make glibc keep freed memory for the next step; does nothing with another C library.
 
     By default it returns large blocks to the kernel, which clears every page again when the next
     step touches it.

@@ -43,14 +43,14 @@ class MaskDecoder(nn.Module):
         )
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Returns logits [N, h, w] of maps [N, C_i, h_i, w_i]."""
+        """Return logits [N, h, w] of maps [N, C_i, h_i, w_i]."""
         projected = [project(part) for project, part in zip(self.projections, maps, strict=True)]
         logits: Tensor = self.draw(torch.stack(projected).sum(dim=0))
         return logits.squeeze(1)
 
 
 def trunk_stride(finest: int) -> int:
-    """Returns the stride at which feature maps are summed; `finest` is the smallest of theirs."""
+    """Return the stride at which feature maps are summed; `finest` is the smallest of theirs."""
     for stride in (TRUNK_STRIDE, MASK_STRIDE):
         if finest % stride == 0:
             return stride

@@ -72,7 +72,7 @@ class Classifier(nn.Module):
         self.register_buffer("inverse_std", (1 / std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Returns features [N, D] (the backbone's output) and logits [N, 1], float32.
+        """Return features [N, D] (the backbone's output) and logits [N, 1], float32.
 
         Args:
             images: uint8 [N, H, W, 3], RGB; float32 in [0, 255] after mixup or cutmix.
@@ -81,7 +81,7 @@ class Classifier(nn.Module):
         return features, self.logits(features)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Returns logits [N, 1] of features [N, D], float32.
+        """Return logits [N, 1] of features [N, D], float32.
 
         Under autocast too: in half precision many rows would share a logit and lose their order.
         """
@@ -90,7 +90,7 @@ class Classifier(nn.Module):
         return logits.float()
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Returns the backbone's input [N, 3, H, W]."""
+        """Return the backbone's input [N, 3, H, W]."""
         # Cast first: TensorRT accepts uint8 only as the input of a cast (NVIDIA/TensorRT#3985,
         # seen with TensorRT 10). The order may change once that is lifted.
         pixels = images.to(torch.float32).permute(0, 3, 1, 2)
@@ -120,7 +120,7 @@ class MultiTask(Classifier):
         self.mask_stride = self.decoder.stride
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Returns features [N, D], logits [N, 1] and the mask [N, H / stride, W / stride], float32.
+        """Return features [N, D], logits [N, 1] and the mask [N, H / stride, W / stride], float32.
 
         The mask is logits in training mode, for a loss that does not saturate, and probabilities in
         eval mode. Under autocast the decoder computes in half precision: its convolutions are
@@ -140,7 +140,7 @@ class MultiTask(Classifier):
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Returns a context without autocast.
+    """Return a context without autocast.
 
     A null context if autocast is off: torch.export would record a disabled one as a submodule,
     which the ONNX exporter did not always support (pytorch/pytorch#136545).
@@ -151,7 +151,7 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
 
 
 def preprocess_spec(settings: TrainSettings) -> PreprocessSpec:
-    """Returns the preprocessing of a config; mean and std are the backbone's own."""
+    """Return the preprocessing of a config; mean and std are the backbone's own."""
     config = resolve_model_data_config(None, pretrained_cfg=pretrained_config(settings.model))
     return PreprocessSpec(
         size=settings.image_size,
@@ -162,7 +162,7 @@ def preprocess_spec(settings: TrainSettings) -> PreprocessSpec:
 
 
 def create_model(settings: TrainSettings, pretrained: bool | str | None = None) -> Classifier:
-    """Builds the network of a config and checks it with one image.
+    """Build the network of a config and check it with one image.
 
     Args:
         settings: model, image size and drop rates.
@@ -181,7 +181,7 @@ def create_model(settings: TrainSettings, pretrained: bool | str | None = None) 
 
 
 def _create_checked(settings: TrainSettings, pretrained: bool | str) -> Classifier:
-    """Builds the network.
+    """Build the network.
 
     Raises:
         UserError: no such model, or its weights cannot be loaded.
@@ -201,7 +201,7 @@ def _create_checked(settings: TrainSettings, pretrained: bool | str) -> Classifi
 
 @torch.no_grad()
 def _check_outputs(model: Classifier, size: int) -> None:
-    """Raises a ValueError if an output for one image has an unexpected shape."""
+    """Raise a ValueError if an output for one image has an unexpected shape."""
     outputs = model.eval()(_blank_image(size))
     model.train()
     expected: list[tuple[int, ...]] = [(1, model.num_features), (1, 1)]
@@ -217,7 +217,7 @@ def _blank_image(size: int) -> Tensor:
 
 
 def _explain(settings: TrainSettings, reason: str) -> str:
-    """Returns the error message for a network that cannot be built or run.
+    """Return the error message for a network that cannot be built or run.
 
     It blames the first setting that makes the network work when changed, so that the message does
     not depend on the many ways in which libraries report one cause.
@@ -235,7 +235,7 @@ def _explain(settings: TrainSettings, reason: str) -> str:
 
 
 def _find_remedy(settings: TrainSettings, own_size: int) -> tuple[str, Any]:
-    """Returns the first setting and value with which the network works, or ("model", None)."""
+    """Return the first setting and value with which the network works, or ("model", None)."""
     sizes = [max(round(settings.image_size / stride), 1) * stride for stride in COMMON_STRIDES]
     remedies = [(name, value) for name, value in HARMLESS.items() if name != "mask_weight"]
     remedies += [("image_size", size) for size in (*sizes, own_size)]

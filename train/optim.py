@@ -21,7 +21,7 @@ Schedule = Mapping[str, NDArray[np.float64]]
 def create_optimizer(
     model: Classifier, lr: float, lr_backbone: float, weight_decay: float, layer_decay: float
 ) -> torch.optim.AdamW:
-    """Creates AdamW over backbone and heads; vectors (biases, norms) are not decayed.
+    """Create AdamW over backbone and heads; vectors (biases, norms) are not decayed.
 
     Each parameter group names its `part` of the network, BACKBONE or HEAD, and its `peak_lr`.
 
@@ -63,7 +63,7 @@ def _backbone_groups(
 def create_schedule(
     steps_per_epoch: int, epochs: int, warmup_epochs: float, freeze_epochs: int
 ) -> Schedule:
-    """Returns the learning-rate factors of a run; the backbone warms up when it is thawed."""
+    """Return the learning-rate factors of a run; the backbone warms up when it is thawed."""
     num_steps = steps_per_epoch * epochs
     num_warmup = round(steps_per_epoch * warmup_epochs)
     thaw_step = steps_per_epoch * freeze_epochs
@@ -74,7 +74,7 @@ def create_schedule(
 
 
 def lr_schedule(num_steps: int, num_warmup: int, first_step: int = 0) -> NDArray[np.float64]:
-    """Returns the factor of the peak learning rate at each optimizer step, float64 [num_steps].
+    """Return the factor of the peak learning rate at each optimizer step, float64 [num_steps].
 
     The factor is a cosine from 1 after the first `num_warmup` steps to 0 at the end, times a linear
     ramp over `num_warmup` steps from `first_step`, before which it is 0. Weights that are thawed
@@ -88,14 +88,14 @@ def lr_schedule(num_steps: int, num_warmup: int, first_step: int = 0) -> NDArray
 
 
 def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
-    """Sets the learning rate of every group for a step."""
+    """Set the learning rate of every group for a step."""
     for group in optimizer.param_groups:
         # float: a checkpoint with numpy numbers would not load with weights_only.
         group["lr"] = group["peak_lr"] * float(schedule[group["part"]][step])
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Returns the largest learning rate per part, as the last step used it."""
+    """Return the largest learning rate per part, as the last step used it."""
     rates: dict[str, float] = {}
     for group in optimizer.param_groups:
         part = group["part"]

@@ -43,19 +43,19 @@ class PackedFiles:
         return empty
 
     def without(self, rows: Iterable[int]) -> "PackedFiles":
-        """Returns the other rows, on the same buffer."""
+        """Return the other rows, on the same buffer."""
         kept = np.delete(np.arange(len(self)), list(rows))
         return PackedFiles(self.buffer, self.starts[kept], self.ends[kept])
 
 
 def empty_files(num_files: int) -> PackedFiles:
-    """Returns files of no bytes."""
+    """Return files of no bytes."""
     nowhere = np.zeros(num_files, np.int64)
     return PackedFiles(np.empty(0, np.uint8), nowhere, nowhere)
 
 
 def read_packed(store: ImageStore, ids: list[str]) -> tuple[PackedFiles, dict[int, str]]:
-    """Reads the files of `ids`.
+    """Read the files of `ids`.
 
     Returns:
         The files, empty if one is absent or unreadable, and the reasons for that by row.

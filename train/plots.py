@@ -15,7 +15,7 @@ ROC_FILE = "roc.svg"
 
 
 def draw_roc(path: Path, tables: Mapping[str, pl.DataFrame]) -> None:
-    """Draws ROC curves with the scored region (TPR at least 0.8) filled.
+    """Draw ROC curves with the scored region (TPR at least 0.8) filled.
 
     Args:
         path: of the SVG file.
@@ -29,7 +29,7 @@ def draw_roc(path: Path, tables: Mapping[str, pl.DataFrame]) -> None:
 
 
 def write_scalars(directory: Path, epoch: int, scalars: Mapping[str, float | None]) -> None:
-    """Adds an epoch's scalars to TensorBoard's event files in `directory`, if it is installed."""
+    """Add an epoch's scalars to TensorBoard's event files in `directory`, if it is installed."""
     if find_spec("tensorboard") is None:
         return
     from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional

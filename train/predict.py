@@ -29,7 +29,7 @@ class Predictions:
 
     @classmethod
     def merge(cls, parts: list["Predictions"]) -> "Predictions":
-        """Merges the predictions of several processes, in the table's order."""
+        """Merge the predictions of several processes, in the table's order."""
         rows = np.concatenate([part.rows for part in parts])
         logits = np.concatenate([part.logits for part in parts])
         overlaps = np.concatenate([part.dice for part in parts])
@@ -45,7 +45,7 @@ def predict(
     precision: str,
     num_parts: int = 1,
 ) -> Predictions:
-    """Predicts the loader's rows; Dice is NaN unless the model predicts masks.
+    """Predict the loader's rows; Dice is NaN unless the model predicts masks.
 
     Args:
         model: set to eval mode.
@@ -74,7 +74,7 @@ def predict(
 
 
 def score(target: NDArray[np.float32], predictions: Predictions) -> dict[str, float]:
-    """Returns `pauc`, `auc` and, if any of the images has a mask, the mean `dice`.
+    """Return `pauc`, `auc` and, if any of the images has a mask, the mean `dice`.
 
     Raises:
         UserError: a logit is not finite.

@@ -36,7 +36,7 @@ class Weights:
     """The images and patients they have learned from, as far as known."""
 
     def manifest_fields(self, backbone: nn.Module) -> dict[str, Any]:
-        """Returns source, SHA-256 of the file and SHA-256 of the tensors, as far as they apply.
+        """Return source, SHA-256 of the file and SHA-256 of the tensors, as far as they apply.
 
         Args:
             backbone: holds these weights, before its first training step.
@@ -48,7 +48,7 @@ class Weights:
 
 
 def find_weights(pretrained: bool | str, fold: int) -> Weights:
-    """Finds the weights that a fold starts from.
+    """Find the weights that a fold starts from.
 
     Args:
         pretrained: the setting: true, false, a local file or folder, or a hub repository.
@@ -64,7 +64,7 @@ def find_weights(pretrained: bool | str, fold: int) -> Weights:
 
 
 def local_file(pretrained: str, fold: int | None = None) -> Path | None:
-    """Returns the file of weights that a setting names, None for a hub repository.
+    """Return the file of weights that a setting names, None for a hub repository.
 
     Args:
         pretrained: a file, a folder with WEIGHTS_FILE, or a run of this toolkit.
@@ -89,12 +89,12 @@ def local_file(pretrained: str, fold: int | None = None) -> Path | None:
 
 
 def hub_id(pretrained: str) -> str:
-    """Returns the name of a hub repository without the optional prefix `hf-hub:`."""
+    """Return the name of a hub repository without the optional prefix `hf-hub:`."""
     return pretrained.removeprefix("hf-hub:")
 
 
 def seen_by(path: Path) -> Seen:
-    """Returns the images and patients that the weights in a file have learned from.
+    """Return the images and patients that the weights in a file have learned from.
 
     Weights of this toolkit carry the digest of their list, so that they are still recognised after
     they were moved away from it.
@@ -120,7 +120,7 @@ def seen_by(path: Path) -> Seen:
 
 
 def _trained_on_digest(path: Path) -> str | None:
-    """Returns the digest of its list of images that a file carries, None if it has none."""
+    """Return the digest of its list of images that a file carries, None if it has none."""
     if path.suffix != ".safetensors":
         return None
     try:
@@ -134,7 +134,7 @@ def _trained_on_digest(path: Path) -> str | None:
 
 
 def tensors_sha256(module: nn.Module) -> str:
-    """Returns the SHA-256 of a module's tensors in the order of their names."""
+    """Return the SHA-256 of a module's tensors in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -145,7 +145,7 @@ def tensors_sha256(module: nn.Module) -> str:
 def refuse_leaking_weights(
     pretrained: bool | str, folds: Iterable[int], table: pl.DataFrame, fold: NDArray[np.int8]
 ) -> None:
-    """Raises a UserError if the weights of a fold have learned from rows that the fold holds out.
+    """Raise a UserError if the weights of a fold have learned from rows that the fold holds out.
 
     Args:
         pretrained: the setting.

@@ -61,7 +61,7 @@ def is_finished(settings: TrainSettings, fold: int) -> bool:
 
 
 def refuse_difference(path: Path, saved: Mapping[str, Any], settings: TrainSettings) -> None:
-    """Raises a UserError that names the first setting in which `saved` differs from `settings`."""
+    """Raise a UserError that names the first setting in which `saved` differs from `settings`."""
     now = settings.model_dump(mode="json")
     # Settings that did not exist when the file was written have their defaults.
     then = build(TrainSettings, saved, source=str(path)).model_dump(mode="json")
@@ -74,7 +74,7 @@ def refuse_difference(path: Path, saved: Mapping[str, Any], settings: TrainSetti
 
 
 def require_resume_or_force(settings: TrainSettings, fold: int) -> None:
-    """Raises a UserError if a partly trained fold would be restarted without --force."""
+    """Raise a UserError if a partly trained fold would be restarted without --force."""
     directory = fold_dir(settings.run_dir, fold)
     history = directory / HISTORY_FILE
     resumes = settings.resume and (directory / LAST_CHECKPOINT).is_file()
@@ -88,7 +88,7 @@ def require_resume_or_force(settings: TrainSettings, fold: int) -> None:
 
 
 def refuse_other_content(settings: TrainSettings, fold: int) -> None:
-    """Raises a UserError if files that no training run wrote would be overwritten."""
+    """Raise a UserError if files that no training run wrote would be overwritten."""
     run = settings.run_dir
     directory = fold_dir(run, fold)
     flag = "--output_dir or --name"

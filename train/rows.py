@@ -71,7 +71,7 @@ class TrainData:
 
 
 def load_data(settings: TrainSettings) -> TrainData:
-    """Loads the training rows of the dataset and of the extra datasets.
+    """Load the training rows of the dataset and of the extra datasets.
 
     Raises:
         UserError: anything is wrong with a dataset; with `on_error=skip`, rows without a usable
@@ -105,7 +105,7 @@ def load_data(settings: TrainSettings) -> TrainData:
 
 
 def sample_rows(table: pl.DataFrame, num_rows: int, seed: int) -> pl.DataFrame:
-    """Returns about `num_rows` rows that include every positive, in the table's order."""
+    """Return about `num_rows` rows that include every positive, in the table's order."""
     negatives = table.filter(pl.col(schema.TARGET) == 0)
     num_negatives = num_rows - (len(table) - len(negatives))
     if num_negatives >= len(negatives):
@@ -115,7 +115,7 @@ def sample_rows(table: pl.DataFrame, num_rows: int, seed: int) -> pl.DataFrame:
 
 
 def load_extra(root: Path, others: list[pl.DataFrame], settings: TrainSettings) -> Rows:
-    """Loads the rows of an extra dataset that share no image or patient with the other tables."""
+    """Load the rows of an extra dataset that share no image or patient with the other tables."""
     dataset = Dataset(root)
     table = exclude_overlap(dataset.metadata("train"), others, root)
     rows = load_rows(dataset, table, settings)
@@ -124,7 +124,7 @@ def load_extra(root: Path, others: list[pl.DataFrame], settings: TrainSettings) 
 
 
 def exclude_overlap(table: pl.DataFrame, others: list[pl.DataFrame], root: Path) -> pl.DataFrame:
-    """Returns the rows of an extra dataset whose image and patient are in none of the others.
+    """Return the rows of an extra dataset whose image and patient are in none of the others.
 
     A patient in the training rows and in the held-out rows would inflate the out-of-fold score.
     """
@@ -141,7 +141,7 @@ def exclude_overlap(table: pl.DataFrame, others: list[pl.DataFrame], root: Path)
 
 
 def check_classes(table: pl.DataFrame, root: Path, negatives_per_positive: float | None) -> None:
-    """Warns if an extra dataset has only one class.
+    """Warn if an extra dataset has only one class.
 
     Raises:
         UserError: it has no positive for `negatives_per_positive` to count from.
@@ -160,7 +160,7 @@ def check_classes(table: pl.DataFrame, root: Path, negatives_per_positive: float
 
 
 def load_rows(dataset: Dataset, table: pl.DataFrame, settings: TrainSettings) -> Rows:
-    """Reads and checks the images, and masks if the run uses them, of a table's rows.
+    """Read and check the images, and masks if the run uses them, of a table's rows.
 
     Raises:
         UserError: an image cannot be used and `on_error` is `raise`, or a mask cannot be used.
@@ -181,12 +181,12 @@ def load_rows(dataset: Dataset, table: pl.DataFrame, settings: TrainSettings) ->
 
 
 def undecodable(images: PackedFiles) -> dict[int, str]:
-    """Returns the reason by row for every file that does not decode."""
+    """Return the reason by row for every file that does not decode."""
     return failures(lambda row: decode(images[row]), range(len(images)), num_cores())
 
 
 def report_errors(errors: dict[int, str], ids: list[str], on_error: str, path: Path) -> None:
-    """Lists the images that cannot be used in `path`.
+    """List the images that cannot be used in `path`.
 
     Args:
         errors: reason by row.
@@ -213,7 +213,7 @@ def report_errors(errors: dict[int, str], ids: list[str], on_error: str, path: P
 
 
 def load_masks(path: Path, ids: list[str], images: PackedFiles) -> PackedFiles:
-    """Reads the mask files of `ids`, empty for an image without one.
+    """Read the mask files of `ids`, empty for an image without one.
 
     Raises:
         UserError: the file of masks, or one of the masks, cannot be used.

@@ -37,7 +37,7 @@ def train(settings: TrainSettings) -> int:
 
 
 def train_folds(settings: TrainSettings, device: torch.device) -> None:
-    """Trains the folds that are not finished and prints the scores of all."""
+    """Train the folds that are not finished and print the scores of all."""
     if settings.bf16:
         check_bfloat16(device)
     due = folds_to_train(settings)
@@ -60,7 +60,7 @@ def train_folds(settings: TrainSettings, device: torch.device) -> None:
 
 
 def folds_to_train(settings: TrainSettings) -> list[int]:
-    """Returns the wanted folds without the finished ones, in all processes alike."""
+    """Return the wanted folds without the finished ones, in all processes alike."""
     folds = range(settings.num_folds) if settings.fold is None else [settings.fold]
     due = [fold for fold in folds if settings.force or not is_finished(settings, fold)]
     if distributed.is_main():

@@ -23,7 +23,7 @@ class Pool:
     num_samples: int
 
     def sample(self, random: np.random.Generator) -> NDArray[np.int64]:
-        """Returns `num_samples` rows: all equally often, the remainder without replacement."""
+        """Return `num_samples` rows: all equally often, the remainder without replacement."""
         if not self.num_samples:
             return self.rows[:0]
         repeats, remainder = divmod(self.num_samples, len(self.rows))
@@ -38,7 +38,7 @@ def create_pools(
     per_positive: float | None,
     weight: float = 1.0,
 ) -> tuple[Pool, Pool]:
-    """Returns the positives and the negatives of a dataset.
+    """Return the positives and the negatives of a dataset.
 
     Args:
         rows: [N], row numbers.
@@ -64,7 +64,7 @@ def epoch_pools(
     per_positive: float | None,
     extra_weight: float,
 ) -> list[Pool]:
-    """Returns positives and negatives of the training rows, then those of each extra dataset.
+    """Return positives and negatives of the training rows, then those of each extra dataset.
 
     Each dataset has the same ratio of classes. With the negatives of one and the positives of
     another, the network would learn to recognise datasets.
@@ -77,7 +77,7 @@ def epoch_pools(
 
 
 def report_composition(pools: Sequence[Pool], fold: int) -> None:
-    """Prints how many rows of each class an epoch shows; warns if most are of extra datasets."""
+    """Print how many rows of each class an epoch shows; warns if most are of extra datasets."""
     positives, negatives = pools[0].num_samples, pools[1].num_samples
     text = f"{positives} positives and {negatives} negatives"
     extra_positives = sum(pool.num_samples for pool in pools[2::2])

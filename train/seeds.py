@@ -5,7 +5,7 @@ import torch
 
 
 def derive_seed(*numbers: int) -> int:
-    """Returns one number that depends on all of them.
+    """Return one number that depends on all of them.
 
     CPython's hash of a tuple of ints does not depend on PYTHONHASHSEED and has been the same since
     3.8 on 64-bit systems. It stays, because with other seeds no earlier run could be resumed or
@@ -15,12 +15,12 @@ def derive_seed(*numbers: int) -> int:
 
 
 def seed_weights(seed: int, fold: int) -> None:
-    """Seeds torch for the random weights of a fold."""
+    """Seed torch for the random weights of a fold."""
     torch.manual_seed(derive_seed(seed, fold))
 
 
 def seed_epoch(seed: int, fold: int, epoch: int, rank: int) -> None:
-    """Seeds an epoch by itself, so that it repeats after a resume; ranks drop different units."""
+    """Seed an epoch by itself, so that it repeats after a resume; ranks drop different units."""
     torch.manual_seed(derive_seed(seed, fold, epoch) + rank)
     # The legacy generator: timm's Mixup uses it.
     np.random.seed(derive_seed(seed, fold, epoch, rank) % 2**32)  # noqa: NPY002

@@ -55,7 +55,7 @@ class TrainState:
 
 
 def create_state(settings: TrainSettings, device: torch.device, fold: int) -> TrainState:
-    """Builds model, optimizer, loss scaling and moving average; random weights depend on the seed
+    """Build model, optimizer, loss scaling and moving average; random weights depend on the seed
     and the fold only."""
     seed_weights(settings.seed, fold)
     weights = find_weights(settings.pretrained, fold)
@@ -75,7 +75,7 @@ def create_state(settings: TrainSettings, device: torch.device, fold: int) -> Tr
 
 
 def use_fast_memory_format(model: Classifier, name: str, device: torch.device) -> None:
-    """Stores convolutional weights channels-last, which cuDNN and oneDNN compute faster with."""
+    """Store convolutional weights channels-last, which cuDNN and oneDNN compute faster with."""
     if device.type == "cpu" and corrupts_heap(model):
         model.backbone.register_forward_pre_hook(_channels_first)
     elif not takes_image_size(name):
@@ -103,7 +103,7 @@ def _channels_first(backbone: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Te
 
 
 def save_last(path: Path, state: TrainState, settings: TrainSettings, folds_digest: str) -> None:
-    """Writes `last.pth`. Main process only."""
+    """Write `last.pth`. Main process only."""
     if not distributed.is_main():
         return
     save_checkpoint(
@@ -122,7 +122,7 @@ def save_last(path: Path, state: TrainState, settings: TrainSettings, folds_dige
 
 
 def restore(state: TrainState, path: Path, settings: TrainSettings, folds_digest: str) -> None:
-    """Loads `last.pth` into `state`.
+    """Load `last.pth` into `state`.
 
     Raises:
         UserError: it was made with other settings, other folds or other initial weights.

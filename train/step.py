@@ -27,7 +27,7 @@ AUTOCAST_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Returns the autocast context of a precision, disabled for fp32."""
+    """Return the autocast context of a precision, disabled for fp32."""
     dtype = AUTOCAST_DTYPES.get(precision, torch.bfloat16)
     return torch.autocast(device.type, dtype, enabled=precision in AUTOCAST_DTYPES)
 
@@ -39,7 +39,7 @@ def accumulate(
     settings: TrainSettings,
     device: torch.device,
 ) -> Tensor:
-    """Computes the gradient of the micro-batches' mean loss; returns that loss, a scalar.
+    """Compute the gradient of the micro-batches' mean loss; returns that loss, a scalar.
 
     If the device runs out of memory, micro-batches are cut into twice as many parts from then on.
     The optimizer step still sees every image once and with the same weight.
@@ -78,7 +78,7 @@ def backward(
     settings: TrainSettings,
     device: torch.device,
 ) -> Tensor:
-    """Runs forward and backward passes over all micro-batches; returns the mean loss, a scalar."""
+    """Run forward and backward passes over all micro-batches; returns the mean loss, a scalar."""
     total = torch.zeros((), device=device)
     parts = []
     for batch in micro_batches:
@@ -100,7 +100,7 @@ def backward(
 
 
 def optimizer_step(state: TrainState, clip_grad: float, loss: Tensor) -> Tensor:
-    """Clips and applies the accumulated gradient; skips the update if it or the loss is not finite.
+    """Clip and apply the accumulated gradient; skips the update if it or the loss is not finite.
 
     In float32 and bfloat16 a gradient that is not finite ends the run. In float16 the scaler skips
     such steps, and the run ends only at the smallest loss scale.
@@ -140,7 +140,7 @@ class NonFiniteGradient(Exception):
         self.step, self.epoch, self.rows = step, epoch, rows
 
     def describe(self, ids: pl.Series) -> str:
-        """Returns the error message, with the ids of the images; `ids` are those of the table."""
+        """Return the error message, with the ids of the images; `ids` are those of the table."""
         names = ", ".join(ids[row] for row in self.rows[:MAX_NAMED])
         num_more = len(self.rows) - MAX_NAMED
         more = f" and {num_more} more" if num_more > 0 else ""
@@ -164,7 +164,7 @@ class StepResult:
             self.copied.record()
 
     def read(self) -> tuple[float, bool]:
-        """Waits for the copy. Returns the loss and whether the step was skipped.
+        """Wait for the copy. Returns the loss and whether the step was skipped.
 
         Raises:
             NonFiniteGradient: the run has diverged.

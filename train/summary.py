@@ -17,7 +17,7 @@ Scores = tuple[float, float, float | None]
 
 
 def print_scores(run: Path, num_folds: int) -> None:
-    """Prints the out-of-fold scores per fold, their mean and the pooled ones, and draws ROC curves.
+    """Print the out-of-fold scores per fold, their mean and the pooled ones, and draw ROC curves.
 
     Both are shown because the partial AUC is not additive: the mean over folds is not the pooled
     value.
@@ -42,7 +42,7 @@ def print_scores(run: Path, num_folds: int) -> None:
 
 
 def _print_row(name: str, oof: pl.DataFrame) -> Scores:
-    """Prints a line of the table and returns its scores."""
+    """Print a line of the table and return its scores."""
     target, logit = oof[schema.TARGET], oof["logit"]
     score, auc = pauc(target, logit), roc_auc(target, logit)
     dice = _mean(oof["dice"].to_list()) if "dice" in oof.columns else None
@@ -58,7 +58,7 @@ def _print_mean(scores: Sequence[Scores]) -> None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Returns the mean of the values that are not None."""
+    """Return the mean of the values that are not None."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 

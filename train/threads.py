@@ -34,7 +34,7 @@ MAX_SECONDS = 2.0
 def set_threads(
     model: Classifier, settings: TrainSettings, device: torch.device, saved: int | None
 ) -> str:
-    """Sets torch's number of threads and returns a few words about it, "" on a GPU.
+    """Set torch's number of threads and return a few words about it, "" on a GPU.
 
     Args:
         model: to be trained; unchanged.
@@ -57,7 +57,7 @@ def set_threads(
 def _known_number(
     wanted: int | None, device: torch.device, saved: int | None
 ) -> tuple[int | None, str]:
-    """Returns the number of threads and the reason for it, or None if it is to be measured."""
+    """Return the number of threads and the reason for it, or None if it is to be measured."""
     if wanted is not None:
         return wanted, "--num_threads"
     if device.type != "cpu":
@@ -77,7 +77,7 @@ def _may_be_set_by_torchrun() -> bool:
 
 
 def thread_counts() -> list[int]:
-    """Returns the candidates: one, this process's part of the cores, and torch's default."""
+    """Return the candidates: one, this process's part of the cores, and torch's default."""
     cores = max(1, num_cores() // distributed.local_world_size())
     return sorted({1, cores, min(cores, DEFAULT_THREADS)})
 
@@ -85,7 +85,7 @@ def thread_counts() -> list[int]:
 def _create_pass(
     model: Classifier, shape: tuple[int, ...], device: torch.device, precision: str
 ) -> Callable[[int], None]:
-    """Returns a function that makes a training pass of some random images through a copy.
+    """Return a function that makes a training pass of some random images through a copy.
 
     Args:
         model: unchanged; the copy trains all weights, also those that are frozen at first.
@@ -114,7 +114,7 @@ def measure(
     counts: Sequence[int],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
-    """Measures images per second by number of threads.
+    """Measure images per second by number of threads.
 
     The numbers take turns, so that other programs slow all of them alike.
 
@@ -152,7 +152,7 @@ def measure(
 
 
 def describe(rates: dict[int, float]) -> str:
-    """Returns the rates for display."""
+    """Return the rates for display."""
     return ", ".join(f"{_plural(count)}: {rate:.3g} img/s" for count, rate in rates.items())
 
 

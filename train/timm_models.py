@@ -26,7 +26,7 @@ LIBRARY_ERRORS = (
 
 
 def pretrained_config(name: str) -> dict[str, Any]:
-    """Returns timm's pretrained config of a model. Raises a UserError if there is none."""
+    """Return timm's pretrained config of a model. Raises a UserError if there is none."""
     new_name = get_deprecated_models().get(name)
     if new_name:
         raise UserError(f'timm calls "{name}" "{new_name}" now; use that name')
@@ -52,7 +52,7 @@ def takes_image_size(name: str) -> bool:
 
 
 def backbone_options(settings: TrainSettings) -> dict[str, Any]:
-    """Returns the arguments of `timm.create_model` for the backbone of a config."""
+    """Return the arguments of `timm.create_model` for the backbone of a config."""
     options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": settings.drop_path_rate}
     if takes_image_size(settings.model):
         options["img_size"] = settings.image_size
@@ -62,7 +62,7 @@ def backbone_options(settings: TrainSettings) -> dict[str, Any]:
 
 
 def create_backbone(name: str, pretrained: bool | str, options: dict[str, Any]) -> nn.Module:
-    """Builds a backbone and loads its weights, if any.
+    """Build a backbone and load its weights, if any.
 
     Raises:
         UserError: no such model, or its weights cannot be loaded.
@@ -99,7 +99,7 @@ def create_backbone(name: str, pretrained: bool | str, options: dict[str, Any]) 
 def _refuse_unfilled(
     backbone: nn.Module, name: str, pretrained: str, options: dict[str, Any], rng_state: Tensor
 ) -> None:
-    """Raises a UserError if weights still have their random values; timm would only log it.
+    """Raise a UserError if weights still have their random values; timm would only log it.
 
     Args:
         backbone: built from `rng_state`, then filled from a file.

@@ -37,7 +37,7 @@ from isic.tables import write_parquet
 
 
 def embed_dataset(settings: EmbedSettings) -> int:
-    """Embeds the dataset's images with the exported folds of a model config.
+    """Embed the dataset's images with the exported folds of a model config.
 
     Shards that exist are kept, so an interrupted run resumes where it stopped.
     """
@@ -51,7 +51,7 @@ def embed_dataset(settings: EmbedSettings) -> int:
 
 
 def embed_splits(settings: EmbedSettings) -> None:
-    """Embeds one split, or all that the dataset has."""
+    """Embed one split, or all that the dataset has."""
     dataset = Dataset(settings.data)
     model_dir = settings.model_dir or OUTPUT_DIR / settings.config
     models = find_models(model_dir, settings.config, settings.format, settings.precision)
@@ -74,7 +74,7 @@ def _note_missing_folds(model_dir: Path, models: Models) -> None:
 
 
 def choose_device(models: Models, device: str, uses_ray: bool) -> str:
-    """Returns the device of all processes; with Ray it stays as given: nodes may differ."""
+    """Return the device of all processes; with Ray it stays as given: nodes may differ."""
     if uses_ray:
         return device
     chosen = device_of(models.first_manifest, device)
@@ -85,7 +85,7 @@ def choose_device(models: Models, device: str, uses_ray: bool) -> str:
 
 
 def _warn_of_other_cpu(manifest: Mapping[str, Any]) -> None:
-    """Warns if an int8 artifact passed the parity check on another CPU architecture.
+    """Warn if an int8 artifact passed the parity check on another CPU architecture.
 
     Integer products are exact on every CPU, but ARM's libraries may scale activations differently.
     """
@@ -99,7 +99,7 @@ def _warn_of_other_cpu(manifest: Mapping[str, Any]) -> None:
 
 
 def present_splits(dataset: Dataset) -> list[Split]:
-    """Returns the splits of a dataset that have both a table and images."""
+    """Return the splits of a dataset that have both a table and images."""
     found = [
         split
         for split in SPLITS
@@ -115,7 +115,7 @@ def present_splits(dataset: Dataset) -> list[Split]:
 def embed_split(
     dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings
 ) -> None:
-    """Embeds one split and writes its `run.json`."""
+    """Embed one split and write its `run.json`."""
     root = settings.run_dir.resolve()
     directory = root / split
     spec, shards = _plan(dataset, split, models, folds_path, settings)
@@ -153,7 +153,7 @@ def embed_split(
 def _plan(
     dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings
 ) -> tuple[RunSpec, list[Shard]]:
-    """Returns the run spec and the shards.
+    """Return the run spec and the shards.
 
     A function of its own so that the full-size tables are freed before the engines are loaded.
     """
@@ -167,7 +167,7 @@ def _plan(
 
 
 def _refuse_unmatched_folds(models: Models, folds: Folds) -> None:
-    """Raises a UserError if a model was trained with another fold plan than its run's."""
+    """Raise a UserError if a model was trained with another fold plan than its run's."""
     expected = folds.digest
     for fold, manifest in models.manifests.items():
         trained_with = manifest.get("folds_digest", expected)
@@ -179,7 +179,7 @@ def _refuse_unmatched_folds(models: Models, folds: Folds) -> None:
 
 
 def _refuse_other_folds(root: Path, folds_path: Path) -> None:
-    """Raises a UserError if another fold plan, not of embeddings, would be overwritten."""
+    """Raise a UserError if another fold plan, not of embeddings, would be overwritten."""
     existing = root / FOLDS_FILE
     is_own = any(holds(root / split / RUN_SPEC_FILE, RUN_SPEC_KEY) for split in SPLITS)
     is_same = existing.is_file() and sha256(existing) == sha256(folds_path)
@@ -187,7 +187,7 @@ def _refuse_other_folds(root: Path, folds_path: Path) -> None:
 
 
 def copy_provenance(models: Models, folds_path: Path, root: Path) -> None:
-    """Copies the fold plan, and the list of images that each model was trained on.
+    """Copy the fold plan, and the list of images that each model was trained on.
 
     Raises:
         UserError: a list is not the one in the model's manifest.
@@ -232,7 +232,7 @@ def make_job(
 def make_runner(
     job: EmbedJob, settings: EmbedSettings, progress: Progress
 ) -> Callable[[list[Shard]], None]:
-    """Returns the function that embeds shards: here, in several processes, or on Ray."""
+    """Return the function that embeds shards: here, in several processes, or on Ray."""
     if settings.ray:
         return partial(run_ray, job=job, address=settings.ray, on_batch=progress.add)
     if settings.num_processes > 1:
@@ -246,7 +246,7 @@ def make_runner(
 
 
 def gather_errors(directory: Path, shards: list[Shard]) -> int:
-    """Writes `errors.parquet` from the lists of all shards. Returns the number of images in it."""
+    """Write `errors.parquet` from the lists of all shards. Returns the number of images in it."""
     bad = [row for shard in shards for row in shard.read_bad()]
     write_parquet(directory / ERRORS_FILE, pl.DataFrame(bad, BAD_IMAGES_SCHEMA, orient="row"))
     return len(bad)

@@ -85,7 +85,7 @@ class Embedder:
     """Embeds shards of one job. A context manager, because it owns threads."""
 
     def __init__(self, job: EmbedJob) -> None:
-        """Loads the engines and opens the images. Raises UserError if either fails."""
+        """Load the engines and open the images. Raises UserError if either fails."""
         self._job = job
         self._engines = load_many(job.models.artifacts, job.models.manifests, job.device)
         self._store = Dataset(job.data).images(job.split)
@@ -100,7 +100,7 @@ class Embedder:
         self._pool.shutdown()
 
     def run(self, shards: Sequence[Shard], on_batch: OnBatch) -> None:
-        """Embeds shards and writes each as soon as it is complete.
+        """Embed shards and write each as soon as it is complete.
 
         An exception from `on_batch` ends the run like Ctrl-C: no partial shard and no thread is
         left behind.
@@ -123,7 +123,7 @@ class Embedder:
             _wait_for_writes(written, 0, on_batch)
 
     def _decoded(self, shards: Sequence[Shard]) -> Generator[Decoded, None, None]:
-        """Yields the decoded batches of all shards; a batch never spans two shards."""
+        """Yield the decoded batches of all shards; a batch never spans two shards."""
         size = self._job.batch_size
         batches = (
             shard.ids.slice(start, size).to_list()
@@ -143,7 +143,7 @@ class Embedder:
         )
 
     def _embed(self, shard: Shard, stream: Iterator[Decoded], on_batch: OnBatch) -> ShardOutputs:
-        """Takes a shard's batches off the stream and runs the engines of its folds on each."""
+        """Take a shard's batches off the stream and run the engines of its folds on each."""
         engines = {fold: self._engines[fold] for fold in shard.paths}
         shape = (len(shard), self._job.models.num_features)
         outputs = ShardOutputs(
@@ -163,7 +163,7 @@ class Embedder:
 
 
 def _append(outputs: ShardOutputs, batch: Decoded, results: Mapping[int, Outputs]) -> None:
-    """Appends a batch's good rows to the outputs of its shard."""
+    """Append a batch's good rows to the outputs of its shard."""
     good = [row for row in range(len(batch.ids)) if row not in batch.failed]
     target = slice(len(outputs.ids), len(outputs.ids) + len(good))
     for fold, (features, logits) in results.items():
@@ -173,7 +173,7 @@ def _append(outputs: ShardOutputs, batch: Decoded, results: Mapping[int, Outputs
 
 
 def _checked(outputs: ShardOutputs) -> ShardOutputs:
-    """Cuts the arrays to the good images. Raises UserError for a value that is not finite."""
+    """Cut the arrays to the good images. Raises UserError for a value that is not finite."""
     num_good = len(outputs.ids)
     features = {fold: values[:num_good] for fold, values in outputs.features.items()}
     logits = {fold: values[:num_good] for fold, values in outputs.logits.items()}
@@ -190,7 +190,7 @@ def _checked(outputs: ShardOutputs) -> ShardOutputs:
 
 
 def _wait_for_writes(written: deque[Future[None]], max_waiting: int, on_batch: OnBatch) -> None:
-    """Waits until at most `max_waiting` shards are not yet on disk."""
+    """Wait until at most `max_waiting` shards are not yet on disk."""
     started = time.perf_counter()
     while len(written) > max_waiting:
         written.popleft().result()
@@ -198,7 +198,7 @@ def _wait_for_writes(written: deque[Future[None]], max_waiting: int, on_batch: O
 
 
 def write_outputs(shard: Shard, outputs: ShardOutputs, run_spec_digest: str | None) -> None:
-    """Writes the files of a shard, the list of bad images first.
+    """Write the files of a shard, the list of bad images first.
 
     A shard counts as done once its Parquet files exist, so the list must be there by then.
     """

@@ -45,7 +45,7 @@ class Models:
 def find_models(
     model_dir: Path, config: str, format_or_file: str, precision: str | None = None
 ) -> Models:
-    """Finds the exported model of every fold that has one.
+    """Find the exported model of every fold that has one.
 
     Args:
         model_dir: the run, with a folder per fold.
@@ -80,7 +80,7 @@ def find_models(
 
 
 def _find_artifact(folder: Path, format_or_file: str, precision: str | None) -> Path | None:
-    """Returns the artifact in a fold's folder. Raises UserError if there are several."""
+    """Return the artifact in a fold's folder. Raises UserError if there are several."""
     if format_or_file not in ENGINE_FORMATS:
         path = folder / format_or_file
         return path if path.is_file() else None
@@ -94,7 +94,7 @@ def _find_artifact(folder: Path, format_or_file: str, precision: str | None) -> 
 
 
 def _refuse_other_fold(path: Path, manifest: Mapping[str, Any], config: str, fold: int) -> None:
-    """Raises a UserError if an artifact belongs to another config or fold than its folder."""
+    """Raise a UserError if an artifact belongs to another config or fold than its folder."""
     if (manifest["name"], manifest["fold"]) != (config, fold):
         raise UserError(
             f"{path} is fold {manifest['fold']} of {manifest['name']}, "
@@ -103,7 +103,7 @@ def _refuse_other_fold(path: Path, manifest: Mapping[str, Any], config: str, fol
 
 
 def artifacts_of_format(folder: Path, format_name: str, precision: str | None) -> list[Path]:
-    """Returns the artifacts of a format in a fold's folder, according to their manifests."""
+    """Return the artifacts of a format in a fold's folder, according to their manifests."""
     manifests = [read_json(path) for path in sorted(folder.glob("*.json"))]
     return [
         folder / manifest["artifact"]
@@ -113,7 +113,7 @@ def artifacts_of_format(folder: Path, format_name: str, precision: str | None) -
 
 
 def _no_artifact(model_dir: Path, config: str, format_or_file: str, precision: str | None) -> str:
-    """Returns the error message if no fold has an artifact, with the command that makes one."""
+    """Return the error message if no fold has an artifact, with the command that makes one."""
     missing = f"{format_or_file} in {precision}" if precision else format_or_file
     command = f"python -m export --config {config}"
     if format_or_file in ENGINE_FORMATS:

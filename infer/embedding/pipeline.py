@@ -33,7 +33,7 @@ class Decoded:
 
 
 def ring_depth(batch_size: int, num_threads: int) -> int:
-    """Returns the number of batches that keep all decoding threads busy."""
+    """Return the number of batches that keep all decoding threads busy."""
     chunks_per_batch = ceil_div(batch_size, CHUNK)
     return max(MIN_DEPTH, ceil_div(CHUNKS_PER_THREAD * num_threads, chunks_per_batch))
 
@@ -47,7 +47,7 @@ def decode_ahead(
     depth: int = MIN_DEPTH,
     allocate: Callable[[Shape], Pixels] = pageable,
 ) -> Generator[Decoded, None, None]:
-    """Yields the batches in order; `pool` decodes later ones while the caller works.
+    """Yield the batches in order; `pool` decodes later ones while the caller works.
 
     Memory is `depth` batches, whatever the number of images. An error in decoding is raised at
     its batch. Closing the generator cancels waiting work and waits for work in progress.

@@ -22,7 +22,7 @@ class Progress:
     def __init__(
         self, shards: Iterable[Shard], on_error: OnError, max_bad: float, quiet: bool
     ) -> None:
-        """Counts the finished shards, with their bad images.
+        """Count the finished shards, with their bad images.
 
         Raises:
             UserError: these have too many bad images, or any if `on_error` is `raise`.
@@ -70,7 +70,7 @@ class Progress:
         return max(shares, key=shares.__getitem__)
 
     def summary(self) -> dict[str, Any]:
-        """Returns the fields of `run.json` on the run's speed."""
+        """Return the fields of `run.json` on the run's speed."""
         return {
             "images_per_second": self.num_due / self.total_seconds,
             "seconds": {"total": self.total_seconds, **self.seconds},
@@ -80,7 +80,7 @@ class Progress:
         }
 
     def add(self, stats: BatchStats) -> None:
-        """Adds a batch. Raises UserError for bad images and Interrupted after a signal."""
+        """Add a batch. Raises UserError for bad images and Interrupted after a signal."""
         interrupt.raise_if_interrupted()
         self.seconds["decode_wait"] += stats.decode_wait
         self.seconds["engine"] += stats.engine

@@ -41,7 +41,7 @@ class ShardsActor:
         self._embedder: Embedder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Embeds shards; returns their stats, or the message of a UserError, as JSON.
+        """Embed shards; returns their stats, or the message of a UserError, as JSON.
 
         The message is returned because Ray Data hides the type of an exception
         (ray-project/ray#46962).
@@ -67,7 +67,7 @@ def _sum(stats: Sequence[BatchStats]) -> BatchStats:
 
 
 def run_ray(shards: Sequence[Shard], job: EmbedJob, address: str, on_batch: OnBatch) -> None:
-    """Embeds shards on a cluster, with one actor per GPU, or per machine if there are no GPUs.
+    """Embed shards on a cluster, with one actor per GPU, or per machine if there are no GPUs.
 
     Ray repeats a task whose actor or machine died. Shards that are lost all the same stay missing.
 
@@ -98,7 +98,7 @@ def run_ray(shards: Sequence[Shard], job: EmbedJob, address: str, on_batch: OnBa
 
 
 def connect(address: str) -> Any:
-    """Joins or starts a cluster, unless this process has joined one; returns the module `ray`.
+    """Join or start a cluster, unless this process has joined one; return the module `ray`.
 
     Raises:
         UserError: Ray is not installed, or no cluster answers.
@@ -135,7 +135,7 @@ def connect(address: str) -> Any:
 
 
 def size_actors(nodes: Sequence[Mapping[str, Any]], device: str) -> tuple[int, dict[str, float]]:
-    """Returns the number of actors, and what each reserves: a GPU, or all cores of a machine.
+    """Return the number of actors, and what each reserves: a GPU, or all cores of a machine.
 
     Args:
         nodes: as `ray.nodes()` returns them.

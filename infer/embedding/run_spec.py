@@ -46,7 +46,7 @@ def build_run_spec(
     ids: pl.Series,
     settings: EmbedSettings,
 ) -> RunSpec:
-    """Returns the run spec, with its own digest as the last field.
+    """Return the run spec, with its own digest as the last field.
 
     Args:
         folds: the fold plan of the training run.
@@ -79,7 +79,7 @@ def build_run_spec(
 
 
 def _usual_batch_size(split: Split, models: Models, settings: EmbedSettings) -> int:
-    """Returns the batch size if none is given.
+    """Return the batch size if none is given.
 
     A resumed run keeps its own, because the last bits of an engine's outputs may depend on it.
     """
@@ -95,7 +95,7 @@ def _usual_batch_size(split: Split, models: Models, settings: EmbedSettings) -> 
 
 
 def start_or_resume(directory: Path, spec: Mapping[str, Any], force: bool) -> None:
-    """Writes the run spec, or checks that it is the one of the run to resume.
+    """Write the run spec, or check that it is the one of the run to resume.
 
     Temporary files of killed runs are deleted.
 
@@ -127,7 +127,7 @@ def start_or_resume(directory: Path, spec: Mapping[str, Any], force: bool) -> No
 def _other_spec(
     directory: Path, key: str, earlier: Mapping[str, Any], spec: Mapping[str, Any]
 ) -> str:
-    """Returns the error message for a run with another value of `key`."""
+    """Return the error message for a run with another value of `key`."""
     difference = f"{key} = {earlier.get(key)}, now it is {spec[key]}"
     if isinstance(spec[key], dict):  # digests per fold would not help a reader
         difference = f"other {key}"
@@ -138,7 +138,7 @@ def _other_spec(
 
 
 def _delete_stale(directory: Path) -> None:
-    """Deletes temporary files that a killed run left; recent ones may belong to a running one."""
+    """Delete temporary files that a killed run left; recent ones may belong to a running one."""
     for path in directory.rglob(".*.tmp"):
         if time.time() - path.stat().st_mtime > STALE_SECONDS:
             path.unlink(missing_ok=True)

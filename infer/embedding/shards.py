@@ -39,7 +39,7 @@ class Shard:
         return all(path.is_file() for path in self.paths.values())
 
     def read_bad(self) -> list[tuple[str, str]]:
-        """Reads the id and reason of each bad image of a finished shard."""
+        """Read the id and reason of each bad image of a finished shard."""
         return read_parquet(self.errors_path).rows() if self.errors_path.is_file() else []
 
 
@@ -51,7 +51,7 @@ def plan_shards(
     folds: Folds | None,
     folds_mode: str,
 ) -> list[Shard]:
-    """Cuts a split into shards of at most SHARD_ROWS ids, in the table's order.
+    """Cut a split into shards of at most SHARD_ROWS ids, in the table's order.
 
     The cut is the same whatever is already done, so a resumed run finds its files.
 
@@ -74,7 +74,7 @@ def plan_shards(
 
 
 def fold_of(ids: pl.Series, folds: Folds) -> pl.Series:
-    """Returns [N] the fold of each id.
+    """Return [N] the fold of each id.
 
     Like `Folds.of`, but a binary search needs a tenth of the memory of its joins.
     """
@@ -87,7 +87,7 @@ def fold_of(ids: pl.Series, folds: Folds) -> pl.Series:
 
 
 def run_missing_shards(shards: Sequence[Shard], run: Callable[[list[Shard]], None]) -> None:
-    """Runs the missing shards until none is left: a lost worker leaves its shards missing.
+    """Run the missing shards until none is left: a lost worker leaves its shards missing.
 
     Raises:
         UserError: a whole round finished no shard.

@@ -44,7 +44,7 @@ def write_shard(
     logits: NDArray[np.float32],
     run_spec_digest: str | None = None,
 ) -> None:
-    """Writes one shard atomically; its bytes depend only on the arguments.
+    """Write one shard atomically; its bytes depend only on the arguments.
 
     Args:
         ids: [N].
@@ -64,13 +64,13 @@ def write_shard(
 
 
 def ids_digest(ids: pl.Series) -> str:
-    """Returns a digest of a table's ids and their order."""
+    """Return a digest of a table's ids and their order."""
     slices = ids.to_frame(schema.ID).iter_slices(SLICE_ROWS)
     return digest(*(digest(*rows[schema.ID]) for rows in slices))
 
 
 def read_run(root: Path, split: Split) -> dict[str, Any]:
-    """Reads the `run.json` of a finished embedding run. Raises UserError if there is none."""
+    """Read the `run.json` of a finished embedding run. Raises UserError if there is none."""
     path = root / split / RUN_FILE
     if not path.is_file():
         raise UserError(
@@ -95,7 +95,7 @@ The engine is not among them: every engine has passed the parity check against i
 def refuse_other_origin(
     root: Path, split: Split, found: Mapping[str, Any], fitted: Mapping[str, Any]
 ) -> None:
-    """Raises a UserError if embeddings differ in origin from those an ensemble was fitted with.
+    """Raise a UserError if embeddings differ in origin from those an ensemble was fitted with.
 
     Args:
         found: ORIGIN_KEYS of the embeddings in `root`.
@@ -141,7 +141,7 @@ def scan_embeddings(
 
 
 def _refuse_other_run(shards: Iterable[Path], run: Mapping[str, Any]) -> None:
-    """Raises a UserError if a shard cannot be opened or was made by another run."""
+    """Raise a UserError if a shard cannot be opened or was made by another run."""
     for path in shards:
         if parquet_metadata(path).get(RUN_SPEC_KEY) != run.get(RUN_SPEC_KEY):
             raise UserError(
@@ -153,7 +153,7 @@ def _refuse_other_run(shards: Iterable[Path], run: Mapping[str, Any]) -> None:
 def refuse_missing_embeddings(
     missing: pl.DataFrame, num_images: int, root: Path, split: Split
 ) -> None:
-    """Raises a UserError if an embedding is missing of an image that the run could use.
+    """Raise a UserError if an embedding is missing of an image that the run could use.
 
     Args:
         missing: `isic_id` and `fold` of the missing embeddings.

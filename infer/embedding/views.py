@@ -19,7 +19,7 @@ Each set is a group, so an image and any of its views have the same average.
 
 
 def apply_view(images: Pixels, turns: int, mirrored: bool) -> Pixels:
-    """Returns images uint8 [N, size, size, 3] turned and mirrored, contiguous.
+    """Return images uint8 [N, size, size, 3] turned and mirrored, contiguous.
 
     Without a change it is the same memory.
     """
@@ -28,7 +28,7 @@ def apply_view(images: Pixels, turns: int, mirrored: bool) -> Pixels:
 
 
 def run_averaged(engines: Mapping[int, Engine], images: Pixels, tta: str) -> dict[int, Outputs]:
-    """Runs every engine on every view of images uint8 [N, size, size, 3].
+    """Run every engine on every view of images uint8 [N, size, size, 3].
 
     Returns:
         The float32 means over the views by fold: features [N, D] and logits [N, 1].

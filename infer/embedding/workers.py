@@ -20,7 +20,7 @@ GRACE_SECONDS = 30
 
 
 def core_slice(items: Sequence[int], index: int, number: int) -> list[int]:
-    """Returns worker `index`'s contiguous slice of `items`, for `number` workers.
+    """Return worker `index`'s contiguous slice of `items`, for `number` workers.
 
     It has at least one item, shared if there are more workers than items.
     """
@@ -30,7 +30,7 @@ def core_slice(items: Sequence[int], index: int, number: int) -> list[int]:
 
 
 def run_processes(shards: Sequence[Shard], job: EmbedJob, number: int, on_batch: OnBatch) -> None:
-    """Embeds shards in `number` processes. The shards of one that dies stay missing.
+    """Embed shards in `number` processes. The shards of one that dies stay missing.
 
     Raises:
         UserError: raised in a worker; the others are stopped.
@@ -65,7 +65,7 @@ def run_processes(shards: Sequence[Shard], job: EmbedJob, number: int, on_batch:
 
 @contextlib.contextmanager
 def _block_sigint() -> Iterator[None]:
-    """Blocks SIGINT in processes that are started inside the block.
+    """Block SIGINT in processes that are started inside the block.
 
     Ctrl-C reaches every process of a terminal; workers must leave it to their parent, which then
     ends them with SIGTERM.
@@ -78,7 +78,7 @@ def _block_sigint() -> Iterator[None]:
 
 
 def _listen(workers: dict[Connection, SpawnProcess], on_batch: OnBatch) -> None:
-    """Passes on the workers' messages until all workers have ended."""
+    """Pass on the workers' messages until all workers have ended."""
     while workers:
         for pipe in connection.wait(list(workers)):
             assert isinstance(pipe, Connection)
@@ -102,7 +102,7 @@ def _listen(workers: dict[Connection, SpawnProcess], on_batch: OnBatch) -> None:
 def _work(
     shards: list[Shard], job: EmbedJob, pipe: Connection, gpu: str | None, own_cores: list[int]
 ) -> None:
-    """Embeds shards in a worker process and sends the stats of each batch."""
+    """Embed shards in a worker process and send the stats of each batch."""
     if gpu is not None:
         os.environ[VISIBLE_GPUS] = gpu
     if hasattr(os, "sched_setaffinity"):  # Linux only

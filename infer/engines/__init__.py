@@ -26,7 +26,7 @@ class Engine(Protocol):
     """`cpu` or `cuda`."""
 
     def run(self, images: Pixels) -> Outputs:
-        """Returns features [N, D] and logits [N, 1], float32, of RGB images uint8 [N, H, W, 3]."""
+        """Return features [N, D] and logits [N, 1], float32, of RGB images uint8 [N, H, W, 3]."""
         ...
 
 
@@ -35,7 +35,7 @@ class SupportsMask(Protocol):
     """An engine that can compute the optional output `mask`."""
 
     def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
-        """Returns probabilities [N, h, w] float32 of images uint8 [N, H, W, 3]."""
+        """Return probabilities [N, h, w] float32 of images uint8 [N, H, W, 3]."""
         ...
 
 
@@ -44,22 +44,22 @@ class PinnedAllocator(Protocol):
     """An engine that can allocate memory from which its device copies faster."""
 
     def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
-        """Returns an uninitialised uint8 array of this shape in page-locked memory."""
+        """Return an uninitialised uint8 array of this shape in page-locked memory."""
         ...
 
 
 def allocator(engine: Engine) -> Callable[[tuple[int, int, int, int]], Pixels]:
-    """Returns the function that allocates batches for an engine."""
+    """Return the function that allocates batches for an engine."""
     return engine.allocate if isinstance(engine, PinnedAllocator) else pageable
 
 
 def pageable(shape: tuple[int, int, int, int]) -> Pixels:
-    """Returns an uninitialised uint8 array in ordinary memory."""
+    """Return an uninitialised uint8 array in ordinary memory."""
     return np.empty(shape, np.uint8)
 
 
 def load(path: Path, device: str = "auto") -> Engine:
-    """Loads an artifact with the engine that its manifest names.
+    """Load an artifact with the engine that its manifest names.
 
     Raises:
         UserError: there is no artifact or no manifest, the manifest is of other bytes, or the
@@ -69,7 +69,7 @@ def load(path: Path, device: str = "auto") -> Engine:
 
 
 def create(path: Path, manifest: Mapping[str, Any], device: str = "auto") -> Engine:
-    """Loads an artifact with a manifest that is not read from its file, as before publication."""
+    """Load an artifact with a manifest that is not read from its file, as before publication."""
     name = manifest.get("format")
     if name not in ENGINE_FORMATS:
         known = ", ".join(ENGINE_FORMATS)
@@ -80,7 +80,7 @@ def create(path: Path, manifest: Mapping[str, Any], device: str = "auto") -> Eng
 
 
 def device_of(manifest: Mapping[str, Any], device: str = "auto") -> str:
-    """Returns the device that an artifact runs on.
+    """Return the device that an artifact runs on.
 
     With `auto` it is the device that the artifact was built for, or this machine's usual one if
     the format runs on any.
@@ -94,7 +94,7 @@ def device_of(manifest: Mapping[str, Any], device: str = "auto") -> str:
 
 @cache
 def usual_device(name: str) -> str:
-    """Returns `cuda` if a format's engine runs there, else `cpu`, with a note if a GPU idles."""
+    """Return `cuda` if a format's engine runs there, else `cpu`, with a note if a GPU idles."""
     reason = unavailable_reason(name, "cuda")
     if reason and has_gpu():
         print(f"note: {name} runs on the CPU: {reason}", file=sys.stderr)
@@ -102,7 +102,7 @@ def usual_device(name: str) -> str:
 
 
 def unavailable_reason(name: str, device: str) -> str | None:
-    """Returns why a format's engine cannot run on `cpu` or `cuda` here, None if it can."""
+    """Return why a format's engine cannot run on `cpu` or `cuda` here, None if it can."""
     try:
         engine = import_module(ENGINE_FORMATS[name].module)
     except ModuleNotFoundError as error:
@@ -116,10 +116,10 @@ def unavailable_reason(name: str, device: str) -> str | None:
 def load_many(
     artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str
 ) -> dict[int, Engine]:
-    """Loads the engines of several folds; all stay resident, so a batch is decoded once for all."""
+    """Load the engines of several folds; all stay resident, so a batch is decoded once for all."""
     return {fold: create(path, manifests[fold], device) for fold, path in artifacts.items()}
 
 
 def manifest_spec(manifest: Mapping[str, Any]) -> PreprocessSpec:
-    """Returns the preprocessing that an artifact was exported for."""
+    """Return the preprocessing that an artifact was exported for."""
     return PreprocessSpec(**manifest["preprocess"])

@@ -24,7 +24,7 @@ class AotiEngine:
     """A compiled package. One thread at a time may use it."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], device: str) -> None:
-        """Loads the package onto the device.
+        """Load the package onto the device.
 
         Args:
             path: the `.pt2` package; it contains compiled code, so its source must be trusted.
@@ -58,18 +58,18 @@ class AotiEngine:
         return features, logits
 
     def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
-        """Returns probabilities [N, h, w] of a network with the optional output `mask`."""
+        """Return probabilities [N, h, w] of a network with the optional output `mask`."""
         return self._outputs(images)[2]
 
     def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
-        """Returns an uninitialised uint8 array, in page-locked memory if the device is a GPU."""
+        """Return an uninitialised uint8 array, in page-locked memory if the device is a GPU."""
         tensor = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device == "cuda")
         array: Pixels = tensor.numpy()
         return array
 
     @torch.inference_mode()
     def _outputs(self, images: Pixels) -> list[NDArray[np.float32]]:
-        """Runs a batch in pieces of at most `self._piece` images."""
+        """Run a batch in pieces of at most `self._piece` images."""
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         parts = torch.split(pixels, self._piece)
         pieces = [self._forward(part.to(self.device, non_blocking=True)) for part in parts]
@@ -77,7 +77,7 @@ class AotiEngine:
 
 
 def forbid_tf32() -> None:
-    """Turns TF32 off in this process, which rounds float32 to 10 bits of mantissa on a GPU.
+    """Turn TF32 off in this process, which rounds float32 to 10 bits of mantissa on a GPU.
 
     It would fail float32's parity check, and the float32 layers of a low-precision network are
     there to be exact.
@@ -87,7 +87,7 @@ def forbid_tf32() -> None:
 
 
 def package_architecture(device: str) -> str:
-    """Returns the architecture that a package is compiled for: `cpu-x86_64-avx512`, `cuda-sm90`.
+    """Return the architecture that a package is compiled for: `cpu-x86_64-avx512`, `cuda-sm90`.
 
     Raises:
         UserError: the device is a GPU, and there is none.
@@ -102,17 +102,17 @@ def package_architecture(device: str) -> str:
 
 
 def instruction_set() -> str:
-    """Returns the vector instructions that torch's compiler uses here: `avx2`, `avx512`."""
+    """Return the vector instructions that torch's compiler uses here: `avx2`, `avx512`."""
     return torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
 
 
 def needed_features() -> list[str]:
-    """Returns the instructions that a package compiled here needs: with -march=native, all."""
+    """Return the instructions that a package compiled here needs: with -march=native, all."""
     return cpu_features() or [instruction_set()]
 
 
 def mismatch(manifest: Mapping[str, Any], device: str) -> str | None:
-    """Returns why a package cannot run on a device here, None if it can.
+    """Return why a package cannot run on a device here, None if it can.
 
     A CPU that lacks an instruction would end the process with SIGILL
     (https://github.com/pytorch/pytorch/issues/121516); one with more instructions runs it.
@@ -131,7 +131,7 @@ def mismatch(manifest: Mapping[str, Any], device: str) -> str | None:
 
 @cache
 def unavailable_reason(name: str, device: str) -> str | None:
-    """Returns why torch cannot compute on a device here, None if it has just done so."""
+    """Return why torch cannot compute on a device here, None if it has just done so."""
     try:
         torch.ones(1, device=device).sum().item()
     except (AssertionError, RuntimeError) as error:  # built without CUDA; no GPU, or one that fails
@@ -140,5 +140,5 @@ def unavailable_reason(name: str, device: str) -> str | None:
 
 
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> AotiEngine:
-    """Loads a package onto `cpu` or `cuda`."""
+    """Load a package onto `cpu` or `cuda`."""
     return AotiEngine(path, manifest, device)

@@ -43,7 +43,7 @@ REQUIRED = tuple(name for name, spec in GRAPH_CONTRACT.items() if not spec.optio
 def contract_violation(
     tensors: Mapping[str, Tensor], size: int | None = None, other_outputs: bool = False
 ) -> str | None:
-    """Returns how a graph breaks the contract, None if it keeps it.
+    """Return how a graph breaks the contract, None if it keeps it.
 
     Args:
         tensors: its inputs and outputs by name.

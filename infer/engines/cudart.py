@@ -22,7 +22,7 @@ class CudaError(RuntimeError):
 
 @cache
 def runtime() -> ModuleType:
-    """Returns CUDA Python's module of the CUDA runtime. Raises UserError if it is not installed."""
+    """Return CUDA Python's module of the CUDA runtime. Raises UserError if it is not installed."""
     try:
         return import_module("cuda.bindings.runtime")
     except ImportError as error:
@@ -32,14 +32,14 @@ def runtime() -> ModuleType:
 
 
 def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    """Calls a function of the CUDA runtime; returns its value, if it has one. Raises CudaError."""
+    """Call a function of the CUDA runtime; returns its value, if it has one. Raises CudaError."""
     status, *values = function(*arguments)
     check_status(function, status)
     return values[0] if values else None
 
 
 def check_status(function: Callable[..., tuple[Any, ...]], status: Any) -> None:
-    """Raises CudaError if the status that a function of the CUDA runtime returned is an error."""
+    """Raise CudaError if the status that a function of the CUDA runtime returned is an error."""
     if int(status) != 0:
         # Reading the error clears it; otherwise another library would report it as its own.
         runtime().cudaGetLastError()
@@ -52,7 +52,7 @@ def _reason(status: Any) -> str:
 
 
 def architecture() -> str:
-    """Returns the architecture of the current GPU: `sm89` for compute capability 8.9.
+    """Return the architecture of the current GPU: `sm89` for compute capability 8.9.
 
     Raises:
         UserError: CUDA Python is not installed, its driver is too old, or there is no GPU that
@@ -75,7 +75,7 @@ def architecture() -> str:
 
 
 def check_driver() -> None:
-    """Raises UserError if the NVIDIA driver is older than the installed CUDA runtime.
+    """Raise UserError if the NVIDIA driver is older than the installed CUDA runtime.
 
     CUDA itself gives the same reason if there is no driver at all, whose version reads 0.
     """
@@ -121,7 +121,7 @@ class Pinned:
 
 
 def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
-    """Returns an uninitialised array in page-locked memory; any view of it keeps the memory."""
+    """Return an uninitialised array in page-locked memory; any view of it keeps the memory."""
     return np.asarray(Pinned(shape, dtype))
 
 
@@ -178,19 +178,19 @@ class Stream:
         )
 
     def record(self, event: "Event") -> None:
-        """Records `event` after the work enqueued so far."""
+        """Record `event` after the work enqueued so far."""
         call(runtime().cudaEventRecord, event.handle, self.handle)
 
     def wait_for(self, event: "Event") -> None:
-        """Makes work enqueued from now on wait for `event`; the host does not wait."""
+        """Make work enqueued from now on wait for `event`; the host does not wait."""
         call(runtime().cudaStreamWaitEvent, self.handle, event.handle, 0)
 
     def wait(self) -> None:
-        """Waits on the host until the stream has done all its work. Raises CudaError."""
+        """Wait on the host until the stream has done all its work. Raises CudaError."""
         call(runtime().cudaStreamSynchronize, self.handle)
 
     def recorded(self, enqueue: Callable[[], None]) -> Any:
-        """Returns the CUDA graph of the work that `enqueue` adds to this stream; runs nothing.
+        """Return the CUDA graph of the work that `enqueue` adds to this stream; runs nothing.
 
         Raises:
             CudaError: the work cannot be recorded; the stream is still usable.
@@ -224,5 +224,5 @@ class Event:
         weakref.finalize(self, cuda.cudaEventDestroy, self.handle)
 
     def wait(self) -> None:
-        """Waits on the host for the work before the event. Raises CudaError if any of it failed."""
+        """Wait on the host for the work before the event. Raises CudaError if any of it failed."""
         call(runtime().cudaEventSynchronize, self.handle)

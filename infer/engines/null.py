@@ -46,12 +46,12 @@ class NullEngine:
 
 
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> NullEngine:
-    """Returns the engine that a manifest describes; it runs on any device."""
+    """Return the engine that a manifest describes; it runs on any device."""
     return NullEngine(manifest["fold"], manifest["num_features"], manifest.get("images_per_second"))
 
 
 def unavailable_reason(name: str, device: str) -> str | None:
-    """Returns None: it runs anywhere."""
+    """Return None: it runs anywhere."""
     return None
 
 
@@ -63,7 +63,7 @@ def write_run(
     num_features: int = 192,
     images_per_second: float | None = None,
 ) -> None:
-    """Writes the files of an exported run: an artifact per fold, and the fold plan.
+    """Write the files of an exported run: an artifact per fold, and the fold plan.
 
     Args:
         model_dir: its name is the config's.

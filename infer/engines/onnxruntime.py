@@ -66,7 +66,7 @@ class OnnxRuntimeEngine:
     """
 
     def __init__(self, path: Path, size: int, device: str) -> None:
-        """Opens a session.
+        """Open a session.
 
         Args:
             path: the ONNX file.
@@ -106,7 +106,7 @@ class OnnxRuntimeEngine:
         return features, logits
 
     def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
-        """Returns probabilities [N, h, w] of a graph with the optional output `mask`."""
+        """Return probabilities [N, h, w] of a graph with the optional output `mask`."""
         return self._run((MASK,), images)[0]
 
     def _run(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
@@ -115,7 +115,7 @@ class OnnxRuntimeEngine:
         return self._run_each(names, images)
 
     def _run_each(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
-        """Runs the graph on each image separately, on all cores at once."""
+        """Run the graph on each image separately, on all cores at once."""
 
         def run(row: int) -> list[NDArray[np.float32]]:
             inputs = {IMAGES: images[row : row + 1]}
@@ -126,7 +126,7 @@ class OnnxRuntimeEngine:
         return [np.concatenate(values) for values in zip(*results, strict=True)]
 
     def _run_batch(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
-        """Runs the graph on the whole batch; bound to the device, each array is copied once."""
+        """Run the graph on the whole batch; bound to the device, each array is copied once."""
         binding = self._session.io_binding()
         on_device = ort.OrtValue.ortvalue_from_numpy(images, self.device, 0)
         binding.bind_ortvalue_input(IMAGES, on_device)
@@ -146,13 +146,13 @@ class OnnxRuntimeEngine:
 
 
 def _as_tensor(node: ort.NodeArg) -> Tensor:
-    """Returns type and shape of an input or output; ONNX Runtime gives open sizes as names."""
+    """Return type and shape of an input or output; ONNX Runtime gives open sizes as names."""
     shape = tuple(size if isinstance(size, int) else None for size in node.shape)
     return Tensor(ORT_DTYPES.get(node.type, node.type), shape)
 
 
 def session_options(num_threads: int | None = None) -> ort.SessionOptions:
-    """Returns options that give the same results on every CPU.
+    """Return options that give the same results on every CPU.
 
     Args:
         num_threads: of a session; one per core that this process may use if None.
@@ -174,7 +174,7 @@ def _plain_options(num_threads: int) -> ort.SessionOptions:
 
 @cache
 def int8_products_are_exact() -> bool:
-    """Returns whether products of uint8 and int8 are exact on this CPU without EXACT_INT8.
+    """Return whether products of uint8 and int8 are exact on this CPU without EXACT_INT8.
 
     With VNNI, AMX or ARM's instructions they are. The option would change no bit there, but
     ViT-Tiny and ConvNeXt-Tiny in int8 take 1.4 and 1.6 times as long with it, so it is set only
@@ -188,7 +188,7 @@ def int8_products_are_exact() -> bool:
 def open_session(
     graph: str | bytes, device: str, options: ort.SessionOptions
 ) -> ort.InferenceSession:
-    """Opens a session on a device, and does not fall back to another one as ONNX Runtime would.
+    """Open a session on a device, and does not fall back to another one as ONNX Runtime would.
 
     Raises:
         UserError: the device's provider did not load.
@@ -208,13 +208,13 @@ def _provider(device: str) -> str:
 
 
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> OnnxRuntimeEngine:
-    """Opens the session on `cpu` or `cuda`."""
+    """Open the session on `cpu` or `cuda`."""
     return OnnxRuntimeEngine(path, manifest["preprocess"]["size"], device)
 
 
 @cache
 def unavailable_reason(name: str, device: str) -> str | None:
-    """Returns why ONNX Runtime does not run a graph on a device, None if it has just run one."""
+    """Return why ONNX Runtime does not run a graph on a device, None if it has just run one."""
     if _provider(device) not in ort.get_available_providers():
         return f"this build of ONNX Runtime has no {_provider(device)}; install onnxruntime-gpu"
     if device == "cuda":
@@ -236,7 +236,7 @@ def unavailable_reason(name: str, device: str) -> str | None:
 
 
 def _loader_message() -> str | None:
-    """Returns why the library of CUDA's provider does not load, None if it does.
+    """Return why the library of CUDA's provider does not load, None if it does.
 
     ONNX Runtime only logs it. The library must not be loaded before ONNX Runtime has tried to:
     it asks for its host once, when it is loaded.

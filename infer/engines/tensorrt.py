@@ -44,7 +44,7 @@ There is no error (https://github.com/pytorch/TensorRT/pull/4643).
 
 @cache
 def import_runtime(flavour: str) -> ModuleType:
-    """Returns the Python module of a flavour: TensorRT or TensorRT-RTX, which have one interface.
+    """Return the Python module of a flavour: TensorRT or TensorRT-RTX, which have one interface.
 
     Raises:
         UserError: it is not installed.
@@ -61,7 +61,7 @@ def import_runtime(flavour: str) -> ModuleType:
 
 @cache
 def logger(trt: ModuleType) -> Any:
-    """Returns the logger of a flavour, which keeps error messages in `errors`.
+    """Return the logger of a flavour, which keeps error messages in `errors`.
 
     It is cached because TensorRT keeps the first logger of a process, whatever it is given later.
     """
@@ -77,7 +77,7 @@ def logger(trt: ModuleType) -> Any:
                 self.errors.append(" ".join(message.split()))
 
         def reason(self) -> str:
-            """Returns the first error since the last call."""
+            """Return the first error since the last call."""
             errors, self.errors = self.errors, []
             return errors[0][:300] if errors else "it gives no reason"
 
@@ -85,7 +85,7 @@ def logger(trt: ModuleType) -> Any:
 
 
 def unavailable_reason(flavour: str, device: str = "cuda") -> str | None:
-    """Returns why a flavour's plans cannot run here, None if they can."""
+    """Return why a flavour's plans cannot run here, None if they can."""
     try:
         check_gpu(flavour, import_runtime(flavour), cudart.architecture())
     except UserError as error:
@@ -102,7 +102,7 @@ class Profile:
     max: int
 
     def pieces(self, num_images: int) -> Iterator[slice]:
-        """Yields the parts of a batch that run one after another.
+        """Yield the parts of a batch that run one after another.
 
         A batch within the profile is one piece. A larger one is cut into pieces of `opt`, for
         which the kernels were chosen, so that one piece is computed while the next is copied.
@@ -112,7 +112,7 @@ class Profile:
             yield slice(start, min(start + size, num_images))
 
     def padded(self, num_images: int) -> int:
-        """Returns the batch size that a piece runs as: `min`, `opt`, `max` or a power of two.
+        """Return the batch size that a piece runs as: `min`, `opt`, `max` or a power of two.
 
         A size that is new to TensorRT costs time (TensorRT-RTX compiles kernels for it), so the
         last pieces of different batches share a few sizes.
@@ -130,7 +130,7 @@ class Plan:
     """
 
     def __init__(self, trt: ModuleType, engine: Any, portable: bool, cuda_graph: bool) -> None:
-        """Allocates the memory.
+        """Allocate the memory.
 
         Args:
             trt: the Python module of the flavour.
@@ -148,7 +148,7 @@ class Plan:
         self._memory = cudart.DeviceMemory(engine.device_memory_size_v2)
 
     def create_context(self) -> Any:
-        """Returns a new execution context. Raises CudaError."""
+        """Return a new execution context. Raises CudaError."""
         context = self._engine.create_execution_context(self._context_settings())
         if context is None:
             raise cudart.CudaError(logger(self._trt).reason())
@@ -156,7 +156,7 @@ class Plan:
         return context
 
     def _context_settings(self) -> Any:
-        """Returns the settings of a context that uses the shared memory."""
+        """Return the settings of a context that uses the shared memory."""
         trt = self._trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self._portable:
@@ -182,7 +182,7 @@ class BoundContext:
         memory: Mapping[str, cudart.DeviceMemory],
         image_shape: tuple[int, ...],
     ) -> None:
-        """Binds the memory of each input and output by name. Raises CudaError."""
+        """Bind the memory of each input and output by name. Raises CudaError."""
         self._context = context
         self._image_shape = image_shape
         self._size = 0
@@ -191,7 +191,7 @@ class BoundContext:
                 raise cudart.CudaError(f"TensorRT did not accept the memory of {name}")
 
     def enqueue(self, size: int, stream: cudart.Stream) -> None:
-        """Adds a run of `size` images to the stream. Raises CudaError."""
+        """Add a run of `size` images to the stream. Raises CudaError."""
         if size != self._size:
             self._size = 0  # stays 0 if TensorRT refuses the new shape
             if not self._context.set_input_shape(IMAGES, (size, *self._image_shape)):
@@ -211,7 +211,7 @@ class Slot:
     """
 
     def __init__(self, plan: Plan, shapes: Mapping[str, tuple[int, ...]], max_batch: int) -> None:
-        """Allocates for `max_batch` images.
+        """Allocate for `max_batch` images.
 
         Args:
             plan: the plan to run.
@@ -237,7 +237,7 @@ class Slot:
         self.graph: Any = None
 
     def record(self, size: int, stream: cudart.Stream) -> None:
-        """Records a run of `size` images as a CUDA graph. Raises CudaError.
+        """Record a run of `size` images as a CUDA graph. Raises CudaError.
 
         The graph has a context of its own: NVIDIA advises one context per graph, because another
         shape changes the state that the graph relies on
@@ -270,7 +270,7 @@ class TensorRTEngine:
         profile: Profile,
         cuda_graph: bool,
     ) -> None:
-        """Allocates buffers.
+        """Allocate buffers.
 
         Args:
             plan: the plan to run.
@@ -291,16 +291,16 @@ class TensorRTEngine:
                 slot.record(profile.opt, self._kernels)
 
     def run(self, images: Pixels) -> Outputs:
-        """Runs a batch of any size. Raises CudaError."""
+        """Run a batch of any size. Raises CudaError."""
         features, logits = self._run(images, (FEATURES, LOGITS))
         return features, logits
 
     def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
-        """Returns probabilities [N, h, w] of a plan with the optional output `mask`."""
+        """Return probabilities [N, h, w] of a plan with the optional output `mask`."""
         return self._run(images, (MASK,))[0]
 
     def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
-        """Returns page-locked memory, from which `run` copies to the GPU without staging."""
+        """Return page-locked memory, from which `run` copies to the GPU without staging."""
         return cudart.pinned(shape, np.uint8)
 
     def _run(self, images: Pixels, names: Sequence[str]) -> list[NDArray[np.float32]]:
@@ -312,7 +312,7 @@ class TensorRTEngine:
         in_flight: deque[tuple[Slot, slice]] = deque()
 
         def collect() -> None:
-            """Waits for the oldest piece in flight and copies its outputs into the results."""
+            """Wait for the oldest piece in flight and copy its outputs into the results."""
             slot, piece = in_flight.popleft()
             slot.done.wait()
             for name, result in zip(names, results, strict=True):
@@ -352,7 +352,7 @@ class TensorRTEngine:
 
 
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> TensorRTEngine:
-    """Opens a plan on the current GPU. Only the last step touches the GPU.
+    """Open a plan on the current GPU. Only the last step touches the GPU.
 
     Raises:
         UserError: the plan is for another library, version or GPU, has not passed the parity
@@ -387,7 +387,7 @@ def create(path: Path, manifest: Mapping[str, Any], device: str) -> TensorRTEngi
 
 
 def export_command(path: Path, manifest: Mapping[str, Any]) -> str:
-    """Returns the command that exports a plan again."""
+    """Return the command that exports a plan again."""
     flags = {"config": "name", "fold": "fold", "formats": "format", "precision": "precision"}
     given = [f"--{flag} {manifest[key]}" for flag, key in flags.items() if key in manifest]
     if path.parent.name.startswith("fold_"):
@@ -396,7 +396,7 @@ def export_command(path: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def check_manifest(path: Path, manifest: Mapping[str, Any], version: str, again: str) -> None:
-    """Raises UserError if this version must not run the plan, or its parity is unchecked."""
+    """Raise UserError if this version must not run the plan, or its parity is unchecked."""
     plan = manifest.get("plan")
     if plan is None:
         raise UserError(
@@ -424,12 +424,12 @@ def _can_run(plan: Mapping[str, Any], version: str) -> bool:
 
 
 def _version_numbers(version: str) -> tuple[int, ...]:
-    """Returns major, minor and patch of a version such as `10.14.1.48`."""
+    """Return major, minor and patch of a version such as `10.14.1.48`."""
     return tuple(int(number) for number in version.split(".")[:3])
 
 
 def check_gpu(flavour: str, trt: ModuleType, architecture: str) -> None:
-    """Raises UserError if a flavour cannot run these models on a GPU (`sm90`), whatever the plan.
+    """Raise UserError if a flavour cannot run these models on a GPU (`sm90`), whatever the plan.
 
     TensorRT-RTX lists the GPUs that it supports; not all from Ampere on are among them.
     """
@@ -451,7 +451,7 @@ def check_gpu(flavour: str, trt: ModuleType, architecture: str) -> None:
 
 
 def check_architecture(path: Path, architectures: Sequence[str], here: str, again: str) -> None:
-    """Raises UserError if a plan's architectures do not include this GPU's (`sm89`)."""
+    """Raise UserError if a plan's architectures do not include this GPU's (`sm89`)."""
     is_ampere_plus = AMPERE_PLUS in architectures and int(here.removeprefix("sm")) >= 80
     if here not in architectures and not is_ampere_plus:
         raise UserError(
@@ -471,7 +471,7 @@ INVALID = {
 
 
 def check_header(trt: ModuleType, runtime: Any, path: Path, plan: bytes, again: str) -> None:
-    """Raises UserError for a bad plan header; only TensorRT-RTX can check it."""
+    """Raise UserError for a bad plan header; only TensorRT-RTX can check it."""
     if not hasattr(runtime, "get_engine_validity"):
         return
     _, found = runtime.get_engine_validity(plan)
@@ -481,7 +481,7 @@ def check_header(trt: ModuleType, runtime: Any, path: Path, plan: bytes, again: 
 
 
 def deserialize(trt: ModuleType, runtime: Any, path: Path, plan: bytes, again: str) -> Any:
-    """Returns TensorRT's engine of a plan's bytes. Raises UserError with TensorRT's reason."""
+    """Return TensorRT's engine of a plan's bytes. Raises UserError with TensorRT's reason."""
     logger(trt).errors.clear()
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
@@ -492,7 +492,7 @@ def deserialize(trt: ModuleType, runtime: Any, path: Path, plan: bytes, again: s
 def check_engine(
     engine: Any, path: Path, size: int, again: str
 ) -> tuple[dict[str, tuple[int, ...]], Profile]:
-    """Returns the shape of each input and output without the batch, and the profile.
+    """Return the shape of each input and output without the batch, and the profile.
 
     Raises:
         UserError: it breaks the contract, or takes images of another size.
@@ -511,6 +511,6 @@ def check_engine(
 
 
 def as_tensor(dtype: Any, shape: Sequence[int]) -> Tensor:
-    """Returns a tensor of TensorRT, which writes -1 for an open size."""
+    """Return a tensor of TensorRT, which writes -1 for an open size."""
     sizes = tuple(None if size == -1 else int(size) for size in shape)
     return Tensor(TENSORRT_DTYPES.get(dtype.name, dtype.name.lower()), sizes)

@@ -52,7 +52,7 @@ class EnsembleState:
     image: ImageState
 
     def write(self, root: Path) -> list[str]:
-        """Writes the state. Returns the names of its files."""
+        """Write the state. Returns the names of its files."""
         encodings = {str(fold): encoding.to_json() for fold, encoding in self.encodings.items()}
         value = {"names": list(self.names), **self.image.to_json(), "encodings": encodings}
         write_json(root / STATE_FILE, value)
@@ -89,24 +89,24 @@ class Ensemble:
         return image_scores.RELATIVE in names or relative_to_patient(names)
 
     def oof(self) -> pl.DataFrame:
-        """Returns `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
+        """Return `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
         return read_parquet(self.root / OOF_FILE)
 
     def oof_models(self) -> dict[str, Scores]:
-        """Returns [N] out-of-fold scores by model name."""
+        """Return [N] out-of-fold scores by model name."""
         models = self.oof().drop(schema.ID, "fold", schema.TARGET, "blend")
         return {column.name: column.to_numpy() for column in models}
 
 
 def write_ensemble_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) -> None:
-    """Writes the manifest of the named files. Call it after they are written."""
+    """Write the manifest of the named files. Call it after they are written."""
     digests = {name: sha256(root / name) for name in files}
     write_json(root / ENSEMBLE_FILE, {"format": FORMAT_VERSION, **fields, "files": digests})
     (root / BEGUN_FILE).unlink(missing_ok=True)
 
 
 def refuse_foreign_folder(root: Path) -> None:
-    """Raises a UserError if a folder has files with an ensemble's names but is not an ensemble.
+    """Raise a UserError if a folder has files with an ensemble's names but is not an ensemble.
 
     An ensemble whose fit was interrupted counts as one.
     """
@@ -117,7 +117,7 @@ def refuse_foreign_folder(root: Path) -> None:
 
 
 def clear_ensemble(root: Path) -> None:
-    """Removes an earlier ensemble, manifest first: a folder without one is not an ensemble.
+    """Remove an earlier ensemble, manifest first: a folder without one is not an ensemble.
 
     BEGUN_FILE stays until `write_ensemble_manifest`, so that a killed fit can be repeated.
     """
@@ -127,14 +127,14 @@ def clear_ensemble(root: Path) -> None:
 
 
 def _removable(root: Path) -> list[Path]:
-    """Returns the files that not every ensemble has, and the report."""
+    """Return the files that not every ensemble has, and the report."""
     boosters = root.glob("[!.]*_fold_*_seed_*")
     maps = root.glob("maps_*.parquet")
     return [root / REPORT_FILE, *boosters, *maps]
 
 
 def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:
-    """Raises a UserError if the folder has an ensemble whose manifest differs in these fields."""
+    """Raise a UserError if the folder has an ensemble whose manifest differs in these fields."""
     if not (root / ENSEMBLE_FILE).is_file():
         return
     manifest = read_json(root / ENSEMBLE_FILE)
@@ -150,7 +150,7 @@ def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields dotted names and values of nested mappings."""
+    """Yield dotted names and values of nested mappings."""
     if not isinstance(value, dict):
         yield name, value
         return
@@ -159,7 +159,7 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def open_ensemble(path: Path) -> Ensemble:
-    """Reads and checks an ensemble.
+    """Read and check an ensemble.
 
     Args:
         path: the ensemble's folder, or a folder with exactly one ensemble in it.
@@ -185,7 +185,7 @@ def open_ensemble(path: Path) -> Ensemble:
 
 
 def _refuse_damaged(root: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises a UserError if the manifest is of another version or a file does not match it."""
+    """Raise a UserError if the manifest is of another version or a file does not match it."""
     if manifest.get("format") != FORMAT_VERSION:
         raise UserError(
             f"{root / ENSEMBLE_FILE} is of another version of the toolkit; fit the ensemble again"

@@ -17,7 +17,7 @@ def model_name(library: str, seed: int) -> str:
 
 
 def seeds_of(names: Iterable[str], libraries: Iterable[str]) -> list[int]:
-    """Returns the seeds for which every library has a model, ascending."""
+    """Return the seeds for which every library has a model, ascending."""
     seeds = [
         {int(name.rpartition("_")[2]) for name in names if _is_of(name, library)}
         for library in libraries
@@ -28,7 +28,7 @@ def seeds_of(names: Iterable[str], libraries: Iterable[str]) -> list[int]:
 def blend(
     models: Mapping[str, Scores], weights: Mapping[str, float], reference: Mapping[str, Scores]
 ) -> Scores:
-    """Returns [N] scores in [0, 1]; the mean probability if there is one library.
+    """Return [N] scores in [0, 1]; the mean probability if there is one library.
 
     Args:
         models: [N] probabilities by model name.
@@ -47,7 +47,7 @@ def blend(
 
 
 def rank_among(score: Scores, reference: Scores) -> Scores:
-    """Returns [N] the share of reference scores below each score, in (0, 1); ties count half.
+    """Return [N] the share of reference scores below each score, in (0, 1); ties count half.
 
     It is interpolated between reference scores and rises beyond them too, so the order is kept.
     """

@@ -93,7 +93,7 @@ CATBOOST: Parameters = {
 
 
 def min_data(num_rows: int) -> int:
-    """Returns the default `min_data_in_leaf`: 85 per 31,700 rows, between 10 and 85.
+    """Return the default `min_data_in_leaf`: 85 per 31,700 rows, between 10 and 85.
 
     With 85 rows of 700, a leaf could not separate the rare malignant lesions.
     """
@@ -113,7 +113,7 @@ def fit_lightgbm(
     parameters: Parameters,
     seed: int,
 ) -> str:
-    """Fits one booster and returns it in LightGBM's text format."""
+    """Fit one booster and return it in LightGBM's text format."""
     given = parameters["min_data_in_leaf"]
     options = {
         **parameters,
@@ -138,7 +138,7 @@ LIGHTGBM_END = "\npandas_categorical:null\n"
 
 
 def load_lightgbm(text: str) -> Predict:
-    """Returns the function that scores a C-ordered float32 matrix."""
+    """Return the function that scores a C-ordered float32 matrix."""
     try:
         # LightGBM aborts the process on half a model (seen with lightgbm 4.7; no report found).
         if not text.endswith(LIGHTGBM_END):
@@ -156,7 +156,7 @@ def load_lightgbm(text: str) -> Predict:
 
 
 def lightgbm_gains(text: str, num_features: int) -> Gains:
-    """Returns [D] total gain of the splits on each feature."""
+    """Return [D] total gain of the splits on each feature."""
     return np.asarray(
         _lightgbm().Booster(model_str=text).feature_importance("gain"), dtype=np.float64
     )
@@ -169,7 +169,7 @@ def fit_xgboost(
     parameters: Parameters,
     seed: int,
 ) -> str:
-    """Fits one booster and returns it in XGBoost's JSON format."""
+    """Fit one booster and return it in XGBoost's JSON format."""
     xgboost = _import("xgboost")
     options = {
         **parameters,
@@ -187,7 +187,7 @@ def fit_xgboost(
 
 
 def load_xgboost(text: str) -> Predict:
-    """Returns the function that scores a matrix."""
+    """Return the function that scores a matrix."""
     xgboost = _import("xgboost")
     booster = xgboost.Booster()
     try:
@@ -205,7 +205,7 @@ def load_xgboost(text: str) -> Predict:
 
 
 def xgboost_gains(text: str, num_features: int) -> Gains:
-    """Returns [D] total loss reduction by the splits on each feature."""
+    """Return [D] total loss reduction by the splits on each feature."""
     gains = np.zeros(num_features)
     for tree in json.loads(text)["learner"]["gradient_booster"]["model"]["trees"]:
         is_split = np.array(tree["left_children"]) >= 0  # a node without children is a leaf
@@ -225,7 +225,7 @@ def fit_catboost(
     parameters: Parameters,
     seed: int,
 ) -> str:
-    """Fits one booster and returns it in CatBoost's JSON format, without UNREPEATED."""
+    """Fit one booster and return it in CatBoost's JSON format, without UNREPEATED."""
     catboost = _import("catboost")
     options = {
         **parameters,
@@ -249,7 +249,7 @@ def fit_catboost(
 
 
 def load_catboost(text: str) -> Predict:
-    """Returns the function that scores a matrix."""
+    """Return the function that scores a matrix."""
     catboost = _import("catboost")
     model = catboost.CatBoost()
     try:
@@ -273,7 +273,7 @@ def load_catboost(text: str) -> Predict:
 
 
 def catboost_gains(text: str, num_features: int) -> Gains:
-    """Returns [D] PredictionValuesChange: how much the splits on each feature move the prediction.
+    """Return [D] PredictionValuesChange: how much the splits on each feature move the prediction.
 
     All nodes at one depth of a symmetric tree share a split; bit d of a leaf's number is its
     side of split d. A split's part is the weighted variance between leaves that differ only in
@@ -367,7 +367,7 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def parameters_of(library: str, changes: Parameters) -> dict[str, Any]:
-    """Returns a library's settings with some of them changed.
+    """Return a library's settings with some of them changed.
 
     Raises:
         UserError: an unknown setting, or a value of another type.
@@ -395,7 +395,7 @@ def fit_booster(
     parameters: Parameters,
     seed: int,
 ) -> str:
-    """Fits one booster and returns it as text.
+    """Fit one booster and return it as text.
 
     Args:
         matrix: [N, D].
@@ -422,7 +422,7 @@ def booster_file_name(library: str, fold: int, seed: int) -> str:
 
 
 def read_booster(path: Path, library: str) -> Predict:
-    """Loads a booster from its file. Raises UserError if it is missing or not a whole model."""
+    """Load a booster from its file. Raises UserError if it is missing or not a whole model."""
     if not path.is_file():
         raise UserError(f"{path} is missing; fit the ensemble again")
     return LIBRARIES[library].load(path.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ ONE_RUN = (
 
 
 def compare_ensembles(settings: CompareSettings) -> None:
-    """Compares two ensembles: a paired test over their seeds and a bootstrap over patients.
+    """Compare two ensembles: a paired test over their seeds and a bootstrap over patients.
 
     The seeds test the difference against chance in fitting, the bootstrap against chance in the
     choice of patients. It is called noise unless both find a difference in the same direction. With
@@ -45,7 +45,7 @@ def compare_ensembles(settings: CompareSettings) -> None:
 
 
 def _open(paths: Sequence[Path]) -> list[Ensemble]:
-    """Opens the ensembles of a side. Raises UserError if one is given twice."""
+    """Open the ensembles of a side. Raises UserError if one is given twice."""
     ensembles = [open_ensemble(path) for path in paths]
     roots = [ensemble.root.resolve() for ensemble in ensembles]
     for root in roots:
@@ -57,7 +57,7 @@ def _open(paths: Sequence[Path]) -> list[Ensemble]:
 def compare_sides(
     first: Sequence[Ensemble], second: Sequence[Ensemble], data: Path, num_draws: int, seed: int = 0
 ) -> Comparison:
-    """Compares the out-of-fold scores of two sides with the same number of ensembles.
+    """Compare the out-of-fold scores of two sides with the same number of ensembles.
 
     Args:
         data: the dataset folder of the ensembles, for the patients.
@@ -86,7 +86,7 @@ def compare_sides(
 
 
 def pauc_by_seed(ensemble: Ensemble) -> dict[int, float]:
-    """Returns the pooled pAUC of each seed's models; empty without boosters."""
+    """Return the pooled pAUC of each seed's models; empty without boosters."""
     if not ensemble.manifest["boosters"]:
         return {}
     weights = ensemble.weights
@@ -101,13 +101,13 @@ def pauc_by_seed(ensemble: Ensemble) -> dict[int, float]:
 
 
 def paired(first: dict[int, float], second: dict[int, float]) -> NDArray[np.float64]:
-    """Returns [num_seeds, 2] for the seeds that both have."""
+    """Return [num_seeds, 2] for the seeds that both have."""
     pairs = [[first[seed], second[seed]] for seed in first if seed in second]
     return np.array(pairs).reshape(-1, 2)
 
 
 def _print(found: Comparison, kind: str) -> None:
-    """Prints both tests; `kind` is the name of a fit: seeds or runs."""
+    """Print both tests; `kind` is the name of a fit: seeds or run."""
     print(f"{'':12} {'first':>8} {'second':>8} {'second - first':>15}")
     if found.tested:
         first, second = found.fits.mean(axis=0)
@@ -126,7 +126,7 @@ def _print(found: Comparison, kind: str) -> None:
 
 
 def _patients(oof: pl.DataFrame, data: Path) -> pl.Series:
-    """Returns [N] the patient of each scored row. Raises UserError if the dataset lacks one."""
+    """Return [N] the patient of each scored row. Raises UserError if the dataset lacks one."""
     metadata = with_patient(Dataset(data).metadata("train")).select(schema.ID, schema.PATIENT)
     rows = oof.select(schema.ID).join(metadata, on=schema.ID, how="left", maintain_order="left")
     num_missing = rows[schema.PATIENT].null_count()

@@ -71,7 +71,7 @@ class Comparison:
         return "a difference" if self.certain else "noise"
 
     def row(self) -> dict[str, Any]:
-        """Returns the columns of a table of results; all None if both sides are the same scores."""
+        """Return the columns of a table of results; all None if both sides are the same scores."""
         low, _, high = self.interval
         columns = {
             "difference": round(self.difference, 4) if len(self.fits) else None,
@@ -93,7 +93,7 @@ def patient_draws(
     num_draws: int,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """Returns [num_draws, 2] each side's mean pAUC in the same bootstrap samples of patients.
+    """Return [num_draws, 2] each side's mean pAUC in the same bootstrap samples of patients.
 
     Args:
         target, patient: [N].
@@ -111,7 +111,7 @@ def compare_scores(
     second: NDArray[np.float64],
     num_draws: int,
 ) -> Comparison:
-    """Compares the pAUC per seed, and that of the seeds' mean scores per bootstrap sample.
+    """Compare the pAUC per seed, and that of the seeds' mean scores per bootstrap sample.
 
     Args:
         target, patient: [N].

@@ -27,7 +27,7 @@ class FeatureSpec:
 
     @classmethod
     def parse(cls, text: str) -> "FeatureSpec":
-        """Parses a comma-separated list of sets, groups and features.
+        """Parse a comma-separated list of sets, groups and features.
 
         `image` is the image model's score, `multimodal` is `image` and `engineered`; `aligned` and
         `frozen` are embeddings as columns.
@@ -53,7 +53,7 @@ class FeatureSpec:
         return self.uses_score or bool(self.embedding_modes)
 
     def names(self, image: ImageState) -> tuple[str, ...]:
-        """Returns the columns of the boosters' matrix.
+        """Return the columns of the boosters' matrix.
 
         There are none, and no boosters, if the image model's score is the only feature.
         """
@@ -62,7 +62,7 @@ class FeatureSpec:
         return (*self.tabular, *image.names)
 
     def frame(self, metadata: pl.DataFrame, image: Iterable[pl.DataFrame]) -> pl.DataFrame:
-        """Returns the feature table: `isic_id`, tabular and image columns.
+        """Return the feature table: `isic_id`, tabular and image columns.
 
         Args:
             metadata: the rows, whose order is kept.

@@ -46,7 +46,7 @@ MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
 
 
 def fit_ensemble(settings: FitSettings) -> Path:
-    """Fits an ensemble, writes it and prints its out-of-fold scores. Returns its folder."""
+    """Fit an ensemble, write it and print its out-of-fold scores. Returns its folder."""
     spec = FeatureSpec.parse(settings.features)
     metadata = read_train(settings.data, spec)
     folds = choose_folds(settings, metadata)
@@ -92,7 +92,7 @@ def fit_ensemble(settings: FitSettings) -> Path:
 
 
 def read_train(data: Path, spec: FeatureSpec) -> pl.DataFrame:
-    """Reads the training table, sorted by id so that the order of the file has no effect."""
+    """Read the training table, sorted by id so that the order of the file has no effect."""
     dataset = Dataset(data)
     metadata = dataset.metadata("train").sort(schema.ID)
     require(metadata, needed_columns(spec.tabular), dataset.metadata_path("train"))
@@ -100,7 +100,7 @@ def read_train(data: Path, spec: FeatureSpec) -> pl.DataFrame:
 
 
 def choose_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
-    """Returns the fold plan of the embeddings, else of the dataset, else a new one.
+    """Return the fold plan of the embeddings, else of the dataset, else a new one.
 
     Raises:
         UserError: the plan is for other rows, or contradicts the settings.
@@ -114,7 +114,7 @@ def choose_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
 
 
 def _find_folds(settings: FitSettings) -> Path | None:
-    """Returns the path of the fold plan to use, None if there is none."""
+    """Return the path of the fold plan to use, None if there is none."""
     for root in (settings.embeddings, settings.data):
         # lexists: a broken link must be reported when it is read, not skipped.
         if root and os.path.lexists(root / FOLDS_FILE):
@@ -129,7 +129,7 @@ def _refuse_contradiction(
     num_folds: int | None,
     split_seed: int | None,
 ) -> None:
-    """Raises a UserError if settings that were given do not match the fold plan."""
+    """Raise a UserError if settings that were given do not match the fold plan."""
     if num_folds not in (None, folds.num_folds):
         raise UserError(
             f"{path} has {folds.num_folds} folds, not {num_folds}; leave --num_folds out"
@@ -155,7 +155,7 @@ def _default_name(settings: FitSettings, spec: FeatureSpec) -> str:
 
 
 def _summarise_all(oof: pl.DataFrame, patient: NDArray[np.str_]) -> dict[str, Any]:
-    """Returns the summary of each model's out-of-fold scores, and of the blend's."""
+    """Return the summary of each model's out-of-fold scores, and of the blend's."""
     target = oof[schema.TARGET].to_numpy()
     fold = oof["fold"].to_numpy()
     models = oof.drop(schema.ID, schema.TARGET, "fold")
@@ -170,7 +170,7 @@ def _write_files(
     oof: pl.DataFrame,
     summaries: dict[str, Any],
 ) -> list[str]:
-    """Writes all files but the manifest. Returns their names."""
+    """Write all files but the manifest. Returns their names."""
     boosters = {booster_file_name(*key): text for key, text in result.boosters.items()}
     for name, text in boosters.items():
         write_text(root / name, text)
@@ -184,7 +184,7 @@ def _write_files(
 def _manifest_inputs(
     settings: FitSettings, image: ImageState, folds: Folds, weights: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Returns the manifest fields that determine an ensemble, known before it is fitted."""
+    """Return the manifest fields that determine an ensemble, known before it is fitted."""
     model_settings = settings.model_dump(mode="json", include=MODEL_SETTINGS)
     model_settings["num_folds"] = folds.num_folds
     if not _find_folds(settings):
@@ -204,7 +204,7 @@ def _manifest_inputs(
 def _manifest_results(
     result: FitResult, metadata: pl.DataFrame, summaries: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns the manifest fields that are known after fitting."""
+    """Return the manifest fields that are known after fitting."""
     boosters = [
         {
             "file": booster_file_name(library, k, seed),

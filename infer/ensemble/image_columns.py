@@ -54,7 +54,7 @@ class AffineMap:
     """[C]."""
 
     def apply(self, features: FeatureMatrix) -> NDArray[np.float32]:
-        """Maps [N, D] to [N, C].
+        """Map [N, D] to [N, C].
 
         In float64: BLAS sums in an order that depends on the number of rows, and the difference
         disappears when the result is rounded to float32.
@@ -75,7 +75,7 @@ def column_names(mode: str, width: int) -> tuple[str, ...]:
 
 
 def procrustes(own: FeatureMatrix, target: FeatureMatrix) -> NDArray[np.float64]:
-    """Returns the orthogonal [C, C] that brings own [N, C] closest to target [N, C].
+    """Return the orthogonal [C, C] that brings own [N, C] closest to target [N, C].
 
     Both must be centred.
     """
@@ -84,7 +84,7 @@ def procrustes(own: FeatureMatrix, target: FeatureMatrix) -> NDArray[np.float64]
 
 
 def fit_affine_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> AffineMaps:
-    """Fits the map of each fold's embeddings onto those of the first fold. Uses no labels.
+    """Fit the map of each fold's embeddings onto those of the first fold. Uses no labels.
 
     Args:
         root: an embedding run with every training image embedded by every fold model.
@@ -124,7 +124,7 @@ def fit_affine_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> AffineM
 
 
 def _fit_rotation(own: FeatureMatrix, target: FeatureMatrix, root: Path) -> AffineMap:
-    """Fits the rotation and shift that bring own [N, D] closest to target [N, D]."""
+    """Fit the rotation and shift that bring own [N, D] closest to target [N, D]."""
     num_images, width = own.shape
     # With fewer images than features the rotation is not determined.
     if num_images < width:
@@ -147,7 +147,7 @@ def mapped_columns(
     maps: AffineMaps,
     fold: pl.Series | None,
 ) -> pl.DataFrame:
-    """Returns `isic_id` and the Float32 columns of a mode, in the order of `metadata`.
+    """Return `isic_id` and the Float32 columns of a mode, in the order of `metadata`.
 
     A row without a readable image is null.
 
@@ -190,7 +190,7 @@ class FrozenModel:
 
 
 def find_frozen_model(root: Path, metadata: pl.DataFrame) -> FrozenModel:
-    """Returns the model of the lowest fold of an embedding run.
+    """Return the model of the lowest fold of an embedding run.
 
     Args:
         metadata: the training table.
@@ -210,7 +210,7 @@ def find_frozen_model(root: Path, metadata: pl.DataFrame) -> FrozenModel:
 
 
 def _origin_of_fold(run: Mapping[str, Any], fold: int) -> dict[str, Any]:
-    """Returns ORIGIN_KEYS of a run, with only this fold's checkpoint."""
+    """Return ORIGIN_KEYS of a run, with only this fold's checkpoint."""
     checkpoints = run.get("checkpoints") or {}
     origin = {key: run.get(key) for key in ORIGIN_KEYS}
     origin["checkpoints"] = checkpoints.get(str(fold))
@@ -220,7 +220,7 @@ def _origin_of_fold(run: Mapping[str, Any], fold: int) -> dict[str, Any]:
 def frozen_columns(
     root: Path, split: Split, metadata: pl.DataFrame, model: FrozenModel
 ) -> pl.DataFrame:
-    """Returns `isic_id` and the embeddings as Float32 columns, as `mapped_columns` does.
+    """Return `isic_id` and the embeddings as Float32 columns, as `mapped_columns` does.
 
     Raises:
         UserError: as there, or the run has another model.
@@ -232,7 +232,7 @@ def frozen_columns(
 
 
 def write_affine_maps(path: Path, maps: AffineMaps) -> None:
-    """Writes maps as a table: per fold the rows of its matrix and, last, the offset."""
+    """Write maps as a table: per fold the rows of its matrix and, last, the offset."""
     tables = []
     for fold, affine_map in maps.items():
         rows = pl.DataFrame({"values": np.vstack([affine_map.matrix, affine_map.offset])})
@@ -241,7 +241,7 @@ def write_affine_maps(path: Path, maps: AffineMaps) -> None:
 
 
 def read_affine_maps(path: Path) -> AffineMaps:
-    """Reads the table that `write_affine_maps` wrote."""
+    """Read the table that `write_affine_maps` wrote."""
     table = read_parquet(path)
     maps = {}
     for fold in table["fold"].unique().sort().to_list():
@@ -251,7 +251,7 @@ def read_affine_maps(path: Path) -> AffineMaps:
 
 
 def _find_features(root: Path, split: Split, fold: int, wanted: pl.DataFrame) -> pl.DataFrame:
-    """Adds the `features` by one fold's model to `wanted`, without unreadable images.
+    """Add the `features` by one fold's model to `wanted`, without unreadable images.
 
     Raises:
         UserError: an embedding is missing, or there are several per image.
@@ -272,13 +272,13 @@ def _find_features(root: Path, split: Split, fold: int, wanted: pl.DataFrame) ->
 def _read_features(
     root: Path, split: Split, fold: int, wanted: pl.DataFrame
 ) -> NDArray[np.float64]:
-    """Returns [N, D] the features of the wanted ids by one fold's model."""
+    """Return [N, D] the features of the wanted ids by one fold's model."""
     found = _find_features(root, split, fold, wanted.select(schema.ID))
     return _to_matrix(found, root).astype(np.float64)
 
 
 def _to_matrix(found: pl.DataFrame, root: Path, width: int | None = None) -> FeatureMatrix:
-    """Returns [N, D] `features`. Raises UserError if D is not `width`, or a value not finite."""
+    """Return [N, D] `features`. Raises UserError if D is not `width`, or a value not finite."""
     features = found["features"].to_numpy()
     if width is not None and features.shape[1] != width:
         raise UserError(

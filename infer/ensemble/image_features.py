@@ -67,7 +67,7 @@ class ImageState:
         return {"embeddings": bool(self.scaler or self.maps), "frozen": self.frozen is not None}
 
     def write(self, root: Path) -> list[str]:
-        """Writes the maps, which `to_json` leaves out. Returns the names of the files."""
+        """Write the maps, which `to_json` leaves out. Returns the names of the files."""
         if not self.maps:
             return []
         write_affine_maps(root / MAPS_FILE, self.maps)
@@ -82,7 +82,7 @@ class ImageState:
 
     @classmethod
     def read(cls, root: Path, value: Mapping[str, Any]) -> "ImageState":
-        """Reads the maps from `root` and the rest from `value`, the result of `to_json`."""
+        """Read the maps from `root` and the rest from `value`, the result of `to_json`."""
         return cls(
             scaler=LogitScaler.from_json(value["image"]) if value["image"] else None,
             maps=read_affine_maps(root / MAPS_FILE) if value["maps"] else None,
@@ -97,7 +97,7 @@ def fit_image_state(
     metadata: pl.DataFrame,
     folds: Folds,
 ) -> ImageState:
-    """Fits the image features to a training table's embeddings.
+    """Fit the image features to a training table's embeddings.
 
     Args:
         uses_score: whether the image model's score is a feature.
@@ -130,7 +130,7 @@ def image_feature_tables(
     folds_digest: str,
     folds: Folds | None,
 ) -> list[pl.DataFrame]:
-    """Reads the image features of some rows.
+    """Read the image features of some rows.
 
     Args:
         folds_digest: of the fold plan that the embeddings were made with.
@@ -169,7 +169,7 @@ def _required(root: Path | None, message: str) -> Path:
 def embedding_origins(
     state: ImageState, sources: EmbeddingSources, split: Split, folds_digest: str
 ) -> dict[str, Any]:
-    """Returns the origin of each of `EmbeddingSources`, None for one that is not used.
+    """Return the origin of each of `EmbeddingSources`, None for one that is not used.
 
     Raises:
         UserError: the embeddings belong to another fold plan.

@@ -42,7 +42,7 @@ class LogitScaler:
     folds: Mapping[int, tuple[float, float]]
 
     def standardised(self) -> pl.Expr:
-        """Returns (logit - mean) / deviation, with the constants of the row's `fold`."""
+        """Return (logit - mean) / deviation, with the constants of the row's `fold`."""
         folds = pl.Series(list(self.folds), dtype=pl.Int8)
         means = pl.Series([mean for mean, _ in self.folds.values()], dtype=pl.Float64)
         deviations = pl.Series([std for _, std in self.folds.values()], dtype=pl.Float64)
@@ -59,7 +59,7 @@ class LogitScaler:
 
 
 def fit_logit_scaler(logits: pl.DataFrame) -> LogitScaler:
-    """Learns the constants from out-of-fold logits; equal logits get deviation 1.
+    """Learn the constants from out-of-fold logits; equal logits get deviation 1.
 
     Args:
         logits: `isic_id`, `fold` and `logit`.
@@ -76,7 +76,7 @@ def fit_logit_scaler(logits: pl.DataFrame) -> LogitScaler:
 
 
 def oof_logits(root: Path, metadata: pl.DataFrame, folds: Folds) -> pl.DataFrame:
-    """Reads each training row's logit from the model that held it out.
+    """Read each training row's logit from the model that held it out.
 
     Returns:
         `isic_id`, `fold` and `logit` Float64 in the order of `metadata`; null for an unreadable
@@ -93,7 +93,7 @@ def oof_logits(root: Path, metadata: pl.DataFrame, folds: Folds) -> pl.DataFrame
 def scoring_logits(
     root: Path, split: Split, metadata: pl.DataFrame, folds_digest: str, scaler: LogitScaler
 ) -> pl.DataFrame:
-    """Reads the logits of every fold model for the rows to score.
+    """Read the logits of every fold model for the rows to score.
 
     Returns:
         As `oof_logits`, but with one row per row of `metadata` and fold.
@@ -108,7 +108,7 @@ def scoring_logits(
 
 
 def _join_logits(wanted: pl.DataFrame, root: Path, split: Split) -> pl.DataFrame:
-    """Adds the logits to `isic_id` and `fold`. Raises UserError if readable images lack one."""
+    """Add the logits to `isic_id` and `fold`. Raises UserError if readable images lack one."""
     logits = _read_logits(root, split)
     table = wanted.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
     missing = table.filter(pl.col("logit").is_null())
@@ -117,7 +117,7 @@ def _join_logits(wanted: pl.DataFrame, root: Path, split: Split) -> pl.DataFrame
 
 
 def _read_logits(root: Path, split: Split) -> pl.DataFrame:
-    """Reads `isic_id`, `fold` and `logit` Float64 of all embeddings of a split.
+    """Read `isic_id`, `fold` and `logit` Float64 of all embeddings of a split.
 
     Raises:
         UserError: a logit is not finite, or there are several per image and fold.
@@ -141,7 +141,7 @@ def _read_logits(root: Path, split: Split) -> pl.DataFrame:
 
 
 def refuse_leaks(root: Path, metadata: pl.DataFrame, folds: Folds) -> None:
-    """Raises a UserError if a fold's model has learned from rows that it scores.
+    """Raise a UserError if a fold's model has learned from rows that it scores.
 
     The fold plan does not rule this out: the model's initial weights may have been trained on rows
     that the plan holds out.
@@ -164,7 +164,7 @@ def refuse_leaks(root: Path, metadata: pl.DataFrame, folds: Folds) -> None:
 def image_features(
     logits: pl.DataFrame, scaler: LogitScaler, metadata: pl.DataFrame
 ) -> pl.DataFrame:
-    """Returns `isic_id` and IMAGE_FEATURES Float32 in the order of `metadata`.
+    """Return `isic_id` and IMAGE_FEATURES Float32 in the order of `metadata`.
 
     The score is the mean over the folds that have a logit for the row. The relative score is its
     difference from the mean over the patient's lesions; a ratio would be meaningless for scores
@@ -190,7 +190,7 @@ def image_features(
 
 
 def image_probability(table: pl.DataFrame) -> NDArray[np.float64]:
-    """Returns [N] the logistic function of the image score, in (0, 1).
+    """Return [N] the logistic function of the image score, in (0, 1).
 
     A blank score counts as 0, the mean of the training rows.
     """
@@ -199,7 +199,7 @@ def image_probability(table: pl.DataFrame) -> NDArray[np.float64]:
 
 
 def read_origin(root: Path, split: Split, folds_digest: str) -> dict[str, Any]:
-    """Returns the folds, fold plan and engines of an embedding run, and its ORIGIN_KEYS.
+    """Return the folds, fold plan and engines of an embedding run, and its ORIGIN_KEYS.
 
     Raises:
         UserError: there is no such run, or it has another fold plan.

@@ -19,12 +19,12 @@ FEW = 5
 
 
 def count_lesions(metadata: pl.DataFrame) -> NDArray[np.int64]:
-    """Returns [P] the number of rows of each patient."""
+    """Return [P] the number of rows of each patient."""
     return with_patient(metadata)[schema.PATIENT].value_counts()["count"].to_numpy().astype(int)
 
 
 def describe_lesion_counts(metadata: pl.DataFrame) -> dict[str, Any]:
-    """Returns the number of `patients`, and `percentiles` of the lesions per patient."""
+    """Return the number of `patients`, and `percentiles` of the lesions per patient."""
     counts = count_lesions(metadata)
     values = np.percentile(counts, PERCENTILES, method="inverted_cdf").tolist()
     return {
@@ -34,7 +34,7 @@ def describe_lesion_counts(metadata: pl.DataFrame) -> dict[str, Any]:
 
 
 def few_lesions_warning(metadata: pl.DataFrame, training: dict[str, Any]) -> str | None:
-    """Returns a sentence on the patients with fewer lesions than nearly all in training, if any.
+    """Return a sentence on the patients with fewer lesions than nearly all in training, if any.
 
     Args:
         training: as `describe_lesion_counts` returns it.

@@ -44,7 +44,7 @@ def fit_boosters(
     fold: NDArray[np.integer],
     settings: FitSettings,
 ) -> FitResult:
-    """Fits all boosters of an ensemble and scores every row out of fold.
+    """Fit all boosters of an ensemble and score every row out of fold.
 
     Args:
         table: feature table of N rows.
@@ -89,7 +89,7 @@ def _fit_and_score(
     encoding: Encoding,
     settings: FitSettings,
 ) -> tuple[str, Scores]:
-    """Fits one booster outside a fold. Returns its text, and the scores of the fold's rows."""
+    """Fit one booster outside a fold. Returns its text, and the scores of the fold's rows."""
     library, k, seed = key
     rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
     matrix = encoding.transform(table[rows])
@@ -107,7 +107,7 @@ def _fit_and_score(
 def undersample(
     target: NDArray[np.integer], rows: NDArray[np.int64], negatives: float, seed: tuple[int, int]
 ) -> NDArray[np.int64]:
-    """Returns all positive rows and a sample of the negative ones, sorted.
+    """Return all positive rows and a sample of the negative ones, sorted.
 
     Args:
         target: [N], 0 or 1.
@@ -125,7 +125,7 @@ def undersample(
 def _add_noise(
     matrix: NDArray[np.float32], names: tuple[str, ...], deviation: float, seed: tuple[int, int]
 ) -> None:
-    """Adds noise to each row's image score in place, and the same noise to its relative score.
+    """Add noise to each row's image score in place, and the same noise to its relative score.
 
     New rows have slightly different scores, so the trees should not rely on exact values.
     """

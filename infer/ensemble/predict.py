@@ -36,7 +36,7 @@ MAX_NAMED_VALUES = 5
 
 
 def predict_submission(settings: PredictSettings) -> None:
-    """Scores the test table with a fitted ensemble and writes the submission."""
+    """Score the test table with a fitted ensemble and write the submission."""
     ensemble = open_ensemble(settings.ensemble)
     dataset = Dataset(settings.data)
     path = dataset.metadata_path("test")
@@ -72,7 +72,7 @@ def _write_submission(
     ensemble: Ensemble,
     origins: dict[str, Any],
 ) -> None:
-    """Writes the submission, the probabilities of each model, and the manifest."""
+    """Write the submission, the probabilities of each model, and the manifest."""
     models_file = models_path(output)
     with atomic_path(output) as submission_path, atomic_path(models_file) as models_temporary:
         submission.write_csv(submission_path)
@@ -92,7 +92,7 @@ def _write_submission(
 
 
 def _refuse_foreign(output: Path) -> None:
-    """Raises a UserError if a file would be replaced that `infer predict` did not write."""
+    """Raise a UserError if a file would be replaced that `infer predict` did not write."""
     manifest = manifest_path(output)
     is_own = holds(manifest, "artifact", "ensemble", "models")
     refuse_foreign([output, models_path(output), manifest], is_own, "--output")
@@ -124,12 +124,12 @@ def _warn_unseen(ensemble: Ensemble, table: pl.DataFrame) -> None:
 
 
 def models_path(submission: Path) -> Path:
-    """Returns the path for the probabilities of each model: `submission_models.parquet`."""
+    """Return the path for the probabilities of each model: `submission_models.parquet`."""
     return submission.with_name(f"{submission.stem}_models.parquet")
 
 
 def score_models(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> dict[str, Scores]:
-    """Returns each model's probabilities: the mean over its folds' boosters.
+    """Return each model's probabilities: the mean over its folds' boosters.
 
     Without boosters, the only model is the image model.
 
@@ -154,7 +154,7 @@ def score_models(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> d
 
 
 def submission_order(dataset: Dataset, metadata: pl.DataFrame) -> pl.DataFrame:
-    """Returns the ids in the order of the sample submission, or of the table if there is none.
+    """Return the ids in the order of the sample submission, or of the table if there is none.
 
     Raises:
         UserError: the sample and the table do not have the same ids.
@@ -171,7 +171,7 @@ def submission_order(dataset: Dataset, metadata: pl.DataFrame) -> pl.DataFrame:
 def _refuse_extra(
     ids: pl.DataFrame, others: pl.DataFrame, source: str, other_source: str, sample: str
 ) -> None:
-    """Raises a UserError if some ids are not among the others."""
+    """Raise a UserError if some ids are not among the others."""
     extra = ids.join(others, on=schema.ID, how="anti", maintain_order="left")[schema.ID]
     if len(extra):
         raise UserError(
@@ -183,7 +183,7 @@ def _refuse_extra(
 def _read_images(
     ensemble: Ensemble, sources: EmbeddingSources, metadata: pl.DataFrame
 ) -> tuple[list[pl.DataFrame], dict[str, Any]]:
-    """Returns the tables of image features, and the origins of the embeddings.
+    """Return the tables of image features, and the origins of the embeddings.
 
     Raises:
         UserError: embeddings are not given, missing, or differ in origin from those of the fit.

@@ -14,7 +14,7 @@ from isic.runtime.files import read_json
 
 
 def show_scores(settings: ScoresSettings) -> None:
-    """Prints the out-of-fold scores of every ensemble in a folder, the lowest pAUC first."""
+    """Print the out-of-fold scores of every ensemble in a folder, the lowest pAUC first."""
     blends = {}
     for path in settings.output_dir.glob(f"*/{ENSEMBLE_FILE}"):
         manifest = read_json(path)
@@ -32,7 +32,7 @@ def show_scores(settings: ScoresSettings) -> None:
 def summarise(
     target: NDArray[np.integer], score: Scores, fold: NDArray[np.integer], patient: NDArray[np.str_]
 ) -> dict[str, Any]:
-    """Returns the metrics of out-of-fold scores.
+    """Return the metrics of out-of-fold scores.
 
     The pAUC over all rows and the mean of the folds' pAUC differ, so both are given.
 
@@ -74,7 +74,7 @@ BY_LESION = f"top-{TOP_K} by lesion"
 
 
 def format_scores(rows: dict[str, dict[str, Any]]) -> str:
-    """Returns the summaries as lines of text, one per row, under a heading, with notes below."""
+    """Return the summaries as lines of text, one per row, under a heading, with notes below."""
     width = max(len(name) for name in rows)
     heading = f"{'':{width}}  pAUC pooled  mean of folds ± std     AUC  {BY_LESION}  by patient"
     lines = [_line(name.ljust(width), summary) for name, summary in rows.items()]
@@ -108,7 +108,7 @@ def _notes(summary: dict[str, Any]) -> list[str]:
 
 
 def small_patients(num_small: int, num_patients: int) -> str:
-    """Returns a sentence on patients whose malignant lesions are in the top whatever the scores."""
+    """Return a sentence on patients whose malignant lesions are in the top whatever the scores."""
     return (
         f"{num_small:,} of the {num_patients:,} patients with a malignant lesion have at most "
         f"{TOP_K} lesions, so theirs count as found in the top {TOP_K} whatever their scores"

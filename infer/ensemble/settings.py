@@ -125,7 +125,7 @@ class FitSettings(Settings):
 
     @classmethod
     def flags(cls) -> dict[str, FieldInfo]:
-        """Returns the flags: one per library in place of `library_settings`."""
+        """Return the flags: one per library in place of `library_settings`."""
         others = {name: field for name, field in cls.model_fields.items() if name != CHANGES}
         help_text = 'changed settings of {}, such as "{{num_rounds: 100}}"'
         libraries = {
@@ -136,7 +136,7 @@ class FitSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, values: Any) -> Any:
-        """Adds the values of the config file, and gathers the flags of the libraries."""
+        """Add the values of the config file, and gather the flags of the libraries."""
         if not isinstance(values, Mapping):
             return values
         if values.get("config"):
@@ -152,7 +152,7 @@ class FitSettings(Settings):
 
     @classmethod
     def _over_config(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the values of the config file, replaced by those given as flags."""
+        """Return the values of the config file, replaced by those given as flags."""
         path = find_config(values["config"])
         from_file = read_yaml(path)
         build(cls, from_file, str(path))  # on its own, so that an error names the file
@@ -186,7 +186,7 @@ class FitSettings(Settings):
         return self
 
     def parameters(self, library: str) -> dict[str, Any]:
-        """Returns all settings of a library, the changed ones included."""
+        """Return all settings of a library, the changed ones included."""
         changes = dict(self.library_settings.get(library, {}))
         if self.num_rounds:
             changes["num_rounds"] = self.num_rounds
@@ -207,7 +207,7 @@ class FitSettings(Settings):
 
 
 def _parse_changes(library: str, value: Any) -> dict[str, Any]:
-    """Returns a library's changed settings, from a mapping or the YAML of one."""
+    """Return a library's changed settings, from a mapping or the YAML of one."""
     try:
         parsed = yaml12.load(value) if isinstance(value, str) else value
     except yaml.YAMLError as error:

@@ -24,7 +24,7 @@ Pictures = Mapping[str, Picture]
 
 
 def case_card(case: Case, large: Pictures, small: Pictures) -> Markup:
-    """Returns the card of a lesion.
+    """Return the card of a lesion.
 
     Args:
         large: with the picture of the lesion.
@@ -94,7 +94,7 @@ def _other(lesion: Lesion, small: Pictures) -> Markup:
 
 
 def photo(picture: Picture, alt: str) -> Markup:
-    """Returns a thumbnail, or a frame with the reason that there is none."""
+    """Return a thumbnail, or a frame with the reason that there is none."""
     if picture.reason:
         label = f"{alt}: {picture.reason}"
         return tag("div", picture.reason, class_="photo blank", role="img", aria_label=label)
@@ -115,5 +115,5 @@ def _cell(value: Any) -> str:
 
 
 def _score_text(score: float) -> str:
-    """Formats a score with two or three significant digits."""
+    """Format a score with two or three significant digits."""
     return f"{score:.3f}" if score >= 0.1 else f"{score:.2g}"

@@ -45,7 +45,7 @@ class Case:
 
 
 def worst_misses(oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CASES) -> list[Case]:
-    """Returns the malignant lesions with the lowest scores, the lowest first.
+    """Return the malignant lesions with the lowest scores, the lowest first.
 
     Args:
         oof: `isic_id`, `target`, `blend` and `patient_id`, the row's own id if that is unknown.
@@ -57,7 +57,7 @@ def worst_misses(oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CA
 def worst_false_alarms(
     oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CASES
 ) -> list[Case]:
-    """Returns the benign lesions with the highest scores, the highest first.
+    """Return the benign lesions with the highest scores, the highest first.
 
     Arguments as for `worst_misses`.
     """
@@ -74,7 +74,7 @@ def _cases(oof: pl.DataFrame, metadata: pl.DataFrame, label: int, number: int) -
 def _case(
     scored: dict[str, Any], oof: pl.DataFrame, metadata: pl.DataFrame, other_class: pl.Series
 ) -> Case:
-    """Returns the case of a row of `oof`.
+    """Return the case of a row of `oof`.
 
     Args:
         other_class: the scores of the other class, sorted.
@@ -110,7 +110,7 @@ class Picture:
 
 
 def pictures(images: ImageStore, names: Sequence[str], side: int) -> dict[str, Picture]:
-    """Returns thumbnails by id, square as the model sees the images.
+    """Return thumbnails by id, square as the model sees the images.
 
     Args:
         side: in pixels.

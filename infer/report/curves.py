@@ -20,7 +20,7 @@ Z_95 = 1.959964
 
 
 def precision_recall(target: Labels, score: Values) -> tuple[Values, Values, float]:
-    """Returns recall rising from 0, precision [M], and the average precision.
+    """Return recall rising from 0, precision [M], and the average precision.
 
     Average precision is the area of the steps in which each precision extends back to the
     previous recall.
@@ -45,7 +45,7 @@ class Reliability:
 def reliability(
     target: Labels, score: Values, patient: NDArray[Any], num_bins: int = NUM_BINS
 ) -> Reliability:
-    """Compares scores, taken as probabilities, with observed shares.
+    """Compare scores, taken as probabilities, with observed shares.
 
     A bin holds an equal part of the sum of scores, that is, of the predicted malignant lesions.
     With one malignant lesion in a thousand, most bins of equal size would have none.
@@ -73,7 +73,7 @@ def reliability(
 
 
 def _bins(score: Values, num_bins: int) -> NDArray[np.intp]:
-    """Returns [N] the bin of each score; bins hold equal parts of the sum, numbered from 0."""
+    """Return [N] the bin of each score; bins hold equal parts of the sum, numbered from 0."""
     order = np.argsort(score, kind="stable")
     scores = score[order]
     before = np.cumsum(scores) - scores
@@ -87,7 +87,7 @@ def _bins(score: Values, num_bins: int) -> NDArray[np.intp]:
 
 
 def _resampled_shares(code: NDArray[np.intp], target: Labels, patient: NDArray[Any]) -> Values:
-    """Returns [NUM_RESAMPLES, B] the share of malignant lesions; NaN for a bin without rows."""
+    """Return [NUM_RESAMPLES, B] the share of malignant lesions; NaN for a bin without rows."""
     _, group = np.unique(patient, return_inverse=True)
     shares = np.full((NUM_RESAMPLES, code.max() + 1), np.nan)
     for share, weight in zip(shares, redraws(group.max() + 1, seed=0), strict=False):
@@ -98,7 +98,7 @@ def _resampled_shares(code: NDArray[np.intp], target: Labels, patient: NDArray[A
 
 
 def wilson(share: Values, number: NDArray[np.int64]) -> tuple[Values, Values]:
-    """Returns the 95 % interval of a share among `number` independent trials.
+    """Return the 95 % interval of a share among `number` independent trials.
 
     Source: Wilson 1927, Journal of the American Statistical Association 22:209.
     """
@@ -119,7 +119,7 @@ class Projection:
 
 
 def pca(features: NDArray[np.floating]) -> Projection:
-    """Projects features [N, D] onto their first two principal components.
+    """Project features [N, D] onto their first two principal components.
 
     The sign of a component is arbitrary; its largest coefficient is made positive.
     """

@@ -43,7 +43,7 @@ def region_figure(oof: pl.DataFrame) -> Markup:
 
 
 def _curves(oof: pl.DataFrame) -> dict[str, Scores]:
-    """Returns the scores by fold, and of all folds."""
+    """Return the scores by fold, and of all folds."""
     by_fold = {f"fold {fold}": _arrays(rows) for (fold,), rows in sorted(oof.group_by("fold"))}
     return {**by_fold, "all folds pooled": _arrays(oof)}
 
@@ -122,13 +122,13 @@ def distribution_figure(oof: pl.DataFrame) -> Markup:
 
 
 def _histogram(places: Values, edges: Values) -> Values:
-    """Returns the share of `places` in each bin."""
+    """Return the share of `places` in each bin."""
     counts, _ = np.histogram(places, edges)
     return np.asarray(counts / max(len(places), 1))
 
 
 def _share_axis(top: float) -> Axis:
-    """Returns an axis from 0 to `top` with few grid lines."""
+    """Return an axis from 0 to `top` with few grid lines."""
     step = next(step for step in GRID_STEPS if top <= MAX_GRID_LINES * step)
     num_ticks = int(top / step + 1e-9) + 1  # 0.3 / 0.1 is just below 3
     ticks = tuple(step * line for line in range(num_ticks))
@@ -136,12 +136,12 @@ def _share_axis(top: float) -> Axis:
 
 
 def _outline(edges: Values, shares: Values) -> tuple[Values, Values]:
-    """Returns the corners of a histogram's bars, from the floor and back to it."""
+    """Return the corners of a histogram's bars, from the floor and back to it."""
     return np.repeat(edges, 2), np.concatenate([[0.0], np.repeat(shares, 2), [0.0]])
 
 
 def _lowest(target: Labels, smallest: float) -> float:
-    """Returns the low end of a probability axis.
+    """Return the low end of a probability axis.
 
     It is 0, or a power of ten of at most `smallest` if malignant lesions are rare.
     """
@@ -184,7 +184,7 @@ def map_figure(
 
 
 def _map_pixels(points: Values) -> Values:
-    """Maps points [N, 2] to pixels: the middle 99 % fill the map, others are moved to its edge."""
+    """Map points [N, 2] to pixels: the middle 99 % fill the map, others are moved to its edge."""
     low, high = np.quantile(points, [0.005, 0.995], axis=0)
     varies = high > low
     width = np.where(varies, high - low, 1.0)

@@ -33,7 +33,7 @@ GROUPS = {
 def importance(
     root: Path, boosters: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> pl.DataFrame:
-    """Returns each feature's importance in an ensemble, the largest first.
+    """Return each feature's importance in an ensemble, the largest first.
 
     A booster's gains are scaled to add up to 1 before the mean, so each booster counts equally.
 
@@ -59,6 +59,6 @@ def importance(
 
 
 def share_by_group(table: pl.DataFrame) -> pl.DataFrame:
-    """Returns `group`, `num_features` and `share`, the largest first."""
+    """Return `group`, `num_features` and `share`, the largest first."""
     groups = table.group_by("group").agg(pl.len().alias("num_features"), pl.col("share").sum())
     return groups.sort("share", "group", descending=[True, False])

@@ -21,7 +21,7 @@ MAX_SHOWN = {0: 400, 1: 150}
 def projections(
     embeddings: Path, oof: pl.DataFrame
 ) -> Iterator[tuple[int, Projection, pl.DataFrame]]:
-    """Yields, by fold, the projection of held-out lesions and their `isic_id` and `target`.
+    """Yield, by fold, the projection of held-out lesions and their `isic_id` and `target`.
 
     Args:
         embeddings: the run's folder, made with the ensemble's fold plan.
@@ -36,7 +36,7 @@ def projections(
 
 
 def _sampled_features(embeddings: Path, oof: pl.DataFrame) -> Iterator[tuple[int, pl.DataFrame]]:
-    """Yields, by fold, the stored features of a sample of its held-out lesions."""
+    """Yield, by fold, the stored features of a sample of its held-out lesions."""
     folds = [rows for _, rows in sorted(oof.group_by("fold"))]
     sampled = pl.concat(sample_lesions(rows) for rows in folds)
     wanted = sampled.select(schema.ID, pl.col("fold").cast(pl.Int8), schema.TARGET)
@@ -49,7 +49,7 @@ def _sampled_features(embeddings: Path, oof: pl.DataFrame) -> Iterator[tuple[int
 
 
 def sample_lesions(rows: pl.DataFrame) -> pl.DataFrame:
-    """Returns at most MAX_SHOWN rows of each class, the same ones every time."""
+    """Return at most MAX_SHOWN rows of each class, the same ones every time."""
     parts = []
     for label, most in MAX_SHOWN.items():
         part = rows.filter(pl.col(schema.TARGET) == label).sort(schema.ID)

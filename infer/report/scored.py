@@ -34,7 +34,7 @@ class Judgement:
 
 
 def judge(name: str, rows: pl.DataFrame, model: str = BLEND) -> Judgement:
-    """Scores a model on some rows of `Scored.oof`."""
+    """Score a model on some rows of `Scored.oof`."""
     target = rows[schema.TARGET].to_numpy()
     score = rows[model].to_numpy()
     patient = rows[GROUP].to_numpy()
@@ -85,7 +85,7 @@ class Scored:
 
 
 def read_scored(ensemble: Ensemble, data: Path) -> Scored:
-    """Joins an ensemble's scores with its dataset. Raises UserError if that lacks a scored row."""
+    """Join an ensemble's scores with its dataset. Raises UserError if that lacks a scored row."""
     dataset = Dataset(data)
     metadata = dataset.metadata("train")
     patients = with_patient(metadata).select(
@@ -103,7 +103,7 @@ def read_scored(ensemble: Ensemble, data: Path) -> Scored:
 
 
 def _find_images(dataset: Dataset) -> tuple[ImageStore | None, str]:
-    """Returns the images, or None, with the sentence to show without them."""
+    """Return the images, or None, with the sentence to show without them."""
     try:
         return dataset.find_images("train"), "This dataset has no images."
     except UserError as error:  # the rest of the report does not need them

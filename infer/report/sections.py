@@ -38,7 +38,7 @@ Section = tuple[str, Sequence[str]]
 
 
 def sections(scored: Scored, embeddings: Path | None) -> dict[str, Section]:
-    """Returns all sections by the names of the links to them.
+    """Return all sections by the names of the links to them.
 
     Raises:
         UserError: the embeddings have another fold plan.
@@ -55,7 +55,7 @@ def sections(scored: Scored, embeddings: Path | None) -> dict[str, Section]:
 
 
 def header(scored: Scored, names: Iterable[str]) -> Markup:
-    """Returns the part above the sections, with links to them by their names."""
+    """Return the part above the sections, with links to them by their names."""
     manifest = scored.ensemble.manifest
     counts = scored.pooled
     num_boosters = len(manifest["boosters"])
@@ -80,7 +80,7 @@ def header(scored: Scored, names: Iterable[str]) -> Markup:
 
 
 def _out_of_fold(boosters: bool, fold_models: bool) -> str:
-    """Returns how far the scores are independent of their own patients, as a sentence."""
+    """Return how far the scores are independent of their own patients, as a sentence."""
     if not boosters:
         return "Every score is out of fold: by an image model that was trained without the patient."
     if not fold_models:
@@ -116,7 +116,7 @@ def _tiles(scored: Scored) -> Markup:
 
 
 def _top_tiles(top: TopK | None) -> list[tuple[str, str, str]]:
-    """Returns the tiles of malignant lesions found among their patient's highest scores."""
+    """Return the tiles of malignant lesions found among their patient's highest scores."""
     if top is None:
         return []
     by_lesion = f"of malignant lesions are among their patient's {TOP_K} highest scores"
@@ -207,7 +207,7 @@ def _calibration(scored: Scored) -> Section:
 
 
 def _bin_table(bins: Reliability) -> Markup:
-    """Returns the dots of the calibration chart as a table."""
+    """Return the dots of the calibration chart as a table."""
     rows = zip(
         bins.mean_score.tolist(), bins.observed.tolist(), bins.num_rows.tolist(), strict=True
     )
@@ -285,7 +285,7 @@ def _errors(scored: Scored) -> dict[str, Section]:
 
 
 def _thumbnails(scored: Scored, cases: Sequence[Case]) -> tuple[Pictures, Pictures]:
-    """Returns large pictures of the cases and small ones of their patients' other lesions."""
+    """Return large pictures of the cases and small ones of their patients' other lesions."""
     if scored.images is None:
         return {}, {}
     names = {case.lesion.name for case in cases}

@@ -15,12 +15,12 @@ REPORT_STYLE = Path(__file__).with_name("report.css")
 
 
 def report(settings: ReportSettings) -> None:
-    """Writes an ensemble's report.html: curves, tables, feature importance, worst errors."""
+    """Write an ensemble's report.html: curves, tables, feature importance, worst errors."""
     print(f"report: {write_report(settings.ensemble, settings.data, settings.embeddings)}")
 
 
 def write_report(ensemble: Path, data: Path, embeddings: Path | None = None) -> Path:
-    """Writes `report.html` into an ensemble's folder and returns its path.
+    """Write `report.html` into an ensemble's folder and return its path.
 
     Args:
         ensemble: the folder.

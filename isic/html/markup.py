@@ -17,7 +17,7 @@ class Markup(str):
 
 
 def tag(name: str, /, *children: str, **attributes: Attribute) -> Markup:
-    """Returns an element.
+    """Return an element.
 
     Args:
         children: Markup, or text, which is escaped.
@@ -31,7 +31,7 @@ def tag(name: str, /, *children: str, **attributes: Attribute) -> Markup:
 
 
 def join(*children: str) -> Markup:
-    """Concatenates the children; text is escaped."""
+    """Concatenate the children; text is escaped."""
     return Markup(
         "".join(child if isinstance(child, Markup) else escape(child) for child in children)
     )
@@ -43,6 +43,6 @@ def _attribute(key: str, value: str | float) -> str:
 
 
 def number(value: float) -> str:
-    """Formats a coordinate with at most one decimal; -0.0 becomes 0."""
+    """Format a coordinate with at most one decimal; -0.0 becomes 0."""
     text = f"{value:.1f}".removesuffix(".0")
     return "0" if text == "-0" else text

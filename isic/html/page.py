@@ -15,7 +15,7 @@ NONE = "\N{EN DASH}"
 
 
 def document(title: str, *body: str, style: str = "") -> str:
-    """Returns the whole file; `style` is CSS in addition to that of every page."""
+    """Return the whole file; `style` is CSS in addition to that of every page."""
     css = PLOT_STYLE.read_text(encoding="utf-8") + PAGE_STYLE.read_text(encoding="utf-8") + style
     head = tag(
         "head",
@@ -29,24 +29,24 @@ def document(title: str, *body: str, style: str = "") -> str:
 
 
 def section(name: str, title: str, *body: str) -> Markup:
-    """Returns a section; `links` refers to it by `name`."""
+    """Return a section; `links` refers to it by `name`."""
     return join("\n", tag("section", tag("h2", title), *body, id=name.lower()))
 
 
 def links(names: Iterable[str]) -> Markup:
-    """Returns the page's table of contents."""
+    """Return the page's table of contents."""
     items = (tag("a", name.replace("-", " "), href=f"#{name.lower()}") for name in names)
     return tag("nav", *items, aria_label="Sections")
 
 
 def figure(title: str, chart: Markup, *caption: str) -> Markup:
-    """Returns a chart with its title above and its explanation, if any, below."""
+    """Return a chart with its title above and its explanation, if any, below."""
     explained = [tag("figcaption", *caption)] if caption else []
     return tag("figure", tag("h3", title), chart, *explained)
 
 
 def tiles(items: Iterable[tuple[str, str, str]]) -> Markup:
-    """Returns large numbers: label, value and a line of explanation."""
+    """Return large numbers: label, value and a line of explanation."""
     return tag(
         "dl",
         *(
@@ -60,7 +60,7 @@ def tiles(items: Iterable[tuple[str, str, str]]) -> Markup:
 def table(
     caption: str, heading: Sequence[str], rows: Iterable[Sequence[str]], sums: int = 0
 ) -> Markup:
-    """Returns a table that scrolls by itself if it is wider than the screen.
+    """Return a table that scrolls by itself if it is wider than the screen.
 
     Args:
         rows: as many cells as the heading; the first is the row's own heading.
@@ -82,7 +82,7 @@ def table(
 
 
 def bars(caption: str, heading: Sequence[str], rows: Sequence[tuple[Markup, float]]) -> Markup:
-    """Returns a table of shares with a bar per row; the longest fills its cell."""
+    """Return a table of shares with a bar per row; the longest fills its cell."""
     longest = max((share for _, share in rows), default=0) or 1
     lines = (
         tag(
@@ -102,13 +102,13 @@ def _head(heading: Sequence[str]) -> Markup:
 
 
 def code(name: str) -> Markup:
-    """Returns a column's name, which may break after its underscores."""
+    """Return a column's name, which may break after its underscores."""
     first, *rest = name.split("_")
     return tag("code", first, *(join("_", tag("wbr"), part) for part in rest))
 
 
 def facts(items: Mapping[str, str], class_: str = "facts") -> Markup:
-    """Returns a list of names and values."""
+    """Return a list of names and values."""
     return tag(
         "dl",
         *(tag("div", tag("dt", key), tag("dd", value)) for key, value in items.items()),
@@ -117,7 +117,7 @@ def facts(items: Mapping[str, str], class_: str = "facts") -> Markup:
 
 
 def percent(share: float, decimals: int | None = None) -> str:
-    """Formats a share as percent, with two significant digits by default: 0.098 %, 75 %."""
+    """Format a share as percent, with two significant digits by default: 0.098 %, 75 %."""
     value = 100 * share
     if decimals is None:
         decimals = max(0, 1 - math.floor(math.log10(value))) if value > 0 else 0

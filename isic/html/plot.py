@@ -37,21 +37,21 @@ class Axis:
     log: bool = False
 
     def place(self, values: ArrayLike) -> Values:
-        """Maps values to 0 (`low`) to 1 (`high`); values outside are moved to the edge."""
+        """Map values to 0 (`low`) to 1 (`high`); values outside are moved to the edge."""
         clipped = np.clip(np.asarray(values, dtype=np.float64), self.low, self.high)
         if self.log:
             return np.asarray(np.log(clipped / self.low) / np.log(self.high / self.low))
         return np.asarray((clipped - self.low) / (self.high - self.low))
 
     def invert(self, places: ArrayLike) -> Values:
-        """Returns the values at places in [0, 1]."""
+        """Return the values at places in [0, 1]."""
         places = np.asarray(places, dtype=np.float64)
         if self.log:
             return np.asarray(self.low * (self.high / self.low) ** places)
         return np.asarray(self.low + places * (self.high - self.low))
 
     def tick_text(self, tick: float) -> str:
-        """Formats a tick; small values on a logarithmic axis become powers of ten."""
+        """Format a tick; small values on a logarithmic axis become powers of ten."""
         if self.log and tick < 0.01:
             return "10" + str(round(np.log10(tick))).translate(SUPERSCRIPT)
         return f"{tick:g}"
@@ -67,7 +67,7 @@ class Plot:
     """Description for screen readers."""
 
     def at(self, x: ArrayLike, y: ArrayLike) -> Values:
-        """Returns the pixels [N, 2] of points."""
+        """Return the pixels [N, 2] of points."""
         right = LEFT + self.x.place(x) * (WIDTH - LEFT - RIGHT)
         down = HEIGHT - BOTTOM - self.y.place(y) * (HEIGHT - TOP - BOTTOM)
         return np.stack(np.broadcast_arrays(right, down), axis=-1).reshape(-1, 2)
@@ -100,7 +100,7 @@ class Plot:
         )
 
     def draw(self, *marks: Markup) -> Markup:
-        """Returns the SVG: grid and ticks, the marks, and the axis labels."""
+        """Return the SVG: grid and ticks, the marks, and the axis labels."""
         middle = (TOP + HEIGHT - BOTTOM) / 2
         x_label = tag(
             "text", self.x.label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle"
@@ -146,7 +146,7 @@ def _title(text: str) -> list[Markup]:
 
 
 def svg_file(chart: Markup) -> str:
-    """Returns the text of an SVG file: a chart of `Plot.draw` with its styles, light and dark."""
+    """Return the text of an SVG file: a chart of `Plot.draw` with its styles, light and dark."""
     # CSS has no characters that XML would need escaped, and a comment of it may not have any.
     style = tag("style", Markup(PLOT_STYLE.read_text(encoding="utf-8")))
     size = f' xmlns="http://www.w3.org/2000/svg" width="{IMAGE_WIDTH}">'
@@ -154,7 +154,7 @@ def svg_file(chart: Markup) -> str:
 
 
 def path(points: Values) -> str:
-    """Returns path data through pixels [N, 2], rounded to 0.1, without redundant points."""
+    """Return path data through pixels [N, 2], rounded to 0.1, without redundant points."""
     rounded = np.round(points, 1)
     differs = (rounded[1:] != rounded[:-1]).any(axis=1)
     rounded = rounded[np.append(True, differs)]
@@ -167,7 +167,7 @@ def path(points: Values) -> str:
 
 
 def stairs(x: ArrayLike, y: ArrayLike) -> tuple[Values, Values]:
-    """Returns the corners of a step function that has the value y[i] from x[i-1] to x[i].
+    """Return the corners of a step function that has the value y[i] from x[i-1] to x[i].
 
     Args:
         x, y: [N].
@@ -181,5 +181,5 @@ def stairs(x: ArrayLike, y: ArrayLike) -> tuple[Values, Values]:
 
 
 def decades(low: float) -> tuple[float, ...]:
-    """Returns the powers of ten from `low`, itself a power of ten, to 1."""
+    """Return the powers of ten from `low`, itself a power of ten, to 1."""
     return tuple(10.0**power for power in range(round(np.log10(low)), 1))

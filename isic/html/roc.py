@@ -37,7 +37,7 @@ class _Curve:
 
 
 def roc_chart(curves: Mapping[str, Scores], with_legend: bool = False) -> Markup:
-    """Draws ROC curves by name, and the scored region of the last one, which is thick.
+    """Draw ROC curves by name, and the scored region of the last one, which is thick.
 
     Args:
         curves: of the thin ones, those with one class only are left out.
@@ -58,7 +58,7 @@ def roc_chart(curves: Mapping[str, Scores], with_legend: bool = False) -> Markup
 
 
 def scored_region_chart(curves: Mapping[str, Scores]) -> Markup:
-    """Draws only the scored region of the curves of `roc_chart`."""
+    """Draw only the scored region of the curves of `roc_chart`."""
     drawn = _drawn(curves)
     value = pauc(*list(curves.values())[-1])
     label = f"The scored part of the ROC curve, true-positive rate 0.8 to 1, area {value:.4f}."
@@ -71,7 +71,7 @@ def scored_region_chart(curves: Mapping[str, Scores]) -> Markup:
 
 
 def scored_region(fpr: Values, tpr: Values) -> tuple[Values, Values]:
-    """Returns the corners of the region under the curve and above TPR 0.8; its area is the pAUC."""
+    """Return the corners of the region under the curve and above TPR 0.8; its area is the pAUC."""
     fpr, tpr = above_min_tpr(fpr, tpr)
     return np.append(fpr, 1.0), np.append(tpr, MIN_TPR)
 
@@ -92,7 +92,7 @@ def _region(plot: Plot, curve: _Curve) -> Markup:
 
 
 def _legend(plot: Plot, curves: Sequence[_Curve]) -> list[Markup]:
-    """Lists the curves at the bottom right, where a curve better than chance never is."""
+    """List the curves at the bottom right, where a curve better than chance never is."""
     listed = curves if len(curves) <= MAX_LISTED else curves[-1:]
     return [
         plot.note(

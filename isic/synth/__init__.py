@@ -65,7 +65,7 @@ class Spec:
 
 
 def spec_of(settings: SynthSettings) -> Spec:
-    """Fills in the defaults. Raises UserError if more than half of the rows are positive."""
+    """Fill in the defaults. Raises UserError if more than half of the rows are positive."""
     positives = settings.positives or default_positives(settings.images)
     if positives > settings.images // 2:
         raise UserError(
@@ -92,7 +92,7 @@ def synth(settings: SynthSettings) -> None:
 
 
 def synthesize(settings: SynthSettings, say: Callable[[str], None] = lambda _: None) -> bool:
-    """Writes a synthetic dataset into `settings.output_dir`, in the challenge's layout.
+    """Write a synthetic dataset into `settings.output_dir`, in the challenge's layout.
 
     Three files are extra: `masks.hdf5`, `test-truth.csv` (labels of the test split) and
     `synth.json` (settings, counts, digests), which is written last. A run that finds it marked as
@@ -136,7 +136,7 @@ def _described(spec: Spec) -> dict[str, object]:
 
 
 def _is_done(out: Path, spec: Spec) -> bool:
-    """Returns whether `out` holds all of this dataset. Raises UserError if it holds another."""
+    """Return whether `out` holds all of this dataset. Raises UserError if it holds another."""
     manifest = out / MANIFEST
     present = [name for name in (*FILES, *FOREIGN) if (out / name).exists()]
     if not manifest.is_file():
@@ -161,14 +161,14 @@ def _is_done(out: Path, spec: Spec) -> bool:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Removes the temporary files of a run that was killed."""
+    """Remove the temporary files of a run that was killed."""
     for name in FILES:
         for leftover in out.glob(f".{name}.*.tmp"):
             leftover.unlink()
 
 
 def _draw_tables(spec: Spec) -> tuple[Rows, Rows]:
-    """Samples the two splits, which share no id and no patient."""
+    """Sample the two splits, which share no id and no patient."""
     rng = np.random.default_rng((spec.seed, 0))
     num_train = num_patients(spec.images)
     num_test = num_patients(spec.test_images)
@@ -182,7 +182,7 @@ def _draw_tables(spec: Spec) -> tuple[Rows, Rows]:
 
 
 def _numbered(prefix: str, count: int, rng: Generator) -> list[str]:
-    """Returns `count` distinct names such as ISIC_0123456, in random order."""
+    """Return `count` distinct names such as ISIC_0123456, in random order."""
     return [f"{prefix}_{number:07d}" for number in rng.choice(10_000_000, count, replace=False)]
 
 
@@ -197,7 +197,7 @@ def _write_tables(out: Path, train: pl.DataFrame, test: pl.DataFrame) -> None:
 def _write_crops(
     out: Path, train: Rows, test: Rows, spec: Spec, say: Callable[[str], None]
 ) -> None:
-    """Renders and writes one crop per row, or a pool from which each row takes the nearest."""
+    """Render and write one crop per row, or a pool from which each row takes the nearest."""
     rows = Rows(pl.concat([train.table, test.table]), np.concatenate([train.cue, test.cue]))
     one_crop_per_row = spec.images == spec.pool
     rendered = rows if one_crop_per_row else _pool_rows(spec)
@@ -218,13 +218,13 @@ def _write_crops(
 def _masks(
     ids: Sequence[str], choice: NDArray[np.int64], crops: Sequence[Crop]
 ) -> Iterator[tuple[str, bytes]]:
-    """Yields id and mask of both splits, ids ascending."""
+    """Yield id and mask of both splits, ids ascending."""
     for name, crop in sorted(zip(ids, choice, strict=True)):
         yield name, crops[crop].mask
 
 
 def _pool_rows(spec: Spec) -> Rows:
-    """Samples rows for the pool that are not in the tables.
+    """Sample rows for the pool that are not in the tables.
 
     Otherwise a malignant row would match its own crop, which would identify it.
     """
@@ -235,7 +235,7 @@ def _pool_rows(spec: Spec) -> Rows:
 
 
 def _nearest(rows: Rows, pool: Rows) -> NDArray[np.int64]:
-    """Returns the index of the most similar pool row for each row, [N]; ignores the target."""
+    """Return the index of the most similar pool row for each row, [N]; ignores the target."""
     spread = pool.table.select(MATCHED).to_numpy().std(axis=0)
 
     def key(some: Rows) -> NDArray[np.float64]:
@@ -247,7 +247,7 @@ def _nearest(rows: Rows, pool: Rows) -> NDArray[np.int64]:
 
 
 def _render_all(rows: Rows, seed: int) -> list[Crop]:
-    """Renders one crop per row, on all cores. Each has its own seed, so their order is free."""
+    """Render one crop per row, on all cores. Each has its own seed, so their order is free."""
     cv2.setNumThreads(1)  # the pool's threads already occupy all cores
     wanted = crop_specs(rows.table, rows.cue)
     with ThreadPoolExecutor(num_cores()) as pool:

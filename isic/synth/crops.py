@@ -75,7 +75,7 @@ class CropSpec:
 
 
 def crop_specs(table: pl.DataFrame, cue: NDArray[np.float64]) -> list[CropSpec]:
-    """Returns the spec of the crop of each row of `table`, with `cue`: [N] the rows' hidden cue."""
+    """Return the spec of the crop of each row of `table`, with `cue`: [N] the rows' hidden cue."""
     shown = np.clip((cue - CUE_FROM) / (CUE_TO - CUE_FROM), 0, 1)
     return [
         CropSpec(
@@ -96,7 +96,7 @@ def crop_specs(table: pl.DataFrame, cue: NDArray[np.float64]) -> list[CropSpec]:
 
 
 def render(spec: CropSpec, seed: tuple[int, ...]) -> Crop:
-    """Renders one crop; the same spec and seed give the same bytes."""
+    """Render one crop; the same spec and seed give the same bytes."""
     rng = np.random.default_rng(seed)
     side = round(float(np.interp(100 * rng.random(), *marginals.SIDE_PX)))
     depth = _lesion_depth(spec, side, rng)
@@ -116,14 +116,14 @@ def render(spec: CropSpec, seed: tuple[int, ...]) -> Crop:
 
 @lru_cache(maxsize=256)
 def _grid(side: int) -> tuple[Field, Field]:
-    """Returns x and y of the pixel centres in mm from the field's centre, each [side, side]."""
+    """Return x and y of the pixel centres in mm from the field's centre, each [side, side]."""
     axis = (((np.arange(side) + 0.5) / side - 0.5) * FIELD_MM).astype(np.float32)
     x, y = np.meshgrid(axis, axis)
     return x, y
 
 
 def _lesion_depth(spec: CropSpec, side: int, rng: Generator) -> Field:
-    """Returns each pixel's depth in the lesion, [side, side]: 1 at its centre, 0 on its outline.
+    """Return each pixel's depth in the lesion, [side, side]: 1 at its centre, 0 on its outline.
 
     The outline is an ellipse whose radius is perturbed by a Fourier series: odd harmonics for
     asymmetry, high ones for a ragged border.
@@ -143,7 +143,7 @@ def _lesion_depth(spec: CropSpec, side: int, rng: Generator) -> Field:
 
 
 def _outline(spec: CropSpec, rng: Generator) -> Field:
-    """Returns the relative radius, [OUTLINE_STEPS]; its mean square is 1, which keeps the area."""
+    """Return the relative radius, [OUTLINE_STEPS]; its mean square is 1, which keeps the area."""
     order = np.arange(1, 13)
     ragged = 0.030 * spec.border * (order >= 4) / order
     lopsided = 0.18 * spec.asymmetry * np.isin(order, (1, 3)) / order
@@ -157,7 +157,7 @@ def _outline(spec: CropSpec, rng: Generator) -> Field:
 
 
 def _noise(side: int, sigma: float, rng: Generator, stretch: float = 1.0) -> Field:
-    """Returns smooth noise [side, side] of mean 0 and variance 1.
+    """Return smooth noise [side, side] of mean 0 and variance 1.
 
     Args:
         side: in pixels.
@@ -175,7 +175,7 @@ def _noise(side: int, sigma: float, rng: Generator, stretch: float = 1.0) -> Fie
 
 
 def _skin(spec: CropSpec, side: int, rng: Generator) -> Field:
-    """Returns skin [side, side, 3] in Lab: furrows, grain, redness, uneven light."""
+    """Return skin [side, side, 3] in Lab: furrows, grain, redness, uneven light."""
     furrows = _turned(_noise(side, side / 120, rng, stretch=rng.uniform(1.0, 2.4)), rng)
     grain = _noise(side, 0.6, rng)
     blotches = _noise(side, side / 10, rng)
@@ -196,7 +196,7 @@ def _skin(spec: CropSpec, side: int, rng: Generator) -> Field:
 
 
 def _turned(field: Field, rng: Generator) -> Field:
-    """Rotates a square field [side, side] by a random angle, mirrored at its edges."""
+    """Rotate a square field [side, side] by a random angle, mirrored at its edges."""
     side = field.shape[0]
     matrix = cv2.getRotationMatrix2D((side / 2, side / 2), float(rng.uniform(0, 360)), 1.0)
     turned = cv2.warpAffine(field, matrix, (side, side), borderMode=cv2.BORDER_REFLECT)
@@ -204,7 +204,7 @@ def _turned(field: Field, rng: Generator) -> Field:
 
 
 def _paint_lesion(lab: Field, depth: Field, spec: CropSpec, rng: Generator) -> None:
-    """Paints the lesion, in place; its mean colour is the row's at any hidden cue."""
+    """Paint the lesion, in place; its mean colour is the row's at any hidden cue."""
     side = len(lab)
     softness = np.float32(rng.uniform(0.05, 0.11))
     cover = 1 / (1 + np.exp(-np.clip(depth / softness, -30, 30)))
@@ -225,7 +225,7 @@ def _paint_lesion(lab: Field, depth: Field, spec: CropSpec, rng: Generator) -> N
 
 
 def _veil(depth: Field, spec: CropSpec, rng: Generator) -> Field:
-    """Returns a blue-white patch on one side of the lesion, [side, side, 3] in Lab."""
+    """Return a blue-white patch on one side of the lesion, [side, side, 3] in Lab."""
     side = len(depth)
     x, y = _grid(side)
     direction = rng.uniform(0, 2 * np.pi)
@@ -241,7 +241,7 @@ def _veil(depth: Field, spec: CropSpec, rng: Generator) -> Field:
 
 
 def _dots(depth: Field, spec: CropSpec, rng: Generator) -> Field:
-    """Returns dark dots near the rim of the lesion, [side, side, 3] in Lab."""
+    """Return dark dots near the rim of the lesion, [side, side, 3] in Lab."""
     side = len(depth)
     canvas = np.zeros((side, side), dtype=np.float32)
     rim_y, rim_x = np.nonzero((depth > 0.05) & (depth < 0.5))
@@ -254,7 +254,7 @@ def _dots(depth: Field, spec: CropSpec, rng: Generator) -> Field:
 
 
 def _add_neighbours(lab: Field, spec: CropSpec, rng: Generator) -> None:
-    """Paints small brown spots away from the centre, in place."""
+    """Paint small brown spots away from the centre, in place."""
     if rng.random() > NEIGHBOURS:
         return
     x, y = _grid(len(lab))
@@ -270,7 +270,7 @@ def _add_neighbours(lab: Field, spec: CropSpec, rng: Generator) -> None:
 
 
 def _add_hair(lab: Field, rng: Generator) -> None:
-    """Paints thin curved hairs, in place: mostly dark, roughly parallel."""
+    """Paint thin curved hairs, in place: mostly dark, roughly parallel."""
     if rng.random() > HAIRY:
         return
     side = len(lab)
@@ -291,7 +291,7 @@ def _add_hair(lab: Field, rng: Generator) -> None:
 
 
 def _add_gloss(lab: Field, depth: Field, rng: Generator) -> None:
-    """Paints light flakes on and near the lesion, in place."""
+    """Paint light flakes on and near the lesion, in place."""
     if rng.random() > GLOSSY:
         return
     noise = _turned(_noise(len(lab), 0.9, rng, stretch=2.5), rng)
@@ -301,7 +301,7 @@ def _add_gloss(lab: Field, depth: Field, rng: Generator) -> None:
 
 
 def _jpeg(pixels: Pixels, rng: Generator) -> bytes:
-    """Compresses BGR pixels to about the file size of the challenge's crops of the same side."""
+    """Compress BGR pixels to about the file size of the challenge's crops of the same side."""
     usual = 2_700 * (len(pixels) / 130) ** 1.1 * np.exp(rng.normal(0, 0.17))
     wanted = float(np.clip(usual, MIN_BYTES, MAX_BYTES))
     candidates = []

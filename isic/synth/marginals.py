@@ -329,7 +329,7 @@ THICKNESS_MM = (0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.6, 0.8, 1.4, 2.4)
 
 
 def quantile(column: str, z: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Maps standard normal values [N] to values with the published marginal of `column`.
+    """Map standard normal values [N] to values with the published marginal of `column`.
 
     Linear between percentiles on the normal scale, on which the tails are nearly straight.
     """
@@ -338,7 +338,7 @@ def quantile(column: str, z: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def correlation() -> NDArray[np.float64]:
-    """Returns the correlations of RANK_CORRELATION as a positive definite matrix [K, K]."""
+    """Return the correlations of RANK_CORRELATION as a positive definite matrix [K, K]."""
     size = len(RANK_CORRELATION)
     matrix = np.eye(size)
     for row, below in enumerate(RANK_CORRELATION.values()):

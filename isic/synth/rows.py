@@ -74,14 +74,14 @@ class Rows:
 
 
 def default_positives(num_rows: int) -> int:
-    """Returns the number of positives: the challenge's share, but 5 % in a small table."""
+    """Return the number of positives: the challenge's share, but 5 % in a small table."""
     share = round(num_rows * marginals.FULL_POSITIVES / marginals.FULL_ROWS)
     small_table = min(max(num_rows // 20, 10), marginals.FULL_POSITIVES)
     return max(share, small_table)
 
 
 def num_patients(num_rows: int) -> int:
-    """Returns the number of patients in a table of `num_rows`; the challenge's at its size."""
+    """Return the number of patients in a table of `num_rows`; the challenge's at its size."""
     share = num_rows / marginals.FULL_ROWS
     growth = share if share > 1 else share**PATIENTS_OF_SMALL
     usual = round(marginals.FULL_PATIENTS * growth)
@@ -95,7 +95,7 @@ def draw_rows(
     rng: Generator,
     unseen_site: bool = False,
 ) -> Rows:
-    """Samples a table.
+    """Sample a table.
 
     Args:
         ids: `isic_id` of the N rows.
@@ -125,7 +125,7 @@ def draw_rows(
 
 
 def lesions_per_patient(num_rows: int, count: int, rng: Generator) -> Ints:
-    """Returns rows per patient, [count]: heavy-tailed quantiles in random order."""
+    """Return rows per patient, [count]: heavy-tailed quantiles in random order."""
     z = ndtri((np.arange(count) + 0.5) / count)
     weight = np.exp(SIZE_SPREAD * z + SIZE_TAIL * np.maximum(z - 2, 0) ** 2)
     share = np.cumsum(weight) / weight.sum()
@@ -134,7 +134,7 @@ def lesions_per_patient(num_rows: int, count: int, rng: Generator) -> Ints:
 
 
 def _positives(patient: Ints, num_positives: int, rng: Generator) -> Ints:
-    """Returns the target, [N] of 0 and 1; the positives belong to a part of the patients."""
+    """Return the target, [N] of 0 and 1; the positives belong to a part of the patients."""
     num_rows = len(patient)
     count = int(patient.max()) + 1
     share = marginals.FULL_POSITIVE_PATIENTS / marginals.FULL_POSITIVES
@@ -153,7 +153,7 @@ def _positives(patient: Ints, num_positives: int, rng: Generator) -> Ints:
 
 
 def _latents(patient: Ints, sizes: Ints, rng: Generator) -> dict[str, Floats]:
-    """Samples a standard normal value [N] per column of RANK_CORRELATION, correlated, also per patient."""
+    """Sample a standard normal value [N] per column of RANK_CORRELATION, correlated, also per patient."""
     names = list(marginals.RANK_CORRELATION)
     root = np.linalg.cholesky(marginals.correlation()).T
     share = np.array([marginals.PATIENT_SHARE.get(name, 0.0) for name in names])
@@ -165,7 +165,7 @@ def _latents(patient: Ints, sizes: Ints, rng: Generator) -> dict[str, Floats]:
 
 
 def _normal_by_rows(shared: Floats, sizes: Ints) -> Floats:
-    """Makes the patients' values [P, K] standard normal over the rows; their ranks are kept.
+    """Make the patients' values [P, K] standard normal over the rows; their ranks are kept.
 
     A few patients have most rows; without this, their values would shift the table's marginals.
     """
@@ -180,12 +180,12 @@ def _normal_by_rows(shared: Floats, sizes: Ints) -> Floats:
 
 
 def _strength(num_rows: int, rng: Generator) -> Floats:
-    """Samples the strength of a cue in each row, [N]; see CUE_SPREAD."""
+    """Sample the strength of a cue in each row, [N]; see CUE_SPREAD."""
     return np.maximum(rng.normal(1, CUE_SPREAD, num_rows), 0)
 
 
 def _plant_signal(z: dict[str, Floats], target: Ints, rng: Generator) -> None:
-    """Shifts the malignant rows in place; the cues are independent of one another."""
+    """Shift the malignant rows in place; the cues are independent of one another."""
     for cue in (ROW_CUE, PATIENT_RELATIVE_SHIFT, {"tbp_lv_dnn_lesion_confidence": DNN_CUE}):
         strength = target * _strength(len(target), rng)
         for name, shift in cue.items():
@@ -193,7 +193,7 @@ def _plant_signal(z: dict[str, Floats], target: Ints, rng: Generator) -> None:
 
 
 def _numbers(z: Mapping[str, Floats], rng: Generator) -> dict[str, Floats]:
-    """Returns the numeric columns: from the latents `z`, and derived from those by identities."""
+    """Return the numeric columns: from the latents `z`, and derived from those by identities."""
     value = {name: marginals.quantile(name, latent) for name, latent in z.items()}
     value["age_approx"] = np.round(value["age_approx"] / 5) * 5
     angle_z = rng.standard_normal(len(z["tbp_lv_Lext"]))
@@ -208,7 +208,7 @@ def _numbers(z: Mapping[str, Floats], rng: Generator) -> dict[str, Floats]:
 
 
 def _shape(value: Mapping[str, Floats], rng: Generator) -> dict[str, Floats]:
-    """Returns axes, area and perimeter of a rough ellipse; the ratio is perimeter² / area."""
+    """Return axes, area and perimeter of a rough ellipse; the ratio is perimeter² / area."""
     long_axis = value["clin_size_long_diam_mm"]
     ratio = value["tbp_lv_area_perim_ratio"]
     error = rng.normal(0.013, TRUE_AXIS_ERROR, len(ratio))
@@ -227,7 +227,7 @@ def _shape(value: Mapping[str, Floats], rng: Generator) -> dict[str, Floats]:
 
 
 def _colors(value: Mapping[str, Floats], rng: Generator) -> dict[str, Floats]:
-    """Returns Lab inside and outside, their differences, chroma and hue."""
+    """Return Lab inside and outside, their differences, chroma and hue."""
     outside = {axis: value[f"tbp_lv_{axis}ext"].round(DECIMALS) for axis in "LAB"}
     delta = {axis: value[f"tbp_lv_delta{axis}"].round(DECIMALS) for axis in "LAB"}
     delta["L"] = np.maximum(delta["L"], (4 - outside["L"]).round(DECIMALS))
@@ -252,14 +252,14 @@ def _colors(value: Mapping[str, Floats], rng: Generator) -> dict[str, Floats]:
 
 
 def _quota(counts: Sequence[float], num_rows: int, rng: Generator) -> Ints:
-    """Returns indices [N] into `counts` with exactly their shares, in random order."""
+    """Return indices [N] into `counts` with exactly their shares, in random order."""
     share = np.cumsum(np.asarray(counts, dtype=np.float64)) / np.sum(counts)
     position = (np.arange(num_rows) + 0.5) / num_rows
     return rng.permutation(np.searchsorted(share, position))
 
 
 def _places(num_rows: int, rng: Generator) -> dict[str, Sequence[object] | Floats]:
-    """Returns location, its two coarser columns, and the position with its published marginals."""
+    """Return location, its two coarser columns, and the position with its published marginals."""
     names = list(marginals.LOCATIONS)
     counts = [count for count, *_ in marginals.LOCATIONS.values()]
     centres = np.array([centre for _, *centre in marginals.LOCATIONS.values()])
@@ -280,12 +280,12 @@ def _places(num_rows: int, rng: Generator) -> dict[str, Sequence[object] | Float
 
 
 def _simple_location(location: str) -> str:
-    """Returns `tbp_lv_location_simple`, with which the location begins."""
+    """Return `tbp_lv_location_simple`, with which the location begins."""
     return next(simple for simple in marginals.SITES if location.startswith(simple))
 
 
 def _share_out(counts: Sequence[float], sizes: Ints) -> Ints:
-    """Returns an index into `counts` per patient, [P]; the rows approach `counts`' shares."""
+    """Return an index into `counts` per patient, [P]; the rows approach `counts`' shares."""
     wanted = np.asarray(counts, dtype=np.float64) / np.sum(counts) * sizes.sum()
     choice = np.zeros(len(sizes), dtype=np.int64)
     for patient in np.argsort(-sizes, kind="stable"):  # the largest first
@@ -297,7 +297,7 @@ def _share_out(counts: Sequence[float], sizes: Ints) -> Ints:
 def _patient_facts(
     patient: Ints, sizes: Ints, rng: Generator, unseen_site: bool
 ) -> dict[str, Sequence[str]]:
-    """Returns the text columns that are equal in all rows of a patient."""
+    """Return the text columns that are equal in all rows of a patient."""
     sites = dict(marginals.ATTRIBUTIONS)
     if unseen_site:
         sites[marginals.UNSEEN] = marginals.UNSEEN_ATTRIBUTION
@@ -318,7 +318,7 @@ def _patient_facts(
 
 
 def _diagnoses(target: Ints, rng: Generator) -> dict[str, Sequence[object]]:
-    """Returns the train-only columns: ids, diagnoses, measurements of invasive melanomas."""
+    """Return the train-only columns: ids, diagnoses, measurements of invasive melanomas."""
     chance = rng.random(len(target))
     biopsied = (target == 1) | (chance < marginals.BIOPSIED_BENIGN)
     has_id = (target == 1) | (chance < marginals.LESION_ID_BENIGN)
@@ -346,12 +346,12 @@ def _diagnoses(target: Ints, rng: Generator) -> dict[str, Sequence[object]]:
 
 
 def _masked(values: Sequence[object], known: NDArray[np.bool_]) -> list[object]:
-    """Returns `values` with None in the rows that are not `known`."""
+    """Return `values` with None in the rows that are not `known`."""
     return [value if kept else None for value, kept in zip(values, known, strict=True)]
 
 
 def _blanked(table: pl.DataFrame, rng: Generator) -> pl.DataFrame:
-    """Sets the schema's types, and BLANKS' shares of the rows to null."""
+    """Set the schema's types, and BLANKS' shares of the rows to null."""
     table = table.with_columns(pl.col(name).cast(schema.DTYPES[name]) for name in table.columns)
     for name, share in marginals.BLANKS.items():
         num_blank = round(share * len(table))

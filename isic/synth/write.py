@@ -17,7 +17,7 @@ HEADER_BYTES = 400
 
 
 def write_images(path: Path, images: Iterable[tuple[str, bytes]]) -> None:
-    """Writes one scalar HDF5 dataset per id, of fixed-length bytes, as the challenge does.
+    """Write one scalar HDF5 dataset per id, of fixed-length bytes, as the challenge does.
 
     Args:
         images: id and file content, ids ascending.
@@ -36,7 +36,7 @@ def write_images(path: Path, images: Iterable[tuple[str, bytes]]) -> None:
 
 
 def _write_all(file: h5py.File, images: Iterable[tuple[str, bytes]]) -> None:
-    """Uses h5py's low-level API: the high-level one takes minutes for a full-size dataset."""
+    """Use h5py's low-level API: the high-level one takes minutes for a full-size dataset."""
     scalar = h5py.h5s.create(h5py.h5s.SCALAR)
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_obj_track_times(False)  # timestamps would differ between equal runs
@@ -50,6 +50,6 @@ def _write_all(file: h5py.File, images: Iterable[tuple[str, bytes]]) -> None:
 
 
 def write_table(path: Path, table: pl.DataFrame) -> None:
-    """Writes a CSV; blanks are empty fields."""
+    """Write a CSV; blanks are empty fields."""
     with atomic_path(path) as temporary:
         table.write_csv(temporary)

@@ -7,7 +7,7 @@ from tests.support.commands import Cli
 
 
 def write(folder: Path, *rates: tuple[float, float, float], **columns: object) -> None:
-    """Appends rows of throughput with the median, the least and the most of the repeats."""
+    """Append rows of throughput with the median, the least and the most of the repeats."""
     for median, low, high in rates:
         row = {
             "what": "vit",

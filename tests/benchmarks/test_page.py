@@ -28,7 +28,7 @@ def throughput_row(what: str, rate: float) -> Row:
 
 
 def write_results(folder: Path) -> None:
-    """Writes two runs of two configs, failures, peers, and whole runs, with markup in a text."""
+    """Write two runs of two configs, failures, peers, and whole runs, with markup in a text."""
     failed = {
         "what": "vit_tiny",
         "engine": "tensorrt",

@@ -23,7 +23,7 @@ with terminable():
 
 
 def started(code: str) -> "subprocess.Popen[str]":
-    """Starts Python code in a new session and waits for its innermost child."""
+    """Start Python code in a new session and wait for its innermost child."""
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
     )

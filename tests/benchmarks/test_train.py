@@ -134,7 +134,7 @@ def test_processes_that_keep_the_cores_busy_end_with_the_block() -> None:
 
 
 def spinning_children() -> list[Path]:
-    """Returns the busy children of this process in /proc; its own list of children may lack some."""
+    """Return the busy children of this process in /proc; its own list of children may lack some."""
     found = []
     for path in (path for path in Path("/proc").iterdir() if path.name.isdigit()):
         with contextlib.suppress(OSError):  # it ended meanwhile

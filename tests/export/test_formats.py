@@ -87,7 +87,7 @@ def test_newer_gpus_are_offered_bfloat16(
 
 
 def lacks(row: EngineFormat) -> list[str]:
-    """Returns what a row lacks for export."""
+    """Return what a row lacks for export."""
     problems = []
     if row.builder is None or find_spec(row.builder) is None:
         problems.append(f"the builder {row.builder}")

@@ -180,7 +180,7 @@ def build_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def compiled_products(build_log: list[str]) -> dict[str, str]:
-    """Returns the type of the first input of each matrix product of a plan, by its name."""
+    """Return the type of the first input of each matrix product of a plan, by its name."""
     found = (
         re.match(r"Name: (\S+), LayerType: gemm, Inputs:.*?Datatype: (\w+)", line)
         for line in build_log

@@ -191,7 +191,7 @@ def first(formats_run: Path) -> Path:
 
 
 def names(folder: Path) -> set[str]:
-    """Returns the exported artifacts that have a manifest."""
+    """Return the exported artifacts that have a manifest."""
     manifests = [json.loads(path.read_text()) for path in folder.glob("*.*.json")]
     return {manifest["artifact"] for manifest in manifests if "format" in manifest}
 

@@ -251,7 +251,7 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def _press_ctrl_c_during_the_build() -> None:
-    """Waits until the build listens, which is when its handler stands in."""
+    """Wait until the build listens, which is when its handler stands in."""
     before = signal.getsignal(signal.SIGINT)
     while signal.getsignal(signal.SIGINT) is before:
         time.sleep(0.005)

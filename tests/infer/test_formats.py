@@ -19,7 +19,7 @@ from tests.support.commands import ROOT
 
 
 def declared(section: str, key: str | None = None) -> set[str]:
-    """Returns the distributions that setup.cfg names in a section, or under one of its keys."""
+    """Return the distributions that setup.cfg names in a section, or under one of its keys."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     keys = setup[section] if key is None else [key]
@@ -28,7 +28,7 @@ def declared(section: str, key: str | None = None) -> set[str]:
 
 
 def lacks(row: EngineFormat) -> list[str]:
-    """Returns what a row of ENGINE_FORMATS lacks."""
+    """Return what a row of ENGINE_FORMATS lacks."""
     problems = []
     if find_spec(row.module) is None:
         problems.append(f"the module {row.module}")

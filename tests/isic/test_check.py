@@ -16,7 +16,7 @@ from tests.support.datasets import jpeg, small_table, write_hdf5
 
 
 def facts(text: str, section: str) -> dict[str, str]:
-    """Returns the facts under one heading of the output."""
+    """Return the facts under one heading of the output."""
     block = text.split(f"\n{section}", 1)[1].split("\n\n", 1)[0]
     lines = (re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in block.splitlines()[1:])
     return {parts[0]: parts[1] for parts in lines if len(parts) == 2}
@@ -176,7 +176,7 @@ def test_one_class_has_no_folds(tmp_path: Path, cli: Cli) -> None:
 
 
 def with_plan(folder: Path, fold: pl.Series) -> Path:
-    """Writes a dataset of 60 rows and a fold plan of its own."""
+    """Write a dataset of 60 rows and a fold plan of its own."""
     small_table().write_csv(folder / "train-metadata.csv")
     Folds(small_table().select("isic_id", fold.alias("fold"))).write(folder / "folds.parquet")
     return folder
@@ -237,7 +237,7 @@ def test_a_submission_of_other_rows(small_dataset: Path, cli: Cli) -> None:
 
 
 def to_folder(dataset: Path, suffix: str = ".jpg") -> Path:
-    """Moves the training images into a folder."""
+    """Move the training images into a folder."""
     folder = dataset / "train-image"
     folder.mkdir()
     with h5py.File(dataset / "train-image.hdf5") as file:

@@ -146,7 +146,7 @@ def test_a_file_system_without_locks_is_named(
 
 
 def add_odd_entries(path: Path) -> None:
-    """Adds entries that are not images, as found in HDF5 files."""
+    """Add entries that are not images, as found in HDF5 files."""
     with h5py.File(path.with_name("elsewhere.hdf5"), "w") as file:
         file["A"] = np.bytes_(jpeg(33))
     with h5py.File(path, "a") as file:

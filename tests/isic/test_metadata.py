@@ -117,7 +117,8 @@ def test_a_command_says_it_and_exits_2(tmp_path: Path, cli: Cli) -> None:
         "train", "--config", "demo", "--data", tmp_path / "nowhere", "--output_dir", tmp_path
     )
     assert ended.code == 2
-    assert ended.err.startswith("error: no such folder") and ended.err.count("\n") == 1
+    assert ended.err.startswith("error: no such folder")
+    assert ended.err.count("\n") == 1
 
 
 def test_ids_are_read_whatever_the_other_columns_hold(

@@ -272,7 +272,7 @@ class TestCrops:
 
 
 def measured(jpeg: bytes, mask: bytes) -> list[float]:
-    """Returns mean Lab inside and outside the lesion, and its area in mm²."""
+    """Return mean Lab inside and outside the lesion, and its area in mm²."""
     lesion = cv2.imdecode(np.frombuffer(mask, np.uint8), cv2.IMREAD_UNCHANGED) > 0
     lab = cv2.cvtColor(decode(jpeg).astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     return [*lab[lesion].mean(axis=0), *lab[~lesion].mean(axis=0), lesion.mean() * 225]
@@ -398,7 +398,7 @@ class TestPlantedMalignancy:
 
 
 def thumbnail(crop: Crop) -> NDArray[np.float32]:
-    """Returns an 8 x 8 Lab thumbnail, and the colours' means and deviations."""
+    """Return an 8 x 8 Lab thumbnail, and the colours' means and deviations."""
     lab = cv2.cvtColor(decode(crop.jpeg).astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     pixels = lab.reshape(-1, 3)
     small = cv2.resize(lab, (8, 8), interpolation=cv2.INTER_AREA)
@@ -406,7 +406,7 @@ def thumbnail(crop: Crop) -> NDArray[np.float32]:
 
 
 def out_of_fold(table: pl.DataFrame, features: NDArray[np.generic]) -> NDArray[np.float64]:
-    """Scores each row with a booster that has not seen its patient."""
+    """Score each row with a booster that has not seen its patient."""
     fold = draw_folds(table, 5, 42).of(table).to_numpy()
     target = table["target"].to_numpy()
     score = np.zeros(len(table))

@@ -112,7 +112,7 @@ class Inspection:
 
 @contextmanager
 def open_browser() -> Iterator[Browser]:
-    """Starts Chromium; skips the test on a machine without it."""
+    """Start Chromium; skips the test on a machine without it."""
     paths = [path for path in map(shutil.which, NAMES) if path]
     if not paths:
         pytest.skip("Chromium is not installed; apt-get install chromium")
@@ -125,7 +125,7 @@ def open_browser() -> Iterator[Browser]:
 def inspect(
     browser: Browser, path: Path, width: int, scheme: str = "light", screenshot: Path | None = None
 ) -> Inspection:
-    """Opens an HTML or SVG file in a window of some width and returns its faults.
+    """Open an HTML or SVG file in a window of some width and return its faults.
 
     Args:
         scheme: `light` or `dark`, the system's colour scheme.

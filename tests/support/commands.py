@@ -40,12 +40,12 @@ Cli = Callable[..., Finished]
 
 
 def tiny_settings(**values: object) -> TrainSettings:
-    """Returns training settings of the tiny model, decoding in this process."""
+    """Return training settings of the tiny model, decoding in this process."""
     return TrainSettings.model_validate({**TINY_KEYS, "num_workers": 0, **values})
 
 
 def run_module(module: str, *arguments: object) -> None:
-    """Runs `python -m <module> <arguments>` in this process; fails if the command does."""
+    """Run `python -m <module> <arguments>` in this process; fails if the command does."""
     argv, sys.argv = sys.argv, [module, *map(str, arguments)]
     try:
         runpy.run_module(module, run_name="__main__")
@@ -56,5 +56,5 @@ def run_module(module: str, *arguments: object) -> None:
 
 
 def split_flags(text: str) -> list[str]:
-    """Splits flags as a shell does, without quotes."""
+    """Split flags as a shell does, without quotes."""
     return text.split()

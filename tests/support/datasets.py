@@ -18,21 +18,21 @@ REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def jpeg(side: int = 60, value: int | None = None, seed: int = 0) -> bytes:
-    """Returns a JPEG of noise, or of one grey value."""
+    """Return a JPEG of noise, or of one grey value."""
     noise = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     image = noise if value is None else np.full((side, side, 3), value, np.uint8)
     return bytes(cv2.imencode(".jpg", image)[1])
 
 
 def write_hdf5(path: Path, files: dict[str, bytes]) -> None:
-    """Writes images as the challenge does: one scalar dataset of fixed-length bytes per id."""
+    """Write images as the challenge does: one scalar dataset of fixed-length bytes per id."""
     with h5py.File(path, "w") as file:
         for name, data in files.items():
             file.create_dataset(name, data=np.bytes_(data))
 
 
 def small_table(num_rows: int = 60, num_patients: int = 15) -> pl.DataFrame:
-    """Returns ids, targets (every third positive) and patients."""
+    """Return ids, targets (every third positive) and patients."""
     return pl.DataFrame(
         {
             "isic_id": [f"ISIC_{row:07d}" for row in range(num_rows)],

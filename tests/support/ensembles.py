@@ -28,7 +28,7 @@ ENGINES = {"0": "a", "1": "b", "2": "c"}
 def write_dataset(
     root: Path, num_train: int = 400, num_positives: int = 60, num_test: int = 30
 ) -> Path:
-    """Writes a dataset of tables: 40 patients to train on, 6 others to score.
+    """Write a dataset of tables: 40 patients to train on, 6 others to score.
 
     The first test row is of an institution that no training row has.
     """
@@ -54,12 +54,12 @@ def train_table(data: Path) -> pl.DataFrame:
 
 
 def read_test_text(data: Path) -> pl.DataFrame:
-    """Reads the test table with every column as text, so that it can be written back unchanged."""
+    """Read the test table with every column as text, so that it can be written back unchanged."""
     return pl.read_csv(data / "test-metadata.csv", infer_schema=False)
 
 
 def write_train(root: Path, table: pl.DataFrame) -> Path:
-    """Writes a dataset that has only a training table."""
+    """Write a dataset that has only a training table."""
     root.mkdir()
     table.write_csv(root / "train-metadata.csv")
     return root
@@ -68,7 +68,7 @@ def write_train(root: Path, table: pl.DataFrame) -> Path:
 def write_embeddings(
     root: Path, data: Path, folds: Folds | None = None, seed: int = 0, strength: float = 2.0
 ) -> Path:
-    """Writes logits as of fold models that differ in scale; they know the label, with noise.
+    """Write logits as of fold models that differ in scale; they know the label, with noise.
 
     Args:
         strength: weight of the label in the logits, compared with the noise's deviation of 1.
@@ -94,13 +94,13 @@ def write_embeddings(
 
 
 def _write_logits(path: Path, ids: pl.Series, score: np.ndarray, fold: int) -> None:
-    """Writes a shard with the logits in the scale of a fold's model, and features of zeros."""
+    """Write a shard with the logits in the scale of a fold's model, and features of zeros."""
     logits = (score * (fold + 1) - 10 * fold).astype(np.float32)
     write_shard(path, ids.to_list(), np.zeros((len(logits), 4), np.float16), logits)
 
 
 def write_seen_lists(root: Path, train: pl.DataFrame, folds: Folds) -> None:
-    """Writes, per fold's model, that it was trained on the rows of the other folds."""
+    """Write, per fold's model, that it was trained on the rows of the other folds."""
     fold = folds.of(train)
     for k in range(folds.num_folds):
         write_seen(
@@ -109,7 +109,7 @@ def write_seen_lists(root: Path, train: pl.DataFrame, folds: Folds) -> None:
 
 
 def write_run(root: Path, split: str, folds: Folds) -> None:
-    """Writes the `run.json` of a split."""
+    """Write the `run.json` of a split."""
     run = {
         "config": root.name,
         "folds": list(range(folds.num_folds)),
@@ -123,29 +123,29 @@ def write_run(root: Path, split: str, folds: Folds) -> None:
 
 
 def fit_settings(data: Path, output_dir: Path, **more: object) -> FitSettings:
-    """Returns the settings of a fit that takes a second."""
+    """Return the settings of a fit that takes a second."""
     defaults = {"seeds": 1, "num_folds": NUM_FOLDS, "num_rounds": 40, "num_threads": 1}
     return FitSettings.model_validate(defaults | {"data": data, "output_dir": output_dir} | more)
 
 
 def fit_small(data: Path, output_dir: Path, **more: object) -> Path:
-    """Fits an ensemble in a second. Returns its folder."""
+    """Fit an ensemble in a second. Returns its folder."""
     return fit_ensemble(fit_settings(data, output_dir, **more))
 
 
 def read_blend(ensemble: Path) -> dict[str, Any]:
-    """Reads the metrics of an ensemble's blend."""
+    """Read the metrics of an ensemble's blend."""
     scores: dict[str, Any] = json.loads((ensemble / "scores.json").read_text())["blend"]
     return scores
 
 
 def read_files(root: Path) -> dict[str, bytes]:
-    """Reads the files of a folder by name."""
+    """Read the files of a folder by name."""
     return {path.name: path.read_bytes() for path in root.iterdir()}
 
 
 def shuffle_targets(data: Path, root: Path, seed: int = 1) -> pl.DataFrame:
-    """Writes the dataset with its targets in random order. Returns the training table."""
+    """Write the dataset with its targets in random order. Returns the training table."""
     table = train_table(data)
     target = table[schema.TARGET].sample(fraction=1, shuffle=True, seed=seed)
     shuffled = table.with_columns(target)
@@ -155,7 +155,7 @@ def shuffle_targets(data: Path, root: Path, seed: int = 1) -> pl.DataFrame:
 
 
 def predict_table(project: Path, ensemble: str = "multimodal_tiny", **more: object) -> pl.DataFrame:
-    """Predicts with an ensemble of the fixture `project`. Returns the submission."""
+    """Predict with an ensemble of the fixture `project`. Returns the submission."""
     defaults = {
         "data": project / "data",
         "ensemble": project / "ensemble" / ensemble,
@@ -168,12 +168,12 @@ def predict_table(project: Path, ensemble: str = "multimodal_tiny", **more: obje
 
 
 def predict_rows(project: Path, folder: Path, table: pl.DataFrame, **more: object) -> pl.Series:
-    """Returns the scores of another test table, which is written into a new folder."""
+    """Return the scores of another test table, which is written into a new folder."""
     folder.mkdir()
     table.write_csv(folder / "test-metadata.csv")
     return predict_table(project, data=folder, output=folder / "s.csv", **more)["target"]
 
 
 def copy_tree(project: Path, tmp_path: Path, part: str) -> Path:
-    """Copies a folder of the fixture `project`, to change it."""
+    """Copy a folder of the fixture `project`, to change it."""
     return Path(shutil.copytree(project / part, tmp_path / Path(part).name))

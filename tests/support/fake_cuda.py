@@ -328,7 +328,7 @@ def _holds(memory: Mapping[int, Any], pointer: int, count: int) -> bool:
 
 
 def as_array(pointer: int, shape: tuple[int, ...], dtype: type) -> np.ndarray[Any, Any]:
-    """Returns the array that lies at an address."""
+    """Return the array that lies at an address."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return np.frombuffer((ctypes.c_uint8 * size).from_address(pointer), dtype).reshape(shape)
 

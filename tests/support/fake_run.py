@@ -50,7 +50,7 @@ class FakeRun:
         return [str(flag) for flag in (*flags, *more)]
 
     def command(self, output: Path, *more: object, shard_rows: int = SHARD_ROWS) -> list[str]:
-        """Returns the command that embeds in a process of its own, in small shards."""
+        """Return the command that embeds in a process of its own, in small shards."""
         code = COMMAND.format(shard_rows=shard_rows)
         return [sys.executable, "-c", code, *self.flags(output, "--batch_size", 8, *more)]
 
@@ -65,7 +65,7 @@ class FakeRun:
 
 
 def embed_small_shards(fake_run: FakeRun, output: Path) -> None:
-    """Embeds in this process; forked from one that has imported everything, it starts at once."""
+    """Embed in this process; forked from one that has imported everything, it starts at once."""
     shards.SHARD_ROWS = SHARD_ROWS
     folders = {"data": fake_run.data, "model_dir": fake_run.model_dir, "output_dir": output}
     sys.exit(embed_dataset(EmbedSettings(config="null", format=NULL_FILE, batch_size=8, **folders)))
@@ -78,7 +78,7 @@ def make_fake_run(
     num_features: int = 8,
     images_per_second: float | None = None,
 ) -> FakeRun:
-    """Writes the dataset and the run. Image i is 16 x 16 pixels of grey i modulo 256."""
+    """Write the dataset and the run. Image i is 16 x 16 pixels of grey i modulo 256."""
     data = folder / "data"
     model_dir = folder / "null"
     data.mkdir(parents=True)
@@ -94,25 +94,25 @@ def make_fake_run(
 
 
 def shard_bytes(root: Path) -> dict[str, bytes]:
-    """Returns the bytes of every shard, and of the lists of bad images, by relative path."""
+    """Return the bytes of every shard, and of the lists of bad images, by relative path."""
     shard_files = root.rglob("part-*.parquet")
     error_files = root.rglob("errors*.parquet")
     return {str(path.relative_to(root)): path.read_bytes() for path in (*shard_files, *error_files)}
 
 
 def grey(row: int) -> np.float16:
-    """Returns the null engine's features of the image in a row."""
+    """Return the null engine's features of the image in a row."""
     return np.float16(row % 256 / 255)
 
 
 def null_job(fake_run: FakeRun) -> EmbedJob:
-    """Returns a job for the train images of a run, in batches of four."""
+    """Return a job for the train images of a run, in batches of four."""
     models = find_models(fake_run.model_dir, "null", NULL_FILE)
     return EmbedJob(fake_run.data, "train", models, "cpu", "float16", "none", 4, 2, None)
 
 
 def finished_shard(folder: Path, number: int, num_ids: int = 10, num_bad: int = 0) -> Shard:
-    """Writes an empty file as a finished shard, the first images of which are bad."""
+    """Write an empty file as a finished shard, the first images of which are bad."""
     ids = pl.Series([f"{number}-{row}" for row in range(num_ids)])
     shard = Shard(ids, {0: folder / f"part-{number:05d}.parquet"})
     shard.paths[0].touch()
@@ -123,6 +123,6 @@ def finished_shard(folder: Path, number: int, num_ids: int = 10, num_bad: int = 
 
 
 def embed_flags(exported: Path, data: Path, output: Path, *more: object) -> list[object]:
-    """Returns the arguments of `infer embed` for the fixture `exported`."""
+    """Return the arguments of `infer embed` for the fixture `exported`."""
     folders = ["--model_dir", exported, "--data", data, "--output_dir", output]
     return ["embed", "--model_config", "tiny", *folders, *more]

@@ -23,7 +23,7 @@ def write_files(folder: Path, *names: str) -> None:
 
 
 def as_nobody(work: Callable[[], object], variables: Mapping[str, str] | None = None) -> str:
-    """Runs `work` as a user without a home, in a fork. Returns its result or UserError as text."""
+    """Run `work` as a user without a home, in a fork. Returns its result or UserError as text."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -47,7 +47,7 @@ def spec_of(name: str, format_name: str, precision: str, **options: object) -> A
 
 
 def build_engine(model: Classifier, spec: ArtifactSpec, folder: Path) -> Engine:
-    """Builds the artifact of a network that has the name of the spec's config."""
+    """Build the artifact of a network that has the name of the spec's config."""
     size = SIZES[spec.config]
     settings = TrainSettings(model=spec.config, pretrained=False, image_size=size)
     path = folder / file_name(spec)

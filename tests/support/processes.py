@@ -17,7 +17,7 @@ LONG_EPOCHS = "--batch_size 8 --positive_repeats 60 --fold 0 --epochs 2 --ema_de
 
 
 def command(*arguments: object, num_processes: int = 1) -> list[str]:
-    """Returns the command that trains the tiny model, by torchrun if in several processes."""
+    """Return the command that trains the tiny model, by torchrun if in several processes."""
     launcher = []
     if num_processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -27,7 +27,7 @@ def command(*arguments: object, num_processes: int = 1) -> list[str]:
 
 @contextmanager
 def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Runs training in its own process group; kills it at the end of the block."""
+    """Run training in its own process group; kills it at the end of the block."""
     process = subprocess.Popen(
         command(*arguments),
         cwd=ROOT,
@@ -45,7 +45,7 @@ def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    """Waits until a process has written a file."""
+    """Wait until a process has written a file."""
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None, f"no {path}"
@@ -54,6 +54,6 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def history(fold_dir: Path) -> list[dict[str, float]]:
-    """Returns the loss and the scores of a fold's epochs."""
+    """Return the loss and the scores of a fold's epochs."""
     entries = [json.loads(line) for line in (fold_dir / "history.jsonl").read_text().splitlines()]
     return [{key: entry[key] for key in ("epoch", "loss", "pauc", "auc")} for entry in entries]

@@ -19,7 +19,7 @@ def synthetic_rows(num_rows: int = 240, num_patients: int = 12, seed: int = 0) -
 
 
 def lesions(**columns: list[float] | list[str] | list[None]) -> pl.DataFrame:
-    """Returns rows of one patient: the given columns, and plain values in all others."""
+    """Return rows of one patient: the given columns, and plain values in all others."""
     num_rows = len(next(iter(columns.values())))
     plain = {name: [1.0] * num_rows for name in schema.NUMERIC} | {
         name: ["a"] * num_rows for name in schema.CATEGORICAL

@@ -14,12 +14,12 @@ CPU = torch.device("cpu")
 
 
 def peak_rates(num_steps: int) -> Schedule:
-    """Returns a schedule that stays at the peak learning rates."""
+    """Return a schedule that stays at the peak learning rates."""
     return dict.fromkeys((BACKBONE, HEAD), np.ones(num_steps))
 
 
 def random_batch(size: int, side: int = 32, masks: bool = False) -> Batch:
-    """Returns a batch of noise with alternating targets."""
+    """Return a batch of noise with alternating targets."""
     random = np.random.default_rng(size)
     images = random.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
     rows = torch.arange(size)
@@ -31,7 +31,7 @@ def random_batch(size: int, side: int = 32, masks: bool = False) -> Batch:
 
 
 def write_extra(folder: Path, targets: list[int]) -> Path:
-    """Writes a dataset of grey images whose ids contain the folder's name."""
+    """Write a dataset of grey images whose ids contain the folder's name."""
     folder.mkdir()
     ids = [f"{folder.name}_{row}" for row in range(len(targets))]
     pl.DataFrame({"isic_id": ids, "target": targets}).write_csv(folder / "train-metadata.csv")

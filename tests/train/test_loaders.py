@@ -39,7 +39,7 @@ def test_masks_are_augmented_with_their_images(small_dataset: Path, tmp_path: Pa
 
 
 def run_with_shared_memory(size: str, script: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python with a /dev/shm of that size; skips the test if this user may not mount it."""
+    """Run Python with a /dev/shm of that size; skips the test if this user may not mount it."""
     unshare = ["unshare", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
     if subprocess.run([*unshare, mount], capture_output=True, check=False).returncode:
@@ -84,7 +84,7 @@ def test_too_little_shared_memory_is_reported(
 
 
 def loader_processes(parent: int) -> list[int]:
-    """Returns the loader workers of a process, without torch's resource tracker."""
+    """Return the loader workers of a process, without torch's resource tracker."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return [
         int(child)

@@ -68,7 +68,7 @@ def test_no_image_is_skipped_for_its_suffix(cli: Cli, small_dataset: Path, tmp_p
 
 
 def mask_png(width: int, height: int, value: int = 255) -> bytes:
-    """Returns a mask of one grey value."""
+    """Return a mask of one grey value."""
     return bytes(cv2.imencode(".png", np.full((height, width), value, np.uint8))[1])
 
 

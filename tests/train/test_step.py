@@ -29,7 +29,7 @@ def test_accumulated_batches_give_the_gradient_of_one() -> None:
 
 
 def equal_images(row: int, value: float = 1.0) -> Batch:
-    """Returns two equal images; the target NaN makes loss and gradient NaN."""
+    """Return two equal images; the target NaN makes loss and gradient NaN."""
     return Batch(
         torch.zeros(2, 32, 32, 3, dtype=torch.uint8),
         torch.full((2,), value),
@@ -56,7 +56,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(num_after: int) -> 
 
 
 def tensors(state: TrainState) -> list[torch.Tensor]:
-    """Returns the weights and the optimizer's moments."""
+    """Return the weights and the optimizer's moments."""
     moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
     return [*state.model.state_dict().values(), *moments]
 

@@ -45,7 +45,7 @@ SIZE = 16
 
 
 def random_image(number: int) -> Pixels:
-    """Returns the RGB image of a number, uint8 [SIZE, SIZE, 3]."""
+    """Return the RGB image of a number, uint8 [SIZE, SIZE, 3]."""
     return np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
 
 

@@ -40,7 +40,7 @@ def test_several_processes_give_the_same_bytes(
 
 
 def children(pid: int) -> list[int]:
-    """Returns the worker processes of a run; Linux only."""
+    """Return the worker processes of a run; Linux only."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [
         int(child)

@@ -30,14 +30,14 @@ REFUSED = {
 
 
 def library_rows() -> tuple[np.ndarray, np.ndarray]:
-    """Returns four columns, and a target that is the sign of the first."""
+    """Return four columns, and a target that is the sign of the first."""
     matrix = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
     return matrix, (matrix[:, 0] > 0).astype(np.int8)
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_row_of_the_registry_is_complete(name: str, cli: Cli) -> None:
-    """Lists everything that a new row lacks, not only the first."""
+    """List everything that a new row lacks, not only the first."""
     library = LIBRARIES[name]
     lacks = [
         *missing_metadata(name, library),
@@ -66,7 +66,7 @@ def missing_metadata(name: str, library: Library) -> list[str]:
 
 
 def required_packages(extra: str | None) -> str:
-    """Returns the requirements of an extra in setup.cfg, or those of the toolkit without one."""
+    """Return the requirements of an extra in setup.cfg, or those of the toolkit without one."""
     setup = configparser.ConfigParser(interpolation=None)
     setup.read(ROOT / "setup.cfg")
     if extra is None:

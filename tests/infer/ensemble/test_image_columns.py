@@ -47,7 +47,7 @@ REMEMBERED = 6.0
 
 
 def spaces(width: int) -> list[np.ndarray]:
-    """Returns an orthogonal matrix per fold model."""
+    """Return an orthogonal matrix per fold model."""
     rng = np.random.default_rng(6)
     return [np.linalg.qr(rng.standard_normal((width, width)))[0] for _ in range(NUM_FOLDS)]
 
@@ -55,7 +55,7 @@ def spaces(width: int) -> list[np.ndarray]:
 def write_full_run(
     root: Path, split: str, folds: Folds, engines: dict[str, str] = ENGINES, width: int = WIDTH
 ) -> None:
-    """Writes the `run.json` of embeddings by every fold."""
+    """Write the `run.json` of embeddings by every fold."""
     run = {
         "config": root.name,
         "folds": [int(k) for k in engines],
@@ -73,7 +73,7 @@ def write_full_run(
 def write_fold_embeddings(
     root: Path, data: Path, folds: Folds, strength: float, remembered: float, width: int = WIDTH
 ) -> Path:
-    """Writes embeddings of every image by every fold: the same features, in rotated spaces.
+    """Write embeddings of every image by every fold: the same features, in rotated spaces.
 
     Args:
         strength: how much a malignant lesion differs from a benign one.
@@ -227,7 +227,7 @@ def test_maps_do_not_carry_labels_over(data: Path, tmp_path: Path) -> None:
 
 
 def fit_on_held_out(run: Path, width: int) -> AffineMaps:
-    """Fits rotations as `fit_affine_maps` must not: on all images."""
+    """Fit rotations as `fit_affine_maps` must not: on all images."""
     features = [read_features(run, "train", k) for k in range(NUM_FOLDS)]
     centred = [matrix - matrix.mean(axis=0) for matrix in features]
     return {
@@ -236,7 +236,7 @@ def fit_on_held_out(run: Path, width: int) -> AffineMaps:
 
 
 def remembered_auc(run: Path, table: pl.DataFrame, folds: Folds, maps: AffineMaps) -> float:
-    """Returns the AUC, within folds, of the direction in which the first model remembers."""
+    """Return the AUC, within folds, of the direction in which the first model remembers."""
     fold = folds.of(table)
     columns = to_matrix(mapped_columns(run, "train", ALIGNED, table, maps, fold))
     memory = columns @ spaces(columns.shape[1])[0][1]

@@ -21,7 +21,7 @@ def test_reliability_of_scores_that_are_probabilities() -> None:
 
 
 def share_inside(bins: Reliability) -> float:
-    """Returns the share of bins whose interval holds the mean score."""
+    """Return the share of bins whose interval holds the mean score."""
     return float(np.mean((bins.low < bins.mean_score) & (bins.mean_score < bins.high)))
 
 

@@ -10,7 +10,7 @@ from tests.support.ensembles import fit_settings
 
 
 def score_cells(name: str, rows: pl.DataFrame, model: str) -> str:
-    """Returns the HTML of the first cells of a line: its name and four scores of a model."""
+    """Return the HTML of the first cells of a line: its name and four scores of a model."""
     top = top_k(rows["target"], rows[model], rows["patient_id"])
     cells = (
         f"{pauc(rows['target'], rows[model]):.4f}",

@@ -25,7 +25,7 @@ from tests.support.tables import EXTENDED, lesions
 
 
 def same(left: pl.DataFrame, right: pl.DataFrame) -> bool:
-    """Returns whether two tables are equal bit for bit, nulls included."""
+    """Return whether two tables are equal bit for bit, nulls included."""
     return left.equals(right, null_equal=True)
 
 
