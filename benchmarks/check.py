@@ -64,7 +64,7 @@ class Change:
     high: float
 
     def is_slower(self, tolerance: float) -> bool:
-        """Whether it is slower by more than noise and tolerance.
+        """Return whether it is slower by more than noise and tolerance.
 
         Even the best of the last repeats is then slower than the worst of the previous ones.
         """

@@ -308,7 +308,7 @@ def _selected(rows: pl.DataFrame, only: dict[str, tuple[str, ...]]) -> pl.DataFr
 
 
 def _is_filled(rows: pl.DataFrame, name: str) -> bool:
-    """Whether a column has a value in some row; of a table without rows, every column counts."""
+    """Return whether a column has a value in some row; of a table without rows, every column counts."""
     if name not in rows.columns:
         return False
     return rows.is_empty() or rows[name].null_count() < len(rows)

@@ -58,7 +58,7 @@ GPU_CONFIGS = (
 
 
 class ThroughputSettings(Settings):
-    """Measures images per second of untrained networks, each engine in its own process.
+    """Measure images per second of untrained networks, each engine in its own process.
 
     A row compares the rate with the machine's limits, or has the reason that there is no rate.
     """
@@ -86,7 +86,7 @@ class ThroughputSettings(Settings):
 
 
 class ExportCostSettings(Settings):
-    """Builds untrained networks in every format and precision and checks their parity."""
+    """Build untrained networks in every format and precision and check their parity."""
 
     config: Several[str] = Field(EXPORT_CONFIGS, description="configs, separated by commas, or all")
     formats: Several[str] = Field(
@@ -102,7 +102,7 @@ class ExportCostSettings(Settings):
 
 
 class PeersSettings(Settings):
-    """Measures `infer embed` end to end against each peer and compares the features by cosine.
+    """Measure `infer embed` end to end against each peer and compare the features by cosine.
 
     The features are compared twice: from the images as each baseline reads them, and from the same
     pixels, since PIL antialiases what it shrinks.
@@ -133,7 +133,7 @@ class PeersSettings(Settings):
 
 
 class IngestSettings(Settings):
-    """Measures images per second from ids to batches, for this toolkit and for common loaders.
+    """Measure images per second from ids to batches, for this toolkit and for common loaders.
 
     All loaders read the same images in turns, so that a drift of the machine affects all of them.
     """
@@ -152,7 +152,7 @@ class IngestSettings(Settings):
 
 
 class TrainRateSettings(TrainSettings):
-    """Measures images per second of training, on files and in memory, and of a bare loop.
+    """Measure images per second of training, on files and in memory, and of a bare loop.
 
     The bare loop uses timm and torch only, in a process of its own that this toolkit's global
     settings do not affect. The three alternate.
@@ -177,7 +177,7 @@ class TrainRateSettings(TrainSettings):
 
 
 class EmbedRateSettings(Settings):
-    """Measures images per second of reading, of the engine of fold 0, and of both end to end."""
+    """Measure images per second of reading, of the engine of fold 0, and of both end to end."""
 
     config: str = Field(
         NULL, description="exported config to embed with; null is an engine that costs nothing"
@@ -197,7 +197,7 @@ class EmbedRateSettings(Settings):
 
 
 class TabularSettings(Settings):
-    """Measures features, here and in pandas, fitting, and predicting: seconds and memory."""
+    """Measure features, here and in pandas, fitting, and predicting: seconds and memory."""
 
     rows: Several[int] = Field(
         (4_000, 40_000, 401_059), description="sizes of the synthetic tables, separated by commas"
@@ -212,7 +212,7 @@ class TabularSettings(Settings):
 
 
 class AccuracySettings(Settings):
-    """Appends out-of-fold scores, pooled and by fold. Fits nothing but the colour baseline."""
+    """Append out-of-fold scores, pooled and by fold. Fits nothing but the colour baseline."""
 
     data: Path = Field(description="dataset folder; its training rows are scored out of fold")
     label: str = Field(description="name of the data in the table")
@@ -231,7 +231,7 @@ class AccuracySettings(Settings):
 
 
 class AblationSettings(Settings):
-    """Fits an ensemble per feature set and library and compares each with the first set's."""
+    """Fit an ensemble per feature set and library and compare each with the first set's."""
 
     data: Path = Field(description="dataset folder; its training rows are scored out of fold")
     label: str = Field(description="name of the data in the table")
@@ -262,7 +262,7 @@ class AblationSettings(Settings):
 
 
 class HospitalSettings(Settings):
-    """Compares treatments of categories on hospitals held out and in cross-validation."""
+    """Compare treatments of categories on hospitals held out and in cross-validation."""
 
     data: Path = Field(description="dataset folder; its training rows are scored")
     label: str = Field(description="name of the data in the table")
@@ -283,7 +283,7 @@ class HospitalSettings(Settings):
 
 
 class FewSettings(Settings):
-    """Scores every feature set on groups of each size, and on whole patients."""
+    """Score every feature set on groups of each size, and on whole patients."""
 
     data: Path = Field(description="dataset folder; its training rows are scored out of fold")
     label: str = Field(description="name of the data in the table")
@@ -310,7 +310,7 @@ class ConfigsSettings(Settings):
 
 
 class TablesSettings(Settings):
-    """Updates every table of the documents, and the page of charts, from the last results."""
+    """Update every table of the documents, and the page of charts, from the last results."""
 
     documents: Several[Path] = Field(
         DOCUMENTS, description="Markdown files with tables to update, separated by commas"
@@ -322,7 +322,7 @@ class TablesSettings(Settings):
 
 
 class SlowdownSettings(Settings):
-    """Compares each last rate with the previous one on the same kind of machine.
+    """Compare each last rate with the previous one on the same kind of machine.
 
     Exits with 1 if one is slower beyond noise.
     """
@@ -338,7 +338,7 @@ class SlowdownSettings(Settings):
 
 
 class PackSettings(Settings):
-    """Writes code, wheels, a sample of images and the script `run.sh` into a folder."""
+    """Write code, wheels, a sample of images and the script `run.sh` into a folder."""
 
     output_dir: Path = Field(
         validation_alias=AliasChoices("output_dir", "out"),
@@ -356,7 +356,7 @@ class PackSettings(Settings):
 
 
 class GpuSettings(Settings):
-    """Runs all parts, each in its own processes. Exits with 1 if none succeeds.
+    """Run all parts, each in its own processes. Exits with 1 if none succeeds.
 
     A part that fails or takes too long does not affect the others.
     """

@@ -167,7 +167,7 @@ def artifact_path(checkpoint: Path, spec: ArtifactSpec) -> Path:
 
 
 def is_current(artifact: Path, spec: ArtifactSpec, checkpoint: str, digest: str) -> bool:
-    """Whether an artifact is intact, made from this checkpoint, and matches the spec.
+    """Return whether an artifact is intact, made from this checkpoint, and matches the spec.
 
     Args:
         artifact: its path; it need not exist.

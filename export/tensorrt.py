@@ -134,7 +134,7 @@ def with_capabilities(precision: str, flavour: str, options: PlanOptions) -> Pla
 
 
 def parses_attention(flavour: str) -> bool:
-    """Whether the library reads ONNX's Attention node; older ones get it decomposed."""
+    """Return whether the library reads ONNX's Attention node; older ones get it decomposed."""
     if ENGINE_FORMATS[flavour].portable:
         return True
     major, minor = import_runtime(flavour).__version__.split(".")[:2]

@@ -52,7 +52,7 @@ def local_world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Return whether this process is the one that writes and prints."""
     return rank() == 0
 
 

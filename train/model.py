@@ -248,7 +248,7 @@ def _find_remedy(settings: TrainSettings, own_size: int) -> tuple[str, Any]:
 
 
 def _runs(settings: TrainSettings) -> bool:
-    """Whether the network can be built and run."""
+    """Return whether the network can be built and run."""
     try:
         _create_checked(settings, pretrained=False)
     except LIBRARY_ERRORS:

@@ -38,7 +38,7 @@ FREE_TO_CHANGE = {
 
 
 def is_finished(settings: TrainSettings, fold: int) -> bool:
-    """Whether the fold has its checkpoint, its scores and its last epoch.
+    """Return whether the fold has its checkpoint, its scores and its last epoch.
 
     Raises:
         UserError: it has, from a run with other settings.
@@ -107,6 +107,6 @@ def refuse_other_content(settings: TrainSettings, fold: int) -> None:
 
 
 def _is_trained_fold(directory: Path) -> bool:
-    """Whether a folder has the settings that training writes into it first."""
+    """Return whether a folder has the settings that training writes into it first."""
     path = directory / CONFIG_FILE
     return path.is_file() and {"model", "epochs", "split_seed"} <= set(read_yaml(path))

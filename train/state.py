@@ -85,7 +85,7 @@ def use_fast_memory_format(model: Classifier, name: str, device: torch.device) -
 
 
 def corrupts_heap(model: nn.Module) -> bool:
-    """Whether a channels-last backward pass on a CPU would corrupt the heap.
+    """Return whether a channels-last backward pass on a CPU would corrupt the heap.
 
     A strided 1x1 convolution of the pixels, as in MobileOne and FastViT, makes oneDNN write past
     its workspace: uxlfoundation/oneDNN#6035, seen with torch 2.14. Remove it with the first torch

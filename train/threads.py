@@ -72,7 +72,7 @@ def _known_number(
 
 
 def _may_be_set_by_torchrun() -> bool:
-    """Whether OMP_NUM_THREADS may be torchrun's default for several processes, which is 1."""
+    """Return whether OMP_NUM_THREADS may be torchrun's default for several processes, which is 1."""
     return distributed.local_world_size() > 1 and os.environ[VARIABLE] == "1"
 
 

@@ -47,7 +47,7 @@ def pretrained_config(name: str) -> dict[str, Any]:
 
 
 def takes_image_size(name: str) -> bool:
-    """Whether the backbone is built for one image size (transformers) instead of taking any."""
+    """Return whether the backbone is built for one image size (transformers) instead of taking any."""
     return bool(pretrained_config(name).get("fixed_input_size"))
 
 

@@ -126,7 +126,7 @@ def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
 
 
 def is_pinned(images: Pixels) -> bool:
-    """Whether the GPU can copy straight from an array: it is page-locked and contiguous."""
+    """Return whether the GPU can copy straight from an array: it is page-locked and contiguous."""
     cuda = runtime()
     status, attributes = cuda.cudaPointerGetAttributes(images.ctypes.data)
     is_host = int(status) == 0 and attributes.type == cuda.cudaMemoryType.cudaMemoryTypeHost

@@ -188,7 +188,7 @@ def int8_products_are_exact() -> bool:
 def open_session(
     graph: str | bytes, device: str, options: ort.SessionOptions
 ) -> ort.InferenceSession:
-    """Open a session on a device, and does not fall back to another one as ONNX Runtime would.
+    """Open a session on a device without the fall-back to another one that ONNX Runtime has.
 
     Raises:
         UserError: the device's provider did not load.

@@ -415,7 +415,7 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], version: str, again:
 
 
 def _can_run(plan: Mapping[str, Any], version: str) -> bool:
-    """Whether a library of this version runs a plan, by NVIDIA's rules of compatibility."""
+    """Return whether a library of this version runs a plan, by NVIDIA's rules of compatibility."""
     if not plan["version_compatible"]:
         return bool(plan["version"] == version)
     built = _version_numbers(plan["version"])
