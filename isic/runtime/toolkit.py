@@ -101,15 +101,15 @@ def _command_candidates(
 def _flags_or_values(command: Command, arguments: list[str]) -> list[str]:
     flags = command.settings_type.flags()
     previous = arguments[-2].removeprefix("--") if len(arguments) > 1 else ""
+    if previous == "config":
+        return list(describe_configs())
     if previous in flags and not arguments[-1].startswith("--"):
-        return _values(previous, flags[previous])
+        return _values(flags[previous])
     return [f"--{name}" for name in flags]
 
 
-def _values(name: str, field: FieldInfo) -> list[str]:
+def _values(field: FieldInfo) -> list[str]:
     """Return the values that a key accepts if they are few and known."""
-    if name == "config":
-        return list(describe_configs())
     if field.annotation is bool:
         return ["true", "false"]
     return [
