@@ -1,8 +1,14 @@
 """`python -m benchmarks <command>`: speed and scores of each step on this machine."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from benchmarks.process import terminable
+from benchmarks.settings import IS_CHECKOUT, RESULTS, PackSettings, TablesSettings
 from isic.runtime.cli import Command, run
-from train.config import load_settings
+from isic.runtime.config import Settings, build
+from isic.runtime.errors import UserError
+from train.config import TrainSettings, load_settings
 
 SETTINGS = {
     "throughput": "ThroughputSettings",
@@ -24,13 +30,35 @@ SETTINGS = {
 }
 """Class in `benchmarks.settings` by command; a command is a function of the module of its name."""
 
+
+def load_benchmark(model: type[Settings], flags: Mapping[str, Any]) -> Settings:
+    """Build a benchmark's settings; those of training also read a config.
+
+    Raises:
+        UserError: also if an installed package has no place for the results, or not the sources.
+    """
+    settings: Settings
+    if issubclass(model, TrainSettings):
+        settings = load_settings(model, flags)
+    else:
+        settings = build(model, flags)
+    if not IS_CHECKOUT:
+        if isinstance(settings, TablesSettings | PackSettings):
+            raise UserError("this command reads the sources; run it in a checkout of the project")
+        if getattr(settings, "results", RESULTS) in (None, RESULTS):
+            raise UserError("give --results: an installed package has no folder for results")
+    return settings
+
+
 COMMANDS = {
-    name: Command(f"benchmarks.settings:{settings}", f"benchmarks.{name}:{name}")
+    name: Command(
+        f"benchmarks.settings:{settings}",
+        f"benchmarks.{name}:{name}",
+        load_benchmark,
+        extra="benchmarks",
+    )
     for name, settings in SETTINGS.items()
 }
-COMMANDS["train"] = Command(
-    "benchmarks.settings:TrainRateSettings", "benchmarks.train:train", load_settings
-)
 
 if __name__ == "__main__":
     with terminable():

@@ -10,6 +10,8 @@ from isic.runtime.config import Settings, Several
 from train.config import TrainSettings
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+IS_CHECKOUT = (CHECKOUT / "setup.cfg").is_file()
+"""False for an installed package, which has neither results nor documents."""
 RESULTS = Path(__file__).parent / "results"
 RESULTS_HELP = "folder of the CSV; benchmarks/results if not given"
 ALL = "all"

@@ -2,7 +2,7 @@
 
 from isic.runtime.cli import Command, run
 
-COMMANDS = Command("export.options:ExportSettings", "export.run:export")
+COMMANDS = Command("export.options:ExportSettings", "export.run:export", extra="export")
 
 if __name__ == "__main__":
     run(COMMANDS)

@@ -2,13 +2,18 @@
 
 import ast
 import configparser
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-from isic.runtime.extras import EXTRAS
+from benchmarks.__main__ import load_benchmark
+from benchmarks.settings import IngestSettings, SlowdownSettings, TablesSettings
+from isic.runtime.errors import UserError
+from isic.runtime.extras import EXTRAS, missing_library
 from tests.support.commands import ROOT
 
 DISTRIBUTIONS = {
@@ -90,9 +95,82 @@ def test_cuda_12_and_13_get_a_fitting_onnx_runtime() -> None:
             assert "1.31.1" in need.specifier
 
 
-def test_a_missing_library_names_its_extra(tmp_path: Path) -> None:
-    from isic.runtime.extras import missing_library
-
-    sentence = missing_library(ModuleNotFoundError("No module named 'timm'", name="timm.data"))
-    assert str(sentence) == 'timm is not installed; run pip install "isic-toolkit[train]"'
+def test_a_missing_library_names_its_extra() -> None:
+    missing = ModuleNotFoundError("No module named 'timm'", name="timm.data")
+    text = 'timm is not installed; run pip install "isic-toolkit[{}]"'
+    assert str(missing_library(missing)) == text.format("train")
+    assert str(missing_library(missing, "export")) == text.format("export")
     assert missing_library(ModuleNotFoundError("No module named 'mine'", name="mine")) is None
+
+
+BASE_ONLY = """
+import importlib.abc, runpy, sys
+
+absent = set(sys.argv.pop(1).split(","))
+sys.argv = sys.argv[1:]
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_base(folder: Path, *words: object) -> "subprocess.CompletedProcess[str]":
+    """Runs a command in another folder as if only the base install were there."""
+    absent = ",".join(module for modules in EXTRAS.values() for module in modules)
+    command = [sys.executable, "-c", BASE_ONLY, absent, *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_inference_needs_the_base_install_only(
+    exported: Path, synth_dataset: Path, tmp_path: Path
+) -> None:
+    data = ("--data", synth_dataset)
+    places = ("--model_dir", exported, "--output_dir", tmp_path)
+    embedded = run_base(tmp_path, "infer", "embed", "--config", "tiny", *data, *places)
+    assert embedded.returncode == 0, embedded.stderr
+    runs = ("--embeddings", tmp_path / "tiny", "--output_dir", tmp_path / "ensemble")
+    fitted = run_base(
+        tmp_path, "infer", "fit", "--features", "multimodal", "--seeds", 1, *data, *runs
+    )
+    assert fitted.returncode == 0, fitted.stderr
+    flags = ("--ensemble", tmp_path / "ensemble", "--embeddings", tmp_path / "tiny")
+    predicted = run_base(tmp_path, "infer", "predict", *flags, *data)
+    assert predicted.returncode == 0, predicted.stderr
+    assert (tmp_path / "submission.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("train --config demo", 'run pip install "isic-toolkit[train]"'),
+        ("export --config demo", 'run pip install "isic-toolkit[export]"'),
+        ("benchmarks tabular --results .", 'run pip install "isic-toolkit[benchmarks]"'),
+        ("infer fit --features raw --libraries xgboost --data {data}", "[boosters]"),
+        ("infer embed --config tiny --model_dir {run} --data {data} --ray local", "[ray]"),
+    ],
+)
+def test_a_command_names_the_extra_that_it_needs(
+    words: str, sentence: str, exported: Path, synth_dataset: Path, tmp_path: Path
+) -> None:
+    ended = run_base(tmp_path, *words.format(data=synth_dataset, run=exported).split())
+    assert ended.returncode == 2, ended.stderr
+    assert sentence in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_an_installed_package_has_no_place_for_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.__main__.IS_CHECKOUT", False)
+    for settings, flags in ((IngestSettings, {}), (SlowdownSettings, {})):
+        with pytest.raises(UserError, match="give --results"):
+            load_benchmark(settings, flags)
+    with pytest.raises(UserError, match="in a checkout"):
+        load_benchmark(TablesSettings, {})
+    assert load_benchmark(IngestSettings, {"results": "here"})

@@ -3,7 +3,7 @@
 from isic.runtime.cli import Command, run
 from train.config import load_settings
 
-COMMANDS = Command("train.config:TrainSettings", "train.run:train", load_settings)
+COMMANDS = Command("train.config:TrainSettings", "train.run:train", load_settings, "train")
 
 if __name__ == "__main__":
     run(COMMANDS)

@@ -34,6 +34,8 @@ class Command:
     """`module:function` that takes the settings and returns an exit code or None."""
     load: Callable[..., Settings] = build
     """Builds the settings from their type and the flags."""
+    extra: str | None = None
+    """The extra of this package that installs all that the command needs, None for the base."""
 
     @property
     def settings_type(self) -> type[Settings]:
@@ -146,7 +148,7 @@ def _call(command: Command, extra: tuple[str, ...], flags: Mapping[str, str]) ->
         function: Callable[[Settings], int | None] = resolve_name(command.function)
         return function(settings)
     except ModuleNotFoundError as error:
-        if sentence := missing_library(error):
+        if sentence := missing_library(error, command.extra):
             raise sentence from None
         raise
 

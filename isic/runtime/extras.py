@@ -10,6 +10,7 @@ EXTRAS = {
     "boosters": ("xgboost", "catboost"),
     "ray": ("ray",),
     "tensorboard": ("tensorboard",),
+    "benchmarks": ("pandas", "PIL"),
 }
 """Modules by the extra that installs them; a test compares them with setup.cfg."""
 
@@ -19,10 +20,15 @@ def install_command(extra: str) -> str:
     return f'pip install "isic-toolkit[{extra}]"'
 
 
-def missing_library(error: ModuleNotFoundError) -> UserError | None:
-    """Return the sentence on a missing optional library, None for any other module."""
+def missing_library(error: ModuleNotFoundError, extra: str | None = None) -> UserError | None:
+    """Return the sentence on a missing optional library, None for any other module.
+
+    Args:
+        error: raised by the import.
+        extra: the extra that installs all that the command needs; by default the library's own.
+    """
     module = (error.name or "").split(".")[0]
-    for extra, modules in EXTRAS.items():
+    for name, modules in EXTRAS.items():
         if module in modules:
-            return UserError(f"{module} is not installed; run {install_command(extra)}")
+            return UserError(f"{module} is not installed; run {install_command(extra or name)}")
     return None
