@@ -2,11 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.page import read_results
 from benchmarks.record import append_rows
 from benchmarks.report import TABLES, with_tables
 from benchmarks.settings import DOCUMENTS, RESULTS
-from isic.runtime.config import describe_configs
 from isic.runtime.errors import UserError
 from tests.support.commands import Cli
 
@@ -70,12 +68,6 @@ def test_the_configs_have_their_titles_and_last_rates(tmp_path: Path) -> None:
         "| vit_tiny | ViT-Tiny/16 | 224 | 5.5 | 192 | 140 | 270 |",
         "| no_file |  | 224 | 86.0 | 192 |  |  |",
     ]
-
-
-def test_every_config_has_a_recorded_size() -> None:
-    recorded = read_results(RESULTS / "configs.csv")["what"]
-    missing = set(describe_configs()) - set(recorded)
-    assert not missing, "run `python -m benchmarks configs`"
 
 
 def test_the_scores_are_shown_in_the_order_of_the_table(tmp_path: Path) -> None:
