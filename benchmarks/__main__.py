@@ -37,11 +37,9 @@ def load_benchmark(model: type[Settings], flags: Mapping[str, Any]) -> Settings:
     Raises:
         UserError: also if an installed package has no place for the results, or not the sources.
     """
-    settings: Settings
-    if issubclass(model, TrainSettings):
-        settings = load_settings(model, flags)
-    else:
-        settings = build(model, flags)
+    settings: Settings = (
+        load_settings(model, flags) if issubclass(model, TrainSettings) else build(model, flags)
+    )
     if not IS_CHECKOUT:
         if isinstance(settings, TablesSettings | PackSettings):
             raise UserError("this command reads the sources; run it in a checkout of the project")

@@ -46,6 +46,7 @@ from isic.runtime.files import (
     write_manifest,
 )
 from isic.runtime.machine import cpu_features, processor
+from isic.runtime.progress import TimeLeft
 from train.checkpoint import BEST, checkpoint_settings, load_checkpoint
 from train.model import Classifier, create_model
 
@@ -94,15 +95,30 @@ def export(settings: ExportSettings) -> int:
     wanted = find_formats(settings.formats, settings.precision, settings.device)
     num_failed = 0
     artifacts: list[Path] = []
-    print(HEADER)
-    for fold, checkpoint in find_checkpoints(settings).items():
+    checkpoints = find_checkpoints(settings)
+    print_plan(settings, list(checkpoints), wanted)
+    time_left = TimeLeft(len(checkpoints), "check" if settings.check else "export")
+    print(HEADER, flush=True)
+    for fold, checkpoint in checkpoints.items():
         specs = [artifact_spec(fold, name, precision, settings) for name, precision in wanted]
         artifacts += [artifact_path(checkpoint, spec) for spec in specs]
         num_failed += export_fold(checkpoint, fold, specs, settings)
+        time_left.advance()
     if settings.triton and not num_failed:
         names = write_repository(settings.triton, artifacts)
         print(f"Triton: {', '.join(names)} in {settings.triton}")
     return 1 if num_failed else 0
+
+
+def print_plan(settings: ExportSettings, folds: list[int], wanted: list[tuple[str, str]]) -> None:
+    """Print one line on the artifacts that are about to be made."""
+    formats = ", ".join(
+        f"{name} {precision} for the {build_device(name, settings.device).upper()}"
+        for name, precision in wanted
+    )
+    verb = "checking" if settings.check else "exporting"
+    names = ", ".join(map(str, folds))
+    print(f"{verb} {settings.config}: fold{'s' * (len(folds) > 1)} {names}, {formats}")
 
 
 def export_fold(

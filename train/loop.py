@@ -13,6 +13,7 @@ from isic.layout import LAST_CHECKPOINT, fold_dir
 from isic.runtime import interrupt
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
+from isic.runtime.progress import TimeLeft
 from train import distributed
 from train.augment import create_mixup
 from train.batch import Batch, to_device
@@ -33,8 +34,21 @@ STEPS_AHEAD = 2
 """Steps queued on the device before the host reads a result, so that neither waits."""
 
 
-def train_fold(settings: TrainSettings, data: TrainData, fold: int, device: torch.device) -> None:
+def train_fold(
+    settings: TrainSettings,
+    data: TrainData,
+    fold: int,
+    device: torch.device,
+    time_left: TimeLeft | None = None,
+) -> None:
     """Train one fold and write its folder.
+
+    Args:
+        settings: of the run.
+        data: of the run.
+        fold: its number.
+        device: of this process.
+        time_left: counts the epochs of the run.
 
     Raises:
         UserError: the fold cannot be trained on, or logits are not finite.
@@ -56,6 +70,8 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int, device: torc
 
     network: Any = torch.compile(state.model) if settings.compile else state.model
     first_epoch = state.epoch
+    if time_left:
+        time_left.skip(first_epoch)
     for epoch in range(first_epoch, settings.epochs):
         seed_epoch(settings.seed, fold, epoch, distributed.rank())
         loaders.sampler.epoch = epoch
@@ -84,6 +100,8 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int, device: torc
         log_epoch(directory, fold, state.epoch, settings.epochs, stats, scores, rates)
         # Last of all: a run that is killed before this point repeats the epoch.
         save_last(directory / LAST_CHECKPOINT, state, settings, digest)
+        if time_left and distributed.is_main():
+            time_left.advance()
 
 
 def start_or_resume(

@@ -7,6 +7,7 @@ import torch
 from isic import schema
 from isic.runtime.errors import UserError
 from isic.runtime.interrupt import Interrupted, interruptible
+from isic.runtime.progress import TimeLeft
 from train import distributed
 from train.config import TrainSettings
 from train.loaders import worker_errors
@@ -14,7 +15,7 @@ from train.loop import train_fold
 from train.machine import check_bfloat16, prepare, select_device
 from train.pretrained import refuse_leaking_weights
 from train.resume import is_finished, refuse_other_content, require_resume_or_force
-from train.rows import load_data
+from train.rows import TrainData, load_data
 from train.step import NonFiniteGradient
 from train.summary import print_scores
 
@@ -49,14 +50,30 @@ def train_folds(settings: TrainSettings, device: torch.device) -> None:
         data = load_data(settings)
         refuse_leaking_weights(settings.pretrained, due, data.table, data.fold)
         prepare(device)
+        if distributed.is_main():
+            print_plan(settings, data, due, device)
+        time_left = TimeLeft(len(due) * settings.epochs, "training")
         with worker_errors():
             for fold in due:
                 try:
-                    train_fold(settings, data, fold, device)
+                    train_fold(settings, data, fold, device, time_left)
                 except NonFiniteGradient as error:
                     raise UserError(error.describe(data.table[schema.ID])) from None
     if distributed.is_main():
         print_scores(settings.run_dir, settings.num_folds)
+
+
+def print_plan(
+    settings: TrainSettings, data: TrainData, folds: list[int], device: torch.device
+) -> None:
+    """Print one line on the training that is about to start."""
+    names = ", ".join(map(str, folds))
+    print(
+        f"training {settings.name}: {len(data.table):,} rows ({int(data.target.sum()):,} "
+        f"malignant), fold{'s' * (len(folds) > 1)} {names}, {settings.epochs} epochs of "
+        f"{settings.model} at {settings.image_size} px, {device.type} {settings.precision}",
+        flush=True,
+    )
 
 
 def folds_to_train(settings: TrainSettings) -> list[int]:

@@ -132,6 +132,8 @@ def embed_split(
         )
         return
     job = make_job(dataset, split, models, settings, spec)
+    if not settings.quiet:
+        print(describe_run(split, progress.num_due, models, job), flush=True)
     with progress:
         run_missing_shards(shards, make_runner(job, settings, progress))
     num_bad = gather_errors(directory, shards)
@@ -147,6 +149,18 @@ def embed_split(
         f"bad={num_bad} seconds={progress.total_seconds:.1f} "
         f"images_per_second={progress.num_due / progress.total_seconds:.0f} "
         f"bound_by={progress.bound_by} output={settings.run_dir / split}"
+    )
+
+
+def describe_run(split: Split, num_images: int, models: Models, job: EmbedJob) -> str:
+    """Return one line on the embedding that is about to start."""
+    manifest = models.first_manifest
+    engine = f"{manifest['format']} {manifest.get('precision', '')}".strip()
+    folds = ", ".join(map(str, models.folds))
+    return (
+        f"embedding {num_images:,} {split} images with fold{'s' * (len(models.folds) > 1)} "
+        f"{folds}: {engine} on {job.device}, batches of {job.batch_size}, "
+        f"features as {job.dtype}"
     )
 
 

@@ -12,6 +12,7 @@ from infer.embedding.shards import Shard
 from isic.runtime import interrupt
 from isic.runtime.errors import UserError
 from isic.runtime.machine import peak_memory_mb
+from isic.runtime.progress import TimeLeft
 
 OnError = Literal["raise", "skip"]
 
@@ -44,6 +45,9 @@ class Progress:
             if shard.is_done:
                 self._count(len(shard), shard.read_bad())
         self._bar.initial = self.num_images
+        # A bar shows the time itself.
+        hides_time = quiet or not self._bar.disable
+        self._time_left = None if hides_time else TimeLeft(self.num_due, "embedding")
 
     def __enter__(self) -> "Progress":
         return self
@@ -87,6 +91,8 @@ class Progress:
         self.seconds["write_wait"] += stats.write_wait
         self._bar.set_postfix_str(f"bound by {self.bound_by}", refresh=False)
         self._count(stats.num_images, stats.bad)
+        if self._time_left:
+            self._time_left.advance(stats.num_images)
 
     def _count(self, num_images: int, bad: list[tuple[str, str]]) -> None:
         self.num_images += num_images

@@ -68,6 +68,13 @@ def fit_ensemble(settings: FitSettings) -> Path:
     )
     table = spec.frame(metadata, image_tables)
     _note_blank(table)
+    num_boosters = len(settings.libraries) * folds.num_folds * settings.seeds if names else 0
+    print(
+        f"fitting {settings.features}: {len(table):,} rows ({metadata[schema.TARGET].sum():,} "
+        f"malignant), {len(names) or 1} features, {folds.num_folds} folds, "
+        f"{num_boosters} boosters",
+        flush=True,
+    )
     if names:
         target = metadata[schema.TARGET].to_numpy()
         result = fit_boosters(table, names, target, fold.to_numpy(), settings)
@@ -82,10 +89,6 @@ def fit_ensemble(settings: FitSettings) -> Path:
     files = _write_files(root, result, state, folds, oof, summaries)
     results = _manifest_results(result, metadata, summaries)
     write_ensemble_manifest(root, files, {**inputs, **results})
-    print(
-        f"{settings.features}: {len(names) or 1} features, {len(table)} rows, "
-        f"{folds.num_folds} folds, {len(result.boosters)} boosters"
-    )
     print(format_scores(summaries))
     print(f"ensemble: {root}")
     return root

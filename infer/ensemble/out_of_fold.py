@@ -16,6 +16,7 @@ from infer.ensemble.settings import FitSettings
 from isic.features import Encoding, fit_encoding
 from isic.runtime.errors import UserError
 from isic.runtime.machine import num_cores
+from isic.runtime.progress import TimeLeft
 
 NOISE_STREAM = 1
 BLANK_STREAM = 2
@@ -72,10 +73,14 @@ def fit_boosters(
     pool = ThreadPoolExecutor(settings.num_threads or num_cores())
     try:
         fitted = tqdm(pool.map(fit_one, keys), "boosters", len(keys), leave=False, disable=None)
+        # A bar shows the time itself.
+        time_left = TimeLeft(len(keys), "fitting") if fitted.disable else None
         for key, (text, score) in zip(keys, fitted, strict=True):
             library, k, seed = key
             result.boosters[key] = text
             result.scores[model_name(library, seed)][fold == k] = score
+            if time_left:
+                time_left.advance()
     finally:
         pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the rest is of no use
     return result

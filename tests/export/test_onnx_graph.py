@@ -8,6 +8,7 @@ import pytest
 
 from export.formats import TOLERANCES
 from export.parity import check_parity
+from tests.support.commands import ROOT
 from tests.support.networks import POINTWISE, SIZES, build_engine, network, spec_of
 
 
@@ -27,6 +28,15 @@ def test_the_graph_keeps_the_contract(exported: Path) -> None:
     assert shapes["logits"] == (onnx.TensorProto.FLOAT, [batch, 1])
     readers = {node.op_type for node in graph.node if "images" in node.input}
     assert readers <= {"Cast", "Shape"}, "TensorRT refuses to transpose uint8"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_file_has_no_path_of_this_machine(precision: str, tmp_path: Path) -> None:
+    model, _ = network("test_vit3")
+    build_engine(model, spec_of("test_vit3", "onnx", precision), tmp_path)
+    (path,) = tmp_path.glob("*.onnx")
+    for place in (str(ROOT), "site-packages", str(Path.home())):
+        assert place.encode() not in path.read_bytes()
 
 
 @pytest.mark.slow
