@@ -27,9 +27,9 @@ SHARD_ROWS = 20
 COMMAND = """
 import infer.embedding.shards
 infer.embedding.shards.SHARD_ROWS = {shard_rows}
-from infer.embedding.embed import embed_dataset
-from isic.runtime import cli
-cli.run({{"embed": embed_dataset}})
+from infer.__main__ import COMMANDS
+from isic.runtime.cli import run
+run(COMMANDS)
 """
 
 
