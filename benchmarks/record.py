@@ -16,6 +16,8 @@ from typing import Any
 import polars as pl
 
 from benchmarks.settings import RESULTS
+from infer.ensemble.boosters import LIBRARIES
+from infer.formats import engine_packages
 from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path, versions
 from isic.runtime.machine import num_cores, processor
@@ -28,21 +30,11 @@ MACHINE = ("processor", "accelerator", "cores")
 MAX_REASON = 200
 """Largest number of characters of an exception's text in a row."""
 RECORDED_PACKAGES = (
-    "torch",
-    "timm",
-    "onnxruntime-gpu",
-    "onnxruntime",
-    "opencv-python-headless",
-    "h5py",
-    "numpy",
-    "polars",
-    "pandas",
-    "lightgbm",
-    "xgboost-cpu",
-    "catboost",
-    "tensorrt",
-    "tensorrt_rtx",
+    *("timm", "opencv-python-headless", "h5py", "numpy", "polars", "pandas"),
+    *engine_packages(),
+    *(library.package for library in LIBRARIES.values()),
 )
+"""Packages whose versions are in every row."""
 
 Row = dict[str, Any]
 

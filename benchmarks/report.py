@@ -1,6 +1,7 @@
 """`python -m benchmarks report`: the documents' tables and a page of charts, from the CSVs."""
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,8 +9,12 @@ import polars as pl
 
 from benchmarks.page import OWN_MARK, last_rows, read_results, render_page
 from benchmarks.settings import TablesSettings
+from isic.runtime.config import describe_configs
 from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.files import read_text, refuse_foreign, write_text
+
+Lookup = Callable[[Path], Mapping[str, str]]
+"""Reads values by config for a column that is not in the table's CSV, from a folder of CSVs."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,38 @@ class Table:
     """Columns that identify a kind of row."""
     columns: dict[str, str]
     """Heading by column."""
-    only: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Values to show of a column, in this order; the last column here sorts first."""
+    rows: tuple[tuple[str, ...], ...] = ()
+    """The kinds to show, as values of `key`, in this order; all if empty."""
     sort: tuple[str, ...] = ()
     """Columns to sort by, numbers as numbers; otherwise kinds keep the order of the CSV."""
+    lookups: dict[str, Lookup] = field(default_factory=dict)
+    """Source by column, for columns of other files."""
+
+
+def config_titles(results: Path) -> dict[str, str]:
+    """Return what each model config is: the start of its file's first line."""
+    titles = describe_configs()
+    return {name: re.split(r" at |[,:.]", title)[0] for name, title in titles.items()}
+
+
+def cpu_rate(engine: str, precision: str) -> Lookup:
+    """Return the lookup of an engine's last rate on two CPU cores, in images per second."""
+
+    def rates(results: Path) -> dict[str, str]:
+        rows = read_results(results / "throughput.csv")
+        wanted = {
+            "engine": engine,
+            "precision": precision,
+            "device": "cpu",
+            "batch": "16",
+            "cores": "2",
+        }
+        measured = pl.col("images_per_second").is_not_null()
+        is_wanted = [pl.col(name) == value for name, value in wanted.items()]
+        last = last_rows(rows.filter(measured, *is_wanted), ("what",))
+        return dict(last.select("what", "images_per_second").iter_rows())
+
+    return rates
 
 
 THROUGHPUT = {
@@ -46,17 +79,6 @@ THROUGHPUT = {
     "cosine": "cosine",
     "reason": "reason if not measured",
 }
-# fmt: off
-SHORT = {
-    "what", "accelerator", "engine", "precision", "batch",
-    "images_per_second", "min", "max", "peak_mb", "cosine",
-}
-"""Columns of THROUGHPUT that the README shows."""
-SHOWN_CONFIGS = (
-    "vit_tiny", "vit_small", "vit_base", "eva02_small", "eva02_base",
-    "convnext_tiny", "convnext_base", "multitask_vit_tiny",
-)
-# fmt: on
 COMPARED = {
     "difference": "pAUC above the first, mean of seeds",
     "better_in": "better in",
@@ -73,14 +95,27 @@ TABLES = {
         THROUGHPUT,
         sort=("what", "accelerator", "engine", "precision", "batch"),
     ),
-    "engines": Table(
-        "throughput",
-        ("accelerator", "what", "engine", "precision", "device", "input"),
-        {name: heading for name, heading in THROUGHPUT.items() if name in SHORT},
+    "configs": Table(
+        "configs",
+        ("what",),
         {
-            "precision": ("fp32", "bf16", "int8"),
-            "engine": ("eager", "onnx", "aoti"),
-            "what": SHOWN_CONFIGS,
+            "what": "config",
+            "title": "network",
+            "size": "px",
+            "parameters_m": "million parameters",
+            "features": "features",
+            "eager_fp32": "PyTorch fp32",
+            "onnx_fp32": "ONNX fp32",
+            "onnx_int8": "ONNX int8",
+            "aoti_bf16": "AOTInductor bf16",
+        },
+        sort=("parameters_m",),
+        lookups={
+            "title": config_titles,
+            "eager_fp32": cpu_rate("eager", "fp32"),
+            "onnx_fp32": cpu_rate("onnx", "fp32"),
+            "onnx_int8": cpu_rate("onnx", "int8"),
+            "aoti_bf16": cpu_rate("aoti", "bf16"),
         },
     ),
     "export": Table(
@@ -209,6 +244,29 @@ TABLES = {
             "pauc_by_fold": "pAUC by fold",
         },
     ),
+    "scores": Table(
+        "accuracy",
+        ("data", "what"),
+        {
+            "data": "data",
+            "what": "model",
+            "rows": "rows",
+            "positives": "positives",
+            "pauc_pooled": "pAUC, pooled",
+            "pauc_std_of_folds": "± between folds",
+            "auc_pooled": "AUC",
+        },
+        rows=(
+            ("real crops", "scratch, images only"),
+            ("real crops", "scratch_eight_views, ensemble"),
+            ("real tables", "numeric_wide_use, ensemble"),
+            ("real tables", "raw, ensemble"),
+            ("real tables", "engineered, ensemble"),
+            ("synthetic, 401,059 rows", "image_demo, ensemble"),
+            ("synthetic, 401,059 rows", "engineered, ensemble"),
+            ("synthetic, 401,059 rows", "multimodal_demo, ensemble"),
+        ),
+    ),
     "hospitals": Table(
         "hospitals",
         ("data", "features", "treatment", "scored"),
@@ -272,12 +330,23 @@ def _table_text(name: str, results: Path) -> str:
     path = results / f"{TABLES[name].csv}.csv"
     if not path.is_file():
         raise UserError(f"the table {name} needs {path}; run the benchmark first")
-    return render_markdown(read_results(path), TABLES[name])
+    last = last_rows(read_results(path), TABLES[name].key)
+    return render_markdown(_with_lookups(last, TABLES[name].lookups, results), TABLES[name])
+
+
+def _with_lookups(rows: pl.DataFrame, lookups: Mapping[str, Lookup], results: Path) -> pl.DataFrame:
+    """Add the columns of other files; a config that they lack is blank."""
+    for name, lookup in lookups.items():
+        values = pl.col("what").replace_strict(
+            lookup(results), default=None, return_dtype=pl.String
+        )
+        rows = rows.with_columns(values.alias(name))
+    return rows
 
 
 def render_markdown(rows: pl.DataFrame, table: Table) -> str:
-    """Render the last measured row of each kind; columns that are blank in all are omitted."""
-    shown = _selected(_sorted(last_rows(rows, table.key), table.sort), table.only)
+    """Render the measured rows of a table; columns that are blank in all are omitted."""
+    shown = _selected(_sorted(rows, table.sort), table)
     measured = [name for name in table.columns if name in shown.columns and name not in table.key]
     has_value = pl.any_horizontal(pl.col(name).is_not_null() for name in measured)
     shown = shown.filter(has_value)
@@ -299,16 +368,16 @@ def _sorted(rows: pl.DataFrame, columns: tuple[str, ...]) -> pl.DataFrame:
     return rows.sort(keys) if keys else rows
 
 
-def _selected(rows: pl.DataFrame, only: dict[str, tuple[str, ...]]) -> pl.DataFrame:
-    """Return the rows with the values of `only`, in their order."""
-    for name, values in only.items():
-        order = pl.col(name).cast(pl.Enum(values))
-        rows = rows.filter(pl.col(name).is_in(values)).sort(order, maintain_order=True)
-    return rows
+def _selected(rows: pl.DataFrame, table: Table) -> pl.DataFrame:
+    """Return the rows of the table's kinds, in their order."""
+    if not table.rows:
+        return rows
+    kinds = pl.DataFrame(table.rows, schema=table.key, orient="row")
+    return kinds.join(rows, on=table.key, maintain_order="left")
 
 
 def _is_filled(rows: pl.DataFrame, name: str) -> bool:
-    """Return whether a column has a value in some row; of a table without rows, every column counts."""
+    """Return whether a column has a value in some row, or the table has no rows."""
     if name not in rows.columns:
         return False
     return rows.is_empty() or rows[name].null_count() < len(rows)

@@ -41,6 +41,46 @@ def test_the_last_row_of_each_kind_is_in_the_table(tmp_path: Path, cli: Cli) -> 
     assert "| m |" in text
 
 
+def throughput_row(**changes: object) -> dict[str, object]:
+    """Return a measurement that the table of configs shows."""
+    row: dict[str, object] = {"what": "vit_tiny", "engine": "onnx", "precision": "fp32"}
+    return row | {"device": "cpu", "batch": 16, "cores": 2, "images_per_second": 140} | changes
+
+
+def test_the_configs_have_their_titles_and_last_rates(tmp_path: Path) -> None:
+    sizes = {"network": "a", "size": 224, "parameters_m": 5.5, "features": 192}
+    small = {"what": "vit_tiny", **sizes}
+    append_rows("configs", [small, {"what": "no_file", **sizes, "parameters_m": 86}], tmp_path)
+    rows = [
+        throughput_row(images_per_second=100),
+        throughput_row(),
+        throughput_row(images_per_second=None, reason="it crashed"),
+        throughput_row(precision="int8", images_per_second=270),
+        throughput_row(cores=64, images_per_second=900),
+        throughput_row(batch=1, images_per_second=30),
+        throughput_row(device="cuda", images_per_second=9000),
+    ]
+    append_rows("throughput", rows, tmp_path)
+    text = with_tables("<!-- table: configs -->\n<!-- end -->", tmp_path)
+    _, headings, _, *lines, _ = text.splitlines()
+    assert headings.endswith("| features | ONNX fp32 | ONNX int8 |")
+    assert lines == [
+        "| vit_tiny | ViT-Tiny/16 | 224 | 5.5 | 192 | 140 | 270 |",
+        "| no_file |  | 224 | 86.0 | 192 |  |  |",
+    ]
+
+
+def test_the_scores_are_shown_in_the_order_of_the_table(tmp_path: Path) -> None:
+    table = TABLES["scores"]
+    for data, model in reversed(table.rows):
+        append_rows("accuracy", [{"data": data, "what": model, "auc_pooled": 0.9}], tmp_path)
+    other = {"data": "real pairs", "what": "raw, ensemble", "auc_pooled": 0.9}
+    append_rows("accuracy", [other], tmp_path)
+    text = with_tables("<!-- table: scores -->\n<!-- end -->", tmp_path)
+    _, _, _, *lines, _ = text.splitlines()
+    assert lines == [f"| {data} | {model} | 0.9 |" for data, model in table.rows]
+
+
 def test_a_table_without_results_or_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run the benchmark first"):
         with_tables("<!-- table: ingest -->\n<!-- end -->", tmp_path)
