@@ -20,6 +20,8 @@ from infer.engines.contract import FEATURES, IMAGES, LOGITS, MASK, Tensor, contr
 from infer.formats import ENGINE_FORMATS
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
+from isic.runtime.extras import install_command
+from isic.runtime.machine import no_gpu_reason
 
 TENSORRT_DTYPES = {
     "FLOAT": "float32",
@@ -49,13 +51,14 @@ def import_runtime(flavour: str) -> ModuleType:
     Raises:
         UserError: it is not installed.
     """
-    title, extra = ENGINE_FORMATS[flavour].title, ENGINE_FORMATS[flavour].extra
+    row = ENGINE_FORMATS[flavour]
+    assert row.extra is not None
     try:
         return import_module(flavour)
     except ImportError as error:
         raise UserError(
-            f"{title} does not load here ({first_line(error)}); install it with "
-            f"`pip install isic-toolkit[{extra}]`"
+            f"{row.title} does not load here ({first_line(error)}); "
+            f"run `{install_command(row.extra)}`"
         ) from None
 
 
@@ -89,8 +92,13 @@ def unavailable_reason(flavour: str, device: str = "cuda") -> str | None:
     try:
         check_gpu(flavour, import_runtime(flavour), cudart.architecture())
     except UserError as error:
-        return str(error)
+        return no_gpu_reason() or str(error)  # without a GPU, installing the library is no fix
     return None
+
+
+def built_for() -> str | None:
+    """Return the CUDA of CUDA Python, whose major version the plans' libraries share."""
+    return cudart.built_for()
 
 
 @dataclass(frozen=True)

@@ -269,6 +269,7 @@ def test_a_plan_for_another_gpu_is_refused(built: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(cudart, "architecture", lambda: "sm75")
     message = refusal(built, read_manifest(built))
     assert "no matrix product in float32 on sm75" in message
+    monkeypatch.setattr(tensorrt, "no_gpu_reason", lambda: None)
     assert tensorrt.unavailable_reason("tensorrt_rtx") == message
     monkeypatch.setattr(cudart, "architecture", lambda: "sm80")
     assert "was built for sm86 and sm89 and sm120, and this GPU is sm80" in refusal(
@@ -288,6 +289,7 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know_is_refused(
     message = refusal(built, read_manifest(built))
     assert message.startswith("TensorRT-RTX runs on sm80")
     assert message.endswith("and not on sm90; use another format there")
+    monkeypatch.setattr(tensorrt, "no_gpu_reason", lambda: None)
     assert tensorrt.unavailable_reason("tensorrt_rtx") == message
     monkeypatch.setattr(cudart, "architecture", lambda: "sm89")
     assert tensorrt.unavailable_reason("tensorrt_rtx") is None
@@ -358,16 +360,19 @@ def test_another_contract_is_refused() -> None:
 def test_no_gpu_is_one_sentence(built: Path) -> None:
     if tensorrt.unavailable_reason("tensorrt_rtx") is None:
         pytest.skip("there is a GPU here")
-    assert "no NVIDIA GPU can be used here" in refusal(built, read_manifest(built))
+    message = refusal(built, read_manifest(built))
+    assert message.startswith("TensorRT does not run here: ")
+    assert message.endswith(", or use the format onnx")
+    assert str(tensorrt.unavailable_reason("tensorrt_rtx")) in message
 
 
 def test_a_missing_package_is_named(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(built)
     if importlib.util.find_spec("tensorrt") is None:
-        assert "pip install isic-toolkit[tensorrt]" in refusal(
-            built, {**manifest, "format": "tensorrt"}
-        )
-        assert "pip install isic-toolkit[tensorrt]" in str(tensorrt.unavailable_reason("tensorrt"))
+        command = 'run `pip install "isic-toolkit[tensorrt]"`'
+        assert command in refusal(built, {**manifest, "format": "tensorrt"})
+        monkeypatch.setattr(tensorrt, "no_gpu_reason", lambda: None)
+        assert command in str(tensorrt.unavailable_reason("tensorrt"))
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     cudart.runtime.cache_clear()
     assert "pip install cuda-bindings" in refusal(built, manifest)
