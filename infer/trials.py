@@ -1,7 +1,9 @@
 """The doctor's trials: each really uses one library, in a process of its own.
 
-A trial returns its facts, or raises any exception; it may also crash or hang.
+A trial returns its facts as JSON has them, or raises any exception; it may also crash or hang.
+Libraries are imported in the functions, so that a broken one fails only its own trial.
 """
+# ruff: noqa: PLC0415
 
 from importlib import import_module
 from typing import Any
@@ -10,8 +12,6 @@ from isic.runtime.errors import UserError
 from isic.runtime.extras import missing_library
 from isic.runtime.machine import driver_cuda, gpu_names, no_gpu_reason, nvidia_driver
 
-BOOSTERS = "infer.ensemble.boosters"
-ENGINES = "infer.engines"
 NUM_ROWS = 64
 """Rows that a booster is fitted on: enough for one split of the smallest leaves."""
 
@@ -28,13 +28,19 @@ def describe_gpus() -> dict[str, Any]:
 
 def try_engine(name: str, device: str) -> dict[str, Any]:
     """Run a format's engine on a graph of one node."""
-    engines = import_module(ENGINES)
-    reason = engines.unavailable_reason(name, device)
+    from infer.engines import import_engine, unavailable_reason
+
+    reason = unavailable_reason(name, device)
     try:
-        built_for = engines.import_engine(name).built_for()
+        engine = import_engine(name)
     except UserError:
-        built_for = None
-    return {"reason": reason, "cuda": built_for}
+        return {"reason": reason}
+    if reason is None and hasattr(engine, "run_one_node"):  # the others have just run one
+        try:
+            engine.run_one_node(name)
+        except UserError as error:
+            reason = str(error)
+    return {"reason": reason, "cuda": engine.built_for()}
 
 
 def try_module(module: str) -> dict[str, Any]:
@@ -51,22 +57,25 @@ def try_module(module: str) -> dict[str, Any]:
 
 def booster_packages() -> dict[str, str]:
     """Return the distribution of each library of boosters."""
-    libraries = import_module(BOOSTERS).LIBRARIES
-    return {name: library.package for name, library in libraries.items()}
+    from infer.ensemble.boosters import LIBRARIES
+
+    return {name: library.package for name, library in LIBRARIES.items()}
 
 
 def try_booster(library: str) -> dict[str, Any]:
     """Fit a booster of two trees on a few rows, load it and score them."""
-    numpy = import_module("numpy")
-    boosters = import_module(BOOSTERS)
-    matrix = numpy.linspace(0, 1, NUM_ROWS, dtype=numpy.float32).reshape(-1, 1)
-    target = (matrix[:, 0] > 0.5).astype(numpy.int64)
-    parameters = boosters.parameters_of(library, {"num_rounds": 2})
+    import numpy as np
+
+    from infer.ensemble.boosters import LIBRARIES, fit_booster, parameters_of
+
+    matrix = np.linspace(0, 1, NUM_ROWS, dtype=np.float32).reshape(-1, 1)
+    target = (matrix[:, 0] > 0.5).astype(np.int64)
+    parameters = parameters_of(library, {"num_rounds": 2})
     try:
-        text = boosters.fit_booster(library, matrix, target, ["x"], parameters, seed=0)
+        text = fit_booster(library, matrix, target, ["x"], parameters, seed=0)
     except UserError as error:
         return {"reason": str(error)}
-    scores = boosters.LIBRARIES[library].load(text)(matrix, 1)
+    scores = LIBRARIES[library].load(text)(matrix, 1)
     if not scores[-1] > scores[0]:
-        raise ArithmeticError("its scores are wrong")
+        raise ArithmeticError(f"{library} does not tell the classes apart")
     return {"reason": None}

@@ -394,6 +394,58 @@ def create(path: Path, manifest: Mapping[str, Any], device: str) -> TensorRTEngi
         ) from None
 
 
+def run_one_node(flavour: str) -> None:
+    """Build a plan of one node, which casts uint8 [1] to float32, and run it on the GPU.
+
+    Raises:
+        UserError: the library cannot build or load the plan, or computes something else.
+        CudaError: CUDA cannot run it.
+    """
+    row = ENGINE_FORMATS[flavour]
+    trt = import_runtime(flavour)
+    again = f"run `pip install --force-reinstall {' '.join(row.packages)}`"
+    data = one_node_plan(trt, cudart.architecture() if row.portable else None)
+    if data is None:
+        raise UserError(f"{row.title} builds no plan ({logger(trt).reason()}); {again}")
+    runtime = trt.Runtime(logger(trt))
+    engine = deserialize(trt, runtime, Path("a plan of one node"), data, again)
+    plan = Plan(trt, engine, row.portable, cuda_graph=False)
+    pixel = cudart.pinned((1,), np.uint8)
+    result = cudart.pinned((1,), np.float32)
+    pixel[0] = 255
+    memory = {IMAGES: cudart.DeviceMemory(pixel.nbytes), FEATURES: cudart.DeviceMemory(4)}
+    context = BoundContext(plan.create_context(), memory, image_shape=())
+    stream = cudart.Stream()
+    stream.upload(memory[IMAGES], pixel)
+    context.enqueue(1, stream)
+    stream.download(result, memory[FEATURES])
+    stream.wait()
+    if result[0] != pixel[0]:
+        raise UserError(f"{row.title} computes {result[0]} for {pixel[0]}; {again}")
+
+
+def one_node_plan(trt: ModuleType, architecture: str | None) -> bytes | None:
+    """Return a plan with the input IMAGES and the output FEATURES, None if it cannot be built.
+
+    Args:
+        trt: the Python module of the flavour.
+        architecture: of the GPU that a portable plan is for; None for this machine's GPU.
+    """
+    builder = trt.Builder(logger(trt))
+    # TensorRT 11 is always strongly typed and ignores the flag; 10 needs it.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    images = network.add_input(IMAGES, trt.DataType.UINT8, (1,))
+    features = network.add_cast(images, trt.DataType.FLOAT).get_output(0)
+    features.name = FEATURES
+    network.mark_output(features)
+    config = builder.create_builder_config()
+    if architecture is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, architecture.upper()), 0)
+    plan = builder.build_serialized_network(network, config)
+    return None if plan is None else bytes(plan)
+
+
 def export_command(path: Path, manifest: Mapping[str, Any]) -> str:
     """Return the command that exports a plan again."""
     flags = {"config": "name", "fold": "fold", "formats": "format", "precision": "precision"}

@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -93,6 +94,48 @@ def test_a_graph_is_right_after_batches_of_other_sizes(cuda: FakeCuda) -> None:
         assert_right(engine, number)
     assert cuda.replays == 5 + 5 + 1 + 8 + 3
     assert len(fake.contexts) == 4, "one for each slot, and one for each slot's graph"
+
+
+@pytest.fixture
+def one_node_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeEngine], None]:
+    """Run a plan of one node that TensorRT-RTX has really built on a fake engine."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+    def run(fake: FakeEngine) -> None:
+        engine = SimpleNamespace(
+            create_execution_context=lambda strategy: fake.create_execution_context(int(strategy)),
+            device_memory_size_v2=fake.device_memory_size_v2,
+        )
+        monkeypatch.setattr(tensorrt, "import_runtime", lambda flavour: trt)
+        monkeypatch.setattr(tensorrt, "deserialize", lambda *arguments: engine)
+        tensorrt.run_one_node("tensorrt")
+
+    return run
+
+
+def test_one_node_is_built_and_run(
+    cuda: FakeCuda, one_node_on: Callable[[FakeEngine], None]
+) -> None:
+    fake = FakeEngine(cuda, lambda images: {"features": images.astype(np.float32)}, 1)
+    one_node_on(fake)
+    assert fake.batches == [1]
+
+
+def test_one_node_with_a_wrong_result_is_found(
+    cuda: FakeCuda, one_node_on: Callable[[FakeEngine], None]
+) -> None:
+    fake = FakeEngine(cuda, lambda images: {"features": np.zeros(1, np.float32)}, 1)
+    with pytest.raises(UserError, match=r"TensorRT computes 0\.0 for 255; run `pip install"):
+        one_node_on(fake)
+
+
+def test_one_node_that_cannot_be_built_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    assert tensorrt.one_node_plan(trt, "sm89")
+    monkeypatch.setattr(cudart, "architecture", lambda: "sm89")
+    monkeypatch.setattr(tensorrt, "one_node_plan", lambda trt, architecture: None)
+    with pytest.raises(UserError, match=r"TensorRT-RTX builds no plan .*; run `pip install"):
+        tensorrt.run_one_node("tensorrt_rtx")
 
 
 def test_a_shape_is_set_only_when_the_batch_changes(cuda: FakeCuda) -> None:
