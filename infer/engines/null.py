@@ -55,6 +55,11 @@ def unavailable_reason(name: str, device: str) -> str | None:
     return None
 
 
+def built_for() -> str | None:
+    """Return None: it uses no CUDA."""
+    return None
+
+
 def write_run(
     model_dir: Path,
     metadata: Path,

