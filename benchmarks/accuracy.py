@@ -13,7 +13,8 @@ from benchmarks.settings import AccuracySettings
 from infer.ensemble.artifact import open_ensemble
 from isic import schema
 from isic.dataset import Dataset
-from isic.folds import draw_folds, fold_dirs
+from isic.folds import draw_folds
+from isic.layout import OOF_FILE, fold_files
 from isic.metrics import pauc, roc_auc
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.tables import read_parquet
@@ -45,7 +46,7 @@ def accuracy(settings: AccuracySettings) -> None:
         oof = _read_run(settings.model_dir)
         rows.append(score_row(f"{settings.model_dir.name}, images only", oof, "image"))
     if settings.ensembles:
-        for path in sorted(settings.ensembles.glob("*/oof.parquet")):
+        for path in sorted(settings.ensembles.glob(f"*/{OOF_FILE}")):
             oof = read_parquet(path).rename({"blend": "score"})
             name = f"{path.parent.name}, ensemble"
             rows.append(score_row(name, oof, input_kind(path.parent)))
@@ -55,8 +56,7 @@ def accuracy(settings: AccuracySettings) -> None:
 
 def _read_run(model_dir: Path) -> pl.DataFrame:
     """Return the out-of-fold scores of a trained run's finished folds."""
-    paths = [folder / "oof.parquet" for folder in fold_dirs(model_dir).values()]
-    folds = [read_parquet(path) for path in paths if path.is_file()]
+    folds = [read_parquet(path) for path in fold_files(model_dir, OOF_FILE).values()]
     return pl.concat(folds).rename({"logit": "score"})
 
 

@@ -29,7 +29,7 @@ Embed = Callable[[Path], Features]
 IMAGE_FILE = "train-image.hdf5"
 AUTOCAST = {"fp32": None, "fp16": "float16", "bf16": "bfloat16"}
 """Name in torch of the type that layers are autocast to, by precision."""
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDER_OF_DEVICE = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution provider of ONNX Runtime by device."""
 PIL_BILINEAR = 2
 
@@ -155,7 +155,7 @@ def onnx_loop(task: Task) -> Embed:
 
     path = Path(task.folder) / "backbone.onnx"
     _export_onnx(task, path)
-    provider = PROVIDERS[task.device]
+    provider = PROVIDER_OF_DEVICE[task.device]
     options = {"use_tf32": "0"} if task.device == "cuda" else {}
     session = onnxruntime.InferenceSession(str(path), providers=[(provider, options)])
     if session.get_providers()[0] != provider:

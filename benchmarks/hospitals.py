@@ -19,6 +19,7 @@ from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.out_of_fold import fit_boosters
 from infer.ensemble.settings import FitSettings
 from isic import schema
+from isic.arrays import Floats
 from isic.dataset import Dataset
 from isic.folds import draw_folds
 from isic.metadata import with_patient
@@ -29,7 +30,6 @@ HOSPITAL = "attribution"
 OF_HOSPITAL = (HOSPITAL, "copyright_license")
 """Columns that depend on the hospital."""
 
-Scores = NDArray[np.float64]
 """[seeds, N]."""
 
 
@@ -81,7 +81,7 @@ def hospitals(settings: HospitalSettings) -> None:
         *(Treatment(f"blanked in {share:g}", blank_share=share) for share in settings.blank_shares),
     ]
     for features in settings.features:
-        first: list[Scores] = []
+        first: list[Floats] = []
         for treatment in treatments:
             scores = _scores(training, features, treatment, held_out, settings)
             first = first or scores
@@ -126,7 +126,7 @@ def _scores(
     treatment: Treatment,
     held_out: list[HeldOut],
     settings: HospitalSettings,
-) -> list[Scores]:
+) -> list[Floats]:
     """Return the held-out scores of each part; parts with the same folds share a fit."""
     spec = FeatureSpec.parse(features.replace("+", ","))
     names = tuple(name for name in spec.tabular if name not in treatment.without)
@@ -139,7 +139,7 @@ def _scores(
     }
     fit_settings = build(FitSettings, flags)
     table = spec.frame(training.metadata, ())
-    fitted: dict[int, Scores] = {}  # by the identity of the fold array
+    fitted: dict[int, Floats] = {}  # by the identity of the fold array
     for part in held_out:
         if id(part.fold) not in fitted:
             bag = fit_boosters(table, names, training.target, part.fold, fit_settings)
@@ -148,7 +148,7 @@ def _scores(
 
 
 def _compare(
-    part: HeldOut, training: TrainingRows, first: Scores, second: Scores, num_draws: int
+    part: HeldOut, training: TrainingRows, first: Floats, second: Floats, num_draws: int
 ) -> Comparison:
     return compare_scores(
         training.target[part.scored],

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.baselines import Features
 from benchmarks.eager import TORCH_ENGINES
 from benchmarks.limits import Work, count_work, limits
 from benchmarks.process import run_group
@@ -19,7 +20,6 @@ from benchmarks.record import Row, append_each, error_text
 from benchmarks.settings import BATCHES, ThroughputSettings
 from benchmarks.untrained import (
     Artifact,
-    Features,
     UntrainedModel,
     chosen,
     create_untrained,

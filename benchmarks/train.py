@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import timm
@@ -37,8 +37,6 @@ from train.state import create_state
 from train.step import autocast
 from train.threads import set_threads
 from train.timm_models import backbone_options
-
-ItemT = TypeVar("ItemT")
 
 NUM_IN_MEMORY = 4
 """Random batches in memory, used in turns."""
@@ -153,7 +151,7 @@ def num_prefetched(loader: DataLoader[Item]) -> int:
     return loader.num_workers * (loader.prefetch_factor or 0)
 
 
-def endless(items: Iterable[ItemT]) -> Iterator[ItemT]:
+def endless(items: Iterable[Batch]) -> Iterator[Batch]:
     """Iterate over `items` again and again."""
     return itertools.chain.from_iterable(itertools.repeat(items))
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from benchmarks.baselines import Features
 from benchmarks.settings import ALL
 from export.formats import ArtifactSpec, BuildInputs, build_artifact, build_device, file_name
 from export.options import PlanOptions
@@ -21,14 +21,12 @@ from isic.runtime.errors import UserError, did_you_mean
 from train.config import TrainSettings, load_settings
 from train.model import Classifier, create_model, preprocess_spec
 
-DEFAULT_MAX_BATCH = 16
+MAX_BATCH = 16
 """Default largest batch of an artifact."""
 NUM_CALIBRATION = 32
 """Images for calibration of int8 and fp8."""
 LAYER_SCALE = 0.5
 SCALE_NAMES = (".gamma", ".gamma_1", ".gamma_2")
-
-Features = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def export_untrained(
     precision: str,
     folder: Path,
     device: str = "auto",
-    max_batch: int = DEFAULT_MAX_BATCH,
+    max_batch: int = MAX_BATCH,
     images: Pixels | None = None,
 ) -> Artifact:
     """Export an untrained network as `python -m export` would.

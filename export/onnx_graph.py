@@ -19,6 +19,7 @@ from torch import Tensor
 from export.formats import ArtifactSpec, BuildInputs
 from export.precision import cast_model, pointwise_convs_as_linear
 from infer.engines.contract import IMAGES, LOGITS
+from isic.layout import ONNX_FILE
 from train.model import Classifier
 
 OPSET = 20
@@ -40,7 +41,7 @@ the other operators have no weights."""
 
 
 def file_name(spec: ArtifactSpec) -> str:
-    return "model.onnx" if spec.precision == "fp32" else f"model.{spec.precision}.onnx"
+    return ONNX_FILE if spec.precision == "fp32" else f"model.{spec.precision}.onnx"
 
 
 def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]:

@@ -30,9 +30,8 @@ from export.triton import write_repository
 from infer.engines import create, unavailable_reason
 from isic import schema
 from isic.dataset import Dataset
-from isic.folds import FILE as FOLDS_FILE
-from isic.folds import fold_dirs, read_folds
-from isic.images import decode_pool
+from isic.folds import read_folds
+from isic.layout import BEST_CHECKPOINT, FOLDS_FILE, fold_files
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
@@ -46,7 +45,7 @@ from isic.runtime.files import (
     write_manifest,
 )
 from isic.runtime.machine import cpu_features, processor
-from train.checkpoint import BEST, checkpoint_settings, load_checkpoint
+from train.checkpoint import checkpoint_settings, load_checkpoint
 from train.model import Classifier, create_model
 
 PARITY_FILE = "parity.json"
@@ -135,14 +134,15 @@ def export_fold(
 
 def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
     """Return the checkpoint of each fold to export. Raises UserError if there is none."""
-    found = {}
-    for fold, folder in fold_dirs(settings.run_dir).items():
-        if settings.fold in {None, fold} and (folder / BEST).is_file():
-            found[fold] = folder / BEST
+    trained = fold_files(settings.run_dir, BEST_CHECKPOINT)
+    if settings.fold is None:
+        found = trained
+    else:
+        found = {fold: path for fold, path in trained.items() if fold == settings.fold}
     if not found:
         which = "no fold" if settings.fold is None else f"no fold {settings.fold}"
         raise UserError(
-            f"{settings.run_dir} has {which} with {BEST}; run "
+            f"{settings.run_dir} has {which} with {BEST_CHECKPOINT}; run "
             f"`python -m train --config {settings.config}` first"
         )
     return found
@@ -365,17 +365,14 @@ def read_sample(
     table = table.filter((folds == source.config["fold"]) == held_out)
     store = dataset.images("train")
     table = table.filter(~pl.col(schema.ID).is_in(store.missing(table[schema.ID].to_list())))
-    rows = sample_rows(table, num_images)
-    size = source.preprocess.size
-    images = np.empty((len(rows), size, size, 3), np.uint8)
-    with decode_pool(1) as pool:
-        failed = store.decode(rows[schema.ID].to_list(), source.preprocess, images, pool)
+    rows = choose_rows(table, num_images)
+    images, failed = store.load(rows[schema.ID].to_list(), source.preprocess)
     good = [row for row in range(len(rows)) if row not in failed]
     labels = rows[schema.TARGET].cast(pl.Float32).to_numpy()
     return images[good], labels[good]
 
 
-def sample_rows(table: pl.DataFrame, num_rows: int) -> pl.DataFrame:
+def choose_rows(table: pl.DataFrame, num_rows: int) -> pl.DataFrame:
     """Return rows spread evenly over the table; at most a quarter are positives."""
     positives = table.filter(pl.col(schema.TARGET) == 1)
     negatives = table.filter(pl.col(schema.TARGET) == 0)

@@ -34,6 +34,7 @@ from infer.engines.tensorrt import (
     logger,
 )
 from infer.formats import ENGINE_FORMATS
+from isic.layout import ONNX_FILE
 from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path
 
@@ -101,7 +102,7 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
     opset = ATTENTION_OPSET if parses_attention(spec.format) else OPSET
     graph, calibration = typed_graph(spec, inputs, opset)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        onnx_path = Path(folder) / "model.onnx"
+        onnx_path = Path(folder) / ONNX_FILE
         onnx.save(graph, onnx_path)
         timings = inputs.cache_dir / f"{spec.format}.timings"
         options = with_capabilities(spec.precision, spec.format, spec.options)

@@ -31,11 +31,11 @@ DECODE_SPEC = PreprocessSpec(size=32)
 SHOWN = 5
 """Number of values that a list shows before it only counts the rest."""
 
-COLUMNS: dict[Split, tuple[str, ...]] = {
+REQUIRED_COLUMNS: dict[Split, tuple[str, ...]] = {
     "train": schema.TRAIN_ORDER,
     "test": tuple(name for name in schema.TRAIN_ORDER if name not in schema.TRAIN_ONLY),
 }
-FEATURES = (schema.PATIENT, *schema.NUMERIC, *schema.CATEGORICAL)
+CHECKED_FEATURES = (schema.PATIENT, *schema.NUMERIC, *schema.CATEGORICAL)
 """The columns whose blanks are counted."""
 
 Facts = dict[str, str]
@@ -59,7 +59,7 @@ def check(settings: CheckSettings) -> None:
         facts = _split_facts(dataset, "test", test, masks, settings, problems)
         facts |= _submission_facts(dataset, test, problems) | _unseen_facts(train, test)
         if lacking := [
-            name for name in FEATURES if name in train.columns and name not in test.columns
+            name for name in CHECKED_FEATURES if name in train.columns and name not in test.columns
         ]:
             problems.append(
                 f"the test table lacks columns that features are made of ({_listed(lacking)})"
@@ -99,12 +99,12 @@ def _split_facts(
 
 
 def _table_facts(split: Split, table: pl.DataFrame) -> Facts:
-    missing = [name for name in COLUMNS[split] if name not in table.columns]
-    extra = [name for name in table.columns if name not in COLUMNS[split]]
-    known = len(COLUMNS[split]) - len(missing)
+    missing = [name for name in REQUIRED_COLUMNS[split] if name not in table.columns]
+    extra = [name for name in table.columns if name not in REQUIRED_COLUMNS[split]]
+    known = len(REQUIRED_COLUMNS[split]) - len(missing)
     facts = {
         "rows": f"{len(table):,}",
-        "columns": f"{known} of the challenge's {len(COLUMNS[split])}",
+        "columns": f"{known} of the challenge's {len(REQUIRED_COLUMNS[split])}",
     }
     if missing:
         facts["missing columns"] = _listed(missing)
@@ -113,7 +113,7 @@ def _table_facts(split: Split, table: pl.DataFrame) -> Facts:
     if schema.TARGET in table.columns:
         facts["positives"] = _fraction(int(table[schema.TARGET].sum()), len(table))
     facts["patients"] = _patient_fact(table)
-    blanks = {name: table[name].null_count() for name in FEATURES if name in table.columns}
+    blanks = {name: table[name].null_count() for name in CHECKED_FEATURES if name in table.columns}
     blank = [f"{name} {_fraction(count, len(table))}" for name, count in blanks.items() if count]
     return facts | {"blanks": ", ".join(blank) or "none"}
 

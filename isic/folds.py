@@ -1,7 +1,6 @@
 """Fold plans of training rows: stratified by target, no patient in two folds."""
 
 import os
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +11,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from isic import schema
 from isic.metadata import require, with_patient
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, first_line
 from isic.runtime.files import digest
 from isic.tables import parquet_metadata, read_parquet, write_parquet
-
-FILE = "folds.parquet"
-
-
-def fold_dirs(run: Path) -> dict[int, Path]:
-    """Return the folders `fold_<k>` of a run by number, without copies such as `fold_0_old`."""
-    found = (path for path in run.glob("fold_*") if path.is_dir())
-    numbers = {path.name.removeprefix("fold_"): path for path in found}
-    folders = {int(text): path for text, path in numbers.items() if re.fullmatch("[0-9]+", text)}
-    return dict(sorted(folders.items()))
 
 
 @dataclass(frozen=True)
@@ -108,9 +97,7 @@ def _read(path: Path, columns: dict[str, pl.DataType], what: str) -> pl.DataFram
     try:
         table = table.select(*columns).cast(columns)  # type: ignore[arg-type]
     except pl.exceptions.PolarsError as error:
-        raise UserError(
-            f"{path} is not a {what} ({str(error).splitlines()[0]}); correct it"
-        ) from None
+        raise UserError(f"{path} is not a {what} ({first_line(error)}); correct it") from None
     if sum(table.null_count().row(0)):
         raise UserError(f"{path} is not a {what}: it has blanks; correct it")
     return table

@@ -58,7 +58,7 @@ class Index(NamedTuple):
     """[M] the reason that each is not an image."""
 
 
-Row = tuple[bytes, int, int]
+IndexRow = tuple[bytes, int, int]
 """Name, offset and size of one image."""
 
 
@@ -206,7 +206,7 @@ def _visit(
 
     Datasets are opened during the walk: afterwards, each would load the table of all names again.
     """
-    rows: list[Row] = []
+    rows: list[IndexRow] = []
     slices: list[list[NDArray[Any]]] = []
     rejected: dict[str, str] = {}
 
@@ -254,7 +254,7 @@ def _iterate(file: h5py.h5f.FileID, visit: Any) -> None:
         raise stopped[0]
 
 
-def _columns(rows: Sequence[Row]) -> list[NDArray[Any]]:
+def _columns(rows: Sequence[IndexRow]) -> list[NDArray[Any]]:
     kinds = (np.bytes_, np.int64, np.int64)
     return [
         np.array([row[number] for row in rows], dtype=kind) for number, kind in enumerate(kinds)

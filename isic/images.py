@@ -21,7 +21,7 @@ from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 
 NO_IMAGE = "no image for this id"
-SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 """Extensions of image files in a folder, in any case; the content decides how one is decoded."""
 IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"})
 """Names that operating systems put into folders. Hidden files are ignored too."""
@@ -157,12 +157,12 @@ class ImageStore(ABC):
         """
         if pool is None:
             return self._decode_rows(ids, self.locate(ids), spec, out, range(len(ids)))
-        return gather(self.submit(ids, spec, out, pool))
+        return collect_failures(self.submit(ids, spec, out, pool))
 
     def submit(
         self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels, pool: ThreadPoolExecutor
     ) -> "list[Decoding]":
-        """Start `decode` in threads and return its tasks, for which `gather` waits."""
+        """Start `decode` in threads and return its tasks, for which `collect_failures` waits."""
         positions = self.locate(ids)
         size = max(1, min(CHUNK, ceil_div(len(ids), pool._max_workers)))
         chunks = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
@@ -204,7 +204,7 @@ class ImageStore(ABC):
 Decoding = Future[dict[int, str]]
 
 
-def gather(decodings: Sequence[Decoding]) -> dict[int, str]:
+def collect_failures(decodings: Sequence[Decoding]) -> dict[int, str]:
     """Wait for the tasks of `submit`. Returns the reason per failed row, rows ascending."""
     failed: dict[int, str] = {}
     for decoding in decodings:
@@ -253,7 +253,7 @@ class FolderImages(ImageStore):
         """Number of files that are not images, by suffix."""
         for entry in _walk(folder):
             stem, suffix = Path(entry.name).stem, Path(entry.name).suffix
-            if suffix.lower() not in SUFFIXES:
+            if suffix.lower() not in IMAGE_SUFFIXES:
                 self.other_files[suffix or "without suffix"] += 1
             elif reason := _not_a_file(entry):
                 rejected[as_text(os.fsencode(stem))] = reason
@@ -264,7 +264,9 @@ class FolderImages(ImageStore):
         self._paths = [path for _, path in found]
         self._refuse_duplicates()
         if not found:
-            raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}){self._content()}")
+            raise UserError(
+                f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}){self._content()}"
+            )
 
     def _refuse_duplicates(self) -> None:
         second = np.flatnonzero(self._names[1:] == self._names[:-1]) + 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from isic import schema
-from isic.runtime.errors import UserError, warn_once
+from isic.runtime.errors import UserError, first_line, warn_once
 from isic.tables import read_column, read_table
 
 MISSING = (
@@ -189,7 +189,7 @@ def _cast(column: pl.Series, dtype: pl.DataType, path: Path, strict: bool = True
     except pl.exceptions.PolarsError as error:
         raise UserError(
             f"{path}: column {column.name} cannot be read as {dtype} "
-            f"({str(error).splitlines()[0]}); correct the file"
+            f"({first_line(error)}); correct the file"
         ) from None
 
 

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import roc_auc_score
 
+from isic.arrays import Floats
 from isic.runtime.errors import UserError
-
-Floats = NDArray[np.float64]
 
 MIN_TPR = 0.8
 TOP_K = 15
@@ -53,7 +52,7 @@ def above_min_tpr(fpr: Floats, tpr: Floats) -> tuple[Floats, Floats]:
 
 def bootstrap_pauc(
     target: ArrayLike, scores: Sequence[ArrayLike], group: ArrayLike, num_draws: int, seed: int = 0
-) -> NDArray[np.float64]:
+) -> Floats:
     """Partial AUC of several scores over bootstrap resamples of groups (patients).
 
     Args:
@@ -91,7 +90,7 @@ def redraws(num_groups: int, seed: int) -> Iterator[NDArray[np.int64]]:
 class _Curve:
     """A score, sorted once so that its pAUC under many row weights is cheap."""
 
-    def __init__(self, labels: NDArray[np.int64], scores: NDArray[np.float64]) -> None:
+    def __init__(self, labels: NDArray[np.int64], scores: Floats) -> None:
         self.order = np.argsort(-scores, kind="stable")
         ordered = scores[self.order]
         self.positive = labels[self.order] == 1
@@ -106,10 +105,10 @@ class _Curve:
         fpr, tpr = above_min_tpr(fpr, tpr)
         return float(np.trapezoid(1 - fpr, tpr))  # over TPR: the width to the right of the curve
 
-    def _cumulative_rate(self, weight: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _cumulative_rate(self, weight: NDArray[np.int64]) -> Floats:
         """Return the share of the weight at or above each distinct score, from 0 to 1."""
         count = np.append(0, np.cumsum(np.add.reduceat(weight, self.starts)))
-        rate: NDArray[np.float64] = count / count[-1]
+        rate: Floats = count / count[-1]
         return rate
 
 
@@ -167,7 +166,7 @@ def top_k(target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_
     )
 
 
-def _rank_within(group: NDArray[np.intp], scores: NDArray[np.float64]) -> NDArray[np.intp]:
+def _rank_within(group: NDArray[np.intp], scores: Floats) -> NDArray[np.intp]:
     """Return [N] the number of rows of the same group that score at least as high."""
     order = np.lexsort((-scores, group))
     ordered_group = group[order]
@@ -184,7 +183,7 @@ def _rank_within(group: NDArray[np.intp], scores: NDArray[np.float64]) -> NDArra
     return rank
 
 
-def _checked(target: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _checked(target: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.int64], Floats]:
     labels = np.asarray(target, dtype=np.int64)
     scores = np.asarray(score, dtype=np.float64)
     assert labels.shape == scores.shape

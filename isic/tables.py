@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from isic.runtime.errors import UserError, warn_once
+from isic.runtime.errors import UserError, first_line, warn_once
 from isic.runtime.files import COMPRESSED, atomic_path
 
 CSV_BLOCK = 4 * 1024 * 1024
@@ -74,8 +74,8 @@ def reading(source: Path | str) -> Iterator[None]:
             f"cannot read {source} ({reason}); check its permissions and the disk"
         ) from None
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, UnicodeDecodeError) as error:
-        lines = str(error).splitlines() or ["no content"]
-        raise UserError(f"{source} is not a readable table: {lines[0]}") from None
+        reason = first_line(error, "no content")
+        raise UserError(f"{source} is not a readable table: {reason}") from None
 
 
 def first_bytes(path: Path, count: int = 64) -> bytes:

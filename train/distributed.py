@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 TIMEOUT = timedelta(hours=2)
 """Longest wait for another process: only the main one writes checkpoints, and disks can be slow."""
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @contextlib.contextmanager
@@ -56,17 +56,17 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def broadcast_object(value: T) -> T:
+def broadcast_object(value: _T) -> _T:
     """Return the main process's value."""
     if world_size() == 1:
         return value
     values: list[Any] = [value]
     dist.broadcast_object_list(values, src=0)
-    received: T = values[0]
+    received: _T = values[0]
     return received
 
 
-def gather(value: T) -> list[T]:
+def gather(value: _T) -> list[_T]:
     """Return the values of all processes in the order of their ranks."""
     if world_size() == 1:
         return [value]

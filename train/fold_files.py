@@ -32,7 +32,7 @@ from train.pretrained import TRAINED_ON_KEY
 from train.rows import TrainData
 from train.state import TrainState
 
-PACKAGES = ("torch", "timm", "albumentations", "opencv-python-headless")
+CHECKPOINT_PACKAGES = ("torch", "timm", "albumentations", "opencv-python-headless")
 """Packages whose versions are in the manifest."""
 
 
@@ -96,7 +96,7 @@ def save_fold(
         num_threads=torch.get_num_threads(),
         pauc=state.best_pauc,
         made_from=made_from,
-        versions=versions(*PACKAGES),
+        versions=versions(*CHECKPOINT_PACKAGES),
     )
     auc = roc_auc(data.target[predictions.rows], predictions.logits)
     facts = {**config, **made_from, "pauc": state.best_pauc, "auc": auc}

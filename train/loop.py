@@ -201,10 +201,10 @@ def show_progress(
     )
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def batched(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
     """Yield lists of `size` items, the last one shorter: itertools.batched of Python 3.12."""
     iterator = iter(items)
     while group := list(islice(iterator, size)):

@@ -21,7 +21,7 @@ WEIGHTS_FILE = "model.safetensors"
 """Name of the weights in a folder in timm's `local-dir` form."""
 TRAINED_ON_KEY = "trained_on"
 """Key in the metadata of WEIGHTS_FILE: the SHA-256 of its list of images and patients."""
-SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
+WEIGHT_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def local_file(pretrained: str, fold: int | None = None) -> Path | None:
         path = path / WEIGHTS_FILE
     if path.is_file():
         return path
-    if path.suffix in SUFFIXES:
+    if path.suffix in WEIGHT_SUFFIXES:
         raise UserError(
             f"no weights at {pretrained}; give a file that exists, a hub name, or --pretrained "
             "false"

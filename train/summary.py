@@ -12,7 +12,7 @@ from isic.metrics import pauc, roc_auc
 from isic.tables import read_parquet
 from train.plots import ROC_FILE, draw_roc
 
-Scores = tuple[float, float, float | None]
+FoldScores = tuple[float, float, float | None]
 """pAUC, AUC and mean Dice."""
 
 
@@ -41,7 +41,7 @@ def print_scores(run: Path, num_folds: int) -> None:
     print(f"\ncheckpoints in {run}, ROC curves in {ROC_FILE}")
 
 
-def _print_row(name: str, oof: pl.DataFrame) -> Scores:
+def _print_row(name: str, oof: pl.DataFrame) -> FoldScores:
     """Print a line of the table and return its scores."""
     target, logit = oof[schema.TARGET], oof["logit"]
     score, auc = pauc(target, logit), roc_auc(target, logit)
@@ -50,7 +50,7 @@ def _print_row(name: str, oof: pl.DataFrame) -> Scores:
     return score, auc, dice
 
 
-def _print_mean(scores: Sequence[Scores]) -> None:
+def _print_mean(scores: Sequence[FoldScores]) -> None:
     score = np.mean([row[0] for row in scores])
     auc = np.mean([row[1] for row in scores])
     dice = _mean([row[2] for row in scores])

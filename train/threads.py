@@ -27,7 +27,7 @@ MIN_ROUNDS, MAX_ROUNDS = 2, 6
 """Timed passes per number of threads."""
 CLEAR_RATIO = 2.0
 """Ratio of the slowest to the fastest at which the measurement ends after MIN_ROUNDS."""
-MAX_SECONDS = 2.0
+MAX_TRIAL_SECONDS = 2.0
 """Time after which the measurement ends with the current round, even the first."""
 
 
@@ -48,7 +48,7 @@ def set_threads(
         training_pass = _create_pass(model, shape, device, settings.precision)
         rates = measure(training_pass, settings.batch_size, thread_counts())
         number = max(rates, key=lambda count: rates[count])
-        reason = describe(rates)
+        reason = describe_rates(rates)
     number, reason = distributed.broadcast_object((number, reason))
     torch.set_num_threads(number)
     return reason and f"{_plural(number)} ({reason})"
@@ -136,7 +136,7 @@ def measure(
     seconds_per_image = timed(1, smallest) / smallest
     affordable = int(SECONDS_PER_PASS / max(seconds_per_image, 1e-9))
     num_images = min(max(affordable, smallest), batch_size)
-    if seconds_per_image * num_images < MAX_SECONDS / 4:
+    if seconds_per_image * num_images < MAX_TRIAL_SECONDS / 4:
         for count in counts:
             timed(count, num_images)  # warm-up: each number of threads prepares its own kernels
 
@@ -146,12 +146,12 @@ def measure(
         for count in counts:
             seconds[count] += timed(count, num_images)
         is_clear = max(seconds.values()) > CLEAR_RATIO * min(seconds.values())
-        if clock() - started > MAX_SECONDS or (is_clear and num_rounds >= MIN_ROUNDS):
+        if clock() - started > MAX_TRIAL_SECONDS or (is_clear and num_rounds >= MIN_ROUNDS):
             break
     return {count: num_rounds * num_images / max(seconds[count], 1e-9) for count in counts}
 
 
-def describe(rates: dict[int, float]) -> str:
+def describe_rates(rates: dict[int, float]) -> str:
     """Return the rates for display."""
     return ", ".join(f"{_plural(count)}: {rate:.3g} img/s" for count, rate in rates.items())
 

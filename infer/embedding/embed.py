@@ -14,7 +14,7 @@ from infer.embedding.embedder import Embedder, EmbedJob
 from infer.embedding.models import Models, find_models
 from infer.embedding.progress import Progress
 from infer.embedding.ray_runner import run_ray
-from infer.embedding.run_spec import RunSpec, build_run_spec, start_or_resume
+from infer.embedding.run_spec import RunSpec, build_run_spec, start_or_resume_split
 from infer.embedding.settings import EmbedSettings
 from infer.embedding.shards import Shard, plan_shards, run_missing_shards
 from infer.embedding.store import (
@@ -27,7 +27,15 @@ from infer.embedding.workers import run_processes
 from infer.engines import device_of
 from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
 from isic.folds import Folds, read_folds
-from isic.layout import ERRORS_FILE, FOLDS_FILE, OUTPUT_DIR, TRAINED_ON_FILE, fold_dir, fold_dirs
+from isic.layout import (
+    ERRORS_FILE,
+    FOLDS_FILE,
+    TRAINED_ON_FILE,
+    find_run,
+    fold_dir,
+    fold_dirs,
+    fold_name,
+)
 from isic.metadata import read_ids
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import atomic_path, holds, refuse_foreign, sha256, write_json
@@ -53,7 +61,7 @@ def embed_dataset(settings: EmbedSettings) -> int:
 def embed_splits(settings: EmbedSettings) -> None:
     """Embed one split, or all that the dataset has."""
     dataset = Dataset(settings.data)
-    model_dir = settings.model_dir or OUTPUT_DIR / settings.config
+    model_dir = find_run(settings.model_dir, settings.config)
     models = find_models(model_dir, settings.config, settings.format, settings.precision)
     _note_missing_folds(model_dir, models)
     device = choose_device(models, settings.device, uses_ray=settings.ray is not None)
@@ -66,7 +74,7 @@ def embed_splits(settings: EmbedSettings) -> None:
 def _note_missing_folds(model_dir: Path, models: Models) -> None:
     missing = sorted(fold_dirs(model_dir).keys() - set(models.folds))
     if missing:
-        names = ", ".join(f"fold_{k}" for k in missing)
+        names = ", ".join(map(fold_name, missing))
         print(
             f"note: {names} in {model_dir} has no such artifact; "
             "train images that it held out are not embedded"
@@ -122,7 +130,7 @@ def embed_split(
     refuse_dataset(root, "--output_dir")
     if split == "train":
         _refuse_other_folds(root, folds_path)
-    start_or_resume(directory, spec, settings.force)
+    start_or_resume_split(directory, spec, settings.force)
     if split == "train":
         copy_provenance(models, folds_path, root)
     progress = Progress(shards, settings.on_error, settings.max_bad, settings.quiet)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from infer.engines import pageable
-from isic.images import CHUNK, Decoding, ImageStore, gather
+from isic.images import CHUNK, Decoding, ImageStore, collect_failures
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.arithmetic import ceil_div
 
@@ -67,7 +67,7 @@ def decode_ahead(
                 return
             ids, buffer, decodings = ring[0]
             started = time.perf_counter()
-            failed = gather(decodings)
+            failed = collect_failures(decodings)
             # The buffer is still in the ring, not in `free`, while the caller reads it: the
             # generator is suspended here, and only this thread submits work, so nothing can
             # overwrite it. By calling next(), the caller releases the batch.

@@ -31,7 +31,7 @@ from isic.runtime.files import (
     write_json,
 )
 
-RECORDED_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "opencv-python-headless", "numpy", "polars")
+SPEC_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "opencv-python-headless", "numpy", "polars")
 STALE_SECONDS = 3600
 """Age from which a temporary file is taken for a killed run's, not for one of a run in progress."""
 
@@ -70,7 +70,7 @@ def build_run_spec(
         "num_features": models.num_features,
         "metadata_sha256": sha256(dataset.metadata_path(split)),
         "images": {"number": len(images), "sizes": images.sizes_digest()},
-        "versions": versions(*RECORDED_PACKAGES),
+        "versions": versions(*SPEC_PACKAGES),
         "batch_size": settings.batch_size or _usual_batch_size(split, models, settings),
         "ids_digest": ids_digest(ids),
     }
@@ -94,7 +94,7 @@ def _usual_batch_size(split: Split, models: Models, settings: EmbedSettings) -> 
     return BATCH_GPU if device == "cuda" else BATCH_CPU
 
 
-def start_or_resume(directory: Path, spec: Mapping[str, Any], force: bool) -> None:
+def start_or_resume_split(directory: Path, spec: Mapping[str, Any], force: bool) -> None:
     """Write the run spec, or check that it is the one of the run to resume.
 
     Temporary files of killed runs are deleted.

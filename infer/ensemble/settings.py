@@ -11,6 +11,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from infer.ensemble.boosters import LIBRARIES, parameters_of
+from isic.layout import OUTPUT_DIR
 from isic.runtime import yaml12
 from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason
 from isic.runtime.errors import did_you_mean
@@ -68,7 +69,7 @@ class FitSettings(Settings):
         None, description="for frozen: embeddings by a model that was trained on other images"
     )
     output_dir: Path = Field(
-        Path("outputs/ensemble"),
+        OUTPUT_DIR / "ensemble",
         validation_alias=OUTPUT_NAMES,
         description="parent of the ensemble's folder",
     )
@@ -230,7 +231,7 @@ class PredictSettings(Settings):
 
     data: Path = Field(Path("data/isic-2024"), description="dataset folder")
     ensemble: Path = Field(
-        Path("outputs/ensemble"),
+        OUTPUT_DIR / "ensemble",
         description="an ensemble's folder, or one with a single ensemble in it",
     )
     embeddings: Path | None = Field(
@@ -256,7 +257,7 @@ class ScoresSettings(Settings):
     """Print the out-of-fold scores of every ensemble in a folder, the lowest pAUC first."""
 
     output_dir: Path = Field(
-        Path("outputs/ensemble"),
+        OUTPUT_DIR / "ensemble",
         validation_alias=AliasChoices("output_dir", "out"),
         description="folder with ensembles in it",
     )

@@ -7,10 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
+from isic.arrays import Floats, Labels
 from isic.metrics import redraws
-
-Values = NDArray[np.float64]
-Labels = NDArray[np.integer]
 
 NUM_BINS = 10
 NUM_RESAMPLES = 200
@@ -19,7 +17,7 @@ Z_95 = 1.959964
 """A normal distribution has 95 % within this many standard deviations of its mean."""
 
 
-def precision_recall(target: Labels, score: Values) -> tuple[Values, Values, float]:
+def precision_recall(target: Labels, score: Floats) -> tuple[Floats, Floats, float]:
     """Return recall rising from 0, precision [M], and the average precision.
 
     Average precision is the area of the steps in which each precision extends back to the
@@ -33,17 +31,17 @@ def precision_recall(target: Labels, score: Values) -> tuple[Values, Values, flo
 class Reliability:
     """Predicted and observed shares of malignant lesions by bins of rising score; [B] each."""
 
-    mean_score: Values
-    observed: Values
+    mean_score: Floats
+    observed: Floats
     """Share of malignant lesions."""
-    low: Values
-    high: Values
+    low: Floats
+    high: Floats
     """95 % interval of that share."""
     num_rows: NDArray[np.int64]
 
 
 def reliability(
-    target: Labels, score: Values, patient: NDArray[Any], num_bins: int = NUM_BINS
+    target: Labels, score: Floats, patient: NDArray[Any], num_bins: int = NUM_BINS
 ) -> Reliability:
     """Compare scores, taken as probabilities, with observed shares.
 
@@ -72,7 +70,7 @@ def reliability(
     )
 
 
-def _bins(score: Values, num_bins: int) -> NDArray[np.intp]:
+def _bins(score: Floats, num_bins: int) -> NDArray[np.intp]:
     """Return [N] the bin of each score; bins hold equal parts of the sum, numbered from 0."""
     order = np.argsort(score, kind="stable")
     scores = score[order]
@@ -86,7 +84,7 @@ def _bins(score: Values, num_bins: int) -> NDArray[np.intp]:
     return code
 
 
-def _resampled_shares(code: NDArray[np.intp], target: Labels, patient: NDArray[Any]) -> Values:
+def _resampled_shares(code: NDArray[np.intp], target: Labels, patient: NDArray[Any]) -> Floats:
     """Return [NUM_RESAMPLES, B] the share of malignant lesions; NaN for a bin without rows."""
     _, group = np.unique(patient, return_inverse=True)
     shares = np.full((NUM_RESAMPLES, code.max() + 1), np.nan)
@@ -97,7 +95,7 @@ def _resampled_shares(code: NDArray[np.intp], target: Labels, patient: NDArray[A
     return shares
 
 
-def wilson(share: Values, number: NDArray[np.int64]) -> tuple[Values, Values]:
+def wilson(share: Floats, number: NDArray[np.int64]) -> tuple[Floats, Floats]:
     """Return the 95 % interval of a share among `number` independent trials.
 
     Source: Wilson 1927, Journal of the American Statistical Association 22:209.
@@ -112,7 +110,7 @@ def wilson(share: Values, number: NDArray[np.int64]) -> tuple[Values, Values]:
 class Projection:
     """Points on the two directions in which they vary most."""
 
-    points: Values
+    points: Floats
     """[N, 2]."""
     explained: tuple[float, float]
     """Share of the total variance along each direction."""

@@ -33,11 +33,11 @@ NUM_TOP = 15
 LARGE, SMALL = 160, 96
 """Sides of the thumbnails in pixels, larger than in CSS pixels for screens of high density."""
 
-Section = tuple[str, Sequence[str]]
+ReportSection = tuple[str, Sequence[str]]
 """Title and content."""
 
 
-def sections(scored: Scored, embeddings: Path | None) -> dict[str, Section]:
+def sections(scored: Scored, embeddings: Path | None) -> dict[str, ReportSection]:
     """Return all sections by the names of the links to them.
 
     Raises:
@@ -140,7 +140,7 @@ def _tenths(share: float | None) -> str:
     return NONE if share is None else percent(share, 1)
 
 
-def _ranking(scored: Scored) -> Section:
+def _ranking(scored: Scored) -> ReportSection:
     intro = (
         "The challenge scores only the order of the lesions, and only where at least 80 % of the "
         "malignant ones are found."
@@ -154,7 +154,7 @@ def _ranking(scored: Scored) -> Section:
     return "How well the scores rank", content
 
 
-def _stability(scored: Scored) -> Section:
+def _stability(scored: Scored) -> ReportSection:
     intro = (
         "The pooled pAUC is not the mean of the folds: a partial area is not additive, and the "
         "models of different folds may scale their scores differently."
@@ -189,7 +189,7 @@ def _counts(row: Judgement) -> list[str]:
     return [f"{value:,}" for value in (row.num_lesions, row.num_malignant, row.num_patients)]
 
 
-def _calibration(scored: Scored) -> Section:
+def _calibration(scored: Scored) -> ReportSection:
     intro = (
         "Scores are not meant as probabilities: the boosters are fitted on fewer negatives and "
         "with weighted positives, so scores may be far above the true shares. The challenge "
@@ -215,7 +215,7 @@ def _bin_table(bins: Reliability) -> Markup:
     return page.table("Calibration in numbers", ("mean score", "malignant", "lesions"), cells)
 
 
-def _features(scored: Scored) -> Section:
+def _features(scored: Scored) -> ReportSection:
     title = "Feature importance"
     ensemble = scored.ensemble
     shares = importance(ensemble.root, ensemble.manifest["boosters"], ensemble.state.names)
@@ -242,7 +242,7 @@ def _features(scored: Scored) -> Section:
     return title, (tag("p", intro), tables)
 
 
-def _map(scored: Scored, embeddings: Path | None) -> Section:
+def _map(scored: Scored, embeddings: Path | None) -> ReportSection:
     title = "Map of the embeddings"
     manifest = scored.ensemble.manifest
     if manifest["embeddings"] is None:
@@ -266,12 +266,12 @@ def _map(scored: Scored, embeddings: Path | None) -> Section:
     return title, (tag("p", intro), tag("p", *key), tag("div", *maps, class_="figures maps"))
 
 
-def _errors(scored: Scored) -> dict[str, Section]:
+def _errors(scored: Scored) -> dict[str, ReportSection]:
     misses = worst_misses(scored.oof, scored.metadata)
     alarms = worst_false_alarms(scored.oof, scored.metadata)
     large, small = _thumbnails(scored, (*misses, *alarms))
 
-    def section(title: str, intro: str, cases: Sequence[Case]) -> Section:
+    def section(title: str, intro: str, cases: Sequence[Case]) -> ReportSection:
         note = [tag("p", scored.images_missing)] if scored.images is None else []
         cards = tag("div", *(case_card(case, large, small) for case in cases), class_="cases")
         return title, (tag("p", intro), *note, cards)
@@ -295,7 +295,7 @@ def _thumbnails(scored: Scored, cases: Sequence[Case]) -> tuple[Pictures, Pictur
     return large, small
 
 
-def _origin(scored: Scored) -> Section:
+def _origin(scored: Scored) -> ReportSection:
     manifest = scored.ensemble.manifest
     embeddings = manifest["embeddings"]
     items = {

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from infer.ensemble.artifact import open_ensemble
+from infer.ensemble.artifact import REPORT_FILE, open_ensemble
 from infer.report.scored import read_scored
 from infer.report.sections import header, sections
 from infer.report.settings import ReportSettings
@@ -10,7 +10,6 @@ from isic.html import page
 from isic.html.markup import tag
 from isic.runtime.files import write_text
 
-REPORT_FILE = "report.html"
 REPORT_STYLE = Path(__file__).with_name("report.css")
 
 

@@ -141,7 +141,9 @@ def needed_columns(names: Iterable[str]) -> tuple[str, ...]:
 
 def _roots(name: str) -> Iterable[str]:
     """Return the columns that a feature's expression reads."""
-    return outlier.COLUMNS if name == outlier.NAME else FEATURES[name].expr.meta.root_names()
+    return (
+        outlier.OUTLIER_COLUMNS if name == outlier.NAME else FEATURES[name].expr.meta.root_names()
+    )
 
 
 def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
@@ -201,7 +203,7 @@ def _needed_formulas(names: tuple[str, ...]) -> list[Feature]:
 def _lof(table: pl.DataFrame) -> pl.Series:
     scores = (
         zscore(pl.col(name), WITHIN["patient"]).cast(pl.Float32).alias(name)
-        for name in outlier.COLUMNS
+        for name in outlier.OUTLIER_COLUMNS
     )
     measured = table.select(scores).to_numpy(order="c").astype(np.float32)
     factor = outlier.patient_lof(measured, table[PATIENT_CODE].to_numpy())

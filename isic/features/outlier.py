@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from isic import schema
+from isic.arrays import Floats
 from isic.features.formulas import SOLUTIONS
 from isic.runtime.machine import num_cores
 
@@ -21,14 +22,12 @@ TINY = 1e-10
 BLOCK = 2**18
 """Distances per thread at a time: 2 MB, which fits a core's cache."""
 
-COLUMNS = tuple(
+OUTLIER_COLUMNS = tuple(
     name
     for name in schema.NUMERIC
     if name not in {"age_approx", "tbp_lv_x", "tbp_lv_y", "tbp_lv_z", "tbp_lv_symm_2axis_angle"}
 )
 """Columns that define the distance between two lesions: appearance, not position."""
-
-Floats = NDArray[np.float64]
 
 
 def patient_lof(measured: NDArray[np.float32], patient: NDArray[np.integer]) -> NDArray[np.float32]:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from isic.arrays import Floats
 from isic.html.markup import Markup, join, number, tag
-
-Values = NDArray[np.float64]
 
 PLOT_STYLE = Path(__file__).with_name("plot.css")
 
@@ -36,14 +35,14 @@ class Axis:
     ticks: Sequence[float] = (0, 0.2, 0.4, 0.6, 0.8, 1)
     log: bool = False
 
-    def place(self, values: ArrayLike) -> Values:
+    def place(self, values: ArrayLike) -> Floats:
         """Map values to 0 (`low`) to 1 (`high`); values outside are moved to the edge."""
         clipped = np.clip(np.asarray(values, dtype=np.float64), self.low, self.high)
         if self.log:
             return np.asarray(np.log(clipped / self.low) / np.log(self.high / self.low))
         return np.asarray((clipped - self.low) / (self.high - self.low))
 
-    def invert(self, places: ArrayLike) -> Values:
+    def invert(self, places: ArrayLike) -> Floats:
         """Return the values at places in [0, 1]."""
         places = np.asarray(places, dtype=np.float64)
         if self.log:
@@ -66,7 +65,7 @@ class Plot:
     label: str
     """Description for screen readers."""
 
-    def at(self, x: ArrayLike, y: ArrayLike) -> Values:
+    def at(self, x: ArrayLike, y: ArrayLike) -> Floats:
         """Return the pixels [N, 2] of points."""
         right = LEFT + self.x.place(x) * (WIDTH - LEFT - RIGHT)
         down = HEIGHT - BOTTOM - self.y.place(y) * (HEIGHT - TOP - BOTTOM)
@@ -153,7 +152,7 @@ def svg_file(chart: Markup) -> str:
     return chart.replace(">", f"{size}\n{style}", 1) + "\n"
 
 
-def path(points: Values) -> str:
+def path(points: Floats) -> str:
     """Return path data through pixels [N, 2], rounded to 0.1, without redundant points."""
     rounded = np.round(points, 1)
     differs = (rounded[1:] != rounded[:-1]).any(axis=1)
@@ -166,7 +165,7 @@ def path(points: Values) -> str:
     return "M" + "L".join(f"{number(x)} {number(y)}" for x, y in rounded.tolist())
 
 
-def stairs(x: ArrayLike, y: ArrayLike) -> tuple[Values, Values]:
+def stairs(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
     """Return the corners of a step function that has the value y[i] from x[i-1] to x[i].
 
     Args:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, fi
 from pydantic.fields import FieldInfo
 
 from isic.runtime import yaml12
-from isic.runtime.errors import UserError, did_you_mean
+from isic.runtime.errors import UserError, did_you_mean, first_line
 from isic.runtime.files import read_text
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -55,8 +55,8 @@ def _split(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
-ItemT = TypeVar("ItemT")
-Several = Annotated[tuple[ItemT, ...], BeforeValidator(_split)]
+_ItemT = TypeVar("_ItemT")
+Several = Annotated[tuple[_ItemT, ...], BeforeValidator(_split)]
 """Values that a command line writes with commas between them."""
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -107,7 +107,7 @@ def find_config(name: str) -> Path:
 
 def yaml_reason(error: yaml.YAMLError) -> str:
     """Return why a text is not YAML, in a few words."""
-    return getattr(error, "problem", None) or str(error).splitlines()[0]
+    return getattr(error, "problem", None) or first_line(error)
 
 
 def describe_configs() -> dict[str, str]:

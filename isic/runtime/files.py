@@ -61,7 +61,7 @@ def _sync(path: Path) -> None:
 
 NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EROFS}
 """Errors of fsync(2) for files that cannot be synchronised, as on some FUSE and network mounts."""
-FULL = {errno.ENOSPC, errno.EDQUOT}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 NOT_WRITABLE = {
     *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO, errno.ENOTSUP),
@@ -69,7 +69,7 @@ NOT_WRITABLE = {
 
 
 def _disk_error(path: Path, error: OSError) -> Exception:
-    if error.errno in FULL:
+    if error.errno in DISK_FULL:
         return UserError(
             f"the disk is full, so {path} was not written; free space and run the command again"
         )

@@ -22,16 +22,16 @@ from isic.runtime.files import read_json, sha256, versions, write_json
 from isic.runtime.machine import num_cores
 from isic.settings import SynthSettings
 from isic.synth.crops import Crop, crop_specs, render
-from isic.synth.rows import Rows, default_positives, draw_rows, num_patients
+from isic.synth.rows import SyntheticRows, default_positives, draw_rows, num_patients
 from isic.synth.write import write_images, write_table
 
 MANIFEST = "synth.json"
 FORMAT = 1
 """Incremented when the same settings give different content."""
 
-TABLES = ("train-metadata.csv", "test-metadata.csv", "test-truth.csv", "sample_submission.csv")
-IMAGES = ("train-image.hdf5", "test-image.hdf5", "masks.hdf5")
-FILES = (*TABLES, *IMAGES)
+TABLE_FILES = ("train-metadata.csv", "test-metadata.csv", "test-truth.csv", "sample_submission.csv")
+IMAGE_FILES = ("train-image.hdf5", "test-image.hdf5", "masks.hdf5")
+FILES = (*TABLE_FILES, *IMAGE_FILES)
 FOREIGN = ("train-image", "test-image", "train-metadata.parquet", "test-metadata.parquet")
 """Other names of a dataset's files, which a synthetic dataset never has."""
 
@@ -167,7 +167,7 @@ def _remove_leftovers(out: Path) -> None:
             leftover.unlink()
 
 
-def _draw_tables(spec: Spec) -> tuple[Rows, Rows]:
+def _draw_tables(spec: Spec) -> tuple[SyntheticRows, SyntheticRows]:
     """Sample the two splits, which share no id and no patient."""
     rng = np.random.default_rng((spec.seed, 0))
     num_train = num_patients(spec.images)
@@ -195,10 +195,12 @@ def _write_tables(out: Path, train: pl.DataFrame, test: pl.DataFrame) -> None:
 
 
 def _write_crops(
-    out: Path, train: Rows, test: Rows, spec: Spec, say: Callable[[str], None]
+    out: Path, train: SyntheticRows, test: SyntheticRows, spec: Spec, say: Callable[[str], None]
 ) -> None:
     """Render and write one crop per row, or a pool from which each row takes the nearest."""
-    rows = Rows(pl.concat([train.table, test.table]), np.concatenate([train.cue, test.cue]))
+    rows = SyntheticRows(
+        pl.concat([train.table, test.table]), np.concatenate([train.cue, test.cue])
+    )
     one_crop_per_row = spec.images == spec.pool
     rendered = rows if one_crop_per_row else _pool_rows(spec)
     say(f"rendering {len(rendered.table):,} crops")
@@ -223,7 +225,7 @@ def _masks(
         yield name, crops[crop].mask
 
 
-def _pool_rows(spec: Spec) -> Rows:
+def _pool_rows(spec: Spec) -> SyntheticRows:
     """Sample rows for the pool that are not in the tables.
 
     Otherwise a malignant row would match its own crop, which would identify it.
@@ -234,11 +236,11 @@ def _pool_rows(spec: Spec) -> Rows:
     return draw_rows(names, patients, round(POOL_POSITIVES * spec.pool), rng)
 
 
-def _nearest(rows: Rows, pool: Rows) -> NDArray[np.int64]:
+def _nearest(rows: SyntheticRows, pool: SyntheticRows) -> NDArray[np.int64]:
     """Return the index of the most similar pool row for each row, [N]; ignores the target."""
     spread = pool.table.select(MATCHED).to_numpy().std(axis=0)
 
-    def key(some: Rows) -> NDArray[np.float64]:
+    def key(some: SyntheticRows) -> NDArray[np.float64]:
         scaled = some.table.select(MATCHED).to_numpy() / spread
         return np.column_stack([scaled, CUE_WEIGHT * some.cue])
 
@@ -246,7 +248,7 @@ def _nearest(rows: Rows, pool: Rows) -> NDArray[np.int64]:
     return np.asarray(nearest[:, 0], dtype=np.int64)
 
 
-def _render_all(rows: Rows, seed: int) -> list[Crop]:
+def _render_all(rows: SyntheticRows, seed: int) -> list[Crop]:
     """Render one crop per row, on all cores. Each has its own seed, so their order is free."""
     cv2.setNumThreads(1)  # the pool's threads already occupy all cores
     wanted = crop_specs(rows.table, rows.cue)

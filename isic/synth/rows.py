@@ -1,4 +1,4 @@
-"""Rows of the synthetic table: patients, correlated numbers, places, diagnoses, target."""
+"""SyntheticRows of the synthetic table: patients, correlated numbers, places, diagnoses, target."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from isic import schema
+from isic.arrays import Floats
 from isic.synth import marginals
 
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 ROW_CUE: dict[str, float] = {
@@ -65,7 +65,7 @@ DECIMALS = 6
 
 
 @dataclass(frozen=True)
-class Rows:
+class SyntheticRows:
     """A table with the columns of TRAIN_ORDER, and the hidden cue."""
 
     table: pl.DataFrame
@@ -94,7 +94,7 @@ def draw_rows(
     num_positives: int,
     rng: Generator,
     unseen_site: bool = False,
-) -> Rows:
+) -> SyntheticRows:
     """Sample a table.
 
     Args:
@@ -121,7 +121,7 @@ def draw_rows(
         **_patient_facts(patient, sizes, rng, unseen_site),
         **_diagnoses(target, rng),
     }
-    return Rows(_blanked(pl.DataFrame(columns), rng).select(schema.TRAIN_ORDER), cue)
+    return SyntheticRows(_blanked(pl.DataFrame(columns), rng).select(schema.TRAIN_ORDER), cue)
 
 
 def lesions_per_patient(num_rows: int, count: int, rng: Generator) -> Ints:

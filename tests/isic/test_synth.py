@@ -24,7 +24,13 @@ from isic.runtime.files import read_json, write_json
 from isic.settings import SynthSettings
 from isic.synth import FILES, MANIFEST, marginals, synthesize
 from isic.synth.crops import Crop, crop_specs, render
-from isic.synth.rows import Rows, default_positives, draw_rows, lesions_per_patient, num_patients
+from isic.synth.rows import (
+    SyntheticRows,
+    default_positives,
+    draw_rows,
+    lesions_per_patient,
+    num_patients,
+)
 from tests.support.commands import Cli
 from tests.support.datasets import small_disk
 
@@ -44,7 +50,9 @@ PUBLISHED = {
 """10 %, 50 % and 90 % of the columns that are derived from others, not sampled."""
 
 
-def draw(num_rows: int, num_positives: int, seed: int = 0, unseen_site: bool = False) -> Rows:
+def draw(
+    num_rows: int, num_positives: int, seed: int = 0, unseen_site: bool = False
+) -> SyntheticRows:
     patients = [f"IP_{i}" for i in range(num_patients(num_rows))]
     ids = [f"ISIC_{i}" for i in range(num_rows)]
     return draw_rows(ids, patients, num_positives, np.random.default_rng(seed), unseen_site)
@@ -57,7 +65,7 @@ def large() -> pl.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def learnable() -> Rows:
+def learnable() -> SyntheticRows:
     return draw(3_000, 150)
 
 
@@ -266,7 +274,7 @@ class TestCrops:
         assert np.median(np.abs(seen[:, 6] / wanted[:, 6] - 1)) < 0.1
         assert np.mean(seen[:, 0] < seen[:, 3]) > 0.98  # a lesion is darker than its skin
 
-    def test_the_same_seed_draws_the_same_crop(self, learnable: Rows) -> None:
+    def test_the_same_seed_draws_the_same_crop(self, learnable: SyntheticRows) -> None:
         spec = crop_specs(learnable.table[:1], learnable.cue[:1])[0]
         assert render(spec, (1, 2)) == render(spec, (1, 2)) != render(spec, (1, 3))
 
@@ -369,7 +377,9 @@ class TestCommand:
 
 
 class TestPlantedMalignancy:
-    def test_the_patients_other_lesions_tell_more_than_the_row(self, learnable: Rows) -> None:
+    def test_the_patients_other_lesions_tell_more_than_the_row(
+        self, learnable: SyntheticRows
+    ) -> None:
         table = learnable.table
         raw = table.select(schema.NUMERIC)
         centred = pl.col(schema.NUMERIC) - pl.col(schema.NUMERIC).mean().over(schema.PATIENT)
