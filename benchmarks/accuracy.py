@@ -55,7 +55,6 @@ def accuracy(settings: AccuracySettings) -> None:
 
 
 def _read_run(model_dir: Path) -> pl.DataFrame:
-    """Return the out-of-fold scores of a trained run's finished folds."""
     folds = [read_parquet(path) for path in fold_files(model_dir, OOF_FILE).values()]
     return pl.concat(folds).rename({"logit": "score"})
 

@@ -190,7 +190,6 @@ BASELINES: dict[str, Callable[[Task], Embed]] = {
 
 
 def _autocast(task: Task) -> AbstractContextManager[Any]:
-    """Return torch's autocast context for the task's precision, with exact float32."""
     import torch  # noqa: PLC0415
 
     torch.backends.cudnn.allow_tf32 = False  # convolutions round to TF32's 10 bits by default

@@ -135,7 +135,6 @@ def _change(
 
 
 def _bounds(row: dict[str, Any], speed: Speed, noise: float) -> tuple[float, float]:
-    """Return the least and the most that a rate may be."""
     if speed.low is None or speed.high is None:
         rate = row[speed.rate]
         return rate * (1 - noise / 2), rate * (1 + noise / 2)

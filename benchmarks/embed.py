@@ -164,7 +164,6 @@ def _engine(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
 
 
 def _end_to_end(job: EmbedJob, ids: pl.Series, folder: Path) -> Callable[[], None]:
-    """Return a function that embeds all images into shards."""
     embedder = Embedder(job)
     steps: list[BatchStats] = []
 

@@ -160,7 +160,6 @@ def _compare(
 
 
 def _rows(compared: list[tuple[HeldOut, Comparison]]) -> Iterator[Row]:
-    """Yield a row per part, and after each group of several its mean."""
     for group in dict.fromkeys(part.group for part, _ in compared):
         comparisons = [found for part, found in compared if part.group == group]
         for part, found in compared:

@@ -155,7 +155,6 @@ def torch_rate(device: str, precision: str) -> float:
 
 
 def _product(device: str, precision: str, side: int) -> Callable[[], object]:
-    """Return a function that multiplies two square matrices."""
     shape = (side, side)
     if precision == "int8":
         left = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)

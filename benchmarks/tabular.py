@@ -113,7 +113,6 @@ def _measure(name: str, path: Path) -> tuple[float, int | None]:
 
 
 def _part_names() -> tuple[str, ...]:
-    """Return the features that pandas computes as well."""
     zscores = (f"{name}_patient_z" for name in schema.NUMERIC)
     ranks = (f"{name}_patient_rank" for name in RANKED)
     extremes = (f"{name}_to_patient_{which}" for name in EXTREMES for which in ("max", "min"))
@@ -258,7 +257,6 @@ def _fit_lightgbm(
 def _rates_in_turns(
     calls: Mapping[str, Callable[[], Any]], num_rows: int, repeats: int
 ) -> dict[str, float]:
-    """Return the median rows per second of each call."""
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():

@@ -205,7 +205,6 @@ def _run_worker(path: Path, seconds: float) -> str | None:
 
 
 def _limit_columns(measured: Row, device: str, precision: str, work: Work) -> Row:
-    """Return the columns that compare a rate with the machine's limits."""
     if "reason" in measured:
         return {}
     rate = measured["images_per_second"]

@@ -339,5 +339,4 @@ def utilisation(settings: TrainSettings, device: torch.device, rates: Sequence[f
 
 
 def _three_digits(value: float) -> float:
-    """Rounds to three significant digits, or to an integer from 1000 on."""
     return float(f"{value:.3g}") if value < 1000 else round(value)

@@ -125,7 +125,6 @@ def _make_inputs(engine: Engine, images: Pixels, batch: int) -> list[Pixels]:
 
 
 def _time_calls(engine: Engine, inputs: Sequence[Pixels], seconds: float) -> list[float]:
-    """Call the engine for at least some seconds and return the seconds of each call."""
     calls: list[float] = []
     while not calls or sum(calls) < seconds:
         started = time.perf_counter()

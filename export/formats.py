@@ -207,7 +207,6 @@ def find_formats(
 
 
 def _chosen_precisions(name: str, precisions: tuple[str, ...], device: str) -> list[str]:
-    """Return the requested precisions that a format offers, or its default one."""
     offered = offered_precisions(name, device)
     if (
         "bf16" in precisions

@@ -49,8 +49,6 @@ def _inputs_to_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[T
 
 
 class _OutputTo:
-    """A forward hook that casts a layer's output."""
-
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 

@@ -122,7 +122,6 @@ def write_repository(root: Path, artifacts: Sequence[Path]) -> list[str]:
 
 
 def _ensemble_names(models: Sequence[FoldModel]) -> tuple[str, str]:
-    """Return the names of the ensemble and of the model of its mean."""
     name = models[0].manifest["name"]
     return name, f"{name}_mean"
 

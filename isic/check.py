@@ -130,7 +130,6 @@ def _patient_fact(table: pl.DataFrame) -> str:
 
 
 def _similar_names(root: Path, split: Split) -> str:
-    """Return the entries of a dataset whose names are nearly those of its images."""
     names = [path.name for path in root.iterdir() if path.name.lower().startswith(f"{split}-image")]
     if not names:
         return ""
@@ -157,7 +156,6 @@ def _image_facts(
 
 
 def _other_facts(root: Path, split: Split, images: ImageStore, problems: Problems) -> Facts:
-    """Return facts on files of a split that are not read as images."""
     facts: Facts = {}
     if images.rejected:
         facts["not images"] = _rejected(images)
@@ -206,7 +204,6 @@ def _decode_facts(
     settings: CheckSettings,
     problems: Problems,
 ) -> Facts:
-    """Decode every image that has a row, or a sample of them."""
     ids = _sample(table, images, settings)
     failed = _undecodable(images, ids, settings.num_threads)
     if failed:
@@ -219,7 +216,6 @@ def _decode_facts(
 
 
 def _sample(table: pl.DataFrame, images: ImageStore, settings: CheckSettings) -> list[str]:
-    """Return the ids of a table that have an image, or a sample of them if one is asked for."""
     ids = table[schema.ID].to_numpy().astype(np.str_)
     ids = ids[images.locate(ids) >= 0]  # type: ignore[arg-type]
     if settings.sample is not None and settings.sample < len(ids):
@@ -228,7 +224,6 @@ def _sample(table: pl.DataFrame, images: ImageStore, settings: CheckSettings) ->
 
 
 def _undecodable(images: ImageStore, ids: Sequence[str], num_threads: int) -> dict[str, str]:
-    """Return the reason by id for each image that does not decode."""
     out = np.empty((DECODE_BATCH, DECODE_SPEC.size, DECODE_SPEC.size, 3), dtype=np.uint8)
     failed: dict[str, str] = {}
     with decode_pool(num_threads) as pool:
@@ -255,7 +250,6 @@ def _mask_facts(
     settings: CheckSettings,
     problems: Problems,
 ) -> Facts:
-    """Count the rows with a mask, and compare the masks of the decoded images with these."""
     if masks is None:
         return {"masks": "none"}
     num_with = int((masks.locate(table[schema.ID].to_list()) >= 0).sum())
@@ -298,7 +292,6 @@ def _compare_masks(
 def _print_masks(
     masks: ImageStore, train: pl.DataFrame, test: pl.DataFrame | None, problems: Problems
 ) -> None:
-    """Print the masks that belong to no row."""
     known = [
         table[schema.ID].to_numpy().astype(np.str_) for table in (train, test) if table is not None
     ]
@@ -329,7 +322,6 @@ def _submission_facts(dataset: Dataset, test: pl.DataFrame, problems: Problems) 
 
 
 def _unseen_facts(train: pl.DataFrame, test: pl.DataFrame) -> Facts:
-    """Return the values of each categorical column that are in the test table only."""
     shared = [name for name in schema.CATEGORICAL if name in train.columns and name in test.columns]
     unseen = {
         name: sorted(set(test[name].drop_nulls()) - set(train[name].drop_nulls()))
@@ -402,7 +394,6 @@ def _fraction(count: int, total: int) -> str:
 
 
 def _listed(values: Iterable[object]) -> str:
-    """Count and show the first few of a list."""
     shown = list(map(str, values))
     if not shown:
         return "none"

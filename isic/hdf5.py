@@ -103,7 +103,6 @@ def open_file(path: Path) -> int:
 
 
 def _describe(start: bytes) -> str:
-    """Return a description of a file that is not HDF5 by its first bytes."""
     if not start:
         return "not a whole HDF5 file (0 bytes); copy or download it again"
     for first_bytes, description in OTHER_FORMATS:
@@ -121,7 +120,6 @@ def _possible_signatures(file: int) -> Iterator[bytes]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    """Return the cause of an error of h5py, or of the operating system, as one sentence."""
     text = str(error.args[-1] if error.args else error)
     if "lock file" in text:
         return _locked(path, text)

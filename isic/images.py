@@ -347,7 +347,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _not_a_file(entry: os.DirEntry[str]) -> str | None:
-    """Return the reason that an entry is not a regular file, None if it is one."""
     try:
         if entry.is_file():
             return None

@@ -126,7 +126,6 @@ def with_patient(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _typed(column: pl.Series, path: Path) -> pl.Series:
-    """Return a column in the schema's type, missing values as null. Raises UserError."""
     if isinstance(column.dtype, pl.Categorical | pl.Enum | pl.Binary | pl.Null):
         column = _cast(column, pl.String(), path)
     if schema.DTYPES[column.name] == pl.String():

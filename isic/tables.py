@@ -171,7 +171,6 @@ def scan_parquet(paths: Iterable[Path]) -> pl.LazyFrame:
 
 
 def _refuse_other_than_parquet(path: Path) -> None:
-    """Raise a UserError if a file does not start and end like Parquet."""
     start = first_bytes(path)
     if not start:
         raise UserError(f"{path} is empty; {AGAIN}")
@@ -224,7 +223,6 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[bytes, list[str]]:
 
 
 def _refuse_header(names: Sequence[str], path: Path) -> None:
-    """Raise a UserError if a name is repeated or the separator is not a comma."""
     repeated = next((name for name in names if name and names.count(name) > 1), None)
     if repeated:
         raise UserError(f'{path} has two columns "{repeated}"; remove or rename one of them')

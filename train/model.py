@@ -248,7 +248,6 @@ def _find_remedy(settings: TrainSettings, own_size: int) -> tuple[str, Any]:
 
 
 def _runs(settings: TrainSettings) -> bool:
-    """Return whether the network can be built and run."""
     try:
         _create_checked(settings, pretrained=False)
     except LIBRARY_ERRORS:

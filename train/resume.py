@@ -107,6 +107,5 @@ def refuse_other_content(settings: TrainSettings, fold: int) -> None:
 
 
 def _is_trained_fold(directory: Path) -> bool:
-    """Return whether a folder has the settings that training writes into it first."""
     path = directory / CONFIG_FILE
     return path.is_file() and {"model", "epochs", "split_seed"} <= set(read_yaml(path))

@@ -154,7 +154,6 @@ class StepResult:
     """The result of the last optimizer step, on its way from the device to the host."""
 
     def __init__(self, state: TrainState, micro_batches: list[Batch], values: Tensor) -> None:
-        """Starts to copy `values`, as `optimizer_step` returns them."""
         self.step, self.epoch = state.step - 1, state.epoch + 1
         self.rows = [batch.rows for batch in micro_batches]
         self.values = values.to("cpu", non_blocking=values.is_cuda)

@@ -42,7 +42,6 @@ def print_scores(run: Path, num_folds: int) -> None:
 
 
 def _print_row(name: str, oof: pl.DataFrame) -> FoldScores:
-    """Print a line of the table and return its scores."""
     target, logit = oof[schema.TARGET], oof["logit"]
     score, auc = pauc(target, logit), roc_auc(target, logit)
     dice = _mean(oof["dice"].to_list()) if "dice" in oof.columns else None
@@ -58,7 +57,6 @@ def _print_mean(scores: Sequence[FoldScores]) -> None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the values that are not None."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 

@@ -175,7 +175,6 @@ def _plan(
 
 
 def _refuse_unmatched_folds(models: Models, folds: Folds) -> None:
-    """Raise a UserError if a model was trained with another fold plan than its run's."""
     expected = folds.digest
     for fold, manifest in models.manifests.items():
         trained_with = manifest.get("folds_digest", expected)

@@ -163,7 +163,6 @@ class Embedder:
 
 
 def _append(outputs: ShardOutputs, batch: Decoded, results: Mapping[int, Outputs]) -> None:
-    """Append a batch's good rows to the outputs of its shard."""
     good = [row for row in range(len(batch.ids)) if row not in batch.failed]
     target = slice(len(outputs.ids), len(outputs.ids) + len(good))
     for fold, (features, logits) in results.items():

@@ -127,7 +127,6 @@ def start_or_resume_split(directory: Path, spec: Mapping[str, Any], force: bool)
 def _other_spec(
     directory: Path, key: str, earlier: Mapping[str, Any], spec: Mapping[str, Any]
 ) -> str:
-    """Return the error message for a run with another value of `key`."""
     difference = f"{key} = {earlier.get(key)}, now it is {spec[key]}"
     if isinstance(spec[key], dict):  # digests per fold would not help a reader
         difference = f"other {key}"

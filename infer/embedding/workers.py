@@ -78,7 +78,6 @@ def _block_sigint() -> Iterator[None]:
 
 
 def _listen(workers: dict[Connection, SpawnProcess], on_batch: OnBatch) -> None:
-    """Pass on the workers' messages until all workers have ended."""
     while workers:
         for pipe in connection.wait(list(workers)):
             assert isinstance(pipe, Connection)
@@ -102,7 +101,6 @@ def _listen(workers: dict[Connection, SpawnProcess], on_batch: OnBatch) -> None:
 def _work(
     shards: list[Shard], job: EmbedJob, pipe: Connection, gpu: str | None, own_cores: list[int]
 ) -> None:
-    """Embed shards in a worker process and send the stats of each batch."""
     if gpu is not None:
         os.environ[VISIBLE_GPUS] = gpu
     if hasattr(os, "sched_setaffinity"):  # Linux only

@@ -150,7 +150,6 @@ def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted names and values of nested mappings."""
     if not isinstance(value, dict):
         yield name, value
         return
@@ -185,7 +184,6 @@ def open_ensemble(path: Path) -> Ensemble:
 
 
 def _refuse_damaged(root: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise a UserError if the manifest is of another version or a file does not match it."""
     if manifest.get("format") != FORMAT_VERSION:
         raise UserError(
             f"{root / ENSEMBLE_FILE} is of another version of the toolkit; fit the ensemble again"

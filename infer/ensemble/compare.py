@@ -45,7 +45,6 @@ def compare_ensembles(settings: CompareSettings) -> None:
 
 
 def _open(paths: Sequence[Path]) -> list[Ensemble]:
-    """Open the ensembles of a side. Raises UserError if one is given twice."""
     ensembles = [open_ensemble(path) for path in paths]
     roots = [ensemble.root.resolve() for ensemble in ensembles]
     for root in roots:
@@ -107,7 +106,6 @@ def paired(first: dict[int, float], second: dict[int, float]) -> NDArray[np.floa
 
 
 def _print(found: Comparison, kind: str) -> None:
-    """Print both tests; `kind` is the name of a fit: seeds or run."""
     print(f"{'':12} {'first':>8} {'second':>8} {'second - first':>15}")
     if found.tested:
         first, second = found.fits.mean(axis=0)

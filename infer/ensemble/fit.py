@@ -114,7 +114,6 @@ def choose_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
 
 
 def _find_folds(settings: FitSettings) -> Path | None:
-    """Return the path of the fold plan to use, None if there is none."""
     for root in (settings.embeddings, settings.data):
         # lexists: a broken link must be reported when it is read, not skipped.
         if root and os.path.lexists(root / FOLDS_FILE):
@@ -129,7 +128,6 @@ def _refuse_contradiction(
     num_folds: int | None,
     split_seed: int | None,
 ) -> None:
-    """Raise a UserError if settings that were given do not match the fold plan."""
     if num_folds not in (None, folds.num_folds):
         raise UserError(
             f"{path} has {folds.num_folds} folds, not {num_folds}; leave --num_folds out"
@@ -155,7 +153,6 @@ def _default_name(settings: FitSettings, spec: FeatureSpec) -> str:
 
 
 def _summarise_all(oof: pl.DataFrame, patient: NDArray[np.str_]) -> dict[str, Any]:
-    """Return the summary of each model's out-of-fold scores, and of the blend's."""
     target = oof[schema.TARGET].to_numpy()
     fold = oof["fold"].to_numpy()
     models = oof.drop(schema.ID, schema.TARGET, "fold")

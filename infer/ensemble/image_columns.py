@@ -272,7 +272,6 @@ def _find_features(root: Path, split: Split, fold: int, wanted: pl.DataFrame) ->
 def _read_features(
     root: Path, split: Split, fold: int, wanted: pl.DataFrame
 ) -> NDArray[np.float64]:
-    """Return [N, D] the features of the wanted ids by one fold's model."""
     found = _find_features(root, split, fold, wanted.select(schema.ID))
     return _to_matrix(found, root).astype(np.float64)
 

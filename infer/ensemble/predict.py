@@ -72,7 +72,6 @@ def _write_submission(
     ensemble: Ensemble,
     origins: dict[str, Any],
 ) -> None:
-    """Write the submission, the probabilities of each model, and the manifest."""
     models_file = models_path(output)
     with atomic_path(output) as submission_path, atomic_path(models_file) as models_temporary:
         submission.write_csv(submission_path)

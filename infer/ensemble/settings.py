@@ -153,7 +153,6 @@ class FitSettings(Settings):
 
     @classmethod
     def _over_config(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of the config file, replaced by those given as flags."""
         path = find_config(values["config"])
         from_file = read_yaml(path)
         build(cls, from_file, str(path))  # on its own, so that an error names the file
@@ -208,7 +207,6 @@ class FitSettings(Settings):
 
 
 def _parse_changes(library: str, value: Any) -> dict[str, Any]:
-    """Return a library's changed settings, from a mapping or the YAML of one."""
     try:
         parsed = yaml12.load(value) if isinstance(value, str) else value
     except yaml.YAMLError as error:

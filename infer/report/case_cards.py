@@ -115,5 +115,4 @@ def _cell(value: Any) -> str:
 
 
 def _score_text(score: float) -> str:
-    """Format a score with two or three significant digits."""
     return f"{score:.3f}" if score >= 0.1 else f"{score:.2g}"

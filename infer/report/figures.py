@@ -44,7 +44,6 @@ def region_figure(oof: pl.DataFrame) -> Markup:
 
 
 def _curves(oof: pl.DataFrame) -> dict[str, LabelledScores]:
-    """Return the scores by fold, and of all folds."""
     by_fold = {f"fold {fold}": _arrays(rows) for (fold,), rows in sorted(oof.group_by("fold"))}
     return {**by_fold, "all folds pooled": _arrays(oof)}
 
@@ -123,13 +122,11 @@ def distribution_figure(oof: pl.DataFrame) -> Markup:
 
 
 def _histogram(places: Floats, edges: Floats) -> Floats:
-    """Return the share of `places` in each bin."""
     counts, _ = np.histogram(places, edges)
     return np.asarray(counts / max(len(places), 1))
 
 
 def _share_axis(top: float) -> Axis:
-    """Return an axis from 0 to `top` with few grid lines."""
     step = next(step for step in GRID_STEPS if top <= MAX_GRID_LINES * step)
     num_ticks = int(top / step + 1e-9) + 1  # 0.3 / 0.1 is just below 3
     ticks = tuple(step * line for line in range(num_ticks))

@@ -36,7 +36,6 @@ def projections(
 
 
 def _sampled_features(embeddings: Path, oof: pl.DataFrame) -> Iterator[tuple[int, pl.DataFrame]]:
-    """Yield, by fold, the stored features of a sample of its held-out lesions."""
     folds = [rows for _, rows in sorted(oof.group_by("fold"))]
     sampled = pl.concat(sample_lesions(rows) for rows in folds)
     wanted = sampled.select(schema.ID, pl.col("fold").cast(pl.Int8), schema.TARGET)

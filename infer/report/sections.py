@@ -116,7 +116,6 @@ def _tiles(scored: Scored) -> Markup:
 
 
 def _top_tiles(top: TopK | None) -> list[tuple[str, str, str]]:
-    """Return the tiles of malignant lesions found among their patient's highest scores."""
     if top is None:
         return []
     by_lesion = f"of malignant lesions are among their patient's {TOP_K} highest scores"
@@ -207,7 +206,6 @@ def _calibration(scored: Scored) -> ReportSection:
 
 
 def _bin_table(bins: Reliability) -> Markup:
-    """Return the dots of the calibration chart as a table."""
     rows = zip(
         bins.mean_score.tolist(), bins.observed.tolist(), bins.num_rows.tolist(), strict=True
     )
@@ -285,7 +283,6 @@ def _errors(scored: Scored) -> dict[str, ReportSection]:
 
 
 def _thumbnails(scored: Scored, cases: Sequence[Case]) -> tuple[Pictures, Pictures]:
-    """Return large pictures of the cases and small ones of their patients' other lesions."""
     if scored.images is None:
         return {}, {}
     names = {case.lesion.name for case in cases}

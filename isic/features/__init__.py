@@ -140,7 +140,6 @@ def needed_columns(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _roots(name: str) -> Iterable[str]:
-    """Return the columns that a feature's expression reads."""
     return (
         outlier.OUTLIER_COLUMNS if name == outlier.NAME else FEATURES[name].expr.meta.root_names()
     )

@@ -225,7 +225,6 @@ def _paint_lesion(lab: Field, depth: Field, spec: CropSpec, rng: Generator) -> N
 
 
 def _veil(depth: Field, spec: CropSpec, rng: Generator) -> Field:
-    """Return a blue-white patch on one side of the lesion, [side, side, 3] in Lab."""
     side = len(depth)
     x, y = _grid(side)
     direction = rng.uniform(0, 2 * np.pi)
@@ -254,7 +253,6 @@ def _dots(depth: Field, spec: CropSpec, rng: Generator) -> Field:
 
 
 def _add_neighbours(lab: Field, spec: CropSpec, rng: Generator) -> None:
-    """Paint small brown spots away from the centre, in place."""
     if rng.random() > NEIGHBOURS:
         return
     x, y = _grid(len(lab))

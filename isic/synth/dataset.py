@@ -161,7 +161,6 @@ def _is_done(out: Path, spec: Spec) -> bool:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove the temporary files of a run that was killed."""
     for name in FILES:
         for leftover in out.glob(f".{name}.*.tmp"):
             leftover.unlink()
@@ -220,7 +219,6 @@ def _write_crops(
 def _masks(
     ids: Sequence[str], choice: NDArray[np.int64], crops: Sequence[Crop]
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield id and mask of both splits, ids ascending."""
     for name, crop in sorted(zip(ids, choice, strict=True)):
         yield name, crops[crop].mask
 

@@ -180,7 +180,6 @@ def _normal_by_rows(shared: Floats, sizes: Ints) -> Floats:
 
 
 def _strength(num_rows: int, rng: Generator) -> Floats:
-    """Sample the strength of a cue in each row, [N]; see CUE_SPREAD."""
     return np.maximum(rng.normal(1, CUE_SPREAD, num_rows), 0)
 
 
@@ -280,7 +279,6 @@ def _places(num_rows: int, rng: Generator) -> dict[str, Sequence[object] | Float
 
 
 def _simple_location(location: str) -> str:
-    """Return `tbp_lv_location_simple`, with which the location begins."""
     return next(simple for simple in marginals.SITES if location.startswith(simple))
 
 
@@ -346,12 +344,10 @@ def _diagnoses(target: Ints, rng: Generator) -> dict[str, Sequence[object]]:
 
 
 def _masked(values: Sequence[object], known: NDArray[np.bool_]) -> list[object]:
-    """Return `values` with None in the rows that are not `known`."""
     return [value if kept else None for value, kept in zip(values, known, strict=True)]
 
 
 def _blanked(table: pl.DataFrame, rng: Generator) -> pl.DataFrame:
-    """Set the schema's types, and BLANKS' shares of the rows to null."""
     table = table.with_columns(pl.col(name).cast(schema.DTYPES[name]) for name in table.columns)
     for name, share in marginals.BLANKS.items():
         num_blank = round(share * len(table))
