@@ -72,7 +72,6 @@ def score_row(name: str, oof: pl.DataFrame, kind: str) -> Row:
 
     Args:
         oof: `target`, `fold` and `score` of every row.
-        kind: a key of PUBLISHED_OOF.
     """
     folds = oof.sort("fold").partition_by("fold")
     by_fold = [pauc(fold["target"], fold["score"]) for fold in folds]

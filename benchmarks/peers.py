@@ -78,7 +78,6 @@ def compare_tasks(
     Args:
         tasks: by the baselines' names in the rows.
         reasons: of those of ours that did not build.
-        names: the peers.
         data, resized: dataset folders with the original images and with the resized ones.
     """
     processes = {name: BaselineProcess(task) for name, task in tasks.items()}
@@ -286,8 +285,6 @@ def compare_all(
     Args:
         rates: images per second by baseline and repeat.
         features: by column of the cosine and by baseline.
-        reasons: of the baselines that failed.
-        names: the peers.
     """
     ours = [name for name in dict.fromkeys((*rates, *reasons)) if name.startswith(OURS)]
     rows: list[Row] = []

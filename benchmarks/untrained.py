@@ -95,8 +95,6 @@ def export_untrained(
     """Export an untrained network as `python -m export` would.
 
     Args:
-        folder: for the artifact and the files of its builder.
-        device: the device that runs it.
         max_batch: the largest batch, for which the artifact is also optimised.
         images: for calibration of int8 and fp8; noise if not given.
 

@@ -181,7 +181,6 @@ def find_formats(
     """Return each format with each requested precision that it offers.
 
     Args:
-        names: the formats.
         precisions: each format's default one if empty.
         device: `cpu`, `cuda` or `auto`.
 

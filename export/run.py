@@ -167,14 +167,7 @@ def artifact_path(checkpoint: Path, spec: ArtifactSpec) -> Path:
 
 
 def is_current(artifact: Path, spec: ArtifactSpec, checkpoint: str, digest: str) -> bool:
-    """Return whether an artifact is intact, made from this checkpoint, and matches the spec.
-
-    Args:
-        artifact: its path; it need not exist.
-        spec: the request.
-        checkpoint: file name of the checkpoint.
-        digest: SHA-256 of the checkpoint.
-    """
+    """Return whether an artifact is intact, made from this checkpoint, and matches the spec."""
     if not (artifact.is_file() and manifest_path(artifact).is_file()):
         return False
     manifest = read_json(manifest_path(artifact))

@@ -168,11 +168,9 @@ def build_plan(
 
     Args:
         onnx_path: a graph of this toolkit's contract in any precision.
-        plan_path: file to write.
         flavour: `tensorrt`, which builds for this machine's GPU, or `tensorrt_rtx`, which needs
             none.
         options: build options; those of the other flavour are ignored.
-        log: receives messages to the user.
         timing_cache: file with TensorRT's timings of kernels, shared by the folds of a config; made
             if it does not exist. TensorRT-RTX times nothing and does not use it.
 

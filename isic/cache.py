@@ -64,7 +64,6 @@ def load_index(path: Path, file: int) -> Index:
     """Return the index of an HDF5 file from the cache, or build and cache it.
 
     Args:
-        path: the HDF5 file.
         file: its descriptor; reads by offset use this descriptor, so it must be the indexed file.
 
     Raises:

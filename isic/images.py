@@ -45,7 +45,6 @@ class ImageStore(ABC):
         """Store the ids as UTF-8, in a quarter of the memory of numpy's strings.
 
         Args:
-            source: the file or folder.
             names: [N] ids in UTF-8, sorted by their bytes.
             rejected: the reason by name for each entry that is not an image.
         """
@@ -147,8 +146,6 @@ class ImageStore(ABC):
         """Decode and resize the images of `ids` into `out`.
 
         Args:
-            ids: N ids.
-            spec: size and interpolation.
             out: contiguous uint8 [N, size, size, 3]; the row of an image that fails is zeroed.
             pool: decodes in its threads instead of in this one.
 

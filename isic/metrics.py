@@ -59,7 +59,6 @@ def bootstrap_pauc(
         target: [N] of 0 and 1.
         scores: M arrays [N].
         group: [N] identifiers; the rows of a group are resampled together.
-        num_draws: number of resamples; one that lacks a class is replaced by the next.
 
     Returns:
         [num_draws, M] float64; all scores share the same resamples.

@@ -281,8 +281,6 @@ def _check_rows(
     """Return the number of rows in a block. Raises UserError if a row has another number of fields.
 
     Args:
-        rows: whole rows.
-        num_fields: fields of the header.
         before: rows ahead of the block, for messages.
         is_last: whether these are the last rows of a file without a final line break.
     """

@@ -26,9 +26,6 @@ def save_backbone(
     """Write a backbone for `timm.create_model("local-dir:...")`, with a model card.
 
     Args:
-        directory: created if it does not exist.
-        model: the network whose backbone is written.
-        settings: of the run.
         facts: for the card: `fold`, `folds_digest`, `num_rows`, `metadata_sha256`, `trained_on`,
             `pauc`, `auc`.
 

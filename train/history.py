@@ -68,12 +68,7 @@ def log_epoch(
     """Append an epoch to `history.jsonl` and TensorBoard, and print a line. Main process only.
 
     Args:
-        directory: of the fold.
-        fold: its number.
         epoch: number of the epoch, from 1.
-        num_epochs: of the run.
-        stats: of the epoch.
-        scores: of the held-out rows.
         learning_rates: of the epoch's last step by part of the network, 0 while it is frozen.
     """
     if not distributed.is_main():

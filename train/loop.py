@@ -115,14 +115,7 @@ def start_or_resume(
 
 
 def select_epoch(state: TrainState, mode: str, num_epochs: int, pauc: float) -> bool:
-    """Update `state.best_pauc`; returns whether the finished epoch becomes `best_model.pth`.
-
-    Args:
-        state: after the epoch.
-        mode: `last` or `best`.
-        num_epochs: of the run.
-        pauc: of the held-out rows.
-    """
+    """Update `state.best_pauc`; returns whether the finished epoch becomes `best_model.pth`."""
     if mode == "last":
         # Not the highest pAUC but the latest: after the last epoch, that of the saved weights.
         state.best_pauc = pauc
@@ -147,11 +140,6 @@ def train_epoch(
     Args:
         state: changed in place.
         forward: `state.model`, possibly compiled and wrapped.
-        loader: batches on the host.
-        schedule: of the whole run.
-        settings: of the run.
-        device: of the model.
-        title: of the progress bar.
 
     Raises:
         NonFiniteGradient: the run has diverged; in float32 and bfloat16 the weights are those

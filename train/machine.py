@@ -84,8 +84,6 @@ def fit_workers(num_workers: int, batch_bytes: int, num_held: int) -> tuple[int,
     none if no batch fits.
 
     Args:
-        num_workers: wanted per training process.
-        batch_bytes: size of the tensors of a batch.
         num_held: batches that the main process holds in addition.
     """
     if not num_workers or not SHARED_MEMORY.is_dir():

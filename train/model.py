@@ -165,7 +165,6 @@ def create_model(settings: TrainSettings, pretrained: bool | str | None = None) 
     """Build the network of a config and check it with one image.
 
     Args:
-        settings: model, image size and drop rates.
         pretrained: overrides the settings' (False if the weights of a checkpoint follow).
 
     Raises:
@@ -221,10 +220,6 @@ def _explain(settings: TrainSettings, reason: str) -> str:
 
     It blames the first setting that makes the network work when changed, so that the message does
     not depend on the many ways in which libraries report one cause.
-
-    Args:
-        settings: of the network.
-        reason: the library's error.
     """
     own_size = pretrained_config(settings.model)["input_size"][-1]
     task = "predict masks of images" if settings.mask_weight else "take images"

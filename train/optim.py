@@ -26,10 +26,8 @@ def create_optimizer(
     Each parameter group names its `part` of the network, BACKBONE or HEAD, and its `peak_lr`.
 
     Args:
-        model: whose weights are optimized.
         lr: peak learning rate of the heads.
         lr_backbone: peak learning rate of the backbone's last layers.
-        weight_decay: of matrices.
         layer_decay: factor of the backbone's learning rate from each layer to the one below it.
     """
     groups = []

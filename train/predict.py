@@ -48,10 +48,6 @@ def predict(
     """Predict the loader's rows; Dice is NaN unless the model predicts masks.
 
     Args:
-        model: set to eval mode.
-        loader: of the rows.
-        device: of the model.
-        precision: fp32, fp16 or bf16.
         num_parts: parts that a batch is cut into to fit the device's memory.
     """
     model.eval()

@@ -52,7 +52,6 @@ def find_weights(pretrained: bool | str, fold: int) -> Weights:
 
     Args:
         pretrained: the setting: true, false, a local file or folder, or a hub repository.
-        fold: the fold to be trained.
 
     Raises:
         UserError: the file is missing, or it is a trained backbone without its list of images.
@@ -68,7 +67,6 @@ def local_file(pretrained: str, fold: int | None = None) -> Path | None:
 
     Args:
         pretrained: a file, a folder with WEIGHTS_FILE, or a run of this toolkit.
-        fold: the fold to take from a run.
 
     Raises:
         UserError: the file does not exist.
@@ -148,8 +146,6 @@ def refuse_leaking_weights(
     """Raise a UserError if the weights of a fold have learned from rows that the fold holds out.
 
     Args:
-        pretrained: the setting.
-        folds: the folds to be trained.
         table: `isic_id` and optionally `patient_id` of N rows.
         fold: [N], the fold of each row.
     """

@@ -190,7 +190,6 @@ def report_errors(errors: dict[int, str], ids: list[str], on_error: str, path: P
 
     Args:
         errors: reason by row.
-        ids: of all rows.
         on_error: `raise` or `skip`.
 
     Raises:

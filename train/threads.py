@@ -38,8 +38,6 @@ def set_threads(
 
     Args:
         model: to be trained; unchanged.
-        settings: of the run.
-        device: of the model.
         saved: number of the run that is resumed; another one would change the last bits of results.
     """
     number, reason = _known_number(settings.num_threads, device, saved)
@@ -88,10 +86,7 @@ def _create_pass(
     """Return a function that makes a training pass of some random images through a copy.
 
     Args:
-        model: unchanged; the copy trains all weights, also those that are frozen at first.
         shape: [N, size, size, 3], of the largest batch.
-        device: of the model.
-        precision: fp32, fp16 or bf16.
     """
     network = copy.deepcopy(model).requires_grad_(True).train()
     # fork_rng: measuring must not change the random numbers of the training that follows.
@@ -117,12 +112,6 @@ def measure(
     """Measure images per second by number of threads.
 
     The numbers take turns, so that other programs slow all of them alike.
-
-    Args:
-        run: makes a pass of some images.
-        batch_size: largest number of images.
-        counts: numbers of threads.
-        clock: returns seconds.
     """
 
     def timed(count: int, num_images: int) -> float:

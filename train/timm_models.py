@@ -103,9 +103,6 @@ def _refuse_unfilled(
 
     Args:
         backbone: built from `rng_state`, then filled from a file.
-        name: of the model.
-        pretrained: the setting, for the message.
-        options: of the model.
         rng_state: torch's random state before the backbone was built.
     """
     with torch.random.fork_rng():

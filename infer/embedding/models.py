@@ -48,8 +48,6 @@ def find_models(
     """Find the exported model of every fold that has one.
 
     Args:
-        model_dir: the run, with a folder per fold.
-        config: the name of the run's config.
         format_or_file: a format of artifacts, or the file name of one.
         precision: of the artifact if `format_or_file` is a format; None for any.
 

@@ -49,7 +49,6 @@ def build_run_spec(
     """Return the run spec, with its own digest as the last field.
 
     Args:
-        folds: the fold plan of the training run.
         ids: of the split's table, in its order.
     """
     images = dataset.images(split)
@@ -100,7 +99,6 @@ def start_or_resume_split(directory: Path, spec: Mapping[str, Any], force: bool)
     Temporary files of killed runs are deleted.
 
     Args:
-        directory: the split's folder.
         force: delete a run that has another spec.
 
     Raises:

@@ -157,7 +157,6 @@ def refuse_missing_embeddings(
 
     Args:
         missing: `isic_id` and `fold` of the missing embeddings.
-        num_images: how many images should have embeddings.
     """
     if missing.is_empty():
         return

@@ -58,9 +58,6 @@ def compare_sides(
 ) -> Comparison:
     """Compare the out-of-fold scores of two sides with the same number of ensembles.
 
-    Args:
-        data: the dataset folder of the ensembles, for the patients.
-
     Raises:
         UserError: the ensembles were scored on different rows or folds, or the dataset lacks rows.
     """

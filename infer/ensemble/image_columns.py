@@ -88,7 +88,6 @@ def fit_affine_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> AffineM
 
     Args:
         root: an embedding run with every training image embedded by every fold model.
-        metadata: the training table.
 
     Raises:
         UserError: the run lacks embeddings, there are fewer than three folds, or the models share
@@ -191,9 +190,6 @@ class FrozenModel:
 
 def find_frozen_model(root: Path, metadata: pl.DataFrame) -> FrozenModel:
     """Return the model of the lowest fold of an embedding run.
-
-    Args:
-        metadata: the training table.
 
     Raises:
         UserError: the model has learned from images or patients of this table.

@@ -145,11 +145,6 @@ def refuse_leaks(root: Path, metadata: pl.DataFrame, folds: Folds) -> None:
 
     The fold plan does not rule this out: the model's initial weights may have been trained on rows
     that the plan holds out.
-
-    Args:
-        root: an embedding run.
-        metadata: the training table.
-        folds: its fold plan.
     """
     fold = folds.of(metadata)
     for k in read_run(root, "train")["folds"]:

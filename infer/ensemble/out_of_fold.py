@@ -47,8 +47,6 @@ def fit_boosters(
     """Fit all boosters of an ensemble and score every row out of fold.
 
     Args:
-        table: feature table of N rows.
-        names: the columns to use.
         target, fold: [N].
 
     Raises:

@@ -132,9 +132,6 @@ def score_models(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> d
 
     Without boosters, the only model is the image model.
 
-    Args:
-        table: feature table of N rows.
-
     Returns:
         [N] float64 by model name, as in `oof.parquet`.
     """

@@ -49,7 +49,6 @@ def worst_misses(oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CA
 
     Args:
         oof: `isic_id`, `target`, `blend` and `patient_id`, the row's own id if that is unknown.
-        metadata: the training table.
     """
     return _cases(oof, metadata, 1, number)
 
@@ -110,11 +109,7 @@ class Picture:
 
 
 def pictures(images: ImageStore, names: Sequence[str], side: int) -> dict[str, Picture]:
-    """Return thumbnails by id, square as the model sees the images.
-
-    Args:
-        side: in pixels.
-    """
+    """Return thumbnails by id, square as the model sees the images."""
     pixels, failed = images.load(names, PreprocessSpec(size=side, interpolation="area"))
     return {
         name: Picture(reason=failed[row]) if row in failed else Picture(_jpeg_uri(pixels[row]))

@@ -38,8 +38,6 @@ def importance(
     A booster's gains are scaled to add up to 1 before the mean, so each booster counts equally.
 
     Args:
-        root: the ensemble's folder.
-        boosters: the manifest's entries.
         names: D columns of the boosters' matrix.
 
     Returns:

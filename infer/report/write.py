@@ -22,7 +22,6 @@ def write_report(ensemble: Path, data: Path, embeddings: Path | None = None) -> 
     """Write `report.html` into an ensemble's folder and return its path.
 
     Args:
-        ensemble: the folder.
         data: the dataset that it was fitted on; its images, if any, are shown.
         embeddings: the embedding run that it was fitted with, for the map.
 

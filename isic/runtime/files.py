@@ -83,10 +83,8 @@ def refuse_foreign(paths: Iterable[Path], is_own: bool, flag: str) -> None:
     """Raise a UserError if writing would replace something that the command did not write.
 
     Args:
-        paths: the files to be written.
         is_own: whether an earlier run of the command wrote them; devices and folders are refused
             even then.
-        flag: the option that chooses another place.
     """
     for path in paths:
         if path.exists() and not path.is_file():

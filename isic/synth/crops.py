@@ -160,7 +160,6 @@ def _noise(side: int, sigma: float, rng: Generator, stretch: float = 1.0) -> Fie
     """Return smooth noise [side, side] of mean 0 and variance 1.
 
     Args:
-        side: in pixels.
         sigma: width of the blur in pixels, horizontally times `stretch`.
     """
     # Smooth noise is sampled coarsely and enlarged: a blur with a wide kernel costs far more.

@@ -98,10 +98,6 @@ def synthesize(settings: SynthSettings, say: Callable[[str], None] = lambda _: N
     `synth.json` (settings, counts, digests), which is written last. A run that finds it marked as
     unfinished starts over.
 
-    Args:
-        settings: content and folder.
-        say: receives progress messages.
-
     Returns:
         False if the folder already holds this dataset and nothing was written.
 

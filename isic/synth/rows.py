@@ -98,10 +98,7 @@ def draw_rows(
     """Sample a table.
 
     Args:
-        ids: `isic_id` of the N rows.
         patient_ids: at most N; each gets at least one row.
-        num_positives: number of malignant rows, at most N.
-        rng: source of the samples.
         unseen_site: whether some patients have an attribution that no training table has.
     """
     num_rows = len(ids)
