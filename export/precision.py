@@ -23,10 +23,10 @@ MIN_INT8_CHANNELS = 64
 def cast_model(model: Classifier, precision: str) -> Classifier:
     """Return a copy of the model that computes in `precision`, except for FP32_LAYERS.
 
-    It takes uint8 images and returns float32 outputs like the model itself. torch.autocast instead
-    of explicit casts would leave LayerNormalization nodes with inputs of two types, which ONNX
-    Runtime and TensorRT refuse.
+    It takes uint8 images and returns float32 outputs like the model itself.
     """
+    # torch.autocast instead of explicit casts would leave LayerNormalization nodes with inputs of
+    # two types, which ONNX Runtime and TensorRT refuse.
     model = copy.deepcopy(model)
     dtype = TORCH_DTYPES[precision]
     if dtype == torch.float32:
@@ -57,10 +57,8 @@ class _OutputTo:
 
 
 def pointwise_convs_as_linear(model: Classifier) -> Classifier:
-    """Return a copy whose wide 1x1 convolutions are linear layers over the channels.
-
-    Dynamic quantization is for matrix products only, so it would skip the convolutions.
-    """
+    """Return a copy whose wide 1x1 convolutions are linear layers over the channels."""
+    # Dynamic quantization is for matrix products only, so it would skip the convolutions.
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):

@@ -50,7 +50,7 @@ from train.model import Classifier, create_model
 
 PARITY_FILE = "parity.json"
 BUILD_PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
-"""Packages that any build may use; a manifest has their versions and those of its engine's."""
+"""Packages that any build may use; a manifest has their versions."""
 HEADER = "fold format       types      MB  seconds     cosine  logit error     rank  artifact"
 
 
@@ -107,10 +107,7 @@ def export(settings: ExportSettings) -> int:
 def export_fold(
     checkpoint: Path, fold: int, specs: list[ArtifactSpec], settings: ExportSettings
 ) -> int:
-    """Export, or with `--check` only checks, the artifacts of one fold.
-
-    A checkpoint holds the optimizer's state too and takes seconds to unpickle, so that is done
-    once, and not at all if everything is up to date.
+    """Export the artifacts of one fold, or with `--check` only check them.
 
     Returns:
         The number of artifacts that failed the parity check.
@@ -125,6 +122,7 @@ def export_fold(
         if not redo and is_current(artifact, spec, checkpoint.name, digest):
             print(f"{fold:4} {spec.format:12} {spec.precision:5} up to date: {artifact}")
             continue
+        # Loaded once, and only if needed: a checkpoint takes seconds to unpickle.
         if source is None:
             source = load_source(checkpoint, fold, settings)
         if not process(source, spec, artifact):
@@ -151,7 +149,6 @@ def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
 def artifact_spec(
     fold: int, format_name: str, precision: str, settings: ExportSettings
 ) -> ArtifactSpec:
-    """Return the request for one artifact of a fold."""
     return ArtifactSpec(
         config=settings.config,
         fold=fold,
@@ -181,7 +178,7 @@ def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
     """Load a checkpoint into its model.
 
     Raises:
-        UserError: the checkpoint is of another config or fold, or its weights do not fit its model.
+        UserError: it is of another config or fold, or its weights do not fit its model.
     """
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
@@ -208,11 +205,8 @@ def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
 
 
 def export_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
-    """Build one artifact under a temporary name, check its parity, and give it its name.
-
-    Returns:
-        Whether it passed.
-    """
+    """Build one artifact and publish it if it passes the parity check. Return whether it does."""
+    # Under a temporary name until then: no engine may load an artifact that was not checked.
     candidate = artifact.with_name(f".candidate-{artifact.name}")
     manifest = {**source.config, **spec.facts}
     try:
@@ -246,7 +240,7 @@ def build_inputs(source: Source, spec: ArtifactSpec) -> BuildInputs:
 
 
 def check_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
-    """Check the parity of an existing artifact on this machine. Returns whether it passed."""
+    """Check the parity of an existing artifact on this machine. Return whether it passes."""
     manifest = read_manifest(artifact)
     if manifest["made_from"]["sha256"] != source.sha256:
         raise UserError(
@@ -306,14 +300,14 @@ def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | N
 
 
 def record_parity(artifact: Path, result: dict[str, Any]) -> None:
-    """Record in its folder's `parity.json` how an artifact did in the parity check."""
+    """Record the parity check of an artifact in its folder's `parity.json`."""
     path = artifact.with_name(PARITY_FILE)
     results = read_json(path) if path.is_file() else {}
     write_json(path, {**results, artifact.name: result})
 
 
 def remove_failed(artifact: Path, manifest: Mapping[str, Any], error: ParityError) -> None:
-    """Remove an artifact that failed the parity check, and print and records the reason."""
+    """Remove an artifact that failed the parity check; record and print the reason."""
     artifact.unlink(missing_ok=True)
     manifest_path(artifact).unlink(missing_ok=True)
     record_parity(artifact, {"passed": False, "reason": str(error)})
@@ -324,10 +318,10 @@ def remove_failed(artifact: Path, manifest: Mapping[str, Any], error: ParityErro
 
 
 def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
-    """Return images that the fold holds out, and their labels.
+    """Return at most `source.num_images` that the fold holds out, and their labels.
 
     Returns:
-        uint8 [R, size, size, 3] and float32 [R]; R is at most `source.num_images`.
+        uint8 [R, size, size, 3] and float32 [R].
 
     Raises:
         UserError: none can be read.
@@ -341,10 +335,8 @@ def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
 
 
 def calibration_sample(source: Source, num_images: int) -> Pixels:
-    """Return at most `num_images` of the fold's training images, uint8 [R, size, size, 3].
-
-    The held-out ones are for the parity check, which must not judge images of the calibration.
-    """
+    """Return at most `num_images` of the fold's training images, uint8 [R, size, size, 3]."""
+    # Not held-out images: the parity check must not judge images of the calibration.
     return read_sample(source, num_images, held_out=False)[0]
 
 

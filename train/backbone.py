@@ -26,8 +26,7 @@ def save_backbone(
     """Write a backbone for `timm.create_model("local-dir:...")`, with a model card.
 
     Args:
-        facts: for the card: `fold`, `folds_digest`, `num_rows`, `metadata_sha256`, `trained_on`,
-            `pauc`, `auc`.
+        facts: `fold`, `folds_digest`, `num_rows`, `metadata_sha256`, `trained_on`, `pauc`, `auc`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.

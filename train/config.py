@@ -176,7 +176,7 @@ class TrainSettings(Settings):
     @field_validator("pretrained", mode="before")
     @classmethod
     def _boolean_from_text(cls, value: Any) -> Any:
-        """A flag is text, and "false" or "no" is not the name of a model on the hub."""
+        # A flag is text, and "false" or "no" is not the name of a model on the hub.
         return BOOLEANS.get(value.lower(), value) if isinstance(value, str) else value
 
     @model_validator(mode="after")

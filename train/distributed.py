@@ -32,7 +32,6 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def rank() -> int:
-    """Return the number of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -76,7 +75,7 @@ def gather(value: _T) -> list[_T]:
 
 
 def broadcast_weights(module: nn.Module) -> None:
-    """Overwrites a module's weights and buffers with those of the main process."""
+    """Overwrite a module's weights and buffers with those of the main process."""
     if world_size() > 1:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0)

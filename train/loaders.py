@@ -50,7 +50,8 @@ def fold_loaders(
     """
     training = np.flatnonzero((data.fold != fold) & (data.fold != EXTRA))
     held_out = np.flatnonzero(data.fold == fold)
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank = distributed.rank()
+    world_size = distributed.world_size()
     check_rows(data.target[training], f"training rows of fold {fold}", world_size)
     check_rows(data.target[held_out], f"held-out rows of fold {fold}", world_size)
 
@@ -99,8 +100,11 @@ class LesionImages(Dataset[Item]):
     def __init__(
         self, data: TrainData, spec: PreprocessSpec, augmentation: Any | None = None
     ) -> None:
-        self.images, self.masks, self.target = data.rows.images, data.rows.masks, data.target
-        self.spec, self.augmentation = spec, augmentation
+        self.images = data.rows.images
+        self.masks = data.rows.masks
+        self.target = data.target
+        self.spec = spec
+        self.augmentation = augmentation
 
     def __getitem__(self, key: Key) -> Item:
         row, seed = key
@@ -141,7 +145,6 @@ def create_loader(
 
 
 def collate(items: list[Item]) -> Batch:
-    """Stack items into a batch."""
     return Batch(*default_collate(items))
 
 

@@ -37,7 +37,7 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int, device: torc
     """Train one fold and write its folder.
 
     Raises:
-        UserError: the fold cannot be trained on, or logits are not finite.
+        UserError: the fold lacks rows of a class, or logits are not finite.
         NonFiniteGradient: the run has diverged.
     """
     directory = fold_dir(settings.run_dir, fold)
@@ -54,6 +54,7 @@ def train_fold(settings: TrainSettings, data: TrainData, fold: int, device: torc
         report_composition(loaders.sampler.pools, fold)
     start_or_resume(state, settings, data, fold, device)
 
+    # Only training runs compiled; `predict` takes the plain module.
     network: Any = torch.compile(state.model) if settings.compile else state.model
     first_epoch = state.epoch
     for epoch in range(first_epoch, settings.epochs):
@@ -115,7 +116,10 @@ def start_or_resume(
 
 
 def select_epoch(state: TrainState, mode: str, num_epochs: int, pauc: float) -> bool:
-    """Update `state.best_pauc`; returns whether the finished epoch becomes `best_model.pth`."""
+    """Update `state.best_pauc` and return whether the finished epoch is the one to keep.
+
+    `mode` is `last` or `best`; `pauc` is that of the held-out rows.
+    """
     if mode == "last":
         # Not the highest pAUC but the latest: after the last epoch, that of the saved weights.
         state.best_pauc = pauc
@@ -172,6 +176,7 @@ def train_epoch(
             show_progress(progress, stats, state.optimizer, time.perf_counter() - started)
     for result in results:
         stats.add(*result.read())
+    # Reading the last results has waited for the device, so the time includes all steps.
     stats.seconds = time.perf_counter() - started
     stats.waiting = batches.seconds
     return stats

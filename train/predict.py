@@ -45,7 +45,7 @@ def predict(
     precision: str,
     num_parts: int = 1,
 ) -> Predictions:
-    """Predict the loader's rows; Dice is NaN unless the model predicts masks.
+    """Predict the loader's rows in eval mode; Dice is NaN unless the model predicts masks.
 
     Args:
         num_parts: parts that a batch is cut into to fit the device's memory.

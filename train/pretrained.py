@@ -38,8 +38,7 @@ class Weights:
     def manifest_fields(self, backbone: nn.Module) -> dict[str, Any]:
         """Return source, SHA-256 of the file and SHA-256 of the tensors, as far as they apply.
 
-        Args:
-            backbone: holds these weights, before its first training step.
+        `backbone` holds these weights.
         """
         if self.source == "random":
             return {"source": self.source}
@@ -87,15 +86,11 @@ def local_file(pretrained: str, fold: int | None = None) -> Path | None:
 
 
 def hub_id(pretrained: str) -> str:
-    """Return the name of a hub repository without the optional prefix `hf-hub:`."""
     return pretrained.removeprefix("hf-hub:")
 
 
 def seen_by(path: Path) -> Seen:
     """Return the images and patients that the weights in a file have learned from.
-
-    Weights of this toolkit carry the digest of their list, so that they are still recognised after
-    they were moved away from it.
 
     Raises:
         UserError: the list is missing, belongs to other weights, or is from an earlier version.
@@ -105,6 +100,7 @@ def seen_by(path: Path) -> Seen:
         folders.append(path.parent.parent)
     lists = [folder / TRAINED_ON_FILE for folder in folders]
     lists = [file for file in lists if file.is_file()]
+    # Weights of this toolkit carry their list's digest, so they are recognised without the list.
     expected = _trained_on_digest(path)
     if expected is None:
         return read_seen(lists[0]) if lists else NOTHING

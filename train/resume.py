@@ -41,7 +41,7 @@ def is_finished(settings: TrainSettings, fold: int) -> bool:
     """Return whether the fold has its checkpoint, its scores and its last epoch.
 
     Raises:
-        UserError: it has, from a run with other settings.
+        UserError: it is finished, but with other settings.
     """
     directory = fold_dir(settings.run_dir, fold)
     names = (OOF_FILE, BEST_CHECKPOINT, CONFIG_FILE, HISTORY_FILE)

@@ -17,11 +17,8 @@ FoldScores = tuple[float, float, float | None]
 
 
 def print_scores(run: Path, num_folds: int) -> None:
-    """Print the out-of-fold scores per fold, their mean and the pooled ones, and draw ROC curves.
-
-    Both are shown because the partial AUC is not additive: the mean over folds is not the pooled
-    value.
-    """
+    """Print the out-of-fold scores per fold, their mean and the pooled ones; draw ROC curves."""
+    # Both summaries: the mean of a partial AUC over folds is not the pooled value.
     paths = [fold_dir(run, fold) / OOF_FILE for fold in range(num_folds)]
     tables = {}
     for path in paths:
@@ -42,8 +39,10 @@ def print_scores(run: Path, num_folds: int) -> None:
 
 
 def _print_row(name: str, oof: pl.DataFrame) -> FoldScores:
-    target, logit = oof[schema.TARGET], oof["logit"]
-    score, auc = pauc(target, logit), roc_auc(target, logit)
+    target = oof[schema.TARGET]
+    logit = oof["logit"]
+    score = pauc(target, logit)
+    auc = roc_auc(target, logit)
     dice = _mean(oof["dice"].to_list()) if "dice" in oof.columns else None
     print(f"{name:>8} {len(oof):8} {target.sum():8} {score:8.4f} {auc:8.4f} {_dice_text(dice)}")
     return score, auc, dice

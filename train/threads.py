@@ -1,8 +1,4 @@
-"""The number of threads that torch computes with on a CPU: given, or measured.
-
-Every layer waits for the slowest of its threads. If another program occupies a core, that is the
-thread that is not scheduled, and a small network is many times faster with a single thread.
-"""
+"""The number of threads that torch computes with on a CPU: given, or measured."""
 
 import copy
 import os
@@ -23,7 +19,8 @@ DEFAULT_THREADS = torch.get_num_threads()
 VARIABLE = "OMP_NUM_THREADS"
 SECONDS_PER_PASS = 0.05
 """Approximate length of a timed forward and backward pass; determines its number of images."""
-MIN_ROUNDS, MAX_ROUNDS = 2, 6
+MIN_ROUNDS = 2
+MAX_ROUNDS = 6
 """Timed passes per number of threads."""
 CLEAR_RATIO = 2.0
 """Ratio of the slowest to the fastest at which the measurement ends after MIN_ROUNDS."""
@@ -42,6 +39,8 @@ def set_threads(
     """
     number, reason = _known_number(settings.num_threads, device, saved)
     if number is None:
+        # Every layer waits for the slowest of its threads. If another program occupies a core, that
+        # is the thread that is not scheduled: one thread can then be many times faster.
         shape = (settings.batch_size, settings.image_size, settings.image_size, 3)
         training_pass = _create_pass(model, shape, device, settings.precision)
         rates = measure(training_pass, settings.batch_size, thread_counts())
@@ -70,7 +69,7 @@ def _known_number(
 
 
 def _may_be_set_by_torchrun() -> bool:
-    """Return whether OMP_NUM_THREADS may be torchrun's default for several processes, which is 1."""
+    # torchrun sets OMP_NUM_THREADS to 1 if it starts several processes.
     return distributed.local_world_size() > 1 and os.environ[VARIABLE] == "1"
 
 
@@ -109,10 +108,7 @@ def measure(
     counts: Sequence[int],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
-    """Measure images per second by number of threads.
-
-    The numbers take turns, so that other programs slow all of them alike.
-    """
+    """Measure images per second by number of threads; `run` makes a pass of some images."""
 
     def timed(count: int, num_images: int) -> float:
         torch.set_num_threads(count)
@@ -132,6 +128,7 @@ def measure(
     seconds = dict.fromkeys(counts, 0.0)
     started = clock()
     for num_rounds in range(1, MAX_ROUNDS + 1):
+        # In turns, so that other programs slow all numbers of threads alike.
         for count in counts:
             seconds[count] += timed(count, num_images)
         is_clear = max(seconds.values()) > CLEAR_RATIO * min(seconds.values())
@@ -141,7 +138,6 @@ def measure(
 
 
 def describe_rates(rates: dict[int, float]) -> str:
-    """Return the rates for display."""
     return ", ".join(f"{_plural(count)}: {rate:.3g} img/s" for count, rate in rates.items())
 
 
