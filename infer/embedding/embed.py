@@ -82,7 +82,7 @@ def _note_missing_folds(model_dir: Path, models: Models) -> None:
 
 
 def choose_device(models: Models, device: str, uses_ray: bool) -> str:
-    """Return the device of all processes; with Ray it stays as given: nodes may differ."""
+    """Return the device of all processes; with Ray the given one, because nodes may differ."""
     if uses_ray:
         return device
     chosen = device_of(models.first_manifest, device)
@@ -93,10 +93,8 @@ def choose_device(models: Models, device: str, uses_ray: bool) -> str:
 
 
 def _warn_of_other_cpu(manifest: Mapping[str, Any]) -> None:
-    """Warn if an int8 artifact passed the parity check on another CPU architecture.
-
-    Integer products are exact on every CPU, but ARM's libraries may scale activations differently.
-    """
+    """Warn if an int8 artifact passed the parity check on another CPU architecture."""
+    # Integer products are exact on every CPU, but libraries may scale activations differently.
     checked_on = ((manifest.get("parity") or {}).get("cpu") or {}).get("architecture")
     here = platform.machine()
     if manifest.get("precision") == "int8" and checked_on not in {None, here}:
@@ -161,10 +159,8 @@ def embed_split(
 def _plan(
     dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings
 ) -> tuple[RunSpec, list[Shard]]:
-    """Return the run spec and the shards.
-
-    A function of its own so that the full-size tables are freed before the engines are loaded.
-    """
+    """Return the run spec and the shards."""
+    # A function of its own so that the full-size tables are freed before the engines are loaded.
     folds = read_folds(folds_path)
     _refuse_unmatched_folds(models, folds)
     ids = read_ids(dataset.metadata_path(split))
@@ -239,7 +235,7 @@ def make_job(
 def make_runner(
     job: EmbedJob, settings: EmbedSettings, progress: Progress
 ) -> Callable[[list[Shard]], None]:
-    """Return the function that embeds shards: here, in several processes, or on Ray."""
+    """Return a function that embeds shards here, in several processes, or on Ray."""
     if settings.ray:
         return partial(run_ray, job=job, address=settings.ray, on_batch=progress.add)
     if settings.num_processes > 1:
@@ -253,7 +249,7 @@ def make_runner(
 
 
 def gather_errors(directory: Path, shards: list[Shard]) -> int:
-    """Write `errors.parquet` from the lists of all shards. Returns the number of images in it."""
+    """Write `errors.parquet` from the lists of all shards. Return the number of images in it."""
     bad = [row for shard in shards for row in shard.read_bad()]
     write_parquet(directory / ERRORS_FILE, pl.DataFrame(bad, BAD_IMAGES_SCHEMA, orient="row"))
     return len(bad)

@@ -15,7 +15,7 @@ from isic.runtime.files import read_json, read_manifest
 
 @dataclass(frozen=True)
 class Models:
-    """The exported model of each fold, with one preprocessing for all."""
+    """The exported models of a run, with one preprocessing for all."""
 
     artifacts: dict[int, Path]
     """By fold."""
@@ -78,7 +78,7 @@ def find_models(
 
 
 def _find_artifact(folder: Path, format_or_file: str, precision: str | None) -> Path | None:
-    """Return the artifact in a fold's folder. Raises UserError if there are several."""
+    """Return the artifact in a fold's folder. Raise UserError if there are several."""
     if format_or_file not in ENGINE_FORMATS:
         path = folder / format_or_file
         return path if path.is_file() else None
@@ -111,7 +111,7 @@ def artifacts_of_format(folder: Path, format_name: str, precision: str | None) -
 
 
 def _no_artifact(model_dir: Path, config: str, format_or_file: str, precision: str | None) -> str:
-    """Return the error message if no fold has an artifact, with the command that makes one."""
+    """Return the error message if no fold has an artifact."""
     missing = f"{format_or_file} in {precision}" if precision else format_or_file
     command = f"python -m export --config {config}"
     if format_or_file in ENGINE_FORMATS:

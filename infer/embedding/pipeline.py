@@ -47,10 +47,9 @@ def decode_ahead(
     depth: int = MIN_DEPTH,
     allocate: Callable[[Shape], Pixels] = pageable,
 ) -> Generator[Decoded, None, None]:
-    """Yield the batches in order; `pool` decodes later ones while the caller works.
+    """Yield the batches in order; `pool` decodes later ones into a ring of `depth` buffers.
 
-    Memory is `depth` batches, whatever the number of images. An error in decoding is raised at
-    its batch. Closing the generator cancels waiting work and waits for work in progress.
+    Closing the generator cancels waiting work and waits for work in progress.
     """
     free = [allocate((batch_size, spec.size, spec.size, 3)) for _ in range(depth)]
     ring: deque[tuple[Sequence[str], Pixels, list[Decoding]]] = deque()

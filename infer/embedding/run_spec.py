@@ -78,10 +78,8 @@ def build_run_spec(
 
 
 def _usual_batch_size(split: Split, models: Models, settings: EmbedSettings) -> int:
-    """Return the batch size if none is given.
-
-    A resumed run keeps its own, because the last bits of an engine's outputs may depend on it.
-    """
+    """Return the batch size if none is given."""
+    # A resumed run keeps its own: the last bits of an engine's outputs may depend on it.
     path = settings.run_dir.resolve() / split / RUN_SPEC_FILE
     if path.is_file() and not settings.force:
         earlier = read_json(path).get("batch_size")
@@ -95,8 +93,6 @@ def _usual_batch_size(split: Split, models: Models, settings: EmbedSettings) -> 
 
 def start_or_resume_split(directory: Path, spec: Mapping[str, Any], force: bool) -> None:
     """Write the run spec, or check that it is the one of the run to resume.
-
-    Temporary files of killed runs are deleted.
 
     Args:
         force: delete a run that has another spec.

@@ -19,10 +19,7 @@ Each set is a group, so an image and any of its views have the same average.
 
 
 def apply_view(images: Pixels, turns: int, mirrored: bool) -> Pixels:
-    """Return images uint8 [N, size, size, 3] turned and mirrored, contiguous.
-
-    Without a change it is the same memory.
-    """
+    """Return images uint8 [N, size, size, 3] turned and mirrored, contiguous."""
     turned = np.rot90(images, turns, axes=(1, 2))
     return np.ascontiguousarray(turned[:, :, ::-1] if mirrored else turned)
 

@@ -20,10 +20,7 @@ GRACE_SECONDS = 30
 
 
 def core_slice(items: Sequence[int], index: int, number: int) -> list[int]:
-    """Return worker `index`'s contiguous slice of `items`, for `number` workers.
-
-    It has at least one item, shared if there are more workers than items.
-    """
+    """Return a worker's contiguous slice of `items`; workers share items if these are fewer."""
     size = max(len(items) // number, 1)
     start = index * size % len(items)
     return list(items[start : start + size])
@@ -60,16 +57,14 @@ def run_processes(shards: Sequence[Shard], job: EmbedJob, number: int, on_batch:
             process.terminate()
         for process in started:
             process.join(GRACE_SECONDS)
-            process.kill()
+            process.kill()  # no effect on one that has ended
 
 
 @contextlib.contextmanager
 def _block_sigint() -> Iterator[None]:
-    """Block SIGINT in processes that are started inside the block.
-
-    Ctrl-C reaches every process of a terminal; workers must leave it to their parent, which then
-    ends them with SIGTERM.
-    """
+    """Block SIGINT in processes that are started inside the block."""
+    # Ctrl-C reaches every process of a terminal; workers must leave it to their parent, which then
+    # ends them with SIGTERM.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

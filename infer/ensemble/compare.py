@@ -24,12 +24,7 @@ ONE_RUN = (
 
 
 def compare_ensembles(settings: CompareSettings) -> None:
-    """Compare two ensembles: a paired test over their seeds and a bootstrap over patients.
-
-    The seeds test the difference against chance in fitting, the bootstrap against chance in the
-    choice of patients. It is called noise unless both find a difference in the same direction. With
-    several training runs per side, runs are paired instead of seeds.
-    """
+    """Print a paired test over seeds (or training runs) and a bootstrap over patients."""
     first = _open(settings.first)
     second = _open(settings.second)
     if len(first) != len(second):

@@ -42,11 +42,11 @@ from isic.runtime.files import sha256, versions, write_json, write_text
 from isic.tables import write_parquet
 
 MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
-"""The settings that shape the model, besides the fold plan and those of the libraries."""
+"""The settings that shape the model, without the fold plan and those of the libraries."""
 
 
 def fit_ensemble(settings: FitSettings) -> Path:
-    """Fit an ensemble, write it and print its out-of-fold scores. Returns its folder."""
+    """Fit an ensemble, write it and print its out-of-fold scores. Return its folder."""
     spec = FeatureSpec.parse(settings.features)
     metadata = read_train(settings.data, spec)
     folds = choose_folds(settings, metadata)
@@ -167,7 +167,7 @@ def _write_files(
     oof: pl.DataFrame,
     summaries: dict[str, Any],
 ) -> list[str]:
-    """Write all files but the manifest. Returns their names."""
+    """Write all files but the manifest. Return their names."""
     boosters = {booster_file_name(*key): text for key, text in result.boosters.items()}
     for name, text in boosters.items():
         write_text(root / name, text)

@@ -39,7 +39,7 @@ EMBEDDING_MODES = (ALIGNED, FROZEN)
 MAX_ANCHORS = 20_000
 """Images that maps are fitted on: many times the number of features of any backbone here."""
 MAX_MAPPED_ROWS = 32_768
-"""Rows that are mapped together, which bounds the memory for their float64 values."""
+"""Rows that are mapped together, to bound the memory of float64 values."""
 
 FeatureMatrix = NDArray[np.floating]
 
@@ -54,11 +54,9 @@ class AffineMap:
     """[C]."""
 
     def apply(self, features: FeatureMatrix) -> NDArray[np.float32]:
-        """Map [N, D] to [N, C].
-
-        In float64: BLAS sums in an order that depends on the number of rows, and the difference
-        disappears when the result is rounded to float32.
-        """
+        """Map [N, D] to [N, C]."""
+        # In float64: BLAS sums in an order that depends on the number of rows, and the difference
+        # disappears when the result is rounded to float32.
         mapped = np.empty((len(features), len(self.offset)), np.float32)
         for start in range(0, len(features), MAX_MAPPED_ROWS):
             rows = slice(start, start + MAX_MAPPED_ROWS)
@@ -75,10 +73,7 @@ def column_names(mode: str, width: int) -> tuple[str, ...]:
 
 
 def procrustes(own: FeatureMatrix, target: FeatureMatrix) -> NDArray[np.float64]:
-    """Return the orthogonal [C, C] that brings own [N, C] closest to target [N, C].
-
-    Both must be centred.
-    """
+    """Return the orthogonal [C, C] that brings own [N, C] closest to target; both are centred."""
     left, _, right = np.linalg.svd(own.T @ target)
     return np.asarray(left @ right)
 
@@ -219,7 +214,7 @@ def frozen_columns(
     """Return `isic_id` and the embeddings as Float32 columns, as `mapped_columns` does.
 
     Raises:
-        UserError: as there, or the run has another model.
+        UserError: as there, or the run is of another model.
     """
     origin = _origin_of_fold(read_run(root, split), model.fold)
     refuse_other_origin(root, split, origin, model.made_with)

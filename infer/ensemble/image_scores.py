@@ -1,9 +1,8 @@
 """The image model's score as a feature of a lesion.
 
-Fold models differ in the scale of their logits. So that these can share a column, each model's
-logits are standardised by mean and deviation of the training rows that it held out. A training row
-gets the score of the one model that never saw its patient, a test row the mean over all models, and
-an unreadable image a blank.
+Fold models differ in the scale of their logits, so each model's logits are standardised by mean and
+deviation of the training rows that it held out. A training row gets the score of the model that
+held it out, a test row the mean over all models, and an unreadable image a blank.
 """
 
 from collections.abc import Mapping
@@ -59,10 +58,9 @@ class LogitScaler:
 
 
 def fit_logit_scaler(logits: pl.DataFrame) -> LogitScaler:
-    """Learn the constants from out-of-fold logits; equal logits get deviation 1.
+    """Learn the constants from out-of-fold `isic_id`, `fold`, `logit`.
 
-    Args:
-        logits: `isic_id`, `fold` and `logit`.
+    Equal logits get deviation 1.
     """
     logit = pl.col("logit").cast(pl.Float64)
     deviation = pl.when(logit.std() > 0).then(logit.std()).otherwise(1.0)
@@ -108,7 +106,7 @@ def scoring_logits(
 
 
 def _join_logits(wanted: pl.DataFrame, root: Path, split: Split) -> pl.DataFrame:
-    """Add the logits to `isic_id` and `fold`. Raises UserError if readable images lack one."""
+    """Add the logits to `isic_id` and `fold`. Raise UserError if readable images lack one."""
     logits = _read_logits(root, split)
     table = wanted.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
     missing = table.filter(pl.col("logit").is_null())
@@ -141,11 +139,9 @@ def _read_logits(root: Path, split: Split) -> pl.DataFrame:
 
 
 def refuse_leaks(root: Path, metadata: pl.DataFrame, folds: Folds) -> None:
-    """Raise a UserError if a fold's model has learned from rows that it scores.
-
-    The fold plan does not rule this out: the model's initial weights may have been trained on rows
-    that the plan holds out.
-    """
+    """Raise a UserError if a fold's model has learned from rows that it scores."""
+    # The fold plan does not rule this out: the model's initial weights may have been trained on
+    # rows that the plan holds out.
     fold = folds.of(metadata)
     for k in read_run(root, "train")["folds"]:
         refuse_seen(
@@ -162,8 +158,7 @@ def image_features(
     """Return `isic_id` and IMAGE_FEATURES Float32 in the order of `metadata`.
 
     The score is the mean over the folds that have a logit for the row. The relative score is its
-    difference from the mean over the patient's lesions; a ratio would be meaningless for scores
-    around 0.
+    difference from the mean over the patient's lesions.
     """
     # Both means are taken in a fixed order of rows, because the last bits of a sum depend on it.
     score = (
@@ -173,6 +168,7 @@ def image_features(
         .agg(pl.col(SCORE).mean())
     )
     patient = with_patient(metadata.select(pl.col(schema.ID, f"^{schema.PATIENT}$")))
+    # A difference: a ratio would be meaningless for scores around 0.
     relative = pl.col(SCORE) - pl.col(SCORE).mean().over(schema.PATIENT)
     table = (
         patient.join(score, on=schema.ID, how="left", maintain_order="left")

@@ -87,7 +87,7 @@ def _fit_and_score(
     encoding: Encoding,
     settings: FitSettings,
 ) -> tuple[str, Scores]:
-    """Fit one booster outside a fold. Returns its text, and the scores of the fold's rows."""
+    """Fit one booster outside a fold. Return its text, and the scores of the fold's rows."""
     library, k, seed = key
     rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
     matrix = encoding.transform(table[rows])
@@ -110,7 +110,7 @@ def undersample(
     Args:
         target: [N], 0 or 1.
         rows: the indices to choose from.
-        negatives: kept per positive; at least one is kept in all.
+        negatives: per positive; at least one in all.
     """
     positive = rows[target[rows] == 1]
     negative = rows[target[rows] == 0]
@@ -123,10 +123,8 @@ def undersample(
 def _add_noise(
     matrix: NDArray[np.float32], names: tuple[str, ...], deviation: float, seed: tuple[int, int]
 ) -> None:
-    """Add noise to each row's image score in place, and the same noise to its relative score.
-
-    New rows have slightly different scores, so the trees should not rely on exact values.
-    """
+    """Add noise to each row's image score in place, and the same noise to its relative score."""
+    # New rows have slightly different scores, so the trees should not rely on exact values.
     columns = [names.index(name) for name in image_scores.IMAGE_FEATURES if name in names]
     if columns and deviation:
         random = np.random.default_rng((*seed, NOISE_STREAM))

@@ -98,7 +98,7 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def _check_lesions(ensemble: Ensemble, metadata: pl.DataFrame, few: str) -> None:
-    """Warns of patients with too few lesions to compare with each other, or raises a UserError."""
+    """Warn of patients with too few lesions to compare with each other, or raise a UserError."""
     if not ensemble.is_relative:
         return
     problem = few_lesions_warning(metadata, ensemble.manifest["lesions_per_patient"])
@@ -110,7 +110,7 @@ def _check_lesions(ensemble: Ensemble, metadata: pl.DataFrame, few: str) -> None
 
 
 def _warn_unseen(ensemble: Ensemble, table: pl.DataFrame) -> None:
-    """Warns of categories that no training row has, with their most frequent values."""
+    """Warn of categories that no training row has."""
     unseen = unseen_categories(table, ensemble.state.encodings.values())
     for name, rows in unseen.items():
         values = [f'"{value}" ({number:,} rows)' for value, number in rows.items()]
@@ -128,12 +128,9 @@ def models_path(submission: Path) -> Path:
 
 
 def score_models(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> dict[str, Scores]:
-    """Return each model's probabilities: the mean over its folds' boosters.
+    """Return each model's probabilities, [N] float64: the mean over its folds' boosters.
 
     Without boosters, the only model is the image model.
-
-    Returns:
-        [N] float64 by model name, as in `oof.parquet`.
     """
     boosters = ensemble.manifest["boosters"]
     if not boosters:

@@ -16,19 +16,17 @@ from isic.runtime import yaml12
 from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason
 from isic.runtime.errors import did_you_mean
 
+# Chosen by `python -m benchmarks hospitals` on 885 real rows of four hospitals. Change of the pAUC
+# compared with no blanks, for raw and engineered features (all noise by `infer compare`):
+#
+# - split seeds 7, 11 and 13: 0.0000 and +0.0007 on held-out hospitals, -0.0006 and 0.0000 in
+#   cross-validation;
+# - split seed 42 and other seeds: +0.0011, -0.0006, +0.0010 and -0.0002.
+#
+# A share of 0.1 was no better. Leaving the hospital's columns out gave +0.0004, -0.0022, -0.0007
+# and +0.0006 (noise), and does not help the other columns.
 BLANK_SHARE = 0.2
-"""Share of training rows in which a category is blanked, so that boosters learn to handle a blank.
-
-Chosen by `python -m benchmarks hospitals` on 885 real rows of four hospitals. Change of the pAUC
-compared with no blanks, for raw and engineered features (all noise by `infer compare`):
-
-- split seeds 7, 11 and 13: 0.0000 and +0.0007 on held-out hospitals, -0.0006 and 0.0000 in
-  cross-validation;
-- split seed 42 and other seeds: +0.0011, -0.0006, +0.0010 and -0.0002.
-
-A share of 0.1 was no better. Leaving the hospital's columns out gave +0.0004, -0.0022, -0.0007 and
-+0.0006 (noise), and does not help the other columns.
-"""
+"""Share of training rows in which a category is blanked, so that boosters learn about blanks."""
 NUM_FOLDS = 5
 SPLIT_SEED = 42
 """The fold plan if none comes with the embeddings or the dataset."""
@@ -126,7 +124,7 @@ class FitSettings(Settings):
 
     @classmethod
     def flags(cls) -> dict[str, FieldInfo]:
-        """Return the flags: one per library in place of `library_settings`."""
+        """Return the flags, with one per library instead of `library_settings`."""
         others = {name: field for name, field in cls.model_fields.items() if name != CHANGES}
         help_text = 'changed settings of {}, such as "{{num_rounds: 100}}"'
         libraries = {

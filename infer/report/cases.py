@@ -56,16 +56,15 @@ def worst_misses(oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CA
 def worst_false_alarms(
     oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CASES
 ) -> list[Case]:
-    """Return the benign lesions with the highest scores, the highest first.
-
-    Arguments as for `worst_misses`.
-    """
+    """Return the benign lesions with the highest scores, the highest first."""
     return _cases(oof, metadata, 0, number)
 
 
 def _cases(oof: pl.DataFrame, metadata: pl.DataFrame, label: int, number: int) -> list[Case]:
     is_class = pl.col(schema.TARGET) == label
-    wrong = oof.filter(is_class).sort("blend", schema.ID, descending=[label == 0, False])
+    # Malignant lesions are wrong if they score low, benign ones if they score high.
+    worst_first = [label == 0, False]
+    wrong = oof.filter(is_class).sort("blend", schema.ID, descending=worst_first)
     other_class = oof.filter(~is_class)["blend"].sort()
     return [_case(row, oof, metadata, other_class) for row in wrong.head(number).to_dicts()]
 
@@ -73,11 +72,7 @@ def _cases(oof: pl.DataFrame, metadata: pl.DataFrame, label: int, number: int) -
 def _case(
     scored: dict[str, Any], oof: pl.DataFrame, metadata: pl.DataFrame, other_class: pl.Series
 ) -> Case:
-    """Return the case of a row of `oof`.
-
-    Args:
-        other_class: the scores of the other class, sorted.
-    """
+    """Return the case of a row of `oof`; `other_class` has the sorted scores of the other class."""
     name = scored[schema.ID]
     score = scored["blend"]
     lesions = oof.filter(pl.col(schema.PATIENT) == scored[schema.PATIENT])

@@ -18,11 +18,7 @@ Z_95 = 1.959964
 
 
 def precision_recall(target: Labels, score: Floats) -> tuple[Floats, Floats, float]:
-    """Return recall rising from 0, precision [M], and the average precision.
-
-    Average precision is the area of the steps in which each precision extends back to the
-    previous recall.
-    """
+    """Return recall [M] rising from 0, precision [M], and the average precision."""
     precision, recall, _ = precision_recall_curve(target, score, drop_intermediate=True)
     return recall[::-1], precision[::-1], float(average_precision_score(target, score))
 
@@ -45,20 +41,18 @@ def reliability(
 ) -> Reliability:
     """Compare scores, taken as probabilities, with observed shares.
 
-    A bin holds an equal part of the sum of scores, that is, of the predicted malignant lesions.
-    With one malignant lesion in a thousand, most bins of equal size would have none.
-
-    The lesions of a patient are not independent, so the intervals hold 95 % of the resamples of
-    the patients. They also hold Wilson's interval for independent lesions: resamples of a bin
-    without a malignant lesion have none either, and so no spread.
-
     Args:
         target, score: [N]; scores in [0, 1].
         patient: [N] identifiers.
     """
+    # Bins have equal parts of the sum of scores, that is, of the predicted malignant lesions: with
+    # one malignant lesion in a thousand, most bins of equal size would have none.
     code = _bins(score, num_bins)
     num_rows = np.bincount(code)
     observed = np.bincount(code, target) / num_rows
+    # The lesions of a patient are not independent, so the intervals hold 95 % of the resamples of
+    # the patients. They also hold Wilson's interval for independent lesions: resamples of a bin
+    # without a malignant lesion have none either, and so no spread.
     low, high = wilson(observed, num_rows)
     resampled = _resampled_shares(code, target, patient)
     return Reliability(
@@ -102,7 +96,8 @@ def wilson(share: Floats, number: NDArray[np.int64]) -> tuple[Floats, Floats]:
     """
     square = Z_95**2 / number
     middle = (share + square / 2) / (1 + square)
-    half = Z_95 / (1 + square) * np.sqrt(share * (1 - share) / number + square / number / 4)
+    variance = share * (1 - share) / number + square / number / 4
+    half = Z_95 / (1 + square) * np.sqrt(variance)
     return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
 
 
@@ -117,13 +112,11 @@ class Projection:
 
 
 def pca(features: NDArray[np.floating]) -> Projection:
-    """Project features [N, D] onto their first two principal components.
-
-    The sign of a component is arbitrary; its largest coefficient is made positive.
-    """
+    """Project features [N, D] onto their first two principal components."""
     centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
     _, singular_values, components = np.linalg.svd(centred, full_matrices=False)
     components = components[:2]
+    # The sign of a component is arbitrary; its largest coefficient is made positive.
     largest_at = np.abs(components).argmax(axis=1)[:, None]
     largest = np.take_along_axis(components, largest_at, axis=1)
     points = centred @ (components * np.sign(largest)).T

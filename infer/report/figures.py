@@ -23,7 +23,8 @@ NUM_BARS = 24
 GRID_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Distances of grid lines to choose from."""
 MAX_GRID_LINES = 5
-MAP_SIDE, MAP_MARGIN = 200, 8
+MAP_SIDE = 200
+MAP_MARGIN = 8
 
 
 def roc_figure(oof: pl.DataFrame) -> Markup:
@@ -139,10 +140,7 @@ def _outline(edges: Floats, shares: Floats) -> tuple[Floats, Floats]:
 
 
 def _lowest(target: Labels, smallest: float) -> float:
-    """Return the low end of a probability axis.
-
-    It is 0, or a power of ten of at most `smallest` if malignant lesions are rare.
-    """
+    """Return 0, or a power of ten of at most `smallest` if malignant lesions are rare."""
     if target.mean() > RARE:
         return 0.0
     return float(10.0 ** np.floor(np.log10(np.clip(smallest, LOWEST, RARE))))

@@ -35,8 +35,6 @@ def importance(
 ) -> pl.DataFrame:
     """Return each feature's importance in an ensemble, the largest first.
 
-    A booster's gains are scaled to add up to 1 before the mean, so each booster counts equally.
-
     Args:
         names: D columns of the boosters' matrix.
 

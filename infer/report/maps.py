@@ -1,7 +1,4 @@
-"""A map of each fold's embeddings.
-
-Each fold's model has its own feature space, so one map of all would only show the folds.
-"""
+"""A map of each fold's embeddings: one map of all would only show the models' feature spaces."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -30,8 +30,10 @@ CAVEAT = (
 TOP = f"Top-{TOP_K}"
 NUM_TOP = 15
 """Features that are listed by name."""
-LARGE, SMALL = 160, 96
-"""Sides of the thumbnails in pixels, larger than in CSS pixels for screens of high density."""
+# Larger than in CSS pixels, for screens of high density.
+LARGE = 160
+SMALL = 96
+"""Sides of the thumbnails in pixels."""
 
 ReportSection = tuple[str, Sequence[str]]
 """Title and content."""
@@ -80,7 +82,7 @@ def header(scored: Scored, names: Iterable[str]) -> Markup:
 
 
 def _out_of_fold(boosters: bool, fold_models: bool) -> str:
-    """Return how far the scores are independent of their own patients, as a sentence."""
+    """Return a sentence on how far the scores are independent of their own patients."""
     if not boosters:
         return "Every score is out of fold: by an image model that was trained without the patient."
     if not fold_models:
@@ -269,10 +271,11 @@ def _errors(scored: Scored) -> dict[str, ReportSection]:
     alarms = worst_false_alarms(scored.oof, scored.metadata)
     large, small = _thumbnails(scored, (*misses, *alarms))
 
+    note = [tag("p", scored.images_missing)] if scored.images is None else []
+
     def section(title: str, intro: str, cases: Sequence[Case]) -> ReportSection:
-        note = [tag("p", scored.images_missing)] if scored.images is None else []
-        cards = tag("div", *(case_card(case, large, small) for case in cases), class_="cases")
-        return title, (tag("p", intro), *note, cards)
+        cards = [case_card(case, large, small) for case in cases]
+        return title, (tag("p", intro), *note, tag("div", *cards, class_="cases"))
 
     return {
         "Misses": section("Worst misses", "The malignant lesions with the lowest scores.", misses),

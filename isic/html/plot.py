@@ -15,9 +15,14 @@ from isic.html.markup import Markup, join, number, tag
 
 PLOT_STYLE = Path(__file__).with_name("plot.css")
 
-WIDTH, HEIGHT = 360, 336
-"""CSS pixels, about the size of a chart on a phone and on a wide screen: its text is then 12 px."""
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 10, 48
+# About the size of a chart on a phone and on a wide screen: its text is then 12 px.
+WIDTH = 360
+HEIGHT = 336
+"""CSS pixels."""
+LEFT = 54
+RIGHT = 14
+TOP = 10
+BOTTOM = 48
 """Margins around the axes."""
 IMAGE_WIDTH = 720
 """CSS pixels of a chart in a file of its own, at most."""
@@ -69,7 +74,8 @@ class Plot:
         """Return the pixels [N, 2] of points."""
         right = LEFT + self.x.place(x) * (WIDTH - LEFT - RIGHT)
         down = HEIGHT - BOTTOM - self.y.place(y) * (HEIGHT - TOP - BOTTOM)
-        return np.stack(np.broadcast_arrays(right, down), axis=-1).reshape(-1, 2)
+        right, down = np.broadcast_arrays(right, down)
+        return np.stack([right, down], axis=-1).reshape(-1, 2)
 
     def line(self, x: ArrayLike, y: ArrayLike, class_: str, title: str = "") -> Markup:
         """A line through N points; `title` is its tooltip."""
@@ -168,11 +174,7 @@ def path(points: Floats) -> str:
 def stairs(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
     """Return the corners of a step function that has the value y[i] from x[i-1] to x[i].
 
-    Args:
-        x, y: [N].
-
-    Returns:
-        Two arrays [2N - 1].
+    `x` and `y` are [N], the results [2N - 1].
     """
     across = np.repeat(np.asarray(x, np.float64), 2)
     up = np.repeat(np.asarray(y, np.float64), 2)

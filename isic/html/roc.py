@@ -77,7 +77,11 @@ def scored_region(fpr: Floats, tpr: Floats) -> tuple[Floats, Floats]:
 
 def _drawn(curves: Mapping[str, LabelledScores]) -> list[_Curve]:
     *thin, last = curves
-    drawn = [_curve(name, "part", *curves[name]) for name in thin if np.ptp(curves[name][0])]
+    drawn = []
+    for name in thin:
+        target, score = curves[name]
+        if np.ptp(target):  # a curve needs both classes
+            drawn.append(_curve(name, "part", target, score))
     return [*drawn, _curve(last, "whole", *curves[last])]
 
 
