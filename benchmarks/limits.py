@@ -29,7 +29,7 @@ COPIED = {"cpu": 2**28, "cuda": 2**32}
 """Bytes of the copied array, many times the caches; on a GPU at most 1/4 of the free memory."""
 MATMUL_OPSET, MATMUL_IR = 13, 8
 """Old enough for every supported ONNX Runtime."""
-TORCH_DTYPES = {
+DTYPE_OF_PRECISION = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
@@ -160,8 +160,8 @@ def _product(device: str, precision: str, side: int) -> Callable[[], object]:
         left = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
         right = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
         return lambda: torch._int_mm(left, right)
-    left = torch.randn(shape, device=device).to(TORCH_DTYPES[precision])
-    right = torch.randn(shape, device=device).to(TORCH_DTYPES[precision])
+    left = torch.randn(shape, device=device).to(DTYPE_OF_PRECISION[precision])
+    right = torch.randn(shape, device=device).to(DTYPE_OF_PRECISION[precision])
     if precision == "fp8":
         one = torch.ones((), device=device)
         return lambda: torch._scaled_mm(

@@ -46,24 +46,21 @@ def check(settings: CheckSettings) -> None:
     """Print a dataset's content, its problems, the images that do not decode, and its folds.
 
     Raises:
-        UserError: a table cannot be read, or there are problems; one sentence lists them all.
+        UserError: a table cannot be read, or there are problems.
     """
     dataset = Dataset(settings.data)
     print(f"dataset {settings.data}")
     problems: Problems = []
     train = dataset.metadata("train")
-    masks, test = _open_masks(dataset.masks_path, problems), None
+    masks = _open_masks(dataset.masks_path, problems)
+    test: pl.DataFrame | None = None
     _print_facts("train", _split_facts(dataset, "train", train, masks, settings, problems))
     if dataset.metadata_path("test").is_file():
         test = dataset.metadata("test")
         facts = _split_facts(dataset, "test", test, masks, settings, problems)
-        facts |= _submission_facts(dataset, test, problems) | _unseen_facts(train, test)
-        if lacking := [
-            name for name in CHECKED_FEATURES if name in train.columns and name not in test.columns
-        ]:
-            problems.append(
-                f"the test table lacks columns that features are made of ({_listed(lacking)})"
-            )
+        facts |= _submission_facts(dataset, test, problems)
+        facts |= _unseen_facts(train, test)
+        _check_features(train, test, problems)
         _print_facts("test", facts)
     else:
         _print_facts("test", {"rows": "none (no test-metadata.csv)"})
@@ -74,6 +71,15 @@ def check(settings: CheckSettings) -> None:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise UserError(f"{settings.data} has {count}: {'; '.join(problems)}")
     print("\nno problems found")
+
+
+def _check_features(train: pl.DataFrame, test: pl.DataFrame, problems: Problems) -> None:
+    in_train = [name for name in CHECKED_FEATURES if name in train.columns]
+    lacking = [name for name in in_train if name not in test.columns]
+    if lacking:
+        problems.append(
+            f"the test table lacks columns that features are made of ({_listed(lacking)})"
+        )
 
 
 def _split_facts(
@@ -143,7 +149,8 @@ def _image_facts(
     rowless = np.setdiff1d(images.ids, table[schema.ID].to_numpy().astype(np.str_)).tolist()
     if absent:
         problem = f"{len(absent):,} {split} rows have no image, the first is {absent[0]}"
-        if (reason := images.reason(absent[0])) != NO_IMAGE:
+        reason = images.reason(absent[0])
+        if reason != NO_IMAGE:
             problem += f" ({reason})"
         similar = {name.casefold() for name in absent} & {name.casefold() for name in rowless}
         if similar:
@@ -182,8 +189,9 @@ def _other_facts(root: Path, split: Split, images: ImageStore, problems: Problem
 
 
 def _difference(images: ImageStore, others: ImageStore) -> str:
-    """Compare two stores by ids and file sizes. Returns an empty string if they are equal."""
-    ids, other_ids = images.ids, others.ids
+    """Compare two stores by ids and file sizes. Return an empty string if they are equal."""
+    ids = images.ids
+    other_ids = others.ids
     shared, rows, other_rows = np.intersect1d(ids, other_ids, True, return_indices=True)
     counts = {
         f"only in {images.source.name}": len(ids) - len(shared),
@@ -207,7 +215,7 @@ def _decode_facts(
     ids = _sample(table, images, settings)
     failed = _undecodable(images, ids, settings.num_threads)
     if failed:
-        name, reason = next(iter(failed.items()))
+        (name, reason), *_ = failed.items()
         problems.append(
             f"{len(failed):,} {split} images do not decode, the first is {name} ({reason})"
         )
@@ -255,11 +263,10 @@ def _mask_facts(
     num_with = int((masks.locate(table[schema.ID].to_list()) >= 0).sum())
     facts = {"masks": _fraction(num_with, len(table))}
     ids = _sample(table, images, settings)
-    wrong, other_sizes = _compare_masks(
-        masks, images, [ids[row] for row in np.flatnonzero(masks.locate(ids) >= 0)], settings
-    )
+    with_mask = [ids[row] for row in np.flatnonzero(masks.locate(ids) >= 0)]
+    wrong, other_sizes = _compare_masks(masks, images, with_mask, settings)
     if wrong:
-        name, reason = next(iter(wrong.items()))
+        (name, reason), *_ = wrong.items()
         problems.append(
             f"{len(wrong):,} {split} masks cannot be used, the first is {name} ({reason})"
         )
@@ -282,7 +289,10 @@ def _compare_masks(
         image, no_image = images.read_each([ids[row]])
         if failed:
             raise ImageError(failed[0])
-        if not no_image and (sizes := check_mask(files[0], image[0])):
+        if no_image:
+            return
+        sizes = check_mask(files[0], image[0])
+        if sizes:
             other_sizes[ids[row]] = sizes
 
     wrong = failures(look, range(len(ids)), settings.num_threads)

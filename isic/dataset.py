@@ -78,10 +78,8 @@ class Dataset:
 
 
 def refuse_dataset(folder: Path, flag: str) -> None:
-    """Raise a UserError if an output folder holds a dataset.
-
-    A fold plan written there would apply to every later run on that dataset.
-    """
+    """Raise a UserError if an output folder holds a dataset."""
+    # A fold plan written there would apply to every later run on that dataset.
     for split in SPLITS:
         for ending in ("csv", "parquet"):
             if os.path.lexists(folder / f"{split}-metadata.{ending}"):

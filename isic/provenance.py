@@ -67,7 +67,7 @@ def refuse_seen(held_out: pl.DataFrame, seen: Seen, model: str, remedy: str) -> 
     """Raise a UserError if a model has learned from held-out images or patients.
 
     Args:
-        held_out: rows to be scored out of fold: `isic_id` and optionally `patient_id`.
+        held_out: `isic_id` and optionally `patient_id`.
         seen: the model's list.
         model: subject of the error message, such as "the weights in x".
         remedy: end of the error message, such as "use --pretrained y".

@@ -27,7 +27,7 @@ CAVEAT = (
     "These are research scores for comparing models: they are no diagnosis and must not guide "
     "anyone's care."
 )
-TOP = f"Top-{TOP_K}"
+TOP_HEADING = f"Top-{TOP_K}"
 NUM_TOP = 15
 """Features that are listed by name."""
 # Larger than in CSS pixels, for screens of high density.
@@ -128,8 +128,8 @@ def _top_tiles(top: TopK | None) -> list[tuple[str, str, str]]:
         "secondary metric"
     )
     return [
-        (f"{TOP} by lesion", percent(top.by_lesion, 1), by_lesion),
-        (f"{TOP} by patient", percent(top.by_patient, 1), by_patient),
+        (f"{TOP_HEADING} by lesion", percent(top.by_lesion, 1), by_lesion),
+        (f"{TOP_HEADING} by patient", percent(top.by_patient, 1), by_patient),
     ]
 
 

@@ -99,7 +99,7 @@ def expand(words: Iterable[str], also_known: Iterable[str] = ()) -> tuple[str, .
 
     Args:
         words: sets, groups or single features.
-        also_known: words of the caller, suggested for an unknown word too.
+        also_known: further suggestions for an unknown word.
 
     Raises:
         UserError: an unknown word, or a column that test tables lack.
@@ -119,7 +119,7 @@ def expand(words: Iterable[str], also_known: Iterable[str] = ()) -> tuple[str, .
 
 
 def relative_to_patient(names: Iterable[str]) -> bool:
-    """Return whether a named feature depends on the patient's other lesions; ignores others."""
+    """Return whether a named feature depends on the patient's other lesions."""
     return any(name in FEATURES and FEATURES[name].relative for name in names)
 
 
@@ -140,17 +140,13 @@ def needed_columns(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _roots(name: str) -> Iterable[str]:
-    return (
-        outlier.OUTLIER_COLUMNS if name == outlier.NAME else FEATURES[name].expr.meta.root_names()
-    )
+    if name == outlier.NAME:
+        return outlier.OUTLIER_COLUMNS
+    return FEATURES[name].expr.meta.root_names()
 
 
 def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
-    """Compute the named features.
-
-    Args:
-        metadata: from `read_metadata`. A row without a patient is a patient of its own.
-        names: from `expand`.
+    """Compute features from the result of `read_metadata`; `names` are those of `expand`.
 
     Returns:
         `isic_id` and one column per name, rows in the order of `metadata`. Categories are String;
@@ -179,7 +175,7 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
 
 
 def _in_canonical_order(metadata: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:
-    """Sort by patient and id, so that floating-point sums do not depend on the file's order."""
+    # Sorted, so that floating-point sums do not depend on the file's order.
     patient = with_patient(metadata)[schema.PATIENT].alias(PATIENT_CODE)
     keyed = (
         metadata.select(schema.ID, patient, *columns)

@@ -35,7 +35,7 @@ class Settings(BaseModel):
     @field_validator("*")
     @classmethod
     def _expand_home(cls, value: Any) -> Any:
-        """Resolve `~` in a path: shells leave it in --data=~/isic, and YAML files always do."""
+        # Shells leave `~` in --data=~/isic, and YAML files always do.
         if isinstance(value, tuple):
             return tuple(map(cls._expand_home, value))
         if not isinstance(value, Path) or not str(value).startswith("~"):
@@ -119,10 +119,7 @@ def describe_configs() -> dict[str, str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a config file over the one that it names as its `base`.
-
-    Args:
-        path: a YAML file; `base: x` in it names `configs/base/x.yaml`.
+    """Read a config file over its base: `base: x` names `configs/base/x.yaml`.
 
     Raises:
         UserError: a file is missing or not a YAML mapping.
@@ -139,7 +136,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; an empty file is an empty mapping. Raises UserError."""
+    """Read a YAML mapping; an empty file is an empty mapping. Raise UserError."""
     try:
         values = yaml12.load(read_text(path))
     except yaml.YAMLError as error:

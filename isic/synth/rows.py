@@ -150,7 +150,7 @@ def _positives(patient: Ints, num_positives: int, rng: Generator) -> Ints:
 
 
 def _latents(patient: Ints, sizes: Ints, rng: Generator) -> dict[str, Floats]:
-    """Sample a standard normal value [N] per column of RANK_CORRELATION, correlated, also per patient."""
+    """Sample correlated standard normal values [N] by column of RANK_CORRELATION."""
     names = list(marginals.RANK_CORRELATION)
     root = np.linalg.cholesky(marginals.correlation()).T
     share = np.array([marginals.PATIENT_SHARE.get(name, 0.0) for name in names])
