@@ -68,11 +68,7 @@ def input_kind(ensemble: Path) -> str:
 
 
 def score_row(name: str, oof: pl.DataFrame, kind: str) -> Row:
-    """Return a row of the table.
-
-    Args:
-        oof: `target`, `fold` and `score` of every row.
-    """
+    """Return a row of the table from `target`, `fold` and `score` of every row."""
     folds = oof.sort("fold").partition_by("fold")
     by_fold = [pauc(fold["target"], fold["score"]) for fold in folds]
     spread = round(float(np.std(by_fold, ddof=1)), 4) if len(by_fold) > 1 else None
@@ -91,11 +87,7 @@ def score_row(name: str, oof: pl.DataFrame, kind: str) -> Row:
 
 
 def colour_baseline(data: Path, num_folds: int, split_seed: int) -> pl.DataFrame:
-    """Score LightGBM on colour statistics of the images, out of fold.
-
-    Returns:
-        `isic_id`, `target`, `fold` and `score`.
-    """
+    """Return out-of-fold `isic_id`, `target`, `fold`, `score` of LightGBM on image colours."""
     dataset = Dataset(data)
     table = dataset.metadata("train")
     fold = draw_folds(table, num_folds, split_seed).of(table).to_numpy()
@@ -127,4 +119,6 @@ def _statistics(image: Pixels, num_bytes: int) -> NDArray[np.float64]:
     """Return a Lab thumbnail, mean and deviation per channel, and the file's size, [199]."""
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
     thumbnail = cv2.resize(lab, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
-    return np.concatenate([thumbnail.ravel(), lab.mean((0, 1)), lab.std((0, 1)), [num_bytes]])
+    mean = lab.mean(axis=(0, 1))
+    deviation = lab.std(axis=(0, 1))
+    return np.concatenate([thumbnail.ravel(), mean, deviation, [num_bytes]])

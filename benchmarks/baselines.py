@@ -1,9 +1,10 @@
 """The baselines of `benchmarks peers`: from ids to features, each in a process of its own.
 
-The first is this toolkit. The others follow the documentation of the libraries that they use, and
-import them only when they are opened. A process opens one baseline. Then each line on standard
-input names a dataset folder, whose images it embeds, and it answers with the seconds.
+The first is this toolkit. The others follow the documentation of the libraries that they use. Each
+line on a process's standard input names a dataset folder, and it answers with the seconds.
 """
+
+# Libraries are imported by the baselines that use them, so that no process pays for the others.
 
 import io
 import shutil
@@ -145,7 +146,6 @@ def timm_eager(task: Task, compiled: bool = False) -> Embed:
 
 
 def timm_compiled(task: Task) -> Embed:
-    """The same with torch.compile."""
     return timm_eager(task, compiled=True)
 
 
@@ -239,7 +239,7 @@ def _picture(file: Any, name: str) -> Any:
 
 
 def main(path: Path) -> None:
-    """Open the baseline of the task at `path` and answers every line with seconds.
+    """Open the baseline of the task at `path` and answer every line with seconds.
 
     The last features are next to the task, as .npy.
     """

@@ -101,13 +101,11 @@ def pipeline_rates(
 ) -> dict[str, float]:
     """Measure images per second of the pipeline and of its parts, in turns.
 
-    A drift of the machine then affects all of them.
-
     Args:
         job: its batch size and threads are used throughout.
         ids: the images, embedded by every fold of the job.
-        folder: for the shards, emptied before each repeat; must not exist.
-        repeats: of which the median counts, after one of warm-up.
+        folder: for the shards, emptied before each repeat.
+        repeats: after one of warm-up.
 
     Returns:
         Medians of `ingest`, `engine` and `end_to_end` in images per second, and of `share`: end to
@@ -129,7 +127,7 @@ def pipeline_rates(
 
 
 def _ingest(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
-    """Return a function that decodes all batches and drop them."""
+    """Return a function that decodes all batches and drops them."""
     store = Dataset(job.data).images(job.split)
     spec = job.models.spec
     size = job.batch_size

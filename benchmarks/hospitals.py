@@ -1,8 +1,7 @@
 """`python -m benchmarks hospitals`: scores at a hospital without training rows.
 
-A new hospital has an `attribution` that no booster was trained on. Several treatments of
-categories are compared with the first one: on each hospital, held out in turn, and in ordinary
-cross-validation, which shows the cost of a treatment when every hospital is known.
+A new hospital has an `attribution` that no booster was trained on. Treatments of categories are
+compared with the first one: on each hospital, held out in turn, and in cross-validation.
 """
 
 from collections.abc import Iterator
@@ -29,8 +28,6 @@ from isic.runtime.errors import UserError
 HOSPITAL = "attribution"
 OF_HOSPITAL = (HOSPITAL, "copyright_license")
 """Columns that depend on the hospital."""
-
-"""[seeds, N]."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,10 @@ def hospitals(settings: HospitalSettings) -> None:
         for treatment in treatments:
             scores = _scores(training, features, treatment, held_out, settings)
             first = first or scores
-            compared = [
-                (part, _compare(part, training, before, after, settings.draws))
-                for part, before, after in zip(held_out, first, scores, strict=True)
-            ]
+            compared = []
+            for part, before, after in zip(held_out, first, scores, strict=True):
+                comparison = _compare(part, training, before, after, settings.draws)
+                compared.append((part, comparison))
             named = {"data": settings.label, "features": features, "treatment": treatment.name}
             rows = [{**named, **row} for row in _rows(compared)]
             print_and_append("hospitals", rows, settings.results)
@@ -127,7 +124,7 @@ def _scores(
     held_out: list[HeldOut],
     settings: HospitalSettings,
 ) -> list[Floats]:
-    """Return the held-out scores of each part; parts with the same folds share a fit."""
+    """Return the held-out scores [seeds, N] of each part; equal folds share a fit."""
     spec = FeatureSpec.parse(features.replace("+", ","))
     names = tuple(name for name in spec.tabular if name not in treatment.without)
     flags = {

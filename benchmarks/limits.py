@@ -27,8 +27,9 @@ SIDES = {"cpu": (256, 1024), "cuda": (1024, 8192)}
 """Sides of the square matrices: the small product estimates the time of the large, measured one."""
 COPIED = {"cpu": 2**28, "cuda": 2**32}
 """Bytes of the copied array, many times the caches; on a GPU at most 1/4 of the free memory."""
-MATMUL_OPSET, MATMUL_IR = 13, 8
-"""Old enough for every supported ONNX Runtime."""
+# Old enough for every supported ONNX Runtime.
+MATMUL_OPSET = 13
+MATMUL_IR = 8
 DTYPE_OF_PRECISION = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -82,11 +83,7 @@ class Limits:
     def of(
         self, work: Work, precision: str, batch: int, images_per_second: float
     ) -> dict[str, Any]:
-        """Return the columns that compare a rate with the limits.
-
-        They are the achieved GFLOP/s, the share of each limit, the binding limit, and
-        `limit_images_per_second`, the rate that this limit would allow.
-        """
+        """Return the columns that compare a rate with the limits."""
         traffic = work.bytes_per_image(precision, batch)
         allowed = {"matmul": self.matmul / work.flops, "copy": self.copy / traffic}
         binding = min(allowed, key=lambda name: allowed[name])
@@ -118,10 +115,8 @@ def limits(device: str, precision: str) -> Limits:
 
 @cache
 def _onnxruntime_rate() -> float:
-    """Return float32 operations per second of ONNX Runtime's product by a constant on the CPU.
-
-    A constant right side, as in a network's layers, is packed once when the session opens.
-    """
+    """Return float32 operations per second of ONNX Runtime's product by a constant on the CPU."""
+    # A constant right side, as in a network's layers, is packed once when the session opens.
     side = SIDES["cpu"][1]
     left = np.random.default_rng(0).standard_normal((side, side), dtype=np.float32)
     right = np.random.default_rng(1).standard_normal((side, side), dtype=np.float32)
@@ -149,7 +144,8 @@ def _product_graph(right: NDArray[np.float32]) -> bytes:
 def torch_rate(device: str, precision: str) -> float:
     """Return operations per second of torch's product of two large matrices on `cpu` or `cuda`."""
     small, large = SIDES[device]
-    expected = _best_seconds(_product(device, precision, small), device) * (large / small) ** 3
+    small_seconds = _best_seconds(_product(device, precision, small), device)
+    expected = small_seconds * (large / small) ** 3
     side = small if expected > MAX_SECONDS else large  # a type that the device emulates is slow
     return 2.0 * side**3 / _best_seconds(_product(device, precision, side), device)
 

@@ -43,10 +43,7 @@ TORCH_PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
 
 
 def throughput(settings: ThroughputSettings) -> None:
-    """Measure images per second of untrained networks, each engine in its own process.
-
-    A row compares the rate with the machine's limits, or has the reason that there is no rate.
-    """
+    """Measure images per second of untrained networks, each engine in its own process."""
     rows_of = partial(throughput_rows, wanted=select_engines(settings), settings=settings)
     append_each("throughput", find_configs(settings.config), rows_of, settings.results)
 
@@ -59,12 +56,11 @@ def resolve_device(device: str) -> str:
 
 
 def batch_sizes(settings: ThroughputSettings) -> list[int]:
-    """Return the batch sizes to measure."""
     return list(settings.batch or BATCHES[resolve_device(settings.device)])
 
 
 def select_engines(settings: ThroughputSettings) -> list[tuple[str, str]]:
-    """Return the pairs of engine and precision to measure. Raises UserError if there are none."""
+    """Return the pairs of engine and precision to measure. Raise UserError if there are none."""
     device = resolve_device(settings.device)
     known = [(name, precision) for name in TORCH_ENGINES for precision in TORCH_PRECISIONS[device]]
     for name, row in FORMATS.items():
@@ -120,11 +116,7 @@ class EngineCase:
 
 
 def engine_rows(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Iterator[Row]:
-    """Yield the measurements of each batch size, or the `reason` that there are none.
-
-    Args:
-        folder: for the artifact and the job.
-    """
+    """Yield the measurements of each batch size, or the `reason` that there are none."""
     artifact: Artifact | None = None
     if case.engine not in TORCH_ENGINES:
         reason = unavailable_reason(case.engine, resolve_device(settings.device))
@@ -166,10 +158,7 @@ def _build(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Arti
 def run_job(
     case: EngineCase, artifact: Artifact | None, settings: ThroughputSettings, path: Path
 ) -> dict[str, Any]:
-    """Run an engine in a process of its own and return its results.
-
-    After a failure they have the `reason`, and the `rows` that were finished.
-    """
+    """Run an engine in its own process and return its `rows`, and the `reason` of a failure."""
     images_path = path.with_name("images.npy")
     np.save(images_path, case.images)
     job = EngineJob(

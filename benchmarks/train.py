@@ -46,10 +46,7 @@ PASSES = 3
 
 @dataclass
 class TimedBatches:
-    """A number of batches for a loop, timed after a warm-up.
-
-    The warm-up uses up the batches that loader processes prepared during the slow first steps.
-    """
+    """A number of batches for a loop, timed after a warm-up."""
 
     batches: Iterable[Batch]
     warmup: int
@@ -90,11 +87,7 @@ class TimedBatches:
 
 
 def train(settings: TrainRateSettings) -> None:
-    """Measure images per second of training, on files and in memory, and of a bare loop.
-
-    The bare loop uses timm and torch only, in a process of its own that this toolkit's global
-    settings do not affect. The three alternate.
-    """
+    """Measure images per second of training, on files and in memory, and of a bare loop."""
     if settings.mask_weight:
         raise UserError("the bare loop predicts no masks; give --mask_weight 0")
     device = select_device(settings.device)
@@ -112,6 +105,7 @@ def train(settings: TrainRateSettings) -> None:
         on_files: list[TimedBatches] = []
         in_memory: list[TimedBatches] = []
         bare_rates: list[float] = []
+        # In turns, so that a drift of the machine affects all of them.
         for _ in range(settings.repeats):
             on_files.append(run(endless(files), num_prefetched(files)))
             in_memory.append(run(endless(memory), 0))
@@ -152,7 +146,6 @@ def num_prefetched(loader: DataLoader[Item]) -> int:
 
 
 def endless(items: Iterable[Batch]) -> Iterator[Batch]:
-    """Iterate over `items` again and again."""
     return itertools.chain.from_iterable(itertools.repeat(items))
 
 
@@ -171,10 +164,7 @@ def random_batches(settings: TrainSettings, device: torch.device) -> list[Batch]
 def create_loop(
     settings: TrainRateSettings, device: torch.device
 ) -> Callable[[Iterable[Batch], int], TimedBatches]:
-    """Return a function that trains with the loop of `python -m train` and times it.
-
-    Its arguments are the batches and the number of them that is prefetched.
-    """
+    """Return a function of batches, and the number of prefetched ones, that times training."""
     prepare(device)
     state = create_state(settings.model_copy(update={"pretrained": False}), device, 0)
     threads = set_threads(state.model, settings, device, None)
@@ -199,11 +189,9 @@ def time_batches(
     device: torch.device,
     prefetched: int = 0,
 ) -> TimedBatches:
-    """Return timed batches for whole optimizer steps.
-
-    Loader processes prepare batches while the first steps are slow, and taking those is faster
-    than loading. They belong to the warm-up; the rest of them counts little among the timed ones.
-    """
+    """Return timed batches for whole optimizer steps."""
+    # Loader processes prepare batches while the first steps are slow, and taking those is faster
+    # than loading. They belong to the warm-up; the rest counts little among the timed ones.
     per_step = settings.accumulation_steps
     warmup = settings.warmup_steps
     steps = settings.steps

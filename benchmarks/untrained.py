@@ -74,10 +74,8 @@ def create_untrained(config: str) -> UntrainedModel:
 
 
 def _raise_layer_scales(model: nn.Module) -> None:
-    """Set layer scales to the size that they have after training.
-
-    They start near zero, so that the residual branches would not affect the parity check.
-    """
+    """Set layer scales to the size that they have after training."""
+    # They start near zero, so that the residual branches would not affect the parity check.
     for name, parameter in model.named_parameters():
         if name.endswith(SCALE_NAMES):
             nn.init.constant_(parameter, LAYER_SCALE)
@@ -140,11 +138,7 @@ def find_configs(names: tuple[str, ...]) -> list[str]:
 
 
 def chosen(key: str, wanted: tuple[str, ...], known: list[str]) -> list[str]:
-    """Return the known words that a flag selects; `all` selects every one.
-
-    Raises:
-        UserError: `wanted` has an unknown word; `key` is the flag.
-    """
+    """Return the known words that the flag `key` selects. Raise UserError for an unknown one."""
     words = (*known, ALL)
     for name in wanted:
         if name not in words:
