@@ -52,7 +52,7 @@ def dice(probabilities: Tensor, masks: Tensor) -> Tensor:
     """Dice coefficient 2|A and B| / (|A| + |B|) per image at its mask's size, 1 if both are empty.
 
     Args:
-        probabilities: [N, h, w]; the lesion is where they exceed 0.5 after interpolation.
+        probabilities: [N, h, w]; over 0.5 after interpolation is lesion.
         masks: uint8 [N, H, W], 1 on the lesion; NO_MASK for an image without a mask.
 
     Returns:

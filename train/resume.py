@@ -1,4 +1,4 @@
-"""Guards: what a run may skip, continue or overwrite."""
+"""Guards: whether a run may skip, continue or overwrite a fold."""
 
 from collections.abc import Mapping
 from pathlib import Path

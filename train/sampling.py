@@ -100,8 +100,7 @@ def report_composition(pools: Sequence[Pool], fold: int) -> None:
 class EpochSampler(Sampler[Key]):
     """Samples an epoch's rows from pools and shuffles them.
 
-    The keys depend on the seed and the epoch only, not on the number of workers or processes or on
-    earlier epochs, so that a resumed run sees what an uninterrupted one would.
+    The keys depend on the seed and the epoch only, so that a resumed run repeats them.
     """
 
     def __init__(self, pools: Sequence[Pool], seed: int, epoch: int = 0) -> None:

@@ -1,7 +1,7 @@
 """The run spec: everything that determines the content of an embedding run.
 
-A run resumes only with the spec that it began with, so that all its shards agree. The order of the
-keys matters: the digest is that of the JSON text.
+A run resumes only with the spec that it began with. The order of the keys matters: the digest is
+that of the JSON text.
 """
 
 import json

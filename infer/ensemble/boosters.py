@@ -305,7 +305,7 @@ def _broken(library: str, error: Exception) -> UserError:
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """A library of gradient-boosted trees. A test reports what a new row lacks."""
+    """A library of gradient-boosted trees."""
 
     fit: Callable[[Matrix, NDArray[np.integer], Sequence[str], Parameters, int], str]
     """See `fit_booster`."""

@@ -99,7 +99,7 @@ def expand(words: Iterable[str], also_known: Iterable[str] = ()) -> tuple[str, .
 
     Args:
         words: sets, groups or single features.
-        also_known: further suggestions for an unknown word.
+        also_known: more suggestions for an unknown word.
 
     Raises:
         UserError: an unknown word, or a column that test tables lack.

@@ -95,7 +95,7 @@ def _region(plot: Plot, curve: _Curve) -> Markup:
 
 
 def _legend(plot: Plot, curves: Sequence[_Curve]) -> list[Markup]:
-    """List the curves at the bottom right, where a curve better than chance never is."""
+    """List the curves at the bottom right, which a curve better than chance never reaches."""
     listed = curves if len(curves) <= MAX_LISTED else curves[-1:]
     return [
         plot.note(

@@ -11,7 +11,7 @@ from benchmarks.settings import ConfigsSettings
 from isic.runtime.config import describe_configs
 
 
-def test_a_row_has_what_timm_says_of_the_network() -> None:
+def test_a_row_has_the_figures_of_timm() -> None:
     row = config_row("vit_tiny")
     assert row["network"] == "vit_tiny_patch16_224"
     assert row["size"] == 224

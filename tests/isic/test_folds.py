@@ -9,7 +9,7 @@ from isic.runtime.errors import UserError
 from tests.support.datasets import small_table
 
 
-def test_no_patient_stands_in_two_folds_and_positives_are_spread() -> None:
+def test_no_patient_is_in_two_folds_and_positives_are_spread() -> None:
     table = small_table(600, 60)
     fold = draw_folds(table, 5, 42).of(table)
     by_patient = table.with_columns(fold).group_by("patient_id").agg(pl.col("fold").n_unique())
