@@ -39,6 +39,7 @@ PLATFORMS = (
     "manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64",
     "manylinux2014_x86_64",
 )
+# fmt: on
 SHARES = {"throughput": 0.45, "train": 0.25, "peers": 0.15, "export": 0.1, "ingest": 0.05}
 """The parts in their order, and the share of the time after which each is stopped.
 
