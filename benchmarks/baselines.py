@@ -86,6 +86,7 @@ def infer_embed(task: Task) -> Embed:
             EmbedJob(data, "train", models, task.device, "float32", "none", task.batch, None, None)
         )
 
+    # Opened before the first timed run.
     embedder(Path(task.data))  # raises now if the engine cannot run here
 
     def embed(data: Path) -> Features:

@@ -77,6 +77,7 @@ def fetch_wheels(settings: PackSettings, target: Path) -> None:
     for tag in settings.platform:
         command += ["--platform", tag]
     command += ["--dest", str(target), *map(_pinned, settings.wheels)]
+    # pip selects wheels by the tags of the other machine, so nothing is installed here.
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         lines = ended.stderr.strip().splitlines()

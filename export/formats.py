@@ -52,6 +52,7 @@ class ArtifactSpec:
     @property
     def batch_sizes(self) -> tuple[int, ...]:
         """Batch sizes at which parity is checked: small ones, the usual one and the largest."""
+        # Tracing may treat a batch of 1 or 2 as a constant, so both are checked.
         if self.device == "cpu":
             sizes = {1, 2, *CPU_BATCH_SIZES}
         else:
@@ -200,6 +201,7 @@ def find_formats(
 
 def _chosen_precisions(name: str, precisions: tuple[str, ...], device: str) -> list[str]:
     offered = offered_precisions(name, device)
+    # Reported first: the reason is this machine, and not the format.
     if (
         "bf16" in precisions
         and "bf16" in FORMATS[name].precisions[device]

@@ -81,6 +81,7 @@ def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
             dynamic_shapes={IMAGES: {0: torch.export.Dim("batch")}},
             strict=False,
         )
+        # Decomposed into `attention`, whose softmax is in float32; later opsets have one node.
         if opset < ATTENTION_OPSET:
             program = program.run_decompositions(
                 {torch.ops.aten.scaled_dot_product_attention.default: attention}

@@ -96,6 +96,8 @@ def find_layers(graph: onnx.GraphProto, quant_type: QuantType) -> list[NodeProto
     for node in graph.node:
         if node.op_type not in quant_type.operators or node.input[1] not in constants:
             continue
+        # [out, in / groups, ...] for a convolution: a depthwise one has one input channel per
+        # group.
         channels = min(constants[node.input[1]].dims[:2])
         if node.op_type != "Conv" or channels >= MIN_CONV_CHANNELS:
             layers.append(node)
@@ -235,6 +237,7 @@ def _parameters(
     graph: onnx.GraphProto, name: str, scale: NDArray[np.float16], quant_type: QuantType
 ) -> tuple[str, str]:
     """Add a scale and its zero point to the graph and return their names."""
+    # ONNX takes the quantized type from the zero point, even if it is 0.
     zeros = helper.make_tensor(
         f"{name}_zero", quant_type.code, scale.shape, bytes(scale.size), raw=True
     )

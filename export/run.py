@@ -171,6 +171,7 @@ def is_current(artifact: Path, spec: ArtifactSpec, checkpoint: str, digest: str)
     wanted = {**spec.facts, "made_from": {"checkpoint": checkpoint, "sha256": digest}}
     if any(manifest.get(key) != value for key, value in wanted.items()):
         return False
+    # Last, because it reads the whole file.
     return bool(manifest["sha256"] == sha256(artifact))
 
 
@@ -361,6 +362,7 @@ def choose_rows(table: pl.DataFrame, num_rows: int) -> pl.DataFrame:
     """Return rows spread evenly over the table; at most a quarter are positives."""
     positives = table.filter(pl.col(schema.TARGET) == 1)
     negatives = table.filter(pl.col(schema.TARGET) == 0)
+    # Positives are rare, but the pAUC needs some.
     chosen = [evenly_spaced(positives, num_rows // 4), evenly_spaced(negatives, num_rows)]
     return pl.concat(chosen).head(num_rows)
 

@@ -269,6 +269,7 @@ def configure(
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatible and not portable:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    # Kernels are chosen for `opt`; all sizes between `min` and `max` run.
     profile = builder.create_optimization_profile()
     image_shape = tuple(network.get_input(0).shape)[1:]
     shapes = [(batch, *image_shape) for batch in options.profile.values()]

@@ -72,8 +72,10 @@ def load_index(path: Path, file: int) -> Index:
     if found:
         return found
     index = build_index(path)
+    # The path too: another file may have been moved there meanwhile.
     if not before == state(file) == _state(path.stat()):
         raise UserError(f"{path} was changed while it was read; run the same command again")
+    # A file that was written just now may change again without another time stamp.
     if cached and started - max(before[2:]) / 1e9 > SETTLED_SECONDS:
         _write(cached, key, index)
     return index

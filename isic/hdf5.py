@@ -96,6 +96,7 @@ def open_file(path: Path) -> int:
             raise UserError(f"{path} is a {kind}, not an HDF5 file")
         with open(path, "rb", buffering=0) as file:
             if any(data == SIGNATURE for data in _possible_signatures(file.fileno())):
+                # A copy, because leaving the block closes the original.
                 return os.dup(file.fileno())
             start = os.pread(file.fileno(), 512, 0)
     except OSError as error:

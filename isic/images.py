@@ -72,6 +72,7 @@ class ImageStore(ABC):
 
     def _comparable(self, name: str) -> bytes:
         """Return an id in UTF-8, empty if numpy would cut it, since it then cannot match."""
+        # numpy cuts longer bytes and drops zero bytes at the end of fixed-width ones.
         encoded = name.encode("utf-8", "surrogatepass")
         fits = len(encoded) <= self._names.dtype.itemsize and not encoded.endswith(b"\0")
         return encoded if fits else b""

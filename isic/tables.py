@@ -113,6 +113,7 @@ def read_column(path: Path, name: str) -> pl.Series | None:
             return None
         column = [names.index(name)]
         parts = [
+            # Each block gets the header in front, so that polars finds the column.
             pl.read_csv(header + rows, columns=column, infer_schema=False).to_series()
             for rows in _whole_rows(file, path, len(names))
         ]

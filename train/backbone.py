@@ -31,6 +31,7 @@ def save_backbone(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
+    # Weights may be stored channels-last, and safetensors takes contiguous tensors only.
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
     files = {
         WEIGHTS_FILE: save(tensors, {TRAINED_ON_KEY: facts[TRAINED_ON_KEY]}),

@@ -63,6 +63,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     with reading(path), open(path, "rb"):
         pass  # reports unreadable files here, because below an OSError means wrong bytes
     try:
+        # weights_only: a file of unknown origin must not run code.
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(

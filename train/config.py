@@ -232,6 +232,7 @@ def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> Train
         return build(model, values)
     path = find_config(named[0])
     from_file = build_checked(model, path)
+    # A run is named after its config unless the file or a flag names it.
     return build(model, {"name": path.stem, **from_file, **values})
 
 

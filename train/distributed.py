@@ -59,6 +59,7 @@ def broadcast_object(value: _T) -> _T:
     """Return the main process's value."""
     if world_size() == 1:
         return value
+    # The list is overwritten in all processes but the main one.
     values: list[Any] = [value]
     dist.broadcast_object_list(values, src=0)
     received: _T = values[0]

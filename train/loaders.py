@@ -79,7 +79,11 @@ def fold_loaders(
         ),
         sampler,
         create_loader(
-            held_out_images, RowSampler(held_out[rank::world_size]), batch_size, **workers
+            # Split without padding, so that each held-out row is predicted exactly once.
+            held_out_images,
+            RowSampler(held_out[rank::world_size]),
+            batch_size,
+            **workers,
         ),
     )
 
@@ -139,6 +143,7 @@ def create_loader(
         num_workers=num_workers,
         prefetch_factor=num_prefetched if num_workers else None,
         persistent_workers=num_workers > 0,  # starting them again costs seconds per epoch
+        # Copies from pinned memory to the GPU do not block the host.
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_signals_in_worker,
     )

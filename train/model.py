@@ -110,6 +110,7 @@ class MultiTask(Classifier):
         infos: Any = backbone.feature_info
         deepest: dict[int, int] = {}
         for index, info in enumerate(infos):
+            # Of several maps with one stride, the last has passed the most layers.
             deepest[info["reduction"]] = index
         strides = [stride for stride in deepest if stride >= MASK_STRIDE]
         self.map_indices = [deepest[stride] for stride in strides]
@@ -229,6 +230,7 @@ def _find_remedy(settings: TrainSettings, own_size: int) -> tuple[str, Any]:
     sizes = [max(round(settings.image_size / stride), 1) * stride for stride in COMMON_STRIDES]
     remedies = [(name, value) for name, value in HARMLESS.items() if name != "mask_weight"]
     remedies += [("image_size", size) for size in (*sizes, own_size)]
+    # Last, because it gives up a task.
     remedies += [("mask_weight", HARMLESS["mask_weight"])]
     for name, value in remedies:
         changed = settings.model_copy(update={name: value})

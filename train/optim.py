@@ -48,6 +48,7 @@ def _backbone_groups(
     backbone: nn.Module, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
     no_decay: set[str] = getattr(backbone, "no_weight_decay", set)()
+    # Two groups instead of two per layer: the fused kernel runs once per group.
     if layer_decay == 1:
         return list(
             param_groups_weight_decay(backbone, weight_decay, no_weight_decay_list=no_decay)

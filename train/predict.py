@@ -33,6 +33,7 @@ class Predictions:
         rows = np.concatenate([part.rows for part in parts])
         logits = np.concatenate([part.logits for part in parts])
         overlaps = np.concatenate([part.dice for part in parts])
+        # Processes predict interleaved rows.
         order = np.argsort(rows)
         return cls(rows[order], logits[order], overlaps[order])
 

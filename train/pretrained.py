@@ -77,6 +77,7 @@ def local_file(pretrained: str, fold: int | None = None) -> Path | None:
         path = path / WEIGHTS_FILE
     if path.is_file():
         return path
+    # A misspelt path; timm would look for it on the hub.
     if path.suffix in WEIGHT_SUFFIXES:
         raise UserError(
             f"no weights at {pretrained}; give a file that exists, a hub name, or --pretrained "

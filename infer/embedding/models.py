@@ -63,6 +63,7 @@ def find_models(
     for fold, folder in fold_dirs(model_dir).items():
         path = _find_artifact(folder, format_or_file, precision)
         if path is not None:
+            # Absolute, because workers may have another working directory.
             artifacts[fold] = path.resolve()
     if not artifacts:
         raise UserError(_no_artifact(model_dir, config, format_or_file, precision))
@@ -102,6 +103,7 @@ def _refuse_other_fold(path: Path, manifest: Mapping[str, Any], config: str, fol
 
 def artifacts_of_format(folder: Path, format_name: str, precision: str | None) -> list[Path]:
     """Return the artifacts of a format in a fold's folder, according to their manifests."""
+    # Manifests, because a file name does not have the format.
     manifests = [read_json(path) for path in sorted(folder.glob("*.json"))]
     return [
         folder / manifest["artifact"]

@@ -58,6 +58,7 @@ class Progress:
     @property
     def time_shares(self) -> dict[str, float]:
         """Each stage's share of the time measured in the stages."""
+        # Nothing has been timed before the first batch.
         busy = max(sum(self.seconds.values()), 1e-9)
         return {
             stage.removesuffix("_wait"): seconds / busy for stage, seconds in self.seconds.items()

@@ -76,6 +76,7 @@ def run_ray(shards: Sequence[Shard], job: EmbedJob, address: str, on_batch: OnBa
     num_actors, resources = size_actors(ray.nodes(), job.device)
     job = dataclasses.replace(job, num_threads=job.num_threads or int(resources["num_cpus"]))
     shards_per_actor = ceil_div(len(shards), num_actors)
+    # Several tasks per actor, so that a lost one costs little, but at least one for each actor.
     num_tasks = ceil_div(len(shards), min(SHARDS_PER_TASK, shards_per_actor))
     items = [{"shard": number} for number in range(len(shards))]
     results = ray.data.from_items(items, override_num_blocks=num_tasks).map_batches(

@@ -218,6 +218,7 @@ def frozen_columns(
     """
     origin = _origin_of_fold(read_run(root, split), model.fold)
     refuse_other_origin(root, split, origin, model.made_with)
+    # Frozen embeddings of train and test come from one model, so they need no map.
     identity = AffineMap(np.eye(model.width), np.zeros(model.width))
     return mapped_columns(root, split, FROZEN, metadata, {model.fold: identity}, None)
 

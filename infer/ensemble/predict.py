@@ -50,6 +50,7 @@ def predict_submission(settings: PredictSettings) -> None:
     table = ensemble.spec.frame(metadata, image_tables)
     _warn_unseen(ensemble, table)
     models = score_models(ensemble, table, settings.num_threads or num_cores())
+    # Only a blend of several libraries needs the ranks of the training rows.
     reference = ensemble.oof_models() if len(ensemble.weights) > 1 else {}
     # Rounding may lead a mean of probabilities beyond 0 or 1 by a last bit.
     score = np.clip(blend(models, ensemble.weights, reference), 0.0, 1.0)

@@ -47,6 +47,7 @@ def summarise(
         UserError: one class only, or a score that is not finite.
     """
     folds = np.unique(fold)
+    # The mean over folds is reported too: a partial AUC is not additive.
     by_fold = [_pauc_or_none(target[fold == k], score[fold == k]) for k in folds]
     known = [value for value in by_fold if value is not None]
     top = top_k(target, score, patient)

@@ -83,6 +83,7 @@ def _case(
         .select(schema.ID, schema.TARGET, "blend")
     )
     row = metadata.row(by_predicate=pl.col(schema.ID) == name, named=True)
+    # Ties do not count as beaten.
     num_beaten = np.searchsorted(other_class.to_numpy(), score)
     return Case(
         lesion=Lesion(name, scored[schema.TARGET], score),

@@ -49,5 +49,6 @@ def sample_lesions(rows: pl.DataFrame) -> pl.DataFrame:
     parts = []
     for label, most in MAX_SHOWN.items():
         part = rows.filter(pl.col(schema.TARGET) == label).sort(schema.ID)
+        # A fixed seed, so that a report of the same ensemble has the same bytes.
         parts.append(part.sample(min(len(part), most), seed=0))
     return pl.concat(parts)

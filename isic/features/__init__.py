@@ -208,5 +208,6 @@ def _lof(table: pl.DataFrame) -> pl.Series:
 def _finite(name: str) -> pl.Expr:
     if name in CATEGORIES:
         return pl.col(name).cast(pl.String)
+    # A value beyond float32 becomes infinite, and then null.
     number = pl.col(name).cast(pl.Float32)
     return pl.when(number.is_finite()).then(number).alias(name)

@@ -85,6 +85,7 @@ def fit_encoding(features: pl.DataFrame, names: tuple[str, ...]) -> Encoding:
 
 
 def _by_frequency(column: pl.Series) -> tuple[str, ...]:
+    # Ties by name, so that codes do not depend on the order of the rows.
     counts = (
         column.drop_nulls().value_counts().sort(["count", column.name], descending=[True, False])
     )

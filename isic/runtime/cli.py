@@ -136,6 +136,7 @@ def _call(command: Command, extra: tuple[str, ...], flags: Mapping[str, str]) ->
     by_position: dict[str, Any] = dict(zip(positional, extra, strict=False))
     settings = command.load(settings_type, {**by_position, **flags})
     try:
+        # Imported only now: settings are checked before heavy libraries take seconds to load.
         function: Callable[[Settings], int | None] = resolve_name(command.function)
         return function(settings)
     except ModuleNotFoundError as error:

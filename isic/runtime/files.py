@@ -31,6 +31,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, because a rename across file systems is not atomic.
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         # Not tempfile, whose files are private: some network file systems do not permit chmod.
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))

@@ -117,6 +117,7 @@ def render(spec: CropSpec, seed: tuple[int, ...]) -> Crop:
 @lru_cache(maxsize=256)
 def _grid(side: int) -> tuple[Field, Field]:
     """Return x and y of the pixel centres in mm from the field's centre, each [side, side]."""
+    # Cached, because many crops have the same side.
     axis = (((np.arange(side) + 0.5) / side - 0.5) * FIELD_MM).astype(np.float32)
     x, y = np.meshgrid(axis, axis)
     return x, y

@@ -196,6 +196,7 @@ def _write_crops(
     rows = SyntheticRows(
         pl.concat([train.table, test.table]), np.concatenate([train.cue, test.cue])
     )
+    # A large table reuses the crops of a pool, since rendering would take most of the time.
     one_crop_per_row = spec.images == spec.pool
     rendered = rows if one_crop_per_row else _pool_rows(spec)
     say(f"rendering {len(rendered.table):,} crops")

@@ -162,13 +162,11 @@ def _latents(patient: Ints, sizes: Ints, rng: Generator) -> dict[str, Floats]:
 
 
 def _normal_by_rows(shared: Floats, sizes: Ints) -> Floats:
-    """Make the patients' values [P, K] standard normal over the rows; their ranks are kept.
-
-    A few patients have most rows; without this, their values would shift the table's marginals.
-    """
+    """Make the patients' values [P, K] standard normal over the rows; their ranks are kept."""
     order = np.argsort(shared, axis=0)
     rows = sizes[order]
     middle = (np.cumsum(rows, axis=0) - rows / 2) / sizes.sum()
+    # A few patients have most rows: without this, they would shift the marginals of the table.
     level = np.empty_like(shared)
     np.put_along_axis(level, order, ndtri(middle), axis=0)
     level -= np.average(level, axis=0, weights=sizes)
@@ -262,6 +260,7 @@ def _places(num_rows: int, rng: Generator) -> dict[str, Sequence[object] | Float
     location = _quota(counts, num_rows, rng)
     simple = [_simple_location(name) for name in names]
     rough = centres[location] + rng.normal(0, POSITION_SPREAD_MM, (num_rows, 3))
+    # By ranks, so that the positions have their published marginals whatever the locations are.
     rank = np.argsort(np.argsort(rough, axis=0), axis=0)
     z = ndtri((rank + 0.5) / num_rows)
     columns: dict[str, Sequence[object] | Floats] = {
