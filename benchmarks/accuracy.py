@@ -110,8 +110,8 @@ def colour_statistics(dataset: Dataset, ids: list[str]) -> NDArray[np.float32]:
     """Return the statistics of N images, [N, 199] float32."""
     store = dataset.images("train")
     images, _ = store.load(ids, PreprocessSpec(size=DECODED, interpolation="area"))
-    sizes = [len(data) for data in store.read(ids)]
-    rows = [_statistics(image, size) for image, size in zip(images, sizes, strict=True)]
+    files = store.read(ids)
+    rows = [_statistics(image, len(file)) for image, file in zip(images, files, strict=True)]
     return np.stack(rows).astype(np.float32)
 
 

@@ -25,7 +25,7 @@ from benchmarks.record import Row, print_and_append, ratio_columns
 from benchmarks.settings import TIMED_PER_WARMUP, TrainRateSettings
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
-from train.batch import Batch
+from train.batch import Batch, to_device
 from train.config import TrainSettings
 from train.loaders import Item, fold_loaders, worker_errors
 from train.loop import train_epoch
@@ -157,8 +157,9 @@ def random_batches(settings: TrainSettings, device: torch.device) -> list[Batch]
     for _ in range(NUM_IN_MEMORY):
         images = torch.randint(256, shape, dtype=torch.uint8)
         target = torch.randint(2, (size,)).float()
-        batches.append(Batch(images, target, torch.arange(size)))
-    return [Batch(*(part.to(device) for part in batch)) for batch in batches]
+        batch = Batch(images, target, torch.arange(size))
+        batches.append(to_device(batch, device))
+    return batches
 
 
 def create_loop(
@@ -244,10 +245,14 @@ def serve_bare_loop(connection: Connection, settings: TrainRateSettings) -> None
 
 def normalised_batches(settings: TrainSettings, device: torch.device) -> list[Batch]:
     """Return batches of noise as the bare loop takes them: float32 [N, 3, size, size]."""
-    shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
-    target = torch.randint(2, (settings.batch_size,)).float()
-    batches = [Batch(torch.randn(shape), target, torch.empty(0)) for _ in range(NUM_IN_MEMORY)]
-    return [Batch(*(part.to(device) for part in batch)) for batch in batches]
+    size = settings.batch_size
+    shape = (size, 3, settings.image_size, settings.image_size)
+    target = torch.randint(2, (size,)).float()
+    batches = []
+    for _ in range(NUM_IN_MEMORY):
+        batch = Batch(torch.randn(shape), target, torch.empty(0))
+        batches.append(to_device(batch, device))
+    return batches
 
 
 def run_bare_loop(

@@ -113,7 +113,8 @@ class EpochSampler(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         random = np.random.default_rng((self.seed, self.epoch))
-        rows = random.permutation(np.concatenate([pool.sample(random) for pool in self.pools]))
+        sampled = [pool.sample(random) for pool in self.pools]
+        rows = random.permutation(np.concatenate(sampled))
         seeds = random.integers(2**31, size=len(rows))
         return iter(zip(rows.tolist(), seeds.tolist(), strict=True))
 

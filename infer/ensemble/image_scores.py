@@ -5,7 +5,7 @@ deviation of the training rows that it held out. A training row gets the score o
 held it out, a test row the mean over all models, and an unreadable image a blank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,14 @@ class LogitScaler:
 
     def standardised(self) -> pl.Expr:
         """Return (logit - mean) / deviation, with the constants of the row's `fold`."""
-        folds = pl.Series(list(self.folds), dtype=pl.Int8)
-        means = pl.Series([mean for mean, _ in self.folds.values()], dtype=pl.Float64)
-        deviations = pl.Series([std for _, std in self.folds.values()], dtype=pl.Float64)
-        mean = pl.col("fold").replace_strict(folds, means)
-        deviation = pl.col("fold").replace_strict(folds, deviations)
+        means, deviations = zip(*self.folds.values(), strict=True)
+        mean = self._of_fold(means)
+        deviation = self._of_fold(deviations)
         return (pl.col("logit") - mean) / deviation
+
+    def _of_fold(self, values: Sequence[float]) -> pl.Expr:
+        folds = pl.Series(list(self.folds), dtype=pl.Int8)
+        return pl.col("fold").replace_strict(folds, pl.Series(values, dtype=pl.Float64))
 
     def to_json(self) -> dict[str, list[float]]:
         return {str(fold): list(pair) for fold, pair in self.folds.items()}

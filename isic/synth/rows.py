@@ -155,9 +155,10 @@ def _latents(patient: Ints, sizes: Ints, rng: Generator) -> dict[str, Floats]:
     root = np.linalg.cholesky(marginals.correlation()).T
     share = np.array([marginals.PATIENT_SHARE.get(name, 0.0) for name in names])
     own = rng.standard_normal((len(patient), len(names))) @ root
-    shared = rng.standard_normal((len(sizes), len(names))) @ root
-    per_row = _normal_by_rows(shared, sizes)[patient]
-    z = np.sqrt(share) * per_row + np.sqrt(1 - share) * own
+    of_patient = rng.standard_normal((len(sizes), len(names))) @ root
+    shared = _normal_by_rows(of_patient, sizes)[patient]
+    # The squares of the factors add up to 1, so z is standard normal again.
+    z = np.sqrt(share) * shared + np.sqrt(1 - share) * own
     return dict(zip(names, np.ascontiguousarray(z.T), strict=True))
 
 
@@ -347,7 +348,8 @@ def _blanked(table: pl.DataFrame, rng: Generator) -> pl.DataFrame:
     table = table.with_columns(pl.col(name).cast(schema.DTYPES[name]) for name in table.columns)
     for name, share in marginals.BLANKS.items():
         num_blank = round(share * len(table))
-        blank = np.zeros(len(table), dtype=bool)
-        blank[rng.permutation(len(table))[:num_blank]] = True
-        table = table.with_columns(pl.when(~pl.Series(blank)).then(pl.col(name)).alias(name))
+        known = np.ones(len(table), dtype=bool)
+        known[rng.permutation(len(table))[:num_blank]] = False
+        kept = pl.when(pl.Series(known)).then(pl.col(name))
+        table = table.with_columns(kept.alias(name))
     return table
