@@ -23,10 +23,12 @@ SECONDS = 1.0
 """Approximate length of a measurement."""
 MAX_SECONDS = 3.0
 """Longest large matrix product, estimated from the small one."""
+# The small product estimates the time of the large, measured one.
 SIDES = {"cpu": (256, 1024), "cuda": (1024, 8192)}
-"""Sides of the square matrices: the small product estimates the time of the large, measured one."""
+"""Sides of the square matrices."""
+# Many times the caches.
 COPIED = {"cpu": 2**28, "cuda": 2**32}
-"""Bytes of the copied array, many times the caches; on a GPU at most 1/4 of the free memory."""
+"""Bytes of the copied array; on a GPU at most 1/4 of the free memory."""
 # Old enough for every supported ONNX Runtime.
 MATMUL_OPSET = 13
 MATMUL_IR = 8
@@ -36,11 +38,9 @@ DTYPE_OF_PRECISION = {
     "bf16": torch.bfloat16,
     "fp8": torch.float8_e4m3fn,
 }
+# On a CPU, int8 layers read and write float32; fp8 layers read and write float16.
 ACTIVATION_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 2}
-"""Bytes of a value between two layers, by precision.
-
-On a CPU, int8 layers read and write float32; fp8 layers read and write float16.
-"""
+"""Bytes of a value between two layers, by precision."""
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 FLOPS = {
     **flop_registry,

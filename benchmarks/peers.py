@@ -30,8 +30,9 @@ from isic.synth.write import write_images
 from train.timm_models import backbone_options
 
 OURS, *PEERS = BASELINES
+# torch has no autocast to an 8-bit type.
 PEER_PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}
-"""Precision of the peers on a GPU by that of ours; torch has no autocast to an 8-bit type."""
+"""Precision of the peers on a GPU by that of ours."""
 
 
 def peers(settings: PeersSettings) -> None:

@@ -38,8 +38,9 @@ from isic.runtime.files import read_json
 
 POOL = 64
 """Different images that the inputs are made of."""
+# A CPU may emulate the low ones.
 TORCH_PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
-"""Precisions that PyTorch is measured in; a CPU may emulate the low ones."""
+"""Precisions that PyTorch is measured in."""
 
 
 def throughput(settings: ThroughputSettings) -> None:

@@ -40,8 +40,9 @@ from train.timm_models import backbone_options
 
 NUM_IN_MEMORY = 4
 """Random batches in memory, used in turns."""
+# The backward pass has two products for each one of the forward pass.
 PASSES = 3
-"""Forward passes that a training step costs: the backward pass has two products for each one."""
+"""Forward passes that a training step costs."""
 
 
 @dataclass

@@ -20,10 +20,12 @@ from isic.preprocess import Pixels
 from isic.runtime.files import read_json, write_json
 from isic.runtime.machine import peak_memory_mb
 
+# The first call with a shape allocates, compiles or tunes.
 WARM_UP = 2
-"""Calls before a measurement: the first with a shape allocates, compiles or tunes."""
+"""Calls before a measurement."""
+# In turns, so that no cache holds the input.
 NUM_INPUTS = 4
-"""Different batches, used in turns so that no cache holds the input."""
+"""Different batches of input."""
 NUM_CHECKED = 16
 """Images whose features are compared with the network's own."""
 

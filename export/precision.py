@@ -16,8 +16,9 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 FP32_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, GlobalResponseNorm, _BatchNorm)
 """Layers that stay in float32: they square activations, which overflows float16, or sum many, which
 bfloat16 rounds too much."""
+# Transpositions around the product included.
 MIN_INT8_CHANNELS = 64
-"""Channels from which a 1x1 convolution is faster as an int8 product, transpositions included."""
+"""Channels from which a 1x1 convolution is faster as an int8 product."""
 
 
 def cast_model(model: Classifier, precision: str) -> Classifier:

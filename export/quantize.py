@@ -46,9 +46,9 @@ QUANT_TYPES = {
         TensorProto.FLOAT8E4M3FN, torch.float8_e4m3fn, 448, frozenset({"MatMul", "Gemm"})
     ),
 }
+# Convolutions with fewer channels, such as the stem and depthwise ones, have no fast int8 kernel.
 MIN_CONV_CHANNELS = 16
-"""A convolution with fewer input or output channels has no fast int8 kernel; this excludes the stem
-and depthwise convolutions."""
+"""Fewest input and output channels of a quantized convolution."""
 CALIBRATION_BATCH_SIZE = 4
 """Images whose activations are in memory at once."""
 

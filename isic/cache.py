@@ -16,8 +16,9 @@ from isic.runtime.files import atomic_path, digest
 
 FOLDER_VARIABLE = "ISIC_CACHE_DIR"
 INDEX_VERSION = 3
+# Some file systems count whole seconds, so a change soon after another one may not show.
 SETTLED_SECONDS = 2.0
-"""Age from which a later change is sure to alter the time stamps; some count whole seconds."""
+"""Age in seconds from which a later change alters the time stamps."""
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotImplementedError)
 """Raised by numpy for a file that is not an archive, is truncated or holds other arrays."""

@@ -25,8 +25,8 @@ from isic.runtime.errors import UserError
 from isic.settings import CheckSettings
 
 DECODE_BATCH = 1_024
+# Small, because only whether an image decodes matters here.
 DECODE_SPEC = PreprocessSpec(size=32)
-"""Small, because only whether an image decodes matters here."""
 
 SHOWN = 5
 """Number of values that a list shows before it only counts the rest."""

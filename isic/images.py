@@ -26,8 +26,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"})
 """Names that operating systems put into folders. Hidden files are ignored too."""
 
+# Few enough to balance threads, enough to read neighbours together.
 CHUNK = 32
-"""Images per task: few enough to balance threads, enough to read neighbours together."""
+"""Images per task."""
 LOOK_ROWS = 256
 """Rows per task when images are only checked."""
 MAX_GAP = 16 * 1024

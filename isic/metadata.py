@@ -18,8 +18,9 @@ MISSING = (
 
 "Unknown" is a value: the challenge's tables contain it.
 """
+# As a value they would join many patients in one group.
 NO_PATIENT = ("unknown", "missing", "not available", "anonymous")
-"""More such texts in `patient_id`; as a value they would join many patients in one group."""
+"""More such texts in `patient_id`."""
 LETTER_OR_DIGIT = r"[\p{L}\p{N}]"
 IMAGE_ENDING = r"(?i)\.(jpe?g|png)$"
 

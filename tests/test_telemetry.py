@@ -54,7 +54,7 @@ def files(folder: Path) -> list[str]:
 
 
 def test_a_session_leaves_no_identifier_and_connects_to_nobody(tmp_path: Path) -> None:
-    """An engine loads a graph and runs it; strace, if installed, shows a C library's connections."""
+    """An engine loads a graph and runs it; strace, if there is one, shows connections."""
     code = (
         "from infer.engines import unavailable_reason as reason; import time; "
         "print(reason('onnx', 'cpu')); time.sleep(1)"

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+# Only the main process writes checkpoints, and disks can be slow.
 TIMEOUT = timedelta(hours=2)
-"""Longest wait for another process: only the main one writes checkpoints, and disks can be slow."""
+"""Longest wait for another process."""
 
 _T = TypeVar("_T")
 

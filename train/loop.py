@@ -29,8 +29,9 @@ from train.state import TrainState, create_state, restore, save_last
 from train.step import StepResult, accumulate, optimizer_step
 from train.threads import set_threads
 
+# So that neither the device nor the host waits for the other.
 STEPS_AHEAD = 2
-"""Steps queued on the device before the host reads a result, so that neither waits."""
+"""Steps queued on the device before the host reads a result."""
 
 
 def train_fold(settings: TrainSettings, data: TrainData, fold: int, device: torch.device) -> None:

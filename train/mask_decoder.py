@@ -4,8 +4,9 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+# At 4, lesions of a few pixels lose their outline.
 MASK_STRIDE = 2
-"""Input pixels per side of a mask's pixel: at 4, lesions of a few pixels lose their outline."""
+"""Input pixels per side of a mask's pixel."""
 TRUNK_STRIDE = 4
 """Stride at which the feature maps are summed, if it divides the finest of their strides."""
 

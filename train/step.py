@@ -20,8 +20,9 @@ from train.state import TrainState
 
 MAX_NAMED = 8
 """Images that the error about a gradient names."""
+# Scaling starts at 65536 and halves; an overflow at this scale is not float16's fault.
 MIN_SCALE = 1e-3
-"""Loss scale below which an overflow is not float16's fault; scaling starts at 65536."""
+"""Loss scale below which an overflow ends the run."""
 AUTOCAST_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 

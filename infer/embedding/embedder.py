@@ -26,8 +26,9 @@ from isic.runtime.errors import UserError
 from isic.runtime.machine import num_cores
 from isic.tables import write_parquet
 
+# Bounds the memory if the disk is slow.
 MAX_SHARDS_WAITING = 2
-"""Shards that may wait to be written before the engines pause, which bounds the memory."""
+"""Shards that may wait to be written before the engines pause."""
 STORED_DTYPES: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.float32}
 
 

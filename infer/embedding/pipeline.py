@@ -13,8 +13,9 @@ from isic.runtime.arithmetic import ceil_div
 
 MIN_DEPTH = 3
 """One batch in the engine, one ready, one being filled."""
+# So that no thread runs dry while the engine is busy.
 CHUNKS_PER_THREAD = 4
-"""Queued work per decoding thread, so that none runs dry while the engine is busy."""
+"""Chunks queued per decoding thread."""
 
 Shape = tuple[int, int, int, int]
 

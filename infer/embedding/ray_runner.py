@@ -20,8 +20,9 @@ from isic.runtime.machine import num_cores
 
 SHARDS_PER_TASK = 4
 """Shards that an actor embeds in one task, and that are lost with it."""
+# Only counts pass through it; images and features stay on disks.
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
-"""Of a cluster started here. Only counts pass through it; images and features stay on disks."""
+"""Object store of a cluster started here."""
 
 # A thread that Ray Data leaves running may call Ray after the cluster is shut down. Ray then starts
 # another cluster (ray-project/ray#31060, seen with ray 2.60), whose end kills this process. Needed

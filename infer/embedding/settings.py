@@ -9,8 +9,8 @@ from infer.formats import ENGINE_FORMATS, Precision, exported_formats
 from isic.layout import ONNX_FILE, OUTPUT_DIR
 from isic.runtime.config import Settings
 
+# ONNX Runtime splits a batch into images, one per core: several for each core of a large CPU.
 BATCH_CPU = 64
-"""ONNX Runtime splits a batch into images, one per core: several for each core of a large CPU."""
 BATCH_GPU = 256
 """Enough images to fill a GPU."""
 

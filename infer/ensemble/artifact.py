@@ -37,8 +37,8 @@ BEGUN_FILE = "begun.json"
 """Marks a folder in which an ensemble is being written."""
 FORMAT_VERSION = 4
 
+# Not in the manifest: it can be written again at any time.
 REPORT_FILE = "report.html"
-"""Not part of the manifest: it can be written again at any time."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ Predict = Callable[[Matrix, int], NDArray[np.float64]]
 """Score a matrix on a number of threads, 0 for all: [N] float64 in [0, 1]."""
 Gains = NDArray[np.float64]
 
+# 314 positives with 100 negatives each.
 REFERENCE_ROWS = 31_700
-"""Rows that a booster of the challenge is fitted on: 314 positives with 100 negatives each."""
+"""Rows that a booster of the challenge is fitted on."""
 
 REFERENCE_MIN_DATA = 85
 SMALLEST_MIN_DATA = 10

@@ -36,8 +36,9 @@ ALIGNED = "aligned"
 FROZEN = "frozen"
 EMBEDDING_MODES = (ALIGNED, FROZEN)
 
+# Many times the number of features of any backbone here.
 MAX_ANCHORS = 20_000
-"""Images that maps are fitted on: many times the number of features of any backbone here."""
+"""Images that maps are fitted on."""
 MAX_MAPPED_ROWS = 32_768
 """Rows that are mapped together, to bound the memory of float64 values."""
 

@@ -18,8 +18,9 @@ from isic.runtime.errors import UserError
 from isic.runtime.machine import num_cores
 
 NOISE_STREAM = 1
+# So that the random choices of a booster are independent of each other.
 BLANK_STREAM = 2
-"""Added to a booster's seed, so that its random choices are independent of each other."""
+"""Added to a booster's seed."""
 
 BoosterKey = tuple[str, int, int]
 """Library, fold and seed of a booster."""

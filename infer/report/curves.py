@@ -11,8 +11,9 @@ from isic.arrays import Floats, Labels
 from isic.metrics import redraws
 
 NUM_BINS = 10
+# More would change the third digit of an interval.
 NUM_RESAMPLES = 200
-"""Bootstrap resamples of the patients; more would change the third digit of an interval."""
+"""Bootstrap resamples of the patients."""
 Z_95 = 1.959964
 """A normal distribution has 95 % within this many standard deviations of its mean."""
 

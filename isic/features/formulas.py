@@ -87,8 +87,8 @@ x = _tbp("x")
 y = _tbp("y")
 z = _tbp("z")
 
+# For logarithms and roots, whose NaN would blank the z-scores of a whole patient.
 possible_area = pl.when(area >= 0).then(area)
-"""For logarithms and roots, whose NaN would blank the z-scores of a whole patient."""
 border_complexity = border + symm
 shape_index = ratio(area, perim * perim)
 

@@ -19,8 +19,9 @@ MIN_LESIONS = 3
 FLOOR = -1000.0
 TINY = 1e-10
 """Added to a mean distance, as in scikit-learn, to keep densities finite."""
+# 2 MB, which fits the cache of a core.
 BLOCK = 2**18
-"""Distances per thread at a time: 2 MB, which fits a core's cache."""
+"""Distances per thread at a time."""
 
 OUTLIER_COLUMNS = tuple(
     name

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 TAG = "tag:yaml.org,2002:"
+# The first matching pattern decides, so a number that matches `int` is whole.
 PLAIN = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "null": (r"~|null|Null|NULL|", "~nN\0"),
@@ -23,10 +24,7 @@ PLAIN = {
     ),
     "merge": (r"<<", "<"),
 }
-"""Patterns of unquoted words that are not text, and the characters that these can start with.
-
-The first matching pattern decides, so a number that matches `int` is whole.
-"""
+"""Patterns of unquoted words that are not text, and the characters that these can start with."""
 
 
 class Loader(yaml.SafeLoader):

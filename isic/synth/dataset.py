@@ -36,8 +36,9 @@ FOREIGN = ("train-image", "test-image", "train-metadata.parquet", "test-metadata
 """Other names of a dataset's files, which a synthetic dataset never has."""
 
 DEFAULT_POOL = 4_000
+# More than in the tables: the pool needs enough crops with a strong cue.
 POOL_POSITIVES = 0.15
-"""Share of malignant rows in the pool; it needs enough crops with a strong cue."""
+"""Share of malignant rows in the pool."""
 
 CUE_WEIGHT = 3.0
 MATCHED = (

@@ -44,8 +44,9 @@ CUE_SPREAD = 0.5
 DNN_CUE = -1.2
 """Shift of the train-only `tbp_lv_dnn_lesion_confidence`, which no model may use."""
 
+# So that a small table has enough patients for its folds.
 PATIENTS_OF_SMALL = 0.5
-"""Exponent of patients versus rows: a small table still has enough patients for its folds."""
+"""Exponent of patients versus rows."""
 
 FEWEST_PATIENTS = 10
 SIZE_SPREAD = 0.966
