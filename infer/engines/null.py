@@ -13,8 +13,8 @@ import numpy as np
 
 from infer.engines import Outputs
 from isic import schema
-from isic.folds import FILE as FOLDS_FILE
 from isic.folds import draw_folds
+from isic.layout import FOLDS_FILE
 from isic.metadata import read_metadata
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.files import write_manifest

@@ -1,4 +1,4 @@
-"""A dataset and a run of null engines that embed in moments, to test everything around an engine."""
+"""A dataset and a run of null engines, to test embedding without the time of a real engine."""
 
 import os
 import subprocess
