@@ -303,6 +303,13 @@ class FewSettings(Settings):
     results: Path | None = Field(None, description=RESULTS_HELP)
 
 
+class StartSettings(Settings):
+    """Measure the CPU time of help, refused keys and other quick answers."""
+
+    repeats: int = Field(3, ge=1, description="repeats, of which the median counts")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
 class ConfigsSettings(Settings):
     """Record the size of every model config."""
 
