@@ -23,6 +23,7 @@ SETTINGS = {
     "hospitals": "HospitalSettings",
     "few": "FewSettings",
     "configs": "ConfigsSettings",
+    "start": "StartSettings",
     "report": "TablesSettings",
     "check": "SlowdownSettings",
     "pack": "PackSettings",

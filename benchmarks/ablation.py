@@ -44,7 +44,6 @@ def ablation(settings: AblationSettings) -> None:
 def _compare_sets(
     settings: AblationSettings, sets: tuple[str, ...], libraries: str
 ) -> Iterator[Row]:
-    """Yield the row of each feature set with some libraries."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         first = _fitted(settings, sets[0], libraries, folder)
@@ -61,7 +60,6 @@ def _compare_sets(
 
 
 def _fitted(settings: AblationSettings, features: str, libraries: str, folder: Path) -> Ensemble:
-    """Fit an ensemble in `folder`, without its output."""
     flags = {
         "data": settings.data,
         "embeddings": settings.embeddings,

@@ -13,7 +13,8 @@ from benchmarks.settings import AccuracySettings
 from infer.ensemble.artifact import open_ensemble
 from isic import schema
 from isic.dataset import Dataset
-from isic.folds import draw_folds, fold_dirs
+from isic.folds import draw_folds
+from isic.layout import OOF_FILE, fold_files
 from isic.metrics import pauc, roc_auc
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.tables import read_parquet
@@ -45,7 +46,7 @@ def accuracy(settings: AccuracySettings) -> None:
         oof = _read_run(settings.model_dir)
         rows.append(score_row(f"{settings.model_dir.name}, images only", oof, "image"))
     if settings.ensembles:
-        for path in sorted(settings.ensembles.glob("*/oof.parquet")):
+        for path in sorted(settings.ensembles.glob(f"*/{OOF_FILE}")):
             oof = read_parquet(path).rename({"blend": "score"})
             name = f"{path.parent.name}, ensemble"
             rows.append(score_row(name, oof, input_kind(path.parent)))
@@ -54,9 +55,7 @@ def accuracy(settings: AccuracySettings) -> None:
 
 
 def _read_run(model_dir: Path) -> pl.DataFrame:
-    """Return the out-of-fold scores of a trained run's finished folds."""
-    paths = [folder / "oof.parquet" for folder in fold_dirs(model_dir).values()]
-    folds = [read_parquet(path) for path in paths if path.is_file()]
+    folds = [read_parquet(path) for path in fold_files(model_dir, OOF_FILE).values()]
     return pl.concat(folds).rename({"logit": "score"})
 
 
@@ -69,12 +68,7 @@ def input_kind(ensemble: Path) -> str:
 
 
 def score_row(name: str, oof: pl.DataFrame, kind: str) -> Row:
-    """Return a row of the table.
-
-    Args:
-        oof: `target`, `fold` and `score` of every row.
-        kind: a key of PUBLISHED_OOF.
-    """
+    """Return a row of the table from `target`, `fold` and `score` of every row."""
     folds = oof.sort("fold").partition_by("fold")
     by_fold = [pauc(fold["target"], fold["score"]) for fold in folds]
     spread = round(float(np.std(by_fold, ddof=1)), 4) if len(by_fold) > 1 else None
@@ -93,11 +87,7 @@ def score_row(name: str, oof: pl.DataFrame, kind: str) -> Row:
 
 
 def colour_baseline(data: Path, num_folds: int, split_seed: int) -> pl.DataFrame:
-    """Score LightGBM on colour statistics of the images, out of fold.
-
-    Returns:
-        `isic_id`, `target`, `fold` and `score`.
-    """
+    """Return out-of-fold `isic_id`, `target`, `fold`, `score` of LightGBM on image colours."""
     dataset = Dataset(data)
     table = dataset.metadata("train")
     fold = draw_folds(table, num_folds, split_seed).of(table).to_numpy()
@@ -120,8 +110,8 @@ def colour_statistics(dataset: Dataset, ids: list[str]) -> NDArray[np.float32]:
     """Return the statistics of N images, [N, 199] float32."""
     store = dataset.images("train")
     images, _ = store.load(ids, PreprocessSpec(size=DECODED, interpolation="area"))
-    sizes = [len(data) for data in store.read(ids)]
-    rows = [_statistics(image, size) for image, size in zip(images, sizes, strict=True)]
+    files = store.read(ids)
+    rows = [_statistics(image, len(file)) for image, file in zip(images, files, strict=True)]
     return np.stack(rows).astype(np.float32)
 
 
@@ -129,4 +119,6 @@ def _statistics(image: Pixels, num_bytes: int) -> NDArray[np.float64]:
     """Return a Lab thumbnail, mean and deviation per channel, and the file's size, [199]."""
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
     thumbnail = cv2.resize(lab, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
-    return np.concatenate([thumbnail.ravel(), lab.mean((0, 1)), lab.std((0, 1)), [num_bytes]])
+    mean = lab.mean(axis=(0, 1))
+    deviation = lab.std(axis=(0, 1))
+    return np.concatenate([thumbnail.ravel(), mean, deviation, [num_bytes]])

@@ -1,9 +1,10 @@
 """The baselines of `benchmarks peers`: from ids to features, each in a process of its own.
 
-The first is this toolkit. The others follow the documentation of the libraries that they use, and
-import them only when they are opened. A process opens one baseline. Then each line on standard
-input names a dataset folder, whose images it embeds, and it answers with the seconds.
+The first is this toolkit. The others follow the documentation of the libraries that they use. Each
+line on a process's standard input names a dataset folder, and it answers with the seconds.
 """
+
+# Libraries are imported by the baselines that use them, so that no process pays for the others.
 
 import io
 import shutil
@@ -29,7 +30,7 @@ Embed = Callable[[Path], Features]
 IMAGE_FILE = "train-image.hdf5"
 AUTOCAST = {"fp32": None, "fp16": "float16", "bf16": "bfloat16"}
 """Name in torch of the type that layers are autocast to, by precision."""
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDER_OF_DEVICE = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution provider of ONNX Runtime by device."""
 PIL_BILINEAR = 2
 
@@ -85,6 +86,7 @@ def infer_embed(task: Task) -> Embed:
             EmbedJob(data, "train", models, task.device, "float32", "none", task.batch, None, None)
         )
 
+    # Opened before the first timed run.
     embedder(Path(task.data))  # raises now if the engine cannot run here
 
     def embed(data: Path) -> Features:
@@ -145,7 +147,6 @@ def timm_eager(task: Task, compiled: bool = False) -> Embed:
 
 
 def timm_compiled(task: Task) -> Embed:
-    """The same with torch.compile."""
     return timm_eager(task, compiled=True)
 
 
@@ -155,7 +156,7 @@ def onnx_loop(task: Task) -> Embed:
 
     path = Path(task.folder) / "backbone.onnx"
     _export_onnx(task, path)
-    provider = PROVIDERS[task.device]
+    provider = PROVIDER_OF_DEVICE[task.device]
     options = {"use_tf32": "0"} if task.device == "cuda" else {}
     session = onnxruntime.InferenceSession(str(path), providers=[(provider, options)])
     if session.get_providers()[0] != provider:
@@ -190,7 +191,6 @@ BASELINES: dict[str, Callable[[Task], Embed]] = {
 
 
 def _autocast(task: Task) -> AbstractContextManager[Any]:
-    """Return torch's autocast context for the task's precision, with exact float32."""
     import torch  # noqa: PLC0415
 
     torch.backends.cudnn.allow_tf32 = False  # convolutions round to TF32's 10 bits by default
@@ -240,7 +240,7 @@ def _picture(file: Any, name: str) -> Any:
 
 
 def main(path: Path) -> None:
-    """Open the baseline of the task at `path` and answers every line with seconds.
+    """Open the baseline of the task at `path` and answer every line with seconds.
 
     The last features are next to the task, as .npy.
     """

@@ -17,17 +17,14 @@ class Speed:
     """The columns of a CSV that hold a speed."""
 
     key: tuple[str, ...]
-    """Columns that identify a measurement, besides the machine."""
+    """Columns that, with the machine, identify a measurement."""
     rate: str
     """Larger is better."""
     low: str | None = None
     high: str | None = None
     """The least and the most of the repeats, if they are recorded."""
     unit: str | None = None
-    """Speed of the machine in the same run, by which the rate is divided.
-
-    A virtual machine may have half its speed on some days. None for a rate that is a ratio.
-    """
+    """Speed of the machine in the same run, by which the rate is divided; None for a ratio."""
 
 
 SPEEDS = {
@@ -64,18 +61,13 @@ class Change:
     high: float
 
     def is_slower(self, tolerance: float) -> bool:
-        """Return whether it is slower by more than noise and tolerance.
-
-        Even the best of the last repeats is then slower than the worst of the previous ones.
-        """
+        """Return whether it is slower by more than noise and tolerance."""
+        # Even the best of the last repeats is then slower than the worst of the previous ones.
         return self.high < 1 and self.ratio < 1 - tolerance
 
 
 def check(settings: SlowdownSettings) -> int:
-    """Compare each last rate with the previous one on the same kind of machine.
-
-    Exits with 1 if one is slower beyond noise.
-    """
+    """Compare each last rate with the previous one; return 1 if one is slower beyond noise."""
     for name in settings.benchmark:
         if name not in SPEEDS:
             raise UserError(f'--benchmark: no speeds in "{name}", {did_you_mean(name, SPEEDS)}')
@@ -111,7 +103,8 @@ def find_changes(rows: pl.DataFrame, speed: Speed, csv: str, noise: float) -> It
 
 
 def _normalised(rows: pl.DataFrame, speed: Speed, needed: list[str]) -> pl.DataFrame:
-    """Return the rows with a rate, their rates as numbers in units of the machine's speed."""
+    """Return the rows with a rate, in units of the machine's speed."""
+    # A virtual machine may have half its speed on some days.
     is_known = pl.col(needed).is_not_null() & (pl.col(needed) != "")
     rates = [name for name in (speed.rate, speed.low, speed.high) if name]
     unit = pl.col(speed.unit).cast(pl.Float64) if speed.unit else 1.0
@@ -135,8 +128,8 @@ def _change(
 
 
 def _bounds(row: dict[str, Any], speed: Speed, noise: float) -> tuple[float, float]:
-    """Return the least and the most that a rate may be."""
-    if speed.low is None or speed.high is None:
-        rate = row[speed.rate]
-        return rate * (1 - noise / 2), rate * (1 + noise / 2)
-    return row[speed.low], row[speed.high]
+    if speed.low is not None and speed.high is not None:
+        return row[speed.low], row[speed.high]
+    rate = row[speed.rate]
+    half = rate * noise / 2
+    return rate - half, rate + half

@@ -9,10 +9,10 @@ from train.model import create_model, preprocess_spec
 
 def configs(settings: ConfigsSettings) -> None:
     """Record the size of every model config."""
-    append_each("configs", describe_configs(), lambda name: [describe(name)], settings.results)
+    append_each("configs", describe_configs(), lambda name: [config_row(name)], settings.results)
 
 
-def describe(name: str) -> Row:
+def config_row(name: str) -> Row:
     """Return the image size in pixels, the parameters in millions and the features of a config."""
     settings = load_settings(TrainSettings, {"config": name})
     model = create_model(settings, pretrained=False)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from benchmarks.limits import DTYPES
+from benchmarks.limits import DTYPE_OF_PRECISION
 from benchmarks.low_precision import LowPrecision
 from benchmarks.untrained import create_untrained
 from infer.engines import Outputs
@@ -36,7 +36,7 @@ class EagerEngine:
         model = create_untrained(config).model
         network: nn.Module = model
         if precision != "fp32":
-            network = _LowPrecisionClassifier(model, DTYPES[precision])
+            network = _LowPrecisionClassifier(model, DTYPE_OF_PRECISION[precision])
         self.device = device
         self._model = network.to(device)
         if engine == "compile":

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from benchmarks.record import Row, print_and_append
@@ -27,6 +26,7 @@ from infer.engines import create, null
 from isic.cache import index_path
 from isic.dataset import Dataset
 from isic.images import decode_pool
+from isic.layout import ONNX_FILE, find_run
 from isic.metadata import read_ids
 from isic.preprocess import PreprocessSpec
 from isic.runtime.files import read_json
@@ -43,8 +43,8 @@ def embed(settings: EmbedRateSettings) -> None:
             metadata = Dataset(settings.data).metadata_path("train")
             null.write_run(model_dir, metadata, PreprocessSpec(size=224))
         else:
-            model_dir = settings.model_dir or Path("outputs") / settings.config
-            engine = "model.onnx"
+            model_dir = find_run(settings.model_dir, settings.config)
+            engine = ONNX_FILE
         measure = _measure_whole_runs if settings.whole else _measure_parts
         measured = measure(settings, model_dir, engine, folder)
     row = {"what": settings.config, "data": settings.data.name, **measured}
@@ -101,13 +101,11 @@ def pipeline_rates(
 ) -> dict[str, float]:
     """Measure images per second of the pipeline and of its parts, in turns.
 
-    A drift of the machine then affects all of them.
-
     Args:
         job: its batch size and threads are used throughout.
         ids: the images, embedded by every fold of the job.
-        folder: for the shards, emptied before each repeat; must not exist.
-        repeats: of which the median counts, after one of warm-up.
+        folder: for the shards, emptied before each repeat.
+        repeats: after one of warm-up.
 
     Returns:
         Medians of `ingest`, `engine` and `end_to_end` in images per second, and of `share`: end to
@@ -129,7 +127,7 @@ def pipeline_rates(
 
 
 def _ingest(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
-    """Return a function that decodes all batches and drop them."""
+    """Return a function that decodes all batches and drops them."""
     store = Dataset(job.data).images(job.split)
     spec = job.models.spec
     size = job.batch_size
@@ -154,8 +152,7 @@ def _engine(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
     }
     names = ids.to_list()
     first = names[: job.batch_size]
-    images = np.empty((len(first), models.spec.size, models.spec.size, 3), np.uint8)
-    Dataset(job.data).images(job.split).decode(first, models.spec, images)
+    images, _ = Dataset(job.data).images(job.split).load(first, models.spec)
 
     def run() -> None:
         for batch in batches(names, job.batch_size):
@@ -165,7 +162,6 @@ def _engine(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
 
 
 def _end_to_end(job: EmbedJob, ids: pl.Series, folder: Path) -> Callable[[], None]:
-    """Return a function that embeds all images into shards."""
     embedder = Embedder(job)
     steps: list[BatchStats] = []
 

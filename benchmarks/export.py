@@ -63,7 +63,6 @@ def export_rows(config: str, wanted: list[tuple[str, str]], data: Path | None) -
 
 
 def _artifact_columns(artifact: Artifact, reference: Reference) -> Row:
-    """Return build time, size and parity, or the `reason` that there is no parity."""
     row: Row = {
         "seconds": round(artifact.seconds, 1),
         "megabytes": round(artifact.megabytes, 1),

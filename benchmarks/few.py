@@ -1,7 +1,7 @@
 """`python -m benchmarks few`: scores if only some of a patient's lesions are known.
 
-Each held-out patient's lesions are split at random into groups of a given size. Each group is
-scored as if it were the whole patient. Boosters are fitted on whole patients.
+Random groups of a held-out patient's lesions are scored as if each were the whole patient. Boosters
+are fitted on whole patients.
 """
 
 import numpy as np

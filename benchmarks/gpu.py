@@ -21,10 +21,7 @@ Flags = dict[str, object]
 
 
 def gpu(settings: GpuSettings) -> int:
-    """Run all parts, each in its own processes. Exits with 1 if none succeeds.
-
-    A part that fails or takes too long does not affect the others.
-    """
+    """Run all parts and return 1 if none succeeds."""
     for name in settings.parts:
         if name not in SHARES:
             raise UserError(f'--parts: no part "{name}", {did_you_mean(name, SHARES)}')
@@ -113,16 +110,13 @@ def _peers_flags(settings: GpuSettings) -> Flags:
 
 
 def peers_format(device: str) -> str:
-    """Return the format to compare with the peers.
-
-    It is ONNX, or AOTInductor if this build of ONNX Runtime cannot use the GPU.
-    """
+    """Return `onnx`, or `aoti` if this build of ONNX Runtime cannot use the GPU."""
     has_gpu = device != "cpu" and unavailable_reason("aoti", "cuda") is None
     return "aoti" if has_gpu and unavailable_reason("onnx", "cuda") else "onnx"
 
 
 def run_part(name: str, commands: Sequence[Flags], seconds: float) -> bool:
-    """Run a part's commands within a time limit. Returns whether one succeeded."""
+    """Run a part's commands within a time limit. Return whether one succeeded."""
     print(f"{name}: at most {seconds:.0f} s", flush=True)
     started = time.monotonic()
     codes = [run_command(name, flags, started + seconds) for flags in commands]
@@ -132,11 +126,7 @@ def run_part(name: str, commands: Sequence[Flags], seconds: float) -> bool:
 
 
 def run_command(name: str, flags: Flags, deadline: float) -> int | None:
-    """Run one command and return its exit code, or None if the time ran out.
-
-    Args:
-        deadline: on the monotonic clock.
-    """
+    """Run one command until a time of the monotonic clock. Return its exit code, if it ended."""
     command = [sys.executable, "-m", "benchmarks", name]
     for key, value in flags.items():
         if value is not None:

@@ -1,8 +1,7 @@
 """`python -m benchmarks hospitals`: scores at a hospital without training rows.
 
-A new hospital has an `attribution` that no booster was trained on. Several treatments of
-categories are compared with the first one: on each hospital, held out in turn, and in ordinary
-cross-validation, which shows the cost of a treatment when every hospital is known.
+A new hospital has an `attribution` that no booster was trained on. Treatments of categories are
+compared with the first one: on each hospital, held out in turn, and in cross-validation.
 """
 
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.out_of_fold import fit_boosters
 from infer.ensemble.settings import FitSettings
 from isic import schema
+from isic.arrays import Floats
 from isic.dataset import Dataset
 from isic.folds import draw_folds
 from isic.metadata import with_patient
@@ -28,9 +28,6 @@ from isic.runtime.errors import UserError
 HOSPITAL = "attribution"
 OF_HOSPITAL = (HOSPITAL, "copyright_license")
 """Columns that depend on the hospital."""
-
-Scores = NDArray[np.float64]
-"""[seeds, N]."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +78,14 @@ def hospitals(settings: HospitalSettings) -> None:
         *(Treatment(f"blanked in {share:g}", blank_share=share) for share in settings.blank_shares),
     ]
     for features in settings.features:
-        first: list[Scores] = []
+        first: list[Floats] = []
         for treatment in treatments:
             scores = _scores(training, features, treatment, held_out, settings)
             first = first or scores
-            compared = [
-                (part, _compare(part, training, before, after, settings.draws))
-                for part, before, after in zip(held_out, first, scores, strict=True)
-            ]
+            compared = []
+            for part, before, after in zip(held_out, first, scores, strict=True):
+                comparison = _compare(part, training, before, after, settings.draws)
+                compared.append((part, comparison))
             named = {"data": settings.label, "features": features, "treatment": treatment.name}
             rows = [{**named, **row} for row in _rows(compared)]
             print_and_append("hospitals", rows, settings.results)
@@ -126,8 +123,8 @@ def _scores(
     treatment: Treatment,
     held_out: list[HeldOut],
     settings: HospitalSettings,
-) -> list[Scores]:
-    """Return the held-out scores of each part; parts with the same folds share a fit."""
+) -> list[Floats]:
+    """Return the held-out scores [seeds, N] of each part; equal folds share a fit."""
     spec = FeatureSpec.parse(features.replace("+", ","))
     names = tuple(name for name in spec.tabular if name not in treatment.without)
     flags = {
@@ -139,7 +136,7 @@ def _scores(
     }
     fit_settings = build(FitSettings, flags)
     table = spec.frame(training.metadata, ())
-    fitted: dict[int, Scores] = {}  # by the identity of the fold array
+    fitted: dict[int, Floats] = {}  # by the identity of the fold array
     for part in held_out:
         if id(part.fold) not in fitted:
             bag = fit_boosters(table, names, training.target, part.fold, fit_settings)
@@ -148,7 +145,7 @@ def _scores(
 
 
 def _compare(
-    part: HeldOut, training: TrainingRows, first: Scores, second: Scores, num_draws: int
+    part: HeldOut, training: TrainingRows, first: Floats, second: Floats, num_draws: int
 ) -> Comparison:
     return compare_scores(
         training.target[part.scored],
@@ -160,7 +157,6 @@ def _compare(
 
 
 def _rows(compared: list[tuple[HeldOut, Comparison]]) -> Iterator[Row]:
-    """Yield a row per part, and after each group of several its mean."""
     for group in dict.fromkeys(part.group for part, _ in compared):
         comparisons = [found for part, found in compared if part.group == group]
         for part, found in compared:

@@ -52,10 +52,7 @@ class ImageLoader:
 
 
 def ingest(settings: IngestSettings) -> None:
-    """Measure images per second from ids to batches, for this toolkit and for common loaders.
-
-    All loaders read the same images in turns, so that a drift of the machine affects all of them.
-    """
+    """Measure images per second from ids to batches, for this toolkit and for common loaders."""
     dataset = Dataset(settings.data)
     ids = dataset.metadata("train")[schema.ID].to_list()[: settings.images]
     store = dataset.images("train")
@@ -97,6 +94,7 @@ def loader_rates(
     """Return images per second of each loader and repeat, after one warm-up of each."""
     rates: dict[str, list[float]] = {loader.name: [] for loader in loaders}
     for repeat in range(repeats + 1):
+        # In turns, so that a drift of the machine affects all of them.
         for loader in loaders:
             wanted = ids[: max(1, round(loader.share * len(ids)))]
             seconds = seconds_of(partial(loader.read, wanted))
@@ -162,16 +160,14 @@ def _bare(path: Path, index: Index, size: int, num_threads: int) -> ReadAll:
             cv2.resize(image, (size, size), dst=out[row % BATCH])
 
     def read(ids: Sequence[str]) -> None:
-        list(pool.map(decode, (ids[thread::num_threads] for thread in range(num_threads)), outs))
+        parts = [ids[thread::num_threads] for thread in range(num_threads)]
+        list(pool.map(decode, parts, outs))
 
     return read
 
 
 def _notebook(path: Path, size: int) -> ReadAll:
-    """h5py by key, PIL with bicubic resize, normalised and transposed in numpy.
-
-    Most public notebooks read the images this way.
-    """
+    """h5py by key, PIL with bicubic resize, numpy: as in most public notebooks."""
     mean = np.array(IMAGENET_MEAN, np.float32)
     std = np.array(IMAGENET_STD, np.float32)
 

@@ -23,23 +23,24 @@ SECONDS = 1.0
 """Approximate length of a measurement."""
 MAX_SECONDS = 3.0
 """Longest large matrix product, estimated from the small one."""
+# The small product estimates the time of the large, measured one.
 SIDES = {"cpu": (256, 1024), "cuda": (1024, 8192)}
-"""Sides of the square matrices: the small product estimates the time of the large, measured one."""
+"""Sides of the square matrices."""
+# Many times the caches.
 COPIED = {"cpu": 2**28, "cuda": 2**32}
-"""Bytes of the copied array, many times the caches; on a GPU at most 1/4 of the free memory."""
-MATMUL_OPSET, MATMUL_IR = 13, 8
-"""Old enough for every supported ONNX Runtime."""
-DTYPES = {
+"""Bytes of the copied array; on a GPU at most 1/4 of the free memory."""
+# Old enough for every supported ONNX Runtime.
+MATMUL_OPSET = 13
+MATMUL_IR = 8
+DTYPE_OF_PRECISION = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "fp8": torch.float8_e4m3fn,
 }
+# On a CPU, int8 layers read and write float32; fp8 layers read and write float16.
 ACTIVATION_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 2}
-"""Bytes of a value between two layers, by precision.
-
-On a CPU, int8 layers read and write float32; fp8 layers read and write float16.
-"""
+"""Bytes of a value between two layers, by precision."""
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 FLOPS = {
     **flop_registry,
@@ -82,11 +83,7 @@ class Limits:
     def of(
         self, work: Work, precision: str, batch: int, images_per_second: float
     ) -> dict[str, Any]:
-        """Return the columns that compare a rate with the limits.
-
-        They are the achieved GFLOP/s, the share of each limit, the binding limit, and
-        `limit_images_per_second`, the rate that this limit would allow.
-        """
+        """Return the columns that compare a rate with the limits."""
         traffic = work.bytes_per_image(precision, batch)
         allowed = {"matmul": self.matmul / work.flops, "copy": self.copy / traffic}
         binding = min(allowed, key=lambda name: allowed[name])
@@ -118,10 +115,8 @@ def limits(device: str, precision: str) -> Limits:
 
 @cache
 def _onnxruntime_rate() -> float:
-    """Return float32 operations per second of ONNX Runtime's product by a constant on the CPU.
-
-    A constant right side, as in a network's layers, is packed once when the session opens.
-    """
+    """Return float32 operations per second of ONNX Runtime's product by a constant on the CPU."""
+    # A constant right side, as in a network's layers, is packed once when the session opens.
     side = SIDES["cpu"][1]
     left = np.random.default_rng(0).standard_normal((side, side), dtype=np.float32)
     right = np.random.default_rng(1).standard_normal((side, side), dtype=np.float32)
@@ -149,20 +144,20 @@ def _product_graph(right: NDArray[np.float32]) -> bytes:
 def torch_rate(device: str, precision: str) -> float:
     """Return operations per second of torch's product of two large matrices on `cpu` or `cuda`."""
     small, large = SIDES[device]
-    expected = _best_seconds(_product(device, precision, small), device) * (large / small) ** 3
+    small_seconds = _best_seconds(_product(device, precision, small), device)
+    expected = small_seconds * (large / small) ** 3
     side = small if expected > MAX_SECONDS else large  # a type that the device emulates is slow
     return 2.0 * side**3 / _best_seconds(_product(device, precision, side), device)
 
 
 def _product(device: str, precision: str, side: int) -> Callable[[], object]:
-    """Return a function that multiplies two square matrices."""
     shape = (side, side)
     if precision == "int8":
         left = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
         right = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
         return lambda: torch._int_mm(left, right)
-    left = torch.randn(shape, device=device).to(DTYPES[precision])
-    right = torch.randn(shape, device=device).to(DTYPES[precision])
+    left = torch.randn(shape, device=device).to(DTYPE_OF_PRECISION[precision])
+    right = torch.randn(shape, device=device).to(DTYPE_OF_PRECISION[precision])
     if precision == "fp8":
         one = torch.ones((), device=device)
         return lambda: torch._scaled_mm(

@@ -18,7 +18,6 @@ from isic.runtime.files import write_text
 from isic.synth.write import write_images
 
 CODE = ("isic", "train", "export", "infer", "benchmarks", "configs")
-# fmt: on
 NO_WHEELS = ("none",)
 SCRIPT = Path(__file__).with_name("run.sh")
 
@@ -67,11 +66,7 @@ def copy_sample(data: Path, target: Path, num_images: int) -> None:
 
 
 def fetch_wheels(settings: PackSettings, target: Path) -> None:
-    """Download wheels for the other machine, in the versions installed here.
-
-    Raises:
-        UserError: pip failed.
-    """
+    """Download wheels for the other machine, in the versions installed here."""
     # fmt: off
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
@@ -82,6 +77,7 @@ def fetch_wheels(settings: PackSettings, target: Path) -> None:
     for tag in settings.platform:
         command += ["--platform", tag]
     command += ["--dest", str(target), *map(_pinned, settings.wheels)]
+    # pip selects wheels by the tags of the other machine, so nothing is installed here.
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         lines = ended.stderr.strip().splitlines()
@@ -92,7 +88,7 @@ def fetch_wheels(settings: PackSettings, target: Path) -> None:
 
 
 def _pinned(package: str) -> str:
-    """Return a requirement of the installed version, if there is one."""
+    """Return a requirement for pip of the installed version, if there is one."""
     try:
         return f"{package}=={version(package)}"
     except PackageNotFoundError:

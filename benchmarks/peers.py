@@ -30,16 +30,13 @@ from isic.synth.write import write_images
 from train.timm_models import backbone_options
 
 OURS, *PEERS = BASELINES
+# torch has no autocast to an 8-bit type.
 PEER_PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}
-"""Precision of the peers on a GPU by that of ours; torch has no autocast to an 8-bit type."""
+"""Precision of the peers on a GPU by that of ours."""
 
 
 def peers(settings: PeersSettings) -> None:
-    """Measure `infer embed` end to end against each peer and compare the features by cosine.
-
-    The features are compared twice: from the images as each baseline reads them, and from the same
-    pixels, since PIL antialiases what it shrinks.
-    """
+    """Measure `infer embed` end to end against each peer and compare the features by cosine."""
     selected = select_peers(settings.peers)
     untrained = create_untrained(settings.config)
     dataset = Dataset(settings.data)
@@ -78,8 +75,7 @@ def compare_tasks(
     Args:
         tasks: by the baselines' names in the rows.
         reasons: of those of ours that did not build.
-        names: the peers.
-        data, resized: dataset folders with the original images and with the resized ones.
+        data, resized: dataset folders with the original and with the resized images.
     """
     processes = {name: BaselineProcess(task) for name, task in tasks.items()}
     num_images = len(tasks[names[0]].ids)
@@ -89,11 +85,9 @@ def compare_tasks(
 
 
 def by_peer_precision(settings: PeersSettings, device: str) -> dict[str, list[str]]:
-    """Return the precisions of ours, by that of the peers.
-
-    On a CPU the peers compute in float32, as people run them there; on a GPU the same network in a
-    lower precision is several times as fast, so both compute in the same.
-    """
+    """Return the precisions of ours, by that of the peers."""
+    # On a CPU the peers compute in float32, as people run them there; on a GPU a lower precision is
+    # several times as fast, so both compute in the same.
     groups: dict[str, list[str]] = {}
     for precision in settings.precision:
         peer_precision = PEER_PRECISIONS[precision] if device == "cuda" else "fp32"
@@ -102,10 +96,8 @@ def by_peer_precision(settings: PeersSettings, device: str) -> dict[str, list[st
 
 
 def write_resized(dataset: Dataset, ids: list[str], spec: PreprocessSpec, folder: Path) -> Path:
-    """Write the images as PNGs of the network's size and return their folder.
-
-    All baselines get the same pixels from them.
-    """
+    """Write the images as PNGs of the network's size and return their folder."""
+    # All baselines read the same pixels from these; PIL antialiases the images that it shrinks.
     files = []
     for data in dataset.images("train").read(ids):
         bgr = cv2.cvtColor(resize(decode(data), spec), cv2.COLOR_RGB2BGR)
@@ -171,11 +163,7 @@ def build_ours(
 
 
 def select_peers(wanted: tuple[str, ...]) -> list[str]:
-    """Return the peers whose names contain one of some words.
-
-    Raises:
-        UserError: no peer has a word in its name.
-    """
+    """Return the peers whose names contain a word. Raise UserError for a word without peers."""
     for word in wanted:
         if word != ALL and not any(word in name for name in PEERS):
             raise UserError(
@@ -210,10 +198,7 @@ class BaselineProcess:
         self.reason = None if self._answer() == "ready" else self._last_log_line()
 
     def run(self, data: Path) -> float | None:
-        """Embed all images of a dataset folder once and return the seconds.
-
-        Returns None after a failure, with `reason` set.
-        """
+        """Embed all images of a dataset folder once and return the seconds, None on a failure."""
         if self.reason:
             return None
         assert self._process.stdin is not None
@@ -230,7 +215,6 @@ class BaselineProcess:
         return np.asarray(np.load(self.path.with_suffix(".npy")), np.float32)
 
     def close(self) -> None:
-        """End the process."""
         self._process.communicate()
 
     def _answer(self) -> str:
@@ -283,11 +267,7 @@ def compare_all(
 ) -> list[Row]:
     """Return a row for each of ours and each peer: rates, their ratios, and the least cosines.
 
-    Args:
-        rates: images per second by baseline and repeat.
-        features: by column of the cosine and by baseline.
-        reasons: of the baselines that failed.
-        names: the peers.
+    `features` are by column of the cosine and by baseline.
     """
     ours = [name for name in dict.fromkeys((*rates, *reasons)) if name.startswith(OURS)]
     rows: list[Row] = []

@@ -18,7 +18,6 @@ def run_group(
     """Run a command and end processes that it leaves running: compilers, loaders, engines.
 
     Args:
-        seconds: time limit.
         options: of `subprocess.Popen`.
 
     Raises:

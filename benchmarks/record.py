@@ -18,7 +18,7 @@ import polars as pl
 from benchmarks.settings import RESULTS
 from infer.ensemble.boosters import LIBRARIES
 from infer.formats import engine_packages
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, first_line
 from isic.runtime.files import atomic_path, versions
 from isic.runtime.machine import num_cores, processor
 from isic.tables import read_csv
@@ -59,7 +59,6 @@ def append_rows(
     """Append rows to `<results>/<benchmark>.csv` and return its path.
 
     Args:
-        rows: new columns are blank in earlier rows.
         results: benchmarks/results if not given.
 
     Raises:
@@ -86,7 +85,6 @@ def _earlier_rows(path: Path) -> pl.DataFrame:
 
 
 def print_row(row: Row) -> None:
-    """Print a row as `column=value` pairs."""
     print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 
 
@@ -103,9 +101,7 @@ def append_each(
     rows_of: Callable[[str], Iterable[Row]],
     results: Path | None = None,
 ) -> None:
-    """Print and append the rows of each name as they come.
-
-    A name that raises gets one row with the `reason`.
+    """Print and append the rows of each name; one that raises gets a row with the `reason`.
 
     Raises:
         UserError: the first that a name raises, since it concerns the request.
@@ -123,11 +119,10 @@ def append_each(
 
 def error_text(error: Exception) -> str:
     """Return an exception's first line, with its type unless it is a UserError."""
-    lines = str(error).strip().splitlines()
-    first = lines[0] if lines else ""
     if isinstance(error, UserError):
-        return first
-    return f"{type(error).__name__}: {first}"[:MAX_REASON]
+        return first_line(error)
+    text = first_line(error) if str(error).strip() else ""
+    return f"{type(error).__name__}: {text}"[:MAX_REASON]
 
 
 def ratio_columns(
@@ -136,10 +131,10 @@ def ratio_columns(
     """Return the columns `<name>`, `<name>_min` and `<name>_max` of the ratios of repeats.
 
     Args:
-        name: of the median.
-        ours, theirs: rates per repeat; the ratio of a repeat is taken first, since both ran in it.
+        ours, theirs: rates per repeat.
         digits: decimals.
     """
+    # Ratios within a repeat: a drift of the machine affects both of its rates.
     ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
     return {
         name: round(statistics.median(ratios), digits),
@@ -164,7 +159,6 @@ def commit() -> str:
 
 @cache
 def accelerator() -> str | None:
-    """Return the name of the machine's GPU, or None."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

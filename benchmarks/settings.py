@@ -26,8 +26,9 @@ EXPORT_CONFIGS = (
     "convnext_tiny",
     "multitask_vit_tiny",
 )
+# So that a queue that is full at the start counts little.
 TIMED_PER_WARMUP = 8
-"""Timed batches per batch of warm-up, so that a queue that is full at the start counts little."""
+"""Timed batches per batch of warm-up."""
 NULL = "null"
 """The config of an engine that costs nothing, to measure the pipeline itself."""
 DOCUMENTS = (CHECKOUT / "README.md", CHECKOUT / "docs" / "benchmarks.md")
@@ -41,12 +42,12 @@ PLATFORMS = (
     "manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64",
     "manylinux2014_x86_64",
 )
+# fmt: on
+# A part that is stopped keeps its finished rows: per engine for throughput, per format for export,
+# per config for train, per peer for peers; ingest writes all its rows at the end.
 SHARES = {"throughput": 0.45, "train": 0.25, "peers": 0.15, "export": 0.1, "ingest": 0.05}
-"""The parts in their order, and the share of the time after which each is stopped.
-
-A part that is stopped keeps its finished rows: per engine for throughput, per format for export,
-per config for train, per peer for peers; ingest writes all its rows at the end.
-"""
+"""The parts in their order, and the share of the time after which each is stopped."""
+# The most important first, since the time may run out.
 GPU_CONFIGS = (
     "vit_tiny",
     "convnext_tiny",
@@ -56,7 +57,6 @@ GPU_CONFIGS = (
     "eva02_small",
     "convnext_base",
 )
-"""The most important first, since the time may run out."""
 
 
 class ThroughputSettings(Settings):
@@ -300,6 +300,13 @@ class FewSettings(Settings):
     seeds: int = Field(3, ge=1, description="boosters per fold, each with its own seed")
     draws: int = Field(1000, ge=100, description="bootstrap resamples of the patients")
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class StartSettings(Settings):
+    """Measure the CPU time of help, refused keys and other quick answers."""
+
+    repeats: int = Field(3, ge=1, description="repeats, of which the median counts")
     results: Path | None = Field(None, description=RESULTS_HELP)
 
 

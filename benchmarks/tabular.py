@@ -96,10 +96,7 @@ def feature_rows(path: Path, repeats: int) -> list[Row]:
 
 
 def measure_alone(name: str, path: Path) -> tuple[float, int | None]:
-    """Return the seconds and the peak memory in MB of one method in a new process.
-
-    Reading the table and starting threads is not in the seconds.
-    """
+    """Return the seconds (without reading) and peak memory in MB of one method in a new process."""
     # spawn: a forked child would inherit this process's memory and count it in its peak.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_measure, name, path).result()
@@ -113,7 +110,6 @@ def _measure(name: str, path: Path) -> tuple[float, int | None]:
 
 
 def _part_names() -> tuple[str, ...]:
-    """Return the features that pandas computes as well."""
     zscores = (f"{name}_patient_z" for name in schema.NUMERIC)
     ranks = (f"{name}_patient_rank" for name in RANKED)
     extremes = (f"{name}_to_patient_{which}" for name in EXTREMES for which in ("max", "min"))
@@ -210,10 +206,7 @@ def fit_rows(path: Path, num_rounds: int | None) -> list[Row]:
 
 
 def predict_rows(num_rows: int, num_trees: int, repeats: int) -> list[Row]:
-    """Measure LightGBM's predictions of NUM_COLUMNS columns on all cores, in turns.
-
-    Ours read a C-ordered float32 matrix, the others an Arrow table, which LightGBM also takes.
-    """
+    """Measure predictions from a C-ordered float32 matrix and from an Arrow table, in turns."""
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal((num_rows, NUM_COLUMNS), dtype=np.float32)
     names = [f"f{i}" for i in range(NUM_COLUMNS)]
@@ -258,7 +251,6 @@ def _fit_lightgbm(
 def _rates_in_turns(
     calls: Mapping[str, Callable[[], Any]], num_rows: int, repeats: int
 ) -> dict[str, float]:
-    """Return the median rows per second of each call."""
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():

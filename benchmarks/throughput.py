@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.baselines import Features
 from benchmarks.eager import TORCH_ENGINES
 from benchmarks.limits import Work, count_work, limits
 from benchmarks.process import run_group
@@ -19,7 +20,6 @@ from benchmarks.record import Row, append_each, error_text
 from benchmarks.settings import BATCHES, ThroughputSettings
 from benchmarks.untrained import (
     Artifact,
-    Features,
     UntrainedModel,
     chosen,
     create_untrained,
@@ -38,15 +38,13 @@ from isic.runtime.files import read_json
 
 POOL = 64
 """Different images that the inputs are made of."""
+# A CPU may emulate the low ones.
 TORCH_PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
-"""Precisions that PyTorch is measured in; a CPU may emulate the low ones."""
+"""Precisions that PyTorch is measured in."""
 
 
 def throughput(settings: ThroughputSettings) -> None:
-    """Measure images per second of untrained networks, each engine in its own process.
-
-    A row compares the rate with the machine's limits, or has the reason that there is no rate.
-    """
+    """Measure images per second of untrained networks, each engine in its own process."""
     rows_of = partial(throughput_rows, wanted=select_engines(settings), settings=settings)
     append_each("throughput", find_configs(settings.config), rows_of, settings.results)
 
@@ -59,12 +57,11 @@ def resolve_device(device: str) -> str:
 
 
 def batch_sizes(settings: ThroughputSettings) -> list[int]:
-    """Return the batch sizes to measure."""
     return list(settings.batch or BATCHES[resolve_device(settings.device)])
 
 
 def select_engines(settings: ThroughputSettings) -> list[tuple[str, str]]:
-    """Return the pairs of engine and precision to measure. Raises UserError if there are none."""
+    """Return the pairs of engine and precision to measure. Raise UserError if there are none."""
     device = resolve_device(settings.device)
     known = [(name, precision) for name in TORCH_ENGINES for precision in TORCH_PRECISIONS[device]]
     for name, row in FORMATS.items():
@@ -120,11 +117,7 @@ class EngineCase:
 
 
 def engine_rows(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Iterator[Row]:
-    """Yield the measurements of each batch size, or the `reason` that there are none.
-
-    Args:
-        folder: for the artifact and the job.
-    """
+    """Yield the measurements of each batch size, or the `reason` that there are none."""
     artifact: Artifact | None = None
     if case.engine not in TORCH_ENGINES:
         reason = unavailable_reason(case.engine, resolve_device(settings.device))
@@ -166,10 +159,7 @@ def _build(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Arti
 def run_job(
     case: EngineCase, artifact: Artifact | None, settings: ThroughputSettings, path: Path
 ) -> dict[str, Any]:
-    """Run an engine in a process of its own and return its results.
-
-    After a failure they have the `reason`, and the `rows` that were finished.
-    """
+    """Run an engine in its own process and return its `rows`, and the `reason` of a failure."""
     images_path = path.with_name("images.npy")
     np.save(images_path, case.images)
     job = EngineJob(
@@ -205,7 +195,6 @@ def _run_worker(path: Path, seconds: float) -> str | None:
 
 
 def _limit_columns(measured: Row, device: str, precision: str, work: Work) -> Row:
-    """Return the columns that compare a rate with the machine's limits."""
     if "reason" in measured:
         return {}
     rate = measured["images_per_second"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import timm
@@ -25,7 +25,7 @@ from benchmarks.record import Row, print_and_append, ratio_columns
 from benchmarks.settings import TIMED_PER_WARMUP, TrainRateSettings
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
-from train.batch import Batch
+from train.batch import Batch, to_device
 from train.config import TrainSettings
 from train.loaders import Item, fold_loaders, worker_errors
 from train.loop import train_epoch
@@ -38,20 +38,16 @@ from train.step import autocast
 from train.threads import set_threads
 from train.timm_models import backbone_options
 
-ItemT = TypeVar("ItemT")
-
 NUM_IN_MEMORY = 4
 """Random batches in memory, used in turns."""
+# The backward pass has two products for each one of the forward pass.
 PASSES = 3
-"""Forward passes that a training step costs: the backward pass has two products for each one."""
+"""Forward passes that a training step costs."""
 
 
 @dataclass
 class TimedBatches:
-    """A number of batches for a loop, timed after a warm-up.
-
-    The warm-up uses up the batches that loader processes prepared during the slow first steps.
-    """
+    """A number of batches for a loop, timed after a warm-up."""
 
     batches: Iterable[Batch]
     warmup: int
@@ -92,11 +88,7 @@ class TimedBatches:
 
 
 def train(settings: TrainRateSettings) -> None:
-    """Measure images per second of training, on files and in memory, and of a bare loop.
-
-    The bare loop uses timm and torch only, in a process of its own that this toolkit's global
-    settings do not affect. The three alternate.
-    """
+    """Measure images per second of training, on files and in memory, and of a bare loop."""
     if settings.mask_weight:
         raise UserError("the bare loop predicts no masks; give --mask_weight 0")
     device = select_device(settings.device)
@@ -114,6 +106,7 @@ def train(settings: TrainRateSettings) -> None:
         on_files: list[TimedBatches] = []
         in_memory: list[TimedBatches] = []
         bare_rates: list[float] = []
+        # In turns, so that a drift of the machine affects all of them.
         for _ in range(settings.repeats):
             on_files.append(run(endless(files), num_prefetched(files)))
             in_memory.append(run(endless(memory), 0))
@@ -153,8 +146,7 @@ def num_prefetched(loader: DataLoader[Item]) -> int:
     return loader.num_workers * (loader.prefetch_factor or 0)
 
 
-def endless(items: Iterable[ItemT]) -> Iterator[ItemT]:
-    """Iterate over `items` again and again."""
+def endless(items: Iterable[Batch]) -> Iterator[Batch]:
     return itertools.chain.from_iterable(itertools.repeat(items))
 
 
@@ -166,17 +158,15 @@ def random_batches(settings: TrainSettings, device: torch.device) -> list[Batch]
     for _ in range(NUM_IN_MEMORY):
         images = torch.randint(256, shape, dtype=torch.uint8)
         target = torch.randint(2, (size,)).float()
-        batches.append(Batch(images, target, torch.arange(size)))
-    return [Batch(*(part.to(device) for part in batch)) for batch in batches]
+        batch = Batch(images, target, torch.arange(size))
+        batches.append(to_device(batch, device))
+    return batches
 
 
 def create_loop(
     settings: TrainRateSettings, device: torch.device
 ) -> Callable[[Iterable[Batch], int], TimedBatches]:
-    """Return a function that trains with the loop of `python -m train` and times it.
-
-    Its arguments are the batches and the number of them that is prefetched.
-    """
+    """Return a function of batches, and the number of prefetched ones, that times training."""
     prepare(device)
     state = create_state(settings.model_copy(update={"pretrained": False}), device, 0)
     threads = set_threads(state.model, settings, device, None)
@@ -201,11 +191,9 @@ def time_batches(
     device: torch.device,
     prefetched: int = 0,
 ) -> TimedBatches:
-    """Return timed batches for whole optimizer steps.
-
-    Loader processes prepare batches while the first steps are slow, and taking those is faster
-    than loading. They belong to the warm-up; the rest of them counts little among the timed ones.
-    """
+    """Return timed batches for whole optimizer steps."""
+    # Loader processes prepare batches while the first steps are slow, and taking those is faster
+    # than loading. They belong to the warm-up; the rest counts little among the timed ones.
     per_step = settings.accumulation_steps
     warmup = settings.warmup_steps
     steps = settings.steps
@@ -258,10 +246,14 @@ def serve_bare_loop(connection: Connection, settings: TrainRateSettings) -> None
 
 def normalised_batches(settings: TrainSettings, device: torch.device) -> list[Batch]:
     """Return batches of noise as the bare loop takes them: float32 [N, 3, size, size]."""
-    shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
-    target = torch.randint(2, (settings.batch_size,)).float()
-    batches = [Batch(torch.randn(shape), target, torch.empty(0)) for _ in range(NUM_IN_MEMORY)]
-    return [Batch(*(part.to(device) for part in batch)) for batch in batches]
+    size = settings.batch_size
+    shape = (size, 3, settings.image_size, settings.image_size)
+    target = torch.randint(2, (size,)).float()
+    batches = []
+    for _ in range(NUM_IN_MEMORY):
+        batch = Batch(torch.randn(shape), target, torch.empty(0))
+        batches.append(to_device(batch, device))
+    return batches
 
 
 def run_bare_loop(
@@ -341,5 +333,4 @@ def utilisation(settings: TrainSettings, device: torch.device, rates: Sequence[f
 
 
 def _three_digits(value: float) -> float:
-    """Rounds to three significant digits, or to an integer from 1000 on."""
     return float(f"{value:.3g}") if value < 1000 else round(value)

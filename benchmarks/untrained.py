@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from benchmarks.baselines import Features
 from benchmarks.settings import ALL
 from export.formats import ArtifactSpec, BuildInputs, build_artifact, build_device, file_name
 from export.options import PlanOptions
@@ -21,14 +21,12 @@ from isic.runtime.errors import UserError, did_you_mean
 from train.config import TrainSettings, load_settings
 from train.model import Classifier, create_model, preprocess_spec
 
-DEFAULT_MAX_BATCH = 16
+MAX_BATCH = 16
 """Default largest batch of an artifact."""
 NUM_CALIBRATION = 32
 """Images for calibration of int8 and fp8."""
 LAYER_SCALE = 0.5
 SCALE_NAMES = (".gamma", ".gamma_1", ".gamma_2")
-
-Features = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,8 @@ def create_untrained(config: str) -> UntrainedModel:
 
 
 def _raise_layer_scales(model: nn.Module) -> None:
-    """Set layer scales to the size that they have after training.
-
-    They start near zero, so that the residual branches would not affect the parity check.
-    """
+    """Set layer scales to the size that they have after training."""
+    # They start near zero, so that the residual branches would not affect the parity check.
     for name, parameter in model.named_parameters():
         if name.endswith(SCALE_NAMES):
             nn.init.constant_(parameter, LAYER_SCALE)
@@ -91,14 +87,12 @@ def export_untrained(
     precision: str,
     folder: Path,
     device: str = "auto",
-    max_batch: int = DEFAULT_MAX_BATCH,
+    max_batch: int = MAX_BATCH,
     images: Pixels | None = None,
 ) -> Artifact:
     """Export an untrained network as `python -m export` would.
 
     Args:
-        folder: for the artifact and the files of its builder.
-        device: the device that runs it.
         max_batch: the largest batch, for which the artifact is also optimised.
         images: for calibration of int8 and fp8; noise if not given.
 
@@ -144,11 +138,7 @@ def find_configs(names: tuple[str, ...]) -> list[str]:
 
 
 def chosen(key: str, wanted: tuple[str, ...], known: list[str]) -> list[str]:
-    """Return the known words that a flag selects; `all` selects every one.
-
-    Raises:
-        UserError: `wanted` has an unknown word; `key` is the flag.
-    """
+    """Return the known words that the flag `key` selects. Raise UserError for an unknown one."""
     words = (*known, ALL)
     for name in wanted:
         if name not in words:

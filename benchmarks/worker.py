@@ -20,10 +20,12 @@ from isic.preprocess import Pixels
 from isic.runtime.files import read_json, write_json
 from isic.runtime.machine import peak_memory_mb
 
+# The first call with a shape allocates, compiles or tunes.
 WARM_UP = 2
-"""Calls before a measurement: the first with a shape allocates, compiles or tunes."""
+"""Calls before a measurement."""
+# In turns, so that no cache holds the input.
 NUM_INPUTS = 4
-"""Different batches, used in turns so that no cache holds the input."""
+"""Different batches of input."""
 NUM_CHECKED = 16
 """Images whose features are compared with the network's own."""
 
@@ -47,10 +49,7 @@ class EngineJob:
 
 
 def main(path: Path) -> None:
-    """Run the job at `path`.
-
-    Writes `.features.npy`, and `.result` after every batch size, next to it.
-    """
+    """Run the job at `path`; write `.features.npy` and `.result` next to it."""
     job = EngineJob(**read_json(path))
     result: dict[str, Any] = {"rows": []}
     try:
@@ -64,13 +63,13 @@ def main(path: Path) -> None:
             rates = batch_rates(engine, images, batch, job.repeats, job.seconds)
             peak = peak_memory_mb() if used_before is None else _used_mb() - used_before
             result["rows"].append({"batch": batch, **rates, "peak_mb": peak})
+            # After every batch size, so that a crash loses only the current one.
             write_json(path.with_suffix(".result"), result)
     except Exception as error:  # engines raise exceptions of any type
         write_json(path.with_suffix(".result"), {**result, "reason": error_text(error)})
 
 
 def open_engine(job: EngineJob) -> Engine:
-    """Open the engine of a job."""
     if job.artifact is None or job.manifest is None:
         # Only here: importing torch would count as memory of the other engines.
         from benchmarks.eager import EagerEngine  # noqa: PLC0415
@@ -80,11 +79,9 @@ def open_engine(job: EngineJob) -> Engine:
 
 
 def checked_features(engine: Engine, images: Pixels, batch: int) -> NDArray[np.float32]:
-    """Return the features [NUM_CHECKED, D] of the first images.
-
-    They are computed with `batch`, which is measured as well: compiling for another batch size can
-    take longer than the measurement.
-    """
+    """Return the features [NUM_CHECKED, D] of the first images, computed in batches."""
+    # With a batch size that is measured too: compiling for another one can take longer than the
+    # measurement.
     parts = []
     for start in range(0, NUM_CHECKED, batch):
         rows = np.arange(start, start + batch) % len(images)
@@ -96,10 +93,7 @@ def checked_features(engine: Engine, images: Pixels, batch: int) -> NDArray[np.f
 def batch_rates(
     engine: Engine, images: Pixels, batch: int, num_repeats: int, seconds: float
 ) -> dict[str, Any]:
-    """Measure calls with one batch size, from uint8 to float32, both in host memory.
-
-    Args:
-        seconds: least length of a repeat.
+    """Measure calls from uint8 to float32 in host memory, at least `seconds` per repeat.
 
     Returns:
         Images per second (median, least and most of the repeats) and latency percentiles.
@@ -125,7 +119,6 @@ def _make_inputs(engine: Engine, images: Pixels, batch: int) -> list[Pixels]:
 
 
 def _time_calls(engine: Engine, inputs: Sequence[Pixels], seconds: float) -> list[float]:
-    """Call the engine for at least some seconds and return the seconds of each call."""
     calls: list[float] = []
     while not calls or sum(calls) < seconds:
         started = time.perf_counter()
@@ -150,10 +143,8 @@ def _reset_peak() -> None:
 
 
 def _used_mb() -> int:
-    """Return the GPU's memory in use by all processes, with CUDA's own.
-
-    Engines do not return memory to the GPU, so the growth since before they opened is their peak.
-    """
+    """Return the GPU's memory in use by all processes, with CUDA's own."""
+    # Engines do not return memory to the GPU, so the growth since before they opened is their peak.
     import torch  # noqa: PLC0415 - the process of a CPU artifact has no torch
 
     free, total = torch.cuda.mem_get_info()
@@ -161,7 +152,6 @@ def _used_mb() -> int:
 
 
 def write_job(job: EngineJob, path: Path) -> None:
-    """Write a job for `main`."""
     write_json(path, asdict(job))
 
 

@@ -63,10 +63,7 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
 
 
 def traced_batch(spec: ArtifactSpec) -> int:
-    """Return the batch size of the example; kernels for a GPU are chosen for it.
-
-    It is at least 2, because torch.export takes a size of 1 for a constant.
-    """
+    """Return the batch size of the example; kernels for a GPU are chosen for it."""
     if spec.device == "cuda":
         return max(spec.options.opt_batch, TRACED_BATCH)
     return TRACED_BATCH

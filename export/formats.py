@@ -1,7 +1,4 @@
-"""Builds each export format, and says how exact each precision must be.
-
-The formats are rows of `ENGINE_FORMATS` in `infer/formats.py`, which name their builder modules.
-"""
+"""The formats that can be exported, their builders, and the tolerance of each precision."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -55,6 +52,7 @@ class ArtifactSpec:
     @property
     def batch_sizes(self) -> tuple[int, ...]:
         """Batch sizes at which parity is checked: small ones, the usual one and the largest."""
+        # Tracing may treat a batch of 1 or 2 as a constant, so both are checked.
         if self.device == "cpu":
             sizes = {1, 2, *CPU_BATCH_SIZES}
         else:
@@ -63,7 +61,6 @@ class ArtifactSpec:
 
 
 def no_images() -> Pixels:
-    """Return no images, for artifacts that are not calibrated."""
     return np.empty((0, 0, 0, 3), np.uint8)
 
 
@@ -85,7 +82,6 @@ class BuildInputs:
 
 
 def file_name(spec: ArtifactSpec) -> str:
-    """Return the file name of an artifact."""
     name: str = _builder(spec.format).file_name(spec)
     return name
 
@@ -105,9 +101,10 @@ def _builder(name: str) -> Any:
 def offered_precisions(name: str, device: str) -> tuple[str, ...]:
     """Return a format's precisions on a device, the default one first.
 
-    It omits those that this machine's GPU lacks, unless the artifact is for other GPUs.
+    Those that this machine's GPU lacks are omitted.
     """
     precisions = FORMATS[name].precisions[device]
+    # A portable artifact is for other GPUs than this machine's.
     if device == "cpu" or FORMATS[name].portable or gpu_without_bfloat16() is None:
         return precisions
     return tuple(precision for precision in precisions if precision != "bf16")
@@ -127,7 +124,7 @@ class Tolerance:
     min_cosine: float
     """Of each image's features."""
     max_logit_error: float
-    """Of each logit, divided by the logits' standard deviation if that is over 1; also of each
+    """Of each logit, divided by the logits' standard deviation if that is over 1, and of each
     probability of a mask."""
     min_rank_correlation: float
     """Spearman's, of the logits of real images."""
@@ -148,10 +145,7 @@ def gpu_without_bfloat16() -> str | None:
 
 
 def build_device(name: str, device: str) -> str:
-    """Return the device that a format is built for: the given one, if the format runs there.
-
-    With `auto` it is the device that the format's engine runs on here.
-    """
+    """Return the device that a format is built for: `device`, if the format runs there."""
     devices = FORMATS[name].devices
     if device == "auto" and len(devices) > 1:
         device = usual_device(name)
@@ -181,7 +175,6 @@ def find_formats(
     """Return each format with each requested precision that it offers.
 
     Args:
-        names: the formats.
         precisions: each format's default one if empty.
         device: `cpu`, `cuda` or `auto`.
 
@@ -207,8 +200,8 @@ def find_formats(
 
 
 def _chosen_precisions(name: str, precisions: tuple[str, ...], device: str) -> list[str]:
-    """Return the requested precisions that a format offers, or its default one."""
     offered = offered_precisions(name, device)
+    # Reported first: the reason is this machine, and not the format.
     if (
         "bf16" in precisions
         and "bf16" in FORMATS[name].precisions[device]

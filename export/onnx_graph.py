@@ -19,28 +19,28 @@ from torch import Tensor
 from export.formats import ArtifactSpec, BuildInputs
 from export.precision import cast_model, pointwise_convs_as_linear
 from infer.engines.contract import IMAGES, LOGITS
+from isic.layout import ONNX_FILE
 from train.model import Classifier
 
 OPSET = 20
 """The first opset with Gelu as one node; ONNX Runtime runs it from version 1.17 on."""
 BFLOAT16_OPSET = 22
 """The first opset with bfloat16 convolutions; ONNX Runtime refuses such a graph of an older one."""
+# ONNX Runtime on a CPU is no faster with it. The node's attribute `softmax_precision` must be
+# absent, because TensorRT's parser refuses it ("not supported in TensorRT Attention", seen with
+# TensorRT-RTX 1.7; no report found); the fused kernels choose the precision.
 ATTENTION_OPSET = 23
-"""The first opset with Attention as one node, which TensorRT fuses.
-
-ONNX Runtime on a CPU is no faster with it. The node's attribute `softmax_precision` must be absent,
-because TensorRT's parser refuses it ("not supported in TensorRT Attention", seen with TensorRT-RTX
-1.7; no report found); the fused kernels choose the precision.
-"""
+"""The first opset with Attention as one node, which TensorRT fuses."""
+# torch.export treats a dimension of size 0 or 1 as a constant.
 TRACED_BATCH = 2
-"""torch.export treats a dimension of size 0 or 1 as a constant, so the example has two images."""
+"""Images in the example that a network is traced with."""
+# Convolutions are slower as integers, unless they are products (see `pointwise_convs_as_linear`);
+# the other operators have no weights.
 INT8_OPERATORS = ["MatMul", "Gemm"]
-"""Convolutions are slower as integers, unless they are products (see `pointwise_convs_as_linear`);
-the other operators have no weights."""
 
 
 def file_name(spec: ArtifactSpec) -> str:
-    return "model.onnx" if spec.precision == "fp32" else f"model.{spec.precision}.onnx"
+    return ONNX_FILE if spec.precision == "fp32" else f"model.{spec.precision}.onnx"
 
 
 def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]:
@@ -81,6 +81,7 @@ def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
             dynamic_shapes={IMAGES: {0: torch.export.Dim("batch")}},
             strict=False,
         )
+        # Decomposed into `attention`, whose softmax is in float32; later opsets have one node.
         if opset < ATTENTION_OPSET:
             program = program.run_decompositions(
                 {torch.ops.aten.scaled_dot_product_attention.default: attention}
@@ -129,12 +130,10 @@ def int8_graph(model: Classifier, size: int, folder: Path) -> onnx.ModelProto:
 
 
 def quantize_weights(source: Path, path: Path) -> None:
-    """Write a float32 graph with int8 weights, whose activations are quantized at run time.
-
-    Static ranges, calibrated on real images (Q/DQ of the same products), are no better: on two
-    cores with VNNI they took 1 to 11 % more CPU time for a ViT-Tiny, a ConvNeXt-Tiny and a small
-    trained ViT, and their error (1 - cosine) was 1.5 to 6 times as large.
-    """
+    """Write a float32 graph with int8 weights, whose activations are quantized at run time."""
+    # Static ranges, calibrated on real images (Q/DQ of the same products), are no better: on two
+    # cores with VNNI they took 1 to 11 % more CPU time for a ViT-Tiny, a ConvNeXt-Tiny and a small
+    # trained ViT, and their error (1 - cosine) was 1.5 to 6 times as large.
     with quiet("root"):
         quantize_dynamic(
             source,

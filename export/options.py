@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import AliasChoices, Field, model_validator
 
 from infer.formats import PRECISIONS, exported_formats
+from isic.layout import find_run
 from isic.runtime.config import Settings, Several
 
 
@@ -118,4 +119,4 @@ class ExportSettings(PlanOptions):
 
     @property
     def run_dir(self) -> Path:
-        return self.model_dir or Path("outputs") / self.config
+        return find_run(self.model_dir, self.config)

@@ -1,7 +1,4 @@
-"""The parity check: an exported artifact must reproduce its checkpoint's outputs.
-
-It compares them on real images and on noise, at several batch sizes.
-"""
+"""The parity check: outputs of an artifact and its checkpoint on real images and noise."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,11 +35,11 @@ class Reference:
     def __init__(
         self, model: Classifier, images: Pixels, labels: NDArray[np.float32] | None = None
     ) -> None:
-        """Run the checkpoint.
+        """Run the checkpoint on `images` and on noise.
 
         Args:
             model: in eval mode on the CPU.
-            images: real ones, uint8 [R, H, W, 3]; noise is added.
+            images: uint8 [R, H, W, 3].
             labels: [R] 0 or 1; None if unknown.
         """
         shape = (NUM_NOISE, *images.shape[1:])
@@ -50,21 +47,18 @@ class Reference:
         self.images: Pixels = np.concatenate([images, noise])
         self.outputs = run_model(model, self.images)
         self.num_real = len(images)
+        # The pAUC is undefined if the labels are all the same.
         has_both_labels = labels is not None and 0 < labels.sum() < len(labels)
         self.labels = labels if has_both_labels else None
-        """None also if the labels are all the same, as the pAUC is then undefined."""
 
 
 @torch.inference_mode()
 def run_model(model: Classifier, images: Pixels, batch_size: int = 16) -> Arrays:
-    """Return features [N, D], logits [N, 1] and any mask [N, h, w], float32.
-
-    Args:
-        images: uint8 [N, H, W, 3].
-    """
-    starts = range(0, len(images), batch_size)
-    outputs = [model(torch.from_numpy(images[at : at + batch_size])) for at in starts]
-    return tuple(torch.cat(parts).numpy() for parts in zip(*outputs, strict=True))
+    """Return features [N, D], logits [N, 1] and any mask [N, h, w] of uint8 [N, H, W, 3]."""
+    batches = []
+    for start in range(0, len(images), batch_size):
+        batches.append(model(torch.from_numpy(images[start : start + batch_size])))
+    return tuple(torch.cat(parts).numpy() for parts in zip(*batches, strict=True))
 
 
 def run_engine(engine: Engine, images: Pixels, batch_size: int, with_mask: bool) -> Arrays:
@@ -88,7 +82,7 @@ def run_engine(engine: Engine, images: Pixels, batch_size: int, with_mask: bool)
 def check_parity(
     reference: Reference, engine: Engine, tolerance: Tolerance, batch_sizes: Sequence[int]
 ) -> dict[str, Any]:
-    """Compare an engine with its checkpoint: the largest batch on all images, others on a few.
+    """Compare an engine with its checkpoint.
 
     Returns:
         The figures of each batch size (see `compare`), and `rank_correlation` and `pauc_change` of
@@ -100,6 +94,7 @@ def check_parity(
     """
     figures: dict[str, Any] = {}
     for batch_size in sorted(batch_sizes):
+        # The largest batch size on all images, others on a few, where a wrong kernel shows.
         first = 0 if batch_size == max(batch_sizes) else -max(NUM_FEW, batch_size)
         expected = tuple(output[first:] for output in reference.outputs)
         with_mask = len(expected) == len(OUTPUTS)
@@ -114,7 +109,7 @@ def check_parity(
 
 
 def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:
-    """Return the differences of outputs; their shapes, types and finiteness are checked first.
+    """Return the differences of outputs.
 
     Returns:
         `cosine`: the smallest of all images' features. `max_abs_error`: of the features.
@@ -141,7 +136,7 @@ def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:
 
 
 def smallest_cosine(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
-    """Return the smallest cosine between corresponding rows of two arrays [N, D]."""
+    """Return the smallest cosine of corresponding rows of two arrays [N, D]."""
     a = expected.astype(np.float64)
     b = actual.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
@@ -197,7 +192,7 @@ def check_order(figures: dict[str, Any], tolerance: Tolerance, reference: Refere
 
 
 def worst_figures(parity: dict[str, Any]) -> dict[str, float]:
-    """Return the worst of the figures of `check_parity` over all batch sizes."""
+    """Return the worst figures of `check_parity` over all batch sizes."""
     figures = [figure for name, figure in parity.items() if name.startswith("batch_")]
     return {
         "cosine": min(figure["cosine"] for figure in figures),

@@ -16,17 +16,18 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 FP32_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, GlobalResponseNorm, _BatchNorm)
 """Layers that stay in float32: they square activations, which overflows float16, or sum many, which
 bfloat16 rounds too much."""
+# Transpositions around the product included.
 MIN_INT8_CHANNELS = 64
-"""Channels from which a 1x1 convolution is faster as an int8 product, transpositions included."""
+"""Channels from which a 1x1 convolution is faster as an int8 product."""
 
 
 def cast_model(model: Classifier, precision: str) -> Classifier:
     """Return a copy of the model that computes in `precision`, except for FP32_LAYERS.
 
-    It takes uint8 images and returns float32 outputs like the model itself. torch.autocast instead
-    of explicit casts would leave LayerNormalization nodes with inputs of two types, which ONNX
-    Runtime and TensorRT refuse.
+    It takes uint8 images and returns float32 outputs like the model itself.
     """
+    # torch.autocast instead of explicit casts would leave LayerNormalization nodes with inputs of
+    # two types, which ONNX Runtime and TensorRT refuse.
     model = copy.deepcopy(model)
     dtype = TORCH_DTYPES[precision]
     if dtype == torch.float32:
@@ -49,8 +50,6 @@ def _inputs_to_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[T
 
 
 class _OutputTo:
-    """A forward hook that casts a layer's output."""
-
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
@@ -59,10 +58,8 @@ class _OutputTo:
 
 
 def pointwise_convs_as_linear(model: Classifier) -> Classifier:
-    """Return a copy whose wide 1x1 convolutions are linear layers over the channels.
-
-    Dynamic quantization is for matrix products only, so it would skip the convolutions.
-    """
+    """Return a copy whose wide 1x1 convolutions are linear layers over the channels."""
+    # Dynamic quantization is for matrix products only, so it would skip the convolutions.
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):

@@ -2,8 +2,7 @@
 
 TensorRT fuses the pairs before the inputs of a product into a product of the quantized type. Its
 rules: zero points of 0, scales in the type of the surrounding tensors, one scale per tensor for
-activations and one per output channel for weights, and biases that are not quantized. The rest of
-the graph keeps float16, and its float32 layers (norms, softmax, the head) stay float32.
+activations and one per output channel for weights, and biases that are not quantized.
 """
 
 import hashlib
@@ -47,9 +46,9 @@ QUANT_TYPES = {
         TensorProto.FLOAT8E4M3FN, torch.float8_e4m3fn, 448, frozenset({"MatMul", "Gemm"})
     ),
 }
+# Convolutions with fewer channels, such as the stem and depthwise ones, have no fast int8 kernel.
 MIN_CONV_CHANNELS = 16
-"""A convolution with fewer input or output channels has no fast int8 kernel; this excludes the stem
-and depthwise convolutions."""
+"""Fewest input and output channels of a quantized convolution."""
 CALIBRATION_BATCH_SIZE = 4
 """Images whose activations are in memory at once."""
 
@@ -97,6 +96,8 @@ def find_layers(graph: onnx.GraphProto, quant_type: QuantType) -> list[NodeProto
     for node in graph.node:
         if node.op_type not in quant_type.operators or node.input[1] not in constants:
             continue
+        # [out, in / groups, ...] for a convolution: a depthwise one has one input channel per
+        # group.
         channels = min(constants[node.input[1]].dims[:2])
         if node.op_type != "Conv" or channels >= MIN_CONV_CHANNELS:
             layers.append(node)
@@ -107,10 +108,6 @@ def calibrate_absmax(
     graph: onnx.ModelProto, names: Sequence[str], images: Pixels
 ) -> dict[str, float]:
     """Run the graph on images and return the largest magnitude of each named float16 activation.
-
-    The range ends there. Clipping rare values instead, for the smallest squared error, makes the
-    worst image worse: for a trained ViT with outliers the cosine to float32 is 0.993 instead of
-    0.994 in int8, and 0.990 instead of 0.996 in fp8.
 
     Raises:
         UserError: values are not finite, or ONNX Runtime lacks one of the graph's operators.
@@ -128,6 +125,9 @@ def calibrate_absmax(
             f"ONNX Runtime {ort.__version__} cannot calibrate ({first_line(error)}); install a "
             "newer one"
         ) from None
+    # Clipping rare values instead, for the smallest squared error, makes the worst image worse: for
+    # a trained ViT with outliers the cosine to float32 is 0.993 instead of 0.994 in int8, and 0.990
+    # instead of 0.996 in fp8.
     largest = np.zeros(len(names))
     for start in range(0, len(images), CALIBRATION_BATCH_SIZE):
         batch = images[start : start + CALIBRATION_BATCH_SIZE]
@@ -144,11 +144,12 @@ def calibrate_absmax(
 def absmax_to_scale(absmax: NDArray[np.float32], quant_type: QuantType) -> NDArray[np.float16]:
     """Return the scales that map the ends of ranges to the largest quantized value.
 
-    The scale of an empty range, whose values are all 0, is 1.
+    An empty range has the scale 1.
     """
     scales = (absmax / quant_type.largest).astype(np.float16)
-    at_least = np.maximum(scales, np.finfo(np.float16).smallest_normal)
-    return np.where(absmax > 0, at_least, 1).astype(np.float16)
+    # A subnormal float16 has few bits, and 0 would divide by zero.
+    normal = np.maximum(scales, np.finfo(np.float16).smallest_normal)
+    return np.where(absmax > 0, normal, 1).astype(np.float16)
 
 
 def quantize_values(
@@ -170,8 +171,7 @@ def insert_qdq(
 ) -> None:
     """Insert Q/DQ pairs before the activations of layers, and quantize their weights.
 
-    Args:
-        absmax: largest magnitude of each activation by name.
+    `absmax` is the largest magnitude of each activation by name.
     """
     weights = {tensor.name: tensor for tensor in graph.initializer}
     layer_outputs = {layer.output[0] for layer in layers}
@@ -237,6 +237,7 @@ def _parameters(
     graph: onnx.GraphProto, name: str, scale: NDArray[np.float16], quant_type: QuantType
 ) -> tuple[str, str]:
     """Add a scale and its zero point to the graph and return their names."""
+    # ONNX takes the quantized type from the zero point, even if it is 0.
     zeros = helper.make_tensor(
         f"{name}_zero", quant_type.code, scale.shape, bytes(scale.size), raw=True
     )
@@ -245,7 +246,6 @@ def _parameters(
 
 
 def replace_all(field: Any, messages: Iterable[Any]) -> None:
-    """Replace the contents of a repeated protobuf field."""
     messages = list(messages)
     del field[:]
     field.extend(messages)

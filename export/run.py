@@ -30,9 +30,8 @@ from export.triton import write_repository
 from infer.engines import create, unavailable_reason
 from isic import schema
 from isic.dataset import Dataset
-from isic.folds import FILE as FOLDS_FILE
-from isic.folds import fold_dirs, read_folds
-from isic.images import decode_pool
+from isic.folds import read_folds
+from isic.layout import BEST_CHECKPOINT, FOLDS_FILE, fold_files
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
@@ -47,12 +46,12 @@ from isic.runtime.files import (
 )
 from isic.runtime.machine import cpu_features, processor
 from isic.runtime.progress import TimeLeft
-from train.checkpoint import BEST, checkpoint_settings, load_checkpoint
+from train.checkpoint import checkpoint_settings, load_checkpoint
 from train.model import Classifier, create_model
 
 PARITY_FILE = "parity.json"
 BUILD_PACKAGES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
-"""Packages that any build may use; a manifest has their versions and those of its engine's."""
+"""Packages that any build may use; a manifest has their versions."""
 HEADER = "fold format       types      MB  seconds     cosine  logit error     rank  artifact"
 
 
@@ -124,10 +123,7 @@ def print_plan(settings: ExportSettings, folds: list[int], wanted: list[tuple[st
 def export_fold(
     checkpoint: Path, fold: int, specs: list[ArtifactSpec], settings: ExportSettings
 ) -> int:
-    """Export, or with `--check` only checks, the artifacts of one fold.
-
-    A checkpoint holds the optimizer's state too and takes seconds to unpickle, so that is done
-    once, and not at all if everything is up to date.
+    """Export the artifacts of one fold, or with `--check` only check them.
 
     Returns:
         The number of artifacts that failed the parity check.
@@ -142,6 +138,7 @@ def export_fold(
         if not redo and is_current(artifact, spec, checkpoint.name, digest):
             print(f"{fold:4} {spec.format:12} {spec.precision:5} up to date: {artifact}")
             continue
+        # Loaded once, and only if needed: a checkpoint takes seconds to unpickle.
         if source is None:
             source = load_source(checkpoint, fold, settings)
         if not process(source, spec, artifact):
@@ -151,14 +148,15 @@ def export_fold(
 
 def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
     """Return the checkpoint of each fold to export. Raises UserError if there is none."""
-    found = {}
-    for fold, folder in fold_dirs(settings.run_dir).items():
-        if settings.fold in {None, fold} and (folder / BEST).is_file():
-            found[fold] = folder / BEST
+    trained = fold_files(settings.run_dir, BEST_CHECKPOINT)
+    if settings.fold is None:
+        found = trained
+    else:
+        found = {fold: path for fold, path in trained.items() if fold == settings.fold}
     if not found:
         which = "no fold" if settings.fold is None else f"no fold {settings.fold}"
         raise UserError(
-            f"{settings.run_dir} has {which} with {BEST}; run "
+            f"{settings.run_dir} has {which} with {BEST_CHECKPOINT}; run "
             f"`python -m train --config {settings.config}` first"
         )
     return found
@@ -167,7 +165,6 @@ def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
 def artifact_spec(
     fold: int, format_name: str, precision: str, settings: ExportSettings
 ) -> ArtifactSpec:
-    """Return the request for one artifact of a fold."""
     return ArtifactSpec(
         config=settings.config,
         fold=fold,
@@ -183,20 +180,14 @@ def artifact_path(checkpoint: Path, spec: ArtifactSpec) -> Path:
 
 
 def is_current(artifact: Path, spec: ArtifactSpec, checkpoint: str, digest: str) -> bool:
-    """Return whether an artifact is intact, made from this checkpoint, and matches the spec.
-
-    Args:
-        artifact: its path; it need not exist.
-        spec: the request.
-        checkpoint: file name of the checkpoint.
-        digest: SHA-256 of the checkpoint.
-    """
+    """Return whether an artifact is intact, made from this checkpoint, and matches the spec."""
     if not (artifact.is_file() and manifest_path(artifact).is_file()):
         return False
     manifest = read_json(manifest_path(artifact))
     wanted = {**spec.facts, "made_from": {"checkpoint": checkpoint, "sha256": digest}}
     if any(manifest.get(key) != value for key, value in wanted.items()):
         return False
+    # Last, because it reads the whole file.
     return bool(manifest["sha256"] == sha256(artifact))
 
 
@@ -204,7 +195,7 @@ def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
     """Load a checkpoint into its model.
 
     Raises:
-        UserError: the checkpoint is of another config or fold, or its weights do not fit its model.
+        UserError: it is of another config or fold, or its weights do not fit its model.
     """
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
@@ -231,11 +222,8 @@ def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
 
 
 def export_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
-    """Build one artifact under a temporary name, check its parity, and give it its name.
-
-    Returns:
-        Whether it passed.
-    """
+    """Build one artifact and publish it if it passes the parity check. Return whether it does."""
+    # Under a temporary name until then: no engine may load an artifact that was not checked.
     candidate = artifact.with_name(f".candidate-{artifact.name}")
     manifest = {**source.config, **spec.facts}
     try:
@@ -269,7 +257,7 @@ def build_inputs(source: Source, spec: ArtifactSpec) -> BuildInputs:
 
 
 def check_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
-    """Check the parity of an existing artifact on this machine. Returns whether it passed."""
+    """Check the parity of an existing artifact on this machine. Return whether it passes."""
     manifest = read_manifest(artifact)
     if manifest["made_from"]["sha256"] != source.sha256:
         raise UserError(
@@ -329,14 +317,14 @@ def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | N
 
 
 def record_parity(artifact: Path, result: dict[str, Any]) -> None:
-    """Record in its folder's `parity.json` how an artifact did in the parity check."""
+    """Record the parity check of an artifact in its folder's `parity.json`."""
     path = artifact.with_name(PARITY_FILE)
     results = read_json(path) if path.is_file() else {}
     write_json(path, {**results, artifact.name: result})
 
 
 def remove_failed(artifact: Path, manifest: Mapping[str, Any], error: ParityError) -> None:
-    """Remove an artifact that failed the parity check, and print and records the reason."""
+    """Remove an artifact that failed the parity check; record and print the reason."""
     artifact.unlink(missing_ok=True)
     manifest_path(artifact).unlink(missing_ok=True)
     record_parity(artifact, {"passed": False, "reason": str(error)})
@@ -347,10 +335,10 @@ def remove_failed(artifact: Path, manifest: Mapping[str, Any], error: ParityErro
 
 
 def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
-    """Return images that the fold holds out, and their labels.
+    """Return at most `source.num_images` that the fold holds out, and their labels.
 
     Returns:
-        uint8 [R, size, size, 3] and float32 [R]; R is at most `source.num_images`.
+        uint8 [R, size, size, 3] and float32 [R].
 
     Raises:
         UserError: none can be read.
@@ -364,10 +352,8 @@ def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
 
 
 def calibration_sample(source: Source, num_images: int) -> Pixels:
-    """Return at most `num_images` of the fold's training images, uint8 [R, size, size, 3].
-
-    The held-out ones are for the parity check, which must not judge images of the calibration.
-    """
+    """Return at most `num_images` of the fold's training images, uint8 [R, size, size, 3]."""
+    # Not held-out images: the parity check must not judge images of the calibration.
     return read_sample(source, num_images, held_out=False)[0]
 
 
@@ -381,20 +367,18 @@ def read_sample(
     table = table.filter((folds == source.config["fold"]) == held_out)
     store = dataset.images("train")
     table = table.filter(~pl.col(schema.ID).is_in(store.missing(table[schema.ID].to_list())))
-    rows = sample_rows(table, num_images)
-    size = source.preprocess.size
-    images = np.empty((len(rows), size, size, 3), np.uint8)
-    with decode_pool(1) as pool:
-        failed = store.decode(rows[schema.ID].to_list(), source.preprocess, images, pool)
+    rows = choose_rows(table, num_images)
+    images, failed = store.load(rows[schema.ID].to_list(), source.preprocess)
     good = [row for row in range(len(rows)) if row not in failed]
     labels = rows[schema.TARGET].cast(pl.Float32).to_numpy()
     return images[good], labels[good]
 
 
-def sample_rows(table: pl.DataFrame, num_rows: int) -> pl.DataFrame:
+def choose_rows(table: pl.DataFrame, num_rows: int) -> pl.DataFrame:
     """Return rows spread evenly over the table; at most a quarter are positives."""
     positives = table.filter(pl.col(schema.TARGET) == 1)
     negatives = table.filter(pl.col(schema.TARGET) == 0)
+    # Positives are rare, but the pAUC needs some.
     chosen = [evenly_spaced(positives, num_rows // 4), evenly_spaced(negatives, num_rows)]
     return pl.concat(chosen).head(num_rows)
 

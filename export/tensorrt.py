@@ -1,7 +1,4 @@
-"""TensorRT plans: one strongly typed path for TensorRT 10 and 11 and for TensorRT-RTX.
-
-The precision is in the ONNX graph, and the plan has the types of the graph.
-"""
+"""TensorRT plans from strongly typed ONNX graphs, for TensorRT 10 and 11 and TensorRT-RTX."""
 
 import contextlib
 import signal
@@ -34,6 +31,7 @@ from infer.engines.tensorrt import (
     logger,
 )
 from infer.formats import ENGINE_FORMATS
+from isic.layout import ONNX_FILE
 from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path
 
@@ -43,12 +41,10 @@ SHAPE_DTYPES = frozenset({"int32", "int64", "bool"})
 ATTENTION_VERSION = (10, 14)
 """The first TensorRT whose parser reads ONNX's Attention."""
 
+# NVIDIA calls plans portable across these: the support matrix of every version names them, and not
+# SM80 (A100) nor SM121.
 PORTABLE_CAPABILITIES = ("SM86", "SM89", "SM120")
-"""Architectures that TensorRT-RTX builds for by default.
-
-NVIDIA calls plans portable across these: the support matrix of every version names them, and not
-SM80 (A100) nor SM121.
-"""
+"""Architectures that TensorRT-RTX builds for by default."""
 CAPABILITIES = {"fp8": ("SM89", "SM120")}
 """Default architectures of a precision that not all of PORTABLE_CAPABILITIES compute in."""
 
@@ -101,7 +97,7 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
     opset = ATTENTION_OPSET if parses_attention(spec.format) else OPSET
     graph, calibration = typed_graph(spec, inputs, opset)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        onnx_path = Path(folder) / "model.onnx"
+        onnx_path = Path(folder) / ONNX_FILE
         onnx.save(graph, onnx_path)
         timings = inputs.cache_dir / f"{spec.format}.timings"
         options = with_capabilities(spec.precision, spec.format, spec.options)
@@ -142,9 +138,7 @@ def parses_attention(flavour: str) -> bool:
 
 
 def plan_name(config: str, fold: int, precision: str, flavour: str, options: PlanOptions) -> str:
-    """Return the file name of a plan, which has all that decides whether it can run.
-
-    For example `vit_tiny-fold_0-fp16-sm86-sm89-sm120-tensorrt_rtx_1.7.1.116.plan`.
+    """Return a file name such as `vit_tiny-fold_0-fp16-sm86-tensorrt_rtx_1.7.1.116.plan`.
 
     Raises:
         UserError: the library is not installed or does not know a GPU, or a GPU is needed and
@@ -167,13 +161,9 @@ def build_plan(
 
     Args:
         onnx_path: a graph of this toolkit's contract in any precision.
-        plan_path: file to write.
-        flavour: `tensorrt`, which builds for this machine's GPU, or `tensorrt_rtx`, which needs
-            none.
-        options: build options; those of the other flavour are ignored.
-        log: receives messages to the user.
-        timing_cache: file with TensorRT's timings of kernels, shared by the folds of a config; made
-            if it does not exist. TensorRT-RTX times nothing and does not use it.
+        flavour: `tensorrt`, for this machine's GPU, or `tensorrt_rtx`, which needs none.
+        options: those of the other flavour are ignored.
+        timing_cache: TensorRT's timings of kernels, created if absent; TensorRT-RTX has none.
 
     Raises:
         UserError: the library or the GPU is missing, the graph cannot be parsed or breaks the
@@ -213,11 +203,7 @@ def build_plan(
 
 
 def parse(trt: ModuleType, builder: Any, onnx_path: Path, title: str) -> tuple[Any, Any]:
-    """Return the network of an ONNX file and its parser.
-
-    Raises:
-        UserError: the file cannot be parsed; the message has the first errors.
-    """
+    """Return the network of an ONNX file and its parser. Raise UserError if it cannot be read."""
     # TensorRT 11 is always strongly typed and ignores the flag; 10 needs it.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger(trt))
@@ -239,7 +225,7 @@ def _parser_error_text(error: Any) -> str:
 
 
 def check_contract(network: Any, onnx_path: Path) -> dict[str, dict[str, Any]]:
-    """Return type and shape of each input and output. Raises UserError for a broken contract."""
+    """Return type and shape of each input and output. Raise UserError for a broken contract."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     tensors = {tensor.name: as_tensor(tensor.dtype, tensor.shape) for tensor in (*inputs, *outputs)}
@@ -253,11 +239,9 @@ def check_contract(network: Any, onnx_path: Path) -> dict[str, dict[str, Any]]:
 
 
 def allow_decomposed_attention(trt: ModuleType, network: Any) -> None:
-    """Allows attention to be several kernels if no fused one has its type and head size.
-
-    There is none for float32, and the build would fail. The fused kernels are still preferred.
-    """
-    # TensorRT before 10.14 has no such layer.
+    """Allow attention to be several kernels if no fused one has its type and head size."""
+    # Otherwise a float32 network does not build; fused kernels are still preferred. TensorRT before
+    # 10.14 has no such layer.
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for layer in _layers(network):
         if layer.type == kind:
@@ -285,6 +269,7 @@ def configure(
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatible and not portable:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    # Kernels are chosen for `opt`; all sizes between `min` and `max` run.
     profile = builder.create_optimization_profile()
     image_shape = tuple(network.get_input(0).shape)[1:]
     shapes = [(batch, *image_shape) for batch in options.profile.values()]
@@ -313,7 +298,7 @@ def serialize(
     """Build the plan and return its bytes.
 
     Raises:
-        UserError: TensorRT cannot build it; the message has its reason.
+        UserError: TensorRT cannot build it.
         KeyboardInterrupt: Ctrl-C.
     """
     logger(trt).errors.clear()
@@ -379,10 +364,10 @@ def deferred_sigint() -> Iterator[threading.Event]:
 def layer_types(network: Any) -> dict[str, dict[str, int]]:
     """Return the number of layers by kind and by type of the first output.
 
-    A strongly typed plan computes each layer in the type that the network states; TensorRT may fuse
-    layers but not change types. Shape arithmetic is not counted, and a product of dequantized
-    inputs counts as one of the quantized type.
+    Shape arithmetic is not counted.
     """
+    # The types are those of the plan: TensorRT may fuse layers of a strongly typed network but not
+    # change types. A product of dequantized inputs is computed in the quantized type.
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     quantized = {
         layer.get_output(0).name: TENSORRT_DTYPES[layer.get_input(0).dtype.name]

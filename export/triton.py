@@ -1,6 +1,6 @@
 """A model repository for NVIDIA Triton Inference Server: a model per fold, and their ensemble.
 
-Clients must send images as the manifest's preprocessing leaves them: uint8 [N, size, size, 3], RGB.
+Clients send preprocessed images: uint8 [N, size, size, 3], RGB.
 """
 
 import json
@@ -30,8 +30,9 @@ QUEUE_DELAY_US = 1000
 """Time that a request may wait for others to share its batch, microseconds."""
 TRITON_DTYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
 ONNX_DTYPES = {TensorProto.UINT8: "uint8", TensorProto.FLOAT: "float32"}
-MEAN_OPSET, MEAN_IR_VERSION = 13, 8
-"""Of the model of the mean: old enough for the ONNX Runtime of any Triton."""
+# Old enough for the ONNX Runtime of any Triton.
+MEAN_OPSET = 13
+MEAN_IR_VERSION = 8
 
 Shapes = Mapping[str, tuple[str, Sequence[int]]]
 """Type and sizes without the batch of each input and output."""
@@ -68,7 +69,6 @@ class FoldModel:
         return self.ensemble_name(LOGITS)
 
     def ensemble_name(self, output: str) -> str:
-        """Return the name of one of its outputs within the ensemble."""
         return f"{output}_{self.manifest['fold']}"
 
     def shapes(self) -> Shapes:
@@ -95,9 +95,7 @@ def write_repository(root: Path, artifacts: Sequence[Path]) -> list[str]:
 
     Models of these names are replaced, others are kept. For several folds there is also an
     ensemble with the config's name: it returns `logits` (the mean over the folds), `probabilities`
-    (their sigmoid) and the features and masks of each fold, which are not averaged because each
-    fold has its own feature space. Triton's ensembles only route tensors, so the mean is a small
-    ONNX model.
+    (their sigmoid) and the features and masks of each fold.
 
     Args:
         root: folder for `tritonserver --model-repository`.
@@ -113,6 +111,8 @@ def write_repository(root: Path, artifacts: Sequence[Path]) -> list[str]:
         _write_fold(root / model.name, model)
     if len(models) == 1:
         return [models[0].name]
+    # Triton's ensembles only route tensors, so the mean is a small ONNX model. Features are not
+    # averaged, because each fold has its own feature space.
     ensemble, mean = _ensemble_names(models)
     _write_mean(root / mean, mean, models)
     (root / ensemble / "1").mkdir(parents=True, exist_ok=True)
@@ -122,17 +122,12 @@ def write_repository(root: Path, artifacts: Sequence[Path]) -> list[str]:
 
 
 def _ensemble_names(models: Sequence[FoldModel]) -> tuple[str, str]:
-    """Return the names of the ensemble and of the model of its mean."""
     name = models[0].manifest["name"]
     return name, f"{name}_mean"
 
 
 def mark_folders(root: Path, models: Sequence[FoldModel]) -> None:
-    """Mark the folders of all models as written here.
-
-    Raises:
-        UserError: one of them holds another model.
-    """
+    """Mark the folders of all models. Raise UserError if one holds a model of something else."""
     names = [model.name for model in models]
     if len(models) > 1:
         names += _ensemble_names(models)
@@ -237,23 +232,21 @@ def mean_model(names: Sequence[str]) -> onnx.ModelProto:
 
 
 def _write_fold(folder: Path, model: FoldModel) -> None:
-    """Write the model before its configuration: a server that watches the folder sees it whole."""
     manifest = model.manifest
     with atomic_path(folder / "1" / model.file_name) as temporary:
         if (manifest["format"], manifest["precision"]) == ("onnx", "int8"):
             onnx.save(with_unsigned_weights(onnx.load(model.artifact)), temporary)
         else:
             shutil.copyfile(model.artifact, temporary)
+    # Last: a server that watches the folder loads a model when it has a configuration.
     write_text(folder / "config.pbtxt", to_pbtxt(fold_config(model)))
 
 
 def with_unsigned_weights(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Store the int8 weights of a graph as uint8 with matching zero points, in place.
-
-    On x86 CPUs without VNNI products of uint8 and int8 saturate. ONNX Runtime has an option that
-    does this (see infer/engines/onnxruntime.py), and Triton has no way to set it
-    (https://github.com/triton-inference-server/onnxruntime_backend/issues/107).
-    """
+    """Store the int8 weights of a graph as uint8 with matching zero points, in place."""
+    # On x86 CPUs without VNNI products of uint8 and int8 saturate. ONNX Runtime has an option that
+    # does this (see infer/engines/onnxruntime.py), and Triton has no way to set it
+    # (triton-inference-server/onnxruntime_backend#107).
     names = set()
     for node in graph.graph.node:
         if node.op_type == "MatMulInteger":

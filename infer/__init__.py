@@ -1,3 +1,3 @@
-"""From engines to a submission: embeddings of every image, the GBDT ensemble, and the doctor. Runs without torch."""
+"""From engines to a submission: embeddings, the ensemble of boosters, and the doctor."""
 
 import isic  # noqa: F401  switches telemetry off before a library is imported

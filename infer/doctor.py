@@ -1,63 +1,236 @@
-"""`python -m infer doctor`: which engines run on this machine, and why the others do not."""
+"""`python -m infer doctor`: what runs on this machine, and what fixes the rest.
 
+Each library is tried in a process of its own, because one that does not fit the machine can crash
+or hang. This module itself needs none of them.
+"""
+
+import json
+import platform
+import re
 import signal
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
-from infer.formats import engine_packages, engines_by_title
+from infer.embedding.settings import EmbedSettings
+from infer.formats import ENGINE_FORMATS, engines_by_title
+from isic import __version__
 from isic.runtime.config import Settings
 from isic.runtime.files import versions
+from isic.runtime.machine import num_cores, processor
 
 
 class DoctorSettings(Settings):
-    """Try every engine on this machine; print which ones work, and why the others do not."""
+    """Try every engine, provider and library on this machine.
+
+    Prints what runs, in which versions, and one fix for each that does not run.
+    """
 
 
-OTHER_PACKAGES = ("lightgbm", "polars")
-"""Packages whose versions are printed in addition to those of the engines."""
+@dataclass(frozen=True)
+class Check:
+    """A library, and how it is tried."""
+
+    title: str
+    packages: tuple[str, ...]
+    """The distributions that it needs; the versions of those that are installed are printed."""
+    trial: str
+    """A function of `infer.trials` that returns the fields of a Finding."""
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of a check."""
+
+    reason: str | None
+    """Why it does not work, as `cause; fix`; None if it works."""
+    cuda: str | None = None
+    """The CUDA that the library was built for."""
+
+    @property
+    def cause_and_fix(self) -> tuple[str, str]:
+        """The two parts of the reason. A cause may quote a library and have semicolons itself."""
+        cause, _, fix = (self.reason or "").rpartition("; ")
+        return cause, fix
+
+
+MODULE_CHECKS = (
+    Check("NumPy", ("numpy",), "try_module", ("numpy",)),
+    Check("OpenCV", ("opencv-python-headless",), "try_module", ("cv2",)),
+    Check("HDF5", ("h5py",), "try_module", ("h5py",)),
+    Check("Polars", ("polars",), "try_module", ("polars",)),
+    Check("Ray", ("ray",), "try_module", ("ray",)),
+)
 
 TRIAL = """
-import sys
-from infer.engines import unavailable_reason
-reason = unavailable_reason(*sys.argv[1:])
-print("works" if reason is None else "does not work: " + " ".join(reason.split()))
+import json, sys
+from infer import trials
+function, *arguments = sys.argv[1:]
+print(json.dumps(getattr(trials, function)(*arguments)))
 """
 TRIAL_SECONDS = 120
 """A longer trial hangs. Loading CUDA's libraries from a slow disk takes up to a minute."""
 
+FIXES = {
+    "SIGILL": 'use a newer CPU, or for Polars run `pip install "polars[rtcompat]"`',
+    "libgomp": "run `apt-get install libgomp1`",
+    "no answer": "run the doctor again: files load faster the second time",
+    "": "run `pip install --force-reinstall {packages}`",
+}
+"""What to do about a trial that fails, by a part of its message; the first that fits."""
+
+WIDTH = 100
+
+
+class TrialError(Exception):
+    """A trial crashed, hung or raised; the message is the cause."""
+
 
 def doctor(settings: DoctorSettings) -> None:
-    """Try every engine on this machine and print which ones work, and why the others do not."""
-    engines = list(engines_by_title())
-    with ThreadPoolExecutor() as pool:
-        answers = pool.map(lambda engine: try_engine(engine[1], engine[2]), engines)
-        for (title, _, _), answer in zip(engines, answers, strict=True):
-            print(f"{title:24} {answer}", flush=True)
-    for package, version in versions(*engine_packages(), *OTHER_PACKAGES).items():
-        print(f"{package:24} {version}")
+    """Print this machine, what runs on it, and what `infer embed` would use."""
+    print_section("This machine", machine_facts())
+    checks = [*engine_checks(), *booster_checks(), *MODULE_CHECKS]
+    findings: dict[tuple[str, ...], Finding] = {}
+    print("\nWhat runs here")
+    width = max(len(check.title) for check in checks)
+    with ThreadPoolExecutor(num_cores()) as pool:
+        for check, finding in zip(checks, pool.map(examine, checks), strict=True):
+            findings[check.arguments] = finding
+            print("\n".join(check_lines(check, finding, width)), flush=True)
+    print()
+    print_section("`infer embed` without flags", embed_defaults(findings))
 
 
-def try_engine(name: str, device: str, seconds: float = TRIAL_SECONDS) -> str:
-    """Return whether an engine works and why not.
+def machine_facts() -> dict[str, str]:
+    """Return what is known of this machine, by name."""
+    facts = {
+        "isic-toolkit": __version__,
+        "Python": f"{platform.python_version()} on {platform.platform()}",
+        "processor": f"{processor()}; {num_cores()} threads",
+    }
+    try:
+        found = attempt("describe_gpus")
+    except TrialError as error:
+        return {**facts, "GPU": f"unknown: CUDA's driver {error}"}
+    return {
+        **facts,
+        "NVIDIA driver": found["driver"] or "none",
+        "driver's CUDA": found["cuda"] or "none",
+        "GPU": "\n".join(found["gpus"]) or f"none: {found['reason']}",
+    }
 
-    The trial has its own process: a library that does not fit the machine can crash or hang.
+
+def engine_checks() -> Iterator[Check]:
+    """Yield a check of each engine and device that it can run on."""
+    for title, name, device in engines_by_title():
+        yield Check(title, ENGINE_FORMATS[name].packages, "try_engine", (name, device))
+
+
+def booster_checks() -> list[Check]:
+    """Return a check of each library of boosters; none without NumPy, which has its own check."""
+    try:
+        packages = attempt("booster_packages")
+    except TrialError:
+        return []
+    return [
+        Check(library, (package,), "try_booster", (library,))
+        for library, package in packages.items()
+    ]
+
+
+def examine(check: Check) -> Finding:
+    """Run a check's trial; a crash and a hang are findings too."""
+    try:
+        return Finding(**attempt(check.trial, *check.arguments))
+    except TrialError as error:
+        fix = next(fix for part, fix in FIXES.items() if part in str(error))
+        packages = " ".join(versions(*check.packages) or check.packages[:1])
+        return Finding(f"{error}; {fix.format(packages=packages)}")
+
+
+def attempt(trial: str, *arguments: str) -> Any:
+    """Return what a function of `infer.trials` returns in a process of its own.
+
+    Raises:
+        TrialError: it crashed, hung or raised.
     """
-    command = [sys.executable, "-c", TRIAL, name, device]
     try:
         ended = subprocess.run(
-            command,
+            [sys.executable, "-c", TRIAL, trial, *arguments],
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            timeout=seconds,
+            timeout=TRIAL_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"does not work: no answer within {seconds:g} s"
+        raise TrialError(f"gives no answer within {TRIAL_SECONDS} s") from None
     if ended.returncode < 0:
-        return f"does not work: it crashes with {signal.Signals(-ended.returncode).name}"
+        raise TrialError(f"crashes with {signal.Signals(-ended.returncode).name}")
     succeeded = ended.returncode == 0
     lines = (ended.stdout if succeeded else ended.stderr).strip().splitlines()
-    answer = lines[-1] if lines else f"it ends with exit code {ended.returncode}"
-    return answer if succeeded else f"does not work: {answer}"
+    if not succeeded:
+        raise TrialError(lines[-1] if lines else f"ends with exit code {ended.returncode}")
+    return json.loads(lines[-1])
+
+
+def embed_defaults(findings: Mapping[tuple[str, ...], Finding]) -> dict[str, str]:
+    """Return what `infer embed` uses without flags, and why, from the checks of the engines."""
+    file = EmbedSettings.model_fields["format"].default
+    name = next(name for name, row in ENGINE_FORMATS.items() if file.endswith(row.suffix))
+    row = ENGINE_FORMATS[name]
+    no_gpu = findings[name, "cuda"].reason
+    no_cpu = findings[name, "cpu"].reason
+    if no_gpu and no_cpu:
+        return {"format": f"{file}, which does not run here, because {row.title} does not"}
+    device = "cpu" if no_gpu else "cuda"
+    why = findings[name, "cuda"].cause_and_fix[0] if no_gpu else f"{row.title} has just run on it"
+    return {
+        "format": f"{file}, because {row.title} runs it on any device",
+        "device": f"{device}, because {why}",
+        "precision": f"{row.precisions[device][0]}, because {file} is exported in it",
+    }
+
+
+def print_section(title: str, facts: Mapping[str, str]) -> None:
+    """Print a heading, and below it names and values in two columns."""
+    print(title)
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        for number, line in enumerate(fact.split("\n")):
+            start = f"  {'' if number else name:{width}}  "
+            print("\n".join(wrap(line, start, " " * len(start))), flush=True)
+
+
+def check_lines(check: Check, finding: Finding, width: int) -> Iterable[str]:
+    """Return the lines of a check: its title in a column of a width, yes or no, and versions.
+
+    The cause and the fix of a "no" follow on lines of their own.
+    """
+    answer = "no" if finding.reason else "yes"
+    found = ", ".join(f"{name} {version}" for name, version in versions(*check.packages).items())
+    cuda = f", built for CUDA {finding.cuda}" if finding.cuda else ""
+    yield f"  {check.title:{width}}  {answer:3}  {found or 'not installed'}{cuda}"
+    if finding.reason:
+        cause, fix = finding.cause_and_fix
+        yield from wrap(cause, " " * 6)
+        yield from wrap(f"fix: {fix}", " " * 6)
+
+
+def wrap(text: str, start: str, indent: str | None = None) -> list[str]:
+    """Return a text in lines of at most WIDTH columns, with no break inside of a command."""
+    unbroken = re.sub("`[^`]*`", lambda command: command[0].replace(" ", "\0"), text)
+    lines = textwrap.wrap(
+        unbroken,
+        WIDTH,
+        initial_indent=start,
+        subsequent_indent=start if indent is None else indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace("\0", " ") for line in lines]

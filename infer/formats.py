@@ -31,7 +31,7 @@ class EngineFormat:
     any_device: bool = False
     """One file runs on all of its devices, not only on the one it was exported for."""
     portable: bool = False
-    """Artifacts can be built without the GPU they are for, and are checked where they run."""
+    """Artifacts can be built without the GPU they are for, and are checked on it later."""
     builder: str | None = None
     """The module of `export` with `file_name(spec)` and `build(spec, inputs, path)`; None for a
     format that runs no network, which is neither exported nor tried by the doctor."""

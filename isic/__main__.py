@@ -3,7 +3,7 @@
 from isic.runtime.cli import Command, run
 
 COMMANDS = {
-    "synth": Command("isic.settings:SynthSettings", "isic.synth:synth"),
+    "synth": Command("isic.settings:SynthSettings", "isic.synth.dataset:synth"),
     "check": Command("isic.settings:CheckSettings", "isic.check:check"),
 }
 

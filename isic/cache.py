@@ -16,8 +16,9 @@ from isic.runtime.files import atomic_path, digest
 
 FOLDER_VARIABLE = "ISIC_CACHE_DIR"
 INDEX_VERSION = 3
+# Some file systems count whole seconds, so a change soon after another one may not show.
 SETTLED_SECONDS = 2.0
-"""Age from which a later change is sure to alter the time stamps; some count whole seconds."""
+"""Age in seconds from which a later change alters the time stamps."""
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotImplementedError)
 """Raised by numpy for a file that is not an archive, is truncated or holds other arrays."""
@@ -27,10 +28,7 @@ State = tuple[int, int, int, int]
 
 
 def cache_folder() -> Path | None:
-    """Return the folder for reproducible files, None without a home directory.
-
-    It is `ISIC_CACHE_DIR` if set, else a folder in the user's cache folder.
-    """
+    """Return `ISIC_CACHE_DIR`, else a folder in the user's cache, None without a home."""
     if folder := os.environ.get(FOLDER_VARIABLE):
         return Path(folder)
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # relative paths are to be ignored
@@ -52,7 +50,6 @@ def index_path(path: Path) -> Path | None:
 
 
 def state(file: int) -> State:
-    """Return the state of an open file."""
     return _state(os.fstat(file))
 
 
@@ -63,20 +60,23 @@ def _state(found: os.stat_result) -> State:
 def load_index(path: Path, file: int) -> Index:
     """Return the index of an HDF5 file from the cache, or build and cache it.
 
-    Args:
-        path: the HDF5 file.
-        file: its descriptor; reads by offset use this descriptor, so it must be the indexed file.
+    `file` is its descriptor, which is used for reads by offset.
 
     Raises:
         UserError: as `build_index`, or the file was changed meanwhile.
     """
-    before, started, cached = state(file), time.time(), index_path(path)
+    before = state(file)
+    started = time.time()
+    cached = index_path(path)
     key = digest(INDEX_VERSION, os.fsencode(os.path.realpath(path)), *before)
-    if cached and (index := _read(cached, key)):
-        return index
+    found = _read(cached, key) if cached else None
+    if found:
+        return found
     index = build_index(path)
+    # The path too: another file may have been moved there meanwhile.
     if not before == state(file) == _state(path.stat()):
         raise UserError(f"{path} was changed while it was read; run the same command again")
+    # A file that was written just now may change again without another time stamp.
     if cached and started - max(before[2:]) / 1e9 > SETTLED_SECONDS:
         _write(cached, key, index)
     return index
@@ -90,9 +90,8 @@ def _read(cached: Path, key: str) -> Index | None:
 
 
 def _write(cached: Path, key: str, index: Index) -> None:
-    """Write an index. Failures are ignored: without a cache a command is only slower."""
     with (
-        contextlib.suppress(OSError, UserError),
+        contextlib.suppress(OSError, UserError),  # without a cache a command is only slower
         atomic_path(cached) as temporary,
         open(temporary, "wb") as file,
     ):

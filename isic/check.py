@@ -25,17 +25,17 @@ from isic.runtime.errors import UserError
 from isic.settings import CheckSettings
 
 DECODE_BATCH = 1_024
+# Small, because only whether an image decodes matters here.
 DECODE_SPEC = PreprocessSpec(size=32)
-"""Small, because only whether an image decodes matters here."""
 
 SHOWN = 5
 """Number of values that a list shows before it only counts the rest."""
 
-COLUMNS: dict[Split, tuple[str, ...]] = {
+REQUIRED_COLUMNS: dict[Split, tuple[str, ...]] = {
     "train": schema.TRAIN_ORDER,
     "test": tuple(name for name in schema.TRAIN_ORDER if name not in schema.TRAIN_ONLY),
 }
-FEATURES = (schema.PATIENT, *schema.NUMERIC, *schema.CATEGORICAL)
+CHECKED_FEATURES = (schema.PATIENT, *schema.NUMERIC, *schema.CATEGORICAL)
 """The columns whose blanks are counted."""
 
 Facts = dict[str, str]
@@ -46,24 +46,21 @@ def check(settings: CheckSettings) -> None:
     """Print a dataset's content, its problems, the images that do not decode, and its folds.
 
     Raises:
-        UserError: a table cannot be read, or there are problems; one sentence lists them all.
+        UserError: a table cannot be read, or there are problems.
     """
     dataset = Dataset(settings.data)
     print(f"dataset {settings.data}")
     problems: Problems = []
     train = dataset.metadata("train")
-    masks, test = _open_masks(dataset.masks_path, problems), None
+    masks = _open_masks(dataset.masks_path, problems)
+    test: pl.DataFrame | None = None
     _print_facts("train", _split_facts(dataset, "train", train, masks, settings, problems))
     if dataset.metadata_path("test").is_file():
         test = dataset.metadata("test")
         facts = _split_facts(dataset, "test", test, masks, settings, problems)
-        facts |= _submission_facts(dataset, test, problems) | _unseen_facts(train, test)
-        if lacking := [
-            name for name in FEATURES if name in train.columns and name not in test.columns
-        ]:
-            problems.append(
-                f"the test table lacks columns that features are made of ({_listed(lacking)})"
-            )
+        facts |= _submission_facts(dataset, test, problems)
+        facts |= _unseen_facts(train, test)
+        _check_features(train, test, problems)
         _print_facts("test", facts)
     else:
         _print_facts("test", {"rows": "none (no test-metadata.csv)"})
@@ -74,6 +71,15 @@ def check(settings: CheckSettings) -> None:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise UserError(f"{settings.data} has {count}: {'; '.join(problems)}")
     print("\nno problems found")
+
+
+def _check_features(train: pl.DataFrame, test: pl.DataFrame, problems: Problems) -> None:
+    in_train = [name for name in CHECKED_FEATURES if name in train.columns]
+    lacking = [name for name in in_train if name not in test.columns]
+    if lacking:
+        problems.append(
+            f"the test table lacks columns that features are made of ({_listed(lacking)})"
+        )
 
 
 def _split_facts(
@@ -99,12 +105,12 @@ def _split_facts(
 
 
 def _table_facts(split: Split, table: pl.DataFrame) -> Facts:
-    missing = [name for name in COLUMNS[split] if name not in table.columns]
-    extra = [name for name in table.columns if name not in COLUMNS[split]]
-    known = len(COLUMNS[split]) - len(missing)
+    missing = [name for name in REQUIRED_COLUMNS[split] if name not in table.columns]
+    extra = [name for name in table.columns if name not in REQUIRED_COLUMNS[split]]
+    known = len(REQUIRED_COLUMNS[split]) - len(missing)
     facts = {
         "rows": f"{len(table):,}",
-        "columns": f"{known} of the challenge's {len(COLUMNS[split])}",
+        "columns": f"{known} of the challenge's {len(REQUIRED_COLUMNS[split])}",
     }
     if missing:
         facts["missing columns"] = _listed(missing)
@@ -113,7 +119,7 @@ def _table_facts(split: Split, table: pl.DataFrame) -> Facts:
     if schema.TARGET in table.columns:
         facts["positives"] = _fraction(int(table[schema.TARGET].sum()), len(table))
     facts["patients"] = _patient_fact(table)
-    blanks = {name: table[name].null_count() for name in FEATURES if name in table.columns}
+    blanks = {name: table[name].null_count() for name in CHECKED_FEATURES if name in table.columns}
     blank = [f"{name} {_fraction(count, len(table))}" for name, count in blanks.items() if count]
     return facts | {"blanks": ", ".join(blank) or "none"}
 
@@ -130,7 +136,6 @@ def _patient_fact(table: pl.DataFrame) -> str:
 
 
 def _similar_names(root: Path, split: Split) -> str:
-    """Return the entries of a dataset whose names are nearly those of its images."""
     names = [path.name for path in root.iterdir() if path.name.lower().startswith(f"{split}-image")]
     if not names:
         return ""
@@ -144,7 +149,8 @@ def _image_facts(
     rowless = np.setdiff1d(images.ids, table[schema.ID].to_numpy().astype(np.str_)).tolist()
     if absent:
         problem = f"{len(absent):,} {split} rows have no image, the first is {absent[0]}"
-        if (reason := images.reason(absent[0])) != NO_IMAGE:
+        reason = images.reason(absent[0])
+        if reason != NO_IMAGE:
             problem += f" ({reason})"
         similar = {name.casefold() for name in absent} & {name.casefold() for name in rowless}
         if similar:
@@ -157,7 +163,6 @@ def _image_facts(
 
 
 def _other_facts(root: Path, split: Split, images: ImageStore, problems: Problems) -> Facts:
-    """Return facts on files of a split that are not read as images."""
     facts: Facts = {}
     if images.rejected:
         facts["not images"] = _rejected(images)
@@ -184,8 +189,9 @@ def _other_facts(root: Path, split: Split, images: ImageStore, problems: Problem
 
 
 def _difference(images: ImageStore, others: ImageStore) -> str:
-    """Compare two stores by ids and file sizes. Returns an empty string if they are equal."""
-    ids, other_ids = images.ids, others.ids
+    """Compare two stores by ids and file sizes. Return an empty string if they are equal."""
+    ids = images.ids
+    other_ids = others.ids
     shared, rows, other_rows = np.intersect1d(ids, other_ids, True, return_indices=True)
     counts = {
         f"only in {images.source.name}": len(ids) - len(shared),
@@ -206,11 +212,10 @@ def _decode_facts(
     settings: CheckSettings,
     problems: Problems,
 ) -> Facts:
-    """Decode every image that has a row, or a sample of them."""
     ids = _sample(table, images, settings)
     failed = _undecodable(images, ids, settings.num_threads)
     if failed:
-        name, reason = next(iter(failed.items()))
+        (name, reason), *_ = failed.items()
         problems.append(
             f"{len(failed):,} {split} images do not decode, the first is {name} ({reason})"
         )
@@ -219,7 +224,6 @@ def _decode_facts(
 
 
 def _sample(table: pl.DataFrame, images: ImageStore, settings: CheckSettings) -> list[str]:
-    """Return the ids of a table that have an image, or a sample of them if one is asked for."""
     ids = table[schema.ID].to_numpy().astype(np.str_)
     ids = ids[images.locate(ids) >= 0]  # type: ignore[arg-type]
     if settings.sample is not None and settings.sample < len(ids):
@@ -228,7 +232,6 @@ def _sample(table: pl.DataFrame, images: ImageStore, settings: CheckSettings) ->
 
 
 def _undecodable(images: ImageStore, ids: Sequence[str], num_threads: int) -> dict[str, str]:
-    """Return the reason by id for each image that does not decode."""
     out = np.empty((DECODE_BATCH, DECODE_SPEC.size, DECODE_SPEC.size, 3), dtype=np.uint8)
     failed: dict[str, str] = {}
     with decode_pool(num_threads) as pool:
@@ -255,17 +258,15 @@ def _mask_facts(
     settings: CheckSettings,
     problems: Problems,
 ) -> Facts:
-    """Count the rows with a mask, and compare the masks of the decoded images with these."""
     if masks is None:
         return {"masks": "none"}
     num_with = int((masks.locate(table[schema.ID].to_list()) >= 0).sum())
     facts = {"masks": _fraction(num_with, len(table))}
     ids = _sample(table, images, settings)
-    wrong, other_sizes = _compare_masks(
-        masks, images, [ids[row] for row in np.flatnonzero(masks.locate(ids) >= 0)], settings
-    )
+    with_mask = [ids[row] for row in np.flatnonzero(masks.locate(ids) >= 0)]
+    wrong, other_sizes = _compare_masks(masks, images, with_mask, settings)
     if wrong:
-        name, reason = next(iter(wrong.items()))
+        (name, reason), *_ = wrong.items()
         problems.append(
             f"{len(wrong):,} {split} masks cannot be used, the first is {name} ({reason})"
         )
@@ -288,7 +289,10 @@ def _compare_masks(
         image, no_image = images.read_each([ids[row]])
         if failed:
             raise ImageError(failed[0])
-        if not no_image and (sizes := check_mask(files[0], image[0])):
+        if no_image:
+            return
+        sizes = check_mask(files[0], image[0])
+        if sizes:
             other_sizes[ids[row]] = sizes
 
     wrong = failures(look, range(len(ids)), settings.num_threads)
@@ -298,7 +302,6 @@ def _compare_masks(
 def _print_masks(
     masks: ImageStore, train: pl.DataFrame, test: pl.DataFrame | None, problems: Problems
 ) -> None:
-    """Print the masks that belong to no row."""
     known = [
         table[schema.ID].to_numpy().astype(np.str_) for table in (train, test) if table is not None
     ]
@@ -329,7 +332,6 @@ def _submission_facts(dataset: Dataset, test: pl.DataFrame, problems: Problems) 
 
 
 def _unseen_facts(train: pl.DataFrame, test: pl.DataFrame) -> Facts:
-    """Return the values of each categorical column that are in the test table only."""
     shared = [name for name in schema.CATEGORICAL if name in train.columns and name in test.columns]
     unseen = {
         name: sorted(set(test[name].drop_nulls()) - set(train[name].drop_nulls()))
@@ -402,7 +404,6 @@ def _fraction(count: int, total: int) -> str:
 
 
 def _listed(values: Iterable[object]) -> str:
-    """Count and show the first few of a list."""
     shown = list(map(str, values))
     if not shown:
         return "none"

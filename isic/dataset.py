@@ -8,8 +8,9 @@ from typing import Literal
 
 import polars as pl
 
-from isic import folds, schema
+from isic import schema
 from isic.images import ImageStore, open_images
+from isic.layout import FOLDS_FILE
 from isic.metadata import read_metadata
 from isic.runtime.errors import UserError, warn_once
 
@@ -69,7 +70,7 @@ class Dataset:
     @property
     def folds_path(self) -> Path:
         """The path of a fold plan that comes with the data; it need not exist."""
-        return self.root / folds.FILE
+        return self.root / FOLDS_FILE
 
     @property
     def sample_submission_path(self) -> Path:
@@ -77,10 +78,8 @@ class Dataset:
 
 
 def refuse_dataset(folder: Path, flag: str) -> None:
-    """Raise a UserError if an output folder holds a dataset.
-
-    A fold plan written there would apply to every later run on that dataset.
-    """
+    """Raise a UserError if an output folder holds a dataset."""
+    # A fold plan written there would apply to every later run on that dataset.
     for split in SPLITS:
         for ending in ("csv", "parquet"):
             if os.path.lexists(folder / f"{split}-metadata.{ending}"):

@@ -1,7 +1,6 @@
 """Fold plans of training rows: stratified by target, no patient in two folds."""
 
 import os
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +11,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from isic import schema
 from isic.metadata import require, with_patient
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, first_line
 from isic.runtime.files import digest
 from isic.tables import parquet_metadata, read_parquet, write_parquet
-
-FILE = "folds.parquet"
-
-
-def fold_dirs(run: Path) -> dict[int, Path]:
-    """Return the folders `fold_<k>` of a run by number, without copies such as `fold_0_old`."""
-    found = (path for path in run.glob("fold_*") if path.is_dir())
-    numbers = {path.name.removeprefix("fold_"): path for path in found}
-    folders = {int(text): path for text, path in numbers.items() if re.fullmatch("[0-9]+", text)}
-    return dict(sorted(folders.items()))
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,7 @@ class Folds:
 
 
 def read_folds(path: Path) -> Folds:
-    """Read a fold plan. Raises UserError if it is missing, not a plan, or was edited."""
+    """Read a fold plan. Raise UserError if it is missing, not a plan, or was edited."""
     table = _read(path, {schema.ID: pl.String(), "fold": pl.Int8()}, "fold plan")
     folds = Folds(table, str(path))
     written = parquet_metadata(path).get("digest")
@@ -100,7 +89,7 @@ def read_folds(path: Path) -> Folds:
 
 
 def _read(path: Path, columns: dict[str, pl.DataType], what: str) -> pl.DataFrame:
-    """Read the columns of a table, none of them blank. Raises UserError."""
+    """Read the columns of a table, none of them blank. Raise UserError."""
     if not os.path.lexists(path):
         raise UserError(f"no {what} at {path}; run the step that makes it again")
     table = read_parquet(path)
@@ -108,9 +97,7 @@ def _read(path: Path, columns: dict[str, pl.DataType], what: str) -> pl.DataFram
     try:
         table = table.select(*columns).cast(columns)  # type: ignore[arg-type]
     except pl.exceptions.PolarsError as error:
-        raise UserError(
-            f"{path} is not a {what} ({str(error).splitlines()[0]}); correct it"
-        ) from None
+        raise UserError(f"{path} is not a {what} ({first_line(error)}); correct it") from None
     if sum(table.null_count().row(0)):
         raise UserError(f"{path} is not a {what}: it has blanks; correct it")
     return table
@@ -120,7 +107,7 @@ def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
     """Make a fold plan: stratified by target and grouped by patient.
 
     Args:
-        metadata: `isic_id`, `target` and, if known, `patient_id`; a row without is its own patient.
+        metadata: `isic_id`, `target` and optionally `patient_id`.
 
     Raises:
         UserError: only one class, or fewer patients with a positive or a negative row than folds.
@@ -150,16 +137,15 @@ def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
 
 
 def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path, pinned: Path) -> Folds:
-    """Return a run's fold plan: the run's if there is one, else the dataset's, else a new one.
+    """Return the plan at `path` (the run's), else at `pinned` (the dataset's), else a new one.
 
     Args:
         metadata: the whole training table; the plan is checked against it.
-        path: the run's own plan, which need not exist.
-        pinned: the dataset's plan, which need not exist.
 
     Raises:
         UserError: the plan is for other data or another number of folds.
     """
+    # lexists: a broken link must be reported, not skipped.
     source = next((plan for plan in (path, pinned) if os.path.lexists(plan)), None)
     folds = read_folds(source) if source else draw_folds(metadata, num_folds, seed)
     if folds.num_folds != num_folds:

@@ -19,8 +19,9 @@ NO_OFFSET = -1
 MAX_NAME = 255
 """Bytes of an id. No file system allows longer names, and all ids are padded to the longest."""
 METADATA_CACHE = 1024 * 1024
+# All 401,059 rows as Python objects would fragment the heap.
 INDEX_SLICE = 32768
-"""Rows held as Python objects at once; holding all 401,059 would fragment the heap."""
+"""Rows held as Python objects at once."""
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 FIRST_USER_BLOCK = 512
@@ -58,7 +59,7 @@ class Index(NamedTuple):
     """[M] the reason that each is not an image."""
 
 
-Row = tuple[bytes, int, int]
+IndexRow = tuple[bytes, int, int]
 """Name, offset and size of one image."""
 
 
@@ -66,7 +67,7 @@ def build_index(path: Path) -> Index:
     """Read the byte range of every image in an HDF5 file.
 
     An image is a dataset at the top level that holds the bytes of a JPEG or PNG file. Groups, dead
-    links and arrays of pixels (whose colour order is undefined) are listed as rejected.
+    links and arrays of pixels, whose colour order is undefined, are rejected.
 
     Raises:
         UserError: the file is truncated, damaged or locked, or holds no images.
@@ -83,10 +84,10 @@ def build_index(path: Path) -> Index:
 
 
 def open_file(path: Path) -> int:
-    """Open an HDF5 file for reading by offset. Returns the descriptor.
+    """Open an HDF5 file for reading by offset and return the descriptor.
 
     Raises:
-        UserError: the file cannot be opened or is not HDF5; with a description of the file.
+        UserError: the file cannot be opened or is not HDF5.
     """
     try:
         mode = path.stat().st_mode
@@ -95,6 +96,7 @@ def open_file(path: Path) -> int:
             raise UserError(f"{path} is a {kind}, not an HDF5 file")
         with open(path, "rb", buffering=0) as file:
             if any(data == SIGNATURE for data in _possible_signatures(file.fileno())):
+                # A copy, because leaving the block closes the original.
                 return os.dup(file.fileno())
             start = os.pread(file.fileno(), 512, 0)
     except OSError as error:
@@ -103,7 +105,6 @@ def open_file(path: Path) -> int:
 
 
 def _describe(start: bytes) -> str:
-    """Return a description of a file that is not HDF5 by its first bytes."""
     if not start:
         return "not a whole HDF5 file (0 bytes); copy or download it again"
     for first_bytes, description in OTHER_FORMATS:
@@ -114,19 +115,20 @@ def _describe(start: bytes) -> str:
 
 def _possible_signatures(file: int) -> Iterator[bytes]:
     yield os.pread(file, len(SIGNATURE), 0)
-    size, at = os.fstat(file).st_size, FIRST_USER_BLOCK
-    while at < size:
-        yield os.pread(file, len(SIGNATURE), at)
-        at *= 2
+    size = os.fstat(file).st_size
+    offset = FIRST_USER_BLOCK
+    while offset < size:
+        yield os.pread(file, len(SIGNATURE), offset)
+        offset *= 2
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    """Return the cause of an error of h5py, or of the operating system, as one sentence."""
     text = str(error.args[-1] if error.args else error)
     if "lock file" in text:
         return _locked(path, text)
-    if cut := re.search(r"eof = (\d+).*stored_eof = (\d+)", text):
-        sizes = "{:,} of {:,} bytes".format(*map(int, cut.groups()))
+    cut = re.search(r"eof = (\d+).*stored_eof = (\d+)", text)
+    if cut:
+        sizes = f"{int(cut[1]):,} of {int(cut[2]):,} bytes"
         return UserError(f"{path} is not a whole HDF5 file ({sizes}); copy or download it again")
     if "already open for write" in text:
         return UserError(
@@ -158,7 +160,8 @@ def _locked(path: Path, text: str) -> UserError:
 
 
 def brief(error: Exception) -> str:
-    """Return the reason in an error of h5py, which ends in it in parentheses."""
+    """Return the reason in an error of h5py."""
+    # "Unable to open file (the reason)"
     text = str(error.args[-1] if error.args else error)
     return text.split("(", 1)[-1].removesuffix(")").split("\n")[0]
 
@@ -172,7 +175,7 @@ def _first_rejected(index: Index) -> str:
 
 
 def _access() -> h5py.h5p.PropFAID:
-    """Return access properties with a small metadata cache: each header is read only once."""
+    # A small metadata cache, because each header is read only once.
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     cache = access.get_mdc_config()
     cache.set_initial_size = True
@@ -186,32 +189,34 @@ def _read_index(file: h5py.h5f.FileID, path: Path) -> Index:
     with open(path, "rb", buffering=0) as raw:
         for row in _without_image_header(raw.fileno(), offsets):
             dataset = h5py.h5d.open(file, bytes(ids[row]))
-            if reason := _not_a_file(dataset):
+            reason = _not_a_file(dataset)
+            if reason:
                 rejected[as_text(ids[row])] = reason
                 sizes[row] = NO_OFFSET
             elif _has_variable_length(dataset.get_type()):
                 offsets[row] = NO_OFFSET  # the byte range holds a pointer to the bytes
     order = np.argsort(ids)
     order = order[sizes[order] != NO_OFFSET]
-    names, reasons = list(rejected), list(rejected.values())
     return Index(
-        ids[order], offsets[order], sizes[order], np.array(names, str), np.array(reasons, str)
+        ids[order],
+        offsets[order],
+        sizes[order],
+        rejected=np.array(list(rejected), str),
+        reasons=np.array(list(rejected.values()), str),
     )
 
 
 def _visit(
     file: h5py.h5f.FileID,
 ) -> tuple[NDArray[np.bytes_], NDArray[np.int64], NDArray[np.int64], dict[str, str]]:
-    """Return ids, offsets and sizes of the datasets, and the reason by name for every other entry.
-
-    Datasets are opened during the walk: afterwards, each would load the table of all names again.
-    """
-    rows: list[Row] = []
+    """Return ids, offsets and sizes of the datasets, and the reason by name for other entries."""
+    rows: list[IndexRow] = []
     slices: list[list[NDArray[Any]]] = []
     rejected: dict[str, str] = {}
 
     def visit(name: bytes, link: h5py.h5l.LinkInfo) -> None:
         try:
+            # Opened during the walk: afterwards, each would load the table of all names again.
             dataset = h5py.h5d.open(file, name)
             offset = dataset.get_offset()  # None unless contiguous, in this file, and allocated
             if offset is None or link.type != h5py.h5l.TYPE_HARD:  # it may be in another file
@@ -233,12 +238,9 @@ def _visit(
 
 
 def _iterate(file: h5py.h5f.FileID, visit: Any) -> None:
-    """Call `visit` with each link's name and description.
-
-    h5py turns an exception inside the iteration into a SystemError
-    (https://github.com/h5py/h5py/issues/1740), so an exception, such as a signal's, is kept and
-    raised afterwards.
-    """
+    """Call `visit` with each link's name and description."""
+    # h5py turns an exception inside the iteration, such as a signal's, into a SystemError
+    # (h5py/h5py#1740), so it is kept and raised afterwards.
     stopped: list[BaseException] = []
 
     def guarded(name: bytes, link: h5py.h5l.LinkInfo) -> bool | None:
@@ -254,7 +256,7 @@ def _iterate(file: h5py.h5f.FileID, visit: Any) -> None:
         raise stopped[0]
 
 
-def _columns(rows: Sequence[Row]) -> list[NDArray[Any]]:
+def _columns(rows: Sequence[IndexRow]) -> list[NDArray[Any]]:
     kinds = (np.bytes_, np.int64, np.int64)
     return [
         np.array([row[number] for row in rows], dtype=kind) for number, kind in enumerate(kinds)
@@ -290,7 +292,8 @@ def _dead_link(file: h5py.h5f.FileID, name: bytes, link_type: int, error: Except
 
 def _not_a_file(dataset: h5py.h5d.DatasetID) -> str | None:
     """Return the reason that a dataset does not hold the bytes of a file, None if it does."""
-    kind, shape = dataset.get_type(), dataset.shape
+    kind = dataset.get_type()
+    shape = dataset.shape
     if kind.get_class() in FILE_OF_BYTES:
         return None
     element = kind.get_super() if kind.get_class() == h5py.h5t.VLEN else kind
@@ -308,12 +311,12 @@ def _has_variable_length(kind: h5py.h5t.TypeID) -> bool:
 
 
 def as_text(name: bytes) -> str:
-    """Return a name as text; bytes that are not UTF-8 become escapes, which match no id."""
+    """Return a name as text; bytes that are not UTF-8 become escapes."""
     return name.decode("utf-8", "backslashreplace")
 
 
 def read_dataset(path: Path, name: bytes) -> bytes:
-    """Read the bytes of one image through HDF5. Raises one of H5PY_ERRORS."""
+    """Read the bytes of one image through HDF5. Raise one of H5PY_ERRORS."""
     with h5py.File(path, "r") as file:
         return _file_bytes(file[name][()])
 

@@ -21,13 +21,14 @@ from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 
 NO_IMAGE = "no image for this id"
-SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 """Extensions of image files in a folder, in any case; the content decides how one is decoded."""
 IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"})
 """Names that operating systems put into folders. Hidden files are ignored too."""
 
+# Few enough to balance threads, enough to read neighbours together.
 CHUNK = 32
-"""Images per task: few enough to balance threads, enough to read neighbours together."""
+"""Images per task."""
 LOOK_ROWS = 256
 """Rows per task when images are only checked."""
 MAX_GAP = 16 * 1024
@@ -42,15 +43,15 @@ class ImageStore(ABC):
     def __init__(
         self, source: Path, names: NDArray[np.bytes_], rejected: Mapping[str, str]
     ) -> None:
-        """Store the ids as UTF-8, in a quarter of the memory of numpy's strings.
+        """Store the ids.
 
         Args:
-            source: the file or folder.
             names: [N] ids in UTF-8, sorted by their bytes.
             rejected: the reason by name for each entry that is not an image.
         """
         self.source = source
         self.rejected = rejected
+        # UTF-8 takes a quarter of the memory of numpy's strings.
         self._names = names
 
     def __len__(self) -> int:
@@ -66,11 +67,13 @@ class ImageStore(ABC):
         if not len(self):
             return np.full(len(ids), -1)
         wanted = np.array([self._comparable(name) for name in ids], dtype=self._names.dtype)
-        position = np.minimum(np.searchsorted(self._names, wanted), len(self) - 1)
+        position = np.searchsorted(self._names, wanted)
+        position = np.minimum(position, len(self) - 1)  # ids after the last one
         return np.where(self._names[position] == wanted, position, -1)
 
     def _comparable(self, name: str) -> bytes:
         """Return an id in UTF-8, empty if numpy would cut it, since it then cannot match."""
+        # numpy cuts longer bytes and drops zero bytes at the end of fixed-width ones.
         encoded = name.encode("utf-8", "surrogatepass")
         fits = len(encoded) <= self._names.dtype.itemsize and not encoded.endswith(b"\0")
         return encoded if fits else b""
@@ -80,7 +83,6 @@ class ImageStore(ABC):
         return [name for name, position in zip(ids, self.locate(ids), strict=True) if position < 0]
 
     def reason(self, name: str) -> str:
-        """Return the reason that an id has no image."""
         return self.rejected.get(name, NO_IMAGE)
 
     def read(self, ids: Sequence[str]) -> list[bytes]:
@@ -123,14 +125,13 @@ class ImageStore(ABC):
         """Return [N] the size of each image in bytes, in the order of `self.ids`."""
 
     def sizes_digest(self) -> str:
-        """Return a digest of all file sizes: it detects replaced images without reading them."""
+        """Return a digest of all file sizes, which detects replaced images without reading them."""
         return hashlib.sha256(self.sizes().astype("<i8").tobytes()).hexdigest()[:16]
 
     def load(self, ids: Sequence[str], spec: PreprocessSpec) -> tuple[Pixels, dict[int, str]]:
-        """Return the images of N ids, decoded by one thread: uint8 [N, size, size, 3].
+        """Return the images of N ids, uint8 [N, size, size, 3], and the reason per failed row.
 
-        The second value is the reason by row for every image that is absent or does not decode; its
-        pixels are zero.
+        The pixels of an image that is absent or does not decode are zero.
         """
         pixels = np.empty((len(ids), spec.size, spec.size, 3), dtype=np.uint8)
         with decode_pool(1) as pool:
@@ -147,9 +148,7 @@ class ImageStore(ABC):
         """Decode and resize the images of `ids` into `out`.
 
         Args:
-            ids: N ids.
-            spec: size and interpolation.
-            out: contiguous uint8 [N, size, size, 3]; the row of an image that fails is zeroed.
+            out: contiguous uint8 [N, size, size, 3]; failed rows are zeroed.
             pool: decodes in its threads instead of in this one.
 
         Returns:
@@ -157,13 +156,14 @@ class ImageStore(ABC):
         """
         if pool is None:
             return self._decode_rows(ids, self.locate(ids), spec, out, range(len(ids)))
-        return gather(self.submit(ids, spec, out, pool))
+        return collect_failures(self.submit(ids, spec, out, pool))
 
     def submit(
         self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels, pool: ThreadPoolExecutor
     ) -> "list[Decoding]":
-        """Start `decode` in threads and return its tasks, for which `gather` waits."""
+        """Start `decode` in threads and return its tasks for `collect_failures`."""
         positions = self.locate(ids)
+        # At least one chunk per thread, also of a small batch.
         size = max(1, min(CHUNK, ceil_div(len(ids), pool._max_workers)))
         chunks = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
         return [pool.submit(self._decode_rows, ids, positions, spec, out, rows) for rows in chunks]
@@ -204,8 +204,8 @@ class ImageStore(ABC):
 Decoding = Future[dict[int, str]]
 
 
-def gather(decodings: Sequence[Decoding]) -> dict[int, str]:
-    """Wait for the tasks of `submit`. Returns the reason per failed row, rows ascending."""
+def collect_failures(decodings: Sequence[Decoding]) -> dict[int, str]:
+    """Wait for the tasks of `submit`. Return the reason per failed row, rows ascending."""
     failed: dict[int, str] = {}
     for decoding in decodings:
         failed.update(decoding.result())
@@ -213,11 +213,9 @@ def gather(decodings: Sequence[Decoding]) -> dict[int, str]:
 
 
 def decode_pool(num_threads: int) -> ThreadPoolExecutor:
-    """Return threads for decoding, with OpenCV's own threads and messages turned off.
-
-    Those threads would compete for the same cores. An image's ImageError has the reason it fails.
-    """
-    cv2.setNumThreads(1)
+    """Return threads for decoding, with OpenCV's own threads and messages turned off."""
+    cv2.setNumThreads(1)  # its threads would compete for the same cores
+    # The ImageError of an image has the reason.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     return ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
@@ -225,7 +223,7 @@ def decode_pool(num_threads: int) -> ThreadPoolExecutor:
 def failures(
     look: Callable[[int], object], rows: Sequence[int], num_threads: int
 ) -> dict[int, str]:
-    """Call `look` per row in threads. Returns the reason for each row that raises ImageError."""
+    """Call `look` per row in threads. Return the reason for each row that raises ImageError."""
 
     def reasons(chunk: Sequence[int]) -> dict[int, str]:
         found = {}
@@ -236,35 +234,43 @@ def failures(
                 found[row] = str(error)
         return found
 
-    # one task per row would take more memory than the files do
-    chunks = [rows[at : at + LOOK_ROWS] for at in range(0, len(rows), LOOK_ROWS)]
+    # One task per row would take more memory than the files do.
+    chunks = [rows[start : start + LOOK_ROWS] for start in range(0, len(rows), LOOK_ROWS)]
+    failed: dict[int, str] = {}
     with decode_pool(num_threads) as pool:
-        return {row: text for found in pool.map(reasons, chunks) for row, text in found.items()}
+        for found in pool.map(reasons, chunks):
+            failed.update(found)
+    return failed
 
 
 class FolderImages(ImageStore):
     """A folder of `<isic_id>.jpg`, `.jpeg` or `.png` files, at any depth."""
 
     def __init__(self, folder: Path) -> None:
-        """List the folder. Raises UserError if it cannot be read or an id has two files."""
+        """List the folder. Raise UserError if it cannot be read or an id has two files."""
         found: list[tuple[bytes, str]] = []
         rejected: dict[str, str] = {}
         self.other_files: Counter[str] = Counter()
         """Number of files that are not images, by suffix."""
         for entry in _walk(folder):
-            stem, suffix = Path(entry.name).stem, Path(entry.name).suffix
-            if suffix.lower() not in SUFFIXES:
+            suffix = Path(entry.name).suffix
+            if suffix.lower() not in IMAGE_SUFFIXES:
                 self.other_files[suffix or "without suffix"] += 1
-            elif reason := _not_a_file(entry):
-                rejected[as_text(os.fsencode(stem))] = reason
+                continue
+            name = os.fsencode(Path(entry.name).stem)
+            reason = _not_a_file(entry)
+            if reason:
+                rejected[as_text(name)] = reason
             else:
-                found.append((os.fsencode(stem), entry.path))
+                found.append((name, entry.path))
         found.sort()
         super().__init__(folder, np.array([name for name, _ in found], dtype=np.bytes_), rejected)
         self._paths = [path for _, path in found]
         self._refuse_duplicates()
         if not found:
-            raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}){self._content()}")
+            raise UserError(
+                f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}){self._content()}"
+            )
 
     def _refuse_duplicates(self) -> None:
         second = np.flatnonzero(self._names[1:] == self._names[:-1]) + 1
@@ -278,7 +284,7 @@ class FolderImages(ImageStore):
 
     def _content(self) -> str:
         if self.rejected:
-            name, reason = next(iter(self.rejected.items()))
+            (name, reason), *_ = self.rejected.items()
             return f"; the first of {len(self.rejected)} that cannot be used is {name} ({reason})"
         others = ", ".join(f"{count} {suffix}" for suffix, count in self.other_files.most_common(5))
         return f"; it has other files: {others}" if others else ""
@@ -294,7 +300,6 @@ class FolderImages(ImageStore):
 
 
 def _size(path: str) -> int:
-    """Return the size of a file in bytes, -1 if it no longer exists."""
     try:
         return Path(path).stat().st_size
     except OSError:
@@ -302,12 +307,9 @@ def _size(path: str) -> int:
 
 
 def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield all files below a folder, links included; each folder once even if links form a loop.
-
-    Raises:
-        UserError: a folder cannot be read.
-    """
+    """Yield all files below a folder, links included. Raise UserError for an unreadable folder."""
     pending = [os.fspath(folder)]
+    # Each folder once, even if links form a loop.
     seen = {_identity(parent) for parent in Path(os.path.realpath(folder)).parents}
     while pending:
         current = pending.pop()
@@ -316,7 +318,8 @@ def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(f"{current} cannot be read: {error.strerror}") from None
-        if (identity := _identity(current)) in seen:
+        identity = _identity(current)
+        if identity in seen:
             continue
         seen.add(identity)
         for entry in entries:
@@ -329,7 +332,7 @@ def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _identity(folder: str | Path) -> tuple[int, int] | None:
-    """Return device and inode, the same for every path to a folder, None if it is out of reach."""
+    """Return device and inode, the same for every path to a folder; None if it is out of reach."""
     try:
         found = Path(folder).stat()
     except OSError:
@@ -345,7 +348,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _not_a_file(entry: os.DirEntry[str]) -> str | None:
-    """Return the reason that an entry is not a regular file, None if it is one."""
     try:
         if entry.is_file():
             return None
@@ -357,20 +359,20 @@ def _not_a_file(entry: os.DirEntry[str]) -> str | None:
 
 
 class Hdf5Images(ImageStore):
-    """The challenge's HDF5 file: one scalar dataset per id, the bytes of a JPEG or PNG file.
+    """The challenge's HDF5 file: one scalar dataset per id, the bytes of a JPEG or PNG file."""
 
-    h5py holds one lock for the whole library while it reads. Bytes that are stored unchanged
-    (contiguous, no filter, in this file) are therefore read by offset.
-    """
+    # h5py holds one lock for the whole library while it reads. Bytes that are stored unchanged
+    # (contiguous, no filter, in this file) are therefore read by offset.
 
     def __init__(self, path: Path) -> None:
-        """Open a file and read its index. Raises UserError with the reason of a failure."""
+        """Open a file and read its index. Raise UserError if either fails."""
         self._file = open_file(path)
         self._state = cache.state(self._file)
         index = cache.load_index(path, self._file)
         rejected = dict(zip(index.rejected.tolist(), index.reasons.tolist(), strict=True))
         super().__init__(path, index.ids, rejected)
-        self._offsets, self._sizes = index.offsets, index.sizes
+        self._offsets = index.offsets
+        self._sizes = index.sizes
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -437,10 +439,7 @@ def _neighbours(places: Sequence[Place]) -> Iterator[list[Place]]:
 
 
 def open_images(root: Path, split: str) -> ImageStore | None:
-    """Open a split's images: the HDF5 file if there is one, else the folder of image files.
-
-    Returns:
-        None if the dataset has neither for this split.
+    """Open a split's images: the HDF5 file, else the folder of image files, else None.
 
     Raises:
         UserError: the file or folder exists but cannot be used.
@@ -450,10 +449,10 @@ def open_images(root: Path, split: str) -> ImageStore | None:
 
 
 def open_hdf5(path: Path) -> Hdf5Images | None:
-    """Open an HDF5 file of images or masks. Returns None if there is none. Raises UserError."""
+    """Open an HDF5 file of images or masks. Return None if there is none. Raise UserError."""
     return Hdf5Images(path) if os.path.lexists(path) else None
 
 
 def open_folder(folder: Path) -> FolderImages | None:
-    """Open a folder of image files. Returns None if there is none. Raises UserError."""
+    """Open a folder of image files. Return None if there is none. Raise UserError."""
     return FolderImages(folder) if os.path.lexists(folder) else None

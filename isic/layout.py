@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 OUTPUT_DIR = Path("outputs")
-"""Parent of the runs, by default."""
+"""Default parent of the runs."""
 
 FOLDS_FILE = "folds.parquet"
 ERRORS_FILE = "errors.parquet"
@@ -31,6 +31,11 @@ TRAINED_ON_FILE = "trained_on.parquet"
 OOF_FILE = "oof.parquet"
 BACKBONE_DIR = "backbone"
 ONNX_FILE = "model.onnx"
+
+
+def find_run(folder: Path | None, config: str) -> Path:
+    """Return a config's run: `folder`, or the default one if it is None."""
+    return folder or OUTPUT_DIR / config
 
 
 def fold_name(fold: int) -> str:

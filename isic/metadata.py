@@ -7,32 +7,31 @@ from pathlib import Path
 import polars as pl
 
 from isic import schema
-from isic.runtime.errors import UserError, warn_once
+from isic.runtime.errors import UserError, first_line, warn_once
 from isic.tables import read_column, read_table
 
 MISSING = (
     *("na", "n/a", "#na", "#n/a", "<na>", "nan", "-nan", "nat", "null", "none"),
     *("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),
 )
-"""Texts that mean "no value", in any case: those that pandas writes or reads as such.
+"""Texts that mean "no value", in any case, like texts without a letter or digit ("-", "?").
 
-A text without a letter or digit, such as "-" or "?", means the same. "Unknown" is a value: the
-challenge's tables contain it.
+"Unknown" is a value: the challenge's tables contain it.
 """
+# As a value they would join many patients in one group.
 NO_PATIENT = ("unknown", "missing", "not available", "anonymous")
-"""More such texts in `patient_id`; as a value they would join many patients in one group."""
+"""More such texts in `patient_id`."""
 LETTER_OR_DIGIT = r"[\p{L}\p{N}]"
 IMAGE_ENDING = r"(?i)\.(jpe?g|png)$"
 
 
 def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:
-    """Read a metadata table; CSV and Parquet give the same result.
+    """Read a metadata table, a `.csv` or `.parquet` file.
 
     Columns of the schema get the schema's types. Their texts are stripped, and texts that mean
     "no value" (MISSING) become null. Other columns stay as they are (text in CSV).
 
     Args:
-        path: a `.csv` or `.parquet` file.
         need: required columns in addition to `isic_id`.
 
     Raises:
@@ -56,15 +55,13 @@ def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:
 
 
 def read_ids(path: Path) -> pl.Series:
-    """Read only the ids of a table, since the other columns would be most of a run's memory.
-
-    Returns:
-        [N] String, the same ids as in `read_metadata`.
+    """Read only the ids of a table, [N] String, as `read_metadata` would.
 
     Raises:
         UserError: no such file, a damaged table, no `isic_id`, no rows, a blank or repeated id.
     """
     require_file(path)
+    # The other columns would be most of a run's memory.
     ids = read_column(path, schema.ID)
     if ids is None:
         raise UserError(f"{path} lacks the column {schema.ID}; add it")
@@ -89,13 +86,11 @@ def require_file(path: Path) -> None:
 
 
 def _refuse_misspelt(columns: Sequence[str], path: Path) -> None:
-    """Raise a UserError for a column that matches the schema but for case or punctuation.
-
-    It would otherwise be ignored without notice.
-    """
+    """Raise a UserError for a column that matches the schema but for case or punctuation."""
     known = {_letters(name): name for name in schema.DTYPES if name not in columns}
     for name in columns:
-        if name not in schema.DTYPES and (meant := known.get(_letters(name))):
+        meant = known.get(_letters(name))
+        if meant and name not in schema.DTYPES:
             raise UserError(f'{path} has a column "{name}"; rename it to {meant}')
 
 
@@ -104,7 +99,7 @@ def _letters(name: str) -> str:
 
 
 def require(table: pl.DataFrame, columns: Iterable[str], source: Path | str) -> None:
-    """Raise a UserError that lists the required columns missing from `table`."""
+    """Raise a UserError that lists the required columns that `table` lacks."""
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise UserError(
@@ -126,7 +121,6 @@ def with_patient(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _typed(column: pl.Series, path: Path) -> pl.Series:
-    """Return a column in the schema's type, missing values as null. Raises UserError."""
     if isinstance(column.dtype, pl.Categorical | pl.Enum | pl.Binary | pl.Null):
         column = _cast(column, pl.String(), path)
     if schema.DTYPES[column.name] == pl.String():
@@ -148,9 +142,10 @@ def _text(column: pl.Series, path: Path) -> pl.Series:
     clean = pl.when(~_is_missing(text, missing)).then(text).alias(name)
     values = _cast(column, pl.String(), path).to_frame()
     different = values.unique()
-    return (
-        values if different.equals(different.select(clean)) else values.select(clean)
-    ).to_series()
+    # Most columns of a CSV are clean already, and their few different values are cheap to check.
+    if not different.equals(different.select(clean)):
+        values = values.select(clean)
+    return values.to_series()
 
 
 def _is_missing(text: pl.Expr, words: Sequence[str]) -> pl.Expr:
@@ -158,7 +153,7 @@ def _is_missing(text: pl.Expr, words: Sequence[str]) -> pl.Expr:
 
 
 def _number(column: pl.Series, path: Path) -> pl.Series:
-    """Return Float64, missing values as null. Raises UserError for non-numbers and infinities."""
+    """Return Float64, missing values as null. Raise UserError for non-numbers and infinities."""
     number = _cast(column, pl.Float64(), path, strict=False)
     wrong = (number.is_null() & column.is_not_null()) | number.is_infinite().fill_null(False)
     if wrong.any() and column.dtype == pl.String:
@@ -176,7 +171,7 @@ def _number(column: pl.Series, path: Path) -> pl.Series:
 
 
 def _cast(column: pl.Series, dtype: pl.DataType, path: Path, strict: bool = True) -> pl.Series:
-    """Cast text, numbers and booleans. Raises UserError for dates, lists and other types."""
+    """Cast text, numbers and booleans. Raise UserError for dates, lists and other types."""
     plain = (pl.String, pl.Boolean, pl.Categorical, pl.Enum, pl.Binary, pl.Null)
     if not (column.dtype.is_numeric() or column.dtype in plain):
         wanted = "numbers" if dtype.is_numeric() else "text"
@@ -189,7 +184,7 @@ def _cast(column: pl.Series, dtype: pl.DataType, path: Path, strict: bool = True
     except pl.exceptions.PolarsError as error:
         raise UserError(
             f"{path}: column {column.name} cannot be read as {dtype} "
-            f"({str(error).splitlines()[0]}); correct the file"
+            f"({first_line(error)}); correct the file"
         ) from None
 
 
@@ -205,7 +200,8 @@ def check_ids(ids: pl.Series, path: Path) -> None:
             f"{path}: {len(repeated)} duplicate isic_id, the first is {repeated[0]}; "
             "keep one row per id"
         )
-    if (is_file := ids.str.contains(IMAGE_ENDING)).any():
+    is_file = ids.str.contains(IMAGE_ENDING)
+    if is_file.any():
         raise UserError(
             f'{path}: isic_id "{ids.filter(is_file)[0]}" is a file name; remove the extension'
         )
@@ -213,7 +209,7 @@ def check_ids(ids: pl.Series, path: Path) -> None:
 
 
 def _warn_of_case(names: pl.Series, path: Path) -> None:
-    """Warns of names that differ only in case: they may be one image or one patient."""
+    """Warn of names that differ only in case: they may be one image or one patient."""
     lower = names.str.to_lowercase()
     if lower.n_unique() == names.n_unique():
         return
@@ -228,7 +224,8 @@ def _warn_of_case(names: pl.Series, path: Path) -> None:
 def _check_target(table: pl.DataFrame, path: Path) -> None:
     wrong = table.filter(~pl.col(schema.TARGET).is_in([0.0, 1.0]).fill_null(False))
     if len(wrong):
-        value, name = wrong[schema.TARGET][0], wrong[schema.ID][0]
+        value = wrong[schema.TARGET][0]
+        name = wrong[schema.ID][0]
         raise UserError(
             f"{path}: target must be 0 or 1 in every row, {name} has {value}; correct the file"
         )

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import roc_auc_score
 
+from isic.arrays import Floats
 from isic.runtime.errors import UserError
-
-Floats = NDArray[np.float64]
 
 MIN_TPR = 0.8
 TOP_K = 15
@@ -19,9 +17,7 @@ TOP_K = 15
 def pauc(target: ArrayLike, score: ArrayLike) -> float:
     """Partial area under the ROC curve above a true-positive rate of 0.8, in [0, 0.2].
 
-    A perfect score gives 0.2, a constant one 0.02, an inverted one 0. Flipped labels and scores
-    turn the region above TPR 0.8 into the one left of FPR 0.2, for which scikit-learn returns
-    s = (1 + (area - 0.02) / (0.2 - 0.02)) / 2 (McClish 1989, Medical Decision Making 9:190).
+    A perfect score gives 0.2, a constant one 0.02, an inverted one 0.
 
     Args:
         target: [N] of 0 and 1.
@@ -31,6 +27,9 @@ def pauc(target: ArrayLike, score: ArrayLike) -> float:
         UserError: only one class is present, or a score is not finite.
     """
     labels, scores = _checked(target, score)
+    # Flipped labels and scores turn the region above TPR 0.8 into the one left of FPR 0.2, for
+    # which scikit-learn returns s = (1 + (area - 0.02) / (0.2 - 0.02)) / 2 (McClish 1989, Medical
+    # Decision Making 9:190).
     max_fpr = 1 - MIN_TPR
     min_area = max_fpr**2 / 2
     max_area = max_fpr
@@ -41,26 +40,25 @@ def pauc(target: ArrayLike, score: ArrayLike) -> float:
 def above_min_tpr(fpr: Floats, tpr: Floats) -> tuple[Floats, Floats]:
     """Return the part of an ROC curve from TPR 0.8 on; its first point is interpolated.
 
-    Args:
-        fpr, tpr: [M], rising from (0, 0) to (1, 1).
+    `fpr` and `tpr` are [M], rising from (0, 0) to (1, 1).
     """
     # The curve crosses MIN_TPR on the segment that ends at `after`.
     after = int(np.searchsorted(tpr, MIN_TPR, side="right"))
-    fraction = (MIN_TPR - tpr[after - 1]) / (tpr[after] - tpr[after - 1])
-    first_fpr = fpr[after - 1] + fraction * (fpr[after] - fpr[after - 1])
+    before = after - 1
+    fraction = (MIN_TPR - tpr[before]) / (tpr[after] - tpr[before])
+    first_fpr = fpr[before] + fraction * (fpr[after] - fpr[before])
     return np.append(first_fpr, fpr[after:]), np.append(MIN_TPR, tpr[after:])
 
 
 def bootstrap_pauc(
     target: ArrayLike, scores: Sequence[ArrayLike], group: ArrayLike, num_draws: int, seed: int = 0
-) -> NDArray[np.float64]:
+) -> Floats:
     """Partial AUC of several scores over bootstrap resamples of groups (patients).
 
     Args:
         target: [N] of 0 and 1.
         scores: M arrays [N].
         group: [N] identifiers; the rows of a group are resampled together.
-        num_draws: number of resamples; one that lacks a class is replaced by the next.
 
     Returns:
         [num_draws, M] float64; all scores share the same resamples.
@@ -70,15 +68,17 @@ def bootstrap_pauc(
     """
     checked = [_checked(target, score) for score in scores]
     labels = checked[0][0]
-    curves = [_Curve(labels, values) for _, values in checked]
+    curves = [_Curve(labels, ordered) for _, ordered in checked]
     _, code = np.unique(np.asarray(group), return_inverse=True)
-    weights = (drawn[code] for drawn in redraws(code.max() + 1, seed))
-    usable = (
-        weight for weight in weights if weight[labels == 1].any() and weight[labels == 0].any()
-    )
-    return np.array(
-        [[curve.pauc(weight) for curve in curves] for weight in islice(usable, num_draws)]
-    )
+    values = []
+    for drawn in redraws(code.max() + 1, seed):
+        weight = drawn[code]
+        # Without both classes there is no pAUC; the next resample takes the place.
+        if weight[labels == 1].any() and weight[labels == 0].any():
+            values.append([curve.pauc(weight) for curve in curves])
+        if len(values) == num_draws:
+            break
+    return np.array(values)
 
 
 def redraws(num_groups: int, seed: int) -> Iterator[NDArray[np.int64]]:
@@ -91,7 +91,7 @@ def redraws(num_groups: int, seed: int) -> Iterator[NDArray[np.int64]]:
 class _Curve:
     """A score, sorted once so that its pAUC under many row weights is cheap."""
 
-    def __init__(self, labels: NDArray[np.int64], scores: NDArray[np.float64]) -> None:
+    def __init__(self, labels: NDArray[np.int64], scores: Floats) -> None:
         self.order = np.argsort(-scores, kind="stable")
         ordered = scores[self.order]
         self.positive = labels[self.order] == 1
@@ -106,10 +106,10 @@ class _Curve:
         fpr, tpr = above_min_tpr(fpr, tpr)
         return float(np.trapezoid(1 - fpr, tpr))  # over TPR: the width to the right of the curve
 
-    def _cumulative_rate(self, weight: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _cumulative_rate(self, weight: NDArray[np.int64]) -> Floats:
         """Return the share of the weight at or above each distinct score, from 0 to 1."""
         count = np.append(0, np.cumsum(np.add.reduceat(weight, self.starts)))
-        rate: NDArray[np.float64] = count / count[-1]
+        rate: Floats = count / count[-1]
         return rate
 
 
@@ -128,9 +128,8 @@ class TopK:
     by_patient: float
     """Share per patient, averaged over the patients with a malignant lesion, in [0, 1].
 
-    The challenge's secondary prize ranks submissions by it, see SecondaryMetric-TopNSensitivity.py
-    in https://github.com/ISIC-Research/Challenge-2024-Metrics, and by the lesions' ranks if two
-    submissions tie; the ranks are not computed here.
+    The challenge's secondary metric: SecondaryMetric-TopNSensitivity.py in
+    https://github.com/ISIC-Research/Challenge-2024-Metrics.
     """
     num_patients: int
     """Patients with a malignant lesion."""
@@ -141,15 +140,8 @@ class TopK:
 def top_k(target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_K) -> TopK:
     """Count the malignant lesions that are among the `k` highest scores of their patient.
 
-    Ties count against the lesion: its rank is the number of the patient's lesions that score at
-    least as high. The challenge's script ranks equal scores in file order instead.
-
-    Args:
-        target, score: as for `pauc`.
-        patient: [N] identifiers.
-
-    Raises:
-        UserError: as for `pauc`.
+    Ties count against the lesion; the challenge's script ranks equal scores in file order.
+    Arguments and errors as for `pauc`; `patient` has [N] identifiers.
     """
     labels, scores = _checked(target, score)
     _, group = np.unique(np.asarray(patient), return_inverse=True)
@@ -167,7 +159,7 @@ def top_k(target: ArrayLike, score: ArrayLike, patient: ArrayLike, k: int = TOP_
     )
 
 
-def _rank_within(group: NDArray[np.intp], scores: NDArray[np.float64]) -> NDArray[np.intp]:
+def _rank_within(group: NDArray[np.intp], scores: Floats) -> NDArray[np.intp]:
     """Return [N] the number of rows of the same group that score at least as high."""
     order = np.lexsort((-scores, group))
     ordered_group = group[order]
@@ -184,7 +176,7 @@ def _rank_within(group: NDArray[np.intp], scores: NDArray[np.float64]) -> NDArra
     return rank
 
 
-def _checked(target: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _checked(target: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.int64], Floats]:
     labels = np.asarray(target, dtype=np.int64)
     scores = np.asarray(score, dtype=np.float64)
     assert labels.shape == scores.shape

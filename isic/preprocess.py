@@ -9,15 +9,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# More than cameras produce (6,000 x 4,000); decoding takes three bytes of memory per pixel.
 MAX_PIXELS = 8192 * 4096
-"""More than cameras produce (6,000 x 4,000); decoding takes three bytes of memory per pixel."""
 
-JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+JPEG_START = b"\xff\xd8"
+JPEG_END = b"\xff\xd9"
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Markers of the segment that holds height and width (ITU-T T.81, table B.1)."""
 JPEG_BARE = frozenset((0x01, *range(0xD0, 0xD9)))
 """Markers that are not followed by a length."""
-PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_END = b"IEND"
 
 INTERPOLATION = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}
 
@@ -48,14 +50,12 @@ class PreprocessSpec(BaseModel):
 
 
 def decode(data: bytes) -> Pixels:
-    """Decode a JPEG or PNG file's bytes to uint8 [height, width, 3], RGB.
-
-    Grey, CMYK, palette, 16-bit and transparent images become RGB. The size is checked in the header
-    first, which bounds the memory.
+    """Decode a JPEG or PNG file's bytes, of any colour space, to uint8 [height, width, 3], RGB.
 
     Raises:
         ImageError: empty, truncated, more than MAX_PIXELS, damaged, or neither JPEG nor PNG.
     """
+    # From the header, which bounds the memory.
     height, width = image_size(data)
     if height * width > MAX_PIXELS:
         raise ImageError(f"claims {width} x {height} pixels, more than {MAX_PIXELS:,}")
@@ -69,11 +69,9 @@ def decode(data: bytes) -> Pixels:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Return height and width from the header of a JPEG or PNG file. Raises ImageError.
-
-    The end marker is checked too: libjpeg fills the missing part of a truncated file with grey and
-    reports success.
-    """
+    """Return height and width from the header of a JPEG or PNG file. Raise ImageError."""
+    # The end marker is checked too: libjpeg fills the missing part of a truncated file with grey
+    # and reports success.
     if not data:
         raise ImageError("zero bytes")
     if data.startswith(JPEG_START):
@@ -133,5 +131,5 @@ def resize(image: Pixels, spec: PreprocessSpec, out: Pixels | None = None) -> Pi
 
 
 def decode_into(data: bytes, spec: PreprocessSpec, out: Pixels) -> None:
-    """Decode and resize into `out`, contiguous uint8 [size, size, 3]. Raises ImageError."""
+    """Decode and resize into `out`, contiguous uint8 [size, size, 3]. Raise ImageError."""
     resize(decode(data), spec, out)

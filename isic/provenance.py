@@ -14,28 +14,26 @@ from isic.metadata import with_patient
 from isic.runtime.errors import UserError
 from isic.tables import parquet_metadata, read_parquet, reading, write_parquet
 
-SEEN_FILE = "trained_on.parquet"
-"""Stored next to a checkpoint, in its `backbone/`, and next to the embeddings of its fold."""
-KEYS = (schema.ID, schema.PATIENT)
-COLUMNS = {key: pl.String() for key in KEYS}
-VERSION = "2"
+SEEN_KEYS = (schema.ID, schema.PATIENT)
+SEEN_SCHEMA = {key: pl.String() for key in SEEN_KEYS}
+SEEN_VERSION = "2"
 """Version 1 also listed held-out rows."""
 
 Seen = pl.DataFrame
 """`isic_id` and `patient_id`, String, of every image a model has learned from."""
 
-NOTHING: Seen = pl.DataFrame(schema=COLUMNS)
+NOTHING: Seen = pl.DataFrame(schema=SEEN_SCHEMA)
 
 
 def seen_rows(table: pl.DataFrame, *inherited: Seen) -> Seen:
     """Return the images and patients of `table` and of the `inherited` lists, sorted."""
-    parts = [with_patient(table).select(KEYS), *inherited]
-    return pl.concat(parts).unique().sort(KEYS)
+    parts = [with_patient(table).select(SEEN_KEYS), *inherited]
+    return pl.concat(parts).unique().sort(SEEN_KEYS)
 
 
 def write_seen(path: Path, seen: Seen) -> None:
     """Write a list of seen images; equal lists give equal bytes."""
-    write_parquet(path, seen, {"version": VERSION})
+    write_parquet(path, seen, {"version": SEEN_VERSION})
 
 
 def read_seen(path: Path) -> Seen:
@@ -50,18 +48,18 @@ def read_seen(path: Path) -> Seen:
             "copy it from the folder in which the model was trained, or train the model again"
         )
     version = parquet_metadata(path).get("version")
-    if version != VERSION:
+    if version != SEEN_VERSION:
         raise UserError(
             f"{path} was written by an earlier version, which did not separate training rows "
             "from held-out rows; train the model again"
         )
     with reading(path):
-        return read_parquet(path, KEYS).cast(COLUMNS)  # type: ignore[arg-type]
+        return read_parquet(path, SEEN_KEYS).cast(SEEN_SCHEMA)  # type: ignore[arg-type]
 
 
 def rows_seen(metadata: pl.DataFrame, seen: Seen) -> pl.DataFrame:
     """Return the rows of `metadata` whose image or patient is in `seen`."""
-    known = pl.any_horizontal(pl.col(key).is_in(seen[key].implode()) for key in KEYS)
+    known = pl.any_horizontal(pl.col(key).is_in(seen[key].implode()) for key in SEEN_KEYS)
     return metadata.filter(with_patient(metadata).select(known).to_series())
 
 
@@ -69,7 +67,7 @@ def refuse_seen(held_out: pl.DataFrame, seen: Seen, model: str, remedy: str) -> 
     """Raise a UserError if a model has learned from held-out images or patients.
 
     Args:
-        held_out: rows to be scored out of fold: `isic_id` and optionally `patient_id`.
+        held_out: `isic_id` and optionally `patient_id`.
         seen: the model's list.
         model: subject of the error message, such as "the weights in x".
         remedy: end of the error message, such as "use --pretrained y".

@@ -1,7 +1,7 @@
-"""Read and write tables, and refuse truncated files and other formats in one sentence.
+"""Read and write tables; refuse truncated files and other formats.
 
 This is the only module that calls the readers of polars: by default they treat a path as a glob
-pattern and fill a short row with blanks, so that half a file passes for a whole one.
+pattern and fill a short row with blanks.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from isic.runtime.errors import UserError, warn_once
+from isic.runtime.errors import UserError, first_line, warn_once
 from isic.runtime.files import COMPRESSED, atomic_path
 
 CSV_BLOCK = 4 * 1024 * 1024
 """Bytes of a CSV that are held in memory while it is checked or one column is read."""
 LONGEST_ROW = 4 * CSV_BLOCK
-"""Bytes without the end of a row after which a quote must have been left open."""
+"""Bytes after which a row without an end has an open quote."""
 
 QUOTE, COMMA, NEWLINE = b'",\n'
 Positions = NDArray[np.int64]
@@ -60,7 +60,7 @@ UTF8_MARK = b"\xef\xbb\xbf"
 def reading(source: Path | str) -> Iterator[None]:
     """Turn errors of polars and of the operating system inside the block into a UserError.
 
-    Use it around the `collect` of a LazyFrame too, which reads the files.
+    For the `collect` of a LazyFrame too, which reads the files.
     """
     try:
         yield
@@ -74,12 +74,12 @@ def reading(source: Path | str) -> Iterator[None]:
             f"cannot read {source} ({reason}); check its permissions and the disk"
         ) from None
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, UnicodeDecodeError) as error:
-        lines = str(error).splitlines() or ["no content"]
-        raise UserError(f"{source} is not a readable table: {lines[0]}") from None
+        reason = first_line(error, "no content")
+        raise UserError(f"{source} is not a readable table: {reason}") from None
 
 
 def first_bytes(path: Path, count: int = 64) -> bytes:
-    """Return the first bytes of a file. Raises UserError if it is missing or cannot be opened."""
+    """Return the first bytes of a file. Raise UserError if it is missing or cannot be opened."""
     with reading(path):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is not a regular file; give a CSV or Parquet file")
@@ -97,10 +97,10 @@ def read_table(path: Path) -> pl.DataFrame:
 
 
 def read_column(path: Path, name: str) -> pl.Series | None:
-    """Read one column, None if the table lacks it, without holding the others in memory.
+    """Read one column as `read_table` does, without holding the others in memory.
 
-    Raises:
-        UserError: as in `read_table`.
+    Returns:
+        None if the table lacks it.
     """
     if is_parquet(path):
         _refuse_other_than_parquet(path)
@@ -113,6 +113,7 @@ def read_column(path: Path, name: str) -> pl.Series | None:
             return None
         column = [names.index(name)]
         parts = [
+            # Each block gets the header in front, so that polars finds the column.
             pl.read_csv(header + rows, columns=column, infer_schema=False).to_series()
             for rows in _whole_rows(file, path, len(names))
         ]
@@ -121,7 +122,6 @@ def read_column(path: Path, name: str) -> pl.Series | None:
 
 
 def is_parquet(path: Path) -> bool:
-    """Return whether a table's name ends in `.parquet`."""
     return path.suffix.lower() == ".parquet"
 
 
@@ -140,14 +140,14 @@ def read_csv(path: Path) -> pl.DataFrame:
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
-    """Read a Parquet file, or some of its columns. Raises UserError."""
+    """Read a Parquet file, or some of its columns. Raise UserError."""
     _refuse_other_than_parquet(path)
     with reading(path):
         return pl.read_parquet(path, columns=list(columns) if columns else None, glob=False)
 
 
 def parquet_metadata(path: Path) -> dict[str, str]:
-    """Read the key-value metadata of a Parquet file. Raises UserError."""
+    """Read the key-value metadata of a Parquet file. Raise UserError."""
     _refuse_other_than_parquet(path)
     with reading(path), open(path, "rb") as file:
         return pl.read_parquet_metadata(file)
@@ -163,7 +163,7 @@ def write_parquet(path: Path, table: pl.DataFrame, metadata: dict[str, str] | No
 
 
 def scan_parquet(paths: Iterable[Path]) -> pl.LazyFrame:
-    """Open Parquet files as one lazy table; collect it inside `reading`. Raises UserError."""
+    """Open Parquet files as one lazy table; collect it inside `reading`. Raise UserError."""
     paths = list(paths)
     for path in paths:
         _refuse_other_than_parquet(path)
@@ -171,7 +171,6 @@ def scan_parquet(paths: Iterable[Path]) -> pl.LazyFrame:
 
 
 def _refuse_other_than_parquet(path: Path) -> None:
-    """Raise a UserError if a file does not start and end like Parquet."""
     start = first_bytes(path)
     if not start:
         raise UserError(f"{path} is empty; {AGAIN}")
@@ -185,7 +184,7 @@ def _refuse_other_than_parquet(path: Path) -> None:
 
 
 def _other_format(start: bytes) -> str | None:
-    """Return the description of another format by a file's first bytes, None if it may be a CSV."""
+    """Return the format of a file's first bytes, None if it may be a CSV."""
     for signature, description in SIGNATURES.items():
         if start.startswith(signature):
             return description
@@ -195,21 +194,23 @@ def _other_format(start: bytes) -> str | None:
 
 @contextlib.contextmanager
 def _open_csv(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that may be a CSV. Raises UserError if its first bytes are of another format."""
+    """Open a file that may be a CSV. Raise UserError if its first bytes are of another format."""
     start = first_bytes(path)
     if start.startswith(PARQUET):
         raise UserError(f"{path} is a Parquet file; give it a name that ends in .parquet")
-    if description := _other_format(start):
+    description = _other_format(start)
+    if description:
         raise UserError(f"{path} {description}")
     with open(path, "rb") as file:
         yield file
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[bytes, list[str]]:
-    """Read the first row of a CSV. Returns its bytes and the stripped names of the columns."""
+    """Read the first row of a CSV. Return its bytes and the stripped names of the columns."""
     line = file.readline()
     while line and not line.removeprefix(UTF8_MARK).strip():
         line = file.readline()
+    # A quoted name may contain line breaks.
     while line.count(b'"') % 2 and (more := file.readline()):
         line += more
     _refuse_other_text(line, path)
@@ -224,7 +225,6 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[bytes, list[str]]:
 
 
 def _refuse_header(names: Sequence[str], path: Path) -> None:
-    """Raise a UserError if a name is repeated or the separator is not a comma."""
     repeated = next((name for name in names if name and names.count(name) > 1), None)
     if repeated:
         raise UserError(f'{path} has two columns "{repeated}"; remove or rename one of them')
@@ -255,11 +255,12 @@ def _whole_rows(file: BinaryIO, path: Path, num_fields: int) -> Iterator[bytes]:
     Raises:
         UserError: text that is not UTF-8, more or fewer fields than in the header, an open quote.
     """
-    block, number = b"", 0
+    block = b""
+    number = 0
     while more := file.read(CSV_BLOCK):
         block += more
         end = block.rfind(b"\n") + 1
-        # an odd number of quotes: that line end is inside a quoted text
+        # With an odd number of quotes, that line end is inside a quoted text.
         if end and block.count(b'"', 0, end) % 2 == 0:
             number += _check_rows(block[:end], path, num_fields, number)
             yield block[:end]
@@ -280,25 +281,26 @@ def _whole_rows(file: BinaryIO, path: Path, num_fields: int) -> Iterator[bytes]:
 def _check_rows(
     rows: bytes, path: Path, num_fields: int, before: int, is_last: bool = False
 ) -> int:
-    """Return the number of rows in a block. Raises UserError if a row has another number of fields.
+    """Return the number of rows in a block. Raise UserError for another number of fields.
 
     Args:
-        rows: whole rows.
-        num_fields: fields of the header.
         before: rows ahead of the block, for messages.
         is_last: whether these are the last rows of a file without a final line break.
     """
     _refuse_other_text(rows, path, before + 1)
     data = np.frombuffer(rows, np.uint8)
+    # Quotes come in pairs; a doubled quote inside a text closes and opens it again.
     opening, closing = np.flatnonzero(data == QUOTE).reshape(-1, 2).T
     _refuse_stray_quotes(data, opening, path, before)
     ends = np.flatnonzero(data == NEWLINE)
+    # Line breaks inside quotes do not end a row.
     ends = ends[np.searchsorted(opening, ends) == np.searchsorted(closing, ends)]
     found = _count_fields(np.flatnonzero(data == COMMA), ends, opening, closing)
     wrong = np.flatnonzero(found != num_fields)
     if len(wrong):
         row = int(wrong[0])
-        line, start = before + row + 2, ends[row - 1] + 1 if row else 0
+        line = before + row + 2
+        start = ends[row - 1] + 1 if row else 0
         if not rows[start : ends[row]].strip():
             raise UserError(f"{path}: line {line} is blank; remove it")
         if is_last and row == len(ends) - 1 and found[row] < num_fields:
@@ -326,10 +328,8 @@ def _count_fields(
 def _refuse_stray_quotes(
     data: NDArray[np.uint8], opening: Positions, path: Path, before: int
 ) -> None:
-    """Raise a UserError if a quote opens inside a field.
-
-    polars would read all rows up to the next quote as one text.
-    """
+    """Raise a UserError if a quote opens inside a field."""
+    # polars would read all rows up to the next quote as one text.
     inner = opening[opening > 0]
     stray = inner[~np.isin(data[inner - 1], [COMMA, NEWLINE, QUOTE])]
     if len(stray):

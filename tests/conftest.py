@@ -38,7 +38,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Runs `python -m <module> <arguments>` in this process: importing torch again takes seconds."""
+    """Run `python -m <module> <arguments>` in this process, without importing torch again."""
 
     def run(module: str, *arguments: object) -> Finished:
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])

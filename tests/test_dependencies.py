@@ -40,7 +40,7 @@ OPTIONAL = {
     "export": {"tensorrt", "tensorrt_rtx", "tritonclient"},
     "benchmarks": {"tensorrt", "tensorrt_rtx"},
 }
-"""Modules that a package imports only where they are needed, and can do without."""
+"""Modules that a package imports only if they are needed."""
 
 
 def requirements(name: str) -> list[Requirement]:

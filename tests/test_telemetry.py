@@ -1,4 +1,4 @@
-"""No process of this toolkit reports its use to anybody, or writes an identifier for that purpose."""
+"""No process of this toolkit reports its use to anybody, or writes an identifier for that."""
 
 import os
 import shutil
@@ -54,8 +54,11 @@ def files(folder: Path) -> list[str]:
 
 
 def test_a_session_leaves_no_identifier_and_connects_to_nobody(tmp_path: Path) -> None:
-    """An engine loads a graph and runs it; strace, if there is one, sees what a C library connects to."""
-    code = "from infer.engines import unavailable_reason as r; import time; print(r('onnx', 'cpu')); time.sleep(1)"
+    """An engine loads a graph and runs it; strace, if there is one, shows connections."""
+    code = (
+        "from infer.engines import unavailable_reason as reason; import time; "
+        "print(reason('onnx', 'cpu')); time.sleep(1)"
+    )
     trace = tmp_path / "trace"
     strace = shutil.which("strace")
     traced = [strace, "-f", "-qq", "-e", "trace=connect", "-o", str(trace)] if strace else []

@@ -48,6 +48,7 @@ def create_mixup(mixup: float, cutmix: float) -> Callable[[Batch], Batch]:
     """
     if not (mixup or cutmix):
         return lambda batch: batch
+    # Two classes, because timm mixes one-hot targets; the second column is the target here.
     mixer = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=2)
 
     def mix(batch: Batch) -> Batch:

@@ -26,15 +26,12 @@ def save_backbone(
     """Write a backbone for `timm.create_model("local-dir:...")`, with a model card.
 
     Args:
-        directory: created if it does not exist.
-        model: the network whose backbone is written.
-        settings: of the run.
-        facts: for the card: `fold`, `folds_digest`, `num_rows`, `metadata_sha256`, `trained_on`,
-            `pauc`, `auc`.
+        facts: `fold`, `folds_digest`, `num_rows`, `metadata_sha256`, `trained_on`, `pauc`, `auc`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
+    # Weights may be stored channels-last, and safetensors takes contiguous tensors only.
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
     files = {
         WEIGHTS_FILE: save(tensors, {TRAINED_ON_KEY: facts[TRAINED_ON_KEY]}),

@@ -6,14 +6,19 @@ from typing import Any
 
 import torch
 
-from isic.layout import BEST_CHECKPOINT
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, first_line
 from isic.runtime.files import atomic_path
 from isic.tables import reading
 from train.config import TrainSettings
 
-BEST = BEST_CHECKPOINT
-KEYS = ("model_state_dict", "optimizer_state_dict", "best_pauc", "epoch", "config", "args")
+CHECKPOINT_KEYS = (
+    "model_state_dict",
+    "optimizer_state_dict",
+    "best_pauc",
+    "epoch",
+    "config",
+    "args",
+)
 
 DAMAGE = (
     RuntimeError,
@@ -58,6 +63,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     with reading(path), open(path, "rb"):
         pass  # reports unreadable files here, because below an OSError means wrong bytes
     try:
+        # weights_only: a file of unknown origin must not run code.
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -65,10 +71,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "for plain tensors"
         ) from error
     except DAMAGE as error:
-        lines = str(error).splitlines() or ["it ends too early"]
-        raise UserError(f"{path} is damaged ({lines[0]}); train this fold again") from error
+        reason = first_line(error, "it ends too early")
+        raise UserError(f"{path} is damaged ({reason}); train this fold again") from error
     present = values if isinstance(values, dict) else {}
-    missing = [key for key in KEYS if key not in present]
+    missing = [key for key in CHECKPOINT_KEYS if key not in present]
     if missing:
         raise UserError(
             f"{path} is not a checkpoint of this toolkit: it lacks {', '.join(missing)}"

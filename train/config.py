@@ -176,7 +176,7 @@ class TrainSettings(Settings):
     @field_validator("pretrained", mode="before")
     @classmethod
     def _boolean_from_text(cls, value: Any) -> Any:
-        """A flag is text, and "false" or "no" is not the name of a model on the hub."""
+        # A flag is text, and "false" or "no" is not the name of a model on the hub.
         return BOOLEANS.get(value.lower(), value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -232,6 +232,7 @@ def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> Train
         return build(model, values)
     path = find_config(named[0])
     from_file = build_checked(model, path)
+    # A run is named after its config unless the file or a flag names it.
     return build(model, {"name": path.stem, **from_file, **values})
 
 

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+# Only the main process writes checkpoints, and disks can be slow.
 TIMEOUT = timedelta(hours=2)
-"""Longest wait for another process: only the main one writes checkpoints, and disks can be slow."""
+"""Longest wait for another process."""
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @contextlib.contextmanager
@@ -32,7 +33,6 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def rank() -> int:
-    """Return the number of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -56,17 +56,18 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def broadcast_object(value: T) -> T:
+def broadcast_object(value: _T) -> _T:
     """Return the main process's value."""
     if world_size() == 1:
         return value
+    # The list is overwritten in all processes but the main one.
     values: list[Any] = [value]
     dist.broadcast_object_list(values, src=0)
-    received: T = values[0]
+    received: _T = values[0]
     return received
 
 
-def gather(value: T) -> list[T]:
+def gather(value: _T) -> list[_T]:
     """Return the values of all processes in the order of their ranks."""
     if world_size() == 1:
         return [value]
@@ -76,7 +77,7 @@ def gather(value: T) -> list[T]:
 
 
 def broadcast_weights(module: nn.Module) -> None:
-    """Overwrites a module's weights and buffers with those of the main process."""
+    """Overwrite a module's weights and buffers with those of the main process."""
     if world_size() > 1:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0)

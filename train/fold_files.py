@@ -32,16 +32,16 @@ from train.pretrained import TRAINED_ON_KEY
 from train.rows import TrainData
 from train.state import TrainState
 
-PACKAGES = ("torch", "timm", "albumentations", "opencv-python-headless")
+CHECKPOINT_PACKAGES = ("torch", "timm", "albumentations", "opencv-python-headless")
 """Packages whose versions are in the manifest."""
 
 
 def begin_fold(settings: TrainSettings, data: TrainData, fold: int, resumes: bool) -> None:
     """Write the fold plan and `config.yaml`, and delete a previous run's results unless resumed.
 
-    Nothing is written before this, so that wrong settings or data leave no trace. Main process
-    only.
+    Main process only.
     """
+    # Nothing is written before this function, so that wrong settings or data leave no trace.
     if not distributed.is_main():
         return
     run = settings.run_dir
@@ -62,10 +62,9 @@ def save_fold(
     fold: int,
     predictions: Predictions,
 ) -> None:
-    """Write `best_model.pth` and the files derived from it. Main process only.
+    """Write the checkpoint, its manifest, seen images, backbone and out-of-fold scores.
 
-    These are its manifest, the list of images it has learned from, its backbone for timm, and the
-    out-of-fold scores.
+    Main process only.
     """
     if not distributed.is_main():
         return
@@ -96,7 +95,7 @@ def save_fold(
         num_threads=torch.get_num_threads(),
         pauc=state.best_pauc,
         made_from=made_from,
-        versions=versions(*PACKAGES),
+        versions=versions(*CHECKPOINT_PACKAGES),
     )
     auc = roc_auc(data.target[predictions.rows], predictions.logits)
     facts = {**config, **made_from, "pauc": state.best_pauc, "auc": auc}

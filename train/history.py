@@ -29,7 +29,6 @@ class EpochStats:
     """Steps skipped because a float16 gradient overflowed; the loss scale is then halved."""
 
     def add(self, loss: float, skipped: bool) -> None:
-        """Add an optimizer step."""
         self.losses.append(loss)
         self.skipped_steps += skipped
 
@@ -39,7 +38,6 @@ class EpochStats:
         return float(np.mean(finite)) if finite else None
 
     def loss_text(self, last: int = 0) -> str:
-        """Return the mean loss for display."""
         loss = self.mean_loss(last)
         return "-" if loss is None else f"{loss:.4f}"
 
@@ -68,12 +66,7 @@ def log_epoch(
     """Append an epoch to `history.jsonl` and TensorBoard, and print a line. Main process only.
 
     Args:
-        directory: of the fold.
-        fold: its number.
-        epoch: number of the epoch, from 1.
-        num_epochs: of the run.
-        stats: of the epoch.
-        scores: of the held-out rows.
+        epoch: from 1.
         learning_rates: of the epoch's last step by part of the network, 0 while it is frozen.
     """
     if not distributed.is_main():

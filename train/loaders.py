@@ -50,7 +50,8 @@ def fold_loaders(
     """
     training = np.flatnonzero((data.fold != fold) & (data.fold != EXTRA))
     held_out = np.flatnonzero(data.fold == fold)
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank = distributed.rank()
+    world_size = distributed.world_size()
     check_rows(data.target[training], f"training rows of fold {fold}", world_size)
     check_rows(data.target[held_out], f"held-out rows of fold {fold}", world_size)
 
@@ -78,7 +79,11 @@ def fold_loaders(
         ),
         sampler,
         create_loader(
-            held_out_images, RowSampler(held_out[rank::world_size]), batch_size, **workers
+            # Split without padding, so that each held-out row is predicted exactly once.
+            held_out_images,
+            RowSampler(held_out[rank::world_size]),
+            batch_size,
+            **workers,
         ),
     )
 
@@ -99,8 +104,11 @@ class LesionImages(Dataset[Item]):
     def __init__(
         self, data: TrainData, spec: PreprocessSpec, augmentation: Any | None = None
     ) -> None:
-        self.images, self.masks, self.target = data.rows.images, data.rows.masks, data.target
-        self.spec, self.augmentation = spec, augmentation
+        self.images = data.rows.images
+        self.masks = data.rows.masks
+        self.target = data.target
+        self.spec = spec
+        self.augmentation = augmentation
 
     def __getitem__(self, key: Key) -> Item:
         row, seed = key
@@ -135,13 +143,13 @@ def create_loader(
         num_workers=num_workers,
         prefetch_factor=num_prefetched if num_workers else None,
         persistent_workers=num_workers > 0,  # starting them again costs seconds per epoch
+        # Copies from pinned memory to the GPU do not block the host.
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_signals_in_worker,
     )
 
 
 def collate(items: list[Item]) -> Batch:
-    """Stack items into a batch."""
     return Batch(*default_collate(items))
 
 

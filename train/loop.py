@@ -30,8 +30,9 @@ from train.state import TrainState, create_state, restore, save_last
 from train.step import StepResult, accumulate, optimizer_step
 from train.threads import set_threads
 
+# So that neither the device nor the host waits for the other.
 STEPS_AHEAD = 2
-"""Steps queued on the device before the host reads a result, so that neither waits."""
+"""Steps queued on the device before the host reads a result."""
 
 
 def train_fold(
@@ -51,7 +52,7 @@ def train_fold(
         time_left: counts the epochs of the run.
 
     Raises:
-        UserError: the fold cannot be trained on, or logits are not finite.
+        UserError: the fold lacks rows of a class, or logits are not finite.
         NonFiniteGradient: the run has diverged.
     """
     directory = fold_dir(settings.run_dir, fold)
@@ -68,6 +69,7 @@ def train_fold(
         report_composition(loaders.sampler.pools, fold)
     start_or_resume(state, settings, data, fold, device)
 
+    # Only training runs compiled; `predict` takes the plain module.
     network: Any = torch.compile(state.model) if settings.compile else state.model
     first_epoch = state.epoch
     if time_left:
@@ -133,13 +135,9 @@ def start_or_resume(
 
 
 def select_epoch(state: TrainState, mode: str, num_epochs: int, pauc: float) -> bool:
-    """Update `state.best_pauc`; returns whether the finished epoch becomes `best_model.pth`.
+    """Update `state.best_pauc` and return whether the finished epoch is the one to keep.
 
-    Args:
-        state: after the epoch.
-        mode: `last` or `best`.
-        num_epochs: of the run.
-        pauc: of the held-out rows.
+    `mode` is `last` or `best`; `pauc` is that of the held-out rows.
     """
     if mode == "last":
         # Not the highest pAUC but the latest: after the last epoch, that of the saved weights.
@@ -165,11 +163,6 @@ def train_epoch(
     Args:
         state: changed in place.
         forward: `state.model`, possibly compiled and wrapped.
-        loader: batches on the host.
-        schedule: of the whole run.
-        settings: of the run.
-        device: of the model.
-        title: of the progress bar.
 
     Raises:
         NonFiniteGradient: the run has diverged; in float32 and bfloat16 the weights are those
@@ -202,6 +195,7 @@ def train_epoch(
             show_progress(progress, stats, state.optimizer, time.perf_counter() - started)
     for result in results:
         stats.add(*result.read())
+    # Reading the last results has waited for the device, so the time includes all steps.
     stats.seconds = time.perf_counter() - started
     stats.waiting = batches.seconds
     return stats
@@ -219,10 +213,10 @@ def show_progress(
     )
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def batched(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
     """Yield lists of `size` items, the last one shorter: itertools.batched of Python 3.12."""
     iterator = iter(items)
     while group := list(islice(iterator, size)):

@@ -22,8 +22,7 @@ def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Te
 def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """Binary cross-entropy plus soft Dice loss, mean over the images with a mask.
 
-    Milletari et al. 2016, arXiv 1606.04797. Images without a mask add nothing, but the decoder
-    stays in the graph, because gradient averaging expects a gradient of every weight.
+    Milletari et al. 2016, arXiv 1606.04797.
 
     Args:
         logits: float [N, h, w], at the decoder's stride.
@@ -43,6 +42,8 @@ def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
     overlap = 2 * (probabilities * coverage).sum(dim=(1, 2)) + 1
     size = probabilities.sum(dim=(1, 2)) + coverage.sum(dim=(1, 2)) + 1
     soft_dice = overlap / size
+    # Without any mask the loss is 0 but stays in the graph: gradient averaging over processes
+    # expects a gradient of every weight.
     loss: Tensor = ((entropy + 1 - soft_dice) * has_mask).sum() / has_mask.sum().clamp(min=1)
     return loss
 
@@ -51,7 +52,7 @@ def dice(probabilities: Tensor, masks: Tensor) -> Tensor:
     """Dice coefficient 2|A and B| / (|A| + |B|) per image at its mask's size, 1 if both are empty.
 
     Args:
-        probabilities: [N, h, w]; the lesion is where they exceed 0.5 after interpolation.
+        probabilities: [N, h, w]; over 0.5 after interpolation is lesion.
         masks: uint8 [N, H, W], 1 on the lesion; NO_MASK for an image without a mask.
 
     Returns:

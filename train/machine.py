@@ -11,7 +11,8 @@ from isic.runtime.errors import UserError, warn
 from isic.runtime.machine import num_cores
 from train import distributed
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4
+TRIM_THRESHOLD = -1
+MMAP_MAX = -4
 """Parameters of glibc's mallopt(3)."""
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability of the first GPUs that compute in bfloat16."""
@@ -45,10 +46,8 @@ def select_device(name: str) -> torch.device:
 
 
 def without_bfloat16(device: torch.device) -> str | None:
-    """Return the reason why a device cannot compute in bfloat16, None if it can.
-
-    On older GPUs torch emulates it slowly, and compilers refuse it.
-    """
+    """Return the reason why a device cannot compute in bfloat16, None if it can."""
+    # On older GPUs torch emulates it slowly, and compilers refuse it.
     if device.type != "cuda" or torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY:
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -66,11 +65,9 @@ def check_bfloat16(device: torch.device) -> None:
 
 
 def default_workers(device: torch.device) -> int:
-    """Return the number of loader workers per training process: all cores for a GPU, else none.
-
-    On a CPU, each layer is shared evenly among the network's threads. A worker that takes a core
-    from one of them delays all, and handing batches over costs time as well.
-    """
+    """Return the number of loader workers per training process: all cores for a GPU, else none."""
+    # On a CPU each layer is shared evenly among the network's threads: a worker that takes a core
+    # from one of them delays all, and handing batches over costs time as well.
     if device.type == "cpu":
         return 0
     return max(1, num_cores() // distributed.local_world_size())
@@ -79,17 +76,14 @@ def default_workers(device: torch.device) -> int:
 def fit_workers(num_workers: int, batch_bytes: int, num_held: int) -> tuple[int, int]:
     """Return the number of workers, and of prefetched batches per worker, that fit shared memory.
 
-    Workers hand batches over in /dev/shm, which has 64 MB in a container by default. If it is too
-    small, a warning is printed, each worker prefetches one batch, and there are fewer workers, or
-    none if no batch fits.
+    Warn if these are fewer than wanted; there are no workers if no batch fits.
 
     Args:
-        num_workers: wanted per training process.
-        batch_bytes: size of the tensors of a batch.
         num_held: batches that the main process holds in addition.
     """
     if not num_workers or not SHARED_MEMORY.is_dir():
         return num_workers, NUM_PREFETCHED
+    # Workers hand batches over in /dev/shm, which has 64 MB in a container by default.
     free = shutil.disk_usage(SHARED_MEMORY).free // distributed.local_world_size()
     num_batches = max(free // (batch_bytes + TENSOR_OVERHEAD) - num_held, 0)
     if num_workers * NUM_PREFETCHED <= num_batches:
@@ -122,11 +116,9 @@ def allow_tf32(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next step; does nothing with another C library.
-
-    By default it returns large blocks to the kernel, which clears every page again when the next
-    step touches it.
-    """
+    """Make glibc keep freed memory for the next step; do nothing with another C library."""
+    # By default it returns large blocks to the kernel, which clears every page again when the next
+    # step touches it.
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -4,18 +4,15 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+# At 4, lesions of a few pixels lose their outline.
 MASK_STRIDE = 2
-"""Input pixels per side of a mask's pixel: at 4, lesions of a few pixels lose their outline."""
+"""Input pixels per side of a mask's pixel."""
 TRUNK_STRIDE = 4
 """Stride at which the feature maps are summed, if it divides the finest of their strides."""
 
 
 class MaskDecoder(nn.Module):
-    """Turns feature maps of one or several strides into one map of mask logits.
-
-    Each map is projected and upsampled by pixel shuffle to one stride, where they are summed. An
-    exported graph has no Resize then, whose interpolation differs between runtimes.
-    """
+    """Turns feature maps of one or several strides into one map of mask logits."""
 
     def __init__(self, channels: list[int], strides: list[int], width: int = 32) -> None:
         super().__init__()
@@ -24,6 +21,7 @@ class MaskDecoder(nn.Module):
         self.projections = nn.ModuleList()
         for count, stride in zip(channels, strides, strict=True):
             factor = stride // trunk
+            # Pixel shuffle, because the interpolation of ONNX's Resize differs between runtimes.
             self.projections.append(
                 nn.Sequential(
                     LayerNorm2d(count),
@@ -32,7 +30,7 @@ class MaskDecoder(nn.Module):
                 )
             )
         factor = trunk // self.stride
-        # Named `draw` because the names of a checkpoint's weights contain it.
+        # The name cannot change: checkpoints contain it.
         self.draw = nn.Sequential(
             LayerNorm2d(width),
             nn.GELU(),
@@ -50,7 +48,7 @@ class MaskDecoder(nn.Module):
 
 
 def trunk_stride(finest: int) -> int:
-    """Return the stride at which feature maps are summed; `finest` is the smallest of theirs."""
+    """Return the stride at which feature maps are summed."""
     for stride in (TRUNK_STRIDE, MASK_STRIDE):
         if finest % stride == 0:
             return stride

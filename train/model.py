@@ -81,10 +81,8 @@ class Classifier(nn.Module):
         return features, self.logits(features)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return logits [N, 1] of features [N, D], float32.
-
-        Under autocast too: in half precision many rows would share a logit and lose their order.
-        """
+        """Return logits [N, 1] of features [N, D], float32."""
+        # Under autocast too: in half precision many rows would share a logit and lose their order.
         with without_autocast(features.device.type):
             logits: Tensor = self.head(features)
         return logits.float()
@@ -112,6 +110,7 @@ class MultiTask(Classifier):
         infos: Any = backbone.feature_info
         deepest: dict[int, int] = {}
         for index, info in enumerate(infos):
+            # Of several maps with one stride, the last has passed the most layers.
             deepest[info["reduction"]] = index
         strides = [stride for stride in deepest if stride >= MASK_STRIDE]
         self.map_indices = [deepest[stride] for stride in strides]
@@ -122,16 +121,17 @@ class MultiTask(Classifier):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return features [N, D], logits [N, 1] and the mask [N, H / stride, W / stride], float32.
 
-        The mask is logits in training mode, for a loss that does not saturate, and probabilities in
-        eval mode. Under autocast the decoder computes in half precision: its convolutions are
-        expensive, and masks are thresholded anyway.
+        The mask is logits in training mode and probabilities in eval mode.
         """
         backbone: Any = self.backbone
         last, maps = backbone.forward_intermediates(
             self.normalised(images), indices=self.map_indices
         )
         features = backbone.forward_head(last).float()
+        # Unlike the head, the decoder runs in half precision under autocast: its convolutions are
+        # expensive, and masks are thresholded anyway.
         mask = self.decoder(maps).float()
+        # Training takes logits, because the loss of saturated probabilities has no gradient.
         return features, self.logits(features), mask if self.training else mask.sigmoid()
 
     @property
@@ -140,11 +140,9 @@ class MultiTask(Classifier):
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context without autocast.
-
-    A null context if autocast is off: torch.export would record a disabled one as a submodule,
-    which the ONNX exporter did not always support (pytorch/pytorch#136545).
-    """
+    """Return a context without autocast."""
+    # A null context if autocast is off: torch.export would record a disabled one as a submodule,
+    # which the ONNX exporter did not always support (pytorch/pytorch#136545).
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
@@ -165,8 +163,7 @@ def create_model(settings: TrainSettings, pretrained: bool | str | None = None) 
     """Build the network of a config and check it with one image.
 
     Args:
-        settings: model, image size and drop rates.
-        pretrained: overrides the settings' (False if the weights of a checkpoint follow).
+        pretrained: overrides the settings' value: False if the weights of a checkpoint follow.
 
     Raises:
         UserError: no such model, a setting does not fit it, or its weights cannot be loaded.
@@ -217,15 +214,9 @@ def _blank_image(size: int) -> Tensor:
 
 
 def _explain(settings: TrainSettings, reason: str) -> str:
-    """Return the error message for a network that cannot be built or run.
-
-    It blames the first setting that makes the network work when changed, so that the message does
-    not depend on the many ways in which libraries report one cause.
-
-    Args:
-        settings: of the network.
-        reason: the library's error.
-    """
+    """Return the error message for a network that cannot be built or run."""
+    # It blames the first setting that makes the network work when changed, because libraries
+    # report one cause in many ways.
     own_size = pretrained_config(settings.model)["input_size"][-1]
     task = "predict masks of images" if settings.mask_weight else "take images"
     blamed, fits = _find_remedy(settings, own_size)
@@ -239,6 +230,7 @@ def _find_remedy(settings: TrainSettings, own_size: int) -> tuple[str, Any]:
     sizes = [max(round(settings.image_size / stride), 1) * stride for stride in COMMON_STRIDES]
     remedies = [(name, value) for name, value in HARMLESS.items() if name != "mask_weight"]
     remedies += [("image_size", size) for size in (*sizes, own_size)]
+    # Last, because it gives up a task.
     remedies += [("mask_weight", HARMLESS["mask_weight"])]
     for name, value in remedies:
         changed = settings.model_copy(update={name: value})
@@ -248,7 +240,6 @@ def _find_remedy(settings: TrainSettings, own_size: int) -> tuple[str, Any]:
 
 
 def _runs(settings: TrainSettings) -> bool:
-    """Return whether the network can be built and run."""
     try:
         _create_checked(settings, pretrained=False)
     except LIBRARY_ERRORS:

@@ -11,7 +11,8 @@ from torch import nn
 
 from train.model import Classifier
 
-BACKBONE, HEAD = "backbone", "head"
+BACKBONE = "backbone"
+HEAD = "head"
 """Parts of the network with their own learning rate; the mask decoder counts as head."""
 
 Schedule = Mapping[str, NDArray[np.float64]]
@@ -23,13 +24,11 @@ def create_optimizer(
 ) -> torch.optim.AdamW:
     """Create AdamW over backbone and heads; vectors (biases, norms) are not decayed.
 
-    Each parameter group names its `part` of the network, BACKBONE or HEAD, and its `peak_lr`.
+    Each parameter group has its `part` of the network, BACKBONE or HEAD, and its `peak_lr`.
 
     Args:
-        model: whose weights are optimized.
         lr: peak learning rate of the heads.
         lr_backbone: peak learning rate of the backbone's last layers.
-        weight_decay: of matrices.
         layer_decay: factor of the backbone's learning rate from each layer to the one below it.
     """
     groups = []
@@ -49,6 +48,7 @@ def _backbone_groups(
     backbone: nn.Module, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
     no_decay: set[str] = getattr(backbone, "no_weight_decay", set)()
+    # Two groups instead of two per layer: the fused kernel runs once per group.
     if layer_decay == 1:
         return list(
             param_groups_weight_decay(backbone, weight_decay, no_weight_decay_list=no_decay)
@@ -77,10 +77,10 @@ def lr_schedule(num_steps: int, num_warmup: int, first_step: int = 0) -> NDArray
     """Return the factor of the peak learning rate at each optimizer step, float64 [num_steps].
 
     The factor is a cosine from 1 after the first `num_warmup` steps to 0 at the end, times a linear
-    ramp over `num_warmup` steps from `first_step`, before which it is 0. Weights that are thawed
-    later have no Adam moments yet, so they get a ramp of their own.
+    ramp over `num_warmup` steps from `first_step`, before which it is 0.
     """
     step = np.arange(num_steps)
+    # Weights that are thawed at `first_step` have no Adam moments yet: they get their own ramp.
     ramp = np.clip((step - first_step + 1) / max(num_warmup, 1), 0, 1)
     progress = (step - num_warmup) / max(num_steps - num_warmup, 1)
     cosine = 0.5 * (1 + np.cos(np.pi * np.clip(progress, 0, 1)))

@@ -14,7 +14,7 @@ READ_ROWS = 4096
 
 @dataclass(frozen=True)
 class PackedFiles:
-    """N files in one array; loader processes share it, but would copy a list of bytes."""
+    """N files in one array, which loader processes share; they would copy a list of bytes."""
 
     buffer: NDArray[np.uint8]
     starts: NDArray[np.int64]

@@ -18,7 +18,6 @@ def draw_roc(path: Path, tables: Mapping[str, pl.DataFrame]) -> None:
     """Draw ROC curves with the scored region (TPR at least 0.8) filled.
 
     Args:
-        path: of the SVG file.
         tables: `target` and `logit` by the curve's name; the last one is drawn thick.
     """
     curves = {

@@ -33,6 +33,7 @@ class Predictions:
         rows = np.concatenate([part.rows for part in parts])
         logits = np.concatenate([part.logits for part in parts])
         overlaps = np.concatenate([part.dice for part in parts])
+        # Processes predict interleaved rows.
         order = np.argsort(rows)
         return cls(rows[order], logits[order], overlaps[order])
 
@@ -45,13 +46,9 @@ def predict(
     precision: str,
     num_parts: int = 1,
 ) -> Predictions:
-    """Predict the loader's rows; Dice is NaN unless the model predicts masks.
+    """Predict the loader's rows in eval mode; Dice is NaN unless the model predicts masks.
 
     Args:
-        model: set to eval mode.
-        loader: of the rows.
-        device: of the model.
-        precision: fp32, fp16 or bf16.
         num_parts: parts that a batch is cut into to fit the device's memory.
     """
     model.eval()

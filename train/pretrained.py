@@ -21,7 +21,7 @@ WEIGHTS_FILE = "model.safetensors"
 """Name of the weights in a folder in timm's `local-dir` form."""
 TRAINED_ON_KEY = "trained_on"
 """Key in the metadata of WEIGHTS_FILE: the SHA-256 of its list of images and patients."""
-SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
+WEIGHT_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Weights:
     def manifest_fields(self, backbone: nn.Module) -> dict[str, Any]:
         """Return source, SHA-256 of the file and SHA-256 of the tensors, as far as they apply.
 
-        Args:
-            backbone: holds these weights, before its first training step.
+        `backbone` holds these weights.
         """
         if self.source == "random":
             return {"source": self.source}
@@ -52,7 +51,6 @@ def find_weights(pretrained: bool | str, fold: int) -> Weights:
 
     Args:
         pretrained: the setting: true, false, a local file or folder, or a hub repository.
-        fold: the fold to be trained.
 
     Raises:
         UserError: the file is missing, or it is a trained backbone without its list of images.
@@ -68,7 +66,6 @@ def local_file(pretrained: str, fold: int | None = None) -> Path | None:
 
     Args:
         pretrained: a file, a folder with WEIGHTS_FILE, or a run of this toolkit.
-        fold: the fold to take from a run.
 
     Raises:
         UserError: the file does not exist.
@@ -80,7 +77,8 @@ def local_file(pretrained: str, fold: int | None = None) -> Path | None:
         path = path / WEIGHTS_FILE
     if path.is_file():
         return path
-    if path.suffix in SUFFIXES:
+    # A misspelt path; timm would look for it on the hub.
+    if path.suffix in WEIGHT_SUFFIXES:
         raise UserError(
             f"no weights at {pretrained}; give a file that exists, a hub name, or --pretrained "
             "false"
@@ -89,15 +87,11 @@ def local_file(pretrained: str, fold: int | None = None) -> Path | None:
 
 
 def hub_id(pretrained: str) -> str:
-    """Return the name of a hub repository without the optional prefix `hf-hub:`."""
     return pretrained.removeprefix("hf-hub:")
 
 
 def seen_by(path: Path) -> Seen:
     """Return the images and patients that the weights in a file have learned from.
-
-    Weights of this toolkit carry the digest of their list, so that they are still recognised after
-    they were moved away from it.
 
     Raises:
         UserError: the list is missing, belongs to other weights, or is from an earlier version.
@@ -107,6 +101,7 @@ def seen_by(path: Path) -> Seen:
         folders.append(path.parent.parent)
     lists = [folder / TRAINED_ON_FILE for folder in folders]
     lists = [file for file in lists if file.is_file()]
+    # Weights of this toolkit carry their list's digest, so they are recognised without the list.
     expected = _trained_on_digest(path)
     if expected is None:
         return read_seen(lists[0]) if lists else NOTHING
@@ -148,8 +143,6 @@ def refuse_leaking_weights(
     """Raise a UserError if the weights of a fold have learned from rows that the fold holds out.
 
     Args:
-        pretrained: the setting.
-        folds: the folds to be trained.
         table: `isic_id` and optionally `patient_id` of N rows.
         fold: [N], the fold of each row.
     """

@@ -1,4 +1,4 @@
-"""Guards: what a run may skip, continue or overwrite."""
+"""Guards: whether a run may skip, continue or overwrite a fold."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +41,7 @@ def is_finished(settings: TrainSettings, fold: int) -> bool:
     """Return whether the fold has its checkpoint, its scores and its last epoch.
 
     Raises:
-        UserError: it has, from a run with other settings.
+        UserError: it is finished, but with other settings.
     """
     directory = fold_dir(settings.run_dir, fold)
     names = (OOF_FILE, BEST_CHECKPOINT, CONFIG_FILE, HISTORY_FILE)
@@ -107,6 +107,5 @@ def refuse_other_content(settings: TrainSettings, fold: int) -> None:
 
 
 def _is_trained_fold(directory: Path) -> bool:
-    """Return whether a folder has the settings that training writes into it first."""
     path = directory / CONFIG_FILE
     return path.is_file() and {"model", "epochs", "split_seed"} <= set(read_yaml(path))

@@ -44,10 +44,11 @@ def create_pools(
         rows: [N], row numbers.
         target: [N], 0 or 1.
         repeats: times that each positive is shown.
-        per_positive: negatives per positive, as far as there are any; None: all negatives.
+        per_positive: negatives per positive, None for all.
         weight: factor of both numbers.
     """
-    positives, negatives = rows[target == 1], rows[target == 0]
+    positives = rows[target == 1]
+    negatives = rows[target == 0]
     num_negatives = len(negatives)
     if per_positive is not None:
         num_negatives = min(round(per_positive * len(positives)), len(negatives))
@@ -64,11 +65,9 @@ def epoch_pools(
     per_positive: float | None,
     extra_weight: float,
 ) -> list[Pool]:
-    """Return positives and negatives of the training rows, then those of each extra dataset.
-
-    Each dataset has the same ratio of classes. With the negatives of one and the positives of
-    another, the network would learn to recognise datasets.
-    """
+    """Return positives and negatives of the training rows, then those of each extra dataset."""
+    # Each dataset has the same ratio of classes. With the negatives of one and the positives of
+    # another, the network would learn to recognise datasets.
     pools = list(create_pools(training, data.target[training], repeats, per_positive))
     for number in range(1, len(data.metadata_paths)):
         rows = np.flatnonzero(data.source == number)
@@ -77,8 +76,9 @@ def epoch_pools(
 
 
 def report_composition(pools: Sequence[Pool], fold: int) -> None:
-    """Print how many rows of each class an epoch shows; warns if most are of extra datasets."""
-    positives, negatives = pools[0].num_samples, pools[1].num_samples
+    """Print how many rows of each class an epoch shows; warn if most are of extra datasets."""
+    positives = pools[0].num_samples
+    negatives = pools[1].num_samples
     text = f"{positives} positives and {negatives} negatives"
     extra_positives = sum(pool.num_samples for pool in pools[2::2])
     extra_negatives = sum(pool.num_samples for pool in pools[3::2])
@@ -100,19 +100,21 @@ def report_composition(pools: Sequence[Pool], fold: int) -> None:
 class EpochSampler(Sampler[Key]):
     """Samples an epoch's rows from pools and shuffles them.
 
-    The keys depend on the seed and the epoch only, not on the number of workers or processes or on
-    earlier epochs, so that a resumed run sees what an uninterrupted one would.
+    The keys depend on the seed and the epoch only, so that a resumed run repeats them.
     """
 
     def __init__(self, pools: Sequence[Pool], seed: int, epoch: int = 0) -> None:
-        self.pools, self.seed, self.epoch = pools, seed, epoch
+        self.pools = pools
+        self.seed = seed
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return sum(pool.num_samples for pool in self.pools)
 
     def __iter__(self) -> Iterator[Key]:
         random = np.random.default_rng((self.seed, self.epoch))
-        rows = random.permutation(np.concatenate([pool.sample(random) for pool in self.pools]))
+        sampled = [pool.sample(random) for pool in self.pools]
+        rows = random.permutation(np.concatenate(sampled))
         seeds = random.integers(2**31, size=len(rows))
         return iter(zip(rows.tolist(), seeds.tolist(), strict=True))
 
@@ -120,13 +122,15 @@ class EpochSampler(Sampler[Key]):
 class RankSampler(Sampler[Key]):
     """One process's keys of an epoch, interleaved with those of the other processes.
 
-    The batches of all processes make up the batch that a single process would take. An incomplete
-    last batch is dropped, because its few rows would weigh as much as a full one's, unless it is
-    the only one.
+    The batches of all processes make up the batch that a single process would take.
     """
 
     def __init__(self, epoch: EpochSampler, batch_size: int, rank: int, world_size: int) -> None:
-        self.epoch, self.rank, self.world_size = epoch, rank, world_size
+        self.epoch = epoch
+        self.rank = rank
+        self.world_size = world_size
+        # An incomplete last batch is dropped unless it is the only one: its few rows would weigh
+        # as much as those of a full one.
         incomplete = len(epoch) % (batch_size * world_size)
         self.num_keys = len(epoch) - incomplete or len(epoch)
 

@@ -5,17 +5,14 @@ import torch
 
 
 def derive_seed(*numbers: int) -> int:
-    """Return one number that depends on all of them.
-
-    CPython's hash of a tuple of ints does not depend on PYTHONHASHSEED and has been the same since
-    3.8 on 64-bit systems. It stays, because with other seeds no earlier run could be resumed or
-    repeated; a test pins its values.
-    """
+    """Return one number that depends on all of them."""
+    # CPython's hash of a tuple of ints does not depend on PYTHONHASHSEED and has been the same
+    # since 3.8 on 64-bit systems. With other seeds no earlier run could be resumed or repeated; a
+    # test pins the values.
     return hash(numbers)
 
 
 def seed_weights(seed: int, fold: int) -> None:
-    """Seed torch for the random weights of a fold."""
     torch.manual_seed(derive_seed(seed, fold))
 
 

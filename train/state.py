@@ -55,8 +55,7 @@ class TrainState:
 
 
 def create_state(settings: TrainSettings, device: torch.device, fold: int) -> TrainState:
-    """Build model, optimizer, loss scaling and moving average; random weights depend on the seed
-    and the fold only."""
+    """Build model, optimizer, loss scaling and moving average."""
     seed_weights(settings.seed, fold)
     weights = find_weights(settings.pretrained, fold)
     model = create_model(settings, str(weights.path) if weights.path else settings.pretrained)
@@ -85,12 +84,10 @@ def use_fast_memory_format(model: Classifier, name: str, device: torch.device) -
 
 
 def corrupts_heap(model: nn.Module) -> bool:
-    """Return whether a channels-last backward pass on a CPU would corrupt the heap.
-
-    A strided 1x1 convolution of the pixels, as in MobileOne and FastViT, makes oneDNN write past
-    its workspace: uxlfoundation/oneDNN#6035, seen with torch 2.14. Remove it with the first torch
-    on a oneDNN that has the fix; a test runs such a network with glibc's malloc checks.
-    """
+    """Return whether a channels-last backward pass on a CPU would corrupt the heap."""
+    # A strided 1x1 convolution of the pixels, as in MobileOne and FastViT, makes oneDNN write past
+    # its workspace: uxlfoundation/oneDNN#6035, seen with torch 2.14. Remove it with the first torch
+    # on a oneDNN that has the fix; a test runs such a network with glibc's malloc checks.
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     return any(
         layer.in_channels == 3 and layer.kernel_size == (1, 1) and layer.stride != (1, 1)
@@ -138,10 +135,11 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, folds_digest
             "weights, or start again with --force"
         )
     state.model.load_state_dict(saved["model_state_dict"])
+    # Files of version 0.1 have no `part` in their groups, so it is kept from the new optimizer.
     parts = [group["part"] for group in state.optimizer.param_groups]
     state.optimizer.load_state_dict(saved["optimizer_state_dict"])
     for group, part in zip(state.optimizer.param_groups, parts, strict=True):
-        group["part"] = part  # absent in files of version 0.1 and before
+        group["part"] = part
     state.scaler.load_state_dict(saved["scaler_state_dict"])
     if state.averaged:
         state.averaged.load_state_dict(saved["averaged_state_dict"])

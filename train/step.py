@@ -1,7 +1,6 @@
 """One optimizer step: gradients of some micro-batches, then an update if they are finite.
 
-Nothing here synchronises with the device. A step's result is copied asynchronously and read later
-through `StepResult`.
+Nothing here waits for the device: `StepResult` copies a step's result and reads it later.
 """
 
 from typing import Any
@@ -21,8 +20,9 @@ from train.state import TrainState
 
 MAX_NAMED = 8
 """Images that the error about a gradient names."""
+# Scaling starts at 65536 and halves; an overflow at this scale is not float16's fault.
 MIN_SCALE = 1e-3
-"""Loss scale below which an overflow is not float16's fault; scaling starts at 65536."""
+"""Loss scale below which an overflow ends the run."""
 AUTOCAST_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -39,20 +39,19 @@ def accumulate(
     settings: TrainSettings,
     device: torch.device,
 ) -> Tensor:
-    """Compute the gradient of the micro-batches' mean loss; returns that loss, a scalar.
+    """Compute the gradient of the micro-batches' mean loss and return that loss, a scalar.
 
     If the device runs out of memory, micro-batches are cut into twice as many parts from then on.
-    The optimizer step still sees every image once and with the same weight.
 
     Raises:
-        UserError: a single image does not fit, or there are several processes: they would have to
-            agree on the number of parts.
+        UserError: a single image does not fit, or the device of one of several processes is full.
     """
     while True:
         try:
             return backward(state, forward, micro_batches, settings, device)
         except torch.OutOfMemoryError:
             largest = max(len(batch.images) for batch in micro_batches)
+            # Several processes would have to agree on the number of parts.
             if distributed.world_size() > 1 or state.num_parts >= largest:
                 num_images = ceil_div(largest, state.num_parts)
                 raise UserError(
@@ -78,11 +77,12 @@ def backward(
     settings: TrainSettings,
     device: torch.device,
 ) -> Tensor:
-    """Run forward and backward passes over all micro-batches; returns the mean loss, a scalar."""
+    """Run forward and backward passes over all micro-batches and return the mean loss, a scalar."""
     total = torch.zeros((), device=device)
     parts = []
     for batch in micro_batches:
         for part in split(batch, state.num_parts):
+            # Every image keeps its weight, however many parts there are.
             weight = len(part.images) / len(batch.images) / len(micro_batches)
             parts.append((part, weight))
     for number, (part, weight) in enumerate(parts, start=1):
@@ -100,10 +100,7 @@ def backward(
 
 
 def optimizer_step(state: TrainState, clip_grad: float, loss: Tensor) -> Tensor:
-    """Clip and apply the accumulated gradient; skips the update if it or the loss is not finite.
-
-    In float32 and bfloat16 a gradient that is not finite ends the run. In float16 the scaler skips
-    such steps, and the run ends only at the smallest loss scale.
+    """Clip and apply the accumulated gradient; skip the update if it or the loss is not finite.
 
     Returns:
         float32 [3] on the device: the loss, whether the step was skipped, whether the run has
@@ -115,6 +112,8 @@ def optimizer_step(state: TrainState, clip_grad: float, loss: Tensor) -> Tensor:
     skipped = 1 - (norm + loss).isfinite().float()  # the norm is finite only if all elements are
     diverged = skipped
     if state.scaler.is_enabled():
+        # In float16 large gradients overflow: the scaler halves its scale and training continues.
+        # In float32 and bfloat16 a value that is not finite ends the run.
         scale = state.scaler.scale(torch.ones_like(loss))
         diverged = skipped * (scale < MIN_SCALE)
     # Fused AdamW reads found_inf on the device and leaves weights and moments unchanged if it is 1.
@@ -137,10 +136,12 @@ class NonFiniteGradient(Exception):
 
     def __init__(self, step: int, epoch: int, rows: list[int]) -> None:
         super().__init__("the gradient is not finite")
-        self.step, self.epoch, self.rows = step, epoch, rows
+        self.step = step
+        self.epoch = epoch
+        self.rows = rows
 
     def describe(self, ids: pl.Series) -> str:
-        """Return the error message, with the ids of the images; `ids` are those of the table."""
+        """Return the error message; `ids` [N] are those of the training table."""
         names = ", ".join(ids[row] for row in self.rows[:MAX_NAMED])
         num_more = len(self.rows) - MAX_NAMED
         more = f" and {num_more} more" if num_more > 0 else ""
@@ -154,8 +155,8 @@ class StepResult:
     """The result of the last optimizer step, on its way from the device to the host."""
 
     def __init__(self, state: TrainState, micro_batches: list[Batch], values: Tensor) -> None:
-        """Starts to copy `values`, as `optimizer_step` returns them."""
-        self.step, self.epoch = state.step - 1, state.epoch + 1
+        self.step = state.step - 1
+        self.epoch = state.epoch + 1
         self.rows = [batch.rows for batch in micro_batches]
         self.values = values.to("cpu", non_blocking=values.is_cuda)
         self.copied: torch.cuda.Event | None = None

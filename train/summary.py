@@ -12,16 +12,13 @@ from isic.metrics import pauc, roc_auc
 from isic.tables import read_parquet
 from train.plots import ROC_FILE, draw_roc
 
-Scores = tuple[float, float, float | None]
+FoldScores = tuple[float, float, float | None]
 """pAUC, AUC and mean Dice."""
 
 
 def print_scores(run: Path, num_folds: int) -> None:
-    """Print the out-of-fold scores per fold, their mean and the pooled ones, and draw ROC curves.
-
-    Both are shown because the partial AUC is not additive: the mean over folds is not the pooled
-    value.
-    """
+    """Print the out-of-fold scores per fold, their mean and the pooled ones; draw ROC curves."""
+    # Both summaries: the mean of a partial AUC over folds is not the pooled value.
     paths = [fold_dir(run, fold) / OOF_FILE for fold in range(num_folds)]
     tables = {}
     for path in paths:
@@ -41,16 +38,17 @@ def print_scores(run: Path, num_folds: int) -> None:
     print(f"\ncheckpoints in {run}, ROC curves in {ROC_FILE}")
 
 
-def _print_row(name: str, oof: pl.DataFrame) -> Scores:
-    """Print a line of the table and return its scores."""
-    target, logit = oof[schema.TARGET], oof["logit"]
-    score, auc = pauc(target, logit), roc_auc(target, logit)
+def _print_row(name: str, oof: pl.DataFrame) -> FoldScores:
+    target = oof[schema.TARGET]
+    logit = oof["logit"]
+    score = pauc(target, logit)
+    auc = roc_auc(target, logit)
     dice = _mean(oof["dice"].to_list()) if "dice" in oof.columns else None
     print(f"{name:>8} {len(oof):8} {target.sum():8} {score:8.4f} {auc:8.4f} {_dice_text(dice)}")
     return score, auc, dice
 
 
-def _print_mean(scores: Sequence[Scores]) -> None:
+def _print_mean(scores: Sequence[FoldScores]) -> None:
     score = np.mean([row[0] for row in scores])
     auc = np.mean([row[1] for row in scores])
     dice = _mean([row[2] for row in scores])
@@ -58,7 +56,6 @@ def _print_mean(scores: Sequence[Scores]) -> None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the values that are not None."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 

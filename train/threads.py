@@ -1,8 +1,4 @@
-"""The number of threads that torch computes with on a CPU: given, or measured.
-
-Every layer waits for the slowest of its threads. If another program occupies a core, that is the
-thread that is not scheduled, and a small network is many times faster with a single thread.
-"""
+"""The number of threads that torch computes with on a CPU: given, or measured."""
 
 import copy
 import os
@@ -23,11 +19,12 @@ DEFAULT_THREADS = torch.get_num_threads()
 VARIABLE = "OMP_NUM_THREADS"
 SECONDS_PER_PASS = 0.05
 """Approximate length of a timed forward and backward pass; determines its number of images."""
-MIN_ROUNDS, MAX_ROUNDS = 2, 6
+MIN_ROUNDS = 2
+MAX_ROUNDS = 6
 """Timed passes per number of threads."""
 CLEAR_RATIO = 2.0
 """Ratio of the slowest to the fastest at which the measurement ends after MIN_ROUNDS."""
-MAX_SECONDS = 2.0
+MAX_TRIAL_SECONDS = 2.0
 """Time after which the measurement ends with the current round, even the first."""
 
 
@@ -38,17 +35,17 @@ def set_threads(
 
     Args:
         model: to be trained; unchanged.
-        settings: of the run.
-        device: of the model.
         saved: number of the run that is resumed; another one would change the last bits of results.
     """
     number, reason = _known_number(settings.num_threads, device, saved)
     if number is None:
+        # Every layer waits for the slowest of its threads. If another program occupies a core, that
+        # is the thread that is not scheduled: one thread can then be many times faster.
         shape = (settings.batch_size, settings.image_size, settings.image_size, 3)
         training_pass = _create_pass(model, shape, device, settings.precision)
         rates = measure(training_pass, settings.batch_size, thread_counts())
         number = max(rates, key=lambda count: rates[count])
-        reason = describe(rates)
+        reason = describe_rates(rates)
     number, reason = distributed.broadcast_object((number, reason))
     torch.set_num_threads(number)
     return reason and f"{_plural(number)} ({reason})"
@@ -72,7 +69,7 @@ def _known_number(
 
 
 def _may_be_set_by_torchrun() -> bool:
-    """Return whether OMP_NUM_THREADS may be torchrun's default for several processes, which is 1."""
+    # torchrun sets OMP_NUM_THREADS to 1 if it starts several processes.
     return distributed.local_world_size() > 1 and os.environ[VARIABLE] == "1"
 
 
@@ -88,10 +85,7 @@ def _create_pass(
     """Return a function that makes a training pass of some random images through a copy.
 
     Args:
-        model: unchanged; the copy trains all weights, also those that are frozen at first.
         shape: [N, size, size, 3], of the largest batch.
-        device: of the model.
-        precision: fp32, fp16 or bf16.
     """
     network = copy.deepcopy(model).requires_grad_(True).train()
     # fork_rng: measuring must not change the random numbers of the training that follows.
@@ -114,16 +108,7 @@ def measure(
     counts: Sequence[int],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
-    """Measure images per second by number of threads.
-
-    The numbers take turns, so that other programs slow all of them alike.
-
-    Args:
-        run: makes a pass of some images.
-        batch_size: largest number of images.
-        counts: numbers of threads.
-        clock: returns seconds.
-    """
+    """Measure images per second by number of threads; `run` makes a pass of some images."""
 
     def timed(count: int, num_images: int) -> float:
         torch.set_num_threads(count)
@@ -136,23 +121,23 @@ def measure(
     seconds_per_image = timed(1, smallest) / smallest
     affordable = int(SECONDS_PER_PASS / max(seconds_per_image, 1e-9))
     num_images = min(max(affordable, smallest), batch_size)
-    if seconds_per_image * num_images < MAX_SECONDS / 4:
+    if seconds_per_image * num_images < MAX_TRIAL_SECONDS / 4:
         for count in counts:
             timed(count, num_images)  # warm-up: each number of threads prepares its own kernels
 
     seconds = dict.fromkeys(counts, 0.0)
     started = clock()
     for num_rounds in range(1, MAX_ROUNDS + 1):
+        # In turns, so that other programs slow all numbers of threads alike.
         for count in counts:
             seconds[count] += timed(count, num_images)
         is_clear = max(seconds.values()) > CLEAR_RATIO * min(seconds.values())
-        if clock() - started > MAX_SECONDS or (is_clear and num_rounds >= MIN_ROUNDS):
+        if clock() - started > MAX_TRIAL_SECONDS or (is_clear and num_rounds >= MIN_ROUNDS):
             break
     return {count: num_rounds * num_images / max(seconds[count], 1e-9) for count in counts}
 
 
-def describe(rates: dict[int, float]) -> str:
-    """Return the rates for display."""
+def describe_rates(rates: dict[int, float]) -> str:
     return ", ".join(f"{_plural(count)}: {rate:.3g} img/s" for count, rate in rates.items())
 
 

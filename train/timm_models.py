@@ -47,7 +47,7 @@ def pretrained_config(name: str) -> dict[str, Any]:
 
 
 def takes_image_size(name: str) -> bool:
-    """Return whether the backbone is built for one image size (transformers) instead of taking any."""
+    """Return whether the backbone is built for one image size, as transformers are."""
     return bool(pretrained_config(name).get("fixed_input_size"))
 
 
@@ -103,15 +103,12 @@ def _refuse_unfilled(
 
     Args:
         backbone: built from `rng_state`, then filled from a file.
-        name: of the model.
-        pretrained: the setting, for the message.
-        options: of the model.
         rng_state: torch's random state before the backbone was built.
     """
     with torch.random.fork_rng():
         torch.set_rng_state(rng_state)
         random = timm.create_model(name, **options).state_dict()
-    # Biases and norms start as constants, so only matrices tell loaded values from initial ones.
+    # Biases and norms start as constants, so only matrices show whether values were loaded.
     matrices = {key for key, value in random.items() if value.ndim > 1 and value.float().std() > 0}
     unfilled = [
         key

@@ -14,7 +14,7 @@ from infer.embedding.embedder import Embedder, EmbedJob
 from infer.embedding.models import Models, find_models
 from infer.embedding.progress import Progress
 from infer.embedding.ray_runner import run_ray
-from infer.embedding.run_spec import RunSpec, build_run_spec, start_or_resume
+from infer.embedding.run_spec import RunSpec, build_run_spec, start_or_resume_split
 from infer.embedding.settings import EmbedSettings
 from infer.embedding.shards import Shard, plan_shards, run_missing_shards
 from infer.embedding.store import (
@@ -27,7 +27,15 @@ from infer.embedding.workers import run_processes
 from infer.engines import device_of
 from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
 from isic.folds import Folds, read_folds
-from isic.layout import ERRORS_FILE, FOLDS_FILE, OUTPUT_DIR, TRAINED_ON_FILE, fold_dir, fold_dirs
+from isic.layout import (
+    ERRORS_FILE,
+    FOLDS_FILE,
+    TRAINED_ON_FILE,
+    find_run,
+    fold_dir,
+    fold_dirs,
+    fold_name,
+)
 from isic.metadata import read_ids
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import atomic_path, holds, refuse_foreign, sha256, write_json
@@ -53,7 +61,7 @@ def embed_dataset(settings: EmbedSettings) -> int:
 def embed_splits(settings: EmbedSettings) -> None:
     """Embed one split, or all that the dataset has."""
     dataset = Dataset(settings.data)
-    model_dir = settings.model_dir or OUTPUT_DIR / settings.config
+    model_dir = find_run(settings.model_dir, settings.config)
     models = find_models(model_dir, settings.config, settings.format, settings.precision)
     _note_missing_folds(model_dir, models)
     device = choose_device(models, settings.device, uses_ray=settings.ray is not None)
@@ -66,7 +74,7 @@ def embed_splits(settings: EmbedSettings) -> None:
 def _note_missing_folds(model_dir: Path, models: Models) -> None:
     missing = sorted(fold_dirs(model_dir).keys() - set(models.folds))
     if missing:
-        names = ", ".join(f"fold_{k}" for k in missing)
+        names = ", ".join(map(fold_name, missing))
         print(
             f"note: {names} in {model_dir} has no such artifact; "
             "train images that it held out are not embedded"
@@ -74,7 +82,7 @@ def _note_missing_folds(model_dir: Path, models: Models) -> None:
 
 
 def choose_device(models: Models, device: str, uses_ray: bool) -> str:
-    """Return the device of all processes; with Ray it stays as given: nodes may differ."""
+    """Return the device of all processes; with Ray the given one, because nodes may differ."""
     if uses_ray:
         return device
     chosen = device_of(models.first_manifest, device)
@@ -85,10 +93,8 @@ def choose_device(models: Models, device: str, uses_ray: bool) -> str:
 
 
 def _warn_of_other_cpu(manifest: Mapping[str, Any]) -> None:
-    """Warn if an int8 artifact passed the parity check on another CPU architecture.
-
-    Integer products are exact on every CPU, but ARM's libraries may scale activations differently.
-    """
+    """Warn if an int8 artifact passed the parity check on another CPU architecture."""
+    # Integer products are exact on every CPU, but libraries may scale activations differently.
     checked_on = ((manifest.get("parity") or {}).get("cpu") or {}).get("architecture")
     here = platform.machine()
     if manifest.get("precision") == "int8" and checked_on not in {None, here}:
@@ -122,7 +128,7 @@ def embed_split(
     refuse_dataset(root, "--output_dir")
     if split == "train":
         _refuse_other_folds(root, folds_path)
-    start_or_resume(directory, spec, settings.force)
+    start_or_resume_split(directory, spec, settings.force)
     if split == "train":
         copy_provenance(models, folds_path, root)
     progress = Progress(shards, settings.on_error, settings.max_bad, settings.quiet)
@@ -167,10 +173,8 @@ def describe_run(split: Split, num_images: int, models: Models, job: EmbedJob) -
 def _plan(
     dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings
 ) -> tuple[RunSpec, list[Shard]]:
-    """Return the run spec and the shards.
-
-    A function of its own so that the full-size tables are freed before the engines are loaded.
-    """
+    """Return the run spec and the shards."""
+    # A function of its own so that the full-size tables are freed before the engines are loaded.
     folds = read_folds(folds_path)
     _refuse_unmatched_folds(models, folds)
     ids = read_ids(dataset.metadata_path(split))
@@ -181,7 +185,6 @@ def _plan(
 
 
 def _refuse_unmatched_folds(models: Models, folds: Folds) -> None:
-    """Raise a UserError if a model was trained with another fold plan than its run's."""
     expected = folds.digest
     for fold, manifest in models.manifests.items():
         trained_with = manifest.get("folds_digest", expected)
@@ -246,7 +249,7 @@ def make_job(
 def make_runner(
     job: EmbedJob, settings: EmbedSettings, progress: Progress
 ) -> Callable[[list[Shard]], None]:
-    """Return the function that embeds shards: here, in several processes, or on Ray."""
+    """Return a function that embeds shards here, in several processes, or on Ray."""
     if settings.ray:
         return partial(run_ray, job=job, address=settings.ray, on_batch=progress.add)
     if settings.num_processes > 1:
@@ -260,7 +263,7 @@ def make_runner(
 
 
 def gather_errors(directory: Path, shards: list[Shard]) -> int:
-    """Write `errors.parquet` from the lists of all shards. Returns the number of images in it."""
+    """Write `errors.parquet` from the lists of all shards. Return the number of images in it."""
     bad = [row for shard in shards for row in shard.read_bad()]
     write_parquet(directory / ERRORS_FILE, pl.DataFrame(bad, BAD_IMAGES_SCHEMA, orient="row"))
     return len(bad)

@@ -26,17 +26,15 @@ from isic.runtime.errors import UserError
 from isic.runtime.machine import num_cores
 from isic.tables import write_parquet
 
+# Bounds the memory if the disk is slow.
 MAX_SHARDS_WAITING = 2
-"""Shards that may wait to be written before the engines pause, which bounds the memory."""
+"""Shards that may wait to be written before the engines pause."""
 STORED_DTYPES: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.float32}
 
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """Everything a process needs to embed any shard of a run, here or on another machine.
-
-    Paths are absolute.
-    """
+    """Everything that a process needs to embed any shard of a run; paths are absolute."""
 
     data: Path
     split: Split
@@ -102,14 +100,14 @@ class Embedder:
     def run(self, shards: Sequence[Shard], on_batch: OnBatch) -> None:
         """Embed shards and write each as soon as it is complete.
 
-        An exception from `on_batch` ends the run like Ctrl-C: no partial shard and no thread is
-        left behind.
+        An exception from `on_batch` ends the run without a partial shard.
 
         Raises:
             UserError: the disk is full, or an engine returns values that are not finite.
         """
         written: deque[Future[None]] = deque()
         stream = self._decoded(shards)
+        # Closed after an exception too: decoders must not write into buffers that are freed.
         with (
             contextlib.closing(stream),
             ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
@@ -123,13 +121,15 @@ class Embedder:
             _wait_for_writes(written, 0, on_batch)
 
     def _decoded(self, shards: Sequence[Shard]) -> Generator[Decoded, None, None]:
-        """Yield the decoded batches of all shards; a batch never spans two shards."""
+        """Yield the decoded batches of all shards; no batch spans two shards."""
         size = self._job.batch_size
+        # A generator: the ids of all shards at once would be a large list of Python strings.
         batches = (
             shard.ids.slice(start, size).to_list()
             for shard in shards
             for start in range(0, len(shard), size)
         )
+        # All engines have one format and device, so their input buffers are of the same kind.
         any_engine, *_ = self._engines.values()
         depth = self._job.depth or ring_depth(size, self._num_threads)
         return decode_ahead(
@@ -143,7 +143,7 @@ class Embedder:
         )
 
     def _embed(self, shard: Shard, stream: Iterator[Decoded], on_batch: OnBatch) -> ShardOutputs:
-        """Take a shard's batches off the stream and run the engines of its folds on each."""
+        """Take a shard's batches from the stream and run the engines of its folds on each."""
         engines = {fold: self._engines[fold] for fold in shard.paths}
         shape = (len(shard), self._job.models.num_features)
         outputs = ShardOutputs(
@@ -152,9 +152,12 @@ class Embedder:
             logits={fold: np.empty(len(shard), np.float32) for fold in engines},
             bad={},
         )
-        for batch in islice(stream, ceil_div(len(shard), self._job.batch_size)):
+        num_batches = ceil_div(len(shard), self._job.batch_size)
+        for batch in islice(stream, num_batches):
             started = time.perf_counter()
-            _append(outputs, batch, run_averaged(engines, batch.images, self._job.tta))
+            # Bad images are zeros; `_append` drops their outputs.
+            results = run_averaged(engines, batch.images, self._job.tta)
+            _append(outputs, batch, results)
             bad = [(batch.ids[row], reason) for row, reason in batch.failed.items()]
             outputs.bad.update(bad)
             seconds = time.perf_counter() - started
@@ -163,9 +166,9 @@ class Embedder:
 
 
 def _append(outputs: ShardOutputs, batch: Decoded, results: Mapping[int, Outputs]) -> None:
-    """Append a batch's good rows to the outputs of its shard."""
     good = [row for row in range(len(batch.ids)) if row not in batch.failed]
-    target = slice(len(outputs.ids), len(outputs.ids) + len(good))
+    start = len(outputs.ids)
+    target = slice(start, start + len(good))
     for fold, (features, logits) in results.items():
         outputs.features[fold][target] = features[good]
         outputs.logits[fold][target] = logits[good, 0]
@@ -173,18 +176,18 @@ def _append(outputs: ShardOutputs, batch: Decoded, results: Mapping[int, Outputs
 
 
 def _checked(outputs: ShardOutputs) -> ShardOutputs:
-    """Cut the arrays to the good images. Raises UserError for a value that is not finite."""
+    """Cut the arrays to the good images. Raise UserError for a value that is not finite."""
     num_good = len(outputs.ids)
     features = {fold: values[:num_good] for fold, values in outputs.features.items()}
     logits = {fold: values[:num_good] for fold, values in outputs.logits.items()}
     for fold, values in features.items():
+        # After the cast: a value of a float32 engine can overflow float16.
         finite = np.isfinite(values).all(axis=1) & np.isfinite(logits[fold])
         if not finite.all():
             first = outputs.ids[int(np.argmin(finite))]
             raise UserError(
                 f"the engine of fold {fold} returns values for {first} that are not finite as "
-                f"{values.dtype}; "
-                "use --dtype float32, or export the model in another precision"
+                f"{values.dtype}; use --dtype float32, or export the model in another precision"
             )
     return ShardOutputs(outputs.ids, features, logits, outputs.bad)
 
@@ -198,10 +201,8 @@ def _wait_for_writes(written: deque[Future[None]], max_waiting: int, on_batch: O
 
 
 def write_outputs(shard: Shard, outputs: ShardOutputs, run_spec_digest: str | None) -> None:
-    """Write the files of a shard, the list of bad images first.
-
-    A shard counts as done once its Parquet files exist, so the list must be there by then.
-    """
+    """Write the files of a shard."""
+    # A shard counts as done once its Parquet files exist, so the list of bad images comes first.
     if outputs.bad:
         bad = pl.DataFrame(list(outputs.bad.items()), BAD_IMAGES_SCHEMA, orient="row")
         write_parquet(shard.errors_path, bad)

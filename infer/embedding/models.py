@@ -15,7 +15,7 @@ from isic.runtime.files import read_json, read_manifest
 
 @dataclass(frozen=True)
 class Models:
-    """The exported model of each fold, with one preprocessing for all."""
+    """The exported models of a run, with one preprocessing for all."""
 
     artifacts: dict[int, Path]
     """By fold."""
@@ -48,8 +48,6 @@ def find_models(
     """Find the exported model of every fold that has one.
 
     Args:
-        model_dir: the run, with a folder per fold.
-        config: the name of the run's config.
         format_or_file: a format of artifacts, or the file name of one.
         precision: of the artifact if `format_or_file` is a format; None for any.
 
@@ -65,6 +63,7 @@ def find_models(
     for fold, folder in fold_dirs(model_dir).items():
         path = _find_artifact(folder, format_or_file, precision)
         if path is not None:
+            # Absolute, because workers may have another working directory.
             artifacts[fold] = path.resolve()
     if not artifacts:
         raise UserError(_no_artifact(model_dir, config, format_or_file, precision))
@@ -80,7 +79,7 @@ def find_models(
 
 
 def _find_artifact(folder: Path, format_or_file: str, precision: str | None) -> Path | None:
-    """Return the artifact in a fold's folder. Raises UserError if there are several."""
+    """Return the artifact in a fold's folder. Raise UserError if there are several."""
     if format_or_file not in ENGINE_FORMATS:
         path = folder / format_or_file
         return path if path.is_file() else None
@@ -104,6 +103,7 @@ def _refuse_other_fold(path: Path, manifest: Mapping[str, Any], config: str, fol
 
 def artifacts_of_format(folder: Path, format_name: str, precision: str | None) -> list[Path]:
     """Return the artifacts of a format in a fold's folder, according to their manifests."""
+    # Manifests, because a file name does not have the format.
     manifests = [read_json(path) for path in sorted(folder.glob("*.json"))]
     return [
         folder / manifest["artifact"]
@@ -113,7 +113,7 @@ def artifacts_of_format(folder: Path, format_name: str, precision: str | None) -
 
 
 def _no_artifact(model_dir: Path, config: str, format_or_file: str, precision: str | None) -> str:
-    """Return the error message if no fold has an artifact, with the command that makes one."""
+    """Return the error message if no fold has an artifact."""
     missing = f"{format_or_file} in {precision}" if precision else format_or_file
     command = f"python -m export --config {config}"
     if format_or_file in ENGINE_FORMATS:

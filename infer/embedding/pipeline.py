@@ -7,14 +7,15 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from infer.engines import pageable
-from isic.images import CHUNK, Decoding, ImageStore, gather
+from isic.images import CHUNK, Decoding, ImageStore, collect_failures
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.arithmetic import ceil_div
 
 MIN_DEPTH = 3
 """One batch in the engine, one ready, one being filled."""
+# So that no thread runs dry while the engine is busy.
 CHUNKS_PER_THREAD = 4
-"""Queued work per decoding thread, so that none runs dry while the engine is busy."""
+"""Chunks queued per decoding thread."""
 
 Shape = tuple[int, int, int, int]
 
@@ -47,10 +48,9 @@ def decode_ahead(
     depth: int = MIN_DEPTH,
     allocate: Callable[[Shape], Pixels] = pageable,
 ) -> Generator[Decoded, None, None]:
-    """Yield the batches in order; `pool` decodes later ones while the caller works.
+    """Yield the batches in order; `pool` decodes later ones into a ring of `depth` buffers.
 
-    Memory is `depth` batches, whatever the number of images. An error in decoding is raised at
-    its batch. Closing the generator cancels waiting work and waits for work in progress.
+    Closing the generator cancels waiting work and waits for work in progress.
     """
     free = [allocate((batch_size, spec.size, spec.size, 3)) for _ in range(depth)]
     ring: deque[tuple[Sequence[str], Pixels, list[Decoding]]] = deque()
@@ -67,7 +67,7 @@ def decode_ahead(
                 return
             ids, buffer, decodings = ring[0]
             started = time.perf_counter()
-            failed = gather(decodings)
+            failed = collect_failures(decodings)
             # The buffer is still in the ring, not in `free`, while the caller reads it: the
             # generator is suspended here, and only this thread submits work, so nothing can
             # overwrite it. By calling next(), the caller releases the batch.

@@ -18,7 +18,7 @@ OnError = Literal["raise", "skip"]
 
 
 class Progress:
-    """Sums up the batches that workers report. A context manager, because it owns the bar."""
+    """Sums up the batches that workers report; a context manager that closes the bar."""
 
     def __init__(
         self, shards: Iterable[Shard], on_error: OnError, max_bad: float, quiet: bool
@@ -62,6 +62,7 @@ class Progress:
     @property
     def time_shares(self) -> dict[str, float]:
         """Each stage's share of the time measured in the stages."""
+        # Nothing has been timed before the first batch.
         busy = max(sum(self.seconds.values()), 1e-9)
         return {
             stage.removesuffix("_wait"): seconds / busy for stage, seconds in self.seconds.items()
@@ -74,7 +75,7 @@ class Progress:
         return max(shares, key=shares.__getitem__)
 
     def summary(self) -> dict[str, Any]:
-        """Return the fields of `run.json` on the run's speed."""
+        """Return the fields of `run.json` about the run's speed."""
         return {
             "images_per_second": self.num_due / self.total_seconds,
             "seconds": {"total": self.total_seconds, **self.seconds},
@@ -84,7 +85,7 @@ class Progress:
         }
 
     def add(self, stats: BatchStats) -> None:
-        """Add a batch. Raises UserError for bad images and Interrupted after a signal."""
+        """Add a batch. Raise UserError for bad images and Interrupted after a signal."""
         interrupt.raise_if_interrupted()
         self.seconds["decode_wait"] += stats.decode_wait
         self.seconds["engine"] += stats.engine

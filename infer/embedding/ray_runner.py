@@ -20,16 +20,15 @@ from isic.runtime.machine import num_cores
 
 SHARDS_PER_TASK = 4
 """Shards that an actor embeds in one task, and that are lost with it."""
+# Only counts pass through it; images and features stay on disks.
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
-"""Of a cluster started here. Only counts pass through it; images and features stay on disks."""
+"""Object store of a cluster started here."""
 
+# A thread that Ray Data leaves running may call Ray after the cluster is shut down. Ray then starts
+# another cluster (ray-project/ray#31060, seen with ray 2.60), whose end kills this process. Needed
+# until Ray no longer connects implicitly.
 NO_AUTO_CONNECT = ("RAY_ENABLE_AUTO_CONNECT", "0")
-"""Environment variable that Ray reads when it is imported.
-
-Without it, a thread that Ray Data leaves running may call Ray after the cluster is shut down. Ray
-then starts another cluster (ray-project/ray#31060, seen with ray 2.60), whose end kills this
-process. Needed until Ray no longer connects implicitly.
-"""
+"""Environment variable that Ray reads when it is imported."""
 
 
 class ShardsActor:
@@ -41,17 +40,14 @@ class ShardsActor:
         self._embedder: Embedder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Embed shards; returns their stats, or the message of a UserError, as JSON.
-
-        The message is returned because Ray Data hides the type of an exception
-        (ray-project/ray#46962).
-        """
+        """Embed shards and return their stats, or the message of a UserError, as JSON."""
         stats: list[BatchStats] = []
         try:
             self._embedder = self._embedder or Embedder(self._job)
             shards = [self._shards[number] for number in batch["shard"]]
             self._embedder.run(shards, stats.append)
         except UserError as error:
+            # Returned, because Ray Data hides the type of an exception (ray-project/ray#46962).
             return {"message": [json.dumps({"error": str(error)})]}
         return {"message": [json.dumps(dataclasses.asdict(_sum(stats)))]}
 
@@ -69,7 +65,7 @@ def _sum(stats: Sequence[BatchStats]) -> BatchStats:
 def run_ray(shards: Sequence[Shard], job: EmbedJob, address: str, on_batch: OnBatch) -> None:
     """Embed shards on a cluster, with one actor per GPU, or per machine if there are no GPUs.
 
-    Ray repeats a task whose actor or machine died. Shards that are lost all the same stay missing.
+    Shards of an actor that dies again and again stay missing.
 
     Args:
         address: of a running cluster, or `local` to start one on this machine.
@@ -81,6 +77,7 @@ def run_ray(shards: Sequence[Shard], job: EmbedJob, address: str, on_batch: OnBa
     num_actors, resources = size_actors(ray.nodes(), job.device)
     job = dataclasses.replace(job, num_threads=job.num_threads or int(resources["num_cpus"]))
     shards_per_actor = ceil_div(len(shards), num_actors)
+    # Several tasks per actor, so that a lost one costs little, but at least one for each actor.
     num_tasks = ceil_div(len(shards), min(SHARDS_PER_TASK, shards_per_actor))
     items = [{"shard": number} for number in range(len(shards))]
     results = ray.data.from_items(items, override_num_blocks=num_tasks).map_batches(
@@ -135,11 +132,7 @@ def connect(address: str) -> Any:
 
 
 def size_actors(nodes: Sequence[Mapping[str, Any]], device: str) -> tuple[int, dict[str, float]]:
-    """Return the number of actors, and what each reserves: a GPU, or all cores of a machine.
-
-    Args:
-        nodes: as `ray.nodes()` returns them.
-    """
+    """Return the number of actors and the resources of each, from the result of `ray.nodes()`."""
     machines = [
         node["Resources"]
         for node in nodes

@@ -1,7 +1,7 @@
 """The run spec: everything that determines the content of an embedding run.
 
-A run resumes only with the spec that it began with, so that all its shards agree. The order of the
-keys matters: the digest is that of the JSON text.
+A run resumes only with the spec that it began with. The order of the keys matters: the digest is
+that of the JSON text.
 """
 
 import json
@@ -31,7 +31,7 @@ from isic.runtime.files import (
     write_json,
 )
 
-RECORDED_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "opencv-python-headless", "numpy", "polars")
+SPEC_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "opencv-python-headless", "numpy", "polars")
 STALE_SECONDS = 3600
 """Age from which a temporary file is taken for a killed run's, not for one of a run in progress."""
 
@@ -49,7 +49,6 @@ def build_run_spec(
     """Return the run spec, with its own digest as the last field.
 
     Args:
-        folds: the fold plan of the training run.
         ids: of the split's table, in its order.
     """
     images = dataset.images(split)
@@ -70,7 +69,7 @@ def build_run_spec(
         "num_features": models.num_features,
         "metadata_sha256": sha256(dataset.metadata_path(split)),
         "images": {"number": len(images), "sizes": images.sizes_digest()},
-        "versions": versions(*RECORDED_PACKAGES),
+        "versions": versions(*SPEC_PACKAGES),
         "batch_size": settings.batch_size or _usual_batch_size(split, models, settings),
         "ids_digest": ids_digest(ids),
     }
@@ -79,10 +78,8 @@ def build_run_spec(
 
 
 def _usual_batch_size(split: Split, models: Models, settings: EmbedSettings) -> int:
-    """Return the batch size if none is given.
-
-    A resumed run keeps its own, because the last bits of an engine's outputs may depend on it.
-    """
+    """Return the batch size if none is given."""
+    # A resumed run keeps its own: the last bits of an engine's outputs may depend on it.
     path = settings.run_dir.resolve() / split / RUN_SPEC_FILE
     if path.is_file() and not settings.force:
         earlier = read_json(path).get("batch_size")
@@ -94,13 +91,10 @@ def _usual_batch_size(split: Split, models: Models, settings: EmbedSettings) -> 
     return BATCH_GPU if device == "cuda" else BATCH_CPU
 
 
-def start_or_resume(directory: Path, spec: Mapping[str, Any], force: bool) -> None:
+def start_or_resume_split(directory: Path, spec: Mapping[str, Any], force: bool) -> None:
     """Write the run spec, or check that it is the one of the run to resume.
 
-    Temporary files of killed runs are deleted.
-
     Args:
-        directory: the split's folder.
         force: delete a run that has another spec.
 
     Raises:
@@ -127,7 +121,6 @@ def start_or_resume(directory: Path, spec: Mapping[str, Any], force: bool) -> No
 def _other_spec(
     directory: Path, key: str, earlier: Mapping[str, Any], spec: Mapping[str, Any]
 ) -> str:
-    """Return the error message for a run with another value of `key`."""
     difference = f"{key} = {earlier.get(key)}, now it is {spec[key]}"
     if isinstance(spec[key], dict):  # digests per fold would not help a reader
         difference = f"other {key}"

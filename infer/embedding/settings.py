@@ -6,10 +6,11 @@ from typing import Literal
 from pydantic import AliasChoices, Field, model_validator
 
 from infer.formats import ENGINE_FORMATS, Precision, exported_formats
+from isic.layout import ONNX_FILE, OUTPUT_DIR
 from isic.runtime.config import Settings
 
+# ONNX Runtime splits a batch into images, one per core: several for each core of a large CPU.
 BATCH_CPU = 64
-"""ONNX Runtime splits a batch into images, one per core: several for each core of a large CPU."""
 BATCH_GPU = 256
 """Enough images to fill a GPU."""
 
@@ -31,7 +32,7 @@ class EmbedSettings(Settings):
         None, description="training run with exported folds; outputs/<config> by default"
     )
     output_dir: Path = Field(
-        Path("outputs/embeddings"),
+        OUTPUT_DIR / "embeddings",
         validation_alias=AliasChoices("output_dir", "out"),
         description="parent of the embeddings' folder, which is named <config>",
     )
@@ -49,7 +50,7 @@ class EmbedSettings(Settings):
         "turns (8)",
     )
     format: str = Field(
-        "model.onnx",
+        ONNX_FILE,
         validation_alias=AliasChoices("format", "engine"),
         description="exported artifact of each fold: a file name or a format "
         f"({', '.join(exported_formats())})",

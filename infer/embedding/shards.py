@@ -53,8 +53,6 @@ def plan_shards(
 ) -> list[Shard]:
     """Cut a split into shards of at most SHARD_ROWS ids, in the table's order.
 
-    The cut is the same whatever is already done, so a resumed run finds its files.
-
     Args:
         fold_ids: the folds that have a model.
         folds: the fold plan; None if no model was trained on the split (test).
@@ -65,6 +63,7 @@ def plan_shards(
     else:
         held_out_by = fold_of(ids, folds)
         groups = [([k], ids.filter(held_out_by == k)) for k in fold_ids]
+    # The cut does not depend on what is already done, so a resumed run finds its files.
     shards = []
     for embedded_by, rows in groups:
         for index, start in enumerate(range(0, len(rows), SHARD_ROWS)):
@@ -74,10 +73,7 @@ def plan_shards(
 
 
 def fold_of(ids: pl.Series, folds: Folds) -> pl.Series:
-    """Return [N] the fold of each id.
-
-    Like `Folds.of`, but a binary search needs a tenth of the memory of its joins.
-    """
+    """Return [N] the fold of each id, as `Folds.of` does in ten times the memory."""
     known = folds.table[schema.ID]
     position = known.search_sorted(ids).clip(upper_bound=len(known) - 1)
     if (known.gather(position) == ids).all():
@@ -87,11 +83,12 @@ def fold_of(ids: pl.Series, folds: Folds) -> pl.Series:
 
 
 def run_missing_shards(shards: Sequence[Shard], run: Callable[[list[Shard]], None]) -> None:
-    """Run the missing shards until none is left: a lost worker leaves its shards missing.
+    """Run the missing shards until none is left.
 
     Raises:
         UserError: a whole round finished no shard.
     """
+    # Several rounds, because a lost worker leaves its shards missing.
     due = [shard for shard in shards if not shard.is_done]
     while due:
         run(due)

@@ -29,8 +29,9 @@ RUN_FILE = "run.json"
 BAD_IMAGES_SCHEMA = {"isic_id": pl.String, "reason": pl.String}
 RUN_SPEC_KEY = "plan_digest"
 """Key of the run spec's digest in a run's JSON files and in the metadata of its shards."""
+# All 400,000 ids at once would be a large list of Python strings.
 SLICE_ROWS = 32768
-"""Ids that are hashed together; all 400,000 at once would be a large list of Python strings."""
+"""Ids that are hashed together."""
 
 
 def shard_path(root: Path, split: Split, fold: int, shard: int) -> Path:
@@ -44,13 +45,13 @@ def write_shard(
     logits: NDArray[np.float32],
     run_spec_digest: str | None = None,
 ) -> None:
-    """Write one shard atomically; its bytes depend only on the arguments.
+    """Write one shard atomically; equal arguments give equal bytes.
 
     Args:
         ids: [N].
-        features: [N, D] float16 or float32; stored in that type.
+        features: [N, D] float16 or float32, stored in that type.
         logits: [N] float32.
-        run_spec_digest: kept in the file's metadata.
+        run_spec_digest: for the file's metadata.
     """
     inner = pl.Float16 if features.dtype == np.float16 else pl.Float32
     table = pl.DataFrame(
@@ -80,16 +81,14 @@ def read_run(root: Path, split: Split) -> dict[str, Any]:
     return read_json(path)
 
 
+# Without the engine: every engine has passed the parity check against its checkpoint.
 ORIGIN_KEYS = {
     "config": "another config",
     "checkpoints": "other trained weights",
     "tta": "another --tta",
     "preprocess": "another preprocessing",
 }
-"""Fields of `run.json` that determine the values of embeddings, with a phrase for a difference.
-
-The engine is not among them: every engine has passed the parity check against its checkpoint.
-"""
+"""Fields of `run.json` that determine the values of embeddings, with a phrase for a difference."""
 
 
 def refuse_other_origin(
@@ -97,12 +96,11 @@ def refuse_other_origin(
 ) -> None:
     """Raise a UserError if embeddings differ in origin from those an ensemble was fitted with.
 
-    Args:
-        found: ORIGIN_KEYS of the embeddings in `root`.
-        fitted: ORIGIN_KEYS of the embeddings that the ensemble was fitted with.
+    `found` and `fitted` have the ORIGIN_KEYS of both.
     """
     for key, difference in ORIGIN_KEYS.items():
-        now, then = found.get(key), fitted.get(key)
+        now = found.get(key)
+        then = fitted.get(key)
         if now == then:
             continue
         values = f" ({now}, not {then})" if isinstance(now, str) else ""
@@ -115,9 +113,7 @@ def refuse_other_origin(
 def scan_embeddings(
     root: Path, split: Split, columns: Iterable[str] = ("features", "logit")
 ) -> pl.LazyFrame:
-    """Scans the embeddings of a split lazily.
-
-    Collect the table inside `isic.tables.reading`, which reports a shard that proves damaged.
+    """Scan the embeddings of a split; collect them inside `isic.tables.reading`.
 
     Returns:
         `isic_id` String, `fold` Int8 (of the model that made the row) and the given columns: a
@@ -155,9 +151,7 @@ def refuse_missing_embeddings(
 ) -> None:
     """Raise a UserError if an embedding is missing of an image that the run could use.
 
-    Args:
-        missing: `isic_id` and `fold` of the missing embeddings.
-        num_images: how many images should have embeddings.
+    `missing` has `isic_id` and `fold`.
     """
     if missing.is_empty():
         return

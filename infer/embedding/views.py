@@ -7,22 +7,17 @@ import numpy as np
 from infer.engines import Engine, Outputs
 from isic.preprocess import Pixels
 
+# Each set is a group, so an image and any of its views have the same average.
 VIEWS: dict[str, tuple[tuple[int, bool], ...]] = {
     "none": ((0, False),),
     "flips": ((0, False), (0, True), (2, True), (2, False)),
     "d4": tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4)),
 }
-"""Per view the quarter turns, and whether left and right are then swapped.
-
-Each set is a group, so an image and any of its views have the same average.
-"""
+"""Per view the quarter turns, and whether left and right are then swapped."""
 
 
 def apply_view(images: Pixels, turns: int, mirrored: bool) -> Pixels:
-    """Return images uint8 [N, size, size, 3] turned and mirrored, contiguous.
-
-    Without a change it is the same memory.
-    """
+    """Return images uint8 [N, size, size, 3] turned and mirrored, contiguous."""
     turned = np.rot90(images, turns, axes=(1, 2))
     return np.ascontiguousarray(turned[:, :, ::-1] if mirrored else turned)
 

@@ -20,10 +20,7 @@ GRACE_SECONDS = 30
 
 
 def core_slice(items: Sequence[int], index: int, number: int) -> list[int]:
-    """Return worker `index`'s contiguous slice of `items`, for `number` workers.
-
-    It has at least one item, shared if there are more workers than items.
-    """
+    """Return a worker's contiguous slice of `items`; workers share items if these are fewer."""
     size = max(len(items) // number, 1)
     start = index * size % len(items)
     return list(items[start : start + size])
@@ -60,16 +57,14 @@ def run_processes(shards: Sequence[Shard], job: EmbedJob, number: int, on_batch:
             process.terminate()
         for process in started:
             process.join(GRACE_SECONDS)
-            process.kill()
+            process.kill()  # no effect on one that has ended
 
 
 @contextlib.contextmanager
 def _block_sigint() -> Iterator[None]:
-    """Block SIGINT in processes that are started inside the block.
-
-    Ctrl-C reaches every process of a terminal; workers must leave it to their parent, which then
-    ends them with SIGTERM.
-    """
+    """Block SIGINT in processes that are started inside the block."""
+    # Ctrl-C reaches every process of a terminal; workers must leave it to their parent, which then
+    # ends them with SIGTERM.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -78,7 +73,6 @@ def _block_sigint() -> Iterator[None]:
 
 
 def _listen(workers: dict[Connection, SpawnProcess], on_batch: OnBatch) -> None:
-    """Pass on the workers' messages until all workers have ended."""
     while workers:
         for pipe in connection.wait(list(workers)):
             assert isinstance(pipe, Connection)
@@ -102,7 +96,6 @@ def _listen(workers: dict[Connection, SpawnProcess], on_batch: OnBatch) -> None:
 def _work(
     shards: list[Shard], job: EmbedJob, pipe: Connection, gpu: str | None, own_cores: list[int]
 ) -> None:
-    """Embed shards in a worker process and send the stats of each batch."""
     if gpu is not None:
         os.environ[VISIBLE_GPUS] = gpu
     if hasattr(os, "sched_setaffinity"):  # Linux only

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 from infer.formats import ENGINE_FORMATS
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.errors import UserError, first_line
-from isic.runtime.files import read_manifest
-from isic.runtime.machine import has_gpu
+from isic.runtime.extras import missing_library
+from isic.runtime.files import read_manifest, versions
+from isic.runtime.machine import has_gpu, no_gpu_reason
 
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -74,9 +76,29 @@ def create(path: Path, manifest: Mapping[str, Any], device: str = "auto") -> Eng
     if name not in ENGINE_FORMATS:
         known = ", ".join(ENGINE_FORMATS)
         raise UserError(f'{path}: no engine runs the format "{name}", known are {known}')
-    module = import_module(ENGINE_FORMATS[name].module)
-    engine: Engine = module.create(path, manifest, device_of(manifest, device))
+    engine: Engine = import_engine(name).create(path, manifest, device_of(manifest, device))
     return engine
+
+
+def import_engine(name: str) -> ModuleType:
+    """Return the module of a format's engine.
+
+    Raises:
+        UserError: its library is not installed, or lacks a library that it needs itself.
+    """
+    row = ENGINE_FORMATS[name]
+    try:
+        return import_module(row.module)
+    except ModuleNotFoundError as error:
+        reason = missing_library(error) or UserError(
+            f"{error.name} is not installed; run `pip install {row.packages[0]}`"
+        )
+        raise reason from None
+    except (ImportError, OSError) as error:  # the package is there, a library it needs is not
+        command = f"pip install --force-reinstall {' '.join(versions(*row.packages))}"
+        raise UserError(
+            f"{row.title} does not load ({first_line(error)}); run `{command}`"
+        ) from None
 
 
 def device_of(manifest: Mapping[str, Any], device: str = "auto") -> str:
@@ -102,14 +124,15 @@ def usual_device(name: str) -> str:
 
 
 def unavailable_reason(name: str, device: str) -> str | None:
-    """Return why a format's engine cannot run on `cpu` or `cuda` here, None if it can."""
+    """Return why a format's engine cannot run on `cpu` or `cuda` here, None if it can.
+
+    The sentence is `cause; fix`.
+    """
     try:
-        engine = import_module(ENGINE_FORMATS[name].module)
-    except ModuleNotFoundError as error:
-        return f"{error.name} is not installed"
-    except (ImportError, OSError) as error:  # the package is there, a library it needs is not
-        return first_line(error)
-    reason: str | None = engine.unavailable_reason(name, device)
+        reason: str | None = import_engine(name).unavailable_reason(name, device)
+    except UserError as error:
+        no_gpu = no_gpu_reason() if device == "cuda" else None
+        return no_gpu or str(error)  # without a GPU, installing the library is no fix
     return reason
 
 

@@ -14,7 +14,14 @@ from torch._inductor import aoti_load_package
 from infer.engines import Outputs
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
-from isic.runtime.machine import cpu_features, no_gpu_reason, num_cores
+from isic.runtime.machine import (
+    cpu_features,
+    driver_cuda,
+    driver_for,
+    no_gpu_reason,
+    num_cores,
+    old_driver_reason,
+)
 
 CPU_PIECE = 8
 """Images per call on a CPU: few enough that its caches hold the activations."""
@@ -135,8 +142,28 @@ def unavailable_reason(name: str, device: str) -> str | None:
     try:
         torch.ones(1, device=device).sum().item()
     except (AssertionError, RuntimeError) as error:  # built without CUDA; no GPU, or one that fails
-        return (device == "cuda" and no_gpu_reason()) or first_line(error)
+        if device == "cpu":
+            return f"{first_line(error)}; run `pip install --force-reinstall torch`"
+        return no_gpu_reason() or f"{_cuda_problem(error)}; {_other_build()}"
     return None
+
+
+def _cuda_problem(error: Exception) -> str:
+    """Return why torch cannot use a GPU that the driver can use, from the error that it gave."""
+    library = f"torch {torch.__version__}"
+    if built_for() is None:
+        return f"{library} was built without CUDA"
+    return old_driver_reason(library, built_for()) or f"{library}: {first_line(error)}"
+
+
+def _other_build() -> str:
+    build = f"install a torch for CUDA {driver_cuda()} or older from https://pytorch.org"
+    return f"{build}, or {driver_for(built_for())}" if built_for() else build
+
+
+def built_for() -> str | None:
+    """Return the CUDA that torch was built for (`13.0`), None if for none."""
+    return torch.version.cuda
 
 
 def create(path: Path, manifest: Mapping[str, Any], device: str) -> AotiEngine:

@@ -14,6 +14,7 @@ import numpy as np
 
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError
+from isic.runtime.machine import REPAIR_DRIVER, cuda_version, driver_for, no_gpu_reason
 
 
 class CudaError(RuntimeError):
@@ -62,11 +63,9 @@ def architecture() -> str:
     status, count = cuda.cudaGetDeviceCount()
     if int(status) != 0 or not count:
         check_driver()
-        reason = _reason(status) if int(status) else "no device"
-        raise UserError(
-            f"no NVIDIA GPU can be used here (CUDA reports: {reason}), and TensorRT needs one; use "
-            "a machine that has one, or the format onnx"
-        )
+        found = _reason(status) if int(status) else "no device"
+        reason = no_gpu_reason() or f"CUDA finds no GPU ({found}); {REPAIR_DRIVER}"
+        raise UserError(f"TensorRT does not run here: {reason}, or use the format onnx")
     device = call(cuda.cudaGetDevice)
     attributes = cuda.cudaDeviceAttr
     major = call(cuda.cudaDeviceGetAttribute, attributes.cudaDevAttrComputeCapabilityMajor, device)
@@ -84,15 +83,21 @@ def check_driver() -> None:
     _, library = cuda.cudaRuntimeGetVersion()
     if 0 < driver // 1000 < library // 1000:
         major = driver // 1000
+        newest = cuda_version(library)
         raise UserError(
-            f"the NVIDIA driver is for CUDA {_version(driver)}, which is too old for the installed "
-            f"CUDA runtime {_version(library)}; install a newer driver, or "
-            f'`pip install "cuda-bindings<{major + 1}"` and a TensorRT for CUDA {major}'
+            f"the NVIDIA driver is for CUDA {cuda_version(driver)}, which is too old for the "
+            f"installed CUDA runtime {newest}; install {driver_for(newest)}, or "
+            f'run `pip install "cuda-bindings<{major + 1}"` and install a TensorRT for CUDA {major}'
         )
 
 
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
+def built_for() -> str | None:
+    """Return the CUDA that CUDA Python was built for (`13.0`), None if it does not load."""
+    try:
+        _, number = runtime().cudaRuntimeGetVersion()
+    except UserError:
+        return None
+    return cuda_version(number)
 
 
 class Pinned:

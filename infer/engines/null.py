@@ -13,8 +13,8 @@ import numpy as np
 
 from infer.engines import Outputs
 from isic import schema
-from isic.folds import FILE as FOLDS_FILE
 from isic.folds import draw_folds
+from isic.layout import FOLDS_FILE
 from isic.metadata import read_metadata
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.files import write_manifest
@@ -52,6 +52,11 @@ def create(path: Path, manifest: Mapping[str, Any], device: str) -> NullEngine:
 
 def unavailable_reason(name: str, device: str) -> str | None:
     """Return None: it runs anywhere."""
+    return None
+
+
+def built_for() -> str | None:
+    """Return None: it uses no CUDA."""
     return None
 
 

@@ -25,7 +25,14 @@ from infer.engines import Outputs
 from infer.engines.contract import FEATURES, IMAGES, LOGITS, MASK, Tensor, contract_violation
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
-from isic.runtime.machine import no_gpu_reason, num_cores
+from isic.runtime.extras import install_command
+from isic.runtime.machine import (
+    driver_cuda,
+    driver_for,
+    no_gpu_reason,
+    num_cores,
+    old_driver_reason,
+)
 
 PROVIDERS: dict[str, list[str | tuple[str, dict[str, str]]]] = {
     "cpu": ["CPUExecutionProvider"],
@@ -35,6 +42,16 @@ PROVIDERS: dict[str, list[str | tuple[str, dict[str, str]]]] = {
 LOAD_ERRORS = (Fail, InvalidGraph, InvalidProtobuf, NoSuchFile)
 ORT_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(float16)": "float16"}
 """numpy's names of the types that ONNX Runtime reports; it has others, which no contract names."""
+
+REINSTALL = "run `pip install --force-reinstall onnxruntime`"
+CUDA_FIXES = {
+    ".so": 'run `pip install "onnxruntime-gpu[cuda,cudnn]"`',
+    ".dll": 'run `pip install "onnxruntime-gpu[cuda,cudnn]"`',
+    "no kernel image": f"run `{install_command('cuda12')}`, which has kernels for older GPUs",
+    "out of memory": "end other processes on the GPU",
+    "": "see https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html",
+}
+"""What to do about an error of CUDA's provider, by a part of its message; the first that fits."""
 
 # Both graphs are bytes because inference runs without the package onnx.
 IDENTITY = (
@@ -80,8 +97,8 @@ class OnnxRuntimeEngine:
         self.device = device
         reason = unavailable_reason("onnx", device)
         if reason:
-            fix = "; use --device cpu" if device != "cpu" else ""
-            raise UserError(f"ONNX Runtime does not run on --device {device} here: {reason}{fix}")
+            other = "" if device == "cpu" else ", or use --device cpu"
+            raise UserError(f"ONNX Runtime does not run on --device {device} here: {reason}{other}")
         if device == "cuda":
             options = session_options()
         else:
@@ -215,10 +232,8 @@ def create(path: Path, manifest: Mapping[str, Any], device: str) -> OnnxRuntimeE
 @cache
 def unavailable_reason(name: str, device: str) -> str | None:
     """Return why ONNX Runtime does not run a graph on a device, None if it has just run one."""
-    if _provider(device) not in ort.get_available_providers():
-        return f"this build of ONNX Runtime has no {_provider(device)}; install onnxruntime-gpu"
     if device == "cuda":
-        reason = no_gpu_reason()
+        reason = no_gpu_reason() or _cpu_build_reason()
         if reason:
             return reason
         ort.preload_dlls()  # finds the CUDA libraries that torch's packages bring
@@ -226,13 +241,47 @@ def unavailable_reason(name: str, device: str) -> str | None:
     try:
         session = open_session(IDENTITY, device, _plain_options(1))
         session.run(None, {"x": np.zeros(1, np.float32)})
+        return None
     except UserError as error:
-        return _loader_message() or str(error)
+        cause = _loader_message() or str(error)
     except (EPFail, RuntimeException, *LOAD_ERRORS) as error:
-        return first_line(error)
+        cause = first_line(error)
     finally:
         ort.set_default_logger_severity(2)
-    return None
+    return _cuda_reason(cause) if device == "cuda" else f"{cause}; {REINSTALL}"
+
+
+def built_for() -> str | None:
+    """Return the CUDA that ONNX Runtime was built for (`13.0`), None if for none."""
+    return getattr(ort, "cuda_version", None) or None
+
+
+def _cpu_build_reason() -> str | None:
+    """Return that this build of ONNX Runtime is for CPUs only, None if it is not.
+
+    Both builds have one module, so the last one that was installed hides the other.
+    """
+    if _provider("cuda") in ort.get_available_providers():
+        return None
+    return (
+        f"ONNX Runtime {ort.__version__} was built without CUDA; run "
+        f"`pip uninstall -y onnxruntime onnxruntime-gpu`, then `{install_command(_extra())}`"
+    )
+
+
+def _cuda_reason(cause: str) -> str:
+    """Return why CUDA's provider does not work, and what fixes it."""
+    too_old = old_driver_reason(f"ONNX Runtime {ort.__version__}", built_for())
+    if too_old:
+        fix = f"run `{install_command(_extra())}`, or install {driver_for(built_for())}"
+        return f"{too_old}; {fix}"
+    return f"{cause}; {next(fix for part, fix in CUDA_FIXES.items() if part in cause)}"
+
+
+def _extra() -> str:
+    """Return the extra of this toolkit with the newest ONNX Runtime that the driver can run."""
+    newest = driver_cuda()
+    return "cuda12" if newest and newest.startswith("12.") else "cuda13"
 
 
 def _loader_message() -> str | None:

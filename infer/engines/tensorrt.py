@@ -20,6 +20,8 @@ from infer.engines.contract import FEATURES, IMAGES, LOGITS, MASK, Tensor, contr
 from infer.formats import ENGINE_FORMATS
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
+from isic.runtime.extras import install_command
+from isic.runtime.machine import no_gpu_reason
 
 TENSORRT_DTYPES = {
     "FLOAT": "float32",
@@ -49,13 +51,14 @@ def import_runtime(flavour: str) -> ModuleType:
     Raises:
         UserError: it is not installed.
     """
-    title, extra = ENGINE_FORMATS[flavour].title, ENGINE_FORMATS[flavour].extra
+    row = ENGINE_FORMATS[flavour]
+    assert row.extra is not None
     try:
         return import_module(flavour)
     except ImportError as error:
         raise UserError(
-            f"{title} does not load here ({first_line(error)}); install it with "
-            f"`pip install isic-toolkit[{extra}]`"
+            f"{row.title} does not load here ({first_line(error)}); "
+            f"run `{install_command(row.extra)}`"
         ) from None
 
 
@@ -89,8 +92,13 @@ def unavailable_reason(flavour: str, device: str = "cuda") -> str | None:
     try:
         check_gpu(flavour, import_runtime(flavour), cudart.architecture())
     except UserError as error:
-        return str(error)
+        return no_gpu_reason() or str(error)  # without a GPU, installing the library is no fix
     return None
+
+
+def built_for() -> str | None:
+    """Return the CUDA of CUDA Python, whose major version the plans' libraries share."""
+    return cudart.built_for()
 
 
 @dataclass(frozen=True)
@@ -384,6 +392,58 @@ def create(path: Path, manifest: Mapping[str, Any], device: str) -> TensorRTEngi
         raise UserError(
             f"{path} does not run on this GPU ({error}); {again} and a smaller --max_batch"
         ) from None
+
+
+def run_one_node(flavour: str) -> None:
+    """Build a plan of one node, which casts uint8 [1] to float32, and run it on the GPU.
+
+    Raises:
+        UserError: the library cannot build or load the plan, or computes something else.
+        CudaError: CUDA cannot run it.
+    """
+    row = ENGINE_FORMATS[flavour]
+    trt = import_runtime(flavour)
+    again = f"run `pip install --force-reinstall {' '.join(row.packages)}`"
+    data = one_node_plan(trt, cudart.architecture() if row.portable else None)
+    if data is None:
+        raise UserError(f"{row.title} builds no plan ({logger(trt).reason()}); {again}")
+    runtime = trt.Runtime(logger(trt))
+    engine = deserialize(trt, runtime, Path("a plan of one node"), data, again)
+    plan = Plan(trt, engine, row.portable, cuda_graph=False)
+    pixel = cudart.pinned((1,), np.uint8)
+    result = cudart.pinned((1,), np.float32)
+    pixel[0] = 255
+    memory = {IMAGES: cudart.DeviceMemory(pixel.nbytes), FEATURES: cudart.DeviceMemory(4)}
+    context = BoundContext(plan.create_context(), memory, image_shape=())
+    stream = cudart.Stream()
+    stream.upload(memory[IMAGES], pixel)
+    context.enqueue(1, stream)
+    stream.download(result, memory[FEATURES])
+    stream.wait()
+    if result[0] != pixel[0]:
+        raise UserError(f"{row.title} computes {result[0]} for {pixel[0]}; {again}")
+
+
+def one_node_plan(trt: ModuleType, architecture: str | None) -> bytes | None:
+    """Return a plan with the input IMAGES and the output FEATURES, None if it cannot be built.
+
+    Args:
+        trt: the Python module of the flavour.
+        architecture: of the GPU that a portable plan is for; None for this machine's GPU.
+    """
+    builder = trt.Builder(logger(trt))
+    # TensorRT 11 is always strongly typed and ignores the flag; 10 needs it.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    images = network.add_input(IMAGES, trt.DataType.UINT8, (1,))
+    features = network.add_cast(images, trt.DataType.FLOAT).get_output(0)
+    features.name = FEATURES
+    network.mark_output(features)
+    config = builder.create_builder_config()
+    if architecture is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, architecture.upper()), 0)
+    plan = builder.build_serialized_network(network, config)
+    return None if plan is None else bytes(plan)
 
 
 def export_command(path: Path, manifest: Mapping[str, Any]) -> str:

@@ -37,8 +37,8 @@ BEGUN_FILE = "begun.json"
 """Marks a folder in which an ensemble is being written."""
 FORMAT_VERSION = 4
 
+# Not in the manifest: it can be written again at any time.
 REPORT_FILE = "report.html"
-"""Not part of the manifest: it can be written again at any time."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class EnsembleState:
     image: ImageState
 
     def write(self, root: Path) -> list[str]:
-        """Write the state. Returns the names of its files."""
+        """Write the state. Return the names of its files."""
         encodings = {str(fold): encoding.to_json() for fold, encoding in self.encodings.items()}
         value = {"names": list(self.names), **self.image.to_json(), "encodings": encodings}
         write_json(root / STATE_FILE, value)
@@ -106,10 +106,8 @@ def write_ensemble_manifest(root: Path, files: Iterable[str], fields: Mapping[st
 
 
 def refuse_foreign_folder(root: Path) -> None:
-    """Raise a UserError if a folder has files with an ensemble's names but is not an ensemble.
-
-    An ensemble whose fit was interrupted counts as one.
-    """
+    """Raise a UserError if a folder has files with an ensemble's names but is not an ensemble."""
+    # An ensemble whose fit was interrupted counts as one.
     is_own = holds(root / ENSEMBLE_FILE, "format", "weights") or holds(root / BEGUN_FILE, "format")
     names = (ENSEMBLE_FILE, BEGUN_FILE, STATE_FILE, OOF_FILE, SCORES_FILE, FOLDS_FILE)
     files = [root / name for name in names]
@@ -117,10 +115,9 @@ def refuse_foreign_folder(root: Path) -> None:
 
 
 def clear_ensemble(root: Path) -> None:
-    """Remove an earlier ensemble, manifest first: a folder without one is not an ensemble.
-
-    BEGUN_FILE stays until `write_ensemble_manifest`, so that a killed fit can be repeated.
-    """
+    """Remove an earlier ensemble."""
+    # The manifest goes first: a folder without one is not an ensemble. BEGUN_FILE stays until
+    # `write_ensemble_manifest`, so that a killed fit can be repeated.
     write_json(root / BEGUN_FILE, {"format": FORMAT_VERSION})
     for path in (root / ENSEMBLE_FILE, *_removable(root)):
         path.unlink(missing_ok=True)
@@ -150,7 +147,6 @@ def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted names and values of nested mappings."""
     if not isinstance(value, dict):
         yield name, value
         return
@@ -159,10 +155,7 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def open_ensemble(path: Path) -> Ensemble:
-    """Read and check an ensemble.
-
-    Args:
-        path: the ensemble's folder, or a folder with exactly one ensemble in it.
+    """Read and check the ensemble in a folder or in the only ensemble's folder within it.
 
     Raises:
         UserError: no ensemble, or several; a file that is missing or does not match the manifest;
@@ -185,7 +178,6 @@ def open_ensemble(path: Path) -> Ensemble:
 
 
 def _refuse_damaged(root: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise a UserError if the manifest is of another version or a file does not match it."""
     if manifest.get("format") != FORMAT_VERSION:
         raise UserError(
             f"{root / ENSEMBLE_FILE} is of another version of the toolkit; fit the ensemble again"

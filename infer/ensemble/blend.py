@@ -1,8 +1,4 @@
-"""Blend models: the mean over a library's seeds, and a weighted mean of ranks over libraries.
-
-Libraries spread probabilities differently, so only the order of rows is comparable between them. A
-row is ranked among the out-of-fold scores of the training rows, not among the rows to score.
-"""
+"""Blend models: the mean over a library's seeds, and a weighted mean of ranks over libraries."""
 
 from collections.abc import Iterable, Mapping
 
@@ -39,18 +35,18 @@ def blend(
     if len(weights) == 1:
         (library,) = weights
         return _mean(models, library)
-    ranks = (
-        weight * rank_among(_mean(models, library), _mean(reference, library))
-        for library, weight in weights.items()
-    )
-    return np.asarray(sum(ranks) / sum(weights.values()))
+    # Ranks, because libraries spread probabilities differently. A row is ranked among the training
+    # rows: its rank among the rows to score would depend on the other ones.
+    weighted = []
+    for library, weight in weights.items():
+        ranks = rank_among(_mean(models, library), _mean(reference, library))
+        weighted.append(weight * ranks)
+    return np.asarray(sum(weighted) / sum(weights.values()))
 
 
 def rank_among(score: Scores, reference: Scores) -> Scores:
-    """Return [N] the share of reference scores below each score, in (0, 1); ties count half.
-
-    It is interpolated between reference scores and rises beyond them too, so the order is kept.
-    """
+    """Return [N] the share of reference scores below each score, in (0, 1); ties count half."""
+    # Interpolated between reference scores and rising beyond them too, so the order is kept.
     values, counts = np.unique(reference, return_counts=True)
     shares = (np.cumsum(counts) - counts / 2) / len(reference)
     # Scores are in [0, 1]; -1 and 2 leave a slope outside the reference scores.

@@ -1,10 +1,7 @@
 """Gradient-boosted trees of several libraries: fitted to a text, and loaded from it to score.
 
-Out-of-fold rows are scored by the loaded text, so the scores are those of the model that ships.
-Each booster is fitted on one thread, so its bytes do not depend on the number of threads.
-
-A new library is one row of `LIBRARIES`: the flag of `infer fit`, the feature importance of the
-report and the version in the manifest follow from it.
+A new library is one row of `LIBRARIES`. Each booster is fitted on one thread, so its bytes do not
+depend on the number of threads.
 """
 
 import json
@@ -26,12 +23,20 @@ Predict = Callable[[Matrix, int], NDArray[np.float64]]
 """Score a matrix on a number of threads, 0 for all: [N] float64 in [0, 1]."""
 Gains = NDArray[np.float64]
 
+# 314 positives with 100 negatives each.
 REFERENCE_ROWS = 31_700
-"""Rows that a booster of the challenge is fitted on: 314 positives with 100 negatives each."""
+"""Rows that a booster of the challenge is fitted on."""
 
 REFERENCE_MIN_DATA = 85
 SMALLEST_MIN_DATA = 10
 
+# Wide use samples 0.77 of the rows every fourth round; here it is half of them in every round.
+# Changes of the pAUC by that, without blanks, as `infer compare` judges them (* more than noise):
+#
+# - 885 real rows, ten seeds, split seeds 7, 11 and 13: raw +0.0013, +0.0022*, +0.0009; engineered
+#   +0.0005, +0.0004, -0.0008. Split seed 42, as reported: +0.0011 and +0.0012.
+# - 3,000 synthetic rows, five seeds: raw +0.0034*, +0.0044, +0.0033; engineered +0.0017, +0.0010,
+#   +0.0012.
 LIGHTGBM: Parameters = {
     "num_rounds": 200,
     "learning_rate": 0.0323,
@@ -49,16 +54,7 @@ LIGHTGBM: Parameters = {
     "path_smooth": 0.0,
     "extra_trees": False,
 }
-"""The settings in wide use for the challenge, except bagging and `min_data`.
-
-Wide use samples 0.77 of the rows every fourth round; here it is half of them in every round.
-Changes of the pAUC by that, without blanks, as `infer compare` judges them (* more than noise):
-
-- 885 real rows, ten seeds, split seeds 7, 11 and 13: raw +0.0013, +0.0022*, +0.0009; engineered
-  +0.0005, +0.0004, -0.0008. Split seed 42, as reported: +0.0011 and +0.0012.
-- 3,000 synthetic rows, five seeds: raw +0.0034*, +0.0044, +0.0033; engineered +0.0017, +0.0010,
-  +0.0012.
-"""
+"""The settings in wide use for the challenge, except bagging and `min_data`."""
 
 XGBOOST: Parameters = {
     "num_rounds": 200,
@@ -93,16 +89,14 @@ CATBOOST: Parameters = {
 
 
 def min_data(num_rows: int) -> int:
-    """Return the default `min_data_in_leaf`: 85 per 31,700 rows, between 10 and 85.
-
-    With 85 rows of 700, a leaf could not separate the rare malignant lesions.
-    """
+    """Return the default `min_data_in_leaf`: 85 per 31,700 rows, between 10 and 85."""
+    # With 85 rows of 700, a leaf could not separate the rare malignant lesions.
     proportional = round(REFERENCE_MIN_DATA * num_rows / REFERENCE_ROWS)
     return min(max(proportional, SMALLEST_MIN_DATA), REFERENCE_MIN_DATA)
 
 
 def _lightgbm() -> Any:
-    """Imports LightGBM, which takes half a second, only when a booster is fitted or loaded."""
+    # Only when a booster is fitted or loaded: the import takes half a second.
     return import_module("lightgbm")
 
 
@@ -275,11 +269,10 @@ def load_catboost(text: str) -> Predict:
 def catboost_gains(text: str, num_features: int) -> Gains:
     """Return [D] PredictionValuesChange: how much the splits on each feature move the prediction.
 
-    All nodes at one depth of a symmetric tree share a split; bit d of a leaf's number is its
-    side of split d. A split's part is the weighted variance between leaves that differ only in
-    that bit.
     Source: CatBoost's documentation of feature importance.
     """
+    # All nodes at one depth of a symmetric tree share a split; bit d of a leaf's number is its side
+    # of split d. A split's part is the weighted variance between leaves that differ only in it.
     gains = np.zeros(num_features)
     for tree in json.loads(text)["oblivious_trees"]:
         shape = (2,) * len(tree["splits"])
@@ -295,7 +288,7 @@ def catboost_gains(text: str, num_features: int) -> Gains:
 
 
 def _import(library: str) -> Any:
-    """Imports an optional library. Raises UserError with the extra that installs it."""
+    """Import an optional library. Raise UserError with the extra that installs it."""
     try:
         return import_module(library)
     except ImportError:
@@ -313,20 +306,20 @@ def _broken(library: str, error: Exception) -> UserError:
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """A library of gradient-boosted trees. A test reports what a new row lacks."""
+    """A library of gradient-boosted trees."""
 
     fit: Callable[[Matrix, NDArray[np.integer], Sequence[str], Parameters, int], str]
     """See `fit_booster`."""
     load: Callable[[str], Predict]
-    """Loads a booster's text. Raises UserError if it is not a whole model."""
+    """From a booster's text. Raises UserError if it is not a whole model."""
     gains: Callable[[str, int], Gains]
-    """Returns [D] each feature's gain, from a booster's text and D."""
+    """[D] gain of each feature, from a booster's text and D."""
     defaults: Parameters
     """Every setting that may be changed, with its default; None if `fit` derives it."""
     suffix: str
     """Of the booster's file."""
     package: str
-    """The distribution that has the module; its version is recorded in the manifest."""
+    """The distribution that has the module."""
     extra: str | None
     """The extra of this toolkit that installs the package; None if it is always installed."""
 
@@ -367,11 +360,7 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def parameters_of(library: str, changes: Parameters) -> dict[str, Any]:
-    """Return a library's settings with some of them changed.
-
-    Raises:
-        UserError: an unknown setting, or a value of another type.
-    """
+    """Return a library's settings with changes. Raise UserError for an unknown name or type."""
     defaults = LIBRARIES[library].defaults
     for key, value in changes.items():
         if key not in defaults:

@@ -24,12 +24,7 @@ ONE_RUN = (
 
 
 def compare_ensembles(settings: CompareSettings) -> None:
-    """Compare two ensembles: a paired test over their seeds and a bootstrap over patients.
-
-    The seeds test the difference against chance in fitting, the bootstrap against chance in the
-    choice of patients. It is called noise unless both find a difference in the same direction. With
-    several training runs per side, runs are paired instead of seeds.
-    """
+    """Print a paired test over seeds (or training runs) and a bootstrap over patients."""
     first = _open(settings.first)
     second = _open(settings.second)
     if len(first) != len(second):
@@ -45,7 +40,6 @@ def compare_ensembles(settings: CompareSettings) -> None:
 
 
 def _open(paths: Sequence[Path]) -> list[Ensemble]:
-    """Open the ensembles of a side. Raises UserError if one is given twice."""
     ensembles = [open_ensemble(path) for path in paths]
     roots = [ensemble.root.resolve() for ensemble in ensembles]
     for root in roots:
@@ -58,9 +52,6 @@ def compare_sides(
     first: Sequence[Ensemble], second: Sequence[Ensemble], data: Path, num_draws: int, seed: int = 0
 ) -> Comparison:
     """Compare the out-of-fold scores of two sides with the same number of ensembles.
-
-    Args:
-        data: the dataset folder of the ensembles, for the patients.
 
     Raises:
         UserError: the ensembles were scored on different rows or folds, or the dataset lacks rows.
@@ -107,7 +98,6 @@ def paired(first: dict[int, float], second: dict[int, float]) -> NDArray[np.floa
 
 
 def _print(found: Comparison, kind: str) -> None:
-    """Print both tests; `kind` is the name of a fit: seeds or run."""
     print(f"{'':12} {'first':>8} {'second':>8} {'second - first':>15}")
     if found.tested:
         first, second = found.fits.mean(axis=0)

@@ -42,11 +42,11 @@ from isic.runtime.files import sha256, versions, write_json, write_text
 from isic.tables import write_parquet
 
 MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
-"""The settings that shape the model, besides the fold plan and those of the libraries."""
+"""The settings that shape the model, without the fold plan and those of the libraries."""
 
 
 def fit_ensemble(settings: FitSettings) -> Path:
-    """Fit an ensemble, write it and print its out-of-fold scores. Returns its folder."""
+    """Fit an ensemble, write it and print its out-of-fold scores. Return its folder."""
     spec = FeatureSpec.parse(settings.features)
     metadata = read_train(settings.data, spec)
     folds = choose_folds(settings, metadata)
@@ -117,7 +117,6 @@ def choose_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
 
 
 def _find_folds(settings: FitSettings) -> Path | None:
-    """Return the path of the fold plan to use, None if there is none."""
     for root in (settings.embeddings, settings.data):
         # lexists: a broken link must be reported when it is read, not skipped.
         if root and os.path.lexists(root / FOLDS_FILE):
@@ -132,7 +131,6 @@ def _refuse_contradiction(
     num_folds: int | None,
     split_seed: int | None,
 ) -> None:
-    """Raise a UserError if settings that were given do not match the fold plan."""
     if num_folds not in (None, folds.num_folds):
         raise UserError(
             f"{path} has {folds.num_folds} folds, not {num_folds}; leave --num_folds out"
@@ -158,7 +156,6 @@ def _default_name(settings: FitSettings, spec: FeatureSpec) -> str:
 
 
 def _summarise_all(oof: pl.DataFrame, patient: NDArray[np.str_]) -> dict[str, Any]:
-    """Return the summary of each model's out-of-fold scores, and of the blend's."""
     target = oof[schema.TARGET].to_numpy()
     fold = oof["fold"].to_numpy()
     models = oof.drop(schema.ID, schema.TARGET, "fold")
@@ -173,7 +170,7 @@ def _write_files(
     oof: pl.DataFrame,
     summaries: dict[str, Any],
 ) -> list[str]:
-    """Write all files but the manifest. Returns their names."""
+    """Write all files but the manifest. Return their names."""
     boosters = {booster_file_name(*key): text for key, text in result.boosters.items()}
     for name, text in boosters.items():
         write_text(root / name, text)

@@ -36,10 +36,11 @@ ALIGNED = "aligned"
 FROZEN = "frozen"
 EMBEDDING_MODES = (ALIGNED, FROZEN)
 
+# Many times the number of features of any backbone here.
 MAX_ANCHORS = 20_000
-"""Images that maps are fitted on: many times the number of features of any backbone here."""
+"""Images that maps are fitted on."""
 MAX_MAPPED_ROWS = 32_768
-"""Rows that are mapped together, which bounds the memory for their float64 values."""
+"""Rows that are mapped together, to bound the memory of float64 values."""
 
 FeatureMatrix = NDArray[np.floating]
 
@@ -54,11 +55,9 @@ class AffineMap:
     """[C]."""
 
     def apply(self, features: FeatureMatrix) -> NDArray[np.float32]:
-        """Map [N, D] to [N, C].
-
-        In float64: BLAS sums in an order that depends on the number of rows, and the difference
-        disappears when the result is rounded to float32.
-        """
+        """Map [N, D] to [N, C]."""
+        # In float64: BLAS sums in an order that depends on the number of rows, and the difference
+        # disappears when the result is rounded to float32.
         mapped = np.empty((len(features), len(self.offset)), np.float32)
         for start in range(0, len(features), MAX_MAPPED_ROWS):
             rows = slice(start, start + MAX_MAPPED_ROWS)
@@ -75,10 +74,7 @@ def column_names(mode: str, width: int) -> tuple[str, ...]:
 
 
 def procrustes(own: FeatureMatrix, target: FeatureMatrix) -> NDArray[np.float64]:
-    """Return the orthogonal [C, C] that brings own [N, C] closest to target [N, C].
-
-    Both must be centred.
-    """
+    """Return the orthogonal [C, C] that brings own [N, C] closest to target; both are centred."""
     left, _, right = np.linalg.svd(own.T @ target)
     return np.asarray(left @ right)
 
@@ -88,7 +84,6 @@ def fit_affine_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> AffineM
 
     Args:
         root: an embedding run with every training image embedded by every fold model.
-        metadata: the training table.
 
     Raises:
         UserError: the run lacks embeddings, there are fewer than three folds, or the models share
@@ -192,9 +187,6 @@ class FrozenModel:
 def find_frozen_model(root: Path, metadata: pl.DataFrame) -> FrozenModel:
     """Return the model of the lowest fold of an embedding run.
 
-    Args:
-        metadata: the training table.
-
     Raises:
         UserError: the model has learned from images or patients of this table.
     """
@@ -223,10 +215,11 @@ def frozen_columns(
     """Return `isic_id` and the embeddings as Float32 columns, as `mapped_columns` does.
 
     Raises:
-        UserError: as there, or the run has another model.
+        UserError: as there, or the run is of another model.
     """
     origin = _origin_of_fold(read_run(root, split), model.fold)
     refuse_other_origin(root, split, origin, model.made_with)
+    # Frozen embeddings of train and test come from one model, so they need no map.
     identity = AffineMap(np.eye(model.width), np.zeros(model.width))
     return mapped_columns(root, split, FROZEN, metadata, {model.fold: identity}, None)
 
@@ -272,7 +265,6 @@ def _find_features(root: Path, split: Split, fold: int, wanted: pl.DataFrame) ->
 def _read_features(
     root: Path, split: Split, fold: int, wanted: pl.DataFrame
 ) -> NDArray[np.float64]:
-    """Return [N, D] the features of the wanted ids by one fold's model."""
     found = _find_features(root, split, fold, wanted.select(schema.ID))
     return _to_matrix(found, root).astype(np.float64)
 

@@ -1,12 +1,11 @@
 """The image model's score as a feature of a lesion.
 
-Fold models differ in the scale of their logits. So that these can share a column, each model's
-logits are standardised by mean and deviation of the training rows that it held out. A training row
-gets the score of the one model that never saw its patient, a test row the mean over all models, and
-an unreadable image a blank.
+Fold models differ in the scale of their logits, so each model's logits are standardised by mean and
+deviation of the training rows that it held out. A training row gets the score of the model that
+held it out, a test row the mean over all models, and an unreadable image a blank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +42,14 @@ class LogitScaler:
 
     def standardised(self) -> pl.Expr:
         """Return (logit - mean) / deviation, with the constants of the row's `fold`."""
-        folds = pl.Series(list(self.folds), dtype=pl.Int8)
-        means = pl.Series([mean for mean, _ in self.folds.values()], dtype=pl.Float64)
-        deviations = pl.Series([std for _, std in self.folds.values()], dtype=pl.Float64)
-        mean = pl.col("fold").replace_strict(folds, means)
-        deviation = pl.col("fold").replace_strict(folds, deviations)
+        means, deviations = zip(*self.folds.values(), strict=True)
+        mean = self._of_fold(means)
+        deviation = self._of_fold(deviations)
         return (pl.col("logit") - mean) / deviation
+
+    def _of_fold(self, values: Sequence[float]) -> pl.Expr:
+        folds = pl.Series(list(self.folds), dtype=pl.Int8)
+        return pl.col("fold").replace_strict(folds, pl.Series(values, dtype=pl.Float64))
 
     def to_json(self) -> dict[str, list[float]]:
         return {str(fold): list(pair) for fold, pair in self.folds.items()}
@@ -59,10 +60,9 @@ class LogitScaler:
 
 
 def fit_logit_scaler(logits: pl.DataFrame) -> LogitScaler:
-    """Learn the constants from out-of-fold logits; equal logits get deviation 1.
+    """Learn the constants from out-of-fold `isic_id`, `fold`, `logit`.
 
-    Args:
-        logits: `isic_id`, `fold` and `logit`.
+    Equal logits get deviation 1.
     """
     logit = pl.col("logit").cast(pl.Float64)
     deviation = pl.when(logit.std() > 0).then(logit.std()).otherwise(1.0)
@@ -108,7 +108,7 @@ def scoring_logits(
 
 
 def _join_logits(wanted: pl.DataFrame, root: Path, split: Split) -> pl.DataFrame:
-    """Add the logits to `isic_id` and `fold`. Raises UserError if readable images lack one."""
+    """Add the logits to `isic_id` and `fold`. Raise UserError if readable images lack one."""
     logits = _read_logits(root, split)
     table = wanted.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
     missing = table.filter(pl.col("logit").is_null())
@@ -141,16 +141,9 @@ def _read_logits(root: Path, split: Split) -> pl.DataFrame:
 
 
 def refuse_leaks(root: Path, metadata: pl.DataFrame, folds: Folds) -> None:
-    """Raise a UserError if a fold's model has learned from rows that it scores.
-
-    The fold plan does not rule this out: the model's initial weights may have been trained on rows
-    that the plan holds out.
-
-    Args:
-        root: an embedding run.
-        metadata: the training table.
-        folds: its fold plan.
-    """
+    """Raise a UserError if a fold's model has learned from rows that it scores."""
+    # The fold plan does not rule this out: the model's initial weights may have been trained on
+    # rows that the plan holds out.
     fold = folds.of(metadata)
     for k in read_run(root, "train")["folds"]:
         refuse_seen(
@@ -167,8 +160,7 @@ def image_features(
     """Return `isic_id` and IMAGE_FEATURES Float32 in the order of `metadata`.
 
     The score is the mean over the folds that have a logit for the row. The relative score is its
-    difference from the mean over the patient's lesions; a ratio would be meaningless for scores
-    around 0.
+    difference from the mean over the patient's lesions.
     """
     # Both means are taken in a fixed order of rows, because the last bits of a sum depend on it.
     score = (
@@ -178,6 +170,7 @@ def image_features(
         .agg(pl.col(SCORE).mean())
     )
     patient = with_patient(metadata.select(pl.col(schema.ID, f"^{schema.PATIENT}$")))
+    # A difference: a ratio would be meaningless for scores around 0.
     relative = pl.col(SCORE) - pl.col(SCORE).mean().over(schema.PATIENT)
     table = (
         patient.join(score, on=schema.ID, how="left", maintain_order="left")

@@ -1,7 +1,7 @@
 """The number of lesions per patient, in the training table and in a table to score.
 
 Features relative to a patient compare a lesion with the patient's others in the same table. Without
-these they are constants, which boosters have hardly seen in training, and the score is unreliable.
+others they are constants, which boosters have hardly seen in training.
 """
 
 from typing import Any
@@ -34,10 +34,9 @@ def describe_lesion_counts(metadata: pl.DataFrame) -> dict[str, Any]:
 
 
 def few_lesions_warning(metadata: pl.DataFrame, training: dict[str, Any]) -> str | None:
-    """Return a sentence on the patients with fewer lesions than nearly all in training, if any.
+    """Return a warning of patients with fewer lesions than nearly all in training, if any.
 
-    Args:
-        training: as `describe_lesion_counts` returns it.
+    `training` is the result of `describe_lesion_counts`.
     """
     counts = count_lesions(metadata)
     least = training["percentiles"][str(FEW)]

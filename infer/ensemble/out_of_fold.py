@@ -19,8 +19,9 @@ from isic.runtime.machine import num_cores
 from isic.runtime.progress import TimeLeft
 
 NOISE_STREAM = 1
+# So that the random choices of a booster are independent of each other.
 BLANK_STREAM = 2
-"""Added to a booster's seed, so that its random choices are independent of each other."""
+"""Added to a booster's seed."""
 
 BoosterKey = tuple[str, int, int]
 """Library, fold and seed of a booster."""
@@ -48,8 +49,6 @@ def fit_boosters(
     """Fit all boosters of an ensemble and score every row out of fold.
 
     Args:
-        table: feature table of N rows.
-        names: the columns to use.
         target, fold: [N].
 
     Raises:
@@ -94,7 +93,7 @@ def _fit_and_score(
     encoding: Encoding,
     settings: FitSettings,
 ) -> tuple[str, Scores]:
-    """Fit one booster outside a fold. Returns its text, and the scores of the fold's rows."""
+    """Fit one booster outside a fold. Return its text, and the scores of the fold's rows."""
     library, k, seed = key
     rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
     matrix = encoding.transform(table[rows])
@@ -117,7 +116,7 @@ def undersample(
     Args:
         target: [N], 0 or 1.
         rows: the indices to choose from.
-        negatives: kept per positive; at least one is kept in all.
+        negatives: per positive; at least one in all.
     """
     positive = rows[target[rows] == 1]
     negative = rows[target[rows] == 0]
@@ -130,10 +129,8 @@ def undersample(
 def _add_noise(
     matrix: NDArray[np.float32], names: tuple[str, ...], deviation: float, seed: tuple[int, int]
 ) -> None:
-    """Add noise to each row's image score in place, and the same noise to its relative score.
-
-    New rows have slightly different scores, so the trees should not rely on exact values.
-    """
+    """Add noise to each row's image score in place, and the same noise to its relative score."""
+    # New rows have slightly different scores, so the trees should not rely on exact values.
     columns = [names.index(name) for name in image_scores.IMAGE_FEATURES if name in names]
     if columns and deviation:
         random = np.random.default_rng((*seed, NOISE_STREAM))

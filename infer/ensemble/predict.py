@@ -50,6 +50,7 @@ def predict_submission(settings: PredictSettings) -> None:
     table = ensemble.spec.frame(metadata, image_tables)
     _warn_unseen(ensemble, table)
     models = score_models(ensemble, table, settings.num_threads or num_cores())
+    # Only a blend of several libraries needs the ranks of the training rows.
     reference = ensemble.oof_models() if len(ensemble.weights) > 1 else {}
     # Rounding may lead a mean of probabilities beyond 0 or 1 by a last bit.
     score = np.clip(blend(models, ensemble.weights, reference), 0.0, 1.0)
@@ -72,7 +73,6 @@ def _write_submission(
     ensemble: Ensemble,
     origins: dict[str, Any],
 ) -> None:
-    """Write the submission, the probabilities of each model, and the manifest."""
     models_file = models_path(output)
     with atomic_path(output) as submission_path, atomic_path(models_file) as models_temporary:
         submission.write_csv(submission_path)
@@ -99,7 +99,7 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def _check_lesions(ensemble: Ensemble, metadata: pl.DataFrame, few: str) -> None:
-    """Warns of patients with too few lesions to compare with each other, or raises a UserError."""
+    """Warn of patients with too few lesions to compare with each other, or raise a UserError."""
     if not ensemble.is_relative:
         return
     problem = few_lesions_warning(metadata, ensemble.manifest["lesions_per_patient"])
@@ -111,7 +111,7 @@ def _check_lesions(ensemble: Ensemble, metadata: pl.DataFrame, few: str) -> None
 
 
 def _warn_unseen(ensemble: Ensemble, table: pl.DataFrame) -> None:
-    """Warns of categories that no training row has, with their most frequent values."""
+    """Warn of categories that no training row has."""
     unseen = unseen_categories(table, ensemble.state.encodings.values())
     for name, rows in unseen.items():
         values = [f'"{value}" ({number:,} rows)' for value, number in rows.items()]
@@ -129,15 +129,9 @@ def models_path(submission: Path) -> Path:
 
 
 def score_models(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> dict[str, Scores]:
-    """Return each model's probabilities: the mean over its folds' boosters.
+    """Return each model's probabilities, [N] float64: the mean over its folds' boosters.
 
     Without boosters, the only model is the image model.
-
-    Args:
-        table: feature table of N rows.
-
-    Returns:
-        [N] float64 by model name, as in `oof.parquet`.
     """
     boosters = ensemble.manifest["boosters"]
     if not boosters:

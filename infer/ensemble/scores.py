@@ -34,8 +34,6 @@ def summarise(
 ) -> dict[str, Any]:
     """Return the metrics of out-of-fold scores.
 
-    The pAUC over all rows and the mean of the folds' pAUC differ, so both are given.
-
     Args:
         target, score, fold, patient: [N] each.
 
@@ -49,6 +47,7 @@ def summarise(
         UserError: one class only, or a score that is not finite.
     """
     folds = np.unique(fold)
+    # The mean over folds is reported too: a partial AUC is not additive.
     by_fold = [_pauc_or_none(target[fold == k], score[fold == k]) for k in folds]
     known = [value for value in by_fold if value is not None]
     top = top_k(target, score, patient)
@@ -70,16 +69,19 @@ def _pauc_or_none(target: NDArray[np.integer], score: Scores) -> float | None:
 
 
 BY_LESION = f"top-{TOP_K} by lesion"
-"""A heading, which sets the width of its column."""
+"""Heading of a column, as wide as the column."""
 
 
 def format_scores(rows: dict[str, dict[str, Any]]) -> str:
     """Return the summaries as lines of text, one per row, under a heading, with notes below."""
     width = max(len(name) for name in rows)
-    heading = f"{'':{width}}  pAUC pooled  mean of folds ± std     AUC  {BY_LESION}  by patient"
-    lines = [_line(name.ljust(width), summary) for name, summary in rows.items()]
-    notes = dict.fromkeys(note for summary in rows.values() for note in _notes(summary))
-    return "\n".join([heading, *lines, *notes])
+    lines = [f"{'':{width}}  pAUC pooled  mean of folds ± std     AUC  {BY_LESION}  by patient"]
+    notes: list[str] = []
+    for name, summary in rows.items():
+        lines.append(_line(name.ljust(width), summary))
+        notes += _notes(summary)
+    # The same note once: ensembles of one dataset have the same patients.
+    return "\n".join([*lines, *dict.fromkeys(notes)])
 
 
 def _line(name: str, summary: dict[str, Any]) -> str:
@@ -92,7 +94,8 @@ def _line(name: str, summary: dict[str, Any]) -> str:
 
 
 def _mean_of_folds(summary: dict[str, Any]) -> str:
-    mean, std = summary["pauc_mean"], summary["pauc_std"]
+    mean = summary["pauc_mean"]
+    std = summary["pauc_std"]
     if mean is None:
         return "-"
     if std is None:

@@ -11,23 +11,22 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from infer.ensemble.boosters import LIBRARIES, parameters_of
+from isic.layout import OUTPUT_DIR
 from isic.runtime import yaml12
 from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason
 from isic.runtime.errors import did_you_mean
 
+# Chosen by `python -m benchmarks hospitals` on 885 real rows of four hospitals. Change of the pAUC
+# compared with no blanks, for raw and engineered features (all noise by `infer compare`):
+#
+# - split seeds 7, 11 and 13: 0.0000 and +0.0007 on held-out hospitals, -0.0006 and 0.0000 in
+#   cross-validation;
+# - split seed 42 and other seeds: +0.0011, -0.0006, +0.0010 and -0.0002.
+#
+# A share of 0.1 was no better. Leaving the hospital's columns out gave +0.0004, -0.0022, -0.0007
+# and +0.0006 (noise), and does not help the other columns.
 BLANK_SHARE = 0.2
-"""Share of training rows in which a category is blanked, so that boosters learn to handle a blank.
-
-Chosen by `python -m benchmarks hospitals` on 885 real rows of four hospitals. Change of the pAUC
-compared with no blanks, for raw and engineered features (all noise by `infer compare`):
-
-- split seeds 7, 11 and 13: 0.0000 and +0.0007 on held-out hospitals, -0.0006 and 0.0000 in
-  cross-validation;
-- split seed 42 and other seeds: +0.0011, -0.0006, +0.0010 and -0.0002.
-
-A share of 0.1 was no better. Leaving the hospital's columns out gave +0.0004, -0.0022, -0.0007 and
-+0.0006 (noise), and does not help the other columns.
-"""
+"""Share of training rows in which a category is blanked, so that boosters learn about blanks."""
 NUM_FOLDS = 5
 SPLIT_SEED = 42
 """The fold plan if none comes with the embeddings or the dataset."""
@@ -68,7 +67,7 @@ class FitSettings(Settings):
         None, description="for frozen: embeddings by a model that was trained on other images"
     )
     output_dir: Path = Field(
-        Path("outputs/ensemble"),
+        OUTPUT_DIR / "ensemble",
         validation_alias=OUTPUT_NAMES,
         description="parent of the ensemble's folder",
     )
@@ -125,7 +124,7 @@ class FitSettings(Settings):
 
     @classmethod
     def flags(cls) -> dict[str, FieldInfo]:
-        """Return the flags: one per library in place of `library_settings`."""
+        """Return the flags, with one per library instead of `library_settings`."""
         others = {name: field for name, field in cls.model_fields.items() if name != CHANGES}
         help_text = 'changed settings of {}, such as "{{num_rounds: 100}}"'
         libraries = {
@@ -152,7 +151,6 @@ class FitSettings(Settings):
 
     @classmethod
     def _over_config(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of the config file, replaced by those given as flags."""
         path = find_config(values["config"])
         from_file = read_yaml(path)
         build(cls, from_file, str(path))  # on its own, so that an error names the file
@@ -207,7 +205,6 @@ class FitSettings(Settings):
 
 
 def _parse_changes(library: str, value: Any) -> dict[str, Any]:
-    """Return a library's changed settings, from a mapping or the YAML of one."""
     try:
         parsed = yaml12.load(value) if isinstance(value, str) else value
     except yaml.YAMLError as error:
@@ -230,7 +227,7 @@ class PredictSettings(Settings):
 
     data: Path = Field(Path("data/isic-2024"), description="dataset folder")
     ensemble: Path = Field(
-        Path("outputs/ensemble"),
+        OUTPUT_DIR / "ensemble",
         description="an ensemble's folder, or one with a single ensemble in it",
     )
     embeddings: Path | None = Field(
@@ -256,7 +253,7 @@ class ScoresSettings(Settings):
     """Print the out-of-fold scores of every ensemble in a folder, the lowest pAUC first."""
 
     output_dir: Path = Field(
-        Path("outputs/ensemble"),
+        OUTPUT_DIR / "ensemble",
         validation_alias=AliasChoices("output_dir", "out"),
         description="folder with ensembles in it",
     )

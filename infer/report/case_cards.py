@@ -24,12 +24,7 @@ Pictures = Mapping[str, Picture]
 
 
 def case_card(case: Case, large: Pictures, small: Pictures) -> Markup:
-    """Return the card of a lesion.
-
-    Args:
-        large: with the picture of the lesion.
-        small: with the pictures of the patient's other lesions.
-    """
+    """Return the card of a lesion; `small` has the pictures of the patient's other lesions."""
     name = case.lesion.name
     title = tag("div", tag("h3", name, class_="id"), _ranking(case))
     metadata = page.facts(_shown_metadata(case.row), "row")
@@ -115,5 +110,4 @@ def _cell(value: Any) -> str:
 
 
 def _score_text(score: float) -> str:
-    """Format a score with two or three significant digits."""
     return f"{score:.3f}" if score >= 0.1 else f"{score:.2g}"

@@ -49,7 +49,6 @@ def worst_misses(oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CA
 
     Args:
         oof: `isic_id`, `target`, `blend` and `patient_id`, the row's own id if that is unknown.
-        metadata: the training table.
     """
     return _cases(oof, metadata, 1, number)
 
@@ -57,16 +56,15 @@ def worst_misses(oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CA
 def worst_false_alarms(
     oof: pl.DataFrame, metadata: pl.DataFrame, number: int = NUM_CASES
 ) -> list[Case]:
-    """Return the benign lesions with the highest scores, the highest first.
-
-    Arguments as for `worst_misses`.
-    """
+    """Return the benign lesions with the highest scores, the highest first."""
     return _cases(oof, metadata, 0, number)
 
 
 def _cases(oof: pl.DataFrame, metadata: pl.DataFrame, label: int, number: int) -> list[Case]:
     is_class = pl.col(schema.TARGET) == label
-    wrong = oof.filter(is_class).sort("blend", schema.ID, descending=[label == 0, False])
+    # Malignant lesions are wrong if they score low, benign ones if they score high.
+    worst_first = [label == 0, False]
+    wrong = oof.filter(is_class).sort("blend", schema.ID, descending=worst_first)
     other_class = oof.filter(~is_class)["blend"].sort()
     return [_case(row, oof, metadata, other_class) for row in wrong.head(number).to_dicts()]
 
@@ -74,11 +72,7 @@ def _cases(oof: pl.DataFrame, metadata: pl.DataFrame, label: int, number: int) -
 def _case(
     scored: dict[str, Any], oof: pl.DataFrame, metadata: pl.DataFrame, other_class: pl.Series
 ) -> Case:
-    """Return the case of a row of `oof`.
-
-    Args:
-        other_class: the scores of the other class, sorted.
-    """
+    """Return the case of a row of `oof`; `other_class` has the sorted scores of the other class."""
     name = scored[schema.ID]
     score = scored["blend"]
     lesions = oof.filter(pl.col(schema.PATIENT) == scored[schema.PATIENT])
@@ -89,6 +83,7 @@ def _case(
         .select(schema.ID, schema.TARGET, "blend")
     )
     row = metadata.row(by_predicate=pl.col(schema.ID) == name, named=True)
+    # Ties do not count as beaten.
     num_beaten = np.searchsorted(other_class.to_numpy(), score)
     return Case(
         lesion=Lesion(name, scored[schema.TARGET], score),
@@ -110,11 +105,7 @@ class Picture:
 
 
 def pictures(images: ImageStore, names: Sequence[str], side: int) -> dict[str, Picture]:
-    """Return thumbnails by id, square as the model sees the images.
-
-    Args:
-        side: in pixels.
-    """
+    """Return thumbnails by id, square as the model sees the images."""
     pixels, failed = images.load(names, PreprocessSpec(size=side, interpolation="area"))
     return {
         name: Picture(reason=failed[row]) if row in failed else Picture(_jpeg_uri(pixels[row]))

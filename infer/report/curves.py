@@ -7,24 +7,19 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
+from isic.arrays import Floats, Labels
 from isic.metrics import redraws
 
-Values = NDArray[np.float64]
-Labels = NDArray[np.integer]
-
 NUM_BINS = 10
+# More would change the third digit of an interval.
 NUM_RESAMPLES = 200
-"""Bootstrap resamples of the patients; more would change the third digit of an interval."""
+"""Bootstrap resamples of the patients."""
 Z_95 = 1.959964
 """A normal distribution has 95 % within this many standard deviations of its mean."""
 
 
-def precision_recall(target: Labels, score: Values) -> tuple[Values, Values, float]:
-    """Return recall rising from 0, precision [M], and the average precision.
-
-    Average precision is the area of the steps in which each precision extends back to the
-    previous recall.
-    """
+def precision_recall(target: Labels, score: Floats) -> tuple[Floats, Floats, float]:
+    """Return recall [M] rising from 0, precision [M], and the average precision."""
     precision, recall, _ = precision_recall_curve(target, score, drop_intermediate=True)
     return recall[::-1], precision[::-1], float(average_precision_score(target, score))
 
@@ -33,34 +28,32 @@ def precision_recall(target: Labels, score: Values) -> tuple[Values, Values, flo
 class Reliability:
     """Predicted and observed shares of malignant lesions by bins of rising score; [B] each."""
 
-    mean_score: Values
-    observed: Values
+    mean_score: Floats
+    observed: Floats
     """Share of malignant lesions."""
-    low: Values
-    high: Values
+    low: Floats
+    high: Floats
     """95 % interval of that share."""
     num_rows: NDArray[np.int64]
 
 
 def reliability(
-    target: Labels, score: Values, patient: NDArray[Any], num_bins: int = NUM_BINS
+    target: Labels, score: Floats, patient: NDArray[Any], num_bins: int = NUM_BINS
 ) -> Reliability:
     """Compare scores, taken as probabilities, with observed shares.
-
-    A bin holds an equal part of the sum of scores, that is, of the predicted malignant lesions.
-    With one malignant lesion in a thousand, most bins of equal size would have none.
-
-    The lesions of a patient are not independent, so the intervals hold 95 % of the resamples of
-    the patients. They also hold Wilson's interval for independent lesions: resamples of a bin
-    without a malignant lesion have none either, and so no spread.
 
     Args:
         target, score: [N]; scores in [0, 1].
         patient: [N] identifiers.
     """
+    # Bins have equal parts of the sum of scores, that is, of the predicted malignant lesions: with
+    # one malignant lesion in a thousand, most bins of equal size would have none.
     code = _bins(score, num_bins)
     num_rows = np.bincount(code)
     observed = np.bincount(code, target) / num_rows
+    # The lesions of a patient are not independent, so the intervals hold 95 % of the resamples of
+    # the patients. They also hold Wilson's interval for independent lesions: resamples of a bin
+    # without a malignant lesion have none either, and so no spread.
     low, high = wilson(observed, num_rows)
     resampled = _resampled_shares(code, target, patient)
     return Reliability(
@@ -72,7 +65,7 @@ def reliability(
     )
 
 
-def _bins(score: Values, num_bins: int) -> NDArray[np.intp]:
+def _bins(score: Floats, num_bins: int) -> NDArray[np.intp]:
     """Return [N] the bin of each score; bins hold equal parts of the sum, numbered from 0."""
     order = np.argsort(score, kind="stable")
     scores = score[order]
@@ -86,7 +79,7 @@ def _bins(score: Values, num_bins: int) -> NDArray[np.intp]:
     return code
 
 
-def _resampled_shares(code: NDArray[np.intp], target: Labels, patient: NDArray[Any]) -> Values:
+def _resampled_shares(code: NDArray[np.intp], target: Labels, patient: NDArray[Any]) -> Floats:
     """Return [NUM_RESAMPLES, B] the share of malignant lesions; NaN for a bin without rows."""
     _, group = np.unique(patient, return_inverse=True)
     shares = np.full((NUM_RESAMPLES, code.max() + 1), np.nan)
@@ -97,14 +90,15 @@ def _resampled_shares(code: NDArray[np.intp], target: Labels, patient: NDArray[A
     return shares
 
 
-def wilson(share: Values, number: NDArray[np.int64]) -> tuple[Values, Values]:
+def wilson(share: Floats, number: NDArray[np.int64]) -> tuple[Floats, Floats]:
     """Return the 95 % interval of a share among `number` independent trials.
 
     Source: Wilson 1927, Journal of the American Statistical Association 22:209.
     """
     square = Z_95**2 / number
     middle = (share + square / 2) / (1 + square)
-    half = Z_95 / (1 + square) * np.sqrt(share * (1 - share) / number + square / number / 4)
+    variance = share * (1 - share) / number + square / number / 4
+    half = Z_95 / (1 + square) * np.sqrt(variance)
     return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
 
 
@@ -112,20 +106,18 @@ def wilson(share: Values, number: NDArray[np.int64]) -> tuple[Values, Values]:
 class Projection:
     """Points on the two directions in which they vary most."""
 
-    points: Values
+    points: Floats
     """[N, 2]."""
     explained: tuple[float, float]
     """Share of the total variance along each direction."""
 
 
 def pca(features: NDArray[np.floating]) -> Projection:
-    """Project features [N, D] onto their first two principal components.
-
-    The sign of a component is arbitrary; its largest coefficient is made positive.
-    """
+    """Project features [N, D] onto their first two principal components."""
     centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
     _, singular_values, components = np.linalg.svd(centred, full_matrices=False)
     components = components[:2]
+    # The sign of a component is arbitrary; its largest coefficient is made positive.
     largest_at = np.abs(components).argmax(axis=1)[:, None]
     largest = np.take_along_axis(components, largest_at, axis=1)
     points = centred @ (components * np.sign(largest)).T

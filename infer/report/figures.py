@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 from infer.report.curves import Projection, Reliability, precision_recall
 from isic import schema
+from isic.arrays import Floats, Labels
 from isic.html.markup import Markup, number, tag
 from isic.html.page import figure, percent
-from isic.html.plot import Axis, Plot, Values, decades, stairs
-from isic.html.roc import Labels, Scores, roc_chart, scored_region_chart
+from isic.html.plot import Axis, Plot, decades, stairs
+from isic.html.roc import LabelledScores, roc_chart, scored_region_chart
 from isic.metrics import pauc
 
 RARE = 0.05
@@ -22,7 +23,8 @@ NUM_BARS = 24
 GRID_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Distances of grid lines to choose from."""
 MAX_GRID_LINES = 5
-MAP_SIDE, MAP_MARGIN = 200, 8
+MAP_SIDE = 200
+MAP_MARGIN = 8
 
 
 def roc_figure(oof: pl.DataFrame) -> Markup:
@@ -42,8 +44,7 @@ def region_figure(oof: pl.DataFrame) -> Markup:
     return figure("The scored part", scored_region_chart(_curves(oof)), explained)
 
 
-def _curves(oof: pl.DataFrame) -> dict[str, Scores]:
-    """Return the scores by fold, and of all folds."""
+def _curves(oof: pl.DataFrame) -> dict[str, LabelledScores]:
     by_fold = {f"fold {fold}": _arrays(rows) for (fold,), rows in sorted(oof.group_by("fold"))}
     return {**by_fold, "all folds pooled": _arrays(oof)}
 
@@ -121,30 +122,25 @@ def distribution_figure(oof: pl.DataFrame) -> Markup:
     return figure("Distribution of the scores", chart, *key, "Each adds up to 1.")
 
 
-def _histogram(places: Values, edges: Values) -> Values:
-    """Return the share of `places` in each bin."""
+def _histogram(places: Floats, edges: Floats) -> Floats:
     counts, _ = np.histogram(places, edges)
     return np.asarray(counts / max(len(places), 1))
 
 
 def _share_axis(top: float) -> Axis:
-    """Return an axis from 0 to `top` with few grid lines."""
     step = next(step for step in GRID_STEPS if top <= MAX_GRID_LINES * step)
     num_ticks = int(top / step + 1e-9) + 1  # 0.3 / 0.1 is just below 3
     ticks = tuple(step * line for line in range(num_ticks))
     return Axis("share of the class", 0, max(top, step), ticks)
 
 
-def _outline(edges: Values, shares: Values) -> tuple[Values, Values]:
+def _outline(edges: Floats, shares: Floats) -> tuple[Floats, Floats]:
     """Return the corners of a histogram's bars, from the floor and back to it."""
     return np.repeat(edges, 2), np.concatenate([[0.0], np.repeat(shares, 2), [0.0]])
 
 
 def _lowest(target: Labels, smallest: float) -> float:
-    """Return the low end of a probability axis.
-
-    It is 0, or a power of ten of at most `smallest` if malignant lesions are rare.
-    """
+    """Return 0, or a power of ten of at most `smallest` if malignant lesions are rare."""
     if target.mean() > RARE:
         return 0.0
     return float(10.0 ** np.floor(np.log10(np.clip(smallest, LOWEST, RARE))))
@@ -183,7 +179,7 @@ def map_figure(
     return figure(f"Fold {fold}", chart, f"{percent(first)} and {percent(second)} of the variance")
 
 
-def _map_pixels(points: Values) -> Values:
+def _map_pixels(points: Floats) -> Floats:
     """Map points [N, 2] to pixels: the middle 99 % fill the map, others are moved to its edge."""
     low, high = np.quantile(points, [0.005, 0.995], axis=0)
     varies = high > low
@@ -193,5 +189,5 @@ def _map_pixels(points: Values) -> Values:
     return np.asarray(2 * MAP_MARGIN + places * inside * [1, -1] + [0, inside])
 
 
-def _arrays(oof: pl.DataFrame) -> Scores:
+def _arrays(oof: pl.DataFrame) -> LabelledScores:
     return oof[schema.TARGET].to_numpy(), oof["blend"].to_numpy()

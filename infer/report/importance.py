@@ -35,11 +35,7 @@ def importance(
 ) -> pl.DataFrame:
     """Return each feature's importance in an ensemble, the largest first.
 
-    A booster's gains are scaled to add up to 1 before the mean, so each booster counts equally.
-
     Args:
-        root: the ensemble's folder.
-        boosters: the manifest's entries.
         names: D columns of the boosters' matrix.
 
     Returns:
@@ -48,6 +44,7 @@ def importance(
     shares = np.zeros(len(names))
     for entry in boosters:
         text = (root / entry["file"]).read_text(encoding="utf-8")
+        # Gains of a booster are scaled to add up to 1, so that each booster counts equally.
         gains = LIBRARIES[entry["library"]].gains(text, len(names))
         shares += gains / max(gains.sum(), np.finfo(float).tiny) / len(boosters)
     groups = [FEATURES[name].group if name in FEATURES else IMAGE for name in names]

@@ -1,7 +1,4 @@
-"""A map of each fold's embeddings.
-
-Each fold's model has its own feature space, so one map of all would only show the folds.
-"""
+"""A map of each fold's embeddings: one map of all would only show the models' feature spaces."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +33,6 @@ def projections(
 
 
 def _sampled_features(embeddings: Path, oof: pl.DataFrame) -> Iterator[tuple[int, pl.DataFrame]]:
-    """Yield, by fold, the stored features of a sample of its held-out lesions."""
     folds = [rows for _, rows in sorted(oof.group_by("fold"))]
     sampled = pl.concat(sample_lesions(rows) for rows in folds)
     wanted = sampled.select(schema.ID, pl.col("fold").cast(pl.Int8), schema.TARGET)
@@ -53,5 +49,6 @@ def sample_lesions(rows: pl.DataFrame) -> pl.DataFrame:
     parts = []
     for label, most in MAX_SHOWN.items():
         part = rows.filter(pl.col(schema.TARGET) == label).sort(schema.ID)
+        # A fixed seed, so that a report of the same ensemble has the same bytes.
         parts.append(part.sample(min(len(part), most), seed=0))
     return pl.concat(parts)

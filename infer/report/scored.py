@@ -60,10 +60,8 @@ class Scored:
 
     ensemble: Ensemble
     oof: pl.DataFrame
-    """`isic_id`, `fold`, `target`, one column per model, `blend`, `patient_id` and GROUP.
-
-    A row without a patient has its own id as `patient_id`.
-    """
+    """`isic_id`, `fold`, `target`, one column per model, `blend`, `patient_id` (of a row without a
+    patient its own id) and GROUP."""
     metadata: pl.DataFrame
     images: ImageStore | None
     images_missing: str

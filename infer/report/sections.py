@@ -27,17 +27,19 @@ CAVEAT = (
     "These are research scores for comparing models: they are no diagnosis and must not guide "
     "anyone's care."
 )
-TOP = f"Top-{TOP_K}"
+TOP_HEADING = f"Top-{TOP_K}"
 NUM_TOP = 15
 """Features that are listed by name."""
-LARGE, SMALL = 160, 96
-"""Sides of the thumbnails in pixels, larger than in CSS pixels for screens of high density."""
+# Larger than in CSS pixels, for screens of high density.
+LARGE = 160
+SMALL = 96
+"""Sides of the thumbnails in pixels."""
 
-Section = tuple[str, Sequence[str]]
+ReportSection = tuple[str, Sequence[str]]
 """Title and content."""
 
 
-def sections(scored: Scored, embeddings: Path | None) -> dict[str, Section]:
+def sections(scored: Scored, embeddings: Path | None) -> dict[str, ReportSection]:
     """Return all sections by the names of the links to them.
 
     Raises:
@@ -80,7 +82,7 @@ def header(scored: Scored, names: Iterable[str]) -> Markup:
 
 
 def _out_of_fold(boosters: bool, fold_models: bool) -> str:
-    """Return how far the scores are independent of their own patients, as a sentence."""
+    """Return a sentence on how far the scores are independent of their own patients."""
     if not boosters:
         return "Every score is out of fold: by an image model that was trained without the patient."
     if not fold_models:
@@ -116,7 +118,6 @@ def _tiles(scored: Scored) -> Markup:
 
 
 def _top_tiles(top: TopK | None) -> list[tuple[str, str, str]]:
-    """Return the tiles of malignant lesions found among their patient's highest scores."""
     if top is None:
         return []
     by_lesion = f"of malignant lesions are among their patient's {TOP_K} highest scores"
@@ -127,8 +128,8 @@ def _top_tiles(top: TopK | None) -> list[tuple[str, str, str]]:
         "secondary metric"
     )
     return [
-        (f"{TOP} by lesion", percent(top.by_lesion, 1), by_lesion),
-        (f"{TOP} by patient", percent(top.by_patient, 1), by_patient),
+        (f"{TOP_HEADING} by lesion", percent(top.by_lesion, 1), by_lesion),
+        (f"{TOP_HEADING} by patient", percent(top.by_patient, 1), by_patient),
     ]
 
 
@@ -140,7 +141,7 @@ def _tenths(share: float | None) -> str:
     return NONE if share is None else percent(share, 1)
 
 
-def _ranking(scored: Scored) -> Section:
+def _ranking(scored: Scored) -> ReportSection:
     intro = (
         "The challenge scores only the order of the lesions, and only where at least 80 % of the "
         "malignant ones are found."
@@ -154,7 +155,7 @@ def _ranking(scored: Scored) -> Section:
     return "How well the scores rank", content
 
 
-def _stability(scored: Scored) -> Section:
+def _stability(scored: Scored) -> ReportSection:
     intro = (
         "The pooled pAUC is not the mean of the folds: a partial area is not additive, and the "
         "models of different folds may scale their scores differently."
@@ -189,7 +190,7 @@ def _counts(row: Judgement) -> list[str]:
     return [f"{value:,}" for value in (row.num_lesions, row.num_malignant, row.num_patients)]
 
 
-def _calibration(scored: Scored) -> Section:
+def _calibration(scored: Scored) -> ReportSection:
     intro = (
         "Scores are not meant as probabilities: the boosters are fitted on fewer negatives and "
         "with weighted positives, so scores may be far above the true shares. The challenge "
@@ -207,7 +208,6 @@ def _calibration(scored: Scored) -> Section:
 
 
 def _bin_table(bins: Reliability) -> Markup:
-    """Return the dots of the calibration chart as a table."""
     rows = zip(
         bins.mean_score.tolist(), bins.observed.tolist(), bins.num_rows.tolist(), strict=True
     )
@@ -215,7 +215,7 @@ def _bin_table(bins: Reliability) -> Markup:
     return page.table("Calibration in numbers", ("mean score", "malignant", "lesions"), cells)
 
 
-def _features(scored: Scored) -> Section:
+def _features(scored: Scored) -> ReportSection:
     title = "Feature importance"
     ensemble = scored.ensemble
     shares = importance(ensemble.root, ensemble.manifest["boosters"], ensemble.state.names)
@@ -242,7 +242,7 @@ def _features(scored: Scored) -> Section:
     return title, (tag("p", intro), tables)
 
 
-def _map(scored: Scored, embeddings: Path | None) -> Section:
+def _map(scored: Scored, embeddings: Path | None) -> ReportSection:
     title = "Map of the embeddings"
     manifest = scored.ensemble.manifest
     if manifest["embeddings"] is None:
@@ -266,15 +266,16 @@ def _map(scored: Scored, embeddings: Path | None) -> Section:
     return title, (tag("p", intro), tag("p", *key), tag("div", *maps, class_="figures maps"))
 
 
-def _errors(scored: Scored) -> dict[str, Section]:
+def _errors(scored: Scored) -> dict[str, ReportSection]:
     misses = worst_misses(scored.oof, scored.metadata)
     alarms = worst_false_alarms(scored.oof, scored.metadata)
     large, small = _thumbnails(scored, (*misses, *alarms))
 
-    def section(title: str, intro: str, cases: Sequence[Case]) -> Section:
-        note = [tag("p", scored.images_missing)] if scored.images is None else []
-        cards = tag("div", *(case_card(case, large, small) for case in cases), class_="cases")
-        return title, (tag("p", intro), *note, cards)
+    note = [tag("p", scored.images_missing)] if scored.images is None else []
+
+    def section(title: str, intro: str, cases: Sequence[Case]) -> ReportSection:
+        cards = [case_card(case, large, small) for case in cases]
+        return title, (tag("p", intro), *note, tag("div", *cards, class_="cases"))
 
     return {
         "Misses": section("Worst misses", "The malignant lesions with the lowest scores.", misses),
@@ -285,7 +286,6 @@ def _errors(scored: Scored) -> dict[str, Section]:
 
 
 def _thumbnails(scored: Scored, cases: Sequence[Case]) -> tuple[Pictures, Pictures]:
-    """Return large pictures of the cases and small ones of their patients' other lesions."""
     if scored.images is None:
         return {}, {}
     names = {case.lesion.name for case in cases}
@@ -295,7 +295,7 @@ def _thumbnails(scored: Scored, cases: Sequence[Case]) -> tuple[Pictures, Pictur
     return large, small
 
 
-def _origin(scored: Scored) -> Section:
+def _origin(scored: Scored) -> ReportSection:
     manifest = scored.ensemble.manifest
     embeddings = manifest["embeddings"]
     items = {

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from isic.layout import OUTPUT_DIR
 from isic.runtime.config import Settings
 
 
@@ -11,7 +12,7 @@ class ReportSettings(Settings):
     """Write the report of a fitted ensemble again."""
 
     ensemble: Path = Field(
-        Path("outputs/ensemble"),
+        OUTPUT_DIR / "ensemble",
         description="folder of an ensemble, or of a folder with a single ensemble in it",
     )
     data: Path = Field(

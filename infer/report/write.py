@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from infer.ensemble.artifact import open_ensemble
+from infer.ensemble.artifact import REPORT_FILE, open_ensemble
 from infer.report.scored import read_scored
 from infer.report.sections import header, sections
 from infer.report.settings import ReportSettings
@@ -10,7 +10,6 @@ from isic.html import page
 from isic.html.markup import tag
 from isic.runtime.files import write_text
 
-REPORT_FILE = "report.html"
 REPORT_STYLE = Path(__file__).with_name("report.css")
 
 
@@ -23,7 +22,6 @@ def write_report(ensemble: Path, data: Path, embeddings: Path | None = None) -> 
     """Write `report.html` into an ensemble's folder and return its path.
 
     Args:
-        ensemble: the folder.
         data: the dataset that it was fitted on; its images, if any, are shown.
         embeddings: the embedding run that it was fitted with, for the map.
 

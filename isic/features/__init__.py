@@ -99,7 +99,7 @@ def expand(words: Iterable[str], also_known: Iterable[str] = ()) -> tuple[str, .
 
     Args:
         words: sets, groups or single features.
-        also_known: words of the caller, suggested for an unknown word too.
+        also_known: more suggestions for an unknown word.
 
     Raises:
         UserError: an unknown word, or a column that test tables lack.
@@ -119,7 +119,7 @@ def expand(words: Iterable[str], also_known: Iterable[str] = ()) -> tuple[str, .
 
 
 def relative_to_patient(names: Iterable[str]) -> bool:
-    """Return whether a named feature depends on the patient's other lesions; ignores others."""
+    """Return whether a named feature depends on the patient's other lesions."""
     return any(name in FEATURES and FEATURES[name].relative for name in names)
 
 
@@ -140,16 +140,13 @@ def needed_columns(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _roots(name: str) -> Iterable[str]:
-    """Return the columns that a feature's expression reads."""
-    return outlier.COLUMNS if name == outlier.NAME else FEATURES[name].expr.meta.root_names()
+    if name == outlier.NAME:
+        return outlier.OUTLIER_COLUMNS
+    return FEATURES[name].expr.meta.root_names()
 
 
 def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
-    """Compute the named features.
-
-    Args:
-        metadata: from `read_metadata`. A row without a patient is a patient of its own.
-        names: from `expand`.
+    """Compute features from the result of `read_metadata`; `names` are those of `expand`.
 
     Returns:
         `isic_id` and one column per name, rows in the order of `metadata`. Categories are String;
@@ -178,7 +175,7 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
 
 
 def _in_canonical_order(metadata: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:
-    """Sort by patient and id, so that floating-point sums do not depend on the file's order."""
+    # Sorted, so that floating-point sums do not depend on the file's order.
     patient = with_patient(metadata)[schema.PATIENT].alias(PATIENT_CODE)
     keyed = (
         metadata.select(schema.ID, patient, *columns)
@@ -201,7 +198,7 @@ def _needed_formulas(names: tuple[str, ...]) -> list[Feature]:
 def _lof(table: pl.DataFrame) -> pl.Series:
     scores = (
         zscore(pl.col(name), WITHIN["patient"]).cast(pl.Float32).alias(name)
-        for name in outlier.COLUMNS
+        for name in outlier.OUTLIER_COLUMNS
     )
     measured = table.select(scores).to_numpy(order="c").astype(np.float32)
     factor = outlier.patient_lof(measured, table[PATIENT_CODE].to_numpy())
@@ -211,5 +208,6 @@ def _lof(table: pl.DataFrame) -> pl.Series:
 def _finite(name: str) -> pl.Expr:
     if name in CATEGORIES:
         return pl.col(name).cast(pl.String)
+    # A value beyond float32 becomes infinite, and then null.
     number = pl.col(name).cast(pl.Float32)
     return pl.when(number.is_finite()).then(number).alias(name)

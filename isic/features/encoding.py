@@ -19,9 +19,8 @@ class Encoding:
     """Turns a feature table into the boosters' matrix.
 
     A category becomes its rank by falling frequency in the training rows (0 is the most frequent);
-    a blank and an unseen category become BLANK. Trees separate BLANK from 0 only if training rows
-    contain it, see `blank_categories`. A blank number becomes the median of the training rows, or
-    0 if they have none.
+    a blank and an unseen category become BLANK. A blank number becomes the median of the training
+    rows, or 0 if they have none.
     """
 
     names: tuple[str, ...]
@@ -47,14 +46,14 @@ class Encoding:
     def blank_categories(
         self, matrix: NDArray[np.float32], share: float, random: np.random.Generator
     ) -> None:
-        """Set each category column to BLANK in its own random share of the rows.
-
-        Without it boosters score an unseen category like the most frequent one.
+        """Set each category column to BLANK in its own random share of the rows, in place.
 
         Args:
-            matrix: [N, D] float32 from `transform`, changed in place.
+            matrix: [N, D] float32 from `transform`.
             share: fraction of the rows, in [0, 1).
         """
+        # Trees separate BLANK from 0 only if training rows contain it. Otherwise they would score
+        # an unseen category like the most frequent one.
         for name in self.categories:
             blanked = random.random(len(matrix)) < share
             matrix[blanked, self.names.index(name)] = BLANK
@@ -86,6 +85,7 @@ def fit_encoding(features: pl.DataFrame, names: tuple[str, ...]) -> Encoding:
 
 
 def _by_frequency(column: pl.Series) -> tuple[str, ...]:
+    # Ties by name, so that codes do not depend on the order of the rows.
     counts = (
         column.drop_nulls().value_counts().sort(["count", column.name], descending=[True, False])
     )
@@ -95,7 +95,7 @@ def _by_frequency(column: pl.Series) -> tuple[str, ...]:
 def unseen_categories(
     features: pl.DataFrame, encodings: Collection[Encoding]
 ) -> dict[str, dict[str, int]]:
-    """Count the rows whose category no encoding knows: column -> value -> number of rows."""
+    """Return the number of rows by column and value of categories that no encoding knows."""
     known_values: dict[str, set[str]] = {}
     for encoding in encodings:
         for name, values in encoding.categories.items():

@@ -1,8 +1,4 @@
-"""Features that read only their own row, as a table: name, expression, group, source.
-
-The public notebooks compute their formulas with numpy, so 0/0 and x/0 become NaN and infinity.
-Here every division goes through `ratio`: a formula is blank exactly if one of its columns is.
-"""
+"""Features that read only their own row, as a table: name, expression, group, source."""
 
 import math
 from collections.abc import Mapping
@@ -47,11 +43,12 @@ class Feature:
 
 def ratio(numerator: pl.Expr, denominator: pl.Expr) -> pl.Expr:
     """Return numerator / denominator; a denominator of exactly 0 is ERR, so 0/0 is 0."""
+    # The notebooks compute with numpy, so 0/0 and x/0 become NaN and infinity. Here a formula is
+    # blank only if one of its columns is.
     return numerator / pl.when(denominator == 0).then(ERR).otherwise(denominator)
 
 
 def norm(*parts: pl.Expr) -> pl.Expr:
-    """Return the Euclidean norm of the parts."""
     return sum((part * part for part in parts), start=pl.lit(0.0)).sqrt()
 
 
@@ -90,8 +87,8 @@ x = _tbp("x")
 y = _tbp("y")
 z = _tbp("z")
 
+# For logarithms and roots, whose NaN would blank the z-scores of a whole patient.
 possible_area = pl.when(area >= 0).then(area)
-"""For logarithms and roots, whose NaN would blank the z-scores of a whole patient."""
 border_complexity = border + symm
 shape_index = ratio(area, perim * perim)
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from isic import schema
+from isic.arrays import Floats
 from isic.features.formulas import SOLUTIONS
 from isic.runtime.machine import num_cores
 
@@ -18,25 +19,23 @@ MIN_LESIONS = 3
 FLOOR = -1000.0
 TINY = 1e-10
 """Added to a mean distance, as in scikit-learn, to keep densities finite."""
+# 2 MB, which fits the cache of a core.
 BLOCK = 2**18
-"""Distances per thread at a time: 2 MB, which fits a core's cache."""
+"""Distances per thread at a time."""
 
-COLUMNS = tuple(
+OUTLIER_COLUMNS = tuple(
     name
     for name in schema.NUMERIC
     if name not in {"age_approx", "tbp_lv_x", "tbp_lv_y", "tbp_lv_z", "tbp_lv_symm_2axis_angle"}
 )
 """Columns that define the distance between two lesions: appearance, not position."""
 
-Floats = NDArray[np.float64]
-
 
 def patient_lof(measured: NDArray[np.float32], patient: NDArray[np.integer]) -> NDArray[np.float32]:
     """Return each lesion's negative local outlier factor among its patient's lesions.
 
-    About -1 for a lesion like its neighbors, lower for an outlier, at least FLOOR (identical
-    lesions have a huge density), and -1 if the patient has fewer than MIN_LESIONS. Equal to
-    scikit-learn's LocalOutlierFactor, whose overhead per call exceeds the work for a small patient.
+    About -1 for a lesion like its neighbors, lower for an outlier, at least FLOOR, and -1 if the
+    patient has fewer than MIN_LESIONS. Equal to scikit-learn's LocalOutlierFactor.
 
     Args:
         measured: [N, D], normalised per patient; NaN counts as the patient's mean, 0.
@@ -51,12 +50,13 @@ def patient_lof(measured: NDArray[np.float32], patient: NDArray[np.integer]) -> 
     groups = [slice(start, end) for start, end in pairwise([*starts, len(patient)])]
     groups = [rows for rows in groups if rows.stop - rows.start >= MIN_LESIONS]
     groups.sort(key=lambda rows: rows.start - rows.stop)  # largest first: it takes longest
-    # One thread per patient; BLAS threads on top of these would compete for the same cores.
+    # Not by scikit-learn, whose overhead per call exceeds the work for a small patient. One thread
+    # per patient; BLAS threads on top of these would compete for the same cores.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(num_cores()) as pool:
         factors = pool.map(lambda rows: _one_patient(filled[rows]), groups)
         for rows, part in zip(groups, factors, strict=True):
             factor[rows] = part
-    return np.maximum(factor, np.float32(FLOOR))
+    return np.maximum(factor, np.float32(FLOOR))  # identical lesions have a huge density
 
 
 def _one_patient(measured: NDArray[np.float32]) -> Floats:

@@ -49,10 +49,7 @@ def zscore(column: pl.Expr, keys: list[str]) -> pl.Expr:
 
 
 def percentile(column: pl.Expr, keys: list[str]) -> pl.Expr:
-    """Return rank / count among the rows with equal keys and a value, in (0, 1].
-
-    Ties get their mean rank.
-    """
+    """Return mean rank / count among the rows with equal keys and a value, in (0, 1]."""
     return column.rank("average").over(keys) / column.count().over(keys)
 
 

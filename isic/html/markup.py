@@ -1,7 +1,4 @@
-"""HTML and SVG as values.
-
-Text is escaped, so nothing in a dataset can become markup.
-"""
+"""HTML and SVG as values; text is escaped, so nothing in a dataset can become markup."""
 
 from html import escape
 

@@ -9,7 +9,7 @@ from isic.html.plot import PLOT_STYLE
 
 PAGE_STYLE = Path(__file__).with_name("page.css")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""Content security policy: loads nothing from outside, and runs no script even if one got in."""
+"""Content security policy: loads nothing from outside and runs no script."""
 NONE = "\N{EN DASH}"
 """Cell of a table without a value."""
 

@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from isic.arrays import Floats
 from isic.html.markup import Markup, join, number, tag
-
-Values = NDArray[np.float64]
 
 PLOT_STYLE = Path(__file__).with_name("plot.css")
 
-WIDTH, HEIGHT = 360, 336
-"""CSS pixels, about the size of a chart on a phone and on a wide screen: its text is then 12 px."""
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 10, 48
+# About the size of a chart on a phone and on a wide screen: its text is then 12 px.
+WIDTH = 360
+HEIGHT = 336
+"""CSS pixels."""
+LEFT = 54
+RIGHT = 14
+TOP = 10
+BOTTOM = 48
 """Margins around the axes."""
 IMAGE_WIDTH = 720
 """CSS pixels of a chart in a file of its own, at most."""
@@ -36,14 +40,14 @@ class Axis:
     ticks: Sequence[float] = (0, 0.2, 0.4, 0.6, 0.8, 1)
     log: bool = False
 
-    def place(self, values: ArrayLike) -> Values:
+    def place(self, values: ArrayLike) -> Floats:
         """Map values to 0 (`low`) to 1 (`high`); values outside are moved to the edge."""
         clipped = np.clip(np.asarray(values, dtype=np.float64), self.low, self.high)
         if self.log:
             return np.asarray(np.log(clipped / self.low) / np.log(self.high / self.low))
         return np.asarray((clipped - self.low) / (self.high - self.low))
 
-    def invert(self, places: ArrayLike) -> Values:
+    def invert(self, places: ArrayLike) -> Floats:
         """Return the values at places in [0, 1]."""
         places = np.asarray(places, dtype=np.float64)
         if self.log:
@@ -66,11 +70,12 @@ class Plot:
     label: str
     """Description for screen readers."""
 
-    def at(self, x: ArrayLike, y: ArrayLike) -> Values:
+    def at(self, x: ArrayLike, y: ArrayLike) -> Floats:
         """Return the pixels [N, 2] of points."""
         right = LEFT + self.x.place(x) * (WIDTH - LEFT - RIGHT)
         down = HEIGHT - BOTTOM - self.y.place(y) * (HEIGHT - TOP - BOTTOM)
-        return np.stack(np.broadcast_arrays(right, down), axis=-1).reshape(-1, 2)
+        right, down = np.broadcast_arrays(right, down)
+        return np.stack([right, down], axis=-1).reshape(-1, 2)
 
     def line(self, x: ArrayLike, y: ArrayLike, class_: str, title: str = "") -> Markup:
         """A line through N points; `title` is its tooltip."""
@@ -153,7 +158,7 @@ def svg_file(chart: Markup) -> str:
     return chart.replace(">", f"{size}\n{style}", 1) + "\n"
 
 
-def path(points: Values) -> str:
+def path(points: Floats) -> str:
     """Return path data through pixels [N, 2], rounded to 0.1, without redundant points."""
     rounded = np.round(points, 1)
     differs = (rounded[1:] != rounded[:-1]).any(axis=1)
@@ -166,14 +171,10 @@ def path(points: Values) -> str:
     return "M" + "L".join(f"{number(x)} {number(y)}" for x, y in rounded.tolist())
 
 
-def stairs(x: ArrayLike, y: ArrayLike) -> tuple[Values, Values]:
+def stairs(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
     """Return the corners of a step function that has the value y[i] from x[i-1] to x[i].
 
-    Args:
-        x, y: [N].
-
-    Returns:
-        Two arrays [2N - 1].
+    `x` and `y` are [N], the results [2N - 1].
     """
     across = np.repeat(np.asarray(x, np.float64), 2)
     up = np.repeat(np.asarray(y, np.float64), 2)

@@ -4,15 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
+from isic.arrays import Floats, Labels
 from isic.html.markup import Markup
-from isic.html.plot import Axis, Plot, Values
+from isic.html.plot import Axis, Plot
 from isic.metrics import MIN_TPR, above_min_tpr, pauc, roc_auc
 
-Labels = NDArray[np.integer]
-Scores = tuple[Labels, Values]
+LabelledScores = tuple[Labels, Floats]
 """Targets [N] of 0 and 1, and scores [N]."""
 
 FPR = Axis("false-positive rate")
@@ -32,11 +31,11 @@ class _Curve:
     """Name and pAUC."""
     class_: str
     """CSS class of its line: `whole` is thick, `part` thin."""
-    fpr: Values
-    tpr: Values
+    fpr: Floats
+    tpr: Floats
 
 
-def roc_chart(curves: Mapping[str, Scores], with_legend: bool = False) -> Markup:
+def roc_chart(curves: Mapping[str, LabelledScores], with_legend: bool = False) -> Markup:
     """Draw ROC curves by name, and the scored region of the last one, which is thick.
 
     Args:
@@ -57,7 +56,7 @@ def roc_chart(curves: Mapping[str, Scores], with_legend: bool = False) -> Markup
     return plot.draw(band, _region(plot, drawn[-1]), chance, *lines, *notes)
 
 
-def scored_region_chart(curves: Mapping[str, Scores]) -> Markup:
+def scored_region_chart(curves: Mapping[str, LabelledScores]) -> Markup:
     """Draw only the scored region of the curves of `roc_chart`."""
     drawn = _drawn(curves)
     value = pauc(*list(curves.values())[-1])
@@ -70,19 +69,23 @@ def scored_region_chart(curves: Mapping[str, Scores]) -> Markup:
     return plot.draw(_region(plot, drawn[-1]), *lines)
 
 
-def scored_region(fpr: Values, tpr: Values) -> tuple[Values, Values]:
+def scored_region(fpr: Floats, tpr: Floats) -> tuple[Floats, Floats]:
     """Return the corners of the region under the curve and above TPR 0.8; its area is the pAUC."""
     fpr, tpr = above_min_tpr(fpr, tpr)
     return np.append(fpr, 1.0), np.append(tpr, MIN_TPR)
 
 
-def _drawn(curves: Mapping[str, Scores]) -> list[_Curve]:
+def _drawn(curves: Mapping[str, LabelledScores]) -> list[_Curve]:
     *thin, last = curves
-    drawn = [_curve(name, "part", *curves[name]) for name in thin if np.ptp(curves[name][0])]
+    drawn = []
+    for name in thin:
+        target, score = curves[name]
+        if np.ptp(target):  # a curve needs both classes
+            drawn.append(_curve(name, "part", target, score))
     return [*drawn, _curve(last, "whole", *curves[last])]
 
 
-def _curve(name: str, class_: str, target: Labels, score: Values) -> _Curve:
+def _curve(name: str, class_: str, target: Labels, score: Floats) -> _Curve:
     fpr, tpr, _ = roc_curve(target, score)
     return _Curve(f"{name}: pAUC {pauc(target, score):.4f}", class_, fpr, tpr)
 
@@ -92,7 +95,7 @@ def _region(plot: Plot, curve: _Curve) -> Markup:
 
 
 def _legend(plot: Plot, curves: Sequence[_Curve]) -> list[Markup]:
-    """List the curves at the bottom right, where a curve better than chance never is."""
+    """List the curves at the bottom right, which a curve better than chance never reaches."""
     listed = curves if len(curves) <= MAX_LISTED else curves[-1:]
     return [
         plot.note(

@@ -55,10 +55,7 @@ def run(commands: Command | Mapping[str, Command]) -> None:
 
 
 def make_printable() -> None:
-    """Make every print succeed: a command must not end before its results are written.
-
-    Characters that the output's encoding lacks, such as `±` in ASCII, become escape sequences.
-    """
+    """Make every print succeed; characters that the output's encoding lacks become escapes."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
@@ -69,7 +66,7 @@ def make_printable() -> None:
 
 @contextlib.contextmanager
 def _exit_quietly_on_broken_pipe() -> Iterator[None]:
-    """Exit with status 1 and no message if stdout is closed early, for example by `| head`."""
+    """Exit with status 1 and no message if stdout is closed early, as by `| head`."""
     try:
         try:
             yield
@@ -115,12 +112,8 @@ def _report(message: str) -> int:
 
 
 def _fire_function(command: Command) -> Callable[..., None]:
-    """Wrap a command for Fire.
-
-    Fire calls a function before it reports an unknown flag, so the wrapper accepts every flag and
-    the settings refuse unknown ones. Values reach pydantic as text.
-    """
-
+    # Fire calls a function before it reports an unknown flag, so this one accepts every flag and
+    # the settings refuse unknown ones. Values reach pydantic as text.
     def call(*extra: str, **flags: str) -> None:
         try:
             code = _call(command, extra, flags)
@@ -145,6 +138,7 @@ def _call(command: Command, extra: tuple[str, ...], flags: Mapping[str, str]) ->
     by_position: dict[str, Any] = dict(zip(positional, extra, strict=False))
     settings = command.load(settings_type, {**by_position, **flags})
     try:
+        # Imported only now: settings are checked before heavy libraries take seconds to load.
         function: Callable[[Settings], int | None] = resolve_name(command.function)
         return function(settings)
     except ModuleNotFoundError as error:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, fi
 from pydantic.fields import FieldInfo
 
 from isic.runtime import yaml12
-from isic.runtime.errors import UserError, did_you_mean
+from isic.runtime.errors import UserError, did_you_mean, first_line
 from isic.runtime.files import read_text
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -35,7 +35,7 @@ class Settings(BaseModel):
     @field_validator("*")
     @classmethod
     def _expand_home(cls, value: Any) -> Any:
-        """Resolve `~` in a path: shells leave it in --data=~/isic, and YAML files always do."""
+        # Shells leave `~` in --data=~/isic, and YAML files always do.
         if isinstance(value, tuple):
             return tuple(map(cls._expand_home, value))
         if not isinstance(value, Path) or not str(value).startswith("~"):
@@ -55,8 +55,8 @@ def _split(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
-ItemT = TypeVar("ItemT")
-Several = Annotated[tuple[ItemT, ...], BeforeValidator(_split)]
+_ItemT = TypeVar("_ItemT")
+Several = Annotated[tuple[_ItemT, ...], BeforeValidator(_split)]
 """Values that a command line writes with commas between them."""
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -107,7 +107,7 @@ def find_config(name: str) -> Path:
 
 def yaml_reason(error: yaml.YAMLError) -> str:
     """Return why a text is not YAML, in a few words."""
-    return getattr(error, "problem", None) or str(error).splitlines()[0]
+    return getattr(error, "problem", None) or first_line(error)
 
 
 def describe_configs() -> dict[str, str]:
@@ -119,10 +119,7 @@ def describe_configs() -> dict[str, str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a config file over the one that it names as its `base`.
-
-    Args:
-        path: a YAML file; `base: x` in it names `configs/base/x.yaml`.
+    """Read a config file over its base: `base: x` names `configs/base/x.yaml`.
 
     Raises:
         UserError: a file is missing or not a YAML mapping.
@@ -139,7 +136,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; an empty file is an empty mapping. Raises UserError."""
+    """Read a YAML mapping; an empty file is an empty mapping. Raise UserError."""
     try:
         values = yaml12.load(read_text(path))
     except yaml.YAMLError as error:

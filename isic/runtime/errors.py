@@ -24,13 +24,14 @@ def warn_once(message: str) -> None:
     warn(message)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type if it has none."""
+def first_line(error: BaseException, default: str = "") -> str:
+    """Return the first line of an error's message; without one `default` or its type's name."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0] if lines else default or type(error).__name__
 
 
-MAX_LISTED = 12
+MAX_KNOWN = 12
+"""Known words that a hint lists in full."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -39,6 +40,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, words, n=1, cutoff=0.5)
     if near:
         return f'did you mean "{near[0]}"?'
-    if len(words) <= MAX_LISTED:
+    if len(words) <= MAX_KNOWN:
         return f"known are: {', '.join(words)}"
     return f'the nearest known is "{get_close_matches(name, words, n=1, cutoff=0)[0]}"'

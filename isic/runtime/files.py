@@ -26,15 +26,14 @@ COMPRESSED = {
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it replaces `path` in one step.
 
-    A process killed inside the block leaves `path` as it was. Readers never see half a file.
-
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, because a rename across file systems is not atomic.
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        # not tempfile, whose files are private: some network file systems do not permit chmod
+        # Not tempfile, whose files are private: some network file systems do not permit chmod.
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except OSError as error:
         raise _disk_error(path, error) from error
@@ -50,7 +49,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk confirm a file's content, on file systems that offer this."""
     with open(path, "rb") as written:
         try:
             os.fsync(written.fileno())
@@ -61,7 +59,7 @@ def _sync(path: Path) -> None:
 
 NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EROFS}
 """Errors of fsync(2) for files that cannot be synchronised, as on some FUSE and network mounts."""
-FULL = {errno.ENOSPC, errno.EDQUOT}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 NOT_WRITABLE = {
     *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO, errno.ENOTSUP),
@@ -69,7 +67,7 @@ NOT_WRITABLE = {
 
 
 def _disk_error(path: Path, error: OSError) -> Exception:
-    if error.errno in FULL:
+    if error.errno in DISK_FULL:
         return UserError(
             f"the disk is full, so {path} was not written; free space and run the command again"
         )
@@ -83,10 +81,8 @@ def refuse_foreign(paths: Iterable[Path], is_own: bool, flag: str) -> None:
     """Raise a UserError if writing would replace something that the command did not write.
 
     Args:
-        paths: the files to be written.
         is_own: whether an earlier run of the command wrote them; devices and folders are refused
             even then.
-        flag: the option that chooses another place.
     """
     for path in paths:
         if path.exists() and not path.is_file():
@@ -99,13 +95,12 @@ def refuse_foreign(paths: Iterable[Path], is_own: bool, flag: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def read_text(path: Path) -> str:
-    """Read UTF-8 text; raises UserError if it is missing, cannot be opened or is something else."""
+    """Read UTF-8 text. Raise UserError if it is missing, cannot be opened or is something else."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -124,7 +119,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON mapping; raises UserError if there is none."""
+    """Read a JSON mapping. Raise UserError if there is none."""
     try:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -155,7 +150,7 @@ def digest(*parts: object) -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the installed version of each package that is installed."""
+    """Return the versions of the packages that are installed."""
     found = {}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
@@ -169,7 +164,7 @@ def manifest_path(artifact: Path) -> Path:
 
 
 def write_manifest(artifact: Path, content: Path | None = None, **fields: Any) -> None:
-    """Write an artifact's manifest, with the artifact's `sha256` added.
+    """Write an artifact's manifest with the artifact's `sha256`.
 
     `content` is the file that will be renamed to the artifact, if that has not happened yet.
     """

@@ -63,11 +63,9 @@ def defer_signals() -> Iterator[None]:
 
 
 def ignore_signals_in_worker(_: int) -> None:
-    """Make a loader worker ignore Ctrl-C and exit quietly on SIGTERM.
-
-    A terminal sends Ctrl-C to all processes. The main process reports it; workers that failed
-    because of it would only add their own errors. Usable as a DataLoader's `worker_init_fn`.
-    """
+    """Make a loader worker ignore Ctrl-C and exit quietly on SIGTERM: a `worker_init_fn`."""
+    # A terminal sends Ctrl-C to all processes. The main process reports it; workers that failed
+    # because of it would only add their own errors.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     sys.excepthook = _report_unless_left

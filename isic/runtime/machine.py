@@ -13,6 +13,27 @@ VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 CUDA_DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1")
 """Files that only a machine with an NVIDIA GPU has; WSL2 has none of NVIDIA's devices in /dev."""
+CONTAINER_FILES = ("/.dockerenv", "/run/.containerenv")
+"""Files that Docker and Podman put into their containers."""
+MANAGEMENT_LIBRARY = "nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1"
+COMPUTE_CAPABILITY = (75, 76)
+"""CUDA's numbers of the attributes with the major and the minor compute capability."""
+FIRST_DRIVERS = {11: 450, 12: 525, 13: 580}
+"""The first NVIDIA driver of each major version of CUDA, from NVIDIA's table of compatibility."""
+
+INSTALL_DRIVER = (
+    "install NVIDIA's driver, or give a container NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+)
+REPAIR_DRIVER = "restart the machine, or install NVIDIA's driver again"
+DRIVER_FIXES = {
+    34: "remove CUDA's folder `stubs` from LD_LIBRARY_PATH",
+    46: "end the process that has the GPU for itself",
+    100: f"run `unset {VISIBLE_GPUS}`, or use a machine with a GPU",
+    802: "start the service nvidia-fabricmanager",
+    803: "restart the machine, because its driver was updated",
+    804: "remove CUDA's folder `compat` from LD_LIBRARY_PATH",
+}
+"""What to do about the errors of CUDA's driver, by their number in `CUresult`."""
 
 COMPILED = re.compile(
     "abm|adx|aes|amx|asimd|atomics|avx|bf16|bmi|f16c|fma|fphp|gfni|i8mm|movbe|pclmul|popcnt|sha|"
@@ -117,13 +138,16 @@ def gpus() -> list[str]:
 
 
 def no_gpu_reason() -> str | None:
-    """Return why CUDA can use no GPU in this process, None if it can use one."""
+    """Return why CUDA can use no GPU in this process, None if it can use one.
+
+    The sentence is `cause; fix`.
+    """
     number, reason = _ask_cuda()
     if number:
         return None
     named = os.environ.get(VISIBLE_GPUS)
     if has_gpu() and named is not None and not re.match(r"\s*(\d|GPU-|MIG-)", named):
-        return f'{VISIBLE_GPUS}="{named}" hides every GPU'
+        return f'{VISIBLE_GPUS}="{named}" hides every GPU; run `unset {VISIBLE_GPUS}`'
     return reason
 
 
@@ -132,23 +156,130 @@ def has_gpu() -> bool:
     return _has_gpu_file() or _ask_cuda()[0] > 0
 
 
+def gpu_names() -> list[str]:
+    """Return name and compute capability of each GPU that this process can use."""
+    driver = _cuda_driver()
+    if isinstance(driver, OSError):
+        return []
+    return [_gpu_name(driver, device) for device in range(_ask_cuda()[0])]
+
+
+def _gpu_name(driver: ctypes.CDLL, device: int) -> str:
+    name = ctypes.create_string_buffer(256)
+    driver.cuDeviceGetName(name, len(name), device)
+    capability = []
+    for attribute in COMPUTE_CAPABILITY:
+        value = ctypes.c_int(0)
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        capability.append(str(value.value))
+    return f"{name.value.decode()}, compute capability {'.'.join(capability)}"
+
+
+def driver_cuda() -> str | None:
+    """Return the newest CUDA that NVIDIA's driver can run (`12.6`), None if no driver loads."""
+    driver = _cuda_driver()
+    if isinstance(driver, OSError):
+        return None
+    number = ctypes.c_int(0)
+    driver.cuDriverGetVersion(ctypes.byref(number))
+    return cuda_version(number.value) if number.value else None
+
+
+def cuda_version(number: int) -> str:
+    """Return the version that CUDA writes as one number: `12.6` for 12060."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def old_driver_reason(library: str, built_for: str | None) -> str | None:
+    """Return that NVIDIA's driver is too old for a library, None if it is not, or is missing.
+
+    A driver runs every CUDA of its own major version and of older ones. Source: NVIDIA's
+    documentation of CUDA's compatibility of minor versions.
+
+    Args:
+        library: its name and version.
+        built_for: the CUDA that it was built for (`13.0`), None if for none.
+    """
+    found = driver_cuda()
+    if not found or not built_for or _major(built_for) <= _major(found):
+        return None
+    return (
+        f"{library} was built for CUDA {built_for}, and the NVIDIA driver runs CUDA up to {found}"
+    )
+
+
+def driver_for(cuda: str | None) -> str:
+    """Return the NVIDIA driver that runs a version of CUDA, in words."""
+    first = FIRST_DRIVERS.get(_major(cuda)) if cuda else None
+    return f"NVIDIA driver {first} or newer" if first else "a newer NVIDIA driver"
+
+
+def _major(version: str) -> int:
+    return int(version.split(".", maxsplit=1)[0])
+
+
+def nvidia_driver(module: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Return the version of NVIDIA's driver (`580.65.06`), None if it is not found.
+
+    Args:
+        module: the file in which Linux's kernel module names itself. Windows and WSL2 have none,
+            and there the library that `nvidia-smi` uses is asked.
+    """
+    if module.is_file():
+        found = re.search(r"\d{3,}(\.\d+)+", module.read_text(encoding="utf-8"))
+        return found[0] if found else None
+    try:
+        library = ctypes.CDLL(MANAGEMENT_LIBRARY)
+    except OSError:
+        return None
+    version = ctypes.create_string_buffer(80)
+    if library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(version, len(version)):
+        return None
+    return version.value.decode()
+
+
 def _has_gpu_file() -> bool:
     return any(Path(path).exists() for path in GPU_FILES)
 
 
 @cache
+def _cuda_driver() -> ctypes.CDLL | OSError:
+    """Return the library of CUDA's driver, or why it does not load."""
+    try:
+        return ctypes.CDLL(CUDA_DRIVER)
+    except OSError as error:
+        return error
+
+
+@cache
 def _ask_cuda() -> tuple[int, str]:
     """Return the number of GPUs that CUDA's driver counts, and the reason if there are none."""
-    try:
-        driver = ctypes.CDLL(CUDA_DRIVER)
-    except OSError as error:
-        found = _has_gpu_file()
-        cause = "NVIDIA's driver does not load" if found else "no NVIDIA GPU on this machine"
-        return 0, f"{cause} ({error})"
+    driver = _cuda_driver()
+    if isinstance(driver, OSError):
+        return 0, _no_driver_reason(driver)
     number, text = ctypes.c_int(0), ctypes.c_char_p()
     status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(number))
     driver.cuGetErrorString(status, ctypes.byref(text))
-    return number.value, f"no NVIDIA GPU can be used (CUDA: {(text.value or b'').decode()})"
+    cause = f"no NVIDIA GPU can be used (CUDA: {(text.value or b'').decode()})"
+    return number.value, f"{cause}; {DRIVER_FIXES.get(status, REPAIR_DRIVER)}"
+
+
+def _no_driver_reason(error: OSError) -> str:
+    """Return why the library of CUDA's driver does not load: no GPU, no driver or a broken one.
+
+    The loader names the library itself only if that is the file which is missing.
+    """
+    text = str(error)
+    is_missing = CUDA_DRIVER in text and "no such file" in text.lower()
+    if isinstance(error, FileNotFoundError) or is_missing:
+        if _has_gpu_file():
+            return f"NVIDIA's driver is not installed ({text}); {INSTALL_DRIVER}"
+        if any(Path(path).exists() for path in CONTAINER_FILES):
+            return (
+                "this container has no NVIDIA GPU; if its host has one, start it with `--gpus all`"
+            )
+        return "this machine has no NVIDIA GPU; use one that has"
+    return f"NVIDIA's driver does not load ({text}); {REPAIR_DRIVER}"
 
 
 def peak_memory_mb() -> int | None:

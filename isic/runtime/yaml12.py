@@ -1,9 +1,10 @@
 """YAML as version 1.2 defines it: 1e-2 is a number, 010 is ten, and yes, no, on and off are words.
 
-PyYAML follows version 1.1, in which these read as the text "1e-2", as 8 and as truth values
-(https://github.com/yaml/pyyaml/issues/486, https://github.com/yaml/pyyaml/issues/173). A repeated
-key is an error; PyYAML keeps the last one (https://github.com/yaml/pyyaml/issues/165).
+A repeated key is an error.
 """
+
+# PyYAML follows version 1.1, in which these read as the text "1e-2", as 8 and as truth values
+# (yaml/pyyaml#486, yaml/pyyaml#173), and keeps the last of repeated keys (yaml/pyyaml#165).
 
 import re
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 TAG = "tag:yaml.org,2002:"
+# The first matching pattern decides, so a number that matches `int` is whole.
 PLAIN = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "null": (r"~|null|Null|NULL|", "~nN\0"),
@@ -22,10 +24,7 @@ PLAIN = {
     ),
     "merge": (r"<<", "<"),
 }
-"""Patterns of unquoted words that are not text, and the characters that these can start with.
-
-The first matching pattern decides, so a number that matches `int` is whole.
-"""
+"""Patterns of unquoted words that are not text, and the characters that these can start with."""
 
 
 class Loader(yaml.SafeLoader):
@@ -34,7 +33,7 @@ class Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  as PyYAML declares it
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping. Raises ConstructorError for a key that is given twice."""
+        """Build a mapping. Raise ConstructorError for a key that is given twice."""
         keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key, (name, _) in zip(keys, node.value, strict=False):
             if keys.count(key) > 1:
@@ -66,10 +65,9 @@ Loader.add_constructor(f"{TAG}float", _number)
 
 
 def load(text: str) -> Any:
-    """Return the value of a YAML text. Raises yaml.YAMLError."""
+    """Return the value of a YAML text. Raise yaml.YAMLError."""
     return yaml.load(text, Loader)
 
 
 def dump(value: Any) -> str:
-    """Return a value as YAML."""
     return yaml.dump(value, Dumper=Dumper)

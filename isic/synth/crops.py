@@ -32,7 +32,8 @@ CUE_TO = 3.0
 
 VEIL_LAB = (10.0, -7.0, -24.0)
 HALO_LAB = (1.0, 13.0, -4.0)
-"""Change of L, A and B at full veil and halo."""
+DOT_LAB = (-13, -1, -5)
+"""Change of L, A and B at full veil, at full halo and in a dot."""
 
 HAIRY = 0.35
 NEIGHBOURS = 0.25
@@ -117,17 +118,15 @@ def render(spec: CropSpec, seed: tuple[int, ...]) -> Crop:
 @lru_cache(maxsize=256)
 def _grid(side: int) -> tuple[Field, Field]:
     """Return x and y of the pixel centres in mm from the field's centre, each [side, side]."""
+    # Cached, because many crops have the same side.
     axis = (((np.arange(side) + 0.5) / side - 0.5) * FIELD_MM).astype(np.float32)
     x, y = np.meshgrid(axis, axis)
     return x, y
 
 
 def _lesion_depth(spec: CropSpec, side: int, rng: Generator) -> Field:
-    """Return each pixel's depth in the lesion, [side, side]: 1 at its centre, 0 on its outline.
-
-    The outline is an ellipse whose radius is perturbed by a Fourier series: odd harmonics for
-    asymmetry, high ones for a ragged border.
-    """
+    """Return each pixel's depth in the lesion, [side, side]: 1 at its centre, 0 on its outline."""
+    # The outline is an ellipse whose radius is perturbed by a Fourier series.
     x, y = _grid(side)
     x = x - rng.normal(0, 0.4)
     y = y - rng.normal(0, 0.4)
@@ -137,7 +136,8 @@ def _lesion_depth(spec: CropSpec, side: int, rng: Generator) -> Field:
     # Coordinates along the axes of the ellipse, in radii.
     u = (x * cos + y * sin) / radius_mm
     v = (y * cos - x * sin) / (radius_mm * spec.axis_ratio)
-    step = (np.arctan2(v, u) * (OUTLINE_STEPS / (2 * np.pi))).astype(np.int32) % OUTLINE_STEPS
+    steps_per_radian = OUTLINE_STEPS / (2 * np.pi)
+    step = (np.arctan2(v, u) * steps_per_radian).astype(np.int32) % OUTLINE_STEPS
     depth = 1 - np.hypot(u, v) / _outline(spec, rng)[step]
     return np.asarray(depth, dtype=np.float32)
 
@@ -145,22 +145,24 @@ def _lesion_depth(spec: CropSpec, side: int, rng: Generator) -> Field:
 def _outline(spec: CropSpec, rng: Generator) -> Field:
     """Return the relative radius, [OUTLINE_STEPS]; its mean square is 1, which keeps the area."""
     order = np.arange(1, 13)
+    # High harmonics make a border ragged, odd low ones make it asymmetric.
     ragged = 0.030 * spec.border * (order >= 4) / order
     lopsided = 0.18 * spec.asymmetry * np.isin(order, (1, 3)) / order
     amplitude = ragged + lopsided + 0.012
+
     angle = np.arange(OUTLINE_STEPS) * (2 * np.pi / OUTLINE_STEPS)
     phase = rng.uniform(0, 2 * np.pi, len(order))
     wave = np.cos(order[:, None] * angle + phase[:, None])
     weight = amplitude * rng.normal(0, 1, len(order))
     radius = np.maximum(1 + weight @ wave, 0.35)
-    return np.asarray(radius / np.sqrt(np.mean(radius**2)), dtype=np.float32)
+    mean_square = np.mean(radius**2)
+    return np.asarray(radius / np.sqrt(mean_square), dtype=np.float32)
 
 
 def _noise(side: int, sigma: float, rng: Generator, stretch: float = 1.0) -> Field:
     """Return smooth noise [side, side] of mean 0 and variance 1.
 
     Args:
-        side: in pixels.
         sigma: width of the blur in pixels, horizontally times `stretch`.
     """
     # Smooth noise is sampled coarsely and enlarged: a blur with a wide kernel costs far more.
@@ -181,18 +183,19 @@ def _skin(spec: CropSpec, side: int, rng: Generator) -> Field:
     blotches = _noise(side, side / 10, rng)
     x, y = _grid(side)
     light = (x * rng.normal() + y * rng.normal()) / FIELD_MM
-    lightness = (0.7 * furrows + 0.5 * grain + 0.5 * blotches) * spec.std_l_outside + 3.5 * light
-    if rng.random() < 0.15:
-        corner = rng.uniform(0, 2 * np.pi)
-        distance = (x * math.cos(corner) + y * math.sin(corner)) / (FIELD_MM / 2)
+    texture = 0.7 * furrows + 0.5 * grain + 0.5 * blotches
+    lightness = texture * spec.std_l_outside + 3.5 * light
+    if rng.random() < 0.15:  # a shadow on one side
+        direction = rng.uniform(0, 2 * np.pi)
+        distance = (x * math.cos(direction) + y * math.sin(direction)) / (FIELD_MM / 2)
         lightness -= 12 * np.clip(distance - 0.6, 0, None)
     patches = 0.8 * _noise(side, side / 14, rng)
     mottles = 0.6 * _noise(side, side / 45, rng)
     redness = patches + mottles - 0.25 * furrows
     yellowness = 0.7 * _noise(side, side / 14, rng) + 0.3 * furrows
     spread = 0.35 * spec.std_l_outside + 0.4
-    lab = np.stack([lightness, redness * spread, yellowness * spread], axis=2) + spec.outside
-    return np.asarray(lab, dtype=np.float32)
+    variation = np.stack([lightness, redness * spread, yellowness * spread], axis=2)
+    return np.asarray(variation + spec.outside, dtype=np.float32)
 
 
 def _turned(field: Field, rng: Generator) -> Field:
@@ -204,28 +207,34 @@ def _turned(field: Field, rng: Generator) -> Field:
 
 
 def _paint_lesion(lab: Field, depth: Field, spec: CropSpec, rng: Generator) -> None:
-    """Paint the lesion, in place; its mean colour is the row's at any hidden cue."""
-    side = len(lab)
+    """Paint the lesion, in place."""
     softness = np.float32(rng.uniform(0.05, 0.11))
     cover = 1 / (1 + np.exp(-np.clip(depth / softness, -30, 30)))
-    lesion = depth > 0
-    pattern = np.zeros_like(lab)
-    darker_centre = 1.6 * rng.uniform(-0.2, 1.0)
-    texture = 0.7 * _noise(side, side / 26, rng)
-    pattern[..., 0] = spec.std_l * (texture - darker_centre * np.clip(depth, 0, 1))
-    for axis in (1, 2):
-        pattern[..., axis] = 0.9 * spec.color_std * _noise(side, side / 24, rng)
-    pattern += _veil(depth, spec, rng) + _dots(depth, spec, rng)
-    if lesion.any():
-        pattern -= pattern[lesion].mean(axis=0)
+    pattern = _lesion_pattern(depth, spec, rng)
     ring = np.exp(-(((depth + 0.35) / 0.3) ** 2)) * (1 - cover)
     lab += (HALO * spec.cue * ring)[..., None] * np.array(HALO_LAB, dtype=np.float32)
     skin_left = 0.35 * (lab - spec.outside)  # the furrows continue, fainter, through the lesion
     lab += cover[..., None] * (spec.inside + pattern + skin_left - lab)
 
 
+def _lesion_pattern(depth: Field, spec: CropSpec, rng: Generator) -> Field:
+    """Return differences from the lesion's mean colour, [side, side, 3] in Lab."""
+    side = len(depth)
+    pattern = np.zeros((side, side, 3), dtype=np.float32)
+    darker_centre = 1.6 * rng.uniform(-0.2, 1.0)
+    texture = 0.7 * _noise(side, side / 26, rng)
+    pattern[..., 0] = spec.std_l * (texture - darker_centre * np.clip(depth, 0, 1))
+    for axis in (1, 2):
+        pattern[..., axis] = 0.9 * spec.color_std * _noise(side, side / 24, rng)
+    pattern += _veil(depth, spec, rng) + _dots(depth, spec, rng)
+    lesion = depth > 0
+    if lesion.any():
+        # The mean colour is that of the row, whatever the hidden cue adds.
+        pattern -= pattern[lesion].mean(axis=0)
+    return pattern
+
+
 def _veil(depth: Field, spec: CropSpec, rng: Generator) -> Field:
-    """Return a blue-white patch on one side of the lesion, [side, side, 3] in Lab."""
     side = len(depth)
     x, y = _grid(side)
     direction = rng.uniform(0, 2 * np.pi)
@@ -248,13 +257,14 @@ def _dots(depth: Field, spec: CropSpec, rng: Generator) -> Field:
     count = min(rng.poisson(8 * DOTS * spec.cue), len(rim_y))
     for i in rng.permutation(len(rim_y))[:count]:
         radius = max(1, round(side * rng.uniform(0.008, 0.018)))
-        cv2.circle(canvas, (int(rim_x[i]), int(rim_y[i])), radius, 1.0, -1)
+        centre = (int(rim_x[i]), int(rim_y[i]))
+        cv2.circle(canvas, centre, radius, 1.0, thickness=-1)  # filled
     soft = cv2.GaussianBlur(canvas, (0, 0), 0.8)
-    return np.asarray(soft[..., None] * np.array((-13, -1, -5), dtype=np.float32), dtype=np.float32)
+    dots = soft[..., None] * np.array(DOT_LAB, dtype=np.float32)
+    return np.asarray(dots, dtype=np.float32)
 
 
 def _add_neighbours(lab: Field, spec: CropSpec, rng: Generator) -> None:
-    """Paint small brown spots away from the centre, in place."""
     if rng.random() > NEIGHBOURS:
         return
     x, y = _grid(len(lab))

@@ -195,6 +195,8 @@ RANK_CORRELATION: dict[str, tuple[int, ...]] = {
 }
 """Rank correlations, in percent, of each column with those above it (645 benign rows)."""
 
+# Measured, but raised for the columns of the cue relative to the patient: deltaL, deltaA, deltaB,
+# stdL and nevi_confidence.
 PATIENT_SHARE: dict[str, float] = {
     "age_approx": 1.0,
     "tbp_lv_area_perim_ratio": 0.18,
@@ -211,11 +213,7 @@ PATIENT_SHARE: dict[str, float] = {
     "tbp_lv_nevi_confidence": 0.75,
     "tbp_lv_dnn_lesion_confidence": 0.24,
 }
-"""Share of a column's variance that is between patients; nearly 0 for other columns.
-
-Measured, but raised for the columns of the cue relative to the patient: deltaL, deltaA, deltaB,
-stdL and nevi_confidence.
-"""
+"""Share of a column's variance that is between patients; nearly 0 for other columns."""
 
 ZERO_COLOR = 0.085
 """Share of rows with color_std_mean, norm_color and radial_color_std_max equal to 0."""

@@ -1,4 +1,4 @@
-"""Rows of the synthetic table: patients, correlated numbers, places, diagnoses, target."""
+"""SyntheticRows of the synthetic table: patients, correlated numbers, places, diagnoses, target."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from isic import schema
+from isic.arrays import Floats
 from isic.synth import marginals
 
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 ROW_CUE: dict[str, float] = {
@@ -44,8 +44,9 @@ CUE_SPREAD = 0.5
 DNN_CUE = -1.2
 """Shift of the train-only `tbp_lv_dnn_lesion_confidence`, which no model may use."""
 
+# So that a small table has enough patients for its folds.
 PATIENTS_OF_SMALL = 0.5
-"""Exponent of patients versus rows: a small table still has enough patients for its folds."""
+"""Exponent of patients versus rows."""
 
 FEWEST_PATIENTS = 10
 SIZE_SPREAD = 0.966
@@ -65,7 +66,7 @@ DECIMALS = 6
 
 
 @dataclass(frozen=True)
-class Rows:
+class SyntheticRows:
     """A table with the columns of TRAIN_ORDER, and the hidden cue."""
 
     table: pl.DataFrame
@@ -94,14 +95,11 @@ def draw_rows(
     num_positives: int,
     rng: Generator,
     unseen_site: bool = False,
-) -> Rows:
+) -> SyntheticRows:
     """Sample a table.
 
     Args:
-        ids: `isic_id` of the N rows.
         patient_ids: at most N; each gets at least one row.
-        num_positives: number of malignant rows, at most N.
-        rng: source of the samples.
         unseen_site: whether some patients have an attribution that no training table has.
     """
     num_rows = len(ids)
@@ -121,7 +119,7 @@ def draw_rows(
         **_patient_facts(patient, sizes, rng, unseen_site),
         **_diagnoses(target, rng),
     }
-    return Rows(_blanked(pl.DataFrame(columns), rng).select(schema.TRAIN_ORDER), cue)
+    return SyntheticRows(_blanked(pl.DataFrame(columns), rng).select(schema.TRAIN_ORDER), cue)
 
 
 def lesions_per_patient(num_rows: int, count: int, rng: Generator) -> Ints:
@@ -153,25 +151,24 @@ def _positives(patient: Ints, num_positives: int, rng: Generator) -> Ints:
 
 
 def _latents(patient: Ints, sizes: Ints, rng: Generator) -> dict[str, Floats]:
-    """Sample a standard normal value [N] per column of RANK_CORRELATION, correlated, also per patient."""
+    """Sample correlated standard normal values [N] by column of RANK_CORRELATION."""
     names = list(marginals.RANK_CORRELATION)
     root = np.linalg.cholesky(marginals.correlation()).T
     share = np.array([marginals.PATIENT_SHARE.get(name, 0.0) for name in names])
     own = rng.standard_normal((len(patient), len(names))) @ root
-    shared = rng.standard_normal((len(sizes), len(names))) @ root
-    per_row = _normal_by_rows(shared, sizes)[patient]
-    z = np.sqrt(share) * per_row + np.sqrt(1 - share) * own
+    of_patient = rng.standard_normal((len(sizes), len(names))) @ root
+    shared = _normal_by_rows(of_patient, sizes)[patient]
+    # The squares of the factors add up to 1, so z is standard normal again.
+    z = np.sqrt(share) * shared + np.sqrt(1 - share) * own
     return dict(zip(names, np.ascontiguousarray(z.T), strict=True))
 
 
 def _normal_by_rows(shared: Floats, sizes: Ints) -> Floats:
-    """Make the patients' values [P, K] standard normal over the rows; their ranks are kept.
-
-    A few patients have most rows; without this, their values would shift the table's marginals.
-    """
+    """Make the patients' values [P, K] standard normal over the rows; their ranks are kept."""
     order = np.argsort(shared, axis=0)
     rows = sizes[order]
     middle = (np.cumsum(rows, axis=0) - rows / 2) / sizes.sum()
+    # A few patients have most rows: without this, they would shift the marginals of the table.
     level = np.empty_like(shared)
     np.put_along_axis(level, order, ndtri(middle), axis=0)
     level -= np.average(level, axis=0, weights=sizes)
@@ -180,7 +177,6 @@ def _normal_by_rows(shared: Floats, sizes: Ints) -> Floats:
 
 
 def _strength(num_rows: int, rng: Generator) -> Floats:
-    """Sample the strength of a cue in each row, [N]; see CUE_SPREAD."""
     return np.maximum(rng.normal(1, CUE_SPREAD, num_rows), 0)
 
 
@@ -266,6 +262,7 @@ def _places(num_rows: int, rng: Generator) -> dict[str, Sequence[object] | Float
     location = _quota(counts, num_rows, rng)
     simple = [_simple_location(name) for name in names]
     rough = centres[location] + rng.normal(0, POSITION_SPREAD_MM, (num_rows, 3))
+    # By ranks, so that the positions have their published marginals whatever the locations are.
     rank = np.argsort(np.argsort(rough, axis=0), axis=0)
     z = ndtri((rank + 0.5) / num_rows)
     columns: dict[str, Sequence[object] | Floats] = {
@@ -280,7 +277,6 @@ def _places(num_rows: int, rng: Generator) -> dict[str, Sequence[object] | Float
 
 
 def _simple_location(location: str) -> str:
-    """Return `tbp_lv_location_simple`, with which the location begins."""
     return next(simple for simple in marginals.SITES if location.startswith(simple))
 
 
@@ -346,16 +342,15 @@ def _diagnoses(target: Ints, rng: Generator) -> dict[str, Sequence[object]]:
 
 
 def _masked(values: Sequence[object], known: NDArray[np.bool_]) -> list[object]:
-    """Return `values` with None in the rows that are not `known`."""
     return [value if kept else None for value, kept in zip(values, known, strict=True)]
 
 
 def _blanked(table: pl.DataFrame, rng: Generator) -> pl.DataFrame:
-    """Set the schema's types, and BLANKS' shares of the rows to null."""
     table = table.with_columns(pl.col(name).cast(schema.DTYPES[name]) for name in table.columns)
     for name, share in marginals.BLANKS.items():
         num_blank = round(share * len(table))
-        blank = np.zeros(len(table), dtype=bool)
-        blank[rng.permutation(len(table))[:num_blank]] = True
-        table = table.with_columns(pl.when(~pl.Series(blank)).then(pl.col(name)).alias(name))
+        known = np.ones(len(table), dtype=bool)
+        known[rng.permutation(len(table))[:num_blank]] = False
+        kept = pl.when(pl.Series(known)).then(pl.col(name))
+        table = table.with_columns(kept.alias(name))
     return table

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import baselines
 from benchmarks.baselines import BASELINES, Task
-from benchmarks.limits import DTYPES
+from benchmarks.limits import DTYPE_OF_PRECISION
 from benchmarks.peers import shared_fields
 from benchmarks.settings import PeersSettings
 from benchmarks.untrained import create_untrained, least_cosine
@@ -51,7 +51,7 @@ def test_a_peer_computes_in_the_precision_that_its_row_names(
     monkeypatch.setattr(baselines, "_timm_model", watched)
     task = Task(baseline=peer, folder=str(tmp_path), precision=precision, **common)
     features = BASELINES[peer](task)(small_dataset)
-    assert dtypes == {DTYPES[precision]}
+    assert dtypes == {DTYPE_OF_PRECISION[precision]}
     assert features.dtype == np.float32
     assert least_cosine(expected, features) > 0.999
     assert np.array_equal(expected, features) == (precision == "fp32")

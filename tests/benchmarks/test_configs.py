@@ -6,13 +6,13 @@ import polars as pl
 import pytest
 
 from benchmarks import configs as module
-from benchmarks.configs import configs, describe
+from benchmarks.configs import config_row, configs
 from benchmarks.settings import ConfigsSettings
 from isic.runtime.config import describe_configs
 
 
-def test_a_row_has_what_timm_says_of_the_network() -> None:
-    row = describe("vit_tiny")
+def test_a_row_has_the_figures_of_timm() -> None:
+    row = config_row("vit_tiny")
     assert row["network"] == "vit_tiny_patch16_224"
     assert row["size"] == 224
     assert row["features"] == 192
@@ -20,6 +20,6 @@ def test_a_row_has_what_timm_says_of_the_network() -> None:
 
 
 def test_every_config_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "describe", lambda name: {"what": name})
+    monkeypatch.setattr(module, "config_row", lambda name: {"what": name})
     configs(ConfigsSettings(results=tmp_path))
     assert pl.read_csv(tmp_path / "configs.csv")["what"].to_list() == list(describe_configs())

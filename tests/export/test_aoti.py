@@ -62,7 +62,7 @@ def tiny(tmp_path: Path) -> Path:
         (REFUSES, "Feature '.bf16' requires .target sm_80 or higher", "choose another --precision"),
     ],
 )
-def test_a_compiler_that_fails_is_one_sentence(
+def test_a_compiler_that_fails_is_reported(
     compiler: str | None, reason: str, advice: str, tiny: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "c++"

@@ -90,7 +90,7 @@ def test_newer_gpus_are_offered_bfloat16(
 
 
 def lacks(row: EngineFormat) -> list[str]:
-    """Return what a row lacks for export."""
+    """Return the missing parts of a row for export."""
     problems = []
     if row.builder is None or find_spec(row.builder) is None:
         problems.append(f"the builder {row.builder}")
@@ -123,7 +123,7 @@ def test_every_precision_has_a_tolerance_and_a_way_to_compute_it() -> None:
     assert set(PRECISIONS) == set(TORCH_DTYPES) | set(QUANT_TYPES)
 
 
-def test_what_a_row_lacks_is_reported() -> None:
+def test_a_missing_part_of_a_row_is_reported() -> None:
     row = FORMATS["tensorrt"]
     assert lacks(replace(row, builder="export.openvino")) == ["the builder export.openvino"]
     assert lacks(replace(row, builder="export.parity")) == [
@@ -146,7 +146,7 @@ def test_what_a_row_lacks_is_reported() -> None:
         ArtifactSpec("tiny", 0, "tensorrt_rtx", "fp16", "cuda", PlanOptions()),
     ],
 )
-def test_file_names_end_as_the_registry_says(spec: ArtifactSpec) -> None:
+def test_file_names_have_the_suffixes_of_the_registry(spec: ArtifactSpec) -> None:
     if spec.format == "tensorrt_rtx":
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     assert file_name(spec).endswith(ENGINE_FORMATS[spec.format].suffix)

@@ -13,9 +13,9 @@ from export.options import ExportSettings
 from export.parity import ParityError, Reference, check_parity, compare
 from export.run import load_source
 from infer.engines import load
+from isic.layout import BEST_CHECKPOINT
 from isic.preprocess import Pixels
 from tests.support.networks import network
-from train.checkpoint import BEST
 
 
 class Wrong:
@@ -59,7 +59,7 @@ class Wrong:
 )
 def test_a_wrong_engine_is_found(exported: Path, change: str, words: str) -> None:
     source = load_source(
-        exported / "fold_0" / BEST, 0, ExportSettings(config="tiny", model_dir=exported)
+        exported / "fold_0" / BEST_CHECKPOINT, 0, ExportSettings(config="tiny", model_dir=exported)
     )
     engine = load(exported / "fold_0" / "model.onnx", "cpu")
     wrong: Any = Wrong(engine, change)

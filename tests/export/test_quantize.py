@@ -226,7 +226,7 @@ def test_fp8_is_not_built_for_gpus_without_it(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"], "nothing is left behind"
 
 
-def test_what_cannot_be_quantized_is_one_sentence() -> None:
+def test_a_network_that_cannot_be_quantized_is_refused() -> None:
     settings = TrainSettings(model="test_efficientnet", pretrained=False, image_size=32)
     convolutions = trace(
         cast_model(create_model(settings).eval(), BASE_PRECISION), 32, ATTENTION_OPSET

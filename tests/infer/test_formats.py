@@ -1,4 +1,4 @@
-"""The registry of engine formats: a test reports what a new row lacks."""
+"""The registry of engine formats: a test reports the missing parts of a new row."""
 
 import configparser
 import re
@@ -28,7 +28,7 @@ def declared(section: str, key: str | None = None) -> set[str]:
 
 
 def lacks(row: EngineFormat) -> list[str]:
-    """Return what a row of ENGINE_FORMATS lacks."""
+    """Return the missing parts of a row of ENGINE_FORMATS."""
     problems = []
     if find_spec(row.module) is None:
         problems.append(f"the module {row.module}")
@@ -56,7 +56,7 @@ def test_every_row_is_complete(name: str) -> None:
     assert lacks(ENGINE_FORMATS[name]) == []
 
 
-def test_what_a_row_lacks_is_reported() -> None:
+def test_a_missing_part_of_a_row_is_reported() -> None:
     row = ENGINE_FORMATS["tensorrt"]
     assert lacks(replace(row, module="infer.engines.openvino")) == [
         "the module infer.engines.openvino"

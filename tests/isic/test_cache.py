@@ -23,7 +23,7 @@ def test_the_index_is_cached(cached: Path, hdf5: Path, monkeypatch: pytest.Monke
 def test_a_changed_file_is_indexed_again_whatever_its_size_and_time(
     cached: Path, hdf5: Path, in_place: bool
 ) -> None:
-    """Images of one size in another order: by stale offsets each id would get another id's image."""
+    """Images of one size in another order: stale offsets would give an id another's image."""
     files = {name: jpeg(20, value) for name, value in zip("ABC", (50, 110, 200), strict=True)}
     assert len({len(data) for data in files.values()}) == 1
     write_hdf5(hdf5, files)
@@ -89,7 +89,7 @@ def test_two_files_never_share_an_index(cached: Path, hdf5: Path) -> None:
         ({"XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/isic-toolkit"),
     ],
 )
-def test_where_the_cache_is(
+def test_the_folder_of_the_cache(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str
 ) -> None:
     for name in ("ISIC_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):

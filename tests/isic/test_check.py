@@ -127,7 +127,7 @@ def test_images_that_do_not_decode(small_dataset: Path, cli: Cli) -> None:
     )
 
 
-def test_all_problems_stand_in_the_last_sentence(small_dataset: Path, cli: Cli) -> None:
+def test_all_problems_are_in_one_message(small_dataset: Path, cli: Cli) -> None:
     rewrite(small_dataset, {"ISIC_0000003": None, "ISIC_0000004": b"x"})
     (small_dataset / "masks.hdf5").write_bytes(b"half a file")
     ended = cli("isic", "check", "--data", small_dataset)

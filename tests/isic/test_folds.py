@@ -4,12 +4,12 @@ import polars as pl
 import pytest
 
 from isic.dataset import Dataset
-from isic.folds import draw_folds, fold_dirs, folds_for, read_folds
+from isic.folds import draw_folds, folds_for, read_folds
 from isic.runtime.errors import UserError
 from tests.support.datasets import small_table
 
 
-def test_no_patient_stands_in_two_folds_and_positives_are_spread() -> None:
+def test_no_patient_is_in_two_folds_and_positives_are_spread() -> None:
     table = small_table(600, 60)
     fold = draw_folds(table, 5, 42).of(table)
     by_patient = table.with_columns(fold).group_by("patient_id").agg(pl.col("fold").n_unique())
@@ -121,10 +121,3 @@ def test_real_plans(real_data: Path) -> None:
         fold = draw_folds(table, 5, 42).of(table)
         positives = table.with_columns(fold).group_by("fold").agg(pl.col("target").sum())["target"]
         assert positives.max() - positives.min() <= 2
-
-
-def test_a_copy_of_a_fold_is_no_fold(tmp_path: Path) -> None:
-    for name in ("fold_10", "fold_2", "fold_2_old", "fold_2 (copy)", "fold_all"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "fold_3").write_text("")
-    assert fold_dirs(tmp_path) == {2: tmp_path / "fold_2", 10: tmp_path / "fold_10"}

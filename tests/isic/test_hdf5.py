@@ -220,7 +220,7 @@ def test_a_file_without_images_is_refused(
         Hdf5Images(tmp_path / "a.hdf5")
 
 
-def test_random_damage_of_a_file_is_a_sentence(hdf5: Path) -> None:
+def test_random_damage_of_a_file_is_reported(hdf5: Path) -> None:
     whole, random = hdf5.read_bytes(), np.random.default_rng(0)
     for _ in range(150):
         damaged = bytearray(whole)
@@ -235,7 +235,7 @@ def test_random_damage_of_a_file_is_a_sentence(hdf5: Path) -> None:
 def test_a_signal_that_arrives_while_names_are_read_keeps_its_kind(
     hdf5: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C while a full-size file is indexed; inside HDF5's iteration it would be a SystemError."""
+    """Ctrl-C while a full-size file is indexed; HDF5's iteration would raise a SystemError."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

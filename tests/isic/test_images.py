@@ -181,7 +181,7 @@ def test_an_image_that_cannot_be_read_is_a_reason(tmp_path: Path) -> None:
 
 
 def test_neighbours_are_read_with_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """32 images in any order: one read for all neighbours, none if they are too large for memory."""
+    """32 images in any order: one read for all neighbours, none if they are too large."""
     files = {f"ISIC_{i:07d}": jpeg(40 + i, seed=i) for i in range(32)}
     write_hdf5(tmp_path / "a.hdf5", files)
     store, read, calls = Hdf5Images(tmp_path / "a.hdf5"), os.pread, []

@@ -4,7 +4,7 @@ from isic.layout import fold_dir, fold_dirs, fold_files
 
 
 def test_folds_are_listed_by_number_without_copies_and_files(tmp_path: Path) -> None:
-    for name in ("fold_10", "fold_2", "fold_0_old", "fold_x", "xfold_1"):
+    for name in ("fold_10", "fold_2", "fold_0_old", "fold_2 (copy)", "fold_x", "xfold_1"):
         (tmp_path / name).mkdir()
     (tmp_path / "fold_3").touch()
     folders = fold_dirs(tmp_path)

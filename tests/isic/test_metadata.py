@@ -75,7 +75,7 @@ def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
         ("isic_id,target,sex\na,0,male\nb,1", "is truncated: its last row has 2 of 3 fields"),
     ],
 )
-def test_a_bad_table_is_refused_in_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+def test_a_bad_table_is_refused(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as raised:
         read_metadata(write(tmp_path / "t.csv", text), need=["target"])
     assert "\n" not in str(raised.value)
@@ -112,7 +112,7 @@ def test_the_challenges_public_test_table(real_data: Path) -> None:
     assert len(table) == 3
 
 
-def test_a_command_says_it_and_exits_2(tmp_path: Path, cli: Cli) -> None:
+def test_a_command_reports_a_bad_table_and_exits_2(tmp_path: Path, cli: Cli) -> None:
     ended = cli(
         "train", "--config", "demo", "--data", tmp_path / "nowhere", "--output_dir", tmp_path
     )
@@ -124,7 +124,7 @@ def test_a_command_says_it_and_exits_2(tmp_path: Path, cli: Cli) -> None:
 def test_ids_are_read_whatever_the_other_columns_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In blocks of a few bytes: no row is cut, not even where a text holds a line end or a quote."""
+    """In blocks of a few bytes: no row is cut, even if a text holds a line end or a quote."""
     from isic import tables
     from isic.metadata import read_ids
 

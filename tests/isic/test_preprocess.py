@@ -125,7 +125,7 @@ def test_random_damage_is_an_image_or_a_reason(seed: int) -> None:
 
 
 def test_golden_image_pins_the_preprocessing() -> None:
-    """Decode and resize of a fixed image; a change here changes what every trained model sees."""
+    """Decode and resize of a fixed image; a change alters the input of every trained model."""
     y, x = np.mgrid[0:50, 0:50].astype(np.float32)
     drawn = np.stack([x * 5, y * 5, 255 - x * 2.5 - y * 2.5], axis=2).astype(np.uint8)
     png = cv2.imencode(".png", drawn[..., ::-1])[

@@ -22,7 +22,7 @@ def test_a_row_is_seen_by_its_image_or_its_patient(tmp_path: Path) -> None:
     refuse_seen(table.tail(1), read_seen(path), "the model", "train another")
 
 
-def test_a_list_holds_what_it_inherits() -> None:
+def test_a_list_includes_inherited_rows() -> None:
     inherited = seen_rows(pl.DataFrame({"isic_id": ["z", "a"], "patient_id": ["q", "p"]}))
     seen = seen_rows(TRAINED_ON, inherited)
     assert seen.rows() == [("a", "p"), ("b", "b"), ("z", "q")]

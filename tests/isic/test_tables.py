@@ -184,7 +184,7 @@ def test_a_csv_cut_anywhere_in_a_row_is_noticed(
         (b'isic_id,target,tbp_lv_A\na,0,"1,5"\n', "write 1.5, not 1,5"),
     ],
 )
-def test_a_malformed_csv_is_refused_in_a_sentence(tmp_path: Path, data: bytes, words: str) -> None:
+def test_a_malformed_csv_is_refused(tmp_path: Path, data: bytes, words: str) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(data)
     with pytest.raises(UserError, match=words) as raised:
@@ -197,7 +197,8 @@ def test_marks_and_spaces_that_programs_add_change_nothing(tmp_path: Path) -> No
     plain = b"isic_id,target,patient_id,sex\na,0,p,male\nb,1,p,\n"
     path.write_bytes(plain)
     wanted = read_metadata(path)
-    odd = b"\xef\xbb\xbf\r\nisic_id , target,\tpatient_id,sex\r\na ,0, p,male\r\n b,1,p\xc2\xa0,  \r\n"
+    header = b"\xef\xbb\xbf\r\nisic_id , target,\tpatient_id,sex\r\n"
+    odd = header + b"a ,0, p,male\r\n b,1,p\xc2\xa0,  \r\n"
     path.write_bytes(odd)
     assert read_metadata(path).equals(wanted)
     assert read_ids(path).equals(wanted["isic_id"])

@@ -1,4 +1,4 @@
-"""A dataset and a run of null engines that embed in moments, to test everything around an engine."""
+"""A dataset and a run of null engines, to test embedding without the time of a real engine."""
 
 import os
 import subprocess
@@ -27,9 +27,9 @@ SHARD_ROWS = 20
 COMMAND = """
 import infer.embedding.shards
 infer.embedding.shards.SHARD_ROWS = {shard_rows}
-from infer.embedding.embed import embed_dataset
-from isic.runtime import cli
-cli.run({{"embed": embed_dataset}})
+from infer.__main__ import COMMANDS
+from isic.runtime.cli import run
+run(COMMANDS)
 """
 
 

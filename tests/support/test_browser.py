@@ -12,11 +12,12 @@ pytestmark = pytest.mark.browser
 BAD = """<!doctype html><title>t</title>
 <link rel="stylesheet" href="missing.css"><script>nothing()</script>
 <p>above</p><p style="margin-top: -2em">below</p>
-<svg width="200" height="50"><text x="9" y="20">one</text><text x="12" y="22">two</text><text x="-9" y="45">cut</text>
-</svg>
+<svg width="200" height="50"><text x="9" y="20">one</text><text x="12" y="22">two</text>
+<text x="-9" y="45">cut</text></svg>
 <img src="data:image/png;base64,AAAA"><div style="width: 500px">wide</div>"""
 GOOD = """<!doctype html><title>t</title><p>one</p><p>two</p>
-<div style="overflow-x: auto"><div style="width: 900px; text-align: right">out of sight</div></div>"""
+<div style="overflow-x: auto"><div style="width: 900px; text-align: right">out of sight</div>
+</div>"""
 
 
 def test_faults_are_found(browser: Browser, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The fake CUDA refuses what CUDA and TensorRT leave undefined; other tests rely on that."""
+"""The fake CUDA refuses undefined behaviour of CUDA and TensorRT; other tests rely on that."""
 
 import pytest
 

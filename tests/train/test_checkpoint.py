@@ -6,12 +6,12 @@ import torch
 from isic.layout import LAST_CHECKPOINT
 from isic.runtime.errors import UserError
 from tests.support.datasets import small_disk
-from train.checkpoint import KEYS, load_checkpoint, save_checkpoint
+from train.checkpoint import CHECKPOINT_KEYS, load_checkpoint, save_checkpoint
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_readable(tmp_path: Path) -> None:
     path = tmp_path / "disk" / LAST_CHECKPOINT
-    values = dict.fromkeys(KEYS, 0)
+    values = dict.fromkeys(CHECKPOINT_KEYS, 0)
     with small_disk(path.parent, "1m"):
         save_checkpoint(path, **values, weights=torch.ones(100_000))
         with pytest.raises(UserError, match=r"the disk is full, so .*last\.pth was not written"):
@@ -42,7 +42,7 @@ def test_a_checkpoint_of_something_else_or_cut_short_is_refused(tmp_path: Path) 
         UserError, match="is not a checkpoint of this toolkit: it lacks model_state_dict"
     ):
         load_checkpoint(tmp_path / "other.pth")
-    save_checkpoint(tmp_path / "cut.pth", **dict.fromkeys(KEYS, torch.zeros(1000)))
+    save_checkpoint(tmp_path / "cut.pth", **dict.fromkeys(CHECKPOINT_KEYS, torch.zeros(1000)))
     (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-700])
     with pytest.raises(UserError, match="is damaged"):
         load_checkpoint(tmp_path / "cut.pth")

@@ -10,7 +10,7 @@ from isic.layout import BEST_CHECKPOINT
 from isic.metrics import pauc
 from isic.runtime.files import read_manifest
 from tests.support.commands import tiny_settings
-from train.checkpoint import KEYS, load_checkpoint
+from train.checkpoint import CHECKPOINT_KEYS, load_checkpoint
 from train.loaders import LesionImages
 from train.model import create_model, preprocess_spec
 from train.rows import load_data
@@ -27,7 +27,7 @@ def test_a_fold_leaves_the_files_of_the_contract(trained: Path, synth_dataset: P
         "config.yaml",
     }
     checkpoint = torch.load(trained / "fold_0" / BEST_CHECKPOINT, weights_only=True)
-    assert set(KEYS) == set(checkpoint)
+    assert set(CHECKPOINT_KEYS) == set(checkpoint)
     manifest = read_manifest(trained / "fold_0" / BEST_CHECKPOINT)
     assert manifest["folds_digest"] == read_folds(trained / "folds.parquet").digest
     history = [

@@ -44,7 +44,7 @@ def test_features_and_logits_have_the_contracts_shapes() -> None:
         assert features.dtype == logits.dtype == torch.float32
 
 
-def test_the_model_normalises_as_its_spec_says() -> None:
+def test_the_model_normalises_by_its_spec() -> None:
     settings = tiny_settings()
     model, spec = create_model(settings).eval(), preprocess_spec(settings)
     image = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)

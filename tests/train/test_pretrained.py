@@ -92,7 +92,7 @@ def test_the_list_is_inherited_through_a_chain(
     assert "learned from 20 of the 20 held-out rows" in ended.err
 
 
-def test_a_fold_has_not_seen_what_it_holds_out(train: Train, tmp_path: Path) -> None:
+def test_a_fold_has_not_seen_its_held_out_rows(train: Train, tmp_path: Path) -> None:
     assert train("last", "--fold", 0).code == 0
     run = tmp_path / "last"
     assert seen_ids(run, 0) == set(small_table()["isic_id"]) - held_out(run, 0)

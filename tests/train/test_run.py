@@ -1,4 +1,4 @@
-"""The command: what it trains, refuses and survives."""
+"""The command: its results, refusals and interruptions."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def test_command_lines_run(small_dataset: Path, tmp_path: Path, cli: Cli, flags:
     assert "checkpoints in" in ended.out
 
 
-def test_it_learns_what_can_be_learnt(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
+def test_it_learns_a_learnable_target(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
     """Malignant images are dark here: a model that learns at all gets them right."""
     flags = ["--data", small_dataset, "--output_dir", tmp_path, "--fold", 0]
     hyperparameters = (

@@ -51,7 +51,7 @@ def test_rank_batches_make_up_the_batches_of_one_process(
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 2.5])
-def test_extra_weight_scales_what_an_epoch_shows_of_both_classes(weight: float) -> None:
+def test_extra_weight_scales_both_classes_of_an_epoch(weight: float) -> None:
     rows, target = np.arange(40), (np.arange(40) % 4 == 0).astype(np.float32)
     positives, negatives = create_pools(rows, target, repeats=2, per_positive=2, weight=weight)
     drawn = [row for row, _ in EpochSampler([positives, negatives], seed=1)]

@@ -121,7 +121,7 @@ def test_a_step_makes_no_host_sync(values: dict[str, object]) -> None:
 
 
 class OutOfMemory(nn.Module):
-    """Raises what a GPU raises whose memory holds no more than `limit` images."""
+    """Raises as a GPU does whose memory holds at most `limit` images."""
 
     def __init__(self, model: nn.Module, limit: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Embedding runs from end to end: what they write, survive and refuse."""
+"""Embedding runs from end to end: their output, interruptions and refusals."""
 
 import json
 import multiprocessing

@@ -91,7 +91,7 @@ def test_an_error_in_a_thread_is_raised_in_its_turn(store: Hdf5Images) -> None:
     assert seen == 50
 
 
-def test_leaving_early_drops_what_is_not_begun(store: Hdf5Images) -> None:
+def test_leaving_early_drops_work_that_is_not_begun(store: Hdf5Images) -> None:
     slow = Slow(store.source)
     with decode_pool(1) as pool:
         stream = decode_ahead(slow, batches(10), SPEC, pool, 10, depth=8)

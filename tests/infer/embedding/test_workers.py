@@ -15,12 +15,12 @@ from tests.support.fake_run import FakeRun, make_fake_run, shard_bytes
 
 WORKERS_WITHOUT_CORES = """
 from infer.embedding import workers
-from infer.embedding.embed import embed_dataset
-from isic.runtime import cli
+from infer.__main__ import COMMANDS
+from isic.runtime.cli import run
 
 if __name__ == "__main__":  # workers import this file too
     workers.core_slice = lambda *arguments: [100_000]
-    cli.run({"embed": embed_dataset})
+    run(COMMANDS)
 """
 
 

@@ -24,7 +24,7 @@ def tiny(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_a_package_for_one_image_a_call_takes_more_in_pieces(tiny: Path, tmp_path: Path) -> None:
     artifact = export_untrained(
-        create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=1
+        create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", max_batch=1
     )
     engine = create(artifact.path, artifact.manifest)
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
@@ -38,7 +38,7 @@ def test_float32_is_no_tf32_once_an_engine_is_open(
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     artifact = export_untrained(
-        create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2
+        create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", max_batch=2
     )
     torch.backends.cudnn.allow_tf32 = True
     create(artifact.path, artifact.manifest)
@@ -50,7 +50,7 @@ def test_float32_is_no_tf32_once_an_engine_is_open(
 def test_a_package_runs_on_a_cpu_with_all_its_instructions(tiny: Path, tmp_path: Path) -> None:
     """One with more instructions will do; one with fewer would end the process with SIGILL."""
     artifact = export_untrained(
-        create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", largest=2
+        create_untrained(str(tiny)), "aoti", "fp32", tmp_path, "cpu", max_batch=2
     )
     assert artifact.manifest["cpu_features"] == needed_features()
     level = torch.backends.cpu.get_cpu_capability().lower()

@@ -129,7 +129,8 @@ def test_a_provider_that_does_not_load_gives_the_loaders_reason(
     assert reason
     assert ".so" in reason
     assert "cannot open shared object file" in reason
-    with pytest.raises(UserError, match=r"--device cuda here: lib.*\.so.*; use --device cpu$"):
+    assert reason.endswith('; run `pip install "onnxruntime-gpu[cuda,cudnn]"`')
+    with pytest.raises(UserError, match=r"--device cuda here: lib.*\.so.*, or use --device cpu$"):
         OnnxRuntimeEngine(Path("any.onnx"), 32, "cuda")
     assert capfd.readouterr() == ("", ""), "ONNX Runtime's own log of the same error is silenced"
 

@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -93,6 +94,48 @@ def test_a_graph_is_right_after_batches_of_other_sizes(cuda: FakeCuda) -> None:
         assert_right(engine, number)
     assert cuda.replays == 5 + 5 + 1 + 8 + 3
     assert len(fake.contexts) == 4, "one for each slot, and one for each slot's graph"
+
+
+@pytest.fixture
+def one_node_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeEngine], None]:
+    """Run a plan of one node that TensorRT-RTX has really built on a fake engine."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+    def run(fake: FakeEngine) -> None:
+        engine = SimpleNamespace(
+            create_execution_context=lambda strategy: fake.create_execution_context(int(strategy)),
+            device_memory_size_v2=fake.device_memory_size_v2,
+        )
+        monkeypatch.setattr(tensorrt, "import_runtime", lambda flavour: trt)
+        monkeypatch.setattr(tensorrt, "deserialize", lambda *arguments: engine)
+        tensorrt.run_one_node("tensorrt")
+
+    return run
+
+
+def test_one_node_is_built_and_run(
+    cuda: FakeCuda, one_node_on: Callable[[FakeEngine], None]
+) -> None:
+    fake = FakeEngine(cuda, lambda images: {"features": images.astype(np.float32)}, 1)
+    one_node_on(fake)
+    assert fake.batches == [1]
+
+
+def test_one_node_with_a_wrong_result_is_found(
+    cuda: FakeCuda, one_node_on: Callable[[FakeEngine], None]
+) -> None:
+    fake = FakeEngine(cuda, lambda images: {"features": np.zeros(1, np.float32)}, 1)
+    with pytest.raises(UserError, match=r"TensorRT computes 0\.0 for 255; run `pip install"):
+        one_node_on(fake)
+
+
+def test_one_node_that_cannot_be_built_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    assert tensorrt.one_node_plan(trt, "sm89")
+    monkeypatch.setattr(cudart, "architecture", lambda: "sm89")
+    monkeypatch.setattr(tensorrt, "one_node_plan", lambda trt, architecture: None)
+    with pytest.raises(UserError, match=r"TensorRT-RTX builds no plan .*; run `pip install"):
+        tensorrt.run_one_node("tensorrt_rtx")
 
 
 def test_a_shape_is_set_only_when_the_batch_changes(cuda: FakeCuda) -> None:
@@ -269,6 +312,7 @@ def test_a_plan_for_another_gpu_is_refused(built: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(cudart, "architecture", lambda: "sm75")
     message = refusal(built, read_manifest(built))
     assert "no matrix product in float32 on sm75" in message
+    monkeypatch.setattr(tensorrt, "no_gpu_reason", lambda: None)
     assert tensorrt.unavailable_reason("tensorrt_rtx") == message
     monkeypatch.setattr(cudart, "architecture", lambda: "sm80")
     assert "was built for sm86 and sm89 and sm120, and this GPU is sm80" in refusal(
@@ -288,6 +332,7 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know_is_refused(
     message = refusal(built, read_manifest(built))
     assert message.startswith("TensorRT-RTX runs on sm80")
     assert message.endswith("and not on sm90; use another format there")
+    monkeypatch.setattr(tensorrt, "no_gpu_reason", lambda: None)
     assert tensorrt.unavailable_reason("tensorrt_rtx") == message
     monkeypatch.setattr(cudart, "architecture", lambda: "sm89")
     assert tensorrt.unavailable_reason("tensorrt_rtx") is None
@@ -358,16 +403,19 @@ def test_another_contract_is_refused() -> None:
 def test_no_gpu_is_one_sentence(built: Path) -> None:
     if tensorrt.unavailable_reason("tensorrt_rtx") is None:
         pytest.skip("there is a GPU here")
-    assert "no NVIDIA GPU can be used here" in refusal(built, read_manifest(built))
+    message = refusal(built, read_manifest(built))
+    assert message.startswith("TensorRT does not run here: ")
+    assert message.endswith(", or use the format onnx")
+    assert str(tensorrt.unavailable_reason("tensorrt_rtx")) in message
 
 
 def test_a_missing_package_is_named(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(built)
     if importlib.util.find_spec("tensorrt") is None:
-        assert "pip install isic-toolkit[tensorrt]" in refusal(
-            built, {**manifest, "format": "tensorrt"}
-        )
-        assert "pip install isic-toolkit[tensorrt]" in str(tensorrt.unavailable_reason("tensorrt"))
+        command = 'run `pip install "isic-toolkit[tensorrt]"`'
+        assert command in refusal(built, {**manifest, "format": "tensorrt"})
+        monkeypatch.setattr(tensorrt, "no_gpu_reason", lambda: None)
+        assert command in str(tensorrt.unavailable_reason("tensorrt"))
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     cudart.runtime.cache_clear()
     assert "pip install cuda-bindings" in refusal(built, manifest)

@@ -1,4 +1,4 @@
-"""Fitting an ensemble: what it writes, that it repeats itself, and what it refuses."""
+"""Fitting an ensemble: its files, that it repeats itself, and its refusals."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Predicting: the content of the submission, that nothing is fitted, and what is refused."""
+"""Predicting: the content of the submission, that nothing is fitted, and refusals."""
 
 import json
 import shutil

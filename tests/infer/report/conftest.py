@@ -1,4 +1,4 @@
-"""A fitted ensemble on a dataset with markup where text may be, and its reports."""
+"""A fitted ensemble on a dataset with markup in its texts, and its reports."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ NASTY = "<script>alert(1)</script>\"'&amp;<img src=x onerror=alert(2)>"
 
 @pytest.fixture(scope="package")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tables without images, with markup where text may be."""
+    """Tables without images, with markup in their texts."""
     root = write_dataset(tmp_path_factory.mktemp("report") / "data")
     file = root / "train-metadata.csv"
     table = pl.read_csv(file, infer_schema=False)

@@ -10,7 +10,7 @@ from isic.features import (
 from tests.support.tables import EXTENDED
 
 
-def test_codes_follow_frequency_and_what_is_unseen_is_a_blank() -> None:
+def test_codes_follow_frequency_and_an_unseen_category_is_a_blank() -> None:
     text = ["b", "a", "b", None, "c", "a", "b"]
     features = pl.DataFrame(
         {"sex": text, "age_approx": pl.Series([None, 1, 2, 3, 4, None, 10], dtype=pl.Float32)}

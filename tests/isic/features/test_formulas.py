@@ -82,7 +82,7 @@ def test_zero_over_zero_is_zero_and_a_blank_stays_blank() -> None:
     assert compute(lesions(age_approx=[None]), names).row(0)[1:] == (None, 1.0, 1.0)
 
 
-def test_every_formula_is_finite_where_every_measurement_is_zero() -> None:
+def test_every_formula_is_finite_if_every_measurement_is_zero() -> None:
     zeros = lesions(**{name: [0.0, 0.0] for name in schema.NUMERIC})
     values = compute(zeros, (*NOTEBOOK_FORMULAS, *SOLUTION_FORMULAS)).drop(schema.ID)
     assert np.isfinite(values.to_numpy()).all()

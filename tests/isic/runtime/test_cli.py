@@ -52,7 +52,7 @@ def test_the_nearest_word() -> None:
         (["isic", "check", "--dta", "x"], 'did you mean "data"?'),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence_and_exit_2(
+def test_a_wrong_command_line_is_one_message_and_exit_2(
     cli: Cli, arguments: list[str], words: str
 ) -> None:
     ended = cli(*arguments)
@@ -151,7 +151,7 @@ def write_tables(data: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
 def test_a_character_that_the_output_lacks_loses_no_result(encoding: str, tmp_path: Path) -> None:
-    """`infer fit` prints `±`, and what an option's name holds, before it writes its report."""
+    """`infer fit` prints `±`, and the text of an option, before it writes its report."""
     data = tmp_path / "data"
     write_tables(data)
     flags = ["--features", "raw", "--num_rounds", "5", "--seeds", "1", "--num_folds", "3"]

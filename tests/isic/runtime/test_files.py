@@ -34,7 +34,8 @@ def test_a_killed_writer_leaves_the_former_file(tmp_path: Path) -> None:
     write_text(path, "former")
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom isic.runtime.files import atomic_path\n"
-        "with atomic_path(Path(sys.argv[1])) as t:\n    t.write_text('half'); print('ready', flush=True)\n"
+        "with atomic_path(Path(sys.argv[1])) as t:\n"
+        "    t.write_text('half'); print('ready', flush=True)\n"
         "    time.sleep(60)"
     )
     process = subprocess.Popen(
@@ -50,7 +51,7 @@ def test_a_killed_writer_leaves_the_former_file(tmp_path: Path) -> None:
     assert path.read_text() == "former"
 
 
-def test_a_full_disk_and_a_read_only_folder_are_sentences(tmp_path: Path) -> None:
+def test_a_full_disk_and_a_read_only_folder_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the disk is full"), atomic_path(tmp_path / "f"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     (tmp_path / "file").write_text("")
@@ -58,7 +59,7 @@ def test_a_full_disk_and_a_read_only_folder_are_sentences(tmp_path: Path) -> Non
         write_text(tmp_path / "file" / "below", "x")
 
 
-def test_a_folder_in_the_way_is_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*there"):
         write_text(tmp_path / "there", "text")
@@ -127,13 +128,13 @@ def test_files_are_for_everybody_whom_the_umask_admits(tmp_path: Path) -> None:
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_name_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write .*File name too long"):
         write_text(tmp_path / ("x" * 250), "text")
 
 
-def test_what_a_command_did_not_write_is_not_replaced(tmp_path: Path) -> None:
-    """Nor is what a link leads to, and a device not even by its own command."""
+def test_a_file_of_another_origin_is_not_replaced(tmp_path: Path) -> None:
+    """Nor is the target of a link, and a device not even by its own command."""
     file, link = tmp_path / "file", tmp_path / "link"
     refuse_foreign([file], False, "--output")
     file.write_text("mine")
@@ -150,7 +151,7 @@ def test_what_a_command_did_not_write_is_not_replaced(tmp_path: Path) -> None:
             refuse_foreign([path], True, "--output")
 
 
-def test_what_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
     for path, words in (
         (tmp_path, r"cannot read .*Is a directory"),

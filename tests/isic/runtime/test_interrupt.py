@@ -68,12 +68,14 @@ def leave_then_connect(ident):
     return connect(ident)  # served after the abandoned connection
 
 type(sharing._resource_sharer).get_connection = staticmethod(leave_then_connect)
-loader = DataLoader(torch.arange(8.0), batch_size=4, num_workers=1, worker_init_fn=ignore_signals_in_worker)
+loader = DataLoader(
+    torch.arange(8.0), batch_size=4, num_workers=1, worker_init_fn=ignore_signals_in_worker
+)
 assert torch.equal(torch.cat(list(loader)), torch.arange(8.0)) and left
 """
 
 
-def test_a_loader_is_quiet_where_its_main_process_ends_while_it_takes_a_batch() -> None:
+def test_a_loader_is_quiet_if_its_main_process_ends_while_it_takes_a_batch() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", LEFT], capture_output=True, text=True, check=False, timeout=120
     )

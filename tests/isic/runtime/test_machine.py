@@ -1,7 +1,7 @@
 """The machine as control groups and CUDA's driver limit it."""
 
 import os
-import shutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +10,11 @@ import pytest
 
 from isic.runtime import machine
 from isic.runtime.machine import cores, cpu_quota, gpus, no_gpu_reason, num_cores
+from tests.support import fake_driver
 
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
 V1 = "34 32 0:30 {mounted} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
 HYBRID = "40 32 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
-FAKE_DRIVER = """
-#include <stdlib.h>
-int cuInit(unsigned flags) { return atoi(getenv("FAKE_STATUS")); }
-int cuDeviceGetCount(int *count) { *count = atoi(getenv("FAKE_COUNT")); return 0; }
-int cuGetErrorString(int status, const char **text) { *text = "system not yet initialized"; return 0; }
-"""
 
 
 def system(root: Path, groups: str, mounts: str, **files: str) -> Path:
@@ -132,35 +127,98 @@ def test_cuda_counts_and_the_variable_names(
     monkeypatch.setattr(machine, "_ask_cuda", lambda: (count, "no device"))
     monkeypatch.setattr(machine, "GPU_FILES", ("/proc/self",))
     assert gpus() == names
-    hidden = f'CUDA_VISIBLE_DEVICES="{visible}" hides every GPU'
+    hidden = f'CUDA_VISIBLE_DEVICES="{visible}" hides every GPU; run `unset CUDA_VISIBLE_DEVICES`'
     expected = hidden if visible in {"", "-1"} else "no device"
     assert no_gpu_reason() == (None if names else expected)
 
 
-@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def ask(code: str, environment: dict[str, str]) -> str:
+    """Return what an expression of `machine` is in a process of its own."""
+    command = [sys.executable, "-c", f"from isic.runtime import machine; print({code})"]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
 def test_the_driver_is_asked(tmp_path: Path) -> None:
-    """With a fake libcuda.so.1, which this machine need not have."""
-    (tmp_path / "driver.c").write_text(FAKE_DRIVER)
-    library = tmp_path / "libcuda.so.1"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True)
-    code = "from isic.runtime.machine import gpus, no_gpu_reason; print(gpus(), no_gpu_reason())"
+    works = fake_driver.install(tmp_path, count=2)
+    assert ask("machine.gpus(), machine.no_gpu_reason()", works) == "['0', '1'] None"
+    assert ask("machine.gpu_names()[1]", works) == "NVIDIA Fake, compute capability 8.9"
+    assert ask("machine.driver_cuda()", works) == "12.6"
+    assert ask("machine.nvidia_driver()", works) == "560.35.03"
 
-    def ask(count: int, status: int) -> str:
-        fake = {
-            "LD_LIBRARY_PATH": str(tmp_path),
-            "FAKE_COUNT": str(count),
-            "FAKE_STATUS": str(status),
-        }
-        environment = {
-            key: text for key, text in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"
-        }
-        command = [sys.executable, "-c", code]
-        return subprocess.run(
-            command, env=environment | fake, capture_output=True, text=True, check=True
-        ).stdout
 
-    assert ask(2, 0) == "['0', '1'] None\n"
-    assert ask(2, 802) == "[] no NVIDIA GPU can be used (CUDA: system not yet initialized)\n"
+def test_an_error_of_the_driver_has_its_fix(tmp_path: Path) -> None:
+    fails = fake_driver.install(tmp_path, count=2, status=802)
+    assert ask("machine.gpus()", fails) == "[]"
+    assert ask("machine.no_gpu_reason()", fails) == (
+        "no NVIDIA GPU can be used (CUDA: system not yet initialized); "
+        "start the service nvidia-fabricmanager"
+    )
+
+
+def test_a_driver_that_does_not_load_is_not_a_machine_without_a_gpu(tmp_path: Path) -> None:
+    broken = fake_driver.install_broken(tmp_path)
+    reason = ask("machine.no_gpu_reason()", broken)
+    assert reason.startswith("NVIDIA's driver does not load (")
+    assert reason.endswith("libcuda.so.1: file too short); " + machine.REPAIR_DRIVER)
+    assert ask("machine.gpu_names(), machine.driver_cuda()", broken) == "[] None"
+
+
+MISSING = OSError("libcuda.so.1: cannot open shared object file: No such file or directory")
+DEPENDENCY = OSError("libfoo.so: cannot open shared object file: No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("error", "files", "containers", "words"),
+    [
+        (MISSING, (), (), "this machine has no NVIDIA GPU; use one that has"),
+        (MISSING, (), ("/proc/self",), "this container has no NVIDIA GPU; .*`--gpus all`"),
+        (MISSING, ("/proc/self",), (), "driver is not installed .*; install NVIDIA's driver"),
+        (FileNotFoundError("nvcuda.dll"), (), (), "this machine has no NVIDIA GPU"),
+        (DEPENDENCY, (), (), "driver does not load .*; restart the machine"),
+    ],
+)
+def test_a_missing_driver_is_explained(
+    error: OSError,
+    files: tuple[str, ...],
+    containers: tuple[str, ...],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "GPU_FILES", files)
+    monkeypatch.setattr(machine, "CONTAINER_FILES", containers)
+    assert re.search(words, machine._no_driver_reason(error))
+
+
+@pytest.mark.parametrize(
+    ("built_for", "found", "is_old"),
+    [
+        ("13.0", "12.6", True),
+        ("13.5", "13.0", False),
+        ("12.8", "13.0", False),
+        ("12.8", None, False),
+        (None, "12.6", False),
+    ],
+)
+def test_a_driver_runs_its_own_major_version_of_cuda_and_older_ones(
+    built_for: str | None, found: str | None, is_old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "driver_cuda", lambda: found)
+    assert (machine.old_driver_reason("a library", built_for) is not None) == is_old
+
+
+def test_the_driver_for_a_version_of_cuda() -> None:
+    assert machine.driver_for("13.5") == "NVIDIA driver 580 or newer"
+    assert machine.driver_for("99.0") == "a newer NVIDIA driver"
+
+
+def test_the_kernel_module_names_the_driver(tmp_path: Path) -> None:
+    """The two texts are those of NVIDIA's proprietary and of its open kernel module."""
+    path = tmp_path / "version"
+    for kind in ("x86_64 Kernel Module", "Open Kernel Module for x86_64"):
+        path.write_text(f"NVRM version: NVIDIA UNIX {kind}  580.65.06  Sun Jul 27 2025\n")
+        assert machine.nvidia_driver(path) == "580.65.06"
 
 
 def test_a_machine_without_a_gpu_has_none_whatever_is_named(

@@ -28,7 +28,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("text", VALUES)
-def test_a_plain_word_is_what_version_1_2_says(text: str) -> None:
+def test_a_plain_word_has_its_type_of_version_1_2(text: str) -> None:
     value = yaml12.load(f"key: {text}")["key"]
     assert value == VALUES[text]
     assert type(value) is type(VALUES[text])
