@@ -15,7 +15,7 @@ $(SETUP): setup.cfg pyproject.toml
 	touch $@
 
 demo: $(SETUP)
-	$(BIN)/python -m isic synth --out $(DATA) --images 3000
+	$(BIN)/python -m isic synth --output_dir $(DATA) --images 3000
 	$(BIN)/python -m train --config demo --data $(DATA) --output_dir $(OUT) --resume
 	$(BIN)/python -m export --config demo --model_dir $(OUT)/demo
 	$(BIN)/python -m infer embed --config demo --model_dir $(OUT)/demo --data $(DATA) --output_dir $(OUT)/embeddings

@@ -34,7 +34,7 @@ SCRIPTS = {
 complete -o default -F _isic_toolkit isic-toolkit""",
     "zsh": f"""_isic_toolkit() {{
     local -a found
-    found=(${{(f)"$(isic-toolkit {COMPLETE} ${{words[2,CURRENT]}})"}})
+    found=(${{(f)"$(isic-toolkit {COMPLETE} "${{(@)words[2,CURRENT]}}")"}})
     (( ${{#found}} )) && compadd -a found || _files
 }}
 compdef _isic_toolkit isic-toolkit""",

@@ -1,6 +1,7 @@
 """The installed command `isic-toolkit`, and how little is imported before a command runs."""
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -97,18 +98,39 @@ def test_nothing_is_offered_for_a_path_or_an_unknown_command() -> None:
     assert candidates(["fly", ""]) == []
 
 
-def test_bash_completes_by_the_script(tmp_path: Path) -> None:
+@pytest.fixture
+def shell_environment(tmp_path: Path) -> dict[str, str]:
+    """The environment of a shell that finds the command, which need not be installed."""
     run = f'exec {sys.executable} -c "from isic.runtime.toolkit import main; main()" "$@"'
     command = tmp_path / "isic-toolkit"
     command.write_text(f"#!/bin/sh\n{run}\n")
     command.chmod(0o755)
+    return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
+def test_bash_completes_by_the_script(shell_environment: dict[str, str]) -> None:
     script = SCRIPTS["bash"] + (
         "\nCOMP_WORDS=(isic-toolkit infer embed --f); COMP_CWORD=3; _isic_toolkit\n"
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
-        ["bash", "-c", script], env=environment, capture_output=True, text=True, check=False
+        ["bash", "-c", script], env=shell_environment, capture_output=True, text=True, check=False
     )
     assert set(ended.stdout.split()) == {"--folds", "--force", "--format"}
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_completes_by_the_script(shell_environment: dict[str, str]) -> None:
+    """With fakes of zsh's `compadd` and `_files`, which exist only while it completes."""
+    script = (
+        "compdef() { : }; compadd() { print -l -- ${(P)2} }; _files() { print files }\n"
+        + SCRIPTS["zsh"]
+        + '\nwords=(isic-toolkit infer ""); CURRENT=3; _isic_toolkit'
+        + '\nwords=(isic-toolkit train --data ""); CURRENT=4; _isic_toolkit'
+    )
+    ended = subprocess.run(
+        ["zsh", "-fc", script], env=shell_environment, capture_output=True, text=True, check=False
+    )
+    found = ended.stdout.split()
+    assert found[:2] == ["embed", "fit"], ended.stderr
+    assert found[-1] == "files"
