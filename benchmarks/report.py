@@ -267,6 +267,24 @@ TABLES = {
             ("synthetic, 401,059 rows", "multimodal_demo, ensemble"),
         ),
     ),
+    "start": Table(
+        "start",
+        ("what",),
+        {
+            "what": "command",
+            "cpu_seconds": "CPU seconds (median)",
+        },
+        rows=(
+            ("isic --version",),
+            ("isic check --data /nowhere",),
+            ("train --help",),
+            ("export --help",),
+            ("infer embed --help",),
+            ("infer fit --help",),
+            ("infer fit --no_such_key 1",),
+            ("benchmarks throughput --help",),
+        ),
+    ),
     "hospitals": Table(
         "hospitals",
         ("data", "features", "treatment", "scored"),
