@@ -47,7 +47,7 @@ def run(commands: Command | Mapping[str, Command]) -> None:
     """Run one command, or the one that the first argument names; exit with 2 on a UserError."""
     make_printable()
     try:
-        with _exit_quietly_on_broken_pipe():
+        with exit_quietly_on_broken_pipe():
             _dispatch(commands, sys.argv[1:])
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
@@ -65,7 +65,7 @@ def make_printable() -> None:
 
 
 @contextlib.contextmanager
-def _exit_quietly_on_broken_pipe() -> Iterator[None]:
+def exit_quietly_on_broken_pipe() -> Iterator[None]:
     """Exit with status 1 and no message if stdout is closed early, as by `| head`."""
     try:
         try:

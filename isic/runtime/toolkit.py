@@ -9,7 +9,7 @@ from typing import Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from isic import __version__
-from isic.runtime.cli import HELP, VERSION, Command, make_printable
+from isic.runtime.cli import HELP, VERSION, Command, exit_quietly_on_broken_pipe, make_printable
 from isic.runtime.config import describe_configs
 from isic.runtime.errors import did_you_mean
 
@@ -45,7 +45,12 @@ compdef _isic_toolkit isic-toolkit""",
 def main() -> None:
     """Run `isic-toolkit <package> ...` like `python -m <package> ...`."""
     make_printable()
-    match sys.argv[1:]:
+    with exit_quietly_on_broken_pipe():
+        _dispatch(sys.argv[1:])
+
+
+def _dispatch(arguments: list[str]) -> None:
+    match arguments:
         case []:
             _print_help()
         case [word] if word in HELP:
@@ -56,12 +61,12 @@ def main() -> None:
             print("\n".join(candidates(words)))
         case ["completion", shell] if shell in SCRIPTS:
             print(SCRIPTS[shell])
-        case [package, *arguments] if package in PACKAGES:
-            sys.argv = [f"isic-toolkit {package}", *arguments]
+        case [package, *rest] if package in PACKAGES:
+            sys.argv = [f"isic-toolkit {package}", *rest]
             runpy.run_module(package, run_name="__main__")
         case [word, *_]:
             known = [*PACKAGES, *(f"completion {shell}" for shell in SCRIPTS)]
-            hint = did_you_mean(" ".join(sys.argv[1:3]) if word == "completion" else word, known)
+            hint = did_you_mean(" ".join(arguments[:2]) if word == "completion" else word, known)
             print(f'error: unknown command "{word}", {hint}', file=sys.stderr)
             sys.exit(2)
 

@@ -75,6 +75,14 @@ def test_packages_are_verbs() -> None:
     assert ended.stderr == 'error: unknown command "trian", did you mean "train"?\n'
 
 
+def test_a_closed_output_is_no_error(shell_environment: dict[str, str]) -> None:
+    script = "isic-toolkit completion bash | head -1; isic-toolkit --help | true"
+    ended = subprocess.run(
+        ["bash", "-c", script], env=shell_environment, capture_output=True, text=True, check=False
+    )
+    assert ended.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [
