@@ -34,7 +34,7 @@ def lacks(row: EngineFormat) -> list[str]:
         problems.append(f"the module {row.module}")
     else:
         module = import_module(row.module)
-        for function in ("create", "unavailable_reason"):
+        for function in ("create", "unavailable_reason", "built_for"):
             if not callable(getattr(module, function, None)):
                 problems.append(f"{function} in {row.module}")
     if not set(row.devices) <= {"cpu", "cuda"} or not row.devices:
@@ -64,6 +64,7 @@ def test_what_a_row_lacks_is_reported() -> None:
     assert lacks(replace(row, module="infer.formats")) == [
         "create in infer.formats",
         "unavailable_reason in infer.formats",
+        "built_for in infer.formats",
     ]
     assert lacks(replace(row, packages=("openvino",), extra="openvino")) == [
         "openvino in setup.cfg (openvino)"
