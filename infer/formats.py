@@ -20,7 +20,7 @@ class EngineFormat:
     """The library's name in messages."""
     module: str
     """The module with `create(path, manifest, device)`, `unavailable_reason(format, device)` and
-    `built_for()`, the CUDA of its library."""
+    `built_for()`, the CUDA that the library was built for."""
     suffix: str
     """Ending of the artifact's file name."""
     devices: tuple[str, ...]

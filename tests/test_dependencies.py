@@ -97,7 +97,7 @@ def test_cuda_12_and_13_get_a_fitting_onnx_runtime() -> None:
 
 def test_a_missing_library_names_its_extra() -> None:
     missing = ModuleNotFoundError("No module named 'timm'", name="timm.data")
-    text = 'timm is not installed; run pip install "isic-toolkit[{}]"'
+    text = 'timm is not installed; run `pip install "isic-toolkit[{}]"`'
     assert str(missing_library(missing)) == text.format("train")
     assert str(missing_library(missing, "export")) == text.format("export")
     assert missing_library(ModuleNotFoundError("No module named 'mine'", name="mine")) is None
@@ -150,9 +150,9 @@ def test_inference_needs_the_base_install_only(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("train --config demo", 'run pip install "isic-toolkit[train]"'),
-        ("export --config demo", 'run pip install "isic-toolkit[export]"'),
-        ("benchmarks tabular --results .", 'run pip install "isic-toolkit[benchmarks]"'),
+        ("train --config demo", 'run `pip install "isic-toolkit[train]"'),
+        ("export --config demo", 'run `pip install "isic-toolkit[export]"'),
+        ("benchmarks tabular --results .", 'run `pip install "isic-toolkit[benchmarks]"'),
         ("infer fit --features raw --libraries xgboost --data {data}", "[boosters]"),
         ("infer embed --config tiny --model_dir {run} --data {data} --ray local", "[ray]"),
     ],

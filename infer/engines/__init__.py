@@ -91,7 +91,7 @@ def import_engine(name: str) -> ModuleType:
         return import_module(row.module)
     except ModuleNotFoundError as error:
         reason = missing_library(error) or UserError(
-            f"{error.name} is not installed; run `pip install {row.packages[0]}`"
+            f"{error.name} is not installed; run `pip install isic-toolkit`"
         )
         raise reason from None
     except (ImportError, OSError) as error:  # the package is there, a library it needs is not

@@ -144,21 +144,20 @@ def unavailable_reason(name: str, device: str) -> str | None:
     except (AssertionError, RuntimeError) as error:  # built without CUDA; no GPU, or one that fails
         if device == "cpu":
             return f"{first_line(error)}; run `pip install --force-reinstall torch`"
-        return no_gpu_reason() or f"{_cuda_problem(error)}; {_other_build()}"
+        return no_gpu_reason() or _cuda_reason(error)
     return None
 
 
-def _cuda_problem(error: Exception) -> str:
+def _cuda_reason(error: Exception) -> str:
     """Return why torch cannot use a GPU that the driver can use, from the error that it gave."""
     library = f"torch {torch.__version__}"
+    fix = f"install a torch for CUDA {driver_cuda()} or older from https://pytorch.org"
+    too_old = old_driver_reason(library, built_for())
+    if too_old:
+        return f"{too_old}; {fix}, or {driver_for(built_for())}"
     if built_for() is None:
-        return f"{library} was built without CUDA"
-    return old_driver_reason(library, built_for()) or f"{library}: {first_line(error)}"
-
-
-def _other_build() -> str:
-    build = f"install a torch for CUDA {driver_cuda()} or older from https://pytorch.org"
-    return f"{build}, or {driver_for(built_for())}" if built_for() else build
+        return f"{library} was built without CUDA; {fix}"
+    return f"{library}: {first_line(error)}; {fix}"
 
 
 def built_for() -> str | None:

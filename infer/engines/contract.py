@@ -67,7 +67,7 @@ def contract_violation(
 
 
 def _matches(tensor: Tensor, spec: TensorSpec) -> bool:
-    """Return whether type and rank are the spec's, the batch is open and every other size is fixed."""
+    """Return whether type and rank are the spec's, and only the batch is open."""
     if tensor.dtype != spec.dtype or len(tensor.shape) != 1 + len(spec.sizes):
         return False
     batch, *sizes = tensor.shape

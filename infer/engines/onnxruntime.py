@@ -45,8 +45,8 @@ ORT_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(floa
 
 REINSTALL = "run `pip install --force-reinstall onnxruntime`"
 CUDA_FIXES = {
-    ".so": 'run `pip install "onnxruntime-gpu[cuda,cudnn]"`',
-    ".dll": 'run `pip install "onnxruntime-gpu[cuda,cudnn]"`',
+    "cannot open shared object": 'run `pip install "onnxruntime-gpu[cuda,cudnn]"`',
+    "Could not find module": 'run `pip install "onnxruntime-gpu[cuda,cudnn]"`',
     "no kernel image": f"run `{install_command('cuda12')}`, which has kernels for older GPUs",
     "out of memory": "end other processes on the GPU",
     "": "see https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html",

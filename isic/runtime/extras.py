@@ -30,5 +30,5 @@ def missing_library(error: ModuleNotFoundError, extra: str | None = None) -> Use
     module = (error.name or "").split(".")[0]
     for name, modules in EXTRAS.items():
         if module in modules:
-            return UserError(f"{module} is not installed; run {install_command(extra or name)}")
+            return UserError(f"{module} is not installed; run `{install_command(extra or name)}`")
     return None

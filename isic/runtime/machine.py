@@ -276,7 +276,7 @@ def _no_driver_reason(error: OSError) -> str:
             return f"NVIDIA's driver is not installed ({text}); {INSTALL_DRIVER}"
         if any(Path(path).exists() for path in CONTAINER_FILES):
             return (
-                "this container has no NVIDIA GPU; if its host has one, start it with `--gpus all`"
+                "this container has no NVIDIA GPU; start it with `--gpus all` if its host has one"
             )
         return "this machine has no NVIDIA GPU; use one that has"
     return f"NVIDIA's driver does not load ({text}); {REPAIR_DRIVER}"

@@ -1,6 +1,7 @@
 """The AOTInductor engine."""
 
 import platform
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks.untrained import create_untrained, export_untrained
-from infer.engines import create
+from infer.engines import aoti, create
 from infer.engines.aoti import mismatch, needed_features, package_architecture
+from isic.runtime import machine
 from isic.runtime.errors import UserError
 from tests.support.commands import TINY_YAML
 
@@ -69,3 +71,26 @@ def test_a_package_runs_on_a_cpu_with_all_its_instructions(tiny: Path, tmp_path:
     del older_version["cpu_features"]
     with pytest.raises(UserError, match=r"does not record for which CPU's instructions .* --force"):
         create(artifact.path, older_version)
+
+
+@pytest.mark.parametrize(
+    ("built_for", "driver", "reason"),
+    [
+        (None, "12.6", "torch .* was built without CUDA; install a torch for CUDA 12.6 or older"),
+        ("13.0", "12.6", "built for CUDA 13.0, and the .* CUDA up to 12.6; .* driver 580 or newer"),
+        ("12.8", "13.0", "torch .*: no kernel image; install a torch for CUDA 13.0 or older"),
+    ],
+)
+def test_why_torch_cannot_use_a_gpu(
+    built_for: str | None, driver: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no kernel image\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(aoti, "no_gpu_reason", lambda: None)
+    monkeypatch.setattr(aoti, "driver_cuda", lambda: driver)
+    monkeypatch.setattr(machine, "driver_cuda", lambda: driver)
+    found = aoti.unavailable_reason.__wrapped__("aoti", "cuda")
+    assert re.search(reason, str(found))

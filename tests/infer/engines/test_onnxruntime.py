@@ -135,6 +135,37 @@ def test_a_provider_that_does_not_load_gives_the_loaders_reason(
     assert capfd.readouterr() == ("", ""), "ONNX Runtime's own log of the same error is silenced"
 
 
+@pytest.mark.parametrize(
+    ("driver", "extra"), [("12.6", "cuda12"), ("13.0", "cuda13"), (None, "cuda13")]
+)
+def test_a_build_for_cpus_is_replaced_by_one_that_the_driver_can_run(
+    broken_gpu: None, driver: str | None, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "driver_cuda", lambda: driver)
+    reason = str(unavailable_reason("onnx", "cuda"))
+    unavailable_reason.cache_clear()
+    assert reason == (
+        f"ONNX Runtime {ort.__version__} was built without CUDA; run "
+        f'`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install "isic-toolkit[{extra}]"`'
+    )
+
+
+@pytest.mark.parametrize(
+    ("cause", "fix"),
+    [
+        ("libcudnn.so.9: cannot open shared object file", "onnxruntime-gpu[cuda,cudnn]"),
+        ("no kernel image is available for execution", "isic-toolkit[cuda12]"),
+        ("CUDA failure 2: out of memory; GPU=0", "end other processes"),
+        ("CUDA failure 999: unknown error; GPU=0", "https://onnxruntime.ai/"),
+    ],
+)
+def test_an_error_of_the_provider_has_its_fix(cause: str, fix: str) -> None:
+    found, _, command = onnxruntime._cuda_reason(cause).rpartition("; ")
+    assert found == cause
+    assert fix in command
+
+
 @pytest.mark.slow
 def test_an_engine_is_freed_once_nobody_holds_it(tmp_path: Path) -> None:
     model, reference = network(POINTWISE)
