@@ -41,6 +41,7 @@ class Dataset:
         parquet, csv = (self.root / f"{split}-metadata.{ending}" for ending in ("parquet", "csv"))
         if not parquet.exists():
             return csv
+        # Which one is newer is unknown, so the choice is reported.
         if csv.exists():
             warn_once(f"{self.root} has {parquet.name} and {csv.name}; {parquet.name} is read")
         return parquet

@@ -131,6 +131,7 @@ def scan_embeddings(
         if not shards:
             raise UserError(f"{directory} has no shards; run `python -m infer embed` again")
         _refuse_other_run(shards, run)
+        # The folder has the fold, the file has not.
         number = pl.lit(fold, dtype=pl.Int8).alias("fold")
         frames.append(scan_parquet(shards).select("isic_id", number, *columns))
     return pl.concat(frames)

@@ -16,8 +16,9 @@ from isic.metrics import TopK, pauc, roc_auc, top_k
 from isic.runtime.errors import UserError
 
 BLEND = "blend"
+# Text is much slower to group by.
 GROUP = "_patient"
-"""Column with the patient as a number, which is much faster to group by than text."""
+"""Column with the patient as a number."""
 
 
 @dataclass(frozen=True)
