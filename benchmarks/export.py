@@ -31,7 +31,7 @@ def export(settings: ExportCostSettings) -> None:
 
 
 def select_formats(settings: ExportCostSettings) -> list[tuple[str, str]]:
-    """Return the pairs of format and precision to build. Raises UserError for an unknown word."""
+    """Return the pairs of format and precision to build. Raise UserError for an unknown word."""
     known = [
         (name, precision)
         for name in FORMATS

@@ -65,7 +65,7 @@ class Artifact:
 
 
 def create_untrained(config: str) -> UntrainedModel:
-    """Build the network of a config. Raises UserError for an unknown config."""
+    """Build the network of a config. Raise UserError for an unknown config."""
     # The same weights in every process that builds this network.
     torch.manual_seed(0)
     settings = load_settings(TrainSettings, {"config": config, "pretrained": False})

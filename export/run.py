@@ -149,7 +149,7 @@ def export_fold(
 
 
 def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
-    """Return the checkpoint of each fold to export. Raises UserError if there is none."""
+    """Return the checkpoint of each fold to export. Raise UserError if there is none."""
     trained = fold_files(settings.run_dir, BEST_CHECKPOINT)
     if settings.fold is None:
         found = trained

@@ -52,7 +52,7 @@ class Dataset:
         return read_metadata(self.metadata_path(split), needed)
 
     def images(self, split: Split) -> ImageStore:
-        """Open the images of a split. Raises UserError if there are none."""
+        """Open the images of a split. Raise UserError if there are none."""
         images = self.find_images(split)
         if images is None:
             raise UserError(

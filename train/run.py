@@ -21,7 +21,7 @@ from train.summary import print_scores
 
 
 def train(settings: TrainSettings) -> int:
-    """Train one fold or all of a config. Returns the exit code."""
+    """Train one fold or all of a config. Return the exit code."""
     device = select_device(settings.device)
     try:
         with interruptible(), distributed.process_group(device):

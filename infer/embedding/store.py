@@ -71,7 +71,7 @@ def ids_digest(ids: pl.Series) -> str:
 
 
 def read_run(root: Path, split: Split) -> dict[str, Any]:
-    """Read the `run.json` of a finished embedding run. Raises UserError if there is none."""
+    """Read the `run.json` of a finished embedding run. Raise UserError if there is none."""
     path = root / split / RUN_FILE
     if not path.is_file():
         raise UserError(

@@ -119,7 +119,7 @@ def _print(found: Comparison, kind: str) -> None:
 
 
 def _patients(oof: pl.DataFrame, data: Path) -> pl.Series:
-    """Return [N] the patient of each scored row. Raises UserError if the dataset lacks one."""
+    """Return [N] the patient of each scored row. Raise UserError if the dataset lacks one."""
     metadata = with_patient(Dataset(data).metadata("train")).select(schema.ID, schema.PATIENT)
     rows = oof.select(schema.ID).join(metadata, on=schema.ID, how="left", maintain_order="left")
     num_missing = rows[schema.PATIENT].null_count()

@@ -68,7 +68,7 @@ class ImageState:
         return {"embeddings": bool(self.scaler or self.maps), "frozen": self.frozen is not None}
 
     def write(self, root: Path) -> list[str]:
-        """Write the maps, which `to_json` leaves out. Returns the names of the files."""
+        """Write the maps, which `to_json` leaves out. Return the names of the files."""
         if not self.maps:
             return []
         write_affine_maps(root / MAPS_FILE, self.maps)

@@ -84,7 +84,7 @@ class Scored:
 
 
 def read_scored(ensemble: Ensemble, data: Path) -> Scored:
-    """Join an ensemble's scores with its dataset. Raises UserError if that lacks a scored row."""
+    """Join an ensemble's scores with its dataset. Raise UserError if that lacks a scored row."""
     dataset = Dataset(data)
     metadata = dataset.metadata("train")
     patients = with_patient(metadata).select(
