@@ -72,6 +72,7 @@ def _fitted(settings: AblationSettings, features: str, libraries: str, folder: P
         "output_dir": folder,
         "name": features,
     }
+    # Its own table of scores would hide the rows of this one.
     with contextlib.redirect_stdout(io.StringIO()):
         fit_ensemble(build(FitSettings, flags))
     return open_ensemble(folder / features)

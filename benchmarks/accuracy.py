@@ -39,6 +39,7 @@ DECODED = 96
 def accuracy(settings: AccuracySettings) -> None:
     """Append out-of-fold scores, pooled and by fold. Fits nothing but the colour baseline."""
     rows: list[Row] = []
+    # Some datasets have tables only.
     if settings.baseline and Dataset(settings.data).find_images("train"):
         oof = colour_baseline(settings.data, settings.num_folds, settings.split_seed)
         rows.append(score_row("colour statistics, LightGBM", oof, "image"))

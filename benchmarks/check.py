@@ -98,6 +98,7 @@ def find_changes(rows: pl.DataFrame, speed: Speed, csv: str, noise: float) -> It
     key = [name for name in (*MACHINE, *speed.key) if name in rows.columns]
     for _, group in _normalised(rows, speed, needed).group_by(key, maintain_order=True):
         if len(group) > 1:
+            # The CSV is append-only, so its order is that of time.
             previous, last = group.tail(2).to_dicts()
             yield _change(previous, last, speed, csv, noise)
 

@@ -31,7 +31,7 @@ def export(settings: ExportCostSettings) -> None:
 
 
 def select_formats(settings: ExportCostSettings) -> list[tuple[str, str]]:
-    """Return the pairs of format and precision to build. Raises UserError for an unknown word."""
+    """Return the pairs of format and precision to build. Raise UserError for an unknown word."""
     known = [
         (name, precision)
         for name in FORMATS
@@ -47,6 +47,7 @@ def select_formats(settings: ExportCostSettings) -> list[tuple[str, str]]:
 def export_rows(config: str, wanted: list[tuple[str, str]], data: Path | None) -> Iterator[Row]:
     """Yield one row per artifact of a config."""
     untrained = create_untrained(config)
+    # The check must not judge images of the calibration.
     images = example_images(data, untrained.spec, 2 * NUM_IMAGES)
     reference = Reference(untrained.model, images[:NUM_IMAGES])
     for name, precision in wanted:

@@ -43,6 +43,7 @@ def few(settings: FewSettings) -> None:
         bag = fit_boosters(spec.frame(metadata, ()), spec.tabular, target, fold, fit_settings)
         for size, table in tables.items():
             scores = held_out_scores(bag, spec.frame(table, ()), fold)
+            # Each feature set is compared with the first one on groups of the same size.
             first.setdefault(size, scores)
             compared = compare_scores(target, patient, first[size], scores, settings.draws)
             mean = scores.mean(axis=0)

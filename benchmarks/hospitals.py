@@ -94,6 +94,7 @@ def hospitals(settings: HospitalSettings) -> None:
 def _hospitals(metadata: pl.DataFrame, settings: HospitalSettings) -> list[HeldOut]:
     """Return the hospitals with both classes and enough malignant lesions, each held out."""
     hospital = metadata[HOSPITAL].fill_null("blank")
+    # Each hospital is a fold of its own.
     fold = (hospital.rank("dense") - 1).cast(pl.Int32).to_numpy()
     counts = metadata.group_by(hospital).agg(pl.col(schema.TARGET).sum(), pl.len()).sort(HOSPITAL)
     has_enough = pl.col(schema.TARGET) >= settings.min_positives

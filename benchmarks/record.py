@@ -67,6 +67,7 @@ def append_rows(
     path = (results or RESULTS) / f"{benchmark}.csv"
     here = environment()
     table = pl.DataFrame([{**here, **row} for row in rows], infer_schema_length=None)
+    # As text, because columns of several runs may have several types.
     table = table.with_columns(pl.all().cast(pl.String))
     if path.is_file():
         table = pl.concat([_earlier_rows(path), table], how="diagonal")

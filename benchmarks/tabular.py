@@ -47,6 +47,7 @@ def tabular(settings: TabularSettings) -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # The fixed cost of a call, which a small table shows.
         few = feature_rows(write_synthetic_table(folder, FEW_ROWS), settings.repeats)
         start_seconds = {row["what"]: row["seconds"] for row in few}
         for num_rows in settings.rows:
@@ -105,6 +106,7 @@ def measure_alone(name: str, path: Path) -> tuple[float, int | None]:
 def _measure(name: str, path: Path) -> tuple[float, int | None]:
     method = METHODS[name]
     table = method.read(path)
+    # Starts threads and allocates memory, which a long run does only once.
     method.compute(table.head(WARM_ROWS))
     return seconds_of(lambda: method.compute(table)), peak_memory_mb()
 

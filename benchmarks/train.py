@@ -112,7 +112,7 @@ def train(settings: TrainRateSettings) -> None:
             in_memory.append(run(endless(memory), 0))
             bare_rates.append(bare.rate())
     row = {
-        **describe_run(settings, device, files.num_workers),
+        **run_columns(settings, device, files.num_workers),
         **compare_loops(on_files, in_memory, bare_rates),
         **utilisation(settings, device, [run.rate for run in on_files]),
     }
@@ -285,7 +285,7 @@ def precision_of(settings: TrainSettings, device: torch.device) -> str:
     return "tf32" if device.type == "cuda" else "fp32"
 
 
-def describe_run(settings: TrainRateSettings, device: torch.device, num_workers: int) -> Row:
+def run_columns(settings: TrainRateSettings, device: torch.device, num_workers: int) -> Row:
     """Return the columns that identify a measurement."""
     on_gpu = device.type == "cuda"
     return {

@@ -65,7 +65,8 @@ class Artifact:
 
 
 def create_untrained(config: str) -> UntrainedModel:
-    """Build the network of a config. Raises UserError for an unknown config."""
+    """Build the network of a config. Raise UserError for an unknown config."""
+    # The same weights in every process that builds this network.
     torch.manual_seed(0)
     settings = load_settings(TrainSettings, {"config": config, "pretrained": False})
     model = create_model(settings, pretrained=False).eval()
@@ -159,4 +160,5 @@ def example_images(data: Path | None, spec: PreprocessSpec, number: int) -> Pixe
         raise UserError(
             f"{data}: {len(failed)} of {len(ids)} images cannot be read; run `python -m isic check`"
         )
+    # A small dataset is repeated.
     return images[np.arange(number) % len(ids)]

@@ -205,7 +205,7 @@ def channel_axis(node: NodeProto) -> int:
 def _activation_qdq(
     graph: onnx.GraphProto, name: str, absmax: float, quant_type: QuantType
 ) -> list[NodeProto]:
-    """Return the Q and the DQ node of an activation; adds their constants to the graph."""
+    """Return the Q and the DQ node of an activation; add their constants to the graph."""
     scale = absmax_to_scale(np.array(absmax, np.float32), quant_type)
     parameters = _parameters(graph, name, scale, quant_type)
     quantized = f"{name}_quantized"
@@ -218,7 +218,7 @@ def _activation_qdq(
 def _weight_dq(
     graph: onnx.GraphProto, weight: TensorProto, axis: int, quant_type: QuantType
 ) -> NodeProto:
-    """Return the DQ node of a weight; adds the quantized weight and its constants to the graph."""
+    """Return the DQ node of a weight; add the quantized weight and its constants to the graph."""
     name = weight.name
     values = numpy_helper.to_array(weight).astype(np.float32)
     other_axes = tuple(other for other in range(values.ndim) if other != axis)

@@ -95,7 +95,7 @@ def export(settings: ExportSettings) -> int:
     num_failed = 0
     artifacts: list[Path] = []
     checkpoints = find_checkpoints(settings)
-    print_plan(settings, list(checkpoints), wanted)
+    announce_export(settings, list(checkpoints), wanted)
     time_left = TimeLeft(len(checkpoints), "check" if settings.check else "export")
     print(HEADER, flush=True)
     for fold, checkpoint in checkpoints.items():
@@ -109,7 +109,9 @@ def export(settings: ExportSettings) -> int:
     return 1 if num_failed else 0
 
 
-def print_plan(settings: ExportSettings, folds: list[int], wanted: list[tuple[str, str]]) -> None:
+def announce_export(
+    settings: ExportSettings, folds: list[int], wanted: list[tuple[str, str]]
+) -> None:
     """Print one line on the artifacts that are about to be made."""
     formats = ", ".join(
         f"{name} {precision} for the {build_device(name, settings.device).upper()}"
@@ -147,7 +149,7 @@ def export_fold(
 
 
 def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
-    """Return the checkpoint of each fold to export. Raises UserError if there is none."""
+    """Return the checkpoint of each fold to export. Raise UserError if there is none."""
     trained = fold_files(settings.run_dir, BEST_CHECKPOINT)
     if settings.fold is None:
         found = trained

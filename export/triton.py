@@ -141,7 +141,7 @@ def mark_folders(root: Path, models: Sequence[FoldModel]) -> None:
 
 
 def read_models(artifacts: Sequence[Path]) -> list[FoldModel]:
-    """Return the models of artifacts. Raises UserError if they do not belong together."""
+    """Return the models of artifacts. Raise UserError if they do not belong together."""
     models = [FoldModel(path, read_manifest(path)) for path in artifacts]
     supported = [name for name, row in FORMATS.items() if row.triton_backend]
     for model in models:

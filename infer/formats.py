@@ -125,5 +125,6 @@ def engines_by_title() -> Iterator[tuple[str, str, str]]:
 
 def engine_packages() -> tuple[str, ...]:
     """Return the distributions of all engines, each once."""
+    # Engines of one library share a distribution.
     names = (package for row in ENGINE_FORMATS.values() for package in row.packages)
     return tuple(dict.fromkeys(names))

@@ -50,6 +50,7 @@ def check(settings: CheckSettings) -> None:
     """
     dataset = Dataset(settings.data)
     print(f"dataset {settings.data}")
+    # Collected, so that one run reports all of them.
     problems: Problems = []
     train = dataset.metadata("train")
     masks = _open_masks(dataset.masks_path, problems)
@@ -192,6 +193,7 @@ def _difference(images: ImageStore, others: ImageStore) -> str:
     """Compare two stores by ids and file sizes. Return an empty string if they are equal."""
     ids = images.ids
     other_ids = others.ids
+    # By size: reading every file of both would take minutes.
     shared, rows, other_rows = np.intersect1d(ids, other_ids, True, return_indices=True)
     counts = {
         f"only in {images.source.name}": len(ids) - len(shared),
@@ -232,6 +234,7 @@ def _sample(table: pl.DataFrame, images: ImageStore, settings: CheckSettings) ->
 
 
 def _undecodable(images: ImageStore, ids: Sequence[str], num_threads: int) -> dict[str, str]:
+    # One buffer for all batches; the pixels are not used.
     out = np.empty((DECODE_BATCH, DECODE_SPEC.size, DECODE_SPEC.size, 3), dtype=np.uint8)
     failed: dict[str, str] = {}
     with decode_pool(num_threads) as pool:

@@ -41,6 +41,7 @@ class Dataset:
         parquet, csv = (self.root / f"{split}-metadata.{ending}" for ending in ("parquet", "csv"))
         if not parquet.exists():
             return csv
+        # Which one is newer is unknown, so the choice is reported.
         if csv.exists():
             warn_once(f"{self.root} has {parquet.name} and {csv.name}; {parquet.name} is read")
         return parquet
@@ -51,7 +52,7 @@ class Dataset:
         return read_metadata(self.metadata_path(split), needed)
 
     def images(self, split: Split) -> ImageStore:
-        """Open the images of a split. Raises UserError if there are none."""
+        """Open the images of a split. Raise UserError if there are none."""
         images = self.find_images(split)
         if images is None:
             raise UserError(

@@ -118,7 +118,7 @@ class ImageStore(ABC):
 
     @abstractmethod
     def read_at(self, position: int) -> bytes:
-        """Return the bytes of the image at a position of `self.ids`. Raises ImageError."""
+        """Return the bytes of the image at a position of `self.ids`. Raise ImageError."""
 
     @abstractmethod
     def sizes(self) -> NDArray[np.int64]:

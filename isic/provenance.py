@@ -48,6 +48,7 @@ def read_seen(path: Path) -> Seen:
             "copy it from the folder in which the model was trained, or train the model again"
         )
     version = parquet_metadata(path).get("version")
+    # With held-out rows in the list, no score would count as out of fold.
     if version != SEEN_VERSION:
         raise UserError(
             f"{path} was written by an earlier version, which did not separate training rows "

@@ -224,6 +224,7 @@ def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> Train
 
     `--model_config` is an older name of `--config`.
     """
+    # Flags win over the file, and the file over the defaults.
     values = dict(flags)
     named = [values.pop(key) for key in ("config", "model_config") if key in values]
     if len(named) > 1:

@@ -44,6 +44,7 @@ class EpochStats:
     @classmethod
     def merge(cls, parts: list["EpochStats"]) -> "EpochStats":
         """Merge the processes of an epoch: mean loss per step, all images, the slowest's times."""
+        # Each process has its own images in a step, but all processes make the same steps.
         losses: list[float] = np.mean([part.losses for part in parts], axis=0).tolist()
         return cls(
             losses,

@@ -42,14 +42,7 @@ def train_fold(
     device: torch.device,
     time_left: TimeLeft | None = None,
 ) -> None:
-    """Train one fold and write its folder.
-
-    Args:
-        settings: of the run.
-        data: of the run.
-        fold: its number.
-        device: of this process.
-        time_left: counts the epochs of the run.
+    """Train one fold and write its folder; `time_left` counts the epochs of the run.
 
     Raises:
         UserError: the fold lacks rows of a class, or logits are not finite.

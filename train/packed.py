@@ -44,6 +44,7 @@ class PackedFiles:
 
     def without(self, rows: Iterable[int]) -> "PackedFiles":
         """Return the other rows, on the same buffer."""
+        # The bytes of the other rows stay in the buffer, which is not copied.
         kept = np.delete(np.arange(len(self)), list(rows))
         return PackedFiles(self.buffer, self.starts[kept], self.ends[kept])
 

@@ -64,6 +64,7 @@ def predict(
             if model.mask_stride:
                 overlaps.append(dice(outputs[2], on_device.masks))
     all_rows = torch.cat(rows)
+    # The network predicts no masks.
     overlap = torch.cat(overlaps) if overlaps else torch.full((len(all_rows),), torch.nan)
     return Predictions(
         all_rows.numpy(), torch.cat(logits).float().cpu().numpy(), overlap.cpu().numpy()

@@ -96,6 +96,7 @@ def seen_by(path: Path) -> Seen:
     Raises:
         UserError: the list is missing, belongs to other weights, or is from an earlier version.
     """
+    # The list is next to the weights, or, for `backbone/`, in the folder of the fold.
     folders = [path.parent]
     if path.parent.name == BACKBONE_DIR:
         folders.append(path.parent.parent)

@@ -49,6 +49,7 @@ def is_finished(settings: TrainSettings, fold: int) -> bool:
         return False
     config = directory / CONFIG_FILE
     saved = read_yaml(config)
+    # A file of another program, or one that was edited.
     if not {"model", "epochs"} <= set(saved):
         raise UserError(
             f"{config} lacks model or epochs, which training writes; restore it, or train fold "

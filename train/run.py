@@ -21,7 +21,7 @@ from train.summary import print_scores
 
 
 def train(settings: TrainSettings) -> int:
-    """Train one fold or all of a config. Returns the exit code."""
+    """Train one fold or all of a config. Return the exit code."""
     device = select_device(settings.device)
     try:
         with interruptible(), distributed.process_group(device):
@@ -51,7 +51,7 @@ def train_folds(settings: TrainSettings, device: torch.device) -> None:
         refuse_leaking_weights(settings.pretrained, due, data.table, data.fold)
         prepare(device)
         if distributed.is_main():
-            print_plan(settings, data, due, device)
+            announce_training(settings, data, due, device)
         time_left = TimeLeft(len(due) * settings.epochs, "training")
         with worker_errors():
             for fold in due:
@@ -63,7 +63,7 @@ def train_folds(settings: TrainSettings, device: torch.device) -> None:
         print_scores(settings.run_dir, settings.num_folds)
 
 
-def print_plan(
+def announce_training(
     settings: TrainSettings, data: TrainData, folds: list[int], device: torch.device
 ) -> None:
     """Print one line on the training that is about to start."""

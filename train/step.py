@@ -165,7 +165,7 @@ class StepResult:
             self.copied.record()
 
     def read(self) -> tuple[float, bool]:
-        """Wait for the copy. Returns the loss and whether the step was skipped.
+        """Wait for the copy. Return the loss and whether the step was skipped.
 
         Raises:
             NonFiniteGradient: the run has diverged.

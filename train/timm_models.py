@@ -26,7 +26,7 @@ LIBRARY_ERRORS = (
 
 
 def pretrained_config(name: str) -> dict[str, Any]:
-    """Return timm's pretrained config of a model. Raises a UserError if there is none."""
+    """Return timm's pretrained config of a model. Raise a UserError if there is none."""
     new_name = get_deprecated_models().get(name)
     if new_name:
         raise UserError(f'timm calls "{name}" "{new_name}" now; use that name')

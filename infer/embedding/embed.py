@@ -139,7 +139,7 @@ def embed_split(
         return
     job = make_job(dataset, split, models, settings, spec)
     if not settings.quiet:
-        print(describe_run(split, progress.num_due, models, job), flush=True)
+        print(announcement(split, progress.num_due, models, job), flush=True)
     with progress:
         run_missing_shards(shards, make_runner(job, settings, progress))
     num_bad = gather_errors(directory, shards)
@@ -158,7 +158,7 @@ def embed_split(
     )
 
 
-def describe_run(split: Split, num_images: int, models: Models, job: EmbedJob) -> str:
+def announcement(split: Split, num_images: int, models: Models, job: EmbedJob) -> str:
     """Return one line on the embedding that is about to start."""
     manifest = models.first_manifest
     engine = f"{manifest['format']} {manifest.get('precision', '')}".strip()

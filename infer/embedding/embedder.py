@@ -83,7 +83,7 @@ class Embedder:
     """Embeds shards of one job. A context manager, because it owns threads."""
 
     def __init__(self, job: EmbedJob) -> None:
-        """Load the engines and open the images. Raises UserError if either fails."""
+        """Load the engines and open the images. Raise UserError if either fails."""
         self._job = job
         self._engines = load_many(job.models.artifacts, job.models.manifests, job.device)
         self._store = Dataset(job.data).images(job.split)

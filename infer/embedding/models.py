@@ -70,6 +70,7 @@ def find_models(
     manifests = {fold: read_manifest(path) for fold, path in artifacts.items()}
     for fold, manifest in manifests.items():
         _refuse_other_fold(artifacts[fold], manifest, config, fold)
+    # Each image is decoded once for the engines of all folds.
     specs = {manifest_spec(manifest) for manifest in manifests.values()}
     if len(specs) > 1:
         raise UserError(

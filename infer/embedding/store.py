@@ -71,7 +71,7 @@ def ids_digest(ids: pl.Series) -> str:
 
 
 def read_run(root: Path, split: Split) -> dict[str, Any]:
-    """Read the `run.json` of a finished embedding run. Raises UserError if there is none."""
+    """Read the `run.json` of a finished embedding run. Raise UserError if there is none."""
     path = root / split / RUN_FILE
     if not path.is_file():
         raise UserError(
@@ -131,6 +131,7 @@ def scan_embeddings(
         if not shards:
             raise UserError(f"{directory} has no shards; run `python -m infer embed` again")
         _refuse_other_run(shards, run)
+        # The folder has the fold, the file has not.
         number = pl.lit(fold, dtype=pl.Int8).alias("fold")
         frames.append(scan_parquet(shards).select("isic_id", number, *columns))
     return pl.concat(frames)

@@ -19,6 +19,7 @@ VIEWS: dict[str, tuple[tuple[int, bool], ...]] = {
 def apply_view(images: Pixels, turns: int, mirrored: bool) -> Pixels:
     """Return images uint8 [N, size, size, 3] turned and mirrored, contiguous."""
     turned = np.rot90(images, turns, axes=(1, 2))
+    # Engines read the memory as it lies.
     return np.ascontiguousarray(turned[:, :, ::-1] if mirrored else turned)
 
 

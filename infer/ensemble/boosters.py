@@ -411,7 +411,7 @@ def booster_file_name(library: str, fold: int, seed: int) -> str:
 
 
 def read_booster(path: Path, library: str) -> Predict:
-    """Load a booster from its file. Raises UserError if it is missing or not a whole model."""
+    """Load a booster from its file. Raise UserError if it is missing or not a whole model."""
     if not path.is_file():
         raise UserError(f"{path} is missing; fit the ensemble again")
     return LIBRARIES[library].load(path.read_text(encoding="utf-8"))

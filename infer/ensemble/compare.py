@@ -35,6 +35,7 @@ def compare_ensembles(settings: CompareSettings) -> None:
     found = compare_sides(first, second, settings.data, settings.draws, settings.seed)
     _print(found, "seeds" if len(first) == 1 else "runs")
     images = any(ensemble.spec.images for ensemble in (*first, *second))
+    # With one training run per side, chance in training is not tested.
     one_run = len(first) == 1 and (images or not found.tested)
     print(f"\nsecond against first: {found.verdict}{ONE_RUN if found.certain and one_run else ''}")
 
@@ -58,6 +59,7 @@ def compare_sides(
     """
     ensembles = (*first, *second)
     tables = [ensemble.oof().sort(schema.ID) for ensemble in ensembles]
+    # Pairs of scores are comparable only for equal rows that equal folds held out.
     rows = [table.select(schema.ID, "fold", schema.TARGET) for table in tables]
     for ensemble, other in zip(ensembles, rows, strict=True):
         if not other.equals(rows[0]):
@@ -87,6 +89,7 @@ def pauc_by_seed(ensemble: Ensemble) -> dict[int, float]:
     for seed in seeds_of(models, weights):
         names = [model_name(library, seed) for library in weights]
         of_seed = {name: models[name] for name in names}
+        # Ranked among its own scores: the rows are those of the reference.
         found[seed] = pauc(target, blend(of_seed, weights, of_seed))
     return found
 
@@ -116,7 +119,7 @@ def _print(found: Comparison, kind: str) -> None:
 
 
 def _patients(oof: pl.DataFrame, data: Path) -> pl.Series:
-    """Return [N] the patient of each scored row. Raises UserError if the dataset lacks one."""
+    """Return [N] the patient of each scored row. Raise UserError if the dataset lacks one."""
     metadata = with_patient(Dataset(data).metadata("train")).select(schema.ID, schema.PATIENT)
     rows = oof.select(schema.ID).join(metadata, on=schema.ID, how="left", maintain_order="left")
     num_missing = rows[schema.PATIENT].null_count()

@@ -45,6 +45,7 @@ class Comparison:
     @cached_property
     def p(self) -> float:
         """Two-sided p of the paired t-test over fits; 1 when no pair differs."""
+        # The t-test would divide by zero.
         if np.array_equal(self.fits[:, 0], self.fits[:, 1]):
             return 1.0
         return float(ttest_rel(self.fits[:, 1], self.fits[:, 0]).pvalue)
@@ -81,6 +82,7 @@ class Comparison:
             "high": round(high, 4),
             "verdict": self.verdict,
         }
+        # The first row of a table is compared with itself.
         same = np.array_equal(self.draws[:, 0], self.draws[:, 1])
         return dict.fromkeys(columns) if same else columns
 
@@ -118,6 +120,7 @@ def compare_scores(
         first, second: [seeds, N] scores.
     """
     by_seed = np.array([[pauc(target, score) for score in side] for side in (first, second)]).T
+    # The ensemble of all seeds is what would be used, so the patients are drawn for its score.
     first_mean = [first.mean(axis=0)]
     second_mean = [second.mean(axis=0)]
     return Comparison(by_seed, patient_draws(target, first_mean, second_mean, patient, num_draws))

@@ -84,6 +84,7 @@ def fit_ensemble(settings: FitSettings) -> Path:
     oof = metadata.select(schema.ID, fold, schema.TARGET)
     oof = oof.with_columns(**result.scores, blend=blended)
     summaries = _summarise_all(oof, with_patient(metadata)[schema.PATIENT].to_numpy())
+    # Only now, so that a fit that fails leaves the earlier ensemble as it was.
     clear_ensemble(root)
     state = EnsembleState(names, result.encodings, image)
     files = _write_files(root, result, state, folds, oof, summaries)
@@ -187,6 +188,7 @@ def _manifest_inputs(
     """Return the manifest fields that determine an ensemble, known before it is fitted."""
     model_settings = settings.model_dump(mode="json", include=MODEL_SETTINGS)
     model_settings["num_folds"] = folds.num_folds
+    # Otherwise the plan comes from a file, whatever the seed is.
     if not _find_folds(settings):
         model_settings["split_seed"] = settings.seed_of_split
     libraries = [library for library in weights if library in LIBRARIES]

@@ -270,7 +270,7 @@ def _read_features(
 
 
 def _to_matrix(found: pl.DataFrame, root: Path, width: int | None = None) -> FeatureMatrix:
-    """Return [N, D] `features`. Raises UserError if D is not `width`, or a value not finite."""
+    """Return [N, D] `features`. Raise UserError if D is not `width`, or a value not finite."""
     features = found["features"].to_numpy()
     if width is not None and features.shape[1] != width:
         raise UserError(

@@ -64,10 +64,11 @@ class ImageState:
     @property
     def needs(self) -> dict[str, bool]:
         """Whether each field of `EmbeddingSources` is read."""
+        # Frozen embeddings come from a run of their own.
         return {"embeddings": bool(self.scaler or self.maps), "frozen": self.frozen is not None}
 
     def write(self, root: Path) -> list[str]:
-        """Write the maps, which `to_json` leaves out. Returns the names of the files."""
+        """Write the maps, which `to_json` leaves out. Return the names of the files."""
         if not self.maps:
             return []
         write_affine_maps(root / MAPS_FILE, self.maps)
@@ -113,6 +114,7 @@ def fit_image_state(
     if uses_score or ALIGNED in modes:
         root = _required(sources.embeddings, NEEDS_EMBEDDINGS)
         image_scores.read_origin(root, "train", folds.digest)
+        # Before anything is fitted: a leak would make every out-of-fold score too good.
         image_scores.refuse_leaks(root, metadata, folds)
         if uses_score:
             logits = image_scores.oof_logits(root, metadata, folds)

@@ -110,6 +110,7 @@ def distribution_figure(oof: pl.DataFrame) -> Markup:
     malignant = _histogram(places[target == 1], edges)
     y = _share_axis(float(max(benign.max(), malignant.max())))
     plot = Plot(x, y, "Histograms of the scores of benign and malignant lesions.")
+    # Bars have equal widths on the axis, which may be logarithmic.
     across = x.invert(edges)
     chart = plot.draw(
         plot.area(*_outline(across, benign), "benign", "benign"),
@@ -186,6 +187,7 @@ def _map_pixels(points: Floats) -> Floats:
     width = np.where(varies, high - low, 1.0)
     places = np.where(varies, np.clip((points - low) / width, -0.04, 1.04), 0.5)
     inside = MAP_SIDE - 4 * MAP_MARGIN
+    # Pixels count downwards.
     return np.asarray(2 * MAP_MARGIN + places * inside * [1, -1] + [0, inside])
 
 

@@ -52,6 +52,7 @@ def importance(
         {"feature": list(names), "group": groups, "share": shares},
         schema_overrides={"group": pl.String},
     ).sort("share", "feature", descending=[True, False])
+    # An ensemble of the image model only has no trees.
     return table if boosters else table.clear()
 
 

@@ -26,6 +26,7 @@ def projections(
     """
     for fold, rows in _sampled_features(embeddings, oof):
         features = rows["features"].to_numpy().astype(np.float32)
+        # A single NaN would make the whole projection NaN.
         finite = np.isfinite(features).all(axis=1)
         if finite.any():
             shown = rows.filter(pl.Series(finite)).select(schema.ID, schema.TARGET)

@@ -16,8 +16,9 @@ from isic.metrics import TopK, pauc, roc_auc, top_k
 from isic.runtime.errors import UserError
 
 BLEND = "blend"
+# Text is much slower to group by.
 GROUP = "_patient"
-"""Column with the patient as a number, which is much faster to group by than text."""
+"""Column with the patient as a number."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Scored:
 
 
 def read_scored(ensemble: Ensemble, data: Path) -> Scored:
-    """Join an ensemble's scores with its dataset. Raises UserError if that lacks a scored row."""
+    """Join an ensemble's scores with its dataset. Raise UserError if that lacks a scored row."""
     dataset = Dataset(data)
     metadata = dataset.metadata("train")
     patients = with_patient(metadata).select(

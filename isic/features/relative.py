@@ -45,6 +45,7 @@ Z_OUTLIER = 2.0
 
 def zscore(column: pl.Expr, keys: list[str]) -> pl.Expr:
     """Return (x - mean) / (std + ERR) among rows with equal keys; a single lesion scores 0."""
+    # The standard deviation of a single lesion is null.
     return (column - column.mean().over(keys)) / (column.std().over(keys).fill_null(0) + ERR)
 
 

@@ -41,5 +41,6 @@ def _attribute(key: str, value: str | float) -> str:
 
 def number(value: float) -> str:
     """Format a coordinate with at most one decimal; -0.0 becomes 0."""
+    # More decimals would be less than a pixel, and more bytes.
     text = f"{value:.1f}".removesuffix(".0")
     return "0" if text == "-0" else text

@@ -78,6 +78,7 @@ def table(
         for place, row in enumerate(lines)
     )
     content = tag("table", tag("caption", caption), _head(heading), tag("tbody", *body))
+    # A focusable region, so that the keyboard can scroll it.
     return tag("div", content, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 

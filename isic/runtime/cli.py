@@ -142,8 +142,9 @@ def _call(command: Command, extra: tuple[str, ...], flags: Mapping[str, str]) ->
         function: Callable[[Settings], int | None] = resolve_name(command.function)
         return function(settings)
     except ModuleNotFoundError as error:
-        if sentence := missing_library(error, command.extra):
-            raise sentence from None
+        problem = missing_library(error, command.extra)
+        if problem:
+            raise problem from None
         raise
 
 

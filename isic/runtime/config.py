@@ -99,6 +99,7 @@ def find_config(name: str) -> Path:
         return path
     path = CONFIG_DIR / f"{name}.yaml"
     if not path.is_file():
+        # Files in `base/` are parts of configs.
         files = (file for file in CONFIG_DIR.rglob("*.yaml") if file.parent.name != BASE)
         known = (file.relative_to(CONFIG_DIR).with_suffix("").as_posix() for file in files)
         raise UserError(f'no config "{name}", {did_you_mean(name, known)}')

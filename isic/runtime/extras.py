@@ -21,11 +21,9 @@ def install_command(extra: str) -> str:
 
 
 def missing_library(error: ModuleNotFoundError, extra: str | None = None) -> UserError | None:
-    """Return the sentence on a missing optional library, None for any other module.
+    """Return the error of a missing optional library, None for any other module.
 
-    Args:
-        error: raised by the import.
-        extra: the extra that installs all that the command needs; by default the library's own.
+    `extra` installs all that the command needs; by default it is the library's own.
     """
     module = (error.name or "").split(".")[0]
     for name, modules in EXTRAS.items():

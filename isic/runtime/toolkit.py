@@ -88,6 +88,7 @@ def candidates(words: list[str]) -> list[str]:
         case ["completion", *_]:
             return list(SCRIPTS)
         case [package, *arguments] if package in PACKAGES:
+            # Only the table of commands is imported: a completion must take no time.
             return _command_candidates(import_module(f"{package}.__main__").COMMANDS, arguments)
     return []
 

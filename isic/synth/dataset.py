@@ -66,7 +66,7 @@ class Spec:
 
 
 def spec_of(settings: SynthSettings) -> Spec:
-    """Fill in the defaults. Raises UserError if more than half of the rows are positive."""
+    """Fill in the defaults. Raise UserError if more than half of the rows are positive."""
     positives = settings.positives or default_positives(settings.images)
     if positives > settings.images // 2:
         raise UserError(
@@ -133,7 +133,7 @@ def _described(spec: Spec) -> dict[str, object]:
 
 
 def _is_done(out: Path, spec: Spec) -> bool:
-    """Return whether `out` holds all of this dataset. Raises UserError if it holds another."""
+    """Return whether `out` holds all of this dataset. Raise UserError if it holds another."""
     manifest = out / MANIFEST
     present = [name for name in (*FILES, *FOREIGN) if (out / name).exists()]
     if not manifest.is_file():

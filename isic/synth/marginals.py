@@ -12,6 +12,7 @@ FULL_POSITIVES = 393
 FULL_PATIENTS = 1_042
 FULL_POSITIVE_PATIENTS = 259
 
+# One row of the whole table: the minimum and the maximum.
 _TAIL = 1 / FULL_ROWS
 KNOT_PERCENT = (
     100 * _TAIL,

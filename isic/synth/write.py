@@ -25,6 +25,7 @@ def write_images(path: Path, images: Iterable[tuple[str, bytes]]) -> None:
     Raises:
         UserError: the disk is too small for them.
     """
+    # All at once, because their size must be known before the file is opened.
     images = list(images)
     needed = sum(len(data) + HEADER_BYTES for _, data in images)
     with atomic_path(path) as temporary:
