@@ -105,7 +105,9 @@ def connect(address: str) -> Any:
         ray = import_module("ray")
         import_module("ray.data")
     except ImportError as error:
-        raise UserError(f'--ray needs Ray ({error}); run `pip install "isic-toolkit[ray]"`') from None
+        raise UserError(
+            f'--ray needs Ray ({error}); run `pip install "isic-toolkit[ray]"`'
+        ) from None
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False
     if ray.is_initialized():

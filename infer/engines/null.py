@@ -14,7 +14,7 @@ import numpy as np
 from infer.engines import Outputs
 from isic import schema
 from isic.folds import draw_folds
-from isic.layout import FOLDS_FILE
+from isic.layout import FOLDS_FILE, fold_dir
 from isic.metadata import read_metadata
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.files import write_manifest
@@ -81,7 +81,7 @@ def write_run(
     folds = draw_folds(read_metadata(metadata, [schema.TARGET]), num_folds, seed=0)
     folds.write(model_dir / FOLDS_FILE)
     for fold in range(num_folds):
-        artifact = model_dir / f"fold_{fold}" / NULL_FILE
+        artifact = fold_dir(model_dir, fold) / NULL_FILE
         artifact.parent.mkdir(parents=True, exist_ok=True)
         # The digest of an artifact identifies it, so those of two folds must differ.
         artifact.write_bytes(f"stand-in {fold}\n".encode())

@@ -34,7 +34,7 @@ EVERY_COMMAND = [words for package in PACKAGES for words in commands(package)]
 
 
 def heavy_modules(*words: str) -> tuple[int, set[str]]:
-    """Runs `python -m <words>` in a process. Returns its exit code and the heavy modules it loaded."""
+    """Runs `python -m <words>`. Returns its exit code and the heavy modules it loaded."""
     command = [sys.executable, "-c", MODULES, *words]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return ended.returncode, HEAVY & set(ended.stderr.split())
