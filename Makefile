@@ -33,7 +33,7 @@ test: $(SETUP)
 
 # Without the tests that take long, start a browser or a Ray cluster, or need a GPU: under two minutes.
 quick: $(SETUP)
-	$(BIN)/python -m pytest -m "not slow and not browser and not ray and not gpu"
+	$(BIN)/python -m pytest -n auto -m "not slow and not browser and not ray and not gpu"
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -129,6 +129,7 @@ def run_base(folder: Path, *words: object) -> "subprocess.CompletedProcess[str]"
     )
 
 
+@pytest.mark.slow
 def test_inference_needs_the_base_install_only(
     exported: Path, synth_dataset: Path, tmp_path: Path
 ) -> None:

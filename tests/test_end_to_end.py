@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import polars as pl
+import pytest
 
 from isic.runtime.files import read_json, sha256
 from tests.support.commands import TINY, Cli
 
 
+@pytest.mark.slow
 def test_real_pairs_to_a_submission(real_data: Path, tmp_path: Path, cli: Cli) -> None:
     data, run, embeddings, ensembles = (
         real_data / "real-pairs",

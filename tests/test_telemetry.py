@@ -70,6 +70,7 @@ def test_a_session_leaves_no_identifier_and_connects_to_nobody(tmp_path: Path) -
     assert not trace.is_file() or "AF_INET" not in trace.read_text()
 
 
+@pytest.mark.slow
 def test_the_libraries_connect_to_nobody_when_they_are_imported(tmp_path: Path) -> None:
     names = [name for name in LIBRARIES if find_spec(name)]
     command = [sys.executable, "-c", IMPORTS, "train", *names]

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_a_packed_folder_runs_by_itself(small_dataset: Path, tmp_path: Path, cli
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "torch 2." in ran.stdout
-    assert "AOTInductor, CPU         works" in ran.stdout
+    assert re.search("AOTInductor, CPU +yes", ran.stdout)
     rows = pl.read_csv(out / "results" / "ingest.csv", infer_schema=False)
     trained = pl.read_csv(out / "results" / "train.csv")
     assert trained["what"].to_list() == ["demo"]

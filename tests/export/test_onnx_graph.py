@@ -30,6 +30,7 @@ def test_the_graph_keeps_the_contract(exported: Path) -> None:
     assert readers <= {"Cast", "Shape"}, "TensorRT refuses to transpose uint8"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_file_has_no_path_of_this_machine(precision: str, tmp_path: Path) -> None:
     model, _ = network("test_vit3")
