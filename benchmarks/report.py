@@ -35,7 +35,7 @@ class Table:
 
 
 def config_titles(results: Path) -> dict[str, str]:
-    """Return what each model config is: the start of its file's first line."""
+    """Return the network of each model config, from the start of its file's first line."""
     titles = describe_configs()
     return {name: re.split(r" at |[,:.]", title)[0] for name, title in titles.items()}
 

@@ -137,7 +137,7 @@ def spread(rates: Sequence[float]) -> dict[str, float]:
 
 
 def _reset_peak() -> None:
-    """Set the peak of this process's memory back to what it uses now, on Linux."""
+    """Reset the peak memory of this process to its current memory, on Linux."""
     with contextlib.suppress(OSError):  # not on other systems, nor in some containers
         Path("/proc/self/clear_refs").write_text("5")
 

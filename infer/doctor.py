@@ -82,7 +82,7 @@ FIXES = {
     "no answer": "run the doctor again: files load faster the second time",
     "": "run `pip install --force-reinstall {packages}`",
 }
-"""What to do about a trial that fails, by a part of its message; the first that fits."""
+"""Fixes of failed trials, by a part of the message; the first match counts."""
 
 WIDTH = 100
 
@@ -107,7 +107,7 @@ def doctor(settings: DoctorSettings) -> None:
 
 
 def machine_facts() -> dict[str, str]:
-    """Return what is known of this machine, by name."""
+    """Return facts on this machine, by name."""
     facts = {
         "isic-toolkit": __version__,
         "Python": f"{platform.python_version()} on {platform.platform()}",
@@ -154,7 +154,7 @@ def examine(check: Check) -> Finding:
 
 
 def attempt(trial: str, *arguments: str) -> Any:
-    """Return what a function of `infer.trials` returns in a process of its own.
+    """Run a function of `infer.trials` in a process of its own and return its result.
 
     Raises:
         TrialError: it crashed, hung or raised.
@@ -180,7 +180,7 @@ def attempt(trial: str, *arguments: str) -> Any:
 
 
 def embed_defaults(findings: Mapping[tuple[str, ...], Finding]) -> dict[str, str]:
-    """Return what `infer embed` uses without flags, and why, from the checks of the engines."""
+    """Return the choices of `infer embed` without flags and their reasons, by the engine checks."""
     file = EmbedSettings.model_fields["format"].default
     name = next(name for name, row in ENGINE_FORMATS.items() if file.endswith(row.suffix))
     row = ENGINE_FORMATS[name]

@@ -51,7 +51,7 @@ CUDA_FIXES = {
     "out of memory": "end other processes on the GPU",
     "": "see https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html",
 }
-"""What to do about an error of CUDA's provider, by a part of its message; the first that fits."""
+"""Fixes of errors of CUDA's provider, by a part of the message; the first match counts."""
 
 # Both graphs are bytes because inference runs without the package onnx.
 IDENTITY = (
@@ -270,7 +270,7 @@ def _cpu_build_reason() -> str | None:
 
 
 def _cuda_reason(cause: str) -> str:
-    """Return why CUDA's provider does not work, and what fixes it."""
+    """Return why CUDA's provider does not work, and the fix."""
     too_old = old_driver_reason(f"ONNX Runtime {ort.__version__}", built_for())
     if too_old:
         fix = f"run `{install_command(_extra())}`, or install {driver_for(built_for())}"

@@ -33,7 +33,7 @@ DRIVER_FIXES = {
     803: "restart the machine, because its driver was updated",
     804: "remove CUDA's folder `compat` from LD_LIBRARY_PATH",
 }
-"""What to do about the errors of CUDA's driver, by their number in `CUresult`."""
+"""Fixes of the errors of CUDA's driver, by their number in `CUresult`."""
 
 COMPILED = re.compile(
     "abm|adx|aes|amx|asimd|atomics|avx|bf16|bmi|f16c|fma|fphp|gfni|i8mm|movbe|pclmul|popcnt|sha|"
