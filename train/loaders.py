@@ -184,7 +184,8 @@ def worker_errors() -> Iterator[None]:
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         interrupt.raise_if_interrupted()  # if a signal ended the workers too, it is the cause
         reason = first_line(error).rstrip(".")
-        lacks_memory = "shared memory" in str(error)
+        # torch's error about a dead worker may hide the signal that killed it in its cause.
+        lacks_memory = "shared memory" in f"{error} {error.__cause__} {error.__context__}"
         # All but RuntimeError: a dead worker's batch could not be received.
         has_ended = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in reason
         if not lacks_memory and not has_ended:

@@ -83,6 +83,50 @@ def test_too_little_shared_memory_is_reported(
         assert ended.stderr.count(warning) == 1
 
 
+FAIL_TO_SEND = """
+import multiprocessing.queues, os
+parent = os.getpid()
+class Pickler(multiprocessing.queues._ForkingPickler):
+    @classmethod
+    def dumps(cls, item, protocol=None):
+        if os.getpid() != parent:
+            raise RuntimeError("{message}")
+        return super().dumps(item, protocol)
+multiprocessing.queues._ForkingPickler = Pickler
+"""
+"""Makes every loader worker fail to hand a batch over."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("message", "sentence", "num_tracebacks"),
+    [
+        ("unable to allocate shared memory(shm)", "workers ran out of shared memory", 0),
+        ("the batch is broken", "an image-decoding worker died", 1),
+    ],
+)
+def test_a_batch_that_cannot_be_sent_ends_the_run(
+    message: str, sentence: str, num_tracebacks: int, small_dataset: Path, tmp_path: Path
+) -> None:
+    flags = ["--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
+    arguments = [str(part) for part in ("train", *TINY, *flags, "--num_workers", 1)]
+    script = (
+        f"{FAIL_TO_SEND.format(message=message)}\nimport runpy, sys\nsys.argv = {arguments!r}\n"
+        "runpy.run_module('train', run_name='__main__')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert sentence in ended.stderr
+    assert ended.stderr.count("Traceback") == num_tracebacks
+
+
 def loader_processes(parent: int) -> list[int]:
     """Return the loader workers of a process, without torch's resource tracker."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
