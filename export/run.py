@@ -86,10 +86,7 @@ class Source:
 
 
 def export(settings: ExportSettings) -> int:
-    """Export the trained folds of a config. Each artifact must reproduce its checkpoint's outputs.
-
-    Exits with 1 if an artifact fails this parity check; it is then removed.
-    """
+    """Run `python -m export`, which its settings describe. Return the exit code."""
     check_options(settings, settings.formats)
     wanted = find_formats(settings.formats, settings.precision, settings.device)
     num_failed = 0
@@ -142,7 +139,7 @@ def export_fold(
             continue
         # Loaded once, and only if needed: a checkpoint takes seconds to unpickle.
         if source is None:
-            source = load_source(checkpoint, fold, settings)
+            source = load_source(checkpoint, digest, fold, settings)
         if not process(source, spec, artifact):
             num_failed += 1
     return num_failed
@@ -193,8 +190,8 @@ def is_current(artifact: Path, spec: ArtifactSpec, checkpoint: str, digest: str)
     return bool(manifest["sha256"] == sha256(artifact))
 
 
-def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
-    """Load a checkpoint into its model.
+def load_source(path: Path, digest: str, fold: int, settings: ExportSettings) -> Source:
+    """Load a checkpoint, whose SHA-256 is `digest`, into its model.
 
     Raises:
         UserError: it is of another config or fold, or its weights do not fit its model.
@@ -215,7 +212,7 @@ def load_source(path: Path, fold: int, settings: ExportSettings) -> Source:
         raise UserError(f"{path} does not fit {trained_with.model} ({mismatch})") from None
     return Source(
         path,
-        sha256(path),
+        digest,
         model.eval(),
         config,
         settings.data or trained_with.data,

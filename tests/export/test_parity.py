@@ -15,6 +15,7 @@ from export.run import load_source
 from infer.engines import load
 from isic.layout import BEST_CHECKPOINT
 from isic.preprocess import Pixels
+from isic.runtime.files import sha256
 from tests.support.networks import network
 
 
@@ -58,9 +59,9 @@ class Wrong:
     ],
 )
 def test_a_wrong_engine_is_found(exported: Path, change: str, words: str) -> None:
-    source = load_source(
-        exported / "fold_0" / BEST_CHECKPOINT, 0, ExportSettings(config="tiny", model_dir=exported)
-    )
+    checkpoint = exported / "fold_0" / BEST_CHECKPOINT
+    settings = ExportSettings(config="tiny", model_dir=exported)
+    source = load_source(checkpoint, sha256(checkpoint), 0, settings)
     engine = load(exported / "fold_0" / "model.onnx", "cpu")
     wrong: Any = Wrong(engine, change)
     assert check_parity(source.reference, engine, TOLERANCES["fp32"], (1, 8))

@@ -31,9 +31,9 @@ def run(exported: Path, tmp_path: Path) -> Path:
 
 
 def test_an_engine_reproduces_its_checkpoints_outputs(exported: Path) -> None:
-    source = load_source(
-        exported / "fold_1" / BEST_CHECKPOINT, 1, ExportSettings(config="tiny", model_dir=exported)
-    )
+    checkpoint = exported / "fold_1" / BEST_CHECKPOINT
+    settings = ExportSettings(config="tiny", model_dir=exported)
+    source = load_source(checkpoint, sha256(checkpoint), 1, settings)
     images = np.random.default_rng(5).integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)
     features, logits = load(exported / "fold_1" / "model.onnx", "cpu").run(images)
     with torch.inference_mode():
@@ -332,9 +332,9 @@ def test_one_command_calibrates_on_training_images_and_records_it(
     assert ended.code == 0
     assert ended.out.count("not checked") == 1
     (plan,) = run.glob("fold_0/*.plan")
-    source = load_source(
-        run / "fold_0" / BEST_CHECKPOINT, 0, ExportSettings(config="tiny", model_dir=run)
-    )
+    checkpoint = run / "fold_0" / BEST_CHECKPOINT
+    settings = ExportSettings(config="tiny", model_dir=run)
+    source = load_source(checkpoint, sha256(checkpoint), 0, settings)
     calibrated = calibration_sample(source, 24)
     manifest = read_manifest(plan)
     digest = hashlib.sha256(calibrated.tobytes()).hexdigest()
