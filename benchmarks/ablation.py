@@ -11,13 +11,11 @@ import numpy as np
 from benchmarks.record import Row, append_rows, print_row
 from benchmarks.settings import AblationSettings
 from infer.ensemble.artifact import Ensemble, open_ensemble
-from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.compare import compare_sides, pauc_by_seed
 from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.settings import FitSettings
 from isic.runtime.config import build
 
-ALL_LIBRARIES = "+".join(LIBRARIES)
 TABULAR_SETS = (
     "raw",
     "numeric",
@@ -31,7 +29,7 @@ IMAGE_SETS = ("image", "raw+image", "multimodal", "engineered+aligned", "multimo
 
 
 def ablation(settings: AblationSettings) -> None:
-    """Fit an ensemble per feature set and library and compare each with the first set's."""
+    """Run `benchmarks ablation`, which its settings describe."""
     sets = settings.features or (*TABULAR_SETS, *(IMAGE_SETS if settings.embeddings else ()))
     rows: list[Row] = []
     for libraries in settings.libraries:

@@ -37,7 +37,7 @@ DECODED = 96
 
 
 def accuracy(settings: AccuracySettings) -> None:
-    """Append out-of-fold scores, pooled and by fold. Fits nothing but the colour baseline."""
+    """Run `benchmarks accuracy`, which its settings describe."""
     rows: list[Row] = []
     # Some datasets have tables only.
     if settings.baseline and Dataset(settings.data).find_images("train"):

@@ -34,7 +34,7 @@ from isic.runtime.machine import num_cores
 
 
 def embed(settings: EmbedRateSettings) -> None:
-    """Measure images per second of reading, of the engine of fold 0, and of both end to end."""
+    """Run `benchmarks embed`, which its settings describe."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if settings.config == NULL:

@@ -24,7 +24,7 @@ NUM_IMAGES = 32
 
 
 def export(settings: ExportCostSettings) -> None:
-    """Build untrained networks in every format and precision and check their parity."""
+    """Run `benchmarks export`, which its settings describe."""
     wanted = select_formats(settings)
     rows_of = partial(export_rows, wanted=wanted, data=settings.data)
     append_each("export", find_configs(settings.config), rows_of, settings.results)

@@ -24,7 +24,7 @@ from isic.runtime.config import build
 
 
 def few(settings: FewSettings) -> None:
-    """Score every feature set on groups of each size, and on whole patients."""
+    """Run `benchmarks few`, which its settings describe."""
     metadata = with_patient(Dataset(settings.data).metadata("train")).sort(schema.ID)
     fold = draw_folds(metadata, settings.num_folds, settings.split_seed).of(metadata).to_numpy()
     target = metadata[schema.TARGET].to_numpy()

@@ -64,7 +64,7 @@ class TrainingRows:
 
 
 def hospitals(settings: HospitalSettings) -> None:
-    """Compare treatments of categories on hospitals held out and in cross-validation."""
+    """Run `benchmarks hospitals`, which its settings describe."""
     metadata = Dataset(settings.data).metadata("train").sort(schema.ID)
     training = TrainingRows(
         metadata,

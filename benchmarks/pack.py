@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).with_name("run.sh")
 
 
 def pack(settings: PackSettings) -> None:
-    """Write code, wheels, a sample of images and the script `run.sh` into a folder."""
+    """Run `benchmarks pack`, which its settings describe."""
     folder = settings.output_dir
     if folder.exists():
         raise UserError(f"{folder} exists already; choose another --output_dir")

@@ -218,7 +218,7 @@ def _peers(rows: pl.DataFrame) -> Section:
     intro = (
         "The same images and weights, in turns, from the file to features. Same pixels: decoded "
         "and resized once for all. Own pixels: those that each library makes itself; PIL "
-        "antialiases what it shrinks."
+        "antialiases the images that it shrinks."
     )
     return "Peers", "Compared with other libraries", (tag("p", intro), *tables)
 

@@ -327,7 +327,7 @@ MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def report(settings: TablesSettings) -> None:
-    """Update every table of the documents, and the page of charts, from the last results."""
+    """Run `benchmarks report`, which its settings describe."""
     is_own = settings.page.is_file() and OWN_MARK in read_text(settings.page)
     refuse_foreign([settings.page], is_own, "--page")
     for path in settings.documents:

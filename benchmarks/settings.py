@@ -107,7 +107,7 @@ class PeersSettings(Settings):
     """Measure `infer embed` end to end against each peer and compare the features by cosine.
 
     The features are compared twice: from the images as each baseline reads them, and from the same
-    pixels, since PIL antialiases what it shrinks.
+    pixels, since PIL antialiases images that it shrinks.
     """
 
     config: str = Field("vit_tiny", description="config of the network, which is not trained")

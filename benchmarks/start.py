@@ -5,12 +5,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 
 from benchmarks.record import Row, append_each
 from benchmarks.settings import StartSettings
-from isic.runtime.cli import Command
-from isic.runtime.toolkit import PACKAGES
+from isic.runtime.toolkit import command_lines
 
 HEAVY = (
     "torch",
@@ -45,12 +43,9 @@ def quick_answers() -> Iterator[str]:
     """Yield the command lines that answer without work."""
     yield "isic --version"
     yield "isic check --data /nowhere"
-    for package in PACKAGES:
-        found = import_module(f"{package}.__main__").COMMANDS
-        names = [package] if isinstance(found, Command) else [f"{package} {name}" for name in found]
-        for name in names:
-            yield f"{name} --help"
-            yield f"{name} --no_such_key 1"
+    for line in command_lines():
+        yield f"{line} --help"
+        yield f"{line} --no_such_key 1"
 
 
 def measure_start(words: str, repeats: int) -> Row:

@@ -43,7 +43,7 @@ TOLERANCE = 1e-4
 
 
 def tabular(settings: TabularSettings) -> None:
-    """Measure features, here and in pandas, fitting, and predicting: seconds and memory."""
+    """Run `benchmarks tabular`, which its settings describe."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

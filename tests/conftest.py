@@ -18,7 +18,7 @@ from playwright.sync_api import Browser
 
 import isic  # noqa: F401  switches telemetry off before a test imports a library
 from tests.support.browser import open_browser
-from tests.support.commands import TINY, Cli, Finished, run_module
+from tests.support.commands import TINY, TINY_YAML, Cli, Finished, run_module
 from tests.support.datasets import REAL_DATA, jpeg, small_table, write_hdf5
 
 
@@ -75,6 +75,14 @@ def synth_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("synth") / "data"
     run_module("isic", "synth", "--out", folder, "--images", 300, "--seed", 1)
     return folder
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A config of a network that runs in a millisecond."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY_YAML)
+    return path
 
 
 @pytest.fixture(scope="session")

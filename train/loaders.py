@@ -1,9 +1,12 @@
 """Loaders that decode, augment and batch the rows of a fold."""
 
 import contextlib
+import os
 import signal
 import time
+import traceback
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -145,7 +148,7 @@ def create_loader(
         persistent_workers=num_workers > 0,  # starting them again costs seconds per epoch
         # Copies from pinned memory to the GPU do not block the host.
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_signals_in_worker,
+        worker_init_fn=init_worker,
     )
 
 
@@ -174,6 +177,22 @@ class TimedLoader:
             if batch is None:
                 return
             yield batch
+
+
+def init_worker(index: int) -> None:
+    """Prepare a loader worker for signals and for a batch that cannot be sent."""
+    ignore_signals_in_worker(index)
+    # Python's hook for a queue that cannot send an item; it is replaced in this process only.
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+
+
+def _end_worker(error: Exception, _: object) -> None:
+    """End a worker that cannot send a batch, for which the loader would wait forever."""
+    if "shared memory" in str(error):
+        # As torch's workers end if the memory is missing a moment later: the loader reports it.
+        signal.raise_signal(signal.SIGBUS)
+    traceback.print_exception(error)
+    os._exit(1)
 
 
 @contextlib.contextmanager

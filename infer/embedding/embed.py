@@ -45,10 +45,7 @@ from isic.tables import write_parquet
 
 
 def embed_dataset(settings: EmbedSettings) -> int:
-    """Embed the dataset's images with the exported folds of a model config.
-
-    Shards that exist are kept, so an interrupted run resumes where it stopped.
-    """
+    """Run `infer embed`, which its settings describe. Return the exit code."""
     try:
         with interruptible():
             embed_splits(settings)

@@ -16,6 +16,7 @@ from infer.embedding.embedder import BatchStats, Embedder, EmbedJob, OnBatch
 from infer.embedding.shards import Shard
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError, first_line
+from isic.runtime.extras import install_command
 from isic.runtime.machine import num_cores
 
 SHARDS_PER_TASK = 4
@@ -105,9 +106,7 @@ def connect(address: str) -> Any:
         ray = import_module("ray")
         import_module("ray.data")
     except ImportError as error:
-        raise UserError(
-            f'--ray needs Ray ({error}); run `pip install "isic-toolkit[ray]"`'
-        ) from None
+        raise UserError(f"--ray needs Ray ({error}); run `{install_command('ray')}`") from None
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False
     if ray.is_initialized():

@@ -18,7 +18,7 @@ BATCH_GPU = 256
 class EmbedSettings(Settings):
     """Embed the dataset's images with the exported folds of a model config.
 
-    Shards that exist are kept, so an interrupted run resumes where it stopped.
+    Existing shards are kept, so the same command resumes an interrupted run.
     """
 
     config: str = Field(

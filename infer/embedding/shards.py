@@ -63,7 +63,7 @@ def plan_shards(
     else:
         held_out_by = fold_of(ids, folds)
         groups = [([k], ids.filter(held_out_by == k)) for k in fold_ids]
-    # The cut does not depend on what is already done, so a resumed run finds its files.
+    # The same cut whatever shards exist, so that a resumed run finds its files.
     shards = []
     for embedded_by, rows in groups:
         for index, start in enumerate(range(0, len(rows), SHARD_ROWS)):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isic.runtime.errors import UserError, did_you_mean, first_line
+from isic.runtime.extras import install_command
 
 Matrix = NDArray[np.float32]
 Parameters = Mapping[str, Any]
@@ -95,11 +96,6 @@ def min_data(num_rows: int) -> int:
     return min(max(proportional, SMALLEST_MIN_DATA), REFERENCE_MIN_DATA)
 
 
-def _lightgbm() -> Any:
-    # Only when a booster is fitted or loaded: the import takes half a second.
-    return import_module("lightgbm")
-
-
 def fit_lightgbm(
     matrix: Matrix,
     target: NDArray[np.integer],
@@ -122,8 +118,9 @@ def fit_lightgbm(
         "verbosity": -1,
     }
     num_rounds = options.pop("num_rounds")
-    data = _lightgbm().Dataset(matrix, target, feature_name=list(names), params=options)
-    text: str = _lightgbm().train(options, data, num_boost_round=num_rounds).model_to_string()
+    lightgbm = _import("lightgbm")
+    data = lightgbm.Dataset(matrix, target, feature_name=list(names), params=options)
+    text: str = lightgbm.train(options, data, num_boost_round=num_rounds).model_to_string()
     return text
 
 
@@ -133,12 +130,13 @@ LIGHTGBM_END = "\npandas_categorical:null\n"
 
 def load_lightgbm(text: str) -> Predict:
     """Return the function that scores a C-ordered float32 matrix."""
+    lightgbm = _import("lightgbm")
     try:
         # LightGBM aborts the process on half a model (seen with lightgbm 4.7; no report found).
         if not text.endswith(LIGHTGBM_END):
             raise ValueError("it is cut short")
-        booster = _lightgbm().Booster(model_str=text)
-    except (ValueError, _lightgbm().basic.LightGBMError) as error:
+        booster = lightgbm.Booster(model_str=text)
+    except (ValueError, lightgbm.basic.LightGBMError) as error:
         raise _broken("LightGBM", error) from None
 
     def predict(matrix: Matrix, num_threads: int) -> NDArray[np.float64]:
@@ -151,9 +149,8 @@ def load_lightgbm(text: str) -> Predict:
 
 def lightgbm_gains(text: str, num_features: int) -> Gains:
     """Return [D] total gain of the splits on each feature."""
-    return np.asarray(
-        _lightgbm().Booster(model_str=text).feature_importance("gain"), dtype=np.float64
-    )
+    booster = _import("lightgbm").Booster(model_str=text)
+    return np.asarray(booster.feature_importance("gain"), dtype=np.float64)
 
 
 def fit_xgboost(
@@ -288,14 +285,13 @@ def catboost_gains(text: str, num_features: int) -> Gains:
 
 
 def _import(library: str) -> Any:
-    """Import an optional library. Raise UserError with the extra that installs it."""
+    """Import a library when it is used. Raise UserError with the command that installs it."""
     try:
         return import_module(library)
     except ImportError:
-        raise UserError(
-            f"{library} is not installed; "
-            f'run `pip install "isic-toolkit[{LIBRARIES[library].extra}]"`'
-        ) from None
+        row = LIBRARIES[library]
+        command = install_command(row.extra) if row.extra else f"pip install {row.package}"
+        raise UserError(f"{library} is not installed; run `{command}`") from None
 
 
 def _broken(library: str, error: Exception) -> UserError:

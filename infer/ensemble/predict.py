@@ -36,7 +36,7 @@ MAX_NAMED_VALUES = 5
 
 
 def predict_submission(settings: PredictSettings) -> None:
-    """Score the test table with a fitted ensemble and write the submission."""
+    """Run `infer predict`, which its settings describe."""
     ensemble = open_ensemble(settings.ensemble)
     dataset = Dataset(settings.data)
     path = dataset.metadata_path("test")

@@ -14,7 +14,7 @@ from isic.runtime.files import read_json
 
 
 def show_scores(settings: ScoresSettings) -> None:
-    """Print the out-of-fold scores of every ensemble in a folder, the lowest pAUC first."""
+    """Run `infer scores`, which its settings describe."""
     blends = {}
     for path in settings.output_dir.glob(f"*/{ENSEMBLE_FILE}"):
         manifest = read_json(path)

@@ -88,7 +88,7 @@ def _stdout_is_closed() -> bool:
 
 def _dispatch(commands: Command | Mapping[str, Command], arguments: list[str]) -> None:
     if arguments == [VERSION]:
-        print(f"isic-toolkit {__version__}")
+        print_version()
         return
     if isinstance(commands, Mapping):
         if not arguments or arguments[0] in HELP:
@@ -96,7 +96,7 @@ def _dispatch(commands: Command | Mapping[str, Command], arguments: list[str]) -
             return
         name, *arguments = arguments
         if name not in commands:
-            sys.exit(_report(f'unknown command "{name}", {did_you_mean(name, commands)}'))
+            sys.exit(report_error(f'unknown command "{name}", {did_you_mean(name, commands)}'))
         command = commands[name]
     else:
         command = commands
@@ -106,7 +106,12 @@ def _dispatch(commands: Command | Mapping[str, Command], arguments: list[str]) -
         fire.Fire(_fire_function(command), command=arguments)
 
 
-def _report(message: str) -> int:
+def print_version() -> None:
+    print(f"isic-toolkit {__version__}")
+
+
+def report_error(message: str) -> int:
+    """Print the message of a UserError. Return the exit code."""
     print(f"error: {message}", file=sys.stderr)
     return 2
 
@@ -118,10 +123,10 @@ def _fire_function(command: Command) -> Callable[..., None]:
         try:
             code = _call(command, extra, flags)
         except UserError as error:
-            code = _report(str(error))
+            code = report_error(str(error))
         except PermissionError as error:
             reason = f"no access to {error.filename} ({error.strerror})"
-            code = _report(f"{reason}; change its permissions")
+            code = report_error(f"{reason}; change its permissions")
         if code:
             sys.exit(code)
 

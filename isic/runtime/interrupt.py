@@ -4,9 +4,7 @@ import contextlib
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
-from multiprocessing.queues import Queue
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -71,8 +69,6 @@ def ignore_signals_in_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     sys.excepthook = _report_unless_left
-    # Python's hook for a queue that cannot send an item; it is replaced in this process only.
-    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
 
 def _report_unless_left(
@@ -82,12 +78,3 @@ def _report_unless_left(
     # The thread of multiprocessing.resource_sharer, which hands batches over, calls excepthook.
     if not isinstance(error, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, where)
-
-
-def _end_worker(error: Exception, _: object) -> None:
-    """End a worker that cannot send a batch, for which the loader would wait forever."""
-    if "shared memory" in str(error):
-        # As torch's workers end if the memory is missing a moment later: the loader reports it.
-        signal.raise_signal(signal.SIGBUS)
-    traceback.print_exception(error)
-    os._exit(1)

@@ -38,11 +38,13 @@ class TimeLeft:
     def advance(self, amount: float = 1.0) -> None:
         """Count a part as done, and print the estimate if it is due."""
         self._done += amount
+        if self._is_printed or not self._done:
+            return
         seconds = time.perf_counter() - self._started
         left = seconds / self._done * (self._total - self._done)
         # The first moments include start-up, and short runs need no estimate.
         is_early = seconds < min(MIN_SECONDS, left / 10)
-        if self._is_printed or is_early or seconds + left < MIN_SECONDS or left <= 0:
+        if is_early or seconds + left < MIN_SECONDS or left <= 0:
             return
         print(f"{self._subject}: about {duration(left)} left", flush=True)
         self._is_printed = True

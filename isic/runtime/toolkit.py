@@ -8,8 +8,15 @@ from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from isic import __version__
-from isic.runtime.cli import HELP, VERSION, Command, exit_quietly_on_broken_pipe, make_printable
+from isic.runtime.cli import (
+    HELP,
+    VERSION,
+    Command,
+    exit_quietly_on_broken_pipe,
+    make_printable,
+    print_version,
+    report_error,
+)
 from isic.runtime.config import describe_configs
 from isic.runtime.errors import did_you_mean
 
@@ -56,7 +63,7 @@ def _dispatch(arguments: list[str]) -> None:
         case [word] if word in HELP:
             _print_help()
         case [word] if word == VERSION:
-            print(f"isic-toolkit {__version__}")
+            print_version()
         case [word, *words] if word == COMPLETE:
             print("\n".join(candidates(words)))
         case ["completion", shell] if shell in SCRIPTS:
@@ -67,8 +74,7 @@ def _dispatch(arguments: list[str]) -> None:
         case [word, *_]:
             known = [*PACKAGES, *(f"completion {shell}" for shell in SCRIPTS)]
             hint = did_you_mean(" ".join(arguments[:2]) if word == "completion" else word, known)
-            print(f'error: unknown command "{word}", {hint}', file=sys.stderr)
-            sys.exit(2)
+            sys.exit(report_error(f'unknown command "{word}", {hint}'))
 
 
 def _print_help() -> None:
@@ -80,6 +86,22 @@ def _print_help() -> None:
     print("<package> --help lists the commands or keys; --version prints the version")
 
 
+def commands_of(package: str) -> Command | Mapping[str, Command]:
+    """Return the command of a package, or its commands by name."""
+    commands: Command | Mapping[str, Command] = import_module(f"{package}.__main__").COMMANDS
+    return commands
+
+
+def command_lines() -> list[str]:
+    """Return the words of every command, such as `train` and `infer embed`."""
+    lines = []
+    for package in PACKAGES:
+        commands = commands_of(package)
+        names = [] if isinstance(commands, Command) else list(commands)
+        lines += [f"{package} {name}" for name in names] or [package]
+    return lines
+
+
 def candidates(words: list[str]) -> list[str]:
     """Return the completions of the last of `words`; the shell drops those that do not match."""
     match words:
@@ -89,7 +111,7 @@ def candidates(words: list[str]) -> list[str]:
             return list(SCRIPTS)
         case [package, *arguments] if package in PACKAGES:
             # Only the table of commands is imported: a completion must take no time.
-            return _command_candidates(import_module(f"{package}.__main__").COMMANDS, arguments)
+            return _command_candidates(commands_of(package), arguments)
     return []
 
 

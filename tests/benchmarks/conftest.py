@@ -6,15 +6,6 @@ import numpy as np
 import pytest
 
 from isic.synth.rows import draw_rows
-from tests.support.commands import TINY_YAML
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A config of a network that runs in a millisecond."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY_YAML)
-    return path
 
 
 @pytest.fixture

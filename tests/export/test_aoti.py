@@ -10,7 +10,6 @@ import pytest
 
 from export.formats import TOLERANCES
 from export.parity import check_parity
-from tests.support.commands import TINY_YAML
 from tests.support.networks import build_engine, network, spec_of
 
 BROKEN = """#!/bin/sh
@@ -44,13 +43,6 @@ try:
 except UserError as error:
     print(error)
 """
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY_YAML)
-    return path
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 import re
 from dataclasses import replace
-from importlib import import_module
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from export.precision import TORCH_DTYPES
 from export.quantize import QUANT_TYPES
 from infer.formats import ENGINE_FORMATS, PRECISIONS, EngineFormat
 from isic.runtime.errors import UserError
+from tests.support.registries import missing_functions
 
 
 def test_formats_and_precisions_are_chosen_as_asked() -> None:
@@ -91,14 +90,9 @@ def test_newer_gpus_are_offered_bfloat16(
 
 def lacks(row: EngineFormat) -> list[str]:
     """Return the missing parts of a row for export."""
-    problems = []
-    if row.builder is None or find_spec(row.builder) is None:
-        problems.append(f"the builder {row.builder}")
-    else:
-        module = import_module(row.builder)
-        for function in ("file_name", "build"):
-            if not callable(getattr(module, function, None)):
-                problems.append(f"{function} in {row.builder}")
+    functions = ("file_name", "build")
+    missing = missing_functions(row.builder, functions) if row.builder else None
+    problems = [f"the builder {row.builder}"] if missing is None else missing
     if set(row.precisions) != set(row.devices):
         problems.append("precisions for each of its devices")
     for precisions in row.precisions.values():

@@ -3,8 +3,6 @@
 import configparser
 import re
 from dataclasses import replace
-from importlib import import_module
-from importlib.util import find_spec
 
 import pytest
 
@@ -16,6 +14,7 @@ from infer.formats import (
     exported_formats,
 )
 from tests.support.commands import ROOT
+from tests.support.registries import missing_functions
 
 
 def declared(section: str, key: str | None = None) -> set[str]:
@@ -29,14 +28,8 @@ def declared(section: str, key: str | None = None) -> set[str]:
 
 def lacks(row: EngineFormat) -> list[str]:
     """Return the missing parts of a row of ENGINE_FORMATS."""
-    problems = []
-    if find_spec(row.module) is None:
-        problems.append(f"the module {row.module}")
-    else:
-        module = import_module(row.module)
-        for function in ("create", "unavailable_reason", "built_for"):
-            if not callable(getattr(module, function, None)):
-                problems.append(f"{function} in {row.module}")
+    missing = missing_functions(row.module, ("create", "unavailable_reason", "built_for"))
+    problems = [f"the module {row.module}"] if missing is None else missing
     if not set(row.devices) <= {"cpu", "cuda"} or not row.devices:
         problems.append("devices among cpu and cuda")
     if not row.suffix.startswith("."):

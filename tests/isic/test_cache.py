@@ -67,7 +67,7 @@ def test_a_damaged_index_is_built_again(cached: Path, hdf5: Path) -> None:
         assert store.read(list(FILES)) == list(FILES.values())
     cached.unlink()
     cached.mkdir()
-    assert len(Hdf5Images(hdf5)) == 9, "what is in its place may be anything"
+    assert len(Hdf5Images(hdf5)) == 9, "a folder in its place is ignored"
 
 
 def test_two_files_never_share_an_index(cached: Path, hdf5: Path) -> None:

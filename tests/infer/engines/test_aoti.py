@@ -13,14 +13,6 @@ from infer.engines import aoti, create
 from infer.engines.aoti import mismatch, needed_features, package_architecture
 from isic.runtime import machine
 from isic.runtime.errors import UserError
-from tests.support.commands import TINY_YAML
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY_YAML)
-    return path
 
 
 @pytest.mark.slow

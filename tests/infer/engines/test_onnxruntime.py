@@ -147,7 +147,8 @@ def test_a_build_for_cpus_is_replaced_by_one_that_the_driver_can_run(
     unavailable_reason.cache_clear()
     assert reason == (
         f"ONNX Runtime {ort.__version__} was built without CUDA; run "
-        f'`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install "isic-toolkit[{extra}]"`'
+        "`pip uninstall -y onnxruntime onnxruntime-gpu`, then "
+        f'`pip install "isic-toolkit[{extra}]"`'
     )
 
 

@@ -9,33 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from isic.runtime import toolkit
-from isic.runtime.cli import Command
-from isic.runtime.toolkit import PACKAGES, SCRIPTS, candidates
+from benchmarks.start import SHOW_MODULES
+from isic.runtime.toolkit import PACKAGES, SCRIPTS, candidates, command_lines
 from tests.support.commands import ROOT
 
 HEAVY = {"torch", "torchvision", "timm", "sklearn", "scipy", "polars", "cv2", "onnxruntime", "onnx"}
 HEAVY |= {"lightgbm", "h5py", "albumentations", "pandas"}
-MODULES = """
-import atexit, runpy, sys
-atexit.register(lambda: print(*sys.modules, file=sys.stderr, sep="\\n"))
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__")
-"""
-
-
-def commands(package: str) -> list[list[str]]:
-    """Returns the words of every command of a package."""
-    found = toolkit.import_module(f"{package}.__main__").COMMANDS
-    return [[package]] if isinstance(found, Command) else [[package, name] for name in found]
-
-
-EVERY_COMMAND = [words for package in PACKAGES for words in commands(package)]
+EVERY_COMMAND = [line.split() for line in command_lines()]
 
 
 def heavy_modules(*words: str) -> tuple[int, set[str]]:
     """Runs `python -m <words>`. Returns its exit code and the heavy modules it loaded."""
-    command = [sys.executable, "-c", MODULES, *words]
+    command = [sys.executable, "-c", SHOW_MODULES, *words]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return ended.returncode, HEAVY & set(ended.stderr.split())
 
