@@ -6,9 +6,7 @@ from torch import Tensor, nn
 from benchmarks.limits import DTYPE_OF_PRECISION
 from benchmarks.low_precision import LowPrecision
 from benchmarks.untrained import create_untrained
-from infer.engines import Outputs
-from infer.engines.aoti import forbid_tf32
-from isic.preprocess import Pixels
+from infer.engines.aoti import TorchEngine, forbid_tf32
 from train.model import Classifier
 
 TORCH_ENGINES = ("eager", "compile")
@@ -28,28 +26,21 @@ class _LowPrecisionClassifier(nn.Module):
         return features, self.head(features)
 
 
-class EagerEngine:
-    """The untrained network of a config as an engine, from host memory to host memory."""
+def eager_engine(
+    config: str, engine: str, precision: str, device: str, batch: int
+) -> TorchEngine:
+    """Return the untrained network of a config as an engine.
 
-    def __init__(self, config: str, engine: str, precision: str, device: str) -> None:
-        forbid_tf32()
-        model = create_untrained(config).model
-        network: nn.Module = model
-        if precision != "fp32":
-            network = _LowPrecisionClassifier(model, DTYPE_OF_PRECISION[precision])
-        self.device = device
-        self._model = network.to(device)
-        if engine == "compile":
-            self._model.compile(dynamic=False)
-
-    @torch.inference_mode()
-    def run(self, images: Pixels) -> Outputs:
-        outputs = self._model(torch.from_numpy(images).to(self.device, non_blocking=True))
-        features, logits = (part.to("cpu").numpy() for part in outputs[:2])
-        return features, logits
-
-    def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
-        """Return an uninitialised uint8 array, in page-locked memory if the device is a GPU."""
-        pin_memory = self.device == "cuda"
-        array: Pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory).numpy()
-        return array
+    Args:
+        engine: one of TORCH_ENGINES.
+        batch: images per call of the network.
+    """
+    forbid_tf32()
+    model = create_untrained(config).model
+    network: nn.Module = model
+    if precision != "fp32":
+        network = _LowPrecisionClassifier(model, DTYPE_OF_PRECISION[precision])
+    network = network.to(device)
+    if engine == "compile":
+        network.compile(dynamic=False)
+    return TorchEngine({0: network}, batch, device)

@@ -1,7 +1,8 @@
 """Engines: exported artifacts that turn uint8 images into features and logits."""
 
 import sys
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -18,46 +19,59 @@ from isic.runtime.extras import missing_library
 from isic.runtime.files import read_manifest, versions
 from isic.runtime.machine import has_gpu, no_gpu_reason
 
-Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
+Outputs = tuple[NDArray[np.floating], NDArray[np.float32]]
+"""Features [N, D], float32 or float16 as the graph computes them, and logits [N, 1] float32."""
+IN_FLIGHT = 3
+"""Batches that an engine works on at once: one copied in, one computed, one collected."""
 
 
-class Engine(Protocol):
-    """A loaded artifact. It runs on the requested device and never falls back to another one."""
+class Pending(Protocol):
+    """A batch that an engine works on."""
+
+    def result(self) -> dict[int, Outputs]:
+        """Wait for the batch and return its outputs by fold; the arrays are the caller's.
+
+        Raises:
+            UserError: the device failed, for example because its memory is full.
+        """
+        ...
+
+
+class Engine(ABC):
+    """Loaded artifacts by fold, all on one device. It never falls back to another device."""
 
     device: str
     """`cpu` or `cuda`."""
+    folds: tuple[int, ...]
+
+    @abstractmethod
+    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> Pending:
+        """Start to compute a batch; it is copied to the device once for all folds.
+
+        Returns at once while fewer than IN_FLIGHT batches are not finished, else it waits for the
+        oldest one. One thread at a time may submit.
+
+        Args:
+            images: RGB, uint8 [N, H, W, 3]; not to be changed before the result is there.
+            folds: whose models compute it; all of them if None.
+        """
 
     def run(self, images: Pixels) -> Outputs:
-        """Return features [N, D] and logits [N, 1], float32, of RGB images uint8 [N, H, W, 3]."""
-        ...
+        """Return the outputs of the only model for images uint8 [N, H, W, 3]."""
+        (outputs,) = self.submit(images).result().values()
+        return outputs
+
+    def close(self) -> None:
+        """Wait for what is not finished and end the engine's threads, if it has any."""
 
 
 @runtime_checkable
 class SupportsMask(Protocol):
-    """An engine that can compute the optional output `mask`."""
+    """An engine that can compute the optional output `mask` of its only model."""
 
     def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
-        """Return probabilities [N, h, w] float32 of images uint8 [N, H, W, 3]."""
+        """Return probabilities [N, h, w] of images uint8 [N, H, W, 3]."""
         ...
-
-
-@runtime_checkable
-class PinnedAllocator(Protocol):
-    """An engine that can allocate memory from which its device copies faster."""
-
-    def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
-        """Return an uninitialised uint8 array of this shape in page-locked memory."""
-        ...
-
-
-def allocator(engine: Engine) -> Callable[[tuple[int, int, int, int]], Pixels]:
-    """Return the function that allocates batches for an engine."""
-    return engine.allocate if isinstance(engine, PinnedAllocator) else pageable
-
-
-def pageable(shape: tuple[int, int, int, int]) -> Pixels:
-    """Return an uninitialised uint8 array in ordinary memory."""
-    return np.empty(shape, np.uint8)
 
 
 def load(path: Path, device: str = "auto") -> Engine:
@@ -72,11 +86,21 @@ def load(path: Path, device: str = "auto") -> Engine:
 
 def create(path: Path, manifest: Mapping[str, Any], device: str = "auto") -> Engine:
     """Load an artifact with a manifest that is not read from its file, as before publication."""
-    name = manifest.get("format")
-    if name not in ENGINE_FORMATS:
-        known = ", ".join(ENGINE_FORMATS)
-        raise UserError(f'{path}: no engine runs the format "{name}", known are {known}')
-    engine: Engine = import_engine(name).create(path, manifest, device_of(manifest, device))
+    return create_many({0: path}, {0: manifest}, device)
+
+
+def create_many(
+    artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str = "auto"
+) -> Engine:
+    """Load the artifacts of several folds, which have one format, into one engine."""
+    for fold, path in artifacts.items():
+        name = manifests[fold].get("format")
+        if name not in ENGINE_FORMATS:
+            known = ", ".join(ENGINE_FORMATS)
+            raise UserError(f'{path}: no engine runs the format "{name}", known are {known}')
+    manifest, *_ = manifests.values()
+    module = import_engine(manifest["format"])
+    engine: Engine = module.create(artifacts, manifests, device_of(manifest, device))
     return engine
 
 
@@ -134,13 +158,6 @@ def unavailable_reason(name: str, device: str) -> str | None:
         no_gpu = no_gpu_reason() if device == "cuda" else None
         return no_gpu or str(error)  # without a GPU, installing the library is no fix
     return reason
-
-
-def load_many(
-    artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str
-) -> dict[int, Engine]:
-    """Load the engines of several folds; all stay resident, so a batch is decoded once for all."""
-    return {fold: create(path, manifests[fold], device) for fold, path in artifacts.items()}
 
 
 def manifest_spec(manifest: Mapping[str, Any]) -> PreprocessSpec:

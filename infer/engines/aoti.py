@@ -1,17 +1,22 @@
 """AOTInductor packages, on the CPU or GPU they were compiled for. The only engine with torch."""
 
+import contextlib
 import platform
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch._inductor import aoti_load_package
+from torch import Tensor
+from torch._inductor.package import load_package
 
-from infer.engines import Outputs
+from infer.engines import IN_FLIGHT, Engine, Outputs, Pending
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.machine import (
@@ -25,62 +30,150 @@ from isic.runtime.machine import (
 
 CPU_PIECE = 8
 """Images per call on a CPU: few enough that its caches hold the activations."""
+NUM_STREAMS = 2
+"""CUDA streams, so that one batch is copied while another one is computed."""
 
 
-class AotiEngine:
-    """A compiled package. One thread at a time may use it."""
+Forward = Callable[[Tensor], Sequence[Tensor]]
+"""A network on a device: images uint8 [N, H, W, 3] to features, logits and an optional mask."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any], device: str) -> None:
-        """Load the package onto the device.
+
+class TorchEngine(Engine):
+    """Networks that torch runs: by one thread on a CPU, on two streams on a GPU."""
+
+    def __init__(self, forwards: Mapping[int, Forward], max_batch: int, device: str) -> None:
+        """Prepare the engine.
 
         Args:
-            path: the `.pt2` package; it contains compiled code, so its source must be trusted.
-            manifest: has the architecture and the largest batch that it was compiled for.
+            forwards: the network by fold, on the device.
+            max_batch: images per call of a network; a larger batch runs in pieces.
             device: `cpu` or `cuda`.
-
-        Raises:
-            UserError: it was compiled for another device or architecture, or is not a package.
         """
         self.device = device
-        reason = mismatch(manifest, device)
-        if reason:
-            raise UserError(
-                f"{path} {reason}; run `python -m export --config {manifest['name']} "
-                f"--formats aoti --device {device} --force` on this machine"
-            )
-        forbid_tf32()
+        self.folds = tuple(forwards)
+        self._forwards = forwards
+        self._max_batch = max_batch
         if device == "cpu":
-            torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
-        try:
-            self._forward = aoti_load_package(str(path))
-        except RuntimeError as error:
-            raise UserError(
-                f"{path} is not a whole AOTInductor package ({first_line(error)}); export it again"
-            ) from None
-        max_batch = int(manifest["max_batch"])
-        self._piece = min(max_batch, CPU_PIECE) if device == "cpu" else max_batch
+            # torch computes with threads of its own.
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="torch")
+        else:
+            self._streams = cycle([torch.cuda.Stream() for _ in range(NUM_STREAMS)])
+            self._in_flight: deque[OnGpu] = deque()
 
-    def run(self, images: Pixels) -> Outputs:
-        features, logits, *_ = self._outputs(images)
-        return features, logits
+    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> Pending:
+        pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
+        chosen = self.folds if folds is None else tuple(folds)
+        if self.device == "cpu":
+            return self._pool.submit(self._run_on_cpu, pixels, chosen)
+        while len(self._in_flight) >= IN_FLIGHT:
+            self._in_flight.popleft().wait()
+        pending = self._start_on_gpu(pixels, chosen)
+        self._in_flight.append(pending)
+        return pending
 
     def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
         """Return probabilities [N, h, w] of a network with the optional output `mask`."""
-        return self._outputs(images)[2]
+        pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
+        (outputs,) = self._forward(pixels, self.folds).values()
+        mask: NDArray[np.float32] = outputs[2].cpu().numpy()
+        return mask
 
-    def allocate(self, shape: tuple[int, int, int, int]) -> Pixels:
-        """Return an uninitialised uint8 array, in page-locked memory if the device is a GPU."""
-        tensor = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device == "cuda")
-        array: Pixels = tensor.numpy()
-        return array
+    def close(self) -> None:
+        if self.device == "cpu":
+            self._pool.shutdown()
+        else:
+            torch.cuda.synchronize()
+
+    def _run_on_cpu(self, pixels: Tensor, folds: Sequence[int]) -> dict[int, Outputs]:
+        return as_arrays(self._forward(pixels, folds))
+
+    def _start_on_gpu(self, pixels: Tensor, folds: Sequence[int]) -> "OnGpu":
+        """Enqueue copies and kernels of a batch on the next stream."""
+        with torch.cuda.stream(next(self._streams)), device_errors_as_user_errors():
+            outputs = {
+                # A copy to the host that does not block goes to page-locked memory.
+                fold: [output.to("cpu", non_blocking=True) for output in parts[:2]]
+                for fold, parts in self._forward(pixels, folds).items()
+            }
+            # A thread that waits for a blocking event sleeps; otherwise it would take a core.
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+        return OnGpu(outputs, done)
 
     @torch.inference_mode()
-    def _outputs(self, images: Pixels) -> list[NDArray[np.float32]]:
-        """Run a batch in pieces of at most `self._piece` images."""
-        pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
-        parts = torch.split(pixels, self._piece)
-        pieces = [self._forward(part.to(self.device, non_blocking=True)) for part in parts]
-        return [torch.cat(outputs).cpu().numpy() for outputs in zip(*pieces, strict=True)]
+    def _forward(self, pixels: Tensor, folds: Iterable[int]) -> dict[int, list[Tensor]]:
+        """Return each fold's outputs on the device, run in pieces of at most `max_batch`."""
+        pieces = [
+            piece.to(self.device, non_blocking=True) for piece in torch.split(pixels, self._max_batch)
+        ]
+        return {fold: _joined([self._forwards[fold](piece) for piece in pieces]) for fold in folds}
+
+
+def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return each output of several pieces as one tensor."""
+    return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+
+
+class OnGpu:
+    """A batch on the GPU: its outputs in host memory are valid after the event."""
+
+    def __init__(self, outputs: Mapping[int, Sequence[Tensor]], done: torch.cuda.Event) -> None:
+        self._outputs = outputs
+        self._done = done
+
+    def wait(self) -> None:
+        """Wait until the outputs are in host memory. Raise UserError if the GPU failed."""
+        with device_errors_as_user_errors():
+            self._done.synchronize()
+
+    def result(self) -> dict[int, Outputs]:
+        self.wait()
+        return as_arrays(self._outputs)
+
+
+def as_arrays(outputs: Mapping[int, Sequence[Tensor]]) -> dict[int, Outputs]:
+    """Return features and logits of tensors on the host, without a copy."""
+    return {fold: (parts[0].numpy(), parts[1].numpy()) for fold, parts in outputs.items()}
+
+
+@contextlib.contextmanager
+def device_errors_as_user_errors() -> Iterator[None]:
+    """Turn an error of the GPU, such as full memory, into a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is full ({first_line(error)}); use a smaller --batch_size, or end "
+            "other processes on the GPU"
+        ) from None
+    except RuntimeError as error:
+        raise UserError(
+            f"the GPU failed ({first_line(error)}); run `python -m infer doctor`, and export the "
+            "package again if the GPU works"
+        ) from None
+
+
+def refuse_mismatch(path: Path, manifest: Mapping[str, Any], device: str) -> None:
+    """Raise UserError if a package was compiled for another device or architecture."""
+    reason = mismatch(manifest, device)
+    if reason:
+        raise UserError(
+            f"{path} {reason}; run `python -m export --config {manifest['name']} "
+            f"--formats aoti --device {device} --force` on this machine"
+        )
+
+
+def open_package(path: Path) -> Forward:
+    """Load a package. Raise UserError if it is not a whole one."""
+    try:
+        # A runner is busy until the GPU has finished its batch; with a single one the next call
+        # would wait for that.
+        package: Forward = load_package(str(path), num_runners=IN_FLIGHT)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} is not a whole AOTInductor package ({first_line(error)}); export it again"
+        ) from None
+    return package
 
 
 def forbid_tf32() -> None:
@@ -165,6 +258,20 @@ def built_for() -> str | None:
     return torch.version.cuda
 
 
-def create(path: Path, manifest: Mapping[str, Any], device: str) -> AotiEngine:
-    """Load a package onto `cpu` or `cuda`."""
-    return AotiEngine(path, manifest, device)
+def create(
+    artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str
+) -> TorchEngine:
+    """Load packages onto `cpu` or `cuda`; they contain code, so their source must be trusted.
+
+    Raises:
+        UserError: one was compiled for another device or architecture, or is not a package.
+    """
+    for fold, path in artifacts.items():
+        refuse_mismatch(path, manifests[fold], device)
+    forbid_tf32()
+    max_batch = min(int(manifest["max_batch"]) for manifest in manifests.values())
+    if device == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
+        max_batch = min(max_batch, CPU_PIECE)
+    forwards = {fold: open_package(path) for fold, path in artifacts.items()}
+    return TorchEngine(forwards, max_batch, device)

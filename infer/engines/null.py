@@ -5,13 +5,14 @@ limits its speed.
 """
 
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from infer.engines import Outputs
+from infer.engines import IN_FLIGHT, Engine, Outputs
 from isic import schema
 from isic.folds import draw_folds
 from isic.layout import FOLDS_FILE, fold_dir
@@ -24,30 +25,73 @@ NULL_FILE = "model.null"
 NULL_BATCH_SIZE = 256
 
 
-class NullEngine:
+class NullEngine(Engine):
     """Features are the first values of the image in [0, 1]; the logit is their mean plus the fold.
 
-    The results thus show which pixels reached which fold's engine.
+    The results thus show which pixels reached which fold's model. With a limited speed it is timed
+    like a GPU: it computes one batch after the other while its caller goes on, and the results of
+    a batch arrive when the following one could be finished.
     """
 
     device = "none"
 
-    def __init__(self, fold: int, num_features: int, images_per_second: float | None) -> None:
-        self._fold = fold
+    def __init__(
+        self, folds: Iterable[int], num_features: int, images_per_second: float | None
+    ) -> None:
+        """Prepare the engine.
+
+        Args:
+            folds: the fold of each model.
+            num_features: D, at most the number of values in an image.
+            images_per_second: of one model; unlimited if None.
+        """
+        self.folds = tuple(folds)
         self._num_features = num_features
         self._seconds_per_image = 1 / images_per_second if images_per_second else 0.0
+        self._busy_until = 0.0
+        self._in_flight: deque[NullPending] = deque()
 
-    def run(self, images: Pixels) -> Outputs:
-        values = images.reshape(len(images), -1)[:, : self._num_features]
+    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> "NullPending":
+        while len(self._in_flight) >= IN_FLIGHT:
+            self._in_flight.popleft().wait()
+        chosen = self.folds if folds is None else tuple(folds)
+        seconds = self._seconds_per_image * len(images) * len(chosen)
+        self._busy_until = max(self._busy_until, time.perf_counter()) + seconds
+        pending = NullPending(images, chosen, self._num_features, self._busy_until + seconds)
+        self._in_flight.append(pending)
+        return pending
+
+
+class NullPending:
+    """A batch of the null engine; the images are read when the result is asked for."""
+
+    def __init__(
+        self, images: Pixels, folds: Sequence[int], num_features: int, ready_at: float
+    ) -> None:
+        self._images = images
+        self._folds = folds
+        self._num_features = num_features
+        self._ready_at = ready_at
+
+    def wait(self) -> None:
+        """Wait until the results would arrive."""
+        time.sleep(max(self._ready_at - time.perf_counter(), 0))
+
+    def result(self) -> dict[int, Outputs]:
+        self.wait()
+        values = self._images.reshape(len(self._images), -1)[:, : self._num_features]
         features = values.astype(np.float32) / np.float32(255)
-        if self._seconds_per_image:
-            time.sleep(self._seconds_per_image * len(images))
-        return features, features.mean(axis=1, keepdims=True) + np.float32(self._fold)
+        mean = features.mean(axis=1, keepdims=True)
+        return {fold: (features, mean + np.float32(fold)) for fold in self._folds}
 
 
-def create(path: Path, manifest: Mapping[str, Any], device: str) -> NullEngine:
-    """Return the engine that a manifest describes; it runs on any device."""
-    return NullEngine(manifest["fold"], manifest["num_features"], manifest.get("images_per_second"))
+def create(
+    artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str
+) -> NullEngine:
+    """Return the engine that manifests describe; it runs on any device."""
+    folds = [manifests[key]["fold"] for key in artifacts]
+    manifest, *_ = manifests.values()
+    return NullEngine(folds, manifest["num_features"], manifest.get("images_per_second"))
 
 
 def unavailable_reason(name: str, device: str) -> str | None:

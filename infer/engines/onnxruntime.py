@@ -1,9 +1,10 @@
 """ONNX Runtime, on the CPU or on CUDA."""
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
     RuntimeException,
 )
 
-from infer.engines import Outputs
+from infer.engines import IN_FLIGHT, Engine, Pending
 from infer.engines.contract import FEATURES, IMAGES, LOGITS, MASK, Tensor, contract_violation
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
@@ -34,12 +35,15 @@ from isic.runtime.machine import (
     old_driver_reason,
 )
 
+# TF32 would fail float32's parity check. By default cuDNN tries every kernel for each batch size.
+CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 PROVIDERS: dict[str, list[str | tuple[str, dict[str, str]]]] = {
     "cpu": ["CPUExecutionProvider"],
-    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
+    "cuda": [("CUDAExecutionProvider", CUDA_OPTIONS), "CPUExecutionProvider"],
 }
-"""Providers by device, in the order in which they take nodes. TF32 would fail float32's parity."""
+"""Providers by device, in the order in which they take nodes."""
 LOAD_ERRORS = (Fail, InvalidGraph, InvalidProtobuf, NoSuchFile)
+RUN_ERRORS = (EPFail, Fail, RuntimeException)
 ORT_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(float16)": "float16"}
 """numpy's names of the types that ONNX Runtime reports; it has others, which no contract names."""
 
@@ -74,92 +78,135 @@ x86 CPUs without VNNI add two products of uint8 and int8 into a saturating int16
 uint8 and uint8 are exact (https://github.com/microsoft/onnxruntime/pull/12088)."""
 
 
-class OnnxRuntimeEngine:
-    """An ONNX file in an ONNX Runtime session.
+class OnnxRuntimeEngine(Engine):
+    """ONNX files in ONNX Runtime sessions, run by a pool of threads.
 
     On a CPU each core runs one image at a time. Its cache then holds the activations, no core
     waits for another after each layer, and the results of an image do not depend on its batch,
-    even if int8 chooses scales from the activations.
+    even if int8 chooses scales from the activations. On a GPU each thread runs whole batches, so
+    that one is copied while another one is computed.
     """
 
-    def __init__(self, path: Path, size: int, device: str) -> None:
-        """Open a session.
+    def __init__(self, artifacts: Mapping[int, Path], size: int, device: str) -> None:
+        """Open a session per artifact.
 
         Args:
-            path: the ONNX file.
-            size: side of its images, pixels.
+            artifacts: the ONNX file by fold.
+            size: side of the images, pixels.
             device: a key of PROVIDERS.
 
         Raises:
-            UserError: the file is not a graph of this toolkit's contract, or ONNX Runtime does not
+            UserError: a file is not a graph of this toolkit's contract, or ONNX Runtime does not
                 run on the device.
         """
         self.device = device
+        self.folds = tuple(artifacts)
         reason = unavailable_reason("onnx", device)
         if reason:
             other = "" if device == "cpu" else ", or use --device cpu"
             raise UserError(f"ONNX Runtime does not run on --device {device} here: {reason}{other}")
-        if device == "cuda":
-            options = session_options()
-        else:
-            options = session_options(num_threads=1)
-            self._pool = ThreadPoolExecutor(num_cores(), thread_name_prefix="onnxruntime")
-        try:
-            self._session = open_session(str(path), device, options)
-        except NotImplemented as error:
-            raise UserError(
-                f"{path}: ONNX Runtime {ort.__version__} has no kernel for one of its operators in "
-                f"its precision on --device {device} ({first_line(error)}); use another "
-                "--precision or --device, or a newer ONNX Runtime"
-            ) from None
-        except LOAD_ERRORS as error:
-            raise UserError(
-                f"{path} does not load in ONNX Runtime ({first_line(error)}); export it again"
-            ) from None
-        self._check_contract(path, size)
+        self._sessions = {
+            fold: open_graph(path, size, device) for fold, path in artifacts.items()
+        }
+        num_threads = num_cores() if device == "cpu" else IN_FLIGHT
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="onnxruntime")
 
-    def run(self, images: Pixels) -> Outputs:
-        features, logits = self._run((FEATURES, LOGITS), images)
-        return features, logits
+    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> Pending:
+        return self._submit((FEATURES, LOGITS), images, self.folds if folds is None else folds)
 
     def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
         """Return probabilities [N, h, w] of a graph with the optional output `mask`."""
-        return self._run((MASK,), images)[0]
+        (outputs,) = self._submit((MASK,), images, self.folds).result().values()
+        mask: NDArray[np.float32] = outputs[0]
+        return mask
 
-    def _run(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _submit(self, names: Sequence[str], images: Pixels, folds: Iterable[int]) -> Any:
         if self.device == "cuda":
-            return self._run_batch(names, images)
-        return self._run_each(names, images)
+            return self._pool.submit(self._run_batch, names, images, tuple(folds))
+        rows = [images[row : row + 1] for row in range(len(images))]
+        return Rows({fold: self._submit_rows(names, rows, fold) for fold in folds})
 
-    def _run_each(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
-        """Run the graph on each image separately, on all cores at once."""
+    def _submit_rows(
+        self, names: Sequence[str], rows: Iterable[Pixels], fold: int
+    ) -> list[Future[list[Any]]]:
+        """Start one fold's graph on each image separately."""
+        session = self._sessions[fold]
+        return [self._pool.submit(session.run, names, {IMAGES: row}) for row in rows]
 
-        def run(row: int) -> list[NDArray[np.float32]]:
-            inputs = {IMAGES: images[row : row + 1]}
-            outputs: list[NDArray[np.float32]] = self._session.run(names, inputs)
-            return outputs
+    def _run_batch(
+        self, names: Sequence[str], images: Pixels, folds: Sequence[int]
+    ) -> dict[int, list[Any]]:
+        """Run each fold's graph on one copy of the batch; each output is copied once."""
+        with device_errors_as_user_errors():
+            on_device = ort.OrtValue.ortvalue_from_numpy(images, self.device, 0)
+            return {fold: self._run_bound(names, on_device, fold) for fold in folds}
 
-        results = self._pool.map(run, range(len(images)))
-        return [np.concatenate(values) for values in zip(*results, strict=True)]
-
-    def _run_batch(self, names: Sequence[str], images: Pixels) -> list[NDArray[np.float32]]:
-        """Run the graph on the whole batch; bound to the device, each array is copied once."""
-        binding = self._session.io_binding()
-        on_device = ort.OrtValue.ortvalue_from_numpy(images, self.device, 0)
-        binding.bind_ortvalue_input(IMAGES, on_device)
+    def _run_bound(self, names: Sequence[str], images: ort.OrtValue, fold: int) -> list[Any]:
+        session = self._sessions[fold]
+        binding = session.io_binding()
+        binding.bind_ortvalue_input(IMAGES, images)
         for name in names:
             binding.bind_output(name, self.device)
-        self._session.run_with_iobinding(binding)
-        outputs: list[NDArray[np.float32]] = binding.copy_outputs_to_cpu()
+        session.run_with_iobinding(binding)
+        outputs: list[Any] = binding.copy_outputs_to_cpu()
         return outputs
 
-    def _check_contract(self, path: Path, size: int) -> None:
-        nodes = (*self._session.get_inputs(), *self._session.get_outputs())
-        tensors = {node.name: _as_tensor(node) for node in nodes}
-        # A session computes only the outputs that it is asked for, so others do no harm.
-        violation = contract_violation(tensors, size, other_outputs=True)
-        if violation:
-            raise UserError(f"{path} {violation}; export it again")
+
+class Rows:
+    """A batch whose images run one by one."""
+
+    def __init__(self, futures: Mapping[int, Sequence[Future[list[Any]]]]) -> None:
+        self._futures = futures
+
+    def result(self) -> dict[int, Any]:
+        with device_errors_as_user_errors():
+            return {fold: self._outputs(rows) for fold, rows in self._futures.items()}
+
+    def _outputs(self, rows: Sequence[Future[list[Any]]]) -> tuple[NDArray[Any], ...]:
+        outputs = zip(*(row.result() for row in rows), strict=True)
+        return tuple(np.concatenate(values) for values in outputs)
+
+
+@contextlib.contextmanager
+def device_errors_as_user_errors() -> Iterator[None]:
+    """Turn an error of a run, such as full memory, into a UserError."""
+    try:
+        yield
+    except RUN_ERRORS as error:
+        raise UserError(
+            f"ONNX Runtime failed ({first_line(error)}); use a smaller --batch_size, or end other "
+            "processes that use the device's memory"
+        ) from None
+
+
+def open_graph(path: Path, size: int, device: str) -> ort.InferenceSession:
+    """Open a session on a graph of this toolkit's contract. Raise UserError."""
+    options = session_options(num_threads=1) if device == "cpu" else session_options()
+    try:
+        session = open_session(str(path), device, options)
+    except NotImplemented as error:
+        raise UserError(
+            f"{path}: ONNX Runtime {ort.__version__} has no kernel for one of its operators in "
+            f"its precision on --device {device} ({first_line(error)}); use another "
+            "--precision or --device, or a newer ONNX Runtime"
+        ) from None
+    except LOAD_ERRORS as error:
+        raise UserError(
+            f"{path} does not load in ONNX Runtime ({first_line(error)}); export it again"
+        ) from None
+    tensors = {node.name: _as_tensor(node) for node in _nodes(session)}
+    # A session computes only the outputs that it is asked for, so others do no harm.
+    violation = contract_violation(tensors, size, other_outputs=True)
+    if violation:
+        raise UserError(f"{path} {violation}; export it again")
+    return session
+
+
+def _nodes(session: ort.InferenceSession) -> Iterable[ort.NodeArg]:
+    return (*session.get_inputs(), *session.get_outputs())
 
 
 def _as_tensor(node: ort.NodeArg) -> Tensor:
@@ -224,9 +271,12 @@ def _provider(device: str) -> str:
     return first if isinstance(first, str) else first[0]
 
 
-def create(path: Path, manifest: Mapping[str, Any], device: str) -> OnnxRuntimeEngine:
-    """Open the session on `cpu` or `cuda`."""
-    return OnnxRuntimeEngine(path, manifest["preprocess"]["size"], device)
+def create(
+    artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str
+) -> OnnxRuntimeEngine:
+    """Open the sessions on `cpu` or `cuda`; all take images of one size."""
+    manifest, *_ = manifests.values()
+    return OnnxRuntimeEngine(artifacts, manifest["preprocess"]["size"], device)
 
 
 @cache

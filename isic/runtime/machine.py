@@ -158,7 +158,7 @@ def has_gpu() -> bool:
 
 def gpu_names() -> list[str]:
     """Return name and compute capability of each GPU that this process can use."""
-    driver = _cuda_driver()
+    driver = cuda_driver()
     if isinstance(driver, OSError):
         return []
     return [_gpu_name(driver, device) for device in range(_ask_cuda()[0])]
@@ -177,7 +177,7 @@ def _gpu_name(driver: ctypes.CDLL, device: int) -> str:
 
 def driver_cuda() -> str | None:
     """Return the newest CUDA that NVIDIA's driver can run (`12.6`), None if no driver loads."""
-    driver = _cuda_driver()
+    driver = cuda_driver()
     if isinstance(driver, OSError):
         return None
     number = ctypes.c_int(0)
@@ -243,7 +243,7 @@ def _has_gpu_file() -> bool:
 
 
 @cache
-def _cuda_driver() -> ctypes.CDLL | OSError:
+def cuda_driver() -> ctypes.CDLL | OSError:
     """Return the library of CUDA's driver, or why it does not load."""
     try:
         return ctypes.CDLL(CUDA_DRIVER)
@@ -254,7 +254,7 @@ def _cuda_driver() -> ctypes.CDLL | OSError:
 @cache
 def _ask_cuda() -> tuple[int, str]:
     """Return the number of GPUs that CUDA's driver counts, and the reason if there are none."""
-    driver = _cuda_driver()
+    driver = cuda_driver()
     if isinstance(driver, OSError):
         return 0, _no_driver_reason(driver)
     number, text = ctypes.c_int(0), ctypes.c_char_p()
