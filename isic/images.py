@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -38,7 +38,10 @@ MAX_AHEAD = 8 * 1024 * 1024
 
 
 class ImageStore(ABC):
-    """Images by `isic_id`. Safe to read from several threads, and from a forked process."""
+    """Images by `isic_id`.
+
+    Safe to read from several threads, from a forked process, and from one that received it pickled.
+    """
 
     def __init__(
         self, source: Path, names: NDArray[np.bytes_], rejected: Mapping[str, str]
@@ -377,6 +380,16 @@ class Hdf5Images(ImageStore):
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             os.close(self._file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the descriptor, which has no meaning in another process."""
+        return {name: value for name, value in vars(self).items() if name != "_file"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the file again. Raise UserError if it is absent or no longer the same file."""
+        vars(self).update(state)
+        self._file = open_file(self.source)
+        self.refuse_changes()
 
     def refuse_changes(self) -> None:
         if cache.state(self._file) != self._state:

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, Field, model_validator
 from infer.formats import ENGINE_FORMATS, Precision, exported_formats
 from isic.layout import ONNX_FILE, OUTPUT_DIR
 from isic.runtime.config import Settings
+from isic.views import Tta
 
 # ONNX Runtime splits a batch into images, one per core: several for each core of a large CPU.
 BATCH_CPU = 64
@@ -44,7 +45,7 @@ class EmbedSettings(Settings):
         description="models per train image: the fold that held it out, or all; a test image is "
         "always embedded by all",
     )
-    tta: Literal["none", "flips", "d4"] = Field(
+    tta: Tta = Field(
         "none",
         description="test-time augmentation: average over flips (4 views), or flips and quarter "
         "turns (8)",

@@ -6,14 +6,7 @@ import numpy as np
 
 from infer.engines import Engine, Outputs
 from isic.preprocess import Pixels
-
-# Each set is a group, so an image and any of its views have the same average.
-VIEWS: dict[str, tuple[tuple[int, bool], ...]] = {
-    "none": ((0, False),),
-    "flips": ((0, False), (0, True), (2, True), (2, False)),
-    "d4": tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4)),
-}
-"""Per view the quarter turns, and whether left and right are then swapped."""
+from isic.views import VIEWS
 
 
 def apply_view(images: Pixels, turns: int, mirrored: bool) -> Pixels:

@@ -1,7 +1,11 @@
 """Reading images by id from a file or a folder."""
 
 import os
+import pickle
 import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -221,6 +225,58 @@ def test_a_file_that_changes_while_it_is_used_is_refused(hdf5: Path, how: str) -
     for use in (lambda: store.decode(list(FILES), SPEC, out), lambda: store.read(list(FILES))):
         with pytest.raises(UserError, match="was changed on disk while it was in use"):
             use()
+
+
+READ_PICKLED = """
+import pickle, sys
+from isic.runtime.errors import UserError
+try:
+    sys.stdout.buffer.write(b"".join(pickle.load(sys.stdin.buffer).read(sys.argv[1:])))
+except UserError as error:
+    sys.exit(f"UserError: {error}")
+"""
+
+
+def read_in_another_process(
+    pickled: bytes, ids: Sequence[str]
+) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-c", READ_PICKLED, *ids]
+    return subprocess.run(command, input=pickled, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_another_process_reads_a_pickled_store(tmp_path: Path, hdf5: Path, kind: str) -> None:
+    for name, data in FILES.items():
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{name}.jpg").write_bytes(data)
+    store = Hdf5Images(hdf5) if kind == "file" else FolderImages(tmp_path / "images")
+    wanted = ["ISIC_0000007", "ISIC_0000000"]
+    found = read_in_another_process(pickle.dumps(store), wanted)
+    assert found.stdout == b"".join(FILES[name] for name in wanted), found.stderr.decode()
+
+
+@pytest.mark.parametrize("how", ["replaced", "rewritten", "removed", "another format"])
+def test_a_pickled_store_of_another_file_is_refused(hdf5: Path, how: str) -> None:
+    pickled = pickle.dumps(Hdf5Images(hdf5))
+    words = "was changed on disk while it was in use; run the same command again"
+    data = hdf5.read_bytes()
+    if how == "replaced":
+        hdf5.with_name("new").write_bytes(data)  # while the first file has its inode
+        hdf5.with_name("new").replace(hdf5)
+    elif how == "rewritten":
+        hdf5.write_bytes(data)
+    elif how == "removed":
+        hdf5.unlink()
+        words = "No such file or directory"
+    else:
+        hdf5.write_bytes(b"half a file")
+        words = "is not an HDF5 file"
+    found = read_in_another_process(pickled, list(FILES))
+    assert found.returncode == 1
+    assert not found.stdout
+    error = found.stderr.decode()
+    assert error.startswith(f"UserError: {hdf5}")
+    assert words in error
 
 
 def test_real_images(real_data: Path, tmp_path: Path) -> None:

@@ -5,24 +5,12 @@ import numpy as np
 import polars as pl
 
 from infer.embedding.store import read_run, scan_embeddings
-from infer.embedding.views import VIEWS, apply_view, run_averaged
+from infer.embedding.views import apply_view, run_averaged
 from infer.engines import PinnedAllocator, load
 from infer.engines.null import NULL_FILE, write_run
 from isic.preprocess import Pixels, PreprocessSpec
+from isic.views import VIEWS
 from tests.support.fake_run import FakeRun, make_fake_run
-
-
-def test_views_are_groups_so_the_average_is_the_same_for_every_view() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
-    assert np.shares_memory(apply_view(images, 0, False), images)
-    np.testing.assert_array_equal(apply_view(images, 1, False)[0], np.rot90(images[0]))
-    np.testing.assert_array_equal(apply_view(images, 2, True)[0], np.flipud(images[0]))
-    for name, views in VIEWS.items():
-        variants = {apply_view(images, *view).tobytes() for view in views}
-        assert len(variants) == len(views)
-        for view in views:
-            turned = apply_view(images, *view)
-            assert {apply_view(turned, *other).tobytes() for other in views} == variants, name
 
 
 def test_outputs_are_averaged_in_float32(tmp_path: Path) -> None:
