@@ -26,9 +26,7 @@ class _LowPrecisionClassifier(nn.Module):
         return features, self.head(features)
 
 
-def eager_engine(
-    config: str, engine: str, precision: str, device: str, batch: int
-) -> TorchEngine:
+def eager_engine(config: str, engine: str, precision: str, device: str, batch: int) -> TorchEngine:
     """Return the untrained network of a config as an engine.
 
     Args:

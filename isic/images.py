@@ -217,10 +217,15 @@ def collect_failures(decodings: Sequence[Decoding]) -> dict[int, str]:
 
 def decode_pool(num_threads: int) -> ThreadPoolExecutor:
     """Return threads for decoding, with OpenCV's own threads and messages turned off."""
+    quiet_opencv()
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+
+
+def quiet_opencv() -> None:
+    """Turn off OpenCV's own threads and messages in this process."""
     cv2.setNumThreads(1)  # its threads would compete for the same cores
     # The ImageError of an image has the reason.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
 
 def failures(

@@ -18,7 +18,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
 
-from infer.embedding.ring import Ring, SharedRing
+from infer.embedding.ring import Ring
+from infer.embedding.settings import DecodeIn
 from isic.images import ImageStore, decode_pool, quiet_opencv
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.errors import UserError
@@ -29,6 +30,10 @@ MAX_LOSSES = 2
 """Processes that may be lost on the same images before these are blamed."""
 GRACE_SECONDS = 5
 """Time that a decoder process has to end."""
+
+
+MIN_PROCESSES = 4
+"""Workers from which a GPU may need more images than one interpreter lock lets through."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,12 @@ class Decoders(ABC):
     chunks_ahead: int
     """Chunks per worker to queue so that none runs dry while the engine is busy."""
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, store: ImageStore, recipe: Recipe, ring: Ring, num_workers: int) -> None:
+        self._store = store
+        self._recipe = recipe
+        self._ring = ring
         self.num_workers = num_workers
+        self.num_views = recipe.num_views
 
     @abstractmethod
     def submit(self, chunk: Chunk) -> Decoding:
@@ -93,9 +102,7 @@ class Decoders(ABC):
         """End the workers."""
 
 
-def decode_chunk(
-    store: ImageStore, recipe: Recipe, slots: Pixels, chunk: Chunk
-) -> dict[int, str]:
+def decode_chunk(store: ImageStore, recipe: Recipe, slots: Pixels, chunk: Chunk) -> dict[int, str]:
     """Decode the images of a chunk, and their views, into rows of a slot.
 
     A batch of N images with V views takes the first V * N rows of its slot, view by view.
@@ -112,7 +119,8 @@ def decode_chunk(
     failed = store.decode(chunk.ids, recipe.spec, views[0])
     if recipe.num_views > 1:
         for row in range(len(chunk.ids)):
-            write_views(views[0, row], recipe.tta, views[:, row])
+            image = views[0, row]
+            write_views(image, recipe.tta, [image, *views[1:, row]])
     return {chunk.start + row: reason for row, reason in failed.items()}
 
 
@@ -123,14 +131,11 @@ class DecoderThreads(Decoders):
     chunks_ahead = 4
 
     def __init__(self, store: ImageStore, recipe: Recipe, ring: Ring, num_workers: int) -> None:
-        super().__init__(num_workers)
-        self._store = store
-        self._recipe = recipe
-        self._slots = ring.slots
+        super().__init__(store, recipe, ring, num_workers)
         self._pool = decode_pool(num_workers)
 
     def submit(self, chunk: Chunk) -> "Future[dict[int, str]]":
-        return self._pool.submit(decode_chunk, self._store, self._recipe, self._slots, chunk)
+        return self._pool.submit(decode_chunk, self._store, self._recipe, self._ring.slots, chunk)
 
     def cancel(self, decodings: Sequence[Decoding]) -> None:
         futures = [decoding for decoding in decodings if isinstance(decoding, Future)]
@@ -149,7 +154,7 @@ class DecoderProcesses(Decoders):
     chunks_ahead = 2
 
     def __init__(self, store: ImageStore, recipe: Recipe, ring: Ring, num_workers: int) -> None:
-        super().__init__(num_workers)
+        super().__init__(store, recipe, ring, num_workers)
         self._processes = [
             DecoderProcess(store, recipe, ring, number) for number in range(num_workers)
         ]
@@ -169,6 +174,13 @@ class DecoderProcesses(Decoders):
             process.join()
 
 
+def decoders_for(decode_in: DecodeIn, device: str, num_workers: int) -> type[Decoders]:
+    """Return the kind of decoders; `auto` is processes if they feed a GPU from several cores."""
+    if decode_in == "auto":
+        decode_in = "processes" if device == "cuda" and num_workers >= MIN_PROCESSES else "threads"
+    return {"threads": DecoderThreads, "processes": DecoderProcesses}[decode_in]
+
+
 class DecoderProcess:
     """One process, its pipe and the chunks that it has been sent, which it answers in order."""
 
@@ -183,10 +195,9 @@ class DecoderProcess:
     def _start(self) -> None:
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        ring = SharedRing.of(self._ring)
         self._process: SpawnProcess = context.Process(
             target=serve,
-            args=(theirs, ring, self._store, self._recipe),
+            args=(theirs, self._ring, self._store, self._recipe),
             name=f"decode-{self._number}",
         )
         with block_sigint():
@@ -223,10 +234,9 @@ class DecoderProcess:
         oldest.num_losses += 1
         code = self._process.exitcode
         if oldest.num_losses >= MAX_LOSSES:
-            first, *_, last = (*oldest.chunk.ids, oldest.chunk.ids[-1])
             raise UserError(
                 f"{MAX_LOSSES} decoder processes were lost (exit code {code}) while they decoded "
-                f"{first} to {last}; free memory, or look at these images"
+                f"{oldest.chunk.ids[0]} to {oldest.chunk.ids[-1]}; free memory, or look at these images"
             )
         print(
             f"a decoder process was lost (exit code {code}); its images are decoded again",
@@ -276,12 +286,11 @@ class SentChunk:
         return self.answer
 
 
-def serve(pipe: Connection, ring: SharedRing, store: ImageStore, recipe: Recipe) -> None:
+def serve(pipe: Connection, ring: Ring, store: ImageStore, recipe: Recipe) -> None:
     """Decode the chunks that arrive through a pipe until its other end is closed."""
     # Ctrl-C reaches every process of a terminal; this one ends with its parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     quiet_opencv()
-    slots = ring.open()
     answer: dict[int, str] | UserError
     while True:
         try:
@@ -289,7 +298,7 @@ def serve(pipe: Connection, ring: SharedRing, store: ImageStore, recipe: Recipe)
         except (EOFError, OSError):
             return
         try:
-            answer = decode_chunk(store, recipe, slots, chunk)
+            answer = decode_chunk(store, recipe, ring.slots, chunk)
         except UserError as error:
             answer = error
         try:

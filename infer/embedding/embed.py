@@ -239,6 +239,7 @@ def make_job(
         batch_size=spec["batch_size"],
         num_threads=settings.num_threads,
         depth=settings.depth,
+        decode_in=settings.decode_in,
         run_spec_digest=spec[RUN_SPEC_KEY],
     )
 

@@ -1,35 +1,24 @@
-"""Embed shards in one process: decoding runs ahead of the engines, writing behind them."""
+"""Embed shards in one process: decoding runs ahead of the engine, writing behind it."""
 
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import polars as pl
-from numpy.typing import NDArray
-
+from infer.embedding.decoders import Recipe, decoders_for
 from infer.embedding.models import Models
-from infer.embedding.pipeline import Decoded, decode_ahead, ring_depth
+from infer.embedding.pipeline import DecodeAhead, Decoded, num_slots
+from infer.embedding.ring import Ring
+from infer.embedding.settings import DecodeIn
 from infer.embedding.shards import Shard
-from infer.embedding.store import BAD_IMAGES_SCHEMA, write_shard
-from infer.embedding.views import run_averaged
-from infer.engines import Outputs, allocator, load_many
+from infer.embedding.writer import Computed, ShardWriter
+from infer.engines import IN_FLIGHT, Pending, create_many
+from infer.engines.pinned import page_locked
 from isic.dataset import Dataset, Split
-from isic.images import decode_pool
-from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from isic.runtime.machine import num_cores
-from isic.tables import write_parquet
-
-# Bounds the memory if the disk is slow.
-MAX_SHARDS_WAITING = 2
-"""Shards that may wait to be written before the engines pause."""
-STORED_DTYPES: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.float32}
 
 
 @dataclass(frozen=True)
@@ -44,9 +33,10 @@ class EmbedJob:
     tta: str
     batch_size: int
     num_threads: int | None
-    """Decoding threads per process; None for one per core that it may use."""
+    """Decoding threads or processes; None for one per core that this process may use."""
     depth: int | None
-    """Batches in the ring; None for as many as keep the threads busy."""
+    """Batches decoded ahead of the engine; None for as many as keep the decoders busy."""
+    decode_in: DecodeIn = "auto"
     run_spec_digest: str | None = None
     """Written into each shard."""
 
@@ -67,35 +57,38 @@ OnBatch = Callable[[BatchStats], None]
 
 
 @dataclass(frozen=True)
-class ShardOutputs:
-    """The outputs for the N good images of a shard, and the reasons for the bad ones."""
+class Submitted:
+    """A batch that the engine works on."""
 
-    ids: list[str]
-    features: dict[int, NDArray[np.floating]]
-    """[N, D] by fold, in the type to be stored."""
-    logits: dict[int, NDArray[np.float32]]
-    """[N] by fold."""
-    bad: dict[str, str]
-    """Reason by id."""
+    shard: Shard
+    batch: Decoded
+    pending: Pending
 
 
 class Embedder:
-    """Embeds shards of one job. A context manager, because it owns threads."""
+    """Embeds shards of one job. A context manager, because it owns threads and processes."""
 
     def __init__(self, job: EmbedJob) -> None:
-        """Load the engines and open the images. Raise UserError if either fails."""
+        """Load the models and open the images. Raise UserError if either fails."""
         self._job = job
-        self._engines = load_many(job.models.artifacts, job.models.manifests, job.device)
-        self._store = Dataset(job.data).images(job.split)
-        self._num_threads = job.num_threads or num_cores()
-        self._pool = decode_pool(self._num_threads)
-        self._dtype = STORED_DTYPES[job.dtype]
+        recipe = Recipe(job.models.spec, job.tta)
+        self._batch_size = max(1, job.batch_size // recipe.num_views)
+        store = Dataset(job.data).images(job.split)
+        self._engine = create_many(job.models.artifacts, job.models.manifests, job.device)
+        num_workers = job.num_threads or num_cores()
+        decoders = decoders_for(job.decode_in, self._engine.device, num_workers)
+        slots = num_slots(self._batch_size, decoders, num_workers, job.depth)
+        size = recipe.spec.size
+        ring = Ring((slots, self._batch_size * recipe.num_views, size, size, 3))
+        self._slots = page_locked(ring.slots, self._engine.device)
+        self._decoders = decoders(store, recipe, ring, num_workers)
 
     def __enter__(self) -> "Embedder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+        self._decoders.close()
+        self._engine.close()
 
     def run(self, shards: Sequence[Shard], on_batch: OnBatch) -> None:
         """Embed shards and write each as soon as it is complete.
@@ -103,110 +96,54 @@ class Embedder:
         An exception from `on_batch` ends the run without a partial shard.
 
         Raises:
-            UserError: the disk is full, or an engine returns values that are not finite.
+            UserError: the disk is full, or an engine fails or returns values that are not finite.
         """
-        written: deque[Future[None]] = deque()
-        stream = self._decoded(shards)
-        # Closed after an exception too: decoders must not write into buffers that are freed.
+        plan = [(shard, rows) for shard in shards for rows in _cut(len(shard), self._batch_size)]
+        # A generator: the ids of all shards at once would be a large list of Python strings.
+        ids = (shard.ids[rows].to_list() for shard, rows in plan)
+        stream = DecodeAhead(self._decoders, self._slots, ids)
+        in_flight: deque[Submitted] = deque()
+        # Closed after an exception too, because neither the engine nor a decoder may use a slot
+        # that the next run fills.
         with (
             contextlib.closing(stream),
-            ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
+            finished(in_flight),
+            ShardWriter(self._job.dtype, self._job.run_spec_digest) as writer,
         ):
-            for shard in shards:
-                outputs = self._embed(shard, stream, on_batch)
-                written.append(
-                    writer.submit(write_outputs, shard, outputs, self._job.run_spec_digest)
-                )
-                _wait_for_writes(written, MAX_SHARDS_WAITING, on_batch)
-            _wait_for_writes(written, 0, on_batch)
-
-    def _decoded(self, shards: Sequence[Shard]) -> Generator[Decoded, None, None]:
-        """Yield the decoded batches of all shards; no batch spans two shards."""
-        size = self._job.batch_size
-        # A generator: the ids of all shards at once would be a large list of Python strings.
-        batches = (
-            shard.ids.slice(start, size).to_list()
-            for shard in shards
-            for start in range(0, len(shard), size)
-        )
-        # All engines have one format and device, so their input buffers are of the same kind.
-        any_engine, *_ = self._engines.values()
-        depth = self._job.depth or ring_depth(size, self._num_threads)
-        return decode_ahead(
-            self._store,
-            batches,
-            self._job.models.spec,
-            self._pool,
-            size,
-            depth,
-            allocator(any_engine),
-        )
-
-    def _embed(self, shard: Shard, stream: Iterator[Decoded], on_batch: OnBatch) -> ShardOutputs:
-        """Take a shard's batches from the stream and run the engines of its folds on each."""
-        engines = {fold: self._engines[fold] for fold in shard.paths}
-        shape = (len(shard), self._job.models.num_features)
-        outputs = ShardOutputs(
-            ids=[],
-            features={fold: np.empty(shape, self._dtype) for fold in engines},
-            logits={fold: np.empty(len(shard), np.float32) for fold in engines},
-            bad={},
-        )
-        num_batches = ceil_div(len(shard), self._job.batch_size)
-        for batch in islice(stream, num_batches):
-            started = time.perf_counter()
-            # Bad images are zeros; `_append` drops their outputs.
-            results = run_averaged(engines, batch.images, self._job.tta)
-            _append(outputs, batch, results)
-            bad = [(batch.ids[row], reason) for row, reason in batch.failed.items()]
-            outputs.bad.update(bad)
-            seconds = time.perf_counter() - started
-            on_batch(BatchStats(len(batch.ids), bad, decode_wait=batch.waited, engine=seconds))
-        return _checked(outputs)
+            for (shard, _), batch in zip(plan, stream, strict=True):
+                started = time.perf_counter()
+                pending = self._engine.submit(batch.images, shard.paths)
+                in_flight.append(Submitted(shard, batch, pending))
+                if len(in_flight) == IN_FLIGHT:
+                    collect(in_flight, stream, writer)
+                seconds = time.perf_counter() - started
+                bad = [(batch.ids[row], reason) for row, reason in batch.failed.items()]
+                on_batch(BatchStats(len(batch.ids), bad, batch.waited, seconds))
+            while in_flight:
+                collect(in_flight, stream, writer)
+            writer.finish()
+            on_batch(BatchStats(write_wait=writer.waited))
 
 
-def _append(outputs: ShardOutputs, batch: Decoded, results: Mapping[int, Outputs]) -> None:
-    good = [row for row in range(len(batch.ids)) if row not in batch.failed]
-    start = len(outputs.ids)
-    target = slice(start, start + len(good))
-    for fold, (features, logits) in results.items():
-        outputs.features[fold][target] = features[good]
-        outputs.logits[fold][target] = logits[good, 0]
-    outputs.ids.extend(batch.ids[row] for row in good)
+def _cut(num_images: int, batch_size: int) -> Iterable[slice]:
+    """Return the rows of each batch of a shard."""
+    return (slice(start, start + batch_size) for start in range(0, num_images, batch_size))
 
 
-def _checked(outputs: ShardOutputs) -> ShardOutputs:
-    """Cut the arrays to the good images. Raise UserError for a value that is not finite."""
-    num_good = len(outputs.ids)
-    features = {fold: values[:num_good] for fold, values in outputs.features.items()}
-    logits = {fold: values[:num_good] for fold, values in outputs.logits.items()}
-    for fold, values in features.items():
-        # After the cast: a value of a float32 engine can overflow float16.
-        finite = np.isfinite(values).all(axis=1) & np.isfinite(logits[fold])
-        if not finite.all():
-            first = outputs.ids[int(np.argmin(finite))]
-            raise UserError(
-                f"the engine of fold {fold} returns values for {first} that are not finite as "
-                f"{values.dtype}; use --dtype float32, or export the model in another precision"
-            )
-    return ShardOutputs(outputs.ids, features, logits, outputs.bad)
+def collect(in_flight: deque[Submitted], stream: DecodeAhead, writer: ShardWriter) -> None:
+    """Wait for the oldest batch, free its slot and hand its outputs to the writer."""
+    oldest = in_flight.popleft()
+    outputs = oldest.pending.result()
+    stream.release(oldest.batch)
+    writer.add(oldest.shard, Computed(oldest.batch.ids, oldest.batch.failed, outputs))
 
 
-def _wait_for_writes(written: deque[Future[None]], max_waiting: int, on_batch: OnBatch) -> None:
-    """Wait until at most `max_waiting` shards are not yet on disk."""
-    started = time.perf_counter()
-    while len(written) > max_waiting:
-        written.popleft().result()
-    on_batch(BatchStats(write_wait=time.perf_counter() - started))
-
-
-def write_outputs(shard: Shard, outputs: ShardOutputs, run_spec_digest: str | None) -> None:
-    """Write the files of a shard."""
-    # A shard counts as done once its Parquet files exist, so the list of bad images comes first.
-    if outputs.bad:
-        bad = pl.DataFrame(list(outputs.bad.items()), BAD_IMAGES_SCHEMA, orient="row")
-        write_parquet(shard.errors_path, bad)
-    for fold, path in shard.paths.items():
-        write_shard(
-            path, outputs.ids, outputs.features[fold], outputs.logits[fold], run_spec_digest
-        )
+@contextlib.contextmanager
+def finished(in_flight: deque[Submitted]) -> Iterator[None]:
+    """Wait at the end of the block for the batches that an exception left in the engine."""
+    try:
+        yield
+    finally:
+        for submitted in in_flight:
+            with contextlib.suppress(UserError):  # the first error is already on its way
+                submitted.pending.result()

@@ -1,83 +1,104 @@
-"""Decode ahead of the engine: threads fill a ring of preallocated batches, one thread reads it."""
+"""Decode ahead of the engine: workers fill a ring of batches, one thread takes them in order."""
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from infer.engines import pageable
-from isic.images import CHUNK, Decoding, ImageStore, collect_failures
-from isic.preprocess import Pixels, PreprocessSpec
+from infer.embedding.decoders import Chunk, Decoders, Decoding
+from infer.engines import IN_FLIGHT
+from isic.preprocess import Pixels
 from isic.runtime.arithmetic import ceil_div
 
-MIN_DEPTH = 3
-"""One batch in the engine, one ready, one being filled."""
-# So that no thread runs dry while the engine is busy.
-CHUNKS_PER_THREAD = 4
-"""Chunks queued per decoding thread."""
+MIN_AHEAD = 2
+"""Batches ahead of the engine: one that is ready and one that is being decoded."""
 
-Shape = tuple[int, int, int, int]
+
+def num_slots(
+    batch_size: int, decoders: type[Decoders], num_workers: int, depth: int | None = None
+) -> int:
+    """Return the number of slots that a ring of batches needs.
+
+    Args:
+        batch_size: images per batch.
+        decoders: the kind of workers to keep busy.
+        num_workers: their number.
+        depth: batches ahead of the engine; None for as many as keep the workers busy.
+    """
+    chunks_per_batch = ceil_div(batch_size, decoders.chunk_size)
+    busy = ceil_div(decoders.chunks_ahead * num_workers, chunks_per_batch)
+    return (depth or max(MIN_AHEAD, busy)) + IN_FLIGHT
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded batch of N images."""
+    """A decoded batch of N images with V views each."""
 
     ids: Sequence[str]
     images: Pixels
-    """uint8 [N, size, size, 3], zero in failed rows. Overwritten once the next batch is taken."""
+    """uint8 [V * N, size, size, 3], view by view; zero in failed rows."""
     failed: dict[int, str]
-    """The reason by row."""
+    """The reason by row of the first view."""
+    slot: int
+    """The slot of the ring, to be released once the images are no longer needed."""
     waited: float
     """Seconds that the reader waited for this batch."""
 
 
-def ring_depth(batch_size: int, num_threads: int) -> int:
-    """Return the number of batches that keep all decoding threads busy."""
-    chunks_per_batch = ceil_div(batch_size, CHUNK)
-    return max(MIN_DEPTH, ceil_div(CHUNKS_PER_THREAD * num_threads, chunks_per_batch))
+class DecodeAhead:
+    """Batches in order, decoded ahead into the slots that are free; iterate over it once."""
 
+    def __init__(self, decoders: Decoders, slots: Pixels, batches: Iterable[Sequence[str]]) -> None:
+        """Prepare the batches; decoding starts with the first one that is taken.
 
-def decode_ahead(
-    store: ImageStore,
-    batches: Iterable[Sequence[str]],
-    spec: PreprocessSpec,
-    pool: ThreadPoolExecutor,
-    batch_size: int,
-    depth: int = MIN_DEPTH,
-    allocate: Callable[[Shape], Pixels] = pageable,
-) -> Generator[Decoded, None, None]:
-    """Yield the batches in order; `pool` decodes later ones into a ring of `depth` buffers.
+        Args:
+            decoders: workers for the same slots.
+            slots: uint8 [S, R, size, size, 3].
+            batches: the ids of each batch, at most R / V.
+        """
+        self._decoders = decoders
+        self._slots = slots
+        self._upcoming = iter(batches)
+        self._free = list(range(len(slots)))
+        self._ahead: deque[tuple[int, Sequence[str], list[Decoding]]] = deque()
 
-    Closing the generator cancels waiting work and waits for work in progress.
-    """
-    free = [allocate((batch_size, spec.size, spec.size, 3)) for _ in range(depth)]
-    ring: deque[tuple[Sequence[str], Pixels, list[Decoding]]] = deque()
-    upcoming = iter(batches)
-    try:
+    def __iter__(self) -> Iterator[Decoded]:
         while True:
-            while free:
-                ids = next(upcoming, None)
-                if ids is None:
-                    break
-                buffer = free.pop()
-                ring.append((ids, buffer, store.submit(ids, spec, buffer[: len(ids)], pool)))
-            if not ring:
+            self._fill()
+            if not self._ahead:
                 return
-            ids, buffer, decodings = ring[0]
+            slot, ids, decodings = self._ahead[0]
             started = time.perf_counter()
-            failed = collect_failures(decodings)
-            # The buffer is still in the ring, not in `free`, while the caller reads it: the
-            # generator is suspended here, and only this thread submits work, so nothing can
-            # overwrite it. By calling next(), the caller releases the batch.
-            yield Decoded(ids, buffer[: len(ids)], failed, time.perf_counter() - started)
-            free.append(buffer)
-            ring.popleft()
-    finally:
-        # Also after an exception or an early close. Decoders write into the buffers, which must
-        # not be freed under them.
-        running = [
-            decoding for _, _, decodings in ring for decoding in decodings if not decoding.cancel()
+            failed: dict[int, str] = {}
+            for decoding in decodings:
+                failed.update(decoding.result())
+            waited = time.perf_counter() - started
+            self._ahead.popleft()
+            rows = self._decoders.num_views * len(ids)
+            yield Decoded(ids, self._slots[slot, :rows], failed, slot, waited)
+
+    def release(self, batch: Decoded) -> None:
+        """Let the slot of a batch be overwritten."""
+        self._free.append(batch.slot)
+
+    def close(self) -> None:
+        """Cancel waiting work and wait for work in progress, which writes into the slots."""
+        self._decoders.cancel([decoding for *_, decodings in self._ahead for decoding in decodings])
+        self._ahead.clear()
+
+    def _fill(self) -> None:
+        """Start to decode a batch into each free slot."""
+        while self._free:
+            ids = next(self._upcoming, None)
+            if ids is None:
+                return
+            slot = self._free.pop()
+            self._ahead.append((slot, ids, self._submit(slot, ids)))
+
+    def _submit(self, slot: int, ids: Sequence[str]) -> list[Decoding]:
+        # At least one chunk per worker, also of a small batch.
+        size = min(self._decoders.chunk_size, ceil_div(len(ids), self._decoders.num_workers))
+        return [
+            self._decoders.submit(Chunk(slot, len(ids), start, ids[start : start + size]))
+            for start in range(0, len(ids), size)
         ]
-        wait(running)

@@ -10,6 +10,7 @@ from isic.layout import ONNX_FILE, OUTPUT_DIR
 from isic.runtime.config import Settings
 from isic.views import Tta
 
+DecodeIn = Literal["auto", "threads", "processes"]
 # ONNX Runtime splits a batch into images, one per core: several for each core of a large CPU.
 BATCH_CPU = 64
 BATCH_GPU = 256
@@ -72,8 +73,13 @@ class EmbedSettings(Settings):
     num_threads: int | None = Field(
         None, ge=1, description="decoding threads per process; one per core by default"
     )
+    decode_in: DecodeIn = Field(
+        "auto",
+        description="what decodes: threads, or processes, which do not slow a GPU's own thread; "
+        "auto: processes on a GPU with four cores or more",
+    )
     depth: int | None = Field(
-        None, ge=2, description="batches decoded ahead; enough to keep all threads busy by default"
+        None, ge=1, description="batches decoded ahead; enough to keep all decoders busy by default"
     )
     num_processes: int = Field(
         1, ge=1, description="processes on this machine, each with its own GPU and cores"

@@ -1,10 +1,8 @@
 """Several processes on one machine, one per GPU, each with its own shards and cores."""
 
-import contextlib
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -12,7 +10,7 @@ from multiprocessing.context import SpawnProcess
 from infer.embedding.embedder import Embedder, EmbedJob, OnBatch
 from infer.embedding.shards import Shard
 from isic.runtime.errors import UserError
-from isic.runtime.interrupt import Interrupted, interruptible
+from isic.runtime.interrupt import Interrupted, block_sigint, interruptible
 from isic.runtime.machine import VISIBLE_GPUS, cores, gpus
 
 GRACE_SECONDS = 30
@@ -43,10 +41,9 @@ def run_processes(shards: Sequence[Shard], job: EmbedJob, number: int, on_batch:
             process = context.Process(
                 target=_work,
                 args=(shards[index::number], job, sender, gpu, own_cores),
-                daemon=True,
             )
             workers[receiver] = process
-            with _block_sigint():
+            with block_sigint():
                 process.start()
             # The child has its own copy; with this one open, the child's end would give no EOF.
             sender.close()
@@ -58,18 +55,6 @@ def run_processes(shards: Sequence[Shard], job: EmbedJob, number: int, on_batch:
         for process in started:
             process.join(GRACE_SECONDS)
             process.kill()  # no effect on one that has ended
-
-
-@contextlib.contextmanager
-def _block_sigint() -> Iterator[None]:
-    """Block SIGINT in processes that are started inside the block."""
-    # Ctrl-C reaches every process of a terminal; workers must leave it to their parent, which then
-    # ends them with SIGTERM.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _listen(workers: dict[Connection, SpawnProcess], on_batch: OnBatch) -> None:

@@ -61,6 +61,7 @@ class Engine(ABC):
         (outputs,) = self.submit(images).result().values()
         return outputs
 
+    @abstractmethod
     def close(self) -> None:
         """Wait for what is not finished and end the engine's threads, if it has any."""
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._inductor.package import load_package
+from torch._inductor.package.package import load_package
 
 from infer.engines import IN_FLIGHT, Engine, Outputs, Pending
 from isic.preprocess import Pixels
@@ -57,7 +57,7 @@ class TorchEngine(Engine):
             # torch computes with threads of its own.
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="torch")
         else:
-            self._streams = cycle([torch.cuda.Stream() for _ in range(NUM_STREAMS)])
+            self._streams = cycle([torch.cuda.Stream() for _ in range(NUM_STREAMS)])  # type: ignore[no-untyped-call]
             self._in_flight: deque[OnGpu] = deque()
 
     def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> Pending:
@@ -96,7 +96,7 @@ class TorchEngine(Engine):
                 for fold, parts in self._forward(pixels, folds).items()
             }
             # A thread that waits for a blocking event sleeps; otherwise it would take a core.
-            done = torch.cuda.Event(blocking=True)
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record()
         return OnGpu(outputs, done)
 
@@ -104,7 +104,8 @@ class TorchEngine(Engine):
     def _forward(self, pixels: Tensor, folds: Iterable[int]) -> dict[int, list[Tensor]]:
         """Return each fold's outputs on the device, run in pieces of at most `max_batch`."""
         pieces = [
-            piece.to(self.device, non_blocking=True) for piece in torch.split(pixels, self._max_batch)
+            piece.to(self.device, non_blocking=True)
+            for piece in torch.split(pixels, self._max_batch)
         ]
         return {fold: _joined([self._forwards[fold](piece) for piece in pieces]) for fold in folds}
 

@@ -61,6 +61,9 @@ class NullEngine(Engine):
         self._in_flight.append(pending)
         return pending
 
+    def close(self) -> None:
+        """Nothing to end."""
+
 
 class NullPending:
     """A batch of the null engine; the images are read when the result is asked for."""

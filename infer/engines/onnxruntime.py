@@ -105,9 +105,7 @@ class OnnxRuntimeEngine(Engine):
         if reason:
             other = "" if device == "cpu" else ", or use --device cpu"
             raise UserError(f"ONNX Runtime does not run on --device {device} here: {reason}{other}")
-        self._sessions = {
-            fold: open_graph(path, size, device) for fold, path in artifacts.items()
-        }
+        self._sessions = {fold: open_graph(path, size, device) for fold, path in artifacts.items()}
         num_threads = num_cores() if device == "cpu" else IN_FLIGHT
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="onnxruntime")
 
@@ -123,7 +121,9 @@ class OnnxRuntimeEngine(Engine):
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _submit(self, names: Sequence[str], images: Pixels, folds: Iterable[int]) -> Any:
+    def _submit(
+        self, names: Sequence[str], images: Pixels, folds: Iterable[int]
+    ) -> "Rows | Future[dict[int, Any]]":
         if self.device == "cuda":
             return self._pool.submit(self._run_batch, names, images, tuple(folds))
         rows = [images[row : row + 1] for row in range(len(images))]

@@ -62,6 +62,18 @@ def defer_signals() -> Iterator[None]:
     raise_if_interrupted()
 
 
+@contextlib.contextmanager
+def block_sigint() -> Iterator[None]:
+    """Block SIGINT in processes that are started inside the block."""
+    # Ctrl-C reaches every process of a terminal; workers must leave it to their parent, which then
+    # ends them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore_signals_in_worker(_: int) -> None:
     """Make a loader worker ignore Ctrl-C and exit quietly on SIGTERM: a `worker_init_fn`."""
     # A terminal sends Ctrl-C to all processes. The main process reports it; workers that failed

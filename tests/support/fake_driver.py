@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-DRIVER = """
+DRIVER = r"""
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-static int number(const char *name) { return atoi(getenv(name)); }
+static int failure;
+static int number(const char *name) { return getenv(name) ? atoi(getenv(name)) : 0; }
 int cuInit(unsigned flags) { return number("FAKE_STATUS"); }
 int cuDriverGetVersion(int *version) { *version = number("FAKE_CUDA"); return 0; }
 int cuDeviceGetCount(int *count) { *count = number("FAKE_COUNT"); return 0; }
@@ -22,8 +24,20 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     *value = attribute == 75 ? 8 : attribute == 76 ? 9 : -1;
     return 0;
 }
+int cuDeviceGet(int *device, int number) { *device = number; return 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &failure; return 0; }
+int cuCtxSetCurrent(void *context) { return context == &failure ? 0 : 201; }
+int cuMemHostRegister_v2(void *start, size_t size, unsigned flags) {
+    if (flags != 1 || number("FAKE_FULL")) return 2;
+    printf("lock %p %zu\n", start, size);
+    return fflush(stdout);
+}
+int cuMemHostUnregister(void *start) {
+    printf("unlock %p\n", start);
+    return fflush(stdout);
+}
 int cuGetErrorString(int status, const char **text) {
-    *text = "system not yet initialized";
+    *text = status == 2 ? "out of memory" : "system not yet initialized";
     return 0;
 }
 """

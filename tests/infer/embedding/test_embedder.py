@@ -1,45 +1,94 @@
 import threading
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
 
 from infer.embedding.embedder import BatchStats, Embedder
 from infer.embedding.shards import Shard
-from infer.engines import Outputs
-from infer.engines.null import NullEngine
+from infer.engines import IN_FLIGHT
+from infer.engines.null import NullEngine, NullPending
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError
 from tests.support.fake_run import make_fake_run, null_job
 
 
-def test_an_engine_that_overflows_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_run = make_fake_run(tmp_path, num_images=12)
+def small_shards(folder: Path) -> list[Shard]:
+    ids = pl.Series([f"ISIC_{row:07d}" for row in range(60)])
+    return [
+        Shard(ids.slice(at, 10), {0: folder / f"part-{at:05d}.parquet"}) for at in range(0, 60, 10)
+    ]
 
-    def overflow(self: NullEngine, images: Pixels) -> Outputs:
-        features = np.full((len(images), 8), 1e5, np.float32)
-        return features, np.zeros((len(images), 1), np.float32)
 
-    monkeypatch.setattr(NullEngine, "run", overflow)
-    shard = Shard(pl.Series(["ISIC_0000003"]), {1: tmp_path / "fold_1" / "part-00000.parquet"})
-    message = r"the engine of fold 1 returns values for ISIC_0000003 .* not finite as float16"
-    with (
-        np.errstate(over="ignore"),
-        Embedder(null_job(fake_run)) as embedder,
-        pytest.raises(UserError, match=message),
-    ):
-        embedder.run([shard], lambda stats: None)
-    assert not shard.is_done
+class FailingEngine(NullEngine):
+    """Its third batch fails when its result is asked for; all are counted."""
+
+    def __init__(self) -> None:
+        super().__init__([0], 8, None)
+        self.submitted: list[NullPending] = []
+
+    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> NullPending:
+        pending = super().submit(images, folds)
+        pending.result = partial(self._result, len(self.submitted), pending.result)  # type: ignore[method-assign]
+        self.submitted.append(pending)
+        return pending
+
+    def _result(self, number: int, result: Callable[[], Any]) -> Any:
+        self.submitted[number].is_collected = True  # type: ignore[attr-defined]
+        if number >= 2:
+            raise UserError(f"batch {number} failed")
+        return result()
+
+    def close(self) -> None:
+        assert all(hasattr(pending, "is_collected") for pending in self.submitted)
+
+
+def test_an_engine_that_fails_leaves_nothing_in_flight(tmp_path: Path) -> None:
+    fake_run = make_fake_run(tmp_path, num_images=60)
+    shards = small_shards(tmp_path)
+    with Embedder(null_job(fake_run)) as embedder:
+        embedder._engine = engine = FailingEngine()
+        with pytest.raises(UserError, match="batch 2 failed"):
+            embedder.run(shards, lambda stats: None)
+        assert len(engine.submitted) == 2 + IN_FLIGHT
+    assert not any(shard.is_done for shard in shards)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+class RecordingEngine(NullEngine):
+    """Records the largest number of batches that were in flight."""
+
+    def __init__(self) -> None:
+        super().__init__([0], 8, None)
+        self.now, self.most = 0, 0
+
+    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> NullPending:
+        pending = super().submit(images, folds)
+        self.now += 1
+        self.most = max(self.most, self.now)
+        pending.result = partial(self._result, pending.result)  # type: ignore[method-assign]
+        return pending
+
+    def _result(self, result: Callable[[], Any]) -> Any:
+        self.now -= 1
+        return result()
+
+
+def test_the_engine_always_has_the_next_batches(tmp_path: Path) -> None:
+    fake_run = make_fake_run(tmp_path, num_images=60)
+    with Embedder(null_job(fake_run)) as embedder:
+        embedder._engine = engine = RecordingEngine()
+        embedder.run(small_shards(tmp_path), lambda stats: None)
+    assert engine.most == IN_FLIGHT
+    assert engine.now == 0
 
 
 def test_an_exception_of_the_callback_ends_the_run_and_its_threads(tmp_path: Path) -> None:
     fake_run = make_fake_run(tmp_path, num_images=60, images_per_second=500)
-    ids = pl.Series([f"ISIC_{row:07d}" for row in range(60)])
-    shards = [
-        Shard(ids.slice(at, 10), {0: tmp_path / f"part-{at:05d}.parquet"})
-        for at in range(0, 60, 10)
-    ]
+    shards = small_shards(tmp_path)
     before = threading.active_count()
 
     def stop(stats: BatchStats) -> None:

@@ -1,16 +1,19 @@
 """The AOTInductor engine."""
 
+import contextlib
 import platform
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.untrained import create_untrained, export_untrained
-from infer.engines import aoti, create
-from infer.engines.aoti import mismatch, needed_features, package_architecture
+from infer.engines import IN_FLIGHT, aoti, create
+from infer.engines.aoti import TorchEngine, mismatch, needed_features, package_architecture
 from isic.runtime import machine
 from isic.runtime.errors import UserError
 
@@ -24,6 +27,86 @@ def test_a_package_for_one_image_a_call_takes_more_in_pieces(tiny: Path, tmp_pat
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     features = np.concatenate([engine.run(images[row : row + 1])[0] for row in range(3)])
     np.testing.assert_allclose(engine.run(images)[0], features, atol=1e-5)
+
+
+class FakeEvent:
+    """A CUDA event of work that is done at once; counts the waits."""
+
+    waits = 0
+
+    def __init__(self, blocking: bool) -> None:
+        assert blocking, "a thread that waits must not take a core from the decoders"
+        self.is_recorded = False
+
+    def record(self) -> None:
+        self.is_recorded = True
+
+    def synchronize(self) -> None:
+        assert self.is_recorded
+        FakeEvent.waits += 1
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> TorchEngine:
+    """The engine's way through a GPU, with torch's CUDA replaced by the CPU."""
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "waits", 0)
+    monkeypatch.setattr(Tensor, "to", to_cpu)
+
+    def forward(factor: int, images: Tensor) -> tuple[Tensor, Tensor]:
+        assert len(images) <= 4
+        features = factor * images.flatten(1)[:, :3].float()
+        return features.half(), features.sum(dim=1, keepdim=True)
+
+    return TorchEngine({fold: partial(forward, fold) for fold in (1, 2)}, 4, "cuda")
+
+
+def to_cpu(tensor: Tensor, device: str, non_blocking: bool) -> Tensor:
+    """Replace `Tensor.to`, which must not block."""
+    assert non_blocking
+    return tensor
+
+
+def test_batches_on_a_gpu_are_waited_for_when_their_results_are(engine: TorchEngine) -> None:
+    batches = [np.full((number, 2, 2, 3), number, np.uint8) for number in (4, 9, 1, 5, 4)]
+    pendings = [engine.submit(images) for images in batches]
+    assert FakeEvent.waits == len(batches) - IN_FLIGHT
+    for images, pending in zip(batches, pendings, strict=True):
+        for fold, (features, logits) in pending.result().items():
+            assert features.dtype == np.float16
+            np.testing.assert_array_equal(features, np.full((len(images), 3), fold * len(images)))
+            np.testing.assert_array_equal(logits, 3 * features[:, :1])
+    assert list(engine.submit(batches[0], [2]).result()) == [2]
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory\nTry"),
+            "memory is full .*smaller --batch_size",
+        ),
+        (
+            RuntimeError("an illegal memory access\nCompile"),
+            "failed .an illegal memory access.; run",
+        ),
+    ],
+)
+def test_an_error_on_a_gpu_is_one_sentence(
+    error: Exception, sentence: str, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    pending = engine.submit(np.zeros((1, 2, 2, 3), np.uint8))
+    monkeypatch.setattr(FakeEvent, "synchronize", fail)
+    with pytest.raises(UserError, match=sentence):
+        pending.result()
+    monkeypatch.setattr(engine, "_forwards", {1: fail})
+    with pytest.raises(UserError, match=sentence):
+        engine.submit(np.zeros((1, 2, 2, 3), np.uint8), [1])
 
 
 @pytest.mark.slow

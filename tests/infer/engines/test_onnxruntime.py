@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
 from export.triton import with_unsigned_weights
 from infer.engines import create, onnxruntime
+from infer.engines.contract import FEATURES, LOGITS
 from infer.engines.onnxruntime import (
     EXACT_INT8,
     IDENTITY,
@@ -23,6 +26,7 @@ from infer.engines.onnxruntime import (
     session_options,
     unavailable_reason,
 )
+from isic.layout import ONNX_FILE, fold_dir
 from isic.runtime.errors import UserError
 from tests.support.networks import POINTWISE, build_engine, network, spec_of
 
@@ -55,6 +59,67 @@ def product(depth: int, width: int, dynamic: bool) -> tuple[bytes, np.ndarray]:
     graph = helper.make_graph(nodes, "product", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     return model.SerializeToString(), weights
+
+
+@pytest.fixture(scope="module")
+def engine(exported: Path) -> Iterator[OnnxRuntimeEngine]:
+    """The engine of two folds."""
+    artifacts = {fold: fold_dir(exported, fold) / ONNX_FILE for fold in (0, 1)}
+    opened = OnnxRuntimeEngine(artifacts, 32, "cpu")
+    yield opened
+    opened.close()
+
+
+def noise(number: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (number, 32, 32, 3), np.uint8)
+
+
+def test_batches_in_flight_keep_their_own_results(engine: OnnxRuntimeEngine) -> None:
+    """Collected in any order, from the folds that were asked for."""
+    batches = [noise(number, number) for number in (1, 3, 2, 5)]
+    folds = [(0, 1), (1,), (0,), (0, 1)]
+    pendings = [engine.submit(*given) for given in zip(batches, folds, strict=True)]
+    for number in (2, 0, 3, 1):
+        results = pendings[number].result()
+        assert tuple(results) == folds[number]
+        for fold, (features, logits) in results.items():
+            again = engine.submit(batches[number][:1], [fold]).result()[fold]
+            np.testing.assert_array_equal(features[:1], again[0])
+            np.testing.assert_array_equal(logits[:1], again[1])
+            assert features.shape == (len(batches[number]), engine_width(engine))
+    assert not np.array_equal(*(pendings[0].result()[fold][0] for fold in (0, 1)))
+
+
+def engine_width(engine: OnnxRuntimeEngine) -> int:
+    return int(engine.submit(noise(1), [0]).result()[0][0].shape[1])
+
+
+def test_a_batch_bound_to_a_device_gives_the_same(engine: OnnxRuntimeEngine) -> None:
+    """The way through a GPU, here with bindings to the CPU's memory."""
+    images = noise(5)
+    bound = engine._run_batch((FEATURES, LOGITS), images, [0, 1])
+    for fold, outputs in engine.submit(images).result().items():
+        for expected, found in zip(outputs, bound[fold], strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_an_error_of_a_run_is_one_sentence(
+    engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def run(self, *arguments: object) -> None:
+            raise RuntimeException("Available memory of 1 is smaller than requested bytes\nat X")
+
+        io_binding = run
+
+    monkeypatch.setattr(engine, "_sessions", {0: Full()})
+    message = (
+        r"^ONNX Runtime failed \(Available memory [^\n]* bytes\); use a smaller --batch_size, "
+    )
+    with pytest.raises(UserError, match=message):
+        engine.submit(noise(2), [0]).result()
+    with pytest.raises(UserError, match=message):
+        engine._run_batch((FEATURES,), noise(2), [0])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -131,7 +196,7 @@ def test_a_provider_that_does_not_load_gives_the_loaders_reason(
     assert "cannot open shared object file" in reason
     assert reason.endswith('; run `pip install "onnxruntime-gpu[cuda,cudnn]"`')
     with pytest.raises(UserError, match=r"--device cuda here: lib.*\.so.*, or use --device cpu$"):
-        OnnxRuntimeEngine(Path("any.onnx"), 32, "cuda")
+        OnnxRuntimeEngine({0: Path("any.onnx")}, 32, "cuda")
     assert capfd.readouterr() == ("", ""), "ONNX Runtime's own log of the same error is silenced"
 
 
@@ -198,11 +263,6 @@ def test_an_operator_without_a_kernel_is_named(name: str, tmp_path: Path) -> Non
 
 
 def test_a_graph_of_another_contract_is_refused(tmp_path: Path) -> None:
-    import onnx
-    from onnx import TensorProto, helper
-
-    from isic.runtime.errors import UserError
-
     def save(dtype: int, output: str, side: int) -> Path:
         value = helper.make_tensor_value_info
         nodes = [
