@@ -199,6 +199,7 @@ class DecoderProcess:
             target=serve,
             args=(theirs, self._ring, self._store, self._recipe),
             name=f"decode-{self._number}",
+            daemon=True,  # ended at the exit of a process that has not closed it
         )
         with block_sigint():
             self._process.start()
