@@ -2,10 +2,11 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from isic import cache
 from isic.hdf5 import H5PY_ERRORS, NO_OFFSET, as_text, brief, open_file, read_dataset
-from isic.preprocess import ImageError, Pixels, PreprocessSpec, decode_into
+from isic.preprocess import UNKNOWN_SIZE, ImageError, Pixels, PreprocessSpec, decode_into
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 
@@ -175,6 +176,10 @@ class ImageStore(ABC):
         """Read images that are cheaper to read together; `read_at` reads the others."""
         return {}
 
+    def header_sizes(self, positions: Sequence[int]) -> Iterable[tuple[int, int]]:
+        """Return height and width of each image, UNKNOWN_SIZE for one whose header was not read."""
+        return itertools.repeat(UNKNOWN_SIZE, len(positions))
+
     def _decode_rows(
         self,
         ids: Sequence[str],
@@ -186,12 +191,12 @@ class ImageStore(ABC):
         wanted: list[int] = positions[rows.start : rows.stop].tolist()
         files = self.read_ahead(wanted)
         failed = {}
-        for row, position in zip(rows, wanted, strict=True):
+        for row, position, size in zip(rows, wanted, self.header_sizes(wanted), strict=True):
             try:
                 data = files.get(position)
                 if data is None:
                     data = self._read_image(position, ids[row])
-                decode_into(data, spec, out[row])
+                decode_into(data, spec, out[row], size)
             except ImageError as error:
                 failed[row] = str(error)
                 out[row] = 0
@@ -376,6 +381,8 @@ class Hdf5Images(ImageStore):
         super().__init__(path, index.ids, rejected)
         self._offsets = index.offsets
         self._sizes = index.sizes
+        self._heights = index.heights
+        self._widths = index.widths
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -408,6 +415,9 @@ class Hdf5Images(ImageStore):
 
     def sizes(self) -> NDArray[np.int64]:
         return self._sizes
+
+    def header_sizes(self, positions: Sequence[int]) -> Iterable[tuple[int, int]]:
+        return zip(self._heights[positions].tolist(), self._widths[positions].tolist(), strict=True)
 
     def read_ahead(self, positions: Sequence[int]) -> dict[int, bytes]:
         """Read images that are neighbours in the file with one system call per group."""
