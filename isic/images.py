@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -70,17 +70,13 @@ class ImageStore(ABC):
         """Return the position of each id in `self.ids`, -1 for an id without an image."""
         if not len(self):
             return np.full(len(ids), -1)
-        wanted = np.array([self._comparable(name) for name in ids], dtype=self._names.dtype)
+        encoded = [name.encode("utf-8", "surrogatepass") for name in ids]
+        wanted = np.array(encoded, dtype=self._names.dtype)
+        # numpy cuts longer bytes and drops zero bytes at the end of fixed-width ones.
+        whole = np.char.str_len(wanted) == [len(name) for name in encoded]
         position = np.searchsorted(self._names, wanted)
         position = np.minimum(position, len(self) - 1)  # ids after the last one
-        return np.where(self._names[position] == wanted, position, -1)
-
-    def _comparable(self, name: str) -> bytes:
-        """Return an id in UTF-8, empty if numpy would cut it, since it then cannot match."""
-        # numpy cuts longer bytes and drops zero bytes at the end of fixed-width ones.
-        encoded = name.encode("utf-8", "surrogatepass")
-        fits = len(encoded) <= self._names.dtype.itemsize and not encoded.endswith(b"\0")
-        return encoded if fits else b""
+        return np.where(whole & (self._names[position] == wanted), position, -1)
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Return the ids without an image in this store."""
@@ -425,40 +421,42 @@ class Hdf5Images(ImageStore):
         offsets = self._offsets[positions].tolist()
         sizes = self._sizes[positions].tolist()
         places = [
-            Place(offset, size, position)
-            for offset, size, position in zip(offsets, sizes, positions, strict=True)
-            if offset != NO_OFFSET and position >= 0
+            place
+            for place in zip(offsets, sizes, positions, strict=True)
+            if place[0] != NO_OFFSET and place[2] >= 0
         ]
-        if sum(place.size for place in places) > MAX_AHEAD:
+        if sum(size for _, size, _ in places) > MAX_AHEAD:
             return files
-        for group in _neighbours(sorted(places)):
-            start = group[0].offset
-            num_bytes = group[-1].offset + group[-1].size - start
-            with contextlib.suppress(OSError):  # read_at will fail with the reason for each image
-                data = os.pread(self._file, num_bytes, start)
+        with contextlib.suppress(OSError):  # read_at will fail with the reason for each image
+            for start, stop, group in _neighbours(sorted(places)):
+                data = os.pread(self._file, stop - start, start)
                 for offset, size, position in group:
                     files[position] = data[offset - start : offset - start + size]
         return files
 
 
-class Place(NamedTuple):
-    """The byte range of an image, and the image's position in `ids`."""
-
-    offset: int
-    size: int
-    position: int
+# Not named tuples: making one takes as long as the rest of the work on it.
+Place = tuple[int, int, int]
+"""Offset and size of an image in bytes, and the image's position in `ids`."""
 
 
-def _neighbours(places: Sequence[Place]) -> Iterator[list[Place]]:
-    """Group places, sorted by offset, so that gaps inside a group are at most MAX_GAP bytes."""
+def _neighbours(places: Sequence[Place]) -> Iterator[tuple[int, int, list[Place]]]:
+    """Yield start, stop and places of groups without a gap above MAX_GAP bytes.
+
+    Args:
+        places: sorted by offset.
+    """
     group: list[Place] = []
+    stop = 0
     for place in places:
-        if group and place.offset - (group[-1].offset + group[-1].size) > MAX_GAP:
-            yield group
+        offset, size, _ = place
+        if group and offset - stop > MAX_GAP:
+            yield group[0][0], stop, group
             group = []
         group.append(place)
+        stop = offset + size
     if group:
-        yield group
+        yield group[0][0], stop, group
 
 
 def open_images(root: Path, split: str) -> ImageStore | None:

@@ -1,6 +1,6 @@
 """JPEG or PNG bytes to uint8 pixels: one code path for training, parity check and inference."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import cv2
 import numpy as np
@@ -73,7 +73,7 @@ def decode(data: bytes, size: tuple[int, int] = UNKNOWN_SIZE) -> Pixels:
         raise ImageError(f"does not decode: {error.err}") from None
     if image is None:
         raise ImageError("does not decode")
-    return np.asarray(image, dtype=np.uint8)
+    return cast(Pixels, image)
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -156,7 +156,7 @@ def resize(image: Pixels, spec: PreprocessSpec, out: Pixels | None = None) -> Pi
     """Resize uint8 [h, w, 3] to [size, size, 3], into `out` if given."""
     interpolation = INTERPOLATION[spec.interpolation]
     resized = cv2.resize(image, (spec.size, spec.size), dst=out, interpolation=interpolation)
-    return np.asarray(resized, dtype=np.uint8)
+    return cast(Pixels, resized)
 
 
 def decode_into(
