@@ -15,7 +15,7 @@ from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path, digest
 
 FOLDER_VARIABLE = "ISIC_CACHE_DIR"
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 # Some file systems count whole seconds, so a change soon after another one may not show.
 SETTLED_SECONDS = 2.0
 """Age in seconds from which a later change alters the time stamps."""

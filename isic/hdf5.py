@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from isic.preprocess import JPEG_START, PNG_START
+from isic.preprocess import JPEG_START, PNG_START, UNKNOWN_SIZE, header_size
 from isic.runtime.errors import UserError
 from isic.runtime.files import COMPRESSED
 
@@ -19,6 +19,8 @@ NO_OFFSET = -1
 MAX_NAME = 255
 """Bytes of an id. No file system allows longer names, and all ids are padded to the longest."""
 METADATA_CACHE = 1024 * 1024
+HEADER_BYTES = 512
+"""Bytes read for the height and width of an image; a JPEG without a profile needs about 170."""
 # All 401,059 rows as Python objects would fragment the heap.
 INDEX_SLICE = 32768
 """Rows held as Python objects at once."""
@@ -53,6 +55,10 @@ class Index(NamedTuple):
     """[N] bytes; NO_OFFSET for an image that only HDF5 can read."""
     sizes: NDArray[np.int64]
     """[N] bytes."""
+    heights: NDArray[np.uint32]
+    """[N] pixels, from the header; 0 if the header cannot be read by offset."""
+    widths: NDArray[np.uint32]
+    """[N] pixels, likewise."""
     rejected: NDArray[np.str_]
     """[M] names."""
     reasons: NDArray[np.str_]
@@ -187,7 +193,8 @@ def _access() -> h5py.h5p.PropFAID:
 def _read_index(file: h5py.h5f.FileID, path: Path) -> Index:
     ids, offsets, sizes, rejected = _visit(file)
     with open(path, "rb", buffering=0) as raw:
-        for row in _without_image_header(raw.fileno(), offsets):
+        heights, widths, without_header = _read_headers(raw.fileno(), offsets, sizes)
+        for row in without_header:
             dataset = h5py.h5d.open(file, bytes(ids[row]))
             reason = _not_a_file(dataset)
             if reason:
@@ -201,6 +208,8 @@ def _read_index(file: h5py.h5f.FileID, path: Path) -> Index:
         ids[order],
         offsets[order],
         sizes[order],
+        heights[order],
+        widths[order],
         rejected=np.array(list(rejected), str),
         reasons=np.array(list(rejected.values()), str),
     )
@@ -263,14 +272,25 @@ def _columns(rows: Sequence[IndexRow]) -> list[NDArray[Any]]:
     ]
 
 
-def _without_image_header(file: int, offsets: NDArray[np.int64]) -> list[int]:
-    """Return the rows whose byte range is unknown or does not start like a JPEG or PNG file."""
-    starts = (JPEG_START, PNG_START)
-    return [
-        row
-        for row, offset in enumerate(offsets.tolist())
-        if offset < 0 or not os.pread(file, len(PNG_START), offset).startswith(starts)
-    ]
+def _read_headers(
+    file: int, offsets: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32], list[int]]:
+    """Return [N] heights and widths, 0 if unknown, and the rows without an image header.
+
+    The byte range of such a row is unknown or does not start like a JPEG or PNG file.
+    """
+    heights, widths = np.zeros((2, len(offsets)), np.uint32)
+    without = []
+    for row, (offset, size) in enumerate(zip(offsets.tolist(), sizes.tolist(), strict=True)):
+        start = os.pread(file, min(size, HEADER_BYTES), offset) if offset >= 0 else b""
+        if not start.startswith((JPEG_START, PNG_START)):
+            without.append(row)
+            continue
+        found = header_size(start)
+        if found == UNKNOWN_SIZE and size > HEADER_BYTES:
+            found = header_size(os.pread(file, size, offset))
+        heights[row], widths[row] = found
+    return heights, widths, without
 
 
 def _not_a_dataset(file: h5py.h5f.FileID, name: bytes, link_type: int, error: Exception) -> str:

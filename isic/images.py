@@ -2,13 +2,14 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from isic import cache
 from isic.hdf5 import H5PY_ERRORS, NO_OFFSET, as_text, brief, open_file, read_dataset
-from isic.preprocess import ImageError, Pixels, PreprocessSpec, decode_into
+from isic.preprocess import UNKNOWN_SIZE, ImageError, Pixels, PreprocessSpec, decode_into
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 
@@ -69,17 +70,13 @@ class ImageStore(ABC):
         """Return the position of each id in `self.ids`, -1 for an id without an image."""
         if not len(self):
             return np.full(len(ids), -1)
-        wanted = np.array([self._comparable(name) for name in ids], dtype=self._names.dtype)
+        encoded = [name.encode("utf-8", "surrogatepass") for name in ids]
+        wanted = np.array(encoded, dtype=self._names.dtype)
+        # numpy cuts longer bytes and drops zero bytes at the end of fixed-width ones.
+        whole = np.char.str_len(wanted) == [len(name) for name in encoded]
         position = np.searchsorted(self._names, wanted)
         position = np.minimum(position, len(self) - 1)  # ids after the last one
-        return np.where(self._names[position] == wanted, position, -1)
-
-    def _comparable(self, name: str) -> bytes:
-        """Return an id in UTF-8, empty if numpy would cut it, since it then cannot match."""
-        # numpy cuts longer bytes and drops zero bytes at the end of fixed-width ones.
-        encoded = name.encode("utf-8", "surrogatepass")
-        fits = len(encoded) <= self._names.dtype.itemsize and not encoded.endswith(b"\0")
-        return encoded if fits else b""
+        return np.where(whole & (self._names[position] == wanted), position, -1)
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Return the ids without an image in this store."""
@@ -175,6 +172,10 @@ class ImageStore(ABC):
         """Read images that are cheaper to read together; `read_at` reads the others."""
         return {}
 
+    def header_sizes(self, positions: Sequence[int]) -> Iterable[tuple[int, int]]:
+        """Return height and width of each image, UNKNOWN_SIZE for one whose header was not read."""
+        return itertools.repeat(UNKNOWN_SIZE, len(positions))
+
     def _decode_rows(
         self,
         ids: Sequence[str],
@@ -186,12 +187,12 @@ class ImageStore(ABC):
         wanted: list[int] = positions[rows.start : rows.stop].tolist()
         files = self.read_ahead(wanted)
         failed = {}
-        for row, position in zip(rows, wanted, strict=True):
+        for row, position, size in zip(rows, wanted, self.header_sizes(wanted), strict=True):
             try:
                 data = files.get(position)
                 if data is None:
                     data = self._read_image(position, ids[row])
-                decode_into(data, spec, out[row])
+                decode_into(data, spec, out[row], size)
             except ImageError as error:
                 failed[row] = str(error)
                 out[row] = 0
@@ -381,6 +382,8 @@ class Hdf5Images(ImageStore):
         super().__init__(path, index.ids, rejected)
         self._offsets = index.offsets
         self._sizes = index.sizes
+        self._heights = index.heights
+        self._widths = index.widths
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -414,46 +417,51 @@ class Hdf5Images(ImageStore):
     def sizes(self) -> NDArray[np.int64]:
         return self._sizes
 
+    def header_sizes(self, positions: Sequence[int]) -> Iterable[tuple[int, int]]:
+        return zip(self._heights[positions].tolist(), self._widths[positions].tolist(), strict=True)
+
     def read_ahead(self, positions: Sequence[int]) -> dict[int, bytes]:
         """Read images that are neighbours in the file with one system call per group."""
         files: dict[int, bytes] = {}
         offsets = self._offsets[positions].tolist()
         sizes = self._sizes[positions].tolist()
         places = [
-            Place(offset, size, position)
-            for offset, size, position in zip(offsets, sizes, positions, strict=True)
-            if offset != NO_OFFSET and position >= 0
+            place
+            for place in zip(offsets, sizes, positions, strict=True)
+            if place[0] != NO_OFFSET and place[2] >= 0
         ]
-        if sum(place.size for place in places) > MAX_AHEAD:
+        if sum(size for _, size, _ in places) > MAX_AHEAD:
             return files
-        for group in _neighbours(sorted(places)):
-            start = group[0].offset
-            num_bytes = group[-1].offset + group[-1].size - start
-            with contextlib.suppress(OSError):  # read_at will fail with the reason for each image
-                data = os.pread(self._file, num_bytes, start)
+        with contextlib.suppress(OSError):  # read_at will fail with the reason for each image
+            for start, stop, group in _neighbours(sorted(places)):
+                data = os.pread(self._file, stop - start, start)
                 for offset, size, position in group:
                     files[position] = data[offset - start : offset - start + size]
         return files
 
 
-class Place(NamedTuple):
-    """The byte range of an image, and the image's position in `ids`."""
-
-    offset: int
-    size: int
-    position: int
+# Not named tuples: making one takes as long as the rest of the work on it.
+Place = tuple[int, int, int]
+"""Offset and size of an image in bytes, and the image's position in `ids`."""
 
 
-def _neighbours(places: Sequence[Place]) -> Iterator[list[Place]]:
-    """Group places, sorted by offset, so that gaps inside a group are at most MAX_GAP bytes."""
+def _neighbours(places: Sequence[Place]) -> Iterator[tuple[int, int, list[Place]]]:
+    """Yield start, stop and places of groups without a gap above MAX_GAP bytes.
+
+    Args:
+        places: sorted by offset.
+    """
     group: list[Place] = []
+    stop = 0
     for place in places:
-        if group and place.offset - (group[-1].offset + group[-1].size) > MAX_GAP:
-            yield group
+        offset, size, _ = place
+        if group and offset - stop > MAX_GAP:
+            yield group[0][0], stop, group
             group = []
         group.append(place)
+        stop = offset + size
     if group:
-        yield group
+        yield group[0][0], stop, group
 
 
 def open_images(root: Path, split: str) -> ImageStore | None:

@@ -1,6 +1,6 @@
 """JPEG or PNG bytes to uint8 pixels: one code path for training, parity check and inference."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import cv2
 import numpy as np
@@ -20,6 +20,11 @@ JPEG_BARE = frozenset((0x01, *range(0xD0, 0xD9)))
 """Markers that are not followed by a length."""
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"IEND"
+PNG_HEADER = 24
+"""Bytes up to the end of width and height."""
+
+UNKNOWN_SIZE = (0, 0)
+"""Height and width of an image whose header was not read."""
 
 INTERPOLATION = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}
 
@@ -49,14 +54,17 @@ class PreprocessSpec(BaseModel):
     color_order: Literal["RGB"] = "RGB"
 
 
-def decode(data: bytes) -> Pixels:
+def decode(data: bytes, size: tuple[int, int] = UNKNOWN_SIZE) -> Pixels:
     """Decode a JPEG or PNG file's bytes, of any colour space, to uint8 [height, width, 3], RGB.
+
+    Args:
+        size: height and width from `header_size`, if the header was read before.
 
     Raises:
         ImageError: empty, truncated, more than MAX_PIXELS, damaged, or neither JPEG nor PNG.
     """
     # From the header, which bounds the memory.
-    height, width = image_size(data)
+    height, width = size if size != UNKNOWN_SIZE and _is_whole_jpeg(data) else image_size(data)
     if height * width > MAX_PIXELS:
         raise ImageError(f"claims {width} x {height} pixels, more than {MAX_PIXELS:,}")
     try:
@@ -65,11 +73,11 @@ def decode(data: bytes) -> Pixels:
         raise ImageError(f"does not decode: {error.err}") from None
     if image is None:
         raise ImageError("does not decode")
-    return np.asarray(image, dtype=np.uint8)
+    return cast(Pixels, image)
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Return height and width from the header of a JPEG or PNG file. Raise ImageError."""
+    """Return height and width from the header of a whole JPEG or PNG file. Raise ImageError."""
     # The end marker is checked too: libjpeg fills the missing part of a truncated file with grey
     # and reports success.
     if not data:
@@ -78,14 +86,35 @@ def image_size(data: bytes) -> tuple[int, int]:
         frame = _jpeg_frame(data)
         if data.rfind(JPEG_END, frame) < 0:
             raise ImageError("truncated JPEG")
-        height = int.from_bytes(data[frame + 5 : frame + 7])
-        width = int.from_bytes(data[frame + 7 : frame + 9])
-        return height, width
+        return _jpeg_size(data, frame)
     if data.startswith(PNG_START):
-        if data.rfind(PNG_END) < 24:
+        if data.rfind(PNG_END) < PNG_HEADER:
             raise ImageError("truncated PNG")
-        return int.from_bytes(data[20:24]), int.from_bytes(data[16:20])
+        return _png_size(data)
     raise ImageError("not an image")
+
+
+def header_size(start: bytes) -> tuple[int, int]:
+    """Return height and width from a file's first bytes, UNKNOWN_SIZE if they are further in."""
+    if start.startswith(PNG_START) and len(start) >= PNG_HEADER:
+        return _png_size(start)
+    try:
+        return _jpeg_size(start, _jpeg_frame(start))
+    except ImageError:
+        return UNKNOWN_SIZE
+
+
+def _is_whole_jpeg(data: bytes) -> bool:
+    """Check the markers at both ends. Other bytes may follow the end, which `image_size` finds."""
+    return data.startswith(JPEG_START) and data.endswith(JPEG_END)
+
+
+def _jpeg_size(data: bytes, frame: int) -> tuple[int, int]:
+    return int.from_bytes(data[frame + 5 : frame + 7]), int.from_bytes(data[frame + 7 : frame + 9])
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    return int.from_bytes(data[20:24]), int.from_bytes(data[16:20])
 
 
 def _jpeg_frame(data: bytes) -> int:
@@ -127,9 +156,11 @@ def resize(image: Pixels, spec: PreprocessSpec, out: Pixels | None = None) -> Pi
     """Resize uint8 [h, w, 3] to [size, size, 3], into `out` if given."""
     interpolation = INTERPOLATION[spec.interpolation]
     resized = cv2.resize(image, (spec.size, spec.size), dst=out, interpolation=interpolation)
-    return np.asarray(resized, dtype=np.uint8)
+    return cast(Pixels, resized)
 
 
-def decode_into(data: bytes, spec: PreprocessSpec, out: Pixels) -> None:
-    """Decode and resize into `out`, contiguous uint8 [size, size, 3]. Raise ImageError."""
-    resize(decode(data), spec, out)
+def decode_into(
+    data: bytes, spec: PreprocessSpec, out: Pixels, size: tuple[int, int] = UNKNOWN_SIZE
+) -> None:
+    """Decode and resize into `out`, contiguous uint8 [size, size, 3]; otherwise as `decode`."""
+    resize(decode(data, size), spec, out)

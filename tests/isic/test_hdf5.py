@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import h5py
 import numpy as np
 import pytest
 
 from isic import hdf5 as hdf5_module
-from isic.hdf5 import NO_OFFSET, build_index
+from isic import preprocess
+from isic.hdf5 import HEADER_BYTES, NO_OFFSET, build_index
 from isic.images import Hdf5Images, open_images
 from isic.runtime.errors import UserError
 from tests.support.datasets import jpeg
@@ -40,6 +42,31 @@ def test_storage_that_has_no_offset_is_read_through_h5py(tmp_path: Path) -> None
     assert plain > 0
     store = Hdf5Images(path)
     assert store.read(["chunked", "plain", "variable"]) == [FILES["ISIC_0000001"]] * 3
+
+
+def test_the_index_has_the_size_in_the_header(tmp_path: Path) -> None:
+    image = np.zeros((30, 20, 3), np.uint8)
+    plain, png = (bytes(cv2.imencode(suffix, image)[1]) for suffix in (".jpg", ".png"))
+    profile = b"\xff\xe2" + (HEADER_BYTES + 2).to_bytes(2) + bytes(HEADER_BYTES)
+    cut = plain[: plain.find(b"\xff\xc0") + 4]  # other images follow it in the file
+    huge = plain.replace((30).to_bytes(2) + (20).to_bytes(2), b"\xff\xff\xff\xff", 1)
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file["a cut"] = np.frombuffer(cut, np.uint8)
+        file["b plain"] = np.frombuffer(plain, np.uint8)
+        file["c PNG"] = np.frombuffer(png, np.uint8)
+        file["d profile"] = np.frombuffer(plain[:2] + profile + plain[2:], np.uint8)
+        file["e huge"] = np.frombuffer(huge, np.uint8)
+        file["f short PNG"] = np.frombuffer(png[:20], np.uint8)
+        file.create_dataset("g chunked", data=np.frombuffer(plain, np.uint8), chunks=(64,))
+    index = build_index(tmp_path / "a.hdf5")
+    assert index.heights.tolist() == [0, 30, 30, 30, 65535, 0, 0]
+    assert index.widths.tolist() == [0, 20, 20, 20, 65535, 0, 0]
+
+
+def test_a_header_is_not_read_again(hdf5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Hdf5Images(hdf5)
+    monkeypatch.setattr(preprocess, "image_size", lambda data: pytest.fail("read again"))
+    assert store.load(list(FILES), SPEC)[1] == {}
 
 
 def test_names_of_every_slice_of_a_large_file_are_found(

@@ -2,16 +2,20 @@
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 import cv2
+import h5py
 import numpy as np
 import PIL.Image
 import pytest
 from numpy.typing import NDArray
 
 from isic import images as images_module
-from isic.preprocess import ImageError, Pixels, PreprocessSpec, decode
+from isic.images import Hdf5Images
+from isic.preprocess import ImageError, Pixels, PreprocessSpec, decode, resize
+from tests.support.image_files import SPEC
 
 
 def encode(image: PIL.Image.Image, kind: str, **settings: Any) -> bytes:
@@ -105,6 +109,22 @@ def test_a_bad_image_has_a_reason(kind: str) -> None:
     data, reason = BAD[kind]
     with pytest.raises(ImageError, match=reason):
         decode(data)
+
+
+def test_a_size_from_the_index_changes_no_pixel_and_no_reason(tmp_path: Path) -> None:
+    files = {name: data for name, (data, _) in (OF_ALL_KINDS | BAD).items()}
+    files["bytes after the end"] = WHOLE_JPEG + b"\0and more"
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        for name, data in files.items():
+            file[name] = np.frombuffer(data, np.uint8)
+    store = Hdf5Images(tmp_path / "a.hdf5")
+    pixels, failed = store.load(list(files), SPEC)
+    assert len(failed) == len(BAD)
+    for row, data in enumerate(files.values()):
+        try:
+            assert (pixels[row] == resize(decode(data), SPEC)).all()
+        except ImageError as error:
+            assert failed[row] == str(error)
 
 
 @pytest.mark.parametrize("seed", range(8))
