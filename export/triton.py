@@ -28,8 +28,12 @@ MARK_FILE = "isic-toolkit.json"
 """Marks a model's folder as written here, so it may be replaced. Triton ignores the file."""
 QUEUE_DELAY_US = 1000
 """Time that a request may wait for others to share its batch, microseconds."""
-TRITON_DTYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
-ONNX_DTYPES = {TensorProto.UINT8: "uint8", TensorProto.FLOAT: "float32"}
+TRITON_DTYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "float16": "TYPE_FP16"}
+ONNX_DTYPES = {
+    TensorProto.UINT8: "uint8",
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+}
 # Old enough for the ONNX Runtime of any Triton.
 MEAN_OPSET = 13
 MEAN_IR_VERSION = 8

@@ -27,6 +27,7 @@ def run_averaged(engines: Mapping[int, Engine], images: Pixels, tta: str) -> dic
         view = apply_view(images, turns, mirrored)
         for fold, engine in engines.items():
             features, logits = engine.run(view)
+            features = features.astype(np.float32, copy=False)
             if fold in sums:
                 features = sums[fold][0] + features
                 logits = sums[fold][1] + logits

@@ -18,7 +18,8 @@ from isic.runtime.extras import missing_library
 from isic.runtime.files import read_manifest, versions
 from isic.runtime.machine import has_gpu, no_gpu_reason
 
-Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
+Outputs = tuple[NDArray[np.floating], NDArray[np.float32]]
+"""Features [N, D] float32 or float16, the type of the artifact's output, and logits [N, 1]."""
 
 
 class Engine(Protocol):
@@ -28,7 +29,7 @@ class Engine(Protocol):
     """`cpu` or `cuda`."""
 
     def run(self, images: Pixels) -> Outputs:
-        """Return features [N, D] and logits [N, 1], float32, of RGB images uint8 [N, H, W, 3]."""
+        """Return the outputs of RGB images uint8 [N, H, W, 3]."""
         ...
 
 

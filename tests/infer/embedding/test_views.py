@@ -6,7 +6,7 @@ import polars as pl
 
 from infer.embedding.store import read_run, scan_embeddings
 from infer.embedding.views import apply_view, run_averaged
-from infer.engines import PinnedAllocator, load
+from infer.engines import Outputs, PinnedAllocator, load
 from infer.engines.null import NULL_FILE, write_run
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.views import VIEWS
@@ -27,6 +27,25 @@ def test_outputs_are_averaged_in_float32(tmp_path: Path) -> None:
         assert all_views[fold][0].dtype == np.float32
         assert all_views[fold][1].dtype == np.float32
     np.testing.assert_allclose(all_views[2][1] - all_views[0][1], 2, atol=1e-6)
+
+
+class HalfEngine:
+    """An engine whose features are float16, and whose sums float16 would round or overflow."""
+
+    device = "cpu"
+
+    def run(self, images: Pixels) -> Outputs:
+        features = 1000 + images[:, 0, 0, :2].astype(np.float16) * 100
+        return features, np.zeros((len(images), 1), np.float32)
+
+
+def test_features_in_float16_are_averaged_in_float32() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    engine = HalfEngine()
+    averaged = run_averaged({0: engine}, images, "d4")[0][0]
+    single = [engine.run(apply_view(images, *view))[0] for view in VIEWS["d4"]]
+    np.testing.assert_array_equal(averaged, np.mean(single, axis=0, dtype=np.float32))
+    assert averaged.dtype == np.float32
 
 
 SIZE = 16
