@@ -13,6 +13,7 @@ from infer.engines import Engine, SupportsMask
 from infer.engines.contract import GRAPH_CONTRACT, OUTPUTS
 from isic.metrics import pauc
 from isic.preprocess import Pixels
+from isic.views import VIEWS, View
 from train.model import Classifier
 
 NUM_NOISE = 7
@@ -35,7 +36,11 @@ class Reference:
     """The checkpoint's outputs in float32 for real images and noise."""
 
     def __init__(
-        self, model: Classifier, images: Pixels, labels: NDArray[np.float32] | None = None
+        self,
+        model: Classifier,
+        images: Pixels,
+        labels: NDArray[np.float32] | None = None,
+        tta: str = "none",
     ) -> None:
         """Run the checkpoint on `images` and on noise.
 
@@ -43,15 +48,31 @@ class Reference:
             model: in eval mode on the CPU.
             images: uint8 [R, H, W, 3].
             labels: [R] 0 or 1; None if unknown.
+            tta: the views to average over, a key of VIEWS.
         """
         shape = (NUM_NOISE, *images.shape[1:])
         noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         self.images: Pixels = np.concatenate([images, noise])
-        self.outputs = run_model(model, self.images)
+        self.outputs = run_averaged(model, self.images, VIEWS[tta])
         self.num_real = len(images)
         # The pAUC is undefined if the labels are all the same.
         has_both_labels = labels is not None and 0 < labels.sum() < len(labels)
         self.labels = labels if has_both_labels else None
+
+
+def run_averaged(model: Classifier, images: Pixels, views: Sequence[View]) -> Arrays:
+    """Return the float32 means of the outputs of `run_model` over views of uint8 [N, H, H, 3]."""
+    # Not by the code of the artifact's graph, which is what this is compared with.
+    sums: list[NDArray[np.float32]] = []
+    for turns, mirrored in views:
+        turned = np.rot90(images, turns, axes=(1, 2))
+        view = np.ascontiguousarray(turned[:, :, ::-1] if mirrored else turned)
+        features, logits, *masks = run_model(model, view)
+        unmirrored = (mask[:, :, ::-1] if mirrored else mask for mask in masks)
+        upright = (np.rot90(mask, -turns, axes=(1, 2)) for mask in unmirrored)
+        outputs = (features, logits, *upright)
+        sums = [a + b for a, b in zip(sums, outputs, strict=True)] if sums else list(outputs)
+    return tuple(total / np.float32(len(views)) for total in sums)
 
 
 @torch.inference_mode()
