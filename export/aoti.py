@@ -13,8 +13,8 @@ from torch._inductor import aoti_compile_and_package
 from torch._inductor.exc import InductorError
 
 from export.formats import ArtifactSpec, BuildInputs
+from export.network import artifact_network
 from export.onnx_graph import TRACED_BATCH, quiet
-from export.precision import cast_model
 from infer.engines.aoti import forbid_tf32, needed_features, package_architecture
 from infer.engines.contract import IMAGES
 from isic.runtime.errors import UserError
@@ -26,7 +26,7 @@ MISSING_MARKERS = re.compile(r"No such file|cannot find|No working C\+\+ compile
 
 
 def file_name(spec: ArtifactSpec) -> str:
-    return f"model.{spec.precision}.{package_architecture(spec.device)}.pt2"
+    return ".".join(("model", *spec.variant, package_architecture(spec.device), "pt2"))
 
 
 def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
         UserError: the compiler does not work on this machine.
     """
     forbid_tf32()
-    model = cast_model(inputs.model, spec.precision).to(spec.device)
+    network = artifact_network(inputs.model, spec.precision, spec.options.tta).to(spec.device)
     shape = (traced_batch(spec), inputs.size, inputs.size, 3)
     example = torch.zeros(shape, dtype=torch.uint8, device=spec.device)
     # A dynamic dimension whose range is a single size is refused (the assertion of
@@ -52,7 +52,7 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
     ):
         warnings.simplefilter("ignore")  # they are about the compiler's own internals
         program = torch.export.export(
-            model, (example,), dynamic_shapes={IMAGES: {0: batch}}, strict=False
+            network, (example,), dynamic_shapes={IMAGES: {0: batch}}, strict=False
         )
         configs = {"max_autotune": True} if spec.options.max_autotune else {}
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)

@@ -45,9 +45,16 @@ class ArtifactSpec:
             "fold": self.fold,
             "format": self.format,
             "precision": self.precision,
+            "tta": self.options.tta,
             "device": self.device,
             "options": self.options.model_dump(mode="json", include=relevant),
         }
+
+    @property
+    def variant(self) -> tuple[str, ...]:
+        """Precision and any views, in the order in which file names have them."""
+        tta = self.options.tta
+        return (self.precision,) if tta == "none" else (self.precision, tta)
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:

@@ -17,10 +17,10 @@ from onnxruntime.quantization import quantize_dynamic
 from torch import Tensor
 
 from export.formats import ArtifactSpec, BuildInputs
-from export.precision import cast_model, pointwise_convs_as_linear
+from export.network import ArtifactNetwork, artifact_network
+from export.precision import pointwise_convs_as_linear
 from infer.engines.contract import IMAGES, LOGITS
 from isic.layout import ONNX_FILE
-from train.model import Classifier
 
 OPSET = 20
 """The first opset with Gelu as one node; ONNX Runtime runs it from version 1.17 on."""
@@ -40,16 +40,20 @@ INT8_OPERATORS = ["MatMul", "Gemm"]
 
 
 def file_name(spec: ArtifactSpec) -> str:
-    return ONNX_FILE if spec.precision == "fp32" else f"model.{spec.precision}.onnx"
+    # float32 without views has the usual name.
+    parts = [part for part in spec.variant if part != "fp32"]
+    return ".".join((Path(ONNX_FILE).stem, *parts, "onnx"))
 
 
 def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]:
     """Write the graph of a network for images [N, size, size, 3], with metadata about it."""
     opset = BFLOAT16_OPSET if spec.precision == "bf16" else OPSET
     if spec.precision == "int8":
-        graph = int8_graph(inputs.model, inputs.size, path.parent)
+        model = pointwise_convs_as_linear(inputs.model)
+        graph = int8_graph(ArtifactNetwork(model, spec.options.tta), inputs.size, path.parent)
     else:
-        graph = trace(cast_model(inputs.model, spec.precision), inputs.size, opset)
+        network = artifact_network(inputs.model, spec.precision, spec.options.tta)
+        graph = trace(network, inputs.size, opset)
     onnx.helper.set_model_props(graph, metadata(spec, inputs))
     onnx.save(graph, path)
     return {"opset": opset}
@@ -61,13 +65,14 @@ def metadata(spec: ArtifactSpec, inputs: BuildInputs) -> dict[str, str]:
         "name": spec.config,
         "fold": str(spec.fold),
         "precision": spec.precision,
+        "tta": spec.options.tta,
         "preprocess": inputs.preprocess.model_dump_json(),
         "labels": json.dumps({LOGITS: ["malignant"]}),
     }
 
 
-def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
-    """Return the graph of a model in eval mode on the CPU, for images [N, size, size, 3]."""
+def trace(network: ArtifactNetwork, size: int, opset: int) -> onnx.ModelProto:
+    """Return the graph of a network in eval mode on the CPU, for images [N, size, size, 3]."""
     example = torch.zeros((TRACED_BATCH, size, size, 3), dtype=torch.uint8)
     with (
         warnings.catch_warnings(),
@@ -76,7 +81,7 @@ def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
     ):
         warnings.simplefilter("ignore")  # they are about the exporter's own internals
         program = torch.export.export(
-            model,
+            network,
             (example,),
             dynamic_shapes={IMAGES: {0: torch.export.Dim("batch")}},
             strict=False,
@@ -90,7 +95,7 @@ def trace(model: Classifier, size: int, opset: int) -> onnx.ModelProto:
             program,
             (example,),
             input_names=[IMAGES],
-            output_names=list(model.output_names),
+            output_names=list(network.output_names),
             opset_version=opset,
             external_data=False,
             dynamo=True,
@@ -115,9 +120,9 @@ def attention(
     return scores.to(torch.float32).softmax(dim=-1).to(value.dtype) @ value
 
 
-def int8_graph(model: Classifier, size: int, folder: Path) -> onnx.ModelProto:
+def int8_graph(network: ArtifactNetwork, size: int, folder: Path) -> onnx.ModelProto:
     """Return the graph of a network with int8 weights; `folder` is for temporary files."""
-    graph = trace(pointwise_convs_as_linear(model), size, OPSET)
+    graph = trace(network, size, OPSET)
     # Without the exporter's shapes: the quantizer infers its own, and fails with "Inferred shape
     # and existing shape differ" (seen with ONNX Runtime 1.31 and torch 2.14; no report found).
     del graph.graph.value_info[:]

@@ -1,25 +1,37 @@
 """Build options: the keys of `python -m export` that the builders follow."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
 from infer.formats import PRECISIONS, exported_formats
 from isic.layout import find_run
 from isic.runtime.config import Settings, Several
+from isic.views import VIEWS, Tta
 
 
 class PlanOptions(Settings):
-    """Build options of the formats that are compiled for certain machines."""
+    """Build options: the views inside the graph, and those of formats compiled for a machine."""
 
+    tta: Tta = Field(
+        "none",
+        description="test-time augmentation inside the artifact: its outputs are means over flips "
+        "(4 views), or flips and quarter turns (8)",
+    )
     min_batch: int = Field(1, ge=1, description="TensorRT: smallest batch size")
     opt_batch: int = Field(
         64,
         ge=1,
-        description="TensorRT, and aoti on a GPU: batch size that kernels are optimized for",
+        description="TensorRT, and aoti on a GPU: batch size that kernels are optimized for; "
+        "divided by the number of views if not given",
     )
-    max_batch: int = Field(256, ge=1, description="TensorRT and aoti: largest batch size")
+    max_batch: int = Field(
+        256,
+        ge=1,
+        description="TensorRT and aoti: largest batch size; divided by the number of views if not "
+        "given",
+    )
     workspace_mib: int | None = Field(
         None,
         ge=1,
@@ -55,6 +67,14 @@ class PlanOptions(Settings):
         description="TensorRT: run batches of --opt_batch as one CUDA graph, which saves small "
         "models the time of many kernel launches",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _divide_batches(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Divide the default batch sizes by the number of views: memory stays the same."""
+        num_views = len(VIEWS.get(str(values.get("tta")), ("none",)))
+        usual = {name: cls.model_fields[name].default for name in ("opt_batch", "max_batch")}
+        return {name: max(1, size // num_views) for name, size in usual.items()} | values
 
     @model_validator(mode="after")
     def _check(self) -> "PlanOptions":

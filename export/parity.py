@@ -10,9 +10,10 @@ from scipy.stats import spearmanr
 
 from export.formats import Tolerance
 from infer.engines import Engine, SupportsMask
-from infer.engines.contract import OUTPUTS
+from infer.engines.contract import GRAPH_CONTRACT, OUTPUTS
 from isic.metrics import pauc
 from isic.preprocess import Pixels
+from isic.views import VIEWS, View
 from train.model import Classifier
 
 NUM_NOISE = 7
@@ -22,7 +23,9 @@ NUM_FEW = 16
 MAX_PAUC_CHANGE = 1e-3
 
 Arrays = tuple[NDArray[np.float32], ...]
-"""Outputs in the order of OUTPUTS; the mask is absent if the network has none."""
+"""The checkpoint's outputs in the order of OUTPUTS; the mask is absent if there is none."""
+EngineArrays = tuple[NDArray[np.floating], ...]
+"""An engine's outputs in this order, in the types of its artifact."""
 
 
 class ParityError(Exception):
@@ -33,7 +36,11 @@ class Reference:
     """The checkpoint's outputs in float32 for real images and noise."""
 
     def __init__(
-        self, model: Classifier, images: Pixels, labels: NDArray[np.float32] | None = None
+        self,
+        model: Classifier,
+        images: Pixels,
+        labels: NDArray[np.float32] | None = None,
+        tta: str = "none",
     ) -> None:
         """Run the checkpoint on `images` and on noise.
 
@@ -41,15 +48,31 @@ class Reference:
             model: in eval mode on the CPU.
             images: uint8 [R, H, W, 3].
             labels: [R] 0 or 1; None if unknown.
+            tta: the views to average over, a key of VIEWS.
         """
         shape = (NUM_NOISE, *images.shape[1:])
         noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         self.images: Pixels = np.concatenate([images, noise])
-        self.outputs = run_model(model, self.images)
+        self.outputs = run_averaged(model, self.images, VIEWS[tta])
         self.num_real = len(images)
         # The pAUC is undefined if the labels are all the same.
         has_both_labels = labels is not None and 0 < labels.sum() < len(labels)
         self.labels = labels if has_both_labels else None
+
+
+def run_averaged(model: Classifier, images: Pixels, views: Sequence[View]) -> Arrays:
+    """Return the float32 means of the outputs of `run_model` over views of uint8 [N, H, H, 3]."""
+    # Not by the code of the artifact's graph, which is what this is compared with.
+    sums: list[NDArray[np.float32]] = []
+    for turns, mirrored in views:
+        turned = np.rot90(images, turns, axes=(1, 2))
+        view = np.ascontiguousarray(turned[:, :, ::-1] if mirrored else turned)
+        features, logits, *masks = run_model(model, view)
+        unmirrored = (mask[:, :, ::-1] if mirrored else mask for mask in masks)
+        upright = (np.rot90(mask, -turns, axes=(1, 2)) for mask in unmirrored)
+        outputs = (features, logits, *upright)
+        sums = [a + b for a, b in zip(sums, outputs, strict=True)] if sums else list(outputs)
+    return tuple(total / np.float32(len(views)) for total in sums)
 
 
 @torch.inference_mode()
@@ -61,7 +84,7 @@ def run_model(model: Classifier, images: Pixels, batch_size: int = 16) -> Arrays
     return tuple(torch.cat(parts).numpy() for parts in zip(*batches, strict=True))
 
 
-def run_engine(engine: Engine, images: Pixels, batch_size: int, with_mask: bool) -> Arrays:
+def run_engine(engine: Engine, images: Pixels, batch_size: int, with_mask: bool) -> EngineArrays:
     """Return the engine's outputs, as `run_model` does.
 
     Raises:
@@ -69,10 +92,10 @@ def run_engine(engine: Engine, images: Pixels, batch_size: int, with_mask: bool)
     """
     if with_mask and not isinstance(engine, SupportsMask):
         raise ParityError("the network predicts masks, and this engine does not")
-    batches: list[Arrays] = []
+    batches: list[EngineArrays] = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
-        outputs: Arrays = engine.run(batch)
+        outputs: EngineArrays = engine.run(batch)
         if with_mask and isinstance(engine, SupportsMask):
             outputs = (*outputs, engine.predict_mask(batch))
         batches.append(outputs)
@@ -108,8 +131,8 @@ def check_parity(
     return figures
 
 
-def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:
-    """Return the differences of outputs.
+def compare(expected: Arrays, actual: EngineArrays) -> dict[str, float]:
+    """Return the differences of an engine's outputs from the checkpoint's.
 
     Returns:
         `cosine`: the smallest of all images' features. `max_abs_error`: of the features.
@@ -117,12 +140,15 @@ def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:
         `max_mask_error`: of all probabilities, if there is a mask.
 
     Raises:
-        ParityError: another shape or type, or values that are not finite.
+        ParityError: a type that the contract does not name, another shape, or values that are not
+            finite.
     """
     for name, wanted, found in zip(OUTPUTS, expected, actual, strict=False):
-        if found.dtype != np.float32 or found.shape != wanted.shape:
+        dtypes = GRAPH_CONTRACT[name].dtypes
+        if str(found.dtype) not in dtypes or found.shape != wanted.shape:
             raise ParityError(
-                f"{name} are {found.dtype} {list(found.shape)}, not float32 {list(wanted.shape)}"
+                f"{name} are {found.dtype} {list(found.shape)}, "
+                f"not {' or '.join(dtypes)} {list(wanted.shape)}"
             )
         if not np.isfinite(found).all():
             raise ParityError(f"{name} hold values that are not finite")
@@ -135,7 +161,7 @@ def compare(expected: Arrays, actual: Arrays) -> dict[str, float]:
     return {"cosine": cosine, **dict(zip(names, errors, strict=False))}
 
 
-def smallest_cosine(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
+def smallest_cosine(expected: NDArray[np.floating], actual: NDArray[np.floating]) -> float:
     """Return the smallest cosine of corresponding rows of two arrays [N, D]."""
     a = expected.astype(np.float64)
     b = actual.astype(np.float64)
@@ -159,7 +185,7 @@ def check_figure(figure: dict[str, float], tolerance: Tolerance, where: str) -> 
             )
 
 
-def compare_order(reference: Reference, logits: NDArray[np.float32]) -> dict[str, float]:
+def compare_order(reference: Reference, logits: NDArray[np.floating]) -> dict[str, float]:
     """Return `rank_correlation` and `pauc_change` of the real images' logits [N, 1].
 
     The first is absent if all logits are equal, the second if there are no labels.

@@ -46,6 +46,7 @@ from isic.runtime.files import (
 )
 from isic.runtime.machine import cpu_features, processor
 from isic.runtime.progress import TimeLeft
+from isic.views import VIEWS
 from train.checkpoint import checkpoint_settings, load_checkpoint
 from train.model import Classifier, create_model
 
@@ -68,6 +69,8 @@ class Source:
     """The dataset of the parity check."""
     num_images: int
     """The number of images in the parity check."""
+    tta: str
+    """The views that all artifacts of a command average over."""
 
     @property
     def preprocess(self) -> PreprocessSpec:
@@ -82,7 +85,7 @@ class Source:
     def reference(self) -> Reference:
         """The checkpoint's own outputs, computed once for all formats."""
         images, labels = parity_sample(self)
-        return Reference(self.model, images, labels)
+        return Reference(self.model, images, labels, self.tta)
 
 
 def export(settings: ExportSettings) -> int:
@@ -116,7 +119,9 @@ def announce_export(
     )
     verb = "checking" if settings.check else "exporting"
     names = ", ".join(map(str, folds))
-    print(f"{verb} {settings.config}: fold{'s' * (len(folds) > 1)} {names}, {formats}")
+    views = len(VIEWS[settings.tta])
+    mean = f", the mean over {views} views" if views > 1 else ""
+    print(f"{verb} {settings.config}: fold{'s' * (len(folds) > 1)} {names}, {formats}{mean}")
 
 
 def export_fold(
@@ -182,7 +187,8 @@ def is_current(artifact: Path, spec: ArtifactSpec, checkpoint: str, digest: str)
     """Return whether an artifact is intact, made from this checkpoint, and matches the spec."""
     if not (artifact.is_file() and manifest_path(artifact).is_file()):
         return False
-    manifest = read_json(manifest_path(artifact))
+    # Manifests of earlier versions lack `tta`, and their artifacts have no views.
+    manifest = {"tta": "none", **read_json(manifest_path(artifact))}
     wanted = {**spec.facts, "made_from": {"checkpoint": checkpoint, "sha256": digest}}
     if any(manifest.get(key) != value for key, value in wanted.items()):
         return False
@@ -217,6 +223,7 @@ def load_source(path: Path, digest: str, fold: int, settings: ExportSettings) ->
         config,
         settings.data or trained_with.data,
         settings.parity_images,
+        settings.tta,
     )
 
 

@@ -16,9 +16,9 @@ import onnx
 from tqdm import tqdm
 
 from export.formats import ArtifactSpec, BuildInputs
+from export.network import artifact_network
 from export.onnx_graph import ATTENTION_OPSET, OPSET, trace
 from export.options import PlanOptions
-from export.precision import cast_model
 from export.quantize import BASE_PRECISION, QUANT_TYPES, quantize
 from infer.engines import cudart
 from infer.engines.contract import IMAGES, contract_violation
@@ -115,9 +115,12 @@ def typed_graph(
     spec: ArtifactSpec, inputs: BuildInputs, opset: int
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """Return the graph of a network in the spec's precision, and its calibration's facts."""
-    if spec.precision not in QUANT_TYPES:
-        return trace(cast_model(inputs.model, spec.precision), inputs.size, opset), {}
-    graph = trace(cast_model(inputs.model, BASE_PRECISION), inputs.size, opset)
+    quantized = spec.precision in QUANT_TYPES
+    precision = BASE_PRECISION if quantized else spec.precision
+    network = artifact_network(inputs.model, precision, spec.options.tta)
+    graph = trace(network, inputs.size, opset)
+    if not quantized:
+        return graph, {}
     return graph, {"calibration": quantize(graph, spec.precision, inputs.calibration())}
 
 
@@ -138,7 +141,7 @@ def parses_attention(flavour: str) -> bool:
 
 
 def plan_name(config: str, fold: int, precision: str, flavour: str, options: PlanOptions) -> str:
-    """Return a file name such as `vit_tiny-fold_0-fp16-sm86-tensorrt_rtx_1.7.1.116.plan`.
+    """Return a file name such as `vit_tiny-fold_0-fp16-d4-sm86-tensorrt_rtx_1.7.1.116.plan`.
 
     Raises:
         UserError: the library is not installed or does not know a GPU, or a GPU is needed and
@@ -146,7 +149,8 @@ def plan_name(config: str, fold: int, precision: str, flavour: str, options: Pla
     """
     version = import_runtime(flavour).__version__
     gpus = "-".join(architectures(flavour, with_capabilities(precision, flavour, options)))
-    return f"{config}-fold_{fold}-{precision}-{gpus}-{flavour}_{version}.plan"
+    views = "" if options.tta == "none" else f"-{options.tta}"
+    return f"{config}-fold_{fold}-{precision}{views}-{gpus}-{flavour}_{version}.plan"
 
 
 def build_plan(

@@ -19,17 +19,22 @@ from infer.engines.contract import IMAGES, LOGITS
 from infer.formats import ENGINE_FORMATS
 from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path, read_manifest, refuse_foreign, write_json, write_text
+from isic.views import VIEWS
 
 PROBABILITIES = "probabilities"
 """The ensemble's additional output: the sigmoid of its logits."""
 DEFAULT_MAX_BATCH = 256
-"""Largest batch of a model whose artifact has no limit of its own."""
+"""Most images, with their views, in a batch of a model whose artifact has no limit of its own."""
 MARK_FILE = "isic-toolkit.json"
 """Marks a model's folder as written here, so it may be replaced. Triton ignores the file."""
 QUEUE_DELAY_US = 1000
 """Time that a request may wait for others to share its batch, microseconds."""
-TRITON_DTYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
-ONNX_DTYPES = {TensorProto.UINT8: "uint8", TensorProto.FLOAT: "float32"}
+TRITON_DTYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "float16": "TYPE_FP16"}
+ONNX_DTYPES = {
+    TensorProto.UINT8: "uint8",
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+}
 # Old enough for the ONNX Runtime of any Triton.
 MEAN_OPSET = 13
 MEAN_IR_VERSION = 8
@@ -56,7 +61,14 @@ class FoldModel:
 
     @property
     def max_batch(self) -> int:
-        return int(self.plan["profile"]["max"]) if self.plan else DEFAULT_MAX_BATCH
+        if self.plan:
+            return int(self.plan["profile"]["max"])
+        return DEFAULT_MAX_BATCH // len(VIEWS[self.tta])
+
+    @property
+    def tta(self) -> str:
+        """The views that the artifact averages over."""
+        return str(self.manifest.get("tta", "none"))
 
     @property
     def file_name(self) -> str:
@@ -175,6 +187,7 @@ def fold_config(model: FoldModel) -> dict[str, Any]:
     # A plan needs a GPU; for an ONNX file Triton uses a GPU if there is one.
     kind = Word("KIND_GPU" if model.plan else "KIND_AUTO")
     facts = {key: model.manifest[key] for key in ("fold", "precision", "preprocess", "sha256")}
+    facts["tta"] = model.tta
     return {
         "name": model.name,
         "backend": FORMATS[model.manifest["format"]].triton_backend,

@@ -22,18 +22,26 @@ VIEWS: dict[str, tuple[View, ...]] = {
 }
 """The views by their set's name. The first one is the image itself."""
 
-TRANSPOSED: View = (3, True)
-"""The view with rows and columns swapped."""
-FLIP_CODES: dict[View, int] = {
-    (2, True): 0,
-    (0, True): 1,
-    (2, False): -1,
-    (1, False): 0,
-    (3, False): 1,
-    (1, True): -1,
+REVERSED_AXES: dict[View, tuple[int, ...]] = {
+    (0, False): (),
+    (0, True): (1,),
+    (1, False): (0,),
+    (1, True): (0, 1),
+    (2, False): (0, 1),
+    (2, True): (0,),
+    (3, False): (1,),
+    (3, True): (),
 }
-"""OpenCV's code of the flip that gives a view: of the image after an even number of turns, of
-TRANSPOSED after an odd one."""
+"""The axes (0 for rows, 1 for columns) to reverse for a view, after any transposition."""
+TRANSPOSED: View = (3, True)
+"""The view with rows and columns swapped, and no more."""
+FLIP_CODES = {(0,): 0, (1,): 1, (0, 1): -1}
+"""OpenCV's code of a flip by the axes that it reverses."""
+
+
+def is_transposed(view: View) -> bool:
+    """Return whether a view's rows are columns of the image."""
+    return view[0] % 2 == 1
 
 
 def write_views(image: Pixels, tta: str, out: Sequence[Pixels] | NDArray[np.uint8]) -> None:
@@ -54,8 +62,8 @@ def write_views(image: Pixels, tta: str, out: Sequence[Pixels] | NDArray[np.uint
     if TRANSPOSED in rows:
         cv2.transpose(image, rows[TRANSPOSED])
     for view, row in rows.items():
-        if view in FLIP_CODES:
-            is_upright = view[0] % 2 == 0
-            cv2.flip(image if is_upright else rows[TRANSPOSED], FLIP_CODES[view], row)
+        axes = REVERSED_AXES[view]
+        if axes:
+            cv2.flip(rows[TRANSPOSED] if is_transposed(view) else image, FLIP_CODES[axes], row)
     if out[0] is not image:
         np.copyto(out[0], image)

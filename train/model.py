@@ -77,7 +77,11 @@ class Classifier(nn.Module):
         Args:
             images: uint8 [N, H, W, 3], RGB; float32 in [0, 255] after mixup or cutmix.
         """
-        features = self.backbone(self.normalised(images)).float()
+        return self.forward_maps(self.normalised(images))
+
+    def forward_maps(self, maps: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs of normalised images [N, 3, H, W]."""
+        features = self.backbone(maps).float()
         return features, self.logits(features)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -118,19 +122,17 @@ class MultiTask(Classifier):
         self.decoder = MaskDecoder(channels, strides)
         self.mask_stride = self.decoder.stride
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward_maps(self, maps: Tensor) -> tuple[Tensor, ...]:
         """Return features [N, D], logits [N, 1] and the mask [N, H / stride, W / stride], float32.
 
         The mask is logits in training mode and probabilities in eval mode.
         """
         backbone: Any = self.backbone
-        last, maps = backbone.forward_intermediates(
-            self.normalised(images), indices=self.map_indices
-        )
+        last, maps_by_stride = backbone.forward_intermediates(maps, indices=self.map_indices)
         features = backbone.forward_head(last).float()
         # Unlike the head, the decoder runs in half precision under autocast: its convolutions are
         # expensive, and masks are thresholded anyway.
-        mask = self.decoder(maps).float()
+        mask = self.decoder(maps_by_stride).float()
         # Training takes logits, because the loss of saturated probabilities has no gradient.
         return features, self.logits(features), mask if self.training else mask.sigmoid()
 

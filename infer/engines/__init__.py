@@ -48,8 +48,8 @@ class Engine(ABC):
     def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> Pending:
         """Start to compute a batch; it is copied to the device once for all folds.
 
-        Returns at once while fewer than IN_FLIGHT batches are not finished, else it waits for the
-        oldest one. One thread at a time may submit.
+        Returns at once while fewer than IN_FLIGHT batches are not finished; otherwise it may wait
+        for the oldest one. One thread at a time may submit.
 
         Args:
             images: RGB, uint8 [N, H, W, 3]; not to be changed before the result is there.

@@ -12,9 +12,10 @@ MASK = "mask"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """The type and the shape that the contract asks of one input or output."""
+    """The types and the shape that the contract asks of one input or output."""
 
-    dtype: str
+    dtypes: tuple[str, ...]
+    """The accepted types, the usual one first."""
     sizes: tuple[int | None, ...]
     """The sizes after the batch; None is any fixed size."""
     optional: bool = False
@@ -30,10 +31,11 @@ class Tensor:
 
 
 GRAPH_CONTRACT = {
-    IMAGES: TensorSpec("uint8", (None, None, 3)),
-    FEATURES: TensorSpec("float32", (None,)),
-    LOGITS: TensorSpec("float32", (1,)),
-    MASK: TensorSpec("float32", (None, None), optional=True),
+    IMAGES: TensorSpec(("uint8",), (None, None, 3)),
+    # A network in low precision returns its features in the type that they are stored in.
+    FEATURES: TensorSpec(("float32", "float16"), (None,)),
+    LOGITS: TensorSpec(("float32",), (1,)),
+    MASK: TensorSpec(("float32",), (None, None), optional=True),
 }
 OUTPUTS = tuple(name for name in GRAPH_CONTRACT if name != IMAGES)
 """The outputs in the order in which a network returns them."""
@@ -62,13 +64,13 @@ def contract_violation(
         if not _matches(tensor, spec):
             found = ["N" if length is None else length for length in tensor.shape]
             wanted = ["N", *("fixed" if length is None else length for length in spec.sizes)]
-            return f"has {name} {_text(tensor.dtype, found)}, not {_text(spec.dtype, wanted)}"
+            return f"has {name} {_text(tensor.dtype, found)}, not {_text(' or '.join(spec.dtypes), wanted)}"
     return None
 
 
 def _matches(tensor: Tensor, spec: TensorSpec) -> bool:
-    """Return whether type and rank are the spec's, and only the batch is open."""
-    if tensor.dtype != spec.dtype or len(tensor.shape) != 1 + len(spec.sizes):
+    """Return whether a tensor has a type and the rank of the spec, and only its batch is open."""
+    if tensor.dtype not in spec.dtypes or len(tensor.shape) != 1 + len(spec.sizes):
         return False
     batch, *sizes = tensor.shape
     if batch is not None:

@@ -146,6 +146,20 @@ def test_file_names_have_the_suffixes_of_the_registry(spec: ArtifactSpec) -> Non
     assert file_name(spec).endswith(ENGINE_FORMATS[spec.format].suffix)
 
 
+def test_file_names_have_the_precision_and_the_views() -> None:
+    def name(format_name: str, precision: str, tta: str) -> str:
+        return file_name(
+            ArtifactSpec("tiny", 0, format_name, precision, "cpu", PlanOptions(tta=tta))
+        )
+
+    assert name("onnx", "fp32", "none") == "model.onnx"
+    assert name("onnx", "fp32", "d4") == "model.d4.onnx"
+    assert name("onnx", "fp16", "none") == "model.fp16.onnx"
+    assert name("onnx", "fp16", "flips") == "model.fp16.flips.onnx"
+    assert name("aoti", "bf16", "d4").startswith("model.bf16.d4.cpu-")
+    assert name("aoti", "bf16", "none").startswith("model.bf16.cpu-")
+
+
 def test_an_option_of_one_format_is_refused_without_that_format() -> None:
     assert dict(options_of_one_format()) == {
         "version_compatible": "tensorrt",

@@ -35,8 +35,12 @@ class Wrong:
         features, logits = self.engine.run(images)  # type: ignore[attr-defined]
         if self.change == "nan":
             features[0, 0] = np.nan
-        if self.change == "dtype":
-            features = features.astype(np.float16)
+        if self.change == "features dtype":
+            features = features.astype(np.float64)
+        if self.change == "overflow":
+            features = np.full_like(features, np.inf, np.float16)
+        if self.change == "logits dtype":
+            logits = logits.astype(np.float16)
         if self.change == "shape":
             features = features[:, :-1]
         if self.change == "order":
@@ -53,7 +57,9 @@ class Wrong:
         ("transposed", "cosine|logit"),
         ("order", "cosine|logit"),
         ("nan", "not finite"),
-        ("dtype", "float16"),
+        ("features dtype", r"features are float64 \[108, 64\], not float32 or float16 \[108, 64\]"),
+        ("overflow", "features hold values that are not finite"),
+        ("logits dtype", r"logits are float16 \[108, 1\], not float32 \[108, 1\]"),
         ("shape", "63"),
         ("logit", "a logit is off by 0.01"),
     ],

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from export.formats import TOLERANCES
+from export.network import artifact_network
 from export.onnx_graph import ATTENTION_OPSET, trace
 from export.options import PlanOptions
 from export.parity import Reference, check_parity
-from export.precision import cast_model
 from export.quantize import BASE_PRECISION, QUANT_TYPES, quantize
 from export.tensorrt import build_plan, plan_name, with_capabilities
 from infer.engines import create
@@ -69,7 +69,7 @@ def size_of(name: str) -> int:
 @cache
 def base_graph(name: str) -> bytes:
     traced: bytes = trace(
-        cast_model(network(name), BASE_PRECISION), size_of(name), ATTENTION_OPSET
+        artifact_network(network(name), BASE_PRECISION), size_of(name), ATTENTION_OPSET
     ).SerializeToString()
     return traced
 
@@ -229,7 +229,7 @@ def test_fp8_is_not_built_for_gpus_without_it(tmp_path: Path) -> None:
 def test_a_network_that_cannot_be_quantized_is_refused() -> None:
     settings = TrainSettings(model="test_efficientnet", pretrained=False, image_size=32)
     convolutions = trace(
-        cast_model(create_model(settings).eval(), BASE_PRECISION), 32, ATTENTION_OPSET
+        artifact_network(create_model(settings).eval(), BASE_PRECISION), 32, ATTENTION_OPSET
     )
     with pytest.raises(
         UserError, match="no products to compute in fp8; choose another --precision"

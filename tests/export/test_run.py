@@ -77,6 +77,32 @@ def test_a_current_artifact_is_kept_and_a_stale_one_is_made_again(run: Path, cli
 
 
 @pytest.mark.slow
+def test_views_are_exported_into_an_artifact_of_their_own(
+    run: Path, cli: Cli, tmp_path: Path
+) -> None:
+    command = ("export", "--config", "tiny", "--model_dir", run, "--fold", 0)
+    triton = tmp_path / "triton"
+    ended = cli(*command, "--tta", "d4", "--triton", triton)
+    assert ended.code == 0, ended.err
+    assert "exporting tiny: fold 0, onnx fp32 for the CPU, the mean over 8 views" in ended.out
+    assert names(run / "fold_0") == {"model.onnx", "model.d4.onnx"}
+    manifests = {name: run / "fold_0" / f"{name}.json" for name in names(run / "fold_0")}
+    assert read_manifest(run / "fold_0" / "model.onnx")["tta"] == "none"
+    assert read_manifest(run / "fold_0" / "model.d4.onnx")["tta"] == "d4"
+    text = (triton / "tiny_fold_0" / "config.pbtxt").read_text()
+    assert "max_batch_size: 32\n" in text, "eight times as many images are in the network"
+    assert 'key: "tta"' in text
+    assert cli(*command, "--tta", "d4").out.count("up to date") == 1
+    # An artifact of an earlier version has no views, and one with other views is stale.
+    for name, tta in (("model.onnx", "none"), ("model.d4.onnx", "d4")):
+        fields = json.loads(manifests[name].read_text())
+        del fields["tta"]
+        manifests[name].write_text(json.dumps(fields))
+        is_kept = "up to date" in cli(*command, "--tta", tta).out
+        assert is_kept == (tta == "none")
+
+
+@pytest.mark.slow
 def test_a_failed_parity_check_leaves_no_artifact_and_exits_1(
     run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

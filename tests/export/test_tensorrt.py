@@ -16,9 +16,9 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 import train.model
 from benchmarks.untrained import create_untrained, find_configs
+from export.network import artifact_network
 from export.onnx_graph import ATTENTION_OPSET, trace
 from export.options import PlanOptions
-from export.precision import cast_model
 from export.tensorrt import (
     PlanFacts,
     architectures,
@@ -55,8 +55,10 @@ SHALLOW: dict[str, dict[str, Any]] = {
 """What leaves a backbone its width and its operators, and few blocks, by how its name starts."""
 
 
-def write_graph(model: Classifier, size: int, precision: str, path: Path) -> Path:
-    onnx.save(trace(cast_model(model.eval(), precision), size, ATTENTION_OPSET), path)
+def write_graph(
+    model: Classifier, size: int, precision: str, path: Path, tta: str = "none"
+) -> Path:
+    onnx.save(trace(artifact_network(model.eval(), precision, tta), size, ATTENTION_OPSET), path)
     return path
 
 
@@ -94,7 +96,7 @@ def test_every_family_builds_in_its_precision_with_float32_norms(
     num_features = facts.tensors["features"]["shape"][1]
     assert facts.tensors == {
         "images": {"dtype": "uint8", "shape": [-1, size, size, 3]},
-        "features": {"dtype": "float32", "shape": [-1, num_features]},
+        "features": {"dtype": "float16", "shape": [-1, num_features]},
         "logits": {"dtype": "float32", "shape": [-1, 1]},
     }
     assert facts.profile == {"min": 1, "opt": 4, "max": 8}
@@ -125,7 +127,7 @@ def test_every_config_builds(
     assert set(facts.tensors) == {"images", *fresh.model.output_names}
     assert facts.tensors["images"]["shape"] == [-1, fresh.spec.size, fresh.spec.size, 3]
     assert facts.tensors["features"] == {
-        "dtype": "float32",
+        "dtype": "float16",
         "shape": [-1, fresh.model.num_features],
     }
     assert facts.layers["convolution"] == {
@@ -149,6 +151,21 @@ def test_a_mask_is_an_output_too(tiny: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
+def test_views_are_part_of_a_plan(tmp_path: Path) -> None:
+    model = create_model(
+        TrainSettings(model="test_efficientnet", pretrained=False, image_size=32, mask_weight=1.0)
+    )
+    source = write_graph(model, 32, "fp16", tmp_path / "model.onnx", tta="d4")
+    facts = built(source, tmp_path / "model.plan")
+    assert {name: tensor["shape"] for name, tensor in facts.tensors.items()} == {
+        "images": [-1, 32, 32, 3],
+        "features": [-1, model.num_features],
+        "logits": [-1, 1],
+        "mask": [-1, 16, 16],
+    }
+
+
 def test_architectures_are_named_and_built(tiny: Path, tmp_path: Path) -> None:
     options = OPTIONS.model_copy(update={"compute_capabilities": ("SM80", "SM89", "SM120")})
     facts = built(tiny, tmp_path / "model.plan", options)
@@ -163,6 +180,7 @@ def test_a_plans_name_has_all_that_decides_whether_it_runs() -> None:
     assert name == f"vit_tiny-fold_3-bf16-sm86-sm89-sm120-tensorrt_rtx_{version}.plan"
     options = OPTIONS.model_copy(update={"compute_capabilities": ("SM80",)})
     assert "-sm80-" in plan_name("vit_tiny", 3, "bf16", RTX, options)
+    assert "-bf16-d4-sm86-" in plan_name("vit_tiny", 3, "bf16", RTX, PlanOptions(tta="d4"))
 
 
 def renamed(source: Path, path: Path, change: str) -> Path:

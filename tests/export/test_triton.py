@@ -7,8 +7,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from export.triton import mean_model, to_pbtxt, write_repository
+from export.triton import ONNX_DTYPES, TRITON_DTYPES, mean_model, to_pbtxt, write_repository
 from infer.engines import load
+from infer.engines.contract import GRAPH_CONTRACT
 from isic.runtime.errors import UserError
 from isic.runtime.files import manifest_path, read_manifest, sha256, write_manifest
 
@@ -139,6 +140,12 @@ def test_plans_are_served_within_their_profile_and_masks_side_by_side(
     outputs = tensors(parsed(tmp_path / "models", "tiny").output)
     assert outputs["mask_1"] == ("TYPE_FP32", [16, 16])
     assert parsed(tmp_path / "models", "tiny").max_batch_size == 32
+
+
+def test_every_type_of_the_contract_has_triton_s_name() -> None:
+    dtypes = {dtype for spec in GRAPH_CONTRACT.values() for dtype in spec.dtypes}
+    assert dtypes == set(TRITON_DTYPES) == set(ONNX_DTYPES.values())
+    assert set(TRITON_DTYPES.values()) <= set(schema.DataType.keys())
 
 
 def test_one_fold_needs_no_ensemble_and_a_second_writing_replaces_the_first(

@@ -35,6 +35,12 @@ def network(name: str) -> tuple[Classifier, Reference]:
     return model, Reference(model, images)
 
 
+def reference_over(name: str, tta: str) -> Reference:
+    """Return the reference of a network over views, of fewer images than `network` has."""
+    model, plain = network(name)
+    return Reference(model, plain.images[:12], tta=tta)
+
+
 def spec_of(name: str, format_name: str, precision: str, **options: object) -> ArtifactSpec:
     return ArtifactSpec(
         config=name,

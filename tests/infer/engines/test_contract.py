@@ -21,12 +21,18 @@ def test_a_graph_may_have_a_mask() -> None:
     assert contract_violation({**KEPT, MASK: Tensor("float32", (None, 4, 4))}) is None
 
 
+def test_features_may_be_in_the_type_that_they_are_stored_in() -> None:
+    assert contract_violation({**KEPT, "features": Tensor("float16", (None, 5))}) is None
+    violation = contract_violation({**KEPT, "features": Tensor("bfloat16", (None, 5))})
+    assert violation == "has features bfloat16 [N, 5], not float32 or float16 [N, fixed]"
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
         ("images", Tensor("uint8", (4, 8, 8, 3)), "images uint8 [4, 8, 8, 3], not uint8 [N, "),
         ("images", Tensor("uint8", (None, 3, 8, 8)), "images uint8 [N, 3, 8, 8], not uint8 [N, f"),
-        ("features", Tensor("float32", (None, None)), "features float32 [N, N], not float32 [N, f"),
+        ("features", Tensor("float32", (None, None)), "features float32 [N, N], not float32 or "),
         ("logits", Tensor("float16", (None, 1)), "logits float16 [N, 1], not float32 [N, 1]"),
         ("logits", Tensor("float32", (None,)), "logits float32 [N], not float32 [N, 1]"),
         ("logits", Tensor("float32", (None, 2)), "logits float32 [N, 2], not float32 [N, 1]"),
