@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,19 @@ import polars as pl
 from benchmarks.record import Row, print_and_append
 from benchmarks.settings import NULL, EmbedRateSettings
 from benchmarks.timing import batches, seconds_of
+from infer.embedding.decoders import Recipe
 from infer.embedding.embedder import BatchStats, Embedder, EmbedJob
 from infer.embedding.models import Models, find_models
-from infer.embedding.pipeline import decode_ahead, ring_depth
 from infer.embedding.settings import BATCH_CPU
 from infer.embedding.shards import plan_shards
 from infer.embedding.store import RUN_FILE
-from infer.embedding.views import run_averaged
-from infer.engines import create, null
+from infer.engines import IN_FLIGHT, Pending, create_many, null
 from isic.cache import index_path
 from isic.dataset import Dataset
-from isic.images import decode_pool
 from isic.layout import ONNX_FILE, find_run
 from isic.metadata import read_ids
 from isic.preprocess import PreprocessSpec
 from isic.runtime.files import read_json
-from isic.runtime.machine import num_cores
 
 
 def embed(settings: EmbedRateSettings) -> None:
@@ -55,12 +53,22 @@ def _measure_parts(settings: EmbedRateSettings, model_dir: Path, engine: str, fo
     models = _first_fold(find_models(model_dir, settings.config, engine))
     batch_size = models.batch_size or BATCH_CPU
     data = settings.data.resolve()
-    job = EmbedJob(data, "train", models, "auto", "float16", "none", batch_size, None, None)
+    job = EmbedJob(
+        data,
+        "train",
+        models,
+        "auto",
+        "float16",
+        settings.tta,
+        batch_size,
+        settings.num_threads,
+        None,
+    )
     ids = read_ids(Dataset(settings.data).metadata_path("train"))[: settings.images]
     rates = pipeline_rates(job, ids, folder / "parts", settings.repeats)
     share = rates.pop("share")
     rounded = {name: round(rate, 0) for name, rate in rates.items()}
-    return {"images": len(ids), **rounded, "share": round(share, 3)}
+    return {"images": len(ids), "tta": settings.tta, **rounded, "share": round(share, 3)}
 
 
 def _first_fold(models: Models) -> Models:
@@ -128,35 +136,34 @@ def pipeline_rates(
 
 def _ingest(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
     """Return a function that decodes all batches and drops them."""
-    store = Dataset(job.data).images(job.split)
-    spec = job.models.spec
-    size = job.batch_size
-    num_threads = job.num_threads or num_cores()
-    depth = job.depth or ring_depth(size, num_threads)
+    embedder = Embedder(job)
     names = ids.to_list()
 
     def run() -> None:
-        with decode_pool(num_threads) as pool:
-            for _ in decode_ahead(store, batches(names, size), spec, pool, size, depth):
-                pass
+        stream = embedder.decode(batches(names, embedder.images_per_batch))
+        for batch in stream:
+            stream.release(batch)
 
     return run
 
 
 def _engine(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
-    """Return a function that runs the engines on the same batch again and again."""
+    """Return a function that keeps the engine busy with the same batch of images."""
     models = job.models
-    engines = {
-        fold: create(path, models.manifests[fold], job.device)
-        for fold, path in models.artifacts.items()
-    }
-    names = ids.to_list()
-    first = names[: job.batch_size]
+    engine = create_many(models.artifacts, models.manifests, job.device)
+    num_views = Recipe(models.spec, job.tta).num_views
+    first = ids[: job.batch_size].to_list()
     images, _ = Dataset(job.data).images(job.split).load(first, models.spec)
+    num_rows = len(ids) * num_views
 
     def run() -> None:
-        for batch in batches(names, job.batch_size):
-            run_averaged(engines, images[: len(batch)], job.tta)
+        in_flight: deque[Pending] = deque()
+        for start in range(0, num_rows, job.batch_size):
+            in_flight.append(engine.submit(images[: num_rows - start]))
+            if len(in_flight) == IN_FLIGHT:
+                in_flight.popleft().result()
+        for pending in in_flight:
+            pending.result()
 
     return run
 

@@ -21,7 +21,9 @@ from timm.data import create_transform
 from benchmarks.record import Row, print_and_append, ratio_columns
 from benchmarks.settings import IngestSettings
 from benchmarks.timing import batches, seconds_of
-from infer.embedding.pipeline import decode_ahead, ring_depth
+from infer.embedding.decoders import DecoderThreads, Recipe
+from infer.embedding.pipeline import DecodeAhead, num_slots
+from infer.embedding.ring import Ring
 from isic import schema
 from isic.dataset import Dataset
 from isic.hdf5 import Index, build_index
@@ -127,18 +129,15 @@ def _row(
 
 def _ours(store: ImageStore, spec: PreprocessSpec, num_threads: int) -> ReadAll:
     """The ring of batches that embedding reads, without an engine behind it."""
-    pool = decode_pool(num_threads)
-    depth = ring_depth(BATCH, num_threads)
-    ring = [np.empty((BATCH, spec.size, spec.size, 3), np.uint8) for _ in range(depth)]
+    # The ring exists already: an embedding run creates it once for all its images.
+    ring = Ring((num_slots(BATCH, DecoderThreads, num_threads), BATCH, spec.size, spec.size, 3))
+    decoders = DecoderThreads(store, Recipe(spec, "none"), ring, num_threads)
 
     def read(ids: Sequence[str]) -> None:
-        # The buffers exist already: an embedding run allocates them once for all its images.
-        free = iter(ring)
-        ahead = decode_ahead(
-            store, batches(ids, BATCH), spec, pool, BATCH, depth, lambda _: next(free)
-        )
-        for batch in ahead:
+        stream = DecodeAhead(decoders, ring.slots, batches(ids, BATCH))
+        for batch in stream:
             assert not batch.failed
+            stream.release(batch)
 
     return read
 

@@ -7,6 +7,7 @@ from pydantic import AliasChoices, Field
 
 from infer.ensemble.boosters import LIBRARIES
 from isic.runtime.config import Settings, Several
+from isic.views import Tta
 from train.config import TrainSettings
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -192,6 +193,10 @@ class EmbedRateSettings(Settings):
     )
     images: int = Field(4000, ge=1, description="images per repeat")
     repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
+    tta: Tta = Field("none", description="views of test-time augmentation")
+    num_threads: int | None = Field(
+        None, ge=1, description="decoding threads; one per core by default"
+    )
     whole: bool = Field(
         False, description="instead time `infer embed` on all training images, with its memory"
     )

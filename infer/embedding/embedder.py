@@ -72,14 +72,14 @@ class Embedder:
         """Load the models and open the images. Raise UserError if either fails."""
         self._job = job
         recipe = Recipe(job.models.spec, job.tta)
-        self._batch_size = max(1, job.batch_size // recipe.num_views)
+        self.images_per_batch = max(1, job.batch_size // recipe.num_views)
         store = Dataset(job.data).images(job.split)
         self._engine = create_many(job.models.artifacts, job.models.manifests, job.device)
         num_workers = job.num_threads or num_cores()
         decoders = decoders_for(job.decode_in, self._engine.device, num_workers)
-        slots = num_slots(self._batch_size, decoders, num_workers, job.depth)
+        slots = num_slots(self.images_per_batch, decoders, num_workers, job.depth)
         size = recipe.spec.size
-        ring = Ring((slots, self._batch_size * recipe.num_views, size, size, 3))
+        ring = Ring((slots, self.images_per_batch * recipe.num_views, size, size, 3))
         self._slots = page_locked(ring.slots, self._engine.device)
         self._decoders = decoders(store, recipe, ring, num_workers)
 
@@ -90,6 +90,10 @@ class Embedder:
         self._decoders.close()
         self._engine.close()
 
+    def decode(self, batches: Iterable[Sequence[str]]) -> DecodeAhead:
+        """Return the batches with these ids, at most `images_per_batch` each, decoded ahead."""
+        return DecodeAhead(self._decoders, self._slots, batches)
+
     def run(self, shards: Sequence[Shard], on_batch: OnBatch) -> None:
         """Embed shards and write each as soon as it is complete.
 
@@ -98,10 +102,11 @@ class Embedder:
         Raises:
             UserError: the disk is full, or an engine fails or returns values that are not finite.
         """
-        plan = [(shard, rows) for shard in shards for rows in _cut(len(shard), self._batch_size)]
+        plan = [
+            (shard, rows) for shard in shards for rows in _cut(len(shard), self.images_per_batch)
+        ]
         # A generator: the ids of all shards at once would be a large list of Python strings.
-        ids = (shard.ids[rows].to_list() for shard, rows in plan)
-        stream = DecodeAhead(self._decoders, self._slots, ids)
+        stream = self.decode(shard.ids[rows].to_list() for shard, rows in plan)
         in_flight: deque[Submitted] = deque()
         # Closed after an exception too, because neither the engine nor a decoder may use a slot
         # that the next run fills.
