@@ -17,6 +17,7 @@ SETTINGS = {
     "ingest": "IngestSettings",
     "train": "TrainRateSettings",
     "embed": "EmbedRateSettings",
+    "pipeline": "PipelineSettings",
     "tabular": "TabularSettings",
     "accuracy": "AccuracySettings",
     "ablation": "AblationSettings",

@@ -82,7 +82,7 @@ def infer_embed(task: Task) -> Embed:
 
     @cache
     def embedder(data: Path) -> Embedder:
-        return Embedder(
+        return Embedder.open(
             EmbedJob(data, "train", models, task.device, "float32", "none", task.batch, None, None)
         )
 

@@ -136,7 +136,7 @@ def pipeline_rates(
 
 def _ingest(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
     """Return a function that decodes all batches and drops them."""
-    embedder = Embedder(job)
+    embedder = Embedder.open(job)
     names = ids.to_list()
 
     def run() -> None:
@@ -169,7 +169,7 @@ def _engine(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
 
 
 def _end_to_end(job: EmbedJob, ids: pl.Series, folder: Path) -> Callable[[], None]:
-    embedder = Embedder(job)
+    embedder = Embedder.open(job)
     steps: list[BatchStats] = []
 
     def run() -> None:

@@ -203,6 +203,28 @@ class EmbedRateSettings(Settings):
     results: Path | None = Field(None, description=RESULTS_HELP)
 
 
+class PipelineSettings(Settings):
+    """Measure the embedding pipeline with stand-ins for the engine and for decoding.
+
+    Rows are the rate of decoders that sleep, the cost of the thread that feeds the engine, and the
+    share of a timed engine's rate that is reached end to end.
+    """
+
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset folder with train-image.hdf5, for its ids"
+    )
+    images: int = Field(50_000, ge=1, description="images per run of decoders or control thread")
+    workers: Several[int] = Field(
+        (1, 4, 16, 32), description="numbers of decoders, separated by commas"
+    )
+    rates: Several[int] = Field(
+        (2_000, 5_000, 10_000), description="images per second of engines, separated by commas"
+    )
+    seconds: float = Field(20.0, gt=0, description="length of the run of an engine")
+    repeats: int = Field(5, ge=1, description="repeats of the control thread's runs")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
 class TabularSettings(Settings):
     """Measure features, here and in pandas, fitting, and predicting: seconds and memory."""
 

@@ -4,6 +4,7 @@ Threads share one interpreter lock with the thread that feeds the engine. Proces
 matters above some 20,000 images per second.
 """
 
+import contextlib
 import pickle
 import signal
 import sys
@@ -12,10 +13,11 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from typing import Protocol
 
 from infer.embedding.ring import Ring
@@ -28,6 +30,8 @@ from isic.views import VIEWS, write_views
 
 MAX_LOSSES = 2
 """Processes that may be lost on the same images before these are blamed."""
+PRELOADED = ["infer.embedding.decoders", "isic.runtime.cli"]
+"""Modules that every decoder process imports: this one, and those of the command."""
 GRACE_SECONDS = 5
 """Time that a decoder process has to end."""
 
@@ -193,11 +197,14 @@ class DecoderProcess:
         self._start()
 
     def _start(self) -> None:
-        context = get_context("spawn")
+        # Forked from a server that has imported everything, a process starts at once and shares
+        # the memory of libraries; forked from this process, it would inherit CUDA and threads.
+        context = get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self._pipe, theirs = context.Pipe()
-        self._process: SpawnProcess = context.Process(
+        self._process: ForkServerProcess = context.Process(
             target=serve,
-            args=(theirs, self._ring, self._store, self._recipe),
+            args=(theirs, self._ring, pickle.dumps(self._store), self._recipe),
             name=f"decode-{self._number}",
             daemon=True,  # ended at the exit of a process that has not closed it
         )
@@ -287,22 +294,29 @@ class SentChunk:
         return self.answer
 
 
-def serve(pipe: Connection, ring: Ring, store: ImageStore, recipe: Recipe) -> None:
-    """Decode the chunks that arrive through a pipe until its other end is closed."""
+def serve(pipe: Connection, ring: Ring, pickled: bytes, recipe: Recipe) -> None:
+    """Answer the chunks that arrive through a pipe until its other end is closed.
+
+    Args:
+        pickled: the image store; if it cannot be opened here, the answers are the reason.
+    """
     # Ctrl-C reaches every process of a terminal; this one ends with its parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     quiet_opencv()
-    answer: dict[int, str] | UserError
-    while True:
-        try:
+    try:
+        store: ImageStore = pickle.loads(pickled)
+        answer_of = partial(decode_chunk, store, recipe, ring.slots)
+    except UserError as error:
+        answer_of = partial(_fail, error)
+    with contextlib.suppress(EOFError, OSError):  # the parent has closed the pipe, or is gone
+        while True:
             chunk = pickle.loads(pipe.recv_bytes())
-        except (EOFError, OSError):
-            return
-        try:
-            answer = decode_chunk(store, recipe, ring.slots, chunk)
-        except UserError as error:
-            answer = error
-        try:
+            try:
+                answer: dict[int, str] | UserError = answer_of(chunk)
+            except UserError as error:
+                answer = error
             pipe.send_bytes(pickle.dumps(answer))
-        except OSError:
-            return  # the parent is gone
+
+
+def _fail(error: UserError, chunk: Chunk) -> dict[int, str]:
+    raise error

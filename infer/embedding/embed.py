@@ -254,7 +254,7 @@ def make_runner(
         return partial(run_processes, job=job, number=settings.num_processes, on_batch=progress.add)
 
     def run_here(shards: list[Shard]) -> None:
-        with Embedder(job) as embedder:
+        with Embedder.open(job) as embedder:
             embedder.run(shards, progress.add)
 
     return run_here

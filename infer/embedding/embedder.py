@@ -14,9 +14,10 @@ from infer.embedding.ring import Ring
 from infer.embedding.settings import DecodeIn
 from infer.embedding.shards import Shard
 from infer.embedding.writer import Computed, ShardWriter
-from infer.engines import IN_FLIGHT, Pending, create_many
+from infer.engines import IN_FLIGHT, Engine, Pending, create_many
 from infer.engines.pinned import page_locked
 from isic.dataset import Dataset, Split
+from isic.images import ImageStore
 from isic.runtime.errors import UserError
 from isic.runtime.machine import num_cores
 
@@ -68,20 +69,32 @@ class Submitted:
 class Embedder:
     """Embeds shards of one job. A context manager, because it owns threads and processes."""
 
-    def __init__(self, job: EmbedJob) -> None:
-        """Load the models and open the images. Raise UserError if either fails."""
+    def __init__(self, job: EmbedJob, engine: Engine, store: ImageStore) -> None:
+        """Start the decoders.
+
+        Args:
+            job: the models and the settings.
+            engine: the models, loaded; closed with this object.
+            store: the images.
+        """
         self._job = job
+        self._engine = engine
         recipe = Recipe(job.models.spec, job.tta)
         self.images_per_batch = max(1, job.batch_size // recipe.num_views)
-        store = Dataset(job.data).images(job.split)
-        self._engine = create_many(job.models.artifacts, job.models.manifests, job.device)
         num_workers = job.num_threads or num_cores()
-        decoders = decoders_for(job.decode_in, self._engine.device, num_workers)
+        decoders = decoders_for(job.decode_in, engine.device, num_workers)
         slots = num_slots(self.images_per_batch, decoders, num_workers, job.depth)
         size = recipe.spec.size
         ring = Ring((slots, self.images_per_batch * recipe.num_views, size, size, 3))
-        self._slots = page_locked(ring.slots, self._engine.device)
+        self._slots = page_locked(ring.slots, engine.device)
         self._decoders = decoders(store, recipe, ring, num_workers)
+
+    @classmethod
+    def open(cls, job: EmbedJob) -> "Embedder":
+        """Load the models and open the images of a job. Raise UserError if either fails."""
+        store = Dataset(job.data).images(job.split)
+        engine = create_many(job.models.artifacts, job.models.manifests, job.device)
+        return cls(job, engine, store)
 
     def __enter__(self) -> "Embedder":
         return self

@@ -44,7 +44,7 @@ class ShardsActor:
         """Embed shards and return their stats, or the message of a UserError, as JSON."""
         stats: list[BatchStats] = []
         try:
-            self._embedder = self._embedder or Embedder(self._job)
+            self._embedder = self._embedder or Embedder.open(self._job)
             shards = [self._shards[number] for number in batch["shard"]]
             self._embedder.run(shards, stats.append)
         except UserError as error:

@@ -86,7 +86,7 @@ def _work(
     if hasattr(os, "sched_setaffinity"):  # Linux only
         os.sched_setaffinity(0, own_cores)
     try:
-        with interruptible(), Embedder(job) as embedder:
+        with interruptible(), Embedder.open(job) as embedder:
             embedder.run(shards, pipe.send)
     except UserError as error:
         pipe.send(error)

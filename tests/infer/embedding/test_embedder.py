@@ -11,6 +11,7 @@ from infer.embedding.embedder import BatchStats, Embedder
 from infer.embedding.shards import Shard
 from infer.engines import IN_FLIGHT
 from infer.engines.null import NullEngine, NullPending
+from isic.dataset import Dataset
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError
 from tests.support.fake_run import make_fake_run, null_job
@@ -49,8 +50,8 @@ class FailingEngine(NullEngine):
 def test_an_engine_that_fails_leaves_nothing_in_flight(tmp_path: Path) -> None:
     fake_run = make_fake_run(tmp_path, num_images=60)
     shards = small_shards(tmp_path)
-    with Embedder(null_job(fake_run)) as embedder:
-        embedder._engine = engine = FailingEngine()
+    job, engine = null_job(fake_run), FailingEngine()
+    with Embedder(job, engine, Dataset(job.data).images("train")) as embedder:
         with pytest.raises(UserError, match="batch 2 failed"):
             embedder.run(shards, lambda stats: None)
         assert len(engine.submitted) == 2 + IN_FLIGHT
@@ -79,8 +80,8 @@ class RecordingEngine(NullEngine):
 
 def test_the_engine_always_has_the_next_batches(tmp_path: Path) -> None:
     fake_run = make_fake_run(tmp_path, num_images=60)
-    with Embedder(null_job(fake_run)) as embedder:
-        embedder._engine = engine = RecordingEngine()
+    job, engine = null_job(fake_run), RecordingEngine()
+    with Embedder(job, engine, Dataset(job.data).images("train")) as embedder:
         embedder.run(small_shards(tmp_path), lambda stats: None)
     assert engine.most == IN_FLIGHT
     assert engine.now == 0
@@ -95,7 +96,7 @@ def test_an_exception_of_the_callback_ends_the_run_and_its_threads(tmp_path: Pat
         if shards[1].is_done:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), Embedder(null_job(fake_run)) as embedder:
+    with pytest.raises(KeyboardInterrupt), Embedder.open(null_job(fake_run)) as embedder:
         embedder.run(shards, stop)
     assert threading.active_count() == before
     assert shards[0].is_done
