@@ -21,6 +21,8 @@ MAX_NAME = 255
 METADATA_CACHE = 1024 * 1024
 HEADER_BYTES = 512
 """Bytes read for the height and width of an image; a JPEG without a profile needs about 170."""
+MAX_HEADER_BYTES = 1024 * 1024
+"""Bytes read if they are further in. Bounds the memory, since a damaged file may claim any size."""
 # All 401,059 rows as Python objects would fragment the heap.
 INDEX_SLICE = 32768
 """Rows held as Python objects at once."""
@@ -288,7 +290,7 @@ def _read_headers(
             continue
         found = header_size(start)
         if found == UNKNOWN_SIZE and size > HEADER_BYTES:
-            found = header_size(os.pread(file, size, offset))
+            found = header_size(os.pread(file, min(size, MAX_HEADER_BYTES), offset))
         heights[row], widths[row] = found
     return heights, widths, without
 

@@ -440,7 +440,7 @@ class Hdf5Images(ImageStore):
         return files
 
 
-# Not named tuples: making one takes as long as the rest of the work on it.
+# Not a named tuple, because making one takes several times as long.
 Place = tuple[int, int, int]
 """Offset and size of an image in bytes, and the image's position in `ids`."""
 

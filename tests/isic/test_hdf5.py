@@ -63,6 +63,15 @@ def test_the_index_has_the_size_in_the_header(tmp_path: Path) -> None:
     assert index.widths.tolist() == [0, 20, 20, 20, 65535, 0, 0]
 
 
+def test_an_image_that_claims_any_size_takes_little_memory(tmp_path: Path) -> None:
+    """As in a damaged file: a JPEG without a frame header, of 4 EiB."""
+    (tmp_path / "a").write_bytes(b"\xff\xd8" + bytes(2 * HEADER_BYTES))
+    with open(tmp_path / "a", "rb") as file:
+        offsets, sizes = np.array([0]), np.array([1 << 62])
+        heights, widths, without = hdf5_module._read_headers(file.fileno(), offsets, sizes)
+    assert (heights.tolist(), widths.tolist(), without) == ([0], [0], [])
+
+
 def test_a_header_is_not_read_again(hdf5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Hdf5Images(hdf5)
     monkeypatch.setattr(preprocess, "image_size", lambda data: pytest.fail("read again"))

@@ -231,9 +231,10 @@ READ_PICKLED = """
 import pickle, sys
 from isic.runtime.errors import UserError
 try:
-    sys.stdout.buffer.write(b"".join(pickle.load(sys.stdin.buffer).read(sys.argv[1:])))
+    store = pickle.load(sys.stdin.buffer)
 except UserError as error:
     sys.exit(f"UserError: {error}")
+sys.stdout.buffer.write(b"".join(store.read(sys.argv[1:])))
 """
 
 
