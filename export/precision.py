@@ -57,6 +57,28 @@ class _OutputTo:
         return output.to(self.dtype)
 
 
+def head_as_sum(model: Classifier) -> Classifier:
+    """Return a copy whose linear head is a product and a sum, for runtimes without float32 GEMM."""
+    model = copy.deepcopy(model)
+    linear = model.head[-1]
+    assert isinstance(linear, nn.Linear)
+    model.head[-1] = ProductSum(linear)
+    return model
+
+
+class ProductSum(nn.Module):
+    """A linear layer with one output, as an elementwise product and its sum."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return [N, 1] of features [N, D]."""
+        return (features * self.weight).sum(dim=-1, keepdim=True) + self.bias
+
+
 def pointwise_convs_as_linear(model: Classifier) -> Classifier:
     """Return a copy whose wide 1x1 convolutions are linear layers over the channels."""
     # Dynamic quantization is for matrix products only, so it would skip the convolutions.

@@ -19,6 +19,7 @@ from export.formats import ArtifactSpec, BuildInputs
 from export.network import artifact_network
 from export.onnx_graph import ATTENTION_OPSET, OPSET, trace
 from export.options import PlanOptions
+from export.precision import head_as_sum
 from export.quantize import BASE_PRECISION, QUANT_TYPES, quantize
 from infer.engines import cudart
 from infer.engines.contract import IMAGES, contract_violation
@@ -34,6 +35,14 @@ from infer.formats import ENGINE_FORMATS
 from isic.layout import ONNX_FILE
 from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path
+
+TURING = "sm75"
+"""On this architecture some versions of TensorRT-RTX compute float32 matrix products as zeros.
+
+There is no error (https://github.com/pytorch/TensorRT/pull/4643).
+"""
+TURING_PRECISION = "fp16"
+"""The precision whose graphs have no float32 matrix product, and that Turing computes in."""
 
 SHAPE_DTYPES = frozenset({"int32", "int64", "bool"})
 """Types of shape arithmetic, which has no precision."""
@@ -117,7 +126,9 @@ def typed_graph(
     """Return the graph of a network in the spec's precision, and its calibration's facts."""
     quantized = spec.precision in QUANT_TYPES
     precision = BASE_PRECISION if quantized else spec.precision
-    network = artifact_network(inputs.model, precision, spec.options.tta)
+    # TensorRT-RTX has no float32 product of matrices for Turing, see TURING.
+    model = head_as_sum(inputs.model) if ENGINE_FORMATS[spec.format].portable else inputs.model
+    network = artifact_network(model, precision, spec.options.tta)
     graph = trace(network, inputs.size, opset)
     if not quantized:
         return graph, {}
@@ -144,11 +155,17 @@ def plan_name(config: str, fold: int, precision: str, flavour: str, options: Pla
     """Return a file name such as `vit_tiny-fold_0-fp16-d4-sm86-tensorrt_rtx_1.7.1.116.plan`.
 
     Raises:
-        UserError: the library is not installed or does not know a GPU, or a GPU is needed and
-            there is none.
+        UserError: the library is not installed or does not know a GPU, a GPU is needed and there is
+            none, or the precision does not run on one of the GPUs.
     """
     version = import_runtime(flavour).__version__
-    gpus = "-".join(architectures(flavour, with_capabilities(precision, flavour, options)))
+    target_gpus = architectures(flavour, with_capabilities(precision, flavour, options))
+    if ENGINE_FORMATS[flavour].portable and TURING in target_gpus and precision != TURING_PRECISION:
+        raise UserError(
+            f"{ENGINE_FORMATS[flavour].title} runs only {TURING_PRECISION} on {TURING} (Turing), "
+            f"not {precision}; use --precision {TURING_PRECISION}, or other architectures"
+        )
+    gpus = "-".join(target_gpus)
     views = "" if options.tta == "none" else f"-{options.tta}"
     return f"{config}-fold_{fold}-{precision}{views}-{gpus}-{flavour}_{version}.plan"
 
@@ -183,6 +200,8 @@ def build_plan(
     network, _parser = parse(trt, builder, onnx_path, title)
     tensors = check_contract(network, onnx_path)
     allow_decomposed_attention(trt, network)
+    if portable and TURING in target_gpus:
+        refuse_float32_products(network, onnx_path, title)
     config = configure(trt, builder, network, portable, options)
     timings = None if portable else timing_cache
     started = time.perf_counter()
@@ -240,6 +259,15 @@ def check_contract(network: Any, onnx_path: Path) -> dict[str, dict[str, Any]]:
         tensor.name: {"dtype": TENSORRT_DTYPES[tensor.dtype.name], "shape": list(tensor.shape)}
         for tensor in (*inputs, *outputs)
     }
+
+
+def refuse_float32_products(network: Any, onnx_path: Path, title: str) -> None:
+    """Raise UserError if a network has a float32 matrix product, which Turing has no kernel for."""
+    if layer_types(network).get("matrix_multiply", {}).get("float32"):
+        raise UserError(
+            f"{onnx_path} has a matrix product in float32, which {title} computes wrongly on "
+            f"{TURING} (Turing); export it in {TURING_PRECISION}, or for other architectures"
+        )
 
 
 def allow_decomposed_attention(trt: ModuleType, network: Any) -> None:

@@ -16,8 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from infer.embedding.settings import EmbedSettings
-from infer.formats import ENGINE_FORMATS, engines_by_title
+from infer.formats import AUTO_ORDER, ENGINE_FORMATS, ON_REQUEST, engines_by_title
 from isic import __version__
 from isic.runtime.config import Settings
 from isic.runtime.files import versions
@@ -180,21 +179,18 @@ def attempt(trial: str, *arguments: str) -> Any:
 
 
 def embed_defaults(findings: Mapping[tuple[str, ...], Finding]) -> dict[str, str]:
-    """Return the choices of `infer embed` without flags and their reasons, by the engine checks."""
-    file = EmbedSettings.model_fields["format"].default
-    name = next(name for name, row in ENGINE_FORMATS.items() if file.endswith(row.suffix))
-    row = ENGINE_FORMATS[name]
-    no_gpu = findings[name, "cuda"].reason
-    no_cpu = findings[name, "cpu"].reason
-    if no_gpu and no_cpu:
-        return {"format": f"{file}, which does not run here, because {row.title} does not"}
-    device = "cpu" if no_gpu else "cuda"
-    why = findings[name, "cuda"].cause_and_fix[0] if no_gpu else f"{row.title} has just run on it"
-    return {
-        "format": f"{file}, because {row.title} runs it on any device",
-        "device": f"{device}, because {why}",
-        "precision": f"{row.precisions[device][0]}, because {file} is exported in it",
-    }
+    """Return the choices of `infer embed` without flags, by the engine checks."""
+    choices = {"format": "auto: the first in these lists that every fold has"}
+    for device, order in AUTO_ORDER.items():
+        names = [
+            f"{name} {precision}"
+            for name, precision in order
+            if findings[name, device].reason is None and precision not in ON_REQUEST
+        ]
+        last, _ = order[-1]
+        nothing = f"nothing, because {findings[last, device].cause_and_fix[0]}"
+        choices[f"on {device}"] = ", ".join(names) or nothing
+    return choices
 
 
 def print_section(title: str, facts: Mapping[str, str]) -> None:

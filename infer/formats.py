@@ -65,7 +65,7 @@ ENGINE_FORMATS = {
         packages=("onnxruntime-gpu", "onnxruntime"),
         any_device=True,
         builder="export.onnx_graph",
-        precisions={"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16", "bf16")},
+        precisions={"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp16", "fp32", "bf16")},
         triton_backend="onnxruntime",
     ),
     "aoti": EngineFormat(
@@ -107,6 +107,39 @@ ENGINE_FORMATS = {
     ),
     "null": EngineFormat("no network", "infer.engines.null", suffix=".null", devices=("cpu",)),
 }
+
+AUTO = "auto"
+"""The name of the choice by AUTO_ORDER."""
+AUTO_ORDER: Mapping[str, tuple[tuple[str, Precision], ...]] = {
+    "cuda": (
+        ("tensorrt", "fp16"),
+        ("tensorrt_rtx", "fp16"),
+        ("aoti", "bf16"),
+        ("aoti", "fp16"),
+        ("onnx", "fp16"),
+        ("tensorrt", "bf16"),
+        ("tensorrt_rtx", "bf16"),
+        ("onnx", "bf16"),
+        ("tensorrt", "int8"),
+        ("tensorrt", "fp8"),
+        ("tensorrt_rtx", "fp8"),
+        ("tensorrt", "fp32"),
+        ("tensorrt_rtx", "fp32"),
+        ("aoti", "fp32"),
+        ("onnx", "fp32"),
+    ),
+    "cpu": (
+        ("onnx", "fp32"),
+        ("aoti", "fp32"),
+        ("aoti", "bf16"),
+        ("aoti", "fp16"),
+        ("onnx", "fp16"),
+        ("onnx", "int8"),
+    ),
+}
+"""Formats and precisions of artifacts by device, the best one first."""
+ON_REQUEST: tuple[Precision, ...] = ("int8", "fp8")
+"""Precisions that change scores visibly, so AUTO takes them only if they are named."""
 
 
 def exported_formats() -> tuple[str, ...]:

@@ -14,7 +14,12 @@ from infer.embedding.embedder import Embedder, EmbedJob
 from infer.embedding.models import Models, find_models
 from infer.embedding.progress import Progress
 from infer.embedding.ray_runner import run_ray
-from infer.embedding.run_spec import RunSpec, build_run_spec, start_or_resume_split
+from infer.embedding.run_spec import (
+    RunSpec,
+    build_run_spec,
+    earlier_engines,
+    start_or_resume_split,
+)
 from infer.embedding.settings import EmbedSettings
 from infer.embedding.shards import Shard, plan_shards, run_missing_shards
 from infer.embedding.store import (
@@ -59,7 +64,17 @@ def embed_splits(settings: EmbedSettings) -> None:
     """Embed one split, or all that the dataset has."""
     dataset = Dataset(settings.data)
     model_dir = find_run(settings.model_dir, settings.config)
-    models = find_models(model_dir, settings.config, settings.format, settings.precision)
+    models = find_models(
+        model_dir,
+        settings.config,
+        settings.format,
+        settings.precision,
+        settings.tta,
+        settings.device,
+        frozenset() if settings.force else earlier_engines(settings.run_dir.resolve()),
+    )
+    if models.reason and not settings.quiet:
+        print(f"using {models.reason}")
     _note_missing_folds(model_dir, models)
     device = choose_device(models, settings.device, uses_ray=settings.ray is not None)
     settings = settings.model_copy(update={"device": device})
@@ -235,7 +250,7 @@ def make_job(
         models=models,
         device=settings.device,
         dtype=settings.dtype,
-        tta=settings.tta,
+        tta=models.host_tta(settings.tta),
         batch_size=spec["batch_size"],
         num_threads=settings.num_threads,
         depth=settings.depth,

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infer.embedding.choice import Found, Request, choose, find_exported
 from infer.engines import manifest_spec
-from infer.formats import ENGINE_FORMATS
-from isic.layout import fold_dirs
+from infer.formats import AUTO, ENGINE_FORMATS
+from isic.layout import fold_files
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError
-from isic.runtime.files import read_json, read_manifest
+from isic.runtime.files import read_manifest
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Models:
     manifests: dict[int, dict[str, Any]]
     """By fold."""
     spec: PreprocessSpec
+    reason: str | None = None
+    """The kind of the artifacts and why they were chosen; None if they were named."""
 
     @property
     def folds(self) -> list[int]:
@@ -41,56 +44,74 @@ class Models:
         """The batch size that the artifacts were built for, None if any will do."""
         return self.first_manifest.get("batch_size")
 
+    @property
+    def tta(self) -> str:
+        """The views inside the graph, over which the outputs are means; `none` for none."""
+        return str(self.first_manifest.get("tta", "none"))
+
+    def host_tta(self, tta: str) -> str:
+        """Return the views that must be made on the host to average over those of `tta`."""
+        return "none" if self.tta == tta else tta
+
 
 def find_models(
-    model_dir: Path, config: str, format_or_file: str, precision: str | None = None
+    model_dir: Path,
+    config: str,
+    format_or_file: str,
+    precision: str | None = None,
+    tta: str = "none",
+    device: str = "auto",
+    earlier: frozenset[str] = frozenset(),
 ) -> Models:
     """Find the exported model of every fold that has one.
 
     Args:
-        format_or_file: a format of artifacts, or the file name of one.
-        precision: of the artifact if `format_or_file` is a format; None for any.
+        format_or_file: a format of artifacts, AUTO, or the file name of one.
+        precision: of the artifact if `format_or_file` is no file name; None for any.
+        tta: the views to average over, in the graph or on the host.
+        device: `cpu`, `cuda` or `auto`.
+        earlier: digests of the artifacts that a run to resume was made with, which AUTO keeps.
 
     Raises:
         UserError: no fold has one, a fold has several, one belongs to another config or fold, or
-            they differ in preprocessing.
+            averages over other views, or they differ in preprocessing.
     """
-    if format_or_file not in ENGINE_FORMATS and Path(format_or_file).name != format_or_file:
-        raise UserError(
-            f"--format {format_or_file!r} is a path; give a file name in each fold's folder"
-        )
-    artifacts: dict[int, Path] = {}
-    for fold, folder in fold_dirs(model_dir).items():
-        path = _find_artifact(folder, format_or_file, precision)
-        if path is not None:
-            # Absolute, because workers may have another working directory.
-            artifacts[fold] = path.resolve()
-    if not artifacts:
-        raise UserError(_no_artifact(model_dir, config, format_or_file, precision))
+    if format_or_file in (AUTO, *ENGINE_FORMATS):
+        request = Request(format_or_file, precision, tta, device, earlier)
+        found = find_exported(model_dir)
+        choice = choose(found, request)
+        if choice is None:
+            raise UserError(_none_chosen(model_dir, config, found, request))
+        paths = {fold: artifact.path for fold, artifact in choice.artifacts.items()}
+        reason = choice.reason if format_or_file == AUTO else None
+    else:
+        paths, reason = _named_files(model_dir, config, format_or_file), None
+    # Absolute, because workers may have another working directory.
+    artifacts = {fold: path.resolve() for fold, path in paths.items()}
     manifests = {fold: read_manifest(path) for fold, path in artifacts.items()}
     for fold, manifest in manifests.items():
         _refuse_other_fold(artifacts[fold], manifest, config, fold)
+        _refuse_other_views(artifacts[fold], manifest, tta)
     # Each image is decoded once for the engines of all folds.
     specs = {manifest_spec(manifest) for manifest in manifests.values()}
     if len(specs) > 1:
         raise UserError(
             f"the folds in {model_dir} differ in their preprocessing; train and export them alike"
         )
-    return Models(artifacts, manifests, specs.pop())
+    return Models(artifacts, manifests, specs.pop(), reason)
 
 
-def _find_artifact(folder: Path, format_or_file: str, precision: str | None) -> Path | None:
-    """Return the artifact in a fold's folder. Raise UserError if there are several."""
-    if format_or_file not in ENGINE_FORMATS:
-        path = folder / format_or_file
-        return path if path.is_file() else None
-    found = artifacts_of_format(folder, format_or_file, precision)
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
+def _named_files(model_dir: Path, config: str, name: str) -> dict[int, Path]:
+    """Return the file of a name by fold. Raise UserError if it is a path or no fold has one."""
+    if Path(name).name != name:
+        raise UserError(f"--format {name!r} is a path; give a file name in each fold's folder")
+    found = fold_files(model_dir, name)
+    if not found:
         raise UserError(
-            f"{folder} has {names}; choose with --precision, or give a file name as --format"
+            f"{model_dir} has no fold_<k> with {name}; run `python -m export --config {config}` "
+            "first"
         )
-    return found[0] if found else None
+    return found
 
 
 def _refuse_other_fold(path: Path, manifest: Mapping[str, Any], config: str, fold: int) -> None:
@@ -102,23 +123,31 @@ def _refuse_other_fold(path: Path, manifest: Mapping[str, Any], config: str, fol
         )
 
 
-def artifacts_of_format(folder: Path, format_name: str, precision: str | None) -> list[Path]:
-    """Return the artifacts of a format in a fold's folder, according to their manifests."""
-    # Manifests, because a file name does not have the format.
-    manifests = [read_json(path) for path in sorted(folder.glob("*.json"))]
-    return [
-        folder / manifest["artifact"]
-        for manifest in manifests
-        if manifest.get("format") == format_name and precision in {None, manifest.get("precision")}
-    ]
+def _refuse_other_views(path: Path, manifest: Mapping[str, Any], tta: str) -> None:
+    """Raise a UserError if an artifact averages over other views than the requested ones."""
+    inside = manifest.get("tta", "none")
+    if inside not in {"none", tta}:
+        raise UserError(
+            f"the outputs of {path} are means over the views of {inside}; add --tta {inside}, or "
+            "choose another --format"
+        )
 
 
-def _no_artifact(model_dir: Path, config: str, format_or_file: str, precision: str | None) -> str:
-    """Return the error message if no fold has an artifact."""
-    missing = f"{format_or_file} in {precision}" if precision else format_or_file
+def _none_chosen(model_dir: Path, config: str, found: Found, request: Request) -> str:
+    """Return the error message if no artifact can be chosen."""
     command = f"python -m export --config {config}"
-    if format_or_file in ENGINE_FORMATS:
-        command += f" --formats {format_or_file}"
-    if precision:
-        command += f" --precision {precision}"
-    return f"{model_dir} has no fold_<k> with {missing}; run `{command}` first"
+    name = "an exported model"
+    if request.format != AUTO:
+        command += f" --formats {request.format}"
+        name = request.format
+    if request.precision:
+        command += f" --precision {request.precision}"
+        name += f" in {request.precision}"
+    kinds = {artifact.kind for artifacts in found.values() for artifact in artifacts}
+    others = sorted(str(kind) for kind in kinds if request.format in {AUTO, kind.format})
+    if not others:
+        return f"{model_dir} has no fold_<k> with {name}; run `{command}` first"
+    return (
+        f"{model_dir} has no fold_<k> with {name} that fits, or not in every fold, but "
+        f"{', '.join(others)}; run `{command}` first, or change --format, --precision or --tta"
+    )

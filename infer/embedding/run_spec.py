@@ -17,7 +17,7 @@ from infer.embedding.models import Models
 from infer.embedding.settings import BATCH_CPU, BATCH_GPU, EmbedSettings
 from infer.embedding.store import RUN_FILE, RUN_SPEC_FILE, RUN_SPEC_KEY, ids_digest
 from infer.engines import device_of
-from isic.dataset import Dataset, Split
+from isic.dataset import SPLITS, Dataset, Split
 from isic.folds import Folds
 from isic.layout import ERRORS_FILE
 from isic.runtime.errors import UserError
@@ -89,6 +89,20 @@ def _usual_batch_size(split: Split, models: Models, settings: EmbedSettings) -> 
         return int(models.batch_size)
     device = device_of(models.first_manifest, settings.device)
     return BATCH_GPU if device == "cuda" else BATCH_CPU
+
+
+def earlier_engines(root: Path) -> frozenset[str]:
+    """Return the digests of the artifacts that the embeddings in a folder were made with.
+
+    Args:
+        root: the folder of a config's embeddings, which need not exist.
+    """
+    for split in SPLITS:
+        path = root / split / RUN_SPEC_FILE
+        # Without a shard nothing is lost: an engine may have been refused before the first one.
+        if path.is_file() and any(path.parent.rglob("part-*")):
+            return frozenset(read_json(path).get("engines", {}).values())
+    return frozenset()
 
 
 def start_or_resume_split(directory: Path, spec: Mapping[str, Any], force: bool) -> None:

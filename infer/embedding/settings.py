@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
-from infer.formats import ENGINE_FORMATS, Precision, exported_formats
-from isic.layout import ONNX_FILE, OUTPUT_DIR
+from infer.formats import AUTO, ENGINE_FORMATS, Precision, exported_formats
+from isic.layout import OUTPUT_DIR
 from isic.runtime.config import Settings
 from isic.views import Tta
 
@@ -52,13 +52,13 @@ class EmbedSettings(Settings):
         "turns (8)",
     )
     format: str = Field(
-        ONNX_FILE,
+        AUTO,
         validation_alias=AliasChoices("format", "engine"),
-        description="exported artifact of each fold: a file name or a format "
-        f"({', '.join(exported_formats())})",
+        description="exported artifact of each fold: a file name, a format "
+        f"({', '.join(exported_formats())}), or auto, the one that this machine is best at",
     )
     precision: Precision | None = Field(
-        None, description="precision of the artifact, if a format has several"
+        None, description="precision of the artifact; any, but int8 and fp8 only if they are named"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="device of the engines; auto: a GPU if one can be used"
@@ -106,7 +106,7 @@ class EmbedSettings(Settings):
     def _consistent(self) -> "EmbedSettings":
         if self.ray and self.num_processes > 1:
             raise ValueError("--ray sets the number of processes; leave out --num_processes")
-        if self.precision and self.format not in ENGINE_FORMATS:
+        if self.precision and self.format not in (AUTO, *ENGINE_FORMATS):
             raise ValueError(
                 "--precision chooses among the artifacts of a format; "
                 f"add --format onnx, not {self.format}"

@@ -37,11 +37,6 @@ TENSORRT_DTYPES = {
 """TensorRT's data types by their usual names."""
 AMPERE_PLUS = "sm80plus"
 """The architecture of a plan that runs on Ampere GPUs and all newer ones."""
-TURING = "sm75"
-"""On this architecture some versions of TensorRT-RTX compute float32 matrix products as zeros.
-
-There is no error (https://github.com/pytorch/TensorRT/pull/4643).
-"""
 
 
 @cache
@@ -489,7 +484,7 @@ def _version_numbers(version: str) -> tuple[int, ...]:
 
 
 def check_gpu(flavour: str, trt: ModuleType, architecture: str) -> None:
-    """Raise UserError if a flavour cannot run these models on a GPU (`sm90`), whatever the plan.
+    """Raise UserError if a flavour cannot run on a GPU (`sm90`), whatever the plan.
 
     TensorRT-RTX lists the GPUs that it supports; not all from Ampere on are among them.
     """
@@ -497,13 +492,8 @@ def check_gpu(flavour: str, trt: ModuleType, architecture: str) -> None:
         return
     title = ENGINE_FORMATS[flavour].title
     known = trt.ComputeCapability.__members__
-    if architecture == TURING:
-        raise UserError(
-            f"{title} has no matrix product in float32 on {TURING} (Turing), and each model ends "
-            "with one; use another format there"
-        )
     if architecture.upper() not in known:
-        names = [name.lower() for name in known if name.startswith("SM") and name.lower() != TURING]
+        names = [name.lower() for name in known if name.startswith("SM")]
         raise UserError(
             f"{title} runs on {', '.join(names)}, and not on {architecture}; use another format "
             "there"

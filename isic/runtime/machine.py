@@ -164,15 +164,29 @@ def gpu_names() -> list[str]:
     return [_gpu_name(driver, device) for device in range(_ask_cuda()[0])]
 
 
+def gpu_architecture() -> str | None:
+    """Return the architecture of the first GPU (`sm89`), None if no GPU can be used."""
+    driver = _cuda_driver()
+    if isinstance(driver, OSError) or not _ask_cuda()[0]:
+        return None
+    return f"sm{''.join(_compute_capability(driver, 0))}"
+
+
 def _gpu_name(driver: ctypes.CDLL, device: int) -> str:
     name = ctypes.create_string_buffer(256)
     driver.cuDeviceGetName(name, len(name), device)
+    capability = ".".join(_compute_capability(driver, device))
+    return f"{name.value.decode()}, compute capability {capability}"
+
+
+def _compute_capability(driver: ctypes.CDLL, device: int) -> list[str]:
+    """Return the major and the minor number."""
     capability = []
     for attribute in COMPUTE_CAPABILITY:
         value = ctypes.c_int(0)
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         capability.append(str(value.value))
-    return f"{name.value.decode()}, compute capability {'.'.join(capability)}"
+    return capability
 
 
 def driver_cuda() -> str | None:

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from torch import nn
 
 from export.formats import TOLERANCES
 from export.network import artifact_network
 from export.onnx_graph import ATTENTION_OPSET, trace
-from export.parity import ParityError, Reference, check_parity
-from export.precision import cast_model
+from export.parity import ParityError, Reference, check_parity, run_model
+from export.precision import cast_model, head_as_sum
 from tests.support.networks import POINTWISE, SIZES, build_engine, network, spec_of
 
 
@@ -64,3 +65,12 @@ def test_a_saturated_norm_fails_the_parity_check(tmp_path: Path) -> None:
     engine = build_engine(loud, spec_of("test_vit3", "onnx", "fp16"), tmp_path)
     with pytest.raises(ParityError, match=r"not finite|cosine"):
         check_parity(Reference(loud, images), engine, TOLERANCES["fp16"], (1, 8))
+
+
+def test_the_head_as_a_sum_gives_the_logits_of_the_product() -> None:
+    model, reference = network(POINTWISE)
+    changed = head_as_sum(model)
+    features, logits = run_model(changed, reference.images)
+    np.testing.assert_array_equal(features, reference.outputs[0])
+    np.testing.assert_allclose(logits, reference.outputs[1], atol=1e-5)
+    assert type(model.head[-1]) is nn.Linear, "the model itself is unchanged"

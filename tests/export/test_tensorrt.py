@@ -19,6 +19,7 @@ from benchmarks.untrained import create_untrained, find_configs
 from export.network import artifact_network
 from export.onnx_graph import ATTENTION_OPSET, trace
 from export.options import PlanOptions
+from export.precision import head_as_sum
 from export.tensorrt import (
     PlanFacts,
     architectures,
@@ -58,14 +59,16 @@ SHALLOW: dict[str, dict[str, Any]] = {
 def write_graph(
     model: Classifier, size: int, precision: str, path: Path, tta: str = "none"
 ) -> Path:
-    onnx.save(trace(artifact_network(model.eval(), precision, tta), size, ATTENTION_OPSET), path)
+    """Write the graph that the builder of TensorRT-RTX gets."""
+    network = artifact_network(head_as_sum(model.eval()), precision, tta)
+    onnx.save(trace(network, size, ATTENTION_OPSET), path)
     return path
 
 
-def graph(name: str, precision: str, path: Path) -> Path:
+def graph(name: str, precision: str, path: Path, tta: str = "none") -> Path:
     size = FAMILIES[name].get("img_size", 32)
     backbone = timm.create_model(name, num_classes=0, **FAMILIES[name])
-    return write_graph(Classifier(backbone, PreprocessSpec(size=size)), size, precision, path)
+    return write_graph(Classifier(backbone, PreprocessSpec(size=size)), size, precision, path, tta)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,7 @@ def test_every_family_builds_in_its_precision_with_float32_norms(
     assert layers["normalization"]["float32"] > 4
     assert layers["convolution"] == {LOW[precision]: layers["convolution"][LOW[precision]]}
     assert layers["matrix_multiply"][LOW[precision]] > 4
-    assert layers["matrix_multiply"]["float32"] == 1, "the head"
+    assert set(layers["matrix_multiply"]) == {LOW[precision]}, "the head is a sum"
 
 
 @pytest.mark.slow
@@ -224,21 +227,49 @@ def test_another_graph_is_refused(tiny: Path, tmp_path: Path, change: str, words
     assert not (tmp_path / "model.plan").exists()
 
 
-def test_turing_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+TURING = OPTIONS.model_copy(update={"compute_capabilities": ("SM75",)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tta", ["none", "d4"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_float16_network_for_turing_has_no_float32_product(
+    name: str, tta: str, tmp_path: Path
+) -> None:
+    """The ONNX graph that the builder gets, and the plan for SM75, are real."""
+    path = graph(name, "fp16", tmp_path / "model.onnx", tta)
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    kinds |= {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    products = [node for node in model.graph.node if node.op_type in {"MatMul", "Gemm"}]
+    assert {kinds[name] for node in products for name in node.input} == {onnx.TensorProto.FLOAT16}
+    facts = built(path, tmp_path / "model.plan", TURING)
+    assert facts.architectures == ("sm75",)
+    assert set(facts.layers["matrix_multiply"]) == {"float16"}
+
+
+def test_networks_that_turing_computes_wrongly_are_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TensorRT-RTX has no float32 matrix product there, and some versions return zeros for it.
 
     The GPU of `CURRENT` is a name here, because this machine has none.
     """
     monkeypatch.setattr(cudart, "architecture", lambda: "sm75")
+    model = create_model(TrainSettings(model="test_efficientnet", pretrained=False, image_size=32))
+    with_product = tmp_path / "head.onnx"
+    onnx.save(trace(artifact_network(model.eval(), "fp16"), 32, ATTENTION_OPSET), with_product)
     for names in (("SM75",), ("SM86", "SM75"), ("CURRENT",)):
         options = OPTIONS.model_copy(update={"compute_capabilities": names})
-        with pytest.raises(UserError, match=r"no matrix product in float32 on sm75 \(Turing\)"):
-            build_plan(tiny, tmp_path / "model.plan", RTX, options)
-        with pytest.raises(UserError, match=r"sm75 \(Turing\)"):
-            plan_name("vit_tiny", 0, "fp16", RTX, options)
-    assert not list(tmp_path.iterdir())
+        with pytest.raises(UserError, match=r"a matrix product in float32, .* on sm75 \(Turing\)"):
+            build_plan(with_product, tmp_path / "model.plan", RTX, options)
+        assert "sm75" in plan_name("vit_tiny", 0, "fp16", RTX, options)
+        for precision in ("fp32", "bf16", "fp8"):
+            with pytest.raises(UserError, match=f"only fp16 on sm75 .Turing., not {precision}; "):
+                plan_name("vit_tiny", 0, precision, RTX, options)
+    assert [path.name for path in tmp_path.iterdir()] == ["head.onnx"]
     monkeypatch.setattr(cudart, "architecture", lambda: "sm90")
-    with pytest.raises(UserError, match=r"runs on sm80, .*, and not on sm90; use another"):
+    with pytest.raises(UserError, match=r"runs on sm75, .*, and not on sm90; use another"):
         build_plan(tiny, tmp_path / "model.plan", RTX, options)
 
 
@@ -252,7 +283,7 @@ def test_a_gpu_that_this_version_does_not_know_is_refused(
         import_runtime(RTX), "ComputeCapability", SimpleNamespace(__members__=fewer)
     )
     options = OPTIONS.model_copy(update={"compute_capabilities": ("SM121",)})
-    with pytest.raises(UserError, match="runs on sm80, sm86, sm89, sm120, and not on sm121"):
+    with pytest.raises(UserError, match="runs on sm75, sm80, sm86, sm89, sm120, and not on sm121"):
         build_plan(tiny, tmp_path / "model.plan", RTX, options)
 
 

@@ -13,6 +13,7 @@ from infer import doctor, trials
 from infer.doctor import Check, Finding, attempt, check_lines, examine
 from infer.engines import unavailable_reason
 from infer.ensemble.boosters import LIBRARIES
+from infer.formats import engines_by_title
 from isic.runtime.machine import has_gpu
 from tests.support import fake_driver
 
@@ -104,15 +105,21 @@ def test_a_row_has_a_cause_and_a_fix_within_the_width() -> None:
 
 
 def test_what_embed_would_use() -> None:
-    def defaults(cpu: str | None, cuda: str | None) -> dict[str, str]:
+    def defaults(cuda: str | None, **reasons: str | None) -> dict[str, str]:
+        engines = [(name, device) for _, name, device in engines_by_title()]
+        of_gpu = {engine: Finding(cuda if engine[1] == "cuda" else None) for engine in engines}
         return doctor.embed_defaults(
-            {("onnx", "cpu"): Finding(cpu), ("onnx", "cuda"): Finding(cuda)}
+            of_gpu | {(name, "cuda"): Finding(reason) for name, reason in reasons.items()}
         )
 
-    assert defaults(None, None)["device"] == "cuda, because ONNX Runtime has just run on it"
-    assert defaults(None, "no GPU; buy one")["device"] == "cpu, because no GPU"
-    assert "does not run here" in defaults("broken; fix it", "no GPU; buy one")["format"]
-    assert defaults(None, None)["precision"].startswith("fp32, ")
+    assert defaults(None)["on cuda"].startswith("tensorrt fp16, tensorrt_rtx fp16, aoti bf16, ")
+    without = defaults(None, tensorrt="not installed; install it")
+    assert without["on cuda"].startswith("tensorrt_rtx fp16, ")
+    assert "tensorrt " not in without["on cuda"]
+    assert "int8" not in without["on cuda"], "it changes scores"
+    no_gpu = defaults("no GPU; buy one")
+    assert no_gpu["on cuda"] == "nothing, because no GPU"
+    assert no_gpu["on cpu"].startswith("onnx fp32, aoti fp32, ")
 
 
 @pytest.mark.slow
@@ -126,7 +133,7 @@ def test_the_report_of_this_machine() -> None:
         assert (" fix: " in rest) == (answer == "no"), title
     if not has_gpu():
         assert " has no NVIDIA GPU fix: " in found["TensorRT-RTX"][1]
-        assert re.search("device +cpu, because this .* has no NVIDIA GPU", text)
+        assert re.search("on cuda +nothing, because this .* has no NVIDIA GPU", text)
 
 
 @pytest.mark.slow

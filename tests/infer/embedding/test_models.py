@@ -1,8 +1,15 @@
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 
+from infer.embedding.models import find_models
+from infer.embedding.store import read_run, scan_embeddings
+from isic.runtime.errors import UserError
+from isic.runtime.files import sha256
 from tests.support.commands import Cli
 from tests.support.fake_run import FakeRun, embed_flags
 
@@ -65,3 +72,94 @@ def test_a_format_is_not_a_path_or_a_pattern(
     assert ended.code == 2
     assert ended.err.startswith("error: ")
     assert ended.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_views_inside_the_artifact_give_the_embeddings_of_views_on_the_host(
+    exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    run = shutil.copytree(exported, tmp_path / "tiny")
+    tables, lines = {}, {}
+    for name in ("host", "graph"):
+        if name == "graph":
+            for tta in ("d4", "flips"):
+                ended = cli("export", "--config", "tiny", "--model_dir", run, "--tta", tta)
+                assert ended.code == 0, ended.err
+        flags = ("--split", "test", "--tta", "d4", "--dtype", "float32")
+        ended = cli("infer", *embed_flags(run, synth_dataset, tmp_path / name, *flags))
+        assert ended.code == 0, ended.err
+        lines[name] = ended.out.splitlines()[0]
+        tables[name] = scan_embeddings(tmp_path / name / "tiny", "test").collect()
+    assert lines["host"].startswith("using onnx fp32: ")
+    assert lines["graph"].startswith("using onnx fp32 with d4 inside: ")
+    keys = ["isic_id", "fold"]
+    assert tables["host"].select(keys).equals(tables["graph"].select(keys))
+    for column in ("features", "logit"):
+        both = (np.stack(tables[name][column].to_numpy()) for name in tables)
+        np.testing.assert_allclose(*both, atol=1e-5)
+    assert len(pl.concat(tables.values())) > 0
+    assert read_run(tmp_path / "graph" / "tiny", "test")["tta"] == "d4"
+    models = find_models(run, "tiny", "auto", tta="d4")
+    assert (models.tta, models.host_tta("d4")) == ("d4", "none")
+    plain = find_models(run, "tiny", "model.onnx", tta="d4")
+    assert (plain.tta, plain.host_tta("d4")) == ("none", "d4")
+    for tta in ("none", "flips"):
+        assert find_models(run, "tiny", "auto", tta=tta).tta == tta
+        with pytest.raises(UserError, match=r"means over the views of d4; add --tta d4"):
+            find_models(run, "tiny", "model.d4.onnx", tta=tta)
+
+
+def test_a_resumed_run_keeps_its_engine(
+    exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """A better artifact, exported in between, must not end the run with a refusal."""
+    run = shutil.copytree(exported, tmp_path / "tiny")
+    half = {}
+    for path in run.glob("fold_*/model.onnx"):
+        copy = path.with_name("model.fp16.onnx")
+        fields = json.loads(path.with_name("model.onnx.json").read_text())
+        half[copy] = {**fields, "artifact": copy.name, "precision": "fp16"}
+        path.rename(copy)
+        path.with_name("model.onnx.json").unlink()
+        copy.with_name(f"{copy.name}.json").write_text(json.dumps(half[copy]))
+    flags = embed_flags(run, synth_dataset, tmp_path / "out", "--split", "test")
+    first = cli("infer", *flags)
+    assert first.out.startswith("using onnx fp16: the best exported artifact for the "), first.err
+    for path in exported.glob("fold_*/model.onnx"):
+        for source in (path, path.with_name("model.onnx.json")):
+            fields = run / path.parent.name / source.name
+            shutil.copy(source, fields)
+        # The copies have one digest, so the other artifact gets another one.
+        better = run / path.parent.name / "model.onnx"
+        better.write_bytes(better.read_bytes() + b"\x72\x00")
+        manifest = json.loads(better.with_name("model.onnx.json").read_text())
+        manifest["sha256"] = sha256(better)
+        better.with_name("model.onnx.json").write_text(json.dumps(manifest))
+    next((tmp_path / "out").rglob("part-*.parquet")).unlink()
+    resumed = cli("infer", *flags)
+    assert resumed.code == 0, resumed.err
+    assert resumed.out.startswith("using onnx fp16: the run to resume was made with it")
+    again = cli("infer", *flags, "--force", "--device", "cpu")
+    assert again.out.startswith("using onnx fp32: the best exported artifact for the CPU")
+
+
+def test_only_artifacts_that_fit_the_flags_are_taken(
+    exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    run = shutil.copytree(exported, tmp_path / "tiny")
+    for path in run.glob("fold_*/model.onnx.json"):
+        fields = json.loads(path.read_text())
+        path.write_text(json.dumps({**fields, "precision": "int8"}))
+    flags = embed_flags(run, synth_dataset, tmp_path / "out", "--split", "test")
+    for more, words in (
+        ((), "with an exported model that fits, or not in every fold, but onnx int8; run"),
+        (("--precision", "fp16"), "export --config tiny --precision fp16` first, or change"),
+        (("--format", "aoti"), "has no fold_<k> with aoti; run `python -m export --config tiny "),
+    ):
+        ended = cli("infer", *flags, *more)
+        assert ended.code == 2
+        assert words in ended.err
+        assert ended.err.count("\n") == 1
+    ended = cli("infer", *flags, "--precision", "int8")
+    assert ended.out.startswith("using onnx int8: ")
+    assert cli("infer", *flags, "--quiet", "--precision", "int8").out.startswith("up to date")

@@ -309,15 +309,13 @@ def test_version_compatible_plans_run_in_later_versions_of_one_major() -> None:
 
 def test_a_plan_for_another_gpu_is_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU is a name here, because this machine has none; the plan and the refusal are real."""
-    monkeypatch.setattr(cudart, "architecture", lambda: "sm75")
-    message = refusal(built, read_manifest(built))
-    assert "no matrix product in float32 on sm75" in message
     monkeypatch.setattr(tensorrt, "no_gpu_reason", lambda: None)
-    assert tensorrt.unavailable_reason("tensorrt_rtx") == message
-    monkeypatch.setattr(cudart, "architecture", lambda: "sm80")
-    assert "was built for sm86 and sm89 and sm120, and this GPU is sm80" in refusal(
-        built, read_manifest(built)
-    )
+    for gpu in ("sm75", "sm80"):
+        monkeypatch.setattr(cudart, "architecture", lambda gpu=gpu: gpu)
+        assert tensorrt.unavailable_reason("tensorrt_rtx") is None, "plans can be built for it"
+        assert f"was built for sm86 and sm89 and sm120, and this GPU is {gpu}" in refusal(
+            built, read_manifest(built)
+        )
     for architectures, here in (([AMPERE_PLUS], "sm120"), (["sm80", "sm89"], "sm89")):
         tensorrt.check_architecture(built, architectures, here, "")
     with pytest.raises(UserError, match="built for sm80 and sm89, and this GPU is sm90"):
@@ -330,7 +328,7 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know_is_refused(
     """The GPU is a name here too. It is newer than Ampere, and the plan is for Ampere and newer."""
     monkeypatch.setattr(cudart, "architecture", lambda: "sm90")
     message = refusal(built, read_manifest(built))
-    assert message.startswith("TensorRT-RTX runs on sm80")
+    assert message.startswith("TensorRT-RTX runs on sm75, sm80")
     assert message.endswith("and not on sm90; use another format there")
     monkeypatch.setattr(tensorrt, "no_gpu_reason", lambda: None)
     assert tensorrt.unavailable_reason("tensorrt_rtx") == message
@@ -383,12 +381,13 @@ def test_another_contract_is_refused() -> None:
     shapes, profile = tensorrt.check_engine(right, Path("a.plan"), 8, "")
     assert profile == Profile(1, 4, 8)
     assert shapes["features"] == (5,)
+    tensorrt.check_engine(described(images=uint8, features=half, logits=single), Path("a"), 8, "")
     for engine, size, words in (
         (right, 9, r"has images uint8 \[N, 8, 8, 3\], not uint8 \[N, 9, 9, 3\]"),
         (
-            described(images=uint8, features=half, logits=single),
+            described(images=uint8, features=half, logits=half),
             8,
-            r"features float16 \[N, 5\], not float32",
+            r"logits float16 \[N, 1\], not float32",
         ),
         (
             described(images=uint8, features=single),

@@ -144,6 +144,7 @@ def test_the_driver_is_asked(tmp_path: Path) -> None:
     works = fake_driver.install(tmp_path, count=2)
     assert ask("machine.gpus(), machine.no_gpu_reason()", works) == "['0', '1'] None"
     assert ask("machine.gpu_names()[1]", works) == "NVIDIA Fake, compute capability 8.9"
+    assert ask("machine.gpu_architecture()", works) == "sm89"
     assert ask("machine.driver_cuda()", works) == "12.6"
     assert ask("machine.nvidia_driver()", works) == "560.35.03"
 
@@ -163,6 +164,7 @@ def test_a_driver_that_does_not_load_is_not_a_machine_without_a_gpu(tmp_path: Pa
     assert reason.startswith("NVIDIA's driver does not load (")
     assert reason.endswith("libcuda.so.1: file too short); " + machine.REPAIR_DRIVER)
     assert ask("machine.gpu_names(), machine.driver_cuda()", broken) == "[] None"
+    assert ask("machine.gpu_architecture()", broken) == "None"
 
 
 MISSING = OSError("libcuda.so.1: cannot open shared object file: No such file or directory")
