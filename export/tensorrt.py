@@ -28,8 +28,8 @@ from infer.engines.tensorrt import (
     as_tensor,
     check_gpu,
     import_runtime,
-    logger,
 )
+from infer.engines.tensorrt_plan import logger
 from infer.formats import ENGINE_FORMATS
 from isic.layout import ONNX_FILE
 from isic.runtime.errors import UserError

@@ -30,7 +30,8 @@ from export.tensorrt import (
     write_timings,
 )
 from infer.engines import cudart
-from infer.engines.tensorrt import import_runtime, logger, unavailable_reason
+from infer.engines.tensorrt import import_runtime, unavailable_reason
+from infer.engines.tensorrt_plan import logger
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError
 from train.config import TrainSettings
