@@ -87,7 +87,8 @@ def check_driver() -> None:
         raise UserError(
             f"the NVIDIA driver is for CUDA {cuda_version(driver)}, which is too old for the "
             f"installed CUDA runtime {newest}; install {driver_for(newest)}, or "
-            f'run `pip install "cuda-bindings<{major + 1}"` and install a TensorRT for CUDA {major}'
+            f'run `pip install "cuda-bindings<{major + 1}"` and replace TensorRT by '
+            f"tensorrt-cu{major}, or TensorRT-RTX by tensorrt_rtx_cu{major}"
         )
 
 
