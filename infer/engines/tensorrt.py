@@ -31,8 +31,6 @@ TENSORRT_DTYPES = {
     "BOOL": "bool",
 }
 """TensorRT's data types by their usual names."""
-KERNELS_SUFFIX = ".cache"
-"""Added to a plan's name: the file of the kernels that TensorRT-RTX has compiled for it."""
 AMPERE_PLUS = "sm80plus"
 """The architecture of a plan that runs on Ampere GPUs and all newer ones."""
 TURING = "sm75"
@@ -119,7 +117,7 @@ def open_plan(path: Path, manifest: Mapping[str, Any], device: str) -> Plan:
     runtime.engine_host_code_allowed = manifest["plan"]["version_compatible"]
     engine = deserialize(trt, runtime, path, data, again)
     tensors, profile = check_engine(engine, path, manifest["preprocess"]["size"], again)
-    kernels = path.with_name(path.name + KERNELS_SUFFIX)
+    kernels = path.with_name(f"{path.name}.{architecture}.cache")
     settings = PlanSettings(manifest["plan"]["cuda_graph"], row.portable, kernels)
     return Plan(trt, engine, tensors, profile, settings)
 

@@ -88,7 +88,7 @@ class KernelCache:
     """The kernels that TensorRT-RTX has compiled on this machine, kept in a file.
 
     Without it, each start compiles the kernels of each batch size again. The library refuses the
-    bytes of another GPU, driver or version, and damaged ones; they are replaced then.
+    bytes of another GPU or version, and damaged ones; the file is then replaced.
     """
 
     def __init__(self, config: Any, path: Path) -> None:
@@ -223,6 +223,7 @@ class Plan:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if self._settings.kernels is not None:
             self._kernels = KernelCache(config, self._settings.kernels)
+            logger(trt).errors.clear()  # of a file that TensorRT-RTX refuses
         return config
 
 

@@ -128,9 +128,11 @@ class FakeCuda:
         self.uploads: list[int] = []
         """The size of each copy to the GPU, bytes."""
         self.waits = 0
-        """How often the host waited for work that was not known to be done."""
+        """How often the host waited for an event or a stream."""
         self.is_broken = False
         """Whether the GPU has failed: every call that has a status returns the error."""
+        self.next_wait_fails = False
+        """Whether the host's next wait for an event returns an error, which CUDA then forgets."""
         self.capacity: int | None = None
         """Bytes of the GPU's memory, any number if None."""
         self.misuses: list[str] = []
@@ -153,8 +155,10 @@ class FakeCuda:
     # Memory
 
     def register(self, array: np.ndarray[Any, Any]) -> None:
-        """Page-lock memory of the caller, as the driver's library does."""
-        self.host[array.ctypes.data] = array.reshape(-1).view(np.uint8)
+        """Page-lock memory of the caller until it ends, as the driver's library does."""
+        pointer = array.ctypes.data
+        self.host[pointer] = as_array(pointer, (array.nbytes,), np.uint8)
+        weakref.finalize(array, self._free, self.host, pointer)
 
     def _allocate(self, memory: dict[int, Any], size: int) -> tuple[int, int | None]:
         status = self._status()
@@ -267,6 +271,9 @@ class FakeCuda:
         status = self._status()
         if status:
             return (status,)
+        if self.next_wait_fails:
+            self.next_wait_fails = False
+            return (ILLEGAL_ADDRESS,)
         if event.stream:
             event.stream.run(event.position)
             self._waited(event.clock)
@@ -282,11 +289,10 @@ class FakeCuda:
 
     def _waited(self, clock: Clock) -> None:
         """Note that the host has waited for work."""
-        merged = _merged(self._clock, clock)
-        self.waits += merged != _merged(self._clock)
-        self._clock = merged
+        self.waits += 1
+        self._clock = _merged(self._clock, clock)
         self._outputs = [
-            output for output in self._outputs if output[2] > merged.get(output[1].number, 0)
+            output for output in self._outputs if output[2] > self._clock.get(output[1].number, 0)
         ]
 
     def _status(self) -> int:

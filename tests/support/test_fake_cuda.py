@@ -83,6 +83,18 @@ def test_host_memory_is_not_to_be_rewritten_in_flight(
         fake.cudaStreamSynchronize(streams[0])
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_memory_of_the_caller_is_not_to_end_in_flight(
+    fake: FakeCuda, streams: tuple[FakeStream, FakeStream]
+) -> None:
+    _, device = fake.cudaMalloc(64)
+    images = np.zeros(64, np.uint8)
+    fake.register(images)
+    fake.cudaMemcpyAsync(device, images.ctypes.data, 64, UPLOAD, streams[0])
+    del images
+    assert fake.misuses == ["free does not wait for upload"]
+
+
 def test_outputs_are_not_to_be_overwritten_unseen(
     fake: FakeCuda, streams: tuple[FakeStream, FakeStream]
 ) -> None:

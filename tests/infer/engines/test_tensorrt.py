@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,8 @@ from infer.engines.tensorrt import AMPERE_PLUS
 from infer.engines.tensorrt_plan import Profile, logger
 from isic.runtime.errors import UserError
 from isic.runtime.files import manifest_path, read_manifest, write_manifest
-from tests.support.fake_cuda import FakeCuda, FakeEngine
+from tests.support.fake_cuda import SHAPES, FakeCuda, FakeEngine, fake_network
+from tests.support.tensorrt_plans import assert_outputs, pictures
 
 
 @pytest.fixture
@@ -93,6 +95,66 @@ def refusal(path: Path, manifest: dict[str, Any], device: str = "cuda") -> str:
 
 
 COMMAND = "python -m export --config tiny --fold 0 --formats tensorrt_rtx --precision fp32"
+
+
+class OpenedEngine(FakeEngine):
+    """TensorRT-RTX's engine of a plan of the fake network."""
+
+    num_io_tensors = len(SHAPES)
+
+    def __init__(self, cuda: FakeCuda, fold: int) -> None:
+        super().__init__(cuda, partial(fake_network, fold=fold), max_batch=16)
+        self.kernels = SimpleNamespace(
+            deserialize=lambda content: True, serialize=lambda: str(self.batches).encode()
+        )
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(SHAPES)[index]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        trt = tensorrt.import_runtime("tensorrt_rtx")
+        return trt.DataType.UINT8 if name == "images" else trt.DataType.FLOAT
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, *SHAPES[name])
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        return [(batch, *SHAPES[name]) for batch in (2, 8, 16)]
+
+    def create_runtime_config(self) -> Any:
+        return SimpleNamespace(
+            set_execution_context_allocation_strategy=int,
+            create_runtime_cache=lambda: self.kernels,
+            set_runtime_cache=lambda cache: True,
+        )
+
+    def create_execution_context(self, config: Any) -> Any:
+        return super().create_execution_context(2)
+
+
+def test_plans_of_several_folds_become_one_engine(
+    cuda: FakeCuda, built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only what takes a GPU is made up: the opened plans, and the GPU's name."""
+    opened = [OpenedEngine(cuda, fold) for fold in (0, 1, 0, 1)]
+    monkeypatch.setattr(tensorrt, "deserialize", lambda *arguments: opened.pop(0))
+    monkeypatch.setattr(cudart, "architecture", lambda: "sm89")
+    manifest = changed(read_manifest(built), cuda_graph=True)
+    manifest["preprocess"] = {**manifest["preprocess"], "size": 4}
+    paths = {fold: tmp_path / f"fold_{fold}" / "model.plan" for fold in (0, 1)}
+    for path in paths.values():
+        path.parent.mkdir()
+        path.write_bytes(built.read_bytes())
+    manifests = dict.fromkeys(paths, manifest)
+    engine = tensorrt.create(paths, manifests, "cuda")
+    images = pictures(21)
+    assert_outputs(engine.submit(images).result(), images)
+    assert cuda.replays == 0, "TensorRT-RTX records graphs by itself"
+    for path in paths.values():
+        assert path.with_name("model.plan.sm89.cache").read_bytes() == b"[8]"
+    cuda.capacity = 100
+    with pytest.raises(UserError, match=r"out of memory\); use fewer folds, or build it again"):
+        tensorrt.create(paths, manifests, "cuda")
 
 
 def test_what_the_manifest_rules_out_is_refused(built: Path) -> None:
