@@ -29,8 +29,8 @@ from infer.engines.tensorrt import (
     as_tensor,
     check_gpu,
     import_runtime,
-    logger,
 )
+from infer.engines.tensorrt_plan import logger
 from infer.formats import ENGINE_FORMATS
 from isic.layout import ONNX_FILE
 from isic.runtime.errors import UserError
@@ -288,7 +288,8 @@ def configure(
     """Return the builder's configuration of a network with one batch profile."""
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # DETAILED, for inspectors of a plan, slows runs down.
+    config.profiling_verbosity = trt.ProfilingVerbosity.LAYER_NAMES_ONLY
     config.clear_flag(trt.BuilderFlag.TF32)  # the float32 layers are there to be exact
     if options.workspace_mib:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * 1024**2)
@@ -313,15 +314,23 @@ def configure(
 def read_timings(config: Any, path: Path, log: Log) -> None:
     """Load the timings of earlier builds, unless they are of another GPU or version."""
     earlier = path.read_bytes() if path.is_file() else b""
-    if not config.set_timing_cache(config.create_timing_cache(earlier), False):
-        log(f"{path} is of another GPU or TensorRT version, so kernels are timed again")
-        config.set_timing_cache(config.create_timing_cache(b""), False)
+    if not _set_timings(config, earlier):
+        log(f"{path} is damaged or of another GPU or TensorRT version: kernels are timed again")
+        _set_timings(config, b"")
+
+
+def _set_timings(config: Any, timings: bytes) -> bool:
+    """Let a build use timings and add its own. Return whether TensorRT accepts them."""
+    cache = config.create_timing_cache(timings)
+    return cache is not None and bool(config.set_timing_cache(cache, False))
 
 
 def write_timings(config: Any, path: Path) -> None:
-    """Write the timings of earlier builds and of this one atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(config.get_timing_cache().serialize())
+    """Write the timings of earlier builds and of this one atomically, if TensorRT has any."""
+    cache = config.get_timing_cache()
+    if cache is not None:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(cache.serialize())
 
 
 def serialize(

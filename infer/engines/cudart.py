@@ -87,7 +87,8 @@ def check_driver() -> None:
         raise UserError(
             f"the NVIDIA driver is for CUDA {cuda_version(driver)}, which is too old for the "
             f"installed CUDA runtime {newest}; install {driver_for(newest)}, or "
-            f'run `pip install "cuda-bindings<{major + 1}"` and install a TensorRT for CUDA {major}'
+            f'run `pip install "cuda-bindings<{major + 1}"` and replace TensorRT by '
+            f"tensorrt-cu{major}, or TensorRT-RTX by tensorrt_rtx_cu{major}"
         )
 
 
@@ -132,10 +133,16 @@ def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
 
 def is_pinned(images: Pixels) -> bool:
     """Return whether the GPU can copy straight from an array: it is page-locked and contiguous."""
+    first = images.ctypes.data
+    # The last byte too: memory is locked in whole pages, which other arrays may begin in.
+    ends = (first, first + images.nbytes - 1)
+    return bool(images.flags.c_contiguous and all(map(_is_locked, ends)))
+
+
+def _is_locked(pointer: int) -> bool:
     cuda = runtime()
-    status, attributes = cuda.cudaPointerGetAttributes(images.ctypes.data)
-    is_host = int(status) == 0 and attributes.type == cuda.cudaMemoryType.cudaMemoryTypeHost
-    return bool(images.flags.c_contiguous and is_host)
+    status, attributes = cuda.cudaPointerGetAttributes(pointer)
+    return bool(int(status) == 0 and attributes.type == cuda.cudaMemoryType.cudaMemoryTypeHost)
 
 
 class DeviceMemory:
@@ -225,7 +232,9 @@ class Event:
 
     def __init__(self) -> None:
         cuda = runtime()
-        self.handle = call(cuda.cudaEventCreateWithFlags, cuda.cudaEventDisableTiming)
+        # A thread that waits for a blocking event sleeps; otherwise it would take a core.
+        flags = cuda.cudaEventDisableTiming | cuda.cudaEventBlockingSync
+        self.handle = call(cuda.cudaEventCreateWithFlags, flags)
         weakref.finalize(self, cuda.cudaEventDestroy, self.handle)
 
     def wait(self) -> None:

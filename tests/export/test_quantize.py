@@ -21,7 +21,8 @@ from export.parity import Reference, check_parity
 from export.quantize import BASE_PRECISION, QUANT_TYPES, quantize
 from export.tensorrt import build_plan, plan_name, with_capabilities
 from infer.engines import create
-from infer.engines.tensorrt import import_runtime, logger
+from infer.engines.tensorrt import import_runtime
+from infer.engines.tensorrt_plan import logger
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError
 from train.config import TrainSettings

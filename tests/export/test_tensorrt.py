@@ -31,7 +31,8 @@ from export.tensorrt import (
     write_timings,
 )
 from infer.engines import cudart
-from infer.engines.tensorrt import import_runtime, logger, unavailable_reason
+from infer.engines.tensorrt import import_runtime, unavailable_reason
+from infer.engines.tensorrt_plan import logger
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError
 from train.config import TrainSettings
@@ -319,6 +320,38 @@ def test_timings_are_kept_for_the_next_fold(tiny: Path, tmp_path: Path) -> None:
         write_timings(config, path)
     assert path.stat().st_size > 0
     assert not messages
+
+
+@pytest.mark.parametrize("refuses", ["create_timing_cache", "set_timing_cache"])
+def test_timings_that_tensorrt_refuses_are_measured_again(tmp_path: Path, refuses: str) -> None:
+    """The builder's configuration is made up, because TensorRT-RTX accepts any timings."""
+    path, messages, kept = tmp_path / "timings.cache", [], []
+    path.write_bytes(b"damaged")
+
+    def create(timings: bytes) -> Any:
+        is_refused = refuses == "create_timing_cache" and timings == b"damaged"
+        return None if is_refused else SimpleNamespace(serialize=lambda: timings + b"new")
+
+    def keep(cache: Any, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if cache.serialize().startswith(b"damaged"):
+            return False
+        kept.append(cache)
+        return True
+
+    config = SimpleNamespace(
+        create_timing_cache=create,
+        set_timing_cache=keep,
+        get_timing_cache=lambda: kept[-1] if kept else None,
+    )
+    write_timings(config, path)
+    assert path.read_bytes() == b"damaged", "there are no timings to write"
+    read_timings(config, path, messages.append)
+    write_timings(config, path)
+    assert path.read_bytes() == b"new"
+    assert messages == [
+        f"{path} is damaged or of another GPU or TensorRT version: kernels are timed again"
+    ]
 
 
 def test_a_missing_gpu_or_library_is_reported(tiny: Path, tmp_path: Path) -> None:

@@ -5,26 +5,31 @@ Tests without a GPU run the engine on them. Undefined behaviour of CUDA or Tenso
 - Two unordered pieces of work on the same memory, of which one writes. A stream does its work in
   order; events and the host's waits order the work of several streams.
 - Memory that is freed, or host memory that is rewritten, before the host has waited for the work
-  on it.
+  on it. An execution context that ends before.
+- Outputs on the host that are overwritten before the host has waited for them.
+- A wait of the host for an event that spins, since it takes a core.
 - An address for TensorRT that is not aligned to 256 bytes. Allocations are aligned to no more.
 - An execution context on two streams at once, or two contexts on the same scratch memory.
-- A graph that is replayed after its context was used for anything else, and one that is recorded
-  before a run with the context's present shape.
+- A graph that is replayed after its context was used for anything else or has ended, and one that
+  is recorded before a run with the context's present shape.
 
 Work runs as late as possible (or, with `eager_copies`, copies to the GPU as early as possible).
 Memory is poisoned until it has been written, so a missing wait gives wrong numbers too.
 """
 
 import ctypes
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 SUCCESS, UNSUPPORTED_IN_CAPTURE, CAPTURE_INVALIDATED, ILLEGAL_STATE = 0, 900, 901, 401
+OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
+TEXTS = {OUT_OF_MEMORY: "out of memory", ILLEGAL_ADDRESS: "an illegal memory access"}
 POISON = 0xCD
 ALIGNMENT = 256
 
@@ -60,6 +65,7 @@ class Work:
 
 @dataclass
 class FakeEvent:
+    flags: int = 0
     clock: Clock = field(default_factory=dict)
     stream: "FakeStream | None" = None
     position: int = 0
@@ -88,8 +94,10 @@ class FakeStream:
 @dataclass(eq=False)
 class FakeGraph:
     work: list[Work] = field(default_factory=list)
-    contexts: "dict[FakeContext, int]" = field(default_factory=dict)
-    """The contexts that are part of it, and how often each had been used after it was recorded."""
+    contexts: "dict[FakeContext, int]" = field(default_factory=weakref.WeakKeyDictionary)
+    """The contexts that are part of it, and how often each had been used after it was recorded.
+
+    It does not own them: work of a context that has ended is refused."""
     is_valid: bool = True
 
 
@@ -101,7 +109,9 @@ class Kind(Enum):
 class FakeCuda:
     """The functions of `cuda.bindings.runtime` that the engine calls, on ordinary memory."""
 
-    cudaHostAllocDefault = cudaStreamNonBlocking = cudaEventDisableTiming = 0
+    cudaHostAllocDefault = 0
+    cudaStreamNonBlocking = cudaEventBlockingSync = 1
+    cudaEventDisableTiming = 2
     cudaMemcpyKind = Kind
     cudaMemoryType = SimpleNamespace(cudaMemoryTypeHost=1)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
@@ -115,26 +125,45 @@ class FakeCuda:
         self.streams: dict[int, FakeStream] = {}
         self.graphs: set[FakeGraph] = set()
         self.replays = 0
+        self.uploads: list[int] = []
+        """The size of each copy to the GPU, bytes."""
+        self.waits = 0
+        """How often the host waited for an event or a stream."""
+        self.is_broken = False
+        """Whether the GPU has failed: every call that has a status returns the error."""
+        self.next_wait_fails = False
+        """Whether the host's next wait for an event returns an error, which CUDA then forgets."""
+        self.capacity: int | None = None
+        """Bytes of the GPU's memory, any number if None."""
         self.misuses: list[str] = []
         """All misuses; Python drops an exception that a finalizer raises."""
         self._clock: Clock = {}
         self._freed: list[Any] = []
+        self._outputs: list[tuple[Touch, FakeStream, int]] = []
+        """Downloads that the host has not waited for: their memory, stream and position."""
 
     def misuse(self, text: str) -> Misuse:
         self.misuses.append(text)
         return Misuse(text)
 
     def cudaGetErrorString(self, status: int) -> tuple[int, bytes]:
-        return SUCCESS, f"error {status}".encode()
+        return SUCCESS, TEXTS.get(status, f"error {status}").encode()
 
     def cudaGetLastError(self) -> tuple[int]:
         return (SUCCESS,)
 
     # Memory
 
+    def register(self, array: np.ndarray[Any, Any]) -> None:
+        """Page-lock memory of the caller until it ends, as the driver's library does."""
+        pointer = array.ctypes.data
+        self.host[pointer] = as_array(pointer, (array.nbytes,), np.uint8)
+        weakref.finalize(array, self._free, self.host, pointer)
+
     def _allocate(self, memory: dict[int, Any], size: int) -> tuple[int, int | None]:
-        if self._interrupts_capture():
-            return UNSUPPORTED_IN_CAPTURE, None
+        status = self._status()
+        if status:
+            return status, None
         block = np.full(size + 2 * ALIGNMENT, POISON, np.uint8)
         start = -block.ctypes.data % ALIGNMENT
         start += 0 if (block.ctypes.data + start) % (2 * ALIGNMENT) else ALIGNMENT
@@ -145,6 +174,8 @@ class FakeCuda:
     def _free(self, memory: dict[int, Any], pointer: int) -> tuple[int]:
         array = memory.pop(pointer)
         self._freed.append(array)  # so that no other allocation gets the address
+        if self.is_broken:
+            return (ILLEGAL_ADDRESS,)
         self._check_order(None, Work("free", (Touch(pointer, array.size, writes=True),), _nothing))
         array[:] = POISON
         return (SUCCESS,)
@@ -153,6 +184,9 @@ class FakeCuda:
         return self._allocate(self.host, size)
 
     def cudaMalloc(self, size: int) -> tuple[int, int | None]:
+        used = sum(array.size for array in self.device.values())
+        if self.capacity is not None and used + size > self.capacity:
+            return OUT_OF_MEMORY, None
         return self._allocate(self.device, size)
 
     def cudaFreeHost(self, pointer: int) -> tuple[int]:
@@ -163,6 +197,10 @@ class FakeCuda:
 
     def cudaPointerGetAttributes(self, pointer: int) -> tuple[int, Any]:
         return SUCCESS, SimpleNamespace(type=1 if _holds(self.host, pointer, 1) else 0)
+
+    def end_context(self, pointer: int) -> None:
+        """Free the memory of an execution context."""
+        self._free(self.internal, pointer)
 
     # Order
 
@@ -206,17 +244,21 @@ class FakeCuda:
         return (SUCCESS,)
 
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[int, FakeEvent]:
-        return SUCCESS, FakeEvent()
+        return SUCCESS, FakeEvent(flags)
 
     def cudaEventDestroy(self, event: FakeEvent) -> tuple[int]:
         return (SUCCESS,)
 
     def cudaEventRecord(self, event: FakeEvent, stream: FakeStream) -> tuple[int]:
+        if self.is_broken:
+            return (ILLEGAL_ADDRESS,)
         event.stream, event.position = stream, len(stream.work)
         event.clock = _merged(stream.clock, {stream.number: event.position})
         return (SUCCESS,)
 
     def cudaStreamWaitEvent(self, stream: FakeStream, event: FakeEvent, flags: int) -> tuple[int]:
+        if self.is_broken:
+            return (ILLEGAL_ADDRESS,)
         before, until = event.stream, event.position
         if before:
             stream.clock = _merged(stream.clock, event.clock)
@@ -224,25 +266,48 @@ class FakeCuda:
         return (SUCCESS,)
 
     def cudaEventSynchronize(self, event: FakeEvent) -> tuple[int]:
-        if self._interrupts_capture():
-            return (UNSUPPORTED_IN_CAPTURE,)
+        if not event.flags & self.cudaEventBlockingSync:
+            raise self.misuse("the host spins while it waits for an event")
+        status = self._status()
+        if status:
+            return (status,)
+        if self.next_wait_fails:
+            self.next_wait_fails = False
+            return (ILLEGAL_ADDRESS,)
         if event.stream:
             event.stream.run(event.position)
-            self._clock = _merged(self._clock, event.clock)
+            self._waited(event.clock)
         return (SUCCESS,)
 
     def cudaStreamSynchronize(self, stream: FakeStream) -> tuple[int]:
-        if self._interrupts_capture():
-            return (UNSUPPORTED_IN_CAPTURE,)
+        status = self._status()
+        if status:
+            return (status,)
         stream.run(len(stream.work))
-        self._clock = _merged(self._clock, stream.clock, {stream.number: len(stream.work)})
+        self._waited(_merged(stream.clock, {stream.number: len(stream.work)}))
         return (SUCCESS,)
+
+    def _waited(self, clock: Clock) -> None:
+        """Note that the host has waited for work."""
+        self.waits += 1
+        self._clock = _merged(self._clock, clock)
+        self._outputs = [
+            output for output in self._outputs if output[2] > self._clock.get(output[1].number, 0)
+        ]
+
+    def _status(self) -> int:
+        """Return the error of a call that CUDA prohibits while a stream records, or 0."""
+        if self._interrupts_capture():
+            return UNSUPPORTED_IN_CAPTURE
+        return ILLEGAL_ADDRESS if self.is_broken else SUCCESS
 
     # Copies
 
     def cudaMemcpyAsync(
         self, target: int, source: int, count: int, kind: Kind, stream: FakeStream
     ) -> tuple[int]:
+        if self.is_broken:
+            return (ILLEGAL_ADDRESS,)
         is_upload = kind is Kind.cudaMemcpyHostToDevice
         on_device, on_host = (target, source) if is_upload else (source, target)
         if not (_holds(self.device, on_device, count) and _holds(self.host, on_host, count)):
@@ -256,10 +321,16 @@ class FakeCuda:
 
         touches = Touch(source, count, writes=False), Touch(target, count, writes=True)
         self.submit(stream, Work("upload" if is_upload else "download", touches, copy))
-        if not is_upload:
-            ctypes.memset(target, POISON, count)  # who reads it without a wait gets this
-        elif self.eager_copies:
-            stream.run(len(stream.work))
+        if is_upload:
+            self.uploads.append(count)
+            if self.eager_copies:
+                stream.run(len(stream.work))
+            return (SUCCESS,)
+        output = touches[1]
+        if any(output.collides(other) for other, _, _ in self._outputs):
+            raise self.misuse("outputs are overwritten before the host has waited for them")
+        self._outputs.append((output, stream, len(stream.work)))
+        ctypes.memset(target, POISON, count)  # who reads it without a wait gets this
         return (SUCCESS,)
 
     # Graphs
@@ -283,7 +354,8 @@ class FakeCuda:
             return ILLEGAL_STATE, None
         if not graph.is_valid:
             return CAPTURE_INVALIDATED, None
-        graph.contexts = {context: context.uses for context in graph.contexts}
+        for context in graph.contexts:
+            graph.contexts[context] = context.uses
         self.graphs.add(graph)
         return SUCCESS, graph
 
@@ -301,6 +373,8 @@ class FakeCuda:
         return (SUCCESS,)
 
     def cudaGraphLaunch(self, graph: FakeGraph, stream: FakeStream) -> tuple[int]:
+        if self.is_broken:
+            return (ILLEGAL_ADDRESS,)
         if graph not in self.graphs:
             raise self.misuse("a graph is replayed that was destroyed")
         if any(context.uses != uses for context, uses in graph.contexts.items()):
@@ -333,10 +407,30 @@ def as_array(pointer: int, shape: tuple[int, ...], dtype: type) -> np.ndarray[An
     return np.frombuffer((ctypes.c_uint8 * size).from_address(pointer), dtype).reshape(shape)
 
 
-FAKE_TRT = SimpleNamespace(
-    ExecutionContextAllocationStrategy=SimpleNamespace(STATIC=0, USER_MANAGED=2)
+class FakeLogger:
+    """TensorRT's base class of loggers."""
+
+    Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1)
+
+
+FAKE_TRT = ModuleType("fake TensorRT")
+"""The names of TensorRT's module that creating and running contexts takes."""
+vars(FAKE_TRT).update(
+    ExecutionContextAllocationStrategy=SimpleNamespace(STATIC=0, USER_MANAGED=2),
+    ILogger=FakeLogger,
+    ProfilingVerbosity=SimpleNamespace(LAYER_NAMES_ONLY=0, NONE=1),
 )
-"""The names of TensorRT's module that creating contexts takes."""
+
+
+@dataclass
+class ContextLog:
+    """The history of an execution context, which may have ended."""
+
+    shapes: list[int] = field(default_factory=list)
+    """The batch of each shape that was set."""
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    """The number of each run or recording among those of all contexts, and its batch."""
+    nvtx_verbosity: int = 0
 
 
 class FakeEngine:
@@ -348,14 +442,15 @@ class FakeEngine:
         self, cuda: FakeCuda, network: Callable[[Any], dict[str, Any]], max_batch: int
     ) -> None:
         self.cuda, self.network, self.max_batch = cuda, network, max_batch
-        self.contexts: list[FakeContext] = []
+        self.contexts: list[ContextLog] = []
         self.fails_from: int | None = None
         """The number of runs, of all contexts, from which on runs fail."""
 
     def create_execution_context(self, strategy: int) -> "FakeContext":
         assert strategy == FAKE_TRT.ExecutionContextAllocationStrategy.USER_MANAGED
-        self.contexts.append(FakeContext(self))
-        return self.contexts[-1]
+        context = FakeContext(self)
+        self.contexts.append(context.log)
+        return context
 
     @property
     def batches(self) -> list[int]:
@@ -371,16 +466,22 @@ class FakeContext:
         self._state = np.zeros(1, np.uint8)
         """Its own memory, which every run writes."""
         self._cuda.internal[self._state.ctypes.data] = self._state
+        weakref.finalize(self, self._cuda.end_context, self._state.ctypes.data)
         self._addresses: dict[str, int] = {}
         self._memory = (0, 0)
         self._shape: tuple[int, ...] = ()
         self._is_ready = False
         """Whether it has run with its shape, outside a recording."""
         self.uses = 0
-        self.shapes: list[int] = []
-        """The batch of each shape that was set."""
-        self.runs: list[tuple[int, int]] = []
-        """The number of each run or recording among those of all contexts, and its batch."""
+        self.log = ContextLog()
+
+    @property
+    def nvtx_verbosity(self) -> int:
+        return self.log.nvtx_verbosity
+
+    @nvtx_verbosity.setter
+    def nvtx_verbosity(self, verbosity: int) -> None:
+        self.log.nvtx_verbosity = verbosity
 
     def set_device_memory(self, pointer: int, size: int) -> None:
         if pointer % ALIGNMENT or size < self._engine.device_memory_size_v2:
@@ -390,7 +491,7 @@ class FakeContext:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.uses += 1
-        self.shapes.append(shape[0])
+        self.log.shapes.append(shape[0])
         self._is_ready = self._is_ready and shape == self._shape
         self._shape = shape
         return name == "images" and 1 <= shape[0] <= self._engine.max_batch
@@ -403,12 +504,14 @@ class FakeContext:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
+        if self._cuda.is_broken:
+            return False
         number = len(self._engine.batches)
         if self._engine.fails_from is not None and number >= self._engine.fails_from:
             return False
         target = self._cuda.streams[stream]
         self.uses += 1
-        self.runs.append((number, self._shape[0]))
+        self.log.runs.append((number, self._shape[0]))
         if target.recording is None:
             self._is_ready = True
         elif self._is_ready:
@@ -428,7 +531,7 @@ class FakeContext:
         def run() -> None:
             images = as_array(addresses["images"], shape, np.uint8)
             for name, values in network(images).items():
-                as_array(addresses[name], values.shape, np.float32)[:] = values
+                as_array(addresses[name], values.shape, values.dtype)[:] = values
 
         return Work("a run", (read, *written, *own), run)
 
@@ -437,12 +540,17 @@ SHAPES = {"images": (4, 4, 3), "features": (5,), "logits": (1,), "mask": (2, 2)}
 """Input and outputs of the fake network, without the batch."""
 
 
-def fake_network(images: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """The network of the fake plan: its outputs differ for any two images."""
+def fake_network(
+    images: np.ndarray[Any, Any], fold: int = 0, dtype: str = "float32"
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The network of the fake plan: its outputs differ for any two images and any two folds.
+
+    `dtype` is the type of the features, in which they are exact.
+    """
     values = images.astype(np.float32)
     weights = np.arange(1, 49, dtype=np.float32).reshape(4, 4, 3)
     return {
-        "features": values.reshape(len(images), 48)[:, :5].copy(),
-        "logits": (values * weights).sum(axis=(1, 2, 3))[:, None],
-        "mask": values[:, ::2, ::2, 0].copy(),
+        "features": (values.reshape(len(images), 48)[:, :5] + fold).astype(dtype),
+        "logits": (values * weights).sum(axis=(1, 2, 3))[:, None] + fold,
+        "mask": values[:, ::2, ::2, 0] + fold,
     }

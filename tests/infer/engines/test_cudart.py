@@ -22,7 +22,10 @@ def test_a_call_that_breaks_a_recording_leaves_the_stream_usable(cuda: FakeCuda)
 @pytest.mark.parametrize(
     ("driver", "words"),
     [
-        (12040, 'the NVIDIA driver is for CUDA 12.4, .*CUDA runtime 13.5; .*"cuda-bindings<13"'),
+        (
+            12040,
+            'the NVIDIA driver is for CUDA 12.4, .*CUDA runtime 13.5; .*"cuda-bindings<13".* tensorrt-cu12',
+        ),
         (13000, r"CUDA finds no GPU \(driver version is insufficient\); restart"),
         (0, r"CUDA finds no GPU \(driver version is insufficient\); restart"),
     ],

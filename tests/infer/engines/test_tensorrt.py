@@ -1,99 +1,26 @@
-"""The TensorRT engine without a GPU: its refusals are real, its runs are on a fake CUDA."""
+"""Loading TensorRT plans: the refusals are real; the plan of one node runs on a fake CUDA."""
 
 import dataclasses
-import gc
 import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from infer.engines import cudart, load, tensorrt
-from infer.engines.cudart import CudaError
-from infer.engines.tensorrt import AMPERE_PLUS, Plan, Profile, TensorRTEngine, logger
+from infer.engines.contract import Tensor
+from infer.engines.tensorrt import AMPERE_PLUS
+from infer.engines.tensorrt_plan import Profile, logger
 from isic.runtime.errors import UserError
 from isic.runtime.files import manifest_path, read_manifest, write_manifest
-from tests.support.fake_cuda import (
-    FAKE_TRT,
-    SHAPES,
-    FakeCuda,
-    FakeEngine,
-    fake_network,
-)
-
-PROFILE = Profile(min=2, opt=8, max=16)
-
-
-def pictures(number: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(0, 256, (number, 4, 4, 3), dtype=np.uint8)
-
-
-def fake_engine(cuda: FakeCuda, cuda_graph: bool = False) -> tuple[TensorRTEngine, FakeEngine]:
-    fake = FakeEngine(cuda, fake_network, PROFILE.max)
-    return engine_of(fake, cuda_graph), fake
-
-
-def engine_of(fake: FakeEngine, cuda_graph: bool) -> TensorRTEngine:
-    plan = Plan(cast(ModuleType, FAKE_TRT), fake, portable=False, cuda_graph=cuda_graph)
-    return TensorRTEngine(plan, SHAPES, PROFILE, cuda_graph)
-
-
-def assert_right(engine: TensorRTEngine, number: int) -> None:
-    """Run pictures and compare the results with the network's."""
-    images = pictures(number, seed=number)
-    features, logits = engine.run(images)
-    np.testing.assert_array_equal(features, fake_network(images)["features"])
-    np.testing.assert_array_equal(logits, fake_network(images)["logits"])
-
-
-@pytest.mark.parametrize("cuda_graph", [False, True])
-@pytest.mark.parametrize("pinned", [False, True])
-def test_batches_of_any_size_are_right(cuda: FakeCuda, cuda_graph: bool, pinned: bool) -> None:
-    """Every piece is computed from its own images, in any order of the two streams."""
-    engine, _ = fake_engine(cuda, cuda_graph)
-    for number in (0, 1, 2, 3, 8, 9, 16, 17, 24, 61):
-        images = (
-            engine.allocate((number, 4, 4, 3)) if pinned else np.empty((number, 4, 4, 3), np.uint8)
-        )
-        images[:] = pictures(number, seed=number)
-        features, logits = engine.run(images)
-        expected = fake_network(images)
-        np.testing.assert_array_equal(features, expected["features"])
-        np.testing.assert_array_equal(logits, expected["logits"])
-        np.testing.assert_array_equal(engine.predict_mask(images), expected["mask"])
-
-
-def test_a_batch_over_the_profile_goes_in_pieces_and_the_tail_is_padded(cuda: FakeCuda) -> None:
-    engine, fake = fake_engine(cuda)
-    engine.run(pictures(21))
-    assert fake.batches == [8, 8, 8]  # the last with five images
-    engine.run(pictures(16))
-    assert fake.batches[3:] == [16]
-
-
-def test_the_full_batch_replays_a_cuda_graph(cuda: FakeCuda) -> None:
-    engine, fake = fake_engine(cuda, cuda_graph=True)
-    recorded = len(fake.batches)
-    engine.run(pictures(40))
-    assert cuda.replays == 5
-    assert len(fake.batches) == recorded
-    engine.run(pictures(3))
-    assert cuda.replays == 5
-    assert fake.batches[recorded:] == [4]
-
-
-def test_a_graph_is_right_after_batches_of_other_sizes(cuda: FakeCuda) -> None:
-    """The fake CUDA refuses to replay a graph whose context was used for something else."""
-    engine, fake = fake_engine(cuda, cuda_graph=True)
-    for number in (40, 3, 40, 16, 1, 8, 61, 24):
-        assert_right(engine, number)
-    assert cuda.replays == 5 + 5 + 1 + 8 + 3
-    assert len(fake.contexts) == 4, "one for each slot, and one for each slot's graph"
+from tests.support.fake_cuda import SHAPES, FakeCuda, FakeEngine, fake_network
+from tests.support.tensorrt_plans import assert_outputs, pictures
 
 
 @pytest.fixture
@@ -138,113 +65,6 @@ def test_one_node_that_cannot_be_built_gives_the_reason(monkeypatch: pytest.Monk
         tensorrt.run_one_node("tensorrt_rtx")
 
 
-def test_a_shape_is_set_only_when_the_batch_changes(cuda: FakeCuda) -> None:
-    engine, fake = fake_engine(cuda)
-    for number in (24, 24, 3, 3, 24):
-        assert_right(engine, number)
-    assert [context.shapes for context in fake.contexts] == [[8, 4, 8], [8]]
-
-
-def test_contexts_share_their_scratch_memory(cuda: FakeCuda) -> None:
-    _, fake = fake_engine(cuda, cuda_graph=True)
-    sizes = [array.size for array in cuda.device.values()]
-    assert sizes.count(fake.device_memory_size_v2) == 1
-
-
-def test_contexts_of_tensorrt_rtx_share_memory_and_keep_their_kernels(cuda: FakeCuda) -> None:
-    """The names are TensorRT-RTX's own; the engine is made up, because opening one takes a GPU."""
-    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    given: dict[str, Any] = {}
-    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-    config = SimpleNamespace(
-        set_execution_context_allocation_strategy=lambda value: given.update(strategy=value)
-    )
-    context = FakeEngine(cuda, fake_network, PROFILE.max).create_execution_context(int(strategy))
-    engine = SimpleNamespace(
-        device_memory_size_v2=1000,
-        create_runtime_config=lambda: config,
-        create_execution_context=lambda config: given.update(config=config) or context,
-    )
-    Plan(trt, engine, portable=True, cuda_graph=True).create_context()
-    assert given == {"strategy": strategy, "config": config}
-    kernels = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-    assert config.dynamic_shapes_kernel_specialization_strategy == kernels
-    assert config.cuda_graph_strategy == trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-    config = SimpleNamespace(**vars(config))
-    del config.cuda_graph_strategy
-    Plan(trt, engine, portable=True, cuda_graph=False).create_context()
-    assert not hasattr(config, "cuda_graph_strategy")
-    engine.create_execution_context = lambda config: None
-    logger(trt).errors.clear()  # those of plans that other tests built
-    with pytest.raises(CudaError, match="it gives no reason"):
-        Plan(trt, engine, portable=True, cuda_graph=False).create_context()
-
-
-@pytest.mark.parametrize("fails_from", [0, 1, 2, 3])
-def test_an_error_while_recording_ends_the_recording(cuda: FakeCuda, fails_from: int) -> None:
-    """In the fake CUDA a stream that is left recording refuses all later calls."""
-    fake = FakeEngine(cuda, fake_network, PROFILE.max)
-    fake.fails_from = fails_from
-    with pytest.raises(CudaError, match="did not run a batch of 8"):
-        engine_of(fake, cuda_graph=True)
-    assert not any(stream.recording for stream in cuda.streams.values())
-    gc.collect()
-    assert not cuda.graphs
-    fake.fails_from = None
-    assert_right(engine_of(fake, cuda_graph=True), 21)
-
-
-def test_a_batch_that_fails_halfway_leaves_nothing_in_flight(cuda: FakeCuda) -> None:
-    """The fake CUDA refuses to reuse memory in flight."""
-    engine, fake = fake_engine(cuda)
-    for fails_from in range(3):
-        fake.fails_from = len(fake.batches) + fails_from
-        with pytest.raises(CudaError, match="did not run a batch of 8"):
-            engine.run(pictures(40, seed=1))
-        fake.fails_from = None
-        assert_right(engine, 40)
-
-
-def test_pinned_images_are_not_copied_on_the_host(cuda: FakeCuda) -> None:
-    engine, _ = fake_engine(cuda)
-    images = engine.allocate((8, 4, 4, 3))
-    before = len(cuda.host)
-    engine.run(images)
-    assert len(cuda.host) == before
-    engine.run(images[:, ::-1])  # page-locked, but not in one run of bytes
-    engine.run(pictures(8))
-    assert len(cuda.host) > before
-
-
-def test_memory_is_freed_and_outlives_the_engine_where_it_is_in_use(cuda: FakeCuda) -> None:
-    engine, _ = fake_engine(cuda)
-    images = engine.allocate((3, 4, 4, 3))[1:]
-    engine.run(images)
-    del engine
-    gc.collect()
-    assert not cuda.device
-    assert len(cuda.host) == 1
-    images[:] = 1
-    del images
-    gc.collect()
-    assert not cuda.host
-
-
-def test_pieces_cover_a_batch_and_padding_takes_few_sizes() -> None:
-    profile = Profile(min=1, opt=48, max=200)
-    for number in (0, 1, 47, 200, 201, 1000):
-        pieces = list(profile.pieces(number))
-        assert [row for piece in pieces for row in range(piece.start, piece.stop)] == list(
-            range(number)
-        )
-        assert all(piece.stop - piece.start <= profile.max for piece in pieces)
-    assert len(list(profile.pieces(200))) == 1
-    padded = {number: profile.padded(number) for number in range(1, 201)}
-    assert all(number <= size <= 200 for number, size in padded.items())
-    assert sorted(set(padded.values())) == [1, 2, 4, 8, 16, 32, 48, 64, 128, 200]
-    assert Profile(min=8, opt=8, max=8).padded(1) == 8
-
-
 @pytest.fixture(scope="module")
 def built(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TensorRT-RTX plan of the tiny run's first fold, built here for real, with its manifest."""
@@ -268,13 +88,73 @@ def changed(manifest: dict[str, Any], **plan: Any) -> dict[str, Any]:
 
 def refusal(path: Path, manifest: dict[str, Any], device: str = "cuda") -> str:
     with pytest.raises(UserError) as raised:
-        tensorrt.create(path, manifest, device)
+        tensorrt.create({0: path}, {0: manifest}, device)
     text = str(raised.value)
     assert "\n" not in text
     return text
 
 
 COMMAND = "python -m export --config tiny --fold 0 --formats tensorrt_rtx --precision fp32"
+
+
+class OpenedEngine(FakeEngine):
+    """TensorRT-RTX's engine of a plan of the fake network."""
+
+    num_io_tensors = len(SHAPES)
+
+    def __init__(self, cuda: FakeCuda, fold: int) -> None:
+        super().__init__(cuda, partial(fake_network, fold=fold), max_batch=16)
+        self.kernels = SimpleNamespace(
+            deserialize=lambda content: True, serialize=lambda: str(self.batches).encode()
+        )
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(SHAPES)[index]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        trt = tensorrt.import_runtime("tensorrt_rtx")
+        return trt.DataType.UINT8 if name == "images" else trt.DataType.FLOAT
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, *SHAPES[name])
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        return [(batch, *SHAPES[name]) for batch in (2, 8, 16)]
+
+    def create_runtime_config(self) -> Any:
+        return SimpleNamespace(
+            set_execution_context_allocation_strategy=int,
+            create_runtime_cache=lambda: self.kernels,
+            set_runtime_cache=lambda cache: True,
+        )
+
+    def create_execution_context(self, config: Any) -> Any:
+        return super().create_execution_context(2)
+
+
+def test_plans_of_several_folds_become_one_engine(
+    cuda: FakeCuda, built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only what takes a GPU is made up: the opened plans, and the GPU's name."""
+    opened = [OpenedEngine(cuda, fold) for fold in (0, 1, 0, 1)]
+    monkeypatch.setattr(tensorrt, "deserialize", lambda *arguments: opened.pop(0))
+    monkeypatch.setattr(cudart, "architecture", lambda: "sm89")
+    manifest = changed(read_manifest(built), cuda_graph=True)
+    manifest["preprocess"] = {**manifest["preprocess"], "size": 4}
+    paths = {fold: tmp_path / f"fold_{fold}" / "model.plan" for fold in (0, 1)}
+    for path in paths.values():
+        path.parent.mkdir()
+        path.write_bytes(built.read_bytes())
+    manifests = dict.fromkeys(paths, manifest)
+    engine = tensorrt.create(paths, manifests, "cuda")
+    images = pictures(21)
+    assert_outputs(engine.submit(images).result(), images)
+    assert cuda.replays == 0, "TensorRT-RTX records graphs by itself"
+    for path in paths.values():
+        assert path.with_name("model.plan.sm89.cache").read_bytes() == b"[8]"
+    cuda.capacity = 100
+    with pytest.raises(UserError, match=r"out of memory\); use fewer folds, or build it again"):
+        tensorrt.create(paths, manifests, "cuda")
 
 
 def test_what_the_manifest_rules_out_is_refused(built: Path) -> None:
@@ -351,7 +231,7 @@ def test_what_tensorrt_does_not_load_is_refused_with_its_reason(built: Path) -> 
     trt = tensorrt.import_runtime("tensorrt_rtx")
     half = built.read_bytes()[:-1000]
     with pytest.raises(UserError, match=r"model\.plan does not load \(.+\); build it"):
-        tensorrt.deserialize(trt, trt.Runtime(tensorrt.logger(trt)), built, half, "build it again")
+        tensorrt.deserialize(trt, trt.Runtime(logger(trt)), built, half, "build it again")
 
 
 def test_another_contract_is_refused() -> None:
@@ -378,9 +258,9 @@ def test_another_contract_is_refused() -> None:
 
     uint8, half, single = trt.DataType.UINT8, trt.DataType.HALF, trt.DataType.FLOAT
     right = described(images=uint8, features=single, logits=single)
-    shapes, profile = tensorrt.check_engine(right, Path("a.plan"), 8, "")
+    tensors, profile = tensorrt.check_engine(right, Path("a.plan"), 8, "")
     assert profile == Profile(1, 4, 8)
-    assert shapes["features"] == (5,)
+    assert tensors["features"] == Tensor("float32", (None, 5))
     tensorrt.check_engine(described(images=uint8, features=half, logits=single), Path("a"), 8, "")
     for engine, size, words in (
         (right, 9, r"has images uint8 \[N, 8, 8, 3\], not uint8 \[N, 9, 9, 3\]"),
@@ -426,7 +306,7 @@ def test_the_engine_needs_no_torch(built: Path) -> None:
         "import sys; from pathlib import Path\n"
         "from infer.engines import tensorrt; from isic.runtime.files import read_manifest\n"
         f"path = Path({str(built)!r})\n"
-        "try: tensorrt.create(path, read_manifest(path), 'cuda')\n"
+        "try: tensorrt.create({0: path}, {0: read_manifest(path)}, 'cuda')\n"
         "except ValueError as error: print(error)\n"
         "assert 'torch' not in sys.modules"
     )
