@@ -9,10 +9,10 @@ from tests.support.commands import Cli
 
 
 def test_a_part_that_fails_or_is_late_has_no_rows(tmp_path: Path, cli: Cli) -> None:
-    late = cli("benchmarks", "gpu", "--parts", "ingest", "--minutes", 0.001, "--data", tmp_path)
+    late = cli("benchmarks", "gpu", "--parts", "train", "--minutes", 0.001, "--data", tmp_path)
     assert late.code == 1
     assert "stopped: no time left" in late.out
-    assert cli("benchmarks", "gpu", "--parts", "ingset").code == 2
+    assert cli("benchmarks", "gpu", "--parts", "trian").code == 2
 
 
 @pytest.mark.slow
