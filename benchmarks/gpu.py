@@ -97,7 +97,7 @@ def _throughput_flags(settings: GpuSettings) -> list[Flags]:
 def _embed_flags(settings: GpuSettings) -> list[Flags]:
     return [
         {
-            **_engine_flags(config, settings),
+            **engine_flags(config, settings),
             "config": config,
             "images": settings.images,
             "batch": settings.batch,
@@ -120,7 +120,7 @@ def _peers_flags(settings: GpuSettings) -> list[Flags]:
     config = settings.config[0]
     return [
         {
-            **_engine_flags(config, settings),
+            **engine_flags(config, settings),
             "config": config,
             "images": min(settings.images, PEER_IMAGES),
             "batch": settings.batch,
@@ -141,7 +141,7 @@ FLAGS_OF_PART: dict[str, Callable[[GpuSettings], list[Flags]]] = {
 """Function of each part that returns the flags of its commands."""
 
 
-def _engine_flags(config: str, settings: GpuSettings) -> Flags:
+def engine_flags(config: str, settings: GpuSettings) -> Flags:
     """Return the format and precision of the preferred engine that was found to be correct."""
     path = (settings.results or RESULTS) / "correctness.csv"
     correct = read_correct(path, config_name(config)) if path.is_file() else {}

@@ -1,9 +1,11 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import polars as pl
@@ -28,18 +30,6 @@ def package_index(tmp_path_factory: pytest.TempPathFactory) -> None:
         pytest.skip(f"pip reaches no package index: {ended.stderr.splitlines()[-1]}")
 
 
-def run_packed(folder: Path, *flags: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run a packed folder's script with this Python, from the folder's parent."""
-    return subprocess.run(
-        [str(folder / "run.sh"), *flags],
-        env={**os.environ, "PYTHON": sys.executable, **environment},
-        cwd=folder.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_packed_folder_runs_by_itself(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:
@@ -53,7 +43,14 @@ def test_a_packed_folder_runs_by_itself(small_dataset: Path, tmp_path: Path, cli
     assert pl.read_csv(out / "data" / "train-metadata.csv")["target"].sum() == 10
     flags = split_flags(f"--parts {PARTS} --images 40 --repeats 1 --seconds 0.01")
     flags += split_flags("--config demo --precision fp32 --batch 16")
-    ran = run_packed(out, *flags)
+    ran = subprocess.run(
+        [str(out / "run.sh"), *flags],
+        env={**os.environ, "PYTHON": sys.executable},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "torch 2." in ran.stdout
     assert re.search("AOTInductor, CPU +yes", ran.stdout)
@@ -76,7 +73,7 @@ def test_a_packed_folder_runs_by_itself(small_dataset: Path, tmp_path: Path, cli
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("package_index")
-def test_missing_packages_are_unpacked_into_an_empty_folder(
+def test_a_stopped_run_has_unpacked_the_packages_and_written_its_rows(
     small_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
     out = tmp_path / "packed"
@@ -85,13 +82,24 @@ def test_missing_packages_are_unpacked_into_an_empty_folder(
     assert ended.code == 0, ended.err
     site = tmp_path / "elsewhere" / "site"
     site.parent.mkdir()
-    wanted = ["--parts", "correctness", "--config", "nothing"]
-    ran = run_packed(out, *wanted, SITE=str(site), OUT="mine")
-    assert ran.returncode == 1, "the part ran, and there is no such config"
-    assert "1 parts succeeded" in ran.stdout
-    assert (tmp_path / "mine" / "run.log").read_text() == ran.stdout
+    environment = {"PYTHON": sys.executable, "SITE": str(site), "OUT": "mine"}
+    rows = tmp_path / "mine" / "correctness.csv"
+    with subprocess.Popen(
+        [str(out / "run.sh"), "--parts", "correctness", "--config", "demo", "--device", "cpu"],
+        env={**os.environ, **environment},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not rows.is_file() and process.poll() is None:
+            time.sleep(0.1)
+        process.terminate()
+        text, _ = process.communicate()  # returns when all processes have ended
+    assert process.returncode == 128 + signal.SIGTERM
+    assert pl.read_csv(rows)["check"][0] == "training step"
+    assert (tmp_path / "mine" / "run.log").read_text() == text
     assert {path.name for path in site.iterdir()} >= {"fire", "termcolor", "typing_extensions.py"}
-    assert not site.with_name("site.part").exists()
+    assert {path.name for path in site.parent.iterdir()} == {"site"}
 
 
 @pytest.mark.slow
