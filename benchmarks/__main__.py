@@ -11,6 +11,7 @@ from isic.runtime.errors import UserError
 from train.config import TrainSettings, load_settings
 
 SETTINGS = {
+    "correctness": "CorrectnessSettings",
     "throughput": "ThroughputSettings",
     "export": "ExportCostSettings",
     "peers": "PeersSettings",

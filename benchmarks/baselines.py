@@ -104,19 +104,11 @@ def infer_embed(task: Task) -> Embed:
 def timm_eager(task: Task, compiled: bool = False) -> Embed:
     """timm's model and transform, h5py and PIL in a torch Dataset, a DataLoader with workers."""
     import torch  # noqa: PLC0415
-    from timm.data import create_transform  # noqa: PLC0415
 
     model = _timm_model(task).to(task.device)
     if compiled:
         model.compile()
-    transform = create_transform(
-        (3, task.size, task.size),
-        False,
-        interpolation="bilinear",
-        mean=task.mean,
-        std=task.std,
-        crop_pct=1.0,
-    )
+    transform = _timm_transform(task)
 
     class Images(torch.utils.data.Dataset[torch.Tensor]):
         file: Any = None
@@ -148,6 +140,58 @@ def timm_eager(task: Task, compiled: bool = False) -> Embed:
 
 def timm_compiled(task: Task) -> Embed:
     return timm_eager(task, compiled=True)
+
+
+def ray_data(task: Task) -> Embed:
+    """Ray Data: tasks that decode with h5py and timm's transform, an actor with timm's model."""
+    import ray  # noqa: PLC0415
+    import ray.data  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
+    torch_threads = torch.get_num_threads()
+    on_gpu = task.device == "cuda"
+    ray.init(num_cpus=max(1, task.num_workers), include_dashboard=False, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    class Network:
+        def __init__(self) -> None:
+            # Ray gives a process as many threads as it reserves cores.
+            torch.set_num_threads(torch_threads)
+            self.model = _timm_model(task).to(task.device)
+
+        @torch.inference_mode()
+        def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            images = torch.from_numpy(batch["image"].copy()).to(task.device)
+            with _autocast(task):
+                features = self.model(images).float().cpu().numpy()
+            return {"row": batch["row"], "features": features}
+
+    def embed(data: Path) -> Features:
+        def decode(batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            transform = _timm_transform(task)
+            with _open(data) as file:
+                images = [transform(_picture(file, name)).numpy() for name in batch["id"]]
+            return {"row": batch["row"], "image": np.stack(images)}
+
+        items = [{"row": row, "id": name} for row, name in enumerate(task.ids)]
+        results = (
+            ray.data.from_items(items)
+            .map_batches(decode, batch_size=task.batch)
+            .map_batches(
+                Network,
+                batch_size=task.batch,
+                compute=ray.data.ActorPoolStrategy(size=1),
+                num_cpus=0,  # the cores are for the tasks that decode
+                num_gpus=1 if on_gpu else 0,
+            )
+        )
+        # The rows of its blocks come in any order.
+        features = np.empty((len(task.ids), task.num_features), np.float32)
+        for batch in results.iter_batches(batch_size=None):
+            features[batch["row"]] = batch["features"]
+        return features
+
+    return embed
 
 
 def onnx_loop(task: Task) -> Embed:
@@ -186,6 +230,7 @@ BASELINES: dict[str, Callable[[Task], Embed]] = {
     "timm eager + DataLoader": timm_eager,
     "timm torch.compile + DataLoader": timm_compiled,
     "ONNX Runtime loop, h5py + PIL": onnx_loop,
+    "Ray Data + timm": ray_data,
 }
 """How to open each baseline, by its name in the results; the first is this toolkit."""
 
@@ -225,6 +270,19 @@ def _timm_model(task: Task) -> Any:
     model = timm.create_model(task.model, **task.options)
     model.load_state_dict(load_file(task.weights))
     return model.eval()
+
+
+def _timm_transform(task: Task) -> Any:
+    from timm.data import create_transform  # noqa: PLC0415
+
+    return create_transform(
+        (3, task.size, task.size),
+        False,
+        interpolation="bilinear",
+        mean=task.mean,
+        std=task.std,
+        crop_pct=1.0,
+    )
 
 
 def _open(data: Path) -> Any:

@@ -1,5 +1,6 @@
 """`python -m benchmarks embed`: embedding end to end and its parts, or a whole run."""
 
+import functools
 import shutil
 import statistics
 import subprocess
@@ -15,7 +16,7 @@ import polars as pl
 
 from benchmarks.record import Row, print_and_append
 from benchmarks.settings import NULL, EmbedRateSettings
-from benchmarks.timing import batches, seconds_of
+from benchmarks.timing import batches, repeated, seconds_of
 from infer.embedding.decoders import Recipe
 from infer.embedding.embedder import BatchStats, Embedder, EmbedJob
 from infer.embedding.models import Models, find_models
@@ -28,13 +29,28 @@ from isic.dataset import Dataset
 from isic.layout import ONNX_FILE, find_run
 from isic.metadata import read_ids
 from isic.preprocess import PreprocessSpec
+from isic.runtime.errors import UserError
 from isic.runtime.files import read_json
+
+WARMUP_IMAGES = 4096
+"""Most images of the repeat that is not timed."""
+
+Run = Callable[[pl.Series], None]
+"""Does its part of the work for some ids."""
 
 
 def embed(settings: EmbedRateSettings) -> None:
     """Run `benchmarks embed`, which its settings describe."""
+    if settings.formats and (settings.whole or settings.config == NULL):
+        raise UserError(
+            "--formats is for the untrained network of a config, without --whole; leave it out"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if settings.formats:
+            row = _measure_untrained(settings, folder)
+            print(f"appended to {print_and_append('embed', [row], settings.results)}")
+            return
         if settings.config == NULL:
             model_dir = folder / NULL
             engine = null.NULL_FILE
@@ -49,22 +65,47 @@ def embed(settings: EmbedRateSettings) -> None:
     print(f"appended to {print_and_append('embed', [row], settings.results)}")
 
 
+def _measure_untrained(settings: EmbedRateSettings, folder: Path) -> Row:
+    from benchmarks.artifacts import open_store  # noqa: PLC0415 - the others need no torch
+    from benchmarks.untrained import create_untrained  # noqa: PLC0415
+
+    assert settings.formats is not None
+    untrained = create_untrained(settings.config)
+    with open_store(settings.artifacts) as store:
+        artifact = store.get(
+            untrained, settings.formats, settings.precision, settings.device, settings.batch
+        )
+        manifest = {**artifact.manifest, "batch_size": settings.batch}
+        models = Models({0: artifact.path.resolve()}, {0: manifest}, untrained.spec)
+        what = f"{untrained.settings.name}, {settings.formats} {settings.precision}"
+        return {
+            "what": what,
+            "data": settings.data.name,
+            **_measure_models(settings, models, folder),
+        }
+
+
 def _measure_parts(settings: EmbedRateSettings, model_dir: Path, engine: str, folder: Path) -> Row:
     models = _first_fold(find_models(model_dir, settings.config, engine))
+    return _measure_models(settings, models, folder)
+
+
+def _measure_models(settings: EmbedRateSettings, models: Models, folder: Path) -> Row:
     batch_size = models.batch_size or BATCH_CPU
     data = settings.data.resolve()
     job = EmbedJob(
         data,
         "train",
         models,
-        "auto",
+        settings.device,
         "float16",
         settings.tta,
         batch_size,
         settings.num_threads,
         None,
     )
-    ids = read_ids(Dataset(settings.data).metadata_path("train"))[: settings.images]
+    ids = read_ids(Dataset(settings.data).metadata_path("train"))
+    ids = pl.Series(repeated(ids.to_list(), settings.images))
     rates = pipeline_rates(job, ids, folder / "parts", settings.repeats)
     share = rates.pop("share")
     rounded = {name: round(rate, 0) for name, rate in rates.items()}
@@ -113,20 +154,24 @@ def pipeline_rates(
         job: its batch size and threads are used throughout.
         ids: the images, embedded by every fold of the job.
         folder: for the shards, emptied before each repeat.
-        repeats: after one of warm-up.
+        repeats: after one of warm-up, on WARMUP_IMAGES.
 
     Returns:
         Medians of `ingest`, `engine` and `end_to_end` in images per second, and of `share`: end to
         end divided by the slower of the two parts, within each repeat.
     """
     cases = {
-        "ingest": _ingest(job, ids),
+        "ingest": _ingest(job),
         "engine": _engine(job, ids),
-        "end_to_end": _end_to_end(job, ids, folder),
+        "end_to_end": _end_to_end(job, folder),
     }
     measured: dict[str, list[float]] = {name: [] for name in (*cases, "share")}
     for repeat in range(repeats + 1):
-        rates = {name: len(ids) / seconds_of(run) for name, run in cases.items()}
+        timed = ids if repeat else ids.head(WARMUP_IMAGES)
+        rates = {
+            name: len(timed) / seconds_of(functools.partial(run, timed))
+            for name, run in cases.items()
+        }
         rates["share"] = rates["end_to_end"] / min(rates["ingest"], rates["engine"])
         if repeat:
             for name, rate in rates.items():
@@ -134,29 +179,28 @@ def pipeline_rates(
     return {name: statistics.median(values) for name, values in measured.items()}
 
 
-def _ingest(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
+def _ingest(job: EmbedJob) -> Run:
     """Return a function that decodes all batches and drops them."""
     embedder = Embedder.open(job)
-    names = ids.to_list()
 
-    def run() -> None:
-        stream = embedder.decode(batches(names, embedder.images_per_batch))
+    def run(ids: pl.Series) -> None:
+        stream = embedder.decode(batches(ids.to_list(), embedder.images_per_batch))
         for batch in stream:
             stream.release(batch)
 
     return run
 
 
-def _engine(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
+def _engine(job: EmbedJob, ids: pl.Series) -> Run:
     """Return a function that keeps the engine busy with the same batch of images."""
     models = job.models
     engine = create_many(models.artifacts, models.manifests, job.device)
     num_views = Recipe(models.spec, job.tta).num_views
-    first = ids[: job.batch_size].to_list()
+    first = ids.head(job.batch_size).to_list()
     images, _ = Dataset(job.data).images(job.split).load(first, models.spec)
-    num_rows = len(ids) * num_views
 
-    def run() -> None:
+    def run(ids: pl.Series) -> None:
+        num_rows = len(ids) * num_views
         in_flight: deque[Pending] = deque()
         for start in range(0, num_rows, job.batch_size):
             in_flight.append(engine.submit(images[: num_rows - start]))
@@ -168,11 +212,11 @@ def _engine(job: EmbedJob, ids: pl.Series) -> Callable[[], None]:
     return run
 
 
-def _end_to_end(job: EmbedJob, ids: pl.Series, folder: Path) -> Callable[[], None]:
+def _end_to_end(job: EmbedJob, folder: Path) -> Run:
     embedder = Embedder.open(job)
     steps: list[BatchStats] = []
 
-    def run() -> None:
+    def run(ids: pl.Series) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         parts = plan_shards(folder, job.split, ids, job.models.folds, None, "all")
         embedder.run(parts, steps.append)

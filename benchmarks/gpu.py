@@ -3,19 +3,36 @@
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import polars as pl
+
+from benchmarks.artifacts import open_store
+from benchmarks.correctness import engine_precisions
+from benchmarks.eager import TORCH_ENGINES
+from benchmarks.page import last_rows
 from benchmarks.process import run_group
-from benchmarks.settings import SHARES, GpuSettings
-from export.formats import gpu_without_bfloat16
+from benchmarks.record import commit
+from benchmarks.settings import CHECKED_BATCHES, RESULTS, SHARES, GpuSettings
+from benchmarks.throughput import resolve_device
+from benchmarks.untrained import config_name
+from export.formats import FORMATS, gpu_without_bfloat16
 from infer.engines import unavailable_reason
 from isic.runtime.errors import UserError, did_you_mean
+from isic.tables import read_csv
 
-TRAIN_STEPS = 10
+TRAIN_STEPS = 30
 """Optimizer steps per repeat of training."""
-ENGINE_PATIENCE = 240
-"""Time limit of one engine in seconds."""
-INGEST_THREADS = "1,2,4,8,16"
+# Each has a limit of its own, so that one that hangs leaves time to the others.
+CHECK_PATIENCE = 100
+"""Time limit of a check of correctness in seconds."""
+ENGINE_PATIENCE = 90
+"""Time limit of an engine's throughput in seconds."""
+PEER_IMAGES = 16_384
+"""Most images per repeat of the peers, which are slower."""
+PREFERRED = ("tensorrt", "tensorrt_rtx", "aoti", "onnx")
+"""Formats in the order in which a GPU's user takes them."""
 
 Flags = dict[str, object]
 
@@ -30,89 +47,124 @@ def gpu(settings: GpuSettings) -> int:
         settings = settings.model_copy(update={"precision": (default,)})
     deadline = time.monotonic() + 60 * settings.minutes
     num_succeeded = 0
-    for number, name in enumerate(settings.parts):
-        # The time that earlier parts left over is shared among this one and the later ones.
-        share = SHARES[name] / sum(SHARES[later] for later in settings.parts[number:])
-        seconds = share * (deadline - time.monotonic())
-        num_succeeded += run_part(name, part_commands(name, settings), seconds)
+    with open_store(settings.artifacts) as store:
+        settings = settings.model_copy(update={"artifacts": store.root})
+        for number, name in enumerate(settings.parts):
+            # The time that earlier parts left over is shared among this one and the later ones.
+            share = SHARES[name] / sum(SHARES[later] for later in settings.parts[number:])
+            seconds = share * (deadline - time.monotonic())
+            num_succeeded += run_part(name, part_commands(name, settings), seconds)
     print(f"{num_succeeded} of {len(settings.parts)} parts succeeded")
     return 0 if num_succeeded else 1
 
 
 def part_commands(name: str, settings: GpuSettings) -> list[Flags]:
-    """Return the flags of a part's commands; training has one per config."""
-    if name == "train":
-        return [_train_flags(config, settings) for config in settings.config]
-    common: Flags = {"data": settings.data, "results": settings.results}
-    flags_of = {
-        "throughput": _throughput_flags,
-        "export": _export_flags,
-        "ingest": _ingest_flags,
-        "peers": _peers_flags,
-    }
-    return [{**common, **flags_of[name](settings)}]
+    """Return the flags of each of a part's commands."""
+    flags: Flags = {"data": settings.data, "results": settings.results, "device": settings.device}
+    return [{**flags, **own} for own in FLAGS_OF_PART[name](settings)]
 
 
-def _train_flags(config: str, settings: GpuSettings) -> Flags:
+def _correctness_flags(settings: GpuSettings) -> list[Flags]:
+    sizes = {*CHECKED_BATCHES["cpu"], settings.batch}
+    return [
+        {
+            "config": ",".join(settings.config),
+            "formats": "all",
+            "precision": ",".join(settings.precision),
+            "batch": ",".join(str(size) for size in sorted(sizes) if size <= settings.batch),
+            "patience": CHECK_PATIENCE,
+            "artifacts": settings.artifacts,
+        }
+    ]
+
+
+def _throughput_flags(settings: GpuSettings) -> list[Flags]:
+    """Return the flags for the engines of all configs, then for torch's own, which are peers."""
+    device = resolve_device(settings.device)
+    formats = [name for name, row in FORMATS.items() if device in row.precisions]
     flags: Flags = {
-        "config": config,
-        "data": settings.data,
-        "results": settings.results,
-        "device": settings.device,
-        "repeats": settings.repeats,
-        "steps": TRAIN_STEPS,
-        "pretrained": "false",
-    }
-    precision = settings.precision[0]
-    if precision in {"bf16", "fp16"}:
-        flags[precision] = "true"
-    return flags
-
-
-def _throughput_flags(settings: GpuSettings) -> Flags:
-    return {
         "config": ",".join(settings.config),
-        "formats": ",".join(settings.formats),
         "precision": ",".join(settings.precision),
-        "device": settings.device,
         "batch": settings.batch,
         "repeats": settings.repeats,
         "seconds": settings.seconds,
         "patience": ENGINE_PATIENCE,
+        "artifacts": settings.artifacts,
     }
+    return [{**flags, "formats": ",".join(names)} for names in (formats, TORCH_ENGINES)]
 
 
-def _export_flags(settings: GpuSettings) -> Flags:
-    return {"config": ",".join(settings.config), "precision": ",".join(settings.precision)}
+def _embed_flags(settings: GpuSettings) -> list[Flags]:
+    return [
+        {
+            **engine_flags(config, settings),
+            "config": config,
+            "images": settings.images,
+            "batch": settings.batch,
+            "repeats": 1,
+            "artifacts": settings.artifacts,
+        }
+        for config in settings.config
+    ]
 
 
-def _ingest_flags(settings: GpuSettings) -> Flags:
-    return {
-        "images": settings.images,
-        "repeats": settings.repeats,
-        "threads": INGEST_THREADS,
-        "index": "false",
-    }
+def _train_flags(settings: GpuSettings) -> list[Flags]:
+    flags: Flags = {"repeats": settings.repeats, "steps": TRAIN_STEPS, "pretrained": "false"}
+    precision = settings.precision[0]
+    if precision in {"bf16", "fp16"}:
+        flags[precision] = "true"
+    return [{**flags, "config": config} for config in settings.config]
 
 
-def _peers_flags(settings: GpuSettings) -> Flags:
-    precision = "fp32" if "all" in settings.precision else ",".join(settings.precision)
-    return {
-        "config": settings.config[0],
-        "formats": peers_format(settings.device),
-        "precision": precision,
-        "device": settings.device,
-        "images": settings.images,
-        "batch": settings.batch,
-        "repeats": settings.repeats,
-        "peers": "timm",
-    }
+def _peers_flags(settings: GpuSettings) -> list[Flags]:
+    config = settings.config[0]
+    return [
+        {
+            **engine_flags(config, settings),
+            "config": config,
+            "images": min(settings.images, PEER_IMAGES),
+            "batch": settings.batch,
+            "repeats": settings.repeats,
+            "peers": "DataLoader",
+            "artifacts": settings.artifacts,
+        }
+    ]
 
 
-def peers_format(device: str) -> str:
-    """Return `onnx`, or `aoti` if this build of ONNX Runtime cannot use the GPU."""
-    has_gpu = device != "cpu" and unavailable_reason("aoti", "cuda") is None
-    return "aoti" if has_gpu and unavailable_reason("onnx", "cuda") else "onnx"
+FLAGS_OF_PART: dict[str, Callable[[GpuSettings], list[Flags]]] = {
+    "correctness": _correctness_flags,
+    "throughput": _throughput_flags,
+    "embed": _embed_flags,
+    "train": _train_flags,
+    "peers": _peers_flags,
+}
+"""Function of each part that returns the flags of its commands."""
+
+
+def engine_flags(config: str, settings: GpuSettings) -> Flags:
+    """Return the format and precision of the preferred engine that was found to be correct."""
+    path = (settings.results or RESULTS) / "correctness.csv"
+    correct = read_correct(path, config_name(config)) if path.is_file() else {}
+    for name in PREFERRED:
+        if name in correct:
+            return {"formats": name, "precision": correct[name]}
+    device = resolve_device(settings.device)
+    usable = [name for name in PREFERRED if unavailable_reason(name, device) is None]
+    name, *_ = (*usable, "onnx")
+    return {"formats": name, "precision": engine_precisions(name, device, settings.precision)[0]}
+
+
+def read_correct(path: Path, config: str) -> dict[str, str]:
+    """Return the precision of each format whose last check of a config found no fault."""
+    rows = read_csv(path)
+    if "cosine" not in rows.columns:
+        return {}
+    rows = rows.filter(what=config, commit=commit())
+    last = last_rows(rows, ("check", "precision"))
+    if "reason" in last.columns:
+        last = last.filter(pl.col("reason").is_null())
+    engines = last.filter(pl.col("cosine").is_not_null())
+    return dict(engines.select("check", "precision").iter_rows())
 
 
 def run_part(name: str, commands: Sequence[Flags], seconds: float) -> bool:
@@ -131,7 +183,9 @@ def run_command(name: str, flags: Flags, deadline: float) -> int | None:
     for key, value in flags.items():
         if value is not None:
             command += [f"--{key}", f"{value}"]
-    seconds = max(deadline - time.monotonic(), 1.0)
+    seconds = deadline - time.monotonic()
+    if seconds < 0:
+        return None
     try:
         return run_group(command, seconds).returncode
     except subprocess.TimeoutExpired:

@@ -4,11 +4,14 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import polars as pl
 
+from benchmarks.folders import new_folder
 from benchmarks.record import COMMIT_FILE, commit
 from benchmarks.settings import CHECKOUT, PackSettings
 from isic import schema
@@ -20,24 +23,47 @@ from isic.synth.write import write_images
 CODE = ("isic", "train", "export", "infer", "benchmarks", "configs")
 NO_WHEELS = ("none",)
 SCRIPT = Path(__file__).with_name("run.sh")
+SITE = "site.tar.xz"
+"""The installed packages, compressed; run.sh unpacks them."""
+MEGABYTE = 1e6
 
 
 def pack(settings: PackSettings) -> None:
     """Run `benchmarks pack`, which its settings describe."""
-    folder = settings.output_dir
-    if folder.exists():
-        raise UserError(f"{folder} exists already; choose another --output_dir")
-    copy_code(folder / "code")
-    copy_sample(settings.data, folder / "data", settings.images)
-    if settings.wheels != NO_WHEELS:
-        fetch_wheels(settings, folder / "wheels")
-    script = Path(shutil.copy(SCRIPT, folder))
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)  # an installed wheel lost the bit
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    target = settings.output_dir
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another --output_dir")
+    with new_folder(target) as folder:
+        copy_code(folder / "code")
+        copy_sample(settings.data, folder / "data", settings.images)
+        if settings.wheels != NO_WHEELS:
+            pack_site(settings, folder / SITE)
+        script = Path(shutil.copy(SCRIPT, folder))
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)  # an installed wheel lost the bit
+        size = check_size(folder, settings.limit_mb)
     print(
-        f"packed {size / 1e6:.0f} MB into {folder}; run {script.name} on the machine and bring "
-        "back results/"
+        f"packed {size:.0f} MB into {target}; run {script.name} on the machine, which writes its "
+        "results to $OUT, or to results/ next to it"
     )
+
+
+def check_size(folder: Path, limit_mb: float) -> float:
+    """Return the megabytes of a folder. Raise UserError with its largest parts above a limit."""
+    sizes = {path.name: _megabytes(path) for path in folder.iterdir()}
+    total = sum(sizes.values())
+    if total <= limit_mb:
+        return total
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:2]
+    parts = ", ".join(f"{name} {sizes[name]:.1f} MB" for name in largest)
+    raise UserError(
+        f"the folder has {total:.1f} MB ({parts}), over --limit_mb {limit_mb:g}; pack fewer "
+        "--images or --wheels"
+    )
+
+
+def _megabytes(path: Path) -> float:
+    files = [path, *path.rglob("*")]
+    return sum(file.stat().st_size for file in files if file.is_file()) / MEGABYTE
 
 
 def copy_code(target: Path) -> None:
@@ -65,19 +91,29 @@ def copy_sample(data: Path, target: Path, num_images: int) -> None:
     sample.write_csv(target / "train-metadata.csv")
 
 
-def fetch_wheels(settings: PackSettings, target: Path) -> None:
-    """Download wheels for the other machine, in the versions installed here."""
+def pack_site(settings: PackSettings, target: Path) -> None:
+    """Write the wheels for the other machine, installed into a folder, as one archive."""
+    # Wheels compress less: polars' library has 178 MB, its wheel 54 MB, the archive 36 MB. Higher
+    # presets take minutes.
+    with tempfile.TemporaryDirectory() as name:
+        install(settings, Path(name))
+        with tarfile.open(target, "w:xz", preset=3) as archive:
+            archive.add(name, arcname=".")
+
+
+def install(settings: PackSettings, target: Path) -> None:
+    """Install wheels for the other machine into a folder, in the versions installed here."""
+    # pip selects wheels by the tags of the other machine.
     # fmt: off
     command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-        "--no-deps", "--only-binary=:all:",
+        sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+        "--no-deps", "--no-compile", "--only-binary=:all:",
         "--implementation", "cp", "--python-version", settings.python,
     ]
     # fmt: on
     for tag in settings.platform:
         command += ["--platform", tag]
-    command += ["--dest", str(target), *map(_pinned, settings.wheels)]
-    # pip selects wheels by the tags of the other machine, so nothing is installed here.
+    command += ["--target", str(target), *map(_pinned, settings.wheels)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         lines = ended.stderr.strip().splitlines()

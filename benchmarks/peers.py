@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.artifacts import ArtifactStore, BuildFailed, open_store
 from benchmarks.baselines import BASELINES, IMAGE_FILE, Features, Task
-from benchmarks.record import MAX_REASON, Row, error_text, print_and_append, ratio_columns
+from benchmarks.record import MAX_REASON, Row, print_and_append, ratio_columns
 from benchmarks.settings import ALL, PeersSettings
-from benchmarks.untrained import UntrainedModel, create_untrained, export_untrained, least_cosine
+from benchmarks.timing import repeated
+from benchmarks.untrained import UntrainedModel, create_untrained, least_cosine
 from isic import schema
 from isic.dataset import Dataset
 from isic.preprocess import PreprocessSpec, decode, resize
@@ -40,19 +42,22 @@ def peers(settings: PeersSettings) -> None:
     selected = select_peers(settings.peers)
     untrained = create_untrained(settings.config)
     dataset = Dataset(settings.data)
-    ids = dataset.metadata("train")[schema.ID].to_list()[: settings.images]
+    ids = repeated(dataset.metadata("train")[schema.ID].to_list(), settings.images)
     request = {
         "what": untrained.settings.name,
         "data": settings.data.name,
         "images": len(ids),
         "batch": settings.batch,
     }
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name,
+        open_store(settings.artifacts) as store,
+    ):
         folder = Path(name)
         common = shared_fields(untrained, ids, settings, folder)
         folders = (settings.data.resolve(), write_resized(dataset, ids, untrained.spec, folder))
         for peer_precision, precisions in by_peer_precision(settings, common["device"]).items():
-            ours, reasons = build_ours(untrained, common, settings, precisions, folder)
+            ours, reasons = build_ours(untrained, common, settings, precisions, folder, store)
             for peer in selected:
                 place = _subfolder(folder, f"{peer}, {peer_precision}")
                 theirs = Task(baseline=peer, folder=place, precision=peer_precision, **common)
@@ -98,13 +103,14 @@ def by_peer_precision(settings: PeersSettings, device: str) -> dict[str, list[st
 def write_resized(dataset: Dataset, ids: list[str], spec: PreprocessSpec, folder: Path) -> Path:
     """Write the images as PNGs of the network's size and return their folder."""
     # All baselines read the same pixels from these; PIL antialiases the images that it shrinks.
+    ids = sorted(set(ids))
     files = []
     for data in dataset.images("train").read(ids):
         bgr = cv2.cvtColor(resize(decode(data), spec), cv2.COLOR_RGB2BGR)
         files.append(cv2.imencode(".png", bgr)[1].tobytes())
     resized = folder / "resized"
     resized.mkdir()
-    write_images(resized / IMAGE_FILE, sorted(zip(ids, files, strict=True)))
+    write_images(resized / IMAGE_FILE, zip(ids, files, strict=True))
     return resized
 
 
@@ -138,6 +144,7 @@ def build_ours(
     settings: PeersSettings,
     precisions: Sequence[str],
     folder: Path,
+    store: ArtifactStore,
 ) -> tuple[dict[str, Task], dict[str, str]]:
     """Return a task per precision of ours, and the reason for each that does not build."""
     tasks: dict[str, Task] = {}
@@ -145,16 +152,16 @@ def build_ours(
     for precision in precisions:
         name = f"{OURS}, {settings.formats} {precision}"
         try:
-            artifact = export_untrained(
-                untrained, settings.formats, precision, folder, common["device"], settings.batch
+            artifact = store.get(
+                untrained, settings.formats, precision, common["device"], settings.batch
             )
-        except Exception as error:  # builders raise exceptions of any type
-            reasons[name] = error_text(error)
+        except BuildFailed as error:
+            reasons[name] = str(error)
             continue
         tasks[name] = Task(
             baseline=OURS,
             folder=_subfolder(folder, name),
-            artifact=str(artifact.path),
+            artifact=str(artifact.path.resolve()),
             manifest=artifact.manifest,
             precision=precision,
             **common,
@@ -164,12 +171,16 @@ def build_ours(
 
 def select_peers(wanted: tuple[str, ...]) -> list[str]:
     """Return the peers whose names contain a word. Raise UserError for a word without peers."""
-    for word in wanted:
-        if word != ALL and not any(word in name for name in PEERS):
+    selected = {
+        word: [name for name in PEERS if word == ALL or word.lower() in name.lower()]
+        for word in wanted
+    }
+    for word, names in selected.items():
+        if not names:
             raise UserError(
                 f'--peers: no peer has "{word}" in its name; known are: {"; ".join(PEERS)}'
             )
-    return [name for name in PEERS if any(word == ALL or word in name for word in wanted)]
+    return [name for name in PEERS if any(name in names for names in selected.values())]
 
 
 def _subfolder(parent: Path, name: str) -> str:

@@ -15,7 +15,6 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -35,7 +34,6 @@ from infer.embedding.settings import DecodeIn
 from infer.embedding.shards import plan_shards
 from infer.engines import Engine, Outputs
 from infer.engines.null import NullEngine
-from isic import preprocess
 from isic.dataset import Dataset
 from isic.images import Hdf5Images
 from isic.metadata import read_ids
@@ -59,8 +57,8 @@ def pipeline(settings: PipelineSettings) -> None:
     assert isinstance(images, Hdf5Images)
     ids = read_ids(Dataset(settings.data).metadata_path("train"))
     for rows in (decoding_rows, control_rows, engine_rows):
-        for row in rows(images.source, ids, settings):
-            row = {"what": row.pop("what"), "data": settings.data.name, **row}
+        for what, columns in rows(images.source, ids, settings):
+            row = {"what": what, "data": settings.data.name, **columns}
             print_and_append("pipeline", [row], settings.results)
 
 
@@ -84,23 +82,17 @@ class NoImages(SleepingImages):
 
 
 def put_opencv_to_sleep(decode_seconds: float, resize_seconds: float) -> None:
-    """Replace OpenCV's calls in `isic.preprocess` of this process."""
-    if isinstance(preprocess.cv2, SimpleNamespace):
-        return
+    """Replace OpenCV's two calls for an image in this process."""
     ctypes.CDLL(None).prctl(SLACK, 1)
     image = np.zeros((130, 130, 3), np.uint8)
-    preprocess.cv2 = SimpleNamespace(  # type: ignore[assignment]
-        imdecode=lambda *arguments: _sleep(decode_seconds) or image,
-        resize=lambda *arguments, dst, **options: _sleep(resize_seconds) or dst,
-        error=cv2.error,
-        IMREAD_COLOR_RGB=cv2.IMREAD_COLOR_RGB,
-        INTER_LINEAR=cv2.INTER_LINEAR,
-    )
+    cv2.imdecode = partial(_sleep, decode_seconds, image)  # type: ignore[assignment]
+    cv2.resize = partial(_sleep, resize_seconds, image)  # type: ignore[assignment]
 
 
-def _sleep(seconds: float) -> None:
+def _sleep(seconds: float, image: Pixels, *_: object, **__: object) -> Pixels:
     if seconds:
         time.sleep(seconds)
+    return image
 
 
 # Decoding alone
@@ -134,7 +126,9 @@ def timed(images: int, work: Callable[[], object]) -> Rate:
     return Rate(images, *(clock() - start for clock, start in zip(clocks, started, strict=True)))
 
 
-def decoding_rows(path: Path, ids: pl.Series, settings: PipelineSettings) -> Iterator[Row]:
+def decoding_rows(
+    path: Path, ids: pl.Series, settings: PipelineSettings
+) -> Iterator[tuple[str, Row]]:
     """Yield the rates of decoders that sleep, and of some that take no time."""
     names = repeated(ids, settings.images).to_list()
     for number in settings.workers:
@@ -147,10 +141,10 @@ def decoding_rows(path: Path, ids: pl.Series, settings: PipelineSettings) -> Ite
         if number >= INTERPRETERS:
             rate = rate_of_interpreters(path, names, number // INTERPRETERS)
             what = f"{INTERPRETERS} interpreters of {number // INTERPRETERS} threads that sleep"
-            yield {"what": what, **rate.columns}
+            yield what, rate.columns
     number = max(settings.workers)
     with Stream(DecoderProcesses, NoImages(path), number) as stream:
-        yield {"what": f"{number} processes without decoding", **stream.measure(names).columns}
+        yield f"{number} processes without decoding", stream.measure(names).columns
 
 
 KINDS: dict[type[Decoders], DecodeIn] = {DecoderThreads: "threads", DecoderProcesses: "processes"}
@@ -249,7 +243,9 @@ class FreePending:
         return {0: (features, logits)}
 
 
-def control_rows(path: Path, ids: pl.Series, settings: PipelineSettings) -> Iterator[Row]:
+def control_rows(
+    path: Path, ids: pl.Series, settings: PipelineSettings
+) -> Iterator[tuple[str, Row]]:
     """Yield the cost of the control thread per image, if decoding and the engine take no time."""
     ids = repeated(ids, settings.images)
     for num_features in NUM_FEATURES:
@@ -259,10 +255,12 @@ def control_rows(path: Path, ids: pl.Series, settings: PipelineSettings) -> Iter
         ]
         control = statistics.median(run.control for run in runs)
         rate = min(runs, key=lambda run: abs(run.control - control))
-        yield {"what": f"control thread, {num_features} features", **rate.columns}
+        yield f"control thread, {num_features} features", rate.columns
 
 
-def engine_rows(path: Path, ids: pl.Series, settings: PipelineSettings) -> Iterator[Row]:
+def engine_rows(
+    path: Path, ids: pl.Series, settings: PipelineSettings
+) -> Iterator[tuple[str, Row]]:
     """Yield the share of an engine's own rate that is reached end to end."""
     for rate in settings.rates:
         number = max(settings.workers)
@@ -273,7 +271,7 @@ def engine_rows(path: Path, ids: pl.Series, settings: PipelineSettings) -> Itera
             )
             share = run.images / run.seconds / rate
             what = f"engine of {rate:,} images/s, {number} {decode_in} that sleep"
-            yield {"what": what, **run.columns, "share": round(share, 4)}
+            yield what, {**run.columns, "share": round(share, 4)}
 
 
 def embedded(
@@ -291,7 +289,9 @@ def embedded(
         Path(), "train", models, "cpu", "float16", "none", BATCH, number, None, decode_in
     )
     with tempfile.TemporaryDirectory() as folder, Embedder(job, engine, store) as embedder:
-        warm_up = plan_shards(Path(folder) / "first", "train", ids[:BATCH], [0], None, "all")
+        # Enough images for every decoder to have started.
+        first = ids[: BATCH * number]
+        warm_up = plan_shards(Path(folder) / "first", "train", first, [0], None, "all")
         embedder.run(warm_up, lambda stats: None)
         shards = plan_shards(Path(folder) / "run", "train", ids, [0], None, "all")
         progress = Progress(shards, "raise", max_bad=0, quiet=True)

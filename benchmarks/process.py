@@ -5,11 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
+POLL = 0.05
+"""Seconds between two looks at processes that run at once."""
 
 
 def run_group(
@@ -29,6 +34,44 @@ def run_group(
         finally:
             end_group(process)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def run_groups(
+    commands: Mapping[Path, Sequence[str]], num_at_once: int, seconds: float
+) -> Iterator[tuple[Path, int | None]]:
+    """Run commands, some at once, each with its output in a file.
+
+    Args:
+        commands: by the file of the output.
+        seconds: time limit of each.
+
+    Yields:
+        The file and the exit code of each command as it ends; None if it took longer.
+    """
+    waiting = deque(commands.items())
+    running: dict[Path, tuple[subprocess.Popen[str], float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_at_once:
+                path, command = waiting.popleft()
+                running[path] = (_start_group(command, path), time.monotonic() + seconds)
+            time.sleep(POLL)
+            for path, (process, deadline) in list(running.items()):
+                code = process.poll()
+                if code is not None or time.monotonic() > deadline:
+                    end_group(process)
+                    del running[path]
+                    yield path, code
+    finally:
+        for process, _ in running.values():
+            end_group(process)
+
+
+def _start_group(command: Sequence[str], output: Path) -> "subprocess.Popen[str]":
+    with open(output, "w", encoding="utf-8") as file:
+        return subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
 
 
 def end_group(process: "subprocess.Popen[str]") -> None:

@@ -1,14 +1,32 @@
 #!/bin/sh
-# Runs the benchmarks; their rows are written to results/. Missing packages are installed next to
-# this file, not into the machine.
+# Runs the benchmarks within 8.5 minutes; more flags are those of `python -m benchmarks gpu`.
+# Missing packages are unpacked next to this file, not into the machine.
 #   PYTHON  Python of the machine
-#   SITE    folder in which the wheels are installed, such as by an earlier run; default site/
+#   OUT     folder of the results: a few CSVs and run.log; default results/
+#   SITE    folder of the unpacked packages, such as of an earlier run; default site/
 set -eu
+case ${OUT:-} in
+  "") OUT=results ;;
+  /*) ;;
+  *) OUT=$PWD/$OUT ;;
+esac
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3}
 SITE=${SITE:-$PWD/site}
-if [ ! -d "$SITE" ] && ls wheels/*.whl >/dev/null 2>&1; then
-  "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade --target "$SITE" wheels/*.whl
+
+# All output is also written to run.log. Python replaces this shell at the end, so that it receives
+# the signals: hence a named pipe.
+mkdir -p "$OUT"
+rm -f run.pipe
+mkfifo run.pipe
+tee "$OUT/run.log" <run.pipe &
+exec >run.pipe 2>&1
+rm run.pipe
+
+if [ ! -d "$SITE" ] && [ -f site.tar.xz ]; then
+  rm -rf "$SITE.part" # of a run that was stopped
+  "$PYTHON" -W ignore -m tarfile -e site.tar.xz "$SITE.part"
+  mv "$SITE.part" "$SITE"
 fi
 export PYTHONPATH="$PWD/code:$SITE${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -34,4 +52,4 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || 
 "$PYTHON" -c 'import torch; print("torch", torch.__version__, "for CUDA", torch.version.cuda)' \
   || true
 "$PYTHON" -c 'from infer.doctor import DoctorSettings, doctor; doctor(DoctorSettings())' || true
-exec "$PYTHON" -m benchmarks gpu --data data --results results "$@"
+exec "$PYTHON" -m benchmarks gpu --data data --results "$OUT" --artifacts artifacts --minutes 8.5 "$@"

@@ -36,27 +36,26 @@ DOCUMENTS = (CHECKOUT / "README.md", CHECKOUT / "docs" / "benchmarks.md")
 # fmt: off
 WHEELS = (
     "fire", "termcolor", "pydantic", "pydantic-core", "annotated-types", "typing-inspection",
-    "polars", "polars-runtime-32", "albumentations", "albucore", "stringzilla", "simsimd",
+    "typing-extensions", "polars", "polars-runtime-32", "albumentations", "albucore",
+    "stringzilla", "simsimd", "timm",
 )
-"""Packages that a machine with PyTorch, timm and ONNX usually lacks."""
+"""Packages that a machine with PyTorch and ONNX usually lacks, or has in an older version."""
 PLATFORMS = (
     "manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64",
     "manylinux2014_x86_64",
 )
 # fmt: on
-# A part that is stopped keeps its finished rows: per engine for throughput, per format for export,
-# per config for train, per peer for peers; ingest writes all its rows at the end.
-SHARES = {"throughput": 0.45, "train": 0.25, "peers": 0.15, "export": 0.1, "ingest": 0.05}
+# A part that is stopped keeps its rows: one per engine, config or peer.
+SHARES = {"correctness": 0.25, "throughput": 0.25, "embed": 0.25, "train": 0.15, "peers": 0.1}
 """The parts in their order, and the share of the time after which each is stopped."""
 # The most important first, since the time may run out.
-GPU_CONFIGS = (
-    "vit_tiny",
-    "convnext_tiny",
-    "vit_base",
-    "eva02_base",
-    "vit_small",
-    "eva02_small",
-    "convnext_base",
+GPU_CONFIGS = ("vit_tiny", "vit_base", "eva02_base")
+# Tracing may treat a batch of 1 or 2 as a constant, and kernels may need a multiple of 8.
+CHECKED_BATCHES = {"cpu": (1, 2, 7, 16), "cuda": (1, 2, 7, 256)}
+"""Batch sizes at which an engine's outputs are checked."""
+ARTIFACTS_HELP = (
+    "folder of the untrained networks' artifacts, in which those of earlier commands are reused; "
+    "a temporary one if not given"
 )
 
 
@@ -85,6 +84,36 @@ class ThroughputSettings(Settings):
     repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
     seconds: float = Field(1.0, gt=0, description="least length of a repeat, at least one call")
     patience: float = Field(900.0, gt=0, description="time limit of an engine in seconds")
+    artifacts: Path | None = Field(None, description=ARTIFACTS_HELP)
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class CorrectnessSettings(Settings):
+    """Check one training step and every engine against the network in float32, untrained.
+
+    Each check has its own process and row. Exits with 1 if none succeeds.
+    """
+
+    config: Several[str] = Field(GPU_CONFIGS, description="configs, separated by commas, or all")
+    formats: Several[str] = Field(
+        (ALL,),
+        validation_alias=AliasChoices("formats", "format", "engine"),
+        description="export formats, separated by commas, or all",
+    )
+    precision: Several[str] = Field(
+        (),
+        description="precisions of the engines; a format's default one if it offers none of them",
+    )
+    batch: Several[int] = Field(
+        (), description="images per call; 1,2,7,16 on a CPU, 1,2,7,256 on a GPU"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the engines")
+    data: Path | None = Field(None, description="dataset folder of the images; noise if not given")
+    patience: float = Field(900.0, gt=0, description="time limit of a check in seconds")
+    num_at_once: int | None = Field(
+        None, ge=1, description="checks at the same time; one per four cores if not given"
+    )
+    artifacts: Path | None = Field(None, description=ARTIFACTS_HELP)
     results: Path | None = Field(None, description=RESULTS_HELP)
 
 
@@ -125,13 +154,16 @@ class PeersSettings(Settings):
     peers: Several[str] = Field(
         (ALL,), description="parts of the peers' names, separated by commas, or all"
     )
-    images: int = Field(512, ge=1, description="images per repeat")
+    images: int = Field(
+        512, ge=1, description="images per repeat; a smaller dataset is read repeatedly"
+    )
     batch: int = Field(16, ge=1, description="images per call of the network")
     repeats: int = Field(5, ge=1, description="repeats; the baselines alternate in each")
     num_workers: int | None = Field(
         None, ge=0, description="workers of the peers' DataLoader; one per core if not given"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the network")
+    artifacts: Path | None = Field(None, description=ARTIFACTS_HELP)
     results: Path | None = Field(None, description=RESULTS_HELP)
 
 
@@ -180,7 +212,10 @@ class TrainRateSettings(TrainSettings):
 
 
 class EmbedRateSettings(Settings):
-    """Measure images per second of reading, of the engine of fold 0, and of both end to end."""
+    """Measure images per second of reading, of the engine of fold 0, and of both end to end.
+
+    With --formats the config's untrained network is exported first.
+    """
 
     config: str = Field(
         NULL, description="exported config to embed with; null is an engine that costs nothing"
@@ -191,12 +226,23 @@ class EmbedRateSettings(Settings):
     data: Path = Field(
         Path("data/isic-2024"), description="dataset folder; its training images are embedded"
     )
-    images: int = Field(4000, ge=1, description="images per repeat")
+    images: int = Field(
+        4000, ge=1, description="images per repeat; a smaller dataset is read repeatedly"
+    )
     repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
     tta: Tta = Field("none", description="views of test-time augmentation")
     num_threads: int | None = Field(
         None, ge=1, description="decoding threads; one per core by default"
     )
+    formats: str | None = Field(
+        None,
+        validation_alias=AliasChoices("formats", "format", "engine"),
+        description="export format of the untrained network; if not given, an exported run",
+    )
+    precision: str = Field("fp32", description="precision of the untrained network")
+    batch: int = Field(256, ge=1, description="images per call of the untrained network")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the network")
+    artifacts: Path | None = Field(None, description=ARTIFACTS_HELP)
     whole: bool = Field(
         False, description="instead time `infer embed` on all training images, with its memory"
     )
@@ -374,7 +420,10 @@ class SlowdownSettings(Settings):
 
 
 class PackSettings(Settings):
-    """Write code, wheels, a sample of images and the script `run.sh` into a folder."""
+    """Write code, packages, a sample of images and the script `run.sh` into a folder.
+
+    TensorRT and ONNX Runtime for GPUs are larger than the limit, so the machine's own are used.
+    """
 
     output_dir: Path = Field(
         validation_alias=AliasChoices("output_dir", "out"),
@@ -383,12 +432,13 @@ class PackSettings(Settings):
     data: Path = Field(
         Path("data/isic-2024"), description="dataset folder from which images are sampled"
     )
-    images: int = Field(4096, ge=1, description="images of the sample")
+    images: int = Field(1000, ge=1, description="images of the sample")
     wheels: Several[str] = Field(
-        WHEELS, description="packages to add as wheels, separated by commas, or none"
+        WHEELS, description="packages to add, separated by commas, or none"
     )
     python: str = Field("3.12", description="Python version of the machine")
     platform: Several[str] = Field(PLATFORMS, description="platform tags of the machine")
+    limit_mb: float = Field(60, gt=0, description="largest size of the folder in megabytes")
 
 
 class GpuSettings(Settings):
@@ -398,7 +448,7 @@ class GpuSettings(Settings):
     """
 
     data: Path | None = Field(
-        None, description="dataset folder of the images; noise, and fewer parts, if not given"
+        None, description="dataset folder of the images; parts that need it fail if not given"
     )
     parts: Several[str] = Field(
         tuple(SHARES), description=f"of {', '.join(SHARES)}, separated by commas"
@@ -406,22 +456,20 @@ class GpuSettings(Settings):
     config: Several[str] = Field(
         GPU_CONFIGS, description="configs, separated by commas; the peers run the first"
     )
-    formats: Several[str] = Field(
-        ("all",),
-        validation_alias=AliasChoices("formats", "format", "engine"),
-        description="export formats, eager or compile of the throughput, or all",
-    )
     precision: Several[str] = Field(
         (),
-        description="precisions of the engines, separated by commas, or all; bf16 if not given, "
-        "fp16 on a GPU without it",
+        description="precisions of the engines, separated by commas; bf16 if not given, fp16 on a "
+        "GPU without it",
     )
     batch: int = Field(256, ge=1, description="images per call")
-    images: int = Field(4096, ge=1, description="images per repeat of peers and ingest")
-    repeats: int = Field(3, ge=1, description="repeats of each part")
+    images: int = Field(
+        200_000, ge=1, description="images per repeat of embed; the dataset is read repeatedly"
+    )
+    repeats: int = Field(3, ge=1, description="repeats of throughput, train and peers")
     seconds: float = Field(0.5, gt=0, description="least length of a repeat of the throughput")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the networks")
-    minutes: float = Field(9.5, gt=0, description="time limit of all parts together")
+    minutes: float = Field(8.5, gt=0, description="time limit of all parts together")
+    artifacts: Path | None = Field(None, description=ARTIFACTS_HELP)
     results: Path | None = Field(
         None, description="folder of the CSVs; benchmarks/results if not given"
     )

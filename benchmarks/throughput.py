@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.artifacts import ArtifactStore, BuildFailed, open_store
 from benchmarks.baselines import Features
 from benchmarks.eager import TORCH_ENGINES
 from benchmarks.limits import Work, count_work, limits
@@ -24,7 +25,6 @@ from benchmarks.untrained import (
     chosen,
     create_untrained,
     example_images,
-    export_untrained,
     find_configs,
     least_cosine,
 )
@@ -45,8 +45,10 @@ TORCH_PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
 
 def throughput(settings: ThroughputSettings) -> None:
     """Measure images per second of untrained networks, each engine in its own process."""
-    rows_of = partial(throughput_rows, wanted=select_engines(settings), settings=settings)
-    append_each("throughput", find_configs(settings.config), rows_of, settings.results)
+    wanted = select_engines(settings)
+    with open_store(settings.artifacts) as store:
+        rows_of = partial(throughput_rows, wanted=wanted, settings=settings, store=store)
+        append_each("throughput", find_configs(settings.config), rows_of, settings.results)
 
 
 def resolve_device(device: str) -> str:
@@ -79,7 +81,10 @@ def select_engines(settings: ThroughputSettings) -> list[tuple[str, str]]:
 
 
 def throughput_rows(
-    config: str, wanted: list[tuple[str, str]], settings: ThroughputSettings
+    config: str,
+    wanted: list[tuple[str, str]],
+    settings: ThroughputSettings,
+    store: ArtifactStore,
 ) -> Iterator[Row]:
     """Yield the rows of a config for some engines and precisions."""
     untrained = create_untrained(config)
@@ -89,7 +94,7 @@ def throughput_rows(
     for engine, precision in wanted:
         case = EngineCase(untrained, engine, precision, images, features)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            for measured in engine_rows(case, settings, Path(folder)):
+            for measured in engine_rows(case, settings, store, Path(folder)):
                 yield {
                     "what": untrained.settings.name,
                     "engine": engine,
@@ -116,7 +121,9 @@ class EngineCase:
     """Of the first NUM_CHECKED images, by the network in float32."""
 
 
-def engine_rows(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Iterator[Row]:
+def engine_rows(
+    case: EngineCase, settings: ThroughputSettings, store: ArtifactStore, folder: Path
+) -> Iterator[Row]:
     """Yield the measurements of each batch size, or the `reason` that there are none."""
     artifact: Artifact | None = None
     if case.engine not in TORCH_ENGINES:
@@ -125,9 +132,9 @@ def engine_rows(case: EngineCase, settings: ThroughputSettings, folder: Path) ->
             yield {"reason": reason}
             return
         try:
-            artifact = _build(case, settings, folder)
-        except Exception as error:  # builders raise exceptions of any type
-            yield {"reason": f"does not build: {error_text(error)}"}
+            artifact = _build(case, settings, store)
+        except BuildFailed as error:
+            yield {"reason": f"does not build: {error}"}
             return
     result = run_job(case, artifact, settings, folder / "job.json")
     common: Row = {
@@ -144,12 +151,11 @@ def engine_rows(case: EngineCase, settings: ThroughputSettings, folder: Path) ->
         yield {"reason": result["reason"]}
 
 
-def _build(case: EngineCase, settings: ThroughputSettings, folder: Path) -> Artifact:
-    return export_untrained(
+def _build(case: EngineCase, settings: ThroughputSettings, store: ArtifactStore) -> Artifact:
+    return store.get(
         case.untrained,
         case.engine,
         case.precision,
-        folder,
         device=resolve_device(settings.device),
         max_batch=max(batch_sizes(settings)),
         images=case.images[NUM_CHECKED:],

@@ -18,7 +18,7 @@ import numpy as np
 import timm
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from benchmarks.limits import count_work, torch_rate
 from benchmarks.record import Row, print_and_append, ratio_columns
@@ -27,12 +27,13 @@ from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from train.batch import Batch, to_device
 from train.config import TrainSettings
-from train.loaders import Item, fold_loaders, worker_errors
+from train.loaders import Item, LesionImages, create_loader, fold_loaders, worker_errors
 from train.loop import train_epoch
 from train.machine import allow_tf32, check_bfloat16, prepare, select_device
 from train.model import create_model, preprocess_spec
 from train.optim import BACKBONE, HEAD
 from train.rows import load_data
+from train.sampling import Key
 from train.state import create_state
 from train.step import autocast
 from train.threads import set_threads
@@ -108,7 +109,7 @@ def train(settings: TrainRateSettings) -> None:
         bare_rates: list[float] = []
         # In turns, so that a drift of the machine affects all of them.
         for _ in range(settings.repeats):
-            on_files.append(run(endless(files), num_prefetched(files)))
+            on_files.append(run(iter(files), num_prefetched(files)))
             in_memory.append(run(endless(memory), 0))
             bare_rates.append(bare.rate())
     row = {
@@ -134,11 +135,33 @@ def busy_processes(number: int) -> Iterator[None]:
 
 
 def read_files(settings: TrainSettings) -> DataLoader[Item]:
-    """Return the loader of the training batches of a fold."""
+    """Return an endless loader of the training batches of a fold."""
     data = load_data(settings)
     device = select_device(settings.device)
     spec = preprocess_spec(settings)
-    return fold_loaders(data, settings.fold or 0, spec, settings, device).training
+    loader = fold_loaders(data, settings.fold or 0, spec, settings, device).training
+    images = loader.dataset
+    assert isinstance(images, LesionImages)
+    return create_loader(
+        images,
+        EndlessSampler(loader.sampler),
+        settings.batch_size,
+        loader.num_workers,
+        loader.prefetch_factor or 0,
+    )
+
+
+class EndlessSampler(Sampler[Key]):
+    """The keys of an epoch again and again."""
+
+    # An epoch of a small dataset may be shorter than the queues, and all of them run empty at its
+    # end; those of a real run are thousands of batches long.
+
+    def __init__(self, keys: Iterable[Any]) -> None:
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[Key]:
+        return itertools.chain.from_iterable(itertools.repeat(self.keys))
 
 
 def num_prefetched(loader: DataLoader[Item]) -> int:

@@ -64,6 +64,11 @@ class Artifact:
         return self.path.stat().st_size / 1e6
 
 
+def config_name(config: str) -> str:
+    """Return the name of a config's run. Raise UserError for an unknown config."""
+    return load_settings(TrainSettings, {"config": config}).name
+
+
 def create_untrained(config: str) -> UntrainedModel:
     """Build the network of a config. Raise UserError for an unknown config."""
     # The same weights in every process that builds this network.
@@ -80,6 +85,20 @@ def _raise_layer_scales(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(SCALE_NAMES):
             nn.init.constant_(parameter, LAYER_SCALE)
+
+
+def target_of(
+    untrained: UntrainedModel, format_name: str, precision: str, device: str, max_batch: int
+) -> ArtifactSpec:
+    """Return the request for an artifact that is optimised for its largest batch."""
+    return ArtifactSpec(
+        config=untrained.settings.name,
+        fold=0,
+        format=format_name,
+        precision=precision,
+        device=build_device(format_name, device),
+        options=PlanOptions(opt_batch=max_batch, max_batch=max_batch),
+    )
 
 
 def export_untrained(
@@ -106,14 +125,7 @@ def export_untrained(
             return example_images(None, untrained.spec, NUM_CALIBRATION)
         return images[:NUM_CALIBRATION]
 
-    target = ArtifactSpec(
-        config=untrained.settings.name,
-        fold=0,
-        format=format_name,
-        precision=precision,
-        device=build_device(format_name, device),
-        options=PlanOptions(opt_batch=max_batch, max_batch=max_batch),
-    )
+    target = target_of(untrained, format_name, precision, device, max_batch)
     inputs = BuildInputs(untrained.model, untrained.spec, folder, calibration)
     path = folder / file_name(target)
     manifest = {**untrained.manifest, **target.facts}

@@ -38,7 +38,7 @@ OPTIONAL = {
     "infer": {"torch", "tensorrt", "tensorrt_rtx", "cuda", "ray", "xgboost", "catboost"},
     "train": {"torch_xla", "tensorboard"},
     "export": {"tensorrt", "tensorrt_rtx", "tritonclient"},
-    "benchmarks": {"tensorrt", "tensorrt_rtx"},
+    "benchmarks": {"tensorrt", "tensorrt_rtx", "ray"},
 }
 """Modules that a package imports only if they are needed."""
 

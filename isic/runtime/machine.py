@@ -166,7 +166,7 @@ def gpu_names() -> list[str]:
 
 def gpu_architecture() -> str | None:
     """Return the architecture of the first GPU (`sm89`), None if no GPU can be used."""
-    driver = _cuda_driver()
+    driver = cuda_driver()
     if isinstance(driver, OSError) or not _ask_cuda()[0]:
         return None
     return f"sm{''.join(_compute_capability(driver, 0))}"

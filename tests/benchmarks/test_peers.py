@@ -4,6 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from benchmarks.artifacts import ArtifactStore
 from benchmarks.peers import (
     OURS,
     BaselineProcess,
@@ -23,22 +24,28 @@ from tests.support.commands import Cli, split_flags
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("word", "peer"),
+    [
+        ("eager", "timm eager + DataLoader"),
+        pytest.param("ray data", "Ray Data + timm", marks=pytest.mark.ray),
+    ],
+)
 def test_the_same_images_give_the_same_features_everywhere(
-    tiny_80: Path, small_dataset: Path, tmp_path: Path, cli: Cli
+    word: str, peer: str, tiny_80: Path, small_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
     places = ("--config", tiny_80, "--data", small_dataset, "--results", tmp_path)
-    flags = split_flags(
-        "--images 24 --batch 8 --repeats 1 --num_workers 0 --device cpu --peers eager"
-    )
-    ended = cli("benchmarks", "peers", *places, *flags)
+    flags = split_flags("--images 75 --batch 8 --repeats 1 --num_workers 0 --device cpu")
+    ended = cli("benchmarks", "peers", *places, *flags, "--peers", word)
     assert ended.code == 0, ended.err
-    (eager,) = pl.read_csv(tmp_path / "peers.csv").rows(named=True)
-    assert eager["peer"] == "timm eager + DataLoader"
-    assert eager["ratio"] > 0
-    assert eager["ours"].endswith("onnx fp32")
-    assert eager["peer_precision"] == "fp32"
-    assert eager["cosine_same_pixels"] > 0.99999
-    assert eager["cosine"] > 0.9999
+    (row,) = pl.read_csv(tmp_path / "peers.csv").rows(named=True)
+    assert row["peer"] == peer
+    assert row["images"] == 75, "the dataset has 60"
+    assert row["ratio"] > 0
+    assert row["ours"].endswith("onnx fp32")
+    assert row["peer_precision"] == "fp32"
+    assert row["cosine_same_pixels"] > 0.99999
+    assert row["cosine"] > 0.9999
 
 
 @pytest.mark.slow
@@ -64,7 +71,9 @@ def test_a_baseline_that_fails_is_left_out(
     untrained = create_untrained(str(tiny_80))
     ids = Dataset(small_dataset).metadata("train")["isic_id"].to_list()[:2]
     common = shared_fields(untrained, ids, settings, tmp_path)
-    ours, reasons = build_ours(untrained, common, settings, ["fp32"], tmp_path)
+    ours, reasons = build_ours(
+        untrained, common, settings, ["fp32"], tmp_path, ArtifactStore(tmp_path / "artifacts")
+    )
     processes = {name: BaselineProcess(task) for name, task in ours.items()}
     absent = tmp_path / "absent"
     rates, features = embed_in_turns(processes, absent, absent, len(ids), repeats=1)
@@ -89,7 +98,7 @@ def test_on_a_gpu_the_peers_compute_in_the_precision_of_ours() -> None:
 def test_resized_images_have_the_pixels_of_the_network(small_dataset: Path, tmp_path: Path) -> None:
     dataset = Dataset(small_dataset)
     spec = PreprocessSpec(size=32)
-    ids = dataset.metadata("train")["isic_id"].to_list()[:5]
+    ids = [*dataset.metadata("train")["isic_id"].to_list()[:5]] * 2
     again = Dataset(write_resized(dataset, ids, spec, tmp_path))
     files = dataset.images("train").read(ids)
     resized_files = again.images("train").read(ids)

@@ -1,12 +1,15 @@
 """A command ends with all its children: the tests wait until none of them holds its pipe."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from benchmarks.process import end_group, run_group
+from benchmarks.process import end_group, run_group, run_groups
 
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
@@ -53,3 +56,25 @@ def test_a_command_that_takes_too_long_is_ended() -> None:
         run_group([sys.executable, "-c", PARENT], 0.5, stdout=subprocess.PIPE)
     ended = run_group([sys.executable, "-c", "print('done'); exit(3)"], 60, stdout=subprocess.PIPE)
     assert (ended.returncode, ended.stdout) == (3, "done\n")
+
+
+def test_commands_run_at_once_and_each_has_a_limit_and_a_file(tmp_path: Path) -> None:
+    codes = {"quick": "print('done')", "failed": "exit(3)", "stubborn": STUBBORN}
+    commands = {tmp_path / name: [sys.executable, "-c", code] for name, code in codes.items()}
+    ended = list(run_groups(commands, num_at_once=2, seconds=2))
+    assert {path.name: code for path, code in ended} == {"quick": 0, "failed": 3, "stubborn": None}
+    assert ended[-1][0].name == "stubborn", "the others did not wait for it"
+    assert (tmp_path / "quick").read_text() == "done\n"
+
+
+def test_commands_end_with_the_loop_over_them(tmp_path: Path) -> None:
+    endless = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    codes = {"quick": "print('done')", "endless": endless}
+    commands = {tmp_path / name: [sys.executable, "-c", code] for name, code in codes.items()}
+    running = run_groups(commands, num_at_once=2, seconds=600)
+    assert next(running) == (tmp_path / "quick", 0)
+    while not (text := (tmp_path / "endless").read_text()):
+        time.sleep(0.01)
+    running.close()  # type: ignore[attr-defined]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(text), 0)

@@ -2,6 +2,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
@@ -10,7 +11,13 @@ import torch
 
 from benchmarks import train as rate
 from benchmarks.settings import TrainRateSettings
-from benchmarks.train import TimedBatches, busy_processes, precision_of, time_batches
+from benchmarks.train import (
+    TimedBatches,
+    busy_processes,
+    precision_of,
+    read_files,
+    time_batches,
+)
 from tests.support.commands import TINY, Cli, split_flags
 from train.batch import Batch
 
@@ -110,9 +117,12 @@ class Prefetching:
 
 @pytest.mark.parametrize("step", [0.001, 0.008, 0.02], ids=["fast", "a little faster", "slower"])
 @pytest.mark.parametrize("accumulated", [1, 3])
-def test_prefetched_batches_do_not_count_as_loaded(step: float, accumulated: int) -> None:
+@pytest.mark.parametrize("workers", [8, 16])
+def test_prefetched_batches_do_not_count_as_loaded(
+    step: float, accumulated: int, workers: int
+) -> None:
     """A batch takes 10 ms; the first step takes a second, in which the queues fill up."""
-    files = Prefetching(workers=8, prefetched=2, seconds=0.01)
+    files = Prefetching(workers, prefetched=2, seconds=0.01)
     settings = TrainRateSettings(model="test_vit", steps=10, accumulation_steps=accumulated)
     timed = time_batches(settings, files, CPU, prefetched=files.limit)
     timed.clock = files.clock
@@ -121,6 +131,25 @@ def test_prefetched_batches_do_not_count_as_loaded(step: float, accumulated: int
     assert len(timed) % accumulated == 0
     assert timed.rate == pytest.approx(4 / max(step, 0.01), rel=0.1)
     assert (timed.waiting / timed.seconds > 0.1) == (step < 0.01)
+
+
+@pytest.mark.slow
+def test_an_epoch_shorter_than_the_queues_never_ends(small_dataset: Path) -> None:
+    settings = TrainRateSettings(
+        model="test_vit",
+        image_size=32,
+        data=small_dataset,
+        batch_size=4,
+        num_workers=2,
+        positive_repeats=1,
+        negatives_per_positive=0.1,
+    )
+    files = read_files(settings)
+    for _ in range(2):  # the workers stay, and start over for each repeat
+        batches = list(islice(files, 20))
+        assert [len(each.images) for each in batches] == [4] * 20
+    epoch = torch.cat([each.rows for each in batches]).unique()
+    assert len(epoch) < 20, "fewer rows than the batches hold"
 
 
 def test_processes_that_keep_the_cores_busy_end_with_the_block() -> None:
