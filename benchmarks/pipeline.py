@@ -85,7 +85,7 @@ def put_opencv_to_sleep(decode_seconds: float, resize_seconds: float) -> None:
     """Replace OpenCV's two calls for an image in this process."""
     ctypes.CDLL(None).prctl(SLACK, 1)
     image = np.zeros((130, 130, 3), np.uint8)
-    cv2.imdecode = partial(_sleep, decode_seconds, image)  # type: ignore[assignment]
+    cv2.imdecode = partial(_sleep, decode_seconds, image)
     cv2.resize = partial(_sleep, resize_seconds, image)  # type: ignore[assignment]
 
 
@@ -134,10 +134,7 @@ def decoding_rows(
     for number in settings.workers:
         for kind in (DecoderThreads, DecoderProcesses):
             with Stream(kind, SleepingImages(path), number) as stream:
-                yield {
-                    "what": f"{number} {KINDS[kind]} that sleep",
-                    **stream.measure(names).columns,
-                }
+                yield f"{number} {KINDS[kind]} that sleep", stream.measure(names).columns
         if number >= INTERPRETERS:
             rate = rate_of_interpreters(path, names, number // INTERPRETERS)
             what = f"{INTERPRETERS} interpreters of {number // INTERPRETERS} threads that sleep"

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from isic.runtime.errors import UserError
 from isic.views import VIEWS
 from tests.support.commands import ROOT
 from tests.support.datasets import jpeg, write_hdf5
+from tests.support.proc import is_running
 
 IDS = [f"ISIC_{row:03d}" for row in range(20)]
 SIZE = 16
@@ -194,15 +194,6 @@ def test_processes_and_memory_end_with_a_killed_owner(store: Hdf5Images, tmp_pat
         time.sleep(0.02)
     assert not any(is_running(pid) for pid in found)
     assert set(Path("/dev/shm").iterdir()) <= named_before
-
-
-def is_running(pid: int) -> bool:
-    """Return whether a process exists and is not just waiting to be reaped."""
-    status = Path(f"/proc/{pid}/status")
-    try:
-        return not re.search(r"State:\s+Z", status.read_text())
-    except FileNotFoundError:
-        return False
 
 
 def test_the_memory_of_a_ring_is_freed_with_its_last_array() -> None:
