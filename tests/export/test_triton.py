@@ -109,13 +109,15 @@ def test_the_mean_takes_any_number_of_folds_and_images() -> None:
     np.testing.assert_allclose(mean, logits.mean(axis=0), atol=1e-6)
 
 
-def plan_manifest(exported: Path, fold: int, path: Path, **changes: Any) -> Path:
+def plan_manifest(
+    exported: Path, fold: int, path: Path, features: str = "float32", **changes: Any
+) -> Path:
     """A plan by its manifest; its bytes are no plan, for TensorRT needs a GPU to build one."""
     path.write_bytes(b"plan")
     manifest = read_manifest(exported / f"fold_{fold}" / "model.onnx")
     tensors = {
         "images": {"dtype": "uint8", "shape": [-1, 32, 32, 3]},
-        "features": {"dtype": "float32", "shape": [-1, 64]},
+        "features": {"dtype": features, "shape": [-1, 64]},
         "logits": {"dtype": "float32", "shape": [-1, 1]},
         "mask": {"dtype": "float32", "shape": [-1, 16, 16]},
     }
@@ -140,6 +142,20 @@ def test_plans_are_served_within_their_profile_and_masks_side_by_side(
     outputs = tensors(parsed(tmp_path / "models", "tiny").output)
     assert outputs["mask_1"] == ("TYPE_FP32", [16, 16])
     assert parsed(tmp_path / "models", "tiny").max_batch_size == 32
+
+
+def test_features_have_the_type_of_their_artifact(exported: Path, tmp_path: Path) -> None:
+    half = plan_manifest(exported, 0, tmp_path / "0.plan", features="float16")
+    single = plan_manifest(exported, 1, tmp_path / "1.plan")
+    write_repository(tmp_path / "models", [half, single])
+    outputs = [parsed(tmp_path / "models", f"tiny_fold_{fold}").output for fold in range(2)]
+    assert [tensors(output)["features"] for output in outputs] == [
+        ("TYPE_FP16", [64]),
+        ("TYPE_FP32", [64]),
+    ]
+    ensemble = tensors(parsed(tmp_path / "models", "tiny").output)
+    assert (ensemble["features_0"][0], ensemble["features_1"][0]) == ("TYPE_FP16", "TYPE_FP32")
+    assert ensemble["logits"][0] == "TYPE_FP32"
 
 
 def test_every_type_of_the_contract_has_triton_s_name() -> None:
