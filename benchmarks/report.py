@@ -70,6 +70,8 @@ THROUGHPUT = {
     "images_per_second": "images/s (median)",
     "min": "min",
     "max": "max",
+    "in_flight": "batches at once",
+    "one_at_a_time": "images/s, one at a time",
     "p50_ms": "ms, median",
     "p99_ms": "ms, 99th percentile",
     "peak_mb": "peak MB",
