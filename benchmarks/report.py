@@ -97,6 +97,23 @@ TABLES = {
         THROUGHPUT,
         sort=("what", "accelerator", "engine", "precision", "batch"),
     ),
+    "correctness": Table(
+        "correctness",
+        ("accelerator", "what", "check", "precision", "device"),
+        {
+            "what": "config",
+            "device": "device",
+            "check": "check",
+            "precision": "precision",
+            "batches": "batch sizes",
+            "cosine": "least cosine",
+            "max_logit_error": "logit error",
+            "loss": "loss",
+            "gradient_norm": "norm of the gradient",
+            "reason": "reason if not correct",
+        },
+        sort=("what", "accelerator", "check", "precision"),
+    ),
     "configs": Table(
         "configs",
         ("what",),
