@@ -29,7 +29,7 @@ class Speed:
 
 SPEEDS = {
     "throughput": Speed(
-        ("what", "engine", "precision", "batch", "device", "input", "matmul_by"),
+        ("what", "engine", "precision", "batch", "in_flight", "device", "input", "matmul_by"),
         rate="images_per_second",
         low="min",
         high="max",

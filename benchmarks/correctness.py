@@ -49,14 +49,18 @@ def correctness(settings: CorrectnessSettings) -> int:
 
 def select_checks(settings: CorrectnessSettings, device: str) -> Iterator[Check]:
     """Yield the checks of each config. Raise UserError for an unknown word of a flag."""
-    formats = [name for name, row in FORMATS.items() if device in row.precisions]
-    formats = chosen("formats", settings.formats, formats)
+    formats = chosen("formats", settings.formats, formats_of(device))
     for config in find_configs(settings.config):
         for precision in training_precisions(device):
             yield Check(config, TRAINING, precision)
         for name in formats:
             for precision in engine_precisions(name, device, settings.precision):
                 yield Check(config, name, precision)
+
+
+def formats_of(device: str) -> list[str]:
+    """Return the export formats that run on a device."""
+    return [name for name, row in FORMATS.items() if device in row.precisions]
 
 
 def training_precisions(device: str) -> tuple[str, ...]:

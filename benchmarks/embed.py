@@ -24,6 +24,7 @@ from infer.embedding.settings import BATCH_CPU
 from infer.embedding.shards import plan_shards
 from infer.embedding.store import RUN_FILE
 from infer.engines import IN_FLIGHT, Pending, create_many, null
+from infer.engines.pinned import page_locked
 from isic.cache import index_path
 from isic.dataset import Dataset
 from isic.layout import ONNX_FILE, find_run
@@ -197,7 +198,8 @@ def _engine(job: EmbedJob, ids: pl.Series) -> Run:
     engine = create_many(models.artifacts, models.manifests, job.device)
     num_views = Recipe(models.spec, job.tta).num_views
     first = ids.head(job.batch_size).to_list()
-    images, _ = Dataset(job.data).images(job.split).load(first, models.spec)
+    loaded, _ = Dataset(job.data).images(job.split).load(first, models.spec)
+    images = page_locked(loaded, engine.device)
 
     def run(ids: pl.Series) -> None:
         num_rows = len(ids) * num_views

@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from benchmarks.artifacts import open_store
-from benchmarks.correctness import engine_precisions
+from benchmarks.correctness import engine_precisions, formats_of, training_precisions
 from benchmarks.eager import TORCH_ENGINES
 from benchmarks.page import last_rows
 from benchmarks.process import run_group
@@ -17,8 +17,8 @@ from benchmarks.record import commit
 from benchmarks.settings import CHECKED_BATCHES, RESULTS, SHARES, GpuSettings
 from benchmarks.throughput import resolve_device
 from benchmarks.untrained import config_name
-from export.formats import FORMATS, gpu_without_bfloat16
 from infer.engines import unavailable_reason
+from infer.formats import AUTO_ORDER
 from isic.runtime.errors import UserError, did_you_mean
 from isic.tables import read_csv
 
@@ -31,8 +31,6 @@ ENGINE_PATIENCE = 90
 """Time limit of an engine's throughput in seconds."""
 PEER_IMAGES = 16_384
 """Most images per repeat of the peers, which are slower."""
-PREFERRED = ("tensorrt", "tensorrt_rtx", "aoti", "onnx")
-"""Formats in the order in which a GPU's user takes them."""
 
 Flags = dict[str, object]
 
@@ -42,9 +40,6 @@ def gpu(settings: GpuSettings) -> int:
     for name in settings.parts:
         if name not in SHARES:
             raise UserError(f'--parts: no part "{name}", {did_you_mean(name, SHARES)}')
-    if not settings.precision:
-        default = "fp16" if gpu_without_bfloat16() else "bf16"
-        settings = settings.model_copy(update={"precision": (default,)})
     deadline = time.monotonic() + 60 * settings.minutes
     num_succeeded = 0
     with open_store(settings.artifacts) as store:
@@ -69,8 +64,7 @@ def _correctness_flags(settings: GpuSettings) -> list[Flags]:
     return [
         {
             "config": ",".join(settings.config),
-            "formats": "all",
-            "precision": ",".join(settings.precision),
+            "precision": ",".join(settings.precision) or None,
             "batch": ",".join(str(size) for size in sorted(sizes) if size <= settings.batch),
             "patience": CHECK_PATIENCE,
             "artifacts": settings.artifacts,
@@ -81,17 +75,29 @@ def _correctness_flags(settings: GpuSettings) -> list[Flags]:
 def _throughput_flags(settings: GpuSettings) -> list[Flags]:
     """Return the flags for the engines of all configs, then for torch's own, which are peers."""
     device = resolve_device(settings.device)
-    formats = [name for name, row in FORMATS.items() if device in row.precisions]
+    engines: dict[str, list[str]] = {}
+    for name in formats_of(device):
+        for precision in engine_precisions(name, device, settings.precision):
+            engines.setdefault(precision, []).append(name)
     flags: Flags = {
         "config": ",".join(settings.config),
-        "precision": ",".join(settings.precision),
         "batch": settings.batch,
         "repeats": settings.repeats,
         "seconds": settings.seconds,
         "patience": ENGINE_PATIENCE,
         "artifacts": settings.artifacts,
     }
-    return [{**flags, "formats": ",".join(names)} for names in (formats, TORCH_ENGINES)]
+    of_torch = (torch_precision(settings), TORCH_ENGINES)
+    return [
+        {**flags, "precision": precision, "formats": ",".join(names)}
+        for precision, names in (*engines.items(), of_torch)
+    ]
+
+
+def torch_precision(settings: GpuSettings) -> str:
+    """Return the precision of torch's engines and of training: what a run would use."""
+    usual = training_precisions(resolve_device(settings.device))
+    return next((name for name in usual if name in settings.precision), usual[0])
 
 
 def _embed_flags(settings: GpuSettings) -> list[Flags]:
@@ -110,8 +116,8 @@ def _embed_flags(settings: GpuSettings) -> list[Flags]:
 
 def _train_flags(settings: GpuSettings) -> list[Flags]:
     flags: Flags = {"repeats": settings.repeats, "steps": TRAIN_STEPS, "pretrained": "false"}
-    precision = settings.precision[0]
-    if precision in {"bf16", "fp16"}:
+    precision = torch_precision(settings)
+    if precision != "fp32":
         flags[precision] = "true"
     return [{**flags, "config": config} for config in settings.config]
 
@@ -142,29 +148,31 @@ FLAGS_OF_PART: dict[str, Callable[[GpuSettings], list[Flags]]] = {
 
 
 def engine_flags(config: str, settings: GpuSettings) -> Flags:
-    """Return the format and precision of the preferred engine that was found to be correct."""
-    path = (settings.results or RESULTS) / "correctness.csv"
-    correct = read_correct(path, config_name(config)) if path.is_file() else {}
-    for name in PREFERRED:
-        if name in correct:
-            return {"formats": name, "precision": correct[name]}
+    """Return the format and precision that a user would take of those found to be correct."""
     device = resolve_device(settings.device)
-    usable = [name for name in PREFERRED if unavailable_reason(name, device) is None]
-    name, *_ = (*usable, "onnx")
-    return {"formats": name, "precision": engine_precisions(name, device, settings.precision)[0]}
+    path = (settings.results or RESULTS) / "correctness.csv"
+    found = read_correct(path, config_name(config)) if path.is_file() else set()
+    if not found:  # that part did not run: those that may work
+        found = {
+            (name, engine_precisions(name, device, settings.precision)[0])
+            for name in formats_of(device)
+            if unavailable_reason(name, device) is None
+        }
+    name, precision = next(pair for pair in AUTO_ORDER[device] if pair in found)
+    return {"formats": name, "precision": precision}
 
 
-def read_correct(path: Path, config: str) -> dict[str, str]:
-    """Return the precision of each format whose last check of a config found no fault."""
+def read_correct(path: Path, config: str) -> set[tuple[str, str]]:
+    """Return the formats, with their precisions, whose last check of a config found no fault."""
     rows = read_csv(path)
     if "cosine" not in rows.columns:
-        return {}
+        return set()
     rows = rows.filter(what=config, commit=commit())
     last = last_rows(rows, ("check", "precision"))
     if "reason" in last.columns:
         last = last.filter(pl.col("reason").is_null())
     engines = last.filter(pl.col("cosine").is_not_null())
-    return dict(engines.select("check", "precision").iter_rows())
+    return set(engines.select("check", "precision").iter_rows())
 
 
 def run_part(name: str, commands: Sequence[Flags], seconds: float) -> bool:

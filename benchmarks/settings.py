@@ -458,8 +458,8 @@ class GpuSettings(Settings):
     )
     precision: Several[str] = Field(
         (),
-        description="precisions of the engines, separated by commas; bf16 if not given, fp16 on a "
-        "GPU without it",
+        description="precisions of the engines, separated by commas; each format's default one "
+        "if not given",
     )
     batch: int = Field(256, ge=1, description="images per call")
     images: int = Field(

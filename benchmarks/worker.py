@@ -6,8 +6,10 @@
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.record import error_text
-from infer.engines import Engine, allocator, create
+from infer.engines import IN_FLIGHT, Engine, Pending, create
+from infer.engines.pinned import page_locked
 from isic.preprocess import Pixels
 from isic.runtime.files import read_json, write_json
 from isic.runtime.machine import peak_memory_mb
@@ -23,8 +26,8 @@ from isic.runtime.machine import peak_memory_mb
 # The first call with a shape allocates, compiles or tunes.
 WARM_UP = 2
 """Calls before a measurement."""
-# In turns, so that no cache holds the input.
-NUM_INPUTS = 4
+# In turns, so that no cache holds the input; more than are in flight, which read theirs.
+NUM_INPUTS = IN_FLIGHT + 1
 """Different batches of input."""
 NUM_CHECKED = 16
 """Images whose features are compared with the network's own."""
@@ -72,9 +75,9 @@ def main(path: Path) -> None:
 def open_engine(job: EngineJob) -> Engine:
     if job.artifact is None or job.manifest is None:
         # Only here: importing torch would count as memory of the other engines.
-        from benchmarks.eager import EagerEngine  # noqa: PLC0415
+        from benchmarks.eager import eager_engine  # noqa: PLC0415
 
-        return EagerEngine(job.config, job.engine, job.precision, job.device)
+        return eager_engine(job.config, job.engine, job.precision, job.device, max(job.batches))
     return create(Path(job.artifact), job.manifest, job.device)
 
 
@@ -93,36 +96,67 @@ def checked_features(engine: Engine, images: Pixels, batch: int) -> NDArray[np.f
 def batch_rates(
     engine: Engine, images: Pixels, batch: int, num_repeats: int, seconds: float
 ) -> dict[str, Any]:
-    """Measure calls from uint8 to float32 in host memory, at least `seconds` per repeat.
+    """Measure batches from uint8 to features in host memory, at least `seconds` per repeat.
 
     Returns:
-        Images per second (median, least and most of the repeats) and latency percentiles.
+        Images per second with IN_FLIGHT batches at once (median, least and most of the repeats),
+        and of one call at a time the same median and the latency percentiles.
     """
-    inputs = _make_inputs(engine, images, batch)
+    inputs = cycle(_make_inputs(engine, images, batch))
     _reset_peak()
-    for number in range(WARM_UP):
-        engine.run(inputs[number % NUM_INPUTS])
-    repeats = [_time_calls(engine, inputs, seconds) for _ in range(num_repeats)]
-    rates = sorted(batch * len(calls) / sum(calls) for calls in repeats)
-    latencies = 1000 * np.concatenate(repeats)
+    for _ in range(WARM_UP):
+        engine.run(next(inputs))
+    rates = [batch * stream_rate(engine, inputs, seconds) for _ in range(num_repeats)]
+    calls = [_time_calls(engine, inputs, seconds) for _ in range(num_repeats)]
+    one_at_a_time = np.median([batch * len(times) / sum(times) for times in calls])
+    latencies = 1000 * np.concatenate(calls)
     percentiles = {f"p{p}_ms": round(float(np.percentile(latencies, p)), 3) for p in (50, 90, 99)}
-    return {**spread(rates), **percentiles, "calls": len(latencies)}
+    return {
+        **spread(rates),
+        "in_flight": IN_FLIGHT,
+        "one_at_a_time": round(float(one_at_a_time), 2),
+        **percentiles,
+        "calls": len(latencies),
+    }
 
 
 def _make_inputs(engine: Engine, images: Pixels, batch: int) -> list[Pixels]:
-    """Return NUM_INPUTS batches of the images, in memory that the engine prefers."""
-    allocate = allocator(engine)
-    inputs = [allocate((batch, *images.shape[1:])) for _ in range(NUM_INPUTS)]
+    """Return NUM_INPUTS batches of the images, in memory that the engine's device prefers."""
+    inputs = np.empty((NUM_INPUTS, batch, *images.shape[1:]), np.uint8)
     for number, array in enumerate(inputs):
         array[...] = images[(np.arange(batch) + number * batch) % len(images)]
-    return inputs
+    return list(page_locked(inputs, engine.device))
 
 
-def _time_calls(engine: Engine, inputs: Sequence[Pixels], seconds: float) -> list[float]:
+def stream_rate(engine: Engine, inputs: Iterator[Pixels], seconds: float) -> float:
+    """Return batches per second while IN_FLIGHT are pending, as in an embedding run."""
+    pending: deque[Pending] = deque(engine.submit(next(inputs)) for _ in range(IN_FLIGHT))
+    # From one result to another with the queue full at both: neither filling nor emptying counts.
+    _replace_oldest(engine, inputs, pending)
+    num_batches = 0
+    started = time.perf_counter()
+    while not num_batches or time.perf_counter() - started < seconds:
+        _replace_oldest(engine, inputs, pending)
+        num_batches += 1
+    elapsed = time.perf_counter() - started
+    for batch in pending:
+        batch.result()
+    return num_batches / elapsed
+
+
+def _replace_oldest(engine: Engine, inputs: Iterator[Pixels], pending: deque[Pending]) -> None:
+    """Wait for the oldest batch and submit another one."""
+    pending.popleft().result()
+    pending.append(engine.submit(next(inputs)))
+
+
+def _time_calls(engine: Engine, inputs: Iterator[Pixels], seconds: float) -> list[float]:
+    """Return the seconds of calls, each of which starts after the one before it has ended."""
     calls: list[float] = []
     while not calls or sum(calls) < seconds:
+        images = next(inputs)
         started = time.perf_counter()
-        engine.run(inputs[len(calls) % NUM_INPUTS])
+        engine.run(images)
         calls.append(time.perf_counter() - started)
     return calls
 

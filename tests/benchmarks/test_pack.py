@@ -67,7 +67,7 @@ def test_a_packed_folder_runs_by_itself(small_dataset: Path, tmp_path: Path, cli
     built = [path.name for path in (out / "artifacts" / commit).iterdir()]
     assert sorted(built) == ["demo-aoti-fp32-cpu-16", "demo-onnx-fp32-cpu-16"]
     assert tables["embed"]["images"].to_list() == [40]
-    assert tables["embed"]["what"].to_list() == ["demo, aoti fp32"]
+    assert tables["embed"]["what"].to_list() == ["demo, onnx fp32"]
     assert tables["train"]["images_per_second"][0] > 0
 
 
