@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -155,18 +155,19 @@ class ImageStore(ABC):
             The reason per row for every image that is absent or does not decode.
         """
         if pool is None:
-            return self._decode_rows(ids, self.locate(ids), spec, out, range(len(ids)))
-        return collect_failures(self.submit(ids, spec, out, pool))
-
-    def submit(
-        self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels, pool: ThreadPoolExecutor
-    ) -> "list[Decoding]":
-        """Start `decode` in threads and return its tasks for `collect_failures`."""
-        positions = self.locate(ids)
+            return self._decode(ids, spec, out)
         # At least one chunk per thread, also of a small batch.
         size = max(1, min(CHUNK, ceil_div(len(ids), pool._max_workers)))
-        chunks = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
-        return [pool.submit(self._decode_rows, ids, positions, spec, out, rows) for rows in chunks]
+        starts = range(0, len(ids), size)
+
+        def decode(start: int) -> dict[int, str]:
+            rows = slice(start, start + size)
+            failed = self._decode(ids[rows], spec, out[rows])
+            return {start + row: reason for row, reason in failed.items()}
+
+        return {
+            row: reason for failed in pool.map(decode, starts) for row, reason in failed.items()
+        }
 
     def read_ahead(self, positions: Sequence[int]) -> dict[int, bytes]:
         """Read images that are cheaper to read together; `read_at` reads the others."""
@@ -176,18 +177,12 @@ class ImageStore(ABC):
         """Return height and width of each image, UNKNOWN_SIZE for one whose header was not read."""
         return itertools.repeat(UNKNOWN_SIZE, len(positions))
 
-    def _decode_rows(
-        self,
-        ids: Sequence[str],
-        positions: NDArray[np.int64],
-        spec: PreprocessSpec,
-        out: Pixels,
-        rows: range,
-    ) -> dict[int, str]:
-        wanted: list[int] = positions[rows.start : rows.stop].tolist()
-        files = self.read_ahead(wanted)
+    def _decode(self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels) -> dict[int, str]:
+        positions: list[int] = self.locate(ids).tolist()
+        files = self.read_ahead(positions)
+        sizes = self.header_sizes(positions)
         failed = {}
-        for row, position, size in zip(rows, wanted, self.header_sizes(wanted), strict=True):
+        for row, (position, size) in enumerate(zip(positions, sizes, strict=True)):
             try:
                 data = files.get(position)
                 if data is None:
@@ -203,17 +198,6 @@ class ImageStore(ABC):
         if position < 0:
             raise ImageError(self.reason(name))
         return self.read_at(position)
-
-
-Decoding = Future[dict[int, str]]
-
-
-def collect_failures(decodings: Sequence[Decoding]) -> dict[int, str]:
-    """Wait for the tasks of `submit`. Return the reason per failed row, rows ascending."""
-    failed: dict[int, str] = {}
-    for decoding in decodings:
-        failed.update(decoding.result())
-    return failed
 
 
 def decode_pool(num_threads: int) -> ThreadPoolExecutor:

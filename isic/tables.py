@@ -10,7 +10,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import polars as pl
@@ -153,11 +153,16 @@ def parquet_metadata(path: Path) -> dict[str, str]:
         return pl.read_parquet_metadata(file)
 
 
-def write_parquet(path: Path, table: pl.DataFrame, metadata: dict[str, str] | None = None) -> None:
+def write_parquet(
+    path: Path,
+    table: pl.DataFrame,
+    metadata: dict[str, str] | None = None,
+    compression: Literal["zstd", "lz4"] = "zstd",
+) -> None:
     """Write a table as Parquet, atomically; equal tables give equal bytes."""
     # Encoded in memory: the error that polars raises for a full disk is not an OSError.
     encoded = io.BytesIO()
-    table.write_parquet(encoded, compression="zstd", statistics=False, metadata=metadata)
+    table.write_parquet(encoded, compression=compression, statistics=False, metadata=metadata)
     with atomic_path(path) as temporary:
         temporary.write_bytes(encoded.getvalue())
 

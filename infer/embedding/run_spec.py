@@ -30,6 +30,7 @@ from isic.runtime.files import (
     versions,
     write_json,
 )
+from isic.views import VIEWS
 
 SPEC_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "opencv-python-headless", "numpy", "polars")
 STALE_SECONDS = 3600
@@ -88,7 +89,9 @@ def _usual_batch_size(split: Split, models: Models, settings: EmbedSettings) -> 
     if models.batch_size:
         return int(models.batch_size)
     device = device_of(models.first_manifest, settings.device)
-    return BATCH_GPU if device == "cuda" else BATCH_CPU
+    usual = BATCH_GPU if device == "cuda" else BATCH_CPU
+    # The graph computes every view of a batch at once.
+    return max(1, usual // len(VIEWS[models.tta]))
 
 
 def earlier_engines(root: Path) -> frozenset[str]:

@@ -61,7 +61,9 @@ def write_shard(
             "logit": pl.Series(logits, dtype=pl.Float32),
         }
     )
-    write_parquet(path, table, {RUN_SPEC_KEY: run_spec_digest} if run_spec_digest else None)
+    metadata = {RUN_SPEC_KEY: run_spec_digest} if run_spec_digest else None
+    # zstd would save 9 % of the bytes of features, and take two to four times as long.
+    write_parquet(path, table, metadata, compression="lz4")
 
 
 def ids_digest(ids: pl.Series) -> str:
