@@ -15,6 +15,8 @@ GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
 POLL = 0.05
 """Seconds between two looks at processes that run at once."""
+MEMORY_POLL = 0.25
+"""Seconds between two looks at the memory of processes."""
 
 
 def run_group(
@@ -65,6 +67,34 @@ def run_groups(
     finally:
         for process, _ in running.values():
             end_group(process)
+
+
+def watch_memory(process: "subprocess.Popen[Any]") -> float:
+    """Wait for a process to end. Return the peak memory of it and its descendants in MB.
+
+    Memory that several of them share counts once (PSS in proc(5)).
+    """
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(_proportional_kb(pid) for pid in _tree(process.pid)))
+        time.sleep(MEMORY_POLL)
+    return peak / 1024
+
+
+def _tree(pid: int) -> Iterator[int]:
+    """Yield a process and its descendants, as Linux lists them."""
+    yield pid
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended
+            for child in listed.read_text(encoding="utf-8").split():
+                yield from _tree(int(child))
+
+
+def _proportional_kb(pid: int) -> int:
+    with contextlib.suppress(OSError):  # it has ended
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+        return next((int(line.split()[1]) for line in text.splitlines() if "Pss:" in line), 0)
+    return 0
 
 
 def _start_group(command: Sequence[str], output: Path) -> "subprocess.Popen[str]":

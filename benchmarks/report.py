@@ -7,8 +7,9 @@ from pathlib import Path
 
 import polars as pl
 
+from benchmarks.computed import h200_column
 from benchmarks.page import OWN_MARK, last_rows, read_results, render_page
-from benchmarks.settings import TablesSettings
+from benchmarks.settings import GPU_CONFIGS, TablesSettings
 from isic.runtime.config import describe_configs
 from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.files import read_text, refuse_foreign, write_text
@@ -137,6 +138,35 @@ TABLES = {
             "aoti_bf16": cpu_rate("aoti", "bf16"),
         },
     ),
+    "h200": Table(
+        "configs",
+        ("what",),
+        {
+            "what": "config",
+            "engine": "engine alone",
+            "processes": "decoder processes",
+            "share": "of the engine",
+            "threads": "decoder threads",
+            "d4_graph": "d4 in the graph",
+            "d4_host": "d4 on the host",
+        },
+        rows=tuple((name,) for name in GPU_CONFIGS),
+        lookups={
+            name: h200_column(name)
+            for name in ("engine", "processes", "share", "threads", "d4_graph", "d4_host")
+        },
+    ),
+    "pipeline": Table(
+        "pipeline",
+        ("what", "data"),
+        {
+            "what": "part, with stand-ins for the rest",
+            "images_per_second": "images/s",
+            "cpu_us": "CPU time of the engine's process, µs per image",
+            "control_us": "of its control thread",
+            "share": "of the engine's own rate",
+        },
+    ),
     "export": Table(
         "export",
         ("accelerator", "what", "format", "precision"),
@@ -172,11 +202,13 @@ TABLES = {
     ),
     "embed": Table(
         "embed",
-        ("accelerator", "what", "data", "images"),
+        ("accelerator", "what", "data", "images", "tta", "num_threads"),
         {
             "what": "engine",
             "data": "data",
             "images": "images per repeat",
+            "tta": "views",
+            "num_threads": "decoders",
             "ingest": "reading only, images/s",
             "engine": "engine only",
             "end_to_end": "end to end",
@@ -185,11 +217,12 @@ TABLES = {
     ),
     "growth": Table(
         "embed",
-        ("accelerator", "what", "data", "images"),
+        ("accelerator", "what", "data", "images", "decode_in"),
         {
             "what": "engine",
             "data": "data",
             "images": "images",
+            "decode_in": "decoders",
             "seconds": "seconds",
             "start_seconds": "start-up seconds",
             "us_per_row": "the rest, µs per image",

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field
 
+from infer.embedding.settings import DecodeIn
 from infer.ensemble.boosters import LIBRARIES
 from isic.runtime.config import Settings, Several
 from isic.views import Tta
@@ -232,8 +233,9 @@ class EmbedRateSettings(Settings):
     repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
     tta: Tta = Field("none", description="views of test-time augmentation")
     num_threads: int | None = Field(
-        None, ge=1, description="decoding threads; one per core by default"
+        None, ge=1, description="decoding threads or processes; one per core by default"
     )
+    decode_in: DecodeIn = Field("auto", description="what decodes: threads or processes")
     formats: str | None = Field(
         None,
         validation_alias=AliasChoices("formats", "format", "engine"),

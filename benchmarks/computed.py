@@ -1,0 +1,98 @@
+"""Rates that one H200 with 16 cores would reach, computed from limits and from costs measured here.
+
+None of them has been measured. An engine's own rate is that of its products at the GPU's matrix
+rate, followed by its memory traffic at the rate of a copy. The rest of the pipeline runs beside
+the engine, so the slowest part decides.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+
+from benchmarks.page import last_rows, read_results
+
+MATMUL = 790e12
+"""Floating-point operations per second of a large product in bfloat16 on an H200."""
+COPY = 4.3e12
+"""Bytes per second, read and written, of a large copy on an H200."""
+UPLOAD = 55e9
+"""Bytes per second to a GPU over PCIe 5."""
+CORES = 16
+NUM_VIEWS = 8
+"""Of `--tta d4`."""
+
+Rates = Mapping[str, float]
+"""Images per second by column."""
+
+
+def h200_rates(size: int, gflop: float, megabytes: float, costs: Rates) -> dict[str, float]:
+    """Return a config's images per second by column of the table.
+
+    Args:
+        size: side of the images, pixels.
+        gflop: billions of floating-point operations per image.
+        megabytes: memory traffic per image in bfloat16.
+        costs: images per second of the parts, see `measured_costs`.
+    """
+    engine = 1 / (gflop * 1e9 / MATMUL + megabytes * 1e6 / COPY)
+    upload = UPLOAD / (3 * size**2)
+    rates = {
+        "engine": engine,
+        "processes": min(engine, upload, costs["decoding"], costs["processes"]),
+        "threads": min(engine, upload, costs["threads"]),
+        "d4_graph": min(engine / NUM_VIEWS, upload, costs["decoding"], costs["processes"]),
+        "d4_host": min(engine / NUM_VIEWS, upload / NUM_VIEWS, costs["d4"]),
+    }
+    return {**rates, "share": rates["processes"] / engine}
+
+
+def measured_costs(results: Path) -> Rates:
+    """Return the images per second that each part of the pipeline allows 16 cores.
+
+    Raises:
+        UserError: a file of results is absent.
+        KeyError: a row is.
+    """
+    ingest = _last(results / "ingest.csv", "images_per_second")
+    pipeline = _last(results / "pipeline.csv", "images_per_second")
+    control = _last(results / "pipeline.csv", "control_us")
+    views = _last(results / "embed.csv", "end_to_end", num_threads="1", tta="d4")
+    return {
+        "decoding": CORES * ingest["ours, 1 thread"],
+        "threads": pipeline[f"{CORES} threads that sleep"],
+        "processes": 1e6 / control["control thread, 768 features"],
+        "d4": CORES * views["null"],
+    }
+
+
+def _last(path: Path, column: str, **wanted: str) -> dict[str, float]:
+    """Return a column's last value by `what`, of rows with the wanted values in other columns."""
+    rows = read_results(path).filter(pl.col(column).is_not_null())
+    rows = rows.filter(*(pl.col(name) == value for name, value in wanted.items()))
+    return {
+        name: float(value)
+        for name, value in last_rows(rows, ("what",)).select("what", column).iter_rows()
+    }
+
+
+def h200_column(name: str) -> Callable[[Path], dict[str, str]]:
+    """Return the lookup of a column of the table: its text by config."""
+    return partial(_column, name)
+
+
+def _column(name: str, results: Path) -> dict[str, str]:
+    costs = measured_costs(results)
+    rows = last_rows(read_results(results / "configs.csv"), ("what",))
+    facts = rows.select("what", "size", "gflop_per_image", "mb_per_image").drop_nulls()
+    rates = {
+        config: h200_rates(int(size), float(gflop), float(megabytes), costs)[name]
+        for config, size, gflop, megabytes in facts.iter_rows()
+    }
+    return {config: _text(rate) for config, rate in rates.items()}
+
+
+def _text(rate: float) -> str:
+    """Return a rate with two or three significant digits, and a share as a percentage."""
+    return f"{rate:.0%}" if rate <= 1 else f"{round(rate, 1 - len(str(int(rate))) + 2):,.0f}"
