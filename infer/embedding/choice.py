@@ -212,7 +212,7 @@ def _why_not(of_kind: Found, device: str) -> str | None:
 
 
 def _usable(artifacts: list[Artifact], device: str) -> list[Artifact]:
-    """Return the artifacts that run on a device here; those for few machines, the fastest, first."""
+    """Return the artifacts that run on a device here, the fastest (those for one GPU) first."""
     usable = [artifact for artifact in artifacts if unusable_reason(artifact, device) is None]
     return sorted(usable, key=_is_compatible)
 

@@ -144,10 +144,9 @@ def _none_chosen(model_dir: Path, config: str, found: Found, request: Request) -
         command += f" --precision {request.precision}"
         name += f" in {request.precision}"
     kinds = {artifact.kind for artifacts in found.values() for artifact in artifacts}
-    others = sorted(str(kind) for kind in kinds if request.format in {AUTO, kind.format})
-    if not others:
-        return f"{model_dir} has no fold_<k> with {name}; run `{command}` first"
-    return (
-        f"{model_dir} has no fold_<k> with {name} that fits, or not in every fold, but "
-        f"{', '.join(others)}; run `{command}` first, or change --format, --precision or --tta"
-    )
+    kinds = {kind for kind in kinds if request.format in {AUTO, kind.format}}
+    names = ", ".join(sorted(map(str, kinds)))
+    if any(map(request.accepts, kinds)):
+        return f"no fitting one of {names} is in every fold of {model_dir}; run `{command}` first"
+    only = f" for these flags, only {names}" if names else ""
+    return f"{model_dir} has no fold_<k> with {name}{only}; run `{command}` first"

@@ -311,7 +311,7 @@ def test_embed_takes_the_engine_that_is_named(
     assert "has model.fp16.onnx, model.onnx; choose with --precision" in ended.err
     ended = cli(*base, "--engine", "onnx", "--precision", "int8")
     assert ended.code == 2
-    assert "no fold_<k> with onnx in int8; run `python -m export" in ended.err
+    assert "no fold_<k> with onnx in int8 for these flags, only onnx fp16, onnx fp32; " in ended.err
     ended = cli(*base, "--engine", "tensorrt_rtx")
     assert ended.code == 2
     assert "has not passed the parity check" in ended.err

@@ -166,7 +166,7 @@ def test_the_report_with_a_driver_for_an_older_cuda(tmp_path: Path) -> None:
     assert rest.endswith(
         'fix: run `pip install "isic-toolkit[cuda12]"`, or install NVIDIA driver 580 or newer'
     )
-    assert re.search("device +cpu, because ONNX Runtime .* was built for CUDA 13", text)
+    assert re.search("on cuda +nothing, because ONNX Runtime .* was built for CUDA 13", text)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -152,8 +152,8 @@ def test_only_artifacts_that_fit_the_flags_are_taken(
         path.write_text(json.dumps({**fields, "precision": "int8"}))
     flags = embed_flags(run, synth_dataset, tmp_path / "out", "--split", "test")
     for more, words in (
-        ((), "with an exported model that fits, or not in every fold, but onnx int8; run"),
-        (("--precision", "fp16"), "export --config tiny --precision fp16` first, or change"),
+        ((), "no fold_<k> with an exported model for these flags, only onnx int8; run"),
+        (("--precision", "fp16"), "run `python -m export --config tiny --precision fp16` first"),
         (("--format", "aoti"), "has no fold_<k> with aoti; run `python -m export --config tiny "),
     ):
         ended = cli("infer", *flags, *more)
@@ -162,4 +162,18 @@ def test_only_artifacts_that_fit_the_flags_are_taken(
         assert ended.err.count("\n") == 1
     ended = cli("infer", *flags, "--precision", "int8")
     assert ended.out.startswith("using onnx int8: ")
+    path = run / "fold_1" / "model.onnx.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "precision": "fp16"}))
+    ended = cli("infer", *flags, "--force")
+    assert ended.code == 0, "the folds with int8 are left out, with a note"
+    assert "note: fold_0, fold_2 in " in ended.out
+    path = run / "fold_2" / "model.onnx.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "precision": "fp32"}))
+    ended = cli("infer", *flags, "--force")
+    assert ended.code == 2
+    assert "no fitting one of onnx fp16, onnx fp32, onnx int8 is in every fold of " in ended.err
+    for fold in range(3):
+        path = run / f"fold_{fold}" / "model.onnx.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "precision": "int8"}))
+    assert cli("infer", *flags, "--force", "--precision", "int8").code == 0
     assert cli("infer", *flags, "--quiet", "--precision", "int8").out.startswith("up to date")
