@@ -19,7 +19,7 @@ class EngineFormat:
     title: str
     """The library's name in messages."""
     module: str
-    """The module with `create(path, manifest, device)`, `unavailable_reason(format, device)` and
+    """The module with `create(artifacts, manifests, device)`, `unavailable_reason(format, device)` and
     `built_for()`, the CUDA that the library was built for."""
     suffix: str
     """Ending of the artifact's file name."""
