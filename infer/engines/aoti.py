@@ -218,6 +218,10 @@ def mismatch(manifest: Mapping[str, Any], device: str) -> str | None:
     A CPU that lacks an instruction would end the process with SIGILL
     (https://github.com/pytorch/pytorch/issues/121516); one with more instructions runs it.
     """
+    built_by = manifest.get("versions", {}).get("torch", torch.__version__)
+    if _minor(built_by) != _minor(torch.__version__):
+        # A package calls functions inside torch, which change without notice.
+        return f"was compiled by torch {built_by}, this is {torch.__version__}"
     built_for = manifest["architecture"]
     here = package_architecture(device)
     if device != "cpu" or not built_for.startswith(f"cpu-{platform.machine()}"):
@@ -228,6 +232,11 @@ def mismatch(manifest: Mapping[str, Any], device: str) -> str | None:
     if not missing:
         return None
     return f"was compiled for a CPU with {', '.join(missing)}, which this one lacks"
+
+
+def _minor(version: str) -> list[str]:
+    """Return major and minor of a version."""
+    return version.split(".")[:2]
 
 
 @cache

@@ -148,6 +148,17 @@ def test_a_package_runs_on_a_cpu_with_all_its_instructions(tiny: Path, tmp_path:
         create(artifact.path, older_version)
 
 
+def test_a_package_of_another_torch_is_refused() -> None:
+    manifest = {
+        "architecture": package_architecture("cpu"),
+        "cpu_features": needed_features(),
+        "versions": {"torch": torch.__version__},
+    }
+    assert mismatch(manifest, "cpu") is None
+    manifest["versions"] = {"torch": "1.99.0+cu130"}
+    assert str(mismatch(manifest, "cpu")).startswith("was compiled by torch 1.99.0+cu130, this is ")
+
+
 @pytest.mark.parametrize(
     ("built_for", "driver", "reason"),
     [
