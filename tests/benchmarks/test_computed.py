@@ -1,0 +1,30 @@
+import pytest
+
+from benchmarks.computed import UPLOAD, h200_rates
+
+COSTS = {"decoding": 1e6, "threads": 3e4, "processes": 9e5, "d4": 2e5}
+
+
+def test_an_engine_takes_the_time_of_its_products_and_then_of_its_memory() -> None:
+    rates = h200_rates(224, gflop=79.0, megabytes=43.0, costs=COSTS)
+    assert rates["engine"] == pytest.approx(1 / (100e-6 + 10e-6))
+    assert rates["processes"] == rates["threads"] == rates["engine"]
+    assert rates["share"] == 1
+    assert rates["d4_graph"] == rates["d4_host"] == rates["engine"] / 8
+
+
+@pytest.mark.parametrize(
+    ("change", "column", "expected"),
+    [
+        ({"decoding": 5e4}, "processes", 5e4),
+        ({"processes": 5e4}, "processes", 5e4),
+        ({"threads": 5e4}, "threads", 5e4),
+        ({"d4": 5e3}, "d4_host", 5e3),
+        ({"decoding": 5e3}, "d4_graph", 5e3),
+        ({}, "processes", UPLOAD / (3 * 224**2)),
+    ],
+)
+def test_the_slowest_part_decides(change: dict[str, float], column: str, expected: float) -> None:
+    rates = h200_rates(224, gflop=0.79, megabytes=0.43, costs={**COSTS, **change})
+    assert rates[column] == pytest.approx(expected)
+    assert rates["share"] == pytest.approx(rates["processes"] / rates["engine"])
