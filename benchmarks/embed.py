@@ -26,9 +26,10 @@ from infer.embedding.shards import plan_shards
 from infer.embedding.store import RUN_FILE
 from infer.engines import IN_FLIGHT, Pending, create_many, null
 from infer.engines.pinned import page_locked
+from infer.formats import AUTO
 from isic.cache import index_path
 from isic.dataset import Dataset
-from isic.layout import ONNX_FILE, find_run
+from isic.layout import find_run
 from isic.metadata import read_ids
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError
@@ -60,7 +61,7 @@ def embed(settings: EmbedRateSettings) -> None:
             null.write_run(model_dir, metadata, PreprocessSpec(size=224))
         else:
             model_dir = find_run(settings.model_dir, settings.config)
-            engine = ONNX_FILE
+            engine = AUTO
         measure = _measure_whole_runs if settings.whole else _measure_parts
         measured = measure(settings, model_dir, engine, folder)
     row = {"what": settings.config, "data": settings.data.name, **measured}

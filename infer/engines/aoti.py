@@ -27,9 +27,10 @@ from isic.runtime.machine import (
     num_cores,
     old_driver_reason,
 )
+from isic.views import VIEWS
 
 CPU_PIECE = 8
-"""Images per call on a CPU: few enough that its caches hold the activations."""
+"""Views of images per call on a CPU: few enough that its caches hold the activations."""
 NUM_STREAMS = 2
 """CUDA streams, so that one batch is copied while another one is computed."""
 
@@ -158,8 +159,9 @@ def refuse_mismatch(path: Path, manifest: Mapping[str, Any], device: str) -> Non
     """Raise UserError if a package was compiled for another device or architecture."""
     reason = mismatch(manifest, device)
     if reason:
+        views = f"--tta {manifest['tta']} " if "tta" in manifest else ""
         raise UserError(
-            f"{path} {reason}; run `python -m export --config {manifest['name']} "
+            f"{path} {reason}; run `python -m export --config {manifest['name']} {views}"
             f"--formats aoti --device {device} --force` on this machine"
         )
 
@@ -282,6 +284,8 @@ def create(
     max_batch = min(int(manifest["max_batch"]) for manifest in manifests.values())
     if device == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
-        max_batch = min(max_batch, CPU_PIECE)
+        first, *_ = manifests.values()
+        num_views = len(VIEWS[first.get("tta", "none")])
+        max_batch = min(max_batch, max(1, CPU_PIECE // num_views))
     forwards = {fold: open_package(path) for fold, path in artifacts.items()}
     return TorchEngine(forwards, max_batch, device)

@@ -178,7 +178,13 @@ def one_node_plan(trt: ModuleType, architecture: str | None) -> bytes | None:
 
 def export_command(path: Path, manifest: Mapping[str, Any]) -> str:
     """Return the command that exports a plan again."""
-    flags = {"config": "name", "fold": "fold", "formats": "format", "precision": "precision"}
+    flags = {
+        "config": "name",
+        "fold": "fold",
+        "formats": "format",
+        "precision": "precision",
+        "tta": "tta",
+    }
     given = [f"--{flag} {manifest[key]}" for flag, key in flags.items() if key in manifest]
     if path.parent.name.startswith("fold_"):
         given.insert(1, f"--model_dir {path.parent.parent}")
