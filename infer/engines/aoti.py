@@ -159,7 +159,8 @@ def refuse_mismatch(path: Path, manifest: Mapping[str, Any], device: str) -> Non
     """Raise UserError if a package was compiled for another device or architecture."""
     reason = mismatch(manifest, device)
     if reason:
-        views = f"--tta {manifest['tta']} " if "tta" in manifest else ""
+        tta = manifest.get("tta", "none")
+        views = "" if tta == "none" else f"--tta {tta} "
         raise UserError(
             f"{path} {reason}; run `python -m export --config {manifest['name']} {views}"
             f"--formats aoti --device {device} --force` on this machine"

@@ -185,7 +185,11 @@ def export_command(path: Path, manifest: Mapping[str, Any]) -> str:
         "precision": "precision",
         "tta": "tta",
     }
-    given = [f"--{flag} {manifest[key]}" for flag, key in flags.items() if key in manifest]
+    given = [
+        f"--{flag} {manifest[key]}"
+        for flag, key in flags.items()
+        if manifest.get(key, "none") != "none"
+    ]
     if path.parent.name.startswith("fold_"):
         given.insert(1, f"--model_dir {path.parent.parent}")
     return " ".join(("python -m export", *given))
