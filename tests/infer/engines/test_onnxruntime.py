@@ -124,7 +124,9 @@ def test_an_error_of_a_run_is_one_sentence(
 
 def test_an_error_of_a_bound_run_is_one_sentence(engine: OnnxRuntimeEngine) -> None:
     """It has another type than that of a run without bindings."""
-    with pytest.raises(UserError, match=r"^ONNX Runtime failed \(Error in execution: [^\n]*\); use"):
+    with pytest.raises(
+        UserError, match=r"^ONNX Runtime failed \(Error in execution: [^\n]*\); use"
+    ):
         engine._run_batch((FEATURES,), noise(2)[:, :16], [0])
 
 
