@@ -21,7 +21,7 @@ from isic.runtime.errors import UserError
 
 ERROR_MARKERS = re.compile(r"\b(error|fatal)\s*:|cannot find")
 """Matches the line with the reason of a compiler, an assembler (`error   :`) or a linker."""
-MISSING_MARKERS = re.compile(r"No such file|cannot find|No working C\+\+ compiler")
+MISSING_MARKERS = re.compile(r"No such file|cannot find|No working C\+\+ compiler|CUDA_HOME")
 """Matches a reason that is a missing compiler, header or library."""
 
 
