@@ -21,7 +21,7 @@ from isic.runtime.errors import UserError
 
 ERROR_MARKERS = re.compile(r"\b(error|fatal)\s*:|cannot find")
 """Matches the line with the reason of a compiler, an assembler (`error   :`) or a linker."""
-MISSING_MARKERS = re.compile(r"No such file|cannot find|No working C\+\+ compiler")
+MISSING_MARKERS = re.compile(r"No such file|cannot find|No working C\+\+ compiler|CUDA_HOME")
 """Matches a reason that is a missing compiler, header or library."""
 
 
@@ -56,10 +56,15 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
         )
         configs = {"max_autotune": True} if spec.options.max_autotune else {}
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
-    facts: dict[str, Any] = {"architecture": package_architecture(spec.device)}
+    facts = {
+        "architecture": package_architecture(spec.device),
+        "max_batch": spec.options.max_batch,
+    }
     if spec.device == "cpu":
-        facts["cpu_features"] = needed_features()
-    return {**facts, "max_batch": spec.options.max_batch}
+        return {**facts, "cpu_features": needed_features()}
+    # One call for an embedding batch. A package has a runner for each batch in flight, and a call
+    # that waits for one holds the interpreter lock (https://github.com/pytorch/pytorch/issues/197516).
+    return {**facts, "batch_size": spec.options.opt_batch}
 
 
 def traced_batch(spec: ArtifactSpec) -> int:

@@ -21,10 +21,10 @@ class PlanOptions(Settings):
     )
     min_batch: int = Field(1, ge=1, description="TensorRT: smallest batch size")
     opt_batch: int = Field(
-        64,
+        256,
         ge=1,
-        description="TensorRT, and aoti on a GPU: batch size that kernels are optimized for; "
-        "divided by the number of views if not given",
+        description="TensorRT, and aoti on a GPU: batch size that kernels are optimized for and "
+        "embedding uses; --max_batch if not given",
     )
     max_batch: int = Field(
         256,
@@ -71,10 +71,11 @@ class PlanOptions(Settings):
     @model_validator(mode="before")
     @classmethod
     def _divide_batches(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Divide the default batch sizes by the number of views: memory stays the same."""
+        """Divide the default batch size by the number of views: memory stays the same."""
         num_views = len(VIEWS.get(str(values.get("tta")), ("none",)))
-        usual = {name: cls.model_fields[name].default for name in ("opt_batch", "max_batch")}
-        return {name: max(1, size // num_views) for name, size in usual.items()} | values
+        usual = max(1, cls.model_fields["max_batch"].default // num_views)
+        largest = values.get("max_batch", usual)
+        return {"max_batch": largest, "opt_batch": largest} | values
 
     @model_validator(mode="after")
     def _check(self) -> "PlanOptions":

@@ -115,8 +115,8 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
         "opset": opset,
         **calibration,
         "plan": asdict(facts),
-        # Twice the largest piece, so that one is copied while the other is computed.
-        "batch_size": 2 * spec.options.max_batch,
+        # One piece of an embedding batch, so that as many batches are in flight as slots exist.
+        "batch_size": spec.options.opt_batch,
     }
 
 

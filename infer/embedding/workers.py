@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -11,7 +12,7 @@ from infer.embedding.embedder import Embedder, EmbedJob, OnBatch
 from infer.embedding.shards import Shard
 from isic.runtime.errors import UserError
 from isic.runtime.interrupt import Interrupted, block_sigint, interruptible
-from isic.runtime.machine import VISIBLE_GPUS, cores, gpus
+from isic.runtime.machine import VISIBLE_GPUS, cores, gpus, num_cores
 
 GRACE_SECONDS = 30
 """Time that a stopped worker has to write its finished shards to disk."""
@@ -30,6 +31,8 @@ def run_processes(shards: Sequence[Shard], job: EmbedJob, number: int, on_batch:
     Raises:
         UserError: raised in a worker; the others are stopped.
     """
+    # Counted here: a limit on CPU time holds for all of them together, and each would take it all.
+    job = replace(job, num_threads=job.num_threads or max(1, num_cores() // number))
     context = get_context("spawn")
     gpu_names = gpus()
     workers: dict[Connection, SpawnProcess] = {}

@@ -34,6 +34,17 @@ CPU_PIECE = 8
 NUM_STREAMS = 2
 """CUDA streams, so that one batch is copied while another one is computed."""
 
+LESS_MEMORY = "use a smaller --batch_size, or end other processes on the GPU"
+FAILURES = {
+    "out of memory": ("the GPU's memory is full", LESS_MEMORY),
+    # Up to torch 2.11 a package hides the reason (deepmodeling/deepmd-kit#5418).
+    "run_func_": ("the GPU failed, as a rule because its memory is full", LESS_MEMORY),
+    "": (
+        "the GPU failed",
+        "run `python -m infer doctor`, and export the package again if the GPU works",
+    ),
+}
+"""Cause and fix of an error of the GPU, by a part of its message; the first match counts."""
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
 """A network on a device: images uint8 [N, H, W, 3] to features, logits and an optional mask."""
@@ -58,6 +69,9 @@ class TorchEngine(Engine):
             # torch computes with threads of its own.
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="torch")
         else:
+            with device_errors_as_user_errors():
+                # The weights were copied on the default stream, which the others do not wait for.
+                torch.cuda.synchronize()
             self._streams = cycle([torch.cuda.Stream() for _ in range(NUM_STREAMS)])  # type: ignore[no-untyped-call]
             self._in_flight: deque[OnGpu] = deque()
 
@@ -83,7 +97,8 @@ class TorchEngine(Engine):
         if self.device == "cpu":
             self._pool.shutdown()
         else:
-            torch.cuda.synchronize()
+            with contextlib.suppress(RuntimeError):  # the GPU has failed, which results report
+                torch.cuda.synchronize()
 
     def _run_on_cpu(self, pixels: Tensor, folds: Sequence[int]) -> dict[int, Outputs]:
         return as_arrays(self._forward(pixels, folds))
@@ -113,6 +128,8 @@ class TorchEngine(Engine):
 
 def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Return each output of several pieces as one tensor."""
+    if len(parts) == 1:
+        return list(parts[0])
     return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
 
 
@@ -143,16 +160,10 @@ def device_errors_as_user_errors() -> Iterator[None]:
     """Turn an error of the GPU, such as full memory, into a UserError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU's memory is full ({first_line(error)}); use a smaller --batch_size, or end "
-            "other processes on the GPU"
-        ) from None
-    except RuntimeError as error:
-        raise UserError(
-            f"the GPU failed ({first_line(error)}); run `python -m infer doctor`, and export the "
-            "package again if the GPU works"
-        ) from None
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        text = str(error)
+        cause, fix = next(found for part, found in FAILURES.items() if part in text)
+        raise UserError(f"{cause} ({first_line(error)}); {fix}") from None
 
 
 def refuse_mismatch(path: Path, manifest: Mapping[str, Any], device: str) -> None:

@@ -43,7 +43,8 @@ PROVIDERS: dict[str, list[str | tuple[str, dict[str, str]]]] = {
 }
 """Providers by device, in the order in which they take nodes."""
 LOAD_ERRORS = (Fail, InvalidGraph, InvalidProtobuf, NoSuchFile)
-RUN_ERRORS = (EPFail, Fail, RuntimeException)
+# A run with bindings and a copy to a device raise RuntimeError for whatever fails.
+RUN_ERRORS = (EPFail, Fail, RuntimeException, RuntimeError)
 ORT_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(float16)": "float16"}
 """numpy's names of the types that ONNX Runtime reports; it has others, which no contract names."""
 

@@ -31,27 +31,26 @@ def page_locked(array: NDArray[Any], device: str) -> NDArray[Any]:
     if device != "cuda" or not array.nbytes:
         return array
     driver = cuda_driver()
-    reason = str(driver) if isinstance(driver, OSError) else _lock(driver, array)
-    if reason:
-        warn(f"the input of the GPU cannot be page-locked ({reason}), so copies to it are slower")
+    locked = str(driver) if isinstance(driver, OSError) else _lock(driver, array)
+    if isinstance(locked, str):
+        warn(f"the input of the GPU cannot be page-locked ({locked}), so copies to it are slower")
         return array
-    assert not isinstance(driver, OSError)
-    return np.asarray(_Locked(array, driver))
+    return np.asarray(locked)
 
 
 class _Locked:
     """Hands an array's memory on through numpy's interface, which keeps this object alive."""
 
-    def __init__(self, array: NDArray[Any], driver: ctypes.CDLL) -> None:
+    def __init__(self, array: NDArray[Any], driver: ctypes.CDLL, context: ctypes.c_void_p) -> None:
         self._array = array
         self.__array_interface__ = array.__array_interface__
         address = ctypes.c_void_p(array.ctypes.data)
         # The array too, since the lock must end before the memory is freed.
-        weakref.finalize(self, _unlock, driver, address, array)
+        weakref.finalize(self, _unlock, driver, context, address, array)
 
 
-def _lock(driver: ctypes.CDLL, array: NDArray[Any]) -> str | None:
-    """Lock an array's memory in the context that CUDA's runtime uses. Return why it failed."""
+def _lock(driver: ctypes.CDLL, array: NDArray[Any]) -> _Locked | str:
+    """Lock an array's memory in the context that CUDA's runtime uses, or return why it failed."""
     device, context = ctypes.c_int(0), ctypes.c_void_p()
     address, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
     status = (
@@ -62,11 +61,15 @@ def _lock(driver: ctypes.CDLL, array: NDArray[Any]) -> str | None:
         or driver.cuMemHostRegister_v2(address, size, PORTABLE)
     )
     if not status:
-        return None
+        return _Locked(array, driver, context)
     text = ctypes.c_char_p()
     driver.cuGetErrorString(status, ctypes.byref(text))
     return (text.value or b"unknown error").decode()
 
 
-def _unlock(driver: ctypes.CDLL, address: ctypes.c_void_p, array: NDArray[Any]) -> None:
+def _unlock(
+    driver: ctypes.CDLL, context: ctypes.c_void_p, address: ctypes.c_void_p, array: NDArray[Any]
+) -> None:
+    # Any thread may be the last that holds a view; one that has not used CUDA has no context.
+    driver.cuCtxSetCurrent(context)
     driver.cuMemHostUnregister(address)

@@ -1,15 +1,20 @@
 """AOTInductor packages: parity, and compilers that fail."""
 
 import os
+import re
 import subprocess
 import sys
+from inspect import currentframe
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch._inductor.exc import InductorError
 
+from export.aoti import compiler_errors_as_user_errors
 from export.formats import TOLERANCES
 from export.parity import check_parity
+from isic.runtime.errors import UserError
 from tests.support.networks import build_engine, network, spec_of
 
 BROKEN = """#!/bin/sh
@@ -73,6 +78,16 @@ def test_a_compiler_that_fails_is_reported(
     assert sentence.endswith("leave out --formats aoti")
     assert advice in sentence
     assert (ADVICE in sentence) == (advice == ADVICE)
+
+
+def test_a_missing_cuda_toolkit_is_named() -> None:
+    """Torch raises this in an environment of pip's packages alone."""
+    error = OSError("CUDA_HOME environment variable is not set. Please set it to your CUDA install")
+    with (
+        pytest.raises(UserError, match=rf"CUDA_HOME .* is not set.*{re.escape(ADVICE)}"),
+        compiler_errors_as_user_errors(),
+    ):
+        raise InductorError(error, currentframe())
 
 
 @pytest.mark.slow

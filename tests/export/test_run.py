@@ -235,6 +235,8 @@ def test_one_command_makes_them_all(first: Path) -> None:
     results = json.loads((first / "parity.json").read_text())
     assert all(result["passed"] for result in results.values())
     assert set(results) == made - {plan}, "no GPU has run the plan"
+    assert read_manifest(first / plan)["batch_size"] == 8, "one call for each batch"
+    assert "batch_size" not in read_manifest(first / package), "it is for a CPU"
     images = np.random.default_rng(3).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     exact, *others = (
         load(first / name).run(images)[0] for name in ("model.onnx", "model.fp16.onnx", package)

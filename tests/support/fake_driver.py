@@ -12,6 +12,7 @@ DRIVER = r"""
 #include <stdlib.h>
 #include <string.h>
 static int failure;
+static __thread void *current;
 static int number(const char *name) { return getenv(name) ? atoi(getenv(name)) : 0; }
 int cuInit(unsigned flags) { return number("FAKE_STATUS"); }
 int cuDriverGetVersion(int *version) { *version = number("FAKE_CUDA"); return 0; }
@@ -26,13 +27,17 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 int cuDeviceGet(int *device, int number) { *device = number; return 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &failure; return 0; }
-int cuCtxSetCurrent(void *context) { return context == &failure ? 0 : 201; }
+int cuCtxSetCurrent(void *context) {
+    current = context;
+    return context == &failure ? 0 : 201;
+}
 int cuMemHostRegister_v2(void *start, size_t size, unsigned flags) {
     if (flags != 1 || number("FAKE_FULL")) return 2;
     printf("lock %p %zu\n", start, size);
     return fflush(stdout);
 }
 int cuMemHostUnregister(void *start) {
+    if (current != &failure) return 201;
     printf("unlock %p\n", start);
     return fflush(stdout);
 }

@@ -52,6 +52,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> TorchEngine:
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    synchronized: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronized.append(True))
     monkeypatch.setattr(FakeEvent, "waits", 0)
     monkeypatch.setattr(Tensor, "to", to_cpu)
 
@@ -60,7 +62,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> TorchEngine:
         features = factor * images.flatten(1)[:, :3].float()
         return features.half(), features.sum(dim=1, keepdim=True)
 
-    return TorchEngine({fold: partial(forward, fold) for fold in (1, 2)}, 4, "cuda")
+    opened = TorchEngine({fold: partial(forward, fold) for fold in (1, 2)}, 4, "cuda")
+    assert synchronized, "other streams might read the weights before they are there"
+    return opened
 
 
 def to_cpu(tensor: Tensor, device: str, non_blocking: bool) -> Tensor:
@@ -89,6 +93,10 @@ def test_batches_on_a_gpu_are_waited_for_when_their_results_are(engine: TorchEng
             "memory is full .*smaller --batch_size",
         ),
         (
+            RuntimeError("run_func_( container_handle_) API call failed at x.cpp, line 144"),
+            "failed, as a rule because its memory is full .*smaller --batch_size",
+        ),
+        (
             RuntimeError("an illegal memory access\nCompile"),
             "failed .an illegal memory access.; run",
         ),
@@ -107,6 +115,8 @@ def test_an_error_on_a_gpu_is_one_sentence(
     monkeypatch.setattr(engine, "_forwards", {1: fail})
     with pytest.raises(UserError, match=sentence):
         engine.submit(np.zeros((1, 2, 2, 3), np.uint8), [1])
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    engine.close()  # it must not replace the error that is on its way
 
 
 @pytest.mark.slow

@@ -122,6 +122,14 @@ def test_an_error_of_a_run_is_one_sentence(
         engine._run_batch((FEATURES,), noise(2), [0])
 
 
+def test_an_error_of_a_bound_run_is_one_sentence(engine: OnnxRuntimeEngine) -> None:
+    """It has another type than that of a run without bindings."""
+    with pytest.raises(
+        UserError, match=r"^ONNX Runtime failed \(Error in execution: [^\n]*\); use"
+    ):
+        engine._run_batch((FEATURES,), noise(2)[:, :16], [0])
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 37])
 def test_the_largest_int8_products_are_exact(rows: int, dynamic: bool) -> None:

@@ -13,6 +13,7 @@ from tests.support.commands import ROOT
 
 SCRIPT = """
 import gc
+from threading import Thread
 from infer.embedding.ring import Ring
 from infer.engines.pinned import page_locked
 
@@ -23,8 +24,11 @@ del slots
 gc.collect()
 part[:] = 7
 print("in use", flush=True)
+views = [part]
 del part
-gc.collect()
+thread = Thread(target=views.clear)  # which has not used CUDA
+thread.start()
+thread.join()
 print("end", flush=True)
 """
 
