@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 import polars as pl
 
+from benchmarks.computed import CORES
 from benchmarks.record import Row, print_and_append
 from benchmarks.settings import PipelineSettings
 from benchmarks.timing import batches
@@ -139,9 +140,8 @@ def decoding_rows(
             rate = rate_of_interpreters(path, names, number // INTERPRETERS)
             what = f"{INTERPRETERS} interpreters of {number // INTERPRETERS} threads that sleep"
             yield what, rate.columns
-    number = max(settings.workers)
-    with Stream(DecoderProcesses, NoImages(path), number) as stream:
-        yield f"{number} processes without decoding", stream.measure(names).columns
+        with Stream(DecoderProcesses, NoImages(path), number) as stream:
+            yield f"{number} processes without decoding", stream.measure(names).columns
 
 
 KINDS: dict[type[Decoders], DecodeIn] = {DecoderThreads: "threads", DecoderProcesses: "processes"}
@@ -260,7 +260,7 @@ def engine_rows(
 ) -> Iterator[tuple[str, Row]]:
     """Yield the share of an engine's own rate that is reached end to end."""
     for rate in settings.rates:
-        number = max(settings.workers)
+        number = min(max(settings.workers), CORES)
         for decode_in in KINDS.values():
             wanted = repeated(ids, round(rate * settings.seconds))
             run = embedded(
