@@ -83,6 +83,8 @@ class Decoders(ABC):
 
     chunk_size: int
     """Images per chunk: enough to read neighbours together and few enough to balance workers."""
+    smallest_chunk: int
+    """Rows per chunk below which a batch is not split further."""
     chunks_ahead: int
     """Chunks per worker to queue so that none runs dry while the engine is busy."""
 
@@ -132,6 +134,7 @@ class DecoderThreads(Decoders):
     """Threads of this process."""
 
     chunk_size = 32
+    smallest_chunk = 1
     chunks_ahead = 4
 
     def __init__(self, store: ImageStore, recipe: Recipe, ring: Ring, num_workers: int) -> None:
@@ -155,6 +158,7 @@ class DecoderProcesses(Decoders):
 
     # A message per chunk takes the engine's process some 10 microseconds.
     chunk_size = 64
+    smallest_chunk = 16
     chunks_ahead = 2
 
     def __init__(self, store: ImageStore, recipe: Recipe, ring: Ring, num_workers: int) -> None:

@@ -83,9 +83,10 @@ class Embedder:
         self.images_per_batch = max(1, job.batch_size // recipe.num_views)
         num_workers = job.num_threads or num_cores()
         decoders = decoders_for(job.decode_in, engine.device, num_workers)
-        slots = num_slots(self.images_per_batch, decoders, num_workers, job.depth)
+        num_rows = self.images_per_batch * recipe.num_views
+        slots = num_slots(num_rows, decoders, num_workers, job.depth)
         size = recipe.spec.size
-        ring = Ring((slots, self.images_per_batch * recipe.num_views, size, size, 3))
+        ring = Ring((slots, num_rows, size, size, 3))
         self._slots = page_locked(ring.slots, engine.device)
         self._decoders = decoders(store, recipe, ring, num_workers)
 

@@ -20,7 +20,7 @@ def num_slots(
     """Return the number of slots that a ring of batches needs.
 
     Args:
-        batch_size: images per batch.
+        batch_size: rows per batch; a view of an image is one.
         decoders: the kind of workers to keep busy.
         num_workers: their number.
         depth: batches ahead of the engine; None for as many as keep the workers busy.
@@ -96,9 +96,12 @@ class DecodeAhead:
             self._ahead.append((slot, ids, self._submit(slot, ids)))
 
     def _submit(self, slot: int, ids: Sequence[str]) -> list[Decoding]:
-        # At least one chunk per worker, also of a small batch.
-        size = min(self._decoders.chunk_size, ceil_div(len(ids), self._decoders.num_workers))
+        # If possible one chunk per worker, also of a small batch.
+        decoders = self._decoders
+        smallest = ceil_div(decoders.smallest_chunk, decoders.num_views)
+        share = ceil_div(len(ids), decoders.num_workers)
+        size = min(decoders.chunk_size, max(smallest, share))
         return [
-            self._decoders.submit(Chunk(slot, len(ids), start, ids[start : start + size]))
+            decoders.submit(Chunk(slot, len(ids), start, ids[start : start + size]))
             for start in range(0, len(ids), size)
         ]

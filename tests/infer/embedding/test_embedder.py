@@ -1,5 +1,6 @@
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ class RecordingEngine(NullEngine):
     def _result(self, result: Callable[[], Any]) -> Any:
         self.now -= 1
         return result()
+
+
+def test_views_take_no_more_memory_than_images(tmp_path: Path) -> None:
+    job = null_job(make_fake_run(tmp_path, num_images=60))
+    sizes = []
+    for tta in ("none", "d4"):
+        job = replace(job, tta=tta, batch_size=256, num_threads=16)
+        with Embedder(job, FailingEngine(), Dataset(job.data).images("train")) as embedder:
+            sizes.append(embedder._slots.nbytes)
+    assert sizes[1] <= sizes[0]
 
 
 def test_the_engine_always_has_the_next_batches(tmp_path: Path) -> None:

@@ -1,12 +1,20 @@
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from infer.embedding.decoders import DecoderProcesses, Decoders, DecoderThreads, Recipe
+from infer.embedding.decoders import (
+    Chunk,
+    DecoderProcesses,
+    Decoders,
+    DecoderThreads,
+    Decoding,
+    Recipe,
+)
 from infer.embedding.pipeline import DecodeAhead, num_slots
 from infer.embedding.ring import Ring
 from infer.engines import IN_FLIGHT
@@ -150,3 +158,31 @@ def test_the_ring_keeps_the_workers_busy() -> None:
     assert num_slots(256, DecoderThreads, 16) == 8 + IN_FLIGHT
     assert num_slots(256, DecoderProcesses, 16) == 8 + IN_FLIGHT
     assert num_slots(256, DecoderThreads, 16, depth=5) == 5 + IN_FLIGHT
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_views", "size", "most"),
+    [
+        (DecoderProcesses, 1, 256, 16),
+        (DecoderProcesses, 8, 32, 2),
+        (DecoderProcesses, 1, 4096, 64),
+        (DecoderThreads, 1, 256, 4),
+    ],
+)
+def test_a_message_is_worth_its_cost_however_many_workers_there_are(
+    kind: type[Decoders], num_views: int, size: int, most: int
+) -> None:
+    class Recording(kind):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            self.num_workers, self.num_views = 64, num_views
+            self.chunks: list[int] = []
+
+        def submit(self, chunk: Chunk) -> Decoding:
+            self.chunks.append(len(chunk.ids))
+            return Future()
+
+    decoders = Recording()
+    names = [str(number) for number in range(size)]
+    DecodeAhead(decoders, np.empty((1, 0), np.uint8), [names])._fill()
+    assert sum(decoders.chunks) == size
+    assert max(decoders.chunks) == most
