@@ -22,7 +22,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
     RuntimeException,
 )
 
-from infer.engines import IN_FLIGHT, Engine, Pending
+from infer.engines import Engine, Pending
 from infer.engines.contract import FEATURES, IMAGES, LOGITS, MASK, Tensor, contract_violation
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
@@ -35,8 +35,14 @@ from isic.runtime.machine import (
     old_driver_reason,
 )
 
-# TF32 would fail float32's parity check. By default cuDNN tries every kernel for each batch size.
-CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+CUDA_OPTIONS = {
+    "use_tf32": "0",  # TF32 would fail float32's parity check
+    "cudnn_conv_algo_search": "HEURISTIC",  # by default every kernel is tried per batch size
+    # By default a session takes memory in powers of two, and every fold has a session.
+    "arena_extend_strategy": "kSameAsRequested",
+}
+GPU_RUNS = 2
+"""Batches that run at once on a GPU: one is copied while the other is computed."""
 PROVIDERS: dict[str, list[str | tuple[str, dict[str, str]]]] = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": [("CUDAExecutionProvider", CUDA_OPTIONS), "CPUExecutionProvider"],
@@ -107,7 +113,7 @@ class OnnxRuntimeEngine(Engine):
             other = "" if device == "cpu" else ", or use --device cpu"
             raise UserError(f"ONNX Runtime does not run on --device {device} here: {reason}{other}")
         self._sessions = {fold: open_graph(path, size, device) for fold, path in artifacts.items()}
-        num_threads = num_cores() if device == "cpu" else IN_FLIGHT
+        num_threads = num_cores() if device == "cpu" else GPU_RUNS
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="onnxruntime")
 
     def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> Pending:
