@@ -20,11 +20,20 @@ COPY = 4.3e12
 UPLOAD = 55e9
 """Bytes per second to a GPU over PCIe 5."""
 CORES = 16
+H200_CONFIGS = (
+    "vit_tiny",
+    "vit_small",
+    "vit_base",
+    "eva02_small",
+    "eva02_base",
+    "convnext_tiny",
+    "convnext_base",
+)
 NUM_VIEWS = 8
 """Of `--tta d4`."""
 
 Rates = Mapping[str, float]
-"""Images per second by column."""
+"""Images per second, or shares of them, by name."""
 
 
 def h200_rates(size: int, gflop: float, megabytes: float, costs: Rates) -> dict[str, float]:
@@ -34,22 +43,25 @@ def h200_rates(size: int, gflop: float, megabytes: float, costs: Rates) -> dict[
         size: side of the images, pixels.
         gflop: billions of floating-point operations per image.
         megabytes: memory traffic per image in bfloat16.
-        costs: images per second of the parts, see `measured_costs`.
+        costs: see `measured_costs`.
     """
     engine = 1 / (gflop * 1e9 / MATMUL + megabytes * 1e6 / COPY)
     upload = UPLOAD / (3 * size**2)
+    busy = engine * costs["share"]
     rates = {
         "engine": engine,
-        "processes": min(engine, upload, costs["decoding"], costs["processes"]),
-        "threads": min(engine, upload, costs["threads"]),
-        "d4_graph": min(engine / NUM_VIEWS, upload, costs["decoding"], costs["processes"]),
-        "d4_host": min(engine / NUM_VIEWS, upload / NUM_VIEWS, costs["d4"]),
+        "processes": min(busy, upload, costs["decoding"], costs["processes"]),
+        "threads": min(busy, upload, costs["threads"]),
+        "d4_graph": min(busy / NUM_VIEWS, upload, costs["decoding"], costs["processes"]),
+        "d4_host": min(busy / NUM_VIEWS, upload / NUM_VIEWS, costs["d4"]),
     }
     return {**rates, "share": rates["processes"] / engine}
 
 
 def measured_costs(results: Path) -> Rates:
     """Return the images per second that each part of the pipeline allows 16 cores.
+
+    `share` is the part of its own rate that an engine reached end to end.
 
     Raises:
         UserError: a file of results is absent.
@@ -58,12 +70,14 @@ def measured_costs(results: Path) -> Rates:
     ingest = _last(results / "ingest.csv", "images_per_second")
     pipeline = _last(results / "pipeline.csv", "images_per_second")
     control = _last(results / "pipeline.csv", "control_us")
+    shares = _last(results / "pipeline.csv", "share")
     views = _last(results / "embed.csv", "end_to_end", num_threads="1", tta="d4")
     return {
         "decoding": CORES * ingest["ours, 1 thread"],
-        "threads": pipeline[f"{CORES} threads that sleep"],
+        "threads": pipeline[f"decoding by {CORES} threads, a sleep"],
         "processes": 1e6 / control["control thread, 768 features"],
         "d4": CORES * views["null"],
+        "share": shares[f"engine of 10,000 images/s, {CORES} processes"],
     }
 
 

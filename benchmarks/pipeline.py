@@ -135,16 +135,28 @@ def decoding_rows(
     for number in settings.workers:
         for kind in (DecoderThreads, DecoderProcesses):
             with Stream(kind, SleepingImages(path), number) as stream:
-                yield f"{number} {KINDS[kind]} that sleep", stream.measure(names).columns
+                yield (
+                    f"decoding by {counted(number, KINDS[kind])}, a sleep",
+                    stream.measure(names).columns,
+                )
         if number >= INTERPRETERS:
             rate = rate_of_interpreters(path, names, number // INTERPRETERS)
-            what = f"{INTERPRETERS} interpreters of {number // INTERPRETERS} threads that sleep"
+            what = f"decoding by {INTERPRETERS} interpreters of {counted(number // INTERPRETERS, 'threads')}, a sleep"
             yield what, rate.columns
         with Stream(DecoderProcesses, NoImages(path), number) as stream:
-            yield f"{number} processes without decoding", stream.measure(names).columns
+            yield (
+                f"decoding by {counted(number, 'processes')}, in no time",
+                stream.measure(names).columns,
+            )
 
 
 KINDS: dict[type[Decoders], DecodeIn] = {DecoderThreads: "threads", DecoderProcesses: "processes"}
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and a noun, which is given in the plural."""
+    singular = {"threads": "thread", "processes": "process"}
+    return f"{number} {singular[noun] if number == 1 else noun}"
 
 
 def repeated(ids: pl.Series, number: int) -> pl.Series:
@@ -267,7 +279,7 @@ def engine_rows(
                 NullEngine([0], 192, rate), SleepingImages(path), wanted, 192, decode_in, number
             )
             share = run.images / run.seconds / rate
-            what = f"engine of {rate:,} images/s, {number} {decode_in} that sleep"
+            what = f"engine of {rate:,} images/s, {counted(number, decode_in)}"
             yield what, {**run.columns, "share": round(share, 4)}
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import polars as pl
 
-from benchmarks.computed import h200_column
+from benchmarks.computed import H200_CONFIGS, h200_column
 from benchmarks.page import OWN_MARK, last_rows, read_results, render_page
-from benchmarks.settings import GPU_CONFIGS, TablesSettings
+from benchmarks.settings import TablesSettings
 from isic.runtime.config import describe_configs
 from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.files import read_text, refuse_foreign, write_text
@@ -150,7 +150,7 @@ TABLES = {
             "d4_graph": "d4 in the graph",
             "d4_host": "d4 on the host",
         },
-        rows=tuple((name,) for name in GPU_CONFIGS),
+        rows=tuple((name,) for name in H200_CONFIGS),
         lookups={
             name: h200_column(name)
             for name in ("engine", "processes", "share", "threads", "d4_graph", "d4_host")

@@ -2,7 +2,7 @@ import pytest
 
 from benchmarks.computed import UPLOAD, h200_rates
 
-COSTS = {"decoding": 1e6, "threads": 3e4, "processes": 9e5, "d4": 2e5}
+COSTS = {"decoding": 1e6, "threads": 3e4, "processes": 9e5, "d4": 2e5, "share": 1.0}
 
 
 def test_an_engine_takes_the_time_of_its_products_and_then_of_its_memory() -> None:
@@ -11,6 +11,13 @@ def test_an_engine_takes_the_time_of_its_products_and_then_of_its_memory() -> No
     assert rates["processes"] == rates["threads"] == rates["engine"]
     assert rates["share"] == 1
     assert rates["d4_graph"] == rates["d4_host"] == rates["engine"] / 8
+
+
+def test_an_engine_reaches_the_measured_share_of_its_rate() -> None:
+    rates = h200_rates(224, gflop=79.0, megabytes=43.0, costs={**COSTS, "share": 0.9})
+    assert rates["processes"] == pytest.approx(0.9 * rates["engine"])
+    assert rates["share"] == pytest.approx(0.9)
+    assert rates["d4_graph"] == pytest.approx(0.9 * rates["engine"] / 8)
 
 
 @pytest.mark.parametrize(

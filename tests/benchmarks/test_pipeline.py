@@ -34,14 +34,14 @@ def test_every_part_has_a_row(
     pipeline.pipeline(settings)
     rows = read_results(tmp_path / "results" / "pipeline.csv")
     assert rows["what"].to_list() == [
-        "4 threads that sleep",
-        "4 processes that sleep",
-        "4 interpreters of 1 threads that sleep",
-        "4 processes without decoding",
+        "decoding by 4 threads, a sleep",
+        "decoding by 4 processes, a sleep",
+        "decoding by 4 interpreters of 1 thread, a sleep",
+        "decoding by 4 processes, in no time",
         "control thread, 192 features",
         "control thread, 768 features",
-        "engine of 3,000 images/s, 4 threads that sleep",
-        "engine of 3,000 images/s, 4 processes that sleep",
+        "engine of 3,000 images/s, 4 threads",
+        "engine of 3,000 images/s, 4 processes",
     ]
     assert (rows["images_per_second"].cast(float) > 0).all()
     assert (rows["control_us"].cast(float) > 0).all()
