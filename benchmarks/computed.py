@@ -64,8 +64,7 @@ def measured_costs(results: Path) -> Rates:
     `share` is the part of its own rate that an engine reached end to end.
 
     Raises:
-        UserError: a file of results is absent.
-        KeyError: a row is.
+        KeyError: a row is absent.
     """
     ingest = _last(results / "ingest.csv", "images_per_second")
     pipeline = _last(results / "pipeline.csv", "images_per_second")
@@ -83,7 +82,10 @@ def measured_costs(results: Path) -> Rates:
 
 def _last(path: Path, column: str, **wanted: str) -> dict[str, float]:
     """Return a column's last value by `what`, of rows with the wanted values in other columns."""
-    rows = read_results(path).filter(pl.col(column).is_not_null())
+    rows = read_results(path)
+    if not {column, *wanted} <= set(rows.columns):
+        return {}
+    rows = rows.filter(pl.col(column).is_not_null())
     rows = rows.filter(*(pl.col(name) == value for name, value in wanted.items()))
     return {
         name: float(value)
@@ -97,7 +99,10 @@ def h200_column(name: str) -> Callable[[Path], dict[str, str]]:
 
 
 def _column(name: str, results: Path) -> dict[str, str]:
-    costs = measured_costs(results)
+    try:
+        costs = measured_costs(results)
+    except KeyError:
+        return {}  # not measured yet
     rows = last_rows(read_results(results / "configs.csv"), ("what",))
     facts = rows.select("what", "size", "gflop_per_image", "mb_per_image").drop_nulls()
     rates = {
