@@ -23,10 +23,10 @@ from typing import Protocol
 from infer.embedding.ring import Ring
 from infer.embedding.settings import DecodeIn
 from isic.images import ImageStore, decode_pool, quiet_opencv
-from isic.preprocess import Pixels, PreprocessSpec
+from isic.preprocess import Pixels, PreprocessSpec, write_views
 from isic.runtime.errors import UserError
 from isic.runtime.interrupt import block_sigint
-from isic.views import VIEWS, write_views
+from isic.views import VIEWS
 
 MAX_LOSSES = 2
 """Processes that may be lost on the same images before these are blamed."""

@@ -10,7 +10,8 @@ import torch
 from export.formats import TOLERANCES
 from export.network import artifact_network, stack_views, turn_back
 from export.parity import check_parity, run_averaged, run_model
-from isic.views import VIEWS, write_views
+from isic.preprocess import write_views
+from isic.views import VIEWS
 from tests.support.networks import POINTWISE, SIZES, build_engine, network, reference_over, spec_of
 from train.config import TrainSettings
 from train.model import Classifier, create_model

@@ -4,8 +4,8 @@ import threading
 import numpy as np
 import pytest
 
-from isic.preprocess import Pixels
-from isic.views import VIEWS, View, write_views
+from isic.preprocess import Pixels, write_views
+from isic.views import VIEWS, View
 
 
 def numpy_view(image: Pixels, view: View) -> Pixels:
