@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from export import tensorrt
 from export.formats import TOLERANCES
 from export.network import artifact_network
 from export.onnx_graph import ATTENTION_OPSET, trace
@@ -166,8 +167,16 @@ def test_a_quantized_weight_is_within_half_a_step(tmp_path: Path) -> None:
 
 @pytest.fixture
 def build_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The log of TensorRT-RTX, which ends with every layer that it compiled."""
+    """The log of TensorRT-RTX in detail, which ends with every layer that it compiled."""
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    configure = tensorrt.configure
+
+    def in_detail(*arguments: Any) -> Any:
+        config = configure(*arguments)
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        return config
+
+    monkeypatch.setattr(tensorrt, "configure", in_detail)
     lines: list[str] = []
     kind = type(logger(trt))
     real = kind.log
