@@ -4,11 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from isic.layout import OUTPUT_DIR
 from isic.runtime.config import Settings, Several, build, describe_configs, find_config, read_config
 from isic.runtime.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""The type that a network computes in; fp32 on a GPU is TF32."""
+SHORTHANDS: tuple[Precision, ...] = ("fp16", "bf16")
+"""Precisions that have a flag of their own."""
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -123,8 +128,16 @@ class TrainSettings(Settings):
         "no average",
     )
 
-    fp16: bool = Field(False, description="float16 autocast with loss scaling")
-    bf16: bool = Field(False, description="bfloat16 autocast")
+    # The shorthands are not saved: settings hold the precision only.
+    fp16: bool = Field(False, exclude=True, description="short for --precision fp16")
+    bf16: bool = Field(False, exclude=True, description="short for --precision bf16")
+    precision: Literal["auto"] | Precision = Field(
+        "auto",
+        validate_default=True,
+        description="type that the network computes in: fp32 (on a GPU its products are TF32, with "
+        "a mantissa of 10 bits), bf16, fp16 (with loss scaling), or auto: bf16 on Ampere and newer "
+        "GPUs, fp16 on Volta and Turing, else fp32; a resumed fold keeps its own",
+    )
     grad_checkpointing: bool = Field(
         False,
         description="recomputation of activations in the backward pass: slower, less memory",
@@ -173,6 +186,21 @@ class TrainSettings(Settings):
     def help_notes(cls) -> dict[str, str]:
         return {f"--config {name}": about for name, about in describe_configs().items()}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _precision_of_earlier_versions(cls, values: Any) -> Any:
+        # Their settings were saved without a precision: fp32 if both flags were false.
+        flags = {key: values.get(key) for key in ("precision", *SHORTHANDS)}
+        if flags == {"precision": None, "fp16": False, "bf16": False}:
+            return {**values, "precision": "fp32"}
+        return values
+
+    @field_validator("precision")
+    @classmethod
+    def _precision_of_shorthand(cls, precision: str, info: ValidationInfo) -> str:
+        named = [key for key in SHORTHANDS if info.data.get(key)]
+        return named[0] if named and precision == "auto" else precision
+
     @field_validator("pretrained", mode="before")
     @classmethod
     def _boolean_from_text(cls, value: Any) -> Any:
@@ -183,6 +211,11 @@ class TrainSettings(Settings):
     def _consistent(self) -> Self:
         if self.fp16 and self.bf16:
             raise ValueError("choose one of --fp16 and --bf16")
+        for key in SHORTHANDS:
+            if getattr(self, key) and self.precision != key:
+                raise ValueError(
+                    f"--{key} is not --precision {self.precision}; choose one of the two"
+                )
         if self.fold is not None and self.fold >= self.num_folds:
             raise ValueError(f"--fold {self.fold} is not one of 0..{self.num_folds - 1}")
         if self.force and self.resume:
@@ -208,13 +241,6 @@ class TrainSettings(Settings):
         return self.mixup > 0 or self.cutmix > 0
 
     @property
-    def precision(self) -> Literal["fp32", "fp16", "bf16"]:
-        """The type that the network computes in."""
-        if self.fp16:
-            return "fp16"
-        return "bf16" if self.bf16 else "fp32"
-
-    @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name
 
@@ -233,6 +259,8 @@ def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> Train
         return build(model, values)
     path = find_config(named[0])
     from_file = build_checked(model, path)
+    if {"precision", *SHORTHANDS} & values.keys():
+        from_file = without_precision(from_file)
     # A run is named after its config unless the file or a flag names it.
     return build(model, {"name": path.stem, **from_file, **values})
 
@@ -242,3 +270,8 @@ def build_checked(model: type[TrainSettings], path: Path) -> dict[str, Any]:
     values = read_config(path)
     build(model, values, source=str(path))
     return values
+
+
+def without_precision(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values without the keys that choose a precision."""
+    return {key: values[key] for key in values if key not in {"precision", *SHORTHANDS}}

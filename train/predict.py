@@ -80,8 +80,8 @@ def score(target: NDArray[np.float32], predictions: Predictions) -> dict[str, fl
     logits = predictions.logits
     if not np.isfinite(logits).all():
         raise UserError(
-            "the network's logits of held-out images are not finite; lower --lr, or use --bf16 "
-            "instead of --fp16"
+            "the network's logits of held-out images are not finite; lower --lr, or use "
+            "--precision bf16 instead of fp16"
         )
     scores = {"pauc": pauc(target, logits), "auc": roc_auc(target, logits)}
     overlaps = predictions.dice[~np.isnan(predictions.dice)]

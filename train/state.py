@@ -68,7 +68,7 @@ def create_state(settings: TrainSettings, device: torch.device, fold: int) -> Tr
     optimizer = create_optimizer(
         model, settings.lr, settings.lr_backbone, settings.weight_decay, settings.layer_decay
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     diverged = torch.zeros((), device=device)
     return TrainState(model, optimizer, scaler, averaged, weights, started_from, diverged)
 

@@ -23,13 +23,15 @@ MAX_NAMED = 8
 # Scaling starts at 65536 and halves; an overflow at this scale is not float16's fault.
 MIN_SCALE = 1e-3
 """Loss scale below which an overflow ends the run."""
-AUTOCAST_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the autocast context of a precision, disabled for fp32."""
-    dtype = AUTOCAST_DTYPES.get(precision, torch.bfloat16)
-    return torch.autocast(device.type, dtype, enabled=precision in AUTOCAST_DTYPES)
+    """Return the autocast context of a precision, disabled for fp32; `auto` must be resolved."""
+    dtype = DTYPES[precision]
+    if dtype == torch.float32:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype)
 
 
 def accumulate(

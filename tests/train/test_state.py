@@ -75,7 +75,9 @@ from train.config import TrainSettings
 from train.batch import Batch
 from train.loop import train_epoch
 from train.state import create_state
-settings = TrainSettings(model="mobileone_s0", pretrained=False, image_size=64, batch_size=2)
+settings = TrainSettings(
+    model="mobileone_s0", pretrained=False, image_size=64, batch_size=2, precision="fp32"
+)
 cpu, rates = torch.device("cpu"), dict.fromkeys(("backbone", "head"), [0.1] * 4)
 batch = Batch(torch.zeros(2, 64, 64, 3, dtype=torch.uint8), torch.ones(2), torch.arange(2))
 state = create_state(settings, cpu, 0)
