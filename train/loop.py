@@ -21,7 +21,8 @@ from train.config import TrainSettings
 from train.fold_files import begin_fold, save_fold
 from train.history import EpochStats, log_epoch
 from train.loaders import TimedLoader, fold_loaders
-from train.optim import Schedule, create_schedule, learning_rates, set_lr
+from train.memory import memory_errors
+from train.optim import Schedule, allocate_moments, create_schedule, learning_rates, set_lr
 from train.predict import Predictions, predict, score
 from train.rows import TrainData
 from train.sampling import report_composition
@@ -61,6 +62,8 @@ def train_fold(
     if distributed.is_main():
         report_composition(loaders.sampler.pools, fold)
     start_or_resume(state, settings, data, fold, device)
+    with memory_errors(device, f"choose a smaller --model than {settings.model}"):
+        allocate_moments(state.optimizer)
 
     # Only training runs compiled; `predict` takes the plain module.
     network: Any = torch.compile(state.model) if settings.compile else state.model

@@ -72,6 +72,19 @@ def _backbone_groups(
     return [{key: group[key] for key in group if key != "param_names"} for group in groups]
 
 
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make AdamW allocate the moments of all weights, 8 bytes each; nothing else changes.
+
+    AdamW would do so in its first step, and for frozen weights in the first step after their thaw.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.found_inf = torch.ones((), device=weights[0].device)  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def create_schedule(
     steps_per_epoch: int, epochs: int, warmup_epochs: float, freeze_epochs: int
 ) -> Schedule:

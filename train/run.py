@@ -20,6 +20,7 @@ from train.machine import (
     select_device,
     without_bfloat16,
 )
+from train.memory import memory_errors
 from train.pretrained import refuse_leaking_weights
 from train.resume import (
     is_finished,
@@ -66,7 +67,7 @@ def train_folds(settings: TrainSettings, device: torch.device) -> None:
         if distributed.is_main():
             announce_training(runs, data, device)
         time_left = TimeLeft(len(due) * settings.epochs, "training")
-        with worker_errors():
+        with worker_errors(), memory_errors(device):
             for fold, run in runs.items():
                 try:
                     train_fold(run, data, fold, device, time_left)

@@ -8,14 +8,12 @@ from typing import Any
 import polars as pl
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from isic.runtime.arithmetic import ceil_div
-from isic.runtime.errors import UserError
 from train import distributed
 from train.batch import Batch, split
 from train.config import TrainSettings
 from train.losses import focal_loss, mask_loss
+from train.memory import fit_parts
 from train.state import TrainState
 
 MAX_NAMED = 8
@@ -48,34 +46,27 @@ def accumulate(
     Raises:
         UserError: a single image does not fit, or the device of one of several processes is full.
     """
-    while True:
-        try:
-            return backward(state, forward, micro_batches, settings, device)
-        except torch.OutOfMemoryError:
-            largest = max(len(batch.images) for batch in micro_batches)
-            # Several processes would have to agree on the number of parts.
-            if distributed.world_size() > 1 or state.num_parts >= largest:
-                num_images = ceil_div(largest, state.num_parts)
-                raise UserError(
-                    f"{device} is out of memory with {num_images} images at a time; lower "
-                    "--batch_size or --image_size, or set --grad_checkpointing true"
-                ) from None
-        # Outside of `except`: the exception's traceback keeps the activations alive.
-        state.num_parts *= 2
-        size = ceil_div(settings.batch_size, state.num_parts)
-        tqdm.write(
-            f"out of memory: continuing with micro-batches of {size}, {state.num_parts} times as "
-            "many per step"
-        )
-        state.optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+
+    def run(num_parts: int) -> Tensor:
+        state.optimizer.zero_grad(set_to_none=True)  # those of an attempt that did not fit
+        return backward(state, forward, micro_batches, num_parts, settings, device)
+
+    loss, state.num_parts = fit_parts(
+        run,
+        state.num_parts,
+        max(len(batch.images) for batch in micro_batches),
+        device,
+        # Several processes would have to agree on the number of parts.
+        may_split=distributed.world_size() == 1,
+    )
+    return loss
 
 
 def backward(
     state: TrainState,
     forward: Any,
     micro_batches: list[Batch],
+    num_parts: int,
     settings: TrainSettings,
     device: torch.device,
 ) -> Tensor:
@@ -83,7 +74,7 @@ def backward(
     total = torch.zeros((), device=device)
     parts = []
     for batch in micro_batches:
-        for part in split(batch, state.num_parts):
+        for part in split(batch, num_parts):
             # Every image keeps its weight, however many parts there are.
             weight = len(part.images) / len(batch.images) / len(micro_batches)
             parts.append((part, weight))
