@@ -70,6 +70,13 @@ class TrainSettings(Settings):
     force: bool = Field(False, description="train finished folds again")
     resume: bool = Field(False, description="continue interrupted folds from their last.pth")
 
+    max_hours: float | None = Field(
+        None,
+        gt=0,
+        description="time limit of the command: it ends with code 75 before the first epoch that, "
+        "if as long as the longest one so far, would exceed it; --resume continues",
+    )
+
     epochs: int = Field(20, ge=1, description="number of passes over the (sampled) training rows")
     batch_size: int = Field(64, ge=1, description="images per micro-batch and process")
     accumulation_steps: int = Field(1, ge=1, description="micro-batches per optimizer step")

@@ -18,6 +18,7 @@ from train import distributed
 from train.augment import create_mixup
 from train.batch import Batch, to_device
 from train.config import TrainSettings
+from train.deadline import Deadline, OutOfTime
 from train.fold_files import begin_fold, save_fold
 from train.history import EpochStats, log_epoch
 from train.loaders import TimedLoader, fold_loaders
@@ -41,6 +42,7 @@ def train_fold(
     data: TrainData,
     fold: int,
     device: torch.device,
+    deadline: Deadline,
     time_left: TimeLeft | None = None,
 ) -> None:
     """Train one fold and write its folder; `time_left` counts the epochs of the run.
@@ -48,7 +50,9 @@ def train_fold(
     Raises:
         UserError: the fold lacks rows of a class, or logits are not finite.
         NonFiniteGradient: the run has diverged.
+        OutOfTime: another epoch would exceed the deadline.
     """
+    deadline.begin_fold()
     directory = fold_dir(settings.run_dir, fold)
     digest = data.folds.digest
     state = create_state(settings, device, fold)
@@ -100,6 +104,9 @@ def train_fold(
         save_last(directory / LAST_CHECKPOINT, state, settings, digest)
         if time_left and distributed.is_main():
             time_left.advance()
+        deadline.end_epoch()
+        if state.epoch < settings.epochs and not deadline.allows_epoch():
+            raise OutOfTime(fold, state.epoch + 1)
 
 
 def start_or_resume(

@@ -27,6 +27,7 @@ FREE_TO_CHANGE = {
     "fold",
     "force",
     "resume",
+    "max_hours",
     "num_threads",
     "num_workers",
     "device",

@@ -11,6 +11,7 @@ from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.progress import TimeLeft
 from train import distributed
 from train.config import TrainSettings
+from train.deadline import OUT_OF_TIME, Deadline, OutOfTime
 from train.loaders import worker_errors
 from train.loop import train_fold
 from train.machine import (
@@ -38,7 +39,7 @@ def train(settings: TrainSettings) -> int:
     device = select_device(settings.device)
     try:
         with interruptible(), distributed.process_group(device):
-            train_folds(settings, device)
+            return train_folds(settings, device)
     except Interrupted as signal:
         if distributed.is_main():
             print(
@@ -47,11 +48,11 @@ def train(settings: TrainSettings) -> int:
                 file=sys.stderr,
             )
         return signal.exit_code
-    return 0
 
 
-def train_folds(settings: TrainSettings, device: torch.device) -> None:
-    """Train the folds that are not finished and print the scores of all."""
+def train_folds(settings: TrainSettings, device: torch.device) -> int:
+    """Train the folds that are not finished and print the scores of all. Return the exit code."""
+    deadline = Deadline(settings.max_hours)
     if settings.precision == "bf16":
         check_bfloat16(device)
     due = folds_to_train(settings)
@@ -66,15 +67,35 @@ def train_folds(settings: TrainSettings, device: torch.device) -> None:
         prepare(device)
         if distributed.is_main():
             announce_training(runs, data, device)
-        time_left = TimeLeft(len(due) * settings.epochs, "training")
-        with worker_errors(), memory_errors(device):
-            for fold, run in runs.items():
-                try:
-                    train_fold(run, data, fold, device, time_left)
-                except NonFiniteGradient as error:
-                    raise UserError(error.describe(data.table[schema.ID])) from None
+        try:
+            with worker_errors(), memory_errors(device):
+                train_each(runs, data, device, deadline)
+        except NonFiniteGradient as error:
+            raise UserError(error.describe(data.table[schema.ID])) from None
+        except OutOfTime as stop:
+            if distributed.is_main():
+                print(stop.describe(settings, due), file=sys.stderr)
+            return OUT_OF_TIME
     if distributed.is_main():
         print_scores(settings.run_dir, settings.num_folds)
+    return 0
+
+
+def train_each(
+    runs: Mapping[int, TrainSettings], data: TrainData, device: torch.device, deadline: Deadline
+) -> None:
+    """Train a fold with each of some settings.
+
+    Raises:
+        NonFiniteGradient: a fold has diverged.
+        OutOfTime: another epoch would exceed the deadline.
+    """
+    time_left = TimeLeft(sum(run.epochs for run in runs.values()), "training")
+    for number, (fold, run) in enumerate(runs.items()):
+        # The first epoch of a command is always made: without it, no command would get on.
+        if number and not deadline.allows_epoch():
+            raise OutOfTime(fold, 1)
+        train_fold(run, data, fold, device, deadline, time_left)
 
 
 def choose_precision(settings: TrainSettings, fold: int, device: torch.device) -> TrainSettings:
