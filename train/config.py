@@ -121,6 +121,17 @@ class TrainSettings(Settings):
         description="weight of the segmentation loss, for images with a mask in masks.hdf5; 0: "
         "classification only",
     )
+    loss: Literal["focal", "bce", "asl"] = Field(
+        "focal",
+        description="loss of the classes: focal (Lin et al. 2017), binary cross-entropy, or "
+        "asymmetric (Ridnik et al. 2021)",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="how far targets move towards 0.5 in bce and asl; 0.1: to 0.05 and 0.95",
+    )
     focal_alpha: float = Field(
         0.25, ge=0, le=1, description="weight of the positive class in the focal loss"
     )
@@ -180,8 +191,20 @@ class TrainSettings(Settings):
         description="negatives per positive and epoch in each dataset, sampled again each epoch; "
         "all negatives if not given",
     )
+    extra_negatives_per_positive: float | None = Field(
+        None,
+        gt=0,
+        description="negatives per positive and epoch in each extra dataset; as "
+        "--negatives_per_positive if not given",
+    )
     positive_repeats: int = Field(
         1, ge=1, description="number of times that an epoch shows each positive, in every dataset"
+    )
+    positives_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="positives in every batch of --batch_size images, repeated or left out as it "
+        "takes; the number of batches and the shares of the datasets stay; if not given, as drawn",
     )
     select_epoch: Literal["last", "best"] = Field(
         "last",
@@ -232,6 +255,15 @@ class TrainSettings(Settings):
                 f"--freeze_epochs {self.freeze_epochs} leaves none of the {self.epochs} epochs for "
                 "the backbone"
             )
+        if self.label_smoothing and self.loss == "focal":
+            raise ValueError("--label_smoothing is for --loss bce and asl; set one of them, or 0")
+        if self.positives_per_batch and self.positives_per_batch >= self.batch_size:
+            raise ValueError(
+                f"--positives_per_batch {self.positives_per_batch} leaves no negative in a batch "
+                f"of {self.batch_size}; lower it"
+            )
+        if self.extra_negatives_per_positive and not self.extra_data:
+            raise ValueError("--extra_negatives_per_positive is for --extra_data; give both")
         if self.mixes_images and self.batch_size % 2:
             raise ValueError(
                 f"--mixup and --cutmix pair images; make --batch_size {self.batch_size} even"
@@ -246,6 +278,13 @@ class TrainSettings(Settings):
     @property
     def mixes_images(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def extra_ratio(self) -> float | None:
+        """Negatives per positive in each extra dataset, None for all."""
+        if self.extra_negatives_per_positive is None:
+            return self.negatives_per_positive
+        return self.extra_negatives_per_positive
 
     @property
     def run_dir(self) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor
 from train import distributed
 from train.batch import Batch, split
 from train.config import TrainSettings
-from train.losses import focal_loss, mask_loss
+from train.losses import create_loss, mask_loss
 from train.memory import fit_parts
 from train.state import TrainState
 
@@ -71,6 +71,7 @@ def backward(
     device: torch.device,
 ) -> Tensor:
     """Run forward and backward passes over all micro-batches and return the mean loss, a scalar."""
+    class_loss = create_loss(settings)
     total = torch.zeros((), device=device)
     parts = []
     for batch in micro_batches:
@@ -83,7 +84,7 @@ def backward(
             with autocast(device, settings.precision):
                 outputs = forward(part.images)
             logits = outputs[1].squeeze(1)
-            loss = focal_loss(logits, part.target, settings.focal_alpha, settings.focal_gamma)
+            loss = class_loss(logits, part.target)
             if settings.mask_weight:
                 loss = loss + settings.mask_weight * mask_loss(outputs[2], part.masks)
             loss = loss * weight

@@ -11,6 +11,9 @@ from train.config import TrainSettings, load_settings
     [
         ({"mixup": 0.2, "batch_size": 7}, "make --batch_size 7 even"),
         ({"cutmix": 0.2, "mask_weight": 1.0}, "not their masks"),
+        ({"label_smoothing": 0.1}, "--label_smoothing is for --loss bce and asl"),
+        ({"positives_per_batch": 8, "batch_size": 8}, "leaves no negative in a batch of 8"),
+        ({"extra_negatives_per_positive": 2}, "is for --extra_data; give both"),
         ({"fp16": True, "bf16": True}, "choose one of --fp16 and --bf16"),
         ({"fp16": True, "precision": "fp32"}, "--fp16 is not --precision fp32; choose one"),
         ({"bf16": True, "precision": "fp16"}, "--bf16 is not --precision fp16; choose one"),

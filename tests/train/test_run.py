@@ -202,10 +202,10 @@ def test_bfloat16_is_refused_on_a_gpu_that_emulates_it(
 def test_images_that_break_the_gradient_are_named(
     small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(logits: torch.Tensor, *_: object) -> torch.Tensor:
+    def broken(logits: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         return logits.sum() * torch.nan
 
-    monkeypatch.setattr("train.step.focal_loss", broken)
+    monkeypatch.setattr("train.losses.focal_loss", broken)
     flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 1]
     for precision in ("--bf16", "--fp16"):
         ended = cli(

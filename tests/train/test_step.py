@@ -105,6 +105,8 @@ def test_a_host_sync_is_noticed() -> None:
         {"ema_decay": 0.9, "accumulation_steps": 2},
         {"fp16": True, "mask_weight": 1.0},
         {"bf16": True, "mixup": 0.4, "cutmix": 0.4},
+        {"bf16": True, "loss": "bce", "label_smoothing": 0.1},
+        {"fp16": True, "loss": "asl", "label_smoothing": 0.1},
         {"bf16": True, "model": "test_efficientnet", "drop_path_rate": 0.1},
     ],
 )
