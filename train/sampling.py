@@ -157,11 +157,15 @@ class EpochSampler(Sampler[Key]):
         return sum(pool.num_samples for pool in self.pools)
 
     def __iter__(self) -> Iterator[Key]:
-        random = np.random.default_rng((self.seed, self.epoch))
+        rows, seeds = self.draw(self.epoch)
+        return iter(zip(rows.tolist(), seeds.tolist(), strict=True))
+
+    def draw(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rows of an epoch and the seeds of their augmentation."""
+        random = np.random.default_rng((self.seed, epoch))
         sampled = [pool.sample(random) for pool in self.pools]
         rows = random.permutation(np.concatenate(sampled))
-        seeds = random.integers(2**31, size=len(rows))
-        return iter(zip(rows.tolist(), seeds.tolist(), strict=True))
+        return rows, random.integers(2**31, size=len(rows))
 
 
 class BalancedSampler(EpochSampler):
@@ -182,8 +186,9 @@ class BalancedSampler(EpochSampler):
         self.world_size = world_size
         self.num_batches = num_batches
 
-    def __iter__(self) -> Iterator[Key]:
-        random = np.random.default_rng((self.seed, self.epoch))
+    def draw(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rows of an epoch and the seeds of their augmentation."""
+        random = np.random.default_rng((self.seed, epoch))
         classes = [
             random.permutation(np.concatenate([pool.sample(random) for pool in pools]))
             for pools in (self.pools[::2], self.pools[1::2])
@@ -195,7 +200,7 @@ class BalancedSampler(EpochSampler):
         positives, negatives = np.split(np.arange(len(rows)), [len(classes[0])])
         batches = np.concatenate([positives.reshape(shape), negatives.reshape(shape)], axis=1)
         order = random.permuted(batches, axis=1).ravel()
-        return iter(zip(rows[order].tolist(), seeds[order].tolist(), strict=True))
+        return rows[order], seeds[order]
 
 
 class RankSampler(Sampler[Key]):

