@@ -149,7 +149,7 @@ class TrainSettings(Settings):
     # The shorthands are not saved: settings hold the precision only.
     fp16: bool = Field(False, exclude=True, description="short for --precision fp16")
     bf16: bool = Field(False, exclude=True, description="short for --precision bf16")
-    precision: Literal["auto"] | Precision = Field(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         validate_default=True,
         description="type that the network computes in: fp32 (on a GPU its products are TF32, with "
@@ -244,7 +244,7 @@ class TrainSettings(Settings):
         for key in SHORTHANDS:
             if getattr(self, key) and self.precision != key:
                 raise ValueError(
-                    f"--{key} is not --precision {self.precision}; choose one of the two"
+                    f"--{key} contradicts --precision {self.precision}; choose one of them"
                 )
         if self.fold is not None and self.fold >= self.num_folds:
             raise ValueError(f"--fold {self.fold} is not one of 0..{self.num_folds - 1}")

@@ -15,8 +15,8 @@ from train.config import TrainSettings, load_settings
         ({"positives_per_batch": 8, "batch_size": 8}, "leaves no negative in a batch of 8"),
         ({"extra_negatives_per_positive": 2}, "is for --extra_data; give both"),
         ({"fp16": True, "bf16": True}, "choose one of --fp16 and --bf16"),
-        ({"fp16": True, "precision": "fp32"}, "--fp16 is not --precision fp32; choose one"),
-        ({"bf16": True, "precision": "fp16"}, "--bf16 is not --precision fp16; choose one"),
+        ({"fp16": True, "precision": "fp32"}, "--fp16 contradicts --precision fp32; choose one"),
+        ({"bf16": True, "precision": "fp16"}, "--bf16 contradicts --precision fp16; choose one"),
     ],
 )
 def test_settings_that_exclude_each_other(values: dict[str, object], words: str) -> None:

@@ -79,10 +79,10 @@ def test_a_run_in_pieces_gives_the_bits_of_a_whole_one(
     ]
     # fmt: on
     assert cli("train", *flags, "--output_dir", tmp_path / "whole").code == 0
-    limited = [*flags, "--output_dir", tmp_path / "pieces", "--resume", "--max_hours", 1e-9]
+    resumed = [*flags, "--output_dir", tmp_path / "pieces", "--resume"]
     messages = []
     for _ in range(3):
-        ended = cli("train", *limited)
+        ended = cli("train", *resumed, "--max_hours", 1e-9)
         assert ended.code == OUT_OF_TIME
         (message,) = ended.err.splitlines()
         messages.append(message)
@@ -90,7 +90,7 @@ def test_a_run_in_pieces_gives_the_bits_of_a_whole_one(
     assert "the same command with --resume continues, then trains fold 1" in messages[0]
     assert "stopped before epoch 1 of fold 1" in messages[1]
     assert "stopped before epoch 2 of fold 1" in messages[2]
-    ended = cli("train", *limited)
+    ended = cli("train", *resumed)
     assert ended.code == 0, ended.err
     assert "pooled" in ended.out
     for fold in ("fold_0", "fold_1"):

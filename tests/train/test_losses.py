@@ -7,7 +7,7 @@ from tests.support.commands import TINY, Cli, tiny_settings
 from train.batch import NO_MASK
 from train.losses import create_loss, dice, focal_loss, mask_loss
 
-LOGITS = torch.linspace(-6, 6, 9)
+LOGITS = torch.linspace(-6, 4, 9)
 TARGETS = torch.tensor([0.0, 1.0, 0.0] * 3)
 
 
