@@ -37,7 +37,11 @@ class OutOfTime(Exception):
 
 
 class Deadline:
-    """Times the epochs of a run and decides whether another one fits its time limit."""
+    """Times the epochs of a run and decides whether another one fits its time limit.
+
+    The cost of an epoch, in any unit, is relative to that of others: one that validates on more
+    rows takes longer.
+    """
 
     def __init__(
         self, max_hours: float | None, clock: Callable[[], float] = time.monotonic
@@ -46,20 +50,21 @@ class Deadline:
         self._clock = clock
         self._last = clock()
         self._end = math.inf if max_hours is None else self._last + 3600 * max_hours
-        self._longest = 0.0
+        self._most_per_cost = 0.0
 
     def begin_fold(self) -> None:
         """Count the time from here on towards the first epoch of a fold."""
         self._last = self._clock()
 
-    def end_epoch(self) -> None:
+    def end_epoch(self, cost: float = 1.0) -> None:
         """Count the time since the last epoch, or since the fold began, as an epoch."""
         now = self._clock()
-        self._longest = max(self._longest, now - self._last)
+        self._most_per_cost = max(self._most_per_cost, (now - self._last) / cost)
         self._last = now
 
-    def allows_epoch(self) -> bool:
-        """Return whether an epoch as long as the longest one fits, in all processes alike."""
+    def allows_epoch(self, cost: float = 1.0) -> bool:
+        """Return whether an epoch as slow as the slowest one fits, in all processes alike."""
         if self._end == math.inf:
             return True
-        return distributed.broadcast_object(self._clock() + self._longest <= self._end)
+        fits = self._clock() + self._most_per_cost * cost <= self._end
+        return distributed.broadcast_object(fits)

@@ -27,6 +27,17 @@ def test_an_epoch_fits_if_one_as_long_as_the_longest_does() -> None:
     assert not deadline.allows_epoch(), "the longest counts, not the last"
 
 
+def test_an_epoch_of_more_rows_needs_more_time() -> None:
+    now = 0.0
+    deadline = Deadline(1.0, lambda: now)
+    for cost, seconds in ((1.0, 100), (5.0, 450), (0.5, 60)):
+        now += seconds
+        deadline.end_epoch(cost)
+    now = 3600 - 600.0
+    assert deadline.allows_epoch(5.0), "120 s per unit"
+    assert not deadline.allows_epoch(5.1)
+
+
 def test_the_time_between_folds_is_no_epoch() -> None:
     now = 0.0
     deadline = Deadline(1.0, lambda: now)
