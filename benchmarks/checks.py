@@ -97,9 +97,7 @@ def training_row(job: CheckJob, row: Row) -> None:
         NotApplied: the loss or the gradient of every step is not finite.
         Exception: of any type, if the step does not run.
     """
-    flags = {"config": job.config, "pretrained": False}
-    if job.precision != "fp32":
-        flags[job.precision] = True
+    flags = {"config": job.config, "pretrained": False, "precision": job.precision}
     settings = load_settings(TrainSettings, flags)
     device = select_device(job.device)
     prepare(device)

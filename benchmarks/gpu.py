@@ -115,10 +115,12 @@ def _embed_flags(settings: GpuSettings) -> list[Flags]:
 
 
 def _train_flags(settings: GpuSettings) -> list[Flags]:
-    flags: Flags = {"repeats": settings.repeats, "steps": TRAIN_STEPS, "pretrained": "false"}
-    precision = torch_precision(settings)
-    if precision != "fp32":
-        flags[precision] = "true"
+    flags: Flags = {
+        "repeats": settings.repeats,
+        "steps": TRAIN_STEPS,
+        "pretrained": "false",
+        "precision": torch_precision(settings),
+    }
     return [{**flags, "config": config} for config in settings.config]
 
 

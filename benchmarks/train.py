@@ -29,7 +29,13 @@ from train.batch import Batch, to_device
 from train.config import TrainSettings
 from train.loaders import Item, LesionImages, create_loader, fold_loaders, worker_errors
 from train.loop import train_epoch
-from train.machine import allow_tf32, check_bfloat16, prepare, select_device
+from train.machine import (
+    allow_tf32,
+    check_bfloat16,
+    prepare,
+    resolve_precision,
+    select_device,
+)
 from train.model import create_model, preprocess_spec
 from train.optim import BACKBONE, HEAD
 from train.rows import load_data
@@ -93,7 +99,8 @@ def train(settings: TrainRateSettings) -> None:
     if settings.mask_weight:
         raise UserError("the bare loop predicts no masks; give --mask_weight 0")
     device = select_device(settings.device)
-    if settings.bf16:
+    settings = resolve_precision(settings, device)
+    if settings.precision == "bf16":
         check_bfloat16(device)
     with (
         worker_errors(),
@@ -287,7 +294,7 @@ def run_bare_loop(
     device: torch.device,
 ) -> None:
     """Train on the batches with the run's precision and accumulation."""
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     model.train()
     for number, batch in enumerate(batches, start=1):
         with autocast(device, settings.precision):
@@ -301,11 +308,7 @@ def run_bare_loop(
 
 def precision_of(settings: TrainSettings, device: torch.device) -> str:
     """Return the type of matrix products; float32 on a GPU is TF32 in training."""
-    if settings.fp16:
-        return "fp16"
-    if settings.bf16:
-        return "bf16"
-    return "tf32" if device.type == "cuda" else "fp32"
+    return "tf32" if settings.precision == "fp32" and device.type == "cuda" else settings.precision
 
 
 def run_columns(settings: TrainRateSettings, device: torch.device, num_workers: int) -> Row:

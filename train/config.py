@@ -4,11 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from isic.layout import OUTPUT_DIR
 from isic.runtime.config import Settings, Several, build, describe_configs, find_config, read_config
 from isic.runtime.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""The type that a network computes in; fp32 on a GPU is TF32."""
+SHORTHANDS: tuple[Precision, ...] = ("fp16", "bf16")
+"""Precisions that have a flag of their own."""
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -65,6 +70,13 @@ class TrainSettings(Settings):
     force: bool = Field(False, description="train finished folds again")
     resume: bool = Field(False, description="continue interrupted folds from their last.pth")
 
+    max_hours: float | None = Field(
+        None,
+        gt=0,
+        description="time limit of the command: it ends with code 75 before the first epoch that, "
+        "if as long as the longest one so far, would exceed it; --resume continues",
+    )
+
     epochs: int = Field(20, ge=1, description="number of passes over the (sampled) training rows")
     batch_size: int = Field(64, ge=1, description="images per micro-batch and process")
     accumulation_steps: int = Field(1, ge=1, description="micro-batches per optimizer step")
@@ -109,6 +121,17 @@ class TrainSettings(Settings):
         description="weight of the segmentation loss, for images with a mask in masks.hdf5; 0: "
         "classification only",
     )
+    loss: Literal["focal", "bce", "asl"] = Field(
+        "focal",
+        description="loss of the classes: focal (Lin et al. 2017), binary cross-entropy, or "
+        "asymmetric (Ridnik et al. 2021)",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="how far targets move towards 0.5 in bce and asl; 0.1: to 0.05 and 0.95",
+    )
     focal_alpha: float = Field(
         0.25, ge=0, le=1, description="weight of the positive class in the focal loss"
     )
@@ -123,8 +146,16 @@ class TrainSettings(Settings):
         "no average",
     )
 
-    fp16: bool = Field(False, description="float16 autocast with loss scaling")
-    bf16: bool = Field(False, description="bfloat16 autocast")
+    # The shorthands are not saved: settings hold the precision only.
+    fp16: bool = Field(False, exclude=True, description="short for --precision fp16")
+    bf16: bool = Field(False, exclude=True, description="short for --precision bf16")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        validate_default=True,
+        description="type that the network computes in: fp32 (on a GPU its products are TF32, with "
+        "a mantissa of 10 bits), bf16, fp16 (with loss scaling), or auto: bf16 on Ampere and newer "
+        "GPUs, fp16 on Volta and Turing, else fp32; a resumed fold keeps its own",
+    )
     grad_checkpointing: bool = Field(
         False,
         description="recomputation of activations in the backward pass: slower, less memory",
@@ -160,8 +191,20 @@ class TrainSettings(Settings):
         description="negatives per positive and epoch in each dataset, sampled again each epoch; "
         "all negatives if not given",
     )
+    extra_negatives_per_positive: float | None = Field(
+        None,
+        gt=0,
+        description="negatives per positive and epoch in each extra dataset; as "
+        "--negatives_per_positive if not given",
+    )
     positive_repeats: int = Field(
         1, ge=1, description="number of times that an epoch shows each positive, in every dataset"
+    )
+    positives_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="positives in every batch of --batch_size images, repeated or left out as it "
+        "takes; the number of batches and the shares of the datasets stay; if not given, as drawn",
     )
     select_epoch: Literal["last", "best"] = Field(
         "last",
@@ -173,6 +216,21 @@ class TrainSettings(Settings):
     def help_notes(cls) -> dict[str, str]:
         return {f"--config {name}": about for name, about in describe_configs().items()}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _precision_of_earlier_versions(cls, values: Any) -> Any:
+        # Their settings were saved without a precision: fp32 if both flags were false.
+        flags = {key: values.get(key) for key in ("precision", *SHORTHANDS)}
+        if flags == {"precision": None, "fp16": False, "bf16": False}:
+            return {**values, "precision": "fp32"}
+        return values
+
+    @field_validator("precision")
+    @classmethod
+    def _precision_of_shorthand(cls, precision: str, info: ValidationInfo) -> str:
+        named = [key for key in SHORTHANDS if info.data.get(key)]
+        return named[0] if named and precision == "auto" else precision
+
     @field_validator("pretrained", mode="before")
     @classmethod
     def _boolean_from_text(cls, value: Any) -> Any:
@@ -183,6 +241,11 @@ class TrainSettings(Settings):
     def _consistent(self) -> Self:
         if self.fp16 and self.bf16:
             raise ValueError("choose one of --fp16 and --bf16")
+        for key in SHORTHANDS:
+            if getattr(self, key) and self.precision != key:
+                raise ValueError(
+                    f"--{key} contradicts --precision {self.precision}; choose one of them"
+                )
         if self.fold is not None and self.fold >= self.num_folds:
             raise ValueError(f"--fold {self.fold} is not one of 0..{self.num_folds - 1}")
         if self.force and self.resume:
@@ -192,6 +255,15 @@ class TrainSettings(Settings):
                 f"--freeze_epochs {self.freeze_epochs} leaves none of the {self.epochs} epochs for "
                 "the backbone"
             )
+        if self.label_smoothing and self.loss == "focal":
+            raise ValueError("--label_smoothing is for --loss bce and asl; set one of them, or 0")
+        if self.positives_per_batch and self.positives_per_batch >= self.batch_size:
+            raise ValueError(
+                f"--positives_per_batch {self.positives_per_batch} leaves no negative in a batch "
+                f"of {self.batch_size}; lower it"
+            )
+        if self.extra_negatives_per_positive and not self.extra_data:
+            raise ValueError("--extra_negatives_per_positive is for --extra_data; give both")
         if self.mixes_images and self.batch_size % 2:
             raise ValueError(
                 f"--mixup and --cutmix pair images; make --batch_size {self.batch_size} even"
@@ -208,11 +280,11 @@ class TrainSettings(Settings):
         return self.mixup > 0 or self.cutmix > 0
 
     @property
-    def precision(self) -> Literal["fp32", "fp16", "bf16"]:
-        """The type that the network computes in."""
-        if self.fp16:
-            return "fp16"
-        return "bf16" if self.bf16 else "fp32"
+    def extra_ratio(self) -> float | None:
+        """Negatives per positive in each extra dataset, None for all."""
+        if self.extra_negatives_per_positive is None:
+            return self.negatives_per_positive
+        return self.extra_negatives_per_positive
 
     @property
     def run_dir(self) -> Path:
@@ -233,6 +305,8 @@ def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> Train
         return build(model, values)
     path = find_config(named[0])
     from_file = build_checked(model, path)
+    if {"precision", *SHORTHANDS} & values.keys():
+        from_file = without_precision(from_file)
     # A run is named after its config unless the file or a flag names it.
     return build(model, {"name": path.stem, **from_file, **values})
 
@@ -242,3 +316,8 @@ def build_checked(model: type[TrainSettings], path: Path) -> dict[str, Any]:
     values = read_config(path)
     build(model, values, source=str(path))
     return values
+
+
+def without_precision(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values without the keys that choose a precision."""
+    return {key: values[key] for key in values if key not in {"precision", *SHORTHANDS}}

@@ -93,6 +93,7 @@ def save_fold(
         **config,
         epoch=state.epoch,
         num_threads=torch.get_num_threads(),
+        precision=settings.precision,
         pauc=state.best_pauc,
         made_from=made_from,
         versions=versions(*CHECKPOINT_PACKAGES),

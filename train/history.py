@@ -68,7 +68,7 @@ def log_epoch(
 
     Args:
         epoch: from 1.
-        learning_rates: of the epoch's last step by part of the network, 0 while it is frozen.
+        learning_rates: of the epoch's last step by name, 0 for layers that are frozen.
     """
     if not distributed.is_main():
         return
@@ -77,7 +77,7 @@ def log_epoch(
         "epoch": epoch,
         "loss": stats.mean_loss(),
         **scores,
-        **{f"lr_{part}": rate for part, rate in learning_rates.items()},
+        **{f"lr_{name}": rate for name, rate in learning_rates.items()},
         "images_per_second": stats.num_images / stats.seconds,
         "waiting_share": stats.waiting / stats.seconds,
         "skipped_steps": stats.skipped_steps,
@@ -87,7 +87,9 @@ def log_epoch(
     # A resumed run may repeat an epoch that is already in the file.
     kept = [each for each in earlier if each["epoch"] < epoch]
     write_text(path, "".join(json.dumps(each) + "\n" for each in [*kept, entry]))
-    write_scalars(directory / "tensorboard", epoch, {"loss": stats.mean_loss(), **scores})
+    scalars = {"loss": stats.mean_loss(), **scores}
+    scalars |= {f"lr/{name}": rate for name, rate in learning_rates.items()}
+    write_scalars(directory / "tensorboard", epoch, scalars)
     dice = f"Dice {scores['dice']:.3f}, " if "dice" in scores else ""
     print(
         f"fold {fold} epoch {epoch}/{num_epochs}: loss {stats.loss_text()}, "

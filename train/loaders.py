@@ -24,7 +24,14 @@ from train.batch import NO_MASK, Batch
 from train.config import TrainSettings
 from train.machine import default_workers, fit_workers
 from train.rows import EXTRA, TrainData
-from train.sampling import EpochSampler, Key, RankSampler, RowSampler, epoch_pools
+from train.sampling import (
+    EpochSampler,
+    Key,
+    RankSampler,
+    RowSampler,
+    create_sampler,
+    epoch_pools,
+)
 
 Item = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.uint8]]
 """Image [size, size, 3], target, row number, mask [size, size], or [0, 0] if masks are unused."""
@@ -58,14 +65,8 @@ def fold_loaders(
     check_rows(data.target[training], f"training rows of fold {fold}", world_size)
     check_rows(data.target[held_out], f"held-out rows of fold {fold}", world_size)
 
-    pools = epoch_pools(
-        data,
-        training,
-        settings.positive_repeats,
-        settings.negatives_per_positive,
-        settings.extra_weight,
-    )
-    sampler = EpochSampler(pools, settings.seed)
+    pools = epoch_pools(data, training, settings)
+    sampler = create_sampler(pools, settings, fold, world_size)
     images = LesionImages(data, spec, create_augmentation(settings.augmentation))
     held_out_images = LesionImages(data, spec)
     batch_size = settings.batch_size

@@ -18,10 +18,12 @@ from train import distributed
 from train.augment import create_mixup
 from train.batch import Batch, to_device
 from train.config import TrainSettings
+from train.deadline import Deadline, OutOfTime
 from train.fold_files import begin_fold, save_fold
 from train.history import EpochStats, log_epoch
 from train.loaders import TimedLoader, fold_loaders
-from train.optim import Schedule, create_schedule, learning_rates, set_lr
+from train.memory import memory_errors
+from train.optim import Schedule, allocate_moments, create_schedule, learning_rates, set_lr
 from train.predict import Predictions, predict, score
 from train.rows import TrainData
 from train.sampling import report_composition
@@ -40,6 +42,7 @@ def train_fold(
     data: TrainData,
     fold: int,
     device: torch.device,
+    deadline: Deadline,
     time_left: TimeLeft | None = None,
 ) -> None:
     """Train one fold and write its folder; `time_left` counts the epochs of the run.
@@ -47,7 +50,9 @@ def train_fold(
     Raises:
         UserError: the fold lacks rows of a class, or logits are not finite.
         NonFiniteGradient: the run has diverged.
+        OutOfTime: another epoch would exceed the deadline.
     """
+    deadline.begin_fold()
     directory = fold_dir(settings.run_dir, fold)
     digest = data.folds.digest
     state = create_state(settings, device, fold)
@@ -61,6 +66,8 @@ def train_fold(
     if distributed.is_main():
         report_composition(loaders.sampler.pools, fold)
     start_or_resume(state, settings, data, fold, device)
+    with memory_errors(device, f"choose a smaller --model than {settings.model}"):
+        allocate_moments(state.optimizer)
 
     # Only training runs compiled; `predict` takes the plain module.
     network: Any = torch.compile(state.model) if settings.compile else state.model
@@ -97,6 +104,9 @@ def train_fold(
         save_last(directory / LAST_CHECKPOINT, state, settings, digest)
         if time_left and distributed.is_main():
             time_left.advance()
+        deadline.end_epoch()
+        if state.epoch < settings.epochs and not deadline.allows_epoch():
+            raise OutOfTime(fold, state.epoch + 1)
 
 
 def start_or_resume(

@@ -1,11 +1,30 @@
 """Losses and the Dice coefficient of masks: tensors in, tensors out."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+from timm.loss import AsymmetricLossMultiLabel, BinaryCrossEntropy
 from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 from train.batch import NO_MASK
+from train.config import TrainSettings
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Returns the mean loss, a float32 scalar, of logits [N] and targets [N] in [0, 1]."""
+
+
+def create_loss(settings: TrainSettings) -> Loss:
+    """Return the loss of the classes that the settings name."""
+    smoothing = settings.label_smoothing
+    losses: dict[str, Loss] = {
+        "focal": partial(focal_loss, alpha=settings.focal_alpha, gamma=settings.focal_gamma),
+        "bce": partial(bce_loss, smoothing=smoothing),
+        "asl": partial(asymmetric_loss, smoothing=smoothing),
+    }
+    return losses[settings.loss]
 
 
 def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -16,6 +35,27 @@ def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Te
     loss: Tensor = sigmoid_focal_loss(
         logits.float(), target, alpha=alpha, gamma=gamma, reduction="mean"
     )
+    return loss
+
+
+def bce_loss(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """Mean binary cross-entropy of logits [N] and targets [N], in float32.
+
+    Args:
+        smoothing: how far targets move towards 0.5: 0.1 makes 0 and 1 to 0.05 and 0.95.
+    """
+    loss: Tensor = BinaryCrossEntropy(smoothing, smooth_dense=True)(logits.float(), target)
+    return loss
+
+
+def asymmetric_loss(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """Mean asymmetric loss of logits [N] and targets [N], in float32; smoothing as in `bce_loss`.
+
+    Ridnik et al. 2021, arXiv 2009.14119, with its authors' exponents: 1 for positives, 4 for
+    negatives, of which those with a probability under 0.05 have no loss.
+    """
+    criterion = AsymmetricLossMultiLabel(smoothing=smoothing, reduction="mean")
+    loss: Tensor = criterion(logits[:, None], target[:, None])
     return loss
 
 

@@ -4,18 +4,24 @@ import ctypes
 import shutil
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from isic.runtime.errors import UserError, warn
 from isic.runtime.machine import num_cores
 from train import distributed
+from train.config import Precision, TrainSettings
+
+SettingsT = TypeVar("SettingsT", bound=TrainSettings)
 
 TRIM_THRESHOLD = -1
 MMAP_MAX = -4
 """Parameters of glibc's mallopt(3)."""
 BFLOAT16_CAPABILITY = (8, 0)
-"""Compute capability of the first GPUs that compute in bfloat16."""
+"""Compute capability of the first GPUs that compute in bfloat16: Ampere."""
+FLOAT16_CAPABILITY = (7, 0)
+"""Compute capability of the first GPUs with matrix units, which take float16: Volta."""
 SHARED_MEMORY = Path("/dev/shm")
 NUM_PREFETCHED = 2
 """Batches that each worker prepares in advance, torch's default."""
@@ -61,7 +67,24 @@ def check_bfloat16(device: torch.device) -> None:
     """Raise a UserError if the device cannot compute in bfloat16."""
     reason = without_bfloat16(device)
     if reason:
-        raise UserError(f"--bf16: {reason}; use --fp16")
+        raise UserError(f"--precision bf16: {reason}; use --precision fp16")
+
+
+def resolve_precision(settings: SettingsT, device: torch.device) -> SettingsT:
+    """Return the settings with the device's best precision in place of `auto`."""
+    if settings.precision != "auto":
+        return settings
+    return settings.model_copy(update={"precision": best_precision(device)})
+
+
+def best_precision(device: torch.device) -> Precision:
+    """Return the fastest type of a device that training is stable in."""
+    if device.type != "cuda":
+        return "fp32"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= BFLOAT16_CAPABILITY:
+        return "bf16"
+    return "fp16" if capability >= FLOAT16_CAPABILITY else "fp32"
 
 
 def default_workers(device: torch.device) -> int:

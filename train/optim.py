@@ -24,7 +24,8 @@ def create_optimizer(
 ) -> torch.optim.AdamW:
     """Create AdamW over backbone and heads; vectors (biases, norms) are not decayed.
 
-    Each parameter group has its `part` of the network, BACKBONE or HEAD, and its `peak_lr`.
+    Each parameter group has its `part` of the network, BACKBONE or HEAD, its `peak_lr`, and a
+    `name` that groups of one learning rate share.
 
     Args:
         lr: peak learning rate of the heads.
@@ -32,16 +33,27 @@ def create_optimizer(
         layer_decay: factor of the backbone's learning rate from each layer to the one below it.
     """
     groups = []
-    for group in _backbone_groups(model.backbone, weight_decay, layer_decay):
-        peak_lr = lr_backbone * group.get("lr_scale", 1.0)
-        groups.append({**group, "part": BACKBONE, "peak_lr": peak_lr})
+    backbone = _backbone_groups(model.backbone, weight_decay, layer_decay)
+    scales = sorted({group.get("lr_scale", 1.0) for group in backbone})
+    for group in backbone:
+        scale = group.get("lr_scale", 1.0)
+        name = layer_name(scales.index(scale), len(scales))
+        groups.append({**group, "part": BACKBONE, "name": name, "peak_lr": lr_backbone * scale})
     for head in model.heads:
         for group in param_groups_weight_decay(head, weight_decay):
-            groups.append({**group, "part": HEAD, "peak_lr": lr})
+            groups.append({**group, "part": HEAD, "name": HEAD, "peak_lr": lr})
     for group in groups:
         group["lr"] = group["peak_lr"]
     # Only the fused kernel honours found_inf on the device: skipping a step needs no host sync.
     return torch.optim.AdamW(groups, fused=True)
+
+
+def layer_name(number: int, num_layers: int) -> str:
+    """Return the name of the backbone's layer, counted from the input; that of the only one."""
+    if num_layers == 1:
+        return BACKBONE
+    width = len(str(num_layers - 1))
+    return f"{BACKBONE}_layer_{number:0{width}}"
 
 
 def _backbone_groups(
@@ -58,6 +70,19 @@ def _backbone_groups(
     )
     # Names are not needed, and would be saved with every checkpoint.
     return [{key: group[key] for key in group if key != "param_names"} for group in groups]
+
+
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make AdamW allocate the moments of all weights, 8 bytes each; nothing else changes.
+
+    AdamW would do so in its first step, and for frozen weights in the first step after their thaw.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.found_inf = torch.ones((), device=weights[0].device)  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def create_schedule(
@@ -95,9 +120,6 @@ def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> N
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return the largest learning rate per part, as the last step used it."""
-    rates: dict[str, float] = {}
-    for group in optimizer.param_groups:
-        part = group["part"]
-        rates[part] = max(rates.get(part, 0.0), group["lr"])
-    return rates
+    """Return the learning rates of the last step by name: of the backbone's layers, of the head."""
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    return dict(sorted(rates.items()))

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from isic.metrics import pauc, roc_auc
 from isic.runtime.errors import UserError
 from train.batch import Batch, split, to_device
 from train.loaders import TimedLoader
 from train.losses import dice
+from train.memory import fit_parts
 from train.model import Classifier
 from train.step import autocast
 
@@ -49,26 +52,45 @@ def predict(
     """Predict the loader's rows in eval mode; Dice is NaN unless the model predicts masks.
 
     Args:
-        num_parts: parts that a batch is cut into to fit the device's memory.
+        num_parts: parts that a batch is cut into to fit the device's memory; more if they do not.
+
+    Raises:
+        UserError: a single image does not fit.
     """
     model.eval()
     rows, logits, overlaps = [], [], []
     # Not timed, but TimedLoader also defers interrupts while the workers start.
-    for whole in TimedLoader(loader):
-        for batch in split(whole, num_parts):
-            on_device = to_device(batch, device)
-            with autocast(device, precision):
-                outputs = model(on_device.images)
-            rows.append(batch.rows)
-            logits.append(outputs[1].squeeze(1))
-            if model.mask_stride:
-                overlaps.append(dice(outputs[2], on_device.masks))
+    for batch in TimedLoader(loader):
+        run = partial(predict_batch, model, batch, device, precision)
+        # Each of several processes by itself: none waits for another before the end.
+        (scores, dices), num_parts = fit_parts(run, num_parts, len(batch.rows), device)
+        rows.append(batch.rows)
+        logits += scores
+        overlaps += dices
     all_rows = torch.cat(rows)
     # The network predicts no masks.
     overlap = torch.cat(overlaps) if overlaps else torch.full((len(all_rows),), torch.nan)
     return Predictions(
         all_rows.numpy(), torch.cat(logits).float().cpu().numpy(), overlap.cpu().numpy()
     )
+
+
+def predict_batch(
+    model: Classifier, whole: Batch, device: torch.device, precision: str, num_parts: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the logits [n] of each part of a batch, and the Dice [n] if the model predicts masks.
+
+    Nothing here waits for the device.
+    """
+    logits, overlaps = [], []
+    for batch in split(whole, num_parts):
+        on_device = to_device(batch, device)
+        with autocast(device, precision):
+            outputs = model(on_device.images)
+        logits.append(outputs[1].squeeze(1))
+        if model.mask_stride:
+            overlaps.append(dice(outputs[2], on_device.masks))
+    return logits, overlaps
 
 
 def score(target: NDArray[np.float32], predictions: Predictions) -> dict[str, float]:
@@ -80,8 +102,8 @@ def score(target: NDArray[np.float32], predictions: Predictions) -> dict[str, fl
     logits = predictions.logits
     if not np.isfinite(logits).all():
         raise UserError(
-            "the network's logits of held-out images are not finite; lower --lr, or use --bf16 "
-            "instead of --fp16"
+            "the network's logits of held-out images are not finite; lower --lr, or use "
+            "--precision bf16 instead of fp16"
         )
     scores = {"pauc": pauc(target, logits), "auc": roc_auc(target, logits)}
     overlaps = predictions.dice[~np.isnan(predictions.dice)]

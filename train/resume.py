@@ -27,6 +27,7 @@ FREE_TO_CHANGE = {
     "fold",
     "force",
     "resume",
+    "max_hours",
     "num_threads",
     "num_workers",
     "device",
@@ -66,12 +67,25 @@ def refuse_difference(path: Path, saved: Mapping[str, Any], settings: TrainSetti
     now = settings.model_dump(mode="json")
     # Settings that did not exist when the file was written have their defaults.
     then = build(TrainSettings, saved, source=str(path)).model_dump(mode="json")
+    if settings.precision == "auto":
+        now["precision"] = then["precision"]
     for key in sorted(now.keys() - FREE_TO_CHANGE):
         if now[key] != then[key]:
             raise UserError(
                 f"{path} was made with {key}={then[key]}, now it is {now[key]}; use the previous "
                 "value, choose another --name, or train again with --force"
             )
+
+
+def keep_precision(settings: TrainSettings, fold: int) -> TrainSettings:
+    """Return the settings with the precision of a fold that is continued in place of `auto`."""
+    directory = fold_dir(settings.run_dir, fold)
+    config = directory / CONFIG_FILE
+    continues = settings.resume and (directory / LAST_CHECKPOINT).is_file() and config.is_file()
+    if settings.precision != "auto" or not continues:
+        return settings
+    saved = build(TrainSettings, read_yaml(config), source=str(config))
+    return settings.model_copy(update={"precision": saved.precision})
 
 
 def require_resume_or_force(settings: TrainSettings, fold: int) -> None:

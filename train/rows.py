@@ -115,7 +115,7 @@ def load_extra(root: Path, others: list[pl.DataFrame], settings: TrainSettings) 
     dataset = Dataset(root)
     table = exclude_overlap(dataset.metadata("train"), others, root)
     rows = load_rows(dataset, table, settings)
-    check_classes(rows.table, root, settings.negatives_per_positive)
+    check_classes(rows.table, root, settings.extra_ratio)
     return rows
 
 
@@ -143,8 +143,8 @@ def check_classes(table: pl.DataFrame, root: Path, negatives_per_positive: float
     classes = table[schema.TARGET].unique().to_list()
     if classes == [0] and negatives_per_positive is not None:
         raise UserError(
-            f"{root}: none of the {len(table)} rows is positive, so --negatives_per_positive "
-            f"{negatives_per_positive:g} would use none of them; remove it from --extra_data"
+            f"{root}: none of the {len(table)} rows is positive, so {negatives_per_positive:g} "
+            "negatives per positive would use none of them; remove it from --extra_data"
         )
     if len(classes) == 1 and distributed.is_main():
         warn(

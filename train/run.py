@@ -1,6 +1,7 @@
 """Train the folds of a config."""
 
 import sys
+from collections.abc import Mapping
 
 import torch
 
@@ -10,11 +11,24 @@ from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.progress import TimeLeft
 from train import distributed
 from train.config import TrainSettings
+from train.deadline import OUT_OF_TIME, Deadline, OutOfTime
 from train.loaders import worker_errors
 from train.loop import train_fold
-from train.machine import check_bfloat16, prepare, select_device
+from train.machine import (
+    check_bfloat16,
+    prepare,
+    resolve_precision,
+    select_device,
+    without_bfloat16,
+)
+from train.memory import memory_errors
 from train.pretrained import refuse_leaking_weights
-from train.resume import is_finished, refuse_other_content, require_resume_or_force
+from train.resume import (
+    is_finished,
+    keep_precision,
+    refuse_other_content,
+    require_resume_or_force,
+)
 from train.rows import TrainData, load_data
 from train.step import NonFiniteGradient
 from train.summary import print_scores
@@ -25,7 +39,7 @@ def train(settings: TrainSettings) -> int:
     device = select_device(settings.device)
     try:
         with interruptible(), distributed.process_group(device):
-            train_folds(settings, device)
+            return train_folds(settings, device)
     except Interrupted as signal:
         if distributed.is_main():
             print(
@@ -34,44 +48,88 @@ def train(settings: TrainSettings) -> int:
                 file=sys.stderr,
             )
         return signal.exit_code
-    return 0
 
 
-def train_folds(settings: TrainSettings, device: torch.device) -> None:
-    """Train the folds that are not finished and print the scores of all."""
-    if settings.bf16:
+def train_folds(settings: TrainSettings, device: torch.device) -> int:
+    """Train the folds that are not finished and print the scores of all. Return the exit code."""
+    deadline = Deadline(settings.max_hours)
+    if settings.precision == "bf16":
         check_bfloat16(device)
     due = folds_to_train(settings)
     # All folds are checked before the first is trained, which may take hours.
     for fold in due:
         refuse_other_content(settings, fold)
         require_resume_or_force(settings, fold)
+    runs = {fold: choose_precision(settings, fold, device) for fold in due}
     if due:
         data = load_data(settings)
         refuse_leaking_weights(settings.pretrained, due, data.table, data.fold)
         prepare(device)
         if distributed.is_main():
-            announce_training(settings, data, due, device)
-        time_left = TimeLeft(len(due) * settings.epochs, "training")
-        with worker_errors():
-            for fold in due:
-                try:
-                    train_fold(settings, data, fold, device, time_left)
-                except NonFiniteGradient as error:
-                    raise UserError(error.describe(data.table[schema.ID])) from None
+            announce_training(runs, data, device)
+        try:
+            with worker_errors(), memory_errors(device):
+                train_each(runs, data, device, deadline)
+        except NonFiniteGradient as error:
+            raise UserError(error.describe(data.table[schema.ID])) from None
+        except OutOfTime as stop:
+            if distributed.is_main():
+                print(stop.describe(settings, due), file=sys.stderr)
+            return OUT_OF_TIME
     if distributed.is_main():
         print_scores(settings.run_dir, settings.num_folds)
+    return 0
+
+
+def train_each(
+    runs: Mapping[int, TrainSettings], data: TrainData, device: torch.device, deadline: Deadline
+) -> None:
+    """Train a fold with each of some settings.
+
+    Raises:
+        NonFiniteGradient: a fold has diverged.
+        OutOfTime: another epoch would exceed the deadline.
+    """
+    time_left = TimeLeft(sum(run.epochs for run in runs.values()), "training")
+    for number, (fold, run) in enumerate(runs.items()):
+        # The first epoch of a command is always made: without it, no command would get on.
+        if number and not deadline.allows_epoch():
+            raise OutOfTime(fold, 1)
+        train_fold(run, data, fold, device, deadline, time_left)
+
+
+def choose_precision(settings: TrainSettings, fold: int, device: torch.device) -> TrainSettings:
+    """Return the settings of a fold with a precision, that of all processes, in place of `auto`.
+
+    Raises:
+        UserError: the fold is continued in a precision that the device does not compute in.
+    """
+    chosen = resolve_precision(keep_precision(settings, fold), device).precision
+    chosen = distributed.broadcast_object(chosen)
+    reason = without_bfloat16(device)
+    if chosen == "bf16" and reason:
+        raise UserError(
+            f"fold {fold} was begun in bf16; {reason}; continue on such a GPU, or start again "
+            "with --force"
+        )
+    return settings.model_copy(update={"precision": chosen})
 
 
 def announce_training(
-    settings: TrainSettings, data: TrainData, folds: list[int], device: torch.device
+    runs: Mapping[int, TrainSettings], data: TrainData, device: torch.device
 ) -> None:
-    """Print one line on the training that is about to start."""
-    names = ", ".join(map(str, folds))
+    """Print one line on the training that is about to start.
+
+    Args:
+        runs: settings by fold, which differ in the precision only.
+    """
+    settings = next(iter(runs.values()))
+    names = ", ".join(map(str, runs))
+    precisions = " and ".join(sorted({run.precision for run in runs.values()}))
     print(
         f"training {settings.name}: {len(data.table):,} rows ({int(data.target.sum()):,} "
-        f"malignant), fold{'s' * (len(folds) > 1)} {names}, {settings.epochs} epochs of "
-        f"{settings.model} at {settings.image_size} px, {device.type} {settings.precision}",
+        f"malignant), fold{'s' * (len(runs) > 1)} {names}, {settings.epochs} epochs of "
+        f"{settings.model} at {settings.image_size} px, {device.type} {precisions}",
         flush=True,
     )
 

@@ -1,14 +1,15 @@
 """Which rows an epoch shows, in which order, and the seed of each row's augmentation."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from isic.runtime.errors import warn
+from isic.runtime.errors import UserError, warn
+from train.config import TrainSettings
 from train.rows import TrainData
 
 Key = tuple[int, int]
@@ -61,18 +62,62 @@ def create_pools(
 def epoch_pools(
     data: TrainData,
     training: NDArray[np.int64],
-    repeats: int,
-    per_positive: float | None,
-    extra_weight: float,
+    settings: TrainSettings,
 ) -> list[Pool]:
     """Return positives and negatives of the training rows, then those of each extra dataset."""
-    # Each dataset has the same ratio of classes. With the negatives of one and the positives of
-    # another, the network would learn to recognise datasets.
-    pools = list(create_pools(training, data.target[training], repeats, per_positive))
+    repeats = settings.positive_repeats
+    ratio = settings.negatives_per_positive
+    pools = list(create_pools(training, data.target[training], repeats, ratio))
     for number in range(1, len(data.metadata_paths)):
         rows = np.flatnonzero(data.source == number)
-        pools += create_pools(rows, data.target[rows], repeats, per_positive, extra_weight)
+        # By default each dataset has the same ratio of classes. With the negatives of one and the
+        # positives of another, the network would learn to recognise datasets.
+        pools += create_pools(
+            rows, data.target[rows], repeats, settings.extra_ratio, settings.extra_weight
+        )
     return pools
+
+
+def create_sampler(
+    pools: Sequence[Pool], settings: TrainSettings, fold: int, world_size: int
+) -> "EpochSampler":
+    """Return the sampler of a fold's epochs.
+
+    Args:
+        pools: positives and negatives by turns.
+
+    Raises:
+        UserError: batches cannot be balanced: an epoch has no full one, or no row of a class.
+    """
+    if settings.positives_per_batch is None:
+        return EpochSampler(pools, settings.seed)
+    num_shown = [sum(pool.num_samples for pool in pools[first::2]) for first in (0, 1)]
+    if not all(num_shown):
+        raise UserError(
+            f"fold {fold}: an epoch shows {num_shown[0]} positives and {num_shown[1]} negatives, "
+            "too few for --positives_per_batch; raise --negatives_per_positive or --extra_weight"
+        )
+    batch_size = settings.batch_size * world_size
+    num_batches = sum(num_shown) // batch_size
+    if not num_batches:
+        raise UserError(
+            f"fold {fold}: an epoch has fewer than the {batch_size} rows of a batch, which "
+            "--positives_per_batch could balance; lower --batch_size"
+        )
+    positives = settings.positives_per_batch * world_size
+    counts = (num_batches * positives, num_batches * (batch_size - positives))
+    balanced = list(pools)
+    for first, count in enumerate(counts):
+        balanced[first::2] = share(pools[first::2], count)
+    return BalancedSampler(balanced, settings.seed, world_size, num_batches)
+
+
+def share(pools: Sequence[Pool], num_samples: int) -> list[Pool]:
+    """Return the pools with another total of samples, in the same proportions."""
+    before = np.cumsum([0, *(pool.num_samples for pool in pools)])
+    after = np.round(before * num_samples / before[-1]).astype(int)
+    counts = np.diff(after).tolist()
+    return [replace(pool, num_samples=count) for pool, count in zip(pools, counts, strict=True)]
 
 
 def report_composition(pools: Sequence[Pool], fold: int) -> None:
@@ -93,7 +138,7 @@ def report_composition(pools: Sequence[Pool], fold: int) -> None:
     if fraction > 0.5:
         warn(
             f"{fraction:.0%} of the rows of an epoch are of --extra_data; "
-            "a lower --extra_weight shows fewer"
+            "a lower --extra_weight or --extra_negatives_per_positive shows fewer"
         )
 
 
@@ -112,11 +157,50 @@ class EpochSampler(Sampler[Key]):
         return sum(pool.num_samples for pool in self.pools)
 
     def __iter__(self) -> Iterator[Key]:
-        random = np.random.default_rng((self.seed, self.epoch))
+        rows, seeds = self.draw(self.epoch)
+        return iter(zip(rows.tolist(), seeds.tolist(), strict=True))
+
+    def draw(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rows of an epoch and the seeds of their augmentation."""
+        random = np.random.default_rng((self.seed, epoch))
         sampled = [pool.sample(random) for pool in self.pools]
         rows = random.permutation(np.concatenate(sampled))
+        return rows, random.integers(2**31, size=len(rows))
+
+
+class BalancedSampler(EpochSampler):
+    """Samples an epoch in which each batch of each process has the same number of positives.
+
+    Batches of several processes make up those of one process with as many positives.
+    """
+
+    def __init__(
+        self, pools: Sequence[Pool], seed: int, world_size: int, num_batches: int, epoch: int = 0
+    ) -> None:
+        """Take pools of positives and negatives by turns that fill the batches.
+
+        Args:
+            num_batches: of each process.
+        """
+        super().__init__(pools, seed, epoch)
+        self.world_size = world_size
+        self.num_batches = num_batches
+
+    def draw(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rows of an epoch and the seeds of their augmentation."""
+        random = np.random.default_rng((self.seed, epoch))
+        classes = [
+            random.permutation(np.concatenate([pool.sample(random) for pool in pools]))
+            for pools in (self.pools[::2], self.pools[1::2])
+        ]
+        rows = np.concatenate(classes)
         seeds = random.integers(2**31, size=len(rows))
-        return iter(zip(rows.tolist(), seeds.tolist(), strict=True))
+        # Processes take keys by turns, hence the last axis.
+        shape = (self.num_batches, -1, self.world_size)
+        positives, negatives = np.split(np.arange(len(rows)), [len(classes[0])])
+        batches = np.concatenate([positives.reshape(shape), negatives.reshape(shape)], axis=1)
+        order = random.permuted(batches, axis=1).ravel()
+        return rows[order], seeds[order]
 
 
 class RankSampler(Sampler[Key]):

@@ -68,7 +68,7 @@ def create_state(settings: TrainSettings, device: torch.device, fold: int) -> Tr
     optimizer = create_optimizer(
         model, settings.lr, settings.lr_backbone, settings.weight_decay, settings.layer_decay
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.fp16)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     diverged = torch.zeros((), device=device)
     return TrainState(model, optimizer, scaler, averaged, weights, started_from, diverged)
 
@@ -135,11 +135,11 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, folds_digest
             "weights, or start again with --force"
         )
     state.model.load_state_dict(saved["model_state_dict"])
-    # Files of version 0.1 have no `part` in their groups, so it is kept from the new optimizer.
-    parts = [group["part"] for group in state.optimizer.param_groups]
+    # Files of earlier versions have no `part` or `name` in their groups, so these are kept.
+    labels = [(group["part"], group["name"]) for group in state.optimizer.param_groups]
     state.optimizer.load_state_dict(saved["optimizer_state_dict"])
-    for group, part in zip(state.optimizer.param_groups, parts, strict=True):
-        group["part"] = part
+    for group, (part, name) in zip(state.optimizer.param_groups, labels, strict=True):
+        group.update(part=part, name=name)
     state.scaler.load_state_dict(saved["scaler_state_dict"])
     if state.averaged:
         state.averaged.load_state_dict(saved["averaged_state_dict"])

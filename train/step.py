@@ -8,14 +8,12 @@ from typing import Any
 import polars as pl
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from isic.runtime.arithmetic import ceil_div
-from isic.runtime.errors import UserError
 from train import distributed
 from train.batch import Batch, split
 from train.config import TrainSettings
-from train.losses import focal_loss, mask_loss
+from train.losses import create_loss, mask_loss
+from train.memory import fit_parts
 from train.state import TrainState
 
 MAX_NAMED = 8
@@ -23,13 +21,15 @@ MAX_NAMED = 8
 # Scaling starts at 65536 and halves; an overflow at this scale is not float16's fault.
 MIN_SCALE = 1e-3
 """Loss scale below which an overflow ends the run."""
-AUTOCAST_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the autocast context of a precision, disabled for fp32."""
-    dtype = AUTOCAST_DTYPES.get(precision, torch.bfloat16)
-    return torch.autocast(device.type, dtype, enabled=precision in AUTOCAST_DTYPES)
+    """Return the autocast context of a precision, disabled for fp32; `auto` must be resolved."""
+    dtype = DTYPES[precision]
+    if dtype == torch.float32:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype)
 
 
 def accumulate(
@@ -46,42 +46,36 @@ def accumulate(
     Raises:
         UserError: a single image does not fit, or the device of one of several processes is full.
     """
-    while True:
-        try:
-            return backward(state, forward, micro_batches, settings, device)
-        except torch.OutOfMemoryError:
-            largest = max(len(batch.images) for batch in micro_batches)
-            # Several processes would have to agree on the number of parts.
-            if distributed.world_size() > 1 or state.num_parts >= largest:
-                num_images = ceil_div(largest, state.num_parts)
-                raise UserError(
-                    f"{device} is out of memory with {num_images} images at a time; lower "
-                    "--batch_size or --image_size, or set --grad_checkpointing true"
-                ) from None
-        # Outside of `except`: the exception's traceback keeps the activations alive.
-        state.num_parts *= 2
-        size = ceil_div(settings.batch_size, state.num_parts)
-        tqdm.write(
-            f"out of memory: continuing with micro-batches of {size}, {state.num_parts} times as "
-            "many per step"
-        )
-        state.optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+
+    def run(num_parts: int) -> Tensor:
+        state.optimizer.zero_grad(set_to_none=True)  # those of an attempt that did not fit
+        return backward(state, forward, micro_batches, num_parts, settings, device)
+
+    loss, state.num_parts = fit_parts(
+        run,
+        state.num_parts,
+        max(len(batch.images) for batch in micro_batches),
+        device,
+        # Several processes would have to agree on the number of parts.
+        may_split=distributed.world_size() == 1,
+    )
+    return loss
 
 
 def backward(
     state: TrainState,
     forward: Any,
     micro_batches: list[Batch],
+    num_parts: int,
     settings: TrainSettings,
     device: torch.device,
 ) -> Tensor:
     """Run forward and backward passes over all micro-batches and return the mean loss, a scalar."""
+    class_loss = create_loss(settings)
     total = torch.zeros((), device=device)
     parts = []
     for batch in micro_batches:
-        for part in split(batch, state.num_parts):
+        for part in split(batch, num_parts):
             # Every image keeps its weight, however many parts there are.
             weight = len(part.images) / len(batch.images) / len(micro_batches)
             parts.append((part, weight))
@@ -90,7 +84,7 @@ def backward(
             with autocast(device, settings.precision):
                 outputs = forward(part.images)
             logits = outputs[1].squeeze(1)
-            loss = focal_loss(logits, part.target, settings.focal_alpha, settings.focal_gamma)
+            loss = class_loss(logits, part.target)
             if settings.mask_weight:
                 loss = loss + settings.mask_weight * mask_loss(outputs[2], part.masks)
             loss = loss * weight

@@ -90,3 +90,22 @@ def test_a_loss_that_stays_infinite_has_its_reason(
     monkeypatch.setattr(checks, "accumulate", lambda *args: accumulate(*args) * torch.inf)
     row = run_check(tiny, tmp_path, TRAINING)
     assert "NotApplied: no loss and gradient are finite in 12 steps" in row["reason"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_is_made_in_its_own_precision_not_in_the_config_s(
+    precision: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_text(f"{tiny.read_text()}fp16: true\n")
+    accumulate = checks.accumulate
+    used = []
+
+    def recorded(
+        state: Any, forward: Any, batches: Any, settings: Any, device: Any
+    ) -> torch.Tensor:
+        used.append((settings.precision, state.scaler.is_enabled()))
+        return accumulate(state, forward, batches, settings, device)
+
+    monkeypatch.setattr(checks, "accumulate", recorded)
+    assert "reason" not in run_check(tiny, tmp_path, TRAINING, precision)
+    assert set(used) == {(precision, precision == "fp16")}

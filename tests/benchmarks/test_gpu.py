@@ -86,4 +86,4 @@ def test_each_engine_is_timed_in_its_own_precision_and_torch_in_that_of_training
         ("bf16", "aoti"),
         ("bf16", "eager,compile"),
     ]
-    assert [flags.get("bf16") for flags in part_commands("train", settings)] == ["true"] * 3
+    assert [flags["precision"] for flags in part_commands("train", settings)] == ["bf16"] * 3

@@ -76,7 +76,7 @@ def test_only_batches_after_the_warm_up_count() -> None:
 
 def test_float32_on_a_gpu_is_called_tf32() -> None:
     gpu = torch.device("cuda")
-    plain = TrainRateSettings(model="test_vit")
+    plain = TrainRateSettings(model="test_vit", precision="fp32")
     assert precision_of(plain, gpu) == "tf32"
     assert precision_of(plain, CPU) == "fp32"
     for name in ("fp16", "bf16"):

@@ -40,8 +40,10 @@ Cli = Callable[..., Finished]
 
 
 def tiny_settings(**values: object) -> TrainSettings:
-    """Return training settings of the tiny model, decoding in this process."""
-    return TrainSettings.model_validate({**TINY_KEYS, "num_workers": 0, **values})
+    """Return training settings of the tiny model, decoding in this process; fp32 by default."""
+    settings = TrainSettings.model_validate({**TINY_KEYS, "num_workers": 0, **values})
+    precision = "fp32" if settings.precision == "auto" else settings.precision
+    return settings.model_copy(update={"precision": precision})
 
 
 def run_module(module: str, *arguments: object) -> None:

@@ -21,7 +21,7 @@ def test_a_file_that_is_no_history_is_refused(tmp_path: Path, text: str) -> None
         read_history(tmp_path / "history.jsonl")
 
 
-def test_the_history_holds_the_rates_of_both_parts(
+def test_the_history_holds_the_rate_of_every_group(
     small_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
     flags = ["--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--batch_size", 8]
@@ -30,8 +30,19 @@ def test_the_history_holds_the_rates_of_both_parts(
     lines = (tmp_path / "tiny" / "fold_0" / "history.jsonl").read_text().splitlines()
     history = [json.loads(line) for line in lines]
     head = [entry[f"lr_{HEAD}"] for entry in history]
-    backbone = [entry[f"lr_{BACKBONE}"] for entry in history]
+    # A patch embedding and six blocks; the last layer has the backbone's own rate.
+    names = [f"lr_{BACKBONE}_layer_{number}" for number in range(7)]
+    assert [key for key in history[0] if key.startswith("lr_")] == [*names, f"lr_{HEAD}"]
+    last = [entry[names[-1]] for entry in history]
     assert head[0] == 0.01
     assert head[1:] == sorted(head[1:], reverse=True)
-    assert backbone[:2] == [0, 0]
-    assert backbone[2:] == pytest.approx([rate / 10 for rate in head[2:]])
+    assert last[:2] == [0, 0]
+    assert last[2:] == pytest.approx([rate / 10 for rate in head[2:]])
+    for entry in history:
+        rates = [entry[name] for name in names]
+        assert rates[:-1] == pytest.approx([0.9 * rate for rate in rates[1:]])
+
+
+def test_a_backbone_without_layer_decay_has_one_rate(trained: Path) -> None:
+    (entry,) = read_history(trained / "fold_0" / "history.jsonl")
+    assert [key for key in entry if key.startswith("lr_")] == [f"lr_{BACKBONE}", f"lr_{HEAD}"]

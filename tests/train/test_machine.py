@@ -3,9 +3,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.support.commands import TINY_KEYS
 from tests.support.training import CPU
 from train import machine
-from train.machine import default_workers
+from train.config import TrainSettings
+from train.machine import best_precision, default_workers, resolve_precision
 
 
 def test_a_gpu_gets_the_cores_and_its_processes_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +35,28 @@ def test_workers_fit_into_shared_memory(
     assert fitting(18, processes=2) == (7, 1)
     assert "MB for the batches of 8 workers; 7 are used" in capsys.readouterr().err
     assert machine.fit_workers(0, 2**40, 2)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [
+        ((6, 1), "fp32"),
+        ((7, 0), "fp16"),
+        ((7, 5), "fp16"),
+        ((8, 0), "bf16"),
+        ((8, 9), "bf16"),
+        ((9, 0), "bf16"),
+        ((12, 0), "bf16"),
+    ],
+)
+def test_the_generation_of_a_gpu_decides_its_precision(
+    capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda", 0)
+    assert best_precision(gpu) == precision
+    assert best_precision(CPU) == "fp32"
+    settings = TrainSettings(**TINY_KEYS)
+    assert resolve_precision(settings, gpu).precision == precision
+    chosen = settings.model_copy(update={"precision": "fp32"})
+    assert resolve_precision(chosen, gpu) is chosen

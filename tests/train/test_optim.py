@@ -2,12 +2,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from isic.runtime.config import CONFIG_DIR
 from tests.support.commands import tiny_settings
+from tests.support.training import CPU, peak_rates, random_batch
 from train.config import TrainSettings, load_settings
+from train.loop import train_epoch
 from train.model import create_model
-from train.optim import BACKBONE, HEAD, create_optimizer, create_schedule, lr_schedule
+from train.optim import (
+    BACKBONE,
+    HEAD,
+    allocate_moments,
+    create_optimizer,
+    create_schedule,
+    layer_name,
+    lr_schedule,
+)
+from train.state import TrainState, create_state
 
 PRETRAINED_CONFIGS = {path.stem for path in CONFIG_DIR.glob("*.yaml")} - {
     "demo",
@@ -87,3 +99,40 @@ def test_without_warm_up_the_rates_start_at_their_peak() -> None:
     assert schedule[HEAD][0] == 1
     assert (schedule[BACKBONE][:10] == 0).all()
     assert np.array_equal(schedule[BACKBONE][10:], schedule[HEAD][10:])
+
+
+def test_layers_have_names_that_sort() -> None:
+    assert layer_name(0, 1) == "backbone"
+    assert [layer_name(number, 10) for number in (0, 9)] == ["backbone_layer_0", "backbone_layer_9"]
+    assert [layer_name(number, 14) for number in (2, 13)] == [
+        "backbone_layer_02",
+        "backbone_layer_13",
+    ]
+
+
+@pytest.mark.parametrize("values", [{}, {"fp16": True}, {"layer_decay": 0.8}])
+def test_moments_allocated_in_advance_change_no_bit(values: dict[str, object]) -> None:
+    """Before the first step, with a frozen backbone, and after some steps, as in a resumed run."""
+    settings = tiny_settings(**values)
+    states = [create_state(settings, CPU, 0) for _ in range(2)]
+    first = states[0]
+    first.model.backbone.requires_grad_(False)
+    allocate_moments(first.optimizer)
+    weights = {weight for group in first.optimizer.param_groups for weight in group["params"]}
+    assert first.optimizer.state.keys() == weights
+    assert not any(tensor.any() for tensor in moments(first)), "no step was made"
+    assert all(weight.grad is None for weight in weights)
+    first.model.backbone.requires_grad_(True)
+    for _ in range(2):
+        for state in states:
+            train_epoch(state, state.model, [random_batch(8)], peak_rates(9), settings, CPU, "")
+        allocate_moments(first.optimizer)
+    tensors = [[*state.model.state_dict().values(), *moments(state)] for state in states]
+    assert all(torch.equal(one, two) for one, two in zip(*tensors, strict=True))
+
+
+def moments(state: TrainState) -> list[torch.Tensor]:
+    """Return the optimizer's numbers of steps and moments, in the order of the weights."""
+    groups = state.optimizer.param_groups
+    weights = [weight for group in groups for weight in group["params"]]
+    return [value for weight in weights for value in state.optimizer.state[weight].values()]

@@ -3,6 +3,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from train.history import read_history
 from train.plots import draw_roc
 
 
@@ -15,4 +16,11 @@ def test_roc_curves_are_drawn(trained: Path, tmp_path: Path) -> None:
 
 def test_scalars_reach_tensorboard(trained: Path) -> None:
     pytest.importorskip("tensorboard")
-    assert list((trained / "fold_0" / "tensorboard").glob("events.out.tfevents.*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "fold_0" / "tensorboard"))
+    events.Reload()
+    (entry,) = read_history(trained / "fold_0" / "history.jsonl")
+    names = {"loss": "loss", "pauc": "pauc", "lr/backbone": "lr_backbone", "lr/head": "lr_head"}
+    for scalar, key in names.items():
+        assert [event.value for event in events.Scalars(scalar)] == pytest.approx([entry[key]])

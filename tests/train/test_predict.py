@@ -7,7 +7,7 @@ from tests.support.commands import tiny_settings
 from tests.support.training import CPU, random_batch
 from train.predict import Predictions, predict, score
 from train.state import create_state
-from train.step import autocast
+from train.step import DTYPES, autocast
 
 
 @pytest.mark.parametrize("values", [{"bf16": True}, {"fp16": True}])
@@ -15,7 +15,7 @@ def test_logits_keep_float32_resolution_under_autocast(values: dict[str, object]
     settings = tiny_settings(**values)
     state = create_state(settings, CPU, 0)
     held = predict(state.model, [random_batch(500)], CPU, settings.precision)
-    half = torch.float16 if settings.fp16 else torch.bfloat16
+    half = DTYPES[settings.precision]
     logits = torch.from_numpy(held.logits)
     assert logits.dtype == torch.float32
     assert len(logits.unique()) > 450

@@ -1,7 +1,15 @@
 from pathlib import Path
 
-from isic.layout import BEST_CHECKPOINT
-from tests.support.commands import TINY, Cli
+import pytest
+import torch
+
+from isic.layout import BEST_CHECKPOINT, LAST_CHECKPOINT
+from isic.runtime.errors import UserError
+from tests.support.commands import TINY, TINY_KEYS, Cli
+from train.checkpoint import load_checkpoint
+from train.config import TrainSettings
+from train.deadline import OUT_OF_TIME
+from train.run import choose_precision
 
 
 def test_finished_folds_are_skipped_and_other_settings_refused(
@@ -56,3 +64,31 @@ def test_epochs_are_not_thrown_away_unasked(small_dataset: Path, tmp_path: Path,
     ended = cli("train", *flags)
     assert ended.code == 2
     assert "config.yaml lacks model or epochs" in ended.err
+
+
+def test_a_resumed_fold_keeps_its_precision(
+    small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = ["--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 2]
+    flags = [*TINY, *where]
+    folder = tmp_path / "tiny" / "fold_0"
+    assert cli("train", *flags, "--bf16", "--max_hours", 1e-9).code == OUT_OF_TIME
+    assert load_checkpoint(folder / LAST_CHECKPOINT)["args"]["precision"] == "bf16"
+    ended = cli("train", *flags, "--resume", "--precision", "fp32")
+    assert ended.code == 2
+    assert "was made with precision=bf16, now it is fp32; use the previous value" in ended.err
+
+    settings = TrainSettings(**TINY_KEYS, name="tiny", output_dir=tmp_path, resume=True)
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UserError, match=r"^fold 0 was begun in bf16; bfloat16 takes .* --force$"):
+        choose_precision(settings, 0, gpu)
+    assert choose_precision(settings, 1, gpu).precision == "fp16", "a fold of its own"
+
+    ended = cli("train", *flags, "--resume")
+    assert ended.code == 0, ended.err
+    assert "cpu bf16" in ended.out
+    assert load_checkpoint(folder / BEST_CHECKPOINT)["args"]["precision"] == "bf16"
+    assert "precision: bf16\n" in (folder / "config.yaml").read_text()
+    assert "fold 0 is finished" in cli("train", *flags).out, "auto accepts what was used"

@@ -184,7 +184,10 @@ def test_bfloat16_is_refused_on_a_gpu_that_emulates_it(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     settings = tiny_settings(bf16=True, output_dir=tmp_path / "outputs", data=tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    words = r"^--bf16: bfloat16 takes a GPU of .*8\.0 .*, and Tesla T4 has 7\.5; use --fp16$"
+    words = (
+        r"^--precision bf16: bfloat16 takes a GPU of .*8\.0 .*, and Tesla T4 has 7\.5; "
+        "use --precision fp16$"
+    )
     with pytest.raises(UserError, match=words):
         train_folds(settings, torch.device("cuda", 0))
     rate = TrainRateSettings(**settings.model_dump())
@@ -199,10 +202,10 @@ def test_bfloat16_is_refused_on_a_gpu_that_emulates_it(
 def test_images_that_break_the_gradient_are_named(
     small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(logits: torch.Tensor, *_: object) -> torch.Tensor:
+    def broken(logits: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         return logits.sum() * torch.nan
 
-    monkeypatch.setattr("train.step.focal_loss", broken)
+    monkeypatch.setattr("train.losses.focal_loss", broken)
     flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 1]
     for precision in ("--bf16", "--fp16"):
         ended = cli(

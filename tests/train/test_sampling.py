@@ -3,12 +3,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from isic.runtime.errors import UserError
 from tests.support.commands import TINY, Cli, tiny_settings
 from tests.support.training import CPU, write_extra
 from train.loaders import fold_loaders
 from train.model import preprocess_spec
 from train.rows import load_data
-from train.sampling import EpochSampler, RankSampler, create_pools
+from train.sampling import (
+    EpochSampler,
+    Key,
+    Pool,
+    RankSampler,
+    create_pools,
+    create_sampler,
+)
 
 
 def test_negatives_depend_on_seed_and_epoch_only() -> None:
@@ -108,3 +116,103 @@ def test_an_epoch_of_mostly_extra_rows_is_warned_of(
     ended = cli("train", *flags, "--output_dir", tmp_path / "two", "--extra_weight", 0.2)
     assert "12 positives and 12 negatives (33%)" in ended.out
     assert "warning" not in ended.err
+
+
+def two_datasets() -> list[Pool]:
+    """Return pools of 1,000 rows with 10 positives, and of 100 extra rows with 20."""
+    rows = np.arange(1100)
+    target = ((rows < 10) | (rows >= 1080)).astype(np.float32)
+    own = create_pools(rows[:1000], target[:1000], repeats=3, per_positive=None)
+    return [*own, *create_pools(rows[1000:], target[1000:], repeats=3, per_positive=None)]
+
+
+def is_positive(key: Key) -> bool:
+    return key[0] < 10 or key[0] >= 1080
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 32), (2, 16), (4, 8)])
+@pytest.mark.parametrize("positives", [1, 5, 7])
+def test_every_batch_of_every_process_has_its_positives(
+    world_size: int, batch_size: int, positives: int
+) -> None:
+    settings = tiny_settings(batch_size=batch_size, positives_per_batch=positives)
+    pools = two_datasets()
+    epoch = create_sampler(pools, settings, 0, world_size)
+    plain = EpochSampler(pools, settings.seed)
+    for rank in range(world_size):
+        sampler = RankSampler(epoch, batch_size, rank, world_size)
+        keys = list(sampler)
+        assert len(keys) == len(sampler) == len(RankSampler(plain, batch_size, rank, world_size))
+        batches = [keys[at : at + batch_size] for at in range(0, len(keys), batch_size)]
+        assert {sum(map(is_positive, batch)) for batch in batches} == {positives}
+        places = {at for batch in batches for at, key in enumerate(batch) if is_positive(key)}
+        assert len(places) > batch_size / 2, "anywhere in a batch"
+
+
+def test_balanced_epochs_keep_the_proportions_of_datasets_and_repeat_rows_evenly() -> None:
+    settings = tiny_settings(batch_size=32, positives_per_batch=8)
+    epoch = create_sampler(two_datasets(), settings, 0, 1)
+    drawn = np.array([row for row, _ in epoch])
+    num_batches = (1000 + 20 + 100 + 40) // 32
+    assert len(drawn) == len(epoch) == 32 * num_batches
+    counts = np.bincount(drawn, minlength=1100)
+    assert counts[:10].sum() + counts[1080:].sum() == 8 * num_batches
+    assert counts[:10].sum() == round(8 * num_batches / 3), "10 of 30 positives"
+    assert counts[10:1000].sum() == round(24 * num_batches * 990 / 1070)
+    for part in (counts[:10], counts[1080:], counts[10:1000], counts[1000:1080]):
+        assert part.max() - part.min() <= 1
+
+
+def test_balanced_epochs_depend_on_seed_and_epoch_only() -> None:
+    """Several processes take together the rows, augmented alike, of one with their batches."""
+    epochs = {}
+    for world_size in (1, 2):
+        settings = tiny_settings(batch_size=32 // world_size, positives_per_batch=4 // world_size)
+        sampler = create_sampler(two_datasets(), settings, 0, world_size)
+        first = list(sampler)
+        assert first == list(sampler)
+        sampler.epoch = 1
+        assert first != list(sampler)
+        epochs[world_size] = first
+    for at in range(0, len(epochs[1]), 32):
+        assert sorted(epochs[1][at : at + 32]) == sorted(epochs[2][at : at + 32])
+
+
+def test_batches_that_cannot_be_balanced_are_refused() -> None:
+    settings = tiny_settings(batch_size=64, positives_per_batch=4)
+    rows = np.arange(100)
+    target = (rows < 10).astype(np.float32)
+    pools = create_pools(rows, target, repeats=1, per_positive=5)
+    with pytest.raises(UserError, match=r"fold 3: .*fewer than the 64 rows .*lower --batch_size"):
+        create_sampler(pools, settings, 3, 1)
+    pools = create_pools(rows, target, repeats=99, per_positive=0.01)
+    with pytest.raises(UserError, match="shows 990 positives and 0 negatives, too few for"):
+        create_sampler(pools, settings, 3, 1)
+
+
+@pytest.mark.parametrize("ratio", [None, 2.0])
+def test_extra_negatives_have_a_ratio_of_their_own(
+    ratio: float | None, small_dataset: Path, tmp_path: Path
+) -> None:
+    settings = tiny_settings(
+        data=small_dataset,
+        output_dir=tmp_path,
+        extra_data=[write_extra(tmp_path / "many", [1] * 10 + [0] * 90)],
+        extra_negatives_per_positive=3,
+        negatives_per_positive=ratio,
+    )
+    data = load_data(settings)
+    sampler = fold_loaders(data, 0, preprocess_spec(settings), settings, CPU).sampler
+    drawn = np.array([row for row, _ in sampler])
+    assert (data.target[drawn[data.source[drawn] == 1]] == 0).sum() == 30
+    own = data.target[drawn[data.source[drawn] == 0]]
+    assert (own == 0).sum() == (32 if ratio is None else ratio * (own == 1).sum())
+
+
+def test_balanced_batches_train_and_are_reported(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 1]
+    ended = cli("train", *flags, "--batch_size", 8, "--positives_per_batch", 2)
+    assert ended.code == 0, ended.err
+    assert "fold 0: an epoch shows 12 positives and 36 negatives" in ended.out

@@ -36,6 +36,10 @@ def test_the_nearest_word() -> None:
             "--epochs: input should be greater than or equal to 1",
         ),
         (["train", "--config", "vit_tiny", "--fp16", "--bf16"], "choose one of --fp16 and --bf16"),
+        (
+            ["train", "--config", "vit_tiny", "--precision", "fp8"],
+            "--precision: input should be 'auto', 'fp32', 'bf16' or 'fp16', got 'fp8'",
+        ),
         (["train", "--config", "vit_tiny", "--fold", "5"], "--fold 5 is not one of 0..4"),
         (["train", "--config", "vit_tinny"], 'no config "vit_tinny", did you mean "vit_tiny"?'),
         (["train", "--config", "none.yaml"], "no config file none.yaml"),
