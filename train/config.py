@@ -168,6 +168,13 @@ class TrainSettings(Settings):
         description="epoch that best_model.pth holds; `best` is chosen on the held-out fold, which "
         "makes the out-of-fold score too good",
     )
+    validate_every: int | None = Field(
+        None,
+        ge=1,
+        description="epochs from one validation on all held-out rows to the next, in addition to "
+        "the last epoch; the others use a fixed subset, and `best` does not select them; if not "
+        "given, as often as select_epoch needs: each epoch for `best`, the last for `last`",
+    )
 
     @classmethod
     def help_notes(cls) -> dict[str, str]:
@@ -202,6 +209,11 @@ class TrainSettings(Settings):
                 "--mask_weight"
             )
         return self
+
+    def validates_all(self, epoch: int) -> bool:
+        """Return whether an epoch, from 1, ends with a validation on all held-out rows."""
+        every = self.validate_every or (1 if self.select_epoch == "best" else self.epochs)
+        return epoch == self.epochs or epoch % every == 0
 
     @property
     def mixes_images(self) -> bool:

@@ -24,7 +24,14 @@ from train.batch import NO_MASK, Batch
 from train.config import TrainSettings
 from train.machine import default_workers, fit_workers
 from train.rows import EXTRA, TrainData
-from train.sampling import EpochSampler, Key, RankSampler, RowSampler, epoch_pools
+from train.sampling import (
+    EpochSampler,
+    HeldOutSampler,
+    Key,
+    RankSampler,
+    epoch_pools,
+    held_out_subset,
+)
 
 Item = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.uint8]]
 """Image [size, size, 3], target, row number, mask [size, size], or [0, 0] if masks are unused."""
@@ -37,6 +44,8 @@ class FoldLoaders(NamedTuple):
     sampler: EpochSampler
     """Of `training`; its `epoch` is to be set before each epoch."""
     held_out: DataLoader[Item]
+    held_out_sampler: HeldOutSampler
+    """Of `held_out`."""
 
 
 def fold_loaders(
@@ -66,6 +75,8 @@ def fold_loaders(
         settings.extra_weight,
     )
     sampler = EpochSampler(pools, settings.seed)
+    subset = held_out_subset(held_out, data.target[held_out], settings.split_seed)
+    held_out_sampler = HeldOutSampler(held_out, subset, rank, world_size)
     images = LesionImages(data, spec, create_augmentation(settings.augmentation))
     held_out_images = LesionImages(data, spec)
     batch_size = settings.batch_size
@@ -81,13 +92,8 @@ def fold_loaders(
             images, RankSampler(sampler, batch_size, rank, world_size), batch_size, **workers
         ),
         sampler,
-        create_loader(
-            # Split without padding, so that each held-out row is predicted exactly once.
-            held_out_images,
-            RowSampler(held_out[rank::world_size]),
-            batch_size,
-            **workers,
-        ),
+        create_loader(held_out_images, held_out_sampler, batch_size, **workers),
+        held_out_sampler,
     )
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from isic.metrics import pauc, roc_auc
 from isic.runtime.errors import UserError
@@ -45,30 +47,45 @@ def predict(
     device: torch.device,
     precision: str,
     num_parts: int = 1,
+    compiled: Any | None = None,
 ) -> Predictions:
     """Predict the loader's rows in eval mode; Dice is NaN unless the model predicts masks.
 
     Args:
         num_parts: parts that a batch is cut into to fit the device's memory.
+        compiled: `model` by torch.compile, to predict with; every batch then has the same shape.
     """
     model.eval()
+    forward = model if compiled is None else compiled
     rows, logits, overlaps = [], [], []
+    fixed_size = 0
     # Not timed, but TimedLoader also defers interrupts while the workers start.
     for whole in TimedLoader(loader):
         for batch in split(whole, num_parts):
             on_device = to_device(batch, device)
+            num_images = len(batch.images)
+            if compiled is not None:
+                # The first batch is the largest. Another size would compile the network again.
+                fixed_size = max(fixed_size, num_images)
+                on_device = on_device._replace(images=pad(on_device.images, fixed_size))
             with autocast(device, precision):
-                outputs = model(on_device.images)
+                outputs = forward(on_device.images)
             rows.append(batch.rows)
-            logits.append(outputs[1].squeeze(1))
+            logits.append(outputs[1][:num_images].squeeze(1))
             if model.mask_stride:
-                overlaps.append(dice(outputs[2], on_device.masks))
+                overlaps.append(dice(outputs[2][:num_images], on_device.masks))
     all_rows = torch.cat(rows)
     # The network predicts no masks.
     overlap = torch.cat(overlaps) if overlaps else torch.full((len(all_rows),), torch.nan)
     return Predictions(
         all_rows.numpy(), torch.cat(logits).float().cpu().numpy(), overlap.cpu().numpy()
     )
+
+
+def pad(images: Tensor, size: int) -> Tensor:
+    """Repeat the last of the images [N, ...] until there are `size`."""
+    repeated = images[-1:].expand(size - len(images), *images.shape[1:])
+    return torch.cat([images, repeated]) if len(repeated) else images
 
 
 def score(target: NDArray[np.float32], predictions: Predictions) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Which rows an epoch shows, in which order, and the seed of each row's augmentation."""
+"""Which rows an epoch trains and validates on, in which order, and the augmentation's seeds."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +13,9 @@ from train.rows import TrainData
 
 Key = tuple[int, int]
 """A row number and the seed of its augmentation."""
+# Few positives limit the precision of a pAUC, not this many negatives: see docs/scaling.md.
+SUBSET_NEGATIVES = 2_000
+"""Held-out negatives, next to all positives, in a validation that is not on all rows."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,15 @@ class EpochSampler(Sampler[Key]):
         return sum(pool.num_samples for pool in self.pools)
 
     def __iter__(self) -> Iterator[Key]:
-        random = np.random.default_rng((self.seed, self.epoch))
+        rows, seeds = self.draw(self.epoch)
+        return iter(zip(rows.tolist(), seeds.tolist(), strict=True))
+
+    def draw(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rows of an epoch and the seeds of their augmentation."""
+        random = np.random.default_rng((self.seed, epoch))
         sampled = [pool.sample(random) for pool in self.pools]
         rows = random.permutation(np.concatenate(sampled))
-        seeds = random.integers(2**31, size=len(rows))
-        return iter(zip(rows.tolist(), seeds.tolist(), strict=True))
+        return rows, random.integers(2**31, size=len(rows))
 
 
 class RankSampler(Sampler[Key]):
@@ -141,14 +148,44 @@ class RankSampler(Sampler[Key]):
         return islice(iter(self.epoch), self.rank, self.num_keys, self.world_size)
 
 
-class RowSampler(Sampler[Key]):
-    """Every row once, in order."""
+def held_out_subset(
+    rows: NDArray[np.int64], target: NDArray[np.float32], seed: int
+) -> NDArray[np.int64]:
+    """Return all positives and at most SUBSET_NEGATIVES negatives, in the rows' order.
 
-    def __init__(self, rows: NDArray[np.int64]) -> None:
-        self.rows = rows
+    Args:
+        rows: [N], row numbers.
+        target: [N], 0 or 1.
+    """
+    negatives = np.flatnonzero(target == 0)
+    if len(negatives) <= SUBSET_NEGATIVES:
+        return rows
+    random = np.random.default_rng(seed)
+    chosen = random.choice(negatives, SUBSET_NEGATIVES, replace=False)
+    is_chosen = np.zeros(len(rows), bool)
+    is_chosen[target == 1] = True
+    is_chosen[chosen] = True
+    return rows[is_chosen]
+
+
+class HeldOutSampler(Sampler[Key]):
+    """One process's part of the held-out rows, or of a subset of them, each row once, in order."""
+
+    def __init__(
+        self, rows: NDArray[np.int64], subset: NDArray[np.int64], rank: int, world_size: int
+    ) -> None:
+        self.num_rows = len(rows)
+        # Split without padding, so that each held-out row is predicted exactly once.
+        self.all = rows[rank::world_size]
+        self.subset = subset[rank::world_size]
+        self.takes_all = True
+        """To be set before each validation."""
+
+    def rows(self, takes_all: bool) -> NDArray[np.int64]:
+        return self.all if takes_all else self.subset
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows(self.takes_all))
 
     def __iter__(self) -> Iterator[Key]:
-        return iter((int(row), 0) for row in self.rows)
+        return iter((int(row), 0) for row in self.rows(self.takes_all))

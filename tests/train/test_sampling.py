@@ -8,7 +8,14 @@ from tests.support.training import CPU, write_extra
 from train.loaders import fold_loaders
 from train.model import preprocess_spec
 from train.rows import load_data
-from train.sampling import EpochSampler, RankSampler, create_pools
+from train.sampling import (
+    SUBSET_NEGATIVES,
+    EpochSampler,
+    HeldOutSampler,
+    RankSampler,
+    create_pools,
+    held_out_subset,
+)
 
 
 def test_negatives_depend_on_seed_and_epoch_only() -> None:
@@ -108,3 +115,29 @@ def test_an_epoch_of_mostly_extra_rows_is_warned_of(
     ended = cli("train", *flags, "--output_dir", tmp_path / "two", "--extra_weight", 0.2)
     assert "12 positives and 12 negatives (33%)" in ended.out
     assert "warning" not in ended.err
+
+
+def test_a_subset_of_the_held_out_rows_has_all_positives_and_is_fixed() -> None:
+    rows = 3 * np.arange(5_000)
+    target = (np.arange(5_000) % 100 == 7).astype(np.float32)
+    subset = held_out_subset(rows, target, seed=1)
+    assert len(subset) == 50 + SUBSET_NEGATIVES
+    assert (np.diff(subset) > 0).all(), "each row once, in the order of the table"
+    assert set(rows[target == 1]) <= set(subset) <= set(rows)
+    assert np.array_equal(subset, held_out_subset(rows, target, seed=1))
+    assert not np.array_equal(subset, held_out_subset(rows, target, seed=2))
+    few = rows[: SUBSET_NEGATIVES + 20]
+    assert np.array_equal(held_out_subset(few, target[: len(few)], seed=1), few)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_processes_share_the_held_out_rows(world_size: int) -> None:
+    rows, subset = np.arange(10, 30), np.arange(10, 30, 3)
+    samplers = [HeldOutSampler(rows, subset, rank, world_size) for rank in range(world_size)]
+    for takes_all, expected in ((True, rows), (False, subset)):
+        shown: list[tuple[int, int]] = []
+        for sampler in samplers:
+            sampler.takes_all = takes_all
+            assert len(list(sampler)) == len(sampler)
+            shown += sampler
+        assert sorted(row for row, _ in shown) == expected.tolist()
