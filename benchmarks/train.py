@@ -27,6 +27,7 @@ from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from train.batch import Batch, to_device
 from train.config import TrainSettings
+from train.decoded import keep_repeated
 from train.loaders import Item, LesionImages, create_loader, fold_loaders, worker_errors
 from train.loop import train_epoch
 from train.machine import allow_tf32, check_bfloat16, prepare, select_device
@@ -135,11 +136,14 @@ def busy_processes(number: int) -> Iterator[None]:
 
 
 def read_files(settings: TrainSettings) -> DataLoader[Item]:
-    """Return an endless loader of the training batches of a fold."""
+    """Return an endless loader of the training batches of a fold, with its decoded images."""
     data = load_data(settings)
     device = select_device(settings.device)
     spec = preprocess_spec(settings)
-    loader = fold_loaders(data, settings.fold or 0, spec, settings, device).training
+    loaders = fold_loaders(data, settings.fold or 0, spec, settings, device)
+    uses = loaders.count_uses(settings, num_finished=0)
+    keep_repeated(loaders.decoded, uses, settings.cache, settings.run_dir, "on files")
+    loader = loaders.training
     images = loader.dataset
     assert isinstance(images, LesionImages)
     return create_loader(

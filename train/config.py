@@ -137,7 +137,12 @@ class TrainSettings(Settings):
         description="loader processes; if not given, one per core with a GPU and none without; "
         "fewer if /dev/shm is too small for their batches",
     )
-
+    cache: Literal["memory", "disk", "none"] = Field(
+        "memory",
+        description="place of the decoded images that a fold shows three times or more: memory, or "
+        "a temporary file in the fold's folder; at most half of what is free there, and the others "
+        "are decoded each time; none: all of them are",
+    )
     num_threads: int | None = Field(
         None,
         ge=1,

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from isic.preprocess import MASK_THRESHOLD, PreprocessSpec, decode, resize
+from isic.preprocess import PreprocessSpec
 from isic.runtime import interrupt
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.interrupt import ignore_signals_in_worker
@@ -22,6 +22,7 @@ from train import distributed
 from train.augment import create_augmentation
 from train.batch import NO_MASK, Batch
 from train.config import TrainSettings
+from train.decoded import DecodedImages
 from train.machine import default_workers, fit_workers
 from train.rows import EXTRA, TrainData
 from train.sampling import (
@@ -46,6 +47,18 @@ class FoldLoaders(NamedTuple):
     held_out: DataLoader[Item]
     held_out_sampler: HeldOutSampler
     """Of `held_out`."""
+    decoded: DecodedImages
+    """The images of both."""
+
+    def count_uses(self, settings: TrainSettings, num_finished: int) -> NDArray[np.int64]:
+        """Return [N] how often this process shows each row after `num_finished` epochs."""
+        sampler: Any = self.training.sampler
+        num_rows = len(self.decoded.slots)
+        uses = np.zeros(num_rows, np.int64)
+        for epoch in range(num_finished, settings.epochs):
+            uses += np.bincount(sampler.rows(epoch), minlength=num_rows)
+            uses[self.held_out_sampler.rows(settings.validates_all(epoch + 1))] += 1
+        return uses
 
 
 def fold_loaders(
@@ -77,8 +90,9 @@ def fold_loaders(
     sampler = EpochSampler(pools, settings.seed)
     subset = held_out_subset(held_out, data.target[held_out], settings.split_seed)
     held_out_sampler = HeldOutSampler(held_out, subset, rank, world_size)
-    images = LesionImages(data, spec, create_augmentation(settings.augmentation))
-    held_out_images = LesionImages(data, spec)
+    decoded = DecodedImages(data.rows, spec)
+    images = LesionImages(data.target, decoded, create_augmentation(settings.augmentation))
+    held_out_images = LesionImages(data.target, decoded)
     batch_size = settings.batch_size
     num_channels = 4 if settings.mask_weight else 3  # a mask is as large as one colour channel
     num_workers, num_prefetched = fit_workers(
@@ -94,6 +108,7 @@ def fold_loaders(
         sampler,
         create_loader(held_out_images, held_out_sampler, batch_size, **workers),
         held_out_sampler,
+        decoded,
     )
 
 
@@ -108,31 +123,28 @@ def check_rows(target: NDArray[np.float32], name: str, world_size: int) -> None:
 
 
 class LesionImages(Dataset[Item]):
-    """Decodes, resizes and augments rows of the training table."""
+    """Rows of the training table, augmented."""
 
     def __init__(
-        self, data: TrainData, spec: PreprocessSpec, augmentation: Any | None = None
+        self,
+        target: NDArray[np.float32],
+        decoded: DecodedImages,
+        augmentation: Any | None = None,
     ) -> None:
-        self.images = data.rows.images
-        self.masks = data.rows.masks
-        self.target = data.target
-        self.spec = spec
+        self.target = target
+        self.decoded = decoded
         self.augmentation = augmentation
 
     def __getitem__(self, key: Key) -> Item:
         row, seed = key
-        pixels = {"image": resize(decode(self.images[row]), self.spec)}
-        png = b"" if self.masks is None else self.masks[row]
-        if png:
-            mask = resize(decode(png), self.spec)[..., 0] > MASK_THRESHOLD
-            pixels["mask"] = mask.astype(np.uint8)
+        pixels = self.decoded[row]
         if self.augmentation is not None:
             self.augmentation.set_random_seed(seed)
             pixels = self.augmentation(**pixels)
         return pixels["image"], self.target[row], row, pixels.get("mask", self._no_mask())
 
     def _no_mask(self) -> NDArray[np.uint8]:
-        size = 0 if self.masks is None else self.spec.size
+        size = 0 if self.decoded.mask_files is None else self.decoded.spec.size
         return np.full((size, size), NO_MASK, np.uint8)
 
 
@@ -150,6 +162,8 @@ def create_loader(
         sampler=cast(Any, sampler),
         collate_fn=collate,
         num_workers=num_workers,
+        # Forked workers share the images; Python 3.14 would start others, with copies.
+        multiprocessing_context="fork" if num_workers else None,
         prefetch_factor=num_prefetched if num_workers else None,
         persistent_workers=num_workers > 0,  # starting them again costs seconds per epoch
         # Copies from pinned memory to the GPU do not block the host.

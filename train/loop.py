@@ -18,6 +18,7 @@ from train import distributed
 from train.augment import create_mixup
 from train.batch import Batch, to_device
 from train.config import TrainSettings
+from train.decoded import keep_repeated
 from train.fold_files import begin_fold, save_fold
 from train.history import EpochStats, Validation, log_epoch
 from train.loaders import FoldLoaders, TimedLoader, fold_loaders
@@ -62,7 +63,9 @@ def train_fold(
         report_composition(loaders.sampler.pools, fold)
     start_or_resume(state, settings, data, fold, device)
 
-    # Only training runs compiled; `predict` takes the plain module.
+    uses = loaders.count_uses(settings, state.epoch)
+    keep_repeated(loaders.decoded, uses, settings.cache, directory, f"fold {fold}")
+
     network: Any = torch.compile(state.model) if settings.compile else state.model
     evaluated: Any = torch.compile(state.evaluated) if settings.compile else None
     first_epoch = state.epoch

@@ -29,6 +29,7 @@ FREE_TO_CHANGE = {
     "resume",
     "num_threads",
     "num_workers",
+    "cache",
     "device",
     "data",
     "output_dir",

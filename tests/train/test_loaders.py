@@ -15,6 +15,7 @@ from tests.support.datasets import small_table, write_hdf5
 from tests.support.processes import LONG_EPOCHS, started, wait_for
 from train.augment import create_augmentation
 from train.batch import NO_MASK
+from train.decoded import DecodedImages
 from train.loaders import LesionImages
 from train.model import preprocess_spec
 from train.rows import load_data
@@ -29,9 +30,9 @@ def test_masks_are_augmented_with_their_images(small_dataset: Path, tmp_path: Pa
     mask = cv2.imencode(".png", (image > 100).astype(np.uint8)[..., 0] * 255)[1].tobytes()
     write_hdf5(small_dataset / "masks.hdf5", dict.fromkeys(small_table()["isic_id"][:30], mask))
     settings = tiny_settings(data=small_dataset, output_dir=tmp_path, mask_weight=1.0)
-    images = LesionImages(
-        load_data(settings), preprocess_spec(settings), create_augmentation("light")
-    )
+    data = load_data(settings)
+    decoded = DecodedImages(data.rows, preprocess_spec(settings))
+    images = LesionImages(data.target, decoded, create_augmentation("light"))
     for seed in range(8):
         pixels, _, _, augmented_mask = images[3, seed]
         assert ((pixels[..., 0] > 110) == augmented_mask).mean() > 0.99

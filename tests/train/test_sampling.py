@@ -49,6 +49,9 @@ def test_rank_batches_make_up_the_batches_of_one_process(
     assert [len(keys) for keys in by_rank] == [
         len(RankSampler(epoch, batch_size, r, world_size)) for r in range(world_size)
     ]
+    for rank, keys in enumerate(by_rank):
+        rows = RankSampler(EpochSampler(pools, seed=42), batch_size, rank, world_size).rows(3)
+        assert rows.tolist() == [row for row, _ in keys], "of another epoch than the current one"
     drawn = [key for keys in by_rank for key in keys]
     assert sorted(drawn) == sorted(whole)
     assert len(set(drawn)) == len(drawn)
