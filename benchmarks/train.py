@@ -28,7 +28,14 @@ from isic.runtime.errors import UserError
 from train.batch import Batch, to_device
 from train.config import TrainSettings
 from train.decoded import keep_repeated
-from train.loaders import Item, LesionImages, create_loader, fold_loaders, worker_errors
+from train.loaders import (
+    TRAINING_PASSES,
+    Item,
+    LesionImages,
+    create_loader,
+    fold_loaders,
+    worker_errors,
+)
 from train.loop import train_epoch
 from train.machine import allow_tf32, check_bfloat16, prepare, select_device
 from train.model import create_model, preprocess_spec
@@ -42,9 +49,6 @@ from train.timm_models import backbone_options
 
 NUM_IN_MEMORY = 4
 """Random batches in memory, used in turns."""
-# The backward pass has two products for each one of the forward pass.
-PASSES = 3
-"""Forward passes that a training step costs."""
 
 
 @dataclass
@@ -349,7 +353,7 @@ def compare_loops(
 def utilisation(settings: TrainSettings, device: torch.device, rates: Sequence[float]) -> Row:
     """Return the columns of model FLOPs utilisation (MFU)."""
     network = create_model(settings, pretrained=False).eval()
-    flops = PASSES * count_work(network, settings.image_size).flops
+    flops = TRAINING_PASSES * count_work(network, settings.image_size).flops
     precision = precision_of(settings, device)
     peak = torch_rate(device.type, "fp32" if precision == "tf32" else precision)
     return {

@@ -34,6 +34,10 @@ from train.sampling import (
     held_out_subset,
 )
 
+# The backward pass has two products for each one of the forward pass.
+TRAINING_PASSES = 3
+"""Forward passes that training on an image costs."""
+
 Item = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.uint8]]
 """Image [size, size, 3], target, row number, mask [size, size], or [0, 0] if masks are unused."""
 
@@ -52,13 +56,24 @@ class FoldLoaders(NamedTuple):
 
     def count_uses(self, settings: TrainSettings, num_finished: int) -> NDArray[np.int64]:
         """Return [N] how often this process shows each row after `num_finished` epochs."""
-        sampler: Any = self.training.sampler
+        sampler = cast(RankSampler, self.training.sampler)
         num_rows = len(self.decoded.slots)
         uses = np.zeros(num_rows, np.int64)
         for epoch in range(num_finished, settings.epochs):
             uses += np.bincount(sampler.rows(epoch), minlength=num_rows)
             uses[self.held_out_sampler.rows(settings.validates_all(epoch + 1))] += 1
         return uses
+
+    def epoch_costs(self, settings: TrainSettings) -> NDArray[np.float64]:
+        """Return [epochs] the approximate cost of each epoch; the mean is 1."""
+        sampler = self.held_out_sampler
+        num_predicted = [
+            len(sampler.rows(settings.validates_all(epoch)))
+            for epoch in range(1, settings.epochs + 1)
+        ]
+        num_trained = len(cast(RankSampler, self.training.sampler))
+        passes = np.array(num_predicted, np.float64) + TRAINING_PASSES * num_trained
+        return passes / float(passes.mean())
 
 
 def fold_loaders(

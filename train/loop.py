@@ -69,8 +69,9 @@ def train_fold(
     network: Any = torch.compile(state.model) if settings.compile else state.model
     evaluated: Any = torch.compile(state.evaluated) if settings.compile else None
     first_epoch = state.epoch
+    costs = loaders.epoch_costs(settings)
     if time_left:
-        time_left.skip(first_epoch)
+        time_left.skip(costs[:first_epoch].sum())
     for epoch in range(first_epoch, settings.epochs):
         seed_epoch(settings.seed, fold, epoch, distributed.rank())
         loaders.sampler.epoch = epoch
@@ -99,7 +100,7 @@ def train_fold(
         # Last of all: a run that is killed before this point repeats the epoch.
         save_last(directory / LAST_CHECKPOINT, state, settings, digest)
         if time_left and distributed.is_main():
-            time_left.advance()
+            time_left.advance(costs[epoch])
 
 
 def predict_held_out(
