@@ -119,7 +119,7 @@ def free_bytes(cache: str, folder: Path) -> int:
 
     Args:
         cache: `memory` or `disk`.
-        folder: exists.
+        folder: exists if `cache` is `disk`.
     """
     free = shutil.disk_usage(folder).free if cache == "disk" else available_memory() or 0
     return int(FREE_SHARE * free) // distributed.local_world_size()
@@ -149,13 +149,14 @@ def keep_repeated(
     Args:
         uses: [N], number of uses per row from now on.
         cache: `memory`, `disk` or `none`.
-        folder: of the file on disk, which has no name; created if it is missing.
+        folder: of the file on disk, which has no name; created if it is needed and missing.
         title: beginning of the printed line.
     """
     num_repeated = int((uses >= MIN_USES).sum())
     if cache == "none" or not num_repeated:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    if cache == "disk":
+        folder.mkdir(parents=True, exist_ok=True)
     rows = rows_to_keep(uses, free_bytes(cache, folder) // decoded.row_bytes)
     num_bytes = len(rows) * decoded.row_bytes
     place = PLACES[cache]
