@@ -27,7 +27,15 @@ from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from train.batch import Batch, to_device
 from train.config import TrainSettings
-from train.loaders import Item, LesionImages, create_loader, fold_loaders, worker_errors
+from train.decoded import keep_repeated
+from train.loaders import (
+    TRAINING_PASSES,
+    Item,
+    LesionImages,
+    create_loader,
+    fold_loaders,
+    worker_errors,
+)
 from train.loop import train_epoch
 from train.machine import (
     allow_tf32,
@@ -47,9 +55,6 @@ from train.timm_models import backbone_options
 
 NUM_IN_MEMORY = 4
 """Random batches in memory, used in turns."""
-# The backward pass has two products for each one of the forward pass.
-PASSES = 3
-"""Forward passes that a training step costs."""
 
 
 @dataclass
@@ -142,11 +147,14 @@ def busy_processes(number: int) -> Iterator[None]:
 
 
 def read_files(settings: TrainSettings) -> DataLoader[Item]:
-    """Return an endless loader of the training batches of a fold."""
+    """Return an endless loader of the training batches of a fold, with its decoded images."""
     data = load_data(settings)
     device = select_device(settings.device)
     spec = preprocess_spec(settings)
-    loader = fold_loaders(data, settings.fold or 0, spec, settings, device).training
+    loaders = fold_loaders(data, settings.fold or 0, spec, settings, device)
+    uses = loaders.count_uses(settings, num_finished=0)
+    keep_repeated(loaders.decoded, uses, settings.cache, settings.run_dir, "on files")
+    loader = loaders.training
     images = loader.dataset
     assert isinstance(images, LesionImages)
     return create_loader(
@@ -348,7 +356,7 @@ def compare_loops(
 def utilisation(settings: TrainSettings, device: torch.device, rates: Sequence[float]) -> Row:
     """Return the columns of model FLOPs utilisation (MFU)."""
     network = create_model(settings, pretrained=False).eval()
-    flops = PASSES * count_work(network, settings.image_size).flops
+    flops = TRAINING_PASSES * count_work(network, settings.image_size).flops
     precision = precision_of(settings, device)
     peak = torch_rate(device.type, "fp32" if precision == "tf32" else precision)
     return {

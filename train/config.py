@@ -168,7 +168,12 @@ class TrainSettings(Settings):
         description="loader processes; if not given, one per core with a GPU and none without; "
         "fewer if /dev/shm is too small for their batches",
     )
-
+    cache: Literal["memory", "disk", "none"] = Field(
+        "memory",
+        description="place of the decoded images that a fold shows three times or more: memory, or "
+        "a temporary file in the fold's folder; at most half of what is free there, and the others "
+        "are decoded each time; none: all of them are",
+    )
     num_threads: int | None = Field(
         None,
         ge=1,
@@ -210,6 +215,13 @@ class TrainSettings(Settings):
         "last",
         description="epoch that best_model.pth holds; `best` is chosen on the held-out fold, which "
         "makes the out-of-fold score too good",
+    )
+    validate_every: int | None = Field(
+        None,
+        ge=1,
+        description="epochs from one validation on all held-out rows to the next, in addition to "
+        "the last epoch; the others use a fixed subset, and `best` does not select them; if not "
+        "given, as often as select_epoch needs: each epoch for `best`, the last for `last`",
     )
 
     @classmethod
@@ -274,6 +286,11 @@ class TrainSettings(Settings):
                 "--mask_weight"
             )
         return self
+
+    def validates_all(self, epoch: int) -> bool:
+        """Return whether an epoch, from 1, ends with a validation on all held-out rows."""
+        every = self.validate_every or (1 if self.select_epoch == "best" else self.epochs)
+        return epoch == self.epochs or epoch % every == 0
 
     @property
     def mixes_images(self) -> bool:

@@ -16,6 +16,22 @@ from train import distributed
 from train.plots import write_scalars
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Scores of an epoch on held-out rows: all of them, or a subset."""
+
+    scores: Mapping[str, float]
+    """As `train.predict.score` returns them."""
+    num_rows: int
+    """Rows that the scores are of."""
+    num_held_out: int
+    """Rows that the fold holds out."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_rows == self.num_held_out
+
+
 @dataclass
 class EpochStats:
     """Losses and times of an epoch's optimizer steps."""
@@ -61,7 +77,7 @@ def log_epoch(
     epoch: int,
     num_epochs: int,
     stats: EpochStats,
-    scores: Mapping[str, float],
+    validation: Validation,
     learning_rates: Mapping[str, float],
 ) -> None:
     """Append an epoch to `history.jsonl` and TensorBoard, and print a line. Main process only.
@@ -72,11 +88,14 @@ def log_epoch(
     """
     if not distributed.is_main():
         return
+    scores = validation.scores
     entry = {
         "fold": fold,
         "epoch": epoch,
         "loss": stats.mean_loss(),
         **scores,
+        "validated": "all" if validation.is_complete else "subset",
+        "validated_rows": validation.num_rows,
         **{f"lr_{name}": rate for name, rate in learning_rates.items()},
         "images_per_second": stats.num_images / stats.seconds,
         "waiting_share": stats.waiting / stats.seconds,
@@ -87,13 +106,19 @@ def log_epoch(
     # A resumed run may repeat an epoch that is already in the file.
     kept = [each for each in earlier if each["epoch"] < epoch]
     write_text(path, "".join(json.dumps(each) + "\n" for each in [*kept, entry]))
-    scalars = {"loss": stats.mean_loss(), **scores}
+    # A curve of its own: a subset's score is not the fold's.
+    suffix = "" if validation.is_complete else "_subset"
+    scalars = {"loss": stats.mean_loss()}
+    scalars |= {f"{name}{suffix}": score for name, score in scores.items()}
     scalars |= {f"lr/{name}": rate for name, rate in learning_rates.items()}
     write_scalars(directory / "tensorboard", epoch, scalars)
     dice = f"Dice {scores['dice']:.3f}, " if "dice" in scores else ""
+    subset = ""
+    if not validation.is_complete:
+        subset = f"on {validation.num_rows:,} of {validation.num_held_out:,} rows, "
     print(
         f"fold {fold} epoch {epoch}/{num_epochs}: loss {stats.loss_text()}, "
-        f"pAUC {scores['pauc']:.4f}, AUC {scores['auc']:.4f}, {dice}"
+        f"pAUC {scores['pauc']:.4f}, AUC {scores['auc']:.4f}, {dice}{subset}"
         f"{entry['images_per_second']:.0f} img/s, waiting {entry['waiting_share']:.0%}",
         flush=True,
     )

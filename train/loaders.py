@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from isic.preprocess import MASK_THRESHOLD, PreprocessSpec, decode, resize
+from isic.preprocess import PreprocessSpec
 from isic.runtime import interrupt
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.interrupt import ignore_signals_in_worker
@@ -22,16 +22,22 @@ from train import distributed
 from train.augment import create_augmentation
 from train.batch import NO_MASK, Batch
 from train.config import TrainSettings
+from train.decoded import DecodedImages
 from train.machine import default_workers, fit_workers
 from train.rows import EXTRA, TrainData
 from train.sampling import (
     EpochSampler,
+    HeldOutSampler,
     Key,
     RankSampler,
-    RowSampler,
     create_sampler,
     epoch_pools,
+    held_out_subset,
 )
+
+# The backward pass has two products for each one of the forward pass.
+TRAINING_PASSES = 3
+"""Forward passes that training on an image costs."""
 
 Item = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.uint8]]
 """Image [size, size, 3], target, row number, mask [size, size], or [0, 0] if masks are unused."""
@@ -44,6 +50,31 @@ class FoldLoaders(NamedTuple):
     sampler: EpochSampler
     """Of `training`; its `epoch` is to be set before each epoch."""
     held_out: DataLoader[Item]
+    held_out_sampler: HeldOutSampler
+    """Of `held_out`."""
+    decoded: DecodedImages
+    """The images of both."""
+
+    def count_uses(self, settings: TrainSettings, num_finished: int) -> NDArray[np.int64]:
+        """Return [N] how often this process shows each row after `num_finished` epochs."""
+        sampler = cast(RankSampler, self.training.sampler)
+        num_rows = len(self.decoded.slots)
+        uses = np.zeros(num_rows, np.int64)
+        for epoch in range(num_finished, settings.epochs):
+            uses += np.bincount(sampler.rows(epoch), minlength=num_rows)
+            uses[self.held_out_sampler.rows(settings.validates_all(epoch + 1))] += 1
+        return uses
+
+    def epoch_costs(self, settings: TrainSettings) -> NDArray[np.float64]:
+        """Return [epochs] the approximate cost of each epoch; the mean is 1."""
+        sampler = self.held_out_sampler
+        num_predicted = [
+            len(sampler.rows(settings.validates_all(epoch)))
+            for epoch in range(1, settings.epochs + 1)
+        ]
+        num_trained = len(cast(RankSampler, self.training.sampler))
+        passes = np.array(num_predicted, np.float64) + TRAINING_PASSES * num_trained
+        return passes / float(passes.mean())
 
 
 def fold_loaders(
@@ -67,8 +98,11 @@ def fold_loaders(
 
     pools = epoch_pools(data, training, settings)
     sampler = create_sampler(pools, settings, fold, world_size)
-    images = LesionImages(data, spec, create_augmentation(settings.augmentation))
-    held_out_images = LesionImages(data, spec)
+    subset = held_out_subset(held_out, data.target[held_out], settings.split_seed)
+    held_out_sampler = HeldOutSampler(held_out, subset, rank, world_size)
+    decoded = DecodedImages(data.rows, spec)
+    images = LesionImages(data.target, decoded, create_augmentation(settings.augmentation))
+    held_out_images = LesionImages(data.target, decoded)
     batch_size = settings.batch_size
     num_channels = 4 if settings.mask_weight else 3  # a mask is as large as one colour channel
     num_workers, num_prefetched = fit_workers(
@@ -82,13 +116,9 @@ def fold_loaders(
             images, RankSampler(sampler, batch_size, rank, world_size), batch_size, **workers
         ),
         sampler,
-        create_loader(
-            # Split without padding, so that each held-out row is predicted exactly once.
-            held_out_images,
-            RowSampler(held_out[rank::world_size]),
-            batch_size,
-            **workers,
-        ),
+        create_loader(held_out_images, held_out_sampler, batch_size, **workers),
+        held_out_sampler,
+        decoded,
     )
 
 
@@ -103,31 +133,28 @@ def check_rows(target: NDArray[np.float32], name: str, world_size: int) -> None:
 
 
 class LesionImages(Dataset[Item]):
-    """Decodes, resizes and augments rows of the training table."""
+    """Rows of the training table, augmented."""
 
     def __init__(
-        self, data: TrainData, spec: PreprocessSpec, augmentation: Any | None = None
+        self,
+        target: NDArray[np.float32],
+        decoded: DecodedImages,
+        augmentation: Any | None = None,
     ) -> None:
-        self.images = data.rows.images
-        self.masks = data.rows.masks
-        self.target = data.target
-        self.spec = spec
+        self.target = target
+        self.decoded = decoded
         self.augmentation = augmentation
 
     def __getitem__(self, key: Key) -> Item:
         row, seed = key
-        pixels = {"image": resize(decode(self.images[row]), self.spec)}
-        png = b"" if self.masks is None else self.masks[row]
-        if png:
-            mask = resize(decode(png), self.spec)[..., 0] > MASK_THRESHOLD
-            pixels["mask"] = mask.astype(np.uint8)
+        pixels = self.decoded[row]
         if self.augmentation is not None:
             self.augmentation.set_random_seed(seed)
             pixels = self.augmentation(**pixels)
         return pixels["image"], self.target[row], row, pixels.get("mask", self._no_mask())
 
     def _no_mask(self) -> NDArray[np.uint8]:
-        size = 0 if self.masks is None else self.spec.size
+        size = 0 if self.decoded.mask_files is None else self.decoded.spec.size
         return np.full((size, size), NO_MASK, np.uint8)
 
 
@@ -145,6 +172,8 @@ def create_loader(
         sampler=cast(Any, sampler),
         collate_fn=collate,
         num_workers=num_workers,
+        # Forked workers share the images; Python 3.14 would start others, with copies.
+        multiprocessing_context="fork" if num_workers else None,
         prefetch_factor=num_prefetched if num_workers else None,
         persistent_workers=num_workers > 0,  # starting them again costs seconds per epoch
         # Copies from pinned memory to the GPU do not block the host.

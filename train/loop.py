@@ -19,9 +19,10 @@ from train.augment import create_mixup
 from train.batch import Batch, to_device
 from train.config import TrainSettings
 from train.deadline import Deadline, OutOfTime
+from train.decoded import keep_repeated
 from train.fold_files import begin_fold, save_fold
-from train.history import EpochStats, log_epoch
-from train.loaders import TimedLoader, fold_loaders
+from train.history import EpochStats, Validation, log_epoch
+from train.loaders import FoldLoaders, TimedLoader, fold_loaders
 from train.memory import memory_errors
 from train.optim import Schedule, allocate_moments, create_schedule, learning_rates, set_lr
 from train.predict import Predictions, predict, score
@@ -69,11 +70,15 @@ def train_fold(
     with memory_errors(device, f"choose a smaller --model than {settings.model}"):
         allocate_moments(state.optimizer)
 
-    # Only training runs compiled; `predict` takes the plain module.
+    uses = loaders.count_uses(settings, state.epoch)
+    keep_repeated(loaders.decoded, uses, settings.cache, directory, f"fold {fold}")
+
     network: Any = torch.compile(state.model) if settings.compile else state.model
+    evaluated: Any = torch.compile(state.evaluated) if settings.compile else None
     first_epoch = state.epoch
+    costs = loaders.epoch_costs(settings)
     if time_left:
-        time_left.skip(first_epoch)
+        time_left.skip(costs[:first_epoch].sum())
     for epoch in range(first_epoch, settings.epochs):
         seed_epoch(settings.seed, fold, epoch, distributed.rank())
         loaders.sampler.epoch = epoch
@@ -87,26 +92,45 @@ def train_fold(
         )
         stats = EpochStats.merge(distributed.gather(stats))
 
-        # Ranks differ in their batch statistics, and in the moving average of those.
-        distributed.broadcast_weights(state.evaluated)
-        predictions = predict(
-            state.evaluated, loaders.held_out, device, settings.precision, state.num_parts
-        )
-        predictions = Predictions.merge(distributed.gather(predictions))
-        scores = score(data.target[predictions.rows], predictions)
-
         state.epoch = epoch + 1
-        if select_epoch(state, settings.select_epoch, settings.epochs, scores["pauc"]):
+        loaders.held_out_sampler.takes_all = settings.validates_all(state.epoch)
+        predictions = predict_held_out(state, evaluated, loaders, device, settings.precision)
+        scores = score(data.target[predictions.rows], predictions)
+        num_held_out = loaders.held_out_sampler.num_rows
+        validation = Validation(scores, len(predictions.rows), num_held_out)
+        if validation.is_complete and select_epoch(
+            state, settings.select_epoch, settings.epochs, scores["pauc"]
+        ):
             save_fold(directory, state, settings, data, fold, predictions)
         rates = learning_rates(state.optimizer)
-        log_epoch(directory, fold, state.epoch, settings.epochs, stats, scores, rates)
+        log_epoch(directory, fold, state.epoch, settings.epochs, stats, validation, rates)
         # Last of all: a run that is killed before this point repeats the epoch.
         save_last(directory / LAST_CHECKPOINT, state, settings, digest)
         if time_left and distributed.is_main():
-            time_left.advance()
-        deadline.end_epoch()
-        if state.epoch < settings.epochs and not deadline.allows_epoch():
+            time_left.advance(costs[epoch])
+        deadline.end_epoch(costs[epoch])
+        if state.epoch < settings.epochs and not deadline.allows_epoch(costs[epoch + 1]):
             raise OutOfTime(fold, state.epoch + 1)
+
+
+def predict_held_out(
+    state: TrainState,
+    compiled: Any | None,
+    loaders: FoldLoaders,
+    device: torch.device,
+    precision: str,
+) -> Predictions:
+    """Return the predictions that all processes make of their held-out rows.
+
+    Args:
+        compiled: `state.evaluated` by torch.compile.
+    """
+    # Ranks differ in their batch statistics, and in the moving average of those.
+    distributed.broadcast_weights(state.evaluated)
+    predictions = predict(
+        state.evaluated, loaders.held_out, device, precision, state.num_parts, compiled
+    )
+    return Predictions.merge(distributed.gather(predictions))
 
 
 def start_or_resume(
@@ -140,13 +164,13 @@ def start_or_resume(
 def select_epoch(state: TrainState, mode: str, num_epochs: int, pauc: float) -> bool:
     """Update `state.best_pauc` and return whether the finished epoch is the one to keep.
 
-    `mode` is `last` or `best`; `pauc` is that of the held-out rows.
+    `mode` is `last` or `best`; `pauc` is that of all held-out rows.
     """
     if mode == "last":
         # Not the highest pAUC but the latest: after the last epoch, that of the saved weights.
         state.best_pauc = pauc
         return state.epoch == num_epochs
-    is_best = state.epoch == 1 or pauc > state.best_pauc
+    is_best = pauc > state.best_pauc
     if is_best:
         state.best_pauc = pauc
     return is_best

@@ -30,6 +30,7 @@ FREE_TO_CHANGE = {
     "max_hours",
     "num_threads",
     "num_workers",
+    "cache",
     "device",
     "data",
     "output_dir",

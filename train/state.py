@@ -20,6 +20,9 @@ from train.resume import refuse_difference
 from train.seeds import seed_weights
 from train.timm_models import takes_image_size
 
+NOT_VALIDATED = -1.0
+"""`best_pauc` before the first validation on all held-out rows."""
+
 
 @dataclass
 class TrainState:
@@ -40,8 +43,9 @@ class TrainState:
     """Epochs finished."""
     step: int = 0
     """Optimizer steps finished."""
-    best_pauc: float = 0.0
-    """Held-out pAUC of the selected epoch; with `select_epoch=last`, of the latest epoch."""
+    best_pauc: float = NOT_VALIDATED
+    """pAUC on all held-out rows in the selected epoch; with `select_epoch=last`, in the latest
+    epoch that was validated on all."""
     num_parts: int = 1
     """Parts that a micro-batch is cut into to fit the device's memory."""
     num_threads: int | None = None

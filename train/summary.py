@@ -27,7 +27,8 @@ def print_scores(run: Path, num_folds: int) -> None:
             tables[str(table["fold"][0])] = table
     if not tables:
         return
-    print(f"\n{'fold':>8} {'rows':>8} {'positive':>8} {'pAUC':>8} {'AUC':>8} {'Dice':>8}")
+    print("\nscores of best_model.pth on all held-out rows")
+    print(f"{'fold':>8} {'rows':>8} {'positive':>8} {'pAUC':>8} {'AUC':>8} {'Dice':>8}")
     scores = [_print_row(fold, table) for fold, table in tables.items()]
     curves = {f"fold {fold}": table for fold, table in tables.items()}
     if len(tables) > 1:

@@ -35,6 +35,12 @@ DRIVER_FIXES = {
 }
 """Fixes of the errors of CUDA's driver, by their number in `CUresult`."""
 
+MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Files with the limit and the use of a control group, and the cached part of it in memory.stat."""
+
 COMPILED = re.compile(
     "abm|adx|aes|amx|asimd|atomics|avx|bf16|bmi|f16c|fma|fphp|gfni|i8mm|movbe|pclmul|popcnt|sha|"
     "sse|ssse|sve|tbm|vaes|vpclmul|xop"
@@ -65,12 +71,46 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     Args:
         root: folder in which /proc and the control groups' file systems are found.
     """
-    limits = [_cpu_limit(folder) for folder in _cpu_control_groups(root)]
+    limits = [_cpu_limit(folder) for folder in _control_groups(root, "cpu")]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _cpu_control_groups(root: Path) -> Iterator[Path]:
-    """Yield the folders of this process's control groups for CPU time and of their parents.
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that this process can still use, None if that is unknown.
+
+    It is the machine's free memory or, if that is less, the rest of what control groups (v1 or v2)
+    allow. Memory that caches files counts as free.
+
+    Args:
+        root: folder in which /proc and the control groups' file systems are found.
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return None
+    sizes = dict(line.split(":", 1) for line in lines)
+    free = [1024 * int(sizes["MemAvailable"].split()[0])]
+    left = [_memory_left(folder) for folder in _control_groups(root, "memory")]
+    return min(free + [size for size in left if size is not None])
+
+
+def _memory_left(folder: Path) -> int | None:
+    """Return the bytes that one control group has left, None if unlimited."""
+    for limit, usage, cached in MEMORY_FILES:
+        try:
+            most, used = ((folder / name).read_text(encoding="utf-8") for name in (limit, usage))
+            stat = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+        except OSError:  # of the other version, or the root of a hierarchy
+            continue
+        if most.strip() == "max":
+            return None
+        values = dict(line.split() for line in stat)
+        return max(0, int(most) - int(used) + int(values.get(cached, 0)))
+    return None
+
+
+def _control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's control groups of a controller, and of their parents.
 
     See cgroups(7) for /proc/self/cgroup and proc(5) for /proc/self/mountinfo. Version 2 has one
     hierarchy, listed without a controller's name.
@@ -87,11 +127,11 @@ def _cpu_control_groups(root: Path) -> Iterator[Path]:
     for mount in mounts:
         before, _, after = mount.partition(" - ")
         kind, _, options = after.split()[:3]
-        controller = {"cgroup2": "", "cgroup": "cpu"}.get(kind)
-        if controller not in paths or (controller and controller not in options.split(",")):
+        name = {"cgroup2": "", "cgroup": controller}.get(kind)
+        if name not in paths or (name and name not in options.split(",")):
             continue
         mounted, point = before.split()[3:5]  # a container may see only a part of the hierarchy
-        own = paths[controller]
+        own = paths[name]
         inside = own.relative_to(mounted) if own.is_relative_to(mounted) else PurePosixPath()
         yield from (root / point.lstrip("/") / folder for folder in (inside, *inside.parents))
 

@@ -26,10 +26,10 @@ def command(*arguments: object, num_processes: int = 1) -> list[str]:
 
 
 @contextmanager
-def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: object, num_processes: int = 1) -> Iterator[subprocess.Popen[str]]:
     """Run training in its own process group; kills it at the end of the block."""
     process = subprocess.Popen(
-        command(*arguments),
+        command(*arguments, num_processes=num_processes),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -42,6 +42,17 @@ def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """Kill a process and its descendants; torchrun's are in process groups of their own."""
+    pids = [process.pid]
+    for pid in pids:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        pids += map(int, children)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:

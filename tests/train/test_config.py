@@ -60,3 +60,20 @@ def test_a_flag_of_a_precision_overrides_that_of_the_config(tmp_path: Path) -> N
     assert chosen() == "fp16"
     assert chosen(precision="bf16") == chosen(bf16="true") == "bf16"
     assert chosen(precision="auto") == chosen(fp16="false") == "auto"
+
+
+@pytest.mark.parametrize(
+    ("values", "epochs"),
+    [
+        ({}, [5]),
+        ({"select_epoch": "best"}, [1, 2, 3, 4, 5]),
+        ({"validate_every": 2}, [2, 4, 5]),
+        ({"validate_every": 2, "select_epoch": "best"}, [2, 4, 5]),
+        ({"validate_every": 9}, [5]),
+    ],
+)
+def test_epochs_that_are_validated_on_all_rows(
+    values: dict[str, object], epochs: list[int]
+) -> None:
+    settings = tiny_settings(epochs=5, **values)
+    assert [epoch for epoch in range(1, 6) if settings.validates_all(epoch)] == epochs

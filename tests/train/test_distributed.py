@@ -1,11 +1,15 @@
 import subprocess
+import time
 from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 
+from isic.layout import BEST_CHECKPOINT, LAST_CHECKPOINT
 from tests.support.commands import ROOT, TINY, Cli
-from tests.support.processes import command, history
+from tests.support.processes import LONG_EPOCHS, command, history, kill_all, started, wait_for
+from train.checkpoint import load_checkpoint
 
 
 def run_in_two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -46,3 +50,29 @@ def test_two_processes_score_as_one_does(small_dataset: Path, tmp_path: Path, cl
     ended = run_in_two_processes(*flags, *together)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("fold 1 is finished") == 1
+
+
+@pytest.mark.slow
+def test_two_killed_processes_resume_to_the_same_result(
+    small_dataset: Path, tmp_path: Path
+) -> None:
+    flags = [*LONG_EPOCHS.split(), "--data", small_dataset, "--augmentation", "light"]
+    ended = run_in_two_processes(*flags, "--cache", "none", "--output_dir", tmp_path / "whole")
+    assert ended.returncode == 0, ended.stderr
+    whole, halves = (tmp_path / name / "tiny" / "fold_0" for name in ("whole", "halves"))
+    output = ("--output_dir", tmp_path / "halves")
+    with started(*flags, *output, num_processes=2) as process:
+        wait_for(halves / "history.jsonl", process)
+        while load_checkpoint(halves / LAST_CHECKPOINT)["epoch"] < 1:
+            time.sleep(0.005)
+        time.sleep(0.1)
+        kill_all(process)
+    assert len(history(halves)) == 1, "it was killed in the second epoch"
+    ended = run_in_two_processes(*flags, *output, "--resume")
+    assert ended.returncode == 0, ended.stderr
+    assert (whole / "oof.parquet").read_bytes() == (halves / "oof.parquet").read_bytes()
+    assert history(whole) == history(halves)
+    states = [
+        load_checkpoint(folder / BEST_CHECKPOINT)["model_state_dict"] for folder in (whole, halves)
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

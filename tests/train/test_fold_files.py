@@ -11,6 +11,7 @@ from isic.metrics import pauc
 from isic.runtime.files import read_manifest
 from tests.support.commands import tiny_settings
 from train.checkpoint import CHECKPOINT_KEYS, load_checkpoint
+from train.decoded import DecodedImages
 from train.loaders import LesionImages
 from train.model import create_model, preprocess_spec
 from train.rows import load_data
@@ -51,7 +52,7 @@ def test_every_row_is_held_out_once_and_scored_by_the_saved_weights(
     checkpoint = load_checkpoint(trained / "fold_1" / BEST_CHECKPOINT)
     model = create_model(settings, pretrained=False)
     model.load_state_dict(checkpoint["model_state_dict"])
-    images = LesionImages(data, preprocess_spec(settings))
+    images = LesionImages(data.target, DecodedImages(data.rows, preprocess_spec(settings)))
     rows = np.flatnonzero(data.fold == 1)[:5]
     pixels = torch.from_numpy(np.stack([images[int(row), 0][0] for row in rows]))
     with torch.inference_mode():

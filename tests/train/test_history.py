@@ -5,7 +5,7 @@ import pytest
 
 from isic.runtime.errors import UserError
 from tests.support.commands import TINY, Cli
-from train.history import last_epoch, read_history
+from train.history import EpochStats, Validation, last_epoch, log_epoch, read_history
 from train.optim import BACKBONE, HEAD
 
 
@@ -46,3 +46,19 @@ def test_the_history_holds_the_rate_of_every_group(
 def test_a_backbone_without_layer_decay_has_one_rate(trained: Path) -> None:
     (entry,) = read_history(trained / "fold_0" / "history.jsonl")
     assert [key for key in entry if key.startswith("lr_")] == [f"lr_{BACKBONE}", f"lr_{HEAD}"]
+
+
+@pytest.mark.parametrize(("num_rows", "validated"), [(2_080, "subset"), (80_212, "all")])
+def test_scores_of_a_subset_are_marked(
+    num_rows: int, validated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = EpochStats([0.5], num_images=8, seconds=1.0)
+    validation = Validation({"pauc": 0.15, "auc": 0.9}, num_rows, 80_212)
+    log_epoch(tmp_path, 0, 1, 3, stats, validation, {})
+    (entry,) = read_history(tmp_path / "history.jsonl")
+    assert entry["validated"] == validated
+    assert entry["validated_rows"] == num_rows
+    printed = capsys.readouterr().out
+    assert ("on 2,080 of 80,212 rows" in printed) == (validated == "subset")
+    events = [path.read_bytes() for path in (tmp_path / "tensorboard").glob("*")]
+    assert all((b"pauc_subset" in event) == (validated == "subset") for event in events)

@@ -13,9 +13,11 @@ from isic.layout import LAST_CHECKPOINT
 from tests.support.commands import ROOT, TINY, tiny_settings
 from tests.support.datasets import small_table, write_hdf5
 from tests.support.processes import LONG_EPOCHS, started, wait_for
+from tests.support.training import CPU
 from train.augment import create_augmentation
 from train.batch import NO_MASK
-from train.loaders import LesionImages
+from train.decoded import DecodedImages
+from train.loaders import LesionImages, fold_loaders
 from train.model import preprocess_spec
 from train.rows import load_data
 
@@ -29,13 +31,30 @@ def test_masks_are_augmented_with_their_images(small_dataset: Path, tmp_path: Pa
     mask = cv2.imencode(".png", (image > 100).astype(np.uint8)[..., 0] * 255)[1].tobytes()
     write_hdf5(small_dataset / "masks.hdf5", dict.fromkeys(small_table()["isic_id"][:30], mask))
     settings = tiny_settings(data=small_dataset, output_dir=tmp_path, mask_weight=1.0)
-    images = LesionImages(
-        load_data(settings), preprocess_spec(settings), create_augmentation("light")
-    )
+    data = load_data(settings)
+    decoded = DecodedImages(data.rows, preprocess_spec(settings))
+    images = LesionImages(data.target, decoded, create_augmentation("light"))
     for seed in range(8):
         pixels, _, _, augmented_mask = images[3, seed]
         assert ((pixels[..., 0] > 110) == augmented_mask).mean() > 0.99
     assert (images[40, 0][3] == NO_MASK).all(), "an image without a mask"
+
+
+def test_the_epoch_that_predicts_all_held_out_rows_costs_more(
+    small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.sampling.SUBSET_NEGATIVES", 2)
+    settings = tiny_settings(data=small_dataset, output_dir=tmp_path, epochs=4, batch_size=4)
+    data = load_data(settings)
+    loaders = fold_loaders(data, 0, preprocess_spec(settings), settings, CPU)
+    costs = loaders.epoch_costs(settings)
+    assert costs.sum() == pytest.approx(4)
+    held_out = data.target[data.fold == 0]
+    num_trained = len(list(loaders.training.sampler))
+    num_predicted = [held_out.sum() + 2] * 3 + [len(held_out)]
+    assert costs / costs[0] == pytest.approx(
+        [(3 * num_trained + rows) / (3 * num_trained + num_predicted[0]) for rows in num_predicted]
+    )
 
 
 def run_with_shared_memory(size: str, script: str) -> subprocess.CompletedProcess[str]:

@@ -1,13 +1,19 @@
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from isic.folds import read_folds
+from isic.layout import BEST_CHECKPOINT
+from isic.metrics import pauc
 from tests.support.commands import TINY, Cli, tiny_settings
 from tests.support.training import CPU, peak_rates
 from train.batch import Batch
+from train.checkpoint import load_checkpoint
+from train.history import read_history
 from train.loop import batched, select_epoch, train_epoch
 from train.state import create_state
 
@@ -23,10 +29,65 @@ def test_the_saved_epoch_is_the_last_or_the_best(
     mode: str, selected: list[bool], recorded: list[float]
 ) -> None:
     state = create_state(tiny_settings(), CPU, 0)
-    for number, pauc in enumerate([0.1, 0.15, 0.12, 0.14]):
+    for number, score in enumerate([0.1, 0.15, 0.12, 0.14]):
         state.epoch = number + 1
-        assert select_epoch(state, mode, 4, pauc) == selected[number]
+        assert select_epoch(state, mode, 4, score) == selected[number]
         assert state.best_pauc == recorded[number]
+
+
+def test_a_first_epoch_without_any_skill_is_selected() -> None:
+    state = create_state(tiny_settings(), CPU, 0)
+    state.epoch = 2
+    assert select_epoch(state, "best", 4, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "validated"),
+    [
+        ([], ["subset", "subset", "subset", "all"]),
+        (["--validate_every", 2], ["subset", "all", "subset", "all"]),
+        (["--select_epoch", "best"], ["all"] * 4),
+    ],
+)
+def test_only_scores_on_all_held_out_rows_count(
+    flags: list[object],
+    validated: list[str],
+    small_dataset: Path,
+    tmp_path: Path,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("train.sampling.SUBSET_NEGATIVES", 3)
+    places = ["--data", small_dataset, "--output_dir", tmp_path, "--fold", 0]
+    ended = cli("train", *TINY, *places, "--epochs", 4, *flags)
+    assert ended.code == 0, ended.err
+    fold = tmp_path / "tiny" / "fold_0"
+    entries = read_history(fold / "history.jsonl")
+    oof = pl.read_parquet(fold / "oof.parquet")
+    num_positives = int(oof["target"].sum())
+    sizes = {"all": len(oof), "subset": num_positives + 3}
+    assert [entry["validated"] for entry in entries] == validated
+    assert [entry["validated_rows"] for entry in entries] == [sizes[each] for each in validated]
+    assert ended.out.count(f"on {sizes['subset']} of {sizes['all']} rows") == validated.count(
+        "subset"
+    )
+    saved = load_checkpoint(fold / BEST_CHECKPOINT)
+    assert saved["best_pauc"] == pauc(oof["target"], oof["logit"])
+    assert saved["best_pauc"] == entries[saved["epoch"] - 1]["pauc"]
+    assert entries[saved["epoch"] - 1]["validated"] == "all"
+
+
+def test_training_and_validation_are_compiled_once_each(
+    small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for the folds after the first, and for an incomplete last batch of held-out rows."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    flags = ["--batch_size", 8, "--epochs", 2, "--ema_decay", 0.9, "--num_folds", 3]
+    places = ["--data", small_dataset, "--output_dir", tmp_path]
+    ended = cli("train", *TINY, *places, *flags, "--compile", "true")
+    assert ended.code == 0, ended.err
+    assert counter.frame_count == 2
 
 
 def test_batched_gives_a_shorter_last_group() -> None:

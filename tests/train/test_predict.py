@@ -33,3 +33,23 @@ def test_logits_that_are_not_finite_are_refused() -> None:
     )
     with pytest.raises(UserError, match=r"not finite; lower --lr"):
         score(np.array([0, 1], np.float32), held)
+
+
+def test_a_compiled_network_predicts_batches_of_one_size() -> None:
+    settings = tiny_settings()
+    state = create_state(settings, CPU, 0)
+    batches = [random_batch(8), random_batch(7), random_batch(3)]
+    sizes: list[int] = []
+
+    def compiled(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sizes.append(len(images))
+        outputs: tuple[torch.Tensor, ...] = state.model(images)
+        return outputs
+
+    expected = predict(state.model, batches, CPU, "fp32")
+    for num_parts, size in ((1, 8), (2, 4)):
+        sizes.clear()
+        held = predict(state.model, batches, CPU, "fp32", num_parts, compiled)
+        assert set(sizes) == {size}
+        assert np.array_equal(held.rows, expected.rows)
+        np.testing.assert_allclose(held.logits, expected.logits, atol=1e-5)

@@ -22,6 +22,8 @@ from train.checkpoint import load_checkpoint
 from train.machine import check_bfloat16
 from train.run import train_folds
 
+KEPT_FILES = {"config.yaml", "history.jsonl", "last.pth", "tensorboard"}
+"""Files of a fold that is not finished."""
 SEED_LINES = [
     "--model_config vit_tiny --epochs 5 --batch_size 32 --fold 0 --use_sample",
     "--model_config eva02_base --epochs 20 --batch_size 24 --accumulation_steps 3 --fp16",
@@ -217,11 +219,38 @@ def test_images_that_break_the_gradient_are_named(
     assert load_checkpoint(tmp_path / "tiny" / "fold_0" / LAST_CHECKPOINT)["epoch"] == 0
 
 
+@pytest.mark.parametrize("flags", ["--cache memory", "--cache disk", "--num_workers 2"])
+def test_kept_images_change_no_result(
+    flags: str, small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    fixed = ["--data", small_dataset, "--fold", 0, "--epochs", 3, "--augmentation", "heavy"]
+    results = []
+    for name, each in (("without", "--cache none"), ("with", flags)):
+        ended = cli("train", *TINY, *fixed, "--output_dir", tmp_path / name, *each.split())
+        assert ended.code == 0, ended.err
+        assert ("60 images" in ended.out) == (name == "with")
+        fold = tmp_path / name / "tiny" / "fold_0"
+        weights = load_checkpoint(fold / BEST_CHECKPOINT)["model_state_dict"]
+        results.append(
+            (
+                weights,
+                (fold / "oof.parquet").read_bytes(),
+                sorted(path.name for path in fold.iterdir()),
+            )
+        )
+    (weights, oof, names), (other_weights, other_oof, other_names) = results
+    assert all(torch.equal(weights[key], other_weights[key]) for key in weights)
+    assert oof == other_oof
+    assert names == other_names, "the temporary file has no name"
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_a_run_killed_within_an_epoch_resumes_to_the_same_result(
-    small_dataset: Path, tmp_path: Path, cli: Cli
+    cache: str, small_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
     flags = [*LONG_EPOCHS.split(), "--data", small_dataset, "--augmentation", "light"]
+    flags += ["--cache", cache]
     assert cli("train", *TINY, *flags, "--output_dir", tmp_path / "whole").code == 0
     whole, halves = (tmp_path / name / "tiny" / "fold_0" for name in ("whole", "halves"))
     with started(*flags, "--output_dir", tmp_path / "halves") as process:
@@ -233,6 +262,7 @@ def test_a_run_killed_within_an_epoch_resumes_to_the_same_result(
         assert process.wait() == -signal.SIGKILL
     assert len(history(halves)) == 1, "it was killed in the second epoch"
     assert not (halves / BEST_CHECKPOINT).exists(), "it was killed in the second epoch"
+    assert {path.name for path in halves.iterdir()} <= KEPT_FILES
 
     resumed = (*flags, "--output_dir", tmp_path / "halves", "--resume")
     ended = cli("train", *TINY, *resumed, "--lr", 0.5)

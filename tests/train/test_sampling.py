@@ -10,12 +10,15 @@ from train.loaders import fold_loaders
 from train.model import preprocess_spec
 from train.rows import load_data
 from train.sampling import (
+    SUBSET_NEGATIVES,
     EpochSampler,
+    HeldOutSampler,
     Key,
     Pool,
     RankSampler,
     create_pools,
     create_sampler,
+    held_out_subset,
 )
 
 
@@ -50,6 +53,9 @@ def test_rank_batches_make_up_the_batches_of_one_process(
     assert [len(keys) for keys in by_rank] == [
         len(RankSampler(epoch, batch_size, r, world_size)) for r in range(world_size)
     ]
+    for rank, keys in enumerate(by_rank):
+        rows = RankSampler(EpochSampler(pools, seed=42), batch_size, rank, world_size).rows(3)
+        assert rows.tolist() == [row for row, _ in keys], "of another epoch than the current one"
     drawn = [key for keys in by_rank for key in keys]
     assert sorted(drawn) == sorted(whole)
     assert len(set(drawn)) == len(drawn)
@@ -216,3 +222,29 @@ def test_balanced_batches_train_and_are_reported(
     ended = cli("train", *flags, "--batch_size", 8, "--positives_per_batch", 2)
     assert ended.code == 0, ended.err
     assert "fold 0: an epoch shows 12 positives and 36 negatives" in ended.out
+
+
+def test_a_subset_of_the_held_out_rows_has_all_positives_and_is_fixed() -> None:
+    rows = 3 * np.arange(5_000)
+    target = (np.arange(5_000) % 100 == 7).astype(np.float32)
+    subset = held_out_subset(rows, target, seed=1)
+    assert len(subset) == 50 + SUBSET_NEGATIVES
+    assert (np.diff(subset) > 0).all(), "each row once, in the order of the table"
+    assert set(rows[target == 1]) <= set(subset) <= set(rows)
+    assert np.array_equal(subset, held_out_subset(rows, target, seed=1))
+    assert not np.array_equal(subset, held_out_subset(rows, target, seed=2))
+    few = rows[: SUBSET_NEGATIVES + 20]
+    assert np.array_equal(held_out_subset(few, target[: len(few)], seed=1), few)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_processes_share_the_held_out_rows(world_size: int) -> None:
+    rows, subset = np.arange(10, 30), np.arange(10, 30, 3)
+    samplers = [HeldOutSampler(rows, subset, rank, world_size) for rank in range(world_size)]
+    for takes_all, expected in ((True, rows), (False, subset)):
+        shown: list[tuple[int, int]] = []
+        for sampler in samplers:
+            sampler.takes_all = takes_all
+            assert len(list(sampler)) == len(sampler)
+            shown += sampler
+        assert sorted(row for row, _ in shown) == expected.tolist()

@@ -20,7 +20,9 @@ def test_the_table_has_a_line_per_fold_their_mean_and_the_pooled_scores(
     write_oof(tmp_path, 0, [0.0, 1.0, 2.0, 3.0])
     write_oof(tmp_path, 2, [8.0, 7.0, 6.0, 9.0], dice=[None, None, 0.5, 0.7])
     print_scores(tmp_path, num_folds=3)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    _, title, *table = capsys.readouterr().out.splitlines()
+    assert title == "scores of best_model.pth on all held-out rows"
+    lines = [[], *map(str.split, table)]
     assert lines[1] == ["fold", "rows", "positive", "pAUC", "AUC", "Dice"]
     assert lines[2] == ["0", "4", "2", "0.2000", "1.0000", "-"]
     assert lines[3][:3] == ["2", "4", "2"]

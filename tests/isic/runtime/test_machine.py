@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from isic.runtime import machine
-from isic.runtime.machine import cores, cpu_quota, gpus, no_gpu_reason, num_cores
+from isic.runtime.machine import available_memory, cores, cpu_quota, gpus, no_gpu_reason, num_cores
 from tests.support import fake_driver
 
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
@@ -67,6 +67,34 @@ def test_version_1_with_the_path_of_the_host_and_beside_version_2(tmp_path: Path
 def test_no_limit_is_none(groups: str, mounts: str, files: dict[str, str], tmp_path: Path) -> None:
     assert cpu_quota(system(tmp_path, groups, mounts, **files)) is None
     assert cpu_quota(tmp_path / "no linux") is None
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 64 kB\nMemAvailable: 32 kB\nHugePages_Total: 0\n"}
+
+
+def test_available_memory_is_the_least_of_the_machine_and_the_groups(tmp_path: Path) -> None:
+    base = "sys/fs/cgroup"
+    files = {
+        f"{base}/pod/memory.max": "20000\n",
+        f"{base}/pod/memory.current": "15000\n",
+        f"{base}/pod/memory.stat": "anon 9000\ninactive_file 4000\n",
+        f"{base}/pod/job/memory.max": "max\n",
+        f"{base}/pod/job/memory.current": "1000\n",
+        f"{base}/pod/job/memory.stat": "anon 1000\n",
+    }
+    assert available_memory(system(tmp_path, "0::/pod/job\n", V2, **files, **MEMINFO)) == 9000
+    assert available_memory(system(tmp_path, "0::/\n", V2, **MEMINFO)) == 32 * 1024
+    assert available_memory(tmp_path / "no linux") is None
+
+
+def test_available_memory_of_version_1(tmp_path: Path) -> None:
+    mounts = V1.format(mounted="/").replace("cpu,cpuacct", "memory")
+    files = {
+        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "7000\n",
+        "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "6000\n",
+        "sys/fs/cgroup/memory/job/memory.stat": "inactive_file 1\ntotal_inactive_file 500\n",
+    }
+    assert available_memory(system(tmp_path, "8:memory:/job\n", mounts, **files, **MEMINFO)) == 1500
 
 
 @pytest.mark.parametrize(("quota", "number"), [(None, 8), (0.2, 1), (1.5, 2), (3.0, 3), (64.0, 8)])
