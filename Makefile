@@ -28,8 +28,9 @@ demo: $(SETUP)
 	$(BIN)/python -m infer scores --output_dir $(OUT)/ensemble
 	@echo "submission: $(OUT)/submission.csv"
 
-test: $(SETUP)
-	$(BIN)/python -m pytest
+# The tests that take long start programs of their own, so they run one after another.
+test: quick
+	$(BIN)/python -m pytest -m "slow or browser or ray or gpu"
 
 # Without the tests that take long, start a browser or a Ray cluster, or need a GPU: under two minutes.
 quick: $(SETUP)
