@@ -66,7 +66,7 @@ class ArtifactStore:
 
 
 def _build(export: Callable[..., Artifact], folder: Path) -> dict[str, Any]:
-    """Return what is to be known of an artifact later: its file, or why there is none."""
+    """Return an artifact's record: its file, or the reason that there is none."""
     try:
         artifact = export(folder=folder)
     except Exception as error:  # builders raise exceptions of any type

@@ -24,8 +24,8 @@ import polars as pl
 from benchmarks.computed import CORES
 from benchmarks.record import Row, print_and_append
 from benchmarks.settings import PipelineSettings
-from benchmarks.timing import batches
-from infer.embedding.decoders import DecoderProcesses, Decoders, DecoderThreads, Recipe
+from benchmarks.timing import batches, repeated
+from infer.embedding.decoders import DECODERS, DecoderProcesses, Decoders, DecoderThreads, Recipe
 from infer.embedding.embedder import Embedder, EmbedJob
 from infer.embedding.models import Models
 from infer.embedding.pipeline import DecodeAhead, num_slots
@@ -131,17 +131,18 @@ def decoding_rows(
     path: Path, ids: pl.Series, settings: PipelineSettings
 ) -> Iterator[tuple[str, Row]]:
     """Yield the rates of decoders that sleep, and of some that take no time."""
-    names = repeated(ids, settings.images).to_list()
+    names = repeated(ids.to_list(), settings.images)
     for number in settings.workers:
-        for kind in (DecoderThreads, DecoderProcesses):
+        for decode_in, kind in DECODERS.items():
             with Stream(kind, SleepingImages(path), number) as stream:
                 yield (
-                    f"decoding by {counted(number, KINDS[kind])}, a sleep",
+                    f"decoding by {counted(number, decode_in)}, a sleep",
                     stream.measure(names).columns,
                 )
         if number >= INTERPRETERS:
             rate = rate_of_interpreters(path, names, number // INTERPRETERS)
-            what = f"decoding by {INTERPRETERS} interpreters of {counted(number // INTERPRETERS, 'threads')}, a sleep"
+            threads = counted(number // INTERPRETERS, "threads")
+            what = f"decoding by {INTERPRETERS} interpreters of {threads}, a sleep"
             yield what, rate.columns
         with Stream(DecoderProcesses, NoImages(path), number) as stream:
             yield (
@@ -150,18 +151,10 @@ def decoding_rows(
             )
 
 
-KINDS: dict[type[Decoders], DecodeIn] = {DecoderThreads: "threads", DecoderProcesses: "processes"}
-
-
 def counted(number: int, noun: str) -> str:
     """Return a number and a noun, which is given in the plural."""
     singular = {"threads": "thread", "processes": "process"}
     return f"{number} {singular[noun] if number == 1 else noun}"
-
-
-def repeated(ids: pl.Series, number: int) -> pl.Series:
-    """Return so many ids, the same ones again and again."""
-    return ids.gather(np.arange(number) % len(ids))
 
 
 class Stream:
@@ -256,7 +249,7 @@ def control_rows(
     path: Path, ids: pl.Series, settings: PipelineSettings
 ) -> Iterator[tuple[str, Row]]:
     """Yield the cost of the control thread per image, if decoding and the engine take no time."""
-    ids = repeated(ids, settings.images)
+    ids = pl.Series(repeated(ids.to_list(), settings.images))
     for num_features in NUM_FEATURES:
         runs = [
             embedded(FreeEngine(num_features), NoImages(path), ids, num_features, "processes", 2)
@@ -273,8 +266,8 @@ def engine_rows(
     """Yield the share of an engine's own rate that is reached end to end."""
     for rate in settings.rates:
         number = min(max(settings.workers), CORES)
-        for decode_in in KINDS.values():
-            wanted = repeated(ids, round(rate * settings.seconds))
+        for decode_in in DECODERS:
+            wanted = pl.Series(repeated(ids.to_list(), round(rate * settings.seconds)))
             run = embedded(
                 NullEngine([0], 192, rate), SleepingImages(path), wanted, 192, decode_in, number
             )

@@ -63,7 +63,7 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
     if spec.device == "cpu":
         return {**facts, "cpu_features": needed_features()}
     # One call for an embedding batch. A package has a runner for each batch in flight, and a call
-    # that waits for one holds the interpreter lock (https://github.com/pytorch/pytorch/issues/197516).
+    # that waits for one holds the interpreter lock (pytorch/pytorch#197516).
     return {**facts, "batch_size": spec.options.opt_batch}
 
 

@@ -133,10 +133,12 @@ def choose(found: Found, request: Request) -> Choice | None:
     unusable: Choice | None = None
     for device, kind in _candidates(accepted, request):
         of_kind = _of_kind(accepted, kind)
-        reason = _why_not(of_kind, device)
-        if reason is None:
-            best = {fold: _usable(artifacts, device)[0] for fold, artifacts in of_kind.items()}
+        usable = {fold: _usable(artifacts, device) for fold, artifacts in of_kind.items()}
+        if all(usable.values()):
+            best = {fold: artifacts[0] for fold, artifacts in usable.items()}
             return Choice(best, _sentence(kind, device, skipped))
+        lacking = next(fold for fold in usable if not usable[fold])
+        reason = _why_not(lacking, of_kind[lacking], device)
         skipped.setdefault(kind, reason)
         if unusable is None and all(of_kind.values()):
             first = {fold: artifacts[0] for fold, artifacts in of_kind.items()}
@@ -201,14 +203,13 @@ def _only_precision(accepted: Found) -> str | None:
     return next((artifacts[0].kind.precision for artifacts in accepted.values()), None)
 
 
-def _why_not(of_kind: Found, device: str) -> str | None:
-    """Return why the artifacts of a kind cannot be used, None if every fold has a usable one."""
-    for fold, artifacts in of_kind.items():
-        if not artifacts:
-            return f"{fold_name(fold)} has none"
-        if not _usable(artifacts, device):
-            return unusable_reason(artifacts[0], device)
-    return None
+def _why_not(fold: int, artifacts: list[Artifact], device: str) -> str:
+    """Return why a fold has no usable artifact of a kind, of which it has these."""
+    if not artifacts:
+        return f"{fold_name(fold)} has none"
+    reason = unusable_reason(artifacts[0], device)
+    assert reason is not None
+    return reason
 
 
 def _usable(artifacts: list[Artifact], device: str) -> list[Artifact]:

@@ -34,8 +34,6 @@ PRELOADED = ["infer.embedding.decoders", "isic.runtime.cli"]
 """Modules that every decoder process imports: this one, and those of the command."""
 GRACE_SECONDS = 5
 """Time that a decoder process has to end."""
-
-
 MIN_PROCESSES = 4
 """Workers from which a GPU may need more images than one interpreter lock lets through."""
 
@@ -163,8 +161,9 @@ class DecoderProcesses(Decoders):
 
     def __init__(self, store: ImageStore, recipe: Recipe, ring: Ring, num_workers: int) -> None:
         super().__init__(store, recipe, ring, num_workers)
+        pickled = pickle.dumps(store)  # once, because the index of a whole dataset takes 11 ms
         self._processes = [
-            DecoderProcess(store, recipe, ring, number) for number in range(num_workers)
+            DecoderProcess(pickled, recipe, ring, number) for number in range(num_workers)
         ]
         self._turns = cycle(self._processes)
 
@@ -182,18 +181,24 @@ class DecoderProcesses(Decoders):
             process.join()
 
 
+DECODERS: dict[DecodeIn, type[Decoders]] = {
+    "threads": DecoderThreads,
+    "processes": DecoderProcesses,
+}
+
+
 def decoders_for(decode_in: DecodeIn, device: str, num_workers: int) -> type[Decoders]:
     """Return the kind of decoders; `auto` is processes if they feed a GPU from several cores."""
     if decode_in == "auto":
         decode_in = "processes" if device == "cuda" and num_workers >= MIN_PROCESSES else "threads"
-    return {"threads": DecoderThreads, "processes": DecoderProcesses}[decode_in]
+    return DECODERS[decode_in]
 
 
 class DecoderProcess:
     """One process, its pipe and the chunks that it has been sent, which it answers in order."""
 
-    def __init__(self, store: ImageStore, recipe: Recipe, ring: Ring, number: int) -> None:
-        self._store = store
+    def __init__(self, pickled: bytes, recipe: Recipe, ring: Ring, number: int) -> None:
+        self._pickled = pickled
         self._recipe = recipe
         self._ring = ring
         self._number = number
@@ -208,7 +213,7 @@ class DecoderProcess:
         self._pipe, theirs = context.Pipe()
         self._process: ForkServerProcess = context.Process(
             target=serve,
-            args=(theirs, self._ring, pickle.dumps(self._store), self._recipe),
+            args=(theirs, self._ring, self._pickled, self._recipe),
             name=f"decode-{self._number}",
             daemon=True,  # ended at the exit of a process that has not closed it
         )
@@ -248,7 +253,8 @@ class DecoderProcess:
         if oldest.num_losses >= MAX_LOSSES:
             raise UserError(
                 f"{MAX_LOSSES} decoder processes were lost (exit code {code}) while they decoded "
-                f"{oldest.chunk.ids[0]} to {oldest.chunk.ids[-1]}; free memory, or look at these images"
+                f"{oldest.chunk.ids[0]} to {oldest.chunk.ids[-1]}; free memory, or look at these "
+                "images"
             )
         print(
             f"a decoder process was lost (exit code {code}); its images are decoded again",

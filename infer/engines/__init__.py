@@ -63,7 +63,7 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Wait for what is not finished and end the engine's threads, if it has any."""
+        """Wait for unfinished batches and end the engine's threads, if it has any."""
 
 
 @runtime_checkable

@@ -231,7 +231,7 @@ class TensorRTEngine(Engine):
         return outputs[MASK]
 
     def close(self) -> None:
-        """Wait for what is in flight, whose results stay available."""
+        """Wait for the batches in flight; their results stay available."""
         self._settle()
 
     def _submit(
@@ -315,7 +315,7 @@ class TensorRTEngine(Engine):
             raise
 
     def _settle(self) -> None:
-        """Wait for what is in flight and keep its results; they fail if the GPU has failed."""
+        """Wait for the pieces in flight and keep their results; they fail if the GPU has failed."""
         pieces = [slot.piece for slot in self._slots if slot.piece is not None]
         try:
             self._uploads.wait()
