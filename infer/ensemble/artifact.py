@@ -7,6 +7,7 @@
 | `state.json`, `maps_aligned.parquet` | encodings, constants of the image score, rotations |
 | `oof.parquet`, `scores.json` | out-of-fold scores, and their metrics |
 | `folds.parquet` | the fold plan |
+| `oof_splits.parquet` | out-of-fold scores over several fold plans, if fitted with `--splits` |
 
 Nothing is pickled, so opening an ensemble runs no code from it.
 """
@@ -21,7 +22,7 @@ from typing import Any
 import polars as pl
 
 from infer.ensemble import image_scores
-from infer.ensemble.blend import Scores, blend, model_name, seeds_of
+from infer.ensemble.blend import Scores, blend_by_seed
 from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.image_features import ImageState
 from isic import schema
@@ -34,6 +35,7 @@ from isic.tables import read_parquet
 ENSEMBLE_FILE = "ensemble.json"
 STATE_FILE = "state.json"
 SCORES_FILE = "scores.json"
+SPLITS_FILE = "oof_splits.parquet"
 BEGUN_FILE = "begun.json"
 """Marks a folder in which an ensemble is being written."""
 FORMAT_VERSION = 4
@@ -109,14 +111,7 @@ class Ensemble:
         """Return [N] the out-of-fold scores of each seed's models; empty without boosters."""
         if not self.manifest["boosters"]:
             return {}
-        models = self.oof_models()
-        found = {}
-        for seed in seeds_of(models, self.weights):
-            names = [model_name(library, seed) for library in self.weights]
-            of_seed = {name: models[name] for name in names}
-            # Ranked among its own scores: the rows are those of the reference.
-            found[seed] = blend(of_seed, self.weights, of_seed)
-        return found
+        return blend_by_seed(self.oof_models(), self.weights)
 
 
 def write_ensemble_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) -> None:
@@ -149,7 +144,7 @@ def _removable(root: Path) -> list[Path]:
     """Return the files that not every ensemble has, and the report."""
     boosters = root.glob("[!.]*_fold_*_seed_*")
     maps = root.glob("maps_*.parquet")
-    return [root / REPORT_FILE, *boosters, *maps]
+    return [root / REPORT_FILE, root / SPLITS_FILE, *boosters, *maps]
 
 
 def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:

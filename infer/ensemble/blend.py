@@ -40,6 +40,22 @@ def blend(
     return blend_ranks(means, weights, references)
 
 
+def blend_by_seed(models: Mapping[str, Scores], weights: Mapping[str, float]) -> dict[int, Scores]:
+    """Return [N] the blend of each seed's models, which are out of fold, by seed.
+
+    Args:
+        models: [N] by model name.
+        weights: by library.
+    """
+    found = {}
+    for seed in seeds_of(models, weights):
+        names = [model_name(library, seed) for library in weights]
+        of_seed = {name: models[name] for name in names}
+        # Ranked among its own scores: the rows are those of the reference.
+        found[seed] = blend(of_seed, weights, of_seed)
+    return found
+
+
 def blend_ranks(
     scores: Mapping[str, Scores], weights: Mapping[str, float], reference: Mapping[str, Scores]
 ) -> Scores:

@@ -22,9 +22,11 @@ from infer.ensemble.artifact import (
 )
 from infer.ensemble.blend import Scores, rank_among
 from infer.ensemble.blend_artifact import Weights, blend_by_fold
+from infer.ensemble.chosen import CHOSEN_KEY, choice_notes, choices_of_blend
 from infer.ensemble.compare import patients_of, same_rows
 from infer.ensemble.scores import format_scores, summarise
 from infer.ensemble.settings import BlendSettings
+from infer.ensemble.splits import Plans, PlanScores, read_plans, summarise_plans, write_plans
 from isic import schema
 from isic.dataset import refuse_dataset
 from isic.layout import FOLDS_FILE, OOF_FILE
@@ -55,20 +57,27 @@ def write_blend(settings: BlendSettings) -> Path:
     fold = rows["fold"].to_numpy()
     weights, by_fold = choose_weights(settings.weights, scores, target, fold)
     blended = blend_by_fold(scores, by_fold, fold)
+    plans = blend_plans(members, settings.weights, target)
+    manifests = [member.manifest for member in members.values()]
+    chosen = {CHOSEN_KEY: choices_of_blend(settings.weights, manifests)}
     oof = rows.with_columns(**scores, blend=blended)
     patient = patients_of(rows, settings.data).to_numpy()
     columns = {**scores, "blend": blended}
     summaries = {key: summarise(target, value, fold, patient) for key, value in columns.items()}
+    summaries["blend"] |= summarise_plans(plans, target)
     clear_ensemble(root)
     files = _write_files(root, members, oof, summaries)
+    files += write_plans(root, rows[schema.ID], plans)
     results = {
         "weights": weights,
         "weights_by_fold": {str(k): of_fold for k, of_fold in by_fold.items()},
         "scores": summaries["blend"],
     }
-    write_ensemble_manifest(root, files, {**inputs, **results})
+    write_ensemble_manifest(root, files, {**inputs, **results, **chosen})
     print("weights: " + ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items()))
     print(format_scores(summaries))
+    for note in [*_notes_on_members(members, plans), *choice_notes(root.name, chosen)]:
+        print(note)
     print(f"ensemble: {root}")
     return root
 
@@ -100,11 +109,50 @@ def _read_scores(members: Mapping[str, Ensemble]) -> tuple[pl.DataFrame, dict[st
     return rows, dict(zip(members, blends, strict=True))
 
 
+def blend_plans(
+    members: Mapping[str, Ensemble], wanted: str | Sequence[float], target: NDArray[np.integer]
+) -> Plans:
+    """Return the scores of the blend in each fold plan that all members have; none if in one only.
+
+    Weights are searched again in each plan: those of another plan have met the held-out labels.
+
+    Args:
+        wanted: as for `choose_weights`.
+        target: [N], in the order of the ids.
+    """
+    by_member = {name: read_plans(member.root) for name, member in members.items()}
+    shared = sorted(set.intersection(*(set(plans) for plans in by_member.values())))
+    blended = {}
+    for split_seed in shared if len(shared) > 1 else ():
+        plans = {name: of[split_seed] for name, of in by_member.items()}
+        blended[split_seed] = _blend_plan(plans, wanted, target, f"split seed {split_seed}: ")
+    return blended
+
+
+def _blend_plan(
+    members: Mapping[str, PlanScores],
+    wanted: str | Sequence[float],
+    target: NDArray[np.integer],
+    label: str,
+) -> PlanScores:
+    fold = next(iter(members.values())).fold
+    scores = {name: plan.blend for name, plan in members.items()}
+    _, by_fold = choose_weights(wanted, scores, target, fold, label)
+    seeds = {
+        seed: blend_by_fold(
+            {name: plan.seeds[seed] for name, plan in members.items()}, by_fold, fold
+        )
+        for seed in sorted(set.intersection(*(set(plan.seeds) for plan in members.values())))
+    }
+    return PlanScores(fold, seeds, blend_by_fold(scores, by_fold, fold))
+
+
 def choose_weights(
     wanted: str | Sequence[float],
     scores: Mapping[str, Scores],
     target: NDArray[np.integer],
     fold: NDArray[np.integer],
+    label: str = "",
 ) -> tuple[Weights, dict[int, Weights]]:
     """Return the weights of the members, and those of each held-out fold's rows.
 
@@ -112,6 +160,7 @@ def choose_weights(
         wanted: a number per member, `equal`, or `search`.
         scores: [N] out-of-fold scores by member.
         target, fold: [N].
+        label: start of the line that is printed about a search.
     """
     folds: list[int] = np.unique(fold).tolist()
     numbers = [1.0] * len(scores) if isinstance(wanted, str) else wanted
@@ -125,7 +174,7 @@ def choose_weights(
     equal = pauc(target, blend_by_fold(scores, same, fold))
     is_better = found > equal
     print(
-        f"search: pAUC {found:.4f} with each fold's weights chosen on the other folds, "
+        f"{label}search: pAUC {found:.4f} with each fold's weights chosen on the other folds, "
         f"{equal:.4f} with equal weights: {'accepted' if is_better else 'equal weights are kept'}"
     )
     if not is_better:
@@ -157,6 +206,29 @@ def search_weights(
         values.append(after[best])
     mixture = chosen[: int(np.argmax(values)) + 1]
     return {name: mixture.count(name) / len(mixture) for name in ranks}
+
+
+def _notes_on_members(members: Mapping[str, Ensemble], plans: Plans) -> list[str]:
+    """Return lines on fold plans and seeds that only some of the members have."""
+    notes = []
+    num_plans = {name: len(read_plans(member.root)) or 1 for name, member in members.items()}
+    if any(number > max(len(plans), 1) for number in num_plans.values()):
+        notes.append(
+            f"note: the members have different fold plans ({_listed(num_plans)}), and the blend "
+            "has only those of all; fit them with equal --splits"
+        )
+    num_seeds = {name: len(member.scores_by_seed()) for name, member in members.items()}
+    boosted = {name: number for name, number in num_seeds.items() if number}
+    if len(set(boosted.values())) > 1:
+        notes.append(
+            f"note: the members have different numbers of seeds ({_listed(boosted)}); a comparison "
+            "tests the blend by the seeds of all"
+        )
+    return notes
+
+
+def _listed(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
 
 
 def _manifest_inputs(members: Mapping[str, Ensemble], settings: BlendSettings) -> dict[str, Any]:

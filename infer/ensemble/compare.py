@@ -1,6 +1,8 @@
 """`python -m infer compare A B`: tests whether B is better than A out of fold, or by chance."""
 
+import itertools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from infer.ensemble.blend_artifact import Scorer, open_scorer
+from infer.ensemble.chosen import choice_notes
 from infer.ensemble.comparison import Comparison, patient_draws
 from infer.ensemble.settings import CompareSettings
+from infer.ensemble.splits import PlanPairs, paired_by_fold, read_plans, shared_plans
 from isic import schema
 from isic.dataset import Dataset
 from isic.metadata import with_patient
@@ -22,8 +26,12 @@ ONE_RUN = (
 )
 
 
+MIN_PLANS = 3
+"""Fold plans that both sides need for a test over folds."""
+
+
 def compare_ensembles(settings: CompareSettings) -> None:
-    """Print a paired test over seeds (or training runs) and a bootstrap over patients."""
+    """Print a paired test over seeds, folds or training runs, and a bootstrap over patients."""
     first = _open(settings.first)
     second = _open(settings.second)
     if len(first) != len(second):
@@ -32,7 +40,9 @@ def compare_ensembles(settings: CompareSettings) -> None:
             "give the same number on both sides"
         )
     found = compare_sides(first, second, settings.data, settings.draws, settings.seed)
-    _print(found, "seeds" if len(first) == 1 else "runs")
+    _print(found)
+    for note in notes(first, second):
+        print(note)
     images = any(ensemble.uses_images for ensemble in (*first, *second))
     # With one training run per side, chance in training is not tested.
     one_run = len(first) == 1 and (images or not found.tested)
@@ -58,15 +68,29 @@ def compare_sides(
     """
     tables = same_rows([*first, *second])
     rows = tables[0]
+    target = rows[schema.TARGET].to_numpy()
+    draws = partial(patient_draws, target, patient=patients_of(rows, data), num_draws=num_draws)
+    pairs = _plans_to_compare(first, second)
+    if pairs:
+        sides = [pair[0].blend for pair in pairs], [pair[1].blend for pair in pairs]
+        num_folds = len(np.unique(pairs[0][0].fold))
+        fits = paired_by_fold(target, pairs)
+        return Comparison(fits, draws(*sides, seed=seed), "folds", overlap=1 / (num_folds - 1))
     blends = [table["blend"].to_numpy() for table in tables]
-    target = rows[schema.TARGET]
-    patient = patients_of(rows, data)
     sides = blends[: len(first)], blends[len(first) :]
     if len(first) == 1:
         fits = paired(pauc_by_seed(first[0]), pauc_by_seed(second[0]))
-    else:
-        fits = np.array([[pauc(target, score) for score in side] for side in sides]).T
-    return Comparison(fits, patient_draws(target, *sides, patient, num_draws, seed))
+        return Comparison(fits, draws(*sides, seed=seed), "seeds")
+    fits = np.array([[pauc(target, score) for score in side] for side in sides]).T
+    return Comparison(fits, draws(*sides, seed=seed), "runs")
+
+
+def _plans_to_compare(first: Sequence[Scorer], second: Sequence[Scorer]) -> PlanPairs:
+    """Return the shared plans of two single ensembles; none if there are too few for a test."""
+    if len(first) > 1:
+        return []
+    pairs = shared_plans(read_plans(first[0].root), read_plans(second[0].root))
+    return pairs if len(pairs) >= MIN_PLANS else []
 
 
 def same_rows(scorers: Sequence[Scorer]) -> list[pl.DataFrame]:
@@ -99,12 +123,51 @@ def paired(first: dict[int, float], second: dict[int, float]) -> NDArray[np.floa
     return np.array(pairs).reshape(-1, 2)
 
 
-def _print(found: Comparison, kind: str) -> None:
+def notes(first: Sequence[Scorer], second: Sequence[Scorer]) -> list[str]:
+    """Return lines on differences between the ensembles that a reader of the result should know."""
+    ensembles = [*first, *second]
+    chosen = [choice_notes(ensemble.root.name, ensemble.manifest) for ensemble in ensembles]
+    return [*_plans_note(ensembles), *_seeds_note(ensembles), *itertools.chain(*chosen)]
+
+
+def _plans_note(ensembles: Sequence[Scorer]) -> list[str]:
+    plans = [read_plans(ensemble.root) for ensemble in ensembles]
+    if not any(plans):
+        return []
+    if len(ensembles) > 2:
+        return ["note: of several ensembles per side, only the first fold plans are compared"]
+    num_shared = len(shared_plans(*plans))
+    counts = _listed(ensembles, [len(of) or 1 for of in plans])
+    if num_shared >= MIN_PLANS:
+        return [f"note: folds of the {num_shared} fold plans that both have ({counts})"]
+    return [
+        f"note: only the first fold plan is compared, because a test over plans needs {MIN_PLANS} "
+        f"that both have ({counts}); fit both with equal --splits and --split_seed"
+    ]
+
+
+def _seeds_note(ensembles: Sequence[Scorer]) -> list[str]:
+    boosted = [ensemble for ensemble in ensembles if ensemble.scores_by_seed()]
+    counts = [len(ensemble.scores_by_seed()) for ensemble in boosted]
+    if len(set(counts)) < 2:
+        return []
+    return [
+        f"note: the numbers of seeds differ ({_listed(boosted, counts)}), and a mean over more "
+        "seeds scores higher by itself; fit all with equal --seeds"
+    ]
+
+
+def _listed(ensembles: Sequence[Scorer], counts: Sequence[int]) -> str:
+    pairs = zip(ensembles, counts, strict=True)
+    return ", ".join(f"{ensemble.root.name} {count}" for ensemble, count in pairs)
+
+
+def _print(found: Comparison) -> None:
     print(f"{'':12} {'first':>8} {'second':>8} {'second - first':>15}")
     if found.tested:
         first, second = found.fits.mean(axis=0)
         print(
-            f"{kind:12} {first:8.4f} {second:8.4f} {found.difference:+15.4f}"
+            f"{found.unit:12} {first:8.4f} {second:8.4f} {found.difference:+15.4f}"
             f"   p = {found.p:.2g}, better in {found.wins} of {len(found.fits)}"
         )
     first, second = found.draws.mean(axis=0)

@@ -96,6 +96,12 @@ class FitSettings(Settings):
         description=f"seed of those folds, {SPLIT_SEED} by default; must match the plan if there "
         "is one",
     )
+    splits: int = Field(
+        1,
+        ge=1,
+        description="fold plans to fit, with the split seed and those after it, so that compare "
+        "covers the choice of the folds; predict uses the boosters of the first",
+    )
     num_rounds: int | None = Field(
         None, ge=1, description="boosting rounds; each library has its own default"
     )

@@ -10,6 +10,7 @@ import polars as pl
 
 from infer.ensemble import image_scores
 from infer.ensemble.blend_artifact import Blend, Scorer
+from infer.ensemble.chosen import choices
 from infer.ensemble.scores import small_patients
 from infer.report import figures
 from infer.report.case_cards import Pictures, case_card
@@ -97,9 +98,8 @@ def _out_of_fold(scorer: Scorer) -> str:
         )
         for member in members
     }
-    if isinstance(scorer, Blend) and scorer.manifest["weights_from"] == "search":
-        sentences.add("The weights of a fold's lesions were chosen on the other folds.")
-    return " ".join(sorted(sentences))
+    chosen = [f"But {choice}, so the score may be too high." for choice in choices(scorer.manifest)]
+    return " ".join([*sorted(sentences), *chosen])
 
 
 def _out_of_fold_sentence(boosters: bool, fold_models: bool) -> str:
@@ -181,7 +181,8 @@ def _stability(scored: Scored) -> ReportSection:
         "The pooled pAUC is not the mean of the folds: a partial area is not additive, and the "
         "models of different folds may scale their scores differently."
     )
-    tables = tag("div", _fold_table(scored), _model_table(scored), class_="tables")
+    parts = (_fold_table(scored), _model_table(scored), *_plan_tables(scored))
+    tables = tag("div", *parts, class_="tables")
     return "How stable the scores are", (tag("p", intro), tables)
 
 
@@ -193,6 +194,17 @@ def _fold_table(scored: Scored) -> Markup:
     heading = ("fold", *SCORES, "lesions", "malignant", "patients")
     rows = [[row.name, *_scores(row), *_counts(row)] for row in (*scored.by_fold, scored.pooled)]
     return page.table("By fold", heading, rows, sums=1)
+
+
+def _plan_tables(scored: Scored) -> list[Markup]:
+    """Return the table of fold plans, none if there is one plan."""
+    scores = scored.ensemble.manifest["scores"]
+    by_split = scores.get("pauc_by_split")
+    if not by_split:
+        return []
+    rows = [[split_seed, _four_digits(value)] for split_seed, value in by_split.items()]
+    mean = f"{scores['pauc_mean_of_splits']:.4f} ± {scores['pauc_std_of_splits']:.4f}"
+    return [page.table("By fold plan", ("split seed", "pAUC"), [*rows, ["mean", mean]], sums=1)]
 
 
 def _model_table(scored: Scored) -> Markup:
