@@ -81,12 +81,14 @@ def format_scores(rows: dict[str, dict[str, Any]]) -> str:
     """Return the summaries as lines of text, one per row, under a heading, with notes below."""
     width = max(len(name) for name in rows)
     lines = [f"{'':{width}}  pAUC pooled  mean of folds ± std     AUC  {BY_LESION}  by patient"]
+    plans: list[str] = []
     notes: list[str] = []
     for name, summary in rows.items():
         lines.append(_line(name.ljust(width), summary))
-        notes += [*_plans_note(name, summary), *_notes(summary)]
+        plans += _plan_lines(name, summary)
+        notes += _notes(summary)
     # The same note once: ensembles of one dataset have the same patients.
-    return "\n".join([*lines, *dict.fromkeys(notes)])
+    return "\n".join([*lines, *plans, *dict.fromkeys(notes)])
 
 
 def _line(name: str, summary: dict[str, Any]) -> str:
@@ -108,7 +110,7 @@ def _mean_of_folds(summary: dict[str, Any]) -> str:
     return f"{mean:.4f} ± {std:.4f}"
 
 
-def _plans_note(name: str, summary: dict[str, Any]) -> list[str]:
+def _plan_lines(name: str, summary: dict[str, Any]) -> list[str]:
     by_split = summary.get("pauc_by_split", {})
     if not by_split:
         return []

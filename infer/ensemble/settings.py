@@ -319,7 +319,8 @@ class CompareSettings(Settings):
 
     The seeds test the difference against chance in fitting, the bootstrap against chance in the
     choice of patients. It is called noise unless both find a difference in the same direction. With
-    several training runs per side, runs are paired instead of seeds.
+    several training runs per side, runs are paired instead of seeds; with three or more fold plans
+    that both were fitted over (fit --splits), the folds of all plans.
     """
 
     positional: ClassVar[tuple[str, ...]] = ("first", "second")
