@@ -6,7 +6,7 @@
 - `frozen`: the embedding of one model that was trained on other images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from infer.embedding.store import (
     refuse_other_origin,
     scan_embeddings,
 )
+from infer.ensemble.image_scores import LogitScaler
 from isic import schema
 from isic.dataset import Split
 from isic.folds import Folds
@@ -34,7 +35,6 @@ from isic.tables import read_parquet, reading, write_parquet
 
 ALIGNED = "aligned"
 FROZEN = "frozen"
-EMBEDDING_MODES = (ALIGNED, FROZEN)
 
 # Many times the number of features of any backbone here.
 MAX_ANCHORS = 20_000
@@ -69,8 +69,8 @@ AffineMaps = Mapping[int, AffineMap]
 """By fold."""
 
 
-def column_names(mode: str, width: int) -> tuple[str, ...]:
-    return tuple(f"{mode}_{index:03d}" for index in range(width))
+def column_names(mode: str, network: str, width: int) -> tuple[str, ...]:
+    return tuple(f"{mode}_{index:03d}.{network}" for index in range(width))
 
 
 def procrustes(own: FeatureMatrix, target: FeatureMatrix) -> NDArray[np.float64]:
@@ -137,26 +137,24 @@ def _fit_rotation(own: FeatureMatrix, target: FeatureMatrix, root: Path) -> Affi
 def mapped_columns(
     root: Path,
     split: Split,
-    mode: str,
+    names: Sequence[str],
     metadata: pl.DataFrame,
     maps: AffineMaps,
     fold: pl.Series | None,
 ) -> pl.DataFrame:
-    """Return `isic_id` and the Float32 columns of a mode, in the order of `metadata`.
+    """Return mapped embeddings as Float32 columns, in the order of `metadata`.
 
     A row without a readable image is null.
 
     Args:
-        mode: the prefix of the columns.
+        names: of the columns.
         fold: [N] the fold whose model embeds each row; None for the mean over all models.
 
     Raises:
         UserError: embeddings are missing, not finite, or of another width.
     """
     ids = metadata.select(schema.ID).with_row_index("_row")
-    first, *_ = maps.values()
-    num_columns = len(first.offset)
-    total = np.zeros((len(ids), num_columns), np.float32)
+    total = np.zeros((len(ids), len(names)), np.float32)
     num_models = np.zeros(len(ids), np.int64)
     for k, affine_map in maps.items():
         wanted = ids if fold is None else ids.filter(fold == k)
@@ -166,15 +164,15 @@ def mapped_columns(
         total[rows] += affine_map.apply(features)
         num_models[rows] += 1
     mean = total / np.maximum(num_models, 1).astype(np.float32)[:, None]
-    table = pl.DataFrame(mean, list(column_names(mode, num_columns)))
+    table = pl.DataFrame(mean, list(names))
     if not num_models.all():
         table = table.with_columns(pl.when(pl.Series(num_models > 0)).then(pl.all()))
-    return metadata.select(schema.ID).hstack(table)
+    return table
 
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """The model whose embeddings are used as they are. Its fields are keys in `state.json`."""
+    """The model of a network that was trained on other images."""
 
     config: str
     fold: int
@@ -182,10 +180,20 @@ class FrozenModel:
     """ORIGIN_KEYS of its embedding run."""
     width: int
     """Number of features."""
+    scaler: LogitScaler | None = None
+    """For its score."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "scaler": self.scaler.to_json() if self.scaler else None}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "FrozenModel":
+        scaler = LogitScaler.from_json(value["scaler"]) if value["scaler"] else None
+        return cls(**{**value, "scaler": scaler})
 
 
 def find_frozen_model(root: Path, metadata: pl.DataFrame) -> FrozenModel:
-    """Return the model of the lowest fold of an embedding run.
+    """Return the model of the lowest fold of an embedding run, without its scaler.
 
     Raises:
         UserError: the model has learned from images or patients of this table.
@@ -209,19 +217,20 @@ def _origin_of_fold(run: Mapping[str, Any], fold: int) -> dict[str, Any]:
     return origin
 
 
-def frozen_columns(
-    root: Path, split: Split, metadata: pl.DataFrame, model: FrozenModel
-) -> pl.DataFrame:
-    """Return `isic_id` and the embeddings as Float32 columns, as `mapped_columns` does.
-
-    Raises:
-        UserError: as there, or the run is of another model.
-    """
+def refuse_other_frozen_model(root: Path, split: Split, model: FrozenModel) -> None:
+    """Raise a UserError if an embedding run is not by the frozen model."""
     origin = _origin_of_fold(read_run(root, split), model.fold)
     refuse_other_origin(root, split, origin, model.made_with)
+
+
+def frozen_columns(
+    root: Path, split: Split, network: str, metadata: pl.DataFrame, model: FrozenModel
+) -> pl.DataFrame:
+    """Return the embeddings of a network's frozen model as columns, as `mapped_columns` does."""
     # Frozen embeddings of train and test come from one model, so they need no map.
     identity = AffineMap(np.eye(model.width), np.zeros(model.width))
-    return mapped_columns(root, split, FROZEN, metadata, {model.fold: identity}, None)
+    names = column_names(FROZEN, network, model.width)
+    return mapped_columns(root, split, names, metadata, {model.fold: identity}, None)
 
 
 def write_affine_maps(path: Path, maps: AffineMaps) -> None:

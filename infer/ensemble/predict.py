@@ -10,7 +10,7 @@ from infer.embedding.store import refuse_other_origin
 from infer.ensemble.artifact import ENSEMBLE_FILE, Ensemble, open_ensemble
 from infer.ensemble.blend import Scores, blend, model_name
 from infer.ensemble.boosters import read_booster
-from infer.ensemble.image_features import embedding_origins, image_feature_tables
+from infer.ensemble.image_features import ImageRows, embedding_origins, read_image_rows
 from infer.ensemble.image_scores import image_probability
 from infer.ensemble.lesions import few_lesions_warning
 from infer.ensemble.settings import EmbeddingSources, PredictSettings
@@ -46,10 +46,13 @@ def predict_submission(settings: PredictSettings) -> None:
     order = submission_order(dataset, metadata)
     _refuse_foreign(settings.output)
     sources = EmbeddingSources(settings.embeddings, settings.frozen)
-    image_tables, origins = _read_images(ensemble, sources, metadata)
-    table = ensemble.spec.frame(metadata, image_tables)
+    images, origins = _read_images(ensemble, sources, metadata)
+    table = ensemble.spec.frame(metadata, images.tables())
     _warn_unseen(ensemble, table)
-    models = score_models(ensemble, table, settings.num_threads or num_cores())
+    if ensemble.manifest["boosters"]:
+        models = score_models(ensemble, table, settings.num_threads or num_cores())
+    else:
+        models = {"image": image_probability(images.by_column())}
     # Only a blend of several libraries needs the ranks of the training rows.
     reference = ensemble.oof_models() if len(ensemble.weights) > 1 else {}
     # Rounding may lead a mean of probabilities beyond 0 or 1 by a last bit.
@@ -129,13 +132,8 @@ def models_path(submission: Path) -> Path:
 
 
 def score_models(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> dict[str, Scores]:
-    """Return each model's probabilities, [N] float64: the mean over its folds' boosters.
-
-    Without boosters, the only model is the image model.
-    """
+    """Return each model's probabilities, [N] float64: the mean over its folds' boosters."""
     boosters = ensemble.manifest["boosters"]
-    if not boosters:
-        return {"image": image_probability(table)}
     names = [model_name(entry["library"], entry["seed"]) for entry in boosters]
     totals = {name: np.zeros(len(table)) for name in names}
     for fold, encoding in ensemble.state.encodings.items():
@@ -176,23 +174,19 @@ def _refuse_extra(
 
 def _read_images(
     ensemble: Ensemble, sources: EmbeddingSources, metadata: pl.DataFrame
-) -> tuple[list[pl.DataFrame], dict[str, Any]]:
-    """Return the tables of image features, and the origins of the embeddings.
+) -> tuple[ImageRows, dict[str, Any]]:
+    """Return the image features, and the origins of the embeddings.
 
     Raises:
         UserError: embeddings are not given, missing, or differ in origin from those of the fit.
     """
     state = ensemble.state.image
-    folds_digest = ensemble.manifest["folds_digest"]
     for flag, needed in state.needs.items():
-        if needed and getattr(sources, flag) is None:
-            config = ensemble.manifest[flag]["config"]
-            raise UserError(
-                f"{ensemble.root} uses images; give --{flag} outputs/embeddings/{config}"
-            )
-    origins = embedding_origins(state, sources, "test", folds_digest)
-    fitted_with = ensemble.manifest["embeddings"]
-    if sources.embeddings and fitted_with:
-        refuse_other_origin(sources.embeddings, "test", origins["embeddings"], fitted_with)
-    tables = image_feature_tables(state, sources, "test", metadata, folds_digest, folds=None)
-    return tables, origins
+        if needed and not getattr(sources, flag):
+            folders = ",".join(f"outputs/embeddings/{name}" for name in ensemble.manifest[flag])
+            raise UserError(f"{ensemble.root} uses images; give --{flag} {folders}")
+    origins = embedding_origins(state, sources, "test")
+    for name, root in state.roots(sources, "test")["embeddings"].items():
+        fitted_with = ensemble.manifest["embeddings"][name]
+        refuse_other_origin(root, "test", origins["embeddings"][name], fitted_with)
+    return read_image_rows(state, sources, "test", metadata, out_of_fold=False), origins

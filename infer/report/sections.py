@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from infer.ensemble import image_scores
+from infer.ensemble.networks import by_network, listed
 from infer.ensemble.scores import small_patients
 from infer.report import figures
 from infer.report.case_cards import Pictures, case_card
@@ -22,6 +23,7 @@ from isic.html import page
 from isic.html.markup import Markup, join, tag
 from isic.html.page import NONE, percent
 from isic.metrics import TOP_K, TopK, bootstrap_pauc
+from isic.runtime.errors import UserError
 
 CAVEAT = (
     "These are research scores for comparing models: they are no diagnosis and must not guide "
@@ -39,15 +41,16 @@ ReportSection = tuple[str, Sequence[str]]
 """Title and content."""
 
 
-def sections(scored: Scored, embeddings: Path | None) -> dict[str, ReportSection]:
+def sections(scored: Scored, embeddings: Sequence[Path]) -> dict[str, ReportSection]:
     """Return all sections by the names of the links to them.
 
     Raises:
-        UserError: the embeddings have another fold plan.
+        UserError: embeddings are of another network or fold plan.
     """
     return {
         "Ranking": _ranking(scored),
         "Stability": _stability(scored),
+        "Networks": _networks(scored),
         "Calibration": _calibration(scored),
         "Features": _features(scored),
         "Map": _map(scored, embeddings),
@@ -65,9 +68,11 @@ def header(scored: Scored, names: Iterable[str]) -> Markup:
     lead = (
         f"{counts.num_lesions:,} lesions of {counts.num_patients:,} patients, "
         f"{counts.num_malignant:,} of the lesions malignant ({malignant}). "
-        f"{_out_of_fold(num_boosters > 0, manifest['embeddings'] is not None)} "
+        f"{_out_of_fold(num_boosters > 0, bool(manifest['embeddings']))} "
     )
-    models = "The score is that of the image model."
+    models = "The score is that of the image network."
+    if len(manifest["embeddings"]) > 1:
+        models = f"The score is the mean of {len(manifest['embeddings'])} image networks."
     if num_boosters:
         models = f"{num_boosters} boosters on {len(scored.ensemble.state.names)} features."
     return tag(
@@ -164,6 +169,34 @@ def _stability(scored: Scored) -> ReportSection:
     return "How stable the scores are", (tag("p", intro), tables)
 
 
+def _networks(scored: Scored) -> ReportSection:
+    title = "The networks by themselves"
+    networks = scored.ensemble.manifest["networks"]
+    if not networks["scores"]:
+        return title, (tag("p", "This ensemble uses no network's score."),)
+    intro = (
+        "The score that each network gives to the lesions, without the boosters. Networks that "
+        "are equally good help each other the more, the less their rankings agree."
+    )
+    rows = [
+        (name, *map(_four_digits, (score["pauc"], score["auc"])))
+        for name, score in networks["scores"].items()
+    ]
+    tables = [page.table("Scores, pooled", ("network", "pAUC", "AUC"), rows)]
+    if networks["correlations"]:
+        pairs = [
+            (" and ".join(found["pair"]), *map(_two_digits, (found["all"], found["malignant"])))
+            for found in networks["correlations"]
+        ]
+        heading = ("networks", "all lesions", "malignant")
+        tables.append(page.table("Rank correlation", heading, pairs))
+    return title, (tag("p", intro), tag("div", *tables, class_="tables"))
+
+
+def _two_digits(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
+
+
 SCORES = ("pAUC", "AUC", f"top-{TOP_K} by lesion", "by patient")
 """Headings of the columns of `_scores`."""
 
@@ -220,7 +253,7 @@ def _features(scored: Scored) -> ReportSection:
     ensemble = scored.ensemble
     shares = importance(ensemble.root, ensemble.manifest["boosters"], ensemble.state.names)
     if shares.is_empty():
-        return title, (tag("p", "There are no trees: the score is that of the image model."),)
+        return title, (tag("p", "There are no trees: the score comes from the image networks."),)
     intro = (
         "Share of the gain of all splits, averaged over boosters. Correlated features share their "
         "importance, so a low share does not mean that a feature can be dropped."
@@ -242,21 +275,32 @@ def _features(scored: Scored) -> ReportSection:
     return title, (tag("p", intro), tables)
 
 
-def _map(scored: Scored, embeddings: Path | None) -> ReportSection:
+def _map(scored: Scored, embeddings: Sequence[Path]) -> ReportSection:
     title = "Map of the embeddings"
-    manifest = scored.ensemble.manifest
-    if manifest["embeddings"] is None:
+    fitted_with = scored.ensemble.manifest["embeddings"]
+    if not fitted_with:
         return title, (tag("p", "This ensemble uses no embeddings, so there is no map."),)
-    if embeddings is None:
+    if not embeddings:
         command = tag("code", "infer report")
         return title, (tag("p", "Not drawn: ", command, " was run without --embeddings."),)
-    image_scores.read_origin(embeddings, "train", manifest["folds_digest"])
-    maps = (
+    roots = by_network(embeddings, "train")
+    for name, root in roots.items():
+        if name not in fitted_with:
+            raise UserError(
+                f"{root} holds embeddings of {name}, but the ensemble was fitted with "
+                f"{listed(fitted_with)}; give theirs"
+            )
+        image_scores.read_origin(root, "train", fitted_with[name]["folds_digest"])
+    maps = [
         figures.map_figure(
-            fold, projection, rows[schema.ID].to_list(), rows[schema.TARGET].to_numpy()
+            f"{name}, fold {fold}" if len(fitted_with) > 1 else f"Fold {fold}",
+            projection,
+            rows[schema.ID].to_list(),
+            rows[schema.TARGET].to_numpy(),
         )
-        for fold, projection, rows in projections(embeddings, scored.oof)
-    )
+        for name, root in roots.items()
+        for fold, projection, rows in projections(root, scored.oof)
+    ]
     intro = (
         "The first two principal components of each fold model's features, for the lesions that "
         "the fold holds out. Each model has its own feature space, so each fold has its own map; "
@@ -297,13 +341,13 @@ def _thumbnails(scored: Scored, cases: Sequence[Case]) -> tuple[Pictures, Pictur
 
 def _origin(scored: Scored) -> ReportSection:
     manifest = scored.ensemble.manifest
-    embeddings = manifest["embeddings"]
+    networks = [*manifest["embeddings"], *(f"{name} (frozen)" for name in manifest["frozen"])]
     items = {
         "Features": f"{manifest['features']}: {', '.join(scored.ensemble.state.names[:3])} …",
         "Settings": _pairs(manifest["settings"]),
         "Lesions per patient": _lesions(manifest["lesions_per_patient"]),
         "Fold plan": manifest["folds_digest"],
-        "Embeddings": embeddings["config"] if embeddings else "none",
+        "Networks": ", ".join(networks) or "none",
         "Training table": f"sha256 {manifest['metadata_sha256']}",
         "Versions": _pairs(manifest["versions"]),
     }

@@ -34,7 +34,7 @@ def test_without_trees_and_without_images(data: Path, embeddings: Path, tmp_path
     image = fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=embeddings))
     assert "There are no trees" in write_report(image, data).read_text()
     tabular = fit_ensemble(fit_settings(data, tmp_path, features="numeric", num_rounds=2))
-    assert "so there is no map" in write_report(tabular, data, embeddings).read_text()
+    assert "so there is no map" in write_report(tabular, data, [embeddings]).read_text()
 
 
 @pytest.mark.parametrize(
