@@ -4,7 +4,7 @@
 | --- | --- |
 | `ensemble.json` | the manifest: sha256 of each file, features, boosters, weights, provenance |
 | `<library>_fold_<k>_seed_<s>.*` | a booster as text |
-| `state.json`, `maps_aligned.parquet` | encodings, constants of the image score, rotations |
+| `state.json`, `maps_aligned_<network>.parquet` | encodings, constants of scores, rotations |
 | `oof.parquet`, `scores.json` | out-of-fold scores, and their metrics |
 | `folds.parquet` | the fold plan |
 | `oof_splits.parquet` | out-of-fold scores over several fold plans, if fitted with `--splits` |
@@ -21,7 +21,6 @@ from typing import Any
 
 import polars as pl
 
-from infer.ensemble import image_scores
 from infer.ensemble.blend import Scores, blend_by_seed
 from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.image_features import ImageState
@@ -38,7 +37,7 @@ SCORES_FILE = "scores.json"
 SPLITS_FILE = "oof_splits.parquet"
 BEGUN_FILE = "begun.json"
 """Marks a folder in which an ensemble is being written."""
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 MEMBERS_DIR = "members"
 """Folder of the ensembles of a blend."""
@@ -60,7 +59,8 @@ class EnsembleState:
     def write(self, root: Path) -> list[str]:
         """Write the state. Return the names of its files."""
         encodings = {str(fold): encoding.to_json() for fold, encoding in self.encodings.items()}
-        value = {"names": list(self.names), **self.image.to_json(), "encodings": encodings}
+        image = self.image.to_json()
+        value = {"names": list(self.names), "image": image, "encodings": encodings}
         write_json(root / STATE_FILE, value)
         return [STATE_FILE, *self.image.write(root)]
 
@@ -71,7 +71,7 @@ class EnsembleState:
         encodings = {
             int(fold): Encoding.from_json(names, part) for fold, part in value["encodings"].items()
         }
-        return cls(names, encodings, ImageState.read(root, value))
+        return cls(names, encodings, ImageState.read(root, value["image"]))
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class Ensemble:
     def is_relative(self) -> bool:
         """Whether a score depends on the patient's other lesions."""
         names = self.state.names
-        return image_scores.RELATIVE in names or relative_to_patient(names)
+        # Without boosters, the score is the mean over the networks' scores.
+        return bool(names) and (self.state.image.is_relative or relative_to_patient(names))
 
     @property
     def uses_images(self) -> bool:
@@ -152,6 +153,11 @@ def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:
     if not (root / ENSEMBLE_FILE).is_file():
         return
     manifest = read_json(root / ENSEMBLE_FILE)
+    if manifest.get("format") != FORMAT_VERSION:
+        raise UserError(
+            f"{root} holds an ensemble of another version of the toolkit; "
+            "choose another --name, or replace it with --force"
+        )
     # Through JSON and back, so that tuples and integer keys compare as they were written.
     now = dict(_flatten(json.loads(json.dumps(fields))))
     then = dict(_flatten({key: manifest.get(key) for key in fields}))

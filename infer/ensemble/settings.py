@@ -40,10 +40,10 @@ OUTPUT_NAMES = AliasChoices("output_dir", "out")
 class EmbeddingSources:
     """The embedding runs to read; the fields are also flags and keys of the manifest."""
 
-    embeddings: Path | None
-    """Of the fold models."""
-    frozen: Path | None
-    """Of a model that was trained on other images."""
+    embeddings: tuple[Path, ...] = ()
+    """Of networks whose folds' models hold the training rows out."""
+    frozen: tuple[Path, ...] = ()
+    """Of networks that were trained on other images."""
 
 
 class FitSettings(Settings):
@@ -57,14 +57,18 @@ class FitSettings(Settings):
     data: Path = Field(Path("data/isic-2024"), description="dataset folder")
     features: str = Field(
         "engineered",
-        description="comma-separated sets (raw, engineered, extended, image, multimodal, aligned, "
-        "frozen), groups and features",
+        description="comma-separated sets (raw, engineered, extended, image, multimodal, "
+        "image_ranks, aligned, frozen, frozen_score), groups and features",
     )
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, for image, multimodal and aligned"
+    embeddings: Several[Path] = Field(
+        (),
+        description="outputs/embeddings/<config>, for image, multimodal, image_ranks and aligned; "
+        "several networks separated by commas, the first one's folds are the boosters'",
     )
-    frozen: Path | None = Field(
-        None, description="for frozen: embeddings by a model that was trained on other images"
+    frozen: Several[Path] = Field(
+        (),
+        description="for frozen and frozen_score: embeddings by networks that were trained on "
+        "other images, separated by commas",
     )
     output_dir: Path = Field(
         OUTPUT_DIR / "ensemble",
@@ -73,8 +77,7 @@ class FitSettings(Settings):
     )
     name: str = Field(
         "",
-        description="name of the ensemble's folder; by default the features and the embeddings' "
-        "config",
+        description="name of the ensemble's folder; by default the features and the networks",
     )
     libraries: Several[str] = Field(("lightgbm",), description=f"some of {', '.join(LIBRARIES)}")
     weights: Several[float] = Field(
@@ -112,7 +115,8 @@ class FitSettings(Settings):
         0.1,
         ge=0,
         allow_inf_nan=False,
-        description="standard deviation of the noise on the image scores of training rows",
+        description="standard deviation of the noise on the image scores of training rows, "
+        "independent per network",
     )
     blank_share: float = Field(
         BLANK_SHARE,
@@ -236,11 +240,12 @@ class PredictSettings(Settings):
         OUTPUT_DIR / "ensemble",
         description="an ensemble's folder, or one with a single ensemble in it",
     )
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, if the ensemble uses the fold models"
+    embeddings: Several[Path] = Field(
+        (),
+        description="outputs/embeddings/<config> of each network that the ensemble was fitted with",
     )
-    frozen: Path | None = Field(
-        None, description="the frozen model's embeddings, if the ensemble uses them"
+    frozen: Several[Path] = Field(
+        (), description="embeddings of each frozen network that the ensemble was fitted with"
     )
     output: Path = Field(
         Path("submission.csv"),
