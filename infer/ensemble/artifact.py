@@ -23,8 +23,9 @@ from infer.ensemble import image_scores
 from infer.ensemble.blend import Scores
 from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.image_features import ImageState
+from infer.ensemble.own_columns import OwnColumns
 from isic import schema
-from isic.features import Encoding, relative_to_patient
+from isic.features import Encoding
 from isic.layout import FOLDS_FILE, OOF_FILE
 from isic.runtime.errors import UserError
 from isic.runtime.files import holds, read_json, refuse_foreign, sha256, write_json
@@ -85,8 +86,7 @@ class Ensemble:
     @property
     def is_relative(self) -> bool:
         """Whether a score depends on the patient's other lesions."""
-        names = self.state.names
-        return image_scores.RELATIVE in names or relative_to_patient(names)
+        return image_scores.RELATIVE in self.state.names or self.spec.is_relative
 
     def oof(self) -> pl.DataFrame:
         """Return `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
@@ -164,7 +164,8 @@ def open_ensemble(path: Path) -> Ensemble:
     root = _find_ensemble(path)
     manifest = read_json(root / ENSEMBLE_FILE)
     _refuse_damaged(root, manifest)
-    spec = FeatureSpec.parse(manifest["features"])
+    own = OwnColumns.from_json(manifest)
+    spec = FeatureSpec.parse(manifest["features"], own, manifest.get("lists"))
     state = EnsembleState.read(root)
     names = spec.names(state.image)
     if names != state.names:

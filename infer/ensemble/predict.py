@@ -13,10 +13,11 @@ from infer.ensemble.boosters import read_booster
 from infer.ensemble.image_features import embedding_origins, image_feature_tables
 from infer.ensemble.image_scores import image_probability
 from infer.ensemble.lesions import few_lesions_warning
+from infer.ensemble.own_tables import read_test_tables
 from infer.ensemble.settings import EmbeddingSources, PredictSettings
 from isic import schema
 from isic.dataset import Dataset
-from isic.features import needed_columns, unseen_categories
+from isic.features import unseen_categories
 from isic.metadata import read_ids, read_metadata, require
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import (
@@ -41,13 +42,15 @@ def predict_submission(settings: PredictSettings) -> None:
     dataset = Dataset(settings.data)
     path = dataset.metadata_path("test")
     metadata = read_metadata(path)
-    require(metadata, needed_columns(ensemble.spec.tabular), path)
+    require(metadata, ensemble.spec.needed_columns, path)
     _check_lesions(ensemble, metadata, settings.few)
     order = submission_order(dataset, metadata)
     _refuse_foreign(settings.output)
     sources = EmbeddingSources(settings.embeddings, settings.frozen)
     image_tables, origins = _read_images(ensemble, sources, metadata)
-    table = ensemble.spec.frame(metadata, image_tables)
+    own_tables = read_test_tables(settings.tables, ensemble.spec.own.tables)
+    own_columns = [own.columns(metadata) for own in own_tables.values()]
+    table = ensemble.spec.frame(metadata, [*own_columns, *image_tables])
     _warn_unseen(ensemble, table)
     models = score_models(ensemble, table, settings.num_threads or num_cores())
     # Only a blend of several libraries needs the ranks of the training rows.
@@ -59,6 +62,7 @@ def predict_submission(settings: PredictSettings) -> None:
     submission = order.join(scored, on=schema.ID, maintain_order="left")
     all_models = metadata.select(schema.ID).with_columns(**models, blend=score)
     origins["metadata_sha256"] = sha256(path)
+    origins["tables"] = {name: sha256(own.path) for name, own in own_tables.items()}
     _write_submission(settings.output, submission, all_models, ensemble, origins)
     print(
         f"submission: {settings.output} ({len(metadata)} rows, "

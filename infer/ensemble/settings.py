@@ -58,7 +58,16 @@ class FitSettings(Settings):
     features: str = Field(
         "engineered",
         description="comma-separated sets (raw, engineered, extended, image, multimodal, aligned, "
-        "frozen), groups and features",
+        "frozen), groups and features; -word leaves features out, @file names a list",
+    )
+    define: Several[Path] = Field(
+        (),
+        description="YAML files of own columns, `name: SQL expression`; a file's stem is a set",
+    )
+    tables: Several[str] = Field(
+        (),
+        description="CSV or Parquet files of own columns by isic_id, each as oof:FILE (with the "
+        "rows' folds) or label_free:FILE; a file's stem is a set",
     )
     embeddings: Path | None = Field(
         None, description="outputs/embeddings/<config>, for image, multimodal and aligned"
@@ -235,6 +244,9 @@ class PredictSettings(Settings):
     )
     frozen: Path | None = Field(
         None, description="the frozen model's embeddings, if the ensemble uses them"
+    )
+    tables: Several[str] = Field(
+        (), description="the ensemble's tables of own columns, with the rows to score"
     )
     output: Path = Field(
         Path("submission.csv"),

@@ -218,7 +218,12 @@ def _bin_table(bins: Reliability) -> Markup:
 def _features(scored: Scored) -> ReportSection:
     title = "Feature importance"
     ensemble = scored.ensemble
-    shares = importance(ensemble.root, ensemble.manifest["boosters"], ensemble.state.names)
+    shares = importance(
+        ensemble.root,
+        ensemble.manifest["boosters"],
+        ensemble.state.names,
+        ensemble.spec.own_names,
+    )
     if shares.is_empty():
         return title, (tag("p", "There are no trees: the score is that of the image model."),)
     intro = (

@@ -39,7 +39,9 @@ __all__ = [
     "expand",
     "feature_sets",
     "feature_table",
+    "finite",
     "fit_encoding",
+    "in_canonical_order",
     "needed_columns",
     "relative_to_patient",
     "unseen_categories",
@@ -158,7 +160,7 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
     names = tuple(names)
     columns = needed_columns(names)
     require(metadata, columns, "the metadata")
-    rows = _in_canonical_order(metadata, columns).with_columns(
+    rows = in_canonical_order(metadata, columns).with_columns(
         f.expr.alias(f.name) for f in _needed_formulas(names)
     )
     present = [name for name in names if name in rows.columns]
@@ -170,11 +172,12 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
     if outlier.NAME in names:
         table = table.with_columns(_lof(rows))
     del rows
-    table = table.select("_row", schema.ID, *(_finite(name) for name in names))
+    table = table.select("_row", schema.ID, *(_typed(name) for name in names))
     return table.sort("_row").drop("_row")
 
 
-def _in_canonical_order(metadata: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:
+def in_canonical_order(metadata: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:
+    """Return `_row`, `isic_id`, PATIENT_CODE and the columns, sorted by patient and id."""
     # Sorted, so that floating-point sums do not depend on the file's order.
     patient = with_patient(metadata)[schema.PATIENT].alias(PATIENT_CODE)
     keyed = (
@@ -205,9 +208,12 @@ def _lof(table: pl.DataFrame) -> pl.Series:
     return pl.Series(outlier.NAME, factor)
 
 
-def _finite(name: str) -> pl.Expr:
-    if name in CATEGORIES:
-        return pl.col(name).cast(pl.String)
+def _typed(name: str) -> pl.Expr:
+    return pl.col(name).cast(pl.String) if name in CATEGORIES else finite(name)
+
+
+def finite(name: str) -> pl.Expr:
+    """Return a column of numbers as Float32, null if it is NaN or beyond float32."""
     # A value beyond float32 becomes infinite, and then null.
     number = pl.col(name).cast(pl.Float32)
     return pl.when(number.is_finite()).then(number).alias(name)
