@@ -38,12 +38,12 @@ DECLARE = (
     "it was learned from these targets"
 )
 
-IMPLAUSIBLE_AUC = 0.97
-"""Univariate AUC above which a column probably knows the target.
-
-Out of fold, whole ensembles of the challenge reach 0.96; the best single columns reach 0.80, and the
-scores of networks 0.94. Scores of boosters on their own training rows are above 0.99.
-"""
+# Highest AUC of a single feature of this toolkit: 0.79 on 885 real rows, 0.89 on 20,000 synthetic
+# rows. Whole ensembles of raw features reach 0.93 out of fold on the former. Columns that know the
+# target: `lesion_id` is 0.96 and 0.97, by its blanks alone; scores of boosters on their own training
+# rows are above 0.99.
+IMPLAUSIBLE_AUC = 0.95
+"""AUC of a single column above which it probably knows the target."""
 MIN_CLASS = 10
 """Rows of each class without which an AUC says little."""
 MAX_VALUES = 20
@@ -118,9 +118,7 @@ def read_train_tables(entries: Sequence[str]) -> dict[str, OwnTable]:
     return found
 
 
-def read_test_tables(
-    entries: Sequence[str], specs: Mapping[str, TableSpec]
-) -> dict[str, OwnTable]:
+def read_test_tables(entries: Sequence[str], specs: Mapping[str, TableSpec]) -> dict[str, OwnTable]:
     """Read the tables of rows to score, by their stems, which are those of the fit.
 
     Raises:

@@ -172,9 +172,7 @@ def _metadata_inputs(definitions: Sequence[Definition]) -> tuple[str, ...]:
 def relative_to_others(definitions: Sequence[Definition], names: Collection[str]) -> bool:
     """Return whether a named feature depends on the patient's other lesions."""
     used = needed_definitions(definitions, names)
-    forms = {
-        f"{definition.name}_{form}" for definition in used for form in definition.relative
-    }
+    forms = {f"{definition.name}_{form}" for definition in used for form in definition.relative}
     read = {name for definition in used for name in definition.inputs}
     features = (FEATURES[name] for name in _feature_inputs(used))
     return not forms.isdisjoint({*names, *read}) or any(f.relative for f in features)
@@ -198,9 +196,7 @@ def compute_definitions(
     for definition in used:
         rows = _with_features(rows, definition)
     text = [name for name in names if rows.schema[name] == pl.String]
-    table = rows.select(
-        "_row", *(pl.col(name) if name in text else finite(name) for name in names)
-    )
+    table = rows.select("_row", *(pl.col(name) if name in text else finite(name) for name in names))
     return table.sort("_row").drop("_row")
 
 
@@ -313,7 +309,7 @@ def _check_rows(definition: Definition, rows: pl.DataFrame, values: pl.Series) -
 
 
 def _equal(first: pl.Series, second: pl.Series) -> bool:
-    if first.dtype == pl.String or second.dtype == pl.String:
+    if pl.String in (first.dtype, second.dtype):
         return first.equals(second, null_equal=True)
     if not first.is_null().equals(second.is_null()):
         return False
