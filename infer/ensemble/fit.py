@@ -18,6 +18,7 @@ from infer.ensemble.artifact import (
     write_ensemble_manifest,
 )
 from infer.ensemble.blend import blend
+from infer.ensemble.booster_checks import check_library
 from infer.ensemble.boosters import LIBRARIES, booster_file_name
 from infer.ensemble.feature_spec import IMAGE_WORDS, FeatureSpec
 from infer.ensemble.image_columns import EMBEDDING_MODES
@@ -65,6 +66,8 @@ def fit_ensemble(settings: FitSettings) -> Path:
         spec.uses_score, spec.embedding_modes, settings.sources, metadata, folds
     )
     names = spec.names(image)
+    for library in settings.libraries if names else ():
+        check_library(library, settings.parameters(library), names)
     weights = settings.library_weights if names else {"image": 1.0}
     root = settings.output_dir / (settings.name or _default_name(settings, spec))
     refuse_dataset(root, "--output_dir or --name")

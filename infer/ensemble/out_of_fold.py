@@ -69,7 +69,9 @@ def fit_boosters(
         return _fit_and_score(key, table, target, fold, result.encodings[k], settings)
 
     # Threads rather than processes: the libraries release the GIL, and the table is shared.
-    pool = ThreadPoolExecutor(settings.num_threads or num_cores())
+    # A GPU fits one booster at a time.
+    num_threads = settings.num_threads or num_cores()
+    pool = ThreadPoolExecutor(num_threads if settings.device == "cpu" else 1)
     try:
         fitted = tqdm(pool.map(fit_one, keys), "boosters", len(keys), leave=False, disable=None)
         # A bar shows the time itself.

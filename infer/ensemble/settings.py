@@ -10,7 +10,7 @@ import yaml
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from infer.ensemble.boosters import LIBRARIES, parameters_of
+from infer.ensemble.boosters import DEVICE, LIBRARIES, parameters_of
 from isic.layout import OUTPUT_DIR
 from isic.runtime import yaml12
 from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason
@@ -123,6 +123,9 @@ class FitSettings(Settings):
         lt=1,
         description="share of the training rows in which a category is blanked, per column",
     )
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="processor of the boosters; cuda needs libraries that were built for it"
+    )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all cores")
     force: bool = Field(
         False, description="replace an ensemble of that name that has other settings"
@@ -135,7 +138,10 @@ class FitSettings(Settings):
     def flags(cls) -> dict[str, FieldInfo]:
         """Return the flags, with one per library instead of `library_settings`."""
         others = {name: field for name, field in cls.model_fields.items() if name != CHANGES}
-        help_text = 'changed settings of {}, such as "{{num_rounds: 100}}"'
+        help_text = (
+            'changed settings of {}, such as "{{num_rounds: 100}}"; extra: {{...}} holds any other '
+            "parameter of the library"
+        )
         libraries = {
             name: FieldInfo(default={}, description=help_text.format(name)) for name in LIBRARIES
         }
@@ -197,7 +203,8 @@ class FitSettings(Settings):
         changes = dict(self.library_settings.get(library, {}))
         if self.num_rounds:
             changes["num_rounds"] = self.num_rounds
-        return parameters_of(library, changes)
+        on_gpu = {DEVICE: self.device} if self.device != "cpu" else {}
+        return parameters_of(library, changes) | on_gpu
 
     @property
     def seed_of_split(self) -> int:
