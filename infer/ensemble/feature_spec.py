@@ -80,6 +80,11 @@ class FeatureSpec:
         return self.uses_score or bool(self.embedding_modes)
 
     @property
+    def image_words(self) -> tuple[str, ...]:
+        """Words that request the same image features."""
+        return (*([SCORE] if self.uses_score else []), *self.embedding_modes)
+
+    @property
     def table_names(self) -> tuple[str, ...]:
         """The features that do not come from images."""
         return (*self.tabular, *self.own_names)

@@ -1,6 +1,7 @@
 """Fit a booster per library, fold and seed, and score each fold's held-out rows with it."""
 
 import itertools
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -41,7 +42,7 @@ class FitResult:
 
 def fit_boosters(
     table: pl.DataFrame,
-    names: tuple[str, ...],
+    names: tuple[str, ...] | Mapping[int, tuple[str, ...]],
     target: NDArray[np.integer],
     fold: NDArray[np.integer],
     settings: FitSettings,
@@ -49,6 +50,7 @@ def fit_boosters(
     """Fit all boosters of an ensemble and score every row out of fold.
 
     Args:
+        names: columns of the boosters' matrix, the same for all folds or by fold.
         target, fold: [N].
 
     Raises:
@@ -60,9 +62,10 @@ def fit_boosters(
     result = FitResult()
     for library, _, seed in keys:
         result.scores[model_name(library, seed)] = np.zeros(len(table))
+    by_fold = names if isinstance(names, Mapping) else dict.fromkeys(fold_ids, names)
     for k in fold_ids:
         _need_both_classes(target[fold != k], k)
-        result.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), names)
+        result.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), by_fold[k])
 
     def fit_one(key: BoosterKey) -> tuple[str, Scores]:
         _, k, _ = key
@@ -96,6 +99,28 @@ def _fit_and_score(
     settings: FitSettings,
 ) -> tuple[str, Scores]:
     """Fit one booster outside a fold. Return its text, and the scores of the fold's rows."""
+    library, k, _ = key
+    text = fit_outside(key, table, target, fold, encoding, settings)
+    # Scored by the text, as in prediction, not by the booster in memory.
+    predict = LIBRARIES[library].load(text)
+    held_out = encoding.transform(table.filter(pl.Series(fold == k)))
+    return text, predict(held_out, 1)
+
+
+def fit_outside(
+    key: BoosterKey,
+    table: pl.DataFrame,
+    target: NDArray[np.integer],
+    fold: NDArray[np.integer],
+    encoding: Encoding,
+    settings: FitSettings,
+) -> str:
+    """Fit one booster on the rows outside a fold. Return its text.
+
+    Args:
+        target, fold: [N]; the table may lack the rows of the fold.
+        encoding: of the fold.
+    """
     library, k, seed = key
     rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
     matrix = encoding.transform(table[rows])
@@ -103,11 +128,7 @@ def _fit_and_score(
     blanks = np.random.default_rng((seed, k, BLANK_STREAM))
     encoding.blank_categories(matrix, settings.blank_share, blanks)
     parameters = settings.parameters(library)
-    text = fit_booster(library, matrix, target[rows], encoding.names, parameters, seed)
-    # Scored by the text, as in prediction, not by the booster in memory.
-    predict = LIBRARIES[library].load(text)
-    held_out = encoding.transform(table.filter(pl.Series(fold == k)))
-    return text, predict(held_out, 1)
+    return fit_booster(library, matrix, target[rows], encoding.names, parameters, seed)
 
 
 def undersample(

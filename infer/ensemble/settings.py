@@ -1,4 +1,4 @@
-"""Settings of `python -m infer fit`, `predict`, `scores` and `compare`."""
+"""Settings of `python -m infer fit`, `select`, `predict`, `scores` and `compare`."""
 
 import math
 from collections.abc import Mapping
@@ -167,12 +167,16 @@ class FitSettings(Settings):
     @classmethod
     def _over_config(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         path = find_config(values["config"])
-        from_file = read_yaml(path)
+        from_file = cls._from_file(path)
         build(cls, from_file, str(path))  # on its own, so that an error names the file
         if any(name in values for name in OUTPUT_NAMES.choices):
             # The flag may have the other name of the two.
             from_file = {k: v for k, v in from_file.items() if k not in OUTPUT_NAMES.choices}
         return {**from_file, **values}
+
+    @classmethod
+    def _from_file(cls, path: Path) -> dict[str, Any]:
+        return read_yaml(path)
 
     @field_validator("libraries")
     @classmethod
@@ -218,6 +222,60 @@ class FitSettings(Settings):
     @property
     def sources(self) -> EmbeddingSources:
         return EmbeddingSources(self.embeddings, self.frozen)
+
+
+class SelectSettings(FitSettings):
+    """Choose features by boosters that are fitted outside each fold, and write them as a list.
+
+    `infer fit --features @name` reads the list. The other settings are those of `infer fit`.
+    """
+
+    by: Literal["null_importance", "gain"] = Field(
+        "null_importance",
+        description="null_importance keeps the features with more gain than on shuffled targets; "
+        "gain keeps those with the most gain",
+    )
+    repeats: int = Field(
+        30,
+        ge=1,
+        description="boosters per fold and library: on shuffled targets, or for the gain",
+    )
+    num_features: int | None = Field(
+        None, ge=1, description="features to choose; by default as many as the rule keeps"
+    )
+    output_dir: Path = Field(
+        OUTPUT_DIR / "features", validation_alias=OUTPUT_NAMES, description="folder of the list"
+    )
+    name: str = Field(
+        "", description="name of the list; by default the features and the rule (--by)"
+    )
+    output: Path | None = Field(
+        None, description="file of the list, in place of --output_dir and --name"
+    )
+
+    @classmethod
+    def flags(cls) -> dict[str, FieldInfo]:
+        """Return the flags, without those that concern ensembles only."""
+        return {name: field for name, field in super().flags().items() if name not in ONLY_FIT}
+
+    @classmethod
+    def _from_file(cls, path: Path) -> dict[str, Any]:
+        # The file is one of `infer fit`; the ensemble's name and folder are not those of the list.
+        return {key: value for key, value in read_yaml(path).items() if key not in NOT_FOR_LISTS}
+
+    @model_validator(mode="after")
+    def _writes_one_list(self) -> "SelectSettings":
+        if self.force:
+            raise ValueError("--force is not a key of `infer select`, which writes its list again")
+        if self.output and (self.name or "output_dir" in self.model_fields_set):
+            raise ValueError("--output names the file; leave --output_dir and --name out")
+        return self
+
+
+ONLY_FIT = ("force",)
+"""Flags of `infer fit` that `infer select` does not take."""
+NOT_FOR_LISTS = {*ONLY_FIT, "name", *OUTPUT_NAMES.choices}
+"""Keys of a config of `infer fit` that `infer select` passes over."""
 
 
 def _parse_changes(library: str, value: Any) -> dict[str, Any]:
