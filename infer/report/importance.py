@@ -9,9 +9,9 @@ import polars as pl
 
 from infer.ensemble.boosters import LIBRARIES
 from isic.features import FEATURES
-from isic.features.formulas import OWN
 
 IMAGE = "image"
+OWN = "own"
 GROUPS = {
     "numeric": "raw numbers",
     "category": "categories",

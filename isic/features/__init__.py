@@ -4,7 +4,7 @@ Relative features compare a lesion with the same patient's lesions in the same t
 depends on a label, on another patient or on the row order; `encoding` learns from training rows.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import polars as pl
@@ -14,9 +14,6 @@ from isic.features import outlier
 from isic.features.encoding import Encoding, fit_encoding, unseen_categories
 from isic.features.formulas import (
     CATEGORIES,
-    OURS,
-    OWN,
-    OWN_FORMULAS,
     ROW_FEATURES,
     Feature,
 )
@@ -37,8 +34,6 @@ __all__ = [
     "Feature",
     "compute",
     "expand",
-    "feature_sets",
-    "feature_table",
     "finite",
     "fit_encoding",
     "in_canonical_order",
@@ -50,34 +45,13 @@ __all__ = [
 _LOF = Feature(outlier.NAME, pl.col(outlier.NAME), "patient_lof", outlier.SOURCE)
 
 
-def feature_table(own_formulas: Mapping[str, pl.Expr]) -> dict[str, Feature]:
-    """Return every feature by name, in the column order of a feature table, own formulas last.
-
-    Raises:
-        ValueError: an own formula has an unusable name or reads more than raw features.
-    """
-    built_in = (*ROW_FEATURES, *RELATIVE_FEATURES, _LOF, *EXTENDED_FEATURES)
-    features = {f.name: f for f in built_in}
-    taken = {*features, *feature_sets(features), *schema.DTYPES}
-    readable = {*schema.NUMERIC, *schema.CATEGORICAL}
-    for name, expr in own_formulas.items():
-        if name in taken or not name.isidentifier():
-            raise ValueError(
-                f'OWN_FORMULAS: the name "{name}" is taken or not an identifier; rename it'
-            )
-        unreadable = sorted(set(expr.meta.root_names()) - readable)
-        if unreadable:
-            raise ValueError(
-                f"OWN_FORMULAS: {name} reads {', '.join(unreadable)}; "
-                "use the columns in schema.NUMERIC and schema.CATEGORICAL only"
-            )
-        features[name] = Feature(name, expr, OWN, OURS)
-    return features
+FEATURES = {f.name: f for f in (*ROW_FEATURES, *RELATIVE_FEATURES, _LOF, *EXTENDED_FEATURES)}
+"""Every tabular feature by name, in the column order of a feature table."""
 
 
-def feature_sets(features: Mapping[str, Feature]) -> dict[str, tuple[str, ...]]:
-    """Return feature names by set and by group; own formulas are in none of them."""
-    shared = [f for f in features.values() if f.group != OWN]
+def _sets() -> dict[str, tuple[str, ...]]:
+    """Return feature names by set and by group."""
+    shared = FEATURES.values()
     extended = {f.name for f in EXTENDED_FEATURES}
     sets = {
         "raw": tuple(f.name for f in shared if f.source == "raw"),
@@ -89,10 +63,7 @@ def feature_sets(features: Mapping[str, Feature]) -> dict[str, tuple[str, ...]]:
     return sets
 
 
-FEATURES = feature_table(OWN_FORMULAS)
-"""Every tabular feature by name, in the column order of a feature table."""
-
-SETS = feature_sets(FEATURES)
+SETS = _sets()
 """Feature names by the word that requests them: three sets, and each group."""
 
 

@@ -1,6 +1,7 @@
 """Own features as SQL: their values, and the definitions that are refused."""
 
 import math
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -15,6 +16,7 @@ from isic.features.definitions import (
     relative_to_others,
 )
 from isic.features.relative import FORMS
+from isic.runtime.config import CONFIG_DIR, read_yaml
 from isic.runtime.errors import UserError
 
 VALUES = {
@@ -171,3 +173,13 @@ def test_bad_definitions_are_refused(
 def test_a_definition_is_written_as_it_was_read() -> None:
     definitions = parse_definitions(VALUES, "mine.yaml")
     assert {each.name: each.to_json() for each in definitions} == VALUES
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONFIG_DIR / "features").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_file_of_definitions_is_valid(path: Path, table: pl.DataFrame) -> None:
+    own = computed(table, read_yaml(path))
+    assert own.width > 20
+    blank = [column.name for column in own if column.null_count() > len(own) / 2]
+    assert not blank
