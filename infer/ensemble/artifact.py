@@ -24,8 +24,10 @@ import polars as pl
 from infer.ensemble.blend import Scores, blend_by_seed
 from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.image_features import ImageState
+from infer.ensemble.own_columns import OwnColumns
+from infer.ensemble.own_tables import TableSpec
 from isic import schema
-from isic.features import Encoding, relative_to_patient
+from isic.features import Encoding
 from isic.layout import FOLDS_FILE, OOF_FILE
 from isic.runtime.errors import UserError
 from isic.runtime.files import holds, read_json, refuse_foreign, sha256, write_json
@@ -91,13 +93,17 @@ class Ensemble:
     @property
     def is_relative(self) -> bool:
         """Whether a score depends on the patient's other lesions."""
-        names = self.state.names
         # Without boosters, the score is the mean over the networks' scores.
-        return bool(names) and (self.state.image.is_relative or relative_to_patient(names))
+        return bool(self.state.names) and (self.state.image.is_relative or self.spec.is_relative)
 
     @property
     def uses_images(self) -> bool:
         return self.spec.images
+
+    @property
+    def own_tables(self) -> Mapping[str, TableSpec]:
+        """The tables of own columns that a table to score needs, by name."""
+        return self.spec.own.tables
 
     def oof(self) -> pl.DataFrame:
         """Return `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
@@ -189,7 +195,8 @@ def open_ensemble(path: Path) -> Ensemble:
     refuse_damaged(root, manifest)
     if "members" in manifest:
         raise UserError(f"{root} is a blend; give the ensembles in {root / MEMBERS_DIR} instead")
-    spec = FeatureSpec.parse(manifest["features"])
+    own = OwnColumns.from_json(manifest)
+    spec = FeatureSpec.parse(manifest["features"], own, manifest.get("lists"))
     state = EnsembleState.read(root)
     names = spec.names(state.image)
     if names != state.names:

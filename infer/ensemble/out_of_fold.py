@@ -1,7 +1,7 @@
 """Fit a booster per library, fold and seed, and score each fold's held-out rows with it."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -41,7 +41,7 @@ class FitResult:
 
 def fit_boosters(
     table: pl.DataFrame,
-    names: tuple[str, ...],
+    names: tuple[str, ...] | Mapping[int, tuple[str, ...]],
     target: NDArray[np.integer],
     fold: NDArray[np.integer],
     settings: FitSettings,
@@ -50,6 +50,7 @@ def fit_boosters(
     """Fit all boosters of an ensemble and score every row out of fold.
 
     Args:
+        names: columns of the boosters' matrix, the same for all folds or by fold.
         target, fold: [N].
         noisy: makes the columns of the table, [N] each, that are replaced in the rows that a
             booster is fitted on.
@@ -63,16 +64,19 @@ def fit_boosters(
     result = FitResult()
     for library, _, seed in keys:
         result.scores[model_name(library, seed)] = np.zeros(len(table))
+    by_fold = names if isinstance(names, Mapping) else dict.fromkeys(fold_ids, names)
     for k in fold_ids:
         _need_both_classes(target[fold != k], k)
-        result.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), names)
+        result.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), by_fold[k])
 
     def fit_one(key: BoosterKey) -> tuple[str, Scores]:
         _, k, _ = key
         return _fit_and_score(key, table, target, fold, result.encodings[k], settings, noisy)
 
     # Threads rather than processes: the libraries release the GIL, and the table is shared.
-    pool = ThreadPoolExecutor(settings.num_threads or num_cores())
+    # A GPU fits one booster at a time.
+    num_threads = settings.num_threads or num_cores()
+    pool = ThreadPoolExecutor(num_threads if settings.device == "cpu" else 1)
     try:
         fitted = tqdm(pool.map(fit_one, keys), "boosters", len(keys), leave=False, disable=None)
         # A bar shows the time itself.
@@ -98,6 +102,30 @@ def _fit_and_score(
     noisy: NoisyColumns | None,
 ) -> tuple[str, Scores]:
     """Fit one booster outside a fold. Return its text, and the scores of the fold's rows."""
+    library, k, _ = key
+    text = fit_outside(key, table, target, fold, encoding, settings, noisy)
+    # Scored by the text, as in prediction, not by the booster in memory.
+    predict = LIBRARIES[library].load(text)
+    held_out = encoding.transform(table.filter(pl.Series(fold == k)))
+    return text, predict(held_out, 1)
+
+
+def fit_outside(
+    key: BoosterKey,
+    table: pl.DataFrame,
+    target: NDArray[np.integer],
+    fold: NDArray[np.integer],
+    encoding: Encoding,
+    settings: FitSettings,
+    noisy: NoisyColumns | None = None,
+) -> str:
+    """Fit one booster on the rows outside a fold. Return its text.
+
+    Args:
+        target, fold: [N]; the table may lack the rows of the fold.
+        encoding: of the fold.
+        noisy: see `fit_boosters`.
+    """
     library, k, seed = key
     rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
     training = table[rows]
@@ -107,11 +135,7 @@ def _fit_and_score(
     blanks = np.random.default_rng((seed, k, BLANK_STREAM))
     encoding.blank_categories(matrix, settings.blank_share, blanks)
     parameters = settings.parameters(library)
-    text = fit_booster(library, matrix, target[rows], encoding.names, parameters, seed)
-    # Scored by the text, as in prediction, not by the booster in memory.
-    predict = LIBRARIES[library].load(text)
-    held_out = encoding.transform(table.filter(pl.Series(fold == k)))
-    return text, predict(held_out, 1)
+    return fit_booster(library, matrix, target[rows], encoding.names, parameters, seed)
 
 
 def undersample(
