@@ -11,7 +11,7 @@ from isic import schema
 from isic.dataset import Dataset
 from isic.folds import Folds, folds_for
 from isic.images import NO_IMAGE, failures, open_hdf5
-from isic.layout import ERRORS_FILE, FOLDS_FILE
+from isic.layout import ALL, ERRORS_FILE, FOLDS_FILE, Fold
 from isic.preprocess import check_mask, decode
 from isic.runtime.errors import UserError, warn, warn_once
 from isic.runtime.machine import num_cores
@@ -64,6 +64,14 @@ class TrainData:
     @property
     def target(self) -> NDArray[np.float32]:
         return self.table[schema.TARGET].to_numpy().astype(np.float32)
+
+    def is_held_out(self, fold: Fold) -> NDArray[np.bool_]:
+        """Return [N] whether a fold holds each row out."""
+        return np.zeros(len(self.fold), bool) if fold == ALL else self.fold == fold
+
+    def held_out(self, fold: Fold) -> pl.DataFrame:
+        """Return the rows of `table` that a fold holds out."""
+        return self.table.filter(pl.Series(self.is_held_out(fold)))
 
 
 def load_data(settings: TrainSettings) -> TrainData:
