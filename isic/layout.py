@@ -45,6 +45,12 @@ BACKBONE_DIR = "backbone"
 ONNX_FILE = "model.onnx"
 
 
+def find_embeddings(parent: Path, config: str, fold: Fold | None = None) -> Path:
+    """Return the folder of a config's embeddings: by its numbered folds (None), or by ALL."""
+    # A folder of its own: each reader of embeddings takes all models that a folder names.
+    return parent / (f"{config}_{ALL}" if fold == ALL else config)
+
+
 def _parse_fold(value: Any) -> Any:
     # One sentence, because pydantic would report each part of the union.
     if value == ALL or re.fullmatch("[0-9]+", str(value)):
