@@ -31,6 +31,8 @@ ALL_NUMBER = -1
 
 OUTPUT_DIR = Path("outputs")
 """Default parent of the runs."""
+EMBEDDINGS_DIR = OUTPUT_DIR / "embeddings"
+"""Default parent of embeddings."""
 
 FOLDS_FILE = "folds.parquet"
 ERRORS_FILE = "errors.parquet"

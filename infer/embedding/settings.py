@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import AliasChoices, Field, model_validator
 
 from infer.formats import AUTO, ENGINE_FORMATS, Precision, exported_formats
-from isic.layout import ALL, OUTPUT_DIR, find_embeddings
+from isic.layout import ALL, EMBEDDINGS_DIR, find_embeddings
 from isic.runtime.config import Settings
 from isic.views import Tta
 
@@ -34,7 +34,7 @@ class EmbedSettings(Settings):
         None, description="training run with exported folds; outputs/<config> by default"
     )
     output_dir: Path = Field(
-        OUTPUT_DIR / "embeddings",
+        EMBEDDINGS_DIR,
         validation_alias=AliasChoices("output_dir", "out"),
         description="parent of the embeddings' folder, which is named <config>",
     )

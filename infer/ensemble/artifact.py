@@ -4,6 +4,7 @@
 | --- | --- |
 | `ensemble.json` | the manifest: sha256 of each file, features, boosters, weights, provenance |
 | `<library>_fold_<k>_seed_<s>.*` | a booster as text |
+| `<library>_fold_all_seed_<s>.*` | a booster on all rows, with `--refit true` |
 | `state.json`, `maps_aligned.parquet` | encodings, constants of the image score, rotations |
 | `oof.parquet`, `scores.json` | out-of-fold scores, and their metrics |
 | `folds.parquet` | the fold plan |
@@ -54,11 +55,15 @@ class EnsembleState:
     encodings: Mapping[int, Encoding]
     """By fold."""
     image: ImageState
+    refit: Encoding | None = None
+    """Of the boosters on all rows."""
 
     def write(self, root: Path) -> list[str]:
         """Write the state. Return the names of its files."""
         encodings = {str(fold): encoding.to_json() for fold, encoding in self.encodings.items()}
         value = {"names": list(self.names), **self.image.to_json(), "encodings": encodings}
+        if self.refit:
+            value["refit"] = self.refit.to_json()
         write_json(root / STATE_FILE, value)
         return [STATE_FILE, *self.image.write(root)]
 
@@ -69,7 +74,9 @@ class EnsembleState:
         encodings = {
             int(fold): Encoding.from_json(names, part) for fold, part in value["encodings"].items()
         }
-        return cls(names, encodings, ImageState.read(root, value))
+        # Only with --refit.
+        refit = Encoding.from_json(names, value["refit"]) if "refit" in value else None
+        return cls(names, encodings, ImageState.read(root, value), refit)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from infer.ensemble.artifact import (
 from infer.ensemble.blend import blend
 from infer.ensemble.boosters import LIBRARIES, booster_file_name
 from infer.ensemble.feature_spec import FeatureSpec
+from infer.ensemble.image_columns import ALIGNED
 from infer.ensemble.image_features import (
     ImageState,
     embedding_origins,
@@ -29,6 +30,7 @@ from infer.ensemble.image_features import (
 from infer.ensemble.image_scores import image_probability
 from infer.ensemble.lesions import describe_lesion_counts
 from infer.ensemble.out_of_fold import FitResult, fit_boosters
+from infer.ensemble.refit import describe_agreement, refit_boosters
 from infer.ensemble.scores import format_scores, summarise
 from infer.ensemble.settings import NUM_FOLDS, FitSettings
 from isic import schema
@@ -48,6 +50,11 @@ MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
 def fit_ensemble(settings: FitSettings) -> Path:
     """Fit an ensemble, write it and print its out-of-fold scores. Return its folder."""
     spec = FeatureSpec.parse(settings.features)
+    if settings.refit and ALIGNED in spec.embedding_modes:
+        raise UserError(
+            f"--refit is not for {ALIGNED} columns, which only the networks of the folds have; "
+            f"leave out {ALIGNED} or --refit"
+        )
     metadata = read_train(settings.data, spec)
     folds = choose_folds(settings, metadata)
     fold = folds.of(metadata)
@@ -80,17 +87,25 @@ def fit_ensemble(settings: FitSettings) -> Path:
         result = fit_boosters(table, names, target, fold.to_numpy(), settings)
     else:
         result = FitResult(scores={"image": image_probability(table)})
+    refit = None
+    if settings.refit:
+        refit = refit_boosters(table, names, metadata, fold.to_numpy(), settings)
     blended = blend(result.scores, weights, result.scores)
     oof = metadata.select(schema.ID, fold, schema.TARGET)
     oof = oof.with_columns(**result.scores, blend=blended)
     summaries = _summarise_all(oof, with_patient(metadata)[schema.PATIENT].to_numpy())
     # Only now, so that a fit that fails leaves the earlier ensemble as it was.
     clear_ensemble(root)
-    state = EnsembleState(names, result.encodings, image)
+    state = EnsembleState(names, result.encodings, image, refit.encoding if refit else None)
     files = _write_files(root, result, state, folds, oof, summaries)
     results = _manifest_results(result, metadata, summaries)
+    if refit:
+        files += refit.write(root)
+        results["refit"] = refit.manifest_field()
     write_ensemble_manifest(root, files, {**inputs, **results})
     print(format_scores(summaries))
+    if refit and refit.agreement:
+        print(describe_agreement(refit.agreement))
     print(f"ensemble: {root}")
     return root
 
@@ -188,6 +203,8 @@ def _manifest_inputs(
     """Return the manifest fields that determine an ensemble, known before it is fitted."""
     model_settings = settings.model_dump(mode="json", include=MODEL_SETTINGS)
     model_settings["num_folds"] = folds.num_folds
+    if settings.refit:
+        model_settings["refit"] = True
     # Otherwise the plan comes from a file, whatever the seed is.
     if not _find_folds(settings):
         model_settings["split_seed"] = settings.seed_of_split

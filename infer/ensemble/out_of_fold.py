@@ -1,6 +1,7 @@
 """Fit a booster per library, fold and seed, and score each fold's held-out rows with it."""
 
 import itertools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -45,17 +46,19 @@ def fit_boosters(
     target: NDArray[np.integer],
     fold: NDArray[np.integer],
     settings: FitSettings,
+    fold_ids: Sequence[int] | None = None,
 ) -> FitResult:
     """Fit all boosters of an ensemble and score every row out of fold.
 
     Args:
         target, fold: [N].
+        fold_ids: the folds that boosters are fitted without; those of `fold` if None.
 
     Raises:
         UserError: the rows outside a fold are of one class.
     """
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    fold_ids = np.unique(fold).tolist()
+    fold_ids = np.unique(fold).tolist() if fold_ids is None else fold_ids
     keys = list(itertools.product(settings.libraries, fold_ids, seeds))
     result = FitResult()
     for library, _, seed in keys:
@@ -104,8 +107,10 @@ def _fit_and_score(
     text = fit_booster(library, matrix, target[rows], encoding.names, parameters, seed)
     # Scored by the text, as in prediction, not by the booster in memory.
     predict = LIBRARIES[library].load(text)
-    held_out = encoding.transform(table.filter(pl.Series(fold == k)))
-    return text, predict(held_out, 1)
+    held_out = table.filter(pl.Series(fold == k))
+    if held_out.is_empty():
+        return text, np.zeros(0)
+    return text, predict(encoding.transform(held_out), 1)
 
 
 def undersample(

@@ -16,6 +16,7 @@ from infer.ensemble.boosters import read_booster
 from infer.ensemble.image_features import embedding_origins, image_feature_tables
 from infer.ensemble.image_scores import image_probability
 from infer.ensemble.lesions import few_lesions_warning, has_few_lesions
+from infer.ensemble.refit import ESTIMATES, choose_rows
 from infer.ensemble.settings import EmbeddingSources, PredictSettings
 from isic import schema
 from isic.dataset import Dataset
@@ -52,7 +53,8 @@ class TestScores:
 
 def predict_submission(settings: PredictSettings) -> None:
     """Run `infer predict`, which its settings describe."""
-    scorer = open_scorer(settings.ensemble)
+    sources = EmbeddingSources(settings.embeddings, settings.frozen)
+    scorer = choose_rows(open_scorer(settings.ensemble), settings.rows, sources)
     dataset = Dataset(settings.data)
     path = dataset.metadata_path("test")
     metadata = read_metadata(path)
@@ -60,7 +62,6 @@ def predict_submission(settings: PredictSettings) -> None:
     order = submission_order(dataset, metadata)
     few = _few_lesions(scorer, metadata, settings.few)
     _refuse_foreign(settings.output)
-    sources = EmbeddingSources(settings.embeddings, settings.frozen)
     num_threads = settings.num_threads or num_cores()
     found = score_table(scorer, metadata, sources, num_threads, few)
     # Rounding may lead a mean of probabilities beyond 0 or 1 by a last bit.
@@ -70,6 +71,7 @@ def predict_submission(settings: PredictSettings) -> None:
     submission = order.join(scored, on=schema.ID, maintain_order="left")
     all_models = metadata.select(schema.ID).with_columns(**found.models, blend=score)
     origins = {**found.origins, "metadata_sha256": sha256(path)}
+    origins |= {"rows": settings.rows, "out_of_fold_scores": ESTIMATES[settings.rows]}
     _write_submission(settings.output, submission, all_models, scorer, origins)
     print(
         f"submission: {settings.output} ({len(metadata)} rows, "

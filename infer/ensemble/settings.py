@@ -114,6 +114,11 @@ class FitSettings(Settings):
         lt=1,
         description="share of the training rows in which a category is blanked, per column",
     )
+    refit: bool = Field(
+        False,
+        description="in addition, a booster per library and seed on every row, for predict --rows "
+        "all; how far both agree is measured within the rows outside the first fold",
+    )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all cores")
     force: bool = Field(
         False, description="replace an ensemble of that name that has other settings"
@@ -246,6 +251,11 @@ class PredictSettings(Settings):
         description="when patients have fewer lesions than nearly all in training and features are "
         "relative to the patient; raw: score these patients by the members of a blend that have no "
         "such features",
+    )
+    rows: Literal["folds", "all"] = Field(
+        "folds",
+        description="models that score: the mean over the folds', or those that were fitted on all "
+        "rows, by fit --refit true and, for image scores, train --fold all",
     )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
 
