@@ -39,6 +39,8 @@ class Treatment:
     """Features that are dropped."""
     blank_share: float = 0.0
     """Share of training rows in which each category is blanked."""
+    blank: tuple[str, ...] = ()
+    """The categories that are blanked; all if empty."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ def hospitals(settings: HospitalSettings) -> None:
         Treatment("as they are"),
         Treatment("without the hospital", without=OF_HOSPITAL),
         *(Treatment(f"blanked in {share:g}", blank_share=share) for share in settings.blank_shares),
+        *(
+            Treatment(f"hospital blanked in {share:g}", blank_share=share, blank=OF_HOSPITAL)
+            for share in settings.hospital_shares
+        ),
     ]
     for features in settings.features:
         first: list[Floats] = []
@@ -134,6 +140,7 @@ def _scores(
         "seed": settings.seed,
         "num_threads": settings.num_threads,
         "blank_share": treatment.blank_share,
+        "blank": treatment.blank,
     }
     fit_settings = build(FitSettings, flags)
     table = spec.frame(training.metadata, ())

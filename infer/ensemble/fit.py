@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from infer.ensemble.artifact import (
     SCORES_FILE,
+    Ensemble,
     EnsembleState,
     clear_ensemble,
     refuse_foreign_folder,
@@ -20,6 +21,7 @@ from infer.ensemble.artifact import (
 from infer.ensemble.blend import blend
 from infer.ensemble.boosters import LIBRARIES, booster_file_name
 from infer.ensemble.feature_spec import FeatureSpec
+from infer.ensemble.few_lesions import format_by_lesions, pauc_by_lesions
 from infer.ensemble.image_features import (
     ImageState,
     embedding_origins,
@@ -31,6 +33,7 @@ from infer.ensemble.lesions import describe_lesion_counts
 from infer.ensemble.out_of_fold import FitResult, fit_boosters
 from infer.ensemble.scores import format_scores, summarise
 from infer.ensemble.settings import NUM_FOLDS, FitSettings
+from infer.ensemble.thinning import ThinnedTables
 from isic import schema
 from isic.dataset import Dataset, refuse_dataset
 from isic.features import needed_columns
@@ -43,6 +46,8 @@ from isic.tables import write_parquet
 
 MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
 """The settings that shape the model, without the fold plan and those of the libraries."""
+ADDED_SETTINGS = {"blank", "thin_patients"}
+"""More of them, which manifests lack if they have their defaults, as those of earlier fits do."""
 
 
 def fit_ensemble(settings: FitSettings) -> Path:
@@ -55,6 +60,12 @@ def fit_ensemble(settings: FitSettings) -> Path:
         spec.uses_score, spec.embedding_modes, settings.sources, metadata, folds
     )
     names = spec.names(image)
+    is_relative = Ensemble(Path(), {}, EnsembleState(names, {}, image), spec).is_relative
+    if settings.thin_patients and not is_relative:
+        raise UserError(
+            f"--thin_patients needs features relative to the patient, --features "
+            f"{settings.features} has none; leave it out"
+        )
     weights = settings.library_weights if names else {"image": 1.0}
     root = settings.output_dir / (settings.name or _default_name(settings, spec))
     refuse_dataset(root, "--output_dir or --name")
@@ -63,10 +74,13 @@ def fit_ensemble(settings: FitSettings) -> Path:
     inputs = _manifest_inputs(settings, image, folds, weights)
     if not settings.force:
         refuse_other_ensemble(root, inputs)
-    image_tables = image_feature_tables(
-        image, settings.sources, "train", metadata, folds.digest, folds
-    )
-    table = spec.frame(metadata, image_tables)
+
+    def frame(rows: pl.DataFrame) -> pl.DataFrame:
+        """Return the feature table of the training rows, whose patients may be others."""
+        images = image_feature_tables(image, settings.sources, "train", rows, folds.digest, folds)
+        return spec.frame(rows, images)
+
+    table = frame(metadata)
     _note_blank(table)
     num_boosters = len(settings.libraries) * folds.num_folds * settings.seeds if names else 0
     print(
@@ -77,20 +91,27 @@ def fit_ensemble(settings: FitSettings) -> Path:
     )
     if names:
         target = metadata[schema.TARGET].to_numpy()
-        result = fit_boosters(table, names, target, fold.to_numpy(), settings)
+        share = settings.thin_patients
+        thinned = ThinnedTables(metadata, frame, share) if share else None
+        result = fit_boosters(table, names, target, fold.to_numpy(), settings, thinned)
     else:
         result = FitResult(scores={"image": image_probability(table)})
     blended = blend(result.scores, weights, result.scores)
     oof = metadata.select(schema.ID, fold, schema.TARGET)
     oof = oof.with_columns(**result.scores, blend=blended)
+    by_lesions = {}
+    if is_relative:
+        by_lesions = pauc_by_lesions(result, metadata, frame, fold, weights)
     summaries = _summarise_all(oof, with_patient(metadata)[schema.PATIENT].to_numpy())
     # Only now, so that a fit that fails leaves the earlier ensemble as it was.
     clear_ensemble(root)
     state = EnsembleState(names, result.encodings, image)
     files = _write_files(root, result, state, folds, oof, summaries)
-    results = _manifest_results(result, metadata, summaries)
+    results = {**_manifest_results(result, metadata, summaries), "pauc_by_lesions": by_lesions}
     write_ensemble_manifest(root, files, {**inputs, **results})
     print(format_scores(summaries))
+    if by_lesions:
+        print(format_by_lesions(by_lesions))
     print(f"ensemble: {root}")
     return root
 
@@ -187,6 +208,8 @@ def _manifest_inputs(
 ) -> dict[str, Any]:
     """Return the manifest fields that determine an ensemble, known before it is fitted."""
     model_settings = settings.model_dump(mode="json", include=MODEL_SETTINGS)
+    added = settings.model_dump(mode="json", include=ADDED_SETTINGS, exclude_defaults=True)
+    model_settings.update(added)
     model_settings["num_folds"] = folds.num_folds
     # Otherwise the plan comes from a file, whatever the seed is.
     if not _find_folds(settings):

@@ -1,6 +1,7 @@
 """Fit a booster per library, fold and seed, and score each fold's held-out rows with it."""
 
 import itertools
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -13,8 +14,9 @@ from infer.ensemble import image_scores
 from infer.ensemble.blend import Scores, model_name
 from infer.ensemble.boosters import LIBRARIES, fit_booster
 from infer.ensemble.settings import FitSettings
+from infer.ensemble.thinning import ThinnedTables
 from isic.features import Encoding, fit_encoding
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.machine import num_cores
 from isic.runtime.progress import TimeLeft
 
@@ -45,15 +47,19 @@ def fit_boosters(
     target: NDArray[np.integer],
     fold: NDArray[np.integer],
     settings: FitSettings,
+    thinned: ThinnedTables | None = None,
 ) -> FitResult:
     """Fit all boosters of an ensemble and score every row out of fold.
 
     Args:
         target, fold: [N].
+        thinned: the tables of the training rows by seed, of the same rows as `table`, from which
+            held-out rows are scored; None to fit on `table` too.
 
     Raises:
-        UserError: the rows outside a fold are of one class.
+        UserError: the rows outside a fold are of one class, or `--blank` names no category.
     """
+    assert (settings.thin_patients > 0) == (thinned is not None)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     fold_ids = np.unique(fold).tolist()
     keys = list(itertools.product(settings.libraries, fold_ids, seeds))
@@ -63,49 +69,90 @@ def fit_boosters(
     for k in fold_ids:
         _need_both_classes(target[fold != k], k)
         result.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), names)
+        _refuse_unknown_blanks(settings.blank, result.encodings[k])
+    num_uses = len(settings.libraries) * len(fold_ids)
 
     def fit_one(key: BoosterKey) -> tuple[str, Scores]:
-        _, k, _ = key
-        return _fit_and_score(key, table, target, fold, result.encodings[k], settings)
+        _, k, seed = key
+        rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
+        training = thinned.take(seed, rows, num_uses) if thinned else table[rows]
+        text = _fit(key, training, target[rows], result.encodings[k], settings)
+        return text, _score(key, text, table.filter(pl.Series(fold == k)), result.encodings[k])
 
+    # By seed, so that few thinned tables are in memory at a time.
+    order = sorted(keys, key=lambda key: key[2])
+    texts: dict[BoosterKey, str] = {}
     # Threads rather than processes: the libraries release the GIL, and the table is shared.
     pool = ThreadPoolExecutor(settings.num_threads or num_cores())
     try:
-        fitted = tqdm(pool.map(fit_one, keys), "boosters", len(keys), leave=False, disable=None)
+        fitted = tqdm(pool.map(fit_one, order), "boosters", len(keys), leave=False, disable=None)
         # A bar shows the time itself.
         time_left = TimeLeft(len(keys), "fitting") if fitted.disable else None
-        for key, (text, score) in zip(keys, fitted, strict=True):
+        for key, (text, score) in zip(order, fitted, strict=True):
             library, k, seed = key
-            result.boosters[key] = text
+            texts[key] = text
             result.scores[model_name(library, seed)][fold == k] = score
             if time_left:
                 time_left.advance()
     finally:
         pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the rest is of no use
+    result.boosters.update((key, texts[key]) for key in keys)
     return result
 
 
-def _fit_and_score(
+def _fit(
     key: BoosterKey,
     table: pl.DataFrame,
     target: NDArray[np.integer],
-    fold: NDArray[np.integer],
     encoding: Encoding,
     settings: FitSettings,
-) -> tuple[str, Scores]:
-    """Fit one booster outside a fold. Return its text, and the scores of the fold's rows."""
+) -> str:
+    """Fit one booster on a table of training rows. Return its text."""
     library, k, seed = key
-    rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
-    matrix = encoding.transform(table[rows])
+    matrix = encoding.transform(table)
     _add_noise(matrix, encoding.names, settings.image_noise, (seed, k))
     blanks = np.random.default_rng((seed, k, BLANK_STREAM))
-    encoding.blank_categories(matrix, settings.blank_share, blanks)
+    encoding.blank_categories(matrix, settings.blank_share, blanks, settings.blank)
     parameters = settings.parameters(library)
-    text = fit_booster(library, matrix, target[rows], encoding.names, parameters, seed)
-    # Scored by the text, as in prediction, not by the booster in memory.
-    predict = LIBRARIES[library].load(text)
-    held_out = encoding.transform(table.filter(pl.Series(fold == k)))
-    return text, predict(held_out, 1)
+    return fit_booster(library, matrix, target, encoding.names, parameters, seed)
+
+
+def _score(key: BoosterKey, text: str, table: pl.DataFrame, encoding: Encoding) -> Scores:
+    """Return [N] the scores of a table by one booster."""
+    # By the text, as in prediction, not by the booster in memory.
+    predict = LIBRARIES[key[0]].load(text)
+    return predict(encoding.transform(table), 1)
+
+
+def score_held_out(
+    result: FitResult, table: pl.DataFrame, fold: NDArray[np.integer]
+) -> dict[str, Scores]:
+    """Return [N] scores by model name, each row's by the boosters of its fold.
+
+    Args:
+        table: other features of the rows of the fit, in their order.
+        fold: [N].
+    """
+    scores = {name: np.zeros(len(table)) for name in result.scores}
+    for k, encoding in result.encodings.items():
+        matrix = encoding.transform(table.filter(pl.Series(fold == k)))
+        for (library, of_fold, seed), text in result.boosters.items():
+            if of_fold == k:
+                predict = LIBRARIES[library].load(text)
+                scores[model_name(library, seed)][fold == k] = predict(matrix, num_cores())
+    return scores
+
+
+def _refuse_unknown_blanks(names: Collection[str], encoding: Encoding) -> None:
+    """Raise a UserError if a column to blank is not a category among the features."""
+    for name in names:
+        if name in encoding.names and name not in encoding.categories:
+            raise UserError(f"--blank: {name} is a number; name categories only")
+        if name not in encoding.categories:
+            hint = "there are none"
+            if encoding.categories:
+                hint = did_you_mean(name, encoding.categories)
+            raise UserError(f'--blank: no category "{name}" among the features, {hint}')
 
 
 def undersample(

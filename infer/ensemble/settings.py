@@ -114,6 +114,16 @@ class FitSettings(Settings):
         lt=1,
         description="share of the training rows in which a category is blanked, per column",
     )
+    blank: Several[str] = Field(
+        (), description="the categories that are blanked, such as attribution; all by default"
+    )
+    thin_patients: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the patients that each seed's boosters see split at random into "
+        "patients of fewer lesions, if features are relative to the patient",
+    )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all cores")
     force: bool = Field(
         False, description="replace an ensemble of that name that has other settings"
