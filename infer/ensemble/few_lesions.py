@@ -38,7 +38,8 @@ def pauc_by_lesions(
 ) -> dict[str, float]:
     """Return the pooled out-of-fold pAUC of the blend by number of lesions, and of ALL.
 
-    A group of lesions is scored as if it were the whole patient. All rows are scored for each number, so that the values can be compared.
+    A group of lesions is scored as if it were the whole patient. All rows are scored for each
+    number, so that the values can be compared.
 
     Args:
         fold: [N], of the rows of `metadata`.
@@ -55,7 +56,7 @@ def pauc_by_lesions(
 
 def format_by_lesions(found: Mapping[str, float]) -> str:
     """Return the result of `pauc_by_lesions` as two lines of text."""
-    heading = "lesions scored per patient"
+    heading = "lesions scored together"
     values = {size: f"{value:.4f}" for size, value in found.items()}
     first = "".join(f"{size:>8}" for size in values)
     second = "".join(f"{value:>8}" for value in values.values())

@@ -49,6 +49,10 @@ MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
 ADDED_SETTINGS = {"blank", "thin_patients"}
 """More of them, which manifests lack if they have their defaults, as those of earlier fits do."""
 
+# Computing features six times more takes about as long as a fit with three seeds.
+MAX_ROWS_OF_FEW_TABLE = 50_000
+"""Rows up to which the score by lesions per patient is computed without being asked for."""
+
 
 def fit_ensemble(settings: FitSettings) -> Path:
     """Fit an ensemble, write it and print its out-of-fold scores. Return its folder."""
@@ -100,7 +104,10 @@ def fit_ensemble(settings: FitSettings) -> Path:
     oof = metadata.select(schema.ID, fold, schema.TARGET)
     oof = oof.with_columns(**result.scores, blend=blended)
     by_lesions = {}
-    if is_relative:
+    few_table = settings.few_table
+    if few_table is None:
+        few_table = len(table) <= MAX_ROWS_OF_FEW_TABLE
+    if is_relative and few_table:
         by_lesions = pauc_by_lesions(result, metadata, frame, fold, weights)
     summaries = _summarise_all(oof, with_patient(metadata)[schema.PATIENT].to_numpy())
     # Only now, so that a fit that fails leaves the earlier ensemble as it was.

@@ -122,7 +122,12 @@ class FitSettings(Settings):
         ge=0,
         le=1,
         description="share of the patients that each seed's boosters see split at random into "
-        "patients of fewer lesions, if features are relative to the patient",
+        "patients of fewer lesions; the features must compare a patient's lesions",
+    )
+    few_table: bool | None = Field(
+        None,
+        description="print the out-of-fold pAUC by number of a patient's lesions scored together; "
+        "by default up to 50,000 rows, as it takes long",
     )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all cores")
     force: bool = Field(
