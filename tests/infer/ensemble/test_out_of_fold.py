@@ -96,21 +96,25 @@ def test_a_column_that_cannot_be_blanked_is_refused(
 
 
 def test_only_the_named_categories_are_blanked(data: Path, tmp_path: Path) -> None:
-    """Without their blanks in training, trees do not split an unseen value from the first."""
-    chosen = {"features": "attribution,sex", "num_rounds": 30, "blank_share": 0.5}
+
+    chosen = {"features": "attribution,tbp_tile_type", "num_rounds": 30, "blank_share": 0.5}
     roots = {
         blank: fit_small(data, tmp_path, name=blank or "all", blank=blank or (), **chosen)
-        for blank in ("", "attribution", "attribution,sex", "sex,attribution")
+        for blank in ("", "attribution", "attribution,tbp_tile_type", "tbp_tile_type,attribution")
     }
     boosters = {
         blank: (root / "lightgbm_fold_0_seed_0.txt").read_bytes() for blank, root in roots.items()
     }
-    assert boosters[""] == boosters["attribution,sex"] == boosters["sex,attribution"]
+    assert (
+        boosters[""]
+        == boosters["attribution,tbp_tile_type"]
+        == boosters["tbp_tile_type,attribution"]
+    )
     assert boosters[""] != boosters["attribution"]
     recorded = json.loads((roots["attribution"] / "ensemble.json").read_text())["settings"]
     assert recorded["blank"] == ["attribution"]
     # LightGBM writes each column's range of values in training.
     line = next(line for line in boosters["attribution"].decode().splitlines() if "infos" in line)
-    sex, attribution = line.removeprefix("feature_infos=").split()
+    tile, attribution = line.removeprefix("feature_infos=").split()
     assert attribution.startswith("[-1:")
-    assert not sex.startswith("[-1:")
+    assert not tile.startswith("[-1:")
