@@ -96,7 +96,6 @@ def test_a_column_that_cannot_be_blanked_is_refused(
 
 
 def test_only_the_named_categories_are_blanked(data: Path, tmp_path: Path) -> None:
-
     chosen = {"features": "attribution,tbp_tile_type", "num_rounds": 30, "blank_share": 0.5}
     roots = {
         blank: fit_small(data, tmp_path, name=blank or "all", blank=blank or (), **chosen)
