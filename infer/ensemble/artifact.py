@@ -12,6 +12,7 @@ Nothing is pickled, so opening an ensemble runs no code from it.
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import polars as pl
 
 from infer.ensemble import image_scores
-from infer.ensemble.blend import Scores
+from infer.ensemble.blend import Scores, blend, model_name, seeds_of
 from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.image_features import ImageState
 from isic import schema
@@ -36,6 +37,9 @@ SCORES_FILE = "scores.json"
 BEGUN_FILE = "begun.json"
 """Marks a folder in which an ensemble is being written."""
 FORMAT_VERSION = 4
+
+MEMBERS_DIR = "members"
+"""Folder of the ensembles of a blend."""
 
 # Not in the manifest: it can be written again at any time.
 REPORT_FILE = "report.html"
@@ -88,6 +92,10 @@ class Ensemble:
         names = self.state.names
         return image_scores.RELATIVE in names or relative_to_patient(names)
 
+    @property
+    def uses_images(self) -> bool:
+        return self.spec.images
+
     def oof(self) -> pl.DataFrame:
         """Return `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
         return read_parquet(self.root / OOF_FILE)
@@ -96,6 +104,19 @@ class Ensemble:
         """Return [N] out-of-fold scores by model name."""
         models = self.oof().drop(schema.ID, "fold", schema.TARGET, "blend")
         return {column.name: column.to_numpy() for column in models}
+
+    def scores_by_seed(self) -> dict[int, Scores]:
+        """Return [N] the out-of-fold scores of each seed's models; empty without boosters."""
+        if not self.manifest["boosters"]:
+            return {}
+        models = self.oof_models()
+        found = {}
+        for seed in seeds_of(models, self.weights):
+            names = [model_name(library, seed) for library in self.weights]
+            of_seed = {name: models[name] for name in names}
+            # Ranked among its own scores: the rows are those of the reference.
+            found[seed] = blend(of_seed, self.weights, of_seed)
+        return found
 
 
 def write_ensemble_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) -> None:
@@ -121,6 +142,7 @@ def clear_ensemble(root: Path) -> None:
     write_json(root / BEGUN_FILE, {"format": FORMAT_VERSION})
     for path in (root / ENSEMBLE_FILE, *_removable(root)):
         path.unlink(missing_ok=True)
+    shutil.rmtree(root / MEMBERS_DIR, ignore_errors=True)
 
 
 def _removable(root: Path) -> list[Path]:
@@ -161,9 +183,11 @@ def open_ensemble(path: Path) -> Ensemble:
         UserError: no ensemble, or several; a file that is missing or does not match the manifest;
             other features, or another order of them, in this version.
     """
-    root = _find_ensemble(path)
+    root = find_ensemble(path)
     manifest = read_json(root / ENSEMBLE_FILE)
-    _refuse_damaged(root, manifest)
+    refuse_damaged(root, manifest)
+    if "members" in manifest:
+        raise UserError(f"{root} is a blend; give the ensembles in {root / MEMBERS_DIR} instead")
     spec = FeatureSpec.parse(manifest["features"])
     state = EnsembleState.read(root)
     names = spec.names(state.image)
@@ -177,7 +201,8 @@ def open_ensemble(path: Path) -> Ensemble:
     return Ensemble(root, manifest, state, spec)
 
 
-def _refuse_damaged(root: Path, manifest: Mapping[str, Any]) -> None:
+def refuse_damaged(root: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise a UserError if an ensemble is of another version or a file has changed."""
     if manifest.get("format") != FORMAT_VERSION:
         raise UserError(
             f"{root / ENSEMBLE_FILE} is of another version of the toolkit; fit the ensemble again"
@@ -187,7 +212,8 @@ def _refuse_damaged(root: Path, manifest: Mapping[str, Any]) -> None:
             raise UserError(f"{root / name} does not match {ENSEMBLE_FILE}; fit the ensemble again")
 
 
-def _find_ensemble(path: Path) -> Path:
+def find_ensemble(path: Path) -> Path:
+    """Return the folder itself or the only ensemble's within it. Raise UserError."""
     if (path / ENSEMBLE_FILE).is_file():
         return path
     inside = sorted(manifest.parent for manifest in path.glob(f"*/{ENSEMBLE_FILE}"))

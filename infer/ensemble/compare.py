@@ -7,8 +7,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from infer.ensemble.artifact import Ensemble, open_ensemble
-from infer.ensemble.blend import blend, model_name, seeds_of
+from infer.ensemble.blend_artifact import Scorer, open_scorer
 from infer.ensemble.comparison import Comparison, patient_draws
 from infer.ensemble.settings import CompareSettings
 from isic import schema
@@ -34,14 +33,14 @@ def compare_ensembles(settings: CompareSettings) -> None:
         )
     found = compare_sides(first, second, settings.data, settings.draws, settings.seed)
     _print(found, "seeds" if len(first) == 1 else "runs")
-    images = any(ensemble.spec.images for ensemble in (*first, *second))
+    images = any(ensemble.uses_images for ensemble in (*first, *second))
     # With one training run per side, chance in training is not tested.
     one_run = len(first) == 1 and (images or not found.tested)
     print(f"\nsecond against first: {found.verdict}{ONE_RUN if found.certain and one_run else ''}")
 
 
-def _open(paths: Sequence[Path]) -> list[Ensemble]:
-    ensembles = [open_ensemble(path) for path in paths]
+def _open(paths: Sequence[Path]) -> list[Scorer]:
+    ensembles = [open_scorer(path) for path in paths]
     roots = [ensemble.root.resolve() for ensemble in ensembles]
     for root in roots:
         if roots.count(root) > 1:
@@ -50,26 +49,18 @@ def _open(paths: Sequence[Path]) -> list[Ensemble]:
 
 
 def compare_sides(
-    first: Sequence[Ensemble], second: Sequence[Ensemble], data: Path, num_draws: int, seed: int = 0
+    first: Sequence[Scorer], second: Sequence[Scorer], data: Path, num_draws: int, seed: int = 0
 ) -> Comparison:
     """Compare the out-of-fold scores of two sides with the same number of ensembles.
 
     Raises:
         UserError: the ensembles were scored on different rows or folds, or the dataset lacks rows.
     """
-    ensembles = (*first, *second)
-    tables = [ensemble.oof().sort(schema.ID) for ensemble in ensembles]
-    # Pairs of scores are comparable only for equal rows that equal folds held out.
-    rows = [table.select(schema.ID, "fold", schema.TARGET) for table in tables]
-    for ensemble, other in zip(ensembles, rows, strict=True):
-        if not other.equals(rows[0]):
-            raise UserError(
-                f"{first[0].root} and {ensemble.root} were scored on different rows or folds; "
-                "fit both on the same"
-            )
+    tables = same_rows([*first, *second])
+    rows = tables[0]
     blends = [table["blend"].to_numpy() for table in tables]
-    target = rows[0][schema.TARGET]
-    patient = _patients(rows[0], data)
+    target = rows[schema.TARGET]
+    patient = patients_of(rows, data)
     sides = blends[: len(first)], blends[len(first) :]
     if len(first) == 1:
         fits = paired(pauc_by_seed(first[0]), pauc_by_seed(second[0]))
@@ -78,20 +69,28 @@ def compare_sides(
     return Comparison(fits, patient_draws(target, *sides, patient, num_draws, seed))
 
 
-def pauc_by_seed(ensemble: Ensemble) -> dict[int, float]:
+def same_rows(scorers: Sequence[Scorer]) -> list[pl.DataFrame]:
+    """Return the out-of-fold scores of each, in the order of the ids.
+
+    Raises:
+        UserError: they were scored on different rows or folds.
+    """
+    tables = [scorer.oof().sort(schema.ID) for scorer in scorers]
+    # Pairs of scores are comparable only for equal rows that equal folds held out.
+    rows = [table.select(schema.ID, "fold", schema.TARGET) for table in tables]
+    for scorer, other in zip(scorers, rows, strict=True):
+        if not other.equals(rows[0]):
+            raise UserError(
+                f"{scorers[0].root} and {scorer.root} were scored on different rows or folds; "
+                "fit both on the same"
+            )
+    return tables
+
+
+def pauc_by_seed(scorer: Scorer) -> dict[int, float]:
     """Return the pooled pAUC of each seed's models; empty without boosters."""
-    if not ensemble.manifest["boosters"]:
-        return {}
-    weights = ensemble.weights
-    models = ensemble.oof_models()
-    target = ensemble.oof()[schema.TARGET].to_numpy()
-    found = {}
-    for seed in seeds_of(models, weights):
-        names = [model_name(library, seed) for library in weights]
-        of_seed = {name: models[name] for name in names}
-        # Ranked among its own scores: the rows are those of the reference.
-        found[seed] = pauc(target, blend(of_seed, weights, of_seed))
-    return found
+    target = scorer.oof()[schema.TARGET].to_numpy()
+    return {seed: pauc(target, score) for seed, score in scorer.scores_by_seed().items()}
 
 
 def paired(first: dict[int, float], second: dict[int, float]) -> NDArray[np.float64]:
@@ -118,7 +117,7 @@ def _print(found: Comparison, kind: str) -> None:
         print("the ensembles share fewer than two seeds, so only the bootstrap decides")
 
 
-def _patients(oof: pl.DataFrame, data: Path) -> pl.Series:
+def patients_of(oof: pl.DataFrame, data: Path) -> pl.Series:
     """Return [N] the patient of each scored row. Raise UserError if the dataset lacks one."""
     metadata = with_patient(Dataset(data).metadata("train")).select(schema.ID, schema.PATIENT)
     rows = oof.select(schema.ID).join(metadata, on=schema.ID, how="left", maintain_order="left")

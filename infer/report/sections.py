@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from infer.ensemble import image_scores
+from infer.ensemble.blend_artifact import Blend, Scorer
 from infer.ensemble.scores import small_patients
 from infer.report import figures
 from infer.report.case_cards import Pictures, case_card
@@ -58,31 +59,51 @@ def sections(scored: Scored, embeddings: Path | None) -> dict[str, ReportSection
 
 def header(scored: Scored, names: Iterable[str]) -> Markup:
     """Return the part above the sections, with links to them by their names."""
-    manifest = scored.ensemble.manifest
     counts = scored.pooled
-    num_boosters = len(manifest["boosters"])
     malignant = percent(counts.num_malignant / counts.num_lesions)
     lead = (
         f"{counts.num_lesions:,} lesions of {counts.num_patients:,} patients, "
         f"{counts.num_malignant:,} of the lesions malignant ({malignant}). "
-        f"{_out_of_fold(num_boosters > 0, manifest['embeddings'] is not None)} "
+        f"{_out_of_fold(scored.ensemble)} "
     )
-    models = "The score is that of the image model."
-    if num_boosters:
-        models = f"{num_boosters} boosters on {len(scored.ensemble.state.names)} features."
     return tag(
         "header",
         tag("p", "Out-of-fold report", class_="over"),
         tag("h1", scored.ensemble.root.name),
-        tag("p", lead, models, class_="lead"),
+        tag("p", lead, _models(scored.ensemble), class_="lead"),
         tag("p", CAVEAT, class_="caveat"),
         _tiles(scored),
         page.links(names),
     )
 
 
-def _out_of_fold(boosters: bool, fold_models: bool) -> str:
-    """Return a sentence on how far the scores are independent of their own patients."""
+def _models(scorer: Scorer) -> str:
+    """Return a sentence on the models behind the score."""
+    if isinstance(scorer, Blend):
+        shares = (f"{name} {percent(weight)}" for name, weight in scorer.weights.items())
+        return f"The score blends the ranks of {', '.join(shares)}."
+    num_boosters = len(scorer.manifest["boosters"])
+    if not num_boosters:
+        return "The score is that of the image model."
+    return f"{num_boosters} boosters on {len(scorer.state.names)} features."
+
+
+def _out_of_fold(scorer: Scorer) -> str:
+    """Return how far the scores are independent of their own patients."""
+    members = scorer.members.values() if isinstance(scorer, Blend) else [scorer]
+    sentences = {
+        _out_of_fold_sentence(
+            len(member.manifest["boosters"]) > 0, member.manifest["embeddings"] is not None
+        )
+        for member in members
+    }
+    if isinstance(scorer, Blend) and scorer.manifest["weights_from"] == "search":
+        sentences.add("The weights of a fold's lesions were chosen on the other folds.")
+    return " ".join(sorted(sentences))
+
+
+def _out_of_fold_sentence(boosters: bool, fold_models: bool) -> str:
+    """Return a sentence on how far the scores of an ensemble are independent."""
     if not boosters:
         return "Every score is out of fold: by an image model that was trained without the patient."
     if not fold_models:
@@ -218,6 +239,8 @@ def _bin_table(bins: Reliability) -> Markup:
 def _features(scored: Scored) -> ReportSection:
     title = "Feature importance"
     ensemble = scored.ensemble
+    if isinstance(ensemble, Blend):
+        return title, (tag("p", "A blend has no features of its own; see its members' reports."),)
     shares = importance(ensemble.root, ensemble.manifest["boosters"], ensemble.state.names)
     if shares.is_empty():
         return title, (tag("p", "There are no trees: the score is that of the image model."),)
@@ -244,6 +267,8 @@ def _features(scored: Scored) -> ReportSection:
 
 def _map(scored: Scored, embeddings: Path | None) -> ReportSection:
     title = "Map of the embeddings"
+    if isinstance(scored.ensemble, Blend):
+        return title, (tag("p", "A blend has no map of its own; see its members' reports."),)
     manifest = scored.ensemble.manifest
     if manifest["embeddings"] is None:
         return title, (tag("p", "This ensemble uses no embeddings, so there is no map."),)
@@ -297,17 +322,27 @@ def _thumbnails(scored: Scored, cases: Sequence[Case]) -> tuple[Pictures, Pictur
 
 def _origin(scored: Scored) -> ReportSection:
     manifest = scored.ensemble.manifest
-    embeddings = manifest["embeddings"]
     items = {
-        "Features": f"{manifest['features']}: {', '.join(scored.ensemble.state.names[:3])} …",
-        "Settings": _pairs(manifest["settings"]),
+        **_parts(scored.ensemble),
         "Lesions per patient": _lesions(manifest["lesions_per_patient"]),
         "Fold plan": manifest["folds_digest"],
-        "Embeddings": embeddings["config"] if embeddings else "none",
         "Training table": f"sha256 {manifest['metadata_sha256']}",
         "Versions": _pairs(manifest["versions"]),
     }
     return "Provenance", (page.facts(items),)
+
+
+def _parts(scorer: Scorer) -> dict[str, str]:
+    """Return the facts that ensembles and blends do not share."""
+    manifest = scorer.manifest
+    if isinstance(scorer, Blend):
+        return {"Members": _pairs(manifest["members"]), "Weights": _pairs(manifest["weights"])}
+    embeddings = manifest["embeddings"]
+    return {
+        "Features": f"{manifest['features']}: {', '.join(scorer.state.names[:3])} …",
+        "Settings": _pairs(manifest["settings"]),
+        "Embeddings": embeddings["config"] if embeddings else "none",
+    }
 
 
 def _lesions(per_patient: Mapping[str, Any]) -> str:
