@@ -6,8 +6,9 @@ import numpy as np
 import polars as pl
 
 from infer.ensemble.blend import blend
+from infer.ensemble.lesions import count_lesions
 from infer.ensemble.out_of_fold import FitResult, score_held_out
-from infer.ensemble.thinning import Frame, lesion_counts, split_patients
+from infer.ensemble.thinning import Frame, split_patients
 from isic import schema
 from isic.metrics import pauc
 
@@ -25,7 +26,7 @@ def split_by_lesions(
     The groups are always the same. A size that no patient exceeds is left out.
     """
     for size in sizes:
-        if size < lesion_counts(metadata).max():
+        if size < count_lesions(metadata).max():
             yield size, split_patients(metadata, size, np.random.default_rng(size))
 
 

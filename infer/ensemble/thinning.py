@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from infer.ensemble.lesions import count_lesions, patient_codes
 from isic import schema
 from isic.metadata import with_patient
 
@@ -33,13 +34,13 @@ def split_patients(
 
     Args:
         size: lesions per group, the last of a patient may have fewer; for all patients, or [P] in
-            the order of `lesion_counts`.
+            the order of `count_lesions`.
     """
     table = with_patient(metadata)
-    rank = table[schema.ID].arg_sort().to_numpy()
-    patient = (table[schema.PATIENT].rank("dense") - 1).cast(pl.Int64).to_numpy()
+    by_id = table[schema.ID].arg_sort().to_numpy()
+    patient = patient_codes(table)
     # Shuffled in the order of ids, then brought together by patient.
-    order = rank[random.permutation(len(table))]
+    order = by_id[random.permutation(len(table))]
     order = order[np.argsort(patient[order], kind="stable")]
     counts = np.bincount(patient)
     starts = np.cumsum(counts) - counts
@@ -50,12 +51,6 @@ def split_patients(
     parts = pl.DataFrame({"patient": patient, "group": group})
     name = parts.select(pl.format("{}-{}", "patient", "group")).to_series()
     return table.with_columns(name.alias(schema.PATIENT))
-
-
-def lesion_counts(metadata: pl.DataFrame) -> NDArray[np.int64]:
-    """Return [P] the number of rows of each patient, in the order of their names."""
-    patient = with_patient(metadata)[schema.PATIENT]
-    return np.bincount((patient.rank("dense") - 1).cast(pl.Int64).to_numpy())
 
 
 def draw_sizes(
@@ -102,5 +97,5 @@ class ThinnedTables:
     def compute(self, seed: int) -> pl.DataFrame:
         """Return the feature table of a seed, rows in the order of `metadata`."""
         random = np.random.default_rng((seed, THIN_STREAM))
-        sizes = draw_sizes(lesion_counts(self.metadata), self.share, random)
+        sizes = draw_sizes(count_lesions(self.metadata), self.share, random)
         return self.frame(split_patients(self.metadata, sizes, random))

@@ -9,8 +9,8 @@ import pytest
 from infer.ensemble import fit
 from infer.ensemble.artifact import open_ensemble
 from infer.ensemble.few_lesions import SIZES, format_by_lesions, split_by_lesions
+from infer.ensemble.lesions import count_lesions
 from infer.ensemble.predict import score_models
-from infer.ensemble.thinning import lesion_counts
 from isic import schema
 from isic.metrics import pauc
 from tests.support.ensembles import fit_small, train_table, write_embeddings
@@ -28,7 +28,7 @@ def test_sizes_that_no_patient_exceeds_are_left_out(data: Path) -> None:
     groups = dict(split_by_lesions(table))
     assert list(groups) == [1, 2, 3]
     for size, part in groups.items():
-        assert lesion_counts(part).max() == size
+        assert count_lesions(part).max() == size
     assert groups[3].equals(dict(split_by_lesions(table))[3])
 
 

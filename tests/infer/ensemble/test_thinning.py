@@ -9,8 +9,9 @@ import pytest
 
 from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.fit import read_train
+from infer.ensemble.lesions import count_lesions
 from infer.ensemble.out_of_fold import fit_boosters, score_held_out
-from infer.ensemble.thinning import ThinnedTables, draw_sizes, lesion_counts, split_patients
+from infer.ensemble.thinning import ThinnedTables, draw_sizes, split_patients
 from isic import schema
 from isic.folds import draw_folds
 from isic.metadata import with_patient
@@ -189,4 +190,4 @@ def test_features_that_compare_no_lesions_are_refused(data: Path, tmp_path: Path
 
 
 def test_lesion_counts_are_in_the_order_of_names() -> None:
-    assert lesion_counts(TABLE.reverse()).tolist() == [12, 10, 1]
+    assert count_lesions(TABLE.reverse()).tolist() == [12, 10, 1]
