@@ -331,6 +331,12 @@ class AblationSettings(Settings):
     split_seed: int | None = Field(
         None, ge=0, description="seed of the folds, if no plan comes with the data or embeddings"
     )
+    splits: int = Field(
+        1,
+        ge=1,
+        description="fold plans per fit, for sets without the fold models' features; from 3 on, "
+        "folds are paired instead of seeds",
+    )
     num_rounds: int | None = Field(
         None, ge=1, description="boosting rounds; each library's own if not given"
     )

@@ -32,6 +32,12 @@ from infer.ensemble.network_scores import describe_networks
 from infer.ensemble.out_of_fold import FitResult, fit_boosters
 from infer.ensemble.scores import format_scores, summarise
 from infer.ensemble.settings import NUM_FOLDS, FitSettings
+from infer.ensemble.splits import (
+    fit_plans,
+    refuse_splits,
+    summarise_plans,
+    write_plans,
+)
 from isic import schema
 from isic.dataset import Dataset, refuse_dataset
 from isic.features import needed_columns
@@ -53,6 +59,7 @@ def fit_ensemble(settings: FitSettings) -> Path:
     folds = choose_folds(settings, metadata)
     fold = folds.of(metadata)
     image = fit_image_state(spec.forms, settings.sources, metadata)
+    refuse_splits(settings.splits, image.needs["embeddings"], _find_folds(settings))
     names = spec.names(image)
     weights = settings.library_weights if names else {"image": 1.0}
     root = settings.output_dir / (settings.name or _default_name(spec, image))
@@ -65,7 +72,8 @@ def fit_ensemble(settings: FitSettings) -> Path:
     images = read_image_rows(image, settings.sources, "train", metadata, out_of_fold=True)
     table = spec.frame(metadata, images.tables())
     _note_blank(table)
-    num_boosters = len(settings.libraries) * folds.num_folds * settings.seeds if names else 0
+    boosters_per_plan = len(settings.libraries) * folds.num_folds * settings.seeds
+    num_boosters = boosters_per_plan * settings.splits if names else 0
     print(
         f"fitting {settings.features}: {len(table):,} rows ({metadata[schema.TARGET].sum():,} "
         f"malignant), {len(names) or 1} features, {folds.num_folds} folds, "
@@ -81,13 +89,16 @@ def fit_ensemble(settings: FitSettings) -> Path:
     blended = blend(result.scores, weights, result.scores)
     oof = metadata.select(schema.ID, fold, schema.TARGET)
     oof = oof.with_columns(**result.scores, blend=blended)
+    plans = fit_plans(table, names, metadata, settings, weights, fold.to_numpy(), result.scores)
     patient = with_patient(metadata)[schema.PATIENT].to_numpy()
     summaries = _summarise_all(oof, patient)
+    summaries["blend"] |= summarise_plans(plans, metadata[schema.TARGET].to_numpy())
     networks = describe_networks(images.by_column(), oof, patient)
     # Only now, so that a fit that fails leaves the earlier ensemble as it was.
     clear_ensemble(root)
     state = EnsembleState(names, result.encodings, image)
     files = _write_files(root, result, state, folds, oof, summaries)
+    files += write_plans(root, metadata[schema.ID], plans)
     results = _manifest_results(result, metadata, summaries)
     write_ensemble_manifest(root, files, {**inputs, **results, "networks": networks})
     print(format_scores({**networks["scores"], **summaries}))
@@ -191,6 +202,9 @@ def _manifest_inputs(
     # Otherwise the plan comes from a file, whatever the seed is.
     if not _find_folds(settings):
         model_settings["split_seed"] = settings.seed_of_split
+    # Left out otherwise, as in the manifests of versions that had one plan only.
+    if settings.splits > 1:
+        model_settings["splits"] = settings.splits
     libraries = [library for library in weights if library in LIBRARIES]
     return {
         "features": settings.features,

@@ -9,6 +9,9 @@ import numpy as np
 import polars as pl
 
 from infer.ensemble import image_scores
+from infer.ensemble.artifact import Ensemble
+from infer.ensemble.blend_artifact import Blend, Scorer
+from infer.ensemble.chosen import choices
 from infer.ensemble.networks import by_network, listed
 from infer.ensemble.scores import small_patients
 from infer.report import figures
@@ -50,44 +53,88 @@ def sections(scored: Scored, embeddings: Sequence[Path]) -> dict[str, ReportSect
     return {
         "Ranking": _ranking(scored),
         "Stability": _stability(scored),
-        "Networks": _networks(scored),
         "Calibration": _calibration(scored),
-        "Features": _features(scored),
-        "Map": _map(scored, embeddings),
+        **_inside(scored, embeddings),
         **_errors(scored),
         "Origin": _origin(scored),
     }
 
 
+def _inside(scored: Scored, embeddings: Sequence[Path]) -> dict[str, ReportSection]:
+    """Return the sections on the networks and features, or on the members of a blend."""
+    ensemble = scored.ensemble
+    if isinstance(ensemble, Blend):
+        return {"Members": _members(ensemble)}
+    return {
+        "Networks": _networks(ensemble),
+        "Features": _features(ensemble),
+        "Map": _map(ensemble, scored.oof, embeddings),
+    }
+
+
+def _members(blend: Blend) -> ReportSection:
+    intro = (
+        "The score is the weighted mean of the members' ranks. Their features and networks are in "
+        "their own reports."
+    )
+    rows = []
+    for name, member in blend.members.items():
+        manifest = member.manifest
+        score = _four_digits(manifest["scores"]["pauc"])
+        rows.append((name, percent(blend.weights[name]), manifest["features"], score))
+    table = page.table("Members", ("ensemble", "weight", "features", "pAUC"), rows)
+    return "The members of the blend", (tag("p", intro), tag("div", table, class_="tables"))
+
+
 def header(scored: Scored, names: Iterable[str]) -> Markup:
     """Return the part above the sections, with links to them by their names."""
-    manifest = scored.ensemble.manifest
     counts = scored.pooled
-    num_boosters = len(manifest["boosters"])
     malignant = percent(counts.num_malignant / counts.num_lesions)
     lead = (
         f"{counts.num_lesions:,} lesions of {counts.num_patients:,} patients, "
         f"{counts.num_malignant:,} of the lesions malignant ({malignant}). "
-        f"{_out_of_fold(num_boosters > 0, bool(manifest['embeddings']))} "
+        f"{_out_of_fold(scored.ensemble)} "
     )
-    models = "The score is that of the image network."
-    if len(manifest["embeddings"]) > 1:
-        models = f"The score is the mean of {len(manifest['embeddings'])} image networks."
-    if num_boosters:
-        models = f"{num_boosters} boosters on {len(scored.ensemble.state.names)} features."
     return tag(
         "header",
         tag("p", "Out-of-fold report", class_="over"),
         tag("h1", scored.ensemble.root.name),
-        tag("p", lead, models, class_="lead"),
+        tag("p", lead, _models(scored.ensemble), class_="lead"),
         tag("p", CAVEAT, class_="caveat"),
         _tiles(scored),
         page.links(names),
     )
 
 
-def _out_of_fold(boosters: bool, fold_models: bool) -> str:
-    """Return a sentence on how far the scores are independent of their own patients."""
+def _models(scorer: Scorer) -> str:
+    """Return a sentence on the models behind the score."""
+    if isinstance(scorer, Blend):
+        shares = (f"{name} {percent(weight)}" for name, weight in scorer.weights.items())
+        return f"The score blends the ranks of {', '.join(shares)}."
+    num_boosters = len(scorer.manifest["boosters"])
+    if not num_boosters:
+        num_networks = len(scorer.manifest["embeddings"])
+        if num_networks > 1:
+            return f"The score is the mean of {num_networks} image networks."
+        return "The score is that of the image network."
+    return f"{num_boosters} boosters on {len(scorer.state.names)} features."
+
+
+def _out_of_fold(scorer: Scorer) -> str:
+    """Return how far the scores are independent of their own patients."""
+    members = scorer.members.values() if isinstance(scorer, Blend) else [scorer]
+    sentences = {
+        _out_of_fold_sentence(
+            len(member.manifest["boosters"]) > 0, bool(member.manifest["embeddings"])
+        )
+        for member in members
+    }
+    chosen = [f"But {choice}, so the score may be too high." for choice in choices(scorer.manifest)]
+    return " ".join([*sorted(sentences), *chosen])
+
+
+def _out_of_fold_sentence(boosters: bool, fold_models: bool) -> str:
+    """Return a sentence on how far the scores of an ensemble are independent."""
     if not boosters:
         return "Every score is out of fold: by an image model that was trained without the patient."
     if not fold_models:
@@ -165,13 +212,14 @@ def _stability(scored: Scored) -> ReportSection:
         "The pooled pAUC is not the mean of the folds: a partial area is not additive, and the "
         "models of different folds may scale their scores differently."
     )
-    tables = tag("div", _fold_table(scored), _model_table(scored), class_="tables")
+    parts = (_fold_table(scored), _model_table(scored), *_plan_tables(scored))
+    tables = tag("div", *parts, class_="tables")
     return "How stable the scores are", (tag("p", intro), tables)
 
 
-def _networks(scored: Scored) -> ReportSection:
+def _networks(ensemble: Ensemble) -> ReportSection:
     title = "The networks by themselves"
-    networks = scored.ensemble.manifest["networks"]
+    networks = ensemble.manifest["networks"]
     if not networks["scores"]:
         return title, (tag("p", "This ensemble uses no network's score."),)
     intro = (
@@ -205,6 +253,17 @@ def _fold_table(scored: Scored) -> Markup:
     heading = ("fold", *SCORES, "lesions", "malignant", "patients")
     rows = [[row.name, *_scores(row), *_counts(row)] for row in (*scored.by_fold, scored.pooled)]
     return page.table("By fold", heading, rows, sums=1)
+
+
+def _plan_tables(scored: Scored) -> list[Markup]:
+    """Return the table of fold plans, none if there is one plan."""
+    scores = scored.ensemble.manifest["scores"]
+    by_split = scores.get("pauc_by_split")
+    if not by_split:
+        return []
+    rows = [[split_seed, _four_digits(value)] for split_seed, value in by_split.items()]
+    mean = f"{scores['pauc_mean_of_splits']:.4f} ± {scores['pauc_std_of_splits']:.4f}"
+    return [page.table("By fold plan", ("split seed", "pAUC"), [*rows, ["mean", mean]], sums=1)]
 
 
 def _model_table(scored: Scored) -> Markup:
@@ -248,9 +307,8 @@ def _bin_table(bins: Reliability) -> Markup:
     return page.table("Calibration in numbers", ("mean score", "malignant", "lesions"), cells)
 
 
-def _features(scored: Scored) -> ReportSection:
+def _features(ensemble: Ensemble) -> ReportSection:
     title = "Feature importance"
-    ensemble = scored.ensemble
     shares = importance(ensemble.root, ensemble.manifest["boosters"], ensemble.state.names)
     if shares.is_empty():
         return title, (tag("p", "There are no trees: the score comes from the image networks."),)
@@ -275,9 +333,9 @@ def _features(scored: Scored) -> ReportSection:
     return title, (tag("p", intro), tables)
 
 
-def _map(scored: Scored, embeddings: Sequence[Path]) -> ReportSection:
+def _map(ensemble: Ensemble, oof: pl.DataFrame, embeddings: Sequence[Path]) -> ReportSection:
     title = "Map of the embeddings"
-    fitted_with = scored.ensemble.manifest["embeddings"]
+    fitted_with = ensemble.manifest["embeddings"]
     if not fitted_with:
         return title, (tag("p", "This ensemble uses no embeddings, so there is no map."),)
     if not embeddings:
@@ -299,7 +357,7 @@ def _map(scored: Scored, embeddings: Sequence[Path]) -> ReportSection:
             rows[schema.TARGET].to_numpy(),
         )
         for name, root in roots.items()
-        for fold, projection, rows in projections(root, scored.oof)
+        for fold, projection, rows in projections(root, oof)
     ]
     intro = (
         "The first two principal components of each fold model's features, for the lesions that "
@@ -341,17 +399,27 @@ def _thumbnails(scored: Scored, cases: Sequence[Case]) -> tuple[Pictures, Pictur
 
 def _origin(scored: Scored) -> ReportSection:
     manifest = scored.ensemble.manifest
-    networks = [*manifest["embeddings"], *(f"{name} (frozen)" for name in manifest["frozen"])]
     items = {
-        "Features": f"{manifest['features']}: {', '.join(scored.ensemble.state.names[:3])} …",
-        "Settings": _pairs(manifest["settings"]),
+        **_parts(scored.ensemble),
         "Lesions per patient": _lesions(manifest["lesions_per_patient"]),
         "Fold plan": manifest["folds_digest"],
-        "Networks": ", ".join(networks) or "none",
         "Training table": f"sha256 {manifest['metadata_sha256']}",
         "Versions": _pairs(manifest["versions"]),
     }
     return "Provenance", (page.facts(items),)
+
+
+def _parts(scorer: Scorer) -> dict[str, str]:
+    """Return the facts that ensembles and blends do not share."""
+    manifest = scorer.manifest
+    if isinstance(scorer, Blend):
+        return {"Members": _pairs(manifest["members"]), "Weights": _pairs(manifest["weights"])}
+    networks = [*manifest["embeddings"], *(f"{name} (frozen)" for name in manifest["frozen"])]
+    return {
+        "Features": f"{manifest['features']}: {', '.join(scorer.state.names[:3])} …",
+        "Settings": _pairs(manifest["settings"]),
+        "Networks": ", ".join(networks) or "none",
+    }
 
 
 def _lesions(per_patient: Mapping[str, Any]) -> str:

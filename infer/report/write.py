@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from infer.ensemble.artifact import REPORT_FILE, open_ensemble
+from infer.ensemble.artifact import REPORT_FILE
+from infer.ensemble.blend_artifact import open_scorer
 from infer.report.scored import read_scored
 from infer.report.sections import header, sections
 from infer.report.settings import ReportSettings
@@ -29,7 +30,7 @@ def write_report(ensemble: Path, data: Path, embeddings: Sequence[Path] = ()) ->
     Raises:
         UserError: no ensemble, other data, or embeddings of another network or fold plan.
     """
-    scored = read_scored(open_ensemble(ensemble), data)
+    scored = read_scored(open_scorer(ensemble), data)
     parts = sections(scored, embeddings)
     body = (page.section(name, title, *content) for name, (title, content) in parts.items())
     name = scored.ensemble.root.name

@@ -22,6 +22,8 @@ class Settings(BaseModel):
 
     positional: ClassVar[tuple[str, ...]] = ()
     """Keys whose values may also be given by position."""
+    repeated: ClassVar[str | None] = None
+    """Key of several values that all arguments without a key are the values of."""
 
     @classmethod
     def help_notes(cls) -> Mapping[str, str]:
