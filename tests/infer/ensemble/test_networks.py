@@ -15,8 +15,9 @@ from scipy.stats import spearmanr
 from infer.embedding.store import shard_path, write_shard
 from infer.ensemble import image_scores
 from infer.ensemble.artifact import open_ensemble
+from infer.ensemble.blend_ensembles import write_blend
 from infer.ensemble.predict import predict_submission
-from infer.ensemble.settings import FitSettings, PredictSettings
+from infer.ensemble.settings import BlendSettings, FitSettings, PredictSettings
 from isic import schema
 from isic.folds import Folds, draw_folds, read_folds
 from isic.layout import TRAINED_ON_FILE, fold_dir
@@ -165,6 +166,26 @@ def test_the_origin_of_every_network_is_checked(
     write_json(path, json.loads(path.read_text()) | changed)
     with pytest.raises(UserError, match=message):
         predict(data, both, tmp_path / "s.csv", two[0], root)
+
+
+def test_the_members_of_a_blend_find_their_own_networks(
+    data: Path, two: list[Path], tmp_path: Path
+) -> None:
+    members = {}
+    for root in two:
+        chosen = {"features": "raw,image", "embeddings": root, "num_rounds": 5}
+        members[root.name] = fit_small(data, tmp_path / "ensembles", **chosen)
+    ensembles = tuple(members.values())
+    blended = write_blend(
+        BlendSettings(ensembles=ensembles, data=data, output_dir=tmp_path, name="blended")
+    )
+    predict(data, blended, tmp_path / "both.csv", *two)
+    found = pl.read_parquet(tmp_path / "both_models.parquet")
+    for root in two:
+        alone = predict(data, members[root.name], tmp_path / "alone.csv", root)
+        assert found[members[root.name].name].to_list() == alone["target"].to_list()
+    with pytest.raises(UserError, match="was fitted with a and b; --embeddings lacks a"):
+        predict(data, blended, tmp_path / "s.csv", two[0])
 
 
 def test_ranks_are_columns_only_if_asked_for(data: Path, two: list[Path], tmp_path: Path) -> None:
