@@ -16,6 +16,7 @@ from infer.embedding.store import shard_path, write_shard
 from infer.ensemble import image_scores
 from infer.ensemble.artifact import open_ensemble
 from infer.ensemble.blend_ensembles import write_blend
+from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.predict import predict_submission
 from infer.ensemble.settings import BlendSettings, FitSettings, PredictSettings
 from isic import schema
@@ -134,7 +135,7 @@ def test_two_runs_of_one_network_and_unusable_names_are_refused(
         fit_small(data, tmp_path, features="image", embeddings=[*two, two[0]])
     odd = Path(shutil.copytree(two[0], tmp_path / "odd"))
     path = odd / "train" / "run.json"
-    for name in ("a b", "a,b", 'a"b', "a[0]", "a/b"):
+    for name in ("a b", "a,b", 'a"b', "a[0]", "a/b", "ä"):
         write_json(path, json.loads(path.read_text()) | {"config": name})
         with pytest.raises(UserError, match="cannot be part of a column's name"):
             fit_small(data, tmp_path, features="image", embeddings=odd)
@@ -434,7 +435,8 @@ def test_a_frozen_network_that_has_seen_the_rows_is_refused(
 def test_every_form_of_two_networks(data: Path, tmp_path: Path) -> None:
     """Their columns do not clash, and prediction finds them all."""
     folds = plan(data, 42)
-    runs = [write_remembering(tmp_path / name, data, folds, seed) for seed, name in enumerate("ab")]
+    usable = ("a.b+c", "x-1_y")
+    runs = [write_remembering(tmp_path / n, data, folds, seed) for seed, n in enumerate(usable)]
     rng = np.random.default_rng(0)
     for root in runs:
         for split in ("train", "test"):
@@ -448,11 +450,11 @@ def test_every_form_of_two_networks(data: Path, tmp_path: Path) -> None:
                 write_shard(part, table["isic_id"].to_list(), features, table["logit"].to_numpy())
     old = write_frozen(tmp_path / "old", data, 3)
     features = "image,image_ranks,aligned,frozen,frozen_score"
-    chosen = {"embeddings": runs, "frozen": old, "num_rounds": 4}
+    chosen = {"embeddings": runs, "frozen": old, "num_rounds": 4, "libraries": tuple(LIBRARIES)}
     ensemble = fit_small(data, tmp_path / "e", features=features, name="all", **chosen)
     names = open_ensemble(ensemble).state.names
     assert len(names) == len(set(names)) == 2 * (2 + 3 + 4) + 2 + 4
-    assert {"aligned_003.b", "frozen_000.old", "frozen_score.old"} < set(names)
+    assert {"aligned_003.x-1_y", "frozen_000.old", "frozen_score.old"} < set(names)
     predict_submission(
         PredictSettings(
             data=data, ensemble=ensemble, embeddings=runs, frozen=old, output=tmp_path / "s.csv"
