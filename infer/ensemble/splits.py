@@ -152,6 +152,11 @@ def _plan_of(rows: pl.DataFrame) -> PlanScores:
     return PlanScores(rows["fold"].to_numpy(), seeds, rows["blend"].to_numpy())
 
 
+def split_seeds(manifest: Mapping[str, Any]) -> list[int]:
+    """Return the split seeds of an ensemble's or a blend's plans; empty if it has one plan."""
+    return [int(split_seed) for split_seed in manifest["scores"].get("pauc_by_split", ())]
+
+
 def summarise_plans(plans: Plans, target: NDArray[np.integer]) -> dict[str, Any]:
     """Return `pauc_by_split`, pooled, with `pauc_mean_of_splits` and `pauc_std_of_splits`.
 
