@@ -312,11 +312,11 @@ class AblationSettings(Settings):
 
     data: Path = Field(description="dataset folder; its training rows are scored out of fold")
     label: str = Field(description="name of the data in the table")
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, made with --folds all"
+    embeddings: Several[Path] = Field(
+        (), description="outputs/embeddings/<config> of each network, made with --folds all"
     )
-    frozen: Path | None = Field(
-        None, description="embeddings of the images by a model trained on other images"
+    frozen: Several[Path] = Field(
+        (), description="embeddings of the images by networks trained on other images"
     )
     features: Several[str] = Field(
         (),

@@ -4,7 +4,7 @@
 | --- | --- |
 | `ensemble.json` | the manifest: sha256 of each file, features, boosters, weights, provenance |
 | `<library>_fold_<k>_seed_<s>.*` | a booster as text |
-| `state.json`, `maps_aligned.parquet` | encodings, constants of the image score, rotations |
+| `state.json`, `maps_aligned_<network>.parquet` | encodings, constants of scores, rotations |
 | `oof.parquet`, `scores.json` | out-of-fold scores, and their metrics |
 | `folds.parquet` | the fold plan |
 | `oof_splits.parquet` | out-of-fold scores over several fold plans, if fitted with `--splits` |
@@ -21,12 +21,13 @@ from typing import Any
 
 import polars as pl
 
-from infer.ensemble import image_scores
 from infer.ensemble.blend import Scores, blend_by_seed
 from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.image_features import ImageState
+from infer.ensemble.own_columns import OwnColumns
+from infer.ensemble.own_tables import TableSpec
 from isic import schema
-from isic.features import Encoding, relative_to_patient
+from isic.features import Encoding
 from isic.layout import FOLDS_FILE, OOF_FILE
 from isic.runtime.errors import UserError
 from isic.runtime.files import holds, read_json, refuse_foreign, sha256, write_json
@@ -38,7 +39,7 @@ SCORES_FILE = "scores.json"
 SPLITS_FILE = "oof_splits.parquet"
 BEGUN_FILE = "begun.json"
 """Marks a folder in which an ensemble is being written."""
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 MEMBERS_DIR = "members"
 """Folder of the ensembles of a blend."""
@@ -60,7 +61,8 @@ class EnsembleState:
     def write(self, root: Path) -> list[str]:
         """Write the state. Return the names of its files."""
         encodings = {str(fold): encoding.to_json() for fold, encoding in self.encodings.items()}
-        value = {"names": list(self.names), **self.image.to_json(), "encodings": encodings}
+        image = self.image.to_json()
+        value = {"names": list(self.names), "image": image, "encodings": encodings}
         write_json(root / STATE_FILE, value)
         return [STATE_FILE, *self.image.write(root)]
 
@@ -71,7 +73,7 @@ class EnsembleState:
         encodings = {
             int(fold): Encoding.from_json(names, part) for fold, part in value["encodings"].items()
         }
-        return cls(names, encodings, ImageState.read(root, value))
+        return cls(names, encodings, ImageState.read(root, value["image"]))
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,17 @@ class Ensemble:
     @property
     def is_relative(self) -> bool:
         """Whether a score depends on the patient's other lesions."""
-        names = self.state.names
-        return image_scores.RELATIVE in names or relative_to_patient(names)
+        # Without boosters, the score is the mean over the networks' scores.
+        return bool(self.state.names) and (self.state.image.is_relative or self.spec.is_relative)
 
     @property
     def uses_images(self) -> bool:
         return self.spec.images
+
+    @property
+    def own_tables(self) -> Mapping[str, TableSpec]:
+        """The tables of own columns that a table to score needs, by name."""
+        return self.spec.own.tables
 
     def oof(self) -> pl.DataFrame:
         """Return `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
@@ -152,6 +159,11 @@ def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:
     if not (root / ENSEMBLE_FILE).is_file():
         return
     manifest = read_json(root / ENSEMBLE_FILE)
+    if manifest.get("format") != FORMAT_VERSION:
+        raise UserError(
+            f"{root} holds an ensemble of another version of the toolkit; "
+            "choose another --name, or replace it with --force"
+        )
     # Through JSON and back, so that tuples and integer keys compare as they were written.
     now = dict(_flatten(json.loads(json.dumps(fields))))
     then = dict(_flatten({key: manifest.get(key) for key in fields}))
@@ -183,7 +195,8 @@ def open_ensemble(path: Path) -> Ensemble:
     refuse_damaged(root, manifest)
     if "members" in manifest:
         raise UserError(f"{root} is a blend; give the ensembles in {root / MEMBERS_DIR} instead")
-    spec = FeatureSpec.parse(manifest["features"])
+    own = OwnColumns.from_json(manifest)
+    spec = FeatureSpec.parse(manifest["features"], own, manifest.get("lists"))
     state = EnsembleState.read(root)
     names = spec.names(state.image)
     if names != state.names:

@@ -1,4 +1,4 @@
-"""Settings of `python -m infer fit`, `predict`, `scores` and `compare`."""
+"""Settings of `python -m infer fit`, `select`, `predict`, `scores` and `compare`."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import yaml
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from infer.ensemble.boosters import LIBRARIES, parameters_of
+from infer.ensemble.boosters import DEVICE, LIBRARIES, parameters_of
 from isic.layout import OUTPUT_DIR
 from isic.runtime import yaml12
 from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason
@@ -40,10 +40,10 @@ OUTPUT_NAMES = AliasChoices("output_dir", "out")
 class EmbeddingSources:
     """The embedding runs to read; the fields are also flags and keys of the manifest."""
 
-    embeddings: Path | None
-    """Of the fold models."""
-    frozen: Path | None
-    """Of a model that was trained on other images."""
+    embeddings: tuple[Path, ...] = ()
+    """Of networks whose folds' models hold the training rows out."""
+    frozen: tuple[Path, ...] = ()
+    """Of networks that were trained on other images."""
 
 
 class FitSettings(Settings):
@@ -57,14 +57,28 @@ class FitSettings(Settings):
     data: Path = Field(Path("data/isic-2024"), description="dataset folder")
     features: str = Field(
         "engineered",
-        description="comma-separated sets (raw, engineered, extended, image, multimodal, aligned, "
-        "frozen), groups and features",
+        description="comma-separated sets (raw, engineered, extended, image, multimodal, "
+        "image_ranks, aligned, frozen, frozen_score), groups and features; -word leaves features "
+        "out, @file names a list",
     )
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, for image, multimodal and aligned"
+    define: Several[Path] = Field(
+        (),
+        description="YAML files of own columns, `name: SQL expression`; a file's stem is a set",
     )
-    frozen: Path | None = Field(
-        None, description="for frozen: embeddings by a model that was trained on other images"
+    tables: Several[str] = Field(
+        (),
+        description="CSV or Parquet files of own columns by isic_id, each as oof:FILE (with the "
+        "rows' folds) or label_free:FILE; a file's stem is a set",
+    )
+    embeddings: Several[Path] = Field(
+        (),
+        description="outputs/embeddings/<config>, for image, multimodal, image_ranks and aligned; "
+        "several networks separated by commas, the first one's folds are the boosters'",
+    )
+    frozen: Several[Path] = Field(
+        (),
+        description="for frozen and frozen_score: embeddings by networks that were trained on "
+        "other images, separated by commas",
     )
     output_dir: Path = Field(
         OUTPUT_DIR / "ensemble",
@@ -73,8 +87,7 @@ class FitSettings(Settings):
     )
     name: str = Field(
         "",
-        description="name of the ensemble's folder; by default the features and the embeddings' "
-        "config",
+        description="name of the ensemble's folder; by default the features and the networks",
     )
     libraries: Several[str] = Field(("lightgbm",), description=f"some of {', '.join(LIBRARIES)}")
     weights: Several[float] = Field(
@@ -112,13 +125,17 @@ class FitSettings(Settings):
         0.1,
         ge=0,
         allow_inf_nan=False,
-        description="standard deviation of the noise on the image scores of training rows",
+        description="standard deviation of the noise on the image scores of training rows, "
+        "independent per network",
     )
     blank_share: float = Field(
         BLANK_SHARE,
         ge=0,
         lt=1,
         description="share of the training rows in which a category is blanked, per column",
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="processor of the boosters; cuda needs libraries that were built for it"
     )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all cores")
     force: bool = Field(
@@ -132,7 +149,10 @@ class FitSettings(Settings):
     def flags(cls) -> dict[str, FieldInfo]:
         """Return the flags, with one per library instead of `library_settings`."""
         others = {name: field for name, field in cls.model_fields.items() if name != CHANGES}
-        help_text = 'changed settings of {}, such as "{{num_rounds: 100}}"'
+        help_text = (
+            'changed settings of {}, such as "{{num_rounds: 100}}"; extra: {{...}} holds any other '
+            "parameter of the library"
+        )
         libraries = {
             name: FieldInfo(default={}, description=help_text.format(name)) for name in LIBRARIES
         }
@@ -158,12 +178,16 @@ class FitSettings(Settings):
     @classmethod
     def _over_config(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         path = find_config(values["config"])
-        from_file = read_yaml(path)
+        from_file = cls._from_file(path)
         build(cls, from_file, str(path))  # on its own, so that an error names the file
         if any(name in values for name in OUTPUT_NAMES.choices):
             # The flag may have the other name of the two.
             from_file = {k: v for k, v in from_file.items() if k not in OUTPUT_NAMES.choices}
         return {**from_file, **values}
+
+    @classmethod
+    def _from_file(cls, path: Path) -> dict[str, Any]:
+        return read_yaml(path)
 
     @field_validator("libraries")
     @classmethod
@@ -194,7 +218,8 @@ class FitSettings(Settings):
         changes = dict(self.library_settings.get(library, {}))
         if self.num_rounds:
             changes["num_rounds"] = self.num_rounds
-        return parameters_of(library, changes)
+        on_gpu = {DEVICE: self.device} if self.device != "cpu" else {}
+        return parameters_of(library, changes) | on_gpu
 
     @property
     def seed_of_split(self) -> int:
@@ -208,6 +233,60 @@ class FitSettings(Settings):
     @property
     def sources(self) -> EmbeddingSources:
         return EmbeddingSources(self.embeddings, self.frozen)
+
+
+class SelectSettings(FitSettings):
+    """Choose features by boosters that are fitted outside each fold, and write them as a list.
+
+    `infer fit --features @name` reads the list. The other settings are those of `infer fit`.
+    """
+
+    by: Literal["null_importance", "gain"] = Field(
+        "null_importance",
+        description="null_importance keeps the features with more gain than on shuffled targets; "
+        "gain keeps those with the most gain",
+    )
+    repeats: int = Field(
+        30,
+        ge=1,
+        description="boosters per fold and library: on shuffled targets, or for the gain",
+    )
+    num_features: int | None = Field(
+        None, ge=1, description="features to choose; by default as many as the rule keeps"
+    )
+    output_dir: Path = Field(
+        OUTPUT_DIR / "features", validation_alias=OUTPUT_NAMES, description="folder of the list"
+    )
+    name: str = Field(
+        "", description="name of the list; by default the features and the rule (--by)"
+    )
+    output: Path | None = Field(
+        None, description="file of the list, in place of --output_dir and --name"
+    )
+
+    @classmethod
+    def flags(cls) -> dict[str, FieldInfo]:
+        """Return the flags, without those that concern ensembles only."""
+        return {name: field for name, field in super().flags().items() if name not in ONLY_FIT}
+
+    @classmethod
+    def _from_file(cls, path: Path) -> dict[str, Any]:
+        # The file is one of `infer fit`; the ensemble's name and folder are not those of the list.
+        return {key: value for key, value in read_yaml(path).items() if key not in NOT_FOR_LISTS}
+
+    @model_validator(mode="after")
+    def _writes_one_list(self) -> "SelectSettings":
+        if self.force:
+            raise ValueError("--force is not a key of `infer select`, which writes its list again")
+        if self.output and (self.name or "output_dir" in self.model_fields_set):
+            raise ValueError("--output names the file; leave --output_dir and --name out")
+        return self
+
+
+ONLY_FIT = ("force",)
+"""Flags of `infer fit` that `infer select` does not take."""
+NOT_FOR_LISTS = {*ONLY_FIT, "name", *OUTPUT_NAMES.choices}
+"""Keys of a config of `infer fit` that `infer select` passes over."""
 
 
 def _parse_changes(library: str, value: Any) -> dict[str, Any]:
@@ -236,11 +315,15 @@ class PredictSettings(Settings):
         OUTPUT_DIR / "ensemble",
         description="an ensemble's folder, or one with a single ensemble in it",
     )
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, if the ensemble uses the fold models"
+    embeddings: Several[Path] = Field(
+        (),
+        description="outputs/embeddings/<config> of each network that the ensemble was fitted with",
     )
-    frozen: Path | None = Field(
-        None, description="the frozen model's embeddings, if the ensemble uses them"
+    frozen: Several[Path] = Field(
+        (), description="embeddings of each frozen network that the ensemble was fitted with"
+    )
+    tables: Several[str] = Field(
+        (), description="the ensemble's tables of own columns, with the rows to score"
     )
     output: Path = Field(
         Path("submission.csv"),

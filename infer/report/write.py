@@ -1,5 +1,6 @@
 """`python -m infer report`: an ensemble's scores and worst errors as one HTML file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from infer.ensemble.artifact import REPORT_FILE
@@ -19,15 +20,15 @@ def report(settings: ReportSettings) -> None:
     print(f"report: {write_report(settings.ensemble, settings.data, settings.embeddings)}")
 
 
-def write_report(ensemble: Path, data: Path, embeddings: Path | None = None) -> Path:
+def write_report(ensemble: Path, data: Path, embeddings: Sequence[Path] = ()) -> Path:
     """Write `report.html` into an ensemble's folder and return its path.
 
     Args:
         data: the dataset that it was fitted on; its images, if any, are shown.
-        embeddings: the embedding run that it was fitted with, for the map.
+        embeddings: embedding runs that it was fitted with, for the maps.
 
     Raises:
-        UserError: no ensemble, other data, or embeddings of another fold plan.
+        UserError: no ensemble, other data, or embeddings of another network or fold plan.
     """
     scored = read_scored(open_scorer(ensemble), data)
     parts = sections(scored, embeddings)

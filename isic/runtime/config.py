@@ -54,6 +54,8 @@ class Settings(BaseModel):
 
 
 def _split(value: Any) -> Any:
+    if isinstance(value, Path):
+        return (value,)
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
