@@ -20,6 +20,7 @@ from infer.ensemble.artifact import (
 from infer.ensemble.blend import blend
 from infer.ensemble.booster_checks import check_library
 from infer.ensemble.boosters import LIBRARIES, booster_file_name
+from infer.ensemble.chosen import CHOSEN_KEY, choice_notes, choices_of_lists
 from infer.ensemble.feature_spec import IMAGE_WORDS, FeatureSpec
 from infer.ensemble.image_features import (
     ImageState,
@@ -34,6 +35,7 @@ from infer.ensemble.out_of_fold import FitResult, fit_boosters
 from infer.ensemble.own_columns import OwnColumns, read_definitions, refuse_clashes
 from infer.ensemble.own_tables import (
     LABEL_FREE,
+    OOF,
     OwnTable,
     read_train_tables,
     refuse_other_folds,
@@ -69,7 +71,7 @@ def fit_ensemble(settings: FitSettings) -> Path:
     fold = folds.of(metadata)
     refuse_other_folds(own_tables.values(), metadata, fold.to_numpy(), folds)
     image = fit_image_state(spec.forms, settings.sources, metadata)
-    refuse_splits(settings.splits, image.needs["embeddings"], _find_folds(settings))
+    _refuse_splits(settings, image, own_tables)
     names = spec.names(image)
     for library in settings.libraries if names else ():
         check_library(library, settings.parameters(library), names)
@@ -115,8 +117,10 @@ def fit_ensemble(settings: FitSettings) -> Path:
     files = _write_files(root, result, state, folds, oof, summaries)
     files += write_plans(root, metadata[schema.ID], plans)
     results = _manifest_results(result, metadata, summaries)
+    results[CHOSEN_KEY] = choices_of_lists(spec.words.lists, inputs["metadata_sha256"])
     write_ensemble_manifest(root, files, {**inputs, **results, "networks": networks})
-    print(format_scores({**networks["scores"], **summaries}))
+    scores = format_scores({**networks["scores"], **summaries})
+    print("\n".join([scores, *choice_notes(root.name, results)]))
     print(f"ensemble: {root}")
     return root
 
@@ -144,6 +148,16 @@ def warn_of_own_columns(spec: FeatureSpec, table: pl.DataFrame, metadata: pl.Dat
     for word, names in spec.own.sets.items():
         if word not in spec.own.tables or spec.own.tables[word].kind == LABEL_FREE:
             warn_of_labels(table, [name for name in names if name in spec.own_names], target, word)
+
+
+def _refuse_splits(
+    settings: FitSettings, image: ImageState, own_tables: Mapping[str, OwnTable]
+) -> None:
+    of_one_plan = {
+        "the image features of fold models": image.needs["embeddings"],
+        "an oof table": any(table.spec.kind == OOF for table in own_tables.values()),
+    }
+    refuse_splits(settings.splits, of_one_plan, _find_folds(settings))
 
 
 def read_train(data: Path, spec: FeatureSpec) -> pl.DataFrame:

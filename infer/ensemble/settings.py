@@ -278,12 +278,14 @@ class SelectSettings(FitSettings):
     def _writes_one_list(self) -> "SelectSettings":
         if self.force:
             raise ValueError("--force is not a key of `infer select`, which writes its list again")
+        if self.splits > 1:
+            raise ValueError("--splits is not a key of `infer select`, which chooses in one plan")
         if self.output and (self.name or "output_dir" in self.model_fields_set):
             raise ValueError("--output names the file; leave --output_dir and --name out")
         return self
 
 
-ONLY_FIT = ("force",)
+ONLY_FIT = ("force", "splits")
 """Flags of `infer fit` that `infer select` does not take."""
 NOT_FOR_LISTS = {*ONLY_FIT, "name", *OUTPUT_NAMES.choices}
 """Keys of a config of `infer fit` that `infer select` passes over."""

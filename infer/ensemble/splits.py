@@ -63,19 +63,20 @@ def plan_scores(
     return PlanScores(fold, blend_by_seed(models, weights), blend(models, weights, models))
 
 
-def refuse_splits(num_splits: int, fold_models: bool, plan: Path | None) -> None:
+def refuse_splits(num_splits: int, of_one_plan: Mapping[str, bool], plan: Path | None) -> None:
     """Raise a UserError if several fold plans are asked for and there can be only one.
 
     Args:
-        fold_models: whether features come from fold models, which belong to one plan.
+        of_one_plan: kinds of features that are out of fold in one plan only; whether they are used.
         plan: the file with the fold plan, if it is not drawn.
     """
     if num_splits == 1:
         return
-    if fold_models:
+    used = [kind for kind, is_used in of_one_plan.items() if is_used]
+    if used:
         raise UserError(
-            "the image features of fold models are out of fold in one fold plan only, and --splits "
-            "draws others; leave --splits out, or leave these features out"
+            f"{' and '.join(used)} can be out of fold in one fold plan only, and --splits draws "
+            "others; leave --splits out, or leave these features out"
         )
     if plan:
         raise UserError(

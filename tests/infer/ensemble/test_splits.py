@@ -104,13 +104,32 @@ def test_features_of_fold_models_and_fixed_plans_are_refused(
 ) -> None:
     chosen = {"splits": 2, "num_rounds": 2, "num_folds": None}
     for features in ("image", "multimodal", "raw,image"):
-        with pytest.raises(UserError, match="of fold models are out of fold in one fold plan only"):
+        with pytest.raises(UserError, match="of fold models can be out of fold in one fold"):
             fit_small(data, tmp_path / "out", features=features, embeddings=embeddings, **chosen)
     pinned = write_train(tmp_path / "pinned", train_table(data))
     draw_folds(train_table(data), 3, 7).write(pinned / "folds.parquet")
     with pytest.raises(UserError, match=r"pinned/folds\.parquet is the only fold plan of this fit"):
         fit_small(pinned, tmp_path / "out", features="raw", **chosen)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_oof_table_belongs_to_one_plan(data: Path, tmp_path: Path) -> None:
+    table = train_table(data)
+    fold = draw_folds(table, 3, 42).of(table)
+    path = tmp_path / "mine.parquet"
+    table.select("isic_id", fold, known=pl.col("target") * 0.5).write_parquet(path)
+    chosen = {"features": "sex,mine", "num_rounds": 2, "splits": 2}
+    with pytest.raises(UserError, match="an oof table can be out of fold in one fold plan only"):
+        fit_small(data, tmp_path / "out", **chosen, tables=f"oof:{path}")
+    table.select("isic_id", other=pl.lit(1.0)).write_parquet(path)
+    root = fit_small(data, tmp_path / "out", **chosen, tables=f"label_free:{path}")
+    assert list(read_plans(root)) == [42, 43]
+
+
+def test_a_selection_has_one_plan(data: Path, cli: Cli) -> None:
+    ended = cli("infer", "select", "--data", data, "--splits", 3)
+    assert ended.code == 2
+    assert "--splits is not a key of `infer select`" in ended.err
 
 
 def test_frozen_columns_are_fitted_over_several_plans(data: Path, tmp_path: Path) -> None:
