@@ -65,7 +65,7 @@ def input_kind(ensemble: Path) -> str:
     spec = open_ensemble(ensemble).spec
     if not spec.images:
         return "tabular"
-    return "both" if spec.tabular else "image"
+    return "both" if spec.table_names else "image"
 
 
 def score_row(name: str, oof: pl.DataFrame, kind: str) -> Row:

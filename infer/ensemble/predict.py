@@ -46,9 +46,9 @@ def predict_submission(settings: PredictSettings) -> None:
     _check_lesions(ensemble, metadata, settings.few)
     order = submission_order(dataset, metadata)
     _refuse_foreign(settings.output)
+    own_tables = read_test_tables(settings.tables, ensemble.spec.own.tables)
     sources = EmbeddingSources(settings.embeddings, settings.frozen)
     image_tables, origins = _read_images(ensemble, sources, metadata)
-    own_tables = read_test_tables(settings.tables, ensemble.spec.own.tables)
     own_columns = [own.columns(metadata) for own in own_tables.values()]
     table = ensemble.spec.frame(metadata, [*own_columns, *image_tables])
     _warn_unseen(ensemble, table)
