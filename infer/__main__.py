@@ -1,4 +1,4 @@
-"""`python -m infer embed | fit | select | predict | scores | compare | report | doctor`."""
+"""`python -m infer embed | fit | select | blend | predict | scores | compare | report | doctor`."""
 
 from isic.runtime.cli import Command, run
 
@@ -11,6 +11,7 @@ COMMANDS = {
     "predict": Command(
         "infer.ensemble.settings:PredictSettings", "infer.ensemble.predict:predict_submission"
     ),
+    "blend": Command("infer.ensemble.settings:BlendSettings", "infer.commands:blend"),
     "scores": Command(
         "infer.ensemble.settings:ScoresSettings", "infer.ensemble.scores:show_scores"
     ),

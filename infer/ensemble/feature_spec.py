@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from infer.ensemble.feature_words import FeatureWords, Lists, parse_words
-from infer.ensemble.image_columns import EMBEDDING_MODES
-from infer.ensemble.image_features import ImageState
+from infer.ensemble.image_features import FORMS, ImageState
 from infer.ensemble.own_columns import OwnColumns
 from isic import features, schema
 from isic.features.definitions import (
@@ -18,10 +17,10 @@ from isic.features.definitions import (
 )
 from isic.runtime.errors import UserError
 
-IMAGE_WORDS = ("image", "multimodal")
-"""Words that include the image model's score."""
-SCORE = "image"
-"""The word for that score alone."""
+MULTIMODAL = ("engineered", "image")
+"""The words that `multimodal` stands for."""
+IMAGE_WORDS = ("multimodal", *FORMS)
+"""Words that request image features."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,8 @@ class FeatureSpec:
     words: FeatureWords
     tabular: tuple[str, ...]
     """Names of the tabular features."""
-    uses_score: bool
-    """Whether the image model's score is a feature."""
-    embedding_modes: tuple[str, ...]
-    """The kinds of embedding columns, of EMBEDDING_MODES."""
+    forms: tuple[str, ...]
+    """The kinds of image features, of FORMS."""
     own: OwnColumns = field(default_factory=OwnColumns)
     own_names: tuple[str, ...] = ()
     """Names of the own columns that are features."""
@@ -45,8 +42,8 @@ class FeatureSpec:
     ) -> "FeatureSpec":
         """Parse a comma-separated list of sets, groups and features.
 
-        `image` is the image model's score, `multimodal` is `image` and `engineered`; `aligned` and
-        `frozen` are embeddings as columns. `-word` leaves features out; `@file` names a list.
+        `multimodal` is `engineered` and `image`; the image features are those of FORMS. `-word`
+        leaves features out; `@file` names a list.
 
         Args:
             own: the user's own columns, whose sets and names are words too.
@@ -61,28 +58,22 @@ class FeatureSpec:
         wanted = _expand(words.wanted, own)
         unwanted = _expand(words.unwanted, own)
         _refuse_vain(words, wanted, own)
-        image = wanted.image - unwanted.image
+        forms = wanted.forms - unwanted.forms
         spec = cls(
             words,
             tabular=tuple(name for name in wanted.tabular if name not in unwanted.tabular),
-            uses_score=SCORE in image,
-            embedding_modes=tuple(mode for mode in EMBEDDING_MODES if mode in image),
+            forms=tuple(form for form in FORMS if form in forms),
             own=own,
             own_names=tuple(name for name in wanted.own if name not in unwanted.own),
         )
-        if not (spec.tabular or spec.own_names or image):
+        if not (spec.tabular or spec.own_names or forms):
             raise UserError(f'no features are left of "{text}"; leave out less')
         return spec
 
     @property
     def images(self) -> bool:
         """Whether any feature comes from images."""
-        return self.uses_score or bool(self.embedding_modes)
-
-    @property
-    def image_words(self) -> tuple[str, ...]:
-        """Words that request the same image features."""
-        return (*([SCORE] if self.uses_score else []), *self.embedding_modes)
+        return bool(self.forms)
 
     @property
     def table_names(self) -> tuple[str, ...]:
@@ -104,9 +95,9 @@ class FeatureSpec:
     def names(self, image: ImageState) -> tuple[str, ...]:
         """Return the columns of the boosters' matrix.
 
-        There are none, and no boosters, if the image model's score is the only feature.
+        There are none, and no boosters, if the networks' scores are the only features.
         """
-        if not (self.table_names or self.embedding_modes):
+        if not self.table_names and self.forms == ("image",):
             return ()
         return (*self.table_names, *image.names)
 
@@ -115,7 +106,7 @@ class FeatureSpec:
 
         Args:
             metadata: the rows, whose order is kept.
-            more: tables of `isic_id` and columns in the same order, from own tables and images.
+            more: tables of columns in the same order, from own tables and images.
         """
         tabular = features.compute(metadata, self.tabular)
         definitions = self.own.all_definitions
@@ -124,7 +115,8 @@ class FeatureSpec:
         parts = [tabular]
         if names:
             parts.append(compute_definitions(definitions, metadata, names))
-        return pl.concat([*parts, *(table.drop(schema.ID) for table in more)], how="horizontal")
+        others = (table.drop(schema.ID, strict=False) for table in more)
+        return pl.concat([*parts, *others], how="horizontal")
 
 
 @dataclass(frozen=True)
@@ -133,35 +125,34 @@ class _Names:
 
     tabular: tuple[str, ...]
     own: tuple[str, ...]
-    image: frozenset[str]
-    """SCORE and the kinds of embedding columns."""
+    forms: frozenset[str]
+    """Of FORMS."""
 
     def meets(self, other: "_Names") -> bool:
         """Return whether both have a feature."""
         return bool(
-            {*self.tabular, *self.own} & {*other.tabular, *other.own} or self.image & other.image
+            {*self.tabular, *self.own} & {*other.tabular, *other.own} or self.forms & other.forms
         )
 
 
 def _expand(words: Iterable[str], own: OwnColumns) -> _Names:
-    image_words = (*IMAGE_WORDS, *EMBEDDING_MODES)
     sets = own.sets
     tabular: list[str] = []
     owned: set[str] = set()
-    image: set[str] = set()
-    for word in words:
-        if word in image_words:
-            image.add(SCORE if word in IMAGE_WORDS else word)
-            tabular += ["engineered"] if word == "multimodal" else []
-        elif word in sets or word in own.names:
-            owned.update(sets.get(word, (word,)))
-        else:
-            tabular.append(word)
-    known = (*image_words, *sets, *own.names)
+    forms: set[str] = set()
+    for given in words:
+        for word in MULTIMODAL if given == "multimodal" else (given,):
+            if word in FORMS:
+                forms.add(word)
+            elif word in sets or word in own.names:
+                owned.update(sets.get(word, (word,)))
+            else:
+                tabular.append(word)
+    known = (*IMAGE_WORDS, *sets, *own.names)
     return _Names(
         features.expand(tabular, also_known=known),
         tuple(name for name in own.names if name in owned),
-        frozenset(image),
+        frozenset(forms),
     )
 
 

@@ -11,7 +11,7 @@ Null importance: Altmann et al. 2010, Permutation importance: a corrected featur
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,9 @@ from infer.ensemble.fit import (
 from infer.ensemble.image_features import (
     embedding_origins,
     fit_image_state,
-    image_feature_tables,
+    read_image_rows,
 )
-from infer.ensemble.out_of_fold import FitResult, fit_boosters, fit_outside
+from infer.ensemble.out_of_fold import FitResult, NoisyColumns, fit_boosters, fit_outside
 from infer.ensemble.own_tables import refuse_other_folds
 from infer.ensemble.settings import SelectSettings
 from isic import schema
@@ -85,6 +85,22 @@ class Rows:
     """[N], 0 or 1."""
     fold: NDArray[np.integer]
     """[N]."""
+    noisy: NoisyColumns | None
+    """See `fit_boosters`."""
+
+    def outside(self, k: int) -> "Rows":
+        """Return the rows outside a fold."""
+        is_outside = self.fold != k
+        rows = pl.Series(is_outside)
+        noisy = self.noisy
+        return replace(
+            self,
+            metadata=self.metadata.filter(rows),
+            table=self.table.filter(rows),
+            target=self.target[is_outside],
+            fold=self.fold[is_outside],
+            noisy=(lambda key: noisy(key).filter(rows)) if noisy else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -152,13 +168,13 @@ def _read(settings: SelectSettings) -> Rows:
     fold = folds.of(metadata).to_numpy()
     refuse_other_folds(own_tables.values(), metadata, fold, folds)
     sources = settings.sources
-    image = fit_image_state(spec.uses_score, spec.embedding_modes, sources, metadata, folds)
+    image = fit_image_state(spec.forms, sources, metadata)
     names = spec.names(image)
     for library in settings.libraries:
         check_library(library, settings.parameters(library), names)
-    images = image_feature_tables(image, sources, "train", metadata, folds.digest, folds)
+    images = read_image_rows(image, sources, "train", metadata, out_of_fold=True)
     own_columns = [table.columns(metadata) for table in own_tables.values()]
-    table = spec.frame(metadata, [*own_columns, *images])
+    table = spec.frame(metadata, [*own_columns, *images.tables()])
     warn_of_own_columns(spec, table, metadata)
     parameters = {library: settings.parameters(library) for library in settings.libraries}
     origins = {
@@ -166,12 +182,13 @@ def _read(settings: SelectSettings) -> Rows:
         "parameters": parameters,
         "settings": settings.model_dump(mode="json", include=MODEL_SETTINGS),
         "folds_digest": folds.digest,
-        **embedding_origins(image, sources, "train", folds.digest),
+        **embedding_origins(image, sources, "train"),
         **own_inputs(spec, own_tables),
         "metadata_sha256": sha256(Dataset(settings.data).metadata_path("train")),
     }
     target = metadata[schema.TARGET].to_numpy()
-    return Rows(spec, metadata, folds.num_folds, table, names, origins, target, fold)
+    noisy = images.noisy(settings.image_noise)
+    return Rows(spec, metadata, folds.num_folds, table, names, origins, target, fold, noisy)
 
 
 def choose_by_fold(rows: Rows, settings: SelectSettings) -> dict[int, Choice]:
@@ -180,10 +197,8 @@ def choose_by_fold(rows: Rows, settings: SelectSettings) -> dict[int, Choice]:
     time_left = TimeLeft(rows.num_folds, "choosing")
     choices = {}
     for k in range(rows.num_folds):
-        outside = rows.fold != k
         # The fold's own rows are not even in these tables.
-        part = rows.table.filter(pl.Series(outside))
-        gains = _gains(part, rows.target[outside], rows.fold[outside], k, rows.names, settings)
+        gains = _gains(rows.outside(k), k, settings)
         choices[k] = _choose(gains, num_candidates, settings)
         time_left.advance()
     return choices
@@ -193,28 +208,23 @@ Gains = dict[str, NDArray[np.float64]]
 """[repeats, D] gains by library."""
 
 
-def _gains(
-    table: pl.DataFrame,
-    target: NDArray[np.integer],
-    fold: NDArray[np.integer],
-    k: int,
-    names: tuple[str, ...],
-    settings: SelectSettings,
-) -> tuple[Gains, Gains]:
-    """Return the gains of boosters outside a fold, and those on shuffled targets, if needed.
+def _gains(rows: Rows, k: int, settings: SelectSettings) -> tuple[Gains, Gains]:
+    """Return the gains of boosters on the rows, and those on shuffled targets, if needed.
 
     Args:
-        table, target, fold: of the rows outside fold `k`.
+        rows: those outside fold `k`.
     """
-    encoding = fit_encoding(table, names)
+    encoding = fit_encoding(rows.table, rows.names)
 
     def fit_one(key: tuple[str, int, bool]) -> NDArray[np.float64]:
         library, seed, is_shuffled = key
-        labels = target
+        labels = rows.target
         if is_shuffled:
-            labels = np.random.default_rng((seed, k, NULL_STREAM)).permutation(target)
-        text = fit_outside((library, k, seed), table, labels, fold, encoding, settings)
-        return LIBRARIES[library].gains(text, len(names))
+            labels = np.random.default_rng((seed, k, NULL_STREAM)).permutation(labels)
+        text = fit_outside(
+            (library, k, seed), rows.table, labels, rows.fold, encoding, settings, rows.noisy
+        )
+        return LIBRARIES[library].gains(text, len(rows.names))
 
     by_gain = settings.by == "gain"
     num_real = settings.repeats if by_gain else settings.seeds
@@ -292,7 +302,9 @@ def _judge(
 ) -> tuple[Comparison, dict[str, Any]]:
     """Compare all features with each fold's own list, both out of fold."""
     first, second = (
-        _by_seed(fit_boosters(rows.table, names, rows.target, rows.fold, settings), settings)
+        _by_seed(
+            fit_boosters(rows.table, names, rows.target, rows.fold, settings, rows.noisy), settings
+        )
         for names in (rows.names, lists)
     )
     patient = with_patient(rows.metadata)[schema.PATIENT].to_numpy()
@@ -318,7 +330,7 @@ def _text(chosen: Sequence[str], rows: Rows, settings: SelectSettings) -> str:
         f"# {len(chosen)} of {len(rows.spec.table_names)} features of {settings.features}, "
         f"by {settings.by}, the best first"
     )
-    images = [f"{word}  # always kept" for word in rows.spec.image_words]
+    images = [f"{word}  # always kept" for word in rows.spec.forms]
     return "\n".join([head, *chosen, *images]) + "\n"
 
 

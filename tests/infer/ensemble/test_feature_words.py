@@ -32,8 +32,7 @@ def test_words_can_be_left_out() -> None:
 
 def test_images_can_be_left_out() -> None:
     spec = FeatureSpec.parse("multimodal,aligned,-image")
-    assert not spec.uses_score
-    assert spec.embedding_modes == ("aligned",)
+    assert spec.forms == ("aligned",)
     assert spec.tabular == SETS["engineered"]
 
 

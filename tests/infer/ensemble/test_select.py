@@ -137,7 +137,7 @@ def test_image_features_are_kept(data: Path, embeddings: Path, tmp_path: Path) -
     words = f"@{tmp_path / 'list.txt'}"
     root = fit_small(data, tmp_path, features=words, embeddings=embeddings, num_rounds=2)
     names = json.loads((root / "state.json").read_text())["names"]
-    assert names[-2:] == ["image_score", "image_score_patient_diff"]
+    assert names[-2:] == ["image_score.tiny", "image_score_patient_diff.tiny"]
     assert len(names) == len(manifest["chosen"]) + 2
 
 
