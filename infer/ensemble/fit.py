@@ -21,6 +21,7 @@ from infer.ensemble.blend import blend
 from infer.ensemble.booster_checks import check_library
 from infer.ensemble.boosters import LIBRARIES, booster_file_name
 from infer.ensemble.feature_spec import IMAGE_WORDS, FeatureSpec
+from infer.ensemble.image_columns import ALIGNED
 from infer.ensemble.image_features import (
     ImageState,
     embedding_origins,
@@ -39,6 +40,7 @@ from infer.ensemble.own_tables import (
     refuse_other_folds,
     warn_of_labels,
 )
+from infer.ensemble.refit import describe_agreement, refit_boosters
 from infer.ensemble.scores import format_scores, summarise
 from infer.ensemble.settings import NUM_FOLDS, FitSettings
 from infer.ensemble.splits import (
@@ -64,6 +66,11 @@ MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
 def fit_ensemble(settings: FitSettings) -> Path:
     """Fit an ensemble, write it and print its out-of-fold scores. Return its folder."""
     spec, own_tables = read_spec(settings)
+    if settings.refit and ALIGNED in spec.forms:
+        raise UserError(
+            f"--refit is not for {ALIGNED} columns, which only the networks of the folds have; "
+            f"leave out {ALIGNED} or --refit"
+        )
     metadata = read_train(settings.data, spec)
     folds = choose_folds(settings, metadata)
     fold = folds.of(metadata)
@@ -100,7 +107,11 @@ def fit_ensemble(settings: FitSettings) -> Path:
         noisy = images.noisy(settings.image_noise)
         result = fit_boosters(table, names, target, fold.to_numpy(), settings, noisy)
     else:
+        noisy = None
         result = FitResult(scores={"image": image_probability(images.by_column())})
+    refit = None
+    if settings.refit:
+        refit = refit_boosters(table, names, metadata, fold.to_numpy(), settings, noisy)
     blended = blend(result.scores, weights, result.scores)
     oof = metadata.select(schema.ID, fold, schema.TARGET)
     oof = oof.with_columns(**result.scores, blend=blended)
@@ -111,12 +122,17 @@ def fit_ensemble(settings: FitSettings) -> Path:
     networks = describe_networks(images.by_column(), oof, patient)
     # Only now, so that a fit that fails leaves the earlier ensemble as it was.
     clear_ensemble(root)
-    state = EnsembleState(names, result.encodings, image)
+    state = EnsembleState(names, result.encodings, image, refit.encoding if refit else None)
     files = _write_files(root, result, state, folds, oof, summaries)
     files += write_plans(root, metadata[schema.ID], plans)
     results = _manifest_results(result, metadata, summaries)
+    if refit:
+        files += refit.write(root)
+        results["refit"] = refit.manifest_field()
     write_ensemble_manifest(root, files, {**inputs, **results, "networks": networks})
     print(format_scores({**networks["scores"], **summaries}))
+    if refit and refit.agreement:
+        print(describe_agreement(refit.agreement))
     print(f"ensemble: {root}")
     return root
 
@@ -240,6 +256,8 @@ def _manifest_inputs(
     """Return the manifest fields that determine an ensemble, known before it is fitted."""
     model_settings = settings.model_dump(mode="json", include=MODEL_SETTINGS)
     model_settings["num_folds"] = folds.num_folds
+    if settings.refit:
+        model_settings["refit"] = True
     # Otherwise the plan comes from a file, whatever the seed is.
     if not _find_folds(settings):
         model_settings["split_seed"] = settings.seed_of_split

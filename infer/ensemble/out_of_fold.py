@@ -1,7 +1,7 @@
 """Fit a booster per library, fold and seed, and score each fold's held-out rows with it."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -27,6 +27,14 @@ NoisyColumns = Callable[[tuple[int, int]], pl.DataFrame]
 """Makes columns from the seed and fold of a booster."""
 
 
+def noise_of(noisy: NoisyColumns | None, rows: NDArray[np.bool_]) -> NoisyColumns | None:
+    """Return the same for a part of the rows, [N] whether a row belongs to it."""
+    if noisy is None:
+        return None
+    mask = pl.Series(rows)
+    return lambda key: noisy(key).filter(mask)
+
+
 @dataclass(frozen=True)
 class FitResult:
     """Fitted boosters, the encodings of their features, and their out-of-fold scores."""
@@ -46,6 +54,7 @@ def fit_boosters(
     fold: NDArray[np.integer],
     settings: FitSettings,
     noisy: NoisyColumns | None = None,
+    fold_ids: Sequence[int] | None = None,
 ) -> FitResult:
     """Fit all boosters of an ensemble and score every row out of fold.
 
@@ -54,12 +63,13 @@ def fit_boosters(
         target, fold: [N].
         noisy: makes the columns of the table, [N] each, that are replaced in the rows that a
             booster is fitted on.
+        fold_ids: the folds that boosters are fitted without; those of `fold` if None.
 
     Raises:
         UserError: the rows outside a fold are of one class.
     """
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    fold_ids = np.unique(fold).tolist()
+    fold_ids = np.unique(fold).tolist() if fold_ids is None else fold_ids
     keys = list(itertools.product(settings.libraries, fold_ids, seeds))
     result = FitResult()
     for library, _, seed in keys:
@@ -106,8 +116,10 @@ def _fit_and_score(
     text = fit_outside(key, table, target, fold, encoding, settings, noisy)
     # Scored by the text, as in prediction, not by the booster in memory.
     predict = LIBRARIES[library].load(text)
-    held_out = encoding.transform(table.filter(pl.Series(fold == k)))
-    return text, predict(held_out, 1)
+    held_out = table.filter(pl.Series(fold == k))
+    if held_out.is_empty():
+        return text, np.zeros(0)
+    return text, predict(encoding.transform(held_out), 1)
 
 
 def fit_outside(

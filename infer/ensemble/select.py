@@ -38,7 +38,7 @@ from infer.ensemble.image_features import (
     fit_image_state,
     read_image_rows,
 )
-from infer.ensemble.out_of_fold import FitResult, NoisyColumns, fit_boosters, fit_outside
+from infer.ensemble.out_of_fold import FitResult, NoisyColumns, fit_boosters, fit_outside, noise_of
 from infer.ensemble.own_tables import refuse_other_folds
 from infer.ensemble.settings import SelectSettings
 from isic import schema
@@ -92,14 +92,13 @@ class Rows:
         """Return the rows outside a fold."""
         is_outside = self.fold != k
         rows = pl.Series(is_outside)
-        noisy = self.noisy
         return replace(
             self,
             metadata=self.metadata.filter(rows),
             table=self.table.filter(rows),
             target=self.target[is_outside],
             fold=self.fold[is_outside],
-            noisy=(lambda key: noisy(key).filter(rows)) if noisy else None,
+            noisy=noise_of(self.noisy, is_outside),
         )
 
 

@@ -134,6 +134,11 @@ class FitSettings(Settings):
         lt=1,
         description="share of the training rows in which a category is blanked, per column",
     )
+    refit: bool = Field(
+        False,
+        description="in addition, a booster per library and seed on every row, for predict --rows "
+        "all; how far both agree is measured within the rows outside the first fold",
+    )
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="processor of the boosters; cuda needs libraries that were built for it"
     )
@@ -335,6 +340,11 @@ class PredictSettings(Settings):
         description="when patients have fewer lesions than nearly all in training and features are "
         "relative to the patient; raw: score these patients by the members of a blend that have no "
         "such features",
+    )
+    rows: Literal["folds", "all"] = Field(
+        "folds",
+        description="models that score: the mean over the folds', or those that were fitted on all "
+        "rows, by fit --refit true and, for image scores, train --fold all",
     )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
 
