@@ -19,39 +19,17 @@ from infer.ensemble.artifact import (
 )
 from infer.ensemble.blend import blend
 from infer.ensemble.boosters import LIBRARIES, booster_file_name
-<<<<<<< HEAD
+from infer.ensemble.chosen import CHOSEN_KEY, choice_notes, choices_of_lists
 from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.few_lesions import format_by_lesions, pauc_by_lesions
 from infer.ensemble.fit_rows import FitRows, find_folds, read_rows, warn_of_own_columns
 from infer.ensemble.image_features import ImageState, embedding_origins
-=======
-from infer.ensemble.chosen import CHOSEN_KEY, choice_notes, choices_of_lists
-from infer.ensemble.feature_spec import IMAGE_WORDS, FeatureSpec
-from infer.ensemble.image_features import (
-    ImageState,
-    embedding_origins,
-    fit_image_state,
-    read_image_rows,
-)
->>>>>>> splits
 from infer.ensemble.image_scores import image_probability
 from infer.ensemble.lesions import describe_lesion_counts
 from infer.ensemble.network_scores import describe_networks
 from infer.ensemble.out_of_fold import FitResult, fit_boosters
-<<<<<<< HEAD
 from infer.ensemble.own_tables import OwnTable
 from infer.ensemble.refit import describe_agreement, refit_boosters
-=======
-from infer.ensemble.own_columns import OwnColumns, read_definitions, refuse_clashes
-from infer.ensemble.own_tables import (
-    LABEL_FREE,
-    OOF,
-    OwnTable,
-    read_train_tables,
-    refuse_other_folds,
-    warn_of_labels,
-)
->>>>>>> splits
 from infer.ensemble.scores import format_scores, summarise
 from infer.ensemble.settings import FitSettings
 from infer.ensemble.splits import Plans, fit_plans, summarise_plans, write_plans
@@ -76,23 +54,8 @@ MAX_ROWS_OF_FEW_TABLE = 50_000
 
 def fit_ensemble(settings: FitSettings) -> Path:
     """Fit an ensemble, write it and print its out-of-fold scores. Return its folder."""
-<<<<<<< HEAD
     rows = read_rows(settings)
     root = settings.output_dir / (settings.name or _default_name(rows.spec, rows.image))
-=======
-    spec, own_tables = read_spec(settings)
-    metadata = read_train(settings.data, spec)
-    folds = choose_folds(settings, metadata)
-    fold = folds.of(metadata)
-    refuse_other_folds(own_tables.values(), metadata, fold.to_numpy(), folds)
-    image = fit_image_state(spec.forms, settings.sources, metadata)
-    _refuse_splits(settings, image, own_tables)
-    names = spec.names(image)
-    for library in settings.libraries if names else ():
-        check_library(library, settings.parameters(library), names)
-    weights = settings.library_weights if names else {"image": 1.0}
-    root = settings.output_dir / (settings.name or _default_name(spec, image))
->>>>>>> splits
     refuse_dataset(root, "--output_dir or --name")
     refuse_foreign_folder(root)
     # Compared before fitting, which takes minutes to hours.
@@ -120,29 +83,21 @@ def fit_ensemble(settings: FitSettings) -> Path:
     measured = _measure(rows, result, oof, scores, plans)
     # Only now, so that a fit that fails leaves the earlier ensemble as it was.
     clear_ensemble(root)
-<<<<<<< HEAD
     encoding = refit.encoding if refit else None
     state = EnsembleState(rows.names, result.encodings, rows.image, encoding)
     files = _write_files(root, result, state, rows.folds, oof, measured.summaries)
     files += write_plans(root, rows.metadata[schema.ID], plans)
     files += refit.write(root) if refit else []
     results = _manifest_results(result, rows.metadata, measured)
+    results[CHOSEN_KEY] = choices_of_lists(rows.spec.words.lists, inputs["metadata_sha256"])
     if refit:
         results["refit"] = refit.manifest_field()
     write_ensemble_manifest(root, files, {**inputs, **results})
     measured.print()
+    for note in choice_notes(root.name, results):
+        print(note)
     if refit and refit.agreement:
         print(describe_agreement(refit.agreement))
-=======
-    state = EnsembleState(names, result.encodings, image)
-    files = _write_files(root, result, state, folds, oof, summaries)
-    files += write_plans(root, metadata[schema.ID], plans)
-    results = _manifest_results(result, metadata, summaries)
-    results[CHOSEN_KEY] = choices_of_lists(spec.words.lists, inputs["metadata_sha256"])
-    write_ensemble_manifest(root, files, {**inputs, **results, "networks": networks})
-    scores = format_scores({**networks["scores"], **summaries})
-    print("\n".join([scores, *choice_notes(root.name, results)]))
->>>>>>> splits
     print(f"ensemble: {root}")
     return root
 
@@ -203,77 +158,6 @@ def own_inputs(spec: FeatureSpec, tables: Mapping[str, OwnTable]) -> dict[str, A
     return fields
 
 
-<<<<<<< HEAD
-=======
-def warn_of_own_columns(spec: FeatureSpec, table: pl.DataFrame, metadata: pl.DataFrame) -> None:
-    """Warn of own columns that probably know the target. Scores out of fold may be that good."""
-    target = metadata[schema.TARGET].to_numpy()
-    for word, names in spec.own.sets.items():
-        if word not in spec.own.tables or spec.own.tables[word].kind == LABEL_FREE:
-            warn_of_labels(table, [name for name in names if name in spec.own_names], target, word)
-
-
-def _refuse_splits(
-    settings: FitSettings, image: ImageState, own_tables: Mapping[str, OwnTable]
-) -> None:
-    of_one_plan = {
-        "the image features of fold models": image.needs["embeddings"],
-        "an oof table": any(table.spec.kind == OOF for table in own_tables.values()),
-    }
-    refuse_splits(settings.splits, of_one_plan, _find_folds(settings))
-
-
-def read_train(data: Path, spec: FeatureSpec) -> pl.DataFrame:
-    """Read the training table, sorted by id so that the order of the file has no effect."""
-    dataset = Dataset(data)
-    metadata = dataset.metadata("train").sort(schema.ID)
-    check_definitions(spec.own.all_definitions, metadata)
-    require(metadata, spec.needed_columns, dataset.metadata_path("train"))
-    return metadata
-
-
-def choose_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
-    """Return the fold plan of the embeddings, else of the dataset, else a new one.
-
-    Raises:
-        UserError: the plan is for other rows, or contradicts the settings.
-    """
-    path = _find_folds(settings)
-    if path is None:
-        return draw_folds(metadata, settings.num_folds or NUM_FOLDS, settings.seed_of_split)
-    folds = read_folds(path)
-    _refuse_contradiction(path, folds, metadata, settings.num_folds, settings.split_seed)
-    return folds
-
-
-def _find_folds(settings: FitSettings) -> Path | None:
-    for root in (*settings.embeddings[:1], settings.data):
-        # lexists: a broken link must be reported when it is read, not skipped.
-        if os.path.lexists(root / FOLDS_FILE):
-            return root / FOLDS_FILE
-    return None
-
-
-def _refuse_contradiction(
-    path: Path,
-    folds: Folds,
-    metadata: pl.DataFrame,
-    num_folds: int | None,
-    split_seed: int | None,
-) -> None:
-    if num_folds not in (None, folds.num_folds):
-        raise UserError(
-            f"{path} has {folds.num_folds} folds, not {num_folds}; leave --num_folds out"
-        )
-    if split_seed is None:
-        return
-    if draw_folds(metadata, folds.num_folds, split_seed).digest != folds.digest:
-        raise UserError(
-            f"{path} is not the fold plan of --split_seed {split_seed}; leave --split_seed out"
-        )
-
-
->>>>>>> splits
 def _note_blank(table: pl.DataFrame) -> None:
     blank = [column.name for column in table if column.null_count() == len(table)]
     if blank:

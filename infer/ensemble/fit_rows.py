@@ -17,6 +17,7 @@ from infer.ensemble.image_features import ImageRows, ImageState, fit_image_state
 from infer.ensemble.own_columns import OwnColumns, read_definitions, refuse_clashes
 from infer.ensemble.own_tables import (
     LABEL_FREE,
+    OOF,
     OwnTable,
     read_train_tables,
     refuse_other_folds,
@@ -117,7 +118,11 @@ def read_rows(settings: FitSettings) -> FitRows:
 def _refuse_contrary_settings(rows: FitRows) -> None:
     """Raise a UserError if a setting is not for these features."""
     settings = rows.settings
-    refuse_splits(settings.splits, rows.image.needs["embeddings"], find_folds(settings))
+    of_one_plan = {
+        "the image features of fold models": rows.image.needs["embeddings"],
+        "an oof table": any(table.spec.kind == OOF for table in rows.own_tables.values()),
+    }
+    refuse_splits(settings.splits, of_one_plan, find_folds(settings))
     if settings.thin_patients and not rows.is_relative:
         raise UserError(
             f"--thin_patients needs features relative to the patient, --features "
@@ -193,19 +198,20 @@ def _refuse_contradiction(
         )
 
 
-def refuse_splits(num_splits: int, fold_models: bool, plan: Path | None) -> None:
+def refuse_splits(num_splits: int, of_one_plan: Mapping[str, bool], plan: Path | None) -> None:
     """Raise a UserError if several fold plans are asked for and there can be only one.
 
     Args:
-        fold_models: whether features come from fold models, which belong to one plan.
+        of_one_plan: kinds of features that are out of fold in one plan only; whether they are used.
         plan: the file with the fold plan, if it is not drawn.
     """
     if num_splits == 1:
         return
-    if fold_models:
+    used = [kind for kind, is_used in of_one_plan.items() if is_used]
+    if used:
         raise UserError(
-            "the image features of fold models are out of fold in one fold plan only, and --splits "
-            "draws others; leave --splits out, or leave these features out"
+            f"{' and '.join(used)} can be out of fold in one fold plan only, and --splits draws "
+            "others; leave --splits out, or leave these features out"
         )
     if plan:
         raise UserError(

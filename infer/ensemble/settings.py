@@ -298,26 +298,15 @@ class SelectSettings(FitSettings):
 
     @model_validator(mode="after")
     def _writes_one_list(self) -> "SelectSettings":
-<<<<<<< HEAD
         for name in ONLY_FIT:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"--{name} is not a key of `infer select`; leave it out")
-=======
-        if self.force:
-            raise ValueError("--force is not a key of `infer select`, which writes its list again")
-        if self.splits > 1:
-            raise ValueError("--splits is not a key of `infer select`, which chooses in one plan")
->>>>>>> splits
         if self.output and (self.name or "output_dir" in self.model_fields_set):
             raise ValueError("--output names the file; leave --output_dir and --name out")
         return self
 
 
-<<<<<<< HEAD
 ONLY_FIT = ("force", "splits", "refit", "thin_patients", "few_table")
-=======
-ONLY_FIT = ("force", "splits")
->>>>>>> splits
 """Flags of `infer fit` that `infer select` does not take."""
 NOT_FOR_LISTS = {*ONLY_FIT, "name", *OUTPUT_NAMES.choices}
 """Keys of a config of `infer fit` that `infer select` passes over."""

@@ -64,41 +64,7 @@ def plan_scores(
     return PlanScores(fold, blend_by_seed(models, weights), blend(models, weights, models))
 
 
-<<<<<<< HEAD
 def fit_plans(table: TrainingTable, rows: FitRows, models: Mapping[str, Scores]) -> Plans:
-=======
-def refuse_splits(num_splits: int, of_one_plan: Mapping[str, bool], plan: Path | None) -> None:
-    """Raise a UserError if several fold plans are asked for and there can be only one.
-
-    Args:
-        of_one_plan: kinds of features that are out of fold in one plan only; whether they are used.
-        plan: the file with the fold plan, if it is not drawn.
-    """
-    if num_splits == 1:
-        return
-    used = [kind for kind, is_used in of_one_plan.items() if is_used]
-    if used:
-        raise UserError(
-            f"{' and '.join(used)} can be out of fold in one fold plan only, and --splits draws "
-            "others; leave --splits out, or leave these features out"
-        )
-    if plan:
-        raise UserError(
-            f"{plan} is the only fold plan of this fit, and --splits draws others; leave --splits "
-            "out, or fit without that file"
-        )
-
-
-def fit_plans(
-    table: pl.DataFrame,
-    names: tuple[str, ...],
-    metadata: pl.DataFrame,
-    settings: FitSettings,
-    weights: Mapping[str, float],
-    fold: NDArray[np.integer],
-    models: Mapping[str, Scores],
-) -> Plans:
->>>>>>> splits
     """Fit the boosters of the fold plans after the first, and return the scores of all plans.
 
     Args:
