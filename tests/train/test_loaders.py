@@ -14,7 +14,7 @@ from tests.support.commands import ROOT, TINY, tiny_settings
 from tests.support.datasets import small_table, write_hdf5
 from tests.support.processes import LONG_EPOCHS, started, wait_for
 from tests.support.training import CPU
-from train.augment import create_augmentation
+from train.augmentation.pipeline import create_augmentation
 from train.batch import NO_MASK
 from train.decoded import DecodedImages
 from train.loaders import LesionImages, fold_loaders
@@ -35,7 +35,7 @@ def test_masks_are_augmented_with_their_images(small_dataset: Path, tmp_path: Pa
     decoded = DecodedImages(data.rows, preprocess_spec(settings))
     images = LesionImages(data.target, decoded, create_augmentation("light"))
     for seed in range(8):
-        pixels, _, _, augmented_mask = images[3, seed]
+        pixels, _, _, augmented_mask, _ = images[3, seed]
         assert ((pixels[..., 0] > 110) == augmented_mask).mean() > 0.99
     assert (images[40, 0][3] == NO_MASK).all(), "an image without a mask"
 
