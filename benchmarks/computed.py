@@ -115,7 +115,7 @@ def training_rate(gflop: float, megabytes: float) -> float:
 
 
 def fed_column(level: str) -> Callable[[Path], dict[str, str]]:
-    """Return the lookup of the shares of an H200's training rate that 16 cores augment.
+    """Return the lookup of the rates of 16 cores that augment, over that of an H200 that trains.
 
     A text has that of images from files, then that of kept pixels.
     """
@@ -134,8 +134,13 @@ def _fed(level: str, results: Path) -> dict[str, str]:
             for source in SOURCES
         ]
         if all(costs):
-            texts[config] = " / ".join(f"{CORES * cost / rate:.0%}" for cost in costs if cost)
+            texts[config] = " / ".join(_multiple(CORES * cost / rate) for cost in costs if cost)
     return texts
+
+
+def _multiple(ratio: float) -> str:
+    """Return a ratio with two significant digits or more."""
+    return f"{ratio:.{2 if ratio < 1 else 1 if ratio < 10 else 0}f}"
 
 
 def h200_column(name: str) -> Callable[[Path], dict[str, str]]:

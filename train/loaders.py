@@ -153,7 +153,8 @@ class LesionImages(Dataset[Item]):
         pixels = self.decoded[row]
         if self.augmentation is not None:
             self.augmentation.set_random_seed(seed)
-            pixels = self.augmentation(**pixels)
+            # Transforms may write into their input.
+            pixels = self.augmentation(**{name: part.copy() for name, part in pixels.items()})
         return pixels["image"], self.target[row], row, pixels.get("mask", self._no_mask()), seed
 
     def _no_mask(self) -> NDArray[np.uint8]:

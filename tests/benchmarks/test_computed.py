@@ -57,5 +57,5 @@ def test_cores_feed_a_share_of_the_training_rate(tmp_path: Path) -> None:
     assert fed_column("light")(tmp_path) == {}, "not measured yet"
     pl.DataFrame(rows).write_csv(tmp_path / "augment.csv")
     assert training_column(tmp_path) == {"small": "10,000"}
-    assert fed_column("light")(tmp_path) == {"small": "80% / 160%"}
+    assert fed_column("light")(tmp_path) == {"small": "0.80 / 1.6"}
     assert fed_column("heavy")(tmp_path) == {}
