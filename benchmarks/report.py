@@ -261,7 +261,10 @@ TABLES = {
     ),
     "train": Table(
         "train",
-        ("what", "model", "device", "batch", "precision", "compile", "workers", "busy", "size"),
+        (
+            *("what", "model", "device", "batch", "precision", "compile", "workers", "busy"),
+            *("augment_on", "size"),
+        ),
         {
             "what": "config",
             "device": "device",
@@ -271,6 +274,7 @@ TABLES = {
             "compile": "compiled",
             "workers": "loader processes",
             "busy": "other busy processes",
+            "augment_on": "augmentation, if not in the workers",
             "threads": "threads",
             "images_per_second": "images/s",
             "over_bare": "over a bare loop",

@@ -332,6 +332,7 @@ def run_columns(settings: TrainRateSettings, device: torch.device, num_workers: 
         "compile": str(settings.compile).lower(),
         "workers": num_workers,
         "busy": settings.busy or None,
+        "augment_on": "device" if settings.augment_on == "device" else None,
         "threads": torch.get_num_threads(),
     }
 

@@ -54,6 +54,8 @@ def test_the_documented_command_lines_run(
     "flags",
     [
         "--mixup 0.4 --cutmix 1.0 --batch_size 8",
+        "--augment_on device --augmentation medium --mixup 0.4 --batch_size 8 "
+        "--accumulation_steps 2 --bf16 --ema_decay 0.9 --num_workers 1",
         "--layer_decay 0.7 --grad_checkpointing true --global_pool avg",
         "--model test_convnext --image_size 64 --global_pool avgmax --drop_path_rate 0.1",
     ],
