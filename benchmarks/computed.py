@@ -160,9 +160,15 @@ def _column(name: str, results: Path) -> dict[str, str]:
 
 
 def network_facts(results: Path) -> dict[str, tuple[float, float, float]]:
-    """Return the size, GFLOP and megabytes per image by config, as `h200_rates` takes them."""
+    """Return the size, GFLOP and megabytes per image by config, as `h200_rates` takes them.
+
+    A config whose work has not been counted is absent.
+    """
     rows = last_rows(read_results(results / "configs.csv"), ("what",))
-    facts = rows.select("what", "size", "gflop_per_image", "mb_per_image").drop_nulls()
+    columns = ("what", "size", "gflop_per_image", "mb_per_image")
+    if not set(columns) <= set(rows.columns):
+        return {}
+    facts = rows.select(columns).drop_nulls()
     return {
         config: (float(size), float(gflop), float(megabytes))
         for config, size, gflop, megabytes in facts.iter_rows()
