@@ -10,6 +10,7 @@ import polars as pl
 from isic import schema
 from isic.dataset import Dataset, Split
 from isic.folds import Folds, draw_folds, read_folds
+from isic.headers import ImageError
 from isic.images import (
     NO_IMAGE,
     FolderImages,
@@ -20,7 +21,7 @@ from isic.images import (
     open_hdf5,
 )
 from isic.metadata import read_ids, with_patient
-from isic.preprocess import ImageError, PreprocessSpec, check_mask
+from isic.preprocess import PreprocessSpec, check_mask
 from isic.runtime.errors import UserError
 from isic.settings import CheckSettings
 

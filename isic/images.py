@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from isic import cache
 from isic.hdf5 import H5PY_ERRORS, NO_OFFSET, as_text, brief, open_file, read_dataset
-from isic.preprocess import UNKNOWN_SIZE, ImageError, Pixels, PreprocessSpec, decode_into
+from isic.headers import IMAGE_SUFFIXES, UNKNOWN_SIZE, ImageError
+from isic.preprocess import Pixels, PreprocessSpec, decode_into
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 
 NO_IMAGE = "no image for this id"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-"""Extensions of image files in a folder, in any case; the content decides how one is decoded."""
 IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"})
 """Names that operating systems put into folders. Hidden files are ignored too."""
 
@@ -237,7 +236,7 @@ def failures(
 
 
 class FolderImages(ImageStore):
-    """A folder of `<isic_id>.jpg`, `.jpeg` or `.png` files, at any depth."""
+    """A folder of `<isic_id>.jpg` files, or of other IMAGE_SUFFIXES, at any depth."""
 
     def __init__(self, folder: Path) -> None:
         """List the folder. Raise UserError if it cannot be read or an id has two files."""
@@ -352,7 +351,7 @@ def _not_a_file(entry: os.DirEntry[str]) -> str | None:
 
 
 class Hdf5Images(ImageStore):
-    """The challenge's HDF5 file: one scalar dataset per id, the bytes of a JPEG or PNG file."""
+    """The challenge's HDF5 file: one scalar dataset per id, the bytes of an image file."""
 
     # h5py holds one lock for the whole library while it reads. Bytes that are stored unchanged
     # (contiguous, no filter, in this file) are therefore read by offset.
