@@ -235,7 +235,34 @@ def failures(
     return failed
 
 
-class FolderImages(ImageStore):
+class FileImages(ImageStore):
+    """Images that are files, each with an id."""
+
+    def __init__(
+        self, source: Path, files: Iterable[tuple[bytes, str]], rejected: Mapping[str, str]
+    ) -> None:
+        """Store the files.
+
+        Args:
+            source: the folder or list that they are of, for messages.
+            files: id in UTF-8 and path of each.
+            rejected: the reason by name for each entry that is not an image.
+        """
+        found = sorted(files)
+        super().__init__(source, np.array([name for name, _ in found], dtype=np.bytes_), rejected)
+        self._paths = [path for _, path in found]
+
+    def read_at(self, position: int) -> bytes:
+        try:
+            return Path(self._paths[position]).read_bytes()
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from None
+
+    def sizes(self) -> NDArray[np.int64]:
+        return np.array([_size(path) for path in self._paths], np.int64)
+
+
+class FolderImages(FileImages):
     """A folder of `<isic_id>.jpg` files, or of other IMAGE_SUFFIXES, at any depth."""
 
     def __init__(self, folder: Path) -> None:
@@ -249,20 +276,21 @@ class FolderImages(ImageStore):
             if suffix.lower() not in IMAGE_SUFFIXES:
                 self.other_files[suffix or "without suffix"] += 1
                 continue
-            name = os.fsencode(Path(entry.name).stem)
+            name = self._id(folder, Path(entry.path))
             reason = _not_a_file(entry)
             if reason:
                 rejected[as_text(name)] = reason
             else:
                 found.append((name, entry.path))
-        found.sort()
-        super().__init__(folder, np.array([name for name, _ in found], dtype=np.bytes_), rejected)
-        self._paths = [path for _, path in found]
+        super().__init__(folder, found, rejected)
         self._refuse_duplicates()
         if not found:
             raise UserError(
                 f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}){self._content()}"
             )
+
+    def _id(self, folder: Path, path: Path) -> bytes:
+        return os.fsencode(path.stem)
 
     def _refuse_duplicates(self) -> None:
         second = np.flatnonzero(self._names[1:] == self._names[:-1]) + 1
@@ -280,15 +308,6 @@ class FolderImages(ImageStore):
             return f"; the first of {len(self.rejected)} that cannot be used is {name} ({reason})"
         others = ", ".join(f"{count} {suffix}" for suffix, count in self.other_files.most_common(5))
         return f"; it has other files: {others}" if others else ""
-
-    def read_at(self, position: int) -> bytes:
-        try:
-            return Path(self._paths[position]).read_bytes()
-        except OSError as error:
-            raise ImageError(f"cannot be read: {error.strerror or error}") from None
-
-    def sizes(self) -> NDArray[np.int64]:
-        return np.array([_size(path) for path in self._paths], np.int64)
 
 
 def _size(path: str) -> int:

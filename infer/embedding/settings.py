@@ -30,6 +30,12 @@ class EmbedSettings(Settings):
     data: Path = Field(
         Path("data/isic-2024"), description="dataset folder in the challenge's layout"
     )
+    images: Path | None = Field(
+        None,
+        description="any images in place of a dataset: a folder, or a list (.csv or .parquet) with "
+        "the column path and, if wanted, isic_id; every fold embeds every image, into "
+        "<config>/images",
+    )
     model_dir: Path | None = Field(
         None, description="training run with exported folds; outputs/<config> by default"
     )
@@ -106,6 +112,11 @@ class EmbedSettings(Settings):
     def _consistent(self) -> "EmbedSettings":
         if self.ray and self.num_processes > 1:
             raise ValueError("--ray sets the number of processes; leave out --num_processes")
+        others = self.model_fields_set & {"data", "split", "folds"}
+        if self.images and others:
+            raise ValueError(
+                f"--images takes the place of a dataset; leave out --{' and --'.join(sorted(others))}"
+            )
         if self.precision and self.format not in (AUTO, *ENGINE_FORMATS):
             raise ValueError(
                 "--precision chooses among the artifacts of a format; "
