@@ -1,6 +1,7 @@
-"""Settings of `python -m isic synth` and `python -m isic check`."""
+"""Settings of `python -m isic synth`, `check` and `import`."""
 
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from pydantic import AliasChoices, Field, field_validator
 
@@ -52,3 +53,21 @@ class CheckSettings(Settings):
         if not value.is_dir():
             raise ValueError("no such folder; point it at a dataset in the challenge's layout")
         return value
+
+
+class ImportSettings(Settings):
+    """Write a public collection in the layout of the challenge.
+
+    The collection's archives must have been unpacked into one folder.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("collection",)
+
+    collection: Literal["ham10000", "isic2018", "isic2019", "isic2020", "pad_ufes_20"] = Field(
+        description="collection; its name may also stand alone, without --collection"
+    )
+    source: Path = Field(description="folder with the collection's unpacked files")
+    output_dir: Path = Field(
+        validation_alias=AliasChoices("output_dir", "out"),
+        description="folder to write the dataset into",
+    )
