@@ -176,7 +176,14 @@ class ImageStore(ABC):
         """Return height and width of each image, UNKNOWN_SIZE for one whose header was not read."""
         return itertools.repeat(UNKNOWN_SIZE, len(positions))
 
-    def _decode(self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels) -> dict[int, str]:
+    def each(
+        self, ids: Sequence[str], use: Callable[[int, bytes, tuple[int, int]], None]
+    ) -> dict[int, str]:
+        """Call `use` with row, bytes, and height and width (or UNKNOWN_SIZE) of each image.
+
+        Returns:
+            The reason per row for every image that is absent, or for which `use` raises ImageError.
+        """
         positions: list[int] = self.locate(ids).tolist()
         files = self.read_ahead(positions)
         sizes = self.header_sizes(positions)
@@ -186,11 +193,16 @@ class ImageStore(ABC):
                 data = files.get(position)
                 if data is None:
                     data = self._read_image(position, ids[row])
-                decode_into(data, spec, out[row], size)
+                use(row, data, size)
             except ImageError as error:
                 failed[row] = str(error)
-                out[row] = 0
         self.refuse_changes()
+        return failed
+
+    def _decode(self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels) -> dict[int, str]:
+        failed = self.each(ids, lambda row, data, size: decode_into(data, spec, out[row], size))
+        for row in failed:
+            out[row] = 0
         return failed
 
     def _read_image(self, position: int, name: str) -> bytes:
