@@ -68,6 +68,8 @@ def check(settings: CheckSettings) -> None:
         _print_facts("test", {"rows": "none (no test-metadata.csv)"})
     if masks is not None:
         _print_masks(masks, train, test, problems)
+    if settings.against and not prints:
+        problems.append("there are no images in the dataset to compare with those of --against")
     if prints:
         tables = [train] if test is None else [train, test]
         patients, threads = patients_of(tables), settings.num_threads

@@ -101,50 +101,72 @@ def fingerprint(
 
 
 def find_pairs(found: Sequence[Prints], num_threads: int) -> pl.DataFrame:
-    """Return the pairs of images that are alike.
+    """Return the pairs of images that are alike, of the same and of different sources.
 
-    Of several files of the same bytes each is paired with the first, and only this one is compared
-    with other images.
+    Of several files of the same bytes in a source only the first is compared with others: each
+    further one is paired with it, and with the first one of every earlier source.
 
     Returns:
         PAIR_COLUMNS, by kind; `distance` is the number of bits, 0 for the same bytes or pixels.
     """
-    if not sum(map(len, found)):
-        return _pair_table([], [], found, np.zeros((0, 2), np.int64), np.zeros(0, np.int64))
-    digests = np.concatenate([prints.digests for prints in found])
-    _, first, group = np.unique(digests, return_index=True, return_inverse=True)
-    copies = np.flatnonzero(first[group] != np.arange(len(digests)))
-    same_bytes = np.stack([first[group[copies]], copies], axis=1)
-    is_flat = np.concatenate([prints.is_flat for prints in found])
-    rows = np.sort(first[~is_flat[first]])
-    pairs, distances = near_pairs(np.concatenate([prints.hashes for prints in found])[rows])
-    pairs = rows[pairs]
-    kinds = [NEAR] * len(pairs)
+    members = _members(found)
+    # The first image of each group in each source, in the order of the sources.
+    firsts = members.unique(["group", "number"], keep="first", maintain_order=True)
+    copies = (
+        firsts.join(members, on="group", suffix="_other")
+        .filter(pl.col("number") <= pl.col("number_other"), pl.col("row") != pl.col("row_other"))
+        .select("row", "row_other", kind=pl.lit(BYTES), distance=pl.lit(0, pl.Int64))
+    )
+    near = _near_groups(found, members)
+    near = (
+        near.join(firsts, on="group")
+        .join(firsts, left_on="other", right_on="group", suffix="_other")
+        .with_columns(
+            row=pl.min_horizontal("row", "row_other"),
+            row_other=pl.max_horizontal("row", "row_other"),
+        )
+        .select("row", "row_other", "distance")
+        .sort("row", "row_other")
+    )
     # Equal pixels have equal hashes.
-    candidates = np.flatnonzero(distances == 0).tolist()
+    candidates = near.filter(distance=0).select("row", "row_other").rows()
     with decode_pool(num_threads) as pool:
-        equal = pool.map(lambda row: _same_pixels(found, *pairs[row].tolist()), candidates)
-        for row, is_equal in zip(candidates, equal, strict=True):
-            kinds[row] = PIXELS if is_equal else NEAR
-    all_pairs = np.concatenate([same_bytes, pairs])
-    all_distances = np.concatenate([np.zeros(len(same_bytes), np.int64), distances])
-    return _pair_table([BYTES] * len(same_bytes), kinds, found, all_pairs, all_distances)
+        is_equal = pool.map(lambda pair: _same_pixels(found, *pair), candidates)
+        equal = dict(zip(candidates, is_equal, strict=True))
+    kinds = [PIXELS if equal.get(pair) else NEAR for pair in near["row", "row_other"].rows()]
+    near = near.select("row", "row_other", pl.Series("kind", kinds, pl.String), "distance")
+    return _named(found, pl.concat([copies, near]))
 
 
-def _pair_table(
-    copies: list[str],
-    others: list[str],
-    found: Sequence[Prints],
-    pairs: NDArray[np.int64],
-    distances: NDArray[np.int64],
-) -> pl.DataFrame:
+def _members(found: Sequence[Prints]) -> pl.DataFrame:
+    """Return row over all sources, number of the source, and group of the same bytes."""
+    digests = np.concatenate([prints.digests for prints in found])
+    _, group = np.unique(digests, return_inverse=True)
+    numbers = np.repeat(np.arange(len(found)), [len(prints) for prints in found])
+    return pl.DataFrame({"row": np.arange(len(digests)), "number": numbers, "group": group})
+
+
+def _near_groups(found: Sequence[Prints], members: pl.DataFrame) -> pl.DataFrame:
+    """Return `group`, `other` and `distance` of groups of nearly the same images."""
+    one_each = members.unique("group", keep="first", maintain_order=True)
+    rows = one_each["row"].to_numpy()
+    has_structure = ~np.concatenate([prints.is_flat for prints in found])[rows]
+    hashes = np.concatenate([prints.hashes for prints in found])[rows[has_structure]]
+    groups = one_each["group"].to_numpy()[has_structure]
+    pairs, distances = near_pairs(hashes)
+    first, second = groups[pairs].T
+    return pl.DataFrame({"group": first, "other": second, "distance": distances})
+
+
+def _named(found: Sequence[Prints], pairs: pl.DataFrame) -> pl.DataFrame:
+    """Return PAIR_COLUMNS of pairs of rows."""
     ids = pl.Series([name for prints in found for name in prints.ids], dtype=pl.String)
     sources = pl.Series([p.source for p in found for _ in range(len(p))], dtype=pl.String)
-    first, second = pairs.T
+    first, second = pairs["row"], pairs["row_other"]
     columns = (
-        pl.Series([*copies, *others], dtype=pl.Enum(KINDS)),
+        pairs["kind"].cast(pl.Enum(KINDS)),
         *(sources.gather(first), ids.gather(first), sources.gather(second), ids.gather(second)),
-        pl.Series(distances, dtype=pl.Int64),
+        pairs["distance"],
     )
     table = pl.DataFrame(dict(zip(PAIR_COLUMNS, columns, strict=True)))
     return table.sort("kind", "distance", maintain_order=True)
