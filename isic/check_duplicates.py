@@ -56,7 +56,9 @@ def duplicate_facts(
         found.append(prints)
         if failed:
             facts[f"undecodable in {source}"] = f"{len(failed):,}"
-    pairs = find_pairs(found, num_threads)
+    own_sources = {prints.source for prints in own}
+    # Other folders are not compared with each other; the dataset's images come first in each pair.
+    pairs = find_pairs(found, num_threads).filter(pl.col("source").is_in(own_sources))
     if output:
         _write(output, pairs)
     facts = {
@@ -65,9 +67,7 @@ def duplicate_facts(
     num_flat = sum(int(prints.is_flat.sum()) for prints in found)
     if num_flat:
         facts["without structure"] = f"{num_flat:,}, compared by their bytes only"
-    own_sources = {prints.source for prints in own}
     for one, two in combinations_with_replacement([prints.source for prints in found], 2):
-        # Other folders are not compared with each other.
         if one in own_sources:
             between = pairs.filter(source=one, other_source=two)
             facts[f"within {one}" if one == two else f"{one} and {two}"] = _counts(

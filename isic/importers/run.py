@@ -8,6 +8,7 @@ from isic.headers import ImageError, image_size
 from isic.importers.collections import COLLECTIONS
 from isic.importers.files import SourceFiles, find_images, find_masks, find_tables
 from isic.importers.table import build_table, full_name
+from isic.metadata import with_patient
 from isic.runtime.errors import UserError
 from isic.runtime.files import holds, refuse_foreign, sha256, write_json
 from isic.runtime.progress import TimeLeft
@@ -60,7 +61,7 @@ def import_collection(settings: ImportSettings) -> None:
     write_json(out / MANIFEST, manifest)
     for note in notes:
         print(f"note: {note}")
-    groups = table[schema.PATIENT].n_unique()
+    groups = with_patient(table)[schema.PATIENT].n_unique()
     print(
         f"wrote {out}: {len(ids):,} images, {positives:,} malignant, {groups:,} groups by "
         f"{collection.group}, {len(masks):,} masks; {collection.licence}, see {collection.url}"

@@ -145,6 +145,7 @@ def test_other_folders_are_compared_and_every_pair_is_written(
     assert f"within {name}" not in found, "other folders are not the question"
     assert found[f"train and {dataset}/train"].startswith("8 same bytes")
     pairs = pl.read_csv(output)
+    assert set(pairs["source"]) == {"train", "test"}
     row = pairs.filter(isic_id="S2", other_source=name)
     assert row["other_id"].to_list() == ["deep/b.webp"]
     assert row["kind"].to_list() == ["nearly the same"]
