@@ -31,19 +31,20 @@ from tests.support.ensembles import (
     read_files,
     shuffle_targets,
     train_table,
+    write_embeddings,
     write_run,
 )
 
 
-def write_all_embeddings(root: Path, data: Path, logits: np.ndarray) -> Path:
-    """Write the test logits of the network of all rows of the config `tiny`."""
+def write_all_embeddings(root: Path, data: Path, logits: np.ndarray, config: str = "tiny") -> Path:
+    """Write the test logits of the network of all rows of a config."""
     folds = draw_folds(train_table(data), 3, 42)
     ids = Dataset(data).metadata("test")["isic_id"].to_list()
     features = np.zeros((len(ids), 4), np.float16)
     write_shard(shard_path(root, "test", ALL, 0), ids, features, logits.astype(np.float32))
     write_run(root, "test", folds)
     path = root / "test" / "run.json"
-    by_all = {"config": "tiny", "folds": [ALL], "engines": {ALL: "z"}, "checkpoints": {ALL: "z"}}
+    by_all = {"config": config, "folds": [ALL], "engines": {ALL: "z"}, "checkpoints": {ALL: "z"}}
     write_json(path, read_json(path) | by_all)
     return root
 
@@ -223,6 +224,27 @@ def test_a_network_of_another_recipe_is_refused(
     write_json(path, read_json(path) | {key: value})
     with pytest.raises(UserError, match=words):
         predict_all(project, refitted, "image_tiny", embeddings=root)
+
+
+def test_every_network_is_that_of_all_rows(project: Path, refitted: Path, tmp_path: Path) -> None:
+    data = project / "data"
+    other = write_embeddings(tmp_path / "other", data, seed=9)
+    by_folds = (project / "embeddings" / "tiny", other)
+    fit_small(data, tmp_path, features="raw,image", embeddings=by_folds, name="two", refit=True)
+    num_test = len(Dataset(data).metadata("test"))
+    logits = np.random.default_rng(8).standard_normal(num_test)
+    other_all = write_all_embeddings(tmp_path / "other_all", data, logits, "other")
+    tiny_all = refitted / "tiny_all"
+    submission = predict_all(project, tmp_path, "two", embeddings=(other_all, tiny_all))
+    manifest = json.loads((project / "submission.csv.json").read_text())
+    assert {name: of["folds"] for name, of in manifest["embeddings"].items()} == {
+        "other": [ALL],
+        "tiny": [ALL],
+    }
+    again = predict_all(project, tmp_path, "two", embeddings=(tiny_all, other_all))
+    assert again.equals(submission)
+    with pytest.raises(UserError, match=r"other holds those by the folds; .*--config other"):
+        predict_all(project, tmp_path, "two", embeddings=(tiny_all, other))
 
 
 def test_aligned_columns_cannot_be_refitted(data: Path, tmp_path: Path) -> None:
