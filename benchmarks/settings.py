@@ -353,6 +353,9 @@ class HospitalSettings(Settings):
     blank_shares: Several[float] = Field(
         (0.1, 0.2), description="shares of training rows to blank categories in"
     )
+    hospital_shares: Several[float] = Field(
+        (0.2, 0.5), description="the same, of attribution and copyright_license only"
+    )
     min_positives: int = Field(
         10, ge=1, description="fewest malignant lesions of a hospital that is held out"
     )
@@ -366,7 +369,11 @@ class HospitalSettings(Settings):
 
 
 class FewSettings(Settings):
-    """Score every feature set on groups of each size, and on whole patients."""
+    """Score every feature set on groups of each size, and on whole patients.
+
+    Sets with features relative to the patient are also fitted on thinned patients, and blended with
+    the first set, which then scores patients of few lesions, as `infer predict --few raw` does.
+    """
 
     data: Path = Field(description="dataset folder; its training rows are scored out of fold")
     label: str = Field(description="name of the data in the table")
@@ -375,6 +382,9 @@ class FewSettings(Settings):
     )
     sizes: Several[int] = Field(
         (1, 2, 3, 5, 10, 20), description="numbers of a patient's lesions that are scored together"
+    )
+    thin_shares: Several[float] = Field(
+        (0.5,), description="shares of patients to split in training, see `infer fit`"
     )
     num_folds: int = Field(5, ge=2, description="folds")
     split_seed: int = Field(42, ge=0, description="seed of the folds")

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from isic.layout import OUTPUT_DIR
+from isic.layout import ALL, OUTPUT_DIR, FoldFlag
 from isic.runtime.config import Settings, Several, build, describe_configs, find_config, read_config
 from isic.runtime.errors import UserError
 
@@ -59,8 +59,10 @@ class TrainSettings(Settings):
         "them, sampled again each epoch",
     )
     output_dir: Path = Field(OUTPUT_DIR, description="parent folder of <name>, the run's folder")
-    fold: int | None = Field(
-        None, ge=0, description="the only fold to train; all folds if not given"
+    fold: FoldFlag | None = Field(
+        None,
+        description="the only fold to train, or all: one network on every row, without held-out "
+        "rows and a score, in fold_all; each numbered fold if not given",
     )
     num_folds: int = Field(5, ge=2, le=50, description="number of folds")
     split_seed: int = Field(42, description="seed of the assignment of patients to folds")
@@ -98,7 +100,10 @@ class TrainSettings(Settings):
         "0: none",
     )
     freeze_epochs: int = Field(
-        0, ge=0, description="number of first epochs that train only the head"
+        0,
+        ge=0,
+        description="number of first epochs that train only the head; the backbone then computes "
+        "as in validation: without dropout, its batch statistics unchanged",
     )
     clip_grad: float = Field(1.0, gt=0, description="maximum norm of the gradient")
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout rate before the head")
@@ -258,8 +263,10 @@ class TrainSettings(Settings):
                 raise ValueError(
                     f"--{key} contradicts --precision {self.precision}; choose one of them"
                 )
-        if self.fold is not None and self.fold >= self.num_folds:
+        if isinstance(self.fold, int) and self.fold >= self.num_folds:
             raise ValueError(f"--fold {self.fold} is not one of 0..{self.num_folds - 1}")
+        if self.fold == ALL:
+            self._refuse_validation()
         if self.force and self.resume:
             raise ValueError("--force starts again and --resume continues; choose one")
         if self.freeze_epochs >= self.epochs:
@@ -286,6 +293,17 @@ class TrainSettings(Settings):
                 "--mask_weight"
             )
         return self
+
+    def _refuse_validation(self) -> None:
+        """Raise a ValueError for a setting that needs held-out rows."""
+        if self.select_epoch == "best":
+            raise ValueError(
+                f"--fold {ALL} holds no row out to select an epoch on; use --select_epoch last"
+            )
+        if self.validate_every is not None:
+            raise ValueError(
+                f"--fold {ALL} holds no row out to validate on; leave --validate_every out"
+            )
 
     def validates_all(self, epoch: int) -> bool:
         """Return whether an epoch, from 1, ends with a validation on all held-out rows."""

@@ -7,6 +7,9 @@
 | `<root>/<split>/run.json` | the settings, inputs and speed of a finished run |
 | `<root>/<split>/plan.json` | the settings and inputs of a run, also of an unfinished one |
 | `<root>/folds.parquet` | which fold held out which row |
+
+`<root>` is `<output_dir>/<config>` for the numbered folds. Embeddings of the test split by the
+network that was trained on every row are in `<output_dir>/<config>_all`, in `test/fold_all/`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +22,7 @@ from numpy.typing import NDArray
 
 from isic import schema
 from isic.dataset import Split
-from isic.layout import ERRORS_FILE, fold_dir
+from isic.layout import ERRORS_FILE, Fold, fold_dir, fold_number
 from isic.runtime.errors import UserError
 from isic.runtime.files import digest, read_json
 from isic.tables import parquet_metadata, read_parquet, scan_parquet, write_parquet
@@ -34,7 +37,7 @@ SLICE_ROWS = 32768
 """Ids that are hashed together."""
 
 
-def shard_path(root: Path, split: Split, fold: int, shard: int) -> Path:
+def shard_path(root: Path, split: Split, fold: Fold, shard: int) -> Path:
     return fold_dir(root / split, fold) / f"part-{shard:05d}.parquet"
 
 
@@ -121,9 +124,9 @@ def scan_embeddings(
     """Scan the embeddings of a split; collect them inside `isic.tables.reading`.
 
     Returns:
-        `isic_id` String, `fold` Int8 (of the model that made the row) and the given columns: a
-        row per train image, from the fold that held it out, and one per test image and fold.
-        With `only_fold`, the rows of that fold's model.
+        `isic_id` String, `fold` Int8 (of the model that made the row; ALL_NUMBER, which is -1,
+        for fold_all) and the given columns: a row per train image, from the fold that held it
+        out, and one per test image and fold. With `only_fold`, the rows of that fold's model.
 
     Raises:
         UserError: the run is not finished, one of its folds has no shards, or a shard belongs to
@@ -139,7 +142,7 @@ def scan_embeddings(
             raise UserError(f"{directory} has no shards; run `python -m infer embed` again")
         _refuse_other_run(shards, run)
         # The folder has the fold, the file has not.
-        number = pl.lit(fold, dtype=pl.Int8).alias("fold")
+        number = pl.lit(fold_number(fold), dtype=pl.Int8).alias("fold")
         frames.append(scan_parquet(shards).select("isic_id", number, *columns))
     return pl.concat(frames)
 

@@ -4,6 +4,7 @@
 | --- | --- |
 | `ensemble.json` | the manifest: sha256 of each file, features, boosters, weights, provenance |
 | `<library>_fold_<k>_seed_<s>.*` | a booster as text |
+| `<library>_fold_all_seed_<s>.*` | a booster on all rows, with `--refit true` |
 | `state.json`, `maps_aligned_<network>.parquet` | encodings, constants of scores, rotations |
 | `oof.parquet`, `scores.json` | out-of-fold scores, and their metrics |
 | `folds.parquet` | the fold plan |
@@ -57,12 +58,16 @@ class EnsembleState:
     encodings: Mapping[int, Encoding]
     """By fold."""
     image: ImageState
+    refit: Encoding | None = None
+    """Of the boosters on all rows."""
 
     def write(self, root: Path) -> list[str]:
         """Write the state. Return the names of its files."""
         encodings = {str(fold): encoding.to_json() for fold, encoding in self.encodings.items()}
         image = self.image.to_json()
         value = {"names": list(self.names), "image": image, "encodings": encodings}
+        if self.refit:
+            value["refit"] = self.refit.to_json()
         write_json(root / STATE_FILE, value)
         return [STATE_FILE, *self.image.write(root)]
 
@@ -73,7 +78,9 @@ class EnsembleState:
         encodings = {
             int(fold): Encoding.from_json(names, part) for fold, part in value["encodings"].items()
         }
-        return cls(names, encodings, ImageState.read(root, value["image"]))
+        # Only with --refit.
+        refit = Encoding.from_json(names, value["refit"]) if "refit" in value else None
+        return cls(names, encodings, ImageState.read(root, value["image"]), refit)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from isic.layout import Fold
 from isic.runtime.errors import UserError, did_you_mean, first_line
 from isic.runtime.extras import install_command
 
@@ -490,7 +491,7 @@ def fit_booster(
         raise UserError(message) from None
 
 
-def booster_file_name(library: str, fold: int, seed: int) -> str:
+def booster_file_name(library: str, fold: Fold, seed: int) -> str:
     return f"{library}_fold_{fold}_seed_{seed}{LIBRARIES[library].suffix}"
 
 

@@ -19,6 +19,7 @@ from infer.ensemble.image_scores import image_probability
 from infer.ensemble.lesions import few_lesions_warning, has_few_lesions
 from infer.ensemble.networks import match_networks
 from infer.ensemble.own_tables import OwnTable, read_test_tables
+from infer.ensemble.refit import ESTIMATES, choose_rows
 from infer.ensemble.settings import EmbeddingSources, PredictSettings
 from isic import schema
 from isic.dataset import Dataset
@@ -55,7 +56,8 @@ class TestScores:
 
 def predict_submission(settings: PredictSettings) -> None:
     """Run `infer predict`, which its settings describe."""
-    scorer = open_scorer(settings.ensemble)
+    sources = EmbeddingSources(settings.embeddings, settings.frozen)
+    scorer = choose_rows(open_scorer(settings.ensemble), settings.rows, sources)
     dataset = Dataset(settings.data)
     path = dataset.metadata_path("test")
     metadata = read_metadata(path)
@@ -63,7 +65,6 @@ def predict_submission(settings: PredictSettings) -> None:
     order = submission_order(dataset, metadata)
     few = _few_lesions(scorer, metadata, settings.few)
     _refuse_foreign(settings.output)
-    sources = EmbeddingSources(settings.embeddings, settings.frozen)
     own_tables = read_test_tables(settings.tables, scorer.own_tables)
     num_threads = settings.num_threads or num_cores()
     found = score_table(scorer, metadata, sources, own_tables, num_threads, few)
@@ -77,6 +78,8 @@ def predict_submission(settings: PredictSettings) -> None:
         **found.origins,
         "metadata_sha256": sha256(path),
         "tables": {name: sha256(own.path) for name, own in own_tables.items()},
+        "rows": settings.rows,
+        "out_of_fold_scores": ESTIMATES[settings.rows],
     }
     _write_submission(settings.output, submission, all_models, scorer, origins)
     print(

@@ -152,9 +152,9 @@ def test_a_config_of_fit_can_be_used(data: Path, tmp_path: Path, cli: Cli) -> No
     assert not (tmp_path / "no").exists()
 
 
-def test_bad_choices_are_refused(data: Path, tmp_path: Path) -> None:
+def test_bad_choices_are_refused(data: Path, embeddings: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no features to choose among"):
-        choose(data, tmp_path / "list.txt", features="image", embeddings=tmp_path)
+        choose(data, tmp_path / "list.txt", features="image", embeddings=embeddings)
     (tmp_path / "list.txt").write_text("mine\n")
     with pytest.raises(UserError, match="exists and was not written by this command"):
         choose(data, tmp_path / "list.txt")
