@@ -187,6 +187,24 @@ class IngestSettings(Settings):
     results: Path | None = Field(None, description=RESULTS_HELP)
 
 
+class AugmentSettings(Settings):
+    """Measure images per second of a core: decoding and each level of augmentation.
+
+    The images come from files or from pixels that are kept; those that the device augments are in a
+    batch already, and the device is a core. Rates are per second of CPU time.
+    """
+
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset folder; its first training images are used"
+    )
+    size: int = Field(224, ge=8, description="side of the images in pixels")
+    images: int = Field(1000, ge=1, description="number of images, which are read repeatedly")
+    batch: int = Field(32, ge=1, description="images per batch")
+    seconds: float = Field(1.0, gt=0, description="least length of a repeat in CPU time")
+    repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
 class TrainRateSettings(TrainSettings):
     """Measure images per second of training, on files and in memory, and of a bare loop.
 

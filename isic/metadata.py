@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from isic import schema
+from isic.headers import IMAGE_SUFFIXES
 from isic.runtime.errors import UserError, first_line, warn_once
 from isic.tables import read_column, read_table
 
@@ -22,7 +23,7 @@ MISSING = (
 NO_PATIENT = ("unknown", "missing", "not available", "anonymous")
 """More such texts in `patient_id`."""
 LETTER_OR_DIGIT = r"[\p{L}\p{N}]"
-IMAGE_ENDING = r"(?i)\.(jpe?g|png)$"
+IMAGE_ENDING = rf"(?i)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$"
 
 
 def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isic.images import decode_pool
-from isic.preprocess import MASK_THRESHOLD, Pixels, PreprocessSpec, decode, resize
+from isic.preprocess import MASK_THRESHOLD, Pixels, PreprocessSpec, decode, decode_mask, resize
 from isic.runtime.errors import warn
 from isic.runtime.machine import available_memory, num_cores
 from train import distributed
@@ -47,14 +47,14 @@ class DecodedImages:
     def __getitem__(self, row: int) -> dict[str, Pixels]:
         """Return `image` [size, size, 3] and, if the row has one, `mask` [size, size] of 0 and 1.
 
-        The caller may write into them.
+        The caller must not write into them.
         """
         slot = self.slots[row]
         if slot == NOT_KEPT:
             return self._decode(row)
-        pixels = {"image": self.kept_images[slot].copy()}
+        pixels = {"image": self.kept_images[slot]}
         if self.has_mask[row]:
-            pixels["mask"] = self.kept_masks[slot].copy()
+            pixels["mask"] = self.kept_masks[slot]
         return pixels
 
     def _decode(self, row: int) -> dict[str, Pixels]:
@@ -65,7 +65,7 @@ class DecodedImages:
     def _decode_mask(self, row: int) -> Pixels | None:
         if self.mask_files is None or not self.has_mask[row]:
             return None
-        mask = resize(decode(self.mask_files[row]), self.spec)[..., 0] > MASK_THRESHOLD
+        mask = resize(decode_mask(self.mask_files[row]), self.spec)[..., 0] > MASK_THRESHOLD
         return mask.astype(np.uint8)
 
     @property

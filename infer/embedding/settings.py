@@ -30,6 +30,12 @@ class EmbedSettings(Settings):
     data: Path = Field(
         Path("data/isic-2024"), description="dataset folder in the challenge's layout"
     )
+    images: Path | None = Field(
+        None,
+        description="any images in place of a dataset: a folder, or a list (.csv or .parquet) with "
+        "the column path and, if wanted, isic_id; every fold embeds every image, into "
+        "<config>/images",
+    )
     model_dir: Path | None = Field(
         None, description="training run with exported folds; outputs/<config> by default"
     )
@@ -117,6 +123,11 @@ class EmbedSettings(Settings):
             raise ValueError(
                 f"fold {ALL} was trained on every training image, so it embeds the test split "
                 "only; leave out --split and --folds"
+            )
+        others = self.model_fields_set & {"data", "split", "folds"}
+        if self.images and others:
+            raise ValueError(
+                f"--images takes the place of a dataset; leave out --{' and --'.join(sorted(others))}"
             )
         if self.precision and self.format not in (AUTO, *ENGINE_FORMATS):
             raise ValueError(

@@ -10,11 +10,12 @@
 
 `<root>` is `<output_dir>/<config>` for the numbered folds. Embeddings of the test split by the
 network that was trained on every row are in `<output_dir>/<config>_all`, in `test/fold_all/`.
+`<split>` is train, test, or images for those of `--images`, which need no fold plan.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import polars as pl
@@ -29,6 +30,9 @@ from isic.tables import parquet_metadata, read_parquet, scan_parquet, write_parq
 
 RUN_SPEC_FILE = "plan.json"
 RUN_FILE = "run.json"
+IMAGES: Final = "images"
+"""The images of `--images`, which are no split of a dataset."""
+EmbeddedSplit = Split | Literal["images"]
 BAD_IMAGES_SCHEMA = {"isic_id": pl.String, "reason": pl.String}
 RUN_SPEC_KEY = "plan_digest"
 """Key of the run spec's digest in a run's JSON files and in the metadata of its shards."""
@@ -37,7 +41,7 @@ SLICE_ROWS = 32768
 """Ids that are hashed together."""
 
 
-def shard_path(root: Path, split: Split, fold: Fold, shard: int) -> Path:
+def shard_path(root: Path, split: EmbeddedSplit, fold: Fold, shard: int) -> Path:
     return fold_dir(root / split, fold) / f"part-{shard:05d}.parquet"
 
 
@@ -75,7 +79,7 @@ def ids_digest(ids: pl.Series) -> str:
     return digest(*(digest(*rows[schema.ID]) for rows in slices))
 
 
-def read_run(root: Path, split: Split) -> dict[str, Any]:
+def read_run(root: Path, split: EmbeddedSplit) -> dict[str, Any]:
     """Read the `run.json` of a finished embedding run. Raise UserError if there is none."""
     path = root / split / RUN_FILE
     if not path.is_file():
@@ -97,7 +101,7 @@ ORIGIN_KEYS = {
 
 
 def refuse_other_origin(
-    root: Path, split: Split, found: Mapping[str, Any], fitted: Mapping[str, Any]
+    root: Path, split: EmbeddedSplit, found: Mapping[str, Any], fitted: Mapping[str, Any]
 ) -> None:
     """Raise a UserError if embeddings differ in origin from those an ensemble was fitted with.
 
@@ -117,7 +121,7 @@ def refuse_other_origin(
 
 def scan_embeddings(
     root: Path,
-    split: Split,
+    split: EmbeddedSplit,
     columns: Iterable[str] = ("features", "logit"),
     only_fold: int | None = None,
 ) -> pl.LazyFrame:
@@ -158,7 +162,7 @@ def _refuse_other_run(shards: Iterable[Path], run: Mapping[str, Any]) -> None:
 
 
 def refuse_missing_embeddings(
-    missing: pl.DataFrame, num_images: int, root: Path, split: Split
+    missing: pl.DataFrame, num_images: int, root: Path, split: EmbeddedSplit
 ) -> None:
     """Raise a UserError if an embedding is missing of an image that the run could use.
 

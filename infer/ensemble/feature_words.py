@@ -29,7 +29,12 @@ class FeatureWords:
     @property
     def label(self) -> str:
         """A name for the choice that can name a folder."""
-        return "+".join(_label(word) for word in _split(self.text))
+        return label(self.text)
+
+
+def label(text: str) -> str:
+    """Return the words of `--features` as a name for a file or folder."""
+    return "+".join(_label(word) for word in _split(text))
 
 
 def parse_words(text: str, lists: Lists | None = None) -> FeatureWords:

@@ -94,9 +94,11 @@ def fit_ensemble(settings: FitSettings) -> Path:
         results["refit"] = refit.manifest_field()
     write_ensemble_manifest(root, files, {**inputs, **results})
     measured.print()
+    for note in choice_notes(root.name, results):
+        print(note)
     if refit and refit.agreement:
         print(describe_agreement(refit.agreement))
-    print("\n".join([*choice_notes(root.name, results), f"ensemble: {root}"]))
+    print(f"ensemble: {root}")
     return root
 
 

@@ -23,6 +23,7 @@ from infer.ensemble.blend import blend, model_name
 from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.comparison import Comparison, compare_scores
 from infer.ensemble.feature_spec import FeatureSpec
+from infer.ensemble.feature_words import label
 from infer.ensemble.fit import MODEL_SETTINGS, own_inputs
 from infer.ensemble.fit_rows import read_rows, warn_of_own_columns
 from infer.ensemble.image_features import embedding_origins
@@ -132,8 +133,7 @@ def select(settings: SelectSettings) -> None:
 
 def list_path(settings: SelectSettings) -> Path:
     """Return the file of the list."""
-    words = settings.features.replace(",", "+").replace("@", "").replace("/", "_")
-    name = settings.name or f"{words}_{settings.by}"
+    name = settings.name or f"{label(settings.features)}_{settings.by}"
     return settings.output or settings.output_dir / f"{name}.txt"
 
 

@@ -125,7 +125,7 @@ def test_masks_that_may_be_wrong_are_warned_of(
         (mask_png(42, 42)[:50], "truncated PNG"),
         (
             np.ones((42, 42), bool),
-            "an array of 42 x 42 values, not the bytes of a JPEG or PNG file",
+            "an array of 42 x 42 values, not the bytes of an image file",
         ),
         (h5py.SoftLink("/gone"), "a link to /gone, which cannot be opened"),
     ],
