@@ -281,14 +281,15 @@ class SelectSettings(FitSettings):
 
     @model_validator(mode="after")
     def _writes_one_list(self) -> "SelectSettings":
-        if self.force:
-            raise ValueError("--force is not a key of `infer select`, which writes its list again")
+        given = [name for name in ONLY_FIT if name in self.model_fields_set]
+        if given:
+            raise ValueError(f"--{given[0]} is a key of `infer fit`, not of `infer select`")
         if self.output and (self.name or "output_dir" in self.model_fields_set):
             raise ValueError("--output names the file; leave --output_dir and --name out")
         return self
 
 
-ONLY_FIT = ("force",)
+ONLY_FIT = ("force", "refit")
 """Flags of `infer fit` that `infer select` does not take."""
 NOT_FOR_LISTS = {*ONLY_FIT, "name", *OUTPUT_NAMES.choices}
 """Keys of a config of `infer fit` that `infer select` passes over."""

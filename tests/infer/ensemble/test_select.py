@@ -135,7 +135,9 @@ def test_image_features_are_kept(data: Path, embeddings: Path, tmp_path: Path) -
 
 def test_a_config_of_fit_can_be_used(data: Path, tmp_path: Path, cli: Cli) -> None:
     config = tmp_path / "mine.yaml"
-    config.write_text(f"features: category\nname: mine\nout: {tmp_path / 'no'}\nnum_rounds: 2\n")
+    config.write_text(
+        f"features: category\nname: mine\nout: {tmp_path / 'no'}\nnum_rounds: 2\nrefit: true\n"
+    )
     flags = ("--config", config, "--data", data, "--num_folds", 3, "--seeds", 1, "--repeats", 1)
     ended = cli("infer", "select", *flags, "--by", "gain", "--out", tmp_path, "--name", "chosen")
     assert ended.code == 0, ended.err
@@ -152,7 +154,8 @@ def test_bad_choices_are_refused(data: Path, tmp_path: Path) -> None:
         choose(data, tmp_path / "list.txt")
     for given, message in (
         ({"by": "gains"}, "by"),
-        ({"force": True}, "--force is not a key"),
+        ({"force": True}, "--force is a key of `infer fit`"),
+        ({"refit": True}, "--refit is a key of `infer fit`"),
         ({"output": "a.txt", "name": "b"}, "leave --output_dir and --name out"),
     ):
         with pytest.raises(UserError, match=message):
