@@ -73,18 +73,24 @@ def _label(word: str) -> str:
     return sign + Path(path).stem
 
 
-def read_list(name: str) -> list[str]:
-    """Read `@file`, or `@name` of a list in LISTS_DIR: a word per line, # starts a comment.
-
-    Raises:
-        UserError: no such file, not text, no words, or another list in it.
-    """
+def find_list(name: str) -> Path:
+    """Return the file of `@file`, or of `@name`, a list in LISTS_DIR. Raise UserError."""
     path = Path(name.removeprefix(LIST)).expanduser()
     in_lists = LISTS_DIR / f"{path.name}.txt"
     if not path.is_file() and not path.suffix and in_lists.is_file():
         path = in_lists
     if not path.is_file():
         raise UserError(f"no list of features {path}; give the path of a text file after @")
+    return path
+
+
+def read_list(name: str) -> list[str]:
+    """Read the list that `find_list` finds: a word per line, # starts a comment.
+
+    Raises:
+        UserError: no such file, not text, no words, or another list in it.
+    """
+    path = find_list(name)
     lines = (line.partition(COMMENT)[0].strip() for line in read_text(path).splitlines())
     words = [line for line in lines if line]
     if not words:

@@ -135,9 +135,7 @@ def test_image_features_are_kept(data: Path, embeddings: Path, tmp_path: Path) -
 
 def test_a_config_of_fit_can_be_used(data: Path, tmp_path: Path, cli: Cli) -> None:
     config = tmp_path / "mine.yaml"
-    config.write_text(
-        f"features: category\nname: mine\nout: {tmp_path / 'no'}\nnum_rounds: 2\nrefit: true\n"
-    )
+    config.write_text(f"features: category\nname: mine\nout: {tmp_path / 'no'}\nnum_rounds: 2\n")
     flags = ("--config", config, "--data", data, "--num_folds", 3, "--seeds", 1, "--repeats", 1)
     ended = cli("infer", "select", *flags, "--by", "gain", "--out", tmp_path, "--name", "chosen")
     assert ended.code == 0, ended.err
@@ -146,16 +144,15 @@ def test_a_config_of_fit_can_be_used(data: Path, tmp_path: Path, cli: Cli) -> No
     assert not (tmp_path / "no").exists()
 
 
-def test_bad_choices_are_refused(data: Path, tmp_path: Path) -> None:
+def test_bad_choices_are_refused(data: Path, embeddings: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no features to choose among"):
-        choose(data, tmp_path / "list.txt", features="image", embeddings=tmp_path)
+        choose(data, tmp_path / "list.txt", features="image", embeddings=embeddings)
     (tmp_path / "list.txt").write_text("mine\n")
     with pytest.raises(UserError, match="exists and was not written by this command"):
         choose(data, tmp_path / "list.txt")
     for given, message in (
         ({"by": "gains"}, "by"),
-        ({"force": True}, "--force is a key of `infer fit`"),
-        ({"refit": True}, "--refit is a key of `infer fit`"),
+        ({"force": True}, "--force is not a key"),
         ({"output": "a.txt", "name": "b"}, "leave --output_dir and --name out"),
     ):
         with pytest.raises(UserError, match=message):
