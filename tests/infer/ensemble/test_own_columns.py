@@ -332,6 +332,19 @@ def test_the_commands_take_own_columns(data: Path, mine: Path, tmp_path: Path, c
     assert ended.err.count("\n") == 1
 
 
+def test_boosters_of_all_rows_take_own_columns(data: Path, mine: Path, tmp_path: Path) -> None:
+    train = write(own_table(data), tmp_path / "scores.parquet")
+    chosen = {"features": "sex,mine,scores", "define": str(mine), "tables": f"oof:{train}"}
+    root = fit_small(data, tmp_path, **chosen, refit=True, num_rounds=5)
+    (tmp_path / "test").mkdir()
+    test = write(own_table(data, "test"), tmp_path / "test" / "scores.parquet")
+    folds, everything = (
+        predict(root, data, tmp_path / f"{rows}.csv", tables=str(test), rows=rows)["target"]
+        for rows in ("folds", "all")
+    )
+    assert not folds.equals(everything)
+
+
 def test_own_columns_of_other_rows_are_refused(data: Path, mine: Path, tmp_path: Path) -> None:
     small = write_train(tmp_path / "small", train_table(data).drop("tbp_lv_stdL"))
     with pytest.raises(UserError, match=r'unknown column "tbp_lv_stdL"|lacks the column'):
