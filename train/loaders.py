@@ -20,7 +20,7 @@ from isic.runtime import interrupt
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.interrupt import ignore_signals_in_worker
 from train import distributed
-from train.augmentation.pipeline import create_augmentation
+from train.augmentation.pipeline import create_augmentation, seed_augmentation
 from train.batch import NO_MASK, Batch
 from train.config import TrainSettings
 from train.decoded import DecodedImages
@@ -155,7 +155,7 @@ class LesionImages(Dataset[Item]):
         row, seed = key
         pixels = self.decoded[row]
         if self.augmentation is not None:
-            self.augmentation.set_random_seed(seed)
+            seed_augmentation(self.augmentation, seed)
             # Transforms may write into their input.
             pixels = self.augmentation(**{name: part.copy() for name, part in pixels.items()})
         return pixels["image"], self.target[row], row, pixels.get("mask", self._no_mask()), seed

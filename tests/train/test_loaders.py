@@ -46,7 +46,7 @@ def test_kept_pixels_survive_a_transform_that_writes_into_its_input(
     small_dataset: Path, tmp_path: Path
 ) -> None:
     class Blacken:
-        def set_random_seed(self, seed: int) -> None: ...
+        def set_random_state(self, *generators: object) -> None: ...
 
         def __call__(self, image: Pixels) -> dict[str, Pixels]:
             image[:] = 0

@@ -1,6 +1,7 @@
 """Augmentation of single images by albumentations: a level, or a pipeline from a file."""
 
 from collections.abc import Mapping
+from random import Random
 from typing import Any
 
 import albumentations as A
@@ -31,6 +32,14 @@ def build_transform(step: Step) -> Any:
     return getattr(A, step.name)(**step.options, p=step.p)
 
 
+def seed_augmentation(pipeline: Any, seed: int) -> None:
+    """Seed a pipeline for one image."""
+    # Not by set_random_seed, which gives each transform a generator of the same seed: all of them
+    # would be applied together, at the same places of their ranges. Seen with albumentations 2.0.8,
+    # the last under its licence.
+    pipeline.set_random_state(np.random.default_rng(seed), Random(seed))
+
+
 def check_augmentation(level: str | Mapping[str, Any], size: int, with_masks: bool) -> None:
     """Raise a UserError if a pipeline from a file does not load, or changes the kind of an image.
 
@@ -46,7 +55,8 @@ def check_augmentation(level: str | Mapping[str, Any], size: int, with_masks: bo
         eager = A.from_dict(always_applied(level))
         if not isinstance(pipeline, A.Compose):
             raise TypeError(f"it is {type(pipeline).__name__}, not Compose")
-        try_pipeline(eager, size, with_masks)
+        for tried in (pipeline, eager):
+            try_pipeline(tried, size, with_masks)
     except Exception as error:  # transforms raise exceptions of any type
         reason = first_line(error).rstrip(".")
         if isinstance(error, KeyError):
@@ -75,7 +85,7 @@ def try_pipeline(pipeline: Any, size: int, with_masks: bool) -> None:
         pixels = {"image": random.integers(0, 256, (size, size, 3), dtype=np.uint8)}
         if with_masks:
             pixels["mask"] = random.integers(0, 2, (size, size), dtype=np.uint8)
-        pipeline.set_random_seed(seed)
+        seed_augmentation(pipeline, seed)
         augmented = pipeline(**pixels)
         for name, shape in shapes.items():
             result = augmented[name]

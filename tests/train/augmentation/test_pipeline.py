@@ -1,14 +1,20 @@
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import albumentations as A
 import numpy as np
 import pytest
+from scipy.stats import chisquare
 
 from isic.runtime.errors import UserError
 from tests.support.commands import TINY, Cli, tiny_settings
 from train.augmentation.levels import LEVELS
-from train.augmentation.pipeline import check_augmentation, create_augmentation
+from train.augmentation.pipeline import (
+    check_augmentation,
+    create_augmentation,
+    seed_augmentation,
+)
 
 SIDE = 48
 
@@ -32,12 +38,24 @@ def test_augmentation_keeps_shape_and_repeats_with_its_seed(level: str) -> None:
         return
     results = []
     for seed in (1, 2, 1):
-        augmentation.set_random_seed(seed)
+        seed_augmentation(augmentation, seed)
         results.append(augmentation(image=image)["image"])
     assert results[0].shape == image.shape
     assert results[0].dtype == np.uint8
     assert (results[0] == results[2]).all()
     assert (results[0] != results[1]).any()
+
+
+def test_transforms_are_drawn_independently() -> None:
+    """Each of the four outcomes of two flips is equally frequent over the seeds of images."""
+    pipeline = A.Compose([A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)])
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    counts: Counter[bytes] = Counter()
+    for seed in range(400):
+        seed_augmentation(pipeline, seed)
+        counts[pipeline(image=image)["image"].tobytes()] += 1
+    assert len(counts) == 4
+    assert chisquare(list(counts.values())).pvalue > 0.001
 
 
 @pytest.mark.parametrize("name", ["mine.yaml", "mine.yml", "mine.json"])
@@ -52,7 +70,7 @@ def test_a_saved_pipeline_augments_as_the_one_it_was_saved_from(name: str, tmp_p
         results = []
         for augmentation in (own, create_augmentation(content)):
             assert augmentation is not None
-            augmentation.set_random_seed(seed)
+            seed_augmentation(augmentation, seed)
             results.append(augmentation(image=image)["image"])
         assert (results[0] == results[1]).all()
 
@@ -64,6 +82,7 @@ def test_a_saved_pipeline_augments_as_the_one_it_was_saved_from(name: str, tmp_p
         ([A.Normalize(p=0.01)], r"turns the image into float32"),
         ([A.ToTensorV2(p=0.01)], r"turns the image into torch.uint8 \[3, 48, 48\]"),
         ([A.OneOf([A.HorizontalFlip(), A.Resize(9, 9)], p=0.1)], r"\[9, 9, 3\]"),
+        ([A.RandomCrop(20, 20, p=0.5), A.Resize(48, 48, p=0.5)], r"uint8 \[20, 20, 3\]"),
         ([A.CoarseDropout(fill_mask=7, p=0.01)], "other values than 0 and 1 into a mask"),
     ],
 )
