@@ -41,7 +41,7 @@ from train.machine import (
     allow_tf32,
     check_bfloat16,
     prepare,
-    resolve_precision,
+    resolve_choices,
     select_device,
 )
 from train.model import create_model, preprocess_spec
@@ -104,7 +104,7 @@ def train(settings: TrainRateSettings) -> None:
     if settings.mask_weight:
         raise UserError("the bare loop predicts no masks; give --mask_weight 0")
     device = select_device(settings.device)
-    settings = resolve_precision(settings, device)
+    settings = resolve_choices(settings, device)
     if settings.precision == "bf16":
         check_bfloat16(device)
     with (
@@ -332,6 +332,7 @@ def run_columns(settings: TrainRateSettings, device: torch.device, num_workers: 
         "compile": str(settings.compile).lower(),
         "workers": num_workers,
         "busy": settings.busy or None,
+        "augment_on": "device" if settings.augment_on == "device" else None,
         "threads": torch.get_num_threads(),
     }
 

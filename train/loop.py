@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from isic.layout import LAST_CHECKPOINT, fold_dir
+from isic.layout import LAST_CHECKPOINT, Fold, fold_dir
 from isic.runtime import interrupt
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from isic.runtime.progress import TimeLeft
 from train import distributed
-from train.augment import create_mixup
+from train.augmentation.device import create_device_augmentation
 from train.batch import Batch, to_device
 from train.config import TrainSettings
 from train.deadline import Deadline, OutOfTime
@@ -24,6 +24,7 @@ from train.fold_files import begin_fold, save_fold
 from train.history import EpochStats, Validation, log_epoch
 from train.loaders import FoldLoaders, TimedLoader, fold_loaders
 from train.memory import memory_errors
+from train.mixup import create_mixup
 from train.optim import Schedule, allocate_moments, create_schedule, learning_rates, set_lr
 from train.predict import Predictions, predict, score
 from train.rows import TrainData
@@ -41,7 +42,7 @@ STEPS_AHEAD = 2
 def train_fold(
     settings: TrainSettings,
     data: TrainData,
-    fold: int,
+    fold: Fold,
     device: torch.device,
     deadline: Deadline,
     time_left: TimeLeft | None = None,
@@ -95,12 +96,8 @@ def train_fold(
         state.epoch = epoch + 1
         loaders.held_out_sampler.takes_all = settings.validates_all(state.epoch)
         predictions = predict_held_out(state, evaluated, loaders, device, settings.precision)
-        scores = score(data.target[predictions.rows], predictions)
-        num_held_out = loaders.held_out_sampler.num_rows
-        validation = Validation(scores, len(predictions.rows), num_held_out)
-        if validation.is_complete and select_epoch(
-            state, settings.select_epoch, settings.epochs, scores["pauc"]
-        ):
+        validation = validate(predictions, data, loaders)
+        if is_selected(state, settings, validation):
             save_fold(directory, state, settings, data, fold, predictions)
         rates = learning_rates(state.optimizer)
         log_epoch(directory, fold, state.epoch, settings.epochs, stats, validation, rates)
@@ -119,22 +116,34 @@ def predict_held_out(
     loaders: FoldLoaders,
     device: torch.device,
     precision: str,
-) -> Predictions:
-    """Return the predictions that all processes make of their held-out rows.
+) -> Predictions | None:
+    """Return the predictions that all processes make of their held-out rows, None without any.
 
     Args:
         compiled: `state.evaluated` by torch.compile.
     """
     # Ranks differ in their batch statistics, and in the moving average of those.
     distributed.broadcast_weights(state.evaluated)
+    if not loaders.held_out_sampler.num_rows:
+        return None
     predictions = predict(
         state.evaluated, loaders.held_out, device, precision, state.num_parts, compiled
     )
     return Predictions.merge(distributed.gather(predictions))
 
 
+def validate(
+    predictions: Predictions | None, data: TrainData, loaders: FoldLoaders
+) -> Validation | None:
+    """Return the scores of an epoch's predictions. Raise UserError if a logit is not finite."""
+    if predictions is None:
+        return None
+    scores = score(data.target[predictions.rows], predictions)
+    return Validation(scores, len(predictions.rows), loaders.held_out_sampler.num_rows)
+
+
 def start_or_resume(
-    state: TrainState, settings: TrainSettings, data: TrainData, fold: int, device: torch.device
+    state: TrainState, settings: TrainSettings, data: TrainData, fold: Fold, device: torch.device
 ) -> None:
     """Load `last.pth` into `state` with --resume, set the threads and prepare the folder.
 
@@ -159,6 +168,15 @@ def start_or_resume(
     if not resumes:
         # A run that is stopped in its first epoch can be resumed too.
         save_last(last, state, settings, digest)
+
+
+def is_selected(state: TrainState, settings: TrainSettings, validation: Validation | None) -> bool:
+    """Return whether `best_model.pth` is to hold the finished epoch."""
+    if validation is None:
+        return state.epoch == settings.epochs
+    return validation.is_complete and select_epoch(
+        state, settings.select_epoch, settings.epochs, validation.scores["pauc"]
+    )
 
 
 def select_epoch(state: TrainState, mode: str, num_epochs: int, pauc: float) -> bool:
@@ -197,6 +215,8 @@ def train_epoch(
         UserError: a single image does not fit the device's memory.
     """
     state.model.train()
+    # A frozen backbone keeps its batch statistics too.
+    state.model.backbone.train(state.epoch >= settings.freeze_epochs)
     stats = EpochStats()
     started = time.perf_counter()
     batches = TimedLoader(loader)
@@ -206,12 +226,13 @@ def train_epoch(
         leave=False,
         disable=None if distributed.is_main() else True,  # None: hidden unless on a terminal
     )
+    augment = create_device_augmentation(settings.augmentation, settings.augment_on, device)
     mix = create_mixup(settings.mixup, settings.cutmix)
     results: deque[StepResult] = deque()
     for micro_batches in batched(progress, settings.accumulation_steps):
         interrupt.raise_if_interrupted()
         set_lr(state.optimizer, schedule, state.step)
-        mixed = [mix(to_device(batch, device)) for batch in micro_batches]
+        mixed = [mix(augment(to_device(batch, device))) for batch in micro_batches]
         loss = accumulate(state, forward, mixed, settings, device)
         values = optimizer_step(state, settings.clip_grad, loss)
         # With the batches before the copy to the device: reading row numbers there would sync.

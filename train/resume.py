@@ -1,11 +1,14 @@
 """Guards: whether a run may skip, continue or overwrite a fold."""
 
+import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from isic.dataset import refuse_dataset
 from isic.layout import (
+    ALL,
     BEST_CHECKPOINT,
     CONFIG_FILE,
     ERRORS_FILE,
@@ -13,6 +16,7 @@ from isic.layout import (
     LAST_CHECKPOINT,
     OOF_FILE,
     TRAINED_ON_FILE,
+    Fold,
     fold_dir,
     fold_dirs,
 )
@@ -37,16 +41,20 @@ FREE_TO_CHANGE = {
     "on_error",
 }
 """Settings that may change between a run and its continuation: they do not affect the weights."""
+CHOSEN = ("precision", "augment_on")
+"""Settings that training chooses if they are `auto`; a fold keeps its own."""
 
 
-def is_finished(settings: TrainSettings, fold: int) -> bool:
-    """Return whether the fold has its checkpoint, its scores and its last epoch.
+def is_finished(settings: TrainSettings, fold: Fold) -> bool:
+    """Return whether the fold has its checkpoint, its scores (but ALL) and its last epoch.
 
     Raises:
         UserError: it is finished, but with other settings.
     """
     directory = fold_dir(settings.run_dir, fold)
-    names = (OOF_FILE, BEST_CHECKPOINT, CONFIG_FILE, HISTORY_FILE)
+    names = {OOF_FILE, BEST_CHECKPOINT, CONFIG_FILE, HISTORY_FILE}
+    if fold == ALL:
+        names.remove(OOF_FILE)
     if not all((directory / name).is_file() for name in names):
         return False
     config = directory / CONFIG_FILE
@@ -66,30 +74,44 @@ def is_finished(settings: TrainSettings, fold: int) -> bool:
 def refuse_difference(path: Path, saved: Mapping[str, Any], settings: TrainSettings) -> None:
     """Raise a UserError that names the first setting in which `saved` differs from `settings`."""
     now = settings.model_dump(mode="json")
-    # Settings that did not exist when the file was written have their defaults.
-    then = build(TrainSettings, saved, source=str(path)).model_dump(mode="json")
-    if settings.precision == "auto":
-        now["precision"] = then["precision"]
+    then = saved_settings(path, saved).model_dump(mode="json")
+    now.update({key: then[key] for key in CHOSEN if now[key] == "auto"})
     for key in sorted(now.keys() - FREE_TO_CHANGE):
         if now[key] != then[key]:
             raise UserError(
-                f"{path} was made with {key}={then[key]}, now it is {now[key]}; use the previous "
-                "value, choose another --name, or train again with --force"
+                f"{path} was made with {key}={in_short(then[key])}, now it is "
+                f"{in_short(now[key])}; use the previous value, choose another --name, or train "
+                "again with --force"
             )
 
 
-def keep_precision(settings: TrainSettings, fold: int) -> TrainSettings:
-    """Return the settings with the precision of a fold that is continued in place of `auto`."""
+def in_short(value: Any) -> Any:
+    """Return a value as an error shows it; of a file's content the digest."""
+    if not isinstance(value, dict):
+        return value
+    text = json.dumps(value, sort_keys=True)
+    return f"a file of digest {sha256(text.encode()).hexdigest()[:8]}"
+
+
+def keep_choices(settings: TrainSettings, fold: Fold) -> TrainSettings:
+    """Return the settings with those of a fold that is continued in place of `auto`."""
     directory = fold_dir(settings.run_dir, fold)
     config = directory / CONFIG_FILE
     continues = settings.resume and (directory / LAST_CHECKPOINT).is_file() and config.is_file()
-    if settings.precision != "auto" or not continues:
+    if not continues:
         return settings
-    saved = build(TrainSettings, read_yaml(config), source=str(config))
-    return settings.model_copy(update={"precision": saved.precision})
+    saved = saved_settings(config, read_yaml(config)).model_dump()
+    chosen = {key: saved[key] for key in CHOSEN if getattr(settings, key) == "auto"}
+    return settings.model_copy(update=chosen)
 
 
-def require_resume_or_force(settings: TrainSettings, fold: int) -> None:
+def saved_settings(path: Path, values: Mapping[str, Any]) -> TrainSettings:
+    """Return the settings that a run has saved in a file; those it lacks have their defaults."""
+    # Before `augment_on`, images were augmented in the workers.
+    return build(TrainSettings, {"augment_on": "workers", **values}, source=str(path))
+
+
+def require_resume_or_force(settings: TrainSettings, fold: Fold) -> None:
     """Raise a UserError if a partly trained fold would be restarted without --force."""
     directory = fold_dir(settings.run_dir, fold)
     history = directory / HISTORY_FILE
@@ -103,7 +125,7 @@ def require_resume_or_force(settings: TrainSettings, fold: int) -> None:
     )
 
 
-def refuse_other_content(settings: TrainSettings, fold: int) -> None:
+def refuse_other_content(settings: TrainSettings, fold: Fold) -> None:
     """Raise a UserError if files that no training run wrote would be overwritten."""
     run = settings.run_dir
     directory = fold_dir(run, fold)
@@ -118,7 +140,8 @@ def refuse_other_content(settings: TrainSettings, fold: int) -> None:
         LAST_CHECKPOINT,
     )
     refuse_foreign((directory / name for name in names), _is_trained_fold(directory), flag)
-    is_run = any(_is_trained_fold(folder) for folder in fold_dirs(run).values())
+    folders = {**fold_dirs(run), **fold_dirs(run, ALL)}
+    is_run = any(_is_trained_fold(folder) for folder in folders.values())
     refuse_foreign((run / name for name in (ROC_FILE, ERRORS_FILE)), is_run, flag)
 
 

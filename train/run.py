@@ -6,10 +6,12 @@ from collections.abc import Mapping
 import torch
 
 from isic import schema
+from isic.layout import ALL, Fold
 from isic.runtime.errors import UserError
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.progress import TimeLeft
 from train import distributed
+from train.augmentation.pipeline import check_augmentation
 from train.config import TrainSettings
 from train.deadline import OUT_OF_TIME, Deadline, OutOfTime
 from train.loaders import worker_errors
@@ -17,21 +19,22 @@ from train.loop import train_fold
 from train.machine import (
     check_bfloat16,
     prepare,
-    resolve_precision,
+    resolve_choices,
     select_device,
     without_bfloat16,
 )
 from train.memory import memory_errors
 from train.pretrained import refuse_leaking_weights
 from train.resume import (
+    CHOSEN,
     is_finished,
-    keep_precision,
+    keep_choices,
     refuse_other_content,
     require_resume_or_force,
 )
 from train.rows import TrainData, load_data
 from train.step import NonFiniteGradient
-from train.summary import print_scores
+from train.summary import print_scores, without_score
 
 
 def train(settings: TrainSettings) -> int:
@@ -60,10 +63,13 @@ def train_folds(settings: TrainSettings, device: torch.device) -> int:
     for fold in due:
         refuse_other_content(settings, fold)
         require_resume_or_force(settings, fold)
-    runs = {fold: choose_precision(settings, fold, device) for fold in due}
+    runs = {fold: choose(settings, fold, device) for fold in due}
     if due:
+        with_masks = settings.mask_weight > 0
+        check_augmentation(settings.augmentation, settings.image_size, with_masks)
         data = load_data(settings)
-        refuse_leaking_weights(settings.pretrained, due, data.table, data.fold)
+        held_out = {fold: data.held_out(fold) for fold in due}
+        refuse_leaking_weights(settings.pretrained, held_out)
         prepare(device)
         if distributed.is_main():
             announce_training(runs, data, device)
@@ -77,12 +83,15 @@ def train_folds(settings: TrainSettings, device: torch.device) -> int:
                 print(stop.describe(settings, due), file=sys.stderr)
             return OUT_OF_TIME
     if distributed.is_main():
-        print_scores(settings.run_dir, settings.num_folds)
+        if settings.fold == ALL:
+            print(without_score(settings.run_dir))
+        else:
+            print_scores(settings.run_dir, settings.num_folds)
     return 0
 
 
 def train_each(
-    runs: Mapping[int, TrainSettings], data: TrainData, device: torch.device, deadline: Deadline
+    runs: Mapping[Fold, TrainSettings], data: TrainData, device: torch.device, deadline: Deadline
 ) -> None:
     """Train a fold with each of some settings.
 
@@ -98,25 +107,25 @@ def train_each(
         train_fold(run, data, fold, device, deadline, time_left)
 
 
-def choose_precision(settings: TrainSettings, fold: int, device: torch.device) -> TrainSettings:
-    """Return the settings of a fold with a precision, that of all processes, in place of `auto`.
+def choose(settings: TrainSettings, fold: Fold, device: torch.device) -> TrainSettings:
+    """Return the settings of a fold with choices, those of all processes, in place of `auto`.
 
     Raises:
         UserError: the fold is continued in a precision that the device does not compute in.
     """
-    chosen = resolve_precision(keep_precision(settings, fold), device).precision
+    chosen = resolve_choices(keep_choices(settings, fold), device)
     chosen = distributed.broadcast_object(chosen)
     reason = without_bfloat16(device)
-    if chosen == "bf16" and reason:
+    if chosen.precision == "bf16" and reason:
         raise UserError(
             f"fold {fold} was begun in bf16; {reason}; continue on such a GPU, or start again "
             "with --force"
         )
-    return settings.model_copy(update={"precision": chosen})
+    return settings.model_copy(update={key: getattr(chosen, key) for key in CHOSEN})
 
 
 def announce_training(
-    runs: Mapping[int, TrainSettings], data: TrainData, device: torch.device
+    runs: Mapping[Fold, TrainSettings], data: TrainData, device: torch.device
 ) -> None:
     """Print one line on the training that is about to start.
 
@@ -134,9 +143,10 @@ def announce_training(
     )
 
 
-def folds_to_train(settings: TrainSettings) -> list[int]:
+def folds_to_train(settings: TrainSettings) -> list[Fold]:
     """Return the wanted folds without the finished ones, in all processes alike."""
-    folds = range(settings.num_folds) if settings.fold is None else [settings.fold]
+    numbered: list[Fold] = list(range(settings.num_folds))
+    folds = numbered if settings.fold is None else [settings.fold]
     due = [fold for fold in folds if settings.force or not is_finished(settings, fold)]
     if distributed.is_main():
         for fold in folds:

@@ -9,6 +9,7 @@ import polars as pl
 from infer.embedding.store import EmbeddedSplit, shard_path
 from isic import schema
 from isic.folds import Folds
+from isic.layout import Fold
 from isic.runtime.errors import UserError
 from isic.tables import read_parquet
 
@@ -21,7 +22,7 @@ class Shard:
 
     ids: pl.Series
     """[N] String."""
-    paths: dict[int, Path]
+    paths: dict[Fold, Path]
     """The file to write, by fold."""
 
     def __len__(self) -> int:
@@ -46,7 +47,7 @@ def plan_shards(
     root: Path,
     split: EmbeddedSplit,
     ids: pl.Series,
-    fold_ids: Sequence[int],
+    fold_ids: Sequence[Fold],
     folds: Folds | None,
     folds_mode: str,
 ) -> list[Shard]:

@@ -8,6 +8,8 @@
 | `<root>/<split>/plan.json` | the settings and inputs of a run, also of an unfinished one |
 | `<root>/folds.parquet` | which fold held out which row |
 
+`<root>` is `<output_dir>/<config>` for the numbered folds. Embeddings of the test split by the
+network that was trained on every row are in `<output_dir>/<config>_all`, in `test/fold_all/`.
 `<split>` is train, test, or images for those of `--images`, which need no fold plan.
 """
 
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 
 from isic import schema
 from isic.dataset import Split
-from isic.layout import ERRORS_FILE, fold_dir
+from isic.layout import ERRORS_FILE, Fold, fold_dir, fold_number
 from isic.runtime.errors import UserError
 from isic.runtime.files import digest, read_json
 from isic.tables import parquet_metadata, read_parquet, scan_parquet, write_parquet
@@ -39,7 +41,7 @@ SLICE_ROWS = 32768
 """Ids that are hashed together."""
 
 
-def shard_path(root: Path, split: EmbeddedSplit, fold: int, shard: int) -> Path:
+def shard_path(root: Path, split: EmbeddedSplit, fold: Fold, shard: int) -> Path:
     return fold_dir(root / split, fold) / f"part-{shard:05d}.parquet"
 
 
@@ -118,13 +120,17 @@ def refuse_other_origin(
 
 
 def scan_embeddings(
-    root: Path, split: EmbeddedSplit, columns: Iterable[str] = ("features", "logit")
+    root: Path,
+    split: EmbeddedSplit,
+    columns: Iterable[str] = ("features", "logit"),
+    only_fold: int | None = None,
 ) -> pl.LazyFrame:
     """Scan the embeddings of a split; collect them inside `isic.tables.reading`.
 
     Returns:
-        `isic_id` String, `fold` Int8 (of the model that made the row) and the given columns: a
-        row per train image, from the fold that held it out, and one per test image and fold.
+        `isic_id` String, `fold` Int8 (of the model that made the row; ALL_NUMBER, which is -1,
+        for fold_all) and the given columns: a row per train image, from the fold that held it
+        out, and one per test image and fold. With `only_fold`, the rows of that fold's model.
 
     Raises:
         UserError: the run is not finished, one of its folds has no shards, or a shard belongs to
@@ -132,14 +138,15 @@ def scan_embeddings(
     """
     run = read_run(root, split)
     frames = []
-    for fold in run["folds"]:
+    # Chosen here, because a filter of the result would read the features of all folds.
+    for fold in run["folds"] if only_fold is None else [only_fold]:
         directory = fold_dir(root / split, fold)
         shards = sorted(directory.glob("part-*.parquet"))
         if not shards:
             raise UserError(f"{directory} has no shards; run `python -m infer embed` again")
         _refuse_other_run(shards, run)
         # The folder has the fold, the file has not.
-        number = pl.lit(fold, dtype=pl.Int8).alias("fold")
+        number = pl.lit(fold_number(fold), dtype=pl.Int8).alias("fold")
         frames.append(scan_parquet(shards).select("isic_id", number, *columns))
     return pl.concat(frames)
 

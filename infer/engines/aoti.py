@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._inductor.package.package import load_package
 
 from infer.engines import IN_FLIGHT, Engine, Outputs, Pending
+from isic.layout import Fold
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.machine import (
@@ -53,7 +54,7 @@ Forward = Callable[[Tensor], Sequence[Tensor]]
 class TorchEngine(Engine):
     """Networks that torch runs: by one thread on a CPU, on two streams on a GPU."""
 
-    def __init__(self, forwards: Mapping[int, Forward], max_batch: int, device: str) -> None:
+    def __init__(self, forwards: Mapping[Fold, Forward], max_batch: int, device: str) -> None:
         """Prepare the engine.
 
         Args:
@@ -75,7 +76,7 @@ class TorchEngine(Engine):
             self._streams = cycle([torch.cuda.Stream() for _ in range(NUM_STREAMS)])  # type: ignore[no-untyped-call]
             self._in_flight: deque[OnGpu] = deque()
 
-    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> Pending:
+    def submit(self, images: Pixels, folds: Iterable[Fold] | None = None) -> Pending:
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         chosen = self.folds if folds is None else tuple(folds)
         if self.device == "cpu":
@@ -100,10 +101,10 @@ class TorchEngine(Engine):
             with contextlib.suppress(RuntimeError):  # the GPU has failed, which results report
                 torch.cuda.synchronize()
 
-    def _run_on_cpu(self, pixels: Tensor, folds: Sequence[int]) -> dict[int, Outputs]:
+    def _run_on_cpu(self, pixels: Tensor, folds: Sequence[Fold]) -> dict[Fold, Outputs]:
         return as_arrays(self._forward(pixels, folds))
 
-    def _start_on_gpu(self, pixels: Tensor, folds: Sequence[int]) -> "OnGpu":
+    def _start_on_gpu(self, pixels: Tensor, folds: Sequence[Fold]) -> "OnGpu":
         """Enqueue copies and kernels of a batch on the next stream."""
         with torch.cuda.stream(next(self._streams)), device_errors_as_user_errors():
             outputs = {
@@ -117,7 +118,7 @@ class TorchEngine(Engine):
         return OnGpu(outputs, done)
 
     @torch.inference_mode()
-    def _forward(self, pixels: Tensor, folds: Iterable[int]) -> dict[int, list[Tensor]]:
+    def _forward(self, pixels: Tensor, folds: Iterable[Fold]) -> dict[Fold, list[Tensor]]:
         """Return each fold's outputs on the device, run in pieces of at most `max_batch`."""
         pieces = [
             piece.to(self.device, non_blocking=True)
@@ -136,7 +137,7 @@ def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 class OnGpu:
     """A batch on the GPU: its outputs in host memory are valid after the event."""
 
-    def __init__(self, outputs: Mapping[int, Sequence[Tensor]], done: torch.cuda.Event) -> None:
+    def __init__(self, outputs: Mapping[Fold, Sequence[Tensor]], done: torch.cuda.Event) -> None:
         self._outputs = outputs
         self._done = done
 
@@ -145,12 +146,12 @@ class OnGpu:
         with device_errors_as_user_errors():
             self._done.synchronize()
 
-    def result(self) -> dict[int, Outputs]:
+    def result(self) -> dict[Fold, Outputs]:
         self.wait()
         return as_arrays(self._outputs)
 
 
-def as_arrays(outputs: Mapping[int, Sequence[Tensor]]) -> dict[int, Outputs]:
+def as_arrays(outputs: Mapping[Fold, Sequence[Tensor]]) -> dict[Fold, Outputs]:
     """Return features and logits of tensors on the host, without a copy."""
     return {fold: (parts[0].numpy(), parts[1].numpy()) for fold, parts in outputs.items()}
 
@@ -283,7 +284,7 @@ def built_for() -> str | None:
 
 
 def create(
-    artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str
+    artifacts: Mapping[Fold, Path], manifests: Mapping[Fold, Mapping[str, Any]], device: str
 ) -> TorchEngine:
     """Load packages onto `cpu` or `cuda`; they contain code, so their source must be trusted.
 
