@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from isic import preprocess
 from isic.headers import IMAGE_SUFFIXES, ImageError, image_size
-from isic.images import FolderImages
+from isic.images import FolderImages, Hdf5Images
 from isic.layers import TURNS, is_plain
 from isic.preprocess import Pixels, PreprocessSpec, check_mask, decode, decode_mask, resize
+from isic.synth.write import write_images
 
 HEIGHT, WIDTH = 60, 50
 
@@ -310,3 +311,18 @@ def test_a_folder_may_hold_every_ending_in_any_case(tmp_path: Path) -> None:
     pixels, failed = store.load(list(store.ids), spec)
     assert not failed
     assert np.abs(pixels.astype(int) - resize(drawn(), spec)).max() <= 8
+
+
+def test_every_kind_is_read_from_an_hdf5_file_too(tmp_path: Path) -> None:
+    """Formats other than JPEG may end in zero bytes, which belong to the file."""
+    files = {f"{number:02}": data for number, data in enumerate(OPAQUE.values())}
+    files |= {f"9{number}": data for number, (data, *_) in enumerate(TRANSPARENT.values())}
+    files["zeros"] = OPAQUE["BMP"][:-300] + bytes(300)
+    write_images(tmp_path / "a.hdf5", sorted(files.items()))
+    store = Hdf5Images(tmp_path / "a.hdf5")
+    assert store.read(list(files)) == list(files.values())
+    spec = PreprocessSpec(size=32)
+    pixels, failed = store.load(list(files), spec)
+    assert not failed
+    for row, data in enumerate(files.values()):
+        assert np.array_equal(pixels[row], resize(decode(data), spec))
