@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from isic.layout import OUTPUT_DIR
 from isic.runtime.config import Settings, Several, build, describe_configs, find_config, read_config
 from isic.runtime.errors import UserError
+from train.auxiliary import DEFAULT_WEIGHT, GRAMMAR, AuxTargets
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """The type that a network computes in; fp32 on a GPU is TF32."""
@@ -120,6 +121,18 @@ class TrainSettings(Settings):
         ge=0,
         description="weight of the segmentation loss, for images with a mask in masks.hdf5; 0: "
         "classification only",
+    )
+    aux: AuxTargets = Field(
+        (),
+        description=f"auxiliary targets, which the network learns too: {GRAMMAR}; 1 if the column "
+        "contains the text, in any case, or, without a text, if it is not blank; a column of 0 and "
+        "1 is a target itself",
+    )
+    aux_weight: float | None = Field(
+        None,
+        gt=0,
+        description="weight of the mean loss of the auxiliary targets; "
+        f"{DEFAULT_WEIGHT} if not given",
     )
     loss: Literal["focal", "bce", "asl"] = Field(
         "focal",
@@ -276,6 +289,8 @@ class TrainSettings(Settings):
             )
         if self.extra_negatives_per_positive and not self.extra_data:
             raise ValueError("--extra_negatives_per_positive is for --extra_data; give both")
+        if self.aux_weight and not self.aux:
+            raise ValueError("--aux_weight is the weight of --aux; give both")
         if self.mixes_images and self.batch_size % 2:
             raise ValueError(
                 f"--mixup and --cutmix pair images; make --batch_size {self.batch_size} even"
@@ -295,6 +310,11 @@ class TrainSettings(Settings):
     @property
     def mixes_images(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def aux_factor(self) -> float:
+        """Factor of the auxiliary loss."""
+        return DEFAULT_WEIGHT if self.aux_weight is None else self.aux_weight
 
     @property
     def extra_ratio(self) -> float | None:

@@ -14,6 +14,7 @@ from isic.runtime.errors import UserError
 from isic.runtime.files import read_text, write_text
 from train import distributed
 from train.plots import write_scalars
+from train.targets import AUC_PREFIX
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,17 @@ def log_epoch(
     scalars |= {f"lr/{name}": rate for name, rate in learning_rates.items()}
     write_scalars(directory / "tensorboard", epoch, scalars)
     dice = f"Dice {scores['dice']:.3f}, " if "dice" in scores else ""
+    aux = "".join(
+        f"of {name.removeprefix(AUC_PREFIX)} {score:.4f}, "
+        for name, score in scores.items()
+        if name.startswith(AUC_PREFIX)
+    )
     subset = ""
     if not validation.is_complete:
         subset = f"on {validation.num_rows:,} of {validation.num_held_out:,} rows, "
     print(
         f"fold {fold} epoch {epoch}/{num_epochs}: loss {stats.loss_text()}, "
-        f"pAUC {scores['pauc']:.4f}, AUC {scores['auc']:.4f}, {dice}{subset}"
+        f"pAUC {scores['pauc']:.4f}, AUC {scores['auc']:.4f}, {aux}{dice}{subset}"
         f"{entry['images_per_second']:.0f} img/s, waiting {entry['waiting_share']:.0%}",
         flush=True,
     )

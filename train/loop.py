@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from isic.layout import LAST_CHECKPOINT, fold_dir
@@ -16,7 +17,7 @@ from isic.runtime.errors import UserError
 from isic.runtime.progress import TimeLeft
 from train import distributed
 from train.augment import create_mixup
-from train.batch import Batch, to_device
+from train.batch import Batch, to_device, with_aux
 from train.config import TrainSettings
 from train.deadline import Deadline, OutOfTime
 from train.decoded import keep_repeated
@@ -31,6 +32,7 @@ from train.sampling import report_composition
 from train.seeds import seed_epoch
 from train.state import TrainState, create_state, restore, save_last
 from train.step import StepResult, accumulate, optimizer_step
+from train.targets import target_matrix, target_scores
 from train.threads import set_threads
 
 # So that neither the device nor the host waits for the other.
@@ -77,6 +79,8 @@ def train_fold(
     evaluated: Any = torch.compile(state.evaluated) if settings.compile else None
     first_epoch = state.epoch
     costs = loaders.epoch_costs(settings)
+    aux = target_matrix(data.table, settings.aux)
+    aux_on_device = torch.from_numpy(aux).to(device) if settings.aux else None
     if time_left:
         time_left.skip(costs[:first_epoch].sum())
     for epoch in range(first_epoch, settings.epochs):
@@ -88,7 +92,14 @@ def train_fold(
             state.model.backbone.requires_grad_(epoch >= settings.freeze_epochs)
             forward = distributed.wrap_ddp(network)
         stats = train_epoch(
-            state, forward, loaders.training, schedule, settings, device, f"fold {fold}"
+            state,
+            forward,
+            loaders.training,
+            schedule,
+            settings,
+            device,
+            f"fold {fold}",
+            aux_on_device,
         )
         stats = EpochStats.merge(distributed.gather(stats))
 
@@ -96,6 +107,7 @@ def train_fold(
         loaders.held_out_sampler.takes_all = settings.validates_all(state.epoch)
         predictions = predict_held_out(state, evaluated, loaders, device, settings.precision)
         scores = score(data.target[predictions.rows], predictions)
+        scores |= target_scores(aux[predictions.rows], predictions.aux, settings.aux)
         num_held_out = loaders.held_out_sampler.num_rows
         validation = Validation(scores, len(predictions.rows), num_held_out)
         if validation.is_complete and select_epoch(
@@ -184,12 +196,14 @@ def train_epoch(
     settings: TrainSettings,
     device: torch.device,
     title: str,
+    aux: Tensor | None = None,
 ) -> EpochStats:
     """Train on every batch of an epoch, `settings.accumulation_steps` batches per optimizer step.
 
     Args:
         state: changed in place.
         forward: `state.model`, possibly compiled and wrapped.
+        aux: auxiliary targets of all rows, on the device; None if the model has none.
 
     Raises:
         NonFiniteGradient: the run has diverged; in float32 and bfloat16 the weights are those
@@ -211,7 +225,7 @@ def train_epoch(
     for micro_batches in batched(progress, settings.accumulation_steps):
         interrupt.raise_if_interrupted()
         set_lr(state.optimizer, schedule, state.step)
-        mixed = [mix(to_device(batch, device)) for batch in micro_batches]
+        mixed = [mix(with_aux(to_device(batch, device), aux)) for batch in micro_batches]
         loss = accumulate(state, forward, mixed, settings, device)
         values = optimizer_step(state, settings.clip_grad, loss)
         # With the batches before the copy to the device: reading row numbers there would sync.

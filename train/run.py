@@ -32,6 +32,7 @@ from train.resume import (
 from train.rows import TrainData, load_data
 from train.step import NonFiniteGradient
 from train.summary import print_scores
+from train.targets import refuse_single_class
 
 
 def train(settings: TrainSettings) -> int:
@@ -64,6 +65,7 @@ def train_folds(settings: TrainSettings, device: torch.device) -> int:
     if due:
         data = load_data(settings)
         refuse_leaking_weights(settings.pretrained, due, data.table, data.fold)
+        refuse_single_class(data.table, data.fold, due, settings.aux)
         prepare(device)
         if distributed.is_main():
             announce_training(runs, data, device)

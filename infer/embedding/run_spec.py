@@ -17,6 +17,7 @@ from infer.embedding.models import Models
 from infer.embedding.settings import BATCH_CPU, BATCH_GPU, EmbedSettings
 from infer.embedding.store import RUN_FILE, RUN_SPEC_FILE, RUN_SPEC_KEY, ids_digest
 from infer.engines import device_of
+from infer.engines.contract import AUX
 from isic.dataset import SPLITS, Dataset, Split
 from isic.folds import Folds
 from isic.layout import ERRORS_FILE
@@ -68,6 +69,8 @@ def build_run_spec(
         "tta": settings.tta,
         "dtype": settings.dtype,
         "num_features": models.num_features,
+        # Absent without them, so that runs of earlier versions resume.
+        **({AUX: models.aux} if models.aux else {}),
         "metadata_sha256": sha256(dataset.metadata_path(split)),
         "images": {"number": len(images), "sizes": images.sizes_digest()},
         "versions": versions(*SPEC_PACKAGES),

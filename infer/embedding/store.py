@@ -7,6 +7,11 @@
 | `<root>/<split>/run.json` | the settings, inputs and speed of a finished run |
 | `<root>/<split>/plan.json` | the settings and inputs of a run, also of an unfinished one |
 | `<root>/folds.parquet` | which fold held out which row |
+
+Shards of a network that was trained with `--aux` also have a column `aux.<name>` (Float32) per
+auxiliary target: its logit, higher for a row that is more likely to have the target. `run.json` then
+holds the definitions by name as `aux`, such as `{"mel": "iddx_full ~ Melanoma"}`, in the order of the
+columns, whose names `aux_columns` returns. Other embeddings have neither.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +22,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from infer.engines.contract import AUX
 from isic import schema
 from isic.dataset import Split
 from isic.layout import ERRORS_FILE, fold_dir
@@ -29,6 +35,8 @@ RUN_FILE = "run.json"
 BAD_IMAGES_SCHEMA = {"isic_id": pl.String, "reason": pl.String}
 RUN_SPEC_KEY = "plan_digest"
 """Key of the run spec's digest in a run's JSON files and in the metadata of its shards."""
+AUX_PREFIX = "aux."
+"""Beginning of the columns of auxiliary logits."""
 # All 400,000 ids at once would be a large list of Python strings.
 SLICE_ROWS = 32768
 """Ids that are hashed together."""
@@ -44,6 +52,7 @@ def write_shard(
     features: NDArray[np.floating],
     logits: NDArray[np.float32],
     run_spec_digest: str | None = None,
+    aux: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> None:
     """Write one shard atomically; equal arguments give equal bytes.
 
@@ -52,6 +61,7 @@ def write_shard(
         features: [N, D] float16 or float32, stored in that type.
         logits: [N] float32.
         run_spec_digest: for the file's metadata.
+        aux: [N] float32, the logits of auxiliary targets by name.
     """
     inner = pl.Float16 if features.dtype == np.float16 else pl.Float32
     table = pl.DataFrame(
@@ -59,11 +69,25 @@ def write_shard(
             "isic_id": pl.Series(list(ids), dtype=pl.String),
             "features": pl.Series(features, dtype=pl.Array(inner, features.shape[1])),
             "logit": pl.Series(logits, dtype=pl.Float32),
+            **{
+                aux_column(name): pl.Series(values, dtype=pl.Float32)
+                for name, values in (aux or {}).items()
+            },
         }
     )
     metadata = {RUN_SPEC_KEY: run_spec_digest} if run_spec_digest else None
     # zstd would save 9 % of the bytes of features, and take two to four times as long.
     write_parquet(path, table, metadata, compression="lz4")
+
+
+def aux_column(name: str) -> str:
+    """Return the column of the logits of an auxiliary target."""
+    return AUX_PREFIX + name
+
+
+def aux_columns(run: Mapping[str, Any]) -> list[str]:
+    """Return the columns of auxiliary logits that embeddings have, from their `run.json`."""
+    return [aux_column(name) for name in run.get(AUX, {})]
 
 
 def ids_digest(ids: pl.Series) -> str:
