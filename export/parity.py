@@ -94,12 +94,18 @@ def run_model(model: Classifier, images: Pixels, batch_size: int = 16) -> Arrays
     return tuple(torch.cat(parts).numpy() for parts in zip(*batches, strict=True))
 
 
-def run_engine(engine: Engine, images: Pixels, batch_size: int, with_mask: bool) -> EngineArrays:
+def run_engine(
+    engine: Engine, images: Pixels, batch_size: int, names: Sequence[str]
+) -> EngineArrays:
     """Return the engine's outputs, as `run_model` does.
 
+    Args:
+        names: of the network's outputs.
+
     Raises:
-        ParityError: the mask is requested and the engine cannot compute it.
+        ParityError: there is a mask among them, and the engine cannot compute it.
     """
+    with_mask = MASK in names
     if with_mask and not isinstance(engine, SupportsMask):
         raise ParityError("the network predicts masks, and this engine does not")
     batches: list[EngineArrays] = []
@@ -130,8 +136,7 @@ def check_parity(
         # The largest batch size on all images, others on a few, where a wrong kernel shows.
         first = 0 if batch_size == max(batch_sizes) else -max(NUM_FEW, batch_size)
         expected = tuple(output[first:] for output in reference.outputs)
-        with_mask = MASK in reference.names
-        actual = run_engine(engine, reference.images[first:], batch_size, with_mask)
+        actual = run_engine(engine, reference.images[first:], batch_size, reference.names)
         figure = compare(expected, actual, reference.names)
         check_figure(figure, tolerance, f"at batch {batch_size}")
         figures[f"batch_{batch_size}"] = figure

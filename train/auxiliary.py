@@ -85,6 +85,12 @@ def format_targets(targets: tuple[AuxTarget, ...]) -> str | None:
     return "; ".join(f"{target.name}: {target.definition}" for target in targets) or None
 
 
+def manifest_of_targets(targets: tuple[AuxTarget, ...]) -> dict[str, dict[str, str]]:
+    """Return the field `aux` of a manifest: definitions by name; no field for no targets."""
+    definitions = {target.name: target.definition for target in targets}
+    return {"aux": definitions} if definitions else {}
+
+
 AuxTargets = Annotated[
     tuple[AuxTarget, ...], BeforeValidator(parse_targets), PlainSerializer(format_targets)
 ]

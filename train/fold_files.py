@@ -25,7 +25,7 @@ from isic.runtime import yaml12
 from isic.runtime.files import sha256, versions, write_manifest, write_text
 from isic.tables import write_parquet
 from train import distributed
-from train.auxiliary import AuxTarget
+from train.auxiliary import AuxTarget, manifest_of_targets
 from train.backbone import save_backbone
 from train.checkpoint import save_checkpoint
 from train.config import TrainSettings
@@ -128,8 +128,7 @@ def checkpoint_config(
         "pretrained": state.started_from,
         TRAINED_ON_KEY: sha256(directory / TRAINED_ON_FILE),
     }
-    if settings.aux:
-        config["aux"] = {target.name: target.definition for target in settings.aux}
+    config |= manifest_of_targets(settings.aux)
     if model.mask_stride:
         config["mask_stride"] = model.mask_stride
     return config
