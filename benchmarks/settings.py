@@ -312,11 +312,11 @@ class AblationSettings(Settings):
 
     data: Path = Field(description="dataset folder; its training rows are scored out of fold")
     label: str = Field(description="name of the data in the table")
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, made with --folds all"
+    embeddings: Several[Path] = Field(
+        (), description="outputs/embeddings/<config> of each network, made with --folds all"
     )
-    frozen: Path | None = Field(
-        None, description="embeddings of the images by a model trained on other images"
+    frozen: Several[Path] = Field(
+        (), description="embeddings of the images by networks trained on other images"
     )
     features: Several[str] = Field(
         (),
@@ -330,6 +330,12 @@ class AblationSettings(Settings):
     seeds: int = Field(10, ge=2, description="seeds per fit")
     split_seed: int | None = Field(
         None, ge=0, description="seed of the folds, if no plan comes with the data or embeddings"
+    )
+    splits: int = Field(
+        1,
+        ge=1,
+        description="fold plans per fit, for sets without the fold models' features; from 3 on, "
+        "folds are paired instead of seeds",
     )
     num_rounds: int | None = Field(
         None, ge=1, description="boosting rounds; each library's own if not given"

@@ -1,4 +1,4 @@
-"""`python -m infer embed | fit | predict | scores | compare | report | doctor`."""
+"""`python -m infer embed | fit | blend | predict | scores | compare | report | doctor`."""
 
 from isic.runtime.cli import Command, run
 
@@ -10,6 +10,7 @@ COMMANDS = {
     "predict": Command(
         "infer.ensemble.settings:PredictSettings", "infer.ensemble.predict:predict_submission"
     ),
+    "blend": Command("infer.ensemble.settings:BlendSettings", "infer.commands:blend"),
     "scores": Command(
         "infer.ensemble.settings:ScoresSettings", "infer.ensemble.scores:show_scores"
     ),

@@ -3,6 +3,7 @@
 import os
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ class Folds:
     def num_folds(self) -> int:
         return int(self.table["fold"].max()) + 1  # type: ignore[arg-type]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return digest(*self.table["isic_id"], *self.table["fold"])
 

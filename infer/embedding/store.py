@@ -137,13 +137,17 @@ def refuse_other_origin(
 
 
 def scan_embeddings(
-    root: Path, split: Split, columns: Iterable[str] = ("features", "logit")
+    root: Path,
+    split: Split,
+    columns: Iterable[str] = ("features", "logit"),
+    only_fold: int | None = None,
 ) -> pl.LazyFrame:
     """Scan the embeddings of a split; collect them inside `isic.tables.reading`.
 
     Returns:
         `isic_id` String, `fold` Int8 (of the model that made the row) and the given columns: a
         row per train image, from the fold that held it out, and one per test image and fold.
+        With `only_fold`, the rows of that fold's model.
 
     Raises:
         UserError: the run is not finished, one of its folds has no shards, or a shard belongs to
@@ -151,7 +155,8 @@ def scan_embeddings(
     """
     run = read_run(root, split)
     frames = []
-    for fold in run["folds"]:
+    # Chosen here, because a filter of the result would read the features of all folds.
+    for fold in run["folds"] if only_fold is None else [only_fold]:
         directory = fold_dir(root / split, fold)
         shards = sorted(directory.glob("part-*.parquet"))
         if not shards:

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from infer.ensemble.image_columns import EMBEDDING_MODES
-from infer.ensemble.image_features import ImageState
-from isic import features, schema
+from infer.ensemble.image_features import FORMS, ImageState
+from isic import features
 
-IMAGE_WORDS = ("image", "multimodal")
-"""Words that include the image model's score."""
+MULTIMODAL = ("engineered", "image")
+"""The words that `multimodal` stands for."""
 
 
 @dataclass(frozen=True)
@@ -20,44 +19,39 @@ class FeatureSpec:
     words: tuple[str, ...]
     tabular: tuple[str, ...]
     """Names of the tabular features."""
-    uses_score: bool
-    """Whether the image model's score is a feature."""
-    embedding_modes: tuple[str, ...]
-    """The kinds of embedding columns, of EMBEDDING_MODES."""
+    forms: tuple[str, ...]
+    """The kinds of image features, of FORMS."""
 
     @classmethod
     def parse(cls, text: str) -> "FeatureSpec":
         """Parse a comma-separated list of sets, groups and features.
 
-        `image` is the image model's score, `multimodal` is `image` and `engineered`; `aligned` and
-        `frozen` are embeddings as columns.
+        `multimodal` is `engineered` and `image`; the image features are those of FORMS.
 
         Raises:
             UserError: an unknown word, or a column that only training tables have.
         """
         words = tuple(word.strip() for word in text.split(","))
-        image_words = (*IMAGE_WORDS, *EMBEDDING_MODES)
-        tabular_words = [word for word in words if word not in image_words]
-        if "multimodal" in words:
-            tabular_words.append("engineered")
+        known = ("multimodal", *FORMS)
+        wanted = [*words, *(MULTIMODAL if "multimodal" in words else ())]
+        tabular_words = [word for word in wanted if word not in known]
         return cls(
             words,
-            tabular=features.expand(tabular_words, also_known=image_words),
-            uses_score=any(word in IMAGE_WORDS for word in words),
-            embedding_modes=tuple(mode for mode in EMBEDDING_MODES if mode in words),
+            tabular=features.expand(tabular_words, also_known=known),
+            forms=tuple(form for form in FORMS if form in wanted),
         )
 
     @property
     def images(self) -> bool:
         """Whether any feature comes from images."""
-        return self.uses_score or bool(self.embedding_modes)
+        return bool(self.forms)
 
     def names(self, image: ImageState) -> tuple[str, ...]:
         """Return the columns of the boosters' matrix.
 
-        There are none, and no boosters, if the image model's score is the only feature.
+        There are none, and no boosters, if the networks' scores are the only features.
         """
-        if not (self.tabular or self.embedding_modes):
+        if not self.tabular and self.forms == ("image",):
             return ()
         return (*self.tabular, *image.names)
 
@@ -66,7 +60,7 @@ class FeatureSpec:
 
         Args:
             metadata: the rows, whose order is kept.
-            image: tables of `isic_id` and columns in the same order.
+            image: tables of image columns in the same order.
         """
         tabular = features.compute(metadata, self.tabular)
-        return pl.concat([tabular, *(table.drop(schema.ID) for table in image)], how="horizontal")
+        return pl.concat([tabular, *image], how="horizontal")

@@ -24,13 +24,20 @@ from infer.ensemble.image_features import (
     ImageState,
     embedding_origins,
     fit_image_state,
-    image_feature_tables,
+    read_image_rows,
 )
 from infer.ensemble.image_scores import image_probability
 from infer.ensemble.lesions import describe_lesion_counts
+from infer.ensemble.network_scores import describe_networks
 from infer.ensemble.out_of_fold import FitResult, fit_boosters
 from infer.ensemble.scores import format_scores, summarise
 from infer.ensemble.settings import NUM_FOLDS, FitSettings
+from infer.ensemble.splits import (
+    fit_plans,
+    refuse_splits,
+    summarise_plans,
+    write_plans,
+)
 from isic import schema
 from isic.dataset import Dataset, refuse_dataset
 from isic.features import needed_columns
@@ -51,24 +58,22 @@ def fit_ensemble(settings: FitSettings) -> Path:
     metadata = read_train(settings.data, spec)
     folds = choose_folds(settings, metadata)
     fold = folds.of(metadata)
-    image = fit_image_state(
-        spec.uses_score, spec.embedding_modes, settings.sources, metadata, folds
-    )
+    image = fit_image_state(spec.forms, settings.sources, metadata)
+    refuse_splits(settings.splits, image.needs["embeddings"], _find_folds(settings))
     names = spec.names(image)
     weights = settings.library_weights if names else {"image": 1.0}
-    root = settings.output_dir / (settings.name or _default_name(settings, spec))
+    root = settings.output_dir / (settings.name or _default_name(spec, image))
     refuse_dataset(root, "--output_dir or --name")
     refuse_foreign_folder(root)
     # Compared before fitting, which takes minutes to hours.
     inputs = _manifest_inputs(settings, image, folds, weights)
     if not settings.force:
         refuse_other_ensemble(root, inputs)
-    image_tables = image_feature_tables(
-        image, settings.sources, "train", metadata, folds.digest, folds
-    )
-    table = spec.frame(metadata, image_tables)
+    images = read_image_rows(image, settings.sources, "train", metadata, out_of_fold=True)
+    table = spec.frame(metadata, images.tables())
     _note_blank(table)
-    num_boosters = len(settings.libraries) * folds.num_folds * settings.seeds if names else 0
+    boosters_per_plan = len(settings.libraries) * folds.num_folds * settings.seeds
+    num_boosters = boosters_per_plan * settings.splits if names else 0
     print(
         f"fitting {settings.features}: {len(table):,} rows ({metadata[schema.TARGET].sum():,} "
         f"malignant), {len(names) or 1} features, {folds.num_folds} folds, "
@@ -77,20 +82,26 @@ def fit_ensemble(settings: FitSettings) -> Path:
     )
     if names:
         target = metadata[schema.TARGET].to_numpy()
-        result = fit_boosters(table, names, target, fold.to_numpy(), settings)
+        noisy = images.noisy(settings.image_noise)
+        result = fit_boosters(table, names, target, fold.to_numpy(), settings, noisy)
     else:
-        result = FitResult(scores={"image": image_probability(table)})
+        result = FitResult(scores={"image": image_probability(images.by_column())})
     blended = blend(result.scores, weights, result.scores)
     oof = metadata.select(schema.ID, fold, schema.TARGET)
     oof = oof.with_columns(**result.scores, blend=blended)
-    summaries = _summarise_all(oof, with_patient(metadata)[schema.PATIENT].to_numpy())
+    plans = fit_plans(table, names, metadata, settings, weights, fold.to_numpy(), result.scores)
+    patient = with_patient(metadata)[schema.PATIENT].to_numpy()
+    summaries = _summarise_all(oof, patient)
+    summaries["blend"] |= summarise_plans(plans, metadata[schema.TARGET].to_numpy())
+    networks = describe_networks(images.by_column(), oof, patient)
     # Only now, so that a fit that fails leaves the earlier ensemble as it was.
     clear_ensemble(root)
     state = EnsembleState(names, result.encodings, image)
     files = _write_files(root, result, state, folds, oof, summaries)
+    files += write_plans(root, metadata[schema.ID], plans)
     results = _manifest_results(result, metadata, summaries)
-    write_ensemble_manifest(root, files, {**inputs, **results})
-    print(format_scores(summaries))
+    write_ensemble_manifest(root, files, {**inputs, **results, "networks": networks})
+    print(format_scores({**networks["scores"], **summaries}))
     print(f"ensemble: {root}")
     return root
 
@@ -118,9 +129,9 @@ def choose_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
 
 
 def _find_folds(settings: FitSettings) -> Path | None:
-    for root in (settings.embeddings, settings.data):
+    for root in (*settings.embeddings[:1], settings.data):
         # lexists: a broken link must be reported when it is read, not skipped.
-        if root and os.path.lexists(root / FOLDS_FILE):
+        if os.path.lexists(root / FOLDS_FILE):
             return root / FOLDS_FILE
     return None
 
@@ -150,10 +161,10 @@ def _note_blank(table: pl.DataFrame) -> None:
         print(f"note: {len(blank)} features are blank in every row, the first is {blank[0]}")
 
 
-def _default_name(settings: FitSettings, spec: FeatureSpec) -> str:
-    root = settings.embeddings or settings.frozen
+def _default_name(spec: FeatureSpec, image: ImageState) -> str:
     features = "+".join(spec.words)
-    return f"{features}_{root.name}" if spec.images and root else features
+    networks = "+".join(image.networks or image.frozen)
+    return f"{features}_{networks}" if networks else features
 
 
 def _summarise_all(oof: pl.DataFrame, patient: NDArray[np.str_]) -> dict[str, Any]:
@@ -191,13 +202,16 @@ def _manifest_inputs(
     # Otherwise the plan comes from a file, whatever the seed is.
     if not _find_folds(settings):
         model_settings["split_seed"] = settings.seed_of_split
+    # Left out otherwise, as in the manifests of versions that had one plan only.
+    if settings.splits > 1:
+        model_settings["splits"] = settings.splits
     libraries = [library for library in weights if library in LIBRARIES]
     return {
         "features": settings.features,
         "weights": dict(weights),
         "parameters": {library: settings.parameters(library) for library in libraries},
         "folds_digest": folds.digest,
-        **embedding_origins(image, settings.sources, "train", folds.digest),
+        **embedding_origins(image, settings.sources, "train"),
         "metadata_sha256": sha256(Dataset(settings.data).metadata_path("train")),
         "settings": model_settings,
     }

@@ -39,7 +39,7 @@ def few_lesions_warning(metadata: pl.DataFrame, training: dict[str, Any]) -> str
     `training` is the result of `describe_lesion_counts`.
     """
     counts = count_lesions(metadata)
-    least = training["percentiles"][str(FEW)]
+    least = fewest_usual(training)
     few = int((counts < least).sum())
     if not few:
         return None
@@ -49,3 +49,15 @@ def few_lesions_warning(metadata: pl.DataFrame, training: dict[str, Any]) -> str
         f"{training['percentiles']['50']:,}); this ensemble compares a lesion with the patient's "
         "others, so these patients' scores are unreliable"
     )
+
+
+def has_few_lesions(metadata: pl.DataFrame, training: dict[str, Any]) -> NDArray[np.bool_]:
+    """Return [N] whether a row's patient has fewer lesions than nearly all in training."""
+    counts = with_patient(metadata).select(pl.len().over(schema.PATIENT)).to_series().to_numpy()
+    few: NDArray[np.bool_] = counts < fewest_usual(training)
+    return few
+
+
+def fewest_usual(training: dict[str, Any]) -> int:
+    """Return the number of lesions under which a patient has few."""
+    return int(training["percentiles"][str(FEW)])

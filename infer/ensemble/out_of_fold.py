@@ -1,6 +1,7 @@
 """Fit a booster per library, fold and seed, and score each fold's held-out rows with it."""
 
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -9,7 +10,6 @@ import polars as pl
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from infer.ensemble import image_scores
 from infer.ensemble.blend import Scores, model_name
 from infer.ensemble.boosters import LIBRARIES, fit_booster
 from infer.ensemble.settings import FitSettings
@@ -18,13 +18,13 @@ from isic.runtime.errors import UserError
 from isic.runtime.machine import num_cores
 from isic.runtime.progress import TimeLeft
 
-NOISE_STREAM = 1
-# So that the random choices of a booster are independent of each other.
 BLANK_STREAM = 2
-"""Added to a booster's seed."""
+"""So that the blanks are independent of a booster's other random choices."""
 
 BoosterKey = tuple[str, int, int]
 """Library, fold and seed of a booster."""
+NoisyColumns = Callable[[tuple[int, int]], pl.DataFrame]
+"""Makes columns from the seed and fold of a booster."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,14 @@ def fit_boosters(
     target: NDArray[np.integer],
     fold: NDArray[np.integer],
     settings: FitSettings,
+    noisy: NoisyColumns | None = None,
 ) -> FitResult:
     """Fit all boosters of an ensemble and score every row out of fold.
 
     Args:
         target, fold: [N].
+        noisy: makes the columns of the table, [N] each, that are replaced in the rows that a
+            booster is fitted on.
 
     Raises:
         UserError: the rows outside a fold are of one class.
@@ -66,7 +69,7 @@ def fit_boosters(
 
     def fit_one(key: BoosterKey) -> tuple[str, Scores]:
         _, k, _ = key
-        return _fit_and_score(key, table, target, fold, result.encodings[k], settings)
+        return _fit_and_score(key, table, target, fold, result.encodings[k], settings, noisy)
 
     # Threads rather than processes: the libraries release the GIL, and the table is shared.
     pool = ThreadPoolExecutor(settings.num_threads or num_cores())
@@ -92,12 +95,15 @@ def _fit_and_score(
     fold: NDArray[np.integer],
     encoding: Encoding,
     settings: FitSettings,
+    noisy: NoisyColumns | None,
 ) -> tuple[str, Scores]:
     """Fit one booster outside a fold. Return its text, and the scores of the fold's rows."""
     library, k, seed = key
     rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
-    matrix = encoding.transform(table[rows])
-    _add_noise(matrix, encoding.names, settings.image_noise, (seed, k))
+    training = table[rows]
+    if noisy:
+        training = training.with_columns(noisy((seed, k))[rows])
+    matrix = encoding.transform(training)
     blanks = np.random.default_rng((seed, k, BLANK_STREAM))
     encoding.blank_categories(matrix, settings.blank_share, blanks)
     parameters = settings.parameters(library)
@@ -124,18 +130,6 @@ def undersample(
     if num_kept < len(negative):
         negative = np.random.default_rng(seed).choice(negative, num_kept, replace=False)
     return np.sort(np.concatenate([positive, negative]))
-
-
-def _add_noise(
-    matrix: NDArray[np.float32], names: tuple[str, ...], deviation: float, seed: tuple[int, int]
-) -> None:
-    """Add noise to each row's image score in place, and the same noise to its relative score."""
-    # New rows have slightly different scores, so the trees should not rely on exact values.
-    columns = [names.index(name) for name in image_scores.IMAGE_FEATURES if name in names]
-    if columns and deviation:
-        random = np.random.default_rng((*seed, NOISE_STREAM))
-        noise = random.normal(0, deviation, (len(matrix), 1))
-        matrix[:, columns] += noise.astype(np.float32)
 
 
 def _need_both_classes(target: NDArray[np.integer], fold: int) -> None:

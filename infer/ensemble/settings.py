@@ -40,10 +40,10 @@ OUTPUT_NAMES = AliasChoices("output_dir", "out")
 class EmbeddingSources:
     """The embedding runs to read; the fields are also flags and keys of the manifest."""
 
-    embeddings: Path | None
-    """Of the fold models."""
-    frozen: Path | None
-    """Of a model that was trained on other images."""
+    embeddings: tuple[Path, ...] = ()
+    """Of networks whose folds' models hold the training rows out."""
+    frozen: tuple[Path, ...] = ()
+    """Of networks that were trained on other images."""
 
 
 class FitSettings(Settings):
@@ -57,14 +57,18 @@ class FitSettings(Settings):
     data: Path = Field(Path("data/isic-2024"), description="dataset folder")
     features: str = Field(
         "engineered",
-        description="comma-separated sets (raw, engineered, extended, image, multimodal, aligned, "
-        "frozen), groups and features",
+        description="comma-separated sets (raw, engineered, extended, image, multimodal, "
+        "image_ranks, aligned, frozen, frozen_score), groups and features",
     )
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, for image, multimodal and aligned"
+    embeddings: Several[Path] = Field(
+        (),
+        description="outputs/embeddings/<config>, for image, multimodal, image_ranks and aligned; "
+        "several networks separated by commas, the first one's folds are the boosters'",
     )
-    frozen: Path | None = Field(
-        None, description="for frozen: embeddings by a model that was trained on other images"
+    frozen: Several[Path] = Field(
+        (),
+        description="for frozen and frozen_score: embeddings by networks that were trained on "
+        "other images, separated by commas",
     )
     output_dir: Path = Field(
         OUTPUT_DIR / "ensemble",
@@ -73,8 +77,7 @@ class FitSettings(Settings):
     )
     name: str = Field(
         "",
-        description="name of the ensemble's folder; by default the features and the embeddings' "
-        "config",
+        description="name of the ensemble's folder; by default the features and the networks",
     )
     libraries: Several[str] = Field(("lightgbm",), description=f"some of {', '.join(LIBRARIES)}")
     weights: Several[float] = Field(
@@ -96,6 +99,12 @@ class FitSettings(Settings):
         description=f"seed of those folds, {SPLIT_SEED} by default; must match the plan if there "
         "is one",
     )
+    splits: int = Field(
+        1,
+        ge=1,
+        description="fold plans to fit, with the split seed and those after it, so that compare "
+        "covers the choice of the folds; predict uses the boosters of the first",
+    )
     num_rounds: int | None = Field(
         None, ge=1, description="boosting rounds; each library has its own default"
     )
@@ -106,7 +115,8 @@ class FitSettings(Settings):
         0.1,
         ge=0,
         allow_inf_nan=False,
-        description="standard deviation of the noise on the image scores of training rows",
+        description="standard deviation of the noise on the image scores of training rows, "
+        "independent per network",
     )
     blank_share: float = Field(
         BLANK_SHARE,
@@ -230,23 +240,73 @@ class PredictSettings(Settings):
         OUTPUT_DIR / "ensemble",
         description="an ensemble's folder, or one with a single ensemble in it",
     )
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, if the ensemble uses the fold models"
+    embeddings: Several[Path] = Field(
+        (),
+        description="outputs/embeddings/<config> of each network that the ensemble was fitted with",
     )
-    frozen: Path | None = Field(
-        None, description="the frozen model's embeddings, if the ensemble uses them"
+    frozen: Several[Path] = Field(
+        (), description="embeddings of each frozen network that the ensemble was fitted with"
     )
     output: Path = Field(
         Path("submission.csv"),
         validation_alias=AliasChoices("output", "out"),
         description="the submission to write",
     )
-    few: Literal["warn", "refuse"] = Field(
+    few: Literal["warn", "refuse", "raw"] = Field(
         "warn",
         description="when patients have fewer lesions than nearly all in training and features are "
-        "relative to the patient",
+        "relative to the patient; raw: score these patients by the members of a blend that have no "
+        "such features",
     )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
+
+
+class BlendSettings(Settings):
+    """Blend fitted ensembles by their ranks; the result is an ensemble's folder with copies of all.
+
+    Example: infer blend outputs/ensemble/engineered outputs/ensemble/multimodal --name final
+    """
+
+    repeated: ClassVar[str | None] = "ensembles"
+
+    ensembles: Several[Path] = Field(
+        min_length=2, description="the arguments without a key: folders of ensembles"
+    )
+    weights: Literal["equal", "search"] | Several[float] = Field(
+        "equal",
+        description="one number per ensemble, equal, or search: weights with a high out-of-fold "
+        "pAUC, kept if those of the other folds are better than equal weights on each fold",
+    )
+    output_dir: Path = Field(
+        OUTPUT_DIR / "ensemble",
+        validation_alias=OUTPUT_NAMES,
+        description="parent of the blend's folder",
+    )
+    name: str = Field("blend", min_length=1, description="name of the blend's folder")
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset folder that the ensembles were fitted on"
+    )
+    force: bool = Field(False, description="replace an ensemble of that name")
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _word_or_numbers(cls, value: Any) -> Any:
+        if value in ("equal", "search") or not isinstance(value, str):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            raise ValueError("--weights is equal, search, or numbers such as 0.2,0.8") from None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BlendSettings":
+        if isinstance(self.weights, str):
+            return self
+        if len(self.weights) != len(self.ensembles):
+            raise ValueError(f"--weights needs {len(self.ensembles)} numbers, one per ensemble")
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError("--weights must be numbers above 0; leave an ensemble out instead")
+        return self
 
 
 class ScoresSettings(Settings):
@@ -264,7 +324,8 @@ class CompareSettings(Settings):
 
     The seeds test the difference against chance in fitting, the bootstrap against chance in the
     choice of patients. It is called noise unless both find a difference in the same direction. With
-    several training runs per side, runs are paired instead of seeds.
+    several training runs per side, runs are paired instead of seeds; with three or more fold plans
+    that both were fitted over (fit --splits), the folds of all plans.
     """
 
     positional: ClassVar[tuple[str, ...]] = ("first", "second")
