@@ -12,6 +12,7 @@ import torch
 from export.options import PlanOptions
 from infer.engines import usual_device
 from infer.formats import ENGINE_FORMATS, exported_formats
+from isic.layout import Fold
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.errors import UserError, did_you_mean
 from train.machine import without_bfloat16
@@ -26,7 +27,7 @@ class ArtifactSpec:
     """The request for one artifact: all that decides its name and whether it is up to date."""
 
     config: str
-    fold: int
+    fold: Fold
     format: str
     precision: str
     device: str

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from isic.layout import OUTPUT_DIR
+from isic.layout import ALL, OUTPUT_DIR, FoldFlag
 from isic.runtime.config import Settings, Several, build, describe_configs, find_config, read_config
 from isic.runtime.errors import UserError
 from train.auxiliary import DEFAULT_WEIGHT, GRAMMAR, AuxTargets
@@ -60,8 +60,10 @@ class TrainSettings(Settings):
         "them, sampled again each epoch",
     )
     output_dir: Path = Field(OUTPUT_DIR, description="parent folder of <name>, the run's folder")
-    fold: int | None = Field(
-        None, ge=0, description="the only fold to train; all folds if not given"
+    fold: FoldFlag | None = Field(
+        None,
+        description="the only fold to train, or all: one network on every row, without held-out "
+        "rows and a score, in fold_all; each numbered fold if not given",
     )
     num_folds: int = Field(5, ge=2, le=50, description="number of folds")
     split_seed: int = Field(42, description="seed of the assignment of patients to folds")
@@ -99,7 +101,10 @@ class TrainSettings(Settings):
         "0: none",
     )
     freeze_epochs: int = Field(
-        0, ge=0, description="number of first epochs that train only the head"
+        0,
+        ge=0,
+        description="number of first epochs that train only the head; the backbone then computes "
+        "as in validation: without dropout, its batch statistics unchanged",
     )
     clip_grad: float = Field(1.0, gt=0, description="maximum norm of the gradient")
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout rate before the head")
@@ -271,8 +276,10 @@ class TrainSettings(Settings):
                 raise ValueError(
                     f"--{key} contradicts --precision {self.precision}; choose one of them"
                 )
-        if self.fold is not None and self.fold >= self.num_folds:
+        if isinstance(self.fold, int) and self.fold >= self.num_folds:
             raise ValueError(f"--fold {self.fold} is not one of 0..{self.num_folds - 1}")
+        if self.fold == ALL:
+            self._refuse_validation()
         if self.force and self.resume:
             raise ValueError("--force starts again and --resume continues; choose one")
         if self.freeze_epochs >= self.epochs:
@@ -289,8 +296,6 @@ class TrainSettings(Settings):
             )
         if self.extra_negatives_per_positive and not self.extra_data:
             raise ValueError("--extra_negatives_per_positive is for --extra_data; give both")
-        if self.aux_weight and not self.aux:
-            raise ValueError("--aux_weight is the weight of --aux; give both")
         if self.mixes_images and self.batch_size % 2:
             raise ValueError(
                 f"--mixup and --cutmix pair images; make --batch_size {self.batch_size} even"
@@ -300,6 +305,23 @@ class TrainSettings(Settings):
                 "--mixup and --cutmix would mix images but not their masks; choose them or "
                 "--mask_weight"
             )
+        return self
+
+    def _refuse_validation(self) -> None:
+        """Raise a ValueError for a setting that needs held-out rows."""
+        if self.select_epoch == "best":
+            raise ValueError(
+                f"--fold {ALL} holds no row out to select an epoch on; use --select_epoch last"
+            )
+        if self.validate_every is not None:
+            raise ValueError(
+                f"--fold {ALL} holds no row out to validate on; leave --validate_every out"
+            )
+
+    @model_validator(mode="after")
+    def _weighs_targets(self) -> Self:
+        if self.aux_weight and not self.aux:
+            raise ValueError("--aux_weight is the weight of --aux; give both")
         return self
 
     def validates_all(self, epoch: int) -> bool:

@@ -17,6 +17,7 @@ from isic.layout import (
     LAST_CHECKPOINT,
     OOF_FILE,
     TRAINED_ON_FILE,
+    Fold,
     fold_dir,
 )
 from isic.metrics import roc_auc
@@ -38,7 +39,7 @@ CHECKPOINT_PACKAGES = ("torch", "timm", "albumentations", "opencv-python-headles
 """Packages whose versions are in the manifest."""
 
 
-def begin_fold(settings: TrainSettings, data: TrainData, fold: int, resumes: bool) -> None:
+def begin_fold(settings: TrainSettings, data: TrainData, fold: Fold, resumes: bool) -> None:
     """Write the fold plan and `config.yaml`, and delete a previous run's results unless resumed.
 
     Main process only.
@@ -61,12 +62,15 @@ def save_fold(
     state: TrainState,
     settings: TrainSettings,
     data: TrainData,
-    fold: int,
-    predictions: Predictions,
+    fold: Fold,
+    predictions: Predictions | None,
 ) -> None:
     """Write the checkpoint, its manifest, seen images, backbone and out-of-fold scores.
 
     Main process only.
+
+    Args:
+        predictions: of all held-out rows; None if the fold holds none out.
     """
     if not distributed.is_main():
         return
@@ -75,11 +79,12 @@ def save_fold(
     write_seen(directory / TRAINED_ON_FILE, seen_rows(trained_on, state.weights.seen))
     config = checkpoint_config(directory, state, settings, data, fold)
     checkpoint = directory / BEST_CHECKPOINT
+    pauc = state.best_pauc if predictions else None
     save_checkpoint(
         checkpoint,
         model_state_dict=state.evaluated.state_dict(),
         optimizer_state_dict=state.optimizer.state_dict(),
-        best_pauc=state.best_pauc,
+        best_pauc=pauc,
         epoch=state.epoch,
         config=config,
         args=settings.model_dump(mode="json"),
@@ -96,25 +101,28 @@ def save_fold(
         epoch=state.epoch,
         num_threads=torch.get_num_threads(),
         precision=settings.precision,
-        pauc=state.best_pauc,
+        pauc=pauc,
         made_from=made_from,
         versions=versions(*CHECKPOINT_PACKAGES),
     )
-    auc = roc_auc(data.target[predictions.rows], predictions.logits)
-    facts = {**config, **made_from, "pauc": state.best_pauc, "auc": auc}
+    scores = {}
+    if predictions:
+        auc = roc_auc(data.target[predictions.rows], predictions.logits)
+        scores = {"pauc": pauc, "auc": auc}
+        save_oof(directory / OOF_FILE, data, fold, predictions, settings.aux)
+    facts = {**config, **made_from, **scores}
     save_backbone(directory / BACKBONE_DIR, state.evaluated, settings, facts)
-    save_oof(directory / OOF_FILE, data, fold, predictions, settings.aux)
 
 
-def rows_trained_on(data: TrainData, fold: int, select_epoch: str) -> pl.DataFrame:
+def rows_trained_on(data: TrainData, fold: Fold, select_epoch: str) -> pl.DataFrame:
     """Return the rows that the weights of a fold depend on."""
     if select_epoch == "best":
         return data.table  # the held-out rows have chosen the epoch
-    return data.table.filter(pl.Series(data.fold != fold))
+    return data.table.filter(pl.Series(~data.is_held_out(fold)))
 
 
 def checkpoint_config(
-    directory: Path, state: TrainState, settings: TrainSettings, data: TrainData, fold: int
+    directory: Path, state: TrainState, settings: TrainSettings, data: TrainData, fold: Fold
 ) -> dict[str, Any]:
     """Return the facts that the checkpoint and its manifest share."""
     model = state.model
@@ -137,7 +145,7 @@ def checkpoint_config(
 def save_oof(
     path: Path,
     data: TrainData,
-    fold: int,
+    fold: Fold,
     predictions: Predictions,
     targets: Sequence[AuxTarget],
 ) -> None:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from isic.layout import LAST_CHECKPOINT, fold_dir
+from isic.layout import LAST_CHECKPOINT, Fold, fold_dir
 from isic.runtime import interrupt
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
@@ -43,7 +45,7 @@ STEPS_AHEAD = 2
 def train_fold(
     settings: TrainSettings,
     data: TrainData,
-    fold: int,
+    fold: Fold,
     device: torch.device,
     deadline: Deadline,
     time_left: TimeLeft | None = None,
@@ -106,13 +108,8 @@ def train_fold(
         state.epoch = epoch + 1
         loaders.held_out_sampler.takes_all = settings.validates_all(state.epoch)
         predictions = predict_held_out(state, evaluated, loaders, device, settings.precision)
-        scores = score(data.target[predictions.rows], predictions)
-        scores |= target_scores(aux[predictions.rows], predictions.aux, settings.aux)
-        num_held_out = loaders.held_out_sampler.num_rows
-        validation = Validation(scores, len(predictions.rows), num_held_out)
-        if validation.is_complete and select_epoch(
-            state, settings.select_epoch, settings.epochs, scores["pauc"]
-        ):
+        validation = validate(predictions, data, loaders, aux, settings)
+        if is_selected(state, settings, validation):
             save_fold(directory, state, settings, data, fold, predictions)
         rates = learning_rates(state.optimizer)
         log_epoch(directory, fold, state.epoch, settings.epochs, stats, validation, rates)
@@ -131,22 +128,43 @@ def predict_held_out(
     loaders: FoldLoaders,
     device: torch.device,
     precision: str,
-) -> Predictions:
-    """Return the predictions that all processes make of their held-out rows.
+) -> Predictions | None:
+    """Return the predictions that all processes make of their held-out rows, None without any.
 
     Args:
         compiled: `state.evaluated` by torch.compile.
     """
     # Ranks differ in their batch statistics, and in the moving average of those.
     distributed.broadcast_weights(state.evaluated)
+    if not loaders.held_out_sampler.num_rows:
+        return None
     predictions = predict(
         state.evaluated, loaders.held_out, device, precision, state.num_parts, compiled
     )
     return Predictions.merge(distributed.gather(predictions))
 
 
+def validate(
+    predictions: Predictions | None,
+    data: TrainData,
+    loaders: FoldLoaders,
+    aux: NDArray[np.float32],
+    settings: TrainSettings,
+) -> Validation | None:
+    """Return the scores of an epoch's predictions. Raise UserError if a logit is not finite.
+
+    Args:
+        aux: [number of rows, K], auxiliary targets of all rows.
+    """
+    if predictions is None:
+        return None
+    scores = score(data.target[predictions.rows], predictions)
+    scores |= target_scores(aux[predictions.rows], predictions.aux, settings.aux)
+    return Validation(scores, len(predictions.rows), loaders.held_out_sampler.num_rows)
+
+
 def start_or_resume(
-    state: TrainState, settings: TrainSettings, data: TrainData, fold: int, device: torch.device
+    state: TrainState, settings: TrainSettings, data: TrainData, fold: Fold, device: torch.device
 ) -> None:
     """Load `last.pth` into `state` with --resume, set the threads and prepare the folder.
 
@@ -171,6 +189,15 @@ def start_or_resume(
     if not resumes:
         # A run that is stopped in its first epoch can be resumed too.
         save_last(last, state, settings, digest)
+
+
+def is_selected(state: TrainState, settings: TrainSettings, validation: Validation | None) -> bool:
+    """Return whether `best_model.pth` is to hold the finished epoch."""
+    if validation is None:
+        return state.epoch == settings.epochs
+    return validation.is_complete and select_epoch(
+        state, settings.select_epoch, settings.epochs, validation.scores["pauc"]
+    )
 
 
 def select_epoch(state: TrainState, mode: str, num_epochs: int, pauc: float) -> bool:
@@ -211,6 +238,8 @@ def train_epoch(
         UserError: a single image does not fit the device's memory.
     """
     state.model.train()
+    # A frozen backbone keeps its batch statistics too.
+    state.model.backbone.train(state.epoch >= settings.freeze_epochs)
     stats = EpochStats()
     started = time.perf_counter()
     batches = TimedLoader(loader)

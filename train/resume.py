@@ -6,6 +6,7 @@ from typing import Any
 
 from isic.dataset import refuse_dataset
 from isic.layout import (
+    ALL,
     BEST_CHECKPOINT,
     CONFIG_FILE,
     ERRORS_FILE,
@@ -13,6 +14,7 @@ from isic.layout import (
     LAST_CHECKPOINT,
     OOF_FILE,
     TRAINED_ON_FILE,
+    Fold,
     fold_dir,
     fold_dirs,
 )
@@ -39,14 +41,16 @@ FREE_TO_CHANGE = {
 """Settings that may change between a run and its continuation: they do not affect the weights."""
 
 
-def is_finished(settings: TrainSettings, fold: int) -> bool:
-    """Return whether the fold has its checkpoint, its scores and its last epoch.
+def is_finished(settings: TrainSettings, fold: Fold) -> bool:
+    """Return whether the fold has its checkpoint, its scores (but ALL) and its last epoch.
 
     Raises:
         UserError: it is finished, but with other settings.
     """
     directory = fold_dir(settings.run_dir, fold)
-    names = (OOF_FILE, BEST_CHECKPOINT, CONFIG_FILE, HISTORY_FILE)
+    names = {OOF_FILE, BEST_CHECKPOINT, CONFIG_FILE, HISTORY_FILE}
+    if fold == ALL:
+        names.remove(OOF_FILE)
     if not all((directory / name).is_file() for name in names):
         return False
     config = directory / CONFIG_FILE
@@ -78,7 +82,7 @@ def refuse_difference(path: Path, saved: Mapping[str, Any], settings: TrainSetti
             )
 
 
-def keep_precision(settings: TrainSettings, fold: int) -> TrainSettings:
+def keep_precision(settings: TrainSettings, fold: Fold) -> TrainSettings:
     """Return the settings with the precision of a fold that is continued in place of `auto`."""
     directory = fold_dir(settings.run_dir, fold)
     config = directory / CONFIG_FILE
@@ -89,7 +93,7 @@ def keep_precision(settings: TrainSettings, fold: int) -> TrainSettings:
     return settings.model_copy(update={"precision": saved.precision})
 
 
-def require_resume_or_force(settings: TrainSettings, fold: int) -> None:
+def require_resume_or_force(settings: TrainSettings, fold: Fold) -> None:
     """Raise a UserError if a partly trained fold would be restarted without --force."""
     directory = fold_dir(settings.run_dir, fold)
     history = directory / HISTORY_FILE
@@ -103,7 +107,7 @@ def require_resume_or_force(settings: TrainSettings, fold: int) -> None:
     )
 
 
-def refuse_other_content(settings: TrainSettings, fold: int) -> None:
+def refuse_other_content(settings: TrainSettings, fold: Fold) -> None:
     """Raise a UserError if files that no training run wrote would be overwritten."""
     run = settings.run_dir
     directory = fold_dir(run, fold)
@@ -118,7 +122,8 @@ def refuse_other_content(settings: TrainSettings, fold: int) -> None:
         LAST_CHECKPOINT,
     )
     refuse_foreign((directory / name for name in names), _is_trained_fold(directory), flag)
-    is_run = any(_is_trained_fold(folder) for folder in fold_dirs(run).values())
+    folders = {**fold_dirs(run), **fold_dirs(run, ALL)}
+    is_run = any(_is_trained_fold(folder) for folder in folders.values())
     refuse_foreign((run / name for name in (ROC_FILE, ERRORS_FILE)), is_run, flag)
 
 

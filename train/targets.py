@@ -1,12 +1,13 @@
 """The auxiliary targets of rows: 0 or 1 in a table, and the scores of their logits."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from isic.layout import Fold
 from isic.metadata import clean_text
 from isic.metrics import roc_auc
 from isic.runtime.errors import UserError, did_you_mean
@@ -97,27 +98,25 @@ def target_matrix(table: pl.DataFrame, targets: Sequence[AuxTarget]) -> NDArray[
 
 def refuse_single_class(
     table: pl.DataFrame,
-    fold: NDArray[np.int8],
-    held_out: Iterable[int],
+    is_held_out: Mapping[Fold, NDArray[np.bool_]],
     targets: Sequence[AuxTarget],
 ) -> None:
     """Raise a UserError if all training rows of a fold have the same auxiliary target.
 
     Args:
         table: [N] rows with the columns of `with_targets`.
-        fold: [N].
-        held_out: the folds that are to be trained, each named by the rows that it holds out.
+        is_held_out: [N] by fold, for the folds that are to be trained.
     """
     values = target_matrix(table, targets)
-    for number in held_out:
-        training = values[fold != number]
+    for fold, held_out in is_held_out.items():
+        training = values[~held_out]
         for target, column in zip(targets, training.T, strict=True):
             found = np.unique(column[~np.isnan(column)])
             if len(found) < 2:
-                raise UserError(_single_class(target, number, found))
+                raise UserError(_single_class(target, fold, found))
 
 
-def _single_class(target: AuxTarget, fold: int, found: NDArray[np.float32]) -> str:
+def _single_class(target: AuxTarget, fold: Fold, found: NDArray[np.float32]) -> str:
     rows = f"training row of fold {fold}"
     start = f"--aux {target.name}:"
     if target.text is not None and not found.any():

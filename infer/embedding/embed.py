@@ -33,6 +33,7 @@ from infer.engines import device_of
 from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
 from isic.folds import Folds, read_folds
 from isic.layout import (
+    ALL,
     ERRORS_FILE,
     FOLDS_FILE,
     TRAINED_ON_FILE,
@@ -72,25 +73,37 @@ def embed_splits(settings: EmbedSettings) -> None:
         settings.tta,
         settings.device,
         frozenset() if settings.force else earlier_engines(settings.run_dir.resolve()),
+        settings.fold,
     )
     if models.reason and not settings.quiet:
         print(f"using {models.reason}")
-    _note_missing_folds(model_dir, models)
+    if settings.fold is None:
+        _note_missing_folds(model_dir, models)
     device = choose_device(models, settings.device, uses_ray=settings.ray is not None)
     settings = settings.model_copy(update={"device": device})
-    splits = present_splits(dataset) if settings.split == "all" else [settings.split]
-    for split in splits:
+    for split in wanted_splits(dataset, settings):
         embed_split(dataset, split, models, model_dir / FOLDS_FILE, settings)
 
 
 def _note_missing_folds(model_dir: Path, models: Models) -> None:
-    missing = sorted(fold_dirs(model_dir).keys() - set(models.folds))
+    missing = [fold for fold in fold_dirs(model_dir) if fold not in models.folds]
     if missing:
+        manifest = models.first_manifest
+        command = f"python -m export --config {manifest['name']} --formats {manifest['format']}"
+        if manifest.get("precision"):
+            command += f" --precision {manifest['precision']}"
         names = ", ".join(map(fold_name, missing))
         print(
-            f"note: {names} in {model_dir} has no such artifact; "
-            "train images that it held out are not embedded"
+            f"note: {names} in {model_dir} has no such artifact; train images that it held out are "
+            f"not embedded; `{command}` makes it"
         )
+
+
+def wanted_splits(dataset: Dataset, settings: EmbedSettings) -> list[Split]:
+    """Return the splits to embed."""
+    if settings.fold == ALL:
+        return ["test"]
+    return present_splits(dataset) if settings.split == "all" else [settings.split]
 
 
 def choose_device(models: Models, device: str, uses_ray: bool) -> str:
@@ -110,9 +123,10 @@ def _warn_of_other_cpu(manifest: Mapping[str, Any]) -> None:
     checked_on = ((manifest.get("parity") or {}).get("cpu") or {}).get("architecture")
     here = platform.machine()
     if manifest.get("precision") == "int8" and checked_on not in {None, here}:
+        flag = f" --fold {ALL}" if manifest["fold"] == ALL else ""
         warn(
-            f"fold {manifest['fold']} in int8 was checked on {checked_on}, this is {here}; "
-            f"run `python -m export --config {manifest['name']} --precision int8 --check` here",
+            f"fold {manifest['fold']} in int8 was checked on {checked_on}, this is {here}; run "
+            f"`python -m export --config {manifest['name']}{flag} --precision int8 --check` here",
         )
 
 

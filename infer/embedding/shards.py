@@ -10,6 +10,7 @@ from infer.embedding.store import shard_path
 from isic import schema
 from isic.dataset import Split
 from isic.folds import Folds
+from isic.layout import Fold
 from isic.runtime.errors import UserError
 from isic.tables import read_parquet
 
@@ -22,7 +23,7 @@ class Shard:
 
     ids: pl.Series
     """[N] String."""
-    paths: dict[int, Path]
+    paths: dict[Fold, Path]
     """The file to write, by fold."""
 
     def __len__(self) -> int:
@@ -47,7 +48,7 @@ def plan_shards(
     root: Path,
     split: Split,
     ids: pl.Series,
-    fold_ids: Sequence[int],
+    fold_ids: Sequence[Fold],
     folds: Folds | None,
     folds_mode: str,
 ) -> list[Shard]:

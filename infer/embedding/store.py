@@ -12,6 +12,9 @@ Shards of a network that was trained with `--aux` also have a column `aux.<name>
 auxiliary target: its logit, higher for a row that is more likely to have the target. `run.json` then
 holds the definitions by name as `aux`, such as `{"mel": "iddx_full ~ Melanoma"}`, in the order of the
 columns, whose names `aux_columns` returns. Other embeddings have neither.
+
+`<root>` is `<output_dir>/<config>` for the numbered folds. Embeddings of the test split by the
+network that was trained on every row are in `<output_dir>/<config>_all`, in `test/fold_all/`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +28,7 @@ from numpy.typing import NDArray
 from infer.engines.contract import AUX
 from isic import schema
 from isic.dataset import Split
-from isic.layout import ERRORS_FILE, fold_dir
+from isic.layout import ERRORS_FILE, Fold, fold_dir, fold_number
 from isic.runtime.errors import UserError
 from isic.runtime.files import digest, read_json
 from isic.tables import parquet_metadata, read_parquet, scan_parquet, write_parquet
@@ -42,7 +45,7 @@ SLICE_ROWS = 32768
 """Ids that are hashed together."""
 
 
-def shard_path(root: Path, split: Split, fold: int, shard: int) -> Path:
+def shard_path(root: Path, split: Split, fold: Fold, shard: int) -> Path:
     return fold_dir(root / split, fold) / f"part-{shard:05d}.parquet"
 
 
@@ -145,9 +148,9 @@ def scan_embeddings(
     """Scan the embeddings of a split; collect them inside `isic.tables.reading`.
 
     Returns:
-        `isic_id` String, `fold` Int8 (of the model that made the row) and the given columns: a
-        row per train image, from the fold that held it out, and one per test image and fold.
-        With `only_fold`, the rows of that fold's model.
+        `isic_id` String, `fold` Int8 (of the model that made the row; ALL_NUMBER, which is -1,
+        for fold_all) and the given columns: a row per train image, from the fold that held it
+        out, and one per test image and fold. With `only_fold`, the rows of that fold's model.
 
     Raises:
         UserError: the run is not finished, one of its folds has no shards, or a shard belongs to
@@ -163,7 +166,7 @@ def scan_embeddings(
             raise UserError(f"{directory} has no shards; run `python -m infer embed` again")
         _refuse_other_run(shards, run)
         # The folder has the fold, the file has not.
-        number = pl.lit(fold, dtype=pl.Int8).alias("fold")
+        number = pl.lit(fold_number(fold), dtype=pl.Int8).alias("fold")
         frames.append(scan_parquet(shards).select("isic_id", number, *columns))
     return pl.concat(frames)
 

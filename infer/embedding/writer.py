@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from infer.embedding.shards import Shard
 from infer.embedding.store import BAD_IMAGES_SCHEMA, write_shard
 from infer.engines import Outputs
+from isic.layout import Fold
 from isic.runtime.errors import UserError
 from isic.tables import write_parquet
 
@@ -32,7 +33,7 @@ class Computed:
     ids: Sequence[str]
     failed: dict[int, str]
     """The reason by row for images that cannot be used; their outputs are dropped."""
-    outputs: dict[int, Outputs]
+    outputs: dict[Fold, Outputs]
     """By fold, for V views of each image: features [V * N, D], logits [V * N, 1] and any auxiliary
     logits [V * N, K]."""
 
@@ -115,7 +116,7 @@ def write_batches(
 
 
 def good_rows(
-    batch: Computed, fold: int, dtype: type[np.floating]
+    batch: Computed, fold: Fold, dtype: type[np.floating]
 ) -> tuple[NDArray[np.floating], NDArray[np.float32]]:
     """Return features [G, D] in `dtype` and all logits [G, 1 + K] of the G images without failure."""
     features, *parts = (mean_of_views(values, len(batch.ids)) for values in batch.outputs[fold])
@@ -140,7 +141,7 @@ def mean_of_views(values: NDArray[np.floating], num_images: int) -> NDArray[np.f
 
 
 def refuse_not_finite(
-    ids: Sequence[str], features: NDArray[np.floating], logits: NDArray[np.float32], fold: int
+    ids: Sequence[str], features: NDArray[np.floating], logits: NDArray[np.float32], fold: Fold
 ) -> None:
     """Raise UserError for a value that is not finite in features [G, D] or logits [G, 1 + K]."""
     # After the conversion: a value of a float32 engine can overflow float16.

@@ -18,6 +18,7 @@ from torch._inductor.package.package import load_package
 
 from infer.engines import IN_FLIGHT, Engine, Outputs, Pending
 from infer.engines.contract import AUX
+from isic.layout import Fold
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.machine import (
@@ -56,7 +57,7 @@ class TorchEngine(Engine):
 
     def __init__(
         self,
-        forwards: Mapping[int, Forward],
+        forwards: Mapping[Fold, Forward],
         max_batch: int,
         device: str,
         has_aux: bool = False,
@@ -84,7 +85,7 @@ class TorchEngine(Engine):
             self._streams = cycle([torch.cuda.Stream() for _ in range(NUM_STREAMS)])  # type: ignore[no-untyped-call]
             self._in_flight: deque[OnGpu] = deque()
 
-    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> Pending:
+    def submit(self, images: Pixels, folds: Iterable[Fold] | None = None) -> Pending:
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         chosen = self.folds if folds is None else tuple(folds)
         if self.device == "cpu":
@@ -109,10 +110,10 @@ class TorchEngine(Engine):
             with contextlib.suppress(RuntimeError):  # the GPU has failed, which results report
                 torch.cuda.synchronize()
 
-    def _run_on_cpu(self, pixels: Tensor, folds: Sequence[int]) -> dict[int, Outputs]:
+    def _run_on_cpu(self, pixels: Tensor, folds: Sequence[Fold]) -> dict[Fold, Outputs]:
         return as_arrays(self._results(pixels, folds))
 
-    def _start_on_gpu(self, pixels: Tensor, folds: Sequence[int]) -> "OnGpu":
+    def _start_on_gpu(self, pixels: Tensor, folds: Sequence[Fold]) -> "OnGpu":
         """Enqueue copies and kernels of a batch on the next stream."""
         with torch.cuda.stream(next(self._streams)), device_errors_as_user_errors():
             outputs = {
@@ -125,13 +126,13 @@ class TorchEngine(Engine):
             done.record()
         return OnGpu(outputs, done)
 
-    def _results(self, pixels: Tensor, folds: Iterable[int]) -> dict[int, list[Tensor]]:
+    def _results(self, pixels: Tensor, folds: Iterable[Fold]) -> dict[Fold, list[Tensor]]:
         """Return each fold's outputs without a mask, on the device."""
         outputs = self._forward(pixels, folds)
         return {fold: parts[: self._num_results] for fold, parts in outputs.items()}
 
     @torch.inference_mode()
-    def _forward(self, pixels: Tensor, folds: Iterable[int]) -> dict[int, list[Tensor]]:
+    def _forward(self, pixels: Tensor, folds: Iterable[Fold]) -> dict[Fold, list[Tensor]]:
         """Return each fold's outputs on the device, run in pieces of at most `max_batch`."""
         pieces = [
             piece.to(self.device, non_blocking=True)
@@ -150,7 +151,7 @@ def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 class OnGpu:
     """A batch on the GPU: its outputs in host memory are valid after the event."""
 
-    def __init__(self, outputs: Mapping[int, Sequence[Tensor]], done: torch.cuda.Event) -> None:
+    def __init__(self, outputs: Mapping[Fold, Sequence[Tensor]], done: torch.cuda.Event) -> None:
         self._outputs = outputs
         self._done = done
 
@@ -159,12 +160,12 @@ class OnGpu:
         with device_errors_as_user_errors():
             self._done.synchronize()
 
-    def result(self) -> dict[int, Outputs]:
+    def result(self) -> dict[Fold, Outputs]:
         self.wait()
         return as_arrays(self._outputs)
 
 
-def as_arrays(outputs: Mapping[int, Sequence[Tensor]]) -> dict[int, Outputs]:
+def as_arrays(outputs: Mapping[Fold, Sequence[Tensor]]) -> dict[Fold, Outputs]:
     """Return the outputs of tensors on the host, without a copy."""
     arrays = {fold: [part.numpy() for part in parts] for fold, parts in outputs.items()}
     return {fold: (features, logits, *aux) for fold, (features, logits, *aux) in arrays.items()}
@@ -298,7 +299,7 @@ def built_for() -> str | None:
 
 
 def create(
-    artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str
+    artifacts: Mapping[Fold, Path], manifests: Mapping[Fold, Mapping[str, Any]], device: str
 ) -> TorchEngine:
     """Load packages onto `cpu` or `cuda`; they contain code, so their source must be trusted.
 

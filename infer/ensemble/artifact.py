@@ -4,6 +4,7 @@
 | --- | --- |
 | `ensemble.json` | the manifest: sha256 of each file, features, boosters, weights, provenance |
 | `<library>_fold_<k>_seed_<s>.*` | a booster as text |
+| `<library>_fold_all_seed_<s>.*` | a booster on all rows, with `--refit true` |
 | `state.json`, `maps_aligned_<network>.parquet` | encodings, constants of scores, rotations |
 | `oof.parquet`, `scores.json` | out-of-fold scores, and their metrics |
 | `folds.parquet` | the fold plan |
@@ -24,8 +25,10 @@ import polars as pl
 from infer.ensemble.blend import Scores, blend_by_seed
 from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.image_features import ImageState
+from infer.ensemble.own_columns import OwnColumns
+from infer.ensemble.own_tables import TableSpec
 from isic import schema
-from isic.features import Encoding, relative_to_patient
+from isic.features import Encoding
 from isic.layout import FOLDS_FILE, OOF_FILE
 from isic.runtime.errors import UserError
 from isic.runtime.files import holds, read_json, refuse_foreign, sha256, write_json
@@ -55,12 +58,16 @@ class EnsembleState:
     encodings: Mapping[int, Encoding]
     """By fold."""
     image: ImageState
+    refit: Encoding | None = None
+    """Of the boosters on all rows."""
 
     def write(self, root: Path) -> list[str]:
         """Write the state. Return the names of its files."""
         encodings = {str(fold): encoding.to_json() for fold, encoding in self.encodings.items()}
         image = self.image.to_json()
         value = {"names": list(self.names), "image": image, "encodings": encodings}
+        if self.refit:
+            value["refit"] = self.refit.to_json()
         write_json(root / STATE_FILE, value)
         return [STATE_FILE, *self.image.write(root)]
 
@@ -71,7 +78,9 @@ class EnsembleState:
         encodings = {
             int(fold): Encoding.from_json(names, part) for fold, part in value["encodings"].items()
         }
-        return cls(names, encodings, ImageState.read(root, value["image"]))
+        # Only with --refit.
+        refit = Encoding.from_json(names, value["refit"]) if "refit" in value else None
+        return cls(names, encodings, ImageState.read(root, value["image"]), refit)
 
 
 @dataclass(frozen=True)
@@ -91,13 +100,17 @@ class Ensemble:
     @property
     def is_relative(self) -> bool:
         """Whether a score depends on the patient's other lesions."""
-        names = self.state.names
         # Without boosters, the score is the mean over the networks' scores.
-        return bool(names) and (self.state.image.is_relative or relative_to_patient(names))
+        return bool(self.state.names) and (self.state.image.is_relative or self.spec.is_relative)
 
     @property
     def uses_images(self) -> bool:
         return self.spec.images
+
+    @property
+    def own_tables(self) -> Mapping[str, TableSpec]:
+        """The tables of own columns that a table to score needs, by name."""
+        return self.spec.own.tables
 
     def oof(self) -> pl.DataFrame:
         """Return `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
@@ -189,7 +202,8 @@ def open_ensemble(path: Path) -> Ensemble:
     refuse_damaged(root, manifest)
     if "members" in manifest:
         raise UserError(f"{root} is a blend; give the ensembles in {root / MEMBERS_DIR} instead")
-    spec = FeatureSpec.parse(manifest["features"])
+    own = OwnColumns.from_json(manifest)
+    spec = FeatureSpec.parse(manifest["features"], own, manifest.get("lists"))
     state = EnsembleState.read(root)
     names = spec.names(state.image)
     if names != state.names:

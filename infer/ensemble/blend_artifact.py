@@ -26,6 +26,7 @@ from infer.ensemble.artifact import (
     refuse_damaged,
 )
 from infer.ensemble.blend import Scores, blend_ranks
+from infer.ensemble.own_tables import TableSpec
 from isic.layout import OOF_FILE
 from isic.runtime.files import read_json
 from isic.tables import read_parquet
@@ -55,6 +56,15 @@ class Blend:
     @property
     def uses_images(self) -> bool:
         return any(member.uses_images for member in self.members.values())
+
+    @property
+    def own_tables(self) -> Mapping[str, TableSpec]:
+        """The tables of own columns that a table to score needs, by name."""
+        return {
+            name: table
+            for member in self.members.values()
+            for name, table in member.own_tables.items()
+        }
 
     def oof(self) -> pl.DataFrame:
         """Return `isic_id`, `fold`, `target`, each member's out-of-fold scores, and `blend`."""

@@ -86,7 +86,8 @@ def open_members(paths: Sequence[Path]) -> dict[str, Ensemble]:
     """Return the ensembles by the names of their folders.
 
     Raises:
-        UserError: two folders have the same name, or one of them holds a blend.
+        UserError: two folders have the same name, one of them holds a blend, or their tables of
+            own columns differ.
     """
     members: dict[str, Ensemble] = {}
     for path in paths:
@@ -97,8 +98,20 @@ def open_members(paths: Sequence[Path]) -> dict[str, Ensemble]:
                 f"{ensemble.root}: each ensemble of a blend needs a name of its own; rename the "
                 "folder"
             )
+        _refuse_other_tables(members, ensemble)
         members[name] = ensemble
     return members
+
+
+def _refuse_other_tables(members: Mapping[str, Ensemble], ensemble: Ensemble) -> None:
+    """Raise a UserError if a table of own columns has other columns than a member's."""
+    for other in members.values():
+        for name, table in ensemble.own_tables.items():
+            if other.own_tables.get(name, table) != table:
+                raise UserError(
+                    f"{other.root} and {ensemble.root} were fitted with different tables called "
+                    f"{name}; rename one of the files and fit again"
+                )
 
 
 def _read_scores(members: Mapping[str, Ensemble]) -> tuple[pl.DataFrame, dict[str, Scores]]:

@@ -18,8 +18,10 @@ from infer.ensemble.artifact import (
     write_ensemble_manifest,
 )
 from infer.ensemble.blend import blend
+from infer.ensemble.booster_checks import check_library
 from infer.ensemble.boosters import LIBRARIES, booster_file_name
-from infer.ensemble.feature_spec import FeatureSpec
+from infer.ensemble.feature_spec import IMAGE_WORDS, FeatureSpec
+from infer.ensemble.image_columns import ALIGNED
 from infer.ensemble.image_features import (
     ImageState,
     embedding_origins,
@@ -30,6 +32,15 @@ from infer.ensemble.image_scores import image_probability
 from infer.ensemble.lesions import describe_lesion_counts
 from infer.ensemble.network_scores import describe_networks
 from infer.ensemble.out_of_fold import FitResult, fit_boosters
+from infer.ensemble.own_columns import OwnColumns, read_definitions, refuse_clashes
+from infer.ensemble.own_tables import (
+    LABEL_FREE,
+    OwnTable,
+    read_train_tables,
+    refuse_other_folds,
+    warn_of_labels,
+)
+from infer.ensemble.refit import describe_agreement, refit_boosters
 from infer.ensemble.scores import format_scores, summarise
 from infer.ensemble.settings import NUM_FOLDS, FitSettings
 from infer.ensemble.splits import (
@@ -40,7 +51,7 @@ from infer.ensemble.splits import (
 )
 from isic import schema
 from isic.dataset import Dataset, refuse_dataset
-from isic.features import needed_columns
+from isic.features.definitions import check_definitions
 from isic.folds import Folds, draw_folds, read_folds
 from isic.layout import FOLDS_FILE, OOF_FILE
 from isic.metadata import require, with_patient
@@ -54,24 +65,35 @@ MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
 
 def fit_ensemble(settings: FitSettings) -> Path:
     """Fit an ensemble, write it and print its out-of-fold scores. Return its folder."""
-    spec = FeatureSpec.parse(settings.features)
+    spec, own_tables = read_spec(settings)
+    if settings.refit and ALIGNED in spec.forms:
+        raise UserError(
+            f"--refit is not for {ALIGNED} columns, which only the networks of the folds have; "
+            f"leave out {ALIGNED} or --refit"
+        )
     metadata = read_train(settings.data, spec)
     folds = choose_folds(settings, metadata)
     fold = folds.of(metadata)
+    refuse_other_folds(own_tables.values(), metadata, fold.to_numpy(), folds)
     image = fit_image_state(spec.forms, settings.sources, metadata)
     refuse_splits(settings.splits, image.needs["embeddings"], _find_folds(settings))
     names = spec.names(image)
+    for library in settings.libraries if names else ():
+        check_library(library, settings.parameters(library), names)
     weights = settings.library_weights if names else {"image": 1.0}
     root = settings.output_dir / (settings.name or _default_name(spec, image))
     refuse_dataset(root, "--output_dir or --name")
     refuse_foreign_folder(root)
     # Compared before fitting, which takes minutes to hours.
     inputs = _manifest_inputs(settings, image, folds, weights)
+    inputs |= own_inputs(spec, own_tables)
     if not settings.force:
         refuse_other_ensemble(root, inputs)
     images = read_image_rows(image, settings.sources, "train", metadata, out_of_fold=True)
-    table = spec.frame(metadata, images.tables())
+    own_columns = [table.columns(metadata) for table in own_tables.values()]
+    table = spec.frame(metadata, [*own_columns, *images.tables()])
     _note_blank(table)
+    warn_of_own_columns(spec, table, metadata)
     boosters_per_plan = len(settings.libraries) * folds.num_folds * settings.seeds
     num_boosters = boosters_per_plan * settings.splits if names else 0
     print(
@@ -85,7 +107,11 @@ def fit_ensemble(settings: FitSettings) -> Path:
         noisy = images.noisy(settings.image_noise)
         result = fit_boosters(table, names, target, fold.to_numpy(), settings, noisy)
     else:
+        noisy = None
         result = FitResult(scores={"image": image_probability(images.by_column())})
+    refit = None
+    if settings.refit:
+        refit = refit_boosters(table, names, metadata, fold.to_numpy(), settings, noisy)
     blended = blend(result.scores, weights, result.scores)
     oof = metadata.select(schema.ID, fold, schema.TARGET)
     oof = oof.with_columns(**result.scores, blend=blended)
@@ -96,21 +122,52 @@ def fit_ensemble(settings: FitSettings) -> Path:
     networks = describe_networks(images.by_column(), oof, patient)
     # Only now, so that a fit that fails leaves the earlier ensemble as it was.
     clear_ensemble(root)
-    state = EnsembleState(names, result.encodings, image)
+    state = EnsembleState(names, result.encodings, image, refit.encoding if refit else None)
     files = _write_files(root, result, state, folds, oof, summaries)
     files += write_plans(root, metadata[schema.ID], plans)
     results = _manifest_results(result, metadata, summaries)
+    if refit:
+        files += refit.write(root)
+        results["refit"] = refit.manifest_field()
     write_ensemble_manifest(root, files, {**inputs, **results, "networks": networks})
     print(format_scores({**networks["scores"], **summaries}))
+    if refit and refit.agreement:
+        print(describe_agreement(refit.agreement))
     print(f"ensemble: {root}")
     return root
+
+
+def read_spec(settings: FitSettings) -> tuple[FeatureSpec, dict[str, OwnTable]]:
+    """Return the requested features, and the tables of own columns by set. Raise UserError."""
+    tables = read_train_tables(settings.tables)
+    specs = {name: table.spec for name, table in tables.items()}
+    own = OwnColumns(read_definitions(settings.define), specs)
+    refuse_clashes(own, IMAGE_WORDS)
+    return FeatureSpec.parse(settings.features, own), tables
+
+
+def own_inputs(spec: FeatureSpec, tables: Mapping[str, OwnTable]) -> dict[str, Any]:
+    """Return the manifest fields of lists and own columns; texts, so that no file is needed."""
+    fields = {"lists": dict(spec.words.lists), **spec.own.to_json()}
+    for name, table in tables.items():
+        fields["tables"][name]["sha256"] = sha256(table.path)
+    return fields
+
+
+def warn_of_own_columns(spec: FeatureSpec, table: pl.DataFrame, metadata: pl.DataFrame) -> None:
+    """Warn of own columns that probably know the target. Scores out of fold may be that good."""
+    target = metadata[schema.TARGET].to_numpy()
+    for word, names in spec.own.sets.items():
+        if word not in spec.own.tables or spec.own.tables[word].kind == LABEL_FREE:
+            warn_of_labels(table, [name for name in names if name in spec.own_names], target, word)
 
 
 def read_train(data: Path, spec: FeatureSpec) -> pl.DataFrame:
     """Read the training table, sorted by id so that the order of the file has no effect."""
     dataset = Dataset(data)
     metadata = dataset.metadata("train").sort(schema.ID)
-    require(metadata, needed_columns(spec.tabular), dataset.metadata_path("train"))
+    check_definitions(spec.own.all_definitions, metadata)
+    require(metadata, spec.needed_columns, dataset.metadata_path("train"))
     return metadata
 
 
@@ -162,7 +219,7 @@ def _note_blank(table: pl.DataFrame) -> None:
 
 
 def _default_name(spec: FeatureSpec, image: ImageState) -> str:
-    features = "+".join(spec.words)
+    features = spec.words.label
     networks = "+".join(image.networks or image.frozen)
     return f"{features}_{networks}" if networks else features
 
@@ -199,6 +256,8 @@ def _manifest_inputs(
     """Return the manifest fields that determine an ensemble, known before it is fitted."""
     model_settings = settings.model_dump(mode="json", include=MODEL_SETTINGS)
     model_settings["num_folds"] = folds.num_folds
+    if settings.refit:
+        model_settings["refit"] = True
     # Otherwise the plan comes from a file, whatever the seed is.
     if not _find_folds(settings):
         model_settings["split_seed"] = settings.seed_of_split

@@ -1,7 +1,7 @@
 """Fit a booster per library, fold and seed, and score each fold's held-out rows with it."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -27,6 +27,14 @@ NoisyColumns = Callable[[tuple[int, int]], pl.DataFrame]
 """Makes columns from the seed and fold of a booster."""
 
 
+def noise_of(noisy: NoisyColumns | None, rows: NDArray[np.bool_]) -> NoisyColumns | None:
+    """Return the same for a part of the rows, [N] whether a row belongs to it."""
+    if noisy is None:
+        return None
+    mask = pl.Series(rows)
+    return lambda key: noisy(key).filter(mask)
+
+
 @dataclass(frozen=True)
 class FitResult:
     """Fitted boosters, the encodings of their features, and their out-of-fold scores."""
@@ -41,38 +49,44 @@ class FitResult:
 
 def fit_boosters(
     table: pl.DataFrame,
-    names: tuple[str, ...],
+    names: tuple[str, ...] | Mapping[int, tuple[str, ...]],
     target: NDArray[np.integer],
     fold: NDArray[np.integer],
     settings: FitSettings,
     noisy: NoisyColumns | None = None,
+    fold_ids: Sequence[int] | None = None,
 ) -> FitResult:
     """Fit all boosters of an ensemble and score every row out of fold.
 
     Args:
+        names: columns of the boosters' matrix, the same for all folds or by fold.
         target, fold: [N].
         noisy: makes the columns of the table, [N] each, that are replaced in the rows that a
             booster is fitted on.
+        fold_ids: the folds that boosters are fitted without; those of `fold` if None.
 
     Raises:
         UserError: the rows outside a fold are of one class.
     """
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    fold_ids = np.unique(fold).tolist()
+    fold_ids = np.unique(fold).tolist() if fold_ids is None else fold_ids
     keys = list(itertools.product(settings.libraries, fold_ids, seeds))
     result = FitResult()
     for library, _, seed in keys:
         result.scores[model_name(library, seed)] = np.zeros(len(table))
+    by_fold = names if isinstance(names, Mapping) else dict.fromkeys(fold_ids, names)
     for k in fold_ids:
         _need_both_classes(target[fold != k], k)
-        result.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), names)
+        result.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), by_fold[k])
 
     def fit_one(key: BoosterKey) -> tuple[str, Scores]:
         _, k, _ = key
         return _fit_and_score(key, table, target, fold, result.encodings[k], settings, noisy)
 
     # Threads rather than processes: the libraries release the GIL, and the table is shared.
-    pool = ThreadPoolExecutor(settings.num_threads or num_cores())
+    # A GPU fits one booster at a time.
+    num_threads = settings.num_threads or num_cores()
+    pool = ThreadPoolExecutor(num_threads if settings.device == "cpu" else 1)
     try:
         fitted = tqdm(pool.map(fit_one, keys), "boosters", len(keys), leave=False, disable=None)
         # A bar shows the time itself.
@@ -98,6 +112,32 @@ def _fit_and_score(
     noisy: NoisyColumns | None,
 ) -> tuple[str, Scores]:
     """Fit one booster outside a fold. Return its text, and the scores of the fold's rows."""
+    library, k, _ = key
+    text = fit_outside(key, table, target, fold, encoding, settings, noisy)
+    # Scored by the text, as in prediction, not by the booster in memory.
+    predict = LIBRARIES[library].load(text)
+    held_out = table.filter(pl.Series(fold == k))
+    if held_out.is_empty():
+        return text, np.zeros(0)
+    return text, predict(encoding.transform(held_out), 1)
+
+
+def fit_outside(
+    key: BoosterKey,
+    table: pl.DataFrame,
+    target: NDArray[np.integer],
+    fold: NDArray[np.integer],
+    encoding: Encoding,
+    settings: FitSettings,
+    noisy: NoisyColumns | None = None,
+) -> str:
+    """Fit one booster on the rows outside a fold. Return its text.
+
+    Args:
+        target, fold: [N]; the table may lack the rows of the fold.
+        encoding: of the fold.
+        noisy: see `fit_boosters`.
+    """
     library, k, seed = key
     rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
     training = table[rows]
@@ -107,11 +147,7 @@ def _fit_and_score(
     blanks = np.random.default_rng((seed, k, BLANK_STREAM))
     encoding.blank_categories(matrix, settings.blank_share, blanks)
     parameters = settings.parameters(library)
-    text = fit_booster(library, matrix, target[rows], encoding.names, parameters, seed)
-    # Scored by the text, as in prediction, not by the booster in memory.
-    predict = LIBRARIES[library].load(text)
-    held_out = encoding.transform(table.filter(pl.Series(fold == k)))
-    return text, predict(held_out, 1)
+    return fit_booster(library, matrix, target[rows], encoding.names, parameters, seed)
 
 
 def undersample(

@@ -1,6 +1,6 @@
 """Score the test table with a fitted ensemble and write the submission. Nothing is fitted here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from infer.ensemble.image_features import ImageRows, embedding_origins, read_ima
 from infer.ensemble.image_scores import image_probability
 from infer.ensemble.lesions import few_lesions_warning, has_few_lesions
 from infer.ensemble.networks import match_networks
+from infer.ensemble.own_tables import OwnTable, read_test_tables
+from infer.ensemble.refit import ESTIMATES, choose_rows
 from infer.ensemble.settings import EmbeddingSources, PredictSettings
 from isic import schema
 from isic.dataset import Dataset
-from isic.features import needed_columns, unseen_categories
+from isic.features import unseen_categories
 from isic.metadata import read_ids, read_metadata, require
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import (
@@ -54,7 +56,8 @@ class TestScores:
 
 def predict_submission(settings: PredictSettings) -> None:
     """Run `infer predict`, which its settings describe."""
-    scorer = open_scorer(settings.ensemble)
+    sources = EmbeddingSources(settings.embeddings, settings.frozen)
+    scorer = choose_rows(open_scorer(settings.ensemble), settings.rows, sources)
     dataset = Dataset(settings.data)
     path = dataset.metadata_path("test")
     metadata = read_metadata(path)
@@ -62,16 +65,22 @@ def predict_submission(settings: PredictSettings) -> None:
     order = submission_order(dataset, metadata)
     few = _few_lesions(scorer, metadata, settings.few)
     _refuse_foreign(settings.output)
-    sources = EmbeddingSources(settings.embeddings, settings.frozen)
+    own_tables = read_test_tables(settings.tables, scorer.own_tables)
     num_threads = settings.num_threads or num_cores()
-    found = score_table(scorer, metadata, sources, num_threads, few)
+    found = score_table(scorer, metadata, sources, own_tables, num_threads, few)
     # Rounding may lead a mean of probabilities beyond 0 or 1 by a last bit.
     score = np.clip(found.score, 0.0, 1.0)
     assert np.isfinite(score).all()
     scored = metadata.select(schema.ID, pl.Series(schema.TARGET, score))
     submission = order.join(scored, on=schema.ID, maintain_order="left")
     all_models = metadata.select(schema.ID).with_columns(**found.models, blend=score)
-    origins = {**found.origins, "metadata_sha256": sha256(path)}
+    origins = {
+        **found.origins,
+        "metadata_sha256": sha256(path),
+        "tables": {name: sha256(own.path) for name, own in own_tables.items()},
+        "rows": settings.rows,
+        "out_of_fold_scores": ESTIMATES[settings.rows],
+    }
     _write_submission(settings.output, submission, all_models, scorer, origins)
     print(
         f"submission: {settings.output} ({len(metadata)} rows, "
@@ -83,13 +92,14 @@ def _require_columns(scorer: Scorer, metadata: pl.DataFrame, path: Path) -> None
     """Raise a UserError if the table lacks a column that a feature needs."""
     ensembles = scorer.members.values() if isinstance(scorer, Blend) else [scorer]
     for ensemble in ensembles:
-        require(metadata, needed_columns(ensemble.spec.tabular), path)
+        require(metadata, ensemble.spec.needed_columns, path)
 
 
 def score_table(
     scorer: Scorer,
     metadata: pl.DataFrame,
     sources: EmbeddingSources,
+    own_tables: Mapping[str, OwnTable],
     num_threads: int,
     few: NDArray[np.bool_],
 ) -> TestScores:
@@ -99,10 +109,10 @@ def score_table(
         few: [N] rows to score by the members of a blend that do not compare lesions.
     """
     if isinstance(scorer, Ensemble):
-        return score_ensemble(scorer, metadata, sources, num_threads)
+        return score_ensemble(scorer, metadata, sources, own_tables, num_threads)
     own_sources = _sources_by_member(scorer, sources)
     members = {
-        name: score_ensemble(member, metadata, own_sources[name], num_threads)
+        name: score_ensemble(member, metadata, own_sources[name], own_tables, num_threads)
         for name, member in scorer.members.items()
     }
     models = {name: member.score for name, member in members.items()}
@@ -113,11 +123,16 @@ def score_table(
 
 
 def score_ensemble(
-    ensemble: Ensemble, metadata: pl.DataFrame, sources: EmbeddingSources, num_threads: int
+    ensemble: Ensemble,
+    metadata: pl.DataFrame,
+    sources: EmbeddingSources,
+    own_tables: Mapping[str, OwnTable],
+    num_threads: int,
 ) -> TestScores:
-    """Score the rows of a test table with one ensemble."""
+    """Score the rows of a test table with one ensemble, which may use a part of `own_tables`."""
     images, origins = _read_images(ensemble, sources, metadata)
-    table = ensemble.spec.frame(metadata, images.tables())
+    own_columns = [own_tables[name].columns(metadata) for name in ensemble.own_tables]
+    table = ensemble.spec.frame(metadata, [*own_columns, *images.tables()])
     _warn_unseen(ensemble, table)
     if ensemble.manifest["boosters"]:
         models = score_models(ensemble, table, num_threads)

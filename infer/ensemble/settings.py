@@ -1,4 +1,4 @@
-"""Settings of `python -m infer fit`, `predict`, `scores` and `compare`."""
+"""Settings of `python -m infer fit`, `select`, `predict`, `scores` and `compare`."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import yaml
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from infer.ensemble.boosters import LIBRARIES, parameters_of
+from infer.ensemble.boosters import DEVICE, LIBRARIES, parameters_of
 from isic.layout import OUTPUT_DIR
 from isic.runtime import yaml12
 from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason
@@ -58,7 +58,17 @@ class FitSettings(Settings):
     features: str = Field(
         "engineered",
         description="comma-separated sets (raw, engineered, extended, image, multimodal, "
-        "image_ranks, aligned, frozen, frozen_score), groups and features",
+        "image_ranks, aligned, frozen, frozen_score), groups and features; -word leaves features "
+        "out, @file names a list",
+    )
+    define: Several[Path] = Field(
+        (),
+        description="YAML files of own columns, `name: SQL expression`; a file's stem is a set",
+    )
+    tables: Several[str] = Field(
+        (),
+        description="CSV or Parquet files of own columns by isic_id, each as oof:FILE (with the "
+        "rows' folds) or label_free:FILE; a file's stem is a set",
     )
     embeddings: Several[Path] = Field(
         (),
@@ -124,6 +134,14 @@ class FitSettings(Settings):
         lt=1,
         description="share of the training rows in which a category is blanked, per column",
     )
+    refit: bool = Field(
+        False,
+        description="in addition, a booster per library and seed on every row, for predict --rows "
+        "all; how far both agree is measured within the rows outside the first fold",
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="processor of the boosters; cuda needs libraries that were built for it"
+    )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all cores")
     force: bool = Field(
         False, description="replace an ensemble of that name that has other settings"
@@ -136,7 +154,10 @@ class FitSettings(Settings):
     def flags(cls) -> dict[str, FieldInfo]:
         """Return the flags, with one per library instead of `library_settings`."""
         others = {name: field for name, field in cls.model_fields.items() if name != CHANGES}
-        help_text = 'changed settings of {}, such as "{{num_rounds: 100}}"'
+        help_text = (
+            'changed settings of {}, such as "{{num_rounds: 100}}"; extra: {{...}} holds any other '
+            "parameter of the library"
+        )
         libraries = {
             name: FieldInfo(default={}, description=help_text.format(name)) for name in LIBRARIES
         }
@@ -162,12 +183,16 @@ class FitSettings(Settings):
     @classmethod
     def _over_config(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         path = find_config(values["config"])
-        from_file = read_yaml(path)
+        from_file = cls._from_file(path)
         build(cls, from_file, str(path))  # on its own, so that an error names the file
         if any(name in values for name in OUTPUT_NAMES.choices):
             # The flag may have the other name of the two.
             from_file = {k: v for k, v in from_file.items() if k not in OUTPUT_NAMES.choices}
         return {**from_file, **values}
+
+    @classmethod
+    def _from_file(cls, path: Path) -> dict[str, Any]:
+        return read_yaml(path)
 
     @field_validator("libraries")
     @classmethod
@@ -198,7 +223,8 @@ class FitSettings(Settings):
         changes = dict(self.library_settings.get(library, {}))
         if self.num_rounds:
             changes["num_rounds"] = self.num_rounds
-        return parameters_of(library, changes)
+        on_gpu = {DEVICE: self.device} if self.device != "cpu" else {}
+        return parameters_of(library, changes) | on_gpu
 
     @property
     def seed_of_split(self) -> int:
@@ -212,6 +238,60 @@ class FitSettings(Settings):
     @property
     def sources(self) -> EmbeddingSources:
         return EmbeddingSources(self.embeddings, self.frozen)
+
+
+class SelectSettings(FitSettings):
+    """Choose features by boosters that are fitted outside each fold, and write them as a list.
+
+    `infer fit --features @name` reads the list. The other settings are those of `infer fit`.
+    """
+
+    by: Literal["null_importance", "gain"] = Field(
+        "null_importance",
+        description="null_importance keeps the features with more gain than on shuffled targets; "
+        "gain keeps those with the most gain",
+    )
+    repeats: int = Field(
+        30,
+        ge=1,
+        description="boosters per fold and library: on shuffled targets, or for the gain",
+    )
+    num_features: int | None = Field(
+        None, ge=1, description="features to choose; by default as many as the rule keeps"
+    )
+    output_dir: Path = Field(
+        OUTPUT_DIR / "features", validation_alias=OUTPUT_NAMES, description="folder of the list"
+    )
+    name: str = Field(
+        "", description="name of the list; by default the features and the rule (--by)"
+    )
+    output: Path | None = Field(
+        None, description="file of the list, in place of --output_dir and --name"
+    )
+
+    @classmethod
+    def flags(cls) -> dict[str, FieldInfo]:
+        """Return the flags, without those that concern ensembles only."""
+        return {name: field for name, field in super().flags().items() if name not in ONLY_FIT}
+
+    @classmethod
+    def _from_file(cls, path: Path) -> dict[str, Any]:
+        # The file is one of `infer fit`; the ensemble's name and folder are not those of the list.
+        return {key: value for key, value in read_yaml(path).items() if key not in NOT_FOR_LISTS}
+
+    @model_validator(mode="after")
+    def _writes_one_list(self) -> "SelectSettings":
+        if self.force:
+            raise ValueError("--force is not a key of `infer select`, which writes its list again")
+        if self.output and (self.name or "output_dir" in self.model_fields_set):
+            raise ValueError("--output names the file; leave --output_dir and --name out")
+        return self
+
+
+ONLY_FIT = ("force",)
+"""Flags of `infer fit` that `infer select` does not take."""
+NOT_FOR_LISTS = {*ONLY_FIT, "name", *OUTPUT_NAMES.choices}
+"""Keys of a config of `infer fit` that `infer select` passes over."""
 
 
 def _parse_changes(library: str, value: Any) -> dict[str, Any]:
@@ -247,6 +327,9 @@ class PredictSettings(Settings):
     frozen: Several[Path] = Field(
         (), description="embeddings of each frozen network that the ensemble was fitted with"
     )
+    tables: Several[str] = Field(
+        (), description="the ensemble's tables of own columns, with the rows to score"
+    )
     output: Path = Field(
         Path("submission.csv"),
         validation_alias=AliasChoices("output", "out"),
@@ -257,6 +340,11 @@ class PredictSettings(Settings):
         description="when patients have fewer lesions than nearly all in training and features are "
         "relative to the patient; raw: score these patients by the members of a blend that have no "
         "such features",
+    )
+    rows: Literal["folds", "all"] = Field(
+        "folds",
+        description="models that score: the mean over the folds', or those that were fitted on all "
+        "rows, by fit --refit true and, for image scores, train --fold all",
     )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
 

@@ -309,7 +309,12 @@ def _bin_table(bins: Reliability) -> Markup:
 
 def _features(ensemble: Ensemble) -> ReportSection:
     title = "Feature importance"
-    shares = importance(ensemble.root, ensemble.manifest["boosters"], ensemble.state.names)
+    shares = importance(
+        ensemble.root,
+        ensemble.manifest["boosters"],
+        ensemble.state.names,
+        ensemble.spec.own_names,
+    )
     if shares.is_empty():
         return title, (tag("p", "There are no trees: the score comes from the image networks."),)
     intro = (

@@ -8,8 +8,6 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from isic.features.formulas import CATEGORIES
-
 BLANK = -1.0
 """Code of a blank category and of a category that the training rows lack."""
 
@@ -75,12 +73,13 @@ class Encoding:
 
 def fit_encoding(features: pl.DataFrame, names: tuple[str, ...]) -> Encoding:
     """Learn the encoding of the named columns from a feature table of training rows."""
-    numeric = [name for name in names if name not in CATEGORIES]
+    is_text = {name: features.schema[name] == pl.String for name in names}
+    numeric = [name for name in names if not is_text[name]]
     medians: dict[str, float] = {}
     if numeric:
         table = features.select(pl.col(numeric).median().fill_null(0).cast(pl.Float64))
         medians = table.row(0, named=True)
-    categories = {name: _by_frequency(features[name]) for name in names if name in CATEGORIES}
+    categories = {name: _by_frequency(features[name]) for name in names if is_text[name]}
     return Encoding(names, medians, categories)
 
 

@@ -103,9 +103,9 @@ def test_a_target_of_one_class_in_training_rows_is_refused(
     fold = np.array([0, 1, 2, 0, 1, -1], np.int8)
     targets = parse_targets(f"t: {definition}")
     with pytest.raises(UserError, match=f"^--aux t: {words}"):
-        refuse_single_class(table, fold, [1], targets)
+        refuse_single_class(table, {1: fold == 1}, targets)
     mixed = table.with_columns(pl.Series("aux.t", [0, 1, 1, 1, 0, None], pl.Float32))
-    refuse_single_class(mixed, fold, [0, 1, 2], targets)
+    refuse_single_class(mixed, {k: fold == k for k in range(3)}, targets)
 
 
 @pytest.fixture

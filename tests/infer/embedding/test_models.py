@@ -88,7 +88,7 @@ def test_folds_with_other_auxiliary_targets_are_refused(fake_run: FakeRun, tmp_p
     assert find_models(run, "null", "null").aux == definitions
     for other in ({}, {"mel": "iddx_full ~ Mel"}, dict(reversed(definitions.items()))):
         write(2, other)
-        with pytest.raises(UserError, match=r"fold 0 and fold 2 in .* differ in their auxiliary"):
+        with pytest.raises(UserError, match=r"fold_0 and fold_2 in .* differ in their auxiliary"):
             find_models(run, "null", "null")
 
 
