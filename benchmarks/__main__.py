@@ -17,6 +17,7 @@ SETTINGS = {
     "peers": "PeersSettings",
     "ingest": "IngestSettings",
     "train": "TrainRateSettings",
+    "augment": "AugmentSettings",
     "embed": "EmbedRateSettings",
     "pipeline": "PipelineSettings",
     "tabular": "TabularSettings",

@@ -78,7 +78,7 @@ def input_kind(scorer: Scorer) -> str:
     members = scorer.members.values() if isinstance(scorer, Blend) else [scorer]
     if not scorer.uses_images:
         return "tabular"
-    return "both" if any(member.spec.tabular for member in members) else "image"
+    return "both" if any(member.spec.table_names for member in members) else "image"
 
 
 def score_row(name: str, oof: pl.DataFrame, kind: str) -> Row:

@@ -12,6 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from benchmarks.page import last_rows, read_results
+from train.loaders import TRAINING_PASSES
 
 MATMUL = 790e12
 """Floating-point operations per second of a large product in bfloat16 on an H200."""
@@ -20,6 +21,8 @@ COPY = 4.3e12
 UPLOAD = 55e9
 """Bytes per second to a GPU over PCIe 5."""
 CORES = 16
+SOURCES = ("files", "kept pixels")
+"""Of the images that loader processes augment."""
 H200_CONFIGS = (
     "vit_tiny",
     "vit_small",
@@ -45,7 +48,7 @@ def h200_rates(size: int, gflop: float, megabytes: float, costs: Rates) -> dict[
         megabytes: memory traffic per image in bfloat16.
         costs: see `measured_costs`.
     """
-    engine = 1 / (gflop * 1e9 / MATMUL + megabytes * 1e6 / COPY)
+    engine = engine_rate(gflop, megabytes)
     upload = UPLOAD / (3 * size**2)
     busy = engine * costs["share"]
     rates = {
@@ -56,6 +59,11 @@ def h200_rates(size: int, gflop: float, megabytes: float, costs: Rates) -> dict[
         "d4_host": min(busy / NUM_VIEWS, upload / NUM_VIEWS, costs["d4"]),
     }
     return {**rates, "share": rates["processes"] / engine}
+
+
+def engine_rate(gflop: float, megabytes: float) -> float:
+    """Return the images per second of one forward pass."""
+    return 1 / (gflop * 1e9 / MATMUL + megabytes * 1e6 / COPY)
 
 
 def measured_costs(results: Path) -> Rates:
@@ -93,6 +101,48 @@ def _last(path: Path, column: str, **wanted: str) -> dict[str, float]:
     }
 
 
+def training_column(results: Path) -> dict[str, str]:
+    """Return the images per second of training on an H200, by config."""
+    return {
+        config: _text(training_rate(gflop, megabytes))
+        for config, (_, gflop, megabytes) in network_facts(results).items()
+    }
+
+
+def training_rate(gflop: float, megabytes: float) -> float:
+    """Return the images per second of training."""
+    return engine_rate(gflop, megabytes) / TRAINING_PASSES
+
+
+def fed_column(level: str) -> Callable[[Path], dict[str, str]]:
+    """Return the lookup of the rates of 16 cores that augment, over that of an H200 that trains.
+
+    A text has that of images from files, then that of kept pixels.
+    """
+    return partial(_fed, level)
+
+
+def _fed(level: str, results: Path) -> dict[str, str]:
+    path = results / "augment.csv"
+    if not path.is_file():
+        return {}
+    texts = {}
+    for config, (size, gflop, megabytes) in network_facts(results).items():
+        rate = training_rate(gflop, megabytes)
+        costs = [
+            _last(path, "images_per_second", source=source, size=f"{size:.0f}").get(level)
+            for source in SOURCES
+        ]
+        if all(costs):
+            texts[config] = " / ".join(_multiple(CORES * cost / rate) for cost in costs if cost)
+    return texts
+
+
+def _multiple(ratio: float) -> str:
+    """Return a ratio with two significant digits or more."""
+    return f"{ratio:.{2 if ratio < 1 else 1 if ratio < 10 else 0}f}"
+
+
 def h200_column(name: str) -> Callable[[Path], dict[str, str]]:
     """Return the lookup of a column of the table: its text by config."""
     return partial(_column, name)
@@ -103,13 +153,26 @@ def _column(name: str, results: Path) -> dict[str, str]:
         costs = measured_costs(results)
     except KeyError:
         return {}  # not measured yet
+    return {
+        config: _text(h200_rates(int(size), gflop, megabytes, costs)[name])
+        for config, (size, gflop, megabytes) in network_facts(results).items()
+    }
+
+
+def network_facts(results: Path) -> dict[str, tuple[float, float, float]]:
+    """Return the size, GFLOP and megabytes per image by config, as `h200_rates` takes them.
+
+    A config whose work has not been counted is absent.
+    """
     rows = last_rows(read_results(results / "configs.csv"), ("what",))
-    facts = rows.select("what", "size", "gflop_per_image", "mb_per_image").drop_nulls()
-    rates = {
-        config: h200_rates(int(size), float(gflop), float(megabytes), costs)[name]
+    columns = ("what", "size", "gflop_per_image", "mb_per_image")
+    if not set(columns) <= set(rows.columns):
+        return {}
+    facts = rows.select(columns).drop_nulls()
+    return {
+        config: (float(size), float(gflop), float(megabytes))
         for config, size, gflop, megabytes in facts.iter_rows()
     }
-    return {config: _text(rate) for config, rate in rates.items()}
 
 
 def _text(rate: float) -> str:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import polars as pl
 
-from benchmarks.computed import H200_CONFIGS, h200_column
+from benchmarks.computed import H200_CONFIGS, fed_column, h200_column, training_column
 from benchmarks.page import OWN_MARK, last_rows, read_results, render_page
 from benchmarks.settings import TablesSettings
 from isic.runtime.config import describe_configs
 from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.files import read_text, refuse_foreign, write_text
+from train.augmentation.levels import LEVELS
 
 Lookup = Callable[[Path], Mapping[str, str]]
 """Reads values by config for a column that is not in the table's CSV, from a folder of CSVs."""
@@ -260,7 +261,10 @@ TABLES = {
     ),
     "train": Table(
         "train",
-        ("what", "model", "device", "batch", "precision", "compile", "workers", "busy", "size"),
+        (
+            *("what", "model", "device", "batch", "precision", "compile", "workers", "busy"),
+            *("augment_on", "size"),
+        ),
         {
             "what": "config",
             "device": "device",
@@ -270,6 +274,7 @@ TABLES = {
             "compile": "compiled",
             "workers": "loader processes",
             "busy": "other busy processes",
+            "augment_on": "augmentation, if not in the workers",
             "threads": "threads",
             "images_per_second": "images/s",
             "over_bare": "over a bare loop",
@@ -280,6 +285,28 @@ TABLES = {
             "mfu": "MFU",
         },
         sort=("accelerator", "what", "workers", "busy"),
+    ),
+    "augment": Table(
+        "augment",
+        ("what", "source", "size"),
+        {
+            "source": "images from",
+            "what": "augmentation",
+            "size": "px",
+            "images_per_second": "images/s of a core (median)",
+            "min": "min",
+            "max": "max",
+        },
+    ),
+    "starved": Table(
+        "configs",
+        ("what",),
+        {"what": "config", "training": "training, images/s", **{level: level for level in LEVELS}},
+        rows=tuple((name,) for name in H200_CONFIGS),
+        lookups={
+            "training": training_column,
+            **{level: fed_column(level) for level in LEVELS},
+        },
     ),
     "accuracy": Table(
         "accuracy",

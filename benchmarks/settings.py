@@ -187,6 +187,24 @@ class IngestSettings(Settings):
     results: Path | None = Field(None, description=RESULTS_HELP)
 
 
+class AugmentSettings(Settings):
+    """Measure images per second of a core: decoding and each level of augmentation.
+
+    The images come from files or from pixels that are kept; those that the device augments are in a
+    batch already, and the device is a core. Rates are per second of CPU time.
+    """
+
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset folder; its first training images are used"
+    )
+    size: int = Field(224, ge=8, description="side of the images in pixels")
+    images: int = Field(1000, ge=1, description="number of images, which are read repeatedly")
+    batch: int = Field(32, ge=1, description="images per batch")
+    seconds: float = Field(1.0, gt=0, description="least length of a repeat in CPU time")
+    repeats: int = Field(5, ge=1, description="repeats, of which the median counts")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
 class TrainRateSettings(TrainSettings):
     """Measure images per second of training, on files and in memory, and of a bare loop.
 
@@ -353,6 +371,9 @@ class HospitalSettings(Settings):
     blank_shares: Several[float] = Field(
         (0.1, 0.2), description="shares of training rows to blank categories in"
     )
+    hospital_shares: Several[float] = Field(
+        (0.2, 0.5), description="the same, of attribution and copyright_license only"
+    )
     min_positives: int = Field(
         10, ge=1, description="fewest malignant lesions of a hospital that is held out"
     )
@@ -366,7 +387,11 @@ class HospitalSettings(Settings):
 
 
 class FewSettings(Settings):
-    """Score every feature set on groups of each size, and on whole patients."""
+    """Score every feature set on groups of each size, and on whole patients.
+
+    Sets with features relative to the patient are also fitted on thinned patients, and blended with
+    the first set, which then scores patients of few lesions, as `infer predict --few raw` does.
+    """
 
     data: Path = Field(description="dataset folder; its training rows are scored out of fold")
     label: str = Field(description="name of the data in the table")
@@ -375,6 +400,9 @@ class FewSettings(Settings):
     )
     sizes: Several[int] = Field(
         (1, 2, 3, 5, 10, 20), description="numbers of a patient's lesions that are scored together"
+    )
+    thin_shares: Several[float] = Field(
+        (0.5,), description="shares of patients to split in training, see `infer fit`"
     )
     num_folds: int = Field(5, ge=2, description="folds")
     split_seed: int = Field(42, ge=0, description="seed of the folds")

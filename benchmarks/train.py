@@ -41,7 +41,7 @@ from train.machine import (
     allow_tf32,
     check_bfloat16,
     prepare,
-    resolve_precision,
+    resolve_choices,
     select_device,
 )
 from train.model import create_model, preprocess_spec
@@ -106,7 +106,7 @@ def train(settings: TrainRateSettings) -> None:
     if settings.aux:
         raise UserError('the bare loop has no auxiliary targets; give --aux ""')
     device = select_device(settings.device)
-    settings = resolve_precision(settings, device)
+    settings = resolve_choices(settings, device)
     if settings.precision == "bf16":
         check_bfloat16(device)
     with (
@@ -334,6 +334,7 @@ def run_columns(settings: TrainRateSettings, device: torch.device, num_workers: 
         "compile": str(settings.compile).lower(),
         "workers": num_workers,
         "busy": settings.busy or None,
+        "augment_on": "device" if settings.augment_on == "device" else None,
         "threads": torch.get_num_threads(),
     }
 

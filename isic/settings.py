@@ -1,4 +1,4 @@
-"""Settings of `python -m isic synth` and `python -m isic check`."""
+"""Settings of `python -m isic synth`, `check` and `folds`."""
 
 from pathlib import Path
 
@@ -52,3 +52,20 @@ class CheckSettings(Settings):
         if not value.is_dir():
             raise ValueError("no such folder; point it at a dataset in the challenge's layout")
         return value
+
+
+class FoldsSettings(Settings):
+    """Write a fold plan that holds out all rows with one value of a column together.
+
+    Patients are never split either: values that share a patient are held out together. Training and
+    `infer fit` use a plan that lies in the dataset. Example: isic folds --data D --group attribution
+    """
+
+    data: Path = Field(description="dataset folder")
+    group: str = Field(description="column of the training table, such as attribution")
+    num_folds: int = Field(5, ge=2, le=100, description="number of folds")
+    output: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("output", "out"),
+        description="the plan to write; folds.parquet in the dataset if not given",
+    )

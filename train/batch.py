@@ -21,7 +21,9 @@ class Batch(NamedTuple):
     rows: Tensor
     """int64 [N], row numbers in the training table."""
     masks: Tensor = torch.empty(0)
-    """uint8 [N, size, size], 1 on the lesion, NO_MASK for an image without; [0] if not used."""
+    """uint8 [N, size, size], 1 on the lesion, NO_MASK for an image without; empty if not used."""
+    seeds: Tensor = torch.empty(0, dtype=torch.int64)
+    """int64 [N], of the augmentation; [0] if not used."""
     aux: Tensor = torch.empty(0)
     """float32 [N, K], auxiliary targets, NaN for a row without one; [0] if not used."""
 

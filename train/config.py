@@ -7,8 +7,17 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from isic.layout import ALL, OUTPUT_DIR, FoldFlag
-from isic.runtime.config import Settings, Several, build, describe_configs, find_config, read_config
-from isic.runtime.errors import UserError
+from isic.runtime.config import (
+    Settings,
+    Several,
+    build,
+    describe_configs,
+    find_config,
+    read_config,
+    read_yaml,
+)
+from isic.runtime.errors import UserError, did_you_mean
+from train.augmentation.levels import DEVICE_LEVELS, LEVELS
 from train.auxiliary import DEFAULT_WEIGHT, GRAMMAR, AuxTargets
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -16,6 +25,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 SHORTHANDS: tuple[Precision, ...] = ("fp16", "bf16")
 """Precisions that have a flag of their own."""
 
+PIPELINE_SUFFIXES = (".yaml", ".yml", ".json")
+"""Of a file with a pipeline of albumentations; JSON is YAML too."""
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -202,8 +213,16 @@ class TrainSettings(Settings):
     on_error: Literal["raise", "skip"] = Field(
         "raise", description="reaction to an image that is missing or does not decode"
     )
-    augmentation: Literal["none", "light", "medium", "heavy"] = Field(
-        "light", description="strength of augmentation"
+    augmentation: str | dict[str, Any] = Field(
+        "light",
+        description=f"augmentation of training images: {', '.join(LEVELS)}, or the .yaml or .json "
+        "file of a pipeline that albumentations has saved",
+    )
+    augment_on: Literal["auto", "device", "workers"] = Field(
+        "auto",
+        description="place of augmentation: workers (one image at a time, in the loader processes), "
+        f"device (a batch at a time; {' and '.join(DEVICE_LEVELS)} only), or auto: the device if it "
+        "is a GPU and has the level; a resumed fold keeps its own",
     )
     use_sample: bool = Field(
         False, description="training and validation on 50,000 rows that include every positive"
@@ -267,8 +286,21 @@ class TrainSettings(Settings):
         # A flag is text, and "false" or "no" is not the name of a model on the hub.
         return BOOLEANS.get(value.lower(), value) if isinstance(value, str) else value
 
+    @field_validator("augmentation", mode="before")
+    @classmethod
+    def _augmentation_of_file(cls, value: Any) -> Any:
+        # The content is a setting, so that --resume compares it and a run's config holds it.
+        if not isinstance(value, str) or value in LEVELS:
+            return value
+        path = Path(value).expanduser()
+        if path.suffix not in PIPELINE_SUFFIXES:
+            raise ValueError(f"no such level, {did_you_mean(value, LEVELS)}")
+        if not path.is_file():
+            raise ValueError("no such file; give the path of a pipeline, or a level")
+        return read_yaml(path)
+
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent_run(self) -> Self:
         if self.fp16 and self.bf16:
             raise ValueError("choose one of --fp16 and --bf16")
         for key in SHORTHANDS:
@@ -282,6 +314,10 @@ class TrainSettings(Settings):
             self._refuse_validation()
         if self.force and self.resume:
             raise ValueError("--force starts again and --resume continues; choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent_recipe(self) -> Self:
         if self.freeze_epochs >= self.epochs:
             raise ValueError(
                 f"--freeze_epochs {self.freeze_epochs} leaves none of the {self.epochs} epochs for "
@@ -296,6 +332,16 @@ class TrainSettings(Settings):
             )
         if self.extra_negatives_per_positive and not self.extra_data:
             raise ValueError("--extra_negatives_per_positive is for --extra_data; give both")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent_images(self) -> Self:
+        if self.augment_on == "device" and self.augmentation not in DEVICE_LEVELS:
+            level = self.augmentation if isinstance(self.augmentation, str) else "of a file"
+            raise ValueError(
+                f"--augment_on device runs only {' and '.join(DEVICE_LEVELS)}, not --augmentation "
+                f"{level}; choose one of them, or --augment_on workers"
+            )
         if self.mixes_images and self.batch_size % 2:
             raise ValueError(
                 f"--mixup and --cutmix pair images; make --batch_size {self.batch_size} even"

@@ -47,14 +47,14 @@ class DecodedImages:
     def __getitem__(self, row: int) -> dict[str, Pixels]:
         """Return `image` [size, size, 3] and, if the row has one, `mask` [size, size] of 0 and 1.
 
-        The caller may write into them.
+        The caller must not write into them.
         """
         slot = self.slots[row]
         if slot == NOT_KEPT:
             return self._decode(row)
-        pixels = {"image": self.kept_images[slot].copy()}
+        pixels = {"image": self.kept_images[slot]}
         if self.has_mask[row]:
-            pixels["mask"] = self.kept_masks[slot].copy()
+            pixels["mask"] = self.kept_masks[slot]
         return pixels
 
     def _decode(self, row: int) -> dict[str, Pixels]:

@@ -20,7 +20,7 @@ from isic.runtime import interrupt
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.interrupt import ignore_signals_in_worker
 from train import distributed
-from train.augment import create_augmentation
+from train.augmentation.pipeline import create_augmentation
 from train.batch import NO_MASK, Batch
 from train.config import TrainSettings
 from train.decoded import DecodedImages
@@ -40,8 +40,9 @@ from train.sampling import (
 TRAINING_PASSES = 3
 """Forward passes that training on an image costs."""
 
-Item = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.uint8]]
-"""Image [size, size, 3], target, row number, mask [size, size], or [0, 0] if masks are unused."""
+Item = tuple[NDArray[np.uint8], np.float32, int, NDArray[np.uint8], int]
+"""Image [size, size, 3], target, row number, mask [size, size], or [0, 0] if masks are unused, and
+the augmentation's seed."""
 
 
 class FoldLoaders(NamedTuple):
@@ -104,7 +105,9 @@ def fold_loaders(
     subset = held_out_subset(held_out, data.target[held_out], settings.split_seed)
     held_out_sampler = HeldOutSampler(held_out, subset, rank, world_size)
     decoded = DecodedImages(data.rows, spec)
-    images = LesionImages(data.target, decoded, create_augmentation(settings.augmentation))
+    on_device = settings.augment_on == "device"
+    augmentation = None if on_device else create_augmentation(settings.augmentation)
+    images = LesionImages(data.target, decoded, augmentation)
     held_out_images = LesionImages(data.target, decoded)
     batch_size = settings.batch_size
     num_channels = 4 if settings.mask_weight else 3  # a mask is as large as one colour channel
@@ -153,8 +156,9 @@ class LesionImages(Dataset[Item]):
         pixels = self.decoded[row]
         if self.augmentation is not None:
             self.augmentation.set_random_seed(seed)
-            pixels = self.augmentation(**pixels)
-        return pixels["image"], self.target[row], row, pixels.get("mask", self._no_mask())
+            # Transforms may write into their input.
+            pixels = self.augmentation(**{name: part.copy() for name, part in pixels.items()})
+        return pixels["image"], self.target[row], row, pixels.get("mask", self._no_mask()), seed
 
     def _no_mask(self) -> NDArray[np.uint8]:
         size = 0 if self.decoded.mask_files is None else self.decoded.spec.size

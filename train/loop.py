@@ -18,7 +18,7 @@ from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from isic.runtime.progress import TimeLeft
 from train import distributed
-from train.augment import create_mixup
+from train.augmentation.device import create_device_augmentation
 from train.batch import Batch, to_device, with_aux
 from train.config import TrainSettings
 from train.deadline import Deadline, OutOfTime
@@ -27,6 +27,7 @@ from train.fold_files import begin_fold, save_fold
 from train.history import EpochStats, Validation, log_epoch
 from train.loaders import FoldLoaders, TimedLoader, fold_loaders
 from train.memory import memory_errors
+from train.mixup import create_mixup
 from train.optim import Schedule, allocate_moments, create_schedule, learning_rates, set_lr
 from train.predict import Predictions, predict, score
 from train.rows import TrainData
@@ -249,12 +250,14 @@ def train_epoch(
         leave=False,
         disable=None if distributed.is_main() else True,  # None: hidden unless on a terminal
     )
+    augment = create_device_augmentation(settings.augmentation, settings.augment_on, device)
     mix = create_mixup(settings.mixup, settings.cutmix)
     results: deque[StepResult] = deque()
     for micro_batches in batched(progress, settings.accumulation_steps):
         interrupt.raise_if_interrupted()
         set_lr(state.optimizer, schedule, state.step)
-        mixed = [mix(with_aux(to_device(batch, device), aux)) for batch in micro_batches]
+        on_device = [augment(to_device(batch, device)) for batch in micro_batches]
+        mixed = [mix(with_aux(batch, aux)) for batch in on_device]
         loss = accumulate(state, forward, mixed, settings, device)
         values = optimizer_step(state, settings.clip_grad, loss)
         # With the batches before the copy to the device: reading row numbers there would sync.

@@ -11,6 +11,7 @@ import torch
 from isic.runtime.errors import UserError, warn
 from isic.runtime.machine import num_cores
 from train import distributed
+from train.augmentation.levels import DEVICE_LEVELS
 from train.config import Precision, TrainSettings
 
 SettingsT = TypeVar("SettingsT", bound=TrainSettings)
@@ -70,11 +71,19 @@ def check_bfloat16(device: torch.device) -> None:
         raise UserError(f"--precision bf16: {reason}; use --precision fp16")
 
 
-def resolve_precision(settings: SettingsT, device: torch.device) -> SettingsT:
-    """Return the settings with the device's best precision in place of `auto`."""
-    if settings.precision != "auto":
-        return settings
-    return settings.model_copy(update={"precision": best_precision(device)})
+def resolve_choices(settings: SettingsT, device: torch.device) -> SettingsT:
+    """Return the settings with the device's best choices in place of `auto`."""
+    best = {
+        "precision": best_precision(device),
+        "augment_on": best_augment_on(settings.augmentation, device),
+    }
+    chosen = {key: value for key, value in best.items() if getattr(settings, key) == "auto"}
+    return settings.model_copy(update=chosen)
+
+
+def best_augment_on(augmentation: object, device: torch.device) -> str:
+    """Return the faster place of augmentation, `device` or `workers`."""
+    return "device" if device.type == "cuda" and augmentation in DEVICE_LEVELS else "workers"
 
 
 def best_precision(device: torch.device) -> Precision:

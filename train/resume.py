@@ -1,6 +1,8 @@
 """Guards: whether a run may skip, continue or overwrite a fold."""
 
+import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ FREE_TO_CHANGE = {
     "on_error",
 }
 """Settings that may change between a run and its continuation: they do not affect the weights."""
+CHOSEN = ("precision", "augment_on")
+"""Settings that training chooses if they are `auto`; a fold keeps its own."""
 
 
 def is_finished(settings: TrainSettings, fold: Fold) -> bool:
@@ -70,27 +74,41 @@ def is_finished(settings: TrainSettings, fold: Fold) -> bool:
 def refuse_difference(path: Path, saved: Mapping[str, Any], settings: TrainSettings) -> None:
     """Raise a UserError that names the first setting in which `saved` differs from `settings`."""
     now = settings.model_dump(mode="json")
-    # Settings that did not exist when the file was written have their defaults.
-    then = build(TrainSettings, saved, source=str(path)).model_dump(mode="json")
-    if settings.precision == "auto":
-        now["precision"] = then["precision"]
+    then = saved_settings(path, saved).model_dump(mode="json")
+    now.update({key: then[key] for key in CHOSEN if now[key] == "auto"})
     for key in sorted(now.keys() - FREE_TO_CHANGE):
         if now[key] != then[key]:
             raise UserError(
-                f"{path} was made with {key}={then[key]}, now it is {now[key]}; use the previous "
-                "value, choose another --name, or train again with --force"
+                f"{path} was made with {key}={in_short(then[key])}, now it is "
+                f"{in_short(now[key])}; use the previous value, choose another --name, or train "
+                "again with --force"
             )
 
 
-def keep_precision(settings: TrainSettings, fold: Fold) -> TrainSettings:
-    """Return the settings with the precision of a fold that is continued in place of `auto`."""
+def in_short(value: Any) -> Any:
+    """Return a value as an error shows it; of a file's content the digest."""
+    if not isinstance(value, dict):
+        return value
+    text = json.dumps(value, sort_keys=True)
+    return f"a file of digest {sha256(text.encode()).hexdigest()[:8]}"
+
+
+def keep_choices(settings: TrainSettings, fold: Fold) -> TrainSettings:
+    """Return the settings with those of a fold that is continued in place of `auto`."""
     directory = fold_dir(settings.run_dir, fold)
     config = directory / CONFIG_FILE
     continues = settings.resume and (directory / LAST_CHECKPOINT).is_file() and config.is_file()
-    if settings.precision != "auto" or not continues:
+    if not continues:
         return settings
-    saved = build(TrainSettings, read_yaml(config), source=str(config))
-    return settings.model_copy(update={"precision": saved.precision})
+    saved = saved_settings(config, read_yaml(config)).model_dump()
+    chosen = {key: saved[key] for key in CHOSEN if getattr(settings, key) == "auto"}
+    return settings.model_copy(update=chosen)
+
+
+def saved_settings(path: Path, values: Mapping[str, Any]) -> TrainSettings:
+    """Return the settings that a run has saved in a file; those it lacks have their defaults."""
+    # Before `augment_on`, images were augmented in the workers.
+    return build(TrainSettings, {"augment_on": "workers", **values}, source=str(path))
 
 
 def require_resume_or_force(settings: TrainSettings, fold: Fold) -> None:

@@ -11,6 +11,7 @@ from isic.runtime.errors import UserError
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.progress import TimeLeft
 from train import distributed
+from train.augmentation.pipeline import check_augmentation
 from train.config import TrainSettings
 from train.deadline import OUT_OF_TIME, Deadline, OutOfTime
 from train.loaders import worker_errors
@@ -18,15 +19,16 @@ from train.loop import train_fold
 from train.machine import (
     check_bfloat16,
     prepare,
-    resolve_precision,
+    resolve_choices,
     select_device,
     without_bfloat16,
 )
 from train.memory import memory_errors
 from train.pretrained import refuse_leaking_weights
 from train.resume import (
+    CHOSEN,
     is_finished,
-    keep_precision,
+    keep_choices,
     refuse_other_content,
     require_resume_or_force,
 )
@@ -62,8 +64,10 @@ def train_folds(settings: TrainSettings, device: torch.device) -> int:
     for fold in due:
         refuse_other_content(settings, fold)
         require_resume_or_force(settings, fold)
-    runs = {fold: choose_precision(settings, fold, device) for fold in due}
+    runs = {fold: choose(settings, fold, device) for fold in due}
     if due:
+        with_masks = settings.mask_weight > 0
+        check_augmentation(settings.augmentation, settings.image_size, with_masks)
         data = load_data(settings)
         held_out = {fold: data.held_out(fold) for fold in due}
         refuse_leaking_weights(settings.pretrained, held_out)
@@ -107,21 +111,21 @@ def train_each(
         train_fold(run, data, fold, device, deadline, time_left)
 
 
-def choose_precision(settings: TrainSettings, fold: Fold, device: torch.device) -> TrainSettings:
-    """Return the settings of a fold with a precision, that of all processes, in place of `auto`.
+def choose(settings: TrainSettings, fold: Fold, device: torch.device) -> TrainSettings:
+    """Return the settings of a fold with choices, those of all processes, in place of `auto`.
 
     Raises:
         UserError: the fold is continued in a precision that the device does not compute in.
     """
-    chosen = resolve_precision(keep_precision(settings, fold), device).precision
+    chosen = resolve_choices(keep_choices(settings, fold), device)
     chosen = distributed.broadcast_object(chosen)
     reason = without_bfloat16(device)
-    if chosen == "bf16" and reason:
+    if chosen.precision == "bf16" and reason:
         raise UserError(
             f"fold {fold} was begun in bf16; {reason}; continue on such a GPU, or start again "
             "with --force"
         )
-    return settings.model_copy(update={"precision": chosen})
+    return settings.model_copy(update={key: getattr(chosen, key) for key in CHOSEN})
 
 
 def announce_training(

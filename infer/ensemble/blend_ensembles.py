@@ -26,7 +26,14 @@ from infer.ensemble.chosen import CHOSEN_KEY, choice_notes, choices_of_blend
 from infer.ensemble.compare import patients_of, same_rows
 from infer.ensemble.scores import format_scores, summarise
 from infer.ensemble.settings import BlendSettings
-from infer.ensemble.splits import Plans, PlanScores, read_plans, summarise_plans, write_plans
+from infer.ensemble.splits import (
+    Plans,
+    PlanScores,
+    read_plans,
+    split_seeds,
+    summarise_plans,
+    write_plans,
+)
 from isic import schema
 from isic.dataset import refuse_dataset
 from isic.layout import FOLDS_FILE, OOF_FILE
@@ -133,10 +140,12 @@ def blend_plans(
         wanted: as for `choose_weights`.
         target: [N], in the order of the ids.
     """
+    shared = set.intersection(*(set(split_seeds(member.manifest)) for member in members.values()))
+    if len(shared) < 2:
+        return {}
     by_member = {name: read_plans(member.root) for name, member in members.items()}
-    shared = sorted(set.intersection(*(set(plans) for plans in by_member.values())))
     blended = {}
-    for split_seed in shared if len(shared) > 1 else ():
+    for split_seed in sorted(shared):
         plans = {name: of[split_seed] for name, of in by_member.items()}
         blended[split_seed] = _blend_plan(plans, wanted, target, f"split seed {split_seed}: ")
     return blended
@@ -224,7 +233,7 @@ def search_weights(
 def _notes_on_members(members: Mapping[str, Ensemble], plans: Plans) -> list[str]:
     """Return lines on fold plans and seeds that only some of the members have."""
     notes = []
-    num_plans = {name: len(read_plans(member.root)) or 1 for name, member in members.items()}
+    num_plans = {name: len(split_seeds(member.manifest)) or 1 for name, member in members.items()}
     if any(number > max(len(plans), 1) for number in num_plans.values()):
         notes.append(
             f"note: the members have different fold plans ({_listed(num_plans)}), and the blend "

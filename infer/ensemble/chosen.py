@@ -7,6 +7,9 @@ CHOSEN_KEY, and every place that prints the score prints them too.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from infer.ensemble.feature_words import find_list
+from isic.runtime.files import holds, manifest_path, read_json
+
 Manifest = Mapping[str, Any]
 
 CHOSEN_KEY = "chosen_on_scored_rows"
@@ -23,6 +26,22 @@ def choices_of_blend(weights_from: Any, members: Iterable[Manifest]) -> list[str
     own = [SEARCHED_WEIGHTS] if weights_from == "search" else []
     inherited = [choice for member in members for choice in choices(member)]
     return list(dict.fromkeys([*own, *inherited]))
+
+
+def choices_of_lists(lists: Iterable[str], metadata_sha256: str) -> list[str]:
+    """Return the lists of features that `infer select` chose on the same training table.
+
+    Args:
+        lists: their words in `--features`, such as `@chosen`.
+        metadata_sha256: digest of the training table.
+    """
+    found = []
+    for name in lists:
+        path = manifest_path(find_list(name))
+        # A list without a manifest was written by hand.
+        if holds(path, "by") and read_json(path).get("metadata_sha256") == metadata_sha256:
+            found.append(f"the features of {name} were selected on these rows")
+    return found
 
 
 def choices(manifest: Manifest) -> list[str]:

@@ -13,7 +13,7 @@ from infer.ensemble.blend_artifact import Scorer, open_scorer
 from infer.ensemble.chosen import choice_notes
 from infer.ensemble.comparison import Comparison, patient_draws
 from infer.ensemble.settings import CompareSettings
-from infer.ensemble.splits import PlanPairs, paired_by_fold, read_plans, shared_plans
+from infer.ensemble.splits import PlanPairs, paired_by_fold, read_plans, shared_plans, split_seeds
 from isic import schema
 from isic.dataset import Dataset
 from isic.metadata import with_patient
@@ -87,10 +87,14 @@ def compare_sides(
 
 def _plans_to_compare(first: Sequence[Scorer], second: Sequence[Scorer]) -> PlanPairs:
     """Return the shared plans of two single ensembles; none if there are too few for a test."""
-    if len(first) > 1:
+    if len(first) > 1 or len(_shared_seeds(first[0], second[0])) < MIN_PLANS:
         return []
-    pairs = shared_plans(read_plans(first[0].root), read_plans(second[0].root))
-    return pairs if len(pairs) >= MIN_PLANS else []
+    return shared_plans(read_plans(first[0].root), read_plans(second[0].root))
+
+
+def _shared_seeds(first: Scorer, second: Scorer) -> set[int]:
+    """Return the split seeds that both ensembles have."""
+    return set(split_seeds(first.manifest)) & set(split_seeds(second.manifest))
 
 
 def same_rows(scorers: Sequence[Scorer]) -> list[pl.DataFrame]:
@@ -131,13 +135,13 @@ def notes(first: Sequence[Scorer], second: Sequence[Scorer]) -> list[str]:
 
 
 def _plans_note(ensembles: Sequence[Scorer]) -> list[str]:
-    plans = [read_plans(ensemble.root) for ensemble in ensembles]
-    if not any(plans):
+    seeds = [split_seeds(ensemble.manifest) for ensemble in ensembles]
+    if not any(seeds):
         return []
     if len(ensembles) > 2:
         return ["note: of several ensembles per side, only the first fold plans are compared"]
-    num_shared = len(shared_plans(*plans))
-    counts = _listed(ensembles, [len(of) or 1 for of in plans])
+    num_shared = len(_shared_seeds(*ensembles))
+    counts = _listed(ensembles, [len(of) or 1 for of in seeds])
     if num_shared >= MIN_PLANS:
         return [f"note: folds of the {num_shared} fold plans that both have ({counts})"]
     return [
@@ -147,12 +151,12 @@ def _plans_note(ensembles: Sequence[Scorer]) -> list[str]:
 
 
 def _seeds_note(ensembles: Sequence[Scorer]) -> list[str]:
-    boosted = [ensemble for ensemble in ensembles if ensemble.scores_by_seed()]
-    counts = [len(ensemble.scores_by_seed()) for ensemble in boosted]
-    if len(set(counts)) < 2:
+    counts = [len(ensemble.scores_by_seed()) for ensemble in ensembles]
+    # Without boosters there are none.
+    if len({count for count in counts if count}) < 2:
         return []
     return [
-        f"note: the numbers of seeds differ ({_listed(boosted, counts)}), and a mean over more "
+        f"note: the numbers of seeds differ ({_listed(ensembles, counts)}), and a mean over more "
         "seeds scores higher by itself; fit all with equal --seeds"
     ]
 

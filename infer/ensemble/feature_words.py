@@ -29,7 +29,12 @@ class FeatureWords:
     @property
     def label(self) -> str:
         """A name for the choice that can name a folder."""
-        return "+".join(_label(word) for word in _split(self.text))
+        return label(self.text)
+
+
+def label(text: str) -> str:
+    """Return the words of `--features` as a name for a file or folder."""
+    return "+".join(_label(word) for word in _split(text))
 
 
 def parse_words(text: str, lists: Lists | None = None) -> FeatureWords:
@@ -68,18 +73,24 @@ def _label(word: str) -> str:
     return sign + Path(path).stem
 
 
-def read_list(name: str) -> list[str]:
-    """Read `@file`, or `@name` of a list in LISTS_DIR: a word per line, # starts a comment.
-
-    Raises:
-        UserError: no such file, not text, no words, or another list in it.
-    """
+def find_list(name: str) -> Path:
+    """Return the file of `@file`, or of `@name`, a list in LISTS_DIR. Raise UserError."""
     path = Path(name.removeprefix(LIST)).expanduser()
     in_lists = LISTS_DIR / f"{path.name}.txt"
     if not path.is_file() and not path.suffix and in_lists.is_file():
         path = in_lists
     if not path.is_file():
         raise UserError(f"no list of features {path}; give the path of a text file after @")
+    return path
+
+
+def read_list(name: str) -> list[str]:
+    """Read the list that `find_list` finds: a word per line, # starts a comment.
+
+    Raises:
+        UserError: no such file, not text, no words, or another list in it.
+    """
+    path = find_list(name)
     lines = (line.partition(COMMENT)[0].strip() for line in read_text(path).splitlines())
     words = [line for line in lines if line]
     if not words:

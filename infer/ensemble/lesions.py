@@ -19,8 +19,14 @@ FEW = 5
 
 
 def count_lesions(metadata: pl.DataFrame) -> NDArray[np.int64]:
-    """Return [P] the number of rows of each patient."""
-    return with_patient(metadata)[schema.PATIENT].value_counts()["count"].to_numpy().astype(int)
+    """Return [P] the number of rows of each patient, in the order of their names."""
+    return np.bincount(patient_codes(metadata))
+
+
+def patient_codes(metadata: pl.DataFrame) -> NDArray[np.int64]:
+    """Return [N] the number of each row's patient, 0 to P - 1 in the order of their names."""
+    patient = with_patient(metadata)[schema.PATIENT]
+    return (patient.rank("dense") - 1).cast(pl.Int64).to_numpy()
 
 
 def describe_lesion_counts(metadata: pl.DataFrame) -> dict[str, Any]:

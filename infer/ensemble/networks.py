@@ -10,7 +10,7 @@ from isic.runtime.errors import UserError
 
 # The name becomes part of columns and files. LightGBM refuses the characters of JSON in a column's
 # name, XGBoost < and [, and neither keeps blanks.
-USABLE_NAME = re.compile(r"[\w.+-]+")
+USABLE_NAME = re.compile(r"[\w.+-]+", re.ASCII)
 
 
 def by_network(roots: Sequence[Path], split: Split) -> dict[str, Path]:

@@ -1,7 +1,7 @@
 """Fit a booster per library, fold and seed, and score each fold's held-out rows with it."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -13,8 +13,10 @@ from tqdm import tqdm
 from infer.ensemble.blend import Scores, model_name
 from infer.ensemble.boosters import LIBRARIES, fit_booster
 from infer.ensemble.settings import FitSettings
+from infer.ensemble.thinning import ThinnedTables
+from infer.ensemble.training_table import TrainingTable
 from isic.features import Encoding, fit_encoding
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.machine import num_cores
 from isic.runtime.progress import TimeLeft
 
@@ -23,16 +25,6 @@ BLANK_STREAM = 2
 
 BoosterKey = tuple[str, int, int]
 """Library, fold and seed of a booster."""
-NoisyColumns = Callable[[tuple[int, int]], pl.DataFrame]
-"""Makes columns from the seed and fold of a booster."""
-
-
-def noise_of(noisy: NoisyColumns | None, rows: NDArray[np.bool_]) -> NoisyColumns | None:
-    """Return the same for a part of the rows, [N] whether a row belongs to it."""
-    if noisy is None:
-        return None
-    mask = pl.Series(rows)
-    return lambda key: noisy(key).filter(mask)
 
 
 @dataclass(frozen=True)
@@ -48,12 +40,12 @@ class FitResult:
 
 
 def fit_boosters(
-    table: pl.DataFrame,
+    table: TrainingTable,
     names: tuple[str, ...] | Mapping[int, tuple[str, ...]],
     target: NDArray[np.integer],
     fold: NDArray[np.integer],
     settings: FitSettings,
-    noisy: NoisyColumns | None = None,
+    thinned: ThinnedTables | None = None,
     fold_ids: Sequence[int] | None = None,
 ) -> FitResult:
     """Fit all boosters of an ensemble and score every row out of fold.
@@ -61,93 +53,119 @@ def fit_boosters(
     Args:
         names: columns of the boosters' matrix, the same for all folds or by fold.
         target, fold: [N].
-        noisy: makes the columns of the table, [N] each, that are replaced in the rows that a
-            booster is fitted on.
+        thinned: the tables of the training rows by seed, of the same rows as `table`, from which
+            held-out rows are scored; None to fit on `table` too.
         fold_ids: the folds that boosters are fitted without; those of `fold` if None.
 
     Raises:
-        UserError: the rows outside a fold are of one class.
+        UserError: the rows outside a fold are of one class, or `--blank` names no category.
     """
+    assert (settings.thin_patients > 0) == (thinned is not None)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     fold_ids = np.unique(fold).tolist() if fold_ids is None else fold_ids
     keys = list(itertools.product(settings.libraries, fold_ids, seeds))
+    features = table.features
     result = FitResult()
     for library, _, seed in keys:
-        result.scores[model_name(library, seed)] = np.zeros(len(table))
+        result.scores[model_name(library, seed)] = np.zeros(len(features))
     by_fold = names if isinstance(names, Mapping) else dict.fromkeys(fold_ids, names)
     for k in fold_ids:
         _need_both_classes(target[fold != k], k)
-        result.encodings[k] = fit_encoding(table.filter(pl.Series(fold != k)), by_fold[k])
+        result.encodings[k] = fit_encoding(features.filter(pl.Series(fold != k)), by_fold[k])
+        _refuse_unknown_blanks(settings.blank, result.encodings[k])
+    num_uses = len(settings.libraries) * len(fold_ids)
 
     def fit_one(key: BoosterKey) -> tuple[str, Scores]:
-        _, k, _ = key
-        return _fit_and_score(key, table, target, fold, result.encodings[k], settings, noisy)
+        _, k, seed = key
+        encoding = result.encodings[k]
+        training = thinned.take(seed, num_uses) if thinned else table
+        text = fit_outside(key, training, target, fold, encoding, settings)
+        return text, _score(key, text, features.filter(pl.Series(fold == k)), encoding)
 
+    # By seed, so that few thinned tables are in memory at a time.
+    order = sorted(keys, key=lambda key: key[2])
+    texts: dict[BoosterKey, str] = {}
     # Threads rather than processes: the libraries release the GIL, and the table is shared.
     # A GPU fits one booster at a time.
     num_threads = settings.num_threads or num_cores()
     pool = ThreadPoolExecutor(num_threads if settings.device == "cpu" else 1)
     try:
-        fitted = tqdm(pool.map(fit_one, keys), "boosters", len(keys), leave=False, disable=None)
+        fitted = tqdm(pool.map(fit_one, order), "boosters", len(keys), leave=False, disable=None)
         # A bar shows the time itself.
         time_left = TimeLeft(len(keys), "fitting") if fitted.disable else None
-        for key, (text, score) in zip(keys, fitted, strict=True):
+        for key, (text, score) in zip(order, fitted, strict=True):
             library, k, seed = key
-            result.boosters[key] = text
+            texts[key] = text
             result.scores[model_name(library, seed)][fold == k] = score
             if time_left:
                 time_left.advance()
     finally:
         pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the rest is of no use
+    result.boosters.update({key: texts[key] for key in keys})
     return result
-
-
-def _fit_and_score(
-    key: BoosterKey,
-    table: pl.DataFrame,
-    target: NDArray[np.integer],
-    fold: NDArray[np.integer],
-    encoding: Encoding,
-    settings: FitSettings,
-    noisy: NoisyColumns | None,
-) -> tuple[str, Scores]:
-    """Fit one booster outside a fold. Return its text, and the scores of the fold's rows."""
-    library, k, _ = key
-    text = fit_outside(key, table, target, fold, encoding, settings, noisy)
-    # Scored by the text, as in prediction, not by the booster in memory.
-    predict = LIBRARIES[library].load(text)
-    held_out = table.filter(pl.Series(fold == k))
-    if held_out.is_empty():
-        return text, np.zeros(0)
-    return text, predict(encoding.transform(held_out), 1)
 
 
 def fit_outside(
     key: BoosterKey,
-    table: pl.DataFrame,
+    table: TrainingTable,
     target: NDArray[np.integer],
     fold: NDArray[np.integer],
     encoding: Encoding,
     settings: FitSettings,
-    noisy: NoisyColumns | None = None,
 ) -> str:
     """Fit one booster on the rows outside a fold. Return its text.
 
     Args:
         target, fold: [N]; the table may lack the rows of the fold.
         encoding: of the fold.
-        noisy: see `fit_boosters`.
     """
     library, k, seed = key
     rows = undersample(target, np.flatnonzero(fold != k), settings.negatives, (seed, k))
-    training = table[rows]
-    if noisy:
-        training = training.with_columns(noisy((seed, k))[rows])
-    matrix = encoding.transform(training)
+    matrix = encoding.transform(table.take(rows, seed, k))
     blanks = np.random.default_rng((seed, k, BLANK_STREAM))
-    encoding.blank_categories(matrix, settings.blank_share, blanks)
+    encoding.blank_categories(matrix, settings.blank_share, blanks, settings.blank)
     parameters = settings.parameters(library)
     return fit_booster(library, matrix, target[rows], encoding.names, parameters, seed)
+
+
+def _score(key: BoosterKey, text: str, table: pl.DataFrame, encoding: Encoding) -> Scores:
+    """Return [N] the scores of a table, possibly of no rows, by one booster."""
+    if table.is_empty():
+        return np.zeros(0)
+    # By the text, as in prediction, not by the booster in memory.
+    predict = LIBRARIES[key[0]].load(text)
+    return predict(encoding.transform(table), 1)
+
+
+def score_held_out(
+    result: FitResult, table: pl.DataFrame, fold: NDArray[np.integer]
+) -> dict[str, Scores]:
+    """Return [N] scores by model name, each row's by the boosters of its fold.
+
+    Args:
+        table: other features of the rows of the fit, in their order.
+        fold: [N].
+    """
+    scores = {name: np.zeros(len(table)) for name in result.scores}
+    for k, encoding in result.encodings.items():
+        matrix = encoding.transform(table.filter(pl.Series(fold == k)))
+        for (library, of_fold, seed), text in result.boosters.items():
+            if of_fold == k:
+                predict = LIBRARIES[library].load(text)
+                scores[model_name(library, seed)][fold == k] = predict(matrix, num_cores())
+    return scores
+
+
+def _refuse_unknown_blanks(names: Collection[str], encoding: Encoding) -> None:
+    """Raise a UserError if a column to blank is not a category among the features."""
+    for name in names:
+        if name in encoding.names and name not in encoding.categories:
+            raise UserError(f"--blank: {name} is a number; name categories only")
+        if name not in encoding.categories:
+            hint = "there are none"
+            if encoding.categories:
+                hint = did_you_mean(name, encoding.categories)
+            raise UserError(f'--blank: no category "{name}" among the features, {hint}')
 
 
 def undersample(

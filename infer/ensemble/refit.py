@@ -21,8 +21,10 @@ from infer.ensemble.blend_artifact import Blend, Scorer
 from infer.ensemble.boosters import LIBRARIES, booster_file_name
 from infer.ensemble.image_scores import LogitScaler
 from infer.ensemble.networks import by_network
-from infer.ensemble.out_of_fold import FitResult, NoisyColumns, fit_boosters, noise_of
+from infer.ensemble.out_of_fold import FitResult, fit_boosters
 from infer.ensemble.settings import EmbeddingSources, FitSettings
+from infer.ensemble.thinning import ThinnedTables
+from infer.ensemble.training_table import TrainingTable
 from isic import schema
 from isic.features import Encoding
 from isic.folds import draw_folds
@@ -80,12 +82,12 @@ class Refit:
 
 
 def refit_boosters(
-    table: pl.DataFrame,
+    table: TrainingTable,
     names: tuple[str, ...],
     metadata: pl.DataFrame,
     fold: NDArray[np.integer],
     settings: FitSettings,
-    noisy: NoisyColumns | None,
+    thinned: ThinnedTables | None,
 ) -> Refit:
     """Fit a booster per library and seed on every row, and measure their agreement with the folds'.
 
@@ -94,37 +96,36 @@ def refit_boosters(
         names: the columns to fit on, possibly none.
         metadata: `isic_id`, `target` and optionally `patient_id`, in the order of the table.
         fold: [N].
-        noisy: see `fit_boosters`.
+        thinned: see `fit_boosters`.
     """
     if not names:
         return Refit({}, None, None)
     target = metadata[schema.TARGET].to_numpy()
-    result = _fit_on_all(table, names, target, settings, noisy)
+    result = _fit_on_all(table, names, target, settings, thinned)
     (encoding,) = result.encodings.values()
     boosters = {(library, seed): text for (library, _, seed), text in result.boosters.items()}
-    agreement = measure_agreement(table, names, metadata, fold, settings, noisy)
+    agreement = measure_agreement(table, names, metadata, fold, settings)
     return Refit(boosters, encoding, agreement)
 
 
 def _fit_on_all(
-    table: pl.DataFrame,
+    table: TrainingTable,
     names: tuple[str, ...],
     target: NDArray[np.integer],
     settings: FitSettings,
-    noisy: NoisyColumns | None,
+    thinned: ThinnedTables | None = None,
 ) -> FitResult:
     # Each booster is fitted without the rows of a fold; no row is in this one.
-    in_fold = np.zeros(len(table), np.int8)
-    return fit_boosters(table, names, target, in_fold, settings, noisy, fold_ids=[1])
+    in_fold = np.zeros(len(target), np.int8)
+    return fit_boosters(table, names, target, in_fold, settings, thinned, fold_ids=[1])
 
 
 def measure_agreement(
-    table: pl.DataFrame,
+    table: TrainingTable,
     names: tuple[str, ...],
     metadata: pl.DataFrame,
     fold: NDArray[np.integer],
     settings: FitSettings,
-    noisy: NoisyColumns | None,
 ) -> dict[str, Any] | None:
     """Compare boosters of folds with one on all rows, on rows that neither has seen.
 
@@ -137,22 +138,22 @@ def measure_agreement(
     """
     fold_ids = np.unique(fold)
     is_fitted = fold != fold_ids[0]
-    one_seed = settings.model_copy(update={"seeds": 1})
+    # Whole patients, as both ways are fitted on the same ones.
+    one_seed = settings.model_copy(update={"seeds": 1, "thin_patients": 0.0})
     rows = metadata.filter(pl.Series(is_fitted))
     try:
         plan = draw_folds(rows, len(fold_ids), settings.seed_of_split)
     except UserError as error:
         print(f"note: the agreement of folds and all rows is not measured: {error}")
         return None
-    inner_table = table.filter(pl.Series(is_fitted))
+    inner_table = table.filter(is_fitted)
     inner_target = rows[schema.TARGET].to_numpy()
     inner_fold = plan.of(rows).to_numpy()
-    inner_noise = noise_of(noisy, is_fitted)
     results = (
-        fit_boosters(inner_table, names, inner_target, inner_fold, one_seed, inner_noise),
-        _fit_on_all(inner_table, names, inner_target, one_seed, inner_noise),
+        fit_boosters(inner_table, names, inner_target, inner_fold, one_seed),
+        _fit_on_all(inner_table, names, inner_target, one_seed),
     )
-    unseen = table.filter(pl.Series(~is_fitted))
+    unseen = table.features.filter(pl.Series(~is_fitted))
     target = metadata.filter(pl.Series(~is_fitted))[schema.TARGET].to_numpy()
     of_folds, of_all = (_score(result, unseen, one_seed) for result in results)
     return {

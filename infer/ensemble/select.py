@@ -20,26 +20,16 @@ import polars as pl
 from numpy.typing import NDArray
 
 from infer.ensemble.blend import blend, model_name
-from infer.ensemble.booster_checks import check_library
 from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.comparison import Comparison, compare_scores
 from infer.ensemble.feature_spec import FeatureSpec
-from infer.ensemble.fit import (
-    MODEL_SETTINGS,
-    choose_folds,
-    own_inputs,
-    read_spec,
-    read_train,
-    warn_of_own_columns,
-)
-from infer.ensemble.image_features import (
-    embedding_origins,
-    fit_image_state,
-    read_image_rows,
-)
-from infer.ensemble.out_of_fold import FitResult, NoisyColumns, fit_boosters, fit_outside, noise_of
-from infer.ensemble.own_tables import refuse_other_folds
+from infer.ensemble.feature_words import label
+from infer.ensemble.fit import MODEL_SETTINGS, own_inputs
+from infer.ensemble.fit_rows import read_rows, warn_of_own_columns
+from infer.ensemble.image_features import embedding_origins
+from infer.ensemble.out_of_fold import FitResult, fit_boosters, fit_outside
 from infer.ensemble.settings import SelectSettings
+from infer.ensemble.training_table import TrainingTable
 from isic import schema
 from isic.dataset import Dataset
 from isic.features import fit_encoding
@@ -74,8 +64,7 @@ class Rows:
     spec: FeatureSpec
     metadata: pl.DataFrame
     num_folds: int
-    table: pl.DataFrame
-    """The feature table."""
+    table: TrainingTable
     names: tuple[str, ...]
     """Columns of the boosters' matrix: the candidates, then the image features."""
     origins: Mapping[str, Any]
@@ -84,20 +73,16 @@ class Rows:
     """[N], 0 or 1."""
     fold: NDArray[np.integer]
     """[N]."""
-    noisy: NoisyColumns | None
-    """See `fit_boosters`."""
 
     def outside(self, k: int) -> "Rows":
         """Return the rows outside a fold."""
         is_outside = self.fold != k
-        rows = pl.Series(is_outside)
         return replace(
             self,
-            metadata=self.metadata.filter(rows),
-            table=self.table.filter(rows),
+            metadata=self.metadata.filter(pl.Series(is_outside)),
+            table=self.table.filter(is_outside),
             target=self.target[is_outside],
             fold=self.fold[is_outside],
-            noisy=noise_of(self.noisy, is_outside),
         )
 
 
@@ -119,7 +104,7 @@ def select(settings: SelectSettings) -> None:
     rows = _read(settings)
     candidates = rows.spec.table_names
     print(
-        f"choosing among {len(candidates)} features by {settings.by}: {len(rows.table):,} rows, "
+        f"choosing among {len(candidates)} features by {settings.by}: {len(rows.target):,} rows, "
         f"{rows.num_folds} folds",
         flush=True,
     )
@@ -148,8 +133,7 @@ def select(settings: SelectSettings) -> None:
 
 def list_path(settings: SelectSettings) -> Path:
     """Return the file of the list."""
-    words = settings.features.replace(",", "+").replace("@", "").replace("/", "_")
-    name = settings.name or f"{words}_{settings.by}"
+    name = settings.name or f"{label(settings.features)}_{settings.by}"
     return settings.output or settings.output_dir / f"{name}.txt"
 
 
@@ -159,35 +143,24 @@ def _packages(settings: SelectSettings) -> list[str]:
 
 def _read(settings: SelectSettings) -> Rows:
     """Read the table that `infer fit` would fit, and check the libraries. Raise UserError."""
-    spec, own_tables = read_spec(settings)
+    rows = read_rows(settings)
+    spec, metadata = rows.spec, rows.metadata
     if not spec.table_names:
         raise UserError(f'"{settings.features}" has no features to choose among; add a set')
-    metadata = read_train(settings.data, spec)
-    folds = choose_folds(settings, metadata)
-    fold = folds.of(metadata).to_numpy()
-    refuse_other_folds(own_tables.values(), metadata, fold, folds)
-    sources = settings.sources
-    image = fit_image_state(spec.forms, sources, metadata)
-    names = spec.names(image)
-    for library in settings.libraries:
-        check_library(library, settings.parameters(library), names)
-    images = read_image_rows(image, sources, "train", metadata, out_of_fold=True)
-    own_columns = [table.columns(metadata) for table in own_tables.values()]
-    table = spec.frame(metadata, [*own_columns, *images.tables()])
-    warn_of_own_columns(spec, table, metadata)
+    table = rows.table(metadata)
+    warn_of_own_columns(spec, table.features, metadata)
     parameters = {library: settings.parameters(library) for library in settings.libraries}
     origins = {
         "features": settings.features,
         "parameters": parameters,
         "settings": settings.model_dump(mode="json", include=MODEL_SETTINGS),
-        "folds_digest": folds.digest,
-        **embedding_origins(image, sources, "train"),
-        **own_inputs(spec, own_tables),
+        "folds_digest": rows.folds.digest,
+        **embedding_origins(rows.image, settings.sources, "train"),
+        **own_inputs(spec, rows.own_tables),
         "metadata_sha256": sha256(Dataset(settings.data).metadata_path("train")),
     }
-    target = metadata[schema.TARGET].to_numpy()
-    noisy = images.noisy(settings.image_noise)
-    return Rows(spec, metadata, folds.num_folds, table, names, origins, target, fold, noisy)
+    fold = rows.fold.to_numpy()
+    return Rows(spec, metadata, rows.folds.num_folds, table, rows.names, origins, rows.target, fold)
 
 
 def choose_by_fold(rows: Rows, settings: SelectSettings) -> dict[int, Choice]:
@@ -213,16 +186,14 @@ def _gains(rows: Rows, k: int, settings: SelectSettings) -> tuple[Gains, Gains]:
     Args:
         rows: those outside fold `k`.
     """
-    encoding = fit_encoding(rows.table, rows.names)
+    encoding = fit_encoding(rows.table.features, rows.names)
 
     def fit_one(key: tuple[str, int, bool]) -> NDArray[np.float64]:
         library, seed, is_shuffled = key
         labels = rows.target
         if is_shuffled:
             labels = np.random.default_rng((seed, k, NULL_STREAM)).permutation(labels)
-        text = fit_outside(
-            (library, k, seed), rows.table, labels, rows.fold, encoding, settings, rows.noisy
-        )
+        text = fit_outside((library, k, seed), rows.table, labels, rows.fold, encoding, settings)
         return LIBRARIES[library].gains(text, len(rows.names))
 
     by_gain = settings.by == "gain"
@@ -301,9 +272,7 @@ def _judge(
 ) -> tuple[Comparison, dict[str, Any]]:
     """Compare all features with each fold's own list, both out of fold."""
     first, second = (
-        _by_seed(
-            fit_boosters(rows.table, names, rows.target, rows.fold, settings, rows.noisy), settings
-        )
+        _by_seed(fit_boosters(rows.table, names, rows.target, rows.fold, settings), settings)
         for names in (rows.names, lists)
     )
     patient = with_patient(rows.metadata)[schema.PATIENT].to_numpy()

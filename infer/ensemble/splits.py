@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from infer.ensemble.artifact import SPLITS_FILE
 from infer.ensemble.blend import Scores, blend, blend_by_seed
+from infer.ensemble.fit_rows import FitRows
 from infer.ensemble.out_of_fold import fit_boosters
-from infer.ensemble.settings import FitSettings
+from infer.ensemble.training_table import TrainingTable
 from isic import schema
 from isic.folds import draw_folds
 from isic.metrics import pauc
@@ -63,61 +64,29 @@ def plan_scores(
     return PlanScores(fold, blend_by_seed(models, weights), blend(models, weights, models))
 
 
-def refuse_splits(num_splits: int, fold_models: bool, plan: Path | None) -> None:
-    """Raise a UserError if several fold plans are asked for and there can be only one.
-
-    Args:
-        fold_models: whether features come from fold models, which belong to one plan.
-        plan: the file with the fold plan, if it is not drawn.
-    """
-    if num_splits == 1:
-        return
-    if fold_models:
-        raise UserError(
-            "the image features of fold models are out of fold in one fold plan only, and --splits "
-            "draws others; leave --splits out, or leave these features out"
-        )
-    if plan:
-        raise UserError(
-            f"{plan} is the only fold plan of this fit, and --splits draws others; leave --splits "
-            "out, or fit without that file"
-        )
-
-
-def fit_plans(
-    table: pl.DataFrame,
-    names: tuple[str, ...],
-    metadata: pl.DataFrame,
-    settings: FitSettings,
-    weights: Mapping[str, float],
-    fold: NDArray[np.integer],
-    models: Mapping[str, Scores],
-) -> Plans:
+def fit_plans(table: TrainingTable, rows: FitRows, models: Mapping[str, Scores]) -> Plans:
     """Fit the boosters of the fold plans after the first, and return the scores of all plans.
 
     Args:
-        table: the features of the rows of `metadata`.
-        names: the columns to use.
-        weights: by library.
-        fold: [N] of the first plan.
         models: [N] the out-of-fold scores of the first plan's models, by name.
 
     Raises:
         UserError: the rows outside a fold are of one class.
     """
+    settings = rows.settings
     if settings.splits == 1:
         return {}
-    target = metadata[schema.TARGET].to_numpy()
+    fold = rows.fold.to_numpy()
     num_folds = len(np.unique(fold))
-    plans = {settings.seed_of_split: plan_scores(fold, models, weights)}
+    plans = {settings.seed_of_split: plan_scores(fold, models, rows.weights)}
     for number in range(2, settings.splits + 1):
         split_seed = settings.seed_of_split + number - 1
         print(
             f"fitting fold plan {number} of {settings.splits}, split seed {split_seed}", flush=True
         )
-        fold = draw_folds(metadata, num_folds, split_seed).of(metadata).to_numpy()
-        models = fit_boosters(table, names, target, fold, settings).scores
-        plans[split_seed] = plan_scores(fold, models, weights)
+        fold = draw_folds(rows.metadata, num_folds, split_seed).of(rows.metadata).to_numpy()
+        fitted = fit_boosters(table, rows.names, rows.target, fold, settings, rows.thinned)
+        plans[split_seed] = plan_scores(fold, fitted.scores, rows.weights)
     return plans
 
 
@@ -150,6 +119,11 @@ def _plan_of(rows: pl.DataFrame) -> PlanScores:
     names = [name for name in rows.columns if name.startswith(SEED_PREFIX)]
     seeds = {int(name.removeprefix(SEED_PREFIX)): rows[name].to_numpy() for name in names}
     return PlanScores(rows["fold"].to_numpy(), seeds, rows["blend"].to_numpy())
+
+
+def split_seeds(manifest: Mapping[str, Any]) -> list[int]:
+    """Return the split seeds of an ensemble's or a blend's plans; empty if it has one plan."""
+    return [int(split_seed) for split_seed in manifest["scores"].get("pauc_by_split", ())]
 
 
 def summarise_plans(plans: Plans, target: NDArray[np.integer]) -> dict[str, Any]:

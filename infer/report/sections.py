@@ -212,9 +212,22 @@ def _stability(scored: Scored) -> ReportSection:
         "The pooled pAUC is not the mean of the folds: a partial area is not additive, and the "
         "models of different folds may scale their scores differently."
     )
-    parts = (_fold_table(scored), _model_table(scored), *_plan_tables(scored))
-    tables = tag("div", *parts, class_="tables")
-    return "How stable the scores are", (tag("p", intro), tables)
+    parts = (
+        _fold_table(scored),
+        _model_table(scored),
+        *_plan_tables(scored),
+        *_lesion_tables(scored),
+    )
+    return "How stable the scores are", (tag("p", intro), tag("div", *parts, class_="tables"))
+
+
+def _lesion_tables(scored: Scored) -> list[Markup]:
+    """Return a table of the score by lesions per patient, if the fit has computed it."""
+    # Not of blends, nor of ensembles that compare no lesions.
+    found = scored.ensemble.manifest.get("pauc_by_lesions", {})
+    caption = "If only some lesions of a patient are known"
+    rows = [[size, _four_digits(value)] for size, value in found.items()]
+    return [page.table(caption, ("lesions scored together", "pAUC, pooled"), rows)] if rows else []
 
 
 def _networks(ensemble: Ensemble) -> ReportSection:

@@ -42,17 +42,24 @@ class Encoding:
         return code.fill_null(BLANK).cast(pl.Float32).alias(name)
 
     def blank_categories(
-        self, matrix: NDArray[np.float32], share: float, random: np.random.Generator
+        self,
+        matrix: NDArray[np.float32],
+        share: float,
+        random: np.random.Generator,
+        names: Collection[str] = (),
     ) -> None:
-        """Set each category column to BLANK in its own random share of the rows, in place.
+        """Set category columns to BLANK, each in its own random share of the rows, in place.
 
         Args:
             matrix: [N, D] float32 from `transform`.
             share: fraction of the rows, in [0, 1).
+            names: the columns, all categories if there are none.
         """
         # Trees separate BLANK from 0 only if training rows contain it. Otherwise they would score
         # an unseen category like the most frequent one.
         for name in self.categories:
+            if names and name not in names:
+                continue
             blanked = random.random(len(matrix)) < share
             matrix[blanked, self.names.index(name)] = BLANK
 

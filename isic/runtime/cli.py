@@ -182,7 +182,7 @@ def _print_help(command: Command) -> None:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    if field.default is None or field.default == "":
+    if field.default in (None, "", ()):
         return "-"
     if isinstance(field.default, tuple):
         return ",".join(map(str, field.default))

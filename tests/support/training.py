@@ -23,7 +23,7 @@ def random_batch(size: int, side: int = 32, masks: bool = False) -> Batch:
     random = np.random.default_rng(size)
     images = random.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
     rows = torch.arange(size)
-    batch = Batch(torch.from_numpy(images), rows % 2 * 1.0, rows)
+    batch = Batch(torch.from_numpy(images), rows % 2 * 1.0, rows, seeds=rows)
     if not masks:
         return batch
     noise = random.integers(0, 2, (size, side, side), dtype=np.uint8)

@@ -13,6 +13,15 @@ from train.config import TrainSettings, load_settings
         ({"cutmix": 0.2, "mask_weight": 1.0}, "not their masks"),
         ({"label_smoothing": 0.1}, "--label_smoothing is for --loss bce and asl"),
         ({"positives_per_batch": 8, "batch_size": 8}, "leaves no negative in a batch of 8"),
+        (
+            {"augment_on": "device", "augmentation": "heavy"},
+            "runs only light and medium, not --augmentation heavy; choose one of them",
+        ),
+        (
+            {"augment_on": "device", "augmentation": {"transform": {}}},
+            "not --augmentation of a file",
+        ),
+        ({"augmentation": "ligth"}, 'no such level, did you mean "light"'),
         ({"extra_negatives_per_positive": 2}, "is for --extra_data; give both"),
         ({"fp16": True, "bf16": True}, "choose one of --fp16 and --bf16"),
         ({"fp16": True, "precision": "fp32"}, "--fp16 contradicts --precision fp32; choose one"),

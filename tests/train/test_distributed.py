@@ -55,10 +55,12 @@ def test_two_processes_score_as_one_does(small_dataset: Path, tmp_path: Path, cl
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("augment_on", ["workers", "device"])
 def test_two_killed_processes_resume_to_the_same_result(
-    small_dataset: Path, tmp_path: Path
+    augment_on: str, small_dataset: Path, tmp_path: Path
 ) -> None:
-    flags = [*LONG_EPOCHS.split(), "--data", small_dataset, "--augmentation", "light"]
+    flags = [*LONG_EPOCHS.split(), "--data", small_dataset, "--augmentation", "medium"]
+    flags += ["--augment_on", augment_on]
     ended = run_in_two_processes(*flags, "--cache", "none", "--output_dir", tmp_path / "whole")
     assert ended.returncode == 0, ended.stderr
     whole, halves = (tmp_path / name / "tiny" / "fold_0" for name in ("whole", "halves"))

@@ -1,3 +1,4 @@
+import mmap
 import os
 import signal
 import subprocess
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 
 from isic.layout import LAST_CHECKPOINT
+from isic.preprocess import Pixels
 from tests.support.commands import ROOT, TINY, tiny_settings
 from tests.support.datasets import small_table, write_hdf5
 from tests.support.processes import LONG_EPOCHS, started, wait_for
 from tests.support.training import CPU
-from train.augment import create_augmentation
+from train.augmentation.pipeline import create_augmentation
 from train.batch import NO_MASK
 from train.decoded import DecodedImages
 from train.loaders import LesionImages, fold_loaders
@@ -35,9 +37,29 @@ def test_masks_are_augmented_with_their_images(small_dataset: Path, tmp_path: Pa
     decoded = DecodedImages(data.rows, preprocess_spec(settings))
     images = LesionImages(data.target, decoded, create_augmentation("light"))
     for seed in range(8):
-        pixels, _, _, augmented_mask = images[3, seed]
+        pixels, _, _, augmented_mask, _ = images[3, seed]
         assert ((pixels[..., 0] > 110) == augmented_mask).mean() > 0.99
     assert (images[40, 0][3] == NO_MASK).all(), "an image without a mask"
+
+
+def test_kept_pixels_survive_a_transform_that_writes_into_its_input(
+    small_dataset: Path, tmp_path: Path
+) -> None:
+    class Blacken:
+        def set_random_seed(self, seed: int) -> None: ...
+
+        def __call__(self, image: Pixels) -> dict[str, Pixels]:
+            image[:] = 0
+            return {"image": image}
+
+    settings = tiny_settings(data=small_dataset, output_dir=tmp_path)
+    data = load_data(settings)
+    decoded = DecodedImages(data.rows, preprocess_spec(settings))
+    decoded.keep(np.arange(5), mmap.mmap(-1, 5 * decoded.row_bytes))
+    before = decoded.kept_images.copy()
+    for row in range(6):
+        assert not LesionImages(data.target, decoded, Blacken())[row, 0][0].any()
+    assert (decoded.kept_images == before).all()
 
 
 def test_the_epoch_that_predicts_all_held_out_rows_costs_more(

@@ -7,7 +7,7 @@ from tests.support.commands import TINY_KEYS
 from tests.support.training import CPU
 from train import machine
 from train.config import TrainSettings
-from train.machine import best_precision, default_workers, resolve_precision
+from train.machine import best_precision, default_workers, resolve_choices
 
 
 def test_a_gpu_gets_the_cores_and_its_processes_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +57,26 @@ def test_the_generation_of_a_gpu_decides_its_precision(
     assert best_precision(gpu) == precision
     assert best_precision(CPU) == "fp32"
     settings = TrainSettings(**TINY_KEYS)
-    assert resolve_precision(settings, gpu).precision == precision
+    assert resolve_choices(settings, gpu).precision == precision
     chosen = settings.model_copy(update={"precision": "fp32"})
-    assert resolve_precision(chosen, gpu) is chosen
+    assert resolve_choices(chosen, gpu).precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ({}, "device"),
+        ({"augmentation": "medium"}, "device"),
+        ({"augmentation": "heavy"}, "workers"),
+        ({"augmentation": "none"}, "workers"),
+        ({"augmentation": {"transform": {}}}, "workers"),
+        ({"augment_on": "workers"}, "workers"),
+    ],
+)
+def test_a_gpu_augments_what_it_can(
+    values: dict[str, object], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    settings = TrainSettings(**TINY_KEYS, **values)
+    assert resolve_choices(settings, torch.device("cuda", 0)).augment_on == place
+    assert resolve_choices(settings, CPU).augment_on == "workers"

@@ -9,7 +9,7 @@ from tests.support.commands import TINY, TINY_KEYS, Cli
 from train.checkpoint import load_checkpoint
 from train.config import TrainSettings
 from train.deadline import OUT_OF_TIME
-from train.run import choose_precision
+from train.run import choose
 
 
 def test_finished_folds_are_skipped_and_other_settings_refused(
@@ -66,6 +66,29 @@ def test_epochs_are_not_thrown_away_unasked(small_dataset: Path, tmp_path: Path,
     assert "config.yaml lacks model or epochs" in ended.err
 
 
+def test_a_resumed_fold_keeps_the_place_of_its_augmentation(
+    small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = ["--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 2]
+    flags = [*TINY, *where]
+    folder = tmp_path / "tiny" / "fold_0"
+    assert cli("train", *flags, "--max_hours", 1e-9).code == OUT_OF_TIME
+    config = (folder / "config.yaml").read_text()
+    assert "augment_on: workers\n" in config
+    ended = cli("train", *flags, "--resume", "--augment_on", "device")
+    assert ended.code == 2
+    assert "was made with augment_on=workers, now it is device" in ended.err
+
+    # Of an earlier version, whose images were augmented in the workers.
+    (folder / "config.yaml").write_text(config.replace("augment_on: workers\n", ""))
+    settings = TrainSettings(**TINY_KEYS, name="tiny", output_dir=tmp_path, resume=True)
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose(settings, 0, gpu).augment_on == "workers"
+    assert choose(settings, 1, gpu).augment_on == "device", "a fold of its own"
+    assert cli("train", *flags, "--resume").code == 0
+
+
 def test_a_resumed_fold_keeps_its_precision(
     small_dataset: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,8 +106,9 @@ def test_a_resumed_fold_keeps_its_precision(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(UserError, match=r"^fold 0 was begun in bf16; bfloat16 takes .* --force$"):
-        choose_precision(settings, 0, gpu)
-    assert choose_precision(settings, 1, gpu).precision == "fp16", "a fold of its own"
+        choose(settings, 0, gpu)
+    assert choose(settings, 1, gpu).precision == "fp16", "a fold of its own"
+    assert choose(settings, 1, gpu).augment_on == "device"
 
     ended = cli("train", *flags, "--resume")
     assert ended.code == 0, ended.err

@@ -54,6 +54,8 @@ def test_the_documented_command_lines_run(
     "flags",
     [
         "--mixup 0.4 --cutmix 1.0 --batch_size 8",
+        "--augment_on device --augmentation medium --mixup 0.4 --batch_size 8 "
+        "--accumulation_steps 2 --bf16 --ema_decay 0.9 --num_workers 1",
         "--layer_decay 0.7 --grad_checkpointing true --global_pool avg",
         "--model test_convnext --image_size 64 --global_pool avgmax --drop_path_rate 0.1",
     ],
@@ -245,12 +247,14 @@ def test_kept_images_change_no_result(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize(
+    ("cache", "augment_on"), [("memory", "workers"), ("disk", "workers"), ("memory", "device")]
+)
 def test_a_run_killed_within_an_epoch_resumes_to_the_same_result(
-    cache: str, small_dataset: Path, tmp_path: Path, cli: Cli
+    cache: str, augment_on: str, small_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    flags = [*LONG_EPOCHS.split(), "--data", small_dataset, "--augmentation", "light"]
-    flags += ["--cache", cache]
+    flags = [*LONG_EPOCHS.split(), "--data", small_dataset, "--augmentation", "medium"]
+    flags += ["--cache", cache, "--augment_on", augment_on]
     assert cli("train", *TINY, *flags, "--output_dir", tmp_path / "whole").code == 0
     whole, halves = (tmp_path / name / "tiny" / "fold_0" for name in ("whole", "halves"))
     with started(*flags, "--output_dir", tmp_path / "halves") as process:

@@ -9,9 +9,10 @@ from isic.runtime.errors import UserError
 from tests.support.commands import tiny_settings
 from tests.support.datasets import small_table
 from tests.support.training import CPU, peak_rates, random_batch
-from train.augment import create_mixup
+from train.augmentation.device import create_device_augmentation
 from train.batch import Batch, split, to_device, with_aux
 from train.loop import train_epoch
+from train.mixup import create_mixup
 from train.state import TrainState, create_state
 from train.step import NonFiniteGradient, accumulate, optimizer_step
 
@@ -139,16 +140,19 @@ def test_a_host_sync_is_noticed() -> None:
         {"bf16": True, "loss": "bce", "label_smoothing": 0.1},
         {"fp16": True, "loss": "asl", "label_smoothing": 0.1},
         {"bf16": True, "model": "test_efficientnet", "drop_path_rate": 0.1},
+        {"bf16": True, "augment_on": "device", "augmentation": "medium", "mixup": 0.4},
+        {"fp16": True, "augment_on": "device", "augmentation": "medium", "mask_weight": 1.0},
         {"fp16": True, "aux": "a: x; b: y", "cutmix": 0.4},
     ],
 )
 def test_a_step_makes_no_host_sync(values: dict[str, object]) -> None:
     settings = tiny_settings(**values)
     state = create_state(settings, CPU, 0)
+    augment = create_device_augmentation(settings.augmentation, settings.augment_on, CPU)
     mix = create_mixup(settings.mixup, settings.cutmix)
     with HostSyncs() as syncs:
         for _ in range(2):
-            batch = to_device(random_batch(8, masks=settings.mask_weight > 0), CPU)
+            batch = augment(to_device(random_batch(8, masks=settings.mask_weight > 0), CPU))
             batches = [mix(with_aux(batch, TARGETS if settings.aux else None))]
             loss = accumulate(state, state.model, batches, settings, CPU)
             optimizer_step(state, settings.clip_grad, loss)

@@ -10,7 +10,7 @@ from infer.ensemble.chosen import CHOSEN_KEY, choice_notes, choices_of_blend
 from infer.ensemble.settings import BlendSettings
 from isic.runtime.files import read_json, write_json
 from tests.support.commands import Cli
-from tests.support.ensembles import fit_small
+from tests.support.ensembles import fit_small, train_table, write_train
 
 NOTE = "note: final: the weights were searched on these rows"
 
@@ -52,6 +52,30 @@ def test_a_blend_inherits_the_choices_of_its_members(folder: Path, data: Path) -
     chosen = read_json(root / "ensemble.json")
     assert choice_notes("both", chosen) == [f"note: both: {selected}, so its score may be too high"]
     assert choices_of_blend("search", [chosen, chosen])[1:] == [selected]
+
+
+def test_features_that_were_selected_on_the_same_rows_are_noted(
+    data: Path, tmp_path: Path, cli: Cli
+) -> None:
+    chosen = tmp_path / "chosen.txt"
+    small = ["--features", "numeric", "--by", "gain", "--repeats", 1, "--seeds", 1]
+    selected = [*small, "--num_features", 4, "--num_rounds", 4, "--num_folds", 3]
+    ended = cli("infer", "select", "--data", data, "--output", chosen, *selected)
+    assert ended.code == 0, ended.err
+    others = write_train(tmp_path / "others", train_table(data).sample(300, seed=1))
+    by_hand = tmp_path / "by_hand.txt"
+    by_hand.write_text("tbp_lv_H\n")
+    note = f"the features of @{chosen} were selected on these rows, so its score may be too high"
+    for rows, words, is_noted in (
+        (data, chosen, True),
+        (others, chosen, False),
+        (data, by_hand, False),
+    ):
+        flags = ["--output_dir", tmp_path / "out", "--name", "it", "--num_rounds", 4, "--force"]
+        ended = cli("infer", "fit", "--data", rows, "--features", f"@{words}", *flags)
+        assert ended.code == 0, ended.err
+        assert (f"note: it: {note}" in ended.out) == is_noted
+        assert (note in cli("infer", "scores", "--output_dir", tmp_path / "out").out) == is_noted
 
 
 def test_a_manifest_without_choices_has_no_notes(folder: Path) -> None:

@@ -15,8 +15,10 @@ from scipy.stats import spearmanr
 from infer.embedding.store import shard_path, write_shard
 from infer.ensemble import image_scores
 from infer.ensemble.artifact import open_ensemble
+from infer.ensemble.blend_ensembles import write_blend
+from infer.ensemble.boosters import LIBRARIES
 from infer.ensemble.predict import predict_submission
-from infer.ensemble.settings import FitSettings, PredictSettings
+from infer.ensemble.settings import BlendSettings, FitSettings, PredictSettings
 from isic import schema
 from isic.folds import Folds, draw_folds, read_folds
 from isic.layout import TRAINED_ON_FILE, fold_dir
@@ -133,7 +135,7 @@ def test_two_runs_of_one_network_and_unusable_names_are_refused(
         fit_small(data, tmp_path, features="image", embeddings=[*two, two[0]])
     odd = Path(shutil.copytree(two[0], tmp_path / "odd"))
     path = odd / "train" / "run.json"
-    for name in ("a b", "a,b", 'a"b', "a[0]", "a/b"):
+    for name in ("a b", "a,b", 'a"b', "a[0]", "a/b", "ä"):
         write_json(path, json.loads(path.read_text()) | {"config": name})
         with pytest.raises(UserError, match="cannot be part of a column's name"):
             fit_small(data, tmp_path, features="image", embeddings=odd)
@@ -165,6 +167,26 @@ def test_the_origin_of_every_network_is_checked(
     write_json(path, json.loads(path.read_text()) | changed)
     with pytest.raises(UserError, match=message):
         predict(data, both, tmp_path / "s.csv", two[0], root)
+
+
+def test_the_members_of_a_blend_find_their_own_networks(
+    data: Path, two: list[Path], tmp_path: Path
+) -> None:
+    members = {}
+    for root in two:
+        chosen = {"features": "raw,image", "embeddings": root, "num_rounds": 5}
+        members[root.name] = fit_small(data, tmp_path / "ensembles", **chosen)
+    ensembles = tuple(members.values())
+    blended = write_blend(
+        BlendSettings(ensembles=ensembles, data=data, output_dir=tmp_path, name="blended")
+    )
+    predict(data, blended, tmp_path / "both.csv", *two)
+    found = pl.read_parquet(tmp_path / "both_models.parquet")
+    for root in two:
+        alone = predict(data, members[root.name], tmp_path / "alone.csv", root)
+        assert found[members[root.name].name].to_list() == alone["target"].to_list()
+    with pytest.raises(UserError, match="was fitted with a and b; --embeddings lacks a"):
+        predict(data, blended, tmp_path / "s.csv", two[0])
 
 
 def test_ranks_are_columns_only_if_asked_for(data: Path, two: list[Path], tmp_path: Path) -> None:
@@ -413,7 +435,8 @@ def test_a_frozen_network_that_has_seen_the_rows_is_refused(
 def test_every_form_of_two_networks(data: Path, tmp_path: Path) -> None:
     """Their columns do not clash, and prediction finds them all."""
     folds = plan(data, 42)
-    runs = [write_remembering(tmp_path / name, data, folds, seed) for seed, name in enumerate("ab")]
+    usable = ("a.b+c", "x-1_y")
+    runs = [write_remembering(tmp_path / n, data, folds, seed) for seed, n in enumerate(usable)]
     rng = np.random.default_rng(0)
     for root in runs:
         for split in ("train", "test"):
@@ -427,11 +450,11 @@ def test_every_form_of_two_networks(data: Path, tmp_path: Path) -> None:
                 write_shard(part, table["isic_id"].to_list(), features, table["logit"].to_numpy())
     old = write_frozen(tmp_path / "old", data, 3)
     features = "image,image_ranks,aligned,frozen,frozen_score"
-    chosen = {"embeddings": runs, "frozen": old, "num_rounds": 4}
+    chosen = {"embeddings": runs, "frozen": old, "num_rounds": 4, "libraries": tuple(LIBRARIES)}
     ensemble = fit_small(data, tmp_path / "e", features=features, name="all", **chosen)
     names = open_ensemble(ensemble).state.names
     assert len(names) == len(set(names)) == 2 * (2 + 3 + 4) + 2 + 4
-    assert {"aligned_003.b", "frozen_000.old", "frozen_score.old"} < set(names)
+    assert {"aligned_003.x-1_y", "frozen_000.old", "frozen_score.old"} < set(names)
     predict_submission(
         PredictSettings(
             data=data, ensemble=ensemble, embeddings=runs, frozen=old, output=tmp_path / "s.csv"

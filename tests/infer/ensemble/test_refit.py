@@ -15,6 +15,7 @@ from infer.ensemble.image_scores import LogitScaler
 from infer.ensemble.predict import score_models
 from infer.ensemble.refit import ESTIMATES, choose_rows, mean_scaler, measure_agreement
 from infer.ensemble.settings import EmbeddingSources
+from infer.ensemble.training_table import TrainingTable
 from isic import schema
 from isic.dataset import Dataset
 from isic.features import compute
@@ -172,7 +173,9 @@ def test_the_agreement_of_shuffled_targets_is_at_chance(data: Path, tmp_path: Pa
         fold = draw_folds(table, 3, 42).of(table).to_numpy()
         names = tuple(compute(table, ("age_approx", "clin_size_long_diam_mm")).columns[1:])
         settings = fit_settings(folder, tmp_path)
-        found = measure_agreement(compute(table, names, None), names, table, fold, settings)
+        found = measure_agreement(
+            TrainingTable(compute(table, names)), names, table, fold, settings
+        )
         assert found is not None
         paucs += [found["pauc_folds"], found["pauc_all"]]
     assert np.mean(paucs) < 0.05

@@ -112,18 +112,10 @@ def test_shuffled_targets_give_chance_on_each_folds_own_list(
 
     right = module._gains
 
-    def leaky(table, target, fold, k, names, settings):
-        return right(*everything, NUM_FOLDS, names, settings)
+    def leaky(rows: module.Rows, _: int, settings: SelectSettings) -> object:
+        return right(rows, NUM_FOLDS, settings)
 
-    everything = []
-    read = module._read
-
-    def remember(settings: SelectSettings) -> module.Rows:
-        found = read(settings)
-        everything.extend((found.table, found.target, found.fold))
-        return found
-
-    monkeypatch.setattr(module, "_read", remember)
+    monkeypatch.setattr(module.Rows, "outside", lambda rows, _: rows)
     monkeypatch.setattr(module, "_gains", leaky)
     leaked = choose(tmp_path / "data", tmp_path / "leaked.txt", **given)["nested"]
     assert honest["pauc_by_fold_lists"] < 0.05  # 0.02 is chance, 0.2 perfect
@@ -152,9 +144,9 @@ def test_a_config_of_fit_can_be_used(data: Path, tmp_path: Path, cli: Cli) -> No
     assert not (tmp_path / "no").exists()
 
 
-def test_bad_choices_are_refused(data: Path, tmp_path: Path) -> None:
+def test_bad_choices_are_refused(data: Path, embeddings: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no features to choose among"):
-        choose(data, tmp_path / "list.txt", features="image", embeddings=tmp_path)
+        choose(data, tmp_path / "list.txt", features="image", embeddings=embeddings)
     (tmp_path / "list.txt").write_text("mine\n")
     with pytest.raises(UserError, match="exists and was not written by this command"):
         choose(data, tmp_path / "list.txt")

@@ -12,6 +12,7 @@ from infer.ensemble.artifact import SPLITS_FILE
 from infer.ensemble.blend_artifact import open_scorer
 from infer.ensemble.blend_ensembles import choose_weights, write_blend
 from infer.ensemble.compare import compare_sides, notes
+from infer.ensemble.comparison import patient_draws
 from infer.ensemble.settings import BlendSettings
 from infer.ensemble.splits import paired_by_fold, read_plans
 from isic.folds import draw_folds
@@ -103,13 +104,32 @@ def test_features_of_fold_models_and_fixed_plans_are_refused(
 ) -> None:
     chosen = {"splits": 2, "num_rounds": 2, "num_folds": None}
     for features in ("image", "multimodal", "raw,image"):
-        with pytest.raises(UserError, match="of fold models are out of fold in one fold plan only"):
+        with pytest.raises(UserError, match="of fold models can be out of fold in one fold"):
             fit_small(data, tmp_path / "out", features=features, embeddings=embeddings, **chosen)
     pinned = write_train(tmp_path / "pinned", train_table(data))
     draw_folds(train_table(data), 3, 7).write(pinned / "folds.parquet")
     with pytest.raises(UserError, match=r"pinned/folds\.parquet is the only fold plan of this fit"):
         fit_small(pinned, tmp_path / "out", features="raw", **chosen)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_oof_table_belongs_to_one_plan(data: Path, tmp_path: Path) -> None:
+    table = train_table(data)
+    fold = draw_folds(table, 3, 42).of(table)
+    path = tmp_path / "mine.parquet"
+    table.select("isic_id", fold, known=pl.col("target") * 0.5).write_parquet(path)
+    chosen = {"features": "sex,mine", "num_rounds": 2, "splits": 2}
+    with pytest.raises(UserError, match="an oof table can be out of fold in one fold plan only"):
+        fit_small(data, tmp_path / "out", **chosen, tables=f"oof:{path}")
+    table.select("isic_id", other=pl.lit(1.0)).write_parquet(path)
+    root = fit_small(data, tmp_path / "out", **chosen, tables=f"label_free:{path}")
+    assert list(read_plans(root)) == [42, 43]
+
+
+def test_a_selection_has_one_plan(data: Path, cli: Cli) -> None:
+    ended = cli("infer", "select", "--data", data, "--splits", 3)
+    assert ended.code == 2
+    assert "--splits is not a key of `infer select`" in ended.err
 
 
 def test_frozen_columns_are_fitted_over_several_plans(data: Path, tmp_path: Path) -> None:
@@ -192,12 +212,12 @@ def test_a_folds_pair_is_the_mean_over_seeds(folder: Path, data: Path) -> None:
 
 def test_the_patients_are_drawn_for_all_plans(folder: Path, data: Path) -> None:
     scorers = [open_scorer(folder / name) for name in ("poor", "good")]
-    found = compare_sides(scorers[:1], scorers[1:], data, 300)
+    found = compare_sides(scorers[:1], scorers[1:], data, 100)
     assert found.overlap == 0.5
-    target = train_table(data).sort("isic_id")["target"]
-    for side, scorer in enumerate(scorers):
-        by_plan = [pauc(target, plan.blend) for plan in read_plans(scorer.root).values()]
-        assert found.draws[:, side].mean() == pytest.approx(np.mean(by_plan), abs=0.005)
+    rows = train_table(data).sort("isic_id")
+    sides = [[plan.blend for plan in read_plans(scorer.root).values()] for scorer in scorers]
+    expected = patient_draws(rows["target"], *sides, rows["patient_id"], 100)
+    np.testing.assert_allclose(found.draws, expected)
 
 
 def blend(folder: Path, data: Path, *names: str, **more: object) -> Path:

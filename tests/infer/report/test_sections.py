@@ -33,6 +33,15 @@ def test_the_tables_hold_the_scores(page: str, oof: pl.DataFrame) -> None:
     assert score_cells("pooled", oof, "blend") in page
 
 
+def test_the_score_by_lesions_is_shown_if_it_is_known(
+    page: str, data: Path, tmp_path: Path
+) -> None:
+    caption = "If only some lesions of a patient are known"
+    assert caption in page
+    raw = fit_ensemble(fit_settings(data, tmp_path, features="numeric", num_rounds=2))
+    assert caption not in write_report(raw, data).read_text()
+
+
 def test_without_trees_and_without_images(data: Path, embeddings: Path, tmp_path: Path) -> None:
     image = fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=embeddings))
     assert "There are no trees" in write_report(image, data).read_text()

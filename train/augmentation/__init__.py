@@ -1,0 +1,1 @@
+"""Augmentation of training images: its levels, by albumentations and on the device."""
