@@ -83,6 +83,8 @@ class BuildInputs:
     """Folder for files that the folds of a config share, such as kernel timings."""
     calibration: Callable[[], Pixels] = no_images
     """Reads images uint8 [R, size, size, 3]; called only for calibrated precisions."""
+    aux: tuple[str, ...] = ()
+    """Names of the auxiliary targets."""
 
     @property
     def size(self) -> int:
@@ -132,8 +134,8 @@ class Tolerance:
     min_cosine: float
     """Of each image's features."""
     max_logit_error: float
-    """Of each logit, divided by the logits' standard deviation if that is over 1, and of each
-    probability of a mask."""
+    """Of each logit, also of an auxiliary target, divided by its standard deviation over images if
+    that is over 1, and of each probability of a mask."""
     min_rank_correlation: float
     """Spearman's, of the logits of real images."""
 

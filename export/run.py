@@ -259,6 +259,7 @@ def build_inputs(source: Source, spec: ArtifactSpec) -> BuildInputs:
         preprocess=source.preprocess,
         cache_dir=source.path.parents[1],
         calibration=partial(calibration_sample, source, spec.options.calibration_images),
+        aux=tuple(source.config.get("aux", ())),
     )
 
 

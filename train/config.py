@@ -18,6 +18,7 @@ from isic.runtime.config import (
 )
 from isic.runtime.errors import UserError, did_you_mean
 from train.augmentation.levels import DEVICE_LEVELS, LEVELS
+from train.auxiliary import DEFAULT_WEIGHT, GRAMMAR, AuxTargets
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """The type that a network computes in; fp32 on a GPU is TF32."""
@@ -136,6 +137,18 @@ class TrainSettings(Settings):
         ge=0,
         description="weight of the segmentation loss, for images with a mask in masks.hdf5; 0: "
         "classification only",
+    )
+    aux: AuxTargets = Field(
+        (),
+        description=f"auxiliary targets, which the network learns too: {GRAMMAR}; 1 if the column "
+        "contains the text, in any case, or, without a text, if it is not blank; a column of 0 and "
+        "1 is a target itself",
+    )
+    aux_weight: float | None = Field(
+        None,
+        gt=0,
+        description="weight of the mean loss of the auxiliary targets; "
+        f"{DEFAULT_WEIGHT} if not given",
     )
     loss: Literal["focal", "bce", "asl"] = Field(
         "focal",
@@ -351,6 +364,12 @@ class TrainSettings(Settings):
                 f"--fold {ALL} holds no row out to validate on; leave --validate_every out"
             )
 
+    @model_validator(mode="after")
+    def _weighs_targets(self) -> Self:
+        if self.aux_weight and not self.aux:
+            raise ValueError("--aux_weight is the weight of --aux; give both")
+        return self
+
     def validates_all(self, epoch: int) -> bool:
         """Return whether an epoch, from 1, ends with a validation on all held-out rows."""
         every = self.validate_every or (1 if self.select_epoch == "best" else self.epochs)
@@ -359,6 +378,11 @@ class TrainSettings(Settings):
     @property
     def mixes_images(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def aux_factor(self) -> float:
+        """Factor of the auxiliary loss."""
+        return DEFAULT_WEIGHT if self.aux_weight is None else self.aux_weight
 
     @property
     def extra_ratio(self) -> float | None:

@@ -1,5 +1,6 @@
 """The files of a trained fold: settings, checkpoint, manifest, out-of-fold scores."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from isic.runtime import yaml12
 from isic.runtime.files import sha256, versions, write_manifest, write_text
 from isic.tables import write_parquet
 from train import distributed
+from train.auxiliary import AuxTarget, manifest_of_targets
 from train.backbone import save_backbone
 from train.checkpoint import save_checkpoint
 from train.config import TrainSettings
@@ -107,7 +109,7 @@ def save_fold(
     if predictions:
         auc = roc_auc(data.target[predictions.rows], predictions.logits)
         scores = {"pauc": pauc, "auc": auc}
-        save_oof(directory / OOF_FILE, data, fold, predictions)
+        save_oof(directory / OOF_FILE, data, fold, predictions, settings.aux)
     facts = {**config, **made_from, **scores}
     save_backbone(directory / BACKBONE_DIR, state.evaluated, settings, facts)
 
@@ -134,17 +136,29 @@ def checkpoint_config(
         "pretrained": state.started_from,
         TRAINED_ON_KEY: sha256(directory / TRAINED_ON_FILE),
     }
+    config |= manifest_of_targets(settings.aux)
     if model.mask_stride:
         config["mask_stride"] = model.mask_stride
     return config
 
 
-def save_oof(path: Path, data: TrainData, fold: Fold, predictions: Predictions) -> None:
-    """Write the scores of the held-out rows, with `dice` if the run uses masks."""
+def save_oof(
+    path: Path,
+    data: TrainData,
+    fold: Fold,
+    predictions: Predictions,
+    targets: Sequence[AuxTarget],
+) -> None:
+    """Write the scores of the held-out rows.
+
+    With auxiliary targets these include the logits `aux.<name>`, with masks `dice`.
+    """
     rows = data.table[predictions.rows].select(schema.ID, schema.TARGET)
     oof = rows.with_columns(
         pl.lit(fold, dtype=pl.Int8).alias("fold"), pl.Series("logit", predictions.logits)
     )
+    for target, logits in zip(targets, predictions.aux.T, strict=True):
+        oof = oof.with_columns(pl.Series(target.key, logits))
     if data.rows.masks is not None:
         oof = oof.with_columns(pl.Series("dice", predictions.dice, nan_to_null=True))
     write_parquet(path, oof)

@@ -14,6 +14,7 @@ from isic.runtime.errors import UserError
 from isic.runtime.files import read_text, write_text
 from train import distributed
 from train.plots import write_scalars
+from train.targets import AUC_PREFIX
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Validation:
     def describe(self) -> str:
         """Return the scores as a part of the epoch's line."""
         text = f"pAUC {self.scores['pauc']:.4f}, AUC {self.scores['auc']:.4f}, "
+        for name, auc in self.scores.items():
+            if name.startswith(AUC_PREFIX):
+                text += f"of {name.removeprefix(AUC_PREFIX)} {auc:.4f}, "
         if "dice" in self.scores:
             text += f"Dice {self.scores['dice']:.3f}, "
         if not self.is_complete:

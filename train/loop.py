@@ -6,7 +6,10 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from isic.layout import LAST_CHECKPOINT, Fold, fold_dir
@@ -16,7 +19,7 @@ from isic.runtime.errors import UserError
 from isic.runtime.progress import TimeLeft
 from train import distributed
 from train.augmentation.device import create_device_augmentation
-from train.batch import Batch, to_device
+from train.batch import Batch, to_device, with_aux
 from train.config import TrainSettings
 from train.deadline import Deadline, OutOfTime
 from train.decoded import keep_repeated
@@ -32,6 +35,7 @@ from train.sampling import report_composition
 from train.seeds import seed_epoch
 from train.state import TrainState, create_state, restore, save_last
 from train.step import StepResult, accumulate, optimizer_step
+from train.targets import target_matrix, target_scores
 from train.threads import set_threads
 
 # So that neither the device nor the host waits for the other.
@@ -78,6 +82,8 @@ def train_fold(
     evaluated: Any = torch.compile(state.evaluated) if settings.compile else None
     first_epoch = state.epoch
     costs = loaders.epoch_costs(settings)
+    aux = target_matrix(data.table, settings.aux)
+    aux_on_device = torch.from_numpy(aux).to(device) if settings.aux else None
     if time_left:
         time_left.skip(costs[:first_epoch].sum())
     for epoch in range(first_epoch, settings.epochs):
@@ -89,14 +95,21 @@ def train_fold(
             state.model.backbone.requires_grad_(epoch >= settings.freeze_epochs)
             forward = distributed.wrap_ddp(network)
         stats = train_epoch(
-            state, forward, loaders.training, schedule, settings, device, f"fold {fold}"
+            state,
+            forward,
+            loaders.training,
+            schedule,
+            settings,
+            device,
+            f"fold {fold}",
+            aux_on_device,
         )
         stats = EpochStats.merge(distributed.gather(stats))
 
         state.epoch = epoch + 1
         loaders.held_out_sampler.takes_all = settings.validates_all(state.epoch)
         predictions = predict_held_out(state, evaluated, loaders, device, settings.precision)
-        validation = validate(predictions, data, loaders)
+        validation = validate(predictions, data, loaders, aux, settings)
         if is_selected(state, settings, validation):
             save_fold(directory, state, settings, data, fold, predictions)
         rates = learning_rates(state.optimizer)
@@ -133,12 +146,21 @@ def predict_held_out(
 
 
 def validate(
-    predictions: Predictions | None, data: TrainData, loaders: FoldLoaders
+    predictions: Predictions | None,
+    data: TrainData,
+    loaders: FoldLoaders,
+    aux: NDArray[np.float32],
+    settings: TrainSettings,
 ) -> Validation | None:
-    """Return the scores of an epoch's predictions. Raise UserError if a logit is not finite."""
+    """Return the scores of an epoch's predictions. Raise UserError if a logit is not finite.
+
+    Args:
+        aux: [number of rows, K], auxiliary targets of all rows.
+    """
     if predictions is None:
         return None
     scores = score(data.target[predictions.rows], predictions)
+    scores |= target_scores(aux[predictions.rows], predictions.aux, settings.aux)
     return Validation(scores, len(predictions.rows), loaders.held_out_sampler.num_rows)
 
 
@@ -202,12 +224,14 @@ def train_epoch(
     settings: TrainSettings,
     device: torch.device,
     title: str,
+    aux: Tensor | None = None,
 ) -> EpochStats:
     """Train on every batch of an epoch, `settings.accumulation_steps` batches per optimizer step.
 
     Args:
         state: changed in place.
         forward: `state.model`, possibly compiled and wrapped.
+        aux: auxiliary targets of all rows, on the device; None if the model has none.
 
     Raises:
         NonFiniteGradient: the run has diverged; in float32 and bfloat16 the weights are those
@@ -232,7 +256,8 @@ def train_epoch(
     for micro_batches in batched(progress, settings.accumulation_steps):
         interrupt.raise_if_interrupted()
         set_lr(state.optimizer, schedule, state.step)
-        mixed = [mix(augment(to_device(batch, device))) for batch in micro_batches]
+        on_device = [augment(to_device(batch, device)) for batch in micro_batches]
+        mixed = [mix(with_aux(batch, aux)) for batch in on_device]
         loss = accumulate(state, forward, mixed, settings, device)
         values = optimizer_step(state, settings.clip_grad, loss)
         # With the batches before the copy to the device: reading row numbers there would sync.

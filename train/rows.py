@@ -19,6 +19,7 @@ from isic.tables import write_parquet
 from train import distributed
 from train.config import TrainSettings
 from train.packed import PackedFiles, empty_files, read_packed
+from train.targets import flag_columns, with_targets
 
 SAMPLE_ROWS = 50_000
 """Rows that `use_sample` keeps."""
@@ -32,7 +33,7 @@ class Rows:
     """N rows whose images all decode."""
 
     table: pl.DataFrame
-    """`isic_id`, `target` and, if the dataset has it, `patient_id`."""
+    """`isic_id`, `target`, if the dataset has it `patient_id`, and any auxiliary targets."""
     images: PackedFiles
     masks: PackedFiles | None
     """PNG files, empty for a row without a mask; None if the run does not use masks."""
@@ -89,16 +90,19 @@ def load_data(settings: TrainSettings) -> TrainData:
     table = dataset.metadata("train")
     run_plan = settings.run_dir / FOLDS_FILE
     folds = folds_for(table, settings.num_folds, settings.split_seed, run_plan, dataset.folds_path)
+    path = dataset.metadata_path("train")
+    flags = flag_columns(table, settings.aux, path)
+    table = with_targets(table, settings.aux, flags, path)
     sample = sample_rows(table, SAMPLE_ROWS, settings.split_seed) if settings.use_sample else table
     rows = load_rows(dataset, sample, settings)
     # With the ids of the whole table: masks of rows outside the sample are no mistake.
     warn_of_unmatched_masks(dataset.masks_path, table[schema.ID], rows.masks)
     fold = folds.of(rows.table).to_numpy()
 
-    paths = [dataset.metadata_path("train")]
+    paths = [path]
     sizes = [len(rows.table)]
     for root in settings.extra_data:
-        extra = load_extra(root, [table, rows.table], settings)
+        extra = load_extra(root, [table, rows.table], settings, flags)
         rows += extra
         paths.append(Dataset(root).metadata_path("train"))
         sizes.append(len(extra.table))
@@ -125,10 +129,19 @@ def sample_rows(table: pl.DataFrame, num_rows: int, seed: int) -> pl.DataFrame:
     return table.filter((pl.col(schema.TARGET) == 1) | pl.col(schema.ID).is_in(kept.implode()))
 
 
-def load_extra(root: Path, others: list[pl.DataFrame], settings: TrainSettings) -> Rows:
-    """Load the rows of an extra dataset that share no image or patient with the other tables."""
+def load_extra(
+    root: Path, others: list[pl.DataFrame], settings: TrainSettings, flags: frozenset[str]
+) -> Rows:
+    """Load the rows of an extra dataset that share no image or patient with the other tables.
+
+    Args:
+        flags: as for `train.targets.with_targets`.
+    """
     dataset = Dataset(root)
-    table = exclude_overlap(dataset.metadata("train"), others, root)
+    table = with_targets(
+        dataset.metadata("train"), settings.aux, flags, dataset.metadata_path("train")
+    )
+    table = exclude_overlap(table, others, root)
     rows = load_rows(dataset, table, settings)
     check_classes(rows.table, root, settings.extra_ratio)
     return rows
@@ -174,8 +187,8 @@ def load_rows(dataset: Dataset, table: pl.DataFrame, settings: TrainSettings) ->
     Raises:
         UserError: an image cannot be used and `on_error` is `raise`, or a mask cannot be used.
     """
-    columns = [key for key in (schema.ID, schema.TARGET, schema.PATIENT) if key in table.columns]
-    table = table.select(columns)
+    keys = (schema.ID, schema.TARGET, schema.PATIENT, *(target.key for target in settings.aux))
+    table = table.select([key for key in keys if key in table.columns])
     ids = table[schema.ID].to_list()
     images, unread = read_packed(dataset.images("train"), ids)
     # A run of hours should not end at a broken file; the check takes 0.1 ms per file and core.

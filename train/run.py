@@ -35,6 +35,7 @@ from train.resume import (
 from train.rows import TrainData, load_data
 from train.step import NonFiniteGradient
 from train.summary import print_scores, without_score
+from train.targets import refuse_single_class
 
 
 def train(settings: TrainSettings) -> int:
@@ -70,6 +71,9 @@ def train_folds(settings: TrainSettings, device: torch.device) -> int:
         data = load_data(settings)
         held_out = {fold: data.held_out(fold) for fold in due}
         refuse_leaking_weights(settings.pretrained, held_out)
+        refuse_single_class(
+            data.table, {fold: data.is_held_out(fold) for fold in due}, settings.aux
+        )
         prepare(device)
         if distributed.is_main():
             announce_training(runs, data, device)

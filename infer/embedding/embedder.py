@@ -128,7 +128,9 @@ class Embedder:
         with (
             contextlib.closing(stream),
             finished(in_flight),
-            ShardWriter(self._job.dtype, self._job.run_spec_digest) as writer,
+            ShardWriter(
+                self._job.dtype, self._job.run_spec_digest, tuple(self._job.models.aux)
+            ) as writer,
         ):
             for (shard, _), batch in zip(plan, stream, strict=True):
                 started = time.perf_counter()

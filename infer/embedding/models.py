@@ -7,6 +7,7 @@ from typing import Any
 
 from infer.embedding.choice import Found, Request, choose, find_exported
 from infer.engines import manifest_spec
+from infer.engines.contract import AUX
 from infer.formats import AUTO, ENGINE_FORMATS
 from isic.layout import Fold, fold_files, fold_name
 from isic.preprocess import PreprocessSpec
@@ -38,6 +39,11 @@ class Models:
     @property
     def num_features(self) -> int:
         return int(self.first_manifest["num_features"])
+
+    @property
+    def aux(self) -> dict[str, str]:
+        """The definitions of the auxiliary targets by name, in the order of the outputs."""
+        return dict(self.first_manifest.get(AUX, {}))
 
     @property
     def batch_size(self) -> int | None:
@@ -76,7 +82,7 @@ def find_models(
 
     Raises:
         UserError: no fold has one, a fold has several, one belongs to another config or fold, or
-            averages over other views, or they differ in preprocessing.
+            averages over other views, or they differ in preprocessing or auxiliary targets.
     """
     if format_or_file in (AUTO, *ENGINE_FORMATS):
         request = Request(format_or_file, precision, tta, device, earlier)
@@ -94,6 +100,7 @@ def find_models(
     for k, manifest in manifests.items():
         _refuse_other_fold(artifacts[k], manifest, config, k)
         _refuse_other_views(artifacts[k], manifest, tta)
+    _refuse_other_targets(model_dir, manifests)
     # Each image is decoded once for the engines of all folds.
     specs = {manifest_spec(manifest) for manifest in manifests.values()}
     if len(specs) > 1:
@@ -131,6 +138,19 @@ def _refuse_other_views(path: Path, manifest: Mapping[str, Any], tta: str) -> No
             f"the outputs of {path} are means over the views of {inside}; add --tta {inside}, or "
             "choose another --format"
         )
+
+
+def _refuse_other_targets(model_dir: Path, manifests: Mapping[Fold, Mapping[str, Any]]) -> None:
+    """Raise a UserError if the folds differ in their auxiliary targets."""
+    first, *others = manifests
+    for fold in others:
+        # As lists, because the order is that of the outputs.
+        found = [list(manifests[each].get(AUX, {}).items()) for each in (first, fold)]
+        if found[0] != found[1]:
+            raise UserError(
+                f"{fold_name(first)} and {fold_name(fold)} in {model_dir} differ in their auxiliary targets; "
+                "train and export them alike"
+            )
 
 
 def _none_chosen(

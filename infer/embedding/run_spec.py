@@ -25,6 +25,7 @@ from infer.embedding.store import (
     ids_digest,
 )
 from infer.engines import device_of
+from infer.engines.contract import AUX
 from isic.dataset import SPLITS
 from isic.folds import Folds
 from isic.layout import ERRORS_FILE
@@ -75,6 +76,8 @@ def build_run_spec(
         "tta": settings.tta,
         "dtype": settings.dtype,
         "num_features": models.num_features,
+        # Absent without them, so that runs of earlier versions resume.
+        **({AUX: models.aux} if models.aux else {}),
         "metadata_sha256": source.table_digest(),
         "images": {"number": len(images), "sizes": images.sizes_digest()},
         "versions": versions(*SPEC_PACKAGES),

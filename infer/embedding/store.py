@@ -8,6 +8,11 @@
 | `<root>/<split>/plan.json` | the settings and inputs of a run, also of an unfinished one |
 | `<root>/folds.parquet` | which fold held out which row |
 
+Shards of a network that was trained with `--aux` also have a column `aux.<name>` (Float32) per
+auxiliary target: its logit, higher for a row that is more likely to have the target. `run.json` then
+holds the definitions by name as `aux`, such as `{"mel": "iddx_full ~ Melanoma"}`, in the order of the
+columns, whose names `aux_columns` returns. Other embeddings have neither.
+
 `<root>` is `<output_dir>/<config>` for the numbered folds. Embeddings of the test split by the
 network that was trained on every row are in `<output_dir>/<config>_all`, in `test/fold_all/`.
 `<split>` is train, test, or images for those of `--images`, which need no fold plan.
@@ -21,6 +26,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from infer.engines.contract import AUX
 from isic import schema
 from isic.dataset import Split
 from isic.layout import ERRORS_FILE, Fold, fold_dir, fold_number
@@ -36,6 +42,8 @@ EmbeddedSplit = Split | Literal["images"]
 BAD_IMAGES_SCHEMA = {"isic_id": pl.String, "reason": pl.String}
 RUN_SPEC_KEY = "plan_digest"
 """Key of the run spec's digest in a run's JSON files and in the metadata of its shards."""
+AUX_PREFIX = "aux."
+"""Beginning of the columns of auxiliary logits."""
 # All 400,000 ids at once would be a large list of Python strings.
 SLICE_ROWS = 32768
 """Ids that are hashed together."""
@@ -51,6 +59,7 @@ def write_shard(
     features: NDArray[np.floating],
     logits: NDArray[np.float32],
     run_spec_digest: str | None = None,
+    aux: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> None:
     """Write one shard atomically; equal arguments give equal bytes.
 
@@ -59,6 +68,7 @@ def write_shard(
         features: [N, D] float16 or float32, stored in that type.
         logits: [N] float32.
         run_spec_digest: for the file's metadata.
+        aux: [N] float32, the logits of auxiliary targets by name.
     """
     inner = pl.Float16 if features.dtype == np.float16 else pl.Float32
     table = pl.DataFrame(
@@ -66,11 +76,25 @@ def write_shard(
             "isic_id": pl.Series(list(ids), dtype=pl.String),
             "features": pl.Series(features, dtype=pl.Array(inner, features.shape[1])),
             "logit": pl.Series(logits, dtype=pl.Float32),
+            **{
+                aux_column(name): pl.Series(values, dtype=pl.Float32)
+                for name, values in (aux or {}).items()
+            },
         }
     )
     metadata = {RUN_SPEC_KEY: run_spec_digest} if run_spec_digest else None
     # zstd would save 9 % of the bytes of features, and take two to four times as long.
     write_parquet(path, table, metadata, compression="lz4")
+
+
+def aux_column(name: str) -> str:
+    """Return the column of the logits of an auxiliary target."""
+    return AUX_PREFIX + name
+
+
+def aux_columns(run: Mapping[str, Any]) -> list[str]:
+    """Return the columns of auxiliary logits that embeddings have, from their `run.json`."""
+    return [aux_column(name) for name in run.get(AUX, {})]
 
 
 def ids_digest(ids: pl.Series) -> str:

@@ -20,8 +20,10 @@ from isic.runtime.extras import missing_library
 from isic.runtime.files import read_manifest, versions
 from isic.runtime.machine import has_gpu, no_gpu_reason
 
-Outputs = tuple[NDArray[np.floating], NDArray[np.float32]]
-"""Features [N, D], float32 or float16 as the graph computes them, and logits [N, 1] float32."""
+Outputs = tuple[NDArray[np.floating], NDArray[np.float32], *tuple[NDArray[np.float32], ...]]
+"""Features [N, D], float32 or float16 as the graph computes them, and logits [N, 1] float32.
+
+The logits [N, K] float32 of auxiliary targets are third, if the graph has them."""
 IN_FLIGHT = 3
 """Batches that an engine works on at once: one copied in, one computed, one collected."""
 

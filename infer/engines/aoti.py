@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._inductor.package.package import load_package
 
 from infer.engines import IN_FLIGHT, Engine, Outputs, Pending
+from infer.engines.contract import AUX
 from isic.layout import Fold
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
@@ -48,23 +49,31 @@ FAILURES = {
 """Cause and fix of an error of the GPU, by a part of its message; the first match counts."""
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
-"""A network on a device: images uint8 [N, H, W, 3] to features, logits and an optional mask."""
+"""A network on a device: images uint8 [N, H, W, 3] to outputs in the order of the contract."""
 
 
 class TorchEngine(Engine):
     """Networks that torch runs: by one thread on a CPU, on two streams on a GPU."""
 
-    def __init__(self, forwards: Mapping[Fold, Forward], max_batch: int, device: str) -> None:
+    def __init__(
+        self,
+        forwards: Mapping[Fold, Forward],
+        max_batch: int,
+        device: str,
+        has_aux: bool = False,
+    ) -> None:
         """Prepare the engine.
 
         Args:
             forwards: the network by fold, on the device.
             max_batch: images per call of a network; a larger batch runs in pieces.
             device: `cpu` or `cuda`.
+            has_aux: whether the networks have auxiliary logits, which are then their third output.
         """
         self.device = device
         self.folds = tuple(forwards)
         self._forwards = forwards
+        self._num_results = 3 if has_aux else 2
         self._max_batch = max_batch
         if device == "cpu":
             # torch computes with threads of its own.
@@ -91,7 +100,7 @@ class TorchEngine(Engine):
         """Return probabilities [N, h, w] of a network with the optional output `mask`."""
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         (outputs,) = self._forward(pixels, self.folds).values()
-        mask: NDArray[np.float32] = outputs[2].cpu().numpy()
+        mask: NDArray[np.float32] = outputs[self._num_results].cpu().numpy()
         return mask
 
     def close(self) -> None:
@@ -102,20 +111,25 @@ class TorchEngine(Engine):
                 torch.cuda.synchronize()
 
     def _run_on_cpu(self, pixels: Tensor, folds: Sequence[Fold]) -> dict[Fold, Outputs]:
-        return as_arrays(self._forward(pixels, folds))
+        return as_arrays(self._results(pixels, folds))
 
     def _start_on_gpu(self, pixels: Tensor, folds: Sequence[Fold]) -> "OnGpu":
         """Enqueue copies and kernels of a batch on the next stream."""
         with torch.cuda.stream(next(self._streams)), device_errors_as_user_errors():
             outputs = {
                 # A copy to the host that does not block goes to page-locked memory.
-                fold: [output.to("cpu", non_blocking=True) for output in parts[:2]]
-                for fold, parts in self._forward(pixels, folds).items()
+                fold: [output.to("cpu", non_blocking=True) for output in parts]
+                for fold, parts in self._results(pixels, folds).items()
             }
             # A thread that waits for a blocking event sleeps; otherwise it would take a core.
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record()
         return OnGpu(outputs, done)
+
+    def _results(self, pixels: Tensor, folds: Iterable[Fold]) -> dict[Fold, list[Tensor]]:
+        """Return each fold's outputs without a mask, on the device."""
+        outputs = self._forward(pixels, folds)
+        return {fold: parts[: self._num_results] for fold, parts in outputs.items()}
 
     @torch.inference_mode()
     def _forward(self, pixels: Tensor, folds: Iterable[Fold]) -> dict[Fold, list[Tensor]]:
@@ -152,8 +166,9 @@ class OnGpu:
 
 
 def as_arrays(outputs: Mapping[Fold, Sequence[Tensor]]) -> dict[Fold, Outputs]:
-    """Return features and logits of tensors on the host, without a copy."""
-    return {fold: (parts[0].numpy(), parts[1].numpy()) for fold, parts in outputs.items()}
+    """Return the outputs of tensors on the host, without a copy."""
+    arrays = {fold: [part.numpy() for part in parts] for fold, parts in outputs.items()}
+    return {fold: (features, logits, *aux) for fold, (features, logits, *aux) in arrays.items()}
 
 
 @contextlib.contextmanager
@@ -301,4 +316,5 @@ def create(
         num_views = len(VIEWS[first.get("tta", "none")])
         max_batch = min(max_batch, max(1, CPU_PIECE // num_views))
     forwards = {fold: open_package(path) for fold, path in artifacts.items()}
-    return TorchEngine(forwards, max_batch, device)
+    has_aux = all(AUX in manifest for manifest in manifests.values())
+    return TorchEngine(forwards, max_batch, device, has_aux)

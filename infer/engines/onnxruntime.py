@@ -23,7 +23,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 )
 
 from infer.engines import Engine, Pending
-from infer.engines.contract import FEATURES, IMAGES, LOGITS, MASK, Tensor, contract_violation
+from infer.engines.contract import IMAGES, MASK, RESULTS, Tensor, contract_violation
 from isic.layout import Fold
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
@@ -114,15 +114,17 @@ class OnnxRuntimeEngine(Engine):
             other = "" if device == "cpu" else ", or use --device cpu"
             raise UserError(f"ONNX Runtime does not run on --device {device} here: {reason}{other}")
         self._sessions = {fold: open_graph(path, size, device) for fold, path in artifacts.items()}
+        self._results = {fold: result_names(session) for fold, session in self._sessions.items()}
         num_threads = num_cores() if device == "cpu" else GPU_RUNS
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="onnxruntime")
 
     def submit(self, images: Pixels, folds: Iterable[Fold] | None = None) -> Pending:
-        return self._submit((FEATURES, LOGITS), images, self.folds if folds is None else folds)
+        chosen = self.folds if folds is None else folds
+        return self._submit({fold: self._results[fold] for fold in chosen}, images)
 
     def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
         """Return probabilities [N, h, w] of a graph with the optional output `mask`."""
-        (outputs,) = self._submit((MASK,), images, self.folds).result().values()
+        (outputs,) = self._submit(dict.fromkeys(self.folds, (MASK,)), images).result().values()
         mask: NDArray[np.float32] = outputs[0]
         return mask
 
@@ -130,12 +132,13 @@ class OnnxRuntimeEngine(Engine):
         self._pool.shutdown()
 
     def _submit(
-        self, names: Sequence[str], images: Pixels, folds: Iterable[Fold]
+        self, names: Mapping[Fold, Sequence[str]], images: Pixels
     ) -> "Rows | Future[dict[Fold, Any]]":
+        """Start to compute the named outputs of each fold."""
         if self.device == "cuda":
-            return self._pool.submit(self._run_batch, names, images, tuple(folds))
+            return self._pool.submit(self._run_batch, names, images)
         rows = [images[row : row + 1] for row in range(len(images))]
-        return Rows({fold: self._submit_rows(names, rows, fold) for fold in folds})
+        return Rows({fold: self._submit_rows(names[fold], rows, fold) for fold in names})
 
     def _submit_rows(
         self, names: Sequence[str], rows: Iterable[Pixels], fold: Fold
@@ -145,12 +148,12 @@ class OnnxRuntimeEngine(Engine):
         return [self._pool.submit(session.run, names, {IMAGES: row}) for row in rows]
 
     def _run_batch(
-        self, names: Sequence[str], images: Pixels, folds: Sequence[Fold]
+        self, names: Mapping[Fold, Sequence[str]], images: Pixels
     ) -> dict[Fold, list[Any]]:
         """Run each fold's graph on one copy of the batch; each output is copied once."""
         with device_errors_as_user_errors():
             on_device = ort.OrtValue.ortvalue_from_numpy(images, self.device, 0)
-            return {fold: self._run_bound(names, on_device, fold) for fold in folds}
+            return {fold: self._run_bound(names[fold], on_device, fold) for fold in names}
 
     def _run_bound(self, names: Sequence[str], images: ort.OrtValue, fold: Fold) -> list[Any]:
         session = self._sessions[fold]
@@ -211,6 +214,12 @@ def open_graph(path: Path, size: int, device: str) -> ort.InferenceSession:
     if violation:
         raise UserError(f"{path} {violation}; export it again")
     return session
+
+
+def result_names(session: ort.InferenceSession) -> list[str]:
+    """Return the outputs of a session that are part of a batch's result, in their order."""
+    present = {node.name for node in session.get_outputs()}
+    return [name for name in RESULTS if name in present]
 
 
 def _nodes(session: ort.InferenceSession) -> Iterable[ort.NodeArg]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer.engines import IN_FLIGHT, Engine, Outputs, cudart
-from infer.engines.contract import FEATURES, IMAGES, LOGITS, MASK
+from infer.engines.contract import AUX, FEATURES, IMAGES, LOGITS, MASK, RESULTS
 from infer.engines.cudart import CudaError
 from infer.engines.tensorrt_plan import BoundContext, Plan, common_profile
 from isic.layout import Fold
@@ -175,8 +175,7 @@ class TensorRTPending:
         self._results = results
 
     def result(self) -> dict[Fold, Outputs]:
-        outputs = self.outputs()
-        return {fold: (values[FEATURES], values[LOGITS]) for fold, values in outputs.items()}
+        return {fold: as_outputs(values) for fold, values in self.outputs().items()}
 
     def outputs(self) -> Results:
         """Wait for the batch and return its outputs by fold and name. Raises UserError."""
@@ -224,7 +223,7 @@ class TensorRTEngine(Engine):
 
     def submit(self, images: Pixels, folds: Iterable[Fold] | None = None) -> TensorRTPending:
         chosen = self.folds if folds is None else tuple(folds)
-        return self._submit(images, chosen, (FEATURES, LOGITS))
+        return self._submit(images, chosen, RESULTS)
 
     def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
         """Return probabilities [N, h, w] of the only plan, which has the optional output `mask`."""
@@ -238,6 +237,7 @@ class TensorRTEngine(Engine):
     def _submit(
         self, images: Pixels, folds: Sequence[Fold], names: Sequence[str]
     ) -> TensorRTPending:
+        """Start to compute the named outputs of each fold, as far as its plan has them."""
         plans = {fold: self._plans[fold] for fold in folds}
         assert images.dtype == np.uint8, images.dtype
         for plan in plans.values():
@@ -248,6 +248,7 @@ class TensorRTEngine(Engine):
             fold: {
                 name: np.empty((len(images), *plan.shapes[name]), plan.dtypes[name])
                 for name in names
+                if name in plan.shapes
             }
             for fold, plan in plans.items()
         }
@@ -328,6 +329,12 @@ class TensorRTEngine(Engine):
             self._failure = error
             for piece in pieces:
                 piece.fail(error)
+
+
+def as_outputs(values: Mapping[str, NDArray[Any]]) -> Outputs:
+    """Return the result of a batch from its outputs by name."""
+    aux = [values[AUX]] if AUX in values else []
+    return values[FEATURES], values[LOGITS], *aux
 
 
 def user_error(error: CudaError) -> UserError:
