@@ -221,7 +221,10 @@ def quiet_opencv() -> None:
     """Turn off OpenCV's own threads and messages in this process."""
     cv2.setNumThreads(1)  # its threads would compete for the same cores
     # The ImageError of an image has the reason.
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    if hasattr(cv2, "setLogLevel"):  # up to OpenCV 4.12, which lacks cv2.utils.logging
+        cv2.setLogLevel(0)
+    else:
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def failures(

@@ -7,12 +7,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embedding.store import read_run, scan_embeddings
+from infer.embedding.store import IMAGES, read_run, scan_embeddings
 from infer.engines import load, manifest_spec
 from isic.dataset import Dataset
 from isic.layout import ALL, ALL_NUMBER
 from isic.runtime.files import read_manifest
 from tests.support.commands import Cli
+from tests.support.datasets import jpeg
 
 
 @pytest.fixture
@@ -101,3 +102,16 @@ def test_the_note_on_a_fold_without_an_artifact_names_its_command(
     assert ended.code == 0, ended.err
     assert "note: fold_1 in" in ended.out
     assert "`python -m export --config tiny --formats onnx --precision fp32` makes it" in ended.out
+
+
+def test_any_images_are_embedded_by_fold_all_too(
+    exported_all: Path, tmp_path: Path, cli: Cli
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(jpeg(40))
+    folders = ["--model_dir", exported_all, "--images", photos, "--output_dir", tmp_path / "out"]
+    ended = cli("infer", "embed", "--config", "tiny", "--fold", "all", *folders)
+    assert ended.code == 0, ended.err
+    found = scan_embeddings(tmp_path / "out" / "tiny_all", IMAGES).collect()
+    assert found.select("isic_id", "fold").rows() == [("a.jpg", ALL_NUMBER)]
