@@ -66,6 +66,7 @@ def _fitted(settings: AblationSettings, features: str, libraries: str, folder: P
         "libraries": tuple(libraries.split("+")),
         "seeds": settings.seeds,
         "split_seed": settings.split_seed,
+        "splits": settings.splits,
         "num_rounds": settings.num_rounds,
         "output_dir": folder,
         "name": features,

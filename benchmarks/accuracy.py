@@ -10,13 +10,15 @@ from numpy.typing import NDArray
 
 from benchmarks.record import Row, print_and_append
 from benchmarks.settings import AccuracySettings
-from infer.ensemble.artifact import open_ensemble
+from infer.ensemble.blend_artifact import Blend, Scorer, open_scorer
+from infer.ensemble.chosen import choices
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds
-from isic.layout import OOF_FILE, fold_files
+from isic.layout import CONFIG_FILE, OOF_FILE, fold_files
 from isic.metrics import pauc, roc_auc
 from isic.preprocess import Pixels, PreprocessSpec
+from isic.runtime.config import read_yaml
 from isic.tables import read_parquet
 
 PUBLISHED_OOF = {"tabular": "0.1689", "image": "0.1582", "both": "0.1738"}
@@ -30,6 +32,8 @@ PUBLISHED_BOARD = {
     "both": "0.169 to 0.173",
 }
 """pAUC of published solutions on the challenge's private board, lower than out of fold."""
+CHOSEN_MARK = " (chosen on these rows)"
+"""Marks a score that may be too high because its rows chose an epoch, features or weights."""
 THUMBNAIL = 8
 """Side of the thumbnail whose pixels are features."""
 DECODED = 96
@@ -45,12 +49,14 @@ def accuracy(settings: AccuracySettings) -> None:
         rows.append(score_row("colour statistics, LightGBM", oof, "image"))
     if settings.model_dir:
         oof = _read_run(settings.model_dir)
-        rows.append(score_row(f"{settings.model_dir.name}, images only", oof, "image"))
+        name = f"{settings.model_dir.name}, images only{_mark_of_run(settings.model_dir)}"
+        rows.append(score_row(name, oof, "image"))
     if settings.ensembles:
         for path in sorted(settings.ensembles.glob(f"*/{OOF_FILE}")):
-            oof = read_parquet(path).rename({"blend": "score"})
-            name = f"{path.parent.name}, ensemble"
-            rows.append(score_row(name, oof, input_kind(path.parent)))
+            scorer = open_scorer(path.parent)
+            oof = scorer.oof().rename({"blend": "score"})
+            mark = CHOSEN_MARK if choices(scorer.manifest) else ""
+            rows.append(score_row(f"{path.parent.name}, ensemble{mark}", oof, input_kind(scorer)))
     rows = [{**row, "data": settings.label} for row in rows]
     print(f"appended to {print_and_append('accuracy', rows, settings.results)}")
 
@@ -60,12 +66,19 @@ def _read_run(model_dir: Path) -> pl.DataFrame:
     return pl.concat(folds).rename({"logit": "score"})
 
 
-def input_kind(ensemble: Path) -> str:
+def _mark_of_run(model_dir: Path) -> str:
+    """Return CHOSEN_MARK if an epoch was selected on held-out rows, else nothing."""
+    configs = fold_files(model_dir, CONFIG_FILE).values()
+    selected = any(read_yaml(path).get("select_epoch") == "best" for path in configs)
+    return CHOSEN_MARK if selected else ""
+
+
+def input_kind(scorer: Scorer) -> str:
     """Return the kind of an ensemble's inputs, a key of PUBLISHED_OOF."""
-    spec = open_ensemble(ensemble).spec
-    if not spec.images:
+    members = scorer.members.values() if isinstance(scorer, Blend) else [scorer]
+    if not scorer.uses_images:
         return "tabular"
-    return "both" if spec.tabular else "image"
+    return "both" if any(member.spec.table_names for member in members) else "image"
 
 
 def score_row(name: str, oof: pl.DataFrame, kind: str) -> Row:

@@ -17,7 +17,6 @@ from benchmarks.untrained import create_untrained, example_images
 from export.formats import TOLERANCES
 from export.parity import check_figure, compare, run_engine, run_model
 from infer.engines import create
-from infer.engines.contract import OUTPUTS
 from isic.runtime.files import read_json, write_json
 from train.batch import Batch, to_device
 from train.config import TrainSettings, load_settings
@@ -75,14 +74,15 @@ def engine_row(job: CheckJob, row: Row) -> None:
     row |= {"seconds": round(artifact.seconds, 1), "megabytes": round(artifact.megabytes, 1)}
     data = Path(job.data) if job.data else None
     images = example_images(data, untrained.spec, NUM_IMAGES)
+    names = untrained.model.output_names
     expected = run_model(untrained.model, images)
     engine = create(artifact.path, artifact.manifest, job.device)
     figures = {}
     for batch in job.batches:
         # A batch of the full size, however few images there are.
         rows = np.arange(max(batch, NUM_IMAGES)) % NUM_IMAGES
-        outputs = run_engine(engine, images[rows], batch, with_mask=len(expected) == len(OUTPUTS))
-        figures[batch] = compare(tuple(values[rows] for values in expected), outputs)
+        outputs = run_engine(engine, images[rows], batch, names)
+        figures[batch] = compare(tuple(values[rows] for values in expected), outputs, names)
     row["cosine"] = round(min(figure["cosine"] for figure in figures.values()), 7)
     worst = max(figure["max_logit_error"] for figure in figures.values())
     row["max_logit_error"] = float(f"{worst:.1e}")

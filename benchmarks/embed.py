@@ -23,6 +23,7 @@ from infer.embedding.embedder import BatchStats, Embedder, EmbedJob
 from infer.embedding.models import Models, find_models
 from infer.embedding.settings import BATCH_CPU
 from infer.embedding.shards import plan_shards
+from infer.embedding.source import Source
 from infer.embedding.store import RUN_FILE
 from infer.engines import IN_FLIGHT, Pending, create_many, null
 from infer.engines.pinned import page_locked
@@ -210,7 +211,7 @@ def _engine(job: EmbedJob, ids: pl.Series) -> Run:
     engine = create_many(models.artifacts, models.manifests, job.device)
     num_views = Recipe(models.spec, job.tta).num_views
     first = ids.head(job.batch_size).to_list()
-    loaded, _ = Dataset(job.data).images(job.split).load(first, models.spec)
+    loaded, _ = Source(job.data, job.split).open().load(first, models.spec)
     images = page_locked(loaded, engine.device)
 
     def run(ids: pl.Series) -> None:

@@ -17,6 +17,7 @@ from infer.ensemble.comparison import Comparison, compare_scores
 from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.out_of_fold import fit_boosters
 from infer.ensemble.settings import FitSettings
+from infer.ensemble.training_table import TrainingTable
 from isic import schema
 from isic.arrays import Floats
 from isic.dataset import Dataset
@@ -39,6 +40,8 @@ class Treatment:
     """Features that are dropped."""
     blank_share: float = 0.0
     """Share of training rows in which each category is blanked."""
+    blank: tuple[str, ...] = ()
+    """The categories that are blanked; all if empty."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,10 @@ def hospitals(settings: HospitalSettings) -> None:
         Treatment("as they are"),
         Treatment("without the hospital", without=OF_HOSPITAL),
         *(Treatment(f"blanked in {share:g}", blank_share=share) for share in settings.blank_shares),
+        *(
+            Treatment(f"hospital blanked in {share:g}", blank_share=share, blank=OF_HOSPITAL)
+            for share in settings.hospital_shares
+        ),
     ]
     for features in settings.features:
         first: list[Floats] = []
@@ -134,13 +141,16 @@ def _scores(
         "seed": settings.seed,
         "num_threads": settings.num_threads,
         "blank_share": treatment.blank_share,
+        "blank": treatment.blank,
     }
     fit_settings = build(FitSettings, flags)
     table = spec.frame(training.metadata, ())
     fitted: dict[int, Floats] = {}  # by the identity of the fold array
     for part in held_out:
         if id(part.fold) not in fitted:
-            bag = fit_boosters(table, names, training.target, part.fold, fit_settings)
+            bag = fit_boosters(
+                TrainingTable(table), names, training.target, part.fold, fit_settings
+            )
             fitted[id(part.fold)] = np.stack(list(bag.scores.values()))
     return [fitted[id(part.fold)] for part in held_out]
 

@@ -37,6 +37,7 @@ from infer.engines import Engine, Outputs
 from infer.engines.null import NullEngine
 from isic.dataset import Dataset
 from isic.images import Hdf5Images
+from isic.layout import Fold
 from isic.metadata import read_ids
 from isic.preprocess import Pixels, PreprocessSpec
 
@@ -227,7 +228,7 @@ class FreeEngine(Engine):
         self._features = np.zeros((BATCH, num_features), np.float16)
         self._logits = np.zeros((BATCH, 1), np.float32)
 
-    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> "FreePending":
+    def submit(self, images: Pixels, folds: Iterable[Fold] | None = None) -> "FreePending":
         return FreePending(self._features[: len(images)], self._logits[: len(images)])
 
     def close(self) -> None:
@@ -240,7 +241,7 @@ class FreePending:
     def __init__(self, *outputs: Any) -> None:
         self._outputs = outputs
 
-    def result(self) -> dict[int, Outputs]:
+    def result(self) -> dict[Fold, Outputs]:
         features, logits = (output.copy() for output in self._outputs)
         return {0: (features, logits)}
 

@@ -330,11 +330,11 @@ class AblationSettings(Settings):
 
     data: Path = Field(description="dataset folder; its training rows are scored out of fold")
     label: str = Field(description="name of the data in the table")
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, made with --folds all"
+    embeddings: Several[Path] = Field(
+        (), description="outputs/embeddings/<config> of each network, made with --folds all"
     )
-    frozen: Path | None = Field(
-        None, description="embeddings of the images by a model trained on other images"
+    frozen: Several[Path] = Field(
+        (), description="embeddings of the images by networks trained on other images"
     )
     features: Several[str] = Field(
         (),
@@ -348,6 +348,12 @@ class AblationSettings(Settings):
     seeds: int = Field(10, ge=2, description="seeds per fit")
     split_seed: int | None = Field(
         None, ge=0, description="seed of the folds, if no plan comes with the data or embeddings"
+    )
+    splits: int = Field(
+        1,
+        ge=1,
+        description="fold plans per fit, for sets without the fold models' features; from 3 on, "
+        "folds are paired instead of seeds",
     )
     num_rounds: int | None = Field(
         None, ge=1, description="boosting rounds; each library's own if not given"
@@ -365,6 +371,9 @@ class HospitalSettings(Settings):
     blank_shares: Several[float] = Field(
         (0.1, 0.2), description="shares of training rows to blank categories in"
     )
+    hospital_shares: Several[float] = Field(
+        (0.2, 0.5), description="the same, of attribution and copyright_license only"
+    )
     min_positives: int = Field(
         10, ge=1, description="fewest malignant lesions of a hospital that is held out"
     )
@@ -378,7 +387,11 @@ class HospitalSettings(Settings):
 
 
 class FewSettings(Settings):
-    """Score every feature set on groups of each size, and on whole patients."""
+    """Score every feature set on groups of each size, and on whole patients.
+
+    Sets with features relative to the patient are also fitted on thinned patients, and blended with
+    the first set, which then scores patients of few lesions, as `infer predict --few raw` does.
+    """
 
     data: Path = Field(description="dataset folder; its training rows are scored out of fold")
     label: str = Field(description="name of the data in the table")
@@ -387,6 +400,9 @@ class FewSettings(Settings):
     )
     sizes: Several[int] = Field(
         (1, 2, 3, 5, 10, 20), description="numbers of a patient's lesions that are scored together"
+    )
+    thin_shares: Several[float] = Field(
+        (0.5,), description="shares of patients to split in training, see `infer fit`"
     )
     num_folds: int = Field(5, ge=2, description="folds")
     split_seed: int = Field(42, ge=0, description="seed of the folds")

@@ -103,6 +103,8 @@ def train(settings: TrainRateSettings) -> None:
     """Measure images per second of training, on files and in memory, and of a bare loop."""
     if settings.mask_weight:
         raise UserError("the bare loop predicts no masks; give --mask_weight 0")
+    if settings.aux:
+        raise UserError('the bare loop has no auxiliary targets; give --aux ""')
     device = select_device(settings.device)
     settings = resolve_choices(settings, device)
     if settings.precision == "bf16":

@@ -18,6 +18,7 @@ from isic.dataset import Dataset
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.config import CONFIG_DIR
 from isic.runtime.errors import UserError, did_you_mean
+from train.auxiliary import manifest_of_targets
 from train.config import TrainSettings, load_settings
 from train.model import Classifier, create_model, preprocess_spec
 
@@ -47,6 +48,7 @@ class UntrainedModel:
             "fold": 0,
             "num_features": self.model.num_features,
             "preprocess": self.spec.model_dump(mode="json"),
+            **manifest_of_targets(self.settings.aux),
         }
 
 

@@ -12,6 +12,7 @@ import torch
 from export.options import PlanOptions
 from infer.engines import usual_device
 from infer.formats import ENGINE_FORMATS, exported_formats
+from isic.layout import Fold
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.errors import UserError, did_you_mean
 from train.machine import without_bfloat16
@@ -26,7 +27,7 @@ class ArtifactSpec:
     """The request for one artifact: all that decides its name and whether it is up to date."""
 
     config: str
-    fold: int
+    fold: Fold
     format: str
     precision: str
     device: str
@@ -82,6 +83,8 @@ class BuildInputs:
     """Folder for files that the folds of a config share, such as kernel timings."""
     calibration: Callable[[], Pixels] = no_images
     """Reads images uint8 [R, size, size, 3]; called only for calibrated precisions."""
+    aux: tuple[str, ...] = ()
+    """Names of the auxiliary targets."""
 
     @property
     def size(self) -> int:
@@ -131,8 +134,8 @@ class Tolerance:
     min_cosine: float
     """Of each image's features."""
     max_logit_error: float
-    """Of each logit, divided by the logits' standard deviation if that is over 1, and of each
-    probability of a mask."""
+    """Of each logit, also of an auxiliary target, divided by its standard deviation over images if
+    that is over 1, and of each probability of a mask."""
     min_rank_correlation: float
     """Spearman's, of the logits of real images."""
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from export.precision import cast_model
+from infer.engines.contract import MASK
 from isic.views import REVERSED_AXES, VIEWS, View, is_transposed
 from train.model import Classifier
 
@@ -26,9 +27,9 @@ class ArtifactNetwork(nn.Module):
         self.features_dtype = torch.float32 if model.dtype == torch.float32 else torch.float16
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return features [N, D], logits [N, 1] float32 and any mask [N, h, w] float32.
+        """Return features [N, D], logits [N, 1], any auxiliary logits [N, K] and mask [N, h, w].
 
-        The features are float16 if the network computes in low precision, else float32.
+        All are float32, but features are float16 if the network computes in low precision.
 
         Args:
             images: uint8 [N, H, W, 3], RGB.
@@ -42,9 +43,9 @@ class ArtifactNetwork(nn.Module):
         """Return the float32 means over the views of maps [N, 3, H, W], from one batch [V N]."""
         stacked = self.model.forward_maps(stack_views(maps, self.views))
         outputs = [out.reshape(len(self.views), -1, *out.shape[1:]) for out in stacked]
-        features, logits, *masks = outputs
-        upright = [turn_back(mask, self.views) for mask in masks]
-        return tuple(out.mean(dim=0) for out in (features, logits, *upright))
+        if MASK in self.output_names:
+            outputs[-1] = turn_back(outputs[-1], self.views)
+        return tuple(out.mean(dim=0) for out in outputs)
 
 
 def artifact_network(model: Classifier, precision: str, tta: str = "none") -> ArtifactNetwork:

@@ -1,4 +1,4 @@
-"""The ONNX graph: uint8 images in, features, logits and an optional mask out, any batch size."""
+"""The ONNX graph: uint8 images in, features, logits and optional outputs out, any batch size."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from torch import Tensor
 from export.formats import ArtifactSpec, BuildInputs
 from export.network import ArtifactNetwork, artifact_network
 from export.precision import pointwise_convs_as_linear
-from infer.engines.contract import IMAGES, LOGITS
+from infer.engines.contract import AUX, IMAGES, LOGITS
 from isic.layout import ONNX_FILE
 
 OPSET = 20
@@ -61,13 +61,16 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
 
 def metadata(spec: ArtifactSpec, inputs: BuildInputs) -> dict[str, str]:
     """Return the file's ONNX metadata properties: its origin and its preprocessing."""
+    labels = {LOGITS: ["malignant"]}
+    if inputs.aux:
+        labels[AUX] = list(inputs.aux)
     return {
         "name": spec.config,
         "fold": str(spec.fold),
         "precision": spec.precision,
         "tta": spec.options.tta,
         "preprocess": inputs.preprocess.model_dump_json(),
-        "labels": json.dumps({LOGITS: ["malignant"]}),
+        "labels": json.dumps(labels),
     }
 
 

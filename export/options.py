@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, Field, model_validator
 
 from infer.formats import PRECISIONS, exported_formats
-from isic.layout import find_run
+from isic.layout import FoldFlag, find_run
 from isic.runtime.config import Settings, Several
 from isic.views import VIEWS, Tta
 
@@ -107,8 +107,10 @@ class ExportSettings(PlanOptions):
     model_dir: Path | None = Field(
         None, description="folder of the trained run; outputs/<config> if not given"
     )
-    fold: int | None = Field(
-        None, ge=0, description="the only fold to export; all trained folds if not given"
+    fold: FoldFlag | None = Field(
+        None,
+        description="the only fold to export, or all: fold_all, which was trained on every row; "
+        "each numbered fold that is trained if not given",
     )
     formats: Several[str] = Field(
         ("onnx",),
@@ -128,7 +130,10 @@ class ExportSettings(PlanOptions):
         description="dataset with the images of the parity check; the training's if not given",
     )
     parity_images: int = Field(
-        256, ge=1, description="number of held-out images in the parity check"
+        256,
+        ge=1,
+        description="number of held-out images in the parity check; of training images for "
+        "--fold all, which holds none out",
     )
     check: bool = Field(
         False, description="check the parity of existing artifacts on this machine, build nothing"

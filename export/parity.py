@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from export.formats import Tolerance
 from infer.engines import Engine, SupportsMask
-from infer.engines.contract import GRAPH_CONTRACT, OUTPUTS
+from infer.engines.contract import AUX, FEATURES, GRAPH_CONTRACT, LOGITS, MASK
 from isic.metrics import pauc
 from isic.preprocess import Pixels
 from isic.views import VIEWS, View
@@ -21,9 +21,18 @@ NUM_NOISE = 7
 NUM_FEW = 16
 """Images that small batches are compared on; the largest batch size is compared on all of them."""
 MAX_PAUC_CHANGE = 1e-3
+FIGURES = {
+    FEATURES: "max_abs_error",
+    LOGITS: "max_logit_error",
+    AUX: "max_aux_error",
+    MASK: "max_mask_error",
+}
+"""The name of each output's largest error."""
+LIMITED = {LOGITS: "a logit", AUX: "an auxiliary logit", MASK: "a mask"}
+"""The outputs whose largest error is limited, in words."""
 
 Arrays = tuple[NDArray[np.float32], ...]
-"""The checkpoint's outputs in the order of OUTPUTS; the mask is absent if there is none."""
+"""The checkpoint's outputs in its order."""
 EngineArrays = tuple[NDArray[np.floating], ...]
 """An engine's outputs in this order, in the types of its artifact."""
 
@@ -53,6 +62,7 @@ class Reference:
         shape = (NUM_NOISE, *images.shape[1:])
         noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         self.images: Pixels = np.concatenate([images, noise])
+        self.names = model.output_names
         self.outputs = run_averaged(model, self.images, VIEWS[tta])
         self.num_real = len(images)
         # The pAUC is undefined if the labels are all the same.
@@ -67,29 +77,35 @@ def run_averaged(model: Classifier, images: Pixels, views: Sequence[View]) -> Ar
     for turns, mirrored in views:
         turned = np.rot90(images, turns, axes=(1, 2))
         view = np.ascontiguousarray(turned[:, :, ::-1] if mirrored else turned)
-        features, logits, *masks = run_model(model, view)
-        unmirrored = (mask[:, :, ::-1] if mirrored else mask for mask in masks)
-        upright = (np.rot90(mask, -turns, axes=(1, 2)) for mask in unmirrored)
-        outputs = (features, logits, *upright)
-        sums = [a + b for a, b in zip(sums, outputs, strict=True)] if sums else list(outputs)
+        outputs = list(run_model(model, view))
+        if MASK in model.output_names:
+            mask = outputs[-1][:, :, ::-1] if mirrored else outputs[-1]
+            outputs[-1] = np.rot90(mask, -turns, axes=(1, 2))
+        sums = [a + b for a, b in zip(sums, outputs, strict=True)] if sums else outputs
     return tuple(total / np.float32(len(views)) for total in sums)
 
 
 @torch.inference_mode()
 def run_model(model: Classifier, images: Pixels, batch_size: int = 16) -> Arrays:
-    """Return features [N, D], logits [N, 1] and any mask [N, h, w] of uint8 [N, H, W, 3]."""
+    """Return the outputs of images uint8 [N, H, W, 3], see `Classifier.output_names`."""
     batches = []
     for start in range(0, len(images), batch_size):
         batches.append(model(torch.from_numpy(images[start : start + batch_size])))
     return tuple(torch.cat(parts).numpy() for parts in zip(*batches, strict=True))
 
 
-def run_engine(engine: Engine, images: Pixels, batch_size: int, with_mask: bool) -> EngineArrays:
+def run_engine(
+    engine: Engine, images: Pixels, batch_size: int, names: Sequence[str]
+) -> EngineArrays:
     """Return the engine's outputs, as `run_model` does.
 
+    Args:
+        names: of the network's outputs.
+
     Raises:
-        ParityError: the mask is requested and the engine cannot compute it.
+        ParityError: there is a mask among them, and the engine cannot compute it.
     """
+    with_mask = MASK in names
     if with_mask and not isinstance(engine, SupportsMask):
         raise ParityError("the network predicts masks, and this engine does not")
     batches: list[EngineArrays] = []
@@ -120,9 +136,8 @@ def check_parity(
         # The largest batch size on all images, others on a few, where a wrong kernel shows.
         first = 0 if batch_size == max(batch_sizes) else -max(NUM_FEW, batch_size)
         expected = tuple(output[first:] for output in reference.outputs)
-        with_mask = len(expected) == len(OUTPUTS)
-        actual = run_engine(engine, reference.images[first:], batch_size, with_mask)
-        figure = compare(expected, actual)
+        actual = run_engine(engine, reference.images[first:], batch_size, reference.names)
+        figure = compare(expected, actual, reference.names)
         check_figure(figure, tolerance, f"at batch {batch_size}")
         figures[f"batch_{batch_size}"] = figure
     # The largest batch size was the last one, so `actual` has the logits of all images.
@@ -131,19 +146,27 @@ def check_parity(
     return figures
 
 
-def compare(expected: Arrays, actual: EngineArrays) -> dict[str, float]:
+def compare(
+    expected: Arrays, actual: EngineArrays, names: Sequence[str] = (FEATURES, LOGITS)
+) -> dict[str, float]:
     """Return the differences of an engine's outputs from the checkpoint's.
+
+    Args:
+        names: of the outputs.
 
     Returns:
         `cosine`: the smallest of all images' features. `max_abs_error`: of the features.
-        `max_logit_error`: divided by the logits' standard deviation if that is over 1.
+        `max_logit_error` and, if there are auxiliary targets, `max_aux_error`: divided by the
+        standard deviation of the logits, or of the target's logits, if that is over 1.
         `max_mask_error`: of all probabilities, if there is a mask.
 
     Raises:
-        ParityError: a type that the contract does not name, another shape, or values that are not
-            finite.
+        ParityError: an output too few or too many, a type that the contract does not name, another
+            shape, or values that are not finite.
     """
-    for name, wanted, found in zip(OUTPUTS, expected, actual, strict=False):
+    if len(actual) != len(names):
+        raise ParityError(f"there are {len(actual)} outputs, not {', '.join(names)}")
+    for name, wanted, found in zip(names, expected, actual, strict=True):
         dtypes = GRAPH_CONTRACT[name].dtypes
         if str(found.dtype) not in dtypes or found.shape != wanted.shape:
             raise ParityError(
@@ -152,13 +175,13 @@ def compare(expected: Arrays, actual: EngineArrays) -> dict[str, float]:
             )
         if not np.isfinite(found).all():
             raise ParityError(f"{name} hold values that are not finite")
-    errors = [
-        float(np.abs(wanted - found).max()) for wanted, found in zip(expected, actual, strict=True)
-    ]
-    errors[1] /= max(1.0, float(expected[1].std()))
-    names = ("max_abs_error", "max_logit_error", "max_mask_error")
-    cosine = smallest_cosine(expected[0], actual[0])
-    return {"cosine": cosine, **dict(zip(names, errors, strict=False))}
+    figures = {"cosine": smallest_cosine(expected[0], actual[0])}
+    for name, wanted, found in zip(names, expected, actual, strict=True):
+        error = np.abs(wanted - found).max(axis=0)
+        if name in {LOGITS, AUX}:
+            error = error / np.maximum(1.0, wanted.std(axis=0))
+        figures[FIGURES[name]] = float(error.max())
+    return figures
 
 
 def smallest_cosine(expected: NDArray[np.floating], actual: NDArray[np.floating]) -> float:
@@ -177,11 +200,11 @@ def check_figure(figure: dict[str, float], tolerance: Tolerance, where: str) -> 
             f"{where} the cosine of the features is {figure['cosine']:.6f}, under "
             f"{tolerance.min_cosine}"
         )
-    for name in ("logit", "mask"):
-        error = figure.get(f"max_{name}_error", 0.0)
+    for name, words in LIMITED.items():
+        error = figure.get(FIGURES[name], 0.0)
         if error > tolerance.max_logit_error:
             raise ParityError(
-                f"{where} a {name} is off by {error:.2g}, over {tolerance.max_logit_error}"
+                f"{where} {words} is off by {error:.2g}, over {tolerance.max_logit_error}"
             )
 
 

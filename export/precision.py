@@ -33,8 +33,8 @@ def cast_model(model: Classifier, precision: str) -> Classifier:
     if dtype == torch.float32:
         return model
     for part in (model.backbone, *model.heads):
-        # The classifier is cheap, and the last digits of the logits decide their order.
-        if part is not model.head:
+        # Linear heads are cheap, and the last digits of the logits decide their order.
+        if part not in model.linear_heads:
             part.to(dtype)
     model.dtype = dtype
     for module in model.modules():
@@ -58,16 +58,17 @@ class _OutputTo:
 
 
 def head_as_sum(model: Classifier) -> Classifier:
-    """Return a copy whose linear head is a product and a sum, for runtimes without float32 GEMM."""
+    """Return a copy whose linear heads are products and sums, for runtimes without float32 GEMM."""
     model = copy.deepcopy(model)
-    linear = model.head[-1]
-    assert isinstance(linear, nn.Linear)
-    model.head[-1] = ProductSum(linear)
+    for head in model.linear_heads:
+        linear = head[-1]
+        assert isinstance(linear, nn.Linear)
+        head[-1] = ProductSum(linear)
     return model
 
 
 class ProductSum(nn.Module):
-    """A linear layer with one output, as an elementwise product and its sum."""
+    """A linear layer with few outputs, as an elementwise product and its sums."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -75,8 +76,8 @@ class ProductSum(nn.Module):
         self.bias = linear.bias
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return [N, 1] of features [N, D]."""
-        return (features * self.weight).sum(dim=-1, keepdim=True) + self.bias
+        """Return [N, K] of features [N, D]."""
+        return (features[:, None] * self.weight).sum(dim=-1) + self.bias
 
 
 def pointwise_convs_as_linear(model: Classifier) -> Classifier:

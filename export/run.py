@@ -31,7 +31,7 @@ from infer.engines import create, unavailable_reason
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import read_folds
-from isic.layout import BEST_CHECKPOINT, FOLDS_FILE, fold_files
+from isic.layout import ALL, BEST_CHECKPOINT, FOLDS_FILE, Fold, fold_files, fold_name
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
@@ -110,7 +110,7 @@ def export(settings: ExportSettings) -> int:
 
 
 def announce_export(
-    settings: ExportSettings, folds: list[int], wanted: list[tuple[str, str]]
+    settings: ExportSettings, folds: list[Fold], wanted: list[tuple[str, str]]
 ) -> None:
     """Print one line on the artifacts that are about to be made."""
     formats = ", ".join(
@@ -122,10 +122,12 @@ def announce_export(
     views = len(VIEWS[settings.tta])
     mean = f", the mean over {views} views" if views > 1 else ""
     print(f"{verb} {settings.config}: fold{'s' * (len(folds) > 1)} {names}, {formats}{mean}")
+    if ALL in folds:
+        print(f"parity on training images, because fold {ALL} holds none out")
 
 
 def export_fold(
-    checkpoint: Path, fold: int, specs: list[ArtifactSpec], settings: ExportSettings
+    checkpoint: Path, fold: Fold, specs: list[ArtifactSpec], settings: ExportSettings
 ) -> int:
     """Export the artifacts of one fold, or with `--check` only check them.
 
@@ -140,7 +142,7 @@ def export_fold(
         artifact = artifact_path(checkpoint, spec)
         redo = settings.force or settings.check
         if not redo and is_current(artifact, spec, checkpoint.name, digest):
-            print(f"{fold:4} {spec.format:12} {spec.precision:5} up to date: {artifact}")
+            print(f"{fold!s:>4} {spec.format:12} {spec.precision:5} up to date: {artifact}")
             continue
         # Loaded once, and only if needed: a checkpoint takes seconds to unpickle.
         if source is None:
@@ -150,24 +152,22 @@ def export_fold(
     return num_failed
 
 
-def find_checkpoints(settings: ExportSettings) -> dict[int, Path]:
+def find_checkpoints(settings: ExportSettings) -> dict[Fold, Path]:
     """Return the checkpoint of each fold to export. Raise UserError if there is none."""
-    trained = fold_files(settings.run_dir, BEST_CHECKPOINT)
-    if settings.fold is None:
-        found = trained
-    else:
-        found = {fold: path for fold, path in trained.items() if fold == settings.fold}
+    found = fold_files(settings.run_dir, BEST_CHECKPOINT, settings.fold)
     if not found:
-        which = "no fold" if settings.fold is None else f"no fold {settings.fold}"
+        which, flag = "no fold", ""
+        if settings.fold is not None:
+            which, flag = f"no {fold_name(settings.fold)}", f" --fold {settings.fold}"
         raise UserError(
             f"{settings.run_dir} has {which} with {BEST_CHECKPOINT}; run "
-            f"`python -m train --config {settings.config}` first"
+            f"`python -m train --config {settings.config}{flag}` first"
         )
     return found
 
 
 def artifact_spec(
-    fold: int, format_name: str, precision: str, settings: ExportSettings
+    fold: Fold, format_name: str, precision: str, settings: ExportSettings
 ) -> ArtifactSpec:
     return ArtifactSpec(
         config=settings.config,
@@ -196,7 +196,7 @@ def is_current(artifact: Path, spec: ArtifactSpec, checkpoint: str, digest: str)
     return bool(manifest["sha256"] == sha256(artifact))
 
 
-def load_source(path: Path, digest: str, fold: int, settings: ExportSettings) -> Source:
+def load_source(path: Path, digest: str, fold: Fold, settings: ExportSettings) -> Source:
     """Load a checkpoint, whose SHA-256 is `digest`, into its model.
 
     Raises:
@@ -259,6 +259,7 @@ def build_inputs(source: Source, spec: ArtifactSpec) -> BuildInputs:
         preprocess=source.preprocess,
         cache_dir=source.path.parents[1],
         calibration=partial(calibration_sample, source, spec.options.calibration_images),
+        aux=tuple(source.config.get("aux", ())),
     )
 
 
@@ -298,7 +299,8 @@ def measure_parity(
         "processor": processor(),
         "features": cpu_features(),
     }
-    return {**figures, "cpu": cpu}
+    images = "training" if source.config["fold"] == ALL else "held out"
+    return {**figures, "images": images, "cpu": cpu}
 
 
 def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | None) -> None:
@@ -307,7 +309,7 @@ def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | N
     write_manifest(artifact, **{**fields, "parity": parity})
     megabytes = artifact.stat().st_size / 1e6
     start = (
-        f"{manifest['fold']:4} {manifest['format']:12} {manifest['precision']:5} {megabytes:7.1f} "
+        f"{manifest['fold']!s:>4} {manifest['format']:12} {manifest['precision']:5} {megabytes:7.1f} "
         f"{manifest['build_seconds']:8.1f}"
     )
     if parity is None:
@@ -335,7 +337,7 @@ def remove_failed(artifact: Path, manifest: Mapping[str, Any], error: ParityErro
     manifest_path(artifact).unlink(missing_ok=True)
     record_parity(artifact, {"passed": False, "reason": str(error)})
     print(
-        f"{manifest['fold']:4} {manifest['format']:12} {manifest['precision']:5} failed the parity "
+        f"{manifest['fold']!s:>4} {manifest['format']:12} {manifest['precision']:5} failed the parity "
         f"check: {error}"
     )
 
@@ -343,13 +345,15 @@ def remove_failed(artifact: Path, manifest: Mapping[str, Any], error: ParityErro
 def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
     """Return at most `source.num_images` that the fold holds out, and their labels.
 
+    ALL holds none out: they are those that fold 0 of the same plan holds out.
+
     Returns:
         uint8 [R, size, size, 3] and float32 [R].
 
     Raises:
         UserError: none can be read.
     """
-    images, labels = read_sample(source, source.num_images, held_out=True)
+    images, labels = read_sample(source, source.num_images, for_parity=True)
     if not len(images):
         raise UserError(
             f"no image of fold {source.config['fold']} in {source.data} can be read; give --data"
@@ -359,18 +363,19 @@ def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
 
 def calibration_sample(source: Source, num_images: int) -> Pixels:
     """Return at most `num_images` of the fold's training images, uint8 [R, size, size, 3]."""
-    # Not held-out images: the parity check must not judge images of the calibration.
-    return read_sample(source, num_images, held_out=False)[0]
+    # Not those of the parity check, which must not judge images of the calibration.
+    return read_sample(source, num_images, for_parity=False)[0]
 
 
 def read_sample(
-    source: Source, num_images: int, held_out: bool
+    source: Source, num_images: int, for_parity: bool
 ) -> tuple[Pixels, NDArray[np.float32]]:
-    """Return images and labels of rows that the fold holds out, or of rows that it trains on."""
+    """Return images and labels of the fold's rows of the parity check, or of the other rows."""
     dataset = Dataset(source.data)
     table = dataset.metadata("train")
     folds = read_folds(source.path.parents[1] / FOLDS_FILE).of(table)
-    table = table.filter((folds == source.config["fold"]) == held_out)
+    fold = 0 if source.config["fold"] == ALL else source.config["fold"]
+    table = table.filter((folds == fold) == for_parity)
     store = dataset.images("train")
     table = table.filter(~pl.col(schema.ID).is_in(store.missing(table[schema.ID].to_list())))
     rows = choose_rows(table, num_images)

@@ -32,7 +32,7 @@ from infer.engines.tensorrt import (
 )
 from infer.engines.tensorrt_plan import logger
 from infer.formats import ENGINE_FORMATS
-from isic.layout import ONNX_FILE
+from isic.layout import ONNX_FILE, Fold, fold_name
 from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path
 
@@ -151,7 +151,7 @@ def parses_attention(flavour: str) -> bool:
     return (int(major), int(minor)) >= ATTENTION_VERSION
 
 
-def plan_name(config: str, fold: int, precision: str, flavour: str, options: PlanOptions) -> str:
+def plan_name(config: str, fold: Fold, precision: str, flavour: str, options: PlanOptions) -> str:
     """Return a file name such as `vit_tiny-fold_0-fp16-d4-sm86-tensorrt_rtx_1.7.1.116.plan`.
 
     Raises:
@@ -167,7 +167,7 @@ def plan_name(config: str, fold: int, precision: str, flavour: str, options: Pla
         )
     gpus = "-".join(target_gpus)
     views = "" if options.tta == "none" else f"-{options.tta}"
-    return f"{config}-fold_{fold}-{precision}{views}-{gpus}-{flavour}_{version}.plan"
+    return f"{config}-{fold_name(fold)}-{precision}{views}-{gpus}-{flavour}_{version}.plan"
 
 
 def build_plan(

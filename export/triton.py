@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from export.formats import FORMATS
-from infer.engines.contract import IMAGES, LOGITS
+from infer.engines.contract import AUX, IMAGES, LOGITS
 from infer.formats import ENGINE_FORMATS
 from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path, read_manifest, refuse_foreign, write_json, write_text
@@ -107,7 +107,7 @@ def write_repository(root: Path, artifacts: Sequence[Path]) -> list[str]:
 
     Models of these names are replaced, others are kept. For several folds there is also an
     ensemble with the config's name: it returns `logits` (the mean over the folds), `probabilities`
-    (their sigmoid) and the features and masks of each fold.
+    (their sigmoid) and the features and optional outputs of each fold.
 
     Args:
         root: folder for `tritonserver --model-repository`.
@@ -188,6 +188,8 @@ def fold_config(model: FoldModel) -> dict[str, Any]:
     kind = Word("KIND_GPU" if model.plan else "KIND_AUTO")
     facts = {key: model.manifest[key] for key in ("fold", "precision", "preprocess", "sha256")}
     facts["tta"] = model.tta
+    if AUX in model.manifest:
+        facts[AUX] = model.manifest[AUX]
     return {
         "name": model.name,
         "backend": FORMATS[model.manifest["format"]].triton_backend,

@@ -1,4 +1,4 @@
-"""`python -m infer embed | fit | predict | scores | compare | report | doctor`."""
+"""`python -m infer embed | fit | select | blend | predict | scores | compare | report | doctor`."""
 
 from isic.runtime.cli import Command, run
 
@@ -7,9 +7,11 @@ COMMANDS = {
         "infer.embedding.settings:EmbedSettings", "infer.embedding.embed:embed_dataset"
     ),
     "fit": Command("infer.ensemble.settings:FitSettings", "infer.commands:fit"),
+    "select": Command("infer.ensemble.settings:SelectSettings", "infer.ensemble.select:select"),
     "predict": Command(
         "infer.ensemble.settings:PredictSettings", "infer.ensemble.predict:predict_submission"
     ),
+    "blend": Command("infer.ensemble.settings:BlendSettings", "infer.commands:blend"),
     "scores": Command(
         "infer.ensemble.settings:ScoresSettings", "infer.ensemble.scores:show_scores"
     ),

@@ -8,25 +8,23 @@ import numpy as np
 import polars as pl
 
 from isic import schema
+from isic.check_duplicates import duplicate_facts, open_others, patients_of, shared
 from isic.dataset import Dataset, Split
+from isic.duplicates import Prints, fingerprint
 from isic.folds import Folds, draw_folds, read_folds
+from isic.headers import ImageError
 from isic.images import (
     NO_IMAGE,
     FolderImages,
     ImageStore,
-    decode_pool,
     failures,
     open_folder,
     open_hdf5,
 )
 from isic.metadata import read_ids, with_patient
-from isic.preprocess import ImageError, PreprocessSpec, check_mask
+from isic.preprocess import check_mask
 from isic.runtime.errors import UserError
 from isic.settings import CheckSettings
-
-DECODE_BATCH = 1_024
-# Small, because only whether an image decodes matters here.
-DECODE_SPEC = PreprocessSpec(size=32)
 
 SHOWN = 5
 """Number of values that a list shows before it only counts the rest."""
@@ -43,30 +41,40 @@ Problems = list[str]
 
 
 def check(settings: CheckSettings) -> None:
-    """Print a dataset's content, its problems, the images that do not decode, and its folds.
+    """Print a dataset's content, problems, undecodable and repeated images, and its folds.
 
     Raises:
         UserError: a table cannot be read, or there are problems.
     """
     dataset = Dataset(settings.data)
+    others = open_others(settings.against)
+    prints: list[Prints] = []
     print(f"dataset {settings.data}")
     # Collected, so that one run reports all of them.
     problems: Problems = []
     train = dataset.metadata("train")
     masks = _open_masks(dataset.masks_path, problems)
     test: pl.DataFrame | None = None
-    _print_facts("train", _split_facts(dataset, "train", train, masks, settings, problems))
+    _print_facts("train", _split_facts(dataset, "train", train, masks, settings, problems, prints))
     if dataset.metadata_path("test").is_file():
         test = dataset.metadata("test")
-        facts = _split_facts(dataset, "test", test, masks, settings, problems)
+        facts = _split_facts(dataset, "test", test, masks, settings, problems, prints)
         facts |= _submission_facts(dataset, test, problems)
         facts |= _unseen_facts(train, test)
+        facts |= _shared_facts(train, test)
         _check_features(train, test, problems)
         _print_facts("test", facts)
     else:
         _print_facts("test", {"rows": "none (no test-metadata.csv)"})
     if masks is not None:
         _print_masks(masks, train, test, problems)
+    if settings.against and not prints:
+        problems.append("there are no images in the dataset to compare with those of --against")
+    if prints:
+        tables = [train] if test is None else [train, test]
+        patients, threads = patients_of(tables), settings.num_threads
+        facts = duplicate_facts(prints, others, patients, threads, settings.output)
+        _print_facts("images that are alike", facts)
     _print_folds(dataset, train, settings, problems)
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
@@ -90,6 +98,7 @@ def _split_facts(
     masks: ImageStore | None,
     settings: CheckSettings,
     problems: Problems,
+    prints: list[Prints],
 ) -> Facts:
     facts = _table_facts(split, table)
     try:
@@ -101,7 +110,7 @@ def _split_facts(
         return facts | {"images": f"none (metadata only){_similar_names(dataset.root, split)}"}
     facts |= _image_facts(split, table, images, problems)
     facts |= _other_facts(dataset.root, split, images, problems)
-    facts |= _decode_facts(split, table, images, settings, problems)
+    facts |= _decode_facts(split, table, images, settings, problems, prints)
     return facts | _mask_facts(masks, split, table, images, settings, problems)
 
 
@@ -213,9 +222,12 @@ def _decode_facts(
     images: ImageStore,
     settings: CheckSettings,
     problems: Problems,
+    prints: list[Prints],
 ) -> Facts:
+    """Decode images, and append their fingerprints to `prints`."""
     ids = _sample(table, images, settings)
-    failed = _undecodable(images, ids, settings.num_threads)
+    found, failed = fingerprint(split, images, ids, settings.num_threads)
+    prints.append(found)
     if failed:
         (name, reason), *_ = failed.items()
         problems.append(
@@ -231,18 +243,6 @@ def _sample(table: pl.DataFrame, images: ImageStore, settings: CheckSettings) ->
     if settings.sample is not None and settings.sample < len(ids):
         ids = np.random.default_rng(settings.seed).choice(ids, settings.sample, replace=False)
     return list(ids.tolist())
-
-
-def _undecodable(images: ImageStore, ids: Sequence[str], num_threads: int) -> dict[str, str]:
-    # One buffer for all batches; the pixels are not used.
-    out = np.empty((DECODE_BATCH, DECODE_SPEC.size, DECODE_SPEC.size, 3), dtype=np.uint8)
-    failed: dict[str, str] = {}
-    with decode_pool(num_threads) as pool:
-        for start in range(0, len(ids), DECODE_BATCH):
-            batch = ids[start : start + DECODE_BATCH]
-            reasons = images.decode(batch, DECODE_SPEC, out[: len(batch)], pool)
-            failed.update((batch[row], reasons[row]) for row in sorted(reasons))
-    return failed
 
 
 def _open_masks(path: Path, problems: Problems) -> ImageStore | None:
@@ -341,6 +341,12 @@ def _unseen_facts(train: pl.DataFrame, test: pl.DataFrame) -> Facts:
         for name in shared
     }
     return {f"unseen {name}": _listed(values) for name, values in unseen.items() if values}
+
+
+def _shared_facts(train: pl.DataFrame, test: pl.DataFrame) -> Facts:
+    """Return the ids and patients that both splits have, which make scores too good."""
+    names = {"rows in train too": schema.ID, "patients in train too": schema.PATIENT}
+    return {fact: _listed(shared(train, test, column)) for fact, column in names.items()}
 
 
 def _print_folds(

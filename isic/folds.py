@@ -3,10 +3,12 @@
 import os
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
 from isic import schema
@@ -32,7 +34,7 @@ class Folds:
     def num_folds(self) -> int:
         return int(self.table["fold"].max()) + 1  # type: ignore[arg-type]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return digest(*self.table["isic_id"], *self.table["fold"])
 
@@ -110,7 +112,8 @@ def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
         metadata: `isic_id`, `target` and optionally `patient_id`.
 
     Raises:
-        UserError: only one class, or fewer patients with a positive or a negative row than folds.
+        UserError: only one class, fewer patients with a positive or a negative row than folds, or
+            a fold would have rows of one class only.
     """
     table = with_patient(metadata).sort(schema.ID)
     target = table[schema.TARGET].to_numpy()
@@ -133,7 +136,23 @@ def draw_folds(metadata: pl.DataFrame, num_folds: int, seed: int) -> Folds:
         warnings.simplefilter("ignore", UserWarning)
         for k, (_, held_out) in enumerate(splitter.split(target, target, group)):
             fold[held_out] = k
+    _refuse_one_class(fold, target, num_folds, seed)
     return Folds(table.select(schema.ID, pl.Series("fold", fold)))
+
+
+def _refuse_one_class(
+    fold: NDArray[np.int8], target: NDArray[np.integer], num_folds: int, seed: int
+) -> None:
+    """Raise a UserError if the rows of a fold, [N] like their target, are of one class only."""
+    # Rarely, in small tables: the splitter balances rows, and one patient may have many of them.
+    for k in range(num_folds):
+        present = np.unique(target[fold == k])
+        if len(present) < 2:
+            lacking = "negative" if 1 in present else "positive"
+            raise UserError(
+                f"the split of seed {seed} leaves fold {k} of {num_folds} without a {lacking} row; "
+                "use another --split_seed, fewer folds or more data"
+            )
 
 
 def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path, pinned: Path) -> Folds:

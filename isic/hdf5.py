@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from isic.preprocess import JPEG_START, PNG_START, UNKNOWN_SIZE, header_size
+from isic.headers import JPEG_START, PNG_START, UNKNOWN_SIZE, header_size
 from isic.runtime.errors import UserError
 from isic.runtime.files import COMPRESSED
 
@@ -74,7 +74,7 @@ IndexRow = tuple[bytes, int, int]
 def build_index(path: Path) -> Index:
     """Read the byte range of every image in an HDF5 file.
 
-    An image is a dataset at the top level that holds the bytes of a JPEG or PNG file. Groups, dead
+    An image is a dataset at the top level that holds the bytes of an image file. Groups, dead
     links and arrays of pixels, whose colour order is undefined, are rejected.
 
     Raises:
@@ -323,7 +323,7 @@ def _not_a_file(dataset: h5py.h5d.DatasetID) -> str | None:
     if is_list and element.get_class() == h5py.h5t.INTEGER and element.get_size() == 1:
         return None
     size = " x ".join(map(str, shape or ())) or "one"
-    return f"an array of {size} values, not the bytes of a JPEG or PNG file"
+    return f"an array of {size} values, not the bytes of an image file"
 
 
 def _has_variable_length(kind: h5py.h5t.TypeID) -> bool:

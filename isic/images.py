@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from isic import cache
 from isic.hdf5 import H5PY_ERRORS, NO_OFFSET, as_text, brief, open_file, read_dataset
-from isic.preprocess import UNKNOWN_SIZE, ImageError, Pixels, PreprocessSpec, decode_into
+from isic.headers import IMAGE_SUFFIXES, UNKNOWN_SIZE, ImageError
+from isic.preprocess import Pixels, PreprocessSpec, decode_into
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 
 NO_IMAGE = "no image for this id"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-"""Extensions of image files in a folder, in any case; the content decides how one is decoded."""
 IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"})
 """Names that operating systems put into folders. Hidden files are ignored too."""
 
@@ -177,7 +176,14 @@ class ImageStore(ABC):
         """Return height and width of each image, UNKNOWN_SIZE for one whose header was not read."""
         return itertools.repeat(UNKNOWN_SIZE, len(positions))
 
-    def _decode(self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels) -> dict[int, str]:
+    def each(
+        self, ids: Sequence[str], use: Callable[[int, bytes, tuple[int, int]], None]
+    ) -> dict[int, str]:
+        """Call `use` with row, bytes, and height and width (or UNKNOWN_SIZE) of each image.
+
+        Returns:
+            The reason per row for every image that is absent, or for which `use` raises ImageError.
+        """
         positions: list[int] = self.locate(ids).tolist()
         files = self.read_ahead(positions)
         sizes = self.header_sizes(positions)
@@ -187,11 +193,16 @@ class ImageStore(ABC):
                 data = files.get(position)
                 if data is None:
                     data = self._read_image(position, ids[row])
-                decode_into(data, spec, out[row], size)
+                use(row, data, size)
             except ImageError as error:
                 failed[row] = str(error)
-                out[row] = 0
         self.refuse_changes()
+        return failed
+
+    def _decode(self, ids: Sequence[str], spec: PreprocessSpec, out: Pixels) -> dict[int, str]:
+        failed = self.each(ids, lambda row, data, size: decode_into(data, spec, out[row], size))
+        for row in failed:
+            out[row] = 0
         return failed
 
     def _read_image(self, position: int, name: str) -> bytes:
@@ -236,8 +247,35 @@ def failures(
     return failed
 
 
-class FolderImages(ImageStore):
-    """A folder of `<isic_id>.jpg`, `.jpeg` or `.png` files, at any depth."""
+class FileImages(ImageStore):
+    """Images that are files, each with an id."""
+
+    def __init__(
+        self, source: Path, files: Iterable[tuple[bytes, str]], rejected: Mapping[str, str]
+    ) -> None:
+        """Store the files.
+
+        Args:
+            source: the folder or list that they are of, for messages.
+            files: id in UTF-8 and path of each.
+            rejected: the reason by name for each entry that is not an image.
+        """
+        found = sorted(files)
+        super().__init__(source, np.array([name for name, _ in found], dtype=np.bytes_), rejected)
+        self._paths = [path for _, path in found]
+
+    def read_at(self, position: int) -> bytes:
+        try:
+            return Path(self._paths[position]).read_bytes()
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from None
+
+    def sizes(self) -> NDArray[np.int64]:
+        return np.array([_size(path) for path in self._paths], np.int64)
+
+
+class FolderImages(FileImages):
+    """A folder of `<isic_id>.jpg` files, or of other IMAGE_SUFFIXES, at any depth."""
 
     def __init__(self, folder: Path) -> None:
         """List the folder. Raise UserError if it cannot be read or an id has two files."""
@@ -250,20 +288,21 @@ class FolderImages(ImageStore):
             if suffix.lower() not in IMAGE_SUFFIXES:
                 self.other_files[suffix or "without suffix"] += 1
                 continue
-            name = os.fsencode(Path(entry.name).stem)
+            name = self._id(folder, Path(entry.path))
             reason = _not_a_file(entry)
             if reason:
                 rejected[as_text(name)] = reason
             else:
                 found.append((name, entry.path))
-        found.sort()
-        super().__init__(folder, np.array([name for name, _ in found], dtype=np.bytes_), rejected)
-        self._paths = [path for _, path in found]
+        super().__init__(folder, found, rejected)
         self._refuse_duplicates()
         if not found:
             raise UserError(
                 f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}){self._content()}"
             )
+
+    def _id(self, folder: Path, path: Path) -> bytes:
+        return os.fsencode(path.stem)
 
     def _refuse_duplicates(self) -> None:
         second = np.flatnonzero(self._names[1:] == self._names[:-1]) + 1
@@ -281,15 +320,6 @@ class FolderImages(ImageStore):
             return f"; the first of {len(self.rejected)} that cannot be used is {name} ({reason})"
         others = ", ".join(f"{count} {suffix}" for suffix, count in self.other_files.most_common(5))
         return f"; it has other files: {others}" if others else ""
-
-    def read_at(self, position: int) -> bytes:
-        try:
-            return Path(self._paths[position]).read_bytes()
-        except OSError as error:
-            raise ImageError(f"cannot be read: {error.strerror or error}") from None
-
-    def sizes(self) -> NDArray[np.int64]:
-        return np.array([_size(path) for path in self._paths], np.int64)
 
 
 def _size(path: str) -> int:
@@ -352,7 +382,7 @@ def _not_a_file(entry: os.DirEntry[str]) -> str | None:
 
 
 class Hdf5Images(ImageStore):
-    """The challenge's HDF5 file: one scalar dataset per id, the bytes of a JPEG or PNG file."""
+    """The challenge's HDF5 file: one scalar dataset per id, the bytes of an image file."""
 
     # h5py holds one lock for the whole library while it reads. Bytes that are stored unchanged
     # (contiguous, no filter, in this file) are therefore read by offset.

@@ -12,13 +12,27 @@
         oof.parquet            scores of the held-out rows
         backbone/              the backbone for timm
         model.onnx             an exported artifact
+    fold_all/                  the network trained on every row: as a fold, without oof.parquet
 """
 
 import re
 from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BeforeValidator
+
+Fold = int | Literal["all"]
+"""The number of a fold, or ALL."""
+ALL: Final = "all"
+"""The fold that trains on every row and holds none out."""
+# Not a number of a fold. Null would be lost in joins.
+ALL_NUMBER = -1
+"""ALL in a column of integers, and among the numbers that seeds depend on."""
 
 OUTPUT_DIR = Path("outputs")
 """Default parent of the runs."""
+EMBEDDINGS_DIR = OUTPUT_DIR / "embeddings"
+"""Default parent of embeddings."""
 
 FOLDS_FILE = "folds.parquet"
 ERRORS_FILE = "errors.parquet"
@@ -33,23 +47,52 @@ BACKBONE_DIR = "backbone"
 ONNX_FILE = "model.onnx"
 
 
+def find_embeddings(parent: Path, config: str, fold: Fold | None = None) -> Path:
+    """Return the folder of a config's embeddings: by its numbered folds (None), or by ALL."""
+    # A folder of its own: each reader of embeddings takes all models that a folder names.
+    return parent / (f"{config}_{ALL}" if fold == ALL else config)
+
+
+def _parse_fold(value: Any) -> Any:
+    # One sentence, because pydantic would report each part of the union.
+    if value == ALL or re.fullmatch("[0-9]+", str(value)):
+        return value
+    raise ValueError(f"a fold is a number from 0 on, or {ALL}")
+
+
+FoldFlag = Annotated[Fold, BeforeValidator(_parse_fold)]
+"""A fold in the settings of a command."""
+
+
 def find_run(folder: Path | None, config: str) -> Path:
     """Return a config's run: `folder`, or the default one if it is None."""
     return folder or OUTPUT_DIR / config
 
 
-def fold_name(fold: int) -> str:
+def fold_number(fold: Fold) -> int:
+    """Return the number of a fold, ALL_NUMBER for ALL."""
+    return fold if isinstance(fold, int) else ALL_NUMBER
+
+
+def fold_name(fold: Fold) -> str:
     """Return the name of a fold's folder."""
     return f"fold_{fold}"
 
 
-def fold_dir(parent: Path, fold: int) -> Path:
+def fold_dir(parent: Path, fold: Fold) -> Path:
     """Return the folder of a fold, which need not exist."""
     return parent / fold_name(fold)
 
 
-def fold_dirs(parent: Path) -> dict[int, Path]:
-    """Return the existing folders of folds by number, ascending; `fold_0_old` is not one."""
+def fold_dirs(parent: Path, only: Fold | None = None) -> dict[Fold, Path]:
+    """Return the existing folders of folds by number, ascending; `fold_0_old` is not one.
+
+    Args:
+        only: the fold to look for; None for all that have a number, which ALL has not.
+    """
+    if only is not None:
+        folder = fold_dir(parent, only)
+        return {only: folder} if folder.is_dir() else {}
     found = {}
     for path in parent.glob("fold_*"):
         match = re.fullmatch(r"fold_([0-9]+)", path.name)
@@ -58,7 +101,7 @@ def fold_dirs(parent: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def fold_files(parent: Path, name: str) -> dict[int, Path]:
-    """Return the file of that name by fold, for the folds that have it."""
-    paths = {fold: folder / name for fold, folder in fold_dirs(parent).items()}
+def fold_files(parent: Path, name: str, only: Fold | None = None) -> dict[Fold, Path]:
+    """Return the file of that name by fold, for the folds of `fold_dirs` that have it."""
+    paths = {fold: folder / name for fold, folder in fold_dirs(parent, only).items()}
     return {fold: path for fold, path in paths.items() if path.is_file()}

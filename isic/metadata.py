@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from isic import schema
+from isic.headers import IMAGE_SUFFIXES
 from isic.runtime.errors import UserError, first_line, warn_once
 from isic.tables import read_column, read_table
 
@@ -22,7 +23,7 @@ MISSING = (
 NO_PATIENT = ("unknown", "missing", "not available", "anonymous")
 """More such texts in `patient_id`."""
 LETTER_OR_DIGIT = r"[\p{L}\p{N}]"
-IMAGE_ENDING = r"(?i)\.(jpe?g|png)$"
+IMAGE_ENDING = rf"(?i)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$"
 
 
 def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:
@@ -124,12 +125,16 @@ def _typed(column: pl.Series, path: Path) -> pl.Series:
     if isinstance(column.dtype, pl.Categorical | pl.Enum | pl.Binary | pl.Null):
         column = _cast(column, pl.String(), path)
     if schema.DTYPES[column.name] == pl.String():
-        return _text(column, path)
+        return clean_text(column, path)
     return _number(column, path)
 
 
-def _text(column: pl.Series, path: Path) -> pl.Series:
-    """Return stripped texts, null for those that mean "no value"."""
+def clean_text(column: pl.Series, path: Path) -> pl.Series:
+    """Return any column as stripped texts, null for those that mean "no value".
+
+    Raises:
+        UserError: the column holds lists, dates or the like; `path` is named.
+    """
     name = column.name
     if column.dtype.is_float():  # pandas makes whole numbers floats as soon as one is missing
         column = column.fill_nan(None)
@@ -157,7 +162,7 @@ def _number(column: pl.Series, path: Path) -> pl.Series:
     number = _cast(column, pl.Float64(), path, strict=False)
     wrong = (number.is_null() & column.is_not_null()) | number.is_infinite().fill_null(False)
     if wrong.any() and column.dtype == pl.String:
-        column = _text(column, path)
+        column = clean_text(column, path)
         number = column.cast(pl.Float64, strict=False)
         wrong = (number.is_null() & column.is_not_null()) | number.is_infinite().fill_null(False)
     if wrong.any():

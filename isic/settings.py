@@ -1,10 +1,11 @@
-"""Settings of `python -m isic synth` and `python -m isic check`."""
+"""Settings of `python -m isic synth`, `check`, `folds` and `import`."""
 
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from pydantic import AliasChoices, Field, field_validator
 
-from isic.runtime.config import Settings
+from isic.runtime.config import Settings, Several
 from isic.runtime.machine import num_cores
 
 
@@ -34,7 +35,7 @@ class SynthSettings(Settings):
 
 
 class CheckSettings(Settings):
-    """Print a dataset's content, its problems, the images that do not decode, and its folds."""
+    """Print a dataset's content, problems, undecodable and repeated images, and its folds."""
 
     data: Path = Field(description="folder in the layout of the challenge")
     sample: int | None = Field(
@@ -45,6 +46,22 @@ class CheckSettings(Settings):
     )
     seed: int = Field(42, ge=0, description="seed of the folds and of the sample")
     num_threads: int = Field(num_cores(), ge=1, description="decoding threads")
+    against: Several[Path] = Field(
+        (),
+        description="folders whose images are compared with the dataset's: datasets, or any images",
+    )
+    output: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("output", "out"),
+        description="table of the images that are alike to write (.csv or .parquet)",
+    )
+
+    @field_validator("output")
+    @classmethod
+    def _is_table(cls, value: Path | None) -> Path | None:
+        if value is not None and value.suffix.lower() not in (".csv", ".parquet"):
+            raise ValueError("give a name that ends in .csv or .parquet")
+        return value
 
     @field_validator("data")
     @classmethod
@@ -52,3 +69,38 @@ class CheckSettings(Settings):
         if not value.is_dir():
             raise ValueError("no such folder; point it at a dataset in the challenge's layout")
         return value
+
+
+class FoldsSettings(Settings):
+    """Write a fold plan that holds out all rows with one value of a column together.
+
+    Patients are never split either: values that share a patient are held out together. Training and
+    `infer fit` use a plan that lies in the dataset. Example: isic folds --data D --group attribution
+    """
+
+    data: Path = Field(description="dataset folder")
+    group: str = Field(description="column of the training table, such as attribution")
+    num_folds: int = Field(5, ge=2, le=100, description="number of folds")
+    output: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("output", "out"),
+        description="the plan to write; folds.parquet in the dataset if not given",
+    )
+
+
+class ImportSettings(Settings):
+    """Write a public collection in the layout of the challenge.
+
+    The collection's archives must have been unpacked into one folder.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("collection",)
+
+    collection: Literal["ham10000", "isic2018", "isic2019", "isic2020", "pad_ufes_20"] = Field(
+        description="collection; its name may also stand alone, without --collection"
+    )
+    source: Path = Field(description="folder with the collection's unpacked files")
+    output_dir: Path = Field(
+        validation_alias=AliasChoices("output_dir", "out"),
+        description="folder to write the dataset into",
+    )

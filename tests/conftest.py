@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -99,6 +100,28 @@ def exported(trained: Path) -> Path:
     """The same run with an ONNX file in each fold."""
     run_module("export", "--config", "tiny", "--model_dir", trained)
     return trained
+
+
+@pytest.fixture(scope="session")
+def exported_all(
+    exported: Path, synth_dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A copy of that run with fold_all, exported too."""
+    run = tmp_path_factory.mktemp("all") / "tiny"
+    shutil.copytree(exported, run)
+    flags = ("--data", synth_dataset, "--output_dir", run.parent, "--epochs", 1, "--num_folds", 3)
+    run_module("train", *TINY, *flags, "--fold", "all")
+    run_module("export", "--config", "tiny", "--model_dir", run, "--fold", "all")
+    return run
+
+
+@pytest.fixture(scope="session")
+def embedded_all(exported_all: Path, synth_dataset: Path) -> Path:
+    """Embeddings of the test split by fold_all."""
+    output = exported_all.parent / "embeddings"
+    where = ("--model_dir", exported_all, "--data", synth_dataset, "--output_dir", output)
+    run_module("infer", "embed", "--config", "tiny", *where, "--fold", "all")
+    return output / "tiny_all"
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ def test_real_pairs_to_a_submission(real_data: Path, tmp_path: Path, cli: Cli) -
     # The chain from the submission back to the data.
     chain = read_json(tmp_path / "submission.csv.json")
     engines = {str(fold): sha256(run / f"fold_{fold}" / "model.onnx") for fold in range(3)}
-    assert chain["embeddings"]["engines"] == engines
+    assert chain["embeddings"]["tiny"]["engines"] == engines
     exported = read_json(run / "fold_0" / "model.onnx.json")
     trained = read_json(run / "fold_0" / "best_model.pth.json")
     assert exported["made_from"]["sha256"] == trained["sha256"]

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from safetensors.torch import save
 
-from isic.layout import BACKBONE_DIR
+from isic.layout import ALL, BACKBONE_DIR, Fold
 from isic.runtime.files import atomic_path
 from train.config import TrainSettings
 from train.model import Classifier
@@ -26,7 +26,8 @@ def save_backbone(
     """Write a backbone for `timm.create_model("local-dir:...")`, with a model card.
 
     Args:
-        facts: `fold`, `folds_digest`, `num_rows`, `metadata_sha256`, `trained_on`, `pauc`, `auc`.
+        facts: `fold`, `folds_digest`, `num_rows`, `metadata_sha256`, `trained_on` and, unless the
+            fold is ALL, `pauc` and `auc`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -67,21 +68,14 @@ def timm_config(model: Classifier, settings: TrainSettings) -> dict[str, Any]:
 def model_card(model: Classifier, settings: TrainSettings, facts: dict[str, Any]) -> str:
     """Return a model card of the Hugging Face hub: YAML between dashes, then Markdown."""
     name = f"{settings.name}, fold {facts['fold']}"
-    metrics = [
-        {"type": kind, "value": round(facts[kind], 4), "name": kind} for kind in ("pauc", "auc")
-    ]
-    task = {"type": "image-classification", "name": "malignant or benign skin lesion"}
-    result = {
-        "task": task,
-        "dataset": {"type": "isic-2024", "name": "ISIC 2024 (SLICE-3D)"},
-        "metrics": metrics,
-    }
-    header = {
+    has_scores = facts["fold"] != ALL
+    header: dict[str, Any] = {
         "library_name": "timm",
         "license": LICENSE,
         "tags": ["image-feature-extraction", "dermatology", "timm"],
-        "model-index": [{"name": name, "results": [result]}],
     }
+    if has_scores:
+        header["model-index"] = [{"name": name, "results": [result_of(facts)]}]
     start = "random weights" if settings.pretrained is False else "pretrained weights"
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
@@ -103,17 +97,40 @@ It takes RGB scaled to [0, 1] and normalised with the mean and std in `config.js
 ## Training
 - Data: {facts["num_rows"]:,} rows; metadata sha256 `{facts["metadata_sha256"]}`.
 - Folds: {settings.num_folds}, grouped by patient, plan `{facts["folds_digest"]}`; \
-fold {facts["fold"]} was held out.
+{held_out_text(facts["fold"])}.
 - {settings.epochs} epochs from {start}, seed {settings.seed}, \
 augmentation `{settings.augmentation}`.
 
-## Scores on the held-out fold
-| pAUC above 80 % TPR (0 to 0.2) | AUC |
-|---|---|
-| {facts["pauc"]:.4f} | {facts["auc"]:.4f} |
-
+{scores_text(facts)}
 ## Licence and limits
 The images of several sites of the challenge's dataset are CC-BY-NC; for another dataset \
 put its own licence here.
-The scores are those of one dataset. This is no medical device.
+{"The scores are those of one dataset. " * has_scores}This is no medical device.
+"""
+
+
+def result_of(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry of the hub's `model-index`."""
+    metrics = [
+        {"type": kind, "value": round(facts[kind], 4), "name": kind} for kind in ("pauc", "auc")
+    ]
+    return {
+        "task": {"type": "image-classification", "name": "malignant or benign skin lesion"},
+        "dataset": {"type": "isic-2024", "name": "ISIC 2024 (SLICE-3D)"},
+        "metrics": metrics,
+    }
+
+
+def held_out_text(fold: Fold) -> str:
+    return "none was held out" if fold == ALL else f"fold {fold} was held out"
+
+
+def scores_text(facts: dict[str, Any]) -> str:
+    """Return the card's section on scores."""
+    if facts["fold"] == ALL:
+        return "## Scores\nNone: every row was trained on.\n"
+    return f"""## Scores on the held-out fold
+| pAUC above 80 % TPR (0 to 0.2) | AUC |
+|---|---|
+| {facts["pauc"]:.4f} | {facts["auc"]:.4f} |
 """

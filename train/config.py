@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from isic.layout import OUTPUT_DIR
+from isic.layout import ALL, OUTPUT_DIR, FoldFlag
 from isic.runtime.config import (
     Settings,
     Several,
@@ -18,6 +18,7 @@ from isic.runtime.config import (
 )
 from isic.runtime.errors import UserError, did_you_mean
 from train.augmentation.levels import DEVICE_LEVELS, LEVELS
+from train.auxiliary import DEFAULT_WEIGHT, GRAMMAR, AuxTargets
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """The type that a network computes in; fp32 on a GPU is TF32."""
@@ -70,8 +71,10 @@ class TrainSettings(Settings):
         "them, sampled again each epoch",
     )
     output_dir: Path = Field(OUTPUT_DIR, description="parent folder of <name>, the run's folder")
-    fold: int | None = Field(
-        None, ge=0, description="the only fold to train; all folds if not given"
+    fold: FoldFlag | None = Field(
+        None,
+        description="the only fold to train, or all: one network on every row, without held-out "
+        "rows and a score, in fold_all; each numbered fold if not given",
     )
     num_folds: int = Field(5, ge=2, le=50, description="number of folds")
     split_seed: int = Field(42, description="seed of the assignment of patients to folds")
@@ -109,7 +112,10 @@ class TrainSettings(Settings):
         "0: none",
     )
     freeze_epochs: int = Field(
-        0, ge=0, description="number of first epochs that train only the head"
+        0,
+        ge=0,
+        description="number of first epochs that train only the head; the backbone then computes "
+        "as in validation: without dropout, its batch statistics unchanged",
     )
     clip_grad: float = Field(1.0, gt=0, description="maximum norm of the gradient")
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout rate before the head")
@@ -131,6 +137,18 @@ class TrainSettings(Settings):
         ge=0,
         description="weight of the segmentation loss, for images with a mask in masks.hdf5; 0: "
         "classification only",
+    )
+    aux: AuxTargets = Field(
+        (),
+        description=f"auxiliary targets, which the network learns too: {GRAMMAR}; 1 if the column "
+        "contains the text, in any case, or, without a text, if it is not blank; a column of 0 and "
+        "1 is a target itself",
+    )
+    aux_weight: float | None = Field(
+        None,
+        gt=0,
+        description="weight of the mean loss of the auxiliary targets; "
+        f"{DEFAULT_WEIGHT} if not given",
     )
     loss: Literal["focal", "bce", "asl"] = Field(
         "focal",
@@ -282,7 +300,7 @@ class TrainSettings(Settings):
         return read_yaml(path)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent_run(self) -> Self:
         if self.fp16 and self.bf16:
             raise ValueError("choose one of --fp16 and --bf16")
         for key in SHORTHANDS:
@@ -290,10 +308,16 @@ class TrainSettings(Settings):
                 raise ValueError(
                     f"--{key} contradicts --precision {self.precision}; choose one of them"
                 )
-        if self.fold is not None and self.fold >= self.num_folds:
+        if isinstance(self.fold, int) and self.fold >= self.num_folds:
             raise ValueError(f"--fold {self.fold} is not one of 0..{self.num_folds - 1}")
+        if self.fold == ALL:
+            self._refuse_validation()
         if self.force and self.resume:
             raise ValueError("--force starts again and --resume continues; choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent_recipe(self) -> Self:
         if self.freeze_epochs >= self.epochs:
             raise ValueError(
                 f"--freeze_epochs {self.freeze_epochs} leaves none of the {self.epochs} epochs for "
@@ -308,6 +332,10 @@ class TrainSettings(Settings):
             )
         if self.extra_negatives_per_positive and not self.extra_data:
             raise ValueError("--extra_negatives_per_positive is for --extra_data; give both")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent_images(self) -> Self:
         if self.augment_on == "device" and self.augmentation not in DEVICE_LEVELS:
             level = self.augmentation if isinstance(self.augmentation, str) else "of a file"
             raise ValueError(
@@ -325,6 +353,23 @@ class TrainSettings(Settings):
             )
         return self
 
+    def _refuse_validation(self) -> None:
+        """Raise a ValueError for a setting that needs held-out rows."""
+        if self.select_epoch == "best":
+            raise ValueError(
+                f"--fold {ALL} holds no row out to select an epoch on; use --select_epoch last"
+            )
+        if self.validate_every is not None:
+            raise ValueError(
+                f"--fold {ALL} holds no row out to validate on; leave --validate_every out"
+            )
+
+    @model_validator(mode="after")
+    def _weighs_targets(self) -> Self:
+        if self.aux_weight and not self.aux:
+            raise ValueError("--aux_weight is the weight of --aux; give both")
+        return self
+
     def validates_all(self, epoch: int) -> bool:
         """Return whether an epoch, from 1, ends with a validation on all held-out rows."""
         every = self.validate_every or (1 if self.select_epoch == "best" else self.epochs)
@@ -333,6 +378,11 @@ class TrainSettings(Settings):
     @property
     def mixes_images(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def aux_factor(self) -> float:
+        """Factor of the auxiliary loss."""
+        return DEFAULT_WEIGHT if self.aux_weight is None else self.aux_weight
 
     @property
     def extra_ratio(self) -> float | None:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
+from isic.layout import Fold
 from train import distributed
 from train.config import TrainSettings
 
@@ -15,13 +16,13 @@ OUT_OF_TIME = 75
 class OutOfTime(Exception):
     """The next epoch would exceed the time limit; the epochs before it are saved."""
 
-    def __init__(self, fold: int, epoch: int) -> None:
+    def __init__(self, fold: Fold, epoch: int) -> None:
         """Name the epoch, counted from 1, that is not begun."""
         super().__init__("the next epoch would exceed the time limit")
         self.fold = fold
         self.epoch = epoch
 
-    def describe(self, settings: TrainSettings, folds: Sequence[int]) -> str:
+    def describe(self, settings: TrainSettings, folds: Sequence[Fold]) -> str:
         """Return the message on how to continue; `folds` are those of the run, in its order."""
         later = folds[folds.index(self.fold) + 1 :]
         names = f"fold{'s' * (len(later) > 1)} {', '.join(map(str, later))}"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isic.images import decode_pool
-from isic.preprocess import MASK_THRESHOLD, Pixels, PreprocessSpec, decode, resize
+from isic.preprocess import MASK_THRESHOLD, Pixels, PreprocessSpec, decode, decode_mask, resize
 from isic.runtime.errors import warn
 from isic.runtime.machine import available_memory, num_cores
 from train import distributed
@@ -65,7 +65,7 @@ class DecodedImages:
     def _decode_mask(self, row: int) -> Pixels | None:
         if self.mask_files is None or not self.has_mask[row]:
             return None
-        mask = resize(decode(self.mask_files[row]), self.spec)[..., 0] > MASK_THRESHOLD
+        mask = resize(decode_mask(self.mask_files[row]), self.spec)[..., 0] > MASK_THRESHOLD
         return mask.astype(np.uint8)
 
     @property

@@ -1,5 +1,6 @@
 """The files of a trained fold: settings, checkpoint, manifest, out-of-fold scores."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from isic.layout import (
     LAST_CHECKPOINT,
     OOF_FILE,
     TRAINED_ON_FILE,
+    Fold,
     fold_dir,
 )
 from isic.metrics import roc_auc
@@ -24,6 +26,7 @@ from isic.runtime import yaml12
 from isic.runtime.files import sha256, versions, write_manifest, write_text
 from isic.tables import write_parquet
 from train import distributed
+from train.auxiliary import AuxTarget, manifest_of_targets
 from train.backbone import save_backbone
 from train.checkpoint import save_checkpoint
 from train.config import TrainSettings
@@ -36,7 +39,7 @@ CHECKPOINT_PACKAGES = ("torch", "timm", "albumentations", "opencv-python-headles
 """Packages whose versions are in the manifest."""
 
 
-def begin_fold(settings: TrainSettings, data: TrainData, fold: int, resumes: bool) -> None:
+def begin_fold(settings: TrainSettings, data: TrainData, fold: Fold, resumes: bool) -> None:
     """Write the fold plan and `config.yaml`, and delete a previous run's results unless resumed.
 
     Main process only.
@@ -59,12 +62,15 @@ def save_fold(
     state: TrainState,
     settings: TrainSettings,
     data: TrainData,
-    fold: int,
-    predictions: Predictions,
+    fold: Fold,
+    predictions: Predictions | None,
 ) -> None:
     """Write the checkpoint, its manifest, seen images, backbone and out-of-fold scores.
 
     Main process only.
+
+    Args:
+        predictions: of all held-out rows; None if the fold holds none out.
     """
     if not distributed.is_main():
         return
@@ -73,11 +79,12 @@ def save_fold(
     write_seen(directory / TRAINED_ON_FILE, seen_rows(trained_on, state.weights.seen))
     config = checkpoint_config(directory, state, settings, data, fold)
     checkpoint = directory / BEST_CHECKPOINT
+    pauc = state.best_pauc if predictions else None
     save_checkpoint(
         checkpoint,
         model_state_dict=state.evaluated.state_dict(),
         optimizer_state_dict=state.optimizer.state_dict(),
-        best_pauc=state.best_pauc,
+        best_pauc=pauc,
         epoch=state.epoch,
         config=config,
         args=settings.model_dump(mode="json"),
@@ -94,25 +101,28 @@ def save_fold(
         epoch=state.epoch,
         num_threads=torch.get_num_threads(),
         precision=settings.precision,
-        pauc=state.best_pauc,
+        pauc=pauc,
         made_from=made_from,
         versions=versions(*CHECKPOINT_PACKAGES),
     )
-    auc = roc_auc(data.target[predictions.rows], predictions.logits)
-    facts = {**config, **made_from, "pauc": state.best_pauc, "auc": auc}
+    scores = {}
+    if predictions:
+        auc = roc_auc(data.target[predictions.rows], predictions.logits)
+        scores = {"pauc": pauc, "auc": auc}
+        save_oof(directory / OOF_FILE, data, fold, predictions, settings.aux)
+    facts = {**config, **made_from, **scores}
     save_backbone(directory / BACKBONE_DIR, state.evaluated, settings, facts)
-    save_oof(directory / OOF_FILE, data, fold, predictions)
 
 
-def rows_trained_on(data: TrainData, fold: int, select_epoch: str) -> pl.DataFrame:
+def rows_trained_on(data: TrainData, fold: Fold, select_epoch: str) -> pl.DataFrame:
     """Return the rows that the weights of a fold depend on."""
     if select_epoch == "best":
         return data.table  # the held-out rows have chosen the epoch
-    return data.table.filter(pl.Series(data.fold != fold))
+    return data.table.filter(pl.Series(~data.is_held_out(fold)))
 
 
 def checkpoint_config(
-    directory: Path, state: TrainState, settings: TrainSettings, data: TrainData, fold: int
+    directory: Path, state: TrainState, settings: TrainSettings, data: TrainData, fold: Fold
 ) -> dict[str, Any]:
     """Return the facts that the checkpoint and its manifest share."""
     model = state.model
@@ -126,17 +136,29 @@ def checkpoint_config(
         "pretrained": state.started_from,
         TRAINED_ON_KEY: sha256(directory / TRAINED_ON_FILE),
     }
+    config |= manifest_of_targets(settings.aux)
     if model.mask_stride:
         config["mask_stride"] = model.mask_stride
     return config
 
 
-def save_oof(path: Path, data: TrainData, fold: int, predictions: Predictions) -> None:
-    """Write the scores of the held-out rows, with `dice` if the run uses masks."""
+def save_oof(
+    path: Path,
+    data: TrainData,
+    fold: Fold,
+    predictions: Predictions,
+    targets: Sequence[AuxTarget],
+) -> None:
+    """Write the scores of the held-out rows.
+
+    With auxiliary targets these include the logits `aux.<name>`, with masks `dice`.
+    """
     rows = data.table[predictions.rows].select(schema.ID, schema.TARGET)
     oof = rows.with_columns(
         pl.lit(fold, dtype=pl.Int8).alias("fold"), pl.Series("logit", predictions.logits)
     )
+    for target, logits in zip(targets, predictions.aux.T, strict=True):
+        oof = oof.with_columns(pl.Series(target.key, logits))
     if data.rows.masks is not None:
         oof = oof.with_columns(pl.Series("dice", predictions.dice, nan_to_null=True))
     write_parquet(path, oof)

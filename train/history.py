@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from isic.layout import HISTORY_FILE
+from isic.layout import HISTORY_FILE, Fold
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_text, write_text
 from train import distributed
 from train.plots import write_scalars
+from train.targets import AUC_PREFIX
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,22 @@ class Validation:
     @property
     def is_complete(self) -> bool:
         return self.num_rows == self.num_held_out
+
+    @property
+    def extent(self) -> str:
+        return "all" if self.is_complete else "subset"
+
+    def describe(self) -> str:
+        """Return the scores as a part of the epoch's line."""
+        text = f"pAUC {self.scores['pauc']:.4f}, AUC {self.scores['auc']:.4f}, "
+        for name, auc in self.scores.items():
+            if name.startswith(AUC_PREFIX):
+                text += f"of {name.removeprefix(AUC_PREFIX)} {auc:.4f}, "
+        if "dice" in self.scores:
+            text += f"Dice {self.scores['dice']:.3f}, "
+        if not self.is_complete:
+            text += f"on {self.num_rows:,} of {self.num_held_out:,} rows, "
+        return text
 
 
 @dataclass
@@ -73,29 +90,30 @@ class EpochStats:
 
 def log_epoch(
     directory: Path,
-    fold: int,
+    fold: Fold,
     epoch: int,
     num_epochs: int,
     stats: EpochStats,
-    validation: Validation,
+    validation: Validation | None,
     learning_rates: Mapping[str, float],
 ) -> None:
     """Append an epoch to `history.jsonl` and TensorBoard, and print a line. Main process only.
 
     Args:
         epoch: from 1.
+        validation: None if the fold holds no row out.
         learning_rates: of the epoch's last step by name, 0 for layers that are frozen.
     """
     if not distributed.is_main():
         return
-    scores = validation.scores
+    scores = validation.scores if validation else {}
     entry = {
         "fold": fold,
         "epoch": epoch,
         "loss": stats.mean_loss(),
         **scores,
-        "validated": "all" if validation.is_complete else "subset",
-        "validated_rows": validation.num_rows,
+        "validated": validation.extent if validation else "none",
+        "validated_rows": validation.num_rows if validation else 0,
         **{f"lr_{name}": rate for name, rate in learning_rates.items()},
         "images_per_second": stats.num_images / stats.seconds,
         "waiting_share": stats.waiting / stats.seconds,
@@ -107,18 +125,14 @@ def log_epoch(
     kept = [each for each in earlier if each["epoch"] < epoch]
     write_text(path, "".join(json.dumps(each) + "\n" for each in [*kept, entry]))
     # A curve of its own: a subset's score is not the fold's.
-    suffix = "" if validation.is_complete else "_subset"
+    suffix = "_subset" if entry["validated"] == "subset" else ""
     scalars = {"loss": stats.mean_loss()}
     scalars |= {f"{name}{suffix}": score for name, score in scores.items()}
     scalars |= {f"lr/{name}": rate for name, rate in learning_rates.items()}
     write_scalars(directory / "tensorboard", epoch, scalars)
-    dice = f"Dice {scores['dice']:.3f}, " if "dice" in scores else ""
-    subset = ""
-    if not validation.is_complete:
-        subset = f"on {validation.num_rows:,} of {validation.num_held_out:,} rows, "
     print(
         f"fold {fold} epoch {epoch}/{num_epochs}: loss {stats.loss_text()}, "
-        f"pAUC {scores['pauc']:.4f}, AUC {scores['auc']:.4f}, {dice}{subset}"
+        f"{validation.describe() if validation else ''}"
         f"{entry['images_per_second']:.0f} img/s, waiting {entry['waiting_share']:.0%}",
         flush=True,
     )

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from isic.layout import ALL, Fold
 from isic.preprocess import PreprocessSpec
 from isic.runtime import interrupt
 from isic.runtime.errors import UserError, first_line
@@ -80,22 +81,24 @@ class FoldLoaders(NamedTuple):
 
 def fold_loaders(
     data: TrainData,
-    fold: int,
+    fold: Fold,
     spec: PreprocessSpec,
     settings: TrainSettings,
     device: torch.device,
 ) -> FoldLoaders:
-    """Create the loaders of a fold.
+    """Create the loaders of a fold; ALL has no held-out rows.
 
     Raises:
         UserError: the training or the held-out rows lack a class, or are fewer than the processes.
     """
-    training = np.flatnonzero((data.fold != fold) & (data.fold != EXTRA))
-    held_out = np.flatnonzero(data.fold == fold)
+    is_held_out = data.is_held_out(fold)
+    training = np.flatnonzero(~is_held_out & (data.fold != EXTRA))
+    held_out = np.flatnonzero(is_held_out)
     rank = distributed.rank()
     world_size = distributed.world_size()
     check_rows(data.target[training], f"training rows of fold {fold}", world_size)
-    check_rows(data.target[held_out], f"held-out rows of fold {fold}", world_size)
+    if fold != ALL:
+        check_rows(data.target[held_out], f"held-out rows of fold {fold}", world_size)
 
     pools = epoch_pools(data, training, settings)
     sampler = create_sampler(pools, settings, fold, world_size)

@@ -6,17 +6,20 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
-from isic.layout import LAST_CHECKPOINT, fold_dir
+from isic.layout import LAST_CHECKPOINT, Fold, fold_dir
 from isic.runtime import interrupt
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from isic.runtime.progress import TimeLeft
 from train import distributed
 from train.augmentation.device import create_device_augmentation
-from train.batch import Batch, to_device
+from train.batch import Batch, to_device, with_aux
 from train.config import TrainSettings
 from train.deadline import Deadline, OutOfTime
 from train.decoded import keep_repeated
@@ -32,6 +35,7 @@ from train.sampling import report_composition
 from train.seeds import seed_epoch
 from train.state import TrainState, create_state, restore, save_last
 from train.step import StepResult, accumulate, optimizer_step
+from train.targets import target_matrix, target_scores
 from train.threads import set_threads
 
 # So that neither the device nor the host waits for the other.
@@ -42,7 +46,7 @@ STEPS_AHEAD = 2
 def train_fold(
     settings: TrainSettings,
     data: TrainData,
-    fold: int,
+    fold: Fold,
     device: torch.device,
     deadline: Deadline,
     time_left: TimeLeft | None = None,
@@ -78,6 +82,8 @@ def train_fold(
     evaluated: Any = torch.compile(state.evaluated) if settings.compile else None
     first_epoch = state.epoch
     costs = loaders.epoch_costs(settings)
+    aux = target_matrix(data.table, settings.aux)
+    aux_on_device = torch.from_numpy(aux).to(device) if settings.aux else None
     if time_left:
         time_left.skip(costs[:first_epoch].sum())
     for epoch in range(first_epoch, settings.epochs):
@@ -89,19 +95,22 @@ def train_fold(
             state.model.backbone.requires_grad_(epoch >= settings.freeze_epochs)
             forward = distributed.wrap_ddp(network)
         stats = train_epoch(
-            state, forward, loaders.training, schedule, settings, device, f"fold {fold}"
+            state,
+            forward,
+            loaders.training,
+            schedule,
+            settings,
+            device,
+            f"fold {fold}",
+            aux_on_device,
         )
         stats = EpochStats.merge(distributed.gather(stats))
 
         state.epoch = epoch + 1
         loaders.held_out_sampler.takes_all = settings.validates_all(state.epoch)
         predictions = predict_held_out(state, evaluated, loaders, device, settings.precision)
-        scores = score(data.target[predictions.rows], predictions)
-        num_held_out = loaders.held_out_sampler.num_rows
-        validation = Validation(scores, len(predictions.rows), num_held_out)
-        if validation.is_complete and select_epoch(
-            state, settings.select_epoch, settings.epochs, scores["pauc"]
-        ):
+        validation = validate(predictions, data, loaders, aux, settings)
+        if is_selected(state, settings, validation):
             save_fold(directory, state, settings, data, fold, predictions)
         rates = learning_rates(state.optimizer)
         log_epoch(directory, fold, state.epoch, settings.epochs, stats, validation, rates)
@@ -120,22 +129,43 @@ def predict_held_out(
     loaders: FoldLoaders,
     device: torch.device,
     precision: str,
-) -> Predictions:
-    """Return the predictions that all processes make of their held-out rows.
+) -> Predictions | None:
+    """Return the predictions that all processes make of their held-out rows, None without any.
 
     Args:
         compiled: `state.evaluated` by torch.compile.
     """
     # Ranks differ in their batch statistics, and in the moving average of those.
     distributed.broadcast_weights(state.evaluated)
+    if not loaders.held_out_sampler.num_rows:
+        return None
     predictions = predict(
         state.evaluated, loaders.held_out, device, precision, state.num_parts, compiled
     )
     return Predictions.merge(distributed.gather(predictions))
 
 
+def validate(
+    predictions: Predictions | None,
+    data: TrainData,
+    loaders: FoldLoaders,
+    aux: NDArray[np.float32],
+    settings: TrainSettings,
+) -> Validation | None:
+    """Return the scores of an epoch's predictions. Raise UserError if a logit is not finite.
+
+    Args:
+        aux: [number of rows, K], auxiliary targets of all rows.
+    """
+    if predictions is None:
+        return None
+    scores = score(data.target[predictions.rows], predictions)
+    scores |= target_scores(aux[predictions.rows], predictions.aux, settings.aux)
+    return Validation(scores, len(predictions.rows), loaders.held_out_sampler.num_rows)
+
+
 def start_or_resume(
-    state: TrainState, settings: TrainSettings, data: TrainData, fold: int, device: torch.device
+    state: TrainState, settings: TrainSettings, data: TrainData, fold: Fold, device: torch.device
 ) -> None:
     """Load `last.pth` into `state` with --resume, set the threads and prepare the folder.
 
@@ -162,6 +192,15 @@ def start_or_resume(
         save_last(last, state, settings, digest)
 
 
+def is_selected(state: TrainState, settings: TrainSettings, validation: Validation | None) -> bool:
+    """Return whether `best_model.pth` is to hold the finished epoch."""
+    if validation is None:
+        return state.epoch == settings.epochs
+    return validation.is_complete and select_epoch(
+        state, settings.select_epoch, settings.epochs, validation.scores["pauc"]
+    )
+
+
 def select_epoch(state: TrainState, mode: str, num_epochs: int, pauc: float) -> bool:
     """Update `state.best_pauc` and return whether the finished epoch is the one to keep.
 
@@ -185,12 +224,14 @@ def train_epoch(
     settings: TrainSettings,
     device: torch.device,
     title: str,
+    aux: Tensor | None = None,
 ) -> EpochStats:
     """Train on every batch of an epoch, `settings.accumulation_steps` batches per optimizer step.
 
     Args:
         state: changed in place.
         forward: `state.model`, possibly compiled and wrapped.
+        aux: auxiliary targets of all rows, on the device; None if the model has none.
 
     Raises:
         NonFiniteGradient: the run has diverged; in float32 and bfloat16 the weights are those
@@ -198,6 +239,8 @@ def train_epoch(
         UserError: a single image does not fit the device's memory.
     """
     state.model.train()
+    # A frozen backbone keeps its batch statistics too.
+    state.model.backbone.train(state.epoch >= settings.freeze_epochs)
     stats = EpochStats()
     started = time.perf_counter()
     batches = TimedLoader(loader)
@@ -213,7 +256,8 @@ def train_epoch(
     for micro_batches in batched(progress, settings.accumulation_steps):
         interrupt.raise_if_interrupted()
         set_lr(state.optimizer, schedule, state.step)
-        mixed = [mix(augment(to_device(batch, device))) for batch in micro_batches]
+        on_device = [augment(to_device(batch, device)) for batch in micro_batches]
+        mixed = [mix(with_aux(batch, aux)) for batch in on_device]
         loss = accumulate(state, forward, mixed, settings, device)
         values = optimizer_step(state, settings.clip_grad, loss)
         # With the batches before the copy to the device: reading row numbers there would sync.

@@ -59,6 +59,28 @@ def asymmetric_loss(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
     return loss
 
 
+def aux_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy, mean over the targets that an image has, then mean over the images.
+
+    Every image so has the weight that it has in the loss of the classes, however many images have
+    targets; without any it is 0.
+
+    Args:
+        logits: float [N, K].
+        target: float32 [N, K] in [0, 1], NaN for a target that the image does not have.
+
+    Returns:
+        A float32 scalar.
+    """
+    has_target = ~target.isnan()
+    # NaN would be in the gradient too, even with a factor of 0.
+    known = target.nan_to_num()
+    entropy = functional.binary_cross_entropy_with_logits(logits.float(), known, reduction="none")
+    num_targets = has_target.sum(dim=1).clamp(min=1)
+    loss: Tensor = ((entropy * has_target).sum(dim=1) / num_targets).mean()
+    return loss
+
+
 def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """Binary cross-entropy plus soft Dice loss, mean over the images with a mask.
 

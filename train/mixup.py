@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+import torch
 from timm.data import Mixup
 
 from train.batch import Batch
 
 
 def create_mixup(mixup: float, cutmix: float) -> Callable[[Batch], Batch]:
-    """Return a function that mixes the images of a batch, and their targets, in pairs.
+    """Return a function that mixes the images of a batch, and all their targets, in pairs.
 
     Args:
         mixup: alpha of the beta distribution (Zhang et al. 2018), 0 for none.
@@ -16,14 +17,19 @@ def create_mixup(mixup: float, cutmix: float) -> Callable[[Batch], Batch]:
     """
     if not (mixup or cutmix):
         return lambda batch: batch
-    # Two classes, because timm mixes one-hot targets; the second column is the target here.
-    mixer = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=2)
+    mixer = Mixup(mixup, cutmix, label_smoothing=0.0, multi_label=True)
 
     def mix(batch: Batch) -> Batch:
         if len(batch.images) % 2:
             return batch  # timm mixes pairs; only the single batch of a small dataset can be odd
         # timm cuts and pastes along the last two axes, so it needs channels first.
-        pixels, target = mixer(batch.images.float().permute(0, 3, 1, 2), batch.target.long())
-        return batch._replace(images=pixels.permute(0, 2, 3, 1), target=target[:, 1])
+        targets = batch.target[:, None]
+        if len(batch.aux):
+            targets = torch.cat([targets, batch.aux], dim=1)
+        mixer.num_classes = targets.shape[1]
+        pixels, mixed = mixer(batch.images.float().permute(0, 3, 1, 2), targets)
+        return batch._replace(
+            images=pixels.permute(0, 2, 3, 1), target=mixed[:, 0], aux=mixed[:, 1:]
+        )
 
     return mix

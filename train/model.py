@@ -1,4 +1,4 @@
-"""The network: uint8 pixels in, features and a logit out."""
+"""The network: uint8 pixels in, features and logits out."""
 
 import contextlib
 import copy
@@ -51,13 +51,20 @@ class Classifier(nn.Module):
     mean: Tensor
     inverse_std: Tensor
     spec: PreprocessSpec
-    output_names: tuple[str, ...] = ("features", "logits")
     dtype = torch.float32
     """Type that the backbone computes in if its weights were cast; AMP casts by itself."""
     mask_stride: int | None = None
     """Input pixels per side of a mask's pixel; None if the network predicts no masks."""
 
-    def __init__(self, backbone: nn.Module, spec: PreprocessSpec, drop_rate: float = 0.0) -> None:
+    def __init__(
+        self, backbone: nn.Module, spec: PreprocessSpec, drop_rate: float = 0.0, num_aux: int = 0
+    ) -> None:
+        """Add heads to a backbone.
+
+        Args:
+            drop_rate: dropout before the head.
+            num_aux: K, number of auxiliary targets.
+        """
         super().__init__()
         self.backbone = backbone
         self.spec = spec
@@ -65,6 +72,11 @@ class Classifier(nn.Module):
         width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
         self.num_features = int(width)
         self.head = nn.Sequential(nn.Dropout(drop_rate), nn.Linear(self.num_features, 1))
+        self.num_aux = num_aux
+        if num_aux:
+            self.aux_head = nn.Sequential(
+                nn.Dropout(drop_rate), nn.Linear(self.num_features, num_aux)
+            )
         mean = 255 * torch.tensor(spec.mean)
         std = 255 * torch.tensor(spec.std)
         # Not persistent: a checkpoint stores the preprocessing in its config.
@@ -72,7 +84,8 @@ class Classifier(nn.Module):
         self.register_buffer("inverse_std", (1 / std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return features [N, D] (the backbone's output) and logits [N, 1], float32.
+        """Return features [N, D] (the backbone's output), logits [N, 1] and any auxiliary logits
+        [N, K], float32.
 
         Args:
             images: uint8 [N, H, W, 3], RGB; float32 in [0, 255] after mixup or cutmix.
@@ -82,14 +95,14 @@ class Classifier(nn.Module):
     def forward_maps(self, maps: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of normalised images [N, 3, H, W]."""
         features = self.backbone(maps).float()
-        return features, self.logits(features)
+        return features, *self.logits(features)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Return logits [N, 1] of features [N, D], float32."""
+    def logits(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits [N, 1], and any auxiliary ones [N, K], of features [N, D], float32."""
         # Under autocast too: in half precision many rows would share a logit and lose their order.
         with without_autocast(features.device.type):
-            logits: Tensor = self.head(features)
-        return logits.float()
+            logits = [head(features) for head in self.linear_heads]
+        return tuple(part.float() for part in logits)
 
     def normalised(self, images: Tensor) -> Tensor:
         """Return the backbone's input [N, 3, H, W]."""
@@ -99,18 +112,28 @@ class Classifier(nn.Module):
         return ((pixels - self.mean) * self.inverse_std).to(self.dtype)
 
     @property
+    def output_names(self) -> tuple[str, ...]:
+        """The names of the outputs in their order."""
+        return ("features", "logits", "aux")[: 3 if self.num_aux else 2]
+
+    @property
+    def linear_heads(self) -> list[nn.Sequential]:
+        """The heads that are linear in the features; they always compute in float32."""
+        return [self.head, self.aux_head] if self.num_aux else [self.head]
+
+    @property
     def heads(self) -> list[nn.Module]:
         """The modules that train at the head's learning rate: all but the backbone."""
-        return [self.head]
+        return [*self.linear_heads]
 
 
 class MultiTask(Classifier):
     """A classifier that also predicts a mask of the lesion, from the same feature maps."""
 
-    output_names = (*Classifier.output_names, "mask")
-
-    def __init__(self, backbone: nn.Module, spec: PreprocessSpec, drop_rate: float = 0.0) -> None:
-        super().__init__(backbone, spec, drop_rate)
+    def __init__(
+        self, backbone: nn.Module, spec: PreprocessSpec, drop_rate: float = 0.0, num_aux: int = 0
+    ) -> None:
+        super().__init__(backbone, spec, drop_rate, num_aux)
         infos: Any = backbone.feature_info
         deepest: dict[int, int] = {}
         for index, info in enumerate(infos):
@@ -123,7 +146,7 @@ class MultiTask(Classifier):
         self.mask_stride = self.decoder.stride
 
     def forward_maps(self, maps: Tensor) -> tuple[Tensor, ...]:
-        """Return features [N, D], logits [N, 1] and the mask [N, H / stride, W / stride], float32.
+        """Return the classifier's outputs and the mask [N, H / stride, W / stride], float32.
 
         The mask is logits in training mode and probabilities in eval mode.
         """
@@ -134,11 +157,15 @@ class MultiTask(Classifier):
         # expensive, and masks are thresholded anyway.
         mask = self.decoder(maps_by_stride).float()
         # Training takes logits, because the loss of saturated probabilities has no gradient.
-        return features, self.logits(features), mask if self.training else mask.sigmoid()
+        return features, *self.logits(features), mask if self.training else mask.sigmoid()
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return (*super().output_names, "mask")
 
     @property
     def heads(self) -> list[nn.Module]:
-        return [self.head, self.decoder]
+        return [*super().heads, self.decoder]
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -190,7 +217,7 @@ def _create_checked(settings: TrainSettings, pretrained: bool | str) -> Classifi
     if settings.grad_checkpointing:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     network = MultiTask if settings.mask_weight else Classifier
-    model = network(backbone, preprocess_spec(settings), settings.drop_rate)
+    model = network(backbone, preprocess_spec(settings), settings.drop_rate, len(settings.aux))
     _check_outputs(model, settings.image_size)
     if settings.batch_size == 1:
         # Raises for a network with batch statistics of a single value.
@@ -204,6 +231,8 @@ def _check_outputs(model: Classifier, size: int) -> None:
     outputs = model.eval()(_blank_image(size))
     model.train()
     expected: list[tuple[int, ...]] = [(1, model.num_features), (1, 1)]
+    if model.num_aux:
+        expected.append((1, model.num_aux))
     if model.mask_stride:
         expected.append((1, size // model.mask_stride, size // model.mask_stride))
     shapes = [tuple(output.shape) for output in outputs]

@@ -1,6 +1,6 @@
 """Predictions of held-out rows, and their scores."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,8 @@ class Predictions:
     """[N]."""
     dice: NDArray[np.float32]
     """[N], Dice coefficient of the predicted mask; NaN for an image without a mask."""
+    aux: NDArray[np.float32]
+    """[N, K], logits of the auxiliary targets."""
 
     @classmethod
     def merge(cls, parts: list["Predictions"]) -> "Predictions":
@@ -38,9 +40,10 @@ class Predictions:
         rows = np.concatenate([part.rows for part in parts])
         logits = np.concatenate([part.logits for part in parts])
         overlaps = np.concatenate([part.dice for part in parts])
+        aux = np.concatenate([part.aux for part in parts])
         # Processes predict interleaved rows.
         order = np.argsort(rows)
-        return cls(rows[order], logits[order], overlaps[order])
+        return cls(rows[order], logits[order], overlaps[order], aux[order])
 
 
 @torch.inference_mode()
@@ -63,48 +66,69 @@ def predict(
     """
     model.eval()
     forward = model if compiled is None else compiled
-    rows, logits, overlaps = [], [], []
+    rows: list[Tensor] = []
+    parts: list[dict[str, Tensor]] = []
     fixed_size = 0
     # Not timed, but TimedLoader also defers interrupts while the workers start.
     for batch in TimedLoader(loader):
         # The first batch is the largest. Another size would compile the network again.
         fixed_size = max(fixed_size, len(batch.rows)) if compiled is not None else 0
-        run = partial(predict_batch, forward, batch, device, precision, fixed_size)
+        run = partial(
+            predict_batch, forward, model.output_names, batch, device, precision, fixed_size
+        )
         # Each of several processes by itself: none waits for another before the end.
-        (scores, dices), num_parts = fit_parts(run, num_parts, len(batch.rows), device)
+        scored, num_parts = fit_parts(run, num_parts, len(batch.rows), device)
         rows.append(batch.rows)
-        logits += scores
-        overlaps += dices
+        parts += scored
     all_rows = torch.cat(rows)
-    # The network predicts no masks.
-    overlap = torch.cat(overlaps) if overlaps else torch.full((len(all_rows),), torch.nan)
+    columns = {
+        name: torch.cat([part[name] for part in parts]).float().cpu().numpy() for name in parts[0]
+    }
+    num_rows = len(all_rows)
     return Predictions(
-        all_rows.numpy(), torch.cat(logits).float().cpu().numpy(), overlap.cpu().numpy()
+        all_rows.numpy(),
+        columns["logits"],
+        columns.get("dice", np.full(num_rows, np.nan, np.float32)),
+        columns.get("aux", np.empty((num_rows, 0), np.float32)),
     )
 
 
 def predict_batch(
-    forward: Any, whole: Batch, device: torch.device, precision: str, size: int, num_parts: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the logits [n] of each part of a batch, and the Dice [n] if the model predicts masks.
+    forward: Any,
+    output_names: Sequence[str],
+    whole: Batch,
+    device: torch.device,
+    precision: str,
+    size: int,
+    num_parts: int,
+) -> list[dict[str, Tensor]]:
+    """Return the scores of each part of a batch.
 
-    Nothing here waits for the device.
+    These are `logits` [n] and, if the model has the outputs, `aux` [n, K] and the `dice` [n] of
+    its masks. Nothing here waits for the device.
 
     Args:
         forward: the model, possibly compiled.
+        output_names: of the model.
         size: images that a whole batch is padded to; 0 for none.
     """
-    logits, overlaps = [], []
+    parts = []
     for batch in split(whole, num_parts):
         on_device = to_device(batch, device)
         num_images = len(batch.rows)
         images = pad(on_device.images, max(num_images, ceil_div(size, num_parts)))
         with autocast(device, precision):
             outputs = forward(images)
-        logits.append(outputs[1][:num_images].squeeze(1))
-        if len(outputs) > len(Classifier.output_names):
-            overlaps.append(dice(outputs[2][:num_images], on_device.masks))
-    return logits, overlaps
+        named = {
+            name: output[:num_images] for name, output in zip(output_names, outputs, strict=True)
+        }
+        scores = {"logits": named["logits"].squeeze(1)}
+        if "aux" in named:
+            scores["aux"] = named["aux"]
+        if "mask" in named:
+            scores["dice"] = dice(named["mask"], on_device.masks)
+        parts.append(scores)
+    return parts
 
 
 def pad(images: Tensor, size: int) -> Tensor:

@@ -1,18 +1,16 @@
 """The weights that a backbone starts from: file, digests, and images they learned from."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from isic.layout import BACKBONE_DIR, TRAINED_ON_FILE, fold_dir
+from isic.layout import BACKBONE_DIR, TRAINED_ON_FILE, Fold, fold_dir
 from isic.provenance import NOTHING, Seen, read_seen, refuse_seen
 from isic.runtime.errors import UserError
 from isic.runtime.files import sha256
@@ -46,7 +44,7 @@ class Weights:
         return {"source": self.source, **file, "tensors_sha256": tensors_sha256(backbone)}
 
 
-def find_weights(pretrained: bool | str, fold: int) -> Weights:
+def find_weights(pretrained: bool | str, fold: Fold) -> Weights:
     """Find the weights that a fold starts from.
 
     Args:
@@ -61,7 +59,7 @@ def find_weights(pretrained: bool | str, fold: int) -> Weights:
     return Weights(str(path), path, seen_by(path)) if path else Weights(hub_id(pretrained))
 
 
-def local_file(pretrained: str, fold: int | None = None) -> Path | None:
+def local_file(pretrained: str, fold: Fold | None = None) -> Path | None:
     """Return the file of weights that a setting names, None for a hub repository.
 
     Args:
@@ -138,19 +136,16 @@ def tensors_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def refuse_leaking_weights(
-    pretrained: bool | str, folds: Iterable[int], table: pl.DataFrame, fold: NDArray[np.int8]
-) -> None:
+def refuse_leaking_weights(pretrained: bool | str, held_out: Mapping[Fold, pl.DataFrame]) -> None:
     """Raise a UserError if the weights of a fold have learned from rows that the fold holds out.
 
     Args:
-        table: `isic_id` and optionally `patient_id` of N rows.
-        fold: [N], the fold of each row.
+        held_out: `isic_id` and optionally `patient_id` of the rows, by fold.
     """
-    for k in folds:
-        weights = find_weights(pretrained, k)
+    for fold, rows in held_out.items():
+        weights = find_weights(pretrained, fold)
         refuse_seen(
-            table.filter(pl.Series(fold == k)),
+            rows,
             weights.seen,
             f"the weights in {weights.source}",
             "start from weights that were trained on other data, or give the folder of a run with "

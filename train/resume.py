@@ -8,6 +8,7 @@ from typing import Any
 
 from isic.dataset import refuse_dataset
 from isic.layout import (
+    ALL,
     BEST_CHECKPOINT,
     CONFIG_FILE,
     ERRORS_FILE,
@@ -15,6 +16,7 @@ from isic.layout import (
     LAST_CHECKPOINT,
     OOF_FILE,
     TRAINED_ON_FILE,
+    Fold,
     fold_dir,
     fold_dirs,
 )
@@ -43,14 +45,16 @@ CHOSEN = ("precision", "augment_on")
 """Settings that training chooses if they are `auto`; a fold keeps its own."""
 
 
-def is_finished(settings: TrainSettings, fold: int) -> bool:
-    """Return whether the fold has its checkpoint, its scores and its last epoch.
+def is_finished(settings: TrainSettings, fold: Fold) -> bool:
+    """Return whether the fold has its checkpoint, its scores (but ALL) and its last epoch.
 
     Raises:
         UserError: it is finished, but with other settings.
     """
     directory = fold_dir(settings.run_dir, fold)
-    names = (OOF_FILE, BEST_CHECKPOINT, CONFIG_FILE, HISTORY_FILE)
+    names = {OOF_FILE, BEST_CHECKPOINT, CONFIG_FILE, HISTORY_FILE}
+    if fold == ALL:
+        names.remove(OOF_FILE)
     if not all((directory / name).is_file() for name in names):
         return False
     config = directory / CONFIG_FILE
@@ -89,7 +93,7 @@ def in_short(value: Any) -> Any:
     return f"a file of digest {sha256(text.encode()).hexdigest()[:8]}"
 
 
-def keep_choices(settings: TrainSettings, fold: int) -> TrainSettings:
+def keep_choices(settings: TrainSettings, fold: Fold) -> TrainSettings:
     """Return the settings with those of a fold that is continued in place of `auto`."""
     directory = fold_dir(settings.run_dir, fold)
     config = directory / CONFIG_FILE
@@ -107,7 +111,7 @@ def saved_settings(path: Path, values: Mapping[str, Any]) -> TrainSettings:
     return build(TrainSettings, {"augment_on": "workers", **values}, source=str(path))
 
 
-def require_resume_or_force(settings: TrainSettings, fold: int) -> None:
+def require_resume_or_force(settings: TrainSettings, fold: Fold) -> None:
     """Raise a UserError if a partly trained fold would be restarted without --force."""
     directory = fold_dir(settings.run_dir, fold)
     history = directory / HISTORY_FILE
@@ -121,7 +125,7 @@ def require_resume_or_force(settings: TrainSettings, fold: int) -> None:
     )
 
 
-def refuse_other_content(settings: TrainSettings, fold: int) -> None:
+def refuse_other_content(settings: TrainSettings, fold: Fold) -> None:
     """Raise a UserError if files that no training run wrote would be overwritten."""
     run = settings.run_dir
     directory = fold_dir(run, fold)
@@ -136,7 +140,8 @@ def refuse_other_content(settings: TrainSettings, fold: int) -> None:
         LAST_CHECKPOINT,
     )
     refuse_foreign((directory / name for name in names), _is_trained_fold(directory), flag)
-    is_run = any(_is_trained_fold(folder) for folder in fold_dirs(run).values())
+    folders = {**fold_dirs(run), **fold_dirs(run, ALL)}
+    is_run = any(_is_trained_fold(folder) for folder in folders.values())
     refuse_foreign((run / name for name in (ROC_FILE, ERRORS_FILE)), is_run, flag)
 
 

@@ -1,6 +1,6 @@
 """The rows of a training run: tables, encoded images and masks, and their folds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from isic import schema
 from isic.dataset import Dataset
 from isic.folds import Folds, folds_for
 from isic.images import NO_IMAGE, failures, open_hdf5
-from isic.layout import ERRORS_FILE, FOLDS_FILE
+from isic.layout import ALL, ERRORS_FILE, FOLDS_FILE, Fold
 from isic.preprocess import check_mask, decode
 from isic.runtime.errors import UserError, warn, warn_once
 from isic.runtime.machine import num_cores
@@ -19,11 +19,13 @@ from isic.tables import write_parquet
 from train import distributed
 from train.config import TrainSettings
 from train.packed import PackedFiles, empty_files, read_packed
+from train.targets import flag_columns, with_targets
 
 SAMPLE_ROWS = 50_000
 """Rows that `use_sample` keeps."""
 EXTRA = -1
 """Fold of the rows of extra datasets, which are never held out."""
+SKIPPED_SCHEMA = {schema.ID: pl.String(), "reason": pl.String(), "dataset": pl.String()}
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,20 @@ class Rows:
     """N rows whose images all decode."""
 
     table: pl.DataFrame
-    """`isic_id`, `target` and, if the dataset has it, `patient_id`."""
+    """`isic_id`, `target`, if the dataset has it `patient_id`, and any auxiliary targets."""
     images: PackedFiles
     masks: PackedFiles | None
     """PNG files, empty for a row without a mask; None if the run does not use masks."""
+    skipped: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=SKIPPED_SCHEMA))
+    """The images that cannot be used: id, reason and folder of the dataset (SKIPPED_SCHEMA)."""
 
     def __add__(self, other: "Rows") -> "Rows":
         table = pl.concat([self.table, other.table], how="diagonal")
         masks = None
         if self.masks is not None and other.masks is not None:
             masks = self.masks + other.masks
-        return Rows(table, self.images + other.images, masks)
+        skipped = pl.concat([self.skipped, other.skipped])
+        return Rows(table, self.images + other.images, masks, skipped)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,14 @@ class TrainData:
     def target(self) -> NDArray[np.float32]:
         return self.table[schema.TARGET].to_numpy().astype(np.float32)
 
+    def is_held_out(self, fold: Fold) -> NDArray[np.bool_]:
+        """Return [N] whether a fold holds each row out."""
+        return np.zeros(len(self.fold), bool) if fold == ALL else self.fold == fold
+
+    def held_out(self, fold: Fold) -> pl.DataFrame:
+        """Return the rows of `table` that a fold holds out."""
+        return self.table.filter(pl.Series(self.is_held_out(fold)))
+
 
 def load_data(settings: TrainSettings) -> TrainData:
     """Load the training rows of the dataset and of the extra datasets.
@@ -77,16 +90,19 @@ def load_data(settings: TrainSettings) -> TrainData:
     table = dataset.metadata("train")
     run_plan = settings.run_dir / FOLDS_FILE
     folds = folds_for(table, settings.num_folds, settings.split_seed, run_plan, dataset.folds_path)
+    path = dataset.metadata_path("train")
+    flags = flag_columns(table, settings.aux, path)
+    table = with_targets(table, settings.aux, flags, path)
     sample = sample_rows(table, SAMPLE_ROWS, settings.split_seed) if settings.use_sample else table
     rows = load_rows(dataset, sample, settings)
     # With the ids of the whole table: masks of rows outside the sample are no mistake.
     warn_of_unmatched_masks(dataset.masks_path, table[schema.ID], rows.masks)
     fold = folds.of(rows.table).to_numpy()
 
-    paths = [dataset.metadata_path("train")]
+    paths = [path]
     sizes = [len(rows.table)]
     for root in settings.extra_data:
-        extra = load_extra(root, [table, rows.table], settings)
+        extra = load_extra(root, [table, rows.table], settings, flags)
         rows += extra
         paths.append(Dataset(root).metadata_path("train"))
         sizes.append(len(extra.table))
@@ -95,6 +111,9 @@ def load_data(settings: TrainSettings) -> TrainData:
             f"{dataset.masks_path} has no mask of any training image; add masks, or set "
             "--mask_weight 0"
         )
+    # At once, because extra datasets have skipped images too.
+    if len(rows.skipped) and distributed.is_main():
+        write_parquet(settings.run_dir / ERRORS_FILE, rows.skipped)
     no_fold = np.full(sum(sizes[1:]), EXTRA, np.int8)
     source = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)
     return TrainData(rows, np.concatenate([fold, no_fold]), source, folds, paths)
@@ -110,10 +129,19 @@ def sample_rows(table: pl.DataFrame, num_rows: int, seed: int) -> pl.DataFrame:
     return table.filter((pl.col(schema.TARGET) == 1) | pl.col(schema.ID).is_in(kept.implode()))
 
 
-def load_extra(root: Path, others: list[pl.DataFrame], settings: TrainSettings) -> Rows:
-    """Load the rows of an extra dataset that share no image or patient with the other tables."""
+def load_extra(
+    root: Path, others: list[pl.DataFrame], settings: TrainSettings, flags: frozenset[str]
+) -> Rows:
+    """Load the rows of an extra dataset that share no image or patient with the other tables.
+
+    Args:
+        flags: as for `train.targets.with_targets`.
+    """
     dataset = Dataset(root)
-    table = exclude_overlap(dataset.metadata("train"), others, root)
+    table = with_targets(
+        dataset.metadata("train"), settings.aux, flags, dataset.metadata_path("train")
+    )
+    table = exclude_overlap(table, others, root)
     rows = load_rows(dataset, table, settings)
     check_classes(rows.table, root, settings.extra_ratio)
     return rows
@@ -159,20 +187,22 @@ def load_rows(dataset: Dataset, table: pl.DataFrame, settings: TrainSettings) ->
     Raises:
         UserError: an image cannot be used and `on_error` is `raise`, or a mask cannot be used.
     """
-    columns = [key for key in (schema.ID, schema.TARGET, schema.PATIENT) if key in table.columns]
-    table = table.select(columns)
+    keys = (schema.ID, schema.TARGET, schema.PATIENT, *(target.key for target in settings.aux))
+    table = table.select([key for key in keys if key in table.columns])
     ids = table[schema.ID].to_list()
     images, unread = read_packed(dataset.images("train"), ids)
     # A run of hours should not end at a broken file; the check takes 0.1 ms per file and core.
     errors = undecodable(images) | unread
+    skipped = skipped_table(errors, ids, dataset.root)
     if errors:
-        report_errors(errors, ids, settings.on_error, settings.run_dir / ERRORS_FILE)
+        report_errors(skipped, len(ids), settings.on_error, settings.run_dir / ERRORS_FILE)
         is_good = np.ones(len(ids), bool)
         is_good[list(errors)] = False
         table, images = table.filter(is_good), images.without(errors)
     if not settings.mask_weight:
-        return Rows(table, images, None)
-    return Rows(table, images, load_masks(dataset.masks_path, table[schema.ID].to_list(), images))
+        return Rows(table, images, None, skipped)
+    masks = load_masks(dataset.masks_path, table[schema.ID].to_list(), images)
+    return Rows(table, images, masks, skipped)
 
 
 def undecodable(images: PackedFiles) -> dict[int, str]:
@@ -180,30 +210,33 @@ def undecodable(images: PackedFiles) -> dict[int, str]:
     return failures(lambda row: decode(images[row]), range(len(images)), num_cores())
 
 
-def report_errors(errors: dict[int, str], ids: list[str], on_error: str, path: Path) -> None:
-    """List the images that cannot be used in `path`.
+def skipped_table(errors: dict[int, str], ids: list[str], root: Path) -> pl.DataFrame:
+    """Return the images that cannot be used, as SKIPPED_SCHEMA; `errors` has reasons by row."""
+    rows = [(ids[row], errors[row], str(root)) for row in sorted(errors)]
+    return pl.DataFrame(rows, SKIPPED_SCHEMA, orient="row")
+
+
+def report_errors(skipped: pl.DataFrame, num_rows: int, on_error: str, path: Path) -> None:
+    """Print the number of images that cannot be used.
 
     Args:
-        errors: reason by row.
+        skipped: the images of one dataset, as SKIPPED_SCHEMA.
+        num_rows: of the dataset's table.
         on_error: `raise` or `skip`.
+        path: the file that will list them.
 
     Raises:
         UserError: `on_error` is `raise`.
     """
-    rows = sorted(errors)
-    first = rows[0]
+    first, reason, root = skipped.row(0)
     summary = (
-        f"{len(rows)} of {len(ids)} images cannot be used, the first is {ids[first]} "
-        f"({errors[first]})"
+        f"{root}: {len(skipped)} of {num_rows} images cannot be used, the first is {first} "
+        f"({reason})"
     )
     if on_error == "raise":
         raise UserError(f"{summary}; fix them, or skip their rows with --on_error skip")
-    if not distributed.is_main():
-        return
-    bad_ids = [ids[row] for row in rows]
-    reasons = [errors[row] for row in rows]
-    write_parquet(path, pl.DataFrame({schema.ID: bad_ids, "reason": reasons}))
-    print(f"{summary}; their rows are skipped and listed in {path}")
+    if distributed.is_main():
+        print(f"{summary}; their rows are skipped and listed in {path}")
 
 
 def load_masks(path: Path, ids: list[str], images: PackedFiles) -> PackedFiles:

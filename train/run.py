@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from isic import schema
+from isic.layout import ALL, Fold
 from isic.runtime.errors import UserError
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.progress import TimeLeft
@@ -33,7 +34,8 @@ from train.resume import (
 )
 from train.rows import TrainData, load_data
 from train.step import NonFiniteGradient
-from train.summary import print_scores
+from train.summary import print_scores, without_score
+from train.targets import refuse_single_class
 
 
 def train(settings: TrainSettings) -> int:
@@ -67,7 +69,11 @@ def train_folds(settings: TrainSettings, device: torch.device) -> int:
         with_masks = settings.mask_weight > 0
         check_augmentation(settings.augmentation, settings.image_size, with_masks)
         data = load_data(settings)
-        refuse_leaking_weights(settings.pretrained, due, data.table, data.fold)
+        held_out = {fold: data.held_out(fold) for fold in due}
+        refuse_leaking_weights(settings.pretrained, held_out)
+        refuse_single_class(
+            data.table, {fold: data.is_held_out(fold) for fold in due}, settings.aux
+        )
         prepare(device)
         if distributed.is_main():
             announce_training(runs, data, device)
@@ -81,12 +87,15 @@ def train_folds(settings: TrainSettings, device: torch.device) -> int:
                 print(stop.describe(settings, due), file=sys.stderr)
             return OUT_OF_TIME
     if distributed.is_main():
-        print_scores(settings.run_dir, settings.num_folds)
+        if settings.fold == ALL:
+            print(without_score(settings.run_dir))
+        else:
+            print_scores(settings.run_dir, settings.num_folds)
     return 0
 
 
 def train_each(
-    runs: Mapping[int, TrainSettings], data: TrainData, device: torch.device, deadline: Deadline
+    runs: Mapping[Fold, TrainSettings], data: TrainData, device: torch.device, deadline: Deadline
 ) -> None:
     """Train a fold with each of some settings.
 
@@ -102,7 +111,7 @@ def train_each(
         train_fold(run, data, fold, device, deadline, time_left)
 
 
-def choose(settings: TrainSettings, fold: int, device: torch.device) -> TrainSettings:
+def choose(settings: TrainSettings, fold: Fold, device: torch.device) -> TrainSettings:
     """Return the settings of a fold with choices, those of all processes, in place of `auto`.
 
     Raises:
@@ -120,7 +129,7 @@ def choose(settings: TrainSettings, fold: int, device: torch.device) -> TrainSet
 
 
 def announce_training(
-    runs: Mapping[int, TrainSettings], data: TrainData, device: torch.device
+    runs: Mapping[Fold, TrainSettings], data: TrainData, device: torch.device
 ) -> None:
     """Print one line on the training that is about to start.
 
@@ -138,9 +147,10 @@ def announce_training(
     )
 
 
-def folds_to_train(settings: TrainSettings) -> list[int]:
+def folds_to_train(settings: TrainSettings) -> list[Fold]:
     """Return the wanted folds without the finished ones, in all processes alike."""
-    folds = range(settings.num_folds) if settings.fold is None else [settings.fold]
+    numbered: list[Fold] = list(range(settings.num_folds))
+    folds = numbered if settings.fold is None else [settings.fold]
     due = [fold for fold in folds if settings.force or not is_finished(settings, fold)]
     if distributed.is_main():
         for fold in folds:

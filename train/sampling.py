@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from isic.layout import Fold
 from isic.runtime.errors import UserError, warn
 from train.config import TrainSettings
 from train.rows import TrainData
@@ -84,7 +85,7 @@ def epoch_pools(
 
 
 def create_sampler(
-    pools: Sequence[Pool], settings: TrainSettings, fold: int, world_size: int
+    pools: Sequence[Pool], settings: TrainSettings, fold: Fold, world_size: int
 ) -> "EpochSampler":
     """Return the sampler of a fold's epochs.
 
@@ -125,7 +126,7 @@ def share(pools: Sequence[Pool], num_samples: int) -> list[Pool]:
     return [replace(pool, num_samples=count) for pool, count in zip(pools, counts, strict=True)]
 
 
-def report_composition(pools: Sequence[Pool], fold: int) -> None:
+def report_composition(pools: Sequence[Pool], fold: Fold) -> None:
     """Print how many rows of each class an epoch shows; warn if most are of extra datasets."""
     positives = pools[0].num_samples
     negatives = pools[1].num_samples

@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from isic.layout import Fold, fold_number
+
 
 def derive_seed(*numbers: int) -> int:
     """Return one number that depends on all of them."""
@@ -12,12 +14,12 @@ def derive_seed(*numbers: int) -> int:
     return hash(numbers)
 
 
-def seed_weights(seed: int, fold: int) -> None:
-    torch.manual_seed(derive_seed(seed, fold))
+def seed_weights(seed: int, fold: Fold) -> None:
+    torch.manual_seed(derive_seed(seed, fold_number(fold)))
 
 
-def seed_epoch(seed: int, fold: int, epoch: int, rank: int) -> None:
+def seed_epoch(seed: int, fold: Fold, epoch: int, rank: int) -> None:
     """Seed an epoch by itself, so that it repeats after a resume; ranks drop different units."""
-    torch.manual_seed(derive_seed(seed, fold, epoch) + rank)
+    torch.manual_seed(derive_seed(seed, fold_number(fold), epoch) + rank)
     # The legacy generator: timm's Mixup uses it.
-    np.random.seed(derive_seed(seed, fold, epoch, rank) % 2**32)  # noqa: NPY002
+    np.random.seed(derive_seed(seed, fold_number(fold), epoch, rank) % 2**32)  # noqa: NPY002

@@ -9,6 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
+from isic.layout import Fold
 from isic.runtime.errors import UserError
 from train import distributed
 from train.checkpoint import load_checkpoint, save_checkpoint
@@ -58,7 +59,7 @@ class TrainState:
         return model
 
 
-def create_state(settings: TrainSettings, device: torch.device, fold: int) -> TrainState:
+def create_state(settings: TrainSettings, device: torch.device, fold: Fold) -> TrainState:
     """Build model, optimizer, loss scaling and moving average."""
     seed_weights(settings.seed, fold)
     weights = find_weights(settings.pretrained, fold)

@@ -12,7 +12,7 @@ from torch import Tensor
 from train import distributed
 from train.batch import Batch, split
 from train.config import TrainSettings
-from train.losses import create_loss, mask_loss
+from train.losses import aux_loss, create_loss, mask_loss
 from train.memory import fit_parts
 from train.state import TrainState
 
@@ -83,10 +83,12 @@ def backward(
         with distributed.maybe_no_sync(forward, sync=number == len(parts)):
             with autocast(device, settings.precision):
                 outputs = forward(part.images)
-            logits = outputs[1].squeeze(1)
-            loss = class_loss(logits, part.target)
+            named = dict(zip(state.model.output_names, outputs, strict=True))
+            loss = class_loss(named["logits"].squeeze(1), part.target)
+            if settings.aux:
+                loss = loss + settings.aux_factor * aux_loss(named["aux"], part.aux)
             if settings.mask_weight:
-                loss = loss + settings.mask_weight * mask_loss(outputs[2], part.masks)
+                loss = loss + settings.mask_weight * mask_loss(named["mask"], part.masks)
             loss = loss * weight
             state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()

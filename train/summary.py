@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from isic import schema
-from isic.layout import OOF_FILE, fold_dir
+from isic.layout import ALL, BEST_CHECKPOINT, OOF_FILE, fold_dir
 from isic.metrics import pauc, roc_auc
 from isic.tables import read_parquet
 from train.plots import ROC_FILE, draw_roc
@@ -37,6 +37,12 @@ def print_scores(run: Path, num_folds: int) -> None:
         _print_row("pooled", curves["pooled"])
     draw_roc(run / ROC_FILE, curves)
     print(f"\ncheckpoints in {run}, ROC curves in {ROC_FILE}")
+
+
+def without_score(run: Path) -> str:
+    """Return the line that ends a run of `--fold all`."""
+    checkpoint = fold_dir(run, ALL) / BEST_CHECKPOINT
+    return f"\nfold {ALL}: no score: every row was trained on; checkpoint: {checkpoint}"
 
 
 def _print_row(name: str, oof: pl.DataFrame) -> FoldScores:

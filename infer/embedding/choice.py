@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from infer.engines import cudart, import_engine, unavailable_reason
 from infer.formats import AUTO, AUTO_ORDER, ENGINE_FORMATS, ON_REQUEST
-from isic.layout import fold_dirs, fold_name
+from isic.layout import Fold, fold_dirs, fold_name
 from isic.runtime.errors import UserError
 from isic.runtime.files import manifest_path, read_json
 from isic.runtime.machine import gpu_architecture, has_gpu
@@ -44,7 +44,7 @@ class Artifact:
         return Kind(manifest["format"], manifest.get("precision"), manifest.get("tta", "none"))
 
 
-Found = Mapping[int, list[Artifact]]
+Found = Mapping[Fold, list[Artifact]]
 """Artifacts by fold."""
 
 
@@ -76,19 +76,22 @@ class Request:
 class Choice:
     """The chosen artifacts, all of one kind."""
 
-    artifacts: dict[int, Artifact]
+    artifacts: dict[Fold, Artifact]
     """By fold."""
     reason: str
 
 
-def find_exported(model_dir: Path) -> Found:
+def find_exported(model_dir: Path, only: Fold | None = None) -> Found:
     """Return the artifacts in the folders of a run's folds, according to their manifests.
+
+    Args:
+        only: as in `fold_dirs`.
 
     Raises:
         UserError: a fold's only artifacts have no manifest.
     """
     found = {}
-    for fold, folder in fold_dirs(model_dir).items():
+    for fold, folder in fold_dirs(model_dir, only).items():
         # Manifests, because a file name does not have the format.
         manifests = [read_json(path) for path in sorted(folder.glob("*.json"))]
         artifacts = [
@@ -166,7 +169,7 @@ def _earlier(accepted: Found, request: Request) -> Choice | None:
     return Choice(artifacts, f"{kind}: the run to resume was made with it")
 
 
-def _of_kind(found: Found, kind: Kind) -> dict[int, list[Artifact]]:
+def _of_kind(found: Found, kind: Kind) -> dict[Fold, list[Artifact]]:
     return {
         fold: [artifact for artifact in artifacts if artifact.kind == kind]
         for fold, artifacts in found.items()
@@ -203,7 +206,7 @@ def _only_precision(accepted: Found) -> str | None:
     return next((artifacts[0].kind.precision for artifacts in accepted.values()), None)
 
 
-def _why_not(fold: int, artifacts: list[Artifact], device: str) -> str:
+def _why_not(fold: Fold, artifacts: list[Artifact], device: str) -> str:
     """Return why a fold has no usable artifact of a kind, of which it has these."""
     if not artifacts:
         return f"{fold_name(fold)} has none"

@@ -22,17 +22,21 @@ from infer.embedding.run_spec import (
 )
 from infer.embedding.settings import EmbedSettings
 from infer.embedding.shards import Shard, plan_shards, run_missing_shards
+from infer.embedding.source import Source
 from infer.embedding.store import (
     BAD_IMAGES_SCHEMA,
+    IMAGES,
     RUN_FILE,
     RUN_SPEC_FILE,
     RUN_SPEC_KEY,
+    EmbeddedSplit,
 )
 from infer.embedding.workers import run_processes
 from infer.engines import device_of
 from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
 from isic.folds import Folds, read_folds
 from isic.layout import (
+    ALL,
     ERRORS_FILE,
     FOLDS_FILE,
     TRAINED_ON_FILE,
@@ -41,7 +45,6 @@ from isic.layout import (
     fold_dirs,
     fold_name,
 )
-from isic.metadata import read_ids
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import atomic_path, holds, refuse_foreign, sha256, write_json
 from isic.runtime.interrupt import Interrupted, interruptible
@@ -61,8 +64,7 @@ def embed_dataset(settings: EmbedSettings) -> int:
 
 
 def embed_splits(settings: EmbedSettings) -> None:
-    """Embed one split, or all that the dataset has."""
-    dataset = Dataset(settings.data)
+    """Embed one split, all that the dataset has, or the images of `--images`."""
     model_dir = find_run(settings.model_dir, settings.config)
     models = find_models(
         model_dir,
@@ -72,25 +74,45 @@ def embed_splits(settings: EmbedSettings) -> None:
         settings.tta,
         settings.device,
         frozenset() if settings.force else earlier_engines(settings.run_dir.resolve()),
+        settings.fold,
     )
     if models.reason and not settings.quiet:
         print(f"using {models.reason}")
-    _note_missing_folds(model_dir, models)
+    if settings.fold is None and not settings.images:
+        _note_missing_folds(model_dir, models)
     device = choose_device(models, settings.device, uses_ray=settings.ray is not None)
     settings = settings.model_copy(update={"device": device})
-    splits = present_splits(dataset) if settings.split == "all" else [settings.split]
-    for split in splits:
-        embed_split(dataset, split, models, model_dir / FOLDS_FILE, settings)
+    for source in find_sources(settings):
+        embed_split(source, models, model_dir / FOLDS_FILE, settings)
+
+
+def find_sources(settings: EmbedSettings) -> list[Source]:
+    """Return the images to embed. Raise UserError if there are none."""
+    if settings.images:
+        return [Source(settings.images, IMAGES)]
+    dataset = Dataset(settings.data)
+    return [Source(dataset.root, split) for split in wanted_splits(dataset, settings)]
 
 
 def _note_missing_folds(model_dir: Path, models: Models) -> None:
-    missing = sorted(fold_dirs(model_dir).keys() - set(models.folds))
+    missing = [fold for fold in fold_dirs(model_dir) if fold not in models.folds]
     if missing:
+        manifest = models.first_manifest
+        command = f"python -m export --config {manifest['name']} --formats {manifest['format']}"
+        if manifest.get("precision"):
+            command += f" --precision {manifest['precision']}"
         names = ", ".join(map(fold_name, missing))
         print(
-            f"note: {names} in {model_dir} has no such artifact; "
-            "train images that it held out are not embedded"
+            f"note: {names} in {model_dir} has no such artifact; train images that it held out are "
+            f"not embedded; `{command}` makes it"
         )
+
+
+def wanted_splits(dataset: Dataset, settings: EmbedSettings) -> list[Split]:
+    """Return the splits to embed."""
+    if settings.fold == ALL:
+        return ["test"]
+    return present_splits(dataset) if settings.split == "all" else [settings.split]
 
 
 def choose_device(models: Models, device: str, uses_ray: bool) -> str:
@@ -110,9 +132,10 @@ def _warn_of_other_cpu(manifest: Mapping[str, Any]) -> None:
     checked_on = ((manifest.get("parity") or {}).get("cpu") or {}).get("architecture")
     here = platform.machine()
     if manifest.get("precision") == "int8" and checked_on not in {None, here}:
+        flag = f" --fold {ALL}" if manifest["fold"] == ALL else ""
         warn(
-            f"fold {manifest['fold']} in int8 was checked on {checked_on}, this is {here}; "
-            f"run `python -m export --config {manifest['name']} --precision int8 --check` here",
+            f"fold {manifest['fold']} in int8 was checked on {checked_on}, this is {here}; run "
+            f"`python -m export --config {manifest['name']}{flag} --precision int8 --check` here",
         )
 
 
@@ -130,13 +153,12 @@ def present_splits(dataset: Dataset) -> list[Split]:
     return found
 
 
-def embed_split(
-    dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings
-) -> None:
+def embed_split(source: Source, models: Models, folds_path: Path, settings: EmbedSettings) -> None:
     """Embed one split and write its `run.json`."""
+    split = source.split
     root = settings.run_dir.resolve()
     directory = root / split
-    spec, shards = _plan(dataset, split, models, folds_path, settings)
+    spec, shards = _plan(source, models, folds_path, settings)
     refuse_dataset(root, "--output_dir")
     if split == "train":
         _refuse_other_folds(root, folds_path)
@@ -149,7 +171,7 @@ def embed_split(
             f"up to date config={settings.config} split={split} output={settings.run_dir / split}"
         )
         return
-    job = make_job(dataset, split, models, settings, spec)
+    job = make_job(source, models, settings, spec)
     if not settings.quiet:
         print(announcement(split, progress.num_due, models, job), flush=True)
     with progress:
@@ -170,27 +192,30 @@ def embed_split(
     )
 
 
-def announcement(split: Split, num_images: int, models: Models, job: EmbedJob) -> str:
+def announcement(split: EmbeddedSplit, num_images: int, models: Models, job: EmbedJob) -> str:
     """Return one line on the embedding that is about to start."""
     manifest = models.first_manifest
     engine = f"{manifest['format']} {manifest.get('precision', '')}".strip()
     folds = ", ".join(map(str, models.folds))
+    kind = "" if split == IMAGES else f"{split} "
     return (
-        f"embedding {num_images:,} {split} images with fold{'s' * (len(models.folds) > 1)} "
+        f"embedding {num_images:,} {kind}images with fold{'s' * (len(models.folds) > 1)} "
         f"{folds}: {engine} on {job.device}, batches of {job.batch_size}, "
         f"features as {job.dtype}"
     )
 
 
 def _plan(
-    dataset: Dataset, split: Split, models: Models, folds_path: Path, settings: EmbedSettings
+    source: Source, models: Models, folds_path: Path, settings: EmbedSettings
 ) -> tuple[RunSpec, list[Shard]]:
     """Return the run spec and the shards."""
     # A function of its own so that the full-size tables are freed before the engines are loaded.
-    folds = read_folds(folds_path)
-    _refuse_unmatched_folds(models, folds)
-    ids = read_ids(dataset.metadata_path(split))
-    spec = build_run_spec(dataset, split, models, folds, ids, settings)
+    split = source.split
+    folds = None if split == IMAGES else read_folds(folds_path)
+    if folds:
+        _refuse_unmatched_folds(models, folds)
+    ids = source.read_ids()
+    spec = build_run_spec(source, models, folds, ids, settings)
     root = settings.run_dir.resolve()
     held_out_by = folds if split == "train" else None
     return spec, plan_shards(root, split, ids, models.folds, held_out_by, settings.folds)
@@ -241,12 +266,10 @@ def _refuse_other_seen(path: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def make_job(
-    dataset: Dataset, split: Split, models: Models, settings: EmbedSettings, spec: RunSpec
-) -> EmbedJob:
+def make_job(source: Source, models: Models, settings: EmbedSettings, spec: RunSpec) -> EmbedJob:
     return EmbedJob(
-        data=dataset.root.resolve(),
-        split=split,
+        data=source.data.absolute(),
+        split=source.split,
         models=models,
         device=settings.device,
         dtype=settings.dtype,

@@ -13,10 +13,11 @@ from infer.embedding.pipeline import DecodeAhead, Decoded, num_slots
 from infer.embedding.ring import Ring
 from infer.embedding.settings import DecodeIn
 from infer.embedding.shards import Shard
+from infer.embedding.source import Source
+from infer.embedding.store import EmbeddedSplit
 from infer.embedding.writer import Computed, ShardWriter
 from infer.engines import IN_FLIGHT, Engine, Pending, create_many
 from infer.engines.pinned import page_locked
-from isic.dataset import Dataset, Split
 from isic.images import ImageStore
 from isic.runtime.errors import UserError
 from isic.runtime.machine import num_cores
@@ -27,7 +28,7 @@ class EmbedJob:
     """Everything that a process needs to embed any shard of a run; paths are absolute."""
 
     data: Path
-    split: Split
+    split: EmbeddedSplit
     models: Models
     device: str
     dtype: str
@@ -93,7 +94,7 @@ class Embedder:
     @classmethod
     def open(cls, job: EmbedJob) -> "Embedder":
         """Load the models and open the images of a job. Raise UserError if either fails."""
-        store = Dataset(job.data).images(job.split)
+        store = Source(job.data, job.split).open()
         engine = create_many(job.models.artifacts, job.models.manifests, job.device)
         return cls(job, engine, store)
 
@@ -127,7 +128,9 @@ class Embedder:
         with (
             contextlib.closing(stream),
             finished(in_flight),
-            ShardWriter(self._job.dtype, self._job.run_spec_digest) as writer,
+            ShardWriter(
+                self._job.dtype, self._job.run_spec_digest, tuple(self._job.models.aux)
+            ) as writer,
         ):
             for (shard, _), batch in zip(plan, stream, strict=True):
                 started = time.perf_counter()

@@ -7,8 +7,9 @@ from typing import Any
 
 from infer.embedding.choice import Found, Request, choose, find_exported
 from infer.engines import manifest_spec
+from infer.engines.contract import AUX
 from infer.formats import AUTO, ENGINE_FORMATS
-from isic.layout import fold_files
+from isic.layout import Fold, fold_files, fold_name
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_manifest
@@ -18,16 +19,16 @@ from isic.runtime.files import read_manifest
 class Models:
     """The exported models of a run, with one preprocessing for all."""
 
-    artifacts: dict[int, Path]
+    artifacts: dict[Fold, Path]
     """By fold."""
-    manifests: dict[int, dict[str, Any]]
+    manifests: dict[Fold, dict[str, Any]]
     """By fold."""
     spec: PreprocessSpec
     reason: str | None = None
     """The kind of the artifacts and why they were chosen; None if they were named."""
 
     @property
-    def folds(self) -> list[int]:
+    def folds(self) -> list[Fold]:
         return list(self.artifacts)
 
     @property
@@ -38,6 +39,11 @@ class Models:
     @property
     def num_features(self) -> int:
         return int(self.first_manifest["num_features"])
+
+    @property
+    def aux(self) -> dict[str, str]:
+        """The definitions of the auxiliary targets by name, in the order of the outputs."""
+        return dict(self.first_manifest.get(AUX, {}))
 
     @property
     def batch_size(self) -> int | None:
@@ -62,6 +68,7 @@ def find_models(
     tta: str = "none",
     device: str = "auto",
     earlier: frozenset[str] = frozenset(),
+    fold: Fold | None = None,
 ) -> Models:
     """Find the exported model of every fold that has one.
 
@@ -71,27 +78,29 @@ def find_models(
         tta: the views to average over, in the graph or on the host.
         device: `cpu`, `cuda` or `auto`.
         earlier: digests of the artifacts that a run to resume was made with, which AUTO keeps.
+        fold: the only fold to look at; None for all that have a number.
 
     Raises:
         UserError: no fold has one, a fold has several, one belongs to another config or fold, or
-            averages over other views, or they differ in preprocessing.
+            averages over other views, or they differ in preprocessing or auxiliary targets.
     """
     if format_or_file in (AUTO, *ENGINE_FORMATS):
         request = Request(format_or_file, precision, tta, device, earlier)
-        found = find_exported(model_dir)
+        found = find_exported(model_dir, fold)
         choice = choose(found, request)
         if choice is None:
-            raise UserError(_none_chosen(model_dir, config, found, request))
-        paths = {fold: artifact.path for fold, artifact in choice.artifacts.items()}
+            raise UserError(_none_chosen(model_dir, config, found, request, fold))
+        paths = {k: artifact.path for k, artifact in choice.artifacts.items()}
         reason = choice.reason if format_or_file == AUTO else None
     else:
-        paths, reason = _named_files(model_dir, config, format_or_file), None
+        paths, reason = _named_files(model_dir, config, format_or_file, fold), None
     # Absolute, because workers may have another working directory.
-    artifacts = {fold: path.resolve() for fold, path in paths.items()}
-    manifests = {fold: read_manifest(path) for fold, path in artifacts.items()}
-    for fold, manifest in manifests.items():
-        _refuse_other_fold(artifacts[fold], manifest, config, fold)
-        _refuse_other_views(artifacts[fold], manifest, tta)
+    artifacts = {k: path.resolve() for k, path in paths.items()}
+    manifests = {k: read_manifest(path) for k, path in artifacts.items()}
+    for k, manifest in manifests.items():
+        _refuse_other_fold(artifacts[k], manifest, config, k)
+        _refuse_other_views(artifacts[k], manifest, tta)
+    _refuse_other_targets(model_dir, manifests)
     # Each image is decoded once for the engines of all folds.
     specs = {manifest_spec(manifest) for manifest in manifests.values()}
     if len(specs) > 1:
@@ -101,20 +110,18 @@ def find_models(
     return Models(artifacts, manifests, specs.pop(), reason)
 
 
-def _named_files(model_dir: Path, config: str, name: str) -> dict[int, Path]:
+def _named_files(model_dir: Path, config: str, name: str, fold: Fold | None) -> dict[Fold, Path]:
     """Return the file of a name by fold. Raise UserError if it is a path or no fold has one."""
     if Path(name).name != name:
         raise UserError(f"--format {name!r} is a path; give a file name in each fold's folder")
-    found = fold_files(model_dir, name)
+    found = fold_files(model_dir, name, fold)
     if not found:
-        raise UserError(
-            f"{model_dir} has no fold_<k> with {name}; run `python -m export --config {config}` "
-            "first"
-        )
+        command = f"python -m export --config {config}{_flag(fold)}"
+        raise UserError(f"{model_dir} has no {_folders(fold)} with {name}; run `{command}` first")
     return found
 
 
-def _refuse_other_fold(path: Path, manifest: Mapping[str, Any], config: str, fold: int) -> None:
+def _refuse_other_fold(path: Path, manifest: Mapping[str, Any], config: str, fold: Fold) -> None:
     """Raise a UserError if an artifact belongs to another config or fold than its folder."""
     if (manifest["name"], manifest["fold"]) != (config, fold):
         raise UserError(
@@ -133,9 +140,24 @@ def _refuse_other_views(path: Path, manifest: Mapping[str, Any], tta: str) -> No
         )
 
 
-def _none_chosen(model_dir: Path, config: str, found: Found, request: Request) -> str:
+def _refuse_other_targets(model_dir: Path, manifests: Mapping[Fold, Mapping[str, Any]]) -> None:
+    """Raise a UserError if the folds differ in their auxiliary targets."""
+    first, *others = manifests
+    for fold in others:
+        # As lists, because the order is that of the outputs.
+        found = [list(manifests[each].get(AUX, {}).items()) for each in (first, fold)]
+        if found[0] != found[1]:
+            raise UserError(
+                f"{fold_name(first)} and {fold_name(fold)} in {model_dir} differ in their auxiliary targets; "
+                "train and export them alike"
+            )
+
+
+def _none_chosen(
+    model_dir: Path, config: str, found: Found, request: Request, fold: Fold | None
+) -> str:
     """Return the error message if no artifact can be chosen."""
-    command = f"python -m export --config {config}"
+    command = f"python -m export --config {config}{_flag(fold)}"
     name = "an exported model"
     if request.format != AUTO:
         command += f" --formats {request.format}"
@@ -149,4 +171,13 @@ def _none_chosen(model_dir: Path, config: str, found: Found, request: Request) -
     if any(map(request.accepts, kinds)):
         return f"no fitting one of {names} is in every fold of {model_dir}; run `{command}` first"
     only = f" for these flags, only {names}" if names else ""
-    return f"{model_dir} has no fold_<k> with {name}{only}; run `{command}` first"
+    return f"{model_dir} has no {_folders(fold)} with {name}{only}; run `{command}` first"
+
+
+def _flag(fold: Fold | None) -> str:
+    """Return the flag of export for a fold, preceded by a space."""
+    return "" if fold is None else f" --fold {fold}"
+
+
+def _folders(fold: Fold | None) -> str:
+    return "fold_<k>" if fold is None else fold_name(fold)

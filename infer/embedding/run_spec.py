@@ -15,9 +15,18 @@ import polars as pl
 
 from infer.embedding.models import Models
 from infer.embedding.settings import BATCH_CPU, BATCH_GPU, EmbedSettings
-from infer.embedding.store import RUN_FILE, RUN_SPEC_FILE, RUN_SPEC_KEY, ids_digest
+from infer.embedding.source import Source
+from infer.embedding.store import (
+    IMAGES,
+    RUN_FILE,
+    RUN_SPEC_FILE,
+    RUN_SPEC_KEY,
+    EmbeddedSplit,
+    ids_digest,
+)
 from infer.engines import device_of
-from isic.dataset import SPLITS, Dataset, Split
+from infer.engines.contract import AUX
+from isic.dataset import SPLITS
 from isic.folds import Folds
 from isic.layout import ERRORS_FILE
 from isic.runtime.errors import UserError
@@ -26,7 +35,6 @@ from isic.runtime.files import (
     holds,
     read_json,
     refuse_foreign,
-    sha256,
     versions,
     write_json,
 )
@@ -40,25 +48,25 @@ RunSpec = dict[str, Any]
 
 
 def build_run_spec(
-    dataset: Dataset,
-    split: Split,
+    source: Source,
     models: Models,
-    folds: Folds,
+    folds: Folds | None,
     ids: pl.Series,
     settings: EmbedSettings,
 ) -> RunSpec:
     """Return the run spec, with its own digest as the last field.
 
     Args:
+        folds: the fold plan of the models; None if they embed any images.
         ids: of the split's table, in its order.
     """
-    images = dataset.images(split)
+    images = source.open()
     spec = {
         "config": settings.config,
-        "split": split,
+        "split": source.split,
         "folds": models.folds,
-        "folds_mode": settings.folds,
-        "folds_digest": folds.digest,
+        "folds_mode": settings.folds if folds else "all",
+        "folds_digest": folds.digest if folds else None,
         "engines": {str(fold): manifest["sha256"] for fold, manifest in models.manifests.items()},
         "checkpoints": {
             str(fold): manifest.get("made_from", manifest)["sha256"]
@@ -68,17 +76,19 @@ def build_run_spec(
         "tta": settings.tta,
         "dtype": settings.dtype,
         "num_features": models.num_features,
-        "metadata_sha256": sha256(dataset.metadata_path(split)),
+        # Absent without them, so that runs of earlier versions resume.
+        **({AUX: models.aux} if models.aux else {}),
+        "metadata_sha256": source.table_digest(),
         "images": {"number": len(images), "sizes": images.sizes_digest()},
         "versions": versions(*SPEC_PACKAGES),
-        "batch_size": settings.batch_size or _usual_batch_size(split, models, settings),
+        "batch_size": settings.batch_size or _usual_batch_size(source.split, models, settings),
         "ids_digest": ids_digest(ids),
     }
     spec[RUN_SPEC_KEY] = digest(json.dumps(spec))
     return spec
 
 
-def _usual_batch_size(split: Split, models: Models, settings: EmbedSettings) -> int:
+def _usual_batch_size(split: EmbeddedSplit, models: Models, settings: EmbedSettings) -> int:
     """Return the batch size if none is given."""
     # A resumed run keeps its own: the last bits of an engine's outputs may depend on it.
     path = settings.run_dir.resolve() / split / RUN_SPEC_FILE
@@ -100,7 +110,7 @@ def earlier_engines(root: Path) -> frozenset[str]:
     Args:
         root: the folder of a config's embeddings, which need not exist.
     """
-    for split in SPLITS:
+    for split in (*SPLITS, IMAGES):
         path = root / split / RUN_SPEC_FILE
         # Without a shard nothing is lost: an engine may have been refused before the first one.
         if path.is_file() and any(path.parent.rglob("part-*")):

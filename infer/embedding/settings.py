@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import AliasChoices, Field, model_validator
 
 from infer.formats import AUTO, ENGINE_FORMATS, Precision, exported_formats
-from isic.layout import OUTPUT_DIR
+from isic.layout import ALL, EMBEDDINGS_DIR, find_embeddings
 from isic.runtime.config import Settings
 from isic.views import Tta
 
@@ -30,16 +30,29 @@ class EmbedSettings(Settings):
     data: Path = Field(
         Path("data/isic-2024"), description="dataset folder in the challenge's layout"
     )
+    images: Path | None = Field(
+        None,
+        description="any images in place of a dataset: a folder, or a list (.csv or .parquet) with "
+        "the column path and, if wanted, isic_id; every fold embeds every image, into "
+        "<config>/images",
+    )
     model_dir: Path | None = Field(
         None, description="training run with exported folds; outputs/<config> by default"
     )
     output_dir: Path = Field(
-        OUTPUT_DIR / "embeddings",
+        EMBEDDINGS_DIR,
         validation_alias=AliasChoices("output_dir", "out"),
         description="parent of the embeddings' folder, which is named <config>",
     )
     split: Literal["train", "test", "all"] = Field(
-        "all", description="images to embed; all: every split in the dataset"
+        "all",
+        description="images to embed; all: every split in the dataset, or with --fold all the test "
+        "split only",
+    )
+    fold: Literal["all"] | None = Field(
+        None,
+        description="all: embed the test images with fold_all, which was trained on every row, "
+        "into the folder <config>_all; with each numbered fold if not given",
     )
     folds: Literal["oof", "all"] = Field(
         "oof",
@@ -100,12 +113,22 @@ class EmbedSettings(Settings):
 
     @property
     def run_dir(self) -> Path:
-        return self.output_dir / self.config
+        return find_embeddings(self.output_dir, self.config, self.fold)
 
     @model_validator(mode="after")
     def _consistent(self) -> "EmbedSettings":
         if self.ray and self.num_processes > 1:
             raise ValueError("--ray sets the number of processes; leave out --num_processes")
+        if self.fold == ALL and (self.split == "train" or self.folds == "all"):
+            raise ValueError(
+                f"fold {ALL} was trained on every training image, so it embeds the test split "
+                "only; leave out --split and --folds"
+            )
+        others = self.model_fields_set & {"data", "split", "folds"}
+        if self.images and others:
+            raise ValueError(
+                f"--images takes the place of a dataset; leave out --{' and --'.join(sorted(others))}"
+            )
         if self.precision and self.format not in (AUTO, *ENGINE_FORMATS):
             raise ValueError(
                 "--precision chooses among the artifacts of a format; "

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import polars as pl
 
-from infer.embedding.store import shard_path
+from infer.embedding.store import EmbeddedSplit, shard_path
 from isic import schema
-from isic.dataset import Split
 from isic.folds import Folds
+from isic.layout import Fold
 from isic.runtime.errors import UserError
 from isic.tables import read_parquet
 
@@ -22,7 +22,7 @@ class Shard:
 
     ids: pl.Series
     """[N] String."""
-    paths: dict[int, Path]
+    paths: dict[Fold, Path]
     """The file to write, by fold."""
 
     def __len__(self) -> int:
@@ -45,9 +45,9 @@ class Shard:
 
 def plan_shards(
     root: Path,
-    split: Split,
+    split: EmbeddedSplit,
     ids: pl.Series,
-    fold_ids: Sequence[int],
+    fold_ids: Sequence[Fold],
     folds: Folds | None,
     folds_mode: str,
 ) -> list[Shard]:
@@ -55,7 +55,7 @@ def plan_shards(
 
     Args:
         fold_ids: the folds that have a model.
-        folds: the fold plan; None if no model was trained on the split (test).
+        folds: the fold plan; None unless the split is train.
         folds_mode: `oof` embeds an image with the fold that held it out, `all` with every fold.
     """
     if folds is None or folds_mode == "all":

@@ -7,34 +7,49 @@
 | `<root>/<split>/run.json` | the settings, inputs and speed of a finished run |
 | `<root>/<split>/plan.json` | the settings and inputs of a run, also of an unfinished one |
 | `<root>/folds.parquet` | which fold held out which row |
+
+Shards of a network that was trained with `--aux` also have a column `aux.<name>` (Float32) per
+auxiliary target: its logit, higher for a row that is more likely to have the target. `run.json` then
+holds the definitions by name as `aux`, such as `{"mel": "iddx_full ~ Melanoma"}`, in the order of the
+columns, whose names `aux_columns` returns. Other embeddings have neither.
+
+`<root>` is `<output_dir>/<config>` for the numbered folds. Embeddings of the test split by the
+network that was trained on every row are in `<output_dir>/<config>_all`, in `test/fold_all/`.
+`<split>` is train, test, or images for those of `--images`, which need no fold plan.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from infer.engines.contract import AUX
 from isic import schema
 from isic.dataset import Split
-from isic.layout import ERRORS_FILE, fold_dir
+from isic.layout import ERRORS_FILE, Fold, fold_dir, fold_number
 from isic.runtime.errors import UserError
 from isic.runtime.files import digest, read_json
 from isic.tables import parquet_metadata, read_parquet, scan_parquet, write_parquet
 
 RUN_SPEC_FILE = "plan.json"
 RUN_FILE = "run.json"
+IMAGES: Final = "images"
+"""The images of `--images`, which are no split of a dataset."""
+EmbeddedSplit = Split | Literal["images"]
 BAD_IMAGES_SCHEMA = {"isic_id": pl.String, "reason": pl.String}
 RUN_SPEC_KEY = "plan_digest"
 """Key of the run spec's digest in a run's JSON files and in the metadata of its shards."""
+AUX_PREFIX = "aux."
+"""Beginning of the columns of auxiliary logits."""
 # All 400,000 ids at once would be a large list of Python strings.
 SLICE_ROWS = 32768
 """Ids that are hashed together."""
 
 
-def shard_path(root: Path, split: Split, fold: int, shard: int) -> Path:
+def shard_path(root: Path, split: EmbeddedSplit, fold: Fold, shard: int) -> Path:
     return fold_dir(root / split, fold) / f"part-{shard:05d}.parquet"
 
 
@@ -44,6 +59,7 @@ def write_shard(
     features: NDArray[np.floating],
     logits: NDArray[np.float32],
     run_spec_digest: str | None = None,
+    aux: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> None:
     """Write one shard atomically; equal arguments give equal bytes.
 
@@ -52,6 +68,7 @@ def write_shard(
         features: [N, D] float16 or float32, stored in that type.
         logits: [N] float32.
         run_spec_digest: for the file's metadata.
+        aux: [N] float32, the logits of auxiliary targets by name.
     """
     inner = pl.Float16 if features.dtype == np.float16 else pl.Float32
     table = pl.DataFrame(
@@ -59,11 +76,25 @@ def write_shard(
             "isic_id": pl.Series(list(ids), dtype=pl.String),
             "features": pl.Series(features, dtype=pl.Array(inner, features.shape[1])),
             "logit": pl.Series(logits, dtype=pl.Float32),
+            **{
+                aux_column(name): pl.Series(values, dtype=pl.Float32)
+                for name, values in (aux or {}).items()
+            },
         }
     )
     metadata = {RUN_SPEC_KEY: run_spec_digest} if run_spec_digest else None
     # zstd would save 9 % of the bytes of features, and take two to four times as long.
     write_parquet(path, table, metadata, compression="lz4")
+
+
+def aux_column(name: str) -> str:
+    """Return the column of the logits of an auxiliary target."""
+    return AUX_PREFIX + name
+
+
+def aux_columns(run: Mapping[str, Any]) -> list[str]:
+    """Return the columns of auxiliary logits that embeddings have, from their `run.json`."""
+    return [aux_column(name) for name in run.get(AUX, {})]
 
 
 def ids_digest(ids: pl.Series) -> str:
@@ -72,7 +103,7 @@ def ids_digest(ids: pl.Series) -> str:
     return digest(*(digest(*rows[schema.ID]) for rows in slices))
 
 
-def read_run(root: Path, split: Split) -> dict[str, Any]:
+def read_run(root: Path, split: EmbeddedSplit) -> dict[str, Any]:
     """Read the `run.json` of a finished embedding run. Raise UserError if there is none."""
     path = root / split / RUN_FILE
     if not path.is_file():
@@ -94,7 +125,7 @@ ORIGIN_KEYS = {
 
 
 def refuse_other_origin(
-    root: Path, split: Split, found: Mapping[str, Any], fitted: Mapping[str, Any]
+    root: Path, split: EmbeddedSplit, found: Mapping[str, Any], fitted: Mapping[str, Any]
 ) -> None:
     """Raise a UserError if embeddings differ in origin from those an ensemble was fitted with.
 
@@ -113,13 +144,17 @@ def refuse_other_origin(
 
 
 def scan_embeddings(
-    root: Path, split: Split, columns: Iterable[str] = ("features", "logit")
+    root: Path,
+    split: EmbeddedSplit,
+    columns: Iterable[str] = ("features", "logit"),
+    only_fold: int | None = None,
 ) -> pl.LazyFrame:
     """Scan the embeddings of a split; collect them inside `isic.tables.reading`.
 
     Returns:
-        `isic_id` String, `fold` Int8 (of the model that made the row) and the given columns: a
-        row per train image, from the fold that held it out, and one per test image and fold.
+        `isic_id` String, `fold` Int8 (of the model that made the row; ALL_NUMBER, which is -1,
+        for fold_all) and the given columns: a row per train image, from the fold that held it
+        out, and one per test image and fold. With `only_fold`, the rows of that fold's model.
 
     Raises:
         UserError: the run is not finished, one of its folds has no shards, or a shard belongs to
@@ -127,14 +162,15 @@ def scan_embeddings(
     """
     run = read_run(root, split)
     frames = []
-    for fold in run["folds"]:
+    # Chosen here, because a filter of the result would read the features of all folds.
+    for fold in run["folds"] if only_fold is None else [only_fold]:
         directory = fold_dir(root / split, fold)
         shards = sorted(directory.glob("part-*.parquet"))
         if not shards:
             raise UserError(f"{directory} has no shards; run `python -m infer embed` again")
         _refuse_other_run(shards, run)
         # The folder has the fold, the file has not.
-        number = pl.lit(fold, dtype=pl.Int8).alias("fold")
+        number = pl.lit(fold_number(fold), dtype=pl.Int8).alias("fold")
         frames.append(scan_parquet(shards).select("isic_id", number, *columns))
     return pl.concat(frames)
 
@@ -150,7 +186,7 @@ def _refuse_other_run(shards: Iterable[Path], run: Mapping[str, Any]) -> None:
 
 
 def refuse_missing_embeddings(
-    missing: pl.DataFrame, num_images: int, root: Path, split: Split
+    missing: pl.DataFrame, num_images: int, root: Path, split: EmbeddedSplit
 ) -> None:
     """Raise a UserError if an embedding is missing of an image that the run could use.
 

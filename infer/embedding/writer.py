@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from infer.embedding.shards import Shard
 from infer.embedding.store import BAD_IMAGES_SCHEMA, write_shard
 from infer.engines import Outputs
+from isic.layout import Fold
 from isic.runtime.errors import UserError
 from isic.tables import write_parquet
 
@@ -31,22 +33,30 @@ class Computed:
     ids: Sequence[str]
     failed: dict[int, str]
     """The reason by row for images that cannot be used; their outputs are dropped."""
-    outputs: dict[int, Outputs]
-    """By fold, for V views of each image: features [V * N, D] and logits [V * N, 1]."""
+    outputs: dict[Fold, Outputs]
+    """By fold, for V views of each image: features [V * N, D], logits [V * N, 1] and any auxiliary
+    logits [V * N, K]."""
 
 
 class ShardWriter:
     """Collects the batches of a shard after another; a context manager that ends its threads."""
 
-    def __init__(self, dtype: str, run_spec_digest: str | None) -> None:
+    def __init__(
+        self, dtype: str, run_spec_digest: str | None, aux_names: Sequence[str] = ()
+    ) -> None:
         """Start the threads.
 
         Args:
             dtype: of the stored features, a key of STORED_DTYPES.
             run_spec_digest: written into each shard.
+            aux_names: [K], of the auxiliary logits in the outputs.
         """
-        self._dtype = STORED_DTYPES[dtype]
-        self._digest = run_spec_digest
+        self._write = partial(
+            write_batches,
+            dtype=STORED_DTYPES[dtype],
+            aux_names=aux_names,
+            digest=run_spec_digest,
+        )
         self._pool = ThreadPoolExecutor(NUM_WRITERS, thread_name_prefix="write")
         self._batches: list[Computed] = []
         self._num_images = 0
@@ -65,10 +75,7 @@ class ShardWriter:
         self._batches.append(batch)
         self._num_images += len(batch.ids)
         if self._num_images == len(shard):
-            write = self._pool.submit(
-                write_batches, shard, self._batches, self._dtype, self._digest
-            )
-            self._written.append(write)
+            self._written.append(self._pool.submit(self._write, shard, self._batches))
             self._batches = []
             self._num_images = 0
             self._wait(MAX_SHARDS_WAITING)
@@ -85,7 +92,11 @@ class ShardWriter:
 
 
 def write_batches(
-    shard: Shard, batches: Sequence[Computed], dtype: type[np.floating], digest: str | None
+    shard: Shard,
+    batches: Sequence[Computed],
+    dtype: type[np.floating],
+    aux_names: Sequence[str],
+    digest: str | None,
 ) -> None:
     """Write the files of a shard. Raise UserError for a value that is not finite."""
     # A shard counts as done once its Parquet files exist, so the list of bad images comes first.
@@ -100,19 +111,21 @@ def write_batches(
         features = np.concatenate([part[0] for part in parts])
         logits = np.concatenate([part[1] for part in parts])
         refuse_not_finite(ids, features, logits, fold)
-        write_shard(path, ids, features, logits, digest)
+        first, *others = logits.T
+        write_shard(path, ids, features, first, digest, dict(zip(aux_names, others, strict=True)))
 
 
 def good_rows(
-    batch: Computed, fold: int, dtype: type[np.floating]
+    batch: Computed, fold: Fold, dtype: type[np.floating]
 ) -> tuple[NDArray[np.floating], NDArray[np.float32]]:
-    """Return features [G, D] in `dtype` and logits [G] of the G images that can be used."""
-    features, logits = (mean_of_views(values, len(batch.ids)) for values in batch.outputs[fold])
+    """Return features [G, D] in `dtype` and all logits [G, 1 + K] of the G images without failure."""
+    features, *parts = (mean_of_views(values, len(batch.ids)) for values in batch.outputs[fold])
+    logits = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
     good = [row for row in range(len(batch.ids)) if row not in batch.failed]
     if batch.failed:
         features, logits = features[good], logits[good]
     with np.errstate(over="ignore"):  # an infinite value is found and reported
-        return features.astype(dtype, copy=False), logits[:, 0].astype(np.float32, copy=False)
+        return features.astype(dtype, copy=False), logits.astype(np.float32, copy=False)
 
 
 def mean_of_views(values: NDArray[np.floating], num_images: int) -> NDArray[np.floating]:
@@ -128,11 +141,11 @@ def mean_of_views(values: NDArray[np.floating], num_images: int) -> NDArray[np.f
 
 
 def refuse_not_finite(
-    ids: Sequence[str], features: NDArray[np.floating], logits: NDArray[np.float32], fold: int
+    ids: Sequence[str], features: NDArray[np.floating], logits: NDArray[np.float32], fold: Fold
 ) -> None:
-    """Raise UserError for a value that is not finite."""
+    """Raise UserError for a value that is not finite in features [G, D] or logits [G, 1 + K]."""
     # After the conversion: a value of a float32 engine can overflow float16.
-    finite = np.isfinite(features).all(axis=1) & np.isfinite(logits)
+    finite = np.isfinite(features).all(axis=1) & np.isfinite(logits).all(axis=1)
     if not finite.all():
         first = ids[int(np.argmin(finite))]
         raise UserError(

@@ -13,14 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer.formats import ENGINE_FORMATS
+from isic.layout import Fold
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.extras import missing_library
 from isic.runtime.files import read_manifest, versions
 from isic.runtime.machine import has_gpu, no_gpu_reason
 
-Outputs = tuple[NDArray[np.floating], NDArray[np.float32]]
-"""Features [N, D], float32 or float16 as the graph computes them, and logits [N, 1] float32."""
+Outputs = tuple[NDArray[np.floating], NDArray[np.float32], *tuple[NDArray[np.float32], ...]]
+"""Features [N, D], float32 or float16 as the graph computes them, and logits [N, 1] float32.
+
+The logits [N, K] float32 of auxiliary targets are third, if the graph has them."""
 IN_FLIGHT = 3
 """Batches that an engine works on at once: one copied in, one computed, one collected."""
 
@@ -28,7 +31,7 @@ IN_FLIGHT = 3
 class Pending(Protocol):
     """A batch that an engine works on."""
 
-    def result(self) -> dict[int, Outputs]:
+    def result(self) -> dict[Fold, Outputs]:
         """Wait for the batch and return its outputs by fold; the arrays are the caller's.
 
         Raises:
@@ -42,10 +45,10 @@ class Engine(ABC):
 
     device: str
     """`cpu` or `cuda`."""
-    folds: tuple[int, ...]
+    folds: tuple[Fold, ...]
 
     @abstractmethod
-    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> Pending:
+    def submit(self, images: Pixels, folds: Iterable[Fold] | None = None) -> Pending:
         """Start to compute a batch; it is copied to the device once for all folds.
 
         Returns at once while fewer than IN_FLIGHT batches are not finished; otherwise it may wait
@@ -91,7 +94,9 @@ def create(path: Path, manifest: Mapping[str, Any], device: str = "auto") -> Eng
 
 
 def create_many(
-    artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str = "auto"
+    artifacts: Mapping[Fold, Path],
+    manifests: Mapping[Fold, Mapping[str, Any]],
+    device: str = "auto",
 ) -> Engine:
     """Load the artifacts of several folds, which have one format, into one engine."""
     for fold, path in artifacts.items():

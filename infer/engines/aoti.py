@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._inductor.package.package import load_package
 
 from infer.engines import IN_FLIGHT, Engine, Outputs, Pending
+from infer.engines.contract import AUX
+from isic.layout import Fold
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.machine import (
@@ -47,23 +49,31 @@ FAILURES = {
 """Cause and fix of an error of the GPU, by a part of its message; the first match counts."""
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
-"""A network on a device: images uint8 [N, H, W, 3] to features, logits and an optional mask."""
+"""A network on a device: images uint8 [N, H, W, 3] to outputs in the order of the contract."""
 
 
 class TorchEngine(Engine):
     """Networks that torch runs: by one thread on a CPU, on two streams on a GPU."""
 
-    def __init__(self, forwards: Mapping[int, Forward], max_batch: int, device: str) -> None:
+    def __init__(
+        self,
+        forwards: Mapping[Fold, Forward],
+        max_batch: int,
+        device: str,
+        has_aux: bool = False,
+    ) -> None:
         """Prepare the engine.
 
         Args:
             forwards: the network by fold, on the device.
             max_batch: images per call of a network; a larger batch runs in pieces.
             device: `cpu` or `cuda`.
+            has_aux: whether the networks have auxiliary logits, which are then their third output.
         """
         self.device = device
         self.folds = tuple(forwards)
         self._forwards = forwards
+        self._num_results = 3 if has_aux else 2
         self._max_batch = max_batch
         if device == "cpu":
             # torch computes with threads of its own.
@@ -75,7 +85,7 @@ class TorchEngine(Engine):
             self._streams = cycle([torch.cuda.Stream() for _ in range(NUM_STREAMS)])  # type: ignore[no-untyped-call]
             self._in_flight: deque[OnGpu] = deque()
 
-    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> Pending:
+    def submit(self, images: Pixels, folds: Iterable[Fold] | None = None) -> Pending:
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         chosen = self.folds if folds is None else tuple(folds)
         if self.device == "cpu":
@@ -90,7 +100,7 @@ class TorchEngine(Engine):
         """Return probabilities [N, h, w] of a network with the optional output `mask`."""
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         (outputs,) = self._forward(pixels, self.folds).values()
-        mask: NDArray[np.float32] = outputs[2].cpu().numpy()
+        mask: NDArray[np.float32] = outputs[self._num_results].cpu().numpy()
         return mask
 
     def close(self) -> None:
@@ -100,24 +110,29 @@ class TorchEngine(Engine):
             with contextlib.suppress(RuntimeError):  # the GPU has failed, which results report
                 torch.cuda.synchronize()
 
-    def _run_on_cpu(self, pixels: Tensor, folds: Sequence[int]) -> dict[int, Outputs]:
-        return as_arrays(self._forward(pixels, folds))
+    def _run_on_cpu(self, pixels: Tensor, folds: Sequence[Fold]) -> dict[Fold, Outputs]:
+        return as_arrays(self._results(pixels, folds))
 
-    def _start_on_gpu(self, pixels: Tensor, folds: Sequence[int]) -> "OnGpu":
+    def _start_on_gpu(self, pixels: Tensor, folds: Sequence[Fold]) -> "OnGpu":
         """Enqueue copies and kernels of a batch on the next stream."""
         with torch.cuda.stream(next(self._streams)), device_errors_as_user_errors():
             outputs = {
                 # A copy to the host that does not block goes to page-locked memory.
-                fold: [output.to("cpu", non_blocking=True) for output in parts[:2]]
-                for fold, parts in self._forward(pixels, folds).items()
+                fold: [output.to("cpu", non_blocking=True) for output in parts]
+                for fold, parts in self._results(pixels, folds).items()
             }
             # A thread that waits for a blocking event sleeps; otherwise it would take a core.
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record()
         return OnGpu(outputs, done)
 
+    def _results(self, pixels: Tensor, folds: Iterable[Fold]) -> dict[Fold, list[Tensor]]:
+        """Return each fold's outputs without a mask, on the device."""
+        outputs = self._forward(pixels, folds)
+        return {fold: parts[: self._num_results] for fold, parts in outputs.items()}
+
     @torch.inference_mode()
-    def _forward(self, pixels: Tensor, folds: Iterable[int]) -> dict[int, list[Tensor]]:
+    def _forward(self, pixels: Tensor, folds: Iterable[Fold]) -> dict[Fold, list[Tensor]]:
         """Return each fold's outputs on the device, run in pieces of at most `max_batch`."""
         pieces = [
             piece.to(self.device, non_blocking=True)
@@ -136,7 +151,7 @@ def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 class OnGpu:
     """A batch on the GPU: its outputs in host memory are valid after the event."""
 
-    def __init__(self, outputs: Mapping[int, Sequence[Tensor]], done: torch.cuda.Event) -> None:
+    def __init__(self, outputs: Mapping[Fold, Sequence[Tensor]], done: torch.cuda.Event) -> None:
         self._outputs = outputs
         self._done = done
 
@@ -145,14 +160,15 @@ class OnGpu:
         with device_errors_as_user_errors():
             self._done.synchronize()
 
-    def result(self) -> dict[int, Outputs]:
+    def result(self) -> dict[Fold, Outputs]:
         self.wait()
         return as_arrays(self._outputs)
 
 
-def as_arrays(outputs: Mapping[int, Sequence[Tensor]]) -> dict[int, Outputs]:
-    """Return features and logits of tensors on the host, without a copy."""
-    return {fold: (parts[0].numpy(), parts[1].numpy()) for fold, parts in outputs.items()}
+def as_arrays(outputs: Mapping[Fold, Sequence[Tensor]]) -> dict[Fold, Outputs]:
+    """Return the outputs of tensors on the host, without a copy."""
+    arrays = {fold: [part.numpy() for part in parts] for fold, parts in outputs.items()}
+    return {fold: (features, logits, *aux) for fold, (features, logits, *aux) in arrays.items()}
 
 
 @contextlib.contextmanager
@@ -283,7 +299,7 @@ def built_for() -> str | None:
 
 
 def create(
-    artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str
+    artifacts: Mapping[Fold, Path], manifests: Mapping[Fold, Mapping[str, Any]], device: str
 ) -> TorchEngine:
     """Load packages onto `cpu` or `cuda`; they contain code, so their source must be trusted.
 
@@ -300,4 +316,5 @@ def create(
         num_views = len(VIEWS[first.get("tta", "none")])
         max_batch = min(max_batch, max(1, CPU_PIECE // num_views))
     forwards = {fold: open_package(path) for fold, path in artifacts.items()}
-    return TorchEngine(forwards, max_batch, device)
+    has_aux = all(AUX in manifest for manifest in manifests.values())
+    return TorchEngine(forwards, max_batch, device, has_aux)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 IMAGES = "images"
 FEATURES = "features"
 LOGITS = "logits"
+AUX = "aux"
+"""Logits of the auxiliary targets; only networks that learned such targets have this output."""
 MASK = "mask"
 """Probabilities of the lesion's pixels; only networks that learned from masks have this output."""
 
@@ -35,10 +37,13 @@ GRAPH_CONTRACT = {
     # A network in low precision returns its features in the type that they are stored in.
     FEATURES: TensorSpec(("float32", "float16"), (None,)),
     LOGITS: TensorSpec(("float32",), (1,)),
+    AUX: TensorSpec(("float32",), (None,), optional=True),
     MASK: TensorSpec(("float32",), (None, None), optional=True),
 }
 OUTPUTS = tuple(name for name in GRAPH_CONTRACT if name != IMAGES)
 """The outputs in the order in which a network returns them."""
+RESULTS = (FEATURES, LOGITS, AUX)
+"""The outputs of a batch's result, as far as the graph has them; a mask is asked for by itself."""
 REQUIRED = tuple(name for name, spec in GRAPH_CONTRACT.items() if not spec.optional)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from infer.engines import IN_FLIGHT, Engine, Outputs
 from isic import schema
 from isic.folds import draw_folds
-from isic.layout import FOLDS_FILE, fold_dir
+from isic.layout import FOLDS_FILE, Fold, fold_dir, fold_number
 from isic.metadata import read_metadata
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.files import write_manifest
@@ -36,7 +36,7 @@ class NullEngine(Engine):
     device = "none"
 
     def __init__(
-        self, folds: Iterable[int], num_features: int, images_per_second: float | None
+        self, folds: Iterable[Fold], num_features: int, images_per_second: float | None
     ) -> None:
         """Prepare the engine.
 
@@ -51,7 +51,7 @@ class NullEngine(Engine):
         self._busy_until = 0.0
         self._in_flight: deque[NullPending] = deque()
 
-    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> "NullPending":
+    def submit(self, images: Pixels, folds: Iterable[Fold] | None = None) -> "NullPending":
         while len(self._in_flight) >= IN_FLIGHT:
             self._in_flight.popleft().wait()
         chosen = self.folds if folds is None else tuple(folds)
@@ -69,7 +69,7 @@ class NullPending:
     """A batch of the null engine; the images are read when the result is asked for."""
 
     def __init__(
-        self, images: Pixels, folds: Sequence[int], num_features: int, ready_at: float
+        self, images: Pixels, folds: Sequence[Fold], num_features: int, ready_at: float
     ) -> None:
         self._images = images
         self._folds = folds
@@ -80,16 +80,16 @@ class NullPending:
         """Wait until the results would arrive."""
         time.sleep(max(self._ready_at - time.perf_counter(), 0))
 
-    def result(self) -> dict[int, Outputs]:
+    def result(self) -> dict[Fold, Outputs]:
         self.wait()
         values = self._images.reshape(len(self._images), -1)[:, : self._num_features]
         features = values.astype(np.float32) / np.float32(255)
         mean = features.mean(axis=1, keepdims=True)
-        return {fold: (features, mean + np.float32(fold)) for fold in self._folds}
+        return {fold: (features, mean + np.float32(fold_number(fold))) for fold in self._folds}
 
 
 def create(
-    artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str
+    artifacts: Mapping[Fold, Path], manifests: Mapping[Fold, Mapping[str, Any]], device: str
 ) -> NullEngine:
     """Return the engine that manifests describe; it runs on any device."""
     folds = [manifests[key]["fold"] for key in artifacts]

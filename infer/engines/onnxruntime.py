@@ -23,7 +23,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 )
 
 from infer.engines import Engine, Pending
-from infer.engines.contract import FEATURES, IMAGES, LOGITS, MASK, Tensor, contract_violation
+from infer.engines.contract import IMAGES, MASK, RESULTS, Tensor, contract_violation
+from isic.layout import Fold
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.extras import install_command
@@ -94,7 +95,7 @@ class OnnxRuntimeEngine(Engine):
     that one is copied while another one is computed.
     """
 
-    def __init__(self, artifacts: Mapping[int, Path], size: int, device: str) -> None:
+    def __init__(self, artifacts: Mapping[Fold, Path], size: int, device: str) -> None:
         """Open a session per artifact.
 
         Args:
@@ -113,15 +114,17 @@ class OnnxRuntimeEngine(Engine):
             other = "" if device == "cpu" else ", or use --device cpu"
             raise UserError(f"ONNX Runtime does not run on --device {device} here: {reason}{other}")
         self._sessions = {fold: open_graph(path, size, device) for fold, path in artifacts.items()}
+        self._results = {fold: result_names(session) for fold, session in self._sessions.items()}
         num_threads = num_cores() if device == "cpu" else GPU_RUNS
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="onnxruntime")
 
-    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> Pending:
-        return self._submit((FEATURES, LOGITS), images, self.folds if folds is None else folds)
+    def submit(self, images: Pixels, folds: Iterable[Fold] | None = None) -> Pending:
+        chosen = self.folds if folds is None else folds
+        return self._submit({fold: self._results[fold] for fold in chosen}, images)
 
     def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
         """Return probabilities [N, h, w] of a graph with the optional output `mask`."""
-        (outputs,) = self._submit((MASK,), images, self.folds).result().values()
+        (outputs,) = self._submit(dict.fromkeys(self.folds, (MASK,)), images).result().values()
         mask: NDArray[np.float32] = outputs[0]
         return mask
 
@@ -129,29 +132,30 @@ class OnnxRuntimeEngine(Engine):
         self._pool.shutdown()
 
     def _submit(
-        self, names: Sequence[str], images: Pixels, folds: Iterable[int]
-    ) -> "Rows | Future[dict[int, Any]]":
+        self, names: Mapping[Fold, Sequence[str]], images: Pixels
+    ) -> "Rows | Future[dict[Fold, Any]]":
+        """Start to compute the named outputs of each fold."""
         if self.device == "cuda":
-            return self._pool.submit(self._run_batch, names, images, tuple(folds))
+            return self._pool.submit(self._run_batch, names, images)
         rows = [images[row : row + 1] for row in range(len(images))]
-        return Rows({fold: self._submit_rows(names, rows, fold) for fold in folds})
+        return Rows({fold: self._submit_rows(names[fold], rows, fold) for fold in names})
 
     def _submit_rows(
-        self, names: Sequence[str], rows: Iterable[Pixels], fold: int
+        self, names: Sequence[str], rows: Iterable[Pixels], fold: Fold
     ) -> list[Future[list[Any]]]:
         """Start one fold's graph on each image separately."""
         session = self._sessions[fold]
         return [self._pool.submit(session.run, names, {IMAGES: row}) for row in rows]
 
     def _run_batch(
-        self, names: Sequence[str], images: Pixels, folds: Sequence[int]
-    ) -> dict[int, list[Any]]:
+        self, names: Mapping[Fold, Sequence[str]], images: Pixels
+    ) -> dict[Fold, list[Any]]:
         """Run each fold's graph on one copy of the batch; each output is copied once."""
         with device_errors_as_user_errors():
             on_device = ort.OrtValue.ortvalue_from_numpy(images, self.device, 0)
-            return {fold: self._run_bound(names, on_device, fold) for fold in folds}
+            return {fold: self._run_bound(names[fold], on_device, fold) for fold in names}
 
-    def _run_bound(self, names: Sequence[str], images: ort.OrtValue, fold: int) -> list[Any]:
+    def _run_bound(self, names: Sequence[str], images: ort.OrtValue, fold: Fold) -> list[Any]:
         session = self._sessions[fold]
         binding = session.io_binding()
         binding.bind_ortvalue_input(IMAGES, images)
@@ -165,10 +169,10 @@ class OnnxRuntimeEngine(Engine):
 class Rows:
     """A batch whose images run one by one."""
 
-    def __init__(self, futures: Mapping[int, Sequence[Future[list[Any]]]]) -> None:
+    def __init__(self, futures: Mapping[Fold, Sequence[Future[list[Any]]]]) -> None:
         self._futures = futures
 
-    def result(self) -> dict[int, Any]:
+    def result(self) -> dict[Fold, Any]:
         with device_errors_as_user_errors():
             return {fold: self._outputs(rows) for fold, rows in self._futures.items()}
 
@@ -210,6 +214,12 @@ def open_graph(path: Path, size: int, device: str) -> ort.InferenceSession:
     if violation:
         raise UserError(f"{path} {violation}; export it again")
     return session
+
+
+def result_names(session: ort.InferenceSession) -> list[str]:
+    """Return the outputs of a session that are part of a batch's result, in their order."""
+    present = {node.name for node in session.get_outputs()}
+    return [name for name in RESULTS if name in present]
 
 
 def _nodes(session: ort.InferenceSession) -> Iterable[ort.NodeArg]:
@@ -279,7 +289,7 @@ def _provider(device: str) -> str:
 
 
 def create(
-    artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str
+    artifacts: Mapping[Fold, Path], manifests: Mapping[Fold, Mapping[str, Any]], device: str
 ) -> OnnxRuntimeEngine:
     """Open the sessions on `cpu` or `cuda`; all take images of one size."""
     manifest, *_ = manifests.values()

@@ -15,6 +15,7 @@ from infer.engines.cudart import CudaError
 from infer.engines.tensorrt_engine import TensorRTEngine
 from infer.engines.tensorrt_plan import Plan, PlanSettings, Profile, logger
 from infer.formats import ENGINE_FORMATS
+from isic.layout import Fold
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.extras import install_command
 from isic.runtime.machine import no_gpu_reason
@@ -68,7 +69,7 @@ def built_for() -> str | None:
 
 
 def create(
-    artifacts: Mapping[int, Path], manifests: Mapping[int, Mapping[str, Any]], device: str
+    artifacts: Mapping[Fold, Path], manifests: Mapping[Fold, Mapping[str, Any]], device: str
 ) -> TensorRTEngine:
     """Open the plans of all folds on the current GPU. Only the last step touches the GPU.
 

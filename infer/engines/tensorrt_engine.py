@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer.engines import IN_FLIGHT, Engine, Outputs, cudart
-from infer.engines.contract import FEATURES, IMAGES, LOGITS, MASK
+from infer.engines.contract import AUX, FEATURES, IMAGES, LOGITS, MASK, RESULTS
 from infer.engines.cudart import CudaError
 from infer.engines.tensorrt_plan import BoundContext, Plan, common_profile
+from isic.layout import Fold
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError
 
-Results = Mapping[int, Mapping[str, NDArray[Any]]]
+Results = Mapping[Fold, Mapping[str, NDArray[Any]]]
 """Outputs of a batch by fold and name."""
 
 
@@ -90,7 +91,7 @@ class Slot:
     """
 
     def __init__(
-        self, plans: Mapping[int, Plan], scratch: cudart.DeviceMemory, max_batch: int
+        self, plans: Mapping[Fold, Plan], scratch: cudart.DeviceMemory, max_batch: int
     ) -> None:
         """Allocate for `max_batch` images. Raises CudaError."""
         plan, *_ = plans.values()
@@ -173,9 +174,8 @@ class TensorRTPending:
         self._pieces = pieces
         self._results = results
 
-    def result(self) -> dict[int, Outputs]:
-        outputs = self.outputs()
-        return {fold: (values[FEATURES], values[LOGITS]) for fold, values in outputs.items()}
+    def result(self) -> dict[Fold, Outputs]:
+        return {fold: as_outputs(values) for fold, values in self.outputs().items()}
 
     def outputs(self) -> Results:
         """Wait for the batch and return its outputs by fold and name. Raises UserError."""
@@ -190,7 +190,7 @@ class TensorRTEngine(Engine):
 
     device = "cuda"
 
-    def __init__(self, plans: Mapping[int, Plan]) -> None:
+    def __init__(self, plans: Mapping[Fold, Plan]) -> None:
         """Allocate buffers and record the CUDA graphs.
 
         Args:
@@ -221,9 +221,9 @@ class TensorRTEngine(Engine):
         weakref.finalize(self, _wait_for_all, self._uploads, self._compute)
         self._record_graphs()
 
-    def submit(self, images: Pixels, folds: Iterable[int] | None = None) -> TensorRTPending:
+    def submit(self, images: Pixels, folds: Iterable[Fold] | None = None) -> TensorRTPending:
         chosen = self.folds if folds is None else tuple(folds)
-        return self._submit(images, chosen, (FEATURES, LOGITS))
+        return self._submit(images, chosen, RESULTS)
 
     def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
         """Return probabilities [N, h, w] of the only plan, which has the optional output `mask`."""
@@ -235,8 +235,9 @@ class TensorRTEngine(Engine):
         self._settle()
 
     def _submit(
-        self, images: Pixels, folds: Sequence[int], names: Sequence[str]
+        self, images: Pixels, folds: Sequence[Fold], names: Sequence[str]
     ) -> TensorRTPending:
+        """Start to compute the named outputs of each fold, as far as its plan has them."""
         plans = {fold: self._plans[fold] for fold in folds}
         assert images.dtype == np.uint8, images.dtype
         for plan in plans.values():
@@ -247,6 +248,7 @@ class TensorRTEngine(Engine):
             fold: {
                 name: np.empty((len(images), *plan.shapes[name]), plan.dtypes[name])
                 for name in names
+                if name in plan.shapes
             }
             for fold, plan in plans.items()
         }
@@ -327,6 +329,12 @@ class TensorRTEngine(Engine):
             self._failure = error
             for piece in pieces:
                 piece.fail(error)
+
+
+def as_outputs(values: Mapping[str, NDArray[Any]]) -> Outputs:
+    """Return the result of a batch from its outputs by name."""
+    aux = [values[AUX]] if AUX in values else []
+    return values[FEATURES], values[LOGITS], *aux
 
 
 def user_error(error: CudaError) -> UserError:

@@ -4,14 +4,17 @@
 | --- | --- |
 | `ensemble.json` | the manifest: sha256 of each file, features, boosters, weights, provenance |
 | `<library>_fold_<k>_seed_<s>.*` | a booster as text |
-| `state.json`, `maps_aligned.parquet` | encodings, constants of the image score, rotations |
+| `<library>_fold_all_seed_<s>.*` | a booster on all rows, with `--refit true` |
+| `state.json`, `maps_aligned_<network>.parquet` | encodings, constants of scores, rotations |
 | `oof.parquet`, `scores.json` | out-of-fold scores, and their metrics |
 | `folds.parquet` | the fold plan |
+| `oof_splits.parquet` | out-of-fold scores over several fold plans, if fitted with `--splits` |
 
 Nothing is pickled, so opening an ensemble runs no code from it.
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +22,13 @@ from typing import Any
 
 import polars as pl
 
-from infer.ensemble import image_scores
-from infer.ensemble.blend import Scores
+from infer.ensemble.blend import Scores, blend_by_seed
 from infer.ensemble.feature_spec import FeatureSpec
 from infer.ensemble.image_features import ImageState
+from infer.ensemble.own_columns import OwnColumns
+from infer.ensemble.own_tables import TableSpec
 from isic import schema
-from isic.features import Encoding, relative_to_patient
+from isic.features import Encoding
 from isic.layout import FOLDS_FILE, OOF_FILE
 from isic.runtime.errors import UserError
 from isic.runtime.files import holds, read_json, refuse_foreign, sha256, write_json
@@ -33,9 +37,13 @@ from isic.tables import read_parquet
 ENSEMBLE_FILE = "ensemble.json"
 STATE_FILE = "state.json"
 SCORES_FILE = "scores.json"
+SPLITS_FILE = "oof_splits.parquet"
 BEGUN_FILE = "begun.json"
 """Marks a folder in which an ensemble is being written."""
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+
+MEMBERS_DIR = "members"
+"""Folder of the ensembles of a blend."""
 
 # Not in the manifest: it can be written again at any time.
 REPORT_FILE = "report.html"
@@ -50,11 +58,16 @@ class EnsembleState:
     encodings: Mapping[int, Encoding]
     """By fold."""
     image: ImageState
+    refit: Encoding | None = None
+    """Of the boosters on all rows."""
 
     def write(self, root: Path) -> list[str]:
         """Write the state. Return the names of its files."""
         encodings = {str(fold): encoding.to_json() for fold, encoding in self.encodings.items()}
-        value = {"names": list(self.names), **self.image.to_json(), "encodings": encodings}
+        image = self.image.to_json()
+        value = {"names": list(self.names), "image": image, "encodings": encodings}
+        if self.refit:
+            value["refit"] = self.refit.to_json()
         write_json(root / STATE_FILE, value)
         return [STATE_FILE, *self.image.write(root)]
 
@@ -65,7 +78,9 @@ class EnsembleState:
         encodings = {
             int(fold): Encoding.from_json(names, part) for fold, part in value["encodings"].items()
         }
-        return cls(names, encodings, ImageState.read(root, value))
+        # Only with --refit.
+        refit = Encoding.from_json(names, value["refit"]) if "refit" in value else None
+        return cls(names, encodings, ImageState.read(root, value["image"]), refit)
 
 
 @dataclass(frozen=True)
@@ -85,8 +100,17 @@ class Ensemble:
     @property
     def is_relative(self) -> bool:
         """Whether a score depends on the patient's other lesions."""
-        names = self.state.names
-        return image_scores.RELATIVE in names or relative_to_patient(names)
+        # Without boosters, the score is the mean over the networks' scores.
+        return bool(self.state.names) and (self.state.image.is_relative or self.spec.is_relative)
+
+    @property
+    def uses_images(self) -> bool:
+        return self.spec.images
+
+    @property
+    def own_tables(self) -> Mapping[str, TableSpec]:
+        """The tables of own columns that a table to score needs, by name."""
+        return self.spec.own.tables
 
     def oof(self) -> pl.DataFrame:
         """Return `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
@@ -96,6 +120,12 @@ class Ensemble:
         """Return [N] out-of-fold scores by model name."""
         models = self.oof().drop(schema.ID, "fold", schema.TARGET, "blend")
         return {column.name: column.to_numpy() for column in models}
+
+    def scores_by_seed(self) -> dict[int, Scores]:
+        """Return [N] the out-of-fold scores of each seed's models; empty without boosters."""
+        if not self.manifest["boosters"]:
+            return {}
+        return blend_by_seed(self.oof_models(), self.weights)
 
 
 def write_ensemble_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) -> None:
@@ -121,13 +151,14 @@ def clear_ensemble(root: Path) -> None:
     write_json(root / BEGUN_FILE, {"format": FORMAT_VERSION})
     for path in (root / ENSEMBLE_FILE, *_removable(root)):
         path.unlink(missing_ok=True)
+    shutil.rmtree(root / MEMBERS_DIR, ignore_errors=True)
 
 
 def _removable(root: Path) -> list[Path]:
     """Return the files that not every ensemble has, and the report."""
     boosters = root.glob("[!.]*_fold_*_seed_*")
     maps = root.glob("maps_*.parquet")
-    return [root / REPORT_FILE, *boosters, *maps]
+    return [root / REPORT_FILE, root / SPLITS_FILE, *boosters, *maps]
 
 
 def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:
@@ -135,6 +166,11 @@ def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:
     if not (root / ENSEMBLE_FILE).is_file():
         return
     manifest = read_json(root / ENSEMBLE_FILE)
+    if manifest.get("format") != FORMAT_VERSION:
+        raise UserError(
+            f"{root} holds an ensemble of another version of the toolkit; "
+            "choose another --name, or replace it with --force"
+        )
     # Through JSON and back, so that tuples and integer keys compare as they were written.
     now = dict(_flatten(json.loads(json.dumps(fields))))
     then = dict(_flatten({key: manifest.get(key) for key in fields}))
@@ -161,10 +197,13 @@ def open_ensemble(path: Path) -> Ensemble:
         UserError: no ensemble, or several; a file that is missing or does not match the manifest;
             other features, or another order of them, in this version.
     """
-    root = _find_ensemble(path)
+    root = find_ensemble(path)
     manifest = read_json(root / ENSEMBLE_FILE)
-    _refuse_damaged(root, manifest)
-    spec = FeatureSpec.parse(manifest["features"])
+    refuse_damaged(root, manifest)
+    if "members" in manifest:
+        raise UserError(f"{root} is a blend; give the ensembles in {root / MEMBERS_DIR} instead")
+    own = OwnColumns.from_json(manifest)
+    spec = FeatureSpec.parse(manifest["features"], own, manifest.get("lists"))
     state = EnsembleState.read(root)
     names = spec.names(state.image)
     if names != state.names:
@@ -177,7 +216,8 @@ def open_ensemble(path: Path) -> Ensemble:
     return Ensemble(root, manifest, state, spec)
 
 
-def _refuse_damaged(root: Path, manifest: Mapping[str, Any]) -> None:
+def refuse_damaged(root: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise a UserError if an ensemble is of another version or a file has changed."""
     if manifest.get("format") != FORMAT_VERSION:
         raise UserError(
             f"{root / ENSEMBLE_FILE} is of another version of the toolkit; fit the ensemble again"
@@ -187,7 +227,8 @@ def _refuse_damaged(root: Path, manifest: Mapping[str, Any]) -> None:
             raise UserError(f"{root / name} does not match {ENSEMBLE_FILE}; fit the ensemble again")
 
 
-def _find_ensemble(path: Path) -> Path:
+def find_ensemble(path: Path) -> Path:
+    """Return the folder itself or the only ensemble's within it. Raise UserError."""
     if (path / ENSEMBLE_FILE).is_file():
         return path
     inside = sorted(manifest.parent for manifest in path.glob(f"*/{ENSEMBLE_FILE}"))

@@ -35,13 +35,42 @@ def blend(
     if len(weights) == 1:
         (library,) = weights
         return _mean(models, library)
-    # Ranks, because libraries spread probabilities differently. A row is ranked among the training
+    means = {library: _mean(models, library) for library in weights}
+    references = {library: _mean(reference, library) for library in weights}
+    return blend_ranks(means, weights, references)
+
+
+def blend_by_seed(models: Mapping[str, Scores], weights: Mapping[str, float]) -> dict[int, Scores]:
+    """Return [N] the blend of each seed's models, which are out of fold, by seed.
+
+    Args:
+        models: [N] by model name.
+        weights: by library.
+    """
+    found = {}
+    for seed in seeds_of(models, weights):
+        names = [model_name(library, seed) for library in weights]
+        of_seed = {name: models[name] for name in names}
+        # Ranked among its own scores: the rows are those of the reference.
+        found[seed] = blend(of_seed, weights, of_seed)
+    return found
+
+
+def blend_ranks(
+    scores: Mapping[str, Scores], weights: Mapping[str, float], reference: Mapping[str, Scores]
+) -> Scores:
+    """Return [N] the weighted mean of ranks among reference scores, in [0, 1].
+
+    Args:
+        scores: [N] by name.
+        weights: by name; names of weight 0 need no scores.
+        reference: [M] out-of-fold scores of the training rows by name.
+    """
+    # Ranks, because models spread probabilities differently. A row is ranked among the training
     # rows: its rank among the rows to score would depend on the other ones.
-    weighted = []
-    for library, weight in weights.items():
-        ranks = rank_among(_mean(models, library), _mean(reference, library))
-        weighted.append(weight * ranks)
-    return np.asarray(sum(weighted) / sum(weights.values()))
+    used = {name: weight for name, weight in weights.items() if weight}
+    ranks = [weight * rank_among(scores[name], reference[name]) for name, weight in used.items()]
+    return np.asarray(sum(ranks) / sum(used.values()))
 
 
 def rank_among(score: Scores, reference: Scores) -> Scores:

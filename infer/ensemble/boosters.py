@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from isic.layout import Fold
 from isic.runtime.errors import UserError, did_you_mean, first_line
 from isic.runtime.extras import install_command
 
@@ -106,7 +107,7 @@ def fit_lightgbm(
     """Fit one booster and return it in LightGBM's text format."""
     given = parameters["min_data_in_leaf"]
     options = {
-        **parameters,
+        **own_options(parameters, LIGHTGBM_GPU),
         "min_data_in_leaf": min_data(len(target)) if given is None else given,
         "objective": "binary",
         "seed": seed,
@@ -163,10 +164,10 @@ def fit_xgboost(
     """Fit one booster and return it in XGBoost's JSON format."""
     xgboost = _import("xgboost")
     options = {
-        **parameters,
+        "device": "cpu",
+        **own_options(parameters, XGBOOST_GPU),
         "objective": "binary:logistic",
         "tree_method": "hist",
-        "device": "cpu",
         "seed": seed,
         "nthread": 1,
     }
@@ -198,7 +199,9 @@ def load_xgboost(text: str) -> Predict:
 def xgboost_gains(text: str, num_features: int) -> Gains:
     """Return [D] total loss reduction by the splits on each feature."""
     gains = np.zeros(num_features)
-    for tree in json.loads(text)["learner"]["gradient_booster"]["model"]["trees"]:
+    booster = json.loads(text)["learner"]["gradient_booster"]
+    # The booster `dart` holds one of trees.
+    for tree in booster.get("gbtree", booster)["model"]["trees"]:
         is_split = np.array(tree["left_children"]) >= 0  # a node without children is a leaf
         features = np.array(tree["split_indices"])[is_split]
         np.add.at(gains, features, np.array(tree["loss_changes"])[is_split])
@@ -219,7 +222,7 @@ def fit_catboost(
     """Fit one booster and return it in CatBoost's JSON format, without UNREPEATED."""
     catboost = _import("catboost")
     options = {
-        **parameters,
+        **own_options(parameters, CATBOOST_GPU),
         "loss_function": "Logloss",
         "bootstrap_type": "Bernoulli",
         "random_seed": seed,
@@ -246,7 +249,8 @@ def load_catboost(text: str) -> Predict:
     try:
         # CatBoost loads an incomplete model without an error and fails when it scores
         # (catboost/catboost#3137, seen with catboost 1.2).
-        json.loads(text)["oblivious_trees"][0]["splits"]
+        content = json.loads(text)
+        (content.get("oblivious_trees") or content["trees"])[0]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.json"
             path.write_text(text, encoding="utf-8")
@@ -271,7 +275,10 @@ def catboost_gains(text: str, num_features: int) -> Gains:
     # All nodes at one depth of a symmetric tree share a split; bit d of a leaf's number is its side
     # of split d. A split's part is the weighted variance between leaves that differ only in it.
     gains = np.zeros(num_features)
-    for tree in json.loads(text)["oblivious_trees"]:
+    content = json.loads(text)
+    for tree in content.get("trees", ()):
+        _add_gains(tree, gains)
+    for tree in content.get("oblivious_trees", ()):
         shape = (2,) * len(tree["splits"])
         values = np.reshape(tree["leaf_values"], shape, order="F")
         weights = np.reshape(tree["leaf_weights"], shape, order="F")
@@ -282,6 +289,31 @@ def catboost_gains(text: str, num_features: int) -> Gains:
             variance = (high - low) ** 2 * num_low * num_high / total
             gains[split["float_feature_index"]] += variance.sum()
     return gains
+
+
+def _add_gains(node: Mapping[str, Any], gains: Gains) -> tuple[float, float]:
+    """Add the gains of a tree that is not symmetric. Return its mean value and its weight."""
+    if "split" not in node:
+        return node["value"], node["weight"]
+    low, num_low = _add_gains(node["left"], gains)
+    high, num_high = _add_gains(node["right"], gains)
+    total = num_low + num_high or 1
+    gains[node["split"]["float_feature_index"]] += (high - low) ** 2 * num_low * num_high / total
+    return (low * num_low + high * num_high) / total, num_low + num_high
+
+
+EXTRA, DEVICE = "extra", "device"
+"""The keys of `parameters_of` that are not parameters of a library."""
+LIGHTGBM_GPU: Parameters = {"device_type": "cuda"}
+XGBOOST_GPU: Parameters = {"device": "cuda"}
+CATBOOST_GPU: Parameters = {"task_type": "GPU"}
+
+
+def own_options(parameters: Parameters, on_gpu: Parameters) -> dict[str, Any]:
+    """Return the parameters of a library: its settings, the extra ones, and those of the device."""
+    options = {key: value for key, value in parameters.items() if key not in (EXTRA, DEVICE)}
+    options |= parameters.get(EXTRA, {})
+    return options | dict(on_gpu) if parameters.get(DEVICE) == "cuda" else options
 
 
 def _import(library: str) -> Any:
@@ -300,6 +332,30 @@ def _broken(library: str, error: Exception) -> UserError:
     )
 
 
+ROUNDS = ("num_boost_round", "n_estimators", "iterations", "num_iterations", "num_trees")
+"""Other names of `num_rounds`."""
+LIGHTGBM_FIXED = (
+    *("objective", "seed", "num_threads", "deterministic", "force_row_wise", "force_col_wise"),
+    *("verbosity", "device_type", *ROUNDS),
+)
+XGBOOST_FIXED = (
+    *("objective", "tree_method", "device", "seed", "random_state", "nthread", "n_jobs"),
+    *("verbosity", *ROUNDS),
+)
+XGBOOST_ALIASES = {
+    "eta": "learning_rate",
+    "min_split_loss": "gamma",
+    "lambda": "reg_lambda",
+    "alpha": "reg_alpha",
+}
+# CatBoost itself refuses two names of one parameter.
+CATBOOST_FIXED = (
+    *("loss_function", "objective", "bootstrap_type", "random_seed", "random_state"),
+    *("thread_count", "logging_level", "verbose", "silent", "verbose_eval"),
+    *("allow_writing_files", "train_dir", "task_type", "devices", *ROUNDS),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Library:
     """A library of gradient-boosted trees."""
@@ -316,6 +372,10 @@ class Library:
     """Of the booster's file."""
     package: str
     """The distribution that has the module."""
+    fixed: tuple[str, ...]
+    """Parameters that `fit` sets, under all their names."""
+    aliases: Mapping[str, str]
+    """Names in `defaults` by other names that the library accepts without an error."""
     extra: str | None
     """The extra of this toolkit that installs the package; None if it is always installed."""
 
@@ -328,6 +388,8 @@ LIBRARIES = {
         defaults=LIGHTGBM,
         suffix=".txt",
         package="lightgbm",
+        fixed=LIGHTGBM_FIXED,
+        aliases={},
         extra=None,
     ),
     "xgboost": Library(
@@ -337,6 +399,8 @@ LIBRARIES = {
         defaults=XGBOOST,
         suffix=".json",
         package="xgboost-cpu",
+        fixed=XGBOOST_FIXED,
+        aliases=XGBOOST_ALIASES,
         extra="boosters",
     ),
     "catboost": Library(
@@ -346,6 +410,8 @@ LIBRARIES = {
         defaults=CATBOOST,
         suffix=".json",
         package="catboost",
+        fixed=CATBOOST_FIXED,
+        aliases={},
         extra="boosters",
     ),
 }
@@ -356,11 +422,19 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def parameters_of(library: str, changes: Parameters) -> dict[str, Any]:
-    """Return a library's settings with changes. Raise UserError for an unknown name or type."""
+    """Return a library's settings with changes. Raise UserError for an unknown name or type.
+
+    EXTRA holds any other parameters of the library, which only the library can check.
+    """
     defaults = LIBRARIES[library].defaults
     for key, value in changes.items():
+        if key == EXTRA:
+            _check_extra(library, value)
+            continue
         if key not in defaults:
-            raise UserError(f'{library} has no setting "{key}" here, {did_you_mean(key, defaults)}')
+            raise UserError(
+                f'{library} has no setting "{key}" here, {did_you_mean(key, (*defaults, EXTRA))}'
+            )
         kind = int if defaults[key] is None else type(defaults[key])
         # Not isinstance: a bool is an int.
         if type(value) is not kind and not (kind is float and type(value) is int):
@@ -370,6 +444,21 @@ def parameters_of(library: str, changes: Parameters) -> dict[str, Any]:
     if changes.get("num_rounds", 1) < 1:
         raise UserError(f"{library}: num_rounds is {changes['num_rounds']}; give at least one")
     return {**defaults, **changes}
+
+
+def _check_extra(library: str, extra: Any) -> None:
+    """Raise a UserError if extra parameters are no mapping, or have a place of their own."""
+    if not isinstance(extra, Mapping) or not all(isinstance(key, str) for key in extra):
+        raise UserError(
+            f"{library}: extra needs a mapping such as {{extra: {{name: 1}}}}, not {extra}"
+        )
+    row = LIBRARIES[library]
+    for key in extra:
+        name = row.aliases.get(key, key)
+        if name in row.defaults:
+            raise UserError(f"{library}: {key} in extra is a setting of its own; write {name}: ...")
+        if key in row.fixed:
+            raise UserError(f"{library}: {key} is set by this toolkit; leave it out of extra")
 
 
 def fit_booster(
@@ -402,7 +491,7 @@ def fit_booster(
         raise UserError(message) from None
 
 
-def booster_file_name(library: str, fold: int, seed: int) -> str:
+def booster_file_name(library: str, fold: Fold, seed: int) -> str:
     return f"{library}_fold_{fold}_seed_{seed}{LIBRARIES[library].suffix}"
 
 

@@ -1,7 +1,7 @@
 """Fit an ensemble and write it with its out-of-fold scores."""
 
-import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,129 +19,143 @@ from infer.ensemble.artifact import (
 )
 from infer.ensemble.blend import blend
 from infer.ensemble.boosters import LIBRARIES, booster_file_name
+from infer.ensemble.chosen import CHOSEN_KEY, choice_notes, choices_of_lists
 from infer.ensemble.feature_spec import FeatureSpec
-from infer.ensemble.image_features import (
-    ImageState,
-    embedding_origins,
-    fit_image_state,
-    image_feature_tables,
-)
+from infer.ensemble.few_lesions import format_by_lesions, pauc_by_lesions
+from infer.ensemble.fit_rows import FitRows, find_folds, read_rows, warn_of_own_columns
+from infer.ensemble.image_features import ImageState, embedding_origins
 from infer.ensemble.image_scores import image_probability
 from infer.ensemble.lesions import describe_lesion_counts
+from infer.ensemble.network_scores import describe_networks
 from infer.ensemble.out_of_fold import FitResult, fit_boosters
+from infer.ensemble.own_tables import OwnTable
+from infer.ensemble.refit import describe_agreement, refit_boosters
 from infer.ensemble.scores import format_scores, summarise
-from infer.ensemble.settings import NUM_FOLDS, FitSettings
+from infer.ensemble.settings import FitSettings
+from infer.ensemble.splits import Plans, fit_plans, summarise_plans, write_plans
+from infer.ensemble.training_table import TrainingTable
 from isic import schema
 from isic.dataset import Dataset, refuse_dataset
-from isic.features import needed_columns
-from isic.folds import Folds, draw_folds, read_folds
+from isic.folds import Folds
 from isic.layout import FOLDS_FILE, OOF_FILE
-from isic.metadata import require, with_patient
-from isic.runtime.errors import UserError
+from isic.metadata import with_patient
 from isic.runtime.files import sha256, versions, write_json, write_text
 from isic.tables import write_parquet
 
 MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
 """The settings that shape the model, without the fold plan and those of the libraries."""
+ADDED_SETTINGS = {"blank", "thin_patients", "refit"}
+"""More of them, which manifests lack if they have their defaults, as those of earlier fits do."""
+
+# Computing features six times more takes about as long as a fit with three seeds.
+MAX_ROWS_OF_FEW_TABLE = 50_000
+"""Rows up to which the score by lesions per patient is computed without being asked for."""
 
 
 def fit_ensemble(settings: FitSettings) -> Path:
     """Fit an ensemble, write it and print its out-of-fold scores. Return its folder."""
-    spec = FeatureSpec.parse(settings.features)
-    metadata = read_train(settings.data, spec)
-    folds = choose_folds(settings, metadata)
-    fold = folds.of(metadata)
-    image = fit_image_state(
-        spec.uses_score, spec.embedding_modes, settings.sources, metadata, folds
-    )
-    names = spec.names(image)
-    weights = settings.library_weights if names else {"image": 1.0}
-    root = settings.output_dir / (settings.name or _default_name(settings, spec))
+    rows = read_rows(settings)
+    root = settings.output_dir / (settings.name or _default_name(rows.spec, rows.image))
     refuse_dataset(root, "--output_dir or --name")
     refuse_foreign_folder(root)
     # Compared before fitting, which takes minutes to hours.
-    inputs = _manifest_inputs(settings, image, folds, weights)
+    inputs = _manifest_inputs(rows)
     if not settings.force:
         refuse_other_ensemble(root, inputs)
-    image_tables = image_feature_tables(
-        image, settings.sources, "train", metadata, folds.digest, folds
-    )
-    table = spec.frame(metadata, image_tables)
-    _note_blank(table)
-    num_boosters = len(settings.libraries) * folds.num_folds * settings.seeds if names else 0
+    table = rows.table(rows.metadata)
+    _note_blank(table.features)
+    warn_of_own_columns(rows.spec, table.features, rows.metadata)
     print(
-        f"fitting {settings.features}: {len(table):,} rows ({metadata[schema.TARGET].sum():,} "
-        f"malignant), {len(names) or 1} features, {folds.num_folds} folds, "
-        f"{num_boosters} boosters",
+        f"fitting {settings.features}: {len(rows.metadata):,} rows ({rows.target.sum():,} "
+        f"malignant), {len(rows.names) or 1} features, {rows.folds.num_folds} folds, "
+        f"{rows.num_boosters} boosters",
         flush=True,
     )
-    if names:
-        target = metadata[schema.TARGET].to_numpy()
-        result = fit_boosters(table, names, target, fold.to_numpy(), settings)
-    else:
-        result = FitResult(scores={"image": image_probability(table)})
-    blended = blend(result.scores, weights, result.scores)
-    oof = metadata.select(schema.ID, fold, schema.TARGET)
-    oof = oof.with_columns(**result.scores, blend=blended)
-    summaries = _summarise_all(oof, with_patient(metadata)[schema.PATIENT].to_numpy())
+    scores = rows.images(rows.metadata).by_column()
+    result = fit_models(rows, table, scores)
+    refit = None
+    if settings.refit:
+        refit = refit_boosters(
+            table, rows.names, rows.metadata, rows.fold.to_numpy(), settings, rows.thinned
+        )
+    plans = fit_plans(table, rows, result.scores)
+    oof = _out_of_fold(rows, result)
+    measured = _measure(rows, result, oof, scores, plans)
     # Only now, so that a fit that fails leaves the earlier ensemble as it was.
     clear_ensemble(root)
-    state = EnsembleState(names, result.encodings, image)
-    files = _write_files(root, result, state, folds, oof, summaries)
-    results = _manifest_results(result, metadata, summaries)
+    encoding = refit.encoding if refit else None
+    state = EnsembleState(rows.names, result.encodings, rows.image, encoding)
+    files = _write_files(root, result, state, rows.folds, oof, measured.summaries)
+    files += write_plans(root, rows.metadata[schema.ID], plans)
+    files += refit.write(root) if refit else []
+    results = _manifest_results(result, rows.metadata, measured)
+    results[CHOSEN_KEY] = choices_of_lists(rows.spec.words.lists, inputs["metadata_sha256"])
+    if refit:
+        results["refit"] = refit.manifest_field()
     write_ensemble_manifest(root, files, {**inputs, **results})
-    print(format_scores(summaries))
+    measured.print()
+    for note in choice_notes(root.name, results):
+        print(note)
+    if refit and refit.agreement:
+        print(describe_agreement(refit.agreement))
     print(f"ensemble: {root}")
     return root
 
 
-def read_train(data: Path, spec: FeatureSpec) -> pl.DataFrame:
-    """Read the training table, sorted by id so that the order of the file has no effect."""
-    dataset = Dataset(data)
-    metadata = dataset.metadata("train").sort(schema.ID)
-    require(metadata, needed_columns(spec.tabular), dataset.metadata_path("train"))
-    return metadata
+def fit_models(rows: FitRows, table: TrainingTable, scores: pl.DataFrame) -> FitResult:
+    """Fit the boosters; without any, the networks' `scores` are the result."""
+    if not rows.names:
+        return FitResult(scores={"image": image_probability(scores)})
+    fold = rows.fold.to_numpy()
+    return fit_boosters(table, rows.names, rows.target, fold, rows.settings, rows.thinned)
 
 
-def choose_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
-    """Return the fold plan of the embeddings, else of the dataset, else a new one.
-
-    Raises:
-        UserError: the plan is for other rows, or contradicts the settings.
-    """
-    path = _find_folds(settings)
-    if path is None:
-        return draw_folds(metadata, settings.num_folds or NUM_FOLDS, settings.seed_of_split)
-    folds = read_folds(path)
-    _refuse_contradiction(path, folds, metadata, settings.num_folds, settings.split_seed)
-    return folds
+def _out_of_fold(rows: FitRows, result: FitResult) -> pl.DataFrame:
+    blended = blend(result.scores, rows.weights, result.scores)
+    oof = rows.metadata.select(schema.ID, rows.fold, schema.TARGET)
+    return oof.with_columns(**result.scores, blend=blended)
 
 
-def _find_folds(settings: FitSettings) -> Path | None:
-    for root in (settings.embeddings, settings.data):
-        # lexists: a broken link must be reported when it is read, not skipped.
-        if root and os.path.lexists(root / FOLDS_FILE):
-            return root / FOLDS_FILE
-    return None
+@dataclass(frozen=True)
+class Measured:
+    """The out-of-fold scores of an ensemble in numbers."""
+
+    summaries: dict[str, dict[str, Any]]
+    """By model, and of the blend."""
+    networks: Mapping[str, Any]
+    """Scores and correlations of the networks."""
+    by_lesions: Mapping[str, float]
+    """pAUC by the number of lesions scored together; empty if it was not computed."""
+
+    def print(self) -> None:
+        print(format_scores({**self.networks["scores"], **self.summaries}))
+        if self.by_lesions:
+            print(format_by_lesions(self.by_lesions))
 
 
-def _refuse_contradiction(
-    path: Path,
-    folds: Folds,
-    metadata: pl.DataFrame,
-    num_folds: int | None,
-    split_seed: int | None,
-) -> None:
-    if num_folds not in (None, folds.num_folds):
-        raise UserError(
-            f"{path} has {folds.num_folds} folds, not {num_folds}; leave --num_folds out"
+def _measure(
+    rows: FitRows, result: FitResult, oof: pl.DataFrame, scores: pl.DataFrame, plans: Plans
+) -> Measured:
+    patient = with_patient(rows.metadata)[schema.PATIENT].to_numpy()
+    summaries = _summarise_all(oof, patient)
+    summaries["blend"] |= summarise_plans(plans, rows.target)
+    by_lesions = {}
+    few_table = rows.settings.few_table
+    if few_table is None:
+        few_table = len(oof) <= MAX_ROWS_OF_FEW_TABLE
+    if rows.is_relative and few_table:
+        by_lesions = pauc_by_lesions(
+            result, rows.metadata, lambda part: rows.table(part).features, rows.fold, rows.weights
         )
-    if split_seed is None:
-        return
-    if draw_folds(metadata, folds.num_folds, split_seed).digest != folds.digest:
-        raise UserError(
-            f"{path} is not the fold plan of --split_seed {split_seed}; leave --split_seed out"
-        )
+    return Measured(summaries, describe_networks(scores, oof, patient), by_lesions)
+
+
+def own_inputs(spec: FeatureSpec, tables: Mapping[str, OwnTable]) -> dict[str, Any]:
+    """Return the manifest fields of lists and own columns; texts, so that no file is needed."""
+    fields = {"lists": dict(spec.words.lists), **spec.own.to_json()}
+    for name, table in tables.items():
+        fields["tables"][name]["sha256"] = sha256(table.path)
+    return fields
 
 
 def _note_blank(table: pl.DataFrame) -> None:
@@ -150,10 +164,10 @@ def _note_blank(table: pl.DataFrame) -> None:
         print(f"note: {len(blank)} features are blank in every row, the first is {blank[0]}")
 
 
-def _default_name(settings: FitSettings, spec: FeatureSpec) -> str:
-    root = settings.embeddings or settings.frozen
-    features = "+".join(spec.words)
-    return f"{features}_{root.name}" if spec.images and root else features
+def _default_name(spec: FeatureSpec, image: ImageState) -> str:
+    features = spec.words.label
+    networks = "+".join(image.networks or image.frozen)
+    return f"{features}_{networks}" if networks else features
 
 
 def _summarise_all(oof: pl.DataFrame, patient: NDArray[np.str_]) -> dict[str, Any]:
@@ -169,7 +183,7 @@ def _write_files(
     state: EnsembleState,
     folds: Folds,
     oof: pl.DataFrame,
-    summaries: dict[str, Any],
+    summaries: Mapping[str, Any],
 ) -> list[str]:
     """Write all files but the manifest. Return their names."""
     boosters = {booster_file_name(*key): text for key, text in result.boosters.items()}
@@ -182,29 +196,34 @@ def _write_files(
     return [*boosters, *state_files, FOLDS_FILE, OOF_FILE, SCORES_FILE]
 
 
-def _manifest_inputs(
-    settings: FitSettings, image: ImageState, folds: Folds, weights: Mapping[str, float]
-) -> dict[str, Any]:
+def _manifest_inputs(rows: FitRows) -> dict[str, Any]:
     """Return the manifest fields that determine an ensemble, known before it is fitted."""
+    settings, weights, folds = rows.settings, rows.weights, rows.folds
     model_settings = settings.model_dump(mode="json", include=MODEL_SETTINGS)
+    added = settings.model_dump(mode="json", include=ADDED_SETTINGS, exclude_defaults=True)
+    model_settings.update(added)
     model_settings["num_folds"] = folds.num_folds
     # Otherwise the plan comes from a file, whatever the seed is.
-    if not _find_folds(settings):
+    if not find_folds(settings):
         model_settings["split_seed"] = settings.seed_of_split
+    # Left out otherwise, as in the manifests of versions that had one plan only.
+    if settings.splits > 1:
+        model_settings["splits"] = settings.splits
     libraries = [library for library in weights if library in LIBRARIES]
     return {
         "features": settings.features,
         "weights": dict(weights),
         "parameters": {library: settings.parameters(library) for library in libraries},
         "folds_digest": folds.digest,
-        **embedding_origins(image, settings.sources, "train", folds.digest),
+        **embedding_origins(rows.image, settings.sources, "train"),
+        **own_inputs(rows.spec, rows.own_tables),
         "metadata_sha256": sha256(Dataset(settings.data).metadata_path("train")),
         "settings": model_settings,
     }
 
 
 def _manifest_results(
-    result: FitResult, metadata: pl.DataFrame, summaries: dict[str, Any]
+    result: FitResult, metadata: pl.DataFrame, measured: Measured
 ) -> dict[str, Any]:
     """Return the manifest fields that are known after fitting."""
     boosters = [
@@ -220,6 +239,8 @@ def _manifest_results(
     return {
         "boosters": boosters,
         "lesions_per_patient": describe_lesion_counts(metadata),
-        "scores": summaries["blend"],
+        "scores": measured.summaries["blend"],
+        "networks": measured.networks,
+        "pauc_by_lesions": measured.by_lesions,
         "versions": versions("isic-toolkit", *packages, "numpy", "polars", "scikit-learn"),
     }

@@ -6,7 +6,7 @@
 - `frozen`: the embedding of one model that was trained on other images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from infer.embedding.store import (
     refuse_other_origin,
     scan_embeddings,
 )
+from infer.ensemble.image_scores import LogitScaler
 from isic import schema
 from isic.dataset import Split
 from isic.folds import Folds
@@ -34,12 +35,11 @@ from isic.tables import read_parquet, reading, write_parquet
 
 ALIGNED = "aligned"
 FROZEN = "frozen"
-EMBEDDING_MODES = (ALIGNED, FROZEN)
 
 # Many times the number of features of any backbone here.
 MAX_ANCHORS = 20_000
 """Images that maps are fitted on."""
-MAX_MAPPED_ROWS = 32_768
+MAX_MAPPED_ROWS = 8192
 """Rows that are mapped together, to bound the memory of float64 values."""
 
 FeatureMatrix = NDArray[np.floating]
@@ -58,19 +58,16 @@ class AffineMap:
         """Map [N, D] to [N, C]."""
         # In float64: BLAS sums in an order that depends on the number of rows, and the difference
         # disappears when the result is rounded to float32.
-        mapped = np.empty((len(features), len(self.offset)), np.float32)
-        for start in range(0, len(features), MAX_MAPPED_ROWS):
-            rows = slice(start, start + MAX_MAPPED_ROWS)
-            mapped[rows] = features[rows].astype(np.float64) @ self.matrix + self.offset
-        return mapped
+        mapped = features.astype(np.float64) @ self.matrix + self.offset
+        return mapped.astype(np.float32)
 
 
 AffineMaps = Mapping[int, AffineMap]
 """By fold."""
 
 
-def column_names(mode: str, width: int) -> tuple[str, ...]:
-    return tuple(f"{mode}_{index:03d}" for index in range(width))
+def column_names(mode: str, network: str, width: int) -> tuple[str, ...]:
+    return tuple(f"{mode}_{index:03d}.{network}" for index in range(width))
 
 
 def procrustes(own: FeatureMatrix, target: FeatureMatrix) -> NDArray[np.float64]:
@@ -99,22 +96,24 @@ def fit_affine_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> AffineM
         raise UserError(
             f"{ALIGNED} needs at least 3 folds, so that two fold models share training images"
         )
-    ids = metadata.select(schema.ID).with_columns(folds.of(metadata).alias("fold")).sort(schema.ID)
+    held_out_by = folds.of(metadata).alias("held_out_by")
+    ids = metadata.select(schema.ID).with_columns(held_out_by).sort(schema.ID)
     anchors = ids.gather_every(ceil_div(len(ids), MAX_ANCHORS))
     first, *others = range(folds.num_folds)
+    by_first = _find_features(root, "train", first, anchors)
     # The bytes of a decomposition depend on the number of BLAS threads.
     with threadpool_limits(1, "blas"):
-        trained_on = anchors.filter(pl.col("fold") != first)
-        reference = _read_features(root, "train", first, trained_on)
-        maps = {first: AffineMap(np.eye(reference.shape[1]), -reference.mean(axis=0))}
+        trained_on = by_first.filter(pl.col("held_out_by") != first)
+        center = _to_matrix(trained_on, root).astype(np.float64).mean(axis=0)
+        maps = {first: AffineMap(np.eye(len(center)), -center)}
         for k in others:
             # Only images that both models were trained on. Of an image that one model held out,
             # the other has learned the label, and a rotation of hundreds of columns could carry
             # the label over.
-            shared = anchors.filter(~pl.col("fold").is_in([first, k]))
-            own = _read_features(root, "train", k, shared)
-            reference = _read_features(root, "train", first, shared)
-            maps[k] = _fit_rotation(own, maps[first].apply(reference), root)
+            shared = by_first.filter(~pl.col("held_out_by").is_in([first, k]))
+            own = _find_features(root, "train", k, shared.select(schema.ID))
+            target = maps[first].apply(_to_matrix(shared, root))
+            maps[k] = _fit_rotation(_to_matrix(own, root).astype(np.float64), target, root)
     return maps
 
 
@@ -137,44 +136,46 @@ def _fit_rotation(own: FeatureMatrix, target: FeatureMatrix, root: Path) -> Affi
 def mapped_columns(
     root: Path,
     split: Split,
-    mode: str,
+    names: Sequence[str],
     metadata: pl.DataFrame,
     maps: AffineMaps,
     fold: pl.Series | None,
 ) -> pl.DataFrame:
-    """Return `isic_id` and the Float32 columns of a mode, in the order of `metadata`.
+    """Return mapped embeddings as Float32 columns, in the order of `metadata`.
 
     A row without a readable image is null.
 
     Args:
-        mode: the prefix of the columns.
+        names: of the columns.
         fold: [N] the fold whose model embeds each row; None for the mean over all models.
 
     Raises:
         UserError: embeddings are missing, not finite, or of another width.
     """
     ids = metadata.select(schema.ID).with_row_index("_row")
-    first, *_ = maps.values()
-    num_columns = len(first.offset)
-    total = np.zeros((len(ids), num_columns), np.float32)
+    # By columns, so that the table takes the array over without a copy: at full size it has
+    # hundreds of megabytes.
+    total = np.zeros((len(ids), len(names)), np.float32, order="F")
     num_models = np.zeros(len(ids), np.int64)
     for k, affine_map in maps.items():
         wanted = ids if fold is None else ids.filter(fold == k)
         found = _find_features(root, split, k, wanted)
         features = _to_matrix(found, root, width=len(affine_map.matrix))
         rows = found["_row"].to_numpy()
-        total[rows] += affine_map.apply(features)
+        for start in range(0, len(rows), MAX_MAPPED_ROWS):
+            part = slice(start, start + MAX_MAPPED_ROWS)
+            total[rows[part]] += affine_map.apply(features[part])
         num_models[rows] += 1
-    mean = total / np.maximum(num_models, 1).astype(np.float32)[:, None]
-    table = pl.DataFrame(mean, list(column_names(mode, num_columns)))
+    total /= np.maximum(num_models, 1).astype(np.float32)[:, None]
+    table = pl.DataFrame(total, list(names))
     if not num_models.all():
         table = table.with_columns(pl.when(pl.Series(num_models > 0)).then(pl.all()))
-    return metadata.select(schema.ID).hstack(table)
+    return table
 
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """The model whose embeddings are used as they are. Its fields are keys in `state.json`."""
+    """The model of a network that was trained on other images."""
 
     config: str
     fold: int
@@ -182,10 +183,20 @@ class FrozenModel:
     """ORIGIN_KEYS of its embedding run."""
     width: int
     """Number of features."""
+    scaler: LogitScaler | None = None
+    """For its score."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "scaler": self.scaler.to_json() if self.scaler else None}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "FrozenModel":
+        scaler = LogitScaler.from_json(value["scaler"]) if value["scaler"] else None
+        return cls(**{**value, "scaler": scaler})
 
 
 def find_frozen_model(root: Path, metadata: pl.DataFrame) -> FrozenModel:
-    """Return the model of the lowest fold of an embedding run.
+    """Return the model of the lowest fold of an embedding run, without its scaler.
 
     Raises:
         UserError: the model has learned from images or patients of this table.
@@ -209,19 +220,20 @@ def _origin_of_fold(run: Mapping[str, Any], fold: int) -> dict[str, Any]:
     return origin
 
 
-def frozen_columns(
-    root: Path, split: Split, metadata: pl.DataFrame, model: FrozenModel
-) -> pl.DataFrame:
-    """Return `isic_id` and the embeddings as Float32 columns, as `mapped_columns` does.
-
-    Raises:
-        UserError: as there, or the run is of another model.
-    """
+def refuse_other_frozen_model(root: Path, split: Split, model: FrozenModel) -> None:
+    """Raise a UserError if an embedding run is not by the frozen model."""
     origin = _origin_of_fold(read_run(root, split), model.fold)
     refuse_other_origin(root, split, origin, model.made_with)
+
+
+def frozen_columns(
+    root: Path, split: Split, network: str, metadata: pl.DataFrame, model: FrozenModel
+) -> pl.DataFrame:
+    """Return the embeddings of a network's frozen model as columns, as `mapped_columns` does."""
     # Frozen embeddings of train and test come from one model, so they need no map.
     identity = AffineMap(np.eye(model.width), np.zeros(model.width))
-    return mapped_columns(root, split, FROZEN, metadata, {model.fold: identity}, None)
+    names = column_names(FROZEN, network, model.width)
+    return mapped_columns(root, split, names, metadata, {model.fold: identity}, None)
 
 
 def write_affine_maps(path: Path, maps: AffineMaps) -> None:
@@ -249,7 +261,7 @@ def _find_features(root: Path, split: Split, fold: int, wanted: pl.DataFrame) ->
     Raises:
         UserError: an embedding is missing, or there are several per image.
     """
-    rows = scan_embeddings(root, split, ["features"]).filter(pl.col("fold") == fold)
+    rows = scan_embeddings(root, split, ["features"], fold)
     with reading(root):
         found = wanted.lazy().join(rows, on=schema.ID, how="inner", maintain_order="left").collect()
     if found[schema.ID].is_duplicated().any():
@@ -260,13 +272,6 @@ def _find_features(root: Path, split: Split, fold: int, wanted: pl.DataFrame) ->
     missing = wanted.join(found, on=schema.ID, how="anti").select(schema.ID, number)
     refuse_missing_embeddings(missing, len(wanted), root, split)
     return found
-
-
-def _read_features(
-    root: Path, split: Split, fold: int, wanted: pl.DataFrame
-) -> NDArray[np.float64]:
-    found = _find_features(root, split, fold, wanted.select(schema.ID))
-    return _to_matrix(found, root).astype(np.float64)
 
 
 def _to_matrix(found: pl.DataFrame, root: Path, width: int | None = None) -> FeatureMatrix:

@@ -1,4 +1,4 @@
-"""The image model's score as a feature of a lesion.
+"""A network's score of a lesion, from the logits of its folds' models.
 
 Fold models differ in the scale of their logits, so each model's logits are standardised by mean and
 deviation of the training rows that it held out. A training row gets the score of the model that
@@ -24,14 +24,9 @@ from isic import schema
 from isic.dataset import Split
 from isic.folds import Folds
 from isic.layout import TRAINED_ON_FILE, fold_dir
-from isic.metadata import with_patient
 from isic.provenance import read_seen, refuse_seen
 from isic.runtime.errors import UserError
 from isic.tables import reading
-
-SCORE = "image_score"
-RELATIVE = "image_score_patient_diff"
-IMAGE_FEATURES = (SCORE, RELATIVE)
 
 
 @dataclass(frozen=True)
@@ -83,26 +78,24 @@ def oof_logits(root: Path, metadata: pl.DataFrame, folds: Folds) -> pl.DataFrame
         image.
 
     Raises:
-        UserError: the embeddings belong to another fold plan, or lack rows.
+        UserError: the embeddings lack rows.
     """
-    read_origin(root, "train", folds.digest)
     wanted = metadata.select(schema.ID).with_columns(folds.of(metadata).alias("fold"))
     return _join_logits(wanted, root, "train")
 
 
 def scoring_logits(
-    root: Path, split: Split, metadata: pl.DataFrame, folds_digest: str, scaler: LogitScaler
+    root: Path, split: Split, metadata: pl.DataFrame, fold_ids: Sequence[int]
 ) -> pl.DataFrame:
-    """Read the logits of every fold model for the rows to score.
+    """Read the logits of several folds' models for every row.
 
     Returns:
         As `oof_logits`, but with one row per row of `metadata` and fold.
 
     Raises:
-        UserError: the embeddings belong to another fold plan, or lack rows or folds.
+        UserError: the embeddings lack rows or folds.
     """
-    read_origin(root, split, folds_digest)
-    folds = pl.DataFrame({"fold": pl.Series(list(scaler.folds), dtype=pl.Int8)})
+    folds = pl.DataFrame({"fold": pl.Series(fold_ids, dtype=pl.Int8)})
     wanted = metadata.select(schema.ID).join(folds, how="cross", maintain_order="left_right")
     return _join_logits(wanted, root, split)
 
@@ -154,40 +147,28 @@ def refuse_leaks(root: Path, metadata: pl.DataFrame, folds: Folds) -> None:
         )
 
 
-def image_features(
-    logits: pl.DataFrame, scaler: LogitScaler, metadata: pl.DataFrame
-) -> pl.DataFrame:
-    """Return `isic_id` and IMAGE_FEATURES Float32 in the order of `metadata`.
+def mean_scores(logits: pl.DataFrame, scaler: LogitScaler, metadata: pl.DataFrame) -> pl.Series:
+    """Return [N] Float64 the mean of each row's standardised logits, in the order of `metadata`.
 
-    The score is the mean over the folds that have a logit for the row. The relative score is its
-    difference from the mean over the patient's lesions.
+    The mean is over the folds that have a logit for the row, null if none has.
     """
-    # Both means are taken in a fixed order of rows, because the last bits of a sum depend on it.
+    # Sorted, because the last bits of a mean depend on its order.
     score = (
-        logits.with_columns(scaler.standardised().alias(SCORE))
+        logits.select(schema.ID, "fold", scaler.standardised().alias("score"))
         .sort(schema.ID, "fold")
         .group_by(schema.ID, maintain_order=True)
-        .agg(pl.col(SCORE).mean())
+        .agg(pl.col("score").mean())
     )
-    patient = with_patient(metadata.select(pl.col(schema.ID, f"^{schema.PATIENT}$")))
-    # A difference: a ratio would be meaningless for scores around 0.
-    relative = pl.col(SCORE) - pl.col(SCORE).mean().over(schema.PATIENT)
-    table = (
-        patient.join(score, on=schema.ID, how="left", maintain_order="left")
-        .with_row_index("_row")
-        .sort(schema.PATIENT, schema.ID)
-        .with_columns(relative.alias(RELATIVE))
-        .sort("_row")
-    )
-    return table.select(schema.ID, pl.col(IMAGE_FEATURES).cast(pl.Float32))
+    rows = metadata.select(schema.ID)
+    return rows.join(score, on=schema.ID, how="left", maintain_order="left")["score"]
 
 
-def image_probability(table: pl.DataFrame) -> NDArray[np.float64]:
-    """Return [N] the logistic function of the image score, in (0, 1).
+def image_probability(scores: pl.DataFrame) -> NDArray[np.float64]:
+    """Return [N] the logistic function of the mean over networks' scores [N, K], in (0, 1).
 
-    A blank score counts as 0, the mean of the training rows.
+    A row without a score counts as 0, the mean of the training rows.
     """
-    score = table[SCORE].fill_null(0.0).to_numpy().astype(np.float64)
+    score = scores.select(pl.mean_horizontal(pl.all()).fill_null(0.0)).to_series().to_numpy()
     return np.asarray(1 / (1 + np.exp(-score)))
 
 
@@ -201,7 +182,7 @@ def read_origin(root: Path, split: Split, folds_digest: str) -> dict[str, Any]:
     if run.get("folds_digest") != folds_digest:
         raise UserError(
             f"the {split} embeddings in {root} were made with the fold plan "
-            f"{run.get('folds_digest')}, this is {folds_digest}; "
+            f"{run.get('folds_digest')}, not {folds_digest}; "
             "use the embeddings of the same training run"
         )
     return {key: run.get(key) for key in ("folds", "folds_digest", "engines", *ORIGIN_KEYS)}

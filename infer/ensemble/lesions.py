@@ -19,8 +19,14 @@ FEW = 5
 
 
 def count_lesions(metadata: pl.DataFrame) -> NDArray[np.int64]:
-    """Return [P] the number of rows of each patient."""
-    return with_patient(metadata)[schema.PATIENT].value_counts()["count"].to_numpy().astype(int)
+    """Return [P] the number of rows of each patient, in the order of their names."""
+    return np.bincount(patient_codes(metadata))
+
+
+def patient_codes(metadata: pl.DataFrame) -> NDArray[np.int64]:
+    """Return [N] the number of each row's patient, 0 to P - 1 in the order of their names."""
+    patient = with_patient(metadata)[schema.PATIENT]
+    return (patient.rank("dense") - 1).cast(pl.Int64).to_numpy()
 
 
 def describe_lesion_counts(metadata: pl.DataFrame) -> dict[str, Any]:
@@ -39,7 +45,7 @@ def few_lesions_warning(metadata: pl.DataFrame, training: dict[str, Any]) -> str
     `training` is the result of `describe_lesion_counts`.
     """
     counts = count_lesions(metadata)
-    least = training["percentiles"][str(FEW)]
+    least = fewest_usual(training)
     few = int((counts < least).sum())
     if not few:
         return None
@@ -49,3 +55,15 @@ def few_lesions_warning(metadata: pl.DataFrame, training: dict[str, Any]) -> str
         f"{training['percentiles']['50']:,}); this ensemble compares a lesion with the patient's "
         "others, so these patients' scores are unreliable"
     )
+
+
+def has_few_lesions(metadata: pl.DataFrame, training: dict[str, Any]) -> NDArray[np.bool_]:
+    """Return [N] whether a row's patient has fewer lesions than nearly all in training."""
+    counts = with_patient(metadata).select(pl.len().over(schema.PATIENT)).to_series().to_numpy()
+    few: NDArray[np.bool_] = counts < fewest_usual(training)
+    return few
+
+
+def fewest_usual(training: dict[str, Any]) -> int:
+    """Return the number of lesions under which a patient has few."""
+    return int(training["percentiles"][str(FEW)])

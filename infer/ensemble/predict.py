@@ -1,22 +1,29 @@
 """Score the test table with a fitted ensemble and write the submission. Nothing is fitted here."""
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from infer.embedding.store import refuse_other_origin
-from infer.ensemble.artifact import ENSEMBLE_FILE, Ensemble, open_ensemble
+from infer.ensemble.artifact import ENSEMBLE_FILE, Ensemble
 from infer.ensemble.blend import Scores, blend, model_name
+from infer.ensemble.blend_artifact import Blend, Scorer, open_scorer
 from infer.ensemble.boosters import read_booster
-from infer.ensemble.image_features import embedding_origins, image_feature_tables
+from infer.ensemble.image_features import ImageRows, embedding_origins, read_image_rows
 from infer.ensemble.image_scores import image_probability
-from infer.ensemble.lesions import few_lesions_warning
+from infer.ensemble.lesions import few_lesions_warning, has_few_lesions
+from infer.ensemble.networks import match_networks
+from infer.ensemble.own_tables import OwnTable, read_test_tables
+from infer.ensemble.refit import ESTIMATES, choose_rows
 from infer.ensemble.settings import EmbeddingSources, PredictSettings
 from isic import schema
 from isic.dataset import Dataset
-from isic.features import needed_columns, unseen_categories
+from isic.features import unseen_categories
 from isic.metadata import read_ids, read_metadata, require
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import (
@@ -35,42 +42,112 @@ MAX_NAMED_VALUES = 5
 """Unseen values of a column that a warning names."""
 
 
+@dataclass(frozen=True)
+class TestScores:
+    """Scores of the N rows of a test table."""
+
+    models: dict[str, Scores]
+    """[N] by model, or by member of a blend."""
+    score: Scores
+    """[N] in [0, 1]."""
+    origins: dict[str, Any]
+    """Those of the embeddings; of a blend, by member."""
+
+
 def predict_submission(settings: PredictSettings) -> None:
     """Run `infer predict`, which its settings describe."""
-    ensemble = open_ensemble(settings.ensemble)
+    sources = EmbeddingSources(settings.embeddings, settings.frozen)
+    scorer = choose_rows(open_scorer(settings.ensemble), settings.rows, sources)
     dataset = Dataset(settings.data)
     path = dataset.metadata_path("test")
     metadata = read_metadata(path)
-    require(metadata, needed_columns(ensemble.spec.tabular), path)
-    _check_lesions(ensemble, metadata, settings.few)
+    _require_columns(scorer, metadata, path)
     order = submission_order(dataset, metadata)
+    few = _few_lesions(scorer, metadata, settings.few)
     _refuse_foreign(settings.output)
-    sources = EmbeddingSources(settings.embeddings, settings.frozen)
-    image_tables, origins = _read_images(ensemble, sources, metadata)
-    table = ensemble.spec.frame(metadata, image_tables)
-    _warn_unseen(ensemble, table)
-    models = score_models(ensemble, table, settings.num_threads or num_cores())
-    # Only a blend of several libraries needs the ranks of the training rows.
-    reference = ensemble.oof_models() if len(ensemble.weights) > 1 else {}
+    own_tables = read_test_tables(settings.tables, scorer.own_tables)
+    num_threads = settings.num_threads or num_cores()
+    found = score_table(scorer, metadata, sources, own_tables, num_threads, few)
     # Rounding may lead a mean of probabilities beyond 0 or 1 by a last bit.
-    score = np.clip(blend(models, ensemble.weights, reference), 0.0, 1.0)
+    score = np.clip(found.score, 0.0, 1.0)
     assert np.isfinite(score).all()
     scored = metadata.select(schema.ID, pl.Series(schema.TARGET, score))
     submission = order.join(scored, on=schema.ID, maintain_order="left")
-    all_models = metadata.select(schema.ID).with_columns(**models, blend=score)
-    origins["metadata_sha256"] = sha256(path)
-    _write_submission(settings.output, submission, all_models, ensemble, origins)
+    all_models = metadata.select(schema.ID).with_columns(**found.models, blend=score)
+    origins = {
+        **found.origins,
+        "metadata_sha256": sha256(path),
+        "tables": {name: sha256(own.path) for name, own in own_tables.items()},
+        "rows": settings.rows,
+        "out_of_fold_scores": ESTIMATES[settings.rows],
+    }
+    _write_submission(settings.output, submission, all_models, scorer, origins)
     print(
         f"submission: {settings.output} ({len(metadata)} rows, "
         f"scores {score.min():.4f} to {score.max():.4f})"
     )
 
 
+def _require_columns(scorer: Scorer, metadata: pl.DataFrame, path: Path) -> None:
+    """Raise a UserError if the table lacks a column that a feature needs."""
+    ensembles = scorer.members.values() if isinstance(scorer, Blend) else [scorer]
+    for ensemble in ensembles:
+        require(metadata, ensemble.spec.needed_columns, path)
+
+
+def score_table(
+    scorer: Scorer,
+    metadata: pl.DataFrame,
+    sources: EmbeddingSources,
+    own_tables: Mapping[str, OwnTable],
+    num_threads: int,
+    few: NDArray[np.bool_],
+) -> TestScores:
+    """Score the rows of a test table.
+
+    Args:
+        few: [N] rows to score by the members of a blend that do not compare lesions.
+    """
+    if isinstance(scorer, Ensemble):
+        return score_ensemble(scorer, metadata, sources, own_tables, num_threads)
+    own_sources = _sources_by_member(scorer, sources)
+    members = {
+        name: score_ensemble(member, metadata, own_sources[name], own_tables, num_threads)
+        for name, member in scorer.members.items()
+    }
+    models = {name: member.score for name, member in members.items()}
+    score = scorer.score(models)
+    if few.any():
+        score[few] = scorer.score_of_single_lesions(models)[few]
+    return TestScores(models, score, {name: member.origins for name, member in members.items()})
+
+
+def score_ensemble(
+    ensemble: Ensemble,
+    metadata: pl.DataFrame,
+    sources: EmbeddingSources,
+    own_tables: Mapping[str, OwnTable],
+    num_threads: int,
+) -> TestScores:
+    """Score the rows of a test table with one ensemble, which may use a part of `own_tables`."""
+    images, origins = _read_images(ensemble, sources, metadata)
+    own_columns = [own_tables[name].columns(metadata) for name in ensemble.own_tables]
+    table = ensemble.spec.frame(metadata, [*own_columns, *images.tables()])
+    _warn_unseen(ensemble, table)
+    if ensemble.manifest["boosters"]:
+        models = score_models(ensemble, table, num_threads)
+    else:
+        models = {"image": image_probability(images.by_column())}
+    # Only a blend of several libraries needs the ranks of the training rows.
+    reference = ensemble.oof_models() if len(ensemble.weights) > 1 else {}
+    return TestScores(models, blend(models, ensemble.weights, reference), origins)
+
+
 def _write_submission(
     output: Path,
     submission: pl.DataFrame,
     all_models: pl.DataFrame,
-    ensemble: Ensemble,
+    scorer: Scorer,
     origins: dict[str, Any],
 ) -> None:
     models_file = models_path(output)
@@ -82,13 +159,19 @@ def _write_submission(
         write_manifest(
             output,
             submission_path,
-            ensemble=sha256(ensemble.root / ENSEMBLE_FILE),
-            folds_digest=ensemble.manifest["folds_digest"],
-            features=ensemble.manifest["features"],
+            ensemble=sha256(scorer.root / ENSEMBLE_FILE),
+            folds_digest=scorer.manifest["folds_digest"],
+            **_describe(scorer),
             **origins,
             models={"file": models_file.name, "sha256": sha256(models_temporary)},
-            versions=versions("isic-toolkit", *ensemble.manifest["versions"]),
+            versions=versions("isic-toolkit", *scorer.manifest["versions"]),
         )
+
+
+def _describe(scorer: Scorer) -> dict[str, Any]:
+    """Return the manifest's field on the features, or on the members and weights of a blend."""
+    keys = ("members", "weights") if isinstance(scorer, Blend) else ("features",)
+    return {key: scorer.manifest[key] for key in keys}
 
 
 def _refuse_foreign(output: Path) -> None:
@@ -98,16 +181,36 @@ def _refuse_foreign(output: Path) -> None:
     refuse_foreign([output, models_path(output), manifest], is_own, "--output")
 
 
-def _check_lesions(ensemble: Ensemble, metadata: pl.DataFrame, few: str) -> None:
-    """Warn of patients with too few lesions to compare with each other, or raise a UserError."""
-    if not ensemble.is_relative:
-        return
-    problem = few_lesions_warning(metadata, ensemble.manifest["lesions_per_patient"])
+def _few_lesions(scorer: Scorer, metadata: pl.DataFrame, few: str) -> NDArray[np.bool_]:
+    """Return [N] the rows of patients with too few lesions, to be scored without comparing them.
+
+    Args:
+        few: `warn` (of these patients), `refuse` (them), or `raw`: the only one with such rows.
+
+    Raises:
+        UserError: there are such patients and `few` is `refuse`, or `raw` and nothing else can
+            score them.
+    """
+    none = np.zeros(len(metadata), bool)
+    if few == "raw" and not (isinstance(scorer, Blend) and scorer.single_lesion_members):
+        raise UserError(
+            f"--few raw needs a blend with an ensemble of features that do not compare a patient's "
+            f"lesions, such as --features raw; {scorer.root} has none"
+        )
+    if not scorer.is_relative:
+        return none
+    training = scorer.manifest["lesions_per_patient"]
+    problem = few_lesions_warning(metadata, training)
     if problem is None:
-        return
+        return none
+    if few == "raw":
+        rows = has_few_lesions(metadata, training)
+        print(f"{rows.sum():,} rows of patients with few lesions are scored by raw features")
+        return rows
     if few == "refuse":
         raise UserError(f"{problem}; add their other lesions, or use an ensemble of raw features")
     warn(problem)
+    return none
 
 
 def _warn_unseen(ensemble: Ensemble, table: pl.DataFrame) -> None:
@@ -129,13 +232,8 @@ def models_path(submission: Path) -> Path:
 
 
 def score_models(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> dict[str, Scores]:
-    """Return each model's probabilities, [N] float64: the mean over its folds' boosters.
-
-    Without boosters, the only model is the image model.
-    """
+    """Return each model's probabilities, [N] float64: the mean over its folds' boosters."""
     boosters = ensemble.manifest["boosters"]
-    if not boosters:
-        return {"image": image_probability(table)}
     names = [model_name(entry["library"], entry["seed"]) for entry in boosters]
     totals = {name: np.zeros(len(table)) for name in names}
     for fold, encoding in ensemble.state.encodings.items():
@@ -174,25 +272,48 @@ def _refuse_extra(
         )
 
 
+def _sources_by_member(scorer: Blend, sources: EmbeddingSources) -> dict[str, EmbeddingSources]:
+    """Return each member's embeddings among those of all members.
+
+    Raises:
+        UserError: the embeddings of a member's network are not among them, or those of others are.
+    """
+    found: dict[str, dict[str, tuple[Path, ...]]] = {name: {} for name in scorer.members}
+    for flag in ("embeddings", "frozen"):
+        needs = {name: list(member.manifest[flag]) for name, member in scorer.members.items()}
+        networks = sorted({network for needed in needs.values() for network in needed})
+        if not networks:
+            continue
+        _refuse_no_embeddings(scorer, flag, networks, sources)
+        roots = match_networks(flag, getattr(sources, flag), "test", networks)
+        for name, needed in needs.items():
+            found[name][flag] = tuple(roots[network] for network in needed)
+    return {name: EmbeddingSources(**flags) for name, flags in found.items()}
+
+
+def _refuse_no_embeddings(
+    scorer: Scorer, flag: str, networks: Iterable[str], sources: EmbeddingSources
+) -> None:
+    """Raise a UserError if no embeddings are given of the networks that are needed."""
+    if not getattr(sources, flag):
+        folders = ",".join(f"outputs/embeddings/{name}" for name in networks)
+        raise UserError(f"{scorer.root} uses images; give --{flag} {folders}")
+
+
 def _read_images(
     ensemble: Ensemble, sources: EmbeddingSources, metadata: pl.DataFrame
-) -> tuple[list[pl.DataFrame], dict[str, Any]]:
-    """Return the tables of image features, and the origins of the embeddings.
+) -> tuple[ImageRows, dict[str, Any]]:
+    """Return the image features, and the origins of the embeddings.
 
     Raises:
         UserError: embeddings are not given, missing, or differ in origin from those of the fit.
     """
     state = ensemble.state.image
-    folds_digest = ensemble.manifest["folds_digest"]
     for flag, needed in state.needs.items():
-        if needed and getattr(sources, flag) is None:
-            config = ensemble.manifest[flag]["config"]
-            raise UserError(
-                f"{ensemble.root} uses images; give --{flag} outputs/embeddings/{config}"
-            )
-    origins = embedding_origins(state, sources, "test", folds_digest)
-    fitted_with = ensemble.manifest["embeddings"]
-    if sources.embeddings and fitted_with:
-        refuse_other_origin(sources.embeddings, "test", origins["embeddings"], fitted_with)
-    tables = image_feature_tables(state, sources, "test", metadata, folds_digest, folds=None)
-    return tables, origins
+        if needed:
+            _refuse_no_embeddings(ensemble, flag, ensemble.manifest[flag], sources)
+    origins = embedding_origins(state, sources, "test")
+    for name, root in state.roots(sources, "test")["embeddings"].items():
+        fitted_with = ensemble.manifest["embeddings"][name]
+        refuse_other_origin(root, "test", origins["embeddings"][name], fitted_with)
+    return read_image_rows(state, sources, "test", metadata, out_of_fold=False), origins

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from infer.ensemble.artifact import ENSEMBLE_FILE, FORMAT_VERSION
 from infer.ensemble.blend import Scores
+from infer.ensemble.chosen import choice_notes
 from infer.ensemble.settings import ScoresSettings
 from isic.metrics import TOP_K, pauc, roc_auc, top_k
 from isic.runtime.errors import UserError, warn
@@ -16,10 +17,12 @@ from isic.runtime.files import read_json
 def show_scores(settings: ScoresSettings) -> None:
     """Run `infer scores`, which its settings describe."""
     blends = {}
+    notes = []
     for path in settings.output_dir.glob(f"*/{ENSEMBLE_FILE}"):
         manifest = read_json(path)
         if manifest.get("format") == FORMAT_VERSION:
             blends[path.parent.name] = manifest["scores"]
+            notes += choice_notes(path.parent.name, manifest)
         else:
             warn(f"{path.parent} was fitted by another version")
     if not blends:
@@ -27,6 +30,8 @@ def show_scores(settings: ScoresSettings) -> None:
             f"{settings.output_dir} holds no finished ensemble; run `python -m infer fit` first"
         )
     print(format_scores(dict(sorted(blends.items(), key=lambda item: item[1]["pauc"]))))
+    for note in sorted(notes):
+        print(note)
 
 
 def summarise(
@@ -76,12 +81,14 @@ def format_scores(rows: dict[str, dict[str, Any]]) -> str:
     """Return the summaries as lines of text, one per row, under a heading, with notes below."""
     width = max(len(name) for name in rows)
     lines = [f"{'':{width}}  pAUC pooled  mean of folds ± std     AUC  {BY_LESION}  by patient"]
+    plans: list[str] = []
     notes: list[str] = []
     for name, summary in rows.items():
         lines.append(_line(name.ljust(width), summary))
+        plans += _plan_lines(name, summary)
         notes += _notes(summary)
     # The same note once: ensembles of one dataset have the same patients.
-    return "\n".join([*lines, *dict.fromkeys(notes)])
+    return "\n".join([*lines, *plans, *dict.fromkeys(notes)])
 
 
 def _line(name: str, summary: dict[str, Any]) -> str:
@@ -101,6 +108,19 @@ def _mean_of_folds(summary: dict[str, Any]) -> str:
     if std is None:
         return f"{mean:.4f}"
     return f"{mean:.4f} ± {std:.4f}"
+
+
+def _plan_lines(name: str, summary: dict[str, Any]) -> list[str]:
+    by_split = summary.get("pauc_by_split", {})
+    if not by_split:
+        return []
+    mean = summary["pauc_mean_of_splits"]
+    std = summary["pauc_std_of_splits"]
+    values = by_split.values()
+    return [
+        f"{name}: pAUC {mean:.4f} ± {std:.4f} over {len(values)} fold plans "
+        f"({min(values):.4f} to {max(values):.4f})"
+    ]
 
 
 def _notes(summary: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Settings of `python -m infer fit`, `predict`, `scores` and `compare`."""
+"""Settings of `python -m infer fit`, `select`, `predict`, `scores` and `compare`."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import yaml
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from infer.ensemble.boosters import LIBRARIES, parameters_of
+from infer.ensemble.boosters import DEVICE, LIBRARIES, parameters_of
 from isic.layout import OUTPUT_DIR
 from isic.runtime import yaml12
 from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason
@@ -25,6 +25,11 @@ from isic.runtime.errors import did_you_mean
 #
 # A share of 0.1 was no better. Leaving the hospital's columns out gave +0.0004, -0.0022, -0.0007
 # and +0.0006 (noise), and does not help the other columns.
+#
+# Blanking only the hospital's columns, split seeds 7, 11 and 13, on held-out hospitals and in
+# cross-validation (all noise): for raw features and six seeds 0.0000 and -0.0005 with a share of
+# 0.2, -0.0015 and -0.0005 with 0.5; for engineered features and three seeds +0.0021 and -0.0004,
+# +0.0026 and -0.0005.
 BLANK_SHARE = 0.2
 """Share of training rows in which a category is blanked, so that boosters learn about blanks."""
 NUM_FOLDS = 5
@@ -40,10 +45,10 @@ OUTPUT_NAMES = AliasChoices("output_dir", "out")
 class EmbeddingSources:
     """The embedding runs to read; the fields are also flags and keys of the manifest."""
 
-    embeddings: Path | None
-    """Of the fold models."""
-    frozen: Path | None
-    """Of a model that was trained on other images."""
+    embeddings: tuple[Path, ...] = ()
+    """Of networks whose folds' models hold the training rows out."""
+    frozen: tuple[Path, ...] = ()
+    """Of networks that were trained on other images."""
 
 
 class FitSettings(Settings):
@@ -57,14 +62,28 @@ class FitSettings(Settings):
     data: Path = Field(Path("data/isic-2024"), description="dataset folder")
     features: str = Field(
         "engineered",
-        description="comma-separated sets (raw, engineered, extended, image, multimodal, aligned, "
-        "frozen), groups and features",
+        description="comma-separated sets (raw, engineered, extended, image, multimodal, "
+        "image_ranks, aligned, frozen, frozen_score), groups and features; -word leaves features "
+        "out, @file names a list",
     )
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, for image, multimodal and aligned"
+    define: Several[Path] = Field(
+        (),
+        description="YAML files of own columns, `name: SQL expression`; a file's stem is a set",
     )
-    frozen: Path | None = Field(
-        None, description="for frozen: embeddings by a model that was trained on other images"
+    tables: Several[str] = Field(
+        (),
+        description="CSV or Parquet files of own columns by isic_id, each as oof:FILE (with the "
+        "rows' folds) or label_free:FILE; a file's stem is a set",
+    )
+    embeddings: Several[Path] = Field(
+        (),
+        description="outputs/embeddings/<config>, for image, multimodal, image_ranks and aligned; "
+        "several networks separated by commas, the first one's folds are the boosters'",
+    )
+    frozen: Several[Path] = Field(
+        (),
+        description="for frozen and frozen_score: embeddings by networks that were trained on "
+        "other images, separated by commas",
     )
     output_dir: Path = Field(
         OUTPUT_DIR / "ensemble",
@@ -73,8 +92,7 @@ class FitSettings(Settings):
     )
     name: str = Field(
         "",
-        description="name of the ensemble's folder; by default the features and the embeddings' "
-        "config",
+        description="name of the ensemble's folder; by default the features and the networks",
     )
     libraries: Several[str] = Field(("lightgbm",), description=f"some of {', '.join(LIBRARIES)}")
     weights: Several[float] = Field(
@@ -96,6 +114,12 @@ class FitSettings(Settings):
         description=f"seed of those folds, {SPLIT_SEED} by default; must match the plan if there "
         "is one",
     )
+    splits: int = Field(
+        1,
+        ge=1,
+        description="fold plans to fit, with the split seed and those after it, so that compare "
+        "covers the choice of the folds; predict uses the boosters of the first",
+    )
     num_rounds: int | None = Field(
         None, ge=1, description="boosting rounds; each library has its own default"
     )
@@ -106,13 +130,37 @@ class FitSettings(Settings):
         0.1,
         ge=0,
         allow_inf_nan=False,
-        description="standard deviation of the noise on the image scores of training rows",
+        description="standard deviation of the noise on the image scores of training rows, "
+        "independent per network",
     )
     blank_share: float = Field(
         BLANK_SHARE,
         ge=0,
         lt=1,
         description="share of the training rows in which a category is blanked, per column",
+    )
+    refit: bool = Field(
+        False,
+        description="in addition, a booster per library and seed on every row, for predict --rows "
+        "all; how far both agree is measured within the rows outside the first fold",
+    )
+    blank: Several[str] = Field(
+        (), description="the categories that are blanked, such as attribution; all by default"
+    )
+    thin_patients: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the patients that each seed's boosters see split at random into "
+        "patients of fewer lesions; the features must compare a patient's lesions",
+    )
+    few_table: bool | None = Field(
+        None,
+        description="print the out-of-fold pAUC by number of a patient's lesions scored together; "
+        "by default up to 50,000 rows, as it takes long",
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="processor of the boosters; cuda needs libraries that were built for it"
     )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all cores")
     force: bool = Field(
@@ -126,7 +174,10 @@ class FitSettings(Settings):
     def flags(cls) -> dict[str, FieldInfo]:
         """Return the flags, with one per library instead of `library_settings`."""
         others = {name: field for name, field in cls.model_fields.items() if name != CHANGES}
-        help_text = 'changed settings of {}, such as "{{num_rounds: 100}}"'
+        help_text = (
+            'changed settings of {}, such as "{{num_rounds: 100}}"; extra: {{...}} holds any other '
+            "parameter of the library"
+        )
         libraries = {
             name: FieldInfo(default={}, description=help_text.format(name)) for name in LIBRARIES
         }
@@ -152,12 +203,16 @@ class FitSettings(Settings):
     @classmethod
     def _over_config(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         path = find_config(values["config"])
-        from_file = read_yaml(path)
+        from_file = cls._from_file(path)
         build(cls, from_file, str(path))  # on its own, so that an error names the file
         if any(name in values for name in OUTPUT_NAMES.choices):
             # The flag may have the other name of the two.
             from_file = {k: v for k, v in from_file.items() if k not in OUTPUT_NAMES.choices}
         return {**from_file, **values}
+
+    @classmethod
+    def _from_file(cls, path: Path) -> dict[str, Any]:
+        return read_yaml(path)
 
     @field_validator("libraries")
     @classmethod
@@ -188,7 +243,8 @@ class FitSettings(Settings):
         changes = dict(self.library_settings.get(library, {}))
         if self.num_rounds:
             changes["num_rounds"] = self.num_rounds
-        return parameters_of(library, changes)
+        on_gpu = {DEVICE: self.device} if self.device != "cpu" else {}
+        return parameters_of(library, changes) | on_gpu
 
     @property
     def seed_of_split(self) -> int:
@@ -202,6 +258,61 @@ class FitSettings(Settings):
     @property
     def sources(self) -> EmbeddingSources:
         return EmbeddingSources(self.embeddings, self.frozen)
+
+
+class SelectSettings(FitSettings):
+    """Choose features by boosters that are fitted outside each fold, and write them as a list.
+
+    `infer fit --features @name` reads the list. The other settings are those of `infer fit`.
+    """
+
+    by: Literal["null_importance", "gain"] = Field(
+        "null_importance",
+        description="null_importance keeps the features with more gain than on shuffled targets; "
+        "gain keeps those with the most gain",
+    )
+    repeats: int = Field(
+        30,
+        ge=1,
+        description="boosters per fold and library: on shuffled targets, or for the gain",
+    )
+    num_features: int | None = Field(
+        None, ge=1, description="features to choose; by default as many as the rule keeps"
+    )
+    output_dir: Path = Field(
+        OUTPUT_DIR / "features", validation_alias=OUTPUT_NAMES, description="folder of the list"
+    )
+    name: str = Field(
+        "", description="name of the list; by default the features and the rule (--by)"
+    )
+    output: Path | None = Field(
+        None, description="file of the list, in place of --output_dir and --name"
+    )
+
+    @classmethod
+    def flags(cls) -> dict[str, FieldInfo]:
+        """Return the flags, without those that concern ensembles only."""
+        return {name: field for name, field in super().flags().items() if name not in ONLY_FIT}
+
+    @classmethod
+    def _from_file(cls, path: Path) -> dict[str, Any]:
+        # The file is one of `infer fit`; the ensemble's name and folder are not those of the list.
+        return {key: value for key, value in read_yaml(path).items() if key not in NOT_FOR_LISTS}
+
+    @model_validator(mode="after")
+    def _writes_one_list(self) -> "SelectSettings":
+        for name in ONLY_FIT:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"--{name} is not a key of `infer select`; leave it out")
+        if self.output and (self.name or "output_dir" in self.model_fields_set):
+            raise ValueError("--output names the file; leave --output_dir and --name out")
+        return self
+
+
+ONLY_FIT = ("force", "splits", "refit", "thin_patients", "few_table")
+"""Flags of `infer fit` that `infer select` does not take."""
+NOT_FOR_LISTS = {*ONLY_FIT, "name", *OUTPUT_NAMES.choices}
+"""Keys of a config of `infer fit` that `infer select` passes over."""
 
 
 def _parse_changes(library: str, value: Any) -> dict[str, Any]:
@@ -230,23 +341,81 @@ class PredictSettings(Settings):
         OUTPUT_DIR / "ensemble",
         description="an ensemble's folder, or one with a single ensemble in it",
     )
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, if the ensemble uses the fold models"
+    embeddings: Several[Path] = Field(
+        (),
+        description="outputs/embeddings/<config> of each network that the ensemble was fitted with",
     )
-    frozen: Path | None = Field(
-        None, description="the frozen model's embeddings, if the ensemble uses them"
+    frozen: Several[Path] = Field(
+        (), description="embeddings of each frozen network that the ensemble was fitted with"
+    )
+    tables: Several[str] = Field(
+        (), description="the ensemble's tables of own columns, with the rows to score"
     )
     output: Path = Field(
         Path("submission.csv"),
         validation_alias=AliasChoices("output", "out"),
         description="the submission to write",
     )
-    few: Literal["warn", "refuse"] = Field(
+    few: Literal["warn", "refuse", "raw"] = Field(
         "warn",
         description="when patients have fewer lesions than nearly all in training and features are "
-        "relative to the patient",
+        "relative to the patient; raw: score these patients by the members of a blend that have no "
+        "such features",
+    )
+    rows: Literal["folds", "all"] = Field(
+        "folds",
+        description="models that score: the mean over the folds', or those that were fitted on all "
+        "rows, by fit --refit true and, for image scores, train --fold all",
     )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
+
+
+class BlendSettings(Settings):
+    """Blend fitted ensembles by their ranks; the result is an ensemble's folder with copies of all.
+
+    Example: infer blend outputs/ensemble/engineered outputs/ensemble/multimodal --name final
+    """
+
+    repeated: ClassVar[str | None] = "ensembles"
+
+    ensembles: Several[Path] = Field(
+        min_length=2, description="the arguments without a key: folders of ensembles"
+    )
+    weights: Literal["equal", "search"] | Several[float] = Field(
+        "equal",
+        description="one number per ensemble, equal, or search: weights with a high out-of-fold "
+        "pAUC, kept if those of the other folds are better than equal weights on each fold",
+    )
+    output_dir: Path = Field(
+        OUTPUT_DIR / "ensemble",
+        validation_alias=OUTPUT_NAMES,
+        description="parent of the blend's folder",
+    )
+    name: str = Field("blend", min_length=1, description="name of the blend's folder")
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset folder that the ensembles were fitted on"
+    )
+    force: bool = Field(False, description="replace an ensemble of that name")
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _word_or_numbers(cls, value: Any) -> Any:
+        if value in ("equal", "search") or not isinstance(value, str):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            raise ValueError("--weights is equal, search, or numbers such as 0.2,0.8") from None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BlendSettings":
+        if isinstance(self.weights, str):
+            return self
+        if len(self.weights) != len(self.ensembles):
+            raise ValueError(f"--weights needs {len(self.ensembles)} numbers, one per ensemble")
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError("--weights must be numbers above 0; leave an ensemble out instead")
+        return self
 
 
 class ScoresSettings(Settings):
@@ -264,7 +433,8 @@ class CompareSettings(Settings):
 
     The seeds test the difference against chance in fitting, the bootstrap against chance in the
     choice of patients. It is called noise unless both find a difference in the same direction. With
-    several training runs per side, runs are paired instead of seeds.
+    several training runs per side, runs are paired instead of seeds; with three or more fold plans
+    that both were fitted over (fit --splits), the folds of all plans.
     """
 
     positional: ClassVar[tuple[str, ...]] = ("first", "second")

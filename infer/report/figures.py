@@ -152,7 +152,7 @@ def _probability_axis(label: str, low: float) -> Axis:
 
 
 def map_figure(
-    fold: int, projection: Projection, ids: Sequence[str], target: NDArray[np.integer]
+    title: str, projection: Projection, ids: Sequence[str], target: NDArray[np.integer]
 ) -> Markup:
     """A fold's embeddings on two principal components, malignant lesions above the others."""
     places = _map_pixels(projection.points)
@@ -173,11 +173,11 @@ def map_figure(
         *dots,
         viewBox=f"0 0 {MAP_SIDE} {MAP_SIDE}",
         role="img",
-        aria_label=f"Fold {fold}: {counts}",
+        aria_label=f"{title}: {counts}",
         class_="map",
     )
     first, second = projection.explained
-    return figure(f"Fold {fold}", chart, f"{percent(first)} and {percent(second)} of the variance")
+    return figure(title, chart, f"{percent(first)} and {percent(second)} of the variance")
 
 
 def _map_pixels(points: Floats) -> Floats:

@@ -1,6 +1,6 @@
 """Feature importance: each feature's share of the gain of a booster's splits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from infer.ensemble.boosters import LIBRARIES
 from isic.features import FEATURES
 
 IMAGE = "image"
+OWN = "own"
 GROUPS = {
     "numeric": "raw numbers",
     "category": "categories",
@@ -25,18 +26,23 @@ GROUPS = {
     "patient_site_rank": "ranks within patient and site",
     "patient_location_rank": "ranks within patient and location",
     "patient_location_outliers": "outlying measurements at the location",
+    OWN: "own columns",
     IMAGE: "the image",
 }
 """Name of each group of features on the page."""
 
 
 def importance(
-    root: Path, boosters: Sequence[Mapping[str, Any]], names: Sequence[str]
+    root: Path,
+    boosters: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    own: Collection[str] = (),
 ) -> pl.DataFrame:
     """Return each feature's importance in an ensemble, the largest first.
 
     Args:
         names: D columns of the boosters' matrix.
+        own: those that the user defined or brought.
 
     Returns:
         `feature`, `group` and `share`; no rows if there are no boosters.
@@ -47,7 +53,8 @@ def importance(
         # Gains of a booster are scaled to add up to 1, so that each booster counts equally.
         gains = LIBRARIES[entry["library"]].gains(text, len(names))
         shares += gains / max(gains.sum(), np.finfo(float).tiny) / len(boosters)
-    groups = [FEATURES[name].group if name in FEATURES else IMAGE for name in names]
+    other = {name: OWN if name in own else IMAGE for name in names}
+    groups = [FEATURES[name].group if name in FEATURES else other[name] for name in names]
     table = pl.DataFrame(
         {"feature": list(names), "group": groups, "share": shares},
         schema_overrides={"group": pl.String},

@@ -9,6 +9,8 @@ import polars as pl
 from infer.embedding.store import scan_embeddings
 from infer.report.curves import Projection, pca
 from isic import schema
+from isic.folds import read_folds
+from isic.layout import FOLDS_FILE
 from isic.tables import reading
 
 MAX_SHOWN = {0: 400, 1: 150}
@@ -21,8 +23,8 @@ def projections(
     """Yield, by fold, the projection of held-out lesions and their `isic_id` and `target`.
 
     Args:
-        embeddings: the run's folder, made with the ensemble's fold plan.
-        oof: `isic_id`, `fold` and `target`; of many lesions a fixed sample is shown.
+        embeddings: the run's folder.
+        oof: `isic_id` and `target`; of many lesions a fixed sample is shown.
     """
     for fold, rows in _sampled_features(embeddings, oof):
         features = rows["features"].to_numpy().astype(np.float32)
@@ -34,6 +36,8 @@ def projections(
 
 
 def _sampled_features(embeddings: Path, oof: pl.DataFrame) -> Iterator[tuple[int, pl.DataFrame]]:
+    # The network's own folds, which need not be the boosters'.
+    oof = oof.with_columns(read_folds(embeddings / FOLDS_FILE).find(oof).alias("fold"))
     folds = [rows for _, rows in sorted(oof.group_by("fold"))]
     sampled = pl.concat(sample_lesions(rows) for rows in folds)
     wanted = sampled.select(schema.ID, pl.col("fold").cast(pl.Int8), schema.TARGET)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
-from infer.ensemble.artifact import Ensemble
+from infer.ensemble.blend_artifact import Scorer
 from isic import schema
 from isic.dataset import Dataset
 from isic.images import ImageStore
@@ -59,7 +59,7 @@ def judge(name: str, rows: pl.DataFrame, model: str = BLEND) -> Judgement:
 class Scored:
     """An ensemble, its scores and its data."""
 
-    ensemble: Ensemble
+    ensemble: Scorer
     oof: pl.DataFrame
     """`isic_id`, `fold`, `target`, one column per model, `blend`, `patient_id` (of a row without a
     patient its own id) and GROUP."""
@@ -83,7 +83,7 @@ class Scored:
         return [judge(str(fold), rows) for (fold,), rows in sorted(self.oof.group_by("fold"))]
 
 
-def read_scored(ensemble: Ensemble, data: Path) -> Scored:
+def read_scored(ensemble: Scorer, data: Path) -> Scored:
     """Join an ensemble's scores with its dataset. Raise UserError if that lacks a scored row."""
     dataset = Dataset(data)
     metadata = dataset.metadata("train")

@@ -9,6 +9,10 @@ import numpy as np
 import polars as pl
 
 from infer.ensemble import image_scores
+from infer.ensemble.artifact import Ensemble
+from infer.ensemble.blend_artifact import Blend, Scorer
+from infer.ensemble.chosen import choices
+from infer.ensemble.networks import by_network, listed
 from infer.ensemble.scores import small_patients
 from infer.report import figures
 from infer.report.case_cards import Pictures, case_card
@@ -22,6 +26,7 @@ from isic.html import page
 from isic.html.markup import Markup, join, tag
 from isic.html.page import NONE, percent
 from isic.metrics import TOP_K, TopK, bootstrap_pauc
+from isic.runtime.errors import UserError
 
 CAVEAT = (
     "These are research scores for comparing models: they are no diagnosis and must not guide "
@@ -39,50 +44,97 @@ ReportSection = tuple[str, Sequence[str]]
 """Title and content."""
 
 
-def sections(scored: Scored, embeddings: Path | None) -> dict[str, ReportSection]:
+def sections(scored: Scored, embeddings: Sequence[Path]) -> dict[str, ReportSection]:
     """Return all sections by the names of the links to them.
 
     Raises:
-        UserError: the embeddings have another fold plan.
+        UserError: embeddings are of another network or fold plan.
     """
     return {
         "Ranking": _ranking(scored),
         "Stability": _stability(scored),
         "Calibration": _calibration(scored),
-        "Features": _features(scored),
-        "Map": _map(scored, embeddings),
+        **_inside(scored, embeddings),
         **_errors(scored),
         "Origin": _origin(scored),
     }
 
 
+def _inside(scored: Scored, embeddings: Sequence[Path]) -> dict[str, ReportSection]:
+    """Return the sections on the networks and features, or on the members of a blend."""
+    ensemble = scored.ensemble
+    if isinstance(ensemble, Blend):
+        return {"Members": _members(ensemble)}
+    return {
+        "Networks": _networks(ensemble),
+        "Features": _features(ensemble),
+        "Map": _map(ensemble, scored.oof, embeddings),
+    }
+
+
+def _members(blend: Blend) -> ReportSection:
+    intro = (
+        "The score is the weighted mean of the members' ranks. Their features and networks are in "
+        "their own reports."
+    )
+    rows = []
+    for name, member in blend.members.items():
+        manifest = member.manifest
+        score = _four_digits(manifest["scores"]["pauc"])
+        rows.append((name, percent(blend.weights[name]), manifest["features"], score))
+    table = page.table("Members", ("ensemble", "weight", "features", "pAUC"), rows)
+    return "The members of the blend", (tag("p", intro), tag("div", table, class_="tables"))
+
+
 def header(scored: Scored, names: Iterable[str]) -> Markup:
     """Return the part above the sections, with links to them by their names."""
-    manifest = scored.ensemble.manifest
     counts = scored.pooled
-    num_boosters = len(manifest["boosters"])
     malignant = percent(counts.num_malignant / counts.num_lesions)
     lead = (
         f"{counts.num_lesions:,} lesions of {counts.num_patients:,} patients, "
         f"{counts.num_malignant:,} of the lesions malignant ({malignant}). "
-        f"{_out_of_fold(num_boosters > 0, manifest['embeddings'] is not None)} "
+        f"{_out_of_fold(scored.ensemble)} "
     )
-    models = "The score is that of the image model."
-    if num_boosters:
-        models = f"{num_boosters} boosters on {len(scored.ensemble.state.names)} features."
     return tag(
         "header",
         tag("p", "Out-of-fold report", class_="over"),
         tag("h1", scored.ensemble.root.name),
-        tag("p", lead, models, class_="lead"),
+        tag("p", lead, _models(scored.ensemble), class_="lead"),
         tag("p", CAVEAT, class_="caveat"),
         _tiles(scored),
         page.links(names),
     )
 
 
-def _out_of_fold(boosters: bool, fold_models: bool) -> str:
-    """Return a sentence on how far the scores are independent of their own patients."""
+def _models(scorer: Scorer) -> str:
+    """Return a sentence on the models behind the score."""
+    if isinstance(scorer, Blend):
+        shares = (f"{name} {percent(weight)}" for name, weight in scorer.weights.items())
+        return f"The score blends the ranks of {', '.join(shares)}."
+    num_boosters = len(scorer.manifest["boosters"])
+    if not num_boosters:
+        num_networks = len(scorer.manifest["embeddings"])
+        if num_networks > 1:
+            return f"The score is the mean of {num_networks} image networks."
+        return "The score is that of the image network."
+    return f"{num_boosters} boosters on {len(scorer.state.names)} features."
+
+
+def _out_of_fold(scorer: Scorer) -> str:
+    """Return how far the scores are independent of their own patients."""
+    members = scorer.members.values() if isinstance(scorer, Blend) else [scorer]
+    sentences = {
+        _out_of_fold_sentence(
+            len(member.manifest["boosters"]) > 0, bool(member.manifest["embeddings"])
+        )
+        for member in members
+    }
+    chosen = [f"But {choice}, so the score may be too high." for choice in choices(scorer.manifest)]
+    return " ".join([*sorted(sentences), *chosen])
+
+
+def _out_of_fold_sentence(boosters: bool, fold_models: bool) -> str:
+    """Return a sentence on how far the scores of an ensemble are independent."""
     if not boosters:
         return "Every score is out of fold: by an image model that was trained without the patient."
     if not fold_models:
@@ -160,8 +212,50 @@ def _stability(scored: Scored) -> ReportSection:
         "The pooled pAUC is not the mean of the folds: a partial area is not additive, and the "
         "models of different folds may scale their scores differently."
     )
-    tables = tag("div", _fold_table(scored), _model_table(scored), class_="tables")
-    return "How stable the scores are", (tag("p", intro), tables)
+    parts = (
+        _fold_table(scored),
+        _model_table(scored),
+        *_plan_tables(scored),
+        *_lesion_tables(scored),
+    )
+    return "How stable the scores are", (tag("p", intro), tag("div", *parts, class_="tables"))
+
+
+def _lesion_tables(scored: Scored) -> list[Markup]:
+    """Return a table of the score by lesions per patient, if the fit has computed it."""
+    # Not of blends, nor of ensembles that compare no lesions.
+    found = scored.ensemble.manifest.get("pauc_by_lesions", {})
+    caption = "If only some lesions of a patient are known"
+    rows = [[size, _four_digits(value)] for size, value in found.items()]
+    return [page.table(caption, ("lesions scored together", "pAUC, pooled"), rows)] if rows else []
+
+
+def _networks(ensemble: Ensemble) -> ReportSection:
+    title = "The networks by themselves"
+    networks = ensemble.manifest["networks"]
+    if not networks["scores"]:
+        return title, (tag("p", "This ensemble uses no network's score."),)
+    intro = (
+        "The score that each network gives to the lesions, without the boosters. Networks that "
+        "are equally good help each other the more, the less their rankings agree."
+    )
+    rows = [
+        (name, *map(_four_digits, (score["pauc"], score["auc"])))
+        for name, score in networks["scores"].items()
+    ]
+    tables = [page.table("Scores, pooled", ("network", "pAUC", "AUC"), rows)]
+    if networks["correlations"]:
+        pairs = [
+            (" and ".join(found["pair"]), *map(_two_digits, (found["all"], found["malignant"])))
+            for found in networks["correlations"]
+        ]
+        heading = ("networks", "all lesions", "malignant")
+        tables.append(page.table("Rank correlation", heading, pairs))
+    return title, (tag("p", intro), tag("div", *tables, class_="tables"))
+
+
+def _two_digits(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
 
 
 SCORES = ("pAUC", "AUC", f"top-{TOP_K} by lesion", "by patient")
@@ -172,6 +266,17 @@ def _fold_table(scored: Scored) -> Markup:
     heading = ("fold", *SCORES, "lesions", "malignant", "patients")
     rows = [[row.name, *_scores(row), *_counts(row)] for row in (*scored.by_fold, scored.pooled)]
     return page.table("By fold", heading, rows, sums=1)
+
+
+def _plan_tables(scored: Scored) -> list[Markup]:
+    """Return the table of fold plans, none if there is one plan."""
+    scores = scored.ensemble.manifest["scores"]
+    by_split = scores.get("pauc_by_split")
+    if not by_split:
+        return []
+    rows = [[split_seed, _four_digits(value)] for split_seed, value in by_split.items()]
+    mean = f"{scores['pauc_mean_of_splits']:.4f} ± {scores['pauc_std_of_splits']:.4f}"
+    return [page.table("By fold plan", ("split seed", "pAUC"), [*rows, ["mean", mean]], sums=1)]
 
 
 def _model_table(scored: Scored) -> Markup:
@@ -215,12 +320,16 @@ def _bin_table(bins: Reliability) -> Markup:
     return page.table("Calibration in numbers", ("mean score", "malignant", "lesions"), cells)
 
 
-def _features(scored: Scored) -> ReportSection:
+def _features(ensemble: Ensemble) -> ReportSection:
     title = "Feature importance"
-    ensemble = scored.ensemble
-    shares = importance(ensemble.root, ensemble.manifest["boosters"], ensemble.state.names)
+    shares = importance(
+        ensemble.root,
+        ensemble.manifest["boosters"],
+        ensemble.state.names,
+        ensemble.spec.own_names,
+    )
     if shares.is_empty():
-        return title, (tag("p", "There are no trees: the score is that of the image model."),)
+        return title, (tag("p", "There are no trees: the score comes from the image networks."),)
     intro = (
         "Share of the gain of all splits, averaged over boosters. Correlated features share their "
         "importance, so a low share does not mean that a feature can be dropped."
@@ -242,21 +351,32 @@ def _features(scored: Scored) -> ReportSection:
     return title, (tag("p", intro), tables)
 
 
-def _map(scored: Scored, embeddings: Path | None) -> ReportSection:
+def _map(ensemble: Ensemble, oof: pl.DataFrame, embeddings: Sequence[Path]) -> ReportSection:
     title = "Map of the embeddings"
-    manifest = scored.ensemble.manifest
-    if manifest["embeddings"] is None:
+    fitted_with = ensemble.manifest["embeddings"]
+    if not fitted_with:
         return title, (tag("p", "This ensemble uses no embeddings, so there is no map."),)
-    if embeddings is None:
+    if not embeddings:
         command = tag("code", "infer report")
         return title, (tag("p", "Not drawn: ", command, " was run without --embeddings."),)
-    image_scores.read_origin(embeddings, "train", manifest["folds_digest"])
-    maps = (
+    roots = by_network(embeddings, "train")
+    for name, root in roots.items():
+        if name not in fitted_with:
+            raise UserError(
+                f"{root} holds embeddings of {name}, but the ensemble was fitted with "
+                f"{listed(fitted_with)}; give theirs"
+            )
+        image_scores.read_origin(root, "train", fitted_with[name]["folds_digest"])
+    maps = [
         figures.map_figure(
-            fold, projection, rows[schema.ID].to_list(), rows[schema.TARGET].to_numpy()
+            f"{name}, fold {fold}" if len(fitted_with) > 1 else f"Fold {fold}",
+            projection,
+            rows[schema.ID].to_list(),
+            rows[schema.TARGET].to_numpy(),
         )
-        for fold, projection, rows in projections(embeddings, scored.oof)
-    )
+        for name, root in roots.items()
+        for fold, projection, rows in projections(root, oof)
+    ]
     intro = (
         "The first two principal components of each fold model's features, for the lesions that "
         "the fold holds out. Each model has its own feature space, so each fold has its own map; "
@@ -297,17 +417,27 @@ def _thumbnails(scored: Scored, cases: Sequence[Case]) -> tuple[Pictures, Pictur
 
 def _origin(scored: Scored) -> ReportSection:
     manifest = scored.ensemble.manifest
-    embeddings = manifest["embeddings"]
     items = {
-        "Features": f"{manifest['features']}: {', '.join(scored.ensemble.state.names[:3])} …",
-        "Settings": _pairs(manifest["settings"]),
+        **_parts(scored.ensemble),
         "Lesions per patient": _lesions(manifest["lesions_per_patient"]),
         "Fold plan": manifest["folds_digest"],
-        "Embeddings": embeddings["config"] if embeddings else "none",
         "Training table": f"sha256 {manifest['metadata_sha256']}",
         "Versions": _pairs(manifest["versions"]),
     }
     return "Provenance", (page.facts(items),)
+
+
+def _parts(scorer: Scorer) -> dict[str, str]:
+    """Return the facts that ensembles and blends do not share."""
+    manifest = scorer.manifest
+    if isinstance(scorer, Blend):
+        return {"Members": _pairs(manifest["members"]), "Weights": _pairs(manifest["weights"])}
+    networks = [*manifest["embeddings"], *(f"{name} (frozen)" for name in manifest["frozen"])]
+    return {
+        "Features": f"{manifest['features']}: {', '.join(scorer.state.names[:3])} …",
+        "Settings": _pairs(manifest["settings"]),
+        "Networks": ", ".join(networks) or "none",
+    }
 
 
 def _lesions(per_patient: Mapping[str, Any]) -> str:

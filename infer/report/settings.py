@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field
 
 from isic.layout import OUTPUT_DIR
-from isic.runtime.config import Settings
+from isic.runtime.config import Settings, Several
 
 
 class ReportSettings(Settings):
@@ -18,6 +18,6 @@ class ReportSettings(Settings):
     data: Path = Field(
         Path("data/isic-2024"), description="dataset folder that the ensemble was fitted on"
     )
-    embeddings: Path | None = Field(
-        None, description="outputs/embeddings/<config>, for the map of embeddings"
+    embeddings: Several[Path] = Field(
+        (), description="outputs/embeddings/<config> of each network to draw a map of"
     )

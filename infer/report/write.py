@@ -1,8 +1,10 @@
 """`python -m infer report`: an ensemble's scores and worst errors as one HTML file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from infer.ensemble.artifact import REPORT_FILE, open_ensemble
+from infer.ensemble.artifact import REPORT_FILE
+from infer.ensemble.blend_artifact import open_scorer
 from infer.report.scored import read_scored
 from infer.report.sections import header, sections
 from infer.report.settings import ReportSettings
@@ -18,17 +20,17 @@ def report(settings: ReportSettings) -> None:
     print(f"report: {write_report(settings.ensemble, settings.data, settings.embeddings)}")
 
 
-def write_report(ensemble: Path, data: Path, embeddings: Path | None = None) -> Path:
+def write_report(ensemble: Path, data: Path, embeddings: Sequence[Path] = ()) -> Path:
     """Write `report.html` into an ensemble's folder and return its path.
 
     Args:
         data: the dataset that it was fitted on; its images, if any, are shown.
-        embeddings: the embedding run that it was fitted with, for the map.
+        embeddings: embedding runs that it was fitted with, for the maps.
 
     Raises:
-        UserError: no ensemble, other data, or embeddings of another fold plan.
+        UserError: no ensemble, other data, or embeddings of another network or fold plan.
     """
-    scored = read_scored(open_ensemble(ensemble), data)
+    scored = read_scored(open_scorer(ensemble), data)
     parts = sections(scored, embeddings)
     body = (page.section(name, title, *content) for name, (title, content) in parts.items())
     name = scored.ensemble.root.name

@@ -4,7 +4,7 @@ Relative features compare a lesion with the same patient's lesions in the same t
 depends on a label, on another patient or on the row order; `encoding` learns from training rows.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import polars as pl
@@ -14,9 +14,6 @@ from isic.features import outlier
 from isic.features.encoding import Encoding, fit_encoding, unseen_categories
 from isic.features.formulas import (
     CATEGORIES,
-    OURS,
-    OWN,
-    OWN_FORMULAS,
     ROW_FEATURES,
     Feature,
 )
@@ -37,9 +34,9 @@ __all__ = [
     "Feature",
     "compute",
     "expand",
-    "feature_sets",
-    "feature_table",
+    "finite",
     "fit_encoding",
+    "in_canonical_order",
     "needed_columns",
     "relative_to_patient",
     "unseen_categories",
@@ -48,34 +45,13 @@ __all__ = [
 _LOF = Feature(outlier.NAME, pl.col(outlier.NAME), "patient_lof", outlier.SOURCE)
 
 
-def feature_table(own_formulas: Mapping[str, pl.Expr]) -> dict[str, Feature]:
-    """Return every feature by name, in the column order of a feature table, own formulas last.
-
-    Raises:
-        ValueError: an own formula has an unusable name or reads more than raw features.
-    """
-    built_in = (*ROW_FEATURES, *RELATIVE_FEATURES, _LOF, *EXTENDED_FEATURES)
-    features = {f.name: f for f in built_in}
-    taken = {*features, *feature_sets(features), *schema.DTYPES}
-    readable = {*schema.NUMERIC, *schema.CATEGORICAL}
-    for name, expr in own_formulas.items():
-        if name in taken or not name.isidentifier():
-            raise ValueError(
-                f'OWN_FORMULAS: the name "{name}" is taken or not an identifier; rename it'
-            )
-        unreadable = sorted(set(expr.meta.root_names()) - readable)
-        if unreadable:
-            raise ValueError(
-                f"OWN_FORMULAS: {name} reads {', '.join(unreadable)}; "
-                "use the columns in schema.NUMERIC and schema.CATEGORICAL only"
-            )
-        features[name] = Feature(name, expr, OWN, OURS)
-    return features
+FEATURES = {f.name: f for f in (*ROW_FEATURES, *RELATIVE_FEATURES, _LOF, *EXTENDED_FEATURES)}
+"""Every tabular feature by name, in the column order of a feature table."""
 
 
-def feature_sets(features: Mapping[str, Feature]) -> dict[str, tuple[str, ...]]:
-    """Return feature names by set and by group; own formulas are in none of them."""
-    shared = [f for f in features.values() if f.group != OWN]
+def _sets() -> dict[str, tuple[str, ...]]:
+    """Return feature names by set and by group."""
+    shared = FEATURES.values()
     extended = {f.name for f in EXTENDED_FEATURES}
     sets = {
         "raw": tuple(f.name for f in shared if f.source == "raw"),
@@ -87,10 +63,7 @@ def feature_sets(features: Mapping[str, Feature]) -> dict[str, tuple[str, ...]]:
     return sets
 
 
-FEATURES = feature_table(OWN_FORMULAS)
-"""Every tabular feature by name, in the column order of a feature table."""
-
-SETS = feature_sets(FEATURES)
+SETS = _sets()
 """Feature names by the word that requests them: three sets, and each group."""
 
 
@@ -158,7 +131,7 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
     names = tuple(names)
     columns = needed_columns(names)
     require(metadata, columns, "the metadata")
-    rows = _in_canonical_order(metadata, columns).with_columns(
+    rows = in_canonical_order(metadata, columns).with_columns(
         f.expr.alias(f.name) for f in _needed_formulas(names)
     )
     present = [name for name in names if name in rows.columns]
@@ -170,11 +143,12 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
     if outlier.NAME in names:
         table = table.with_columns(_lof(rows))
     del rows
-    table = table.select("_row", schema.ID, *(_finite(name) for name in names))
+    table = table.select("_row", schema.ID, *(_typed(name) for name in names))
     return table.sort("_row").drop("_row")
 
 
-def _in_canonical_order(metadata: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:
+def in_canonical_order(metadata: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:
+    """Return `_row`, `isic_id`, PATIENT_CODE and the columns, sorted by patient and id."""
     # Sorted, so that floating-point sums do not depend on the file's order.
     patient = with_patient(metadata)[schema.PATIENT].alias(PATIENT_CODE)
     keyed = (
@@ -205,9 +179,12 @@ def _lof(table: pl.DataFrame) -> pl.Series:
     return pl.Series(outlier.NAME, factor)
 
 
-def _finite(name: str) -> pl.Expr:
-    if name in CATEGORIES:
-        return pl.col(name).cast(pl.String)
+def _typed(name: str) -> pl.Expr:
+    return pl.col(name).cast(pl.String) if name in CATEGORIES else finite(name)
+
+
+def finite(name: str) -> pl.Expr:
+    """Return a column of numbers as Float32, null if it is NaN or beyond float32."""
     # A value beyond float32 becomes infinite, and then null.
     number = pl.col(name).cast(pl.Float32)
     return pl.when(number.is_finite()).then(number).alias(name)

@@ -8,8 +8,6 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from isic.features.formulas import CATEGORIES
-
 BLANK = -1.0
 """Code of a blank category and of a category that the training rows lack."""
 
@@ -44,17 +42,24 @@ class Encoding:
         return code.fill_null(BLANK).cast(pl.Float32).alias(name)
 
     def blank_categories(
-        self, matrix: NDArray[np.float32], share: float, random: np.random.Generator
+        self,
+        matrix: NDArray[np.float32],
+        share: float,
+        random: np.random.Generator,
+        names: Collection[str] = (),
     ) -> None:
-        """Set each category column to BLANK in its own random share of the rows, in place.
+        """Set category columns to BLANK, each in its own random share of the rows, in place.
 
         Args:
             matrix: [N, D] float32 from `transform`.
             share: fraction of the rows, in [0, 1).
+            names: the columns, all categories if there are none.
         """
         # Trees separate BLANK from 0 only if training rows contain it. Otherwise they would score
         # an unseen category like the most frequent one.
         for name in self.categories:
+            if names and name not in names:
+                continue
             blanked = random.random(len(matrix)) < share
             matrix[blanked, self.names.index(name)] = BLANK
 
@@ -75,12 +80,13 @@ class Encoding:
 
 def fit_encoding(features: pl.DataFrame, names: tuple[str, ...]) -> Encoding:
     """Learn the encoding of the named columns from a feature table of training rows."""
-    numeric = [name for name in names if name not in CATEGORIES]
+    is_text = {name: features.schema[name] == pl.String for name in names}
+    numeric = [name for name in names if not is_text[name]]
     medians: dict[str, float] = {}
     if numeric:
         table = features.select(pl.col(numeric).median().fill_null(0).cast(pl.Float64))
         medians = table.row(0, named=True)
-    categories = {name: _by_frequency(features[name]) for name in names if name in CATEGORIES}
+    categories = {name: _by_frequency(features[name]) for name in names if is_text[name]}
     return Encoding(names, medians, categories)
 
 

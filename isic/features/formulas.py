@@ -1,7 +1,6 @@
 """Features that read only their own row, as a table: name, expression, group, source."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -16,9 +15,7 @@ NOTEBOOKS = "public ISIC 2024 notebooks"
 SOLUTIONS = "high-placed ISIC 2024 solutions"
 OURS = "this project"
 
-OWN = "own"
-"""Group of the features from OWN_FORMULAS."""
-ROW_GROUPS = ("numeric", "category", "formula", OWN)
+ROW_GROUPS = ("numeric", "category", "formula")
 
 CATEGORY_BLANK = "blank"
 SITE = "anatom_site_general"
@@ -153,15 +150,6 @@ SOLUTION_FORMULAS = MappingProxyType(
     }
 )
 """Formulas of high-placed solutions; their shape_irregularity is border_length_ratio."""
-
-OWN_FORMULAS: Mapping[str, pl.Expr] = MappingProxyType({})
-"""Your own numeric formulas of the same row's raw features, by name, for example
-
-    "size_per_age": ratio(size, age),
-
-Each is one feature by its name: `--features engineered,size_per_age`. It is in no set and gets no
-z-score, so fitted ensembles stay valid. Features over a patient's lesions belong in `relative`.
-"""
 
 COMBINED_SITE = "combined_anatomical_site"
 CATEGORIES = (*schema.CATEGORICAL, COMBINED_SITE)

@@ -3,6 +3,9 @@
 They read row features and PATIENT_CODE; the table must be sorted by PATIENT_CODE.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import polars as pl
 
 from isic import schema
@@ -10,7 +13,6 @@ from isic.features.formulas import (
     ERR,
     LOCATION,
     NOTEBOOKS,
-    OURS,
     ROW_NUMERIC,
     SITE,
     SOLUTIONS,
@@ -49,14 +51,54 @@ def zscore(column: pl.Expr, keys: list[str]) -> pl.Expr:
     return (column - column.mean().over(keys)) / (column.std().over(keys).fill_null(0) + ERR)
 
 
+def distance(column: pl.Expr, keys: list[str]) -> pl.Expr:
+    """Return the absolute `zscore`."""
+    return zscore(column, keys).abs()
+
+
 def percentile(column: pl.Expr, keys: list[str]) -> pl.Expr:
     """Return mean rank / count among the rows with equal keys and a value, in (0, 1]."""
     return column.rank("average").over(keys) / column.count().over(keys)
 
 
+def to_largest(column: pl.Expr, keys: list[str]) -> pl.Expr:
+    """Return the ratio to the largest value among the rows with equal keys."""
+    return ratio(column, column.max().over(keys))
+
+
+def to_smallest(column: pl.Expr, keys: list[str]) -> pl.Expr:
+    """Return the ratio to the smallest value among the rows with equal keys."""
+    return ratio(column, column.min().over(keys))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to compare a number with the patient's other lesions."""
+
+    within: str
+    """The rows to compare with, of WITHIN."""
+    compare: Callable[[pl.Expr, list[str]], pl.Expr]
+
+    def of(self, name: str) -> pl.Expr:
+        """Return the expression for a column."""
+        return self.compare(pl.col(name), WITHIN[self.within])
+
+
+FORMS = {
+    "patient_z": Form("patient", zscore),
+    "patient_location_z": Form("patient_location", distance),
+    "patient_rank": Form("patient", percentile),
+    "patient_site_rank": Form("patient_site", percentile),
+    "patient_location_rank": Form("patient_location", percentile),
+    "to_patient_max": Form("patient", to_largest),
+    "to_patient_min": Form("patient", to_smallest),
+}
+"""By the ending of a relative feature's name."""
+
+
 def _zscores(within: str, source: str) -> tuple[Feature, ...]:
     return tuple(
-        Feature(f"{name}_{within}_z", zscore(pl.col(name), WITHIN[within]), f"{within}_z", source)
+        Feature(f"{name}_{within}_z", FORMS[f"{within}_z"].of(name), f"{within}_z", source)
         for name in ROW_NUMERIC
     )
 
@@ -65,7 +107,7 @@ def _ranks(names: tuple[str, ...], within: str) -> tuple[Feature, ...]:
     return tuple(
         Feature(
             f"{name}_{within}_rank",
-            percentile(pl.col(name), WITHIN[within]),
+            FORMS[f"{within}_rank"].of(name),
             f"{within}_rank",
             SOLUTIONS,
         )
@@ -74,16 +116,11 @@ def _ranks(names: tuple[str, ...], within: str) -> tuple[Feature, ...]:
 
 
 def _extremes() -> tuple[Feature, ...]:
-    keys = WITHIN["patient"]
-    group = "patient_extreme"
-    features = []
-    for name in EXTREMES:
-        column = pl.col(name)
-        to_max = ratio(column, column.max().over(keys))
-        to_min = ratio(column, column.min().over(keys))
-        features.append(Feature(f"{name}_to_patient_max", to_max, group, SOLUTIONS))
-        features.append(Feature(f"{name}_to_patient_min", to_min, group, SOLUTIONS))
-    return tuple(features)
+    return tuple(
+        Feature(f"{name}_{form}", FORMS[form].of(name), "patient_extreme", SOLUTIONS)
+        for name in EXTREMES
+        for form in ("to_patient_max", "to_patient_min")
+    )
 
 
 def _counts() -> tuple[Feature, ...]:
@@ -115,8 +152,8 @@ RELATIVE_FEATURES = (
 
 EXTENDED_FEATURES = (
     *(
-        Feature(f.name, f.expr.abs(), f.group, SOLUTIONS)
-        for f in _zscores("patient_location", OURS)
+        f
+        for f in _zscores("patient_location", SOLUTIONS)
         if f.name.startswith(("tbp_lv_", "clin_size"))
     ),
     *_ranks(RANKED, "patient_site"),

@@ -136,11 +136,7 @@ def _fire_function(command: Command) -> Callable[..., None]:
 
 def _call(command: Command, extra: tuple[str, ...], flags: Mapping[str, str]) -> int | None:
     settings_type = command.settings_type
-    positional = settings_type.positional
-    if len(extra) > len(positional):
-        unexpected = extra[len(positional)]
-        raise UserError(f'unexpected argument "{unexpected}"; options are written --key value')
-    by_position: dict[str, Any] = dict(zip(positional, extra, strict=False))
+    by_position = _by_position(settings_type, extra)
     settings = command.load(settings_type, {**by_position, **flags})
     try:
         # Imported only now: settings are checked before heavy libraries take seconds to load.
@@ -151,6 +147,17 @@ def _call(command: Command, extra: tuple[str, ...], flags: Mapping[str, str]) ->
         if problem:
             raise problem from None
         raise
+
+
+def _by_position(settings_type: type[Settings], extra: tuple[str, ...]) -> dict[str, Any]:
+    """Return the values of the arguments without a key. Raise a UserError if one has no use."""
+    if settings_type.repeated is not None:
+        return {settings_type.repeated: extra} if extra else {}
+    positional = settings_type.positional
+    if len(extra) > len(positional):
+        unexpected = extra[len(positional)]
+        raise UserError(f'unexpected argument "{unexpected}"; options are written --key value')
+    return dict(zip(positional, extra, strict=False))
 
 
 def _print_commands(commands: Mapping[str, Command]) -> None:
@@ -175,7 +182,7 @@ def _print_help(command: Command) -> None:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    if field.default is None or field.default == "":
+    if field.default in (None, "", ()):
         return "-"
     if isinstance(field.default, tuple):
         return ",".join(map(str, field.default))

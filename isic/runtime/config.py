@@ -22,6 +22,8 @@ class Settings(BaseModel):
 
     positional: ClassVar[tuple[str, ...]] = ()
     """Keys whose values may also be given by position."""
+    repeated: ClassVar[str | None] = None
+    """Key of several values that all arguments without a key are the values of."""
 
     @classmethod
     def help_notes(cls) -> Mapping[str, str]:
@@ -52,6 +54,8 @@ class Settings(BaseModel):
 
 
 def _split(value: Any) -> Any:
+    if isinstance(value, Path):
+        return (value,)
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 

@@ -21,7 +21,7 @@ from isic.runtime.config import describe_configs
 from isic.runtime.errors import did_you_mean
 
 PACKAGES = {
-    "isic": "check a dataset, or write a synthetic one",
+    "isic": "check or import a dataset, or write a synthetic one",
     "train": "train the folds of a model config",
     "export": "export trained folds to ONNX and other engines",
     "infer": "embed images, fit ensembles, predict, compare, report",

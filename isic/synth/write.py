@@ -1,4 +1,4 @@
-"""Files of the synthetic dataset: equal content gives equal bytes."""
+"""Files of datasets that this toolkit writes: equal content gives equal bytes."""
 
 import errno
 import os
@@ -16,21 +16,25 @@ HEADER_BYTES = 400
 """Approximate overhead per image in the file."""
 
 
-def write_images(path: Path, images: Iterable[tuple[str, bytes]]) -> None:
+def write_images(
+    path: Path, images: Iterable[tuple[str, bytes]], num_bytes: int | None = None
+) -> None:
     """Write one scalar HDF5 dataset per id, of fixed-length bytes, as the challenge does.
 
     Args:
         images: id and file content, ids ascending.
+        num_bytes: the size of all files; without it they are all held in memory.
 
     Raises:
         UserError: the disk is too small for them.
     """
-    # All at once, because their size must be known before the file is opened.
-    images = list(images)
-    needed = sum(len(data) + HEADER_BYTES for _, data in images)
+    # Their size must be known before the file is opened.
+    if num_bytes is None:
+        images = list(images)
+        num_bytes = sum(len(data) + HEADER_BYTES for _, data in images)
     with atomic_path(path) as temporary:
         # HDF5 segfaults on a full disk (h5py#914); the check can go once it raises an OSError.
-        if shutil.disk_usage(path.parent).free < needed:
+        if shutil.disk_usage(path.parent).free < num_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with h5py.File(temporary, "w") as file:
             _write_all(file, images)

@@ -28,6 +28,17 @@ def test_every_set_and_library_has_a_row_and_a_paired_difference(data: Path, cli
     assert (certain | (changed["verdict"] == "noise")).all()
 
 
+def test_several_fold_plans_pair_their_folds(data: Path, cli: Cli) -> None:
+    places = ("--data", data, "--results", data / "r")
+    flags = split_flags("--label synthetic --seeds 2 --num_rounds 3 --draws 100 --splits 3")
+    ended = cli("benchmarks", "ablation", *places, *flags, "--features", "raw,numeric",
+                "--libraries", "lightgbm")  # fmt: skip
+    assert ended.code == 0, ended.err
+    rows = pl.read_csv(data / "r" / "ablation.csv")
+    assert rows["better_in"][1].endswith("of 15")
+    assert rows["low"][1] is not None
+
+
 def test_every_default_set_is_known() -> None:
     for words in (*TABULAR_SETS, *IMAGE_SETS):
         assert FeatureSpec.parse(words.replace("+", ",")).words

@@ -59,6 +59,30 @@ def test_a_wrong_engine_has_its_reason(
     assert ("cosine" in row) == (change != "NaN"), "measured all the same"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["onnx", "aoti"])
+def test_optional_outputs_are_compared_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "all.yaml"
+    config.write_text(
+        "model: test_efficientnet\nimage_size: 32\nmask_weight: 1\naux: {a: x, b: y}\n"
+    )
+    compared = []
+    compare = checks.compare
+
+    def noted(*arguments: Any) -> dict[str, float]:
+        compared.append(compare(*arguments))
+        return compared[-1]
+
+    monkeypatch.setattr(checks, "compare", noted)
+    row = run_check(config, tmp_path, name)
+    assert "reason" not in row, row
+    for figure in compared:
+        assert figure["max_aux_error"] < 1e-3
+        assert figure["max_mask_error"] < 1e-3
+
+
 def test_an_engine_that_does_not_build_has_its_reason(tiny: Path, tmp_path: Path) -> None:
     assert run_check(tiny, tmp_path, "onnx", "fp8")["reason"]
 

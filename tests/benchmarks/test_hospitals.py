@@ -10,10 +10,12 @@ from tests.support.commands import Cli
 def test_hospitals_are_held_out_whole(data: Path, cli: Cli) -> None:
     flags = ["--data", data, "--label", "synthetic", "--features", "raw", "--results", data / "r"]
     flags += ["--seeds", 2, "--draws", 100, "--split_seeds", "7", "--blank_shares", "0.2"]
+    flags += ["--hospital_shares", "0.5"]
     ended = cli("benchmarks", "hospitals", *flags)
     assert ended.code == 0, ended.err
     rows = pl.read_csv(data / "r" / "hospitals.csv", infer_schema=False)
     treatments = ["as they are", "without the hospital", "blanked in 0.2"]
+    treatments += ["hospital blanked in 0.5"]
     assert rows["treatment"].unique(maintain_order=True).to_list() == treatments
     counts = (
         pl.read_csv(data / "train-metadata.csv").group_by("attribution").agg(pl.col("target").sum())

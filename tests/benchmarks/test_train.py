@@ -63,6 +63,15 @@ def test_a_network_with_masks_has_no_bare_counterpart(
     assert "give --mask_weight 0" in ended.err
 
 
+def test_a_network_with_auxiliary_targets_has_no_bare_counterpart(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags = ("--data", small_dataset, "--results", tmp_path, "--aux", "mal: target")
+    ended = cli("benchmarks", "train", *TINY, *flags)
+    assert ended.code == 2
+    assert 'give --aux ""' in ended.err
+
+
 def test_only_batches_after_the_warm_up_count() -> None:
     batches = iter([batch(2), batch(3), batch(4), batch(5)])
     timed = TimedBatches(batches, warmup=1, timed=2, device=CPU)

@@ -9,10 +9,18 @@ import torch
 
 from export.formats import TOLERANCES
 from export.network import artifact_network, stack_views, turn_back
-from export.parity import check_parity, run_averaged, run_model
+from export.parity import Reference, check_parity, run_averaged, run_model
 from isic.preprocess import write_views
 from isic.views import VIEWS
-from tests.support.networks import POINTWISE, SIZES, build_engine, network, reference_over, spec_of
+from tests.support.networks import (
+    POINTWISE,
+    SIZES,
+    build_engine,
+    network,
+    reference_over,
+    spec_of,
+    with_all_outputs,
+)
 from train.config import TrainSettings
 from train.model import Classifier, create_model
 
@@ -50,9 +58,10 @@ def test_maps_of_the_views_are_turned_back(tta: str) -> None:
 
 
 @pytest.mark.parametrize("tta", MANY_VIEWS)
-@pytest.mark.parametrize("name", [*SIZES, "masks"])
+@pytest.mark.parametrize("name", [*SIZES, "masks", "all"])
 def test_outputs_are_the_means_over_the_views(name: str, tta: str) -> None:
-    model = masked() if name == "masks" else network(name)[0]
+    others = {"masks": masked, "all": with_all_outputs}
+    model = others[name]() if name in others else network(name)[0]
     images = noise(3, model.spec.size)
     with torch.inference_mode():
         outputs = artifact_network(model, "fp32", tta)(torch.from_numpy(images))
@@ -79,9 +88,10 @@ def test_the_mean_of_masks_is_of_masks_that_are_turned_back() -> None:
 @pytest.mark.parametrize("tta", VIEWS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_features_have_the_type_that_they_are_stored_in(precision: str, tta: str) -> None:
-    artifact = artifact_network(masked(), precision, tta)
+    artifact = artifact_network(with_all_outputs(), precision, tta)
     with torch.inference_mode():
-        features, *others = artifact(torch.from_numpy(noise(2, 32)))
+        features, *others = artifact(torch.from_numpy(noise(2, 64)))
+    assert len(others) == 3
     assert features.dtype == (torch.float32 if precision == "fp32" else torch.float16)
     assert {other.dtype for other in others} == {torch.float32}
 
@@ -107,6 +117,31 @@ def test_an_artifact_with_views_is_the_mean_of_the_plain_one(tmp_path: Path) -> 
         for value in (*graph.graph.input, *graph.graph.output)
     }
     assert len(batches) == 1 and "" not in batches, "the batch stays open"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("format_name", "precision", "tta"),
+    [
+        ("onnx", "fp32", "none"),
+        ("onnx", "fp16", "flips"),
+        ("onnx", "int8", "none"),
+        ("aoti", "fp32", "none"),
+        ("aoti", "bf16", "flips"),
+    ],
+)
+def test_all_outputs_pass_the_parity_check(
+    format_name: str, precision: str, tta: str, tmp_path: Path
+) -> None:
+    model = with_all_outputs()
+    reference = Reference(model, noise(12, 64), tta=tta)
+    spec = spec_of(POINTWISE, format_name, precision, tta=tta, max_batch=8, opt_batch=4)
+    engine = build_engine(model, spec, tmp_path)
+    figures = check_parity(reference, engine, TOLERANCES[precision], spec.batch_sizes)
+    assert {"max_logit_error", "max_aux_error", "max_mask_error"} <= figures["batch_2"].keys()
+    _, _, aux = engine.run(reference.images[:5])
+    assert aux.dtype == np.float32
+    assert aux.shape == (5, 2)
 
 
 @pytest.mark.slow

@@ -10,13 +10,20 @@ from numpy.typing import NDArray
 
 from export.formats import TOLERANCES
 from export.options import ExportSettings
-from export.parity import ParityError, Reference, check_parity, compare
+from export.parity import (
+    ParityError,
+    Reference,
+    check_figure,
+    check_parity,
+    compare,
+    run_model,
+)
 from export.run import load_source
 from infer.engines import load
 from isic.layout import BEST_CHECKPOINT
 from isic.preprocess import Pixels
 from isic.runtime.files import sha256
-from tests.support.networks import network
+from tests.support.networks import network, with_all_outputs
 
 
 class Wrong:
@@ -81,6 +88,43 @@ def test_cosine_is_the_worst_images() -> None:
     turned[2] = [0, 1, 1]
     logits = np.zeros((3, 1), np.float32)
     assert compare((features, logits), (turned, logits))["cosine"] == pytest.approx(np.sqrt(0.5))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda aux: (aux + np.array([0, 0.01], np.float32),), "an auxiliary logit is off by 0.01"),
+        (lambda aux: (aux[:, ::-1],), "an auxiliary logit is off by"),
+        (lambda aux: (aux[:, :1],), r"aux are float32 \[4, 1\], not float32 \[4, 2\]"),
+        (lambda aux: (aux.astype(np.float16),), "aux are float16"),
+        (lambda aux: (np.full_like(aux, np.nan),), "aux hold values that are not finite"),
+        (lambda aux: (), "there are 3 outputs, not features, logits, aux, mask"),
+    ],
+)
+def test_wrong_auxiliary_logits_are_found(change: Any, words: str) -> None:
+    model = with_all_outputs()
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    features, logits, aux, mask = run_model(model, images)
+    expected = (features, logits, aux, mask)
+    figure = compare(expected, (features, logits, aux + 1e-4, mask), model.output_names)
+    assert figure["max_aux_error"] == pytest.approx(1e-4, rel=0.01)
+    assert figure["max_logit_error"] == figure["max_mask_error"] == 0
+    with pytest.raises(ParityError, match=words):
+        actual = (features, logits, *change(aux), mask)
+        check_figure(compare(expected, actual, model.output_names), TOLERANCES["fp32"], "here")
+
+
+def test_errors_of_auxiliary_logits_are_in_deviations_of_their_target() -> None:
+    """A target with wide logits does not hide an error of another one."""
+    features = np.ones((4, 3), np.float32)
+    logits = np.zeros((4, 1), np.float32)
+    aux = np.array([[0, -200], [0, 200], [0, -200], [0, 200]], np.float32)
+    figure = compare(
+        (features, logits, aux),
+        (features, logits, aux + np.array([0.1, 2], np.float32)),
+        ("features", "logits", "aux"),
+    )
+    assert figure["max_aux_error"] == pytest.approx(0.1)
 
 
 class Fixed:

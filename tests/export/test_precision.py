@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from torch import nn
 
 from export.formats import TOLERANCES
@@ -12,7 +13,14 @@ from export.network import artifact_network
 from export.onnx_graph import ATTENTION_OPSET, trace
 from export.parity import ParityError, Reference, check_parity, run_model
 from export.precision import cast_model, head_as_sum
-from tests.support.networks import POINTWISE, SIZES, build_engine, network, spec_of
+from tests.support.networks import (
+    POINTWISE,
+    SIZES,
+    build_engine,
+    network,
+    spec_of,
+    with_all_outputs,
+)
 
 
 def test_wide_1x1_convolutions_are_quantized(tmp_path: Path) -> None:
@@ -74,3 +82,17 @@ def test_the_head_as_a_sum_gives_the_logits_of_the_product() -> None:
     np.testing.assert_array_equal(features, reference.outputs[0])
     np.testing.assert_allclose(logits, reference.outputs[1], atol=1e-5)
     assert type(model.head[-1]) is nn.Linear, "the model itself is unchanged"
+
+
+def test_all_linear_heads_become_sums() -> None:
+    model = with_all_outputs()
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    for found, wanted in zip(
+        run_model(head_as_sum(model), images), run_model(model, images), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    for precision in ("fp16", "bf16"):
+        cast = cast_model(model, precision)
+        kinds = {weight.dtype for head in cast.linear_heads for weight in head.parameters()}
+        assert kinds == {torch.float32}
+        assert cast.backbone.conv_stem.weight.dtype != torch.float32

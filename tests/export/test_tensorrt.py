@@ -35,6 +35,7 @@ from infer.engines.tensorrt import import_runtime, unavailable_reason
 from infer.engines.tensorrt_plan import logger
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError
+from tests.support.networks import with_all_outputs
 from train.config import TrainSettings
 from train.model import Classifier, create_model
 from train.timm_models import backbone_options
@@ -153,6 +154,16 @@ def test_a_mask_is_an_output_too(tiny: Path, tmp_path: Path) -> None:
         "dtype": "float32",
         "shape": [-1, 16, 16],
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tta", ["none", "flips"])
+def test_auxiliary_logits_are_an_output_too(tta: str, tmp_path: Path) -> None:
+    source = write_graph(with_all_outputs(), 64, "fp16", tmp_path / "model.onnx", tta=tta)
+    facts = built(source, tmp_path / "model.plan")
+    assert facts.tensors["aux"] == {"dtype": "float32", "shape": [-1, 2]}
+    assert facts.tensors["mask"]["shape"] == [-1, 32, 32]
+    assert "float32" not in facts.layers.get("matrix_multiply", {}), "the heads are sums"
 
 
 @pytest.mark.slow

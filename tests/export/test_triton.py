@@ -109,6 +109,9 @@ def test_the_mean_takes_any_number_of_folds_and_images() -> None:
     np.testing.assert_allclose(mean, logits.mean(axis=0), atol=1e-6)
 
 
+AUX = {"mel": "iddx_full ~ Melanoma", "seen": "lesion_id"}
+
+
 def plan_manifest(
     exported: Path, fold: int, path: Path, features: str = "float32", **changes: Any
 ) -> Path:
@@ -119,10 +122,11 @@ def plan_manifest(
         "images": {"dtype": "uint8", "shape": [-1, 32, 32, 3]},
         "features": {"dtype": features, "shape": [-1, 64]},
         "logits": {"dtype": "float32", "shape": [-1, 1]},
+        "aux": {"dtype": "float32", "shape": [-1, 2]},
         "mask": {"dtype": "float32", "shape": [-1, 16, 16]},
     }
     plan = {"profile": {"min": 1, "opt": 16, "max": 32}, "tensors": tensors}
-    fields = {**manifest, "format": "tensorrt", "plan": plan, **changes}
+    fields = {**manifest, "format": "tensorrt", "plan": plan, "aux": AUX, **changes}
     write_manifest(
         path, **{key: fields[key] for key in fields if key not in {"artifact", "sha256"}}
     )
@@ -141,6 +145,8 @@ def test_plans_are_served_within_their_profile_and_masks_side_by_side(
     assert (tmp_path / "models" / "tiny_fold_0" / "1" / "model.plan").read_bytes() == b"plan"
     outputs = tensors(parsed(tmp_path / "models", "tiny").output)
     assert outputs["mask_1"] == ("TYPE_FP32", [16, 16])
+    assert outputs["aux_0"] == outputs["aux_1"] == ("TYPE_FP32", [2])
+    assert json.loads(config.parameters["aux"].string_value) == AUX
     assert parsed(tmp_path / "models", "tiny").max_batch_size == 32
 
 

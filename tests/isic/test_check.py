@@ -277,9 +277,9 @@ def test_entries_and_files_that_are_not_read_are_listed(small_dataset: Path, cli
     (small_dataset / "train-image.hdf5").unlink()
     write_hdf5(small_dataset / "train-image.hdf5", dict.fromkeys(small_table()["isic_id"], jpeg()))
     folder = to_folder(small_dataset, ".Png")
-    (folder / "ISIC_0000003.Png").rename(folder / "ISIC_0000003.tif")
+    (folder / "ISIC_0000003.Png").rename(folder / "ISIC_0000003.gif")
     ended = cli("isic", "check", "--data", small_dataset)
-    assert facts(ended.out, "train")["other files"] == "1: 1 .tif"
+    assert facts(ended.out, "train")["other files"] == "1: 1 .gif"
     assert ended.code == 2
     assert "1 train rows have no image" in ended.err
 

@@ -121,3 +121,20 @@ def test_real_plans(real_data: Path) -> None:
         fold = draw_folds(table, 5, 42).of(table)
         positives = table.with_columns(fold).group_by("fold").agg(pl.col("target").sum())["target"]
         assert positives.max() - positives.min() <= 2
+
+
+def test_a_split_that_leaves_a_fold_with_one_class_is_refused() -> None:
+    """Each class has patients enough, but the splitter balances rows and not patients."""
+    table = pl.DataFrame(
+        {
+            "isic_id": [f"ISIC_{row}" for row in range(8)],
+            "patient_id": ["a", "b", "b", "c", "c", "d", "e", "e"],
+            "target": [0, 0, 1, 1, 0, 1, 1, 1],
+        }
+    )
+    with pytest.raises(UserError, match="seed 42 leaves fold 1 of 3 without a positive row; use"):
+        draw_folds(table, 3, 42)
+    swapped = table.with_columns(target=1 - pl.col("target"))
+    with pytest.raises(UserError, match="leaves fold 1 of 3 without a negative row"):
+        draw_folds(swapped, 3, 42)
+    assert draw_folds(table, 2, 42).num_folds == 2

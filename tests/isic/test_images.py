@@ -42,11 +42,11 @@ def test_a_folder_of_jpegs_reads_alike(tmp_path: Path, hdf5: Path) -> None:
 
 
 def test_a_suffix_may_be_in_any_case_and_the_content_decides(tmp_path: Path) -> None:
-    write_files(tmp_path, "A.jpg", "B.JPG", "deep/er/C.Jpeg", "D.png", "E.v2.PNG", "F.tif", "G.txt")
+    write_files(tmp_path, "A.jpg", "B.JPG", "deep/er/C.Jpeg", "D.png", "E.v2.PNG", "F.gif", "G.txt")
     store = FolderImages(tmp_path)
     assert store.ids.tolist() == ["A", "B", "C", "D", "E.v2"]
     assert store.decode(store.ids.tolist(), SPEC, np.empty((5, 32, 32, 3), np.uint8)) == {}
-    assert store.other_files == {".tif": 1, ".txt": 1}
+    assert store.other_files == {".gif": 1, ".txt": 1}
 
 
 @pytest.mark.parametrize("second", ["A.png", "A.JPG", "128px/A.jpg", "b/A.jpeg"])
@@ -107,11 +107,11 @@ def test_a_folder_without_permission_is_refused(shared_folder: Path) -> None:
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    write_files(tmp_path, "A.tif", "B.tif", "notes.txt")
-    with pytest.raises(UserError, match=r"holds no images .*it has other files: 2 \.tif, 1 \.txt"):
+    write_files(tmp_path, "A.gif", "B.gif", "notes.txt")
+    with pytest.raises(UserError, match=r"holds no images .*it has other files: 2 \.gif, 1 \.txt"):
         FolderImages(tmp_path)
-    with pytest.raises(UserError, match=r"A\.tif cannot be read: Not a directory"):
-        FolderImages(tmp_path / "A.tif")
+    with pytest.raises(UserError, match=r"A\.gif cannot be read: Not a directory"):
+        FolderImages(tmp_path / "A.gif")
 
 
 def test_a_name_that_is_not_utf8_is_no_ones_image(tmp_path: Path) -> None:

@@ -538,18 +538,22 @@ class FakeContext:
 
 SHAPES = {"images": (4, 4, 3), "features": (5,), "logits": (1,), "mask": (2, 2)}
 """Input and outputs of the fake network, without the batch."""
+AUX_SHAPE = (3,)
+"""That of its auxiliary logits, if it has them."""
 
 
 def fake_network(
-    images: np.ndarray[Any, Any], fold: int = 0, dtype: str = "float32"
+    images: np.ndarray[Any, Any], fold: int = 0, dtype: str = "float32", aux: bool = False
 ) -> dict[str, np.ndarray[Any, Any]]:
     """The network of the fake plan: its outputs differ for any two images and any two folds.
 
-    `dtype` is the type of the features, in which they are exact.
+    `dtype` is the type of the features, in which they are exact; `aux` adds auxiliary logits.
     """
     values = images.astype(np.float32)
     weights = np.arange(1, 49, dtype=np.float32).reshape(4, 4, 3)
+    more = {"aux": values.reshape(len(images), 48)[:, -3:] - fold} if aux else {}
     return {
+        **more,
         "features": (values.reshape(len(images), 48)[:, :5] + fold).astype(dtype),
         "logits": (values * weights).sum(axis=(1, 2, 3))[:, None] + fold,
         "mask": values[:, ::2, ::2, 0] + fold,

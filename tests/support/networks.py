@@ -35,6 +35,21 @@ def network(name: str) -> tuple[Classifier, Reference]:
     return model, Reference(model, images)
 
 
+@cache
+def with_all_outputs() -> Classifier:
+    """Return the network POINTWISE with two auxiliary targets and masks."""
+    settings = TrainSettings.model_validate(
+        {
+            "model": POINTWISE,
+            "pretrained": False,
+            "image_size": SIZES[POINTWISE],
+            "aux": "a: x; b: y",
+            "mask_weight": 1.0,
+        }
+    )
+    return create_model(settings).eval()
+
+
 def reference_over(name: str, tta: str) -> Reference:
     """Return the reference of a network over views, of fewer images than `network` has."""
     model, plain = network(name)
@@ -57,6 +72,7 @@ def build_engine(model: Classifier, spec: ArtifactSpec, folder: Path) -> Engine:
     size = SIZES[spec.config]
     settings = TrainSettings(model=spec.config, pretrained=False, image_size=size)
     path = folder / file_name(spec)
-    inputs = BuildInputs(model, preprocess_spec(settings), cache_dir=folder)
-    facts = build_artifact(spec, inputs, path)
-    return create(path, {**spec.facts, "preprocess": {"size": size}, **facts}, "cpu")
+    aux = {f"target_{number}": "column" for number in range(model.num_aux)}
+    inputs = BuildInputs(model, preprocess_spec(settings), cache_dir=folder, aux=tuple(aux))
+    facts = {**spec.facts, **build_artifact(spec, inputs, path), **({"aux": aux} if aux else {})}
+    return create(path, {**facts, "preprocess": {"size": size}}, "cpu")

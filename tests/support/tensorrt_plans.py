@@ -10,7 +10,7 @@ import numpy as np
 from infer.engines.contract import Tensor
 from infer.engines.tensorrt_engine import TensorRTEngine
 from infer.engines.tensorrt_plan import Plan, PlanSettings, Profile
-from tests.support.fake_cuda import FAKE_TRT, SHAPES, FakeCuda, FakeEngine, fake_network
+from tests.support.fake_cuda import AUX_SHAPE, FAKE_TRT, SHAPES, FakeCuda, FakeEngine, fake_network
 
 PROFILE = Profile(min=2, opt=8, max=16)
 
@@ -23,12 +23,15 @@ class FakePlan:
     profile: Profile = PROFILE
     dtype: str = "float32"
     """Of the features."""
+    aux: bool = False
+    """Whether it has auxiliary logits."""
 
     def tensors(self) -> dict[str, Tensor]:
         dtypes = {"images": "uint8", "features": self.dtype}
+        shapes = {**SHAPES, "aux": AUX_SHAPE} if self.aux else SHAPES
         return {
             name: Tensor(dtypes.get(name, "float32"), (None, *shape))
-            for name, shape in SHAPES.items()
+            for name, shape in shapes.items()
         }
 
     def load(self, fake: FakeEngine) -> Plan:
@@ -40,7 +43,7 @@ def fake_engines(cuda: FakeCuda, plans: Mapping[int, FakePlan]) -> dict[int, Fak
     """TensorRT's engine of each fold's plan; its scratch memory differs by fold."""
     fakes = {}
     for fold, plan in plans.items():
-        network = partial(fake_network, fold=fold, dtype=plan.dtype)
+        network = partial(fake_network, fold=fold, dtype=plan.dtype, aux=plan.aux)
         fakes[fold] = FakeEngine(cuda, network, plan.profile.max)
         fakes[fold].device_memory_size_v2 = 1000 + 100 * fold
     return fakes
@@ -64,11 +67,13 @@ def pictures(number: int, seed: int = 0) -> np.ndarray[Any, Any]:
 
 
 def assert_outputs(
-    outputs: Mapping[int, tuple[Any, Any]], images: np.ndarray[Any, Any], dtype: str = "float32"
+    outputs: Mapping[int, tuple[Any, ...]], images: np.ndarray[Any, Any], dtype: str = "float32"
 ) -> None:
     """Compare the outputs of each fold with those of its network."""
-    for fold, (features, logits) in outputs.items():
-        expected = fake_network(images, fold, dtype)
+    for fold, (features, logits, *aux) in outputs.items():
+        expected = fake_network(images, fold, dtype, aux=bool(aux))
+        for values in aux:
+            np.testing.assert_array_equal(values, expected["aux"])
         assert features.dtype == dtype
         np.testing.assert_array_equal(features, expected["features"])
         np.testing.assert_array_equal(logits, expected["logits"])

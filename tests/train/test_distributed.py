@@ -30,7 +30,8 @@ def test_two_processes_score_as_one_does(small_dataset: Path, tmp_path: Path, cl
         "--num_folds 2 --epochs 3 --lr 1e-3 --ema_decay 0.5 --freeze_epochs 1 --warmup_epochs 0 "
         "--augmentation none"
     )
-    flags = ["--data", small_dataset, *hyperparameters.split()]
+    # The small dataset's target is also an auxiliary one here.
+    flags = ["--data", small_dataset, *hyperparameters.split(), "--aux", "mal: target"]
     alone = ["--batch_size", 16, "--output_dir", tmp_path / "one"]
     assert cli("train", *TINY, *flags, *alone).code == 0
     together = ["--batch_size", 8, "--output_dir", tmp_path / "two"]
@@ -43,7 +44,8 @@ def test_two_processes_score_as_one_does(small_dataset: Path, tmp_path: Path, cl
             for run in ("one", "two")
         )
         assert one["isic_id"].equals(two["isic_id"]), "every held-out row once"
-        assert (one["logit"] - two["logit"]).abs().max() < 1e-3  # type: ignore[operator]
+        for column in ("logit", "aux.mal"):
+            assert (one[column] - two[column]).abs().max() < 1e-3  # type: ignore[operator]
         histories = [history(tmp_path / run / "tiny" / f"fold_{fold}") for run in ("one", "two")]
         for mine, theirs in zip(*histories, strict=True):
             assert mine == pytest.approx(theirs, abs=0.02)

@@ -7,12 +7,13 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from isic.folds import read_folds
-from isic.layout import BEST_CHECKPOINT
+from isic.layout import BEST_CHECKPOINT, LAST_CHECKPOINT
 from isic.metrics import pauc
 from tests.support.commands import TINY, Cli, tiny_settings
 from tests.support.training import CPU, peak_rates
 from train.batch import Batch
 from train.checkpoint import load_checkpoint
+from train.deadline import OUT_OF_TIME
 from train.history import read_history
 from train.loop import batched, select_epoch, train_epoch
 from train.state import create_state
@@ -118,3 +119,24 @@ def test_a_run_on_other_folds_is_not_resumed(small_dataset: Path, tmp_path: Path
     ended = cli("train", *flags, "--resume")
     assert ended.code == 2
     assert "was trained on other folds" in ended.err
+
+
+def test_a_frozen_backbone_keeps_its_batch_statistics(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--fold", 0, "--epochs", 2]
+    flags += ["--model", "test_resnet", "--freeze_epochs", 1]
+    last = tmp_path / "tiny" / "fold_0" / LAST_CHECKPOINT
+
+    def statistics() -> list[torch.Tensor]:
+        state = load_checkpoint(last)["model_state_dict"]
+        return [value for key, value in state.items() if "running_" in key]
+
+    assert cli("train", *flags, "--max_hours", 1e-9).code == OUT_OF_TIME
+    frozen = statistics()
+    assert frozen
+    # Those of random weights: mean 0 and variance 1.
+    assert all(torch.equal(value, torch.full_like(value, value[0])) for value in frozen)
+    assert {value[0].item() for value in frozen} == {0.0, 1.0}
+    assert cli("train", *flags, "--resume").code == 0
+    assert all(not torch.equal(one, two) for one, two in zip(frozen, statistics(), strict=True))

@@ -5,7 +5,7 @@ import torch
 
 from tests.support.commands import TINY, Cli, tiny_settings
 from train.batch import NO_MASK
-from train.losses import create_loss, dice, focal_loss, mask_loss
+from train.losses import aux_loss, create_loss, dice, focal_loss, mask_loss
 
 LOGITS = torch.linspace(-6, 4, 9)
 TARGETS = torch.tensor([0.0, 1.0, 0.0] * 3)
@@ -60,6 +60,33 @@ def test_a_run_learns_with_another_loss(
     ended = cli("train", *TINY, *run, "--batch_size", 8, *flags.split())
     assert ended.code == 0, ended.err
     assert f"loss: {flags.split()[1]}\n" in (tmp_path / "tiny/fold_0/config.yaml").read_text()
+
+
+def test_a_target_that_an_image_lacks_gives_no_gradient() -> None:
+    target = torch.tensor([[1, 0, 0.3], [torch.nan, 1, 0], [torch.nan] * 3, [0, torch.nan, 1]])
+    logits = torch.randn(4, 3, requires_grad=True)
+    loss = aux_loss(logits, target)
+    p = torch.sigmoid(logits.detach())
+    entropy = -target * p.log() - (1 - target) * (1 - p).log()
+    by_image = torch.stack([entropy[0].mean(), entropy[1, 1:].mean(), entropy[3, ::2].mean()])
+    torch.testing.assert_close(loss, by_image.sum() / 4)
+    loss.backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad != 0, ~target.isnan())
+    none = aux_loss(logits, torch.full_like(target, torch.nan))
+    assert none == 0
+    assert none.requires_grad, "averaging over processes takes a gradient of every weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_of_targets_is_in_float32_and_finite(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[-1e4, 1e4], [1e4, -1e4]], dtype=dtype, requires_grad=True)
+    loss = aux_loss(logits, torch.tensor([[1.0, 0.0], [1.0, torch.nan]]))
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
 
 
 def test_images_without_a_mask_add_nothing_to_the_loss() -> None:

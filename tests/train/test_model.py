@@ -8,7 +8,7 @@ from isic.runtime.errors import UserError
 from tests.support.commands import tiny_settings
 from tests.support.training import random_batch
 from train.config import TrainSettings, load_settings
-from train.model import MultiTask, create_model, preprocess_spec
+from train.model import Classifier, MultiTask, create_model, preprocess_spec
 
 FEATURES = {
     "convnext_tiny": 768,
@@ -71,7 +71,46 @@ def test_a_mask_comes_third_and_the_rest_stays(name: str, size: int, stride: int
     assert mask.max() <= 1
 
 
-@pytest.mark.parametrize("values", [{}, {"mask_weight": 1.0}])
+@pytest.mark.parametrize("masks", [False, True])
+def test_auxiliary_logits_come_third_and_the_rest_stays(masks: bool) -> None:
+    values = {"model": "test_efficientnet", "image_size": 64, "mask_weight": float(masks)}
+    plain, model = (
+        create_seeded(tiny_settings(**values, aux=aux)) for aux in ("", "a: x; b: y; c: z")
+    )
+    assert set(model.state_dict()) - set(plain.state_dict()) == {
+        "aux_head.1.weight",
+        "aux_head.1.bias",
+    }
+    assert set(plain.state_dict()) < set(model.state_dict())
+    names = ("features", "logits", "aux", "mask") if masks else ("features", "logits", "aux")
+    assert model.output_names == names
+    assert plain.output_names == tuple(name for name in names if name != "aux")
+    plain.load_state_dict(model.state_dict(), strict=False)
+    images = random_batch(2, 64).images
+    with torch.inference_mode():
+        outputs, others = model(images), plain(images)
+    aux = dict(zip(names, outputs, strict=True))["aux"]
+    assert aux.shape == (2, 3)
+    assert aux.dtype == torch.float32
+    for one, two in zip(outputs[:2] + outputs[3:], others, strict=True):
+        assert torch.equal(one, two)
+    assert [type(head).__name__ for head in model.heads] == (
+        ["Sequential", "Sequential", "MaskDecoder"] if masks else ["Sequential", "Sequential"]
+    )
+
+
+def create_seeded(settings: TrainSettings) -> Classifier:
+    torch.manual_seed(0)
+    return create_model(settings).eval()
+
+
+def test_the_initial_weights_of_the_other_layers_stay() -> None:
+    plain, model = (create_seeded(tiny_settings(aux=aux)) for aux in ("", "a: x"))
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("values", [{}, {"mask_weight": 1.0}, {"aux": "a: x; b: y"}])
 def test_an_exported_graph_has_no_autocast(values: dict[str, float]) -> None:
     model = create_model(tiny_settings(**values)).eval()
     program = torch.export.export(model, (random_batch(2).images,), strict=False)

@@ -5,6 +5,7 @@ import torch
 from isic.runtime.errors import UserError
 from tests.support.commands import tiny_settings
 from tests.support.training import CPU, random_batch
+from train.batch import split
 from train.predict import Predictions, predict, score
 from train.state import create_state
 from train.step import DTYPES, autocast
@@ -29,10 +30,33 @@ def test_logits_keep_float32_resolution_under_autocast(values: dict[str, object]
 
 def test_logits_that_are_not_finite_are_refused() -> None:
     held = Predictions(
-        np.arange(2), np.array([0.5, np.nan], np.float32), np.full(2, np.nan, np.float32)
+        np.arange(2),
+        np.array([0.5, np.nan], np.float32),
+        np.full(2, np.nan, np.float32),
+        np.empty((2, 0), np.float32),
     )
     with pytest.raises(UserError, match=r"not finite; lower --lr"):
         score(np.array([0, 1], np.float32), held)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_auxiliary_logits_are_float32_and_in_the_tables_order(masks: bool) -> None:
+    settings = tiny_settings(aux="a: x; b: y", bf16=True, mask_weight=float(masks))
+    state = create_state(settings, CPU, 0)
+    batch = random_batch(300, masks=masks)
+    whole = predict(state.model, [batch], CPU, "bf16")
+    assert whole.aux.shape == (300, 2)
+    assert whole.aux.dtype == np.float32
+    assert len(np.unique(whole.aux[:, 0])) > 250
+    assert np.isnan(whole.dice).any() != masks
+    parts = [
+        predict(state.model, split(batch, 3)[index : index + 1], CPU, "bf16", num_parts=2)
+        for index in (2, 0, 1)
+    ]
+    merged = Predictions.merge(parts)
+    assert np.array_equal(merged.rows, np.arange(300))
+    np.testing.assert_allclose(merged.aux, whole.aux, atol=0.02)
+    assert predict(create_state(tiny_settings(), CPU, 0).model, [batch], CPU, "fp32").aux.size == 0
 
 
 def test_a_compiled_network_predicts_batches_of_one_size() -> None:

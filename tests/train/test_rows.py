@@ -32,6 +32,12 @@ def test_one_class_only_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert "every target is 0" in ended.err
 
 
+def skipped_of(output_dir: Path, dataset: Path) -> dict[str, str]:
+    """Return the reason by id of the skipped images of a dataset."""
+    table = pl.read_parquet(output_dir / "tiny" / "errors.parquet")
+    return dict(table.filter(dataset=str(dataset)).select("isic_id", "reason").iter_rows())
+
+
 def test_bad_images_stop_the_run_or_are_skipped(
     cli: Cli, small_dataset: Path, tmp_path: Path
 ) -> None:
@@ -44,8 +50,28 @@ def test_bad_images_stop_the_run_or_are_skipped(
     assert "2 of 60 images cannot be used, the first is ISIC_0000004" in ended.err
     ended = cli("train", *flags, "--on_error", "skip")
     assert ended.code == 0
-    errors = dict(pl.read_parquet(tmp_path / "tiny" / "errors.parquet").iter_rows())
+    errors = skipped_of(tmp_path, small_dataset)
     assert errors == {"ISIC_0000004": "no image for this id", "ISIC_0000007": "truncated JPEG"}
+
+
+def test_skipped_images_of_all_datasets_are_listed(
+    cli: Cli, small_dataset: Path, tmp_path: Path
+) -> None:
+    extras = [write_extra(tmp_path / name, [0, 1] * 4) for name in ("old", "older")]
+    removed = {small_dataset: ["ISIC_0000004"], extras[0]: ["old_1"], extras[1]: ["older_0"]}
+    for folder, ids in removed.items():
+        with h5py.File(folder / "train-image.hdf5", "a") as file:
+            for name in ids:
+                del file[name]
+    flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
+    flags += ["--extra_data", ",".join(map(str, extras)), "--on_error", "skip"]
+    for _ in range(2):  # a second command lists each once too
+        ended = cli("train", *flags, "--force")
+        assert ended.code == 0, ended.err
+        for folder, ids in removed.items():
+            assert list(skipped_of(tmp_path, folder)) == ids
+            assert f"{folder}: 1 of" in ended.out
+        assert len(pl.read_parquet(tmp_path / "tiny" / "errors.parquet")) == 3
 
 
 def test_no_image_is_skipped_for_its_suffix(cli: Cli, small_dataset: Path, tmp_path: Path) -> None:
@@ -62,7 +88,7 @@ def test_no_image_is_skipped_for_its_suffix(cli: Cli, small_dataset: Path, tmp_p
     flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
     ended = cli("train", *flags, "--on_error", "skip")
     assert ended.code == 0, ended.err
-    errors = dict(pl.read_parquet(tmp_path / "tiny" / "errors.parquet").iter_rows())
+    errors = skipped_of(tmp_path, small_dataset)
     dead = "a link to /gone, which does not exist"
     assert errors == {"ISIC_0000010": dead, "ISIC_0000012": "no image for this id"}
 
@@ -99,7 +125,7 @@ def test_masks_that_may_be_wrong_are_warned_of(
         (mask_png(42, 42)[:50], "truncated PNG"),
         (
             np.ones((42, 42), bool),
-            "an array of 42 x 42 values, not the bytes of a JPEG or PNG file",
+            "an array of 42 x 42 values, not the bytes of an image file",
         ),
         (h5py.SoftLink("/gone"), "a link to /gone, which cannot be opened"),
     ],

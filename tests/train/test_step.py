@@ -10,7 +10,7 @@ from tests.support.commands import tiny_settings
 from tests.support.datasets import small_table
 from tests.support.training import CPU, peak_rates, random_batch
 from train.augmentation.device import create_device_augmentation
-from train.batch import Batch, split, to_device
+from train.batch import Batch, split, to_device, with_aux
 from train.loop import train_epoch
 from train.mixup import create_mixup
 from train.state import TrainState, create_state
@@ -27,6 +27,37 @@ def test_accumulated_batches_give_the_gradient_of_one() -> None:
         train_epoch(state, state.model, batches, peak_rates(1), settings, CPU, "")
         weights.append(torch.cat([p.detach().ravel() for p in state.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-3)
+
+
+TARGETS = torch.tensor([[1, 0], [0, torch.nan], [torch.nan, torch.nan], [1, 1.0]]).repeat(4, 1)
+"""Auxiliary targets of 16 rows, some of them absent."""
+
+
+def test_parts_and_batches_give_the_gradient_of_auxiliary_targets_of_one() -> None:
+    """Also if the parts differ in the number of targets."""
+    weights = []
+    for num_batches, limit in ((1, 16), (4, 16), (1, 5)):
+        settings = tiny_settings(accumulation_steps=num_batches, aux="a: x; b: y", aux_weight=3)
+        state = create_state(settings, CPU, 0)
+        before = state.model.aux_head[-1].weight.detach().clone()
+        forward = OutOfMemory(state.model, limit)
+        batches = split(random_batch(16), num_batches)
+        train_epoch(state, forward, batches, peak_rates(1), settings, CPU, "", TARGETS)
+        assert not torch.equal(before, state.model.aux_head[-1].weight)
+        weights.append(torch.cat([p.detach().ravel() for p in state.model.parameters()]))
+    for other in weights[1:]:
+        torch.testing.assert_close(weights[0], other, atol=2e-5, rtol=1e-3)
+
+
+def test_rows_without_targets_train_as_without_the_head() -> None:
+    weights = []
+    for aux, targets in (("", None), ("a: x; b: y", torch.full((16, 2), torch.nan))):
+        settings = tiny_settings(aux=aux, ema_decay=0.9, clip_grad=1e9)
+        state = create_state(settings, CPU, 0)
+        batches = [random_batch(16)]
+        train_epoch(state, state.model, batches, peak_rates(1), settings, CPU, "", targets)
+        weights.append(torch.cat([p.detach().ravel() for p in state.model.backbone.parameters()]))
+    assert torch.equal(*weights)
 
 
 def equal_images(row: int, value: float = 1.0) -> Batch:
@@ -111,6 +142,7 @@ def test_a_host_sync_is_noticed() -> None:
         {"bf16": True, "model": "test_efficientnet", "drop_path_rate": 0.1},
         {"bf16": True, "augment_on": "device", "augmentation": "medium", "mixup": 0.4},
         {"fp16": True, "augment_on": "device", "augmentation": "medium", "mask_weight": 1.0},
+        {"fp16": True, "aux": "a: x; b: y", "cutmix": 0.4},
     ],
 )
 def test_a_step_makes_no_host_sync(values: dict[str, object]) -> None:
@@ -120,8 +152,8 @@ def test_a_step_makes_no_host_sync(values: dict[str, object]) -> None:
     mix = create_mixup(settings.mixup, settings.cutmix)
     with HostSyncs() as syncs:
         for _ in range(2):
-            batch = random_batch(8, masks=settings.mask_weight > 0)
-            batches = [mix(augment(to_device(batch, CPU)))]
+            batch = augment(to_device(random_batch(8, masks=settings.mask_weight > 0), CPU))
+            batches = [mix(with_aux(batch, TARGETS if settings.aux else None))]
             loss = accumulate(state, state.model, batches, settings, CPU)
             optimizer_step(state, settings.clip_grad, loss)
     assert syncs.names == []

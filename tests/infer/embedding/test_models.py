@@ -74,6 +74,24 @@ def test_a_format_is_not_a_path_or_a_pattern(
     assert ended.err.count("\n") == 1
 
 
+def test_folds_with_other_auxiliary_targets_are_refused(fake_run: FakeRun, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(fake_run.model_dir, tmp_path / "null"))
+    definitions = {"mel": "iddx_full ~ Melanoma", "seen": "lesion_id"}
+
+    def write(fold: int, aux: dict[str, str]) -> None:
+        path = run / f"fold_{fold}" / "model.null.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "aux": aux}))
+
+    assert find_models(run, "null", "null").aux == {}
+    for fold in range(3):
+        write(fold, definitions)
+    assert find_models(run, "null", "null").aux == definitions
+    for other in ({}, {"mel": "iddx_full ~ Mel"}, dict(reversed(definitions.items()))):
+        write(2, other)
+        with pytest.raises(UserError, match=r"fold_0 and fold_2 in .* differ in their auxiliary"):
+            find_models(run, "null", "null")
+
+
 @pytest.mark.slow
 def test_views_inside_the_artifact_give_the_embeddings_of_views_on_the_host(
     exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli

@@ -64,6 +64,41 @@ def test_a_value_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     assert shard.is_done
 
 
+def with_aux(start: int, number: int, num_views: int = 1) -> Outputs:
+    """Return outputs with two auxiliary logits, which differ by view."""
+    views = [outputs(start + view, number) for view in range(num_views)]
+    features, logits = (np.concatenate(parts) for parts in zip(*views, strict=True))
+    return features, logits, np.concatenate([100 * logits, -logits], axis=1)
+
+
+def test_auxiliary_logits_are_columns(tmp_path: Path) -> None:
+    """They are averaged over views and cut like the logits; features may be in half precision."""
+    shard = Shard(pl.Series(IDS), {k: tmp_path / f"{k}" / "part-0.parquet" for k in (0, 1)})
+    with ShardWriter("float16", "digest", ("mel", "seen")) as writer:
+        first = {0: with_aux(0, 3, num_views=2), 1: with_aux(10, 3, num_views=2)}
+        writer.add(shard, Computed(IDS[:3], {1: "damaged"}, first))
+        writer.add(shard, Computed(IDS[3:], {}, {0: with_aux(3, 1), 1: with_aux(13, 1)}))
+        writer.finish()
+    for fold, start in ((0, 0), (1, 10)):
+        table = read_parquet(shard.paths[fold])
+        expected = [start + 0.5, start + 2.5, start + 3]
+        assert table.columns == ["isic_id", "features", "logit", "aux.mel", "aux.seen"]
+        assert table["logit"].to_list() == expected
+        assert table["aux.mel"].to_list() == [100 * value for value in expected]
+        assert table["aux.seen"].to_list() == [-value for value in expected]
+        assert table.schema["aux.seen"] == pl.Float32
+
+
+def test_an_auxiliary_logit_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    shard = Shard(pl.Series(IDS), {3: tmp_path / "part-0.parquet"})
+    results = with_aux(0, 4)
+    results[2][2, 1] = np.nan
+    with ShardWriter("float16", None, ("mel", "seen")) as writer:
+        writer.add(shard, Computed(IDS, {}, {3: results}))
+        with pytest.raises(UserError, match=r"fold 3 returns values for C .* not finite"):
+            writer.finish()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_views_are_averaged_in_float32(dtype: type) -> None:
     values = np.random.default_rng(0).normal(size=(8 * 3, 5)).astype(dtype)

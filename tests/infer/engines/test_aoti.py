@@ -67,6 +67,21 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> TorchEngine:
     return opened
 
 
+@pytest.mark.usefixtures("engine")
+def test_auxiliary_logits_leave_a_gpu_too() -> None:
+    def forward(images: Tensor) -> tuple[Tensor, ...]:
+        values = images.flatten(1).float()
+        return values[:, :3], values[:, :1], values[:, 4:6], values[:, :4].reshape(-1, 2, 2)
+
+    opened = TorchEngine({0: forward}, 4, "cuda", has_aux=True)
+    images = np.arange(9 * 12, dtype=np.uint8).reshape(9, 2, 2, 3)
+    features, logits, aux = opened.run(images)
+    flat = images.reshape(9, 12)
+    np.testing.assert_array_equal(features, flat[:, :3])
+    np.testing.assert_array_equal(logits, flat[:, :1])
+    np.testing.assert_array_equal(aux, flat[:, 4:6])
+
+
 def to_cpu(tensor: Tensor, device: str, non_blocking: bool) -> Tensor:
     """Replace `Tensor.to`, which must not block."""
     assert non_blocking

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from infer.engines.contract import IMAGES, LOGITS, MASK, OUTPUTS, Tensor, contract_violation
-from train.model import MultiTask
+from infer.engines.contract import AUX, IMAGES, LOGITS, MASK, OUTPUTS, Tensor, contract_violation
+from tests.support.networks import with_all_outputs
 
 KEPT = {
     "images": Tensor("uint8", (None, 8, 8, 3)),
@@ -15,10 +15,13 @@ KEPT = {
 }
 
 
-def test_a_graph_may_have_a_mask() -> None:
+def test_a_graph_may_have_a_mask_and_auxiliary_logits() -> None:
     assert contract_violation(KEPT) is None
     assert contract_violation(KEPT, size=8) is None
-    assert contract_violation({**KEPT, MASK: Tensor("float32", (None, 4, 4))}) is None
+    more = {MASK: Tensor("float32", (None, 4, 4)), AUX: Tensor("float32", (None, 3))}
+    assert contract_violation({**KEPT, **more}) is None
+    for name, tensor in more.items():
+        assert contract_violation({**KEPT, name: tensor}) is None
 
 
 def test_features_may_be_in_the_type_that_they_are_stored_in() -> None:
@@ -36,6 +39,8 @@ def test_features_may_be_in_the_type_that_they_are_stored_in() -> None:
         ("logits", Tensor("float16", (None, 1)), "logits float16 [N, 1], not float32 [N, 1]"),
         ("logits", Tensor("float32", (None,)), "logits float32 [N], not float32 [N, 1]"),
         ("logits", Tensor("float32", (None, 2)), "logits float32 [N, 2], not float32 [N, 1]"),
+        ("aux", Tensor("float16", (None, 2)), "aux float16 [N, 2], not float32 [N, fixed]"),
+        ("aux", Tensor("float32", (None, None)), "aux float32 [N, N], not float32 [N, fixed]"),
         ("mask", Tensor("uint8", (None, 4, 4)), "mask uint8 [N, 4, 4], not float32 [N, fixed, "),
     ],
 )
@@ -61,7 +66,7 @@ def test_missing_and_unknown_tensors_are_reported() -> None:
 
 
 def test_networks_return_the_outputs_in_the_contracts_order() -> None:
-    assert MultiTask.output_names == OUTPUTS
+    assert with_all_outputs().output_names == OUTPUTS
     assert IMAGES not in OUTPUTS
 
 

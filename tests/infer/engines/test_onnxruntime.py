@@ -97,7 +97,7 @@ def engine_width(engine: OnnxRuntimeEngine) -> int:
 def test_a_batch_bound_to_a_device_gives_the_same(engine: OnnxRuntimeEngine) -> None:
     """The way through a GPU, here with bindings to the CPU's memory."""
     images = noise(5)
-    bound = engine._run_batch((FEATURES, LOGITS), images, [0, 1])
+    bound = engine._run_batch(dict.fromkeys((0, 1), (FEATURES, LOGITS)), images)
     for fold, outputs in engine.submit(images).result().items():
         for expected, found in zip(outputs, bound[fold], strict=True):
             np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -119,7 +119,7 @@ def test_an_error_of_a_run_is_one_sentence(
     with pytest.raises(UserError, match=message):
         engine.submit(noise(2), [0]).result()
     with pytest.raises(UserError, match=message):
-        engine._run_batch((FEATURES,), noise(2), [0])
+        engine._run_batch({0: (FEATURES,)}, noise(2))
 
 
 def test_an_error_of_a_bound_run_is_one_sentence(engine: OnnxRuntimeEngine) -> None:
@@ -127,7 +127,7 @@ def test_an_error_of_a_bound_run_is_one_sentence(engine: OnnxRuntimeEngine) -> N
     with pytest.raises(
         UserError, match=r"^ONNX Runtime failed \(Error in execution: [^\n]*\); use"
     ):
-        engine._run_batch((FEATURES,), noise(2)[:, :16], [0])
+        engine._run_batch({0: (FEATURES,)}, noise(2)[:, :16])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -75,6 +75,18 @@ def test_masks_are_right(cuda: FakeCuda, cuda_graph: bool) -> None:
         np.testing.assert_array_equal(features, fake_network(images)["features"])
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_auxiliary_logits_are_right(cuda: FakeCuda, cuda_graph: bool) -> None:
+    engine, _ = fake_engine(cuda, FOLDS, cuda_graph=cuda_graph, aux=True)
+    for number in SIZES:
+        images = pictures(number, seed=number)
+        outputs = engine.submit(images).result()
+        assert {len(values) for values in outputs.values()} == {3}
+        assert_outputs(outputs, images)
+    single, _ = fake_engine(cuda, cuda_graph=cuda_graph, aux=True)
+    np.testing.assert_array_equal(single.predict_mask(images), fake_network(images)["mask"])
+
+
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::3])
 def test_results_can_be_asked_for_in_any_order(cuda: FakeCuda, order: tuple[int, ...]) -> None:
     """More batches, and more pieces, than there are slots."""

@@ -65,11 +65,19 @@ def test_a_changed_feature_list_is_refused(project: Path, tmp_path: Path) -> Non
         predict_table(project, ensemble=root)
 
 
-def test_a_manifest_of_another_version_is_refused(project: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", [{"format": 4}, {"format": None}])
+def test_a_manifest_of_another_version_is_refused(
+    project: Path, tmp_path: Path, changed: dict[str, object]
+) -> None:
     root = copy_tree(project, tmp_path, "ensemble/engineered")
-    (root / "ensemble.json").write_text("{}")
-    with pytest.raises(UserError, match="is of another version"):
+    manifest = json.loads((root / "ensemble.json").read_text())
+    write_json(root / "ensemble.json", manifest | changed)
+    with pytest.raises(UserError, match=r"is of another version .*; fit the ensemble again"):
         predict_table(project, ensemble=root)
+    chosen = {"features": "engineered", "num_rounds": 2}
+    with pytest.raises(UserError, match=r"of another version of the toolkit; choose another"):
+        fit_small(project / "data", tmp_path, **chosen)
+    fit_small(project / "data", tmp_path, **chosen, force=True)
 
 
 def test_features_of_an_earlier_version_are_refused(data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import configparser
+import json
 import sys
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.record import RECORDED_PACKAGES
+from infer.ensemble.booster_checks import check_library
 from infer.ensemble.boosters import (
     LIBRARIES,
     Library,
@@ -58,6 +60,8 @@ def missing_metadata(name: str, library: Library) -> list[str]:
         lacks.append(f"benchmarks/record.py records no version of {library.package}")
     if not library.suffix.startswith("."):
         lacks.append("the suffix does not begin with a dot")
+    if not library.fixed:
+        lacks.append("no parameter is fixed")
     if not {"num_rounds", "learning_rate", "scale_pos_weight"} <= set(library.defaults):
         lacks.append("defaults lack num_rounds, learning_rate or scale_pos_weight")
     if name not in REFUSED:
@@ -169,6 +173,96 @@ def test_a_value_that_a_library_refuses_is_a_user_error(
     flags = {"features": "raw", "libraries": library, library: setting, "num_rounds": 2}
     with pytest.raises(UserError, match=rf"^{library} does not fit \(.+\); change --{library}$"):
         fit_small(data, tmp_path, **flags)
+    assert not list(tmp_path.iterdir())
+
+
+EXTRA = {
+    "lightgbm": ("{boosting: dart}", "{min_data_in_bin: 60, boost_from_average: false}"),
+    "xgboost": (
+        "{booster: dart, rate_drop: 0.5}",
+        "{grow_policy: lossguide, num_parallel_tree: 2}",
+    ),
+    "catboost": ("{grow_policy: Lossguide, max_leaves: 5}", "{leaf_estimation_iterations: 9}"),
+}
+"""Parameters per library that are no settings here."""
+
+
+@pytest.mark.parametrize(("library", "extra"), [(k, v) for k in EXTRA for v in EXTRA[k]])
+def test_any_parameter_of_a_library_can_be_given(library: str, extra: str) -> None:
+    parameters = build(FitSettings, {library: f"{{num_rounds: 9, extra: {extra}}}"})
+    chosen = parameters.parameters(library)
+    check_library(library, chosen, NAMES)
+    row = LIBRARIES[library]
+    matrix, target = library_rows()
+    text = row.fit(matrix, target, NAMES, chosen, 0)
+    assert text != row.fit(matrix, target, NAMES, parameters_of(library, {"num_rounds": 9}), 0)
+    score = row.load(text)(matrix, 1)
+    assert score[target == 1].mean() > score[target == 0].mean() + 0.1
+    assert row.gains(text, len(NAMES)).argmax() == 0
+
+
+BAD_EXTRA = (
+    ("lightgbm", "{min_data_in_bim: 5}", 'no parameter "min_data_in_bim", did you mean "min_data'),
+    ("lightgbm", "{reg_alpha: 1}", "reg_alpha in extra is a setting of its own; write lambda_l1"),
+    ("lightgbm", "{max_depth: 1}", "max_depth in extra is a setting of its own"),
+    ("lightgbm", "{random_state: 1}", "random_state is set by this toolkit"),
+    ("lightgbm", "{boosting: sideways}", r"does not fit \(Unknown boosting type sideways\)"),
+    ("lightgbm", "3", "extra needs a mapping such as"),
+    ("xgboost", "{num_paralel_tree: 2}", 'has no parameter "num_paralel_tree"'),
+    ("xgboost", "{eta: 2}", "eta in extra is a setting of its own; write learning_rate"),
+    ("xgboost", "{nthread: 2}", "nthread is set by this toolkit"),
+    ("xgboost", "{booster: gblinear}", "does not fit"),
+    ("catboost", "{grow_polici: Lossguide}", r"Unknown option \{grow_polici\}"),
+    ("catboost", "{max_depth: 2}", "only one of the parameters depth, max_depth"),
+    ("catboost", "{bootstrap_type: Bayesian}", "bootstrap_type is set by this toolkit"),
+)
+
+
+@pytest.mark.parametrize(("library", "extra", "message"), BAD_EXTRA)
+def test_bad_extra_parameters_are_refused(
+    data: Path, tmp_path: Path, library: str, extra: str, message: str
+) -> None:
+    flags = {"features": "raw", "libraries": library, library: f"{{extra: {extra}}}"}
+    with pytest.raises(ValueError, match=message):
+        fit_small(data, tmp_path, **flags)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_toolkits_own_parameters_are_fixed(library: str) -> None:
+    row = LIBRARIES[library]
+    for name in row.fixed:
+        with pytest.raises(UserError, match="is set by this toolkit"):
+            parameters_of(library, {"extra": {name: 1}})
+    for alias, name in row.aliases.items():
+        assert name in row.defaults
+        with pytest.raises(UserError, match="is a setting of its own"):
+            parameters_of(library, {"extra": {alias: 1}})
+
+
+def test_extra_parameters_are_recorded_and_change_the_ensemble(data: Path, tmp_path: Path) -> None:
+    chosen = {"features": "numeric", "num_rounds": 3, "lightgbm": "{extra: {min_data_in_bin: 50}}"}
+    root = fit_small(data, tmp_path, **chosen)
+    manifest = json.loads((root / "ensemble.json").read_text())
+    assert manifest["parameters"]["lightgbm"]["extra"] == {"min_data_in_bin": 50}
+    fit_small(data, tmp_path, **chosen)
+    with pytest.raises(UserError, match=r"extra\.min_data_in_bin = 50, now it is None"):
+        fit_small(data, tmp_path, **{**chosen, "lightgbm": "{}"})
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_gpu_that_a_library_cannot_use_is_refused(
+    data: Path, tmp_path: Path, library: str, cli: Cli
+) -> None:
+    """Not only without a GPU: the builds that the extras install have no CUDA, but CatBoost's."""
+    flags = ("--data", data, "--features", "raw", "--out", tmp_path, "--num_folds", 3)
+    ended = cli("infer", "fit", *flags, "--libraries", library, "--device", "cuda")
+    if library == "catboost" and not ended.code:
+        pytest.skip("CatBoost has found a GPU")
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: --device cuda: {library} ")
+    assert ended.err.endswith(f"use --device cpu, or install {library} built for CUDA\n")
+    assert ended.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from scipy.stats import t as student_t
+from scipy.stats import ttest_rel
 
 from infer.ensemble.comparison import Comparison
 
@@ -37,6 +39,43 @@ def test_a_difference_takes_both_kinds_of_chance_and_one_direction(
     found = judged(fits, difference)
     assert found.verdict == verdict == found.row()["verdict"]
     assert found.tested == (len(fits[0]) > 1)
+
+
+def test_without_overlap_p_is_that_of_the_paired_t_test() -> None:
+    found = judged((BASE, BETTER), 0.005)
+    assert found.p == pytest.approx(ttest_rel(BETTER, BASE).pvalue)
+
+
+def test_the_overlap_of_folds_adds_to_the_variance() -> None:
+    """Differences 0, 1, 2 in three folds with half as many test rows as training rows.
+
+    Mean 1, variance 1, corrected variance of the mean 1 / 3 + 1 / 2.
+    """
+    fits = np.stack([np.zeros(3), [0.0, 1.0, 2.0]], axis=1)
+    draws = np.zeros((100, 2))
+    found = Comparison(fits, draws, "folds", overlap=0.5)
+    assert found.p == pytest.approx(2 * student_t.sf(1 / np.sqrt(1 / 3 + 1 / 2), 2))
+    assert found.p > Comparison(fits, draws, "folds").p
+
+
+def test_equal_differences_of_all_fits_are_certain() -> None:
+    fits = np.stack([np.zeros(4), np.ones(4)], axis=1)
+    assert Comparison(fits, np.zeros((100, 2)), "seeds").p == 0.0
+
+
+def test_equally_good_learners_seldom_differ_by_the_folds() -> None:
+    """Rows are drawn anew 400 times; all plans test the same rows, in other folds."""
+    random = np.random.default_rng(0)
+    corrected = plain = 0
+    for _ in range(400):
+        rows = random.standard_normal(200)
+        plans = [random.permutation(200).reshape(5, 40) for _ in range(3)]
+        differences = np.concatenate([rows[plan].mean(axis=1) for plan in plans])
+        fits = np.stack([np.zeros(15), differences], axis=1)
+        corrected += Comparison(fits, np.zeros((100, 2)), "folds", overlap=0.25).p < 0.05
+        plain += Comparison(fits, np.zeros((100, 2)), "folds").p < 0.05
+    assert corrected / 400 < 0.1
+    assert plain / 400 > 0.2
 
 
 def test_the_same_scores_have_no_difference_in_a_table() -> None:

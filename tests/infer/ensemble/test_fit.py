@@ -96,10 +96,10 @@ def test_the_image_score_is_an_ensemble_and_a_feature(
     assert read_blend(both)["auc"] > max(read_blend(image)["auc"], read_blend(raw)["auc"])
     assert not list(image.glob("lightgbm*"))
     manifest = json.loads((both / "ensemble.json").read_text())
-    assert manifest["embeddings"]["config"] == "tiny"
+    assert manifest["embeddings"]["tiny"]["config"] == "tiny"
     state = json.loads((both / "state.json").read_text())
-    assert state["names"][-2:] == ["image_score", "image_score_patient_diff"]
-    assert set(state["image"]) == {"0", "1", "2"}
+    assert state["names"][-2:] == ["image_score.tiny", "image_score_patient_diff.tiny"]
+    assert set(state["image"]["networks"]["tiny"]["scaler"]) == {"0", "1", "2"}
 
 
 def test_the_fold_plan_of_the_embeddings_is_used(data: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from infer.embedding.store import shard_path
-from infer.ensemble.image_scores import fit_logit_scaler, image_features
+from infer.ensemble.image_scores import fit_logit_scaler, mean_scores
 from isic.folds import draw_folds
 from isic.runtime.errors import UserError
 from tests.support.ensembles import (
@@ -29,11 +29,8 @@ def test_logits_are_standardised_per_fold() -> None:
     )
     scaler = fit_logit_scaler(logits)
     assert scaler.folds == {0: (2.0, 1.0), 1: (-10.0, 10.0)}
-    metadata = pl.DataFrame({"isic_id": ids[::-1], "patient_id": ["p", "p", "q", "q", "q", "r"]})
-    found = image_features(logits, scaler, metadata)
-    assert found["isic_id"].to_list() == ids[::-1]
-    assert found["image_score"].to_list() == [1, 0, -1, 1, 0, -1]
-    assert found["image_score_patient_diff"].to_list() == pytest.approx([0.5, -0.5, -1, 1, 0, 0])
+    metadata = pl.DataFrame({"isic_id": ids[::-1]})
+    assert mean_scores(logits, scaler, metadata).to_list() == [1, 0, -1, 1, 0, -1]
 
 
 def test_embeddings_that_lack_rows_are_refused(data: Path, tmp_path: Path) -> None:
@@ -75,7 +72,7 @@ def test_a_test_row_has_the_mean_over_the_fold_models(project: Path) -> None:
     state = json.loads((project / "ensemble" / "image_tiny" / "state.json").read_text())
     name = predict_table(project, "image_tiny")["isic_id"][0]
     standardised = []
-    for k, (mean, std) in state["image"].items():
+    for k, (mean, std) in state["image"]["networks"]["tiny"]["scaler"].items():
         shard = pl.read_parquet(shard_path(project / "embeddings" / "tiny", "test", int(k), 0))
         standardised.append((shard.filter(isic_id=name)["logit"][0] - mean) / std)
     expected = 1 / (1 + np.exp(-np.mean(standardised)))

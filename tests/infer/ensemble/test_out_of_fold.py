@@ -3,10 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pytest
 
 from infer.ensemble.out_of_fold import undersample
 from isic.folds import draw_folds, read_folds
 from isic.metrics import pauc
+from isic.runtime.errors import UserError
 from tests.support.ensembles import (
     fit_small,
     read_blend,
@@ -75,3 +77,43 @@ def test_negatives_are_sampled_if_there_are_more_than_wanted() -> None:
     few = undersample(target, rows, 0.01, (0, 0))
     assert target[few].sum() == 2
     assert len(few) == 3, "at least one negative"
+
+
+@pytest.mark.parametrize(
+    ("features", "blank", "message"),
+    [
+        ("raw", "sex,atribution", 'no category "atribution" among the features, did you mean'),
+        ("raw", "tbp_lv_A", "tbp_lv_A is a number; name categories only"),
+        ("patient_z", "sex", 'no category "sex" among the features, there are none'),
+    ],
+)
+def test_a_column_that_cannot_be_blanked_is_refused(
+    data: Path, tmp_path: Path, features: str, blank: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        fit_small(data, tmp_path, features=features, blank=blank)
+    assert not (tmp_path / features).exists()
+
+
+def test_only_the_named_categories_are_blanked(data: Path, tmp_path: Path) -> None:
+    chosen = {"features": "attribution,tbp_tile_type", "num_rounds": 30, "blank_share": 0.5}
+    roots = {
+        blank: fit_small(data, tmp_path, name=blank or "all", blank=blank or (), **chosen)
+        for blank in ("", "attribution", "attribution,tbp_tile_type", "tbp_tile_type,attribution")
+    }
+    boosters = {
+        blank: (root / "lightgbm_fold_0_seed_0.txt").read_bytes() for blank, root in roots.items()
+    }
+    assert (
+        boosters[""]
+        == boosters["attribution,tbp_tile_type"]
+        == boosters["tbp_tile_type,attribution"]
+    )
+    assert boosters[""] != boosters["attribution"]
+    recorded = json.loads((roots["attribution"] / "ensemble.json").read_text())["settings"]
+    assert recorded["blank"] == ["attribution"]
+    # LightGBM writes each column's range of values in training.
+    line = next(line for line in boosters["attribution"].decode().splitlines() if "infos" in line)
+    tile, attribution = line.removeprefix("feature_infos=").split()
+    assert attribution.startswith("[-1:")
+    assert not tile.startswith("[-1:")

@@ -46,7 +46,7 @@ def test_the_manifest_leads_back_to_the_ensemble_and_the_embeddings(project: Pat
     assert manifest["sha256"] == sha256(project / "submission.csv")
     ensemble = project / "ensemble" / "multimodal_tiny" / "ensemble.json"
     assert manifest["ensemble"] == sha256(ensemble)
-    assert manifest["embeddings"]["engines"] == {"0": "a", "1": "b", "2": "c"}
+    assert manifest["embeddings"]["tiny"]["engines"] == {"0": "a", "1": "b", "2": "c"}
 
 
 def test_the_sample_submission_gives_the_order(project: Path, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_an_unseen_category_is_scored_as_a_blank(
     test = pl.DataFrame(
         {"isic_id": [f"ISIC_9{i}" for i in range(4)], column: ["a", "b", "never seen", None]}
     )
-    chosen = {"ensemble": ensemble, "embeddings": None}
+    chosen = {"ensemble": ensemble, "embeddings": ()}
     common, rare, unseen, blank = predict_rows(project, tmp_path / "data", test, **chosen)
     assert unseen == blank
     assert rare + 0.05 < unseen < common - 0.05
@@ -153,7 +153,7 @@ def test_a_missing_column_is_named(project: Path, tmp_path: Path) -> None:
 
 def test_missing_embeddings_are_refused(project: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give --embeddings outputs/embeddings/tiny"):
-        predict_table(project, embeddings=None)
+        predict_table(project, embeddings=())
     root = copy_tree(project, tmp_path, "embeddings/tiny")
     path = shard_path(root, "test", 2, 0)
     shard = pl.read_parquet(path)
@@ -172,7 +172,8 @@ def test_embeddings_of_another_plan_or_config_are_refused(project: Path, tmp_pat
         predict_table(project, embeddings=root)
     other = Path(shutil.copytree(project / "embeddings" / "tiny", tmp_path / "huge"))
     write_run(other, "test", draw_folds(train, 3, 42))
-    with pytest.raises(UserError, match=r"were made with another config \(huge, not tiny\)"):
+    message = "was fitted with tiny; --embeddings lacks tiny and also has huge"
+    with pytest.raises(UserError, match=message):
         predict_table(project, embeddings=other)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infer.ensemble.artifact import clear_ensemble
+from infer.ensemble.artifact import FORMAT_VERSION, clear_ensemble
 from infer.ensemble.scores import format_scores, show_scores, summarise
 from infer.ensemble.settings import ScoresSettings
 from isic.runtime.errors import UserError
@@ -48,7 +48,7 @@ def test_scores_of_another_version_are_left_out_with_a_warning(
     for name in ("old", "new"):
         shutil.copytree(fitted, tmp_path / name)
     path = tmp_path / "old" / "ensemble.json"
-    path.write_text(path.read_text().replace('"format": 4', '"format": 3'))
+    path.write_text(path.read_text().replace(f'"format": {FORMAT_VERSION}', '"format": 3'))
     show_scores(ScoresSettings(output_dir=tmp_path))
     shown = capsys.readouterr()
     assert "\nnew " in shown.out

@@ -56,7 +56,7 @@ def fitted(data: Path, embeddings: Path) -> Path:
 
 @pytest.fixture(scope="package")
 def page(fitted: Path, data: Path, embeddings: Path) -> str:
-    return write_report(fitted, data, embeddings).read_text()
+    return write_report(fitted, data, [embeddings]).read_text()
 
 
 @pytest.fixture(scope="package")
@@ -80,4 +80,4 @@ def with_images(data: Path, embeddings: Path, fitted: Path, oof: pl.DataFrame) -
     root.mkdir()
     (root / "train-metadata.csv").write_bytes((data / "train-metadata.csv").read_bytes())
     write_hdf5(root / "train-image.hdf5", files)
-    return write_report(Path(shutil.copytree(fitted, data.parent / "copy")), root, embeddings)
+    return write_report(Path(shutil.copytree(fitted, data.parent / "copy")), root, [embeddings])

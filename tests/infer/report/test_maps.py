@@ -13,6 +13,10 @@ def test_a_map_shows_each_fold_its_own_lesions(embeddings: Path, oof: pl.DataFra
     assert sorted(maps) == [0, 1, 2]
     for fold, rows in maps.items():
         assert set(rows["isic_id"]) == set(oof.filter(fold=fold)["isic_id"])
+    # The boosters may have other folds than the network.
+    others = oof.with_columns((2 - pl.col("fold")).alias("fold"))
+    for fold, _, rows in projections(embeddings, others):
+        assert rows.equals(maps[fold])
     many = pl.DataFrame(
         {
             "isic_id": [f"{row:04d}" for row in range(2000)],

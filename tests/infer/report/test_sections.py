@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import polars as pl
@@ -5,8 +6,10 @@ import pytest
 
 from infer.ensemble.fit import fit_ensemble
 from infer.report.write import write_report
+from isic.dataset import Dataset
+from isic.folds import draw_folds
 from isic.metrics import pauc, roc_auc, top_k
-from tests.support.ensembles import fit_settings
+from tests.support.ensembles import fit_settings, write_embeddings
 
 
 def score_cells(name: str, rows: pl.DataFrame, model: str) -> str:
@@ -30,11 +33,20 @@ def test_the_tables_hold_the_scores(page: str, oof: pl.DataFrame) -> None:
     assert score_cells("pooled", oof, "blend") in page
 
 
+def test_the_score_by_lesions_is_shown_if_it_is_known(
+    page: str, data: Path, tmp_path: Path
+) -> None:
+    caption = "If only some lesions of a patient are known"
+    assert caption in page
+    raw = fit_ensemble(fit_settings(data, tmp_path, features="numeric", num_rounds=2))
+    assert caption not in write_report(raw, data).read_text()
+
+
 def test_without_trees_and_without_images(data: Path, embeddings: Path, tmp_path: Path) -> None:
     image = fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=embeddings))
     assert "There are no trees" in write_report(image, data).read_text()
     tabular = fit_ensemble(fit_settings(data, tmp_path, features="numeric", num_rounds=2))
-    assert "so there is no map" in write_report(tabular, data, embeddings).read_text()
+    assert "so there is no map" in write_report(tabular, data, [embeddings]).read_text()
 
 
 @pytest.mark.parametrize(
@@ -52,3 +64,27 @@ def test_the_report_does_not_claim_more_independence_than_there_is(
     page = write_report(fit_ensemble(fit_settings(data, tmp_path, **chosen)), data).read_text()
     assert sentence in page
     assert "never saw the patient" not in page
+
+
+def test_the_networks_and_their_correlation_are_shown(
+    data: Path, embeddings: Path, tmp_path: Path
+) -> None:
+    """With two networks of different fold plans, each has its own maps."""
+    table = Dataset(data).metadata("train")
+    other = write_embeddings(tmp_path / "other", data, draw_folds(table, 3, 7), seed=4)
+    runs = [embeddings, other]
+    root = fit_ensemble(fit_settings(data, tmp_path, features="image", embeddings=runs))
+    page = write_report(root, data, runs).read_text()
+    assert "the mean of 2 image networks" in page
+    networks = json.loads((root / "ensemble.json").read_text())["networks"]
+    for name, score in networks["scores"].items():
+        cells = f"<td>{score['pauc']:.4f}</td><td>{score['auc']:.4f}</td>"
+        assert f'<th scope="row">{name}</th>{cells}' in page
+    (pair,) = networks["correlations"]
+    cells = f"<td>{pair['all']:.2f}</td><td>{pair['malignant']:.2f}</td>"
+    assert f'<th scope="row">image_score.other and image_score.tiny</th>{cells}' in page
+    for name in ("other", "tiny"):
+        assert f"<h3>{name}, fold 2</h3>" in page
+    assert "<h3>other, fold 2</h3>" not in write_report(root, data, runs[:1]).read_text()
+    tabular = fit_ensemble(fit_settings(data, tmp_path, features="numeric", num_rounds=2))
+    assert "uses no network&#x27;s score" in write_report(tabular, data).read_text()

@@ -58,7 +58,7 @@ def test_the_same_inputs_give_the_same_bytes(
     with_images: Path, embeddings: Path, data: Path
 ) -> None:
     before = with_images.read_bytes()
-    write_report(with_images.parent, data.parent / "with_images", embeddings)
+    write_report(with_images.parent, data.parent / "with_images", [embeddings])
     assert with_images.read_bytes() == before
 
 
@@ -91,6 +91,10 @@ def test_the_command(data: Path, fitted: Path, embeddings: Path, tmp_path: Path,
     assert "lacks 300 of the scored rows" in ended.err
     strange = write_embeddings(tmp_path / "strange", other)
     ended = cli("infer", "report", "--ensemble", root, "--data", data, "--embeddings", strange)
+    assert ended.code == 2
+    assert "holds embeddings of strange, but the ensemble was fitted with tiny" in ended.err
+    renamed = write_embeddings(tmp_path / "tiny", other)
+    ended = cli("infer", "report", "--ensemble", root, "--data", data, "--embeddings", renamed)
     assert ended.code == 2
     assert "fold plan" in ended.err
 

@@ -7,6 +7,7 @@ from isic.features import (
     Encoding,
     fit_encoding,
 )
+from isic.features.encoding import BLANK
 from tests.support.tables import EXTENDED
 
 
@@ -33,6 +34,16 @@ def test_a_column_blank_in_every_training_row_is_zero() -> None:
     encoding = fit_encoding(features, ("age_approx", "sex"))
     assert encoding.transform(features).tolist() == [[0, -1]]
     assert encoding.transform(features.with_columns(sex=pl.lit("male"))).tolist() == [[0, -1]]
+
+
+def test_only_the_named_categories_are_blanked() -> None:
+    features = pl.DataFrame({"sex": ["male"] * 200, "attribution": ["a"] * 200})
+    encoding = fit_encoding(features, ("sex", "attribution"))
+    for names, blanked in {(): [True, True], ("attribution",): [False, True]}.items():
+        matrix = encoding.transform(features)
+        encoding.blank_categories(matrix, 0.5, np.random.default_rng(0), names)
+        assert (matrix == BLANK).any(axis=0).tolist() == blanked
+        assert not (matrix == BLANK).all(axis=0).any()
 
 
 def test_an_encoding_survives_its_file_form_bit_for_bit(extended: pl.DataFrame) -> None:

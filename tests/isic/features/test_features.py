@@ -8,20 +8,17 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from isic import features, schema
+from isic import schema
 from isic.features import (
     FEATURES,
     SETS,
     compute,
     expand,
-    feature_sets,
-    feature_table,
     needed_columns,
-    relative_to_patient,
 )
-from isic.features.formulas import NOTEBOOK_FORMULAS, ratio
+from isic.features.formulas import NOTEBOOK_FORMULAS
 from isic.runtime.errors import UserError
-from tests.support.tables import EXTENDED, lesions
+from tests.support.tables import EXTENDED
 
 
 def same(left: pl.DataFrame, right: pl.DataFrame) -> bool:
@@ -103,36 +100,6 @@ def test_a_column_of_training_tables_is_never_a_feature(column: str) -> None:
     with pytest.raises(UserError, match=f"{column} exists only in the training table"):
         expand(["raw", column])
     assert column not in needed_columns(FEATURES)
-
-
-def test_an_own_formula_is_a_feature_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    formula = ratio(pl.col("clin_size_long_diam_mm"), pl.col("age_approx"))
-    table = feature_table({"my_feature": formula})
-    monkeypatch.setattr(features, "FEATURES", table)
-    monkeypatch.setattr(features, "SETS", feature_sets(table))
-    assert features.SETS == SETS
-    assert set(table) - set(FEATURES) == {"my_feature"}, "no z-score of it"
-    names = expand(["engineered", "my_feature"])
-    assert names == (*SETS["engineered"], "my_feature")
-    assert needed_columns(["my_feature"]) == ("age_approx", "clin_size_long_diam_mm")
-    assert not relative_to_patient(["my_feature"])
-    two = lesions(clin_size_long_diam_mm=[3.0, 4.0], age_approx=[60.0, None])
-    computed = compute(two, names)
-    assert computed.columns == [schema.ID, *names]
-    assert computed["my_feature"].to_list() == [pytest.approx(0.05), None]
-    assert same(computed.drop("my_feature"), compute(two, SETS["engineered"]))
-
-
-@pytest.mark.parametrize("name", ["tbp_lv_H", "border_complexity", "patient_z", "raw", "a b"])
-def test_an_own_formula_needs_a_new_name(name: str) -> None:
-    with pytest.raises(ValueError, match="rename it"):
-        feature_table({name: pl.col("age_approx") + 1})
-
-
-@pytest.mark.parametrize("column", ["target", "patient_id", "border_complexity"])
-def test_an_own_formula_reads_raw_features_only(column: str) -> None:
-    with pytest.raises(ValueError, match=f"my_feature reads {column}"):
-        feature_table({"my_feature": pl.col(column) + pl.col("age_approx")})
 
 
 def test_unknown_features_are_refused_with_the_nearest_name() -> None:

@@ -109,7 +109,7 @@ def test_bash_completes_by_the_script(shell_environment: dict[str, str]) -> None
     ended = subprocess.run(
         ["bash", "-c", script], env=shell_environment, capture_output=True, text=True, check=False
     )
-    assert set(ended.stdout.split()) == {"--folds", "--force", "--format"}
+    assert set(ended.stdout.split()) == {"--fold", "--folds", "--force", "--format"}
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")

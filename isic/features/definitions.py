@@ -1,0 +1,317 @@
+"""A user's own features: polars SQL expressions of a row's columns, kept as text.
+
+A file of definitions is a YAML mapping:
+
+    norm_L: (tbp_lv_stdL + tbp_lv_color_std_mean) / tbp_lv_L
+    redness:
+      expr: tbp_lv_deltaA / tbp_lv_deltaL
+      relative: [patient_z, patient_location_rank]
+
+An expression reads columns of the metadata, features of this package and earlier definitions. It
+computes a row's value from that row alone; comparisons with the patient's other lesions are named
+in `relative`, whose words are those of `relative.FORMS`.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from isic import schema
+from isic.features import FEATURES, compute, finite, in_canonical_order, needed_columns
+from isic.features.relative import FORMS, WITHIN
+from isic.metadata import require
+from isic.runtime.errors import UserError, did_you_mean, first_line
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+KEYS = ("expr", "relative")
+IDENTITIES = (schema.ID, schema.PATIENT)
+NUM_ALONE = 8
+"""Rows on which an expression is also computed alone."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """An own column and its forms relative to the patient."""
+
+    name: str
+    text: str
+    """An expression in the SQL of polars."""
+    relative: tuple[str, ...] = ()
+    """Keys of FORMS."""
+    expr: pl.Expr = field(default_factory=lambda: pl.lit(None), compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f'the definition of {self.name} ("{self.text}")'
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The features: the column itself, then its relative forms."""
+        return (self.name, *(f"{self.name}_{form}" for form in self.relative))
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The columns that the expression reads."""
+        return tuple(dict.fromkeys(self.expr.meta.root_names()))
+
+    def to_json(self) -> str | dict[str, Any]:
+        """Return the value that the name has in a file."""
+        return {"expr": self.text, "relative": list(self.relative)} if self.relative else self.text
+
+
+def parse_definitions(values: Mapping[str, Any], source: str) -> tuple[Definition, ...]:
+    """Parse the content of a file of definitions.
+
+    Raises:
+        UserError: a name that cannot be one, a value of another form, an error in the SQL, a column
+            that test tables lack, or an expression that reads no column.
+    """
+    return tuple(_parse(name, value, source) for name, value in values.items())
+
+
+def _parse(name: str, value: Any, source: str) -> Definition:
+    if not NAME.fullmatch(name):
+        raise UserError(
+            f'{source}: "{name}" is no name of a feature; use letters, digits and underscores'
+        )
+    given = {"expr": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping) or not isinstance(given.get("expr"), str):
+        raise UserError(
+            f"{source}: {name} needs an expression as text, or {{expr: ..., relative: [...]}}, "
+            f"got {value!r}"
+        )
+    unknown = [str(key) for key in given if key not in KEYS]
+    if unknown:
+        raise UserError(f'{source}: {name} has a key "{unknown[0]}"; known are: {", ".join(KEYS)}')
+    definition = Definition(name, given["expr"], _forms(name, given, source))
+    return _with_expression(definition, source)
+
+
+def _forms(name: str, given: Mapping[str, Any], source: str) -> tuple[str, ...]:
+    forms = given.get("relative") or []
+    words = forms if isinstance(forms, list) else [forms]
+    for word in words:
+        if word not in FORMS:
+            raise UserError(
+                f'{source}: {name} has no relative form "{word}", {did_you_mean(str(word), FORMS)}'
+            )
+    return tuple(dict.fromkeys(words))
+
+
+def _with_expression(definition: Definition, source: str) -> Definition:
+    try:
+        expr = pl.sql_expr(definition.text)
+        inputs = expr.meta.root_names()
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise UserError(
+            f"{source}: {definition} is not an SQL expression of polars ({first_line(error)}); "
+            "correct it"
+        ) from None
+    for column in inputs:
+        if column in schema.TRAIN_ONLY:
+            raise UserError(
+                f"{source}: {definition} reads {column}, which exists only in the training table; "
+                "leave it out"
+            )
+        if column in IDENTITIES:
+            raise UserError(
+                f"{source}: {definition} reads {column}, which names rows and measures nothing; "
+                "leave it out, and compare a patient's lesions by `relative`"
+            )
+    if not inputs:
+        raise UserError(f"{source}: {definition} reads no column by its name; name one")
+    return Definition(definition.name, definition.text, definition.relative, expr)
+
+
+def needed_definitions(
+    definitions: Sequence[Definition], names: Collection[str]
+) -> list[Definition]:
+    """Return the definitions that the named features need, earlier ones first."""
+    wanted = set(names)
+    needed: list[Definition] = []
+    for definition in reversed(definitions):
+        if not wanted.isdisjoint(definition.names):
+            needed.insert(0, definition)
+            wanted.update(definition.inputs)
+    return needed
+
+
+def columns_of_definitions(
+    definitions: Sequence[Definition], names: Collection[str]
+) -> tuple[str, ...]:
+    """Return the metadata columns that the named features need."""
+    used = needed_definitions(definitions, names)
+    columns = dict.fromkeys(_metadata_inputs(used))
+    columns.update(dict.fromkeys(needed_columns(_feature_inputs(used))))
+    for definition in used:
+        for form in definition.relative:
+            keys = [key for key in WITHIN[FORMS[form].within] if key in schema.DTYPES]
+            columns.update(dict.fromkeys((schema.PATIENT, *keys)))
+    return tuple(columns)
+
+
+def _is_computed(name: str) -> bool:
+    """Return whether a name is that of a feature and not of a metadata column."""
+    return name in FEATURES and name not in schema.DTYPES
+
+
+def _feature_inputs(definitions: Iterable[Definition]) -> tuple[str, ...]:
+    read = {name for definition in definitions for name in definition.inputs}
+    return tuple(name for name in FEATURES if name in read and _is_computed(name))
+
+
+def _metadata_inputs(definitions: Sequence[Definition]) -> tuple[str, ...]:
+    defined = {name for definition in definitions for name in definition.names}
+    read = dict.fromkeys(name for definition in definitions for name in definition.inputs)
+    return tuple(name for name in read if name not in defined and not _is_computed(name))
+
+
+def relative_to_others(definitions: Sequence[Definition], names: Collection[str]) -> bool:
+    """Return whether a named feature depends on the patient's other lesions."""
+    used = needed_definitions(definitions, names)
+    forms = {f"{definition.name}_{form}" for definition in used for form in definition.relative}
+    read = {name for definition in used for name in definition.inputs}
+    features = (FEATURES[name] for name in _feature_inputs(used))
+    return not forms.isdisjoint({*names, *read}) or any(f.relative for f in features)
+
+
+def compute_definitions(
+    definitions: Sequence[Definition], metadata: pl.DataFrame, names: Collection[str]
+) -> pl.DataFrame:
+    """Compute own features from the result of `read_metadata`.
+
+    Returns:
+        A column per name, rows in the order of `metadata`. Categories are String; numbers and
+        booleans are Float32, never NaN, null if blank or beyond float32.
+
+    Raises:
+        UserError: a column is missing, or polars cannot compute an expression.
+    """
+    require(metadata, columns_of_definitions(definitions, names), "the metadata")
+    used = needed_definitions(definitions, names)
+    rows = _inputs(used, metadata)
+    for definition in used:
+        rows = _with_features(rows, definition)
+    text = [name for name in names if rows.schema[name] == pl.String]
+    table = rows.select("_row", *(pl.col(name) if name in text else finite(name) for name in names))
+    return table.sort("_row").drop("_row")
+
+
+def _inputs(definitions: Sequence[Definition], metadata: pl.DataFrame) -> pl.DataFrame:
+    """Return the columns that definitions read, sorted by patient."""
+    features = _feature_inputs(definitions)
+    names = tuple(feature for d in definitions for feature in d.names)
+    columns = [
+        name for name in columns_of_definitions(definitions, names) if name not in IDENTITIES
+    ]
+    computed = compute(metadata, features).drop(schema.ID)
+    table = metadata.drop(features, strict=False).hstack(computed)
+    return in_canonical_order(table, (*columns, *features))
+
+
+def _with_features(rows: pl.DataFrame, definition: Definition) -> pl.DataFrame:
+    rows = rows.with_columns(_evaluate(definition, rows))
+    forms = (
+        FORMS[form].of(definition.name).cast(pl.Float32).alias(f"{definition.name}_{form}")
+        for form in definition.relative
+    )
+    return rows.with_columns(forms)
+
+
+def _evaluate(definition: Definition, rows: pl.DataFrame) -> pl.Series:
+    """Return the values of an expression, [N] Float64 or String.
+
+    Raises:
+        UserError: polars cannot compute it, or it has another number of rows or another type.
+    """
+    try:
+        # Only the named columns, because SQL can also choose columns by a pattern.
+        found = rows.select(definition.inputs).select(definition.expr.alias(definition.name))
+        if found.width != 1:
+            raise _not_by_name(definition)
+        values = found.to_series()
+        is_text = values.dtype in (pl.String, pl.Categorical, pl.Enum)
+        if is_text or values.dtype.is_numeric() or values.dtype == pl.Boolean:
+            values = values.cast(pl.String) if is_text else _finite(values)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise UserError(
+            f"{definition} cannot be computed ({first_line(error)}); correct it"
+        ) from None
+    if values.dtype not in (pl.String, pl.Float64):
+        raise UserError(
+            f"{definition} gives values of the type {values.dtype}; "
+            "give numbers, true and false, or text"
+        )
+    if len(values) != len(rows):
+        raise _not_by_row(definition)
+    return values
+
+
+def _not_by_name(definition: Definition) -> UserError:
+    return UserError(f"{definition} chooses columns by a pattern; name each one")
+
+
+def _finite(values: pl.Series) -> pl.Series:
+    """Return Float64, null for what is not finite: one infinity would blank a patient's z-scores."""
+    numbers = values.cast(pl.Float64)
+    return numbers.set(~numbers.is_finite(), None)
+
+
+def _not_by_row(definition: Definition) -> UserError:
+    return UserError(
+        f"{definition} depends on other rows, which differ between training and scoring; compute "
+        "it from the row alone, and compare with the patient's lesions by `relative`"
+    )
+
+
+def check_definitions(definitions: Sequence[Definition], metadata: pl.DataFrame) -> None:
+    """Check all definitions on a training table.
+
+    Raises:
+        UserError: an unknown column, values of another type, relative forms of text, or values that
+            depend on other rows.
+    """
+    known = {*metadata.columns, *FEATURES} - {*schema.TRAIN_ONLY, *IDENTITIES}
+    for definition in definitions:
+        for name in definition.inputs:
+            if name not in known:
+                raise UserError(
+                    f'{definition} reads the unknown column "{name}", {did_you_mean(name, known)}'
+                )
+        known.update(definition.names)
+        taken = [name for name in definition.names if name in metadata.columns]
+        if taken:
+            raise UserError(f"{definition}: the table has a column {taken[0]}; choose another name")
+    names = [name for definition in definitions for name in definition.names]
+    require(metadata, columns_of_definitions(definitions, names), "the metadata")
+    rows = _inputs(definitions, metadata)
+    for definition in definitions:
+        values = _evaluate(definition, rows)
+        if definition.relative and values.dtype == pl.String:
+            raise UserError(
+                f"{definition} gives text, which has no relative forms; leave `relative` out"
+            )
+        _check_rows(definition, rows, values)
+        rows = _with_features(rows, definition)
+
+
+def _check_rows(definition: Definition, rows: pl.DataFrame, values: pl.Series) -> None:
+    """Raise a UserError if a value changes with the rows around it, or their order."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    halves = np.array_split(order, 2)
+    alone = [row[None] for row in order[:NUM_ALONE]]
+    for part in (order, *halves, *alone):
+        if len(part) and not _equal(_evaluate(definition, rows[part]), values[part]):
+            raise _not_by_row(definition)
+
+
+def _equal(first: pl.Series, second: pl.Series) -> bool:
+    if pl.String in (first.dtype, second.dtype):
+        return first.equals(second, null_equal=True)
+    if not first.is_null().equals(second.is_null()):
+        return False
+    # Vectorised functions may round the last bit of a value differently at the end of a table.
+    return np.allclose(first.fill_null(0).to_numpy(), second.fill_null(0).to_numpy(), 1e-9, 0)

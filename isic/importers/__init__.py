@@ -1,0 +1,1 @@
+"""Import of public collections of skin lesions into the challenge's layout."""
