@@ -62,7 +62,8 @@ def fit_ensemble(settings: FitSettings) -> Path:
     inputs = _manifest_inputs(rows)
     if not settings.force:
         refuse_other_ensemble(root, inputs)
-    table = rows.table(rows.metadata)
+    images = rows.images(rows.metadata)
+    table = rows.table(rows.metadata, images)
     _note_blank(table.features)
     warn_of_own_columns(rows.spec, table.features, rows.metadata)
     print(
@@ -71,7 +72,7 @@ def fit_ensemble(settings: FitSettings) -> Path:
         f"{rows.num_boosters} boosters",
         flush=True,
     )
-    scores = rows.images(rows.metadata).by_column()
+    scores = images.by_column()
     result = fit_models(rows, table, scores)
     refit = None
     if settings.refit:

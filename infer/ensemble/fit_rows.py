@@ -81,9 +81,13 @@ class FitRows:
             self.image, self.settings.sources, "train", metadata, out_of_fold=True
         )
 
-    def table(self, metadata: pl.DataFrame) -> TrainingTable:
-        """Return the feature table of the training rows, whose patients may be others."""
-        images = self.images(metadata)
+    def table(self, metadata: pl.DataFrame, images: ImageRows | None = None) -> TrainingTable:
+        """Return the feature table of the training rows, whose patients may be others.
+
+        Args:
+            images: the result of `images`, if it was computed before.
+        """
+        images = images or self.images(metadata)
         own_columns = [table.columns(metadata) for table in self.own_tables.values()]
         features = self.spec.frame(metadata, [*own_columns, *images.tables()])
         return TrainingTable(features, images.noisy(self.settings.image_noise))
