@@ -139,6 +139,13 @@ def read_csv(path: Path) -> pl.DataFrame:
         return pl.read_csv(path, infer_schema=False, glob=False).rename(str.strip)
 
 
+def read_tsv(path: Path) -> pl.DataFrame:
+    """Read a table with tabs between its fields as stripped text. Raise UserError."""
+    with reading(path):
+        table = pl.read_csv(path, separator="\t", infer_schema=False, glob=False)
+    return table.select(pl.all().str.strip_chars().name.map(str.strip))
+
+
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """Read a Parquet file, or some of its columns. Raise UserError."""
     _refuse_other_than_parquet(path)

@@ -10,7 +10,7 @@ from isic import schema
 from isic.importers.collections import DIAMETERS, Collection, Diagnosis, Table
 from isic.metadata import MISSING, check_ids, require
 from isic.runtime.errors import UserError
-from isic.tables import first_bytes, read_table, reading
+from isic.tables import first_bytes, read_table, read_tsv
 
 NO_VALUE = (*MISSING, "", "unknown")
 CODE = "_code"
@@ -96,10 +96,7 @@ def _join(paths: Mapping[Table, Path]) -> tuple[pl.DataFrame, list[str]]:
 def _read(path: Path) -> pl.DataFrame:
     """Read a table of text columns, separated by commas or, as Dataverse has them, tabs."""
     if b"\t" in first_bytes(path, 1024).partition(b"\n")[0]:
-        with reading(path):
-            return pl.read_csv(path, separator="\t", infer_schema=False).select(
-                pl.all().str.strip_chars().name.map(str.strip)
-            )
+        return read_tsv(path)
     return read_table(path)
 
 
