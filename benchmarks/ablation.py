@@ -11,8 +11,8 @@ import numpy as np
 from benchmarks.record import Row, append_rows, print_row
 from benchmarks.settings import AblationSettings
 from infer.ensemble.artifact import Ensemble, open_ensemble
-from infer.ensemble.compare import compare_sides, pauc_by_seed
 from infer.ensemble.fit import fit_ensemble
+from infer.ensemble.scoring.compare import compare_sides, pauc_by_seed
 from infer.ensemble.settings import FitSettings
 from isic.runtime.config import build
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from benchmarks.record import Row, print_and_append
 from benchmarks.settings import AccuracySettings
-from infer.ensemble.blend_artifact import Blend, Scorer, open_scorer
-from infer.ensemble.chosen import choices
+from infer.ensemble.blends.artifact import Blend, Scorer, open_scorer
+from infer.ensemble.scoring.chosen import choices
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from benchmarks.record import print_and_append
 from benchmarks.settings import FewSettings
-from infer.ensemble.blend import rank_among
-from infer.ensemble.comparison import compare_scores
-from infer.ensemble.feature_spec import FeatureSpec
-from infer.ensemble.few_lesions import ALL, split_by_lesions
+from infer.ensemble.blends.ranks import rank_among
+from infer.ensemble.boosting.out_of_fold import fit_boosters, score_held_out
+from infer.ensemble.boosting.thinning import ThinnedTables
+from infer.ensemble.boosting.training_table import TrainingTable
+from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.lesions import describe_lesion_counts, has_few_lesions
-from infer.ensemble.out_of_fold import fit_boosters, score_held_out
+from infer.ensemble.scoring.comparison import compare_scores
+from infer.ensemble.scoring.few_lesions import ALL, split_by_lesions
 from infer.ensemble.settings import FitSettings
-from infer.ensemble.thinning import ThinnedTables
-from infer.ensemble.training_table import TrainingTable
 from isic import schema
 from isic.arrays import Floats
 from isic.dataset import Dataset

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from benchmarks.record import Row, print_and_append
 from benchmarks.settings import HospitalSettings
-from infer.ensemble.comparison import Comparison, compare_scores
-from infer.ensemble.feature_spec import FeatureSpec
-from infer.ensemble.out_of_fold import fit_boosters
+from infer.ensemble.boosting.out_of_fold import fit_boosters
+from infer.ensemble.boosting.training_table import TrainingTable
+from infer.ensemble.features.spec import FeatureSpec
+from infer.ensemble.scoring.comparison import Comparison, compare_scores
 from infer.ensemble.settings import FitSettings
-from infer.ensemble.training_table import TrainingTable
 from isic import schema
 from isic.arrays import Floats
 from isic.dataset import Dataset

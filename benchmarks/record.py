@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 
 from benchmarks.settings import RESULTS
-from infer.ensemble.boosters import LIBRARIES
+from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.formats import engine_packages
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.files import atomic_path, versions

@@ -91,7 +91,7 @@ COMPARED = {
     "high": "to",
     "verdict": "verdict",
 }
-"""Columns of `infer.ensemble.comparison.Comparison.row`."""
+"""Columns of `infer.ensemble.scoring.comparison.Comparison.row`."""
 TABLES = {
     "throughput": Table(
         "throughput",

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import AliasChoices, Field
 
 from infer.embedding.settings import DecodeIn
-from infer.ensemble.boosters import LIBRARIES
+from infer.ensemble.boosting.libraries import LIBRARIES
 from isic.runtime.config import Settings, Several
 from isic.views import Tta
 from train.config import TrainSettings

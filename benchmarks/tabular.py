@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from benchmarks.record import Row, print_and_append
 from benchmarks.settings import TabularSettings
 from benchmarks.timing import seconds_of
-from infer.ensemble.boosters import LIBRARIES, parameters_of
-from infer.ensemble.out_of_fold import undersample
+from infer.ensemble.boosting.libraries import LIBRARIES, parameters_of
+from infer.ensemble.boosting.out_of_fold import undersample
 from isic import schema
 from isic.features import SETS, compute, fit_encoding
 from isic.features.formulas import ERR

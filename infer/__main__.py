@@ -7,16 +7,19 @@ COMMANDS = {
         "infer.embedding.settings:EmbedSettings", "infer.embedding.embed:embed_dataset"
     ),
     "fit": Command("infer.ensemble.settings:FitSettings", "infer.commands:fit"),
-    "select": Command("infer.ensemble.settings:SelectSettings", "infer.ensemble.select:select"),
+    "select": Command(
+        "infer.ensemble.settings:SelectSettings", "infer.ensemble.features.select:select"
+    ),
     "predict": Command(
         "infer.ensemble.settings:PredictSettings", "infer.ensemble.predict:predict_submission"
     ),
     "blend": Command("infer.ensemble.settings:BlendSettings", "infer.commands:blend"),
     "scores": Command(
-        "infer.ensemble.settings:ScoresSettings", "infer.ensemble.scores:show_scores"
+        "infer.ensemble.settings:ScoresSettings", "infer.ensemble.scoring.scores:show_scores"
     ),
     "compare": Command(
-        "infer.ensemble.settings:CompareSettings", "infer.ensemble.compare:compare_ensembles"
+        "infer.ensemble.settings:CompareSettings",
+        "infer.ensemble.scoring.compare:compare_ensembles",
     ),
     "report": Command("infer.report.settings:ReportSettings", "infer.report.write:report"),
     "doctor": Command("infer.doctor:DoctorSettings", "infer.doctor:doctor"),

@@ -1,6 +1,6 @@
 """Commands that need several parts of inference."""
 
-from infer.ensemble.blend_ensembles import write_blend
+from infer.ensemble.blends.write import write_blend
 from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.settings import BlendSettings, FitSettings
 from infer.report.write import write_report

@@ -57,7 +57,7 @@ def try_module(module: str) -> dict[str, Any]:
 
 def booster_packages() -> dict[str, str]:
     """Return the distribution of each library of boosters."""
-    from infer.ensemble.boosters import LIBRARIES
+    from infer.ensemble.boosting.libraries import LIBRARIES
 
     return {name: library.package for name, library in LIBRARIES.items()}
 
@@ -66,7 +66,7 @@ def try_booster(library: str) -> dict[str, Any]:
     """Fit a booster of two trees on a few rows, load it and score them."""
     import numpy as np
 
-    from infer.ensemble.boosters import LIBRARIES, fit_booster, parameters_of
+    from infer.ensemble.boosting.libraries import LIBRARIES, fit_booster, parameters_of
 
     matrix = np.linspace(0, 1, NUM_ROWS, dtype=np.float32).reshape(-1, 1)
     target = (matrix[:, 0] > 0.5).astype(np.int64)

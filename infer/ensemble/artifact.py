@@ -22,11 +22,11 @@ from typing import Any
 
 import polars as pl
 
-from infer.ensemble.blend import Scores, blend_by_seed
-from infer.ensemble.feature_spec import FeatureSpec
-from infer.ensemble.image_features import ImageState
-from infer.ensemble.own_columns import OwnColumns
-from infer.ensemble.own_tables import TableSpec
+from infer.ensemble.blends.ranks import Scores, blend_by_seed
+from infer.ensemble.features.own_columns import OwnColumns
+from infer.ensemble.features.own_tables import TableSpec
+from infer.ensemble.features.spec import FeatureSpec
+from infer.ensemble.images.features import ImageState
 from isic import schema
 from isic.features import Encoding
 from isic.layout import FOLDS_FILE, OOF_FILE

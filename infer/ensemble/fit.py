@@ -17,23 +17,23 @@ from infer.ensemble.artifact import (
     refuse_other_ensemble,
     write_ensemble_manifest,
 )
-from infer.ensemble.blend import blend
-from infer.ensemble.boosters import LIBRARIES, booster_file_name
-from infer.ensemble.chosen import CHOSEN_KEY, choice_notes, choices_of_lists
-from infer.ensemble.feature_spec import FeatureSpec
-from infer.ensemble.few_lesions import format_by_lesions, pauc_by_lesions
-from infer.ensemble.fit_rows import FitRows, find_folds, read_rows, warn_of_own_columns
-from infer.ensemble.image_features import ImageState, embedding_origins
-from infer.ensemble.image_scores import image_probability
+from infer.ensemble.blends.ranks import blend
+from infer.ensemble.boosting.libraries import LIBRARIES, booster_file_name
+from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters
+from infer.ensemble.boosting.refit import describe_agreement, refit_boosters
+from infer.ensemble.boosting.splits import Plans, fit_plans, summarise_plans, write_plans
+from infer.ensemble.boosting.training_table import TrainingTable
+from infer.ensemble.features.own_tables import OwnTable
+from infer.ensemble.features.spec import FeatureSpec
+from infer.ensemble.images.features import ImageState, embedding_origins
+from infer.ensemble.images.network_scores import describe_networks
+from infer.ensemble.images.scores import image_probability
 from infer.ensemble.lesions import describe_lesion_counts
-from infer.ensemble.network_scores import describe_networks
-from infer.ensemble.out_of_fold import FitResult, fit_boosters
-from infer.ensemble.own_tables import OwnTable
-from infer.ensemble.refit import describe_agreement, refit_boosters
-from infer.ensemble.scores import format_scores, summarise
+from infer.ensemble.rows import FitRows, find_folds, read_rows, warn_of_own_columns
+from infer.ensemble.scoring.chosen import CHOSEN_KEY, choice_notes, choices_of_lists
+from infer.ensemble.scoring.few_lesions import format_by_lesions, pauc_by_lesions
+from infer.ensemble.scoring.scores import format_scores, summarise
 from infer.ensemble.settings import FitSettings
-from infer.ensemble.splits import Plans, fit_plans, summarise_plans, write_plans
-from infer.ensemble.training_table import TrainingTable
 from isic import schema
 from isic.dataset import Dataset, refuse_dataset
 from isic.folds import Folds

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from infer.embedding.store import refuse_other_origin
 from infer.ensemble.artifact import ENSEMBLE_FILE, Ensemble
-from infer.ensemble.blend import Scores, blend, model_name
-from infer.ensemble.blend_artifact import Blend, Scorer, open_scorer
-from infer.ensemble.boosters import read_booster
-from infer.ensemble.image_features import ImageRows, embedding_origins, read_image_rows
-from infer.ensemble.image_scores import image_probability
+from infer.ensemble.blends.artifact import Blend, Scorer, open_scorer
+from infer.ensemble.blends.ranks import Scores, blend, model_name
+from infer.ensemble.boosting.libraries import read_booster
+from infer.ensemble.boosting.refit import ESTIMATES, choose_rows
+from infer.ensemble.features.own_tables import OwnTable, read_test_tables
+from infer.ensemble.images.features import ImageRows, embedding_origins, read_image_rows
+from infer.ensemble.images.networks import match_networks
+from infer.ensemble.images.scores import image_probability
 from infer.ensemble.lesions import few_lesions_warning, has_few_lesions
-from infer.ensemble.networks import match_networks
-from infer.ensemble.own_tables import OwnTable, read_test_tables
-from infer.ensemble.refit import ESTIMATES, choose_rows
 from infer.ensemble.settings import EmbeddingSources, PredictSettings
 from isic import schema
 from isic.dataset import Dataset

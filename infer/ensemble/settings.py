@@ -10,7 +10,7 @@ import yaml
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from infer.ensemble.boosters import DEVICE, LIBRARIES, parameters_of
+from infer.ensemble.boosting.libraries import DEVICE, LIBRARIES, parameters_of
 from isic.layout import OUTPUT_DIR
 from isic.runtime import yaml12
 from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason

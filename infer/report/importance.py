@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from infer.ensemble.boosters import LIBRARIES
+from infer.ensemble.boosting.libraries import LIBRARIES
 from isic.features import FEATURES
 
 IMAGE = "image"

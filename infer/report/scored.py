@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
-from infer.ensemble.blend_artifact import Scorer
+from infer.ensemble.blends.artifact import Scorer
 from isic import schema
 from isic.dataset import Dataset
 from isic.images import ImageStore

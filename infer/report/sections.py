@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from infer.ensemble import image_scores
 from infer.ensemble.artifact import Ensemble
-from infer.ensemble.blend_artifact import Blend, Scorer
-from infer.ensemble.chosen import choices
-from infer.ensemble.networks import by_network, listed
-from infer.ensemble.scores import small_patients
+from infer.ensemble.blends.artifact import Blend, Scorer
+from infer.ensemble.images import scores as image_scores
+from infer.ensemble.images.networks import by_network, listed
+from infer.ensemble.scoring.chosen import choices
+from infer.ensemble.scoring.scores import small_patients
 from infer.report import figures
 from infer.report.case_cards import Pictures, case_card
 from infer.report.cases import Case, pictures, worst_false_alarms, worst_misses

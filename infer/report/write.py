@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infer.ensemble.artifact import REPORT_FILE
-from infer.ensemble.blend_artifact import open_scorer
+from infer.ensemble.blends.artifact import open_scorer
 from infer.report.scored import read_scored
 from infer.report.sections import header, sections
 from infer.report.settings import ReportSettings

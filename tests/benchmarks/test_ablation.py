@@ -4,7 +4,7 @@ import polars as pl
 
 from benchmarks.ablation import IMAGE_SETS, TABULAR_SETS
 from benchmarks.settings import AblationSettings
-from infer.ensemble.feature_spec import FeatureSpec
+from infer.ensemble.features.spec import FeatureSpec
 from isic.runtime.config import build
 from tests.support.commands import Cli, split_flags
 

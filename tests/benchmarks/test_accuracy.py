@@ -3,7 +3,7 @@ from pathlib import Path
 import polars as pl
 
 from benchmarks.settings import AccuracySettings
-from infer.ensemble.blend_ensembles import write_blend
+from infer.ensemble.blends.write import write_blend
 from infer.ensemble.settings import BlendSettings
 from isic.runtime.config import build
 from tests.support.commands import Cli

@@ -12,7 +12,7 @@ import pytest
 from infer import doctor, trials
 from infer.doctor import Check, Finding, attempt, check_lines, examine
 from infer.engines import unavailable_reason
-from infer.ensemble.boosters import LIBRARIES
+from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.formats import engines_by_title
 from isic.runtime.machine import has_gpu
 from tests.support import fake_driver

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from infer.ensemble.boosters import LIBRARIES
+from infer.ensemble.boosting.libraries import LIBRARIES
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds, read_folds

@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 
 from infer.embedding.store import shard_path
-from infer.ensemble.blend import blend
-from infer.ensemble.boosters import LIBRARIES
+from infer.ensemble.blends.ranks import blend
+from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.ensemble.predict import predict_submission
 from infer.ensemble.settings import PredictSettings
 from isic import schema

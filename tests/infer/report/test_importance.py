@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 from numpy.typing import NDArray
 
-from infer.ensemble.boosters import LIBRARIES
+from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.report.importance import importance, share_by_group
 
 

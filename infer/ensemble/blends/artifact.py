@@ -1,0 +1,151 @@
+"""A blend of ensembles on disk: a manifest, out-of-fold scores, and a copy of each member.
+
+| file | content |
+| --- | --- |
+| `ensemble.json` | the manifest: members, weights, scores, sha256 of each file |
+| `members/<name>/` | an ensemble, see `infer.ensemble.artifact` |
+| `oof.parquet`, `scores.json` | out-of-fold scores of each member and of the blend; metrics |
+| `folds.parquet` | the fold plan, that of all members |
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from infer.ensemble.artifact import (
+    ENSEMBLE_FILE,
+    MEMBERS_DIR,
+    Ensemble,
+    find_ensemble,
+    open_ensemble,
+    refuse_damaged,
+)
+from infer.ensemble.blends.ranks import Scores, blend_ranks
+from infer.ensemble.features.own_tables import TableSpec
+from isic.layout import OOF_FILE
+from isic.runtime.files import read_json
+from isic.tables import read_parquet
+
+Weights = Mapping[str, float]
+"""Shares of the members by name; their sum is 1."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A blend that `open_scorer` has read and checked."""
+
+    root: Path
+    manifest: Mapping[str, Any]
+    members: Mapping[str, Ensemble]
+    """By name."""
+
+    @property
+    def weights(self) -> Weights:
+        return dict(self.manifest["weights"])
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether a score depends on the patient's other lesions."""
+        return any(member.is_relative for member in self.members.values())
+
+    @property
+    def uses_images(self) -> bool:
+        return any(member.uses_images for member in self.members.values())
+
+    @property
+    def own_tables(self) -> Mapping[str, TableSpec]:
+        """The tables of own columns that a table to score needs, by name."""
+        return {
+            name: table
+            for member in self.members.values()
+            for name, table in member.own_tables.items()
+        }
+
+    def oof(self) -> pl.DataFrame:
+        """Return `isic_id`, `fold`, `target`, each member's out-of-fold scores, and `blend`."""
+        return read_parquet(self.root / OOF_FILE)
+
+    def oof_models(self) -> dict[str, Scores]:
+        """Return [M] the out-of-fold scores of the training rows by member."""
+        oof = self.oof()
+        return {name: oof[name].to_numpy() for name in self.members}
+
+    def scores_by_seed(self) -> dict[int, Scores]:
+        """Return [N] out-of-fold scores per seed that every member with boosters has."""
+        seeded = {name: member.scores_by_seed() for name, member in self.members.items()}
+        unseeded = {name: self.oof_models()[name] for name, of in seeded.items() if not of}
+        seeds = [set(of) for of in seeded.values() if of]
+        fold = self.oof()["fold"].to_numpy()
+        found = {}
+        for seed in sorted(set.intersection(*seeds)) if seeds else ():
+            scores = {name: of[seed] for name, of in seeded.items() if of} | unseeded
+            found[seed] = self.out_of_fold(scores, fold)
+        return found
+
+    def out_of_fold(self, scores: Mapping[str, Scores], fold: NDArray[np.integer]) -> Scores:
+        """Return [N] the blend of out-of-fold scores, by the weights of each row's fold."""
+        return blend_by_fold(scores, self.weights_by_fold, fold)
+
+    @property
+    def weights_by_fold(self) -> dict[int, Weights]:
+        """The weights of each held-out fold's rows, which their labels have not chosen."""
+        return {int(fold): weights for fold, weights in self.manifest["weights_by_fold"].items()}
+
+    @property
+    def single_lesion_members(self) -> list[str]:
+        """The members whose score of a lesion does not depend on the patient's others."""
+        return [name for name, member in self.members.items() if not member.is_relative]
+
+    def score(self, scores: Mapping[str, Scores]) -> Scores:
+        """Return [N] the blend of the members' scores of other rows than those of training."""
+        return blend_ranks(scores, self.weights, self.oof_models())
+
+    def score_of_single_lesions(self, scores: Mapping[str, Scores]) -> Scores:
+        """Return [N] the same by `single_lesion_members` only; equal weights if theirs are 0."""
+        weights = {name: self.weights[name] for name in self.single_lesion_members}
+        if not any(weights.values()):
+            weights = dict.fromkeys(weights, 1.0)
+        return blend_ranks(scores, weights, self.oof_models())
+
+
+Scorer = Ensemble | Blend
+"""Anything that has out-of-fold scores and scores a table."""
+
+
+def blend_by_fold(
+    scores: Mapping[str, Scores], weights: Mapping[int, Weights], fold: NDArray[np.integer]
+) -> Scores:
+    """Return [N] the weighted mean of ranks among all N scores.
+
+    Args:
+        scores: [N] by member.
+        weights: of the rows of each fold.
+        fold: [N].
+    """
+    blended = np.zeros(len(fold))
+    for k, of_fold in weights.items():
+        rows = fold == k
+        blended[rows] = blend_ranks(
+            {name: score[rows] for name, score in scores.items()}, of_fold, scores
+        )
+    return blended
+
+
+def open_scorer(path: Path) -> Scorer:
+    """Read and check the ensemble or blend in a folder, or in the only one within the folder.
+
+    Raises:
+        UserError: there is none, or several; a file is missing or damaged.
+    """
+    root = find_ensemble(path)
+    manifest = read_json(root / ENSEMBLE_FILE)
+    if "members" not in manifest:
+        return open_ensemble(root)
+    refuse_damaged(root, manifest)
+    members = {name: open_ensemble(root / MEMBERS_DIR / name) for name in manifest["members"]}
+    return Blend(root, manifest, members)

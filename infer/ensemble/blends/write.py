@@ -1,0 +1,286 @@
+"""`python -m infer blend A B ...`: write a blend of fitted ensembles."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from infer.ensemble.artifact import (
+    ENSEMBLE_FILE,
+    MEMBERS_DIR,
+    SCORES_FILE,
+    Ensemble,
+    clear_ensemble,
+    open_ensemble,
+    refuse_foreign_folder,
+    refuse_other_ensemble,
+    write_ensemble_manifest,
+)
+from infer.ensemble.blends.artifact import Weights, blend_by_fold
+from infer.ensemble.blends.ranks import Scores, rank_among
+from infer.ensemble.boosting.splits import (
+    Plans,
+    PlanScores,
+    read_plans,
+    split_seeds,
+    summarise_plans,
+    write_plans,
+)
+from infer.ensemble.scoring.chosen import CHOSEN_KEY, choice_notes, choices_of_blend
+from infer.ensemble.scoring.compare import patients_of, same_rows
+from infer.ensemble.scoring.scores import format_scores, summarise
+from infer.ensemble.settings import BlendSettings
+from isic import schema
+from isic.dataset import refuse_dataset
+from isic.layout import FOLDS_FILE, OOF_FILE
+from isic.metrics import pauc
+from isic.runtime.errors import UserError
+from isic.runtime.files import sha256, versions, write_json
+from isic.tables import write_parquet
+
+NUM_STEPS = 20
+"""Additions of a member in the search, so that weights are multiples of 1/20 or coarser."""
+
+
+def write_blend(settings: BlendSettings) -> Path:
+    """Blend ensembles, write the blend and print its out-of-fold scores. Return its folder.
+
+    Raises:
+        UserError: the ensembles differ in rows or folds, share a name, or are blends.
+    """
+    members = open_members(settings.ensembles)
+    root = settings.output_dir / settings.name
+    refuse_dataset(root, "--output_dir or --name")
+    refuse_foreign_folder(root)
+    inputs = _manifest_inputs(members, settings)
+    if not settings.force:
+        refuse_other_ensemble(root, inputs)
+    rows, scores = _read_scores(members)
+    target = rows[schema.TARGET].to_numpy()
+    fold = rows["fold"].to_numpy()
+    weights, by_fold = choose_weights(settings.weights, scores, target, fold)
+    blended = blend_by_fold(scores, by_fold, fold)
+    plans = blend_plans(members, settings.weights, target)
+    manifests = [member.manifest for member in members.values()]
+    chosen = {CHOSEN_KEY: choices_of_blend(settings.weights, manifests)}
+    oof = rows.with_columns(**scores, blend=blended)
+    patient = patients_of(rows, settings.data).to_numpy()
+    columns = {**scores, "blend": blended}
+    summaries = {key: summarise(target, value, fold, patient) for key, value in columns.items()}
+    summaries["blend"] |= summarise_plans(plans, target)
+    clear_ensemble(root)
+    files = _write_files(root, members, oof, summaries)
+    files += write_plans(root, rows[schema.ID], plans)
+    results = {
+        "weights": weights,
+        "weights_by_fold": {str(k): of_fold for k, of_fold in by_fold.items()},
+        "scores": summaries["blend"],
+    }
+    write_ensemble_manifest(root, files, {**inputs, **results, **chosen})
+    print("weights: " + ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items()))
+    print(format_scores(summaries))
+    for note in [*_notes_on_members(members, plans), *choice_notes(root.name, chosen)]:
+        print(note)
+    print(f"ensemble: {root}")
+    return root
+
+
+def open_members(paths: Sequence[Path]) -> dict[str, Ensemble]:
+    """Return the ensembles by the names of their folders.
+
+    Raises:
+        UserError: two folders have the same name, one of them holds a blend, or their tables of
+            own columns differ.
+    """
+    members: dict[str, Ensemble] = {}
+    for path in paths:
+        ensemble = open_ensemble(path)
+        name = ensemble.root.resolve().name
+        if name in {*members, "blend", schema.ID, schema.TARGET, "fold"}:
+            raise UserError(
+                f"{ensemble.root}: each ensemble of a blend needs a name of its own; rename the "
+                "folder"
+            )
+        _refuse_other_tables(members, ensemble)
+        members[name] = ensemble
+    return members
+
+
+def _refuse_other_tables(members: Mapping[str, Ensemble], ensemble: Ensemble) -> None:
+    """Raise a UserError if a table of own columns has other columns than a member's."""
+    for other in members.values():
+        for name, table in ensemble.own_tables.items():
+            if other.own_tables.get(name, table) != table:
+                raise UserError(
+                    f"{other.root} and {ensemble.root} were fitted with different tables called "
+                    f"{name}; rename one of the files and fit again"
+                )
+
+
+def _read_scores(members: Mapping[str, Ensemble]) -> tuple[pl.DataFrame, dict[str, Scores]]:
+    """Return `isic_id`, `fold`, `target`, and [N] the out-of-fold scores by member."""
+    tables = same_rows(list(members.values()))
+    rows = tables[0].select(schema.ID, "fold", schema.TARGET)
+    blends = [table["blend"].to_numpy() for table in tables]
+    return rows, dict(zip(members, blends, strict=True))
+
+
+def blend_plans(
+    members: Mapping[str, Ensemble], wanted: str | Sequence[float], target: NDArray[np.integer]
+) -> Plans:
+    """Return the scores of the blend in each fold plan that all members have; none if in one only.
+
+    Weights are searched again in each plan: those of another plan have met the held-out labels.
+
+    Args:
+        wanted: as for `choose_weights`.
+        target: [N], in the order of the ids.
+    """
+    shared = set.intersection(*(set(split_seeds(member.manifest)) for member in members.values()))
+    if len(shared) < 2:
+        return {}
+    by_member = {name: read_plans(member.root) for name, member in members.items()}
+    blended = {}
+    for split_seed in sorted(shared):
+        plans = {name: of[split_seed] for name, of in by_member.items()}
+        blended[split_seed] = _blend_plan(plans, wanted, target, f"split seed {split_seed}: ")
+    return blended
+
+
+def _blend_plan(
+    members: Mapping[str, PlanScores],
+    wanted: str | Sequence[float],
+    target: NDArray[np.integer],
+    label: str,
+) -> PlanScores:
+    fold = next(iter(members.values())).fold
+    scores = {name: plan.blend for name, plan in members.items()}
+    _, by_fold = choose_weights(wanted, scores, target, fold, label)
+    seeds = {
+        seed: blend_by_fold(
+            {name: plan.seeds[seed] for name, plan in members.items()}, by_fold, fold
+        )
+        for seed in sorted(set.intersection(*(set(plan.seeds) for plan in members.values())))
+    }
+    return PlanScores(fold, seeds, blend_by_fold(scores, by_fold, fold))
+
+
+def choose_weights(
+    wanted: str | Sequence[float],
+    scores: Mapping[str, Scores],
+    target: NDArray[np.integer],
+    fold: NDArray[np.integer],
+    label: str = "",
+) -> tuple[Weights, dict[int, Weights]]:
+    """Return the weights of the members, and those of each held-out fold's rows.
+
+    Args:
+        wanted: a number per member, `equal`, or `search`.
+        scores: [N] out-of-fold scores by member.
+        target, fold: [N].
+        label: start of the line that is printed about a search.
+    """
+    folds: list[int] = np.unique(fold).tolist()
+    numbers = [1.0] * len(scores) if isinstance(wanted, str) else wanted
+    given = {name: number / sum(numbers) for name, number in zip(scores, numbers, strict=True)}
+    same: dict[int, Weights] = dict.fromkeys(folds, given)
+    if wanted != "search":
+        return given, same
+    ranks = {name: rank_among(score, score) for name, score in scores.items()}
+    nested: dict[int, Weights] = {k: search_weights(ranks, target, fold != k) for k in folds}
+    found = pauc(target, blend_by_fold(scores, nested, fold))
+    equal = pauc(target, blend_by_fold(scores, same, fold))
+    is_better = found > equal
+    print(
+        f"{label}search: pAUC {found:.4f} with each fold's weights chosen on the other folds, "
+        f"{equal:.4f} with equal weights: {'accepted' if is_better else 'equal weights are kept'}"
+    )
+    if not is_better:
+        return given, same
+    return search_weights(ranks, target, np.ones(len(fold), bool)), nested
+
+
+def search_weights(
+    ranks: Mapping[str, Scores], target: NDArray[np.integer], rows: NDArray[np.bool_]
+) -> Weights:
+    """Return weights with a high pAUC on some rows, by ensemble selection with replacement.
+
+    Caruana et al. 2004, "Ensemble selection from libraries of models": the member that helps most
+    is added again and again, and the best of these mixtures is returned.
+
+    Args:
+        ranks: [N] by member.
+        target: [N].
+        rows: [N] whether to use a row.
+    """
+    chosen: list[str] = []
+    total = np.zeros(int(rows.sum()))
+    values = []
+    for _ in range(NUM_STEPS):
+        after = {name: pauc(target[rows], total + rank[rows]) for name, rank in ranks.items()}
+        best = max(after, key=lambda name: after[name])
+        chosen.append(best)
+        total += ranks[best][rows]
+        values.append(after[best])
+    mixture = chosen[: int(np.argmax(values)) + 1]
+    return {name: mixture.count(name) / len(mixture) for name in ranks}
+
+
+def _notes_on_members(members: Mapping[str, Ensemble], plans: Plans) -> list[str]:
+    """Return lines on fold plans and seeds that only some of the members have."""
+    notes = []
+    num_plans = {name: len(split_seeds(member.manifest)) or 1 for name, member in members.items()}
+    if any(number > max(len(plans), 1) for number in num_plans.values()):
+        notes.append(
+            f"note: the members have different fold plans ({_listed(num_plans)}), and the blend "
+            "has only those of all; fit them with equal --splits"
+        )
+    num_seeds = {name: len(member.scores_by_seed()) for name, member in members.items()}
+    boosted = {name: number for name, number in num_seeds.items() if number}
+    if len(set(boosted.values())) > 1:
+        notes.append(
+            f"note: the members have different numbers of seeds ({_listed(boosted)}); a comparison "
+            "tests the blend by the seeds of all"
+        )
+    return notes
+
+
+def _listed(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
+
+
+def _manifest_inputs(members: Mapping[str, Ensemble], settings: BlendSettings) -> dict[str, Any]:
+    """Return the manifest fields that determine a blend."""
+    first = next(iter(members.values())).manifest
+    shared = ("folds_digest", "metadata_sha256", "lesions_per_patient")
+    return {
+        "members": {name: sha256(member.root / ENSEMBLE_FILE) for name, member in members.items()},
+        "weights_from": settings.weights,
+        **{key: first[key] for key in shared},
+        "versions": versions("isic-toolkit", "numpy", "polars"),
+    }
+
+
+def _write_files(
+    root: Path, members: Mapping[str, Ensemble], oof: pl.DataFrame, summaries: dict[str, Any]
+) -> list[str]:
+    """Write all files but the manifest. Return the names of those that it has a digest of."""
+    for name, member in members.items():
+        copy_ensemble(member, root / MEMBERS_DIR / name)
+    folds = next(iter(members.values())).root / FOLDS_FILE
+    shutil.copyfile(folds, root / FOLDS_FILE)
+    write_parquet(root / OOF_FILE, oof)
+    write_json(root / SCORES_FILE, summaries)
+    manifests = [f"{MEMBERS_DIR}/{name}/{ENSEMBLE_FILE}" for name in members]
+    return [*manifests, FOLDS_FILE, OOF_FILE, SCORES_FILE]
+
+
+def copy_ensemble(ensemble: Ensemble, folder: Path) -> None:
+    """Copy the files of an ensemble, without its report."""
+    folder.mkdir(parents=True)
+    for name in (*ensemble.manifest["files"], ENSEMBLE_FILE):
+        shutil.copyfile(ensemble.root / name, folder / name)

@@ -1,0 +1,1 @@
+"""Fit boosters, on folds and on every row."""

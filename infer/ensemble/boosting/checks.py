@@ -1,0 +1,116 @@
+"""Try a library on a few rows before a fit: does it know its extra parameters, and the device?"""
+
+import contextlib
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from infer.ensemble.boosting.libraries import DEVICE, EXTRA, LIBRARIES, fit_booster
+from isic.runtime.errors import UserError, did_you_mean, first_line
+
+NUM_ROWS = 200
+NUM_ROUNDS = 2
+
+UNUSED = re.compile(r"Parameters: \{ (.+) \} are not used")
+"""The warning of XGBoost for unknown parameters, in quotes."""
+NO_GPU = "Device is changed from GPU to CPU"
+"""Its warning if it falls back to the CPU."""
+
+
+def check_library(library: str, parameters: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise a UserError if a library lacks the device or does not know an extra parameter.
+
+    Args:
+        parameters: as `FitSettings.parameters` returns them; the defaults are known to work.
+        names: [D] columns of the boosters' matrix.
+    """
+    extra = parameters.get(EXTRA, {})
+    on_gpu = parameters.get(DEVICE, "cpu") != "cpu"
+    if library == "lightgbm":
+        _check_lightgbm_names(extra)
+    if extra:
+        _try(library, {**parameters, DEVICE: "cpu"}, names)
+    if on_gpu:
+        try:
+            _try(library, parameters, names)
+        except UserError as error:
+            reason = re.sub(r"; change --\w+$", "", str(error))
+            raise UserError(
+                f"--device cuda: {reason}; use --device cpu, or install {library} built for CUDA"
+            ) from None
+
+
+def _try(library: str, parameters: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Fit two trees on random rows, load them, and read their gains. Raise UserError."""
+    random = np.random.default_rng(0)
+    matrix = random.standard_normal((NUM_ROWS, len(names)), dtype=np.float32)
+    target = (matrix[:, 0] > 0).astype(np.int8)
+    few = {**parameters, "num_rounds": NUM_ROUNDS}
+    with _capture() as messages:
+        text = fit_booster(library, matrix, target, names, few, 0)
+    for message in messages:
+        _refuse_warning(library, message, parameters.get(EXTRA, {}))
+    try:
+        row = LIBRARIES[library]
+        row.load(text)(matrix, 1)
+        row.gains(text, len(names))
+    except (UserError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{library}: extra makes a model that this toolkit cannot read ({first_line(error)}); "
+            f"change --{library}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _capture() -> Iterator[list[str]]:
+    """Yield a list that gets the warnings of the block, and what C++ wrote to stderr."""
+    # XGBoost warns through Python only in the thread that imported it, else on stderr; LightGBM
+    # repeats its errors there.
+    messages: list[str] = []
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as written, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        os.dup2(written.fileno(), 2)
+        try:
+            yield messages
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            written.seek(0)
+            messages += [str(warning.message) for warning in caught]
+            messages.append(written.read().decode(errors="replace"))
+
+
+def _refuse_warning(library: str, message: str, extra: Mapping[str, Any]) -> None:
+    if NO_GPU in message:
+        raise UserError(f"{library} found no GPU that it can use")
+    unused = UNUSED.search(message)
+    names = [name for name in extra if unused and f'"{name}"' in unused[1]]
+    if names:
+        raise UserError(f'{library} has no parameter "{names[0]}"; correct --{library}')
+
+
+def _check_lightgbm_names(extra: Mapping[str, Any]) -> None:
+    """Raise a UserError for a name that LightGBM does not know or has in place of a setting."""
+    if not extra:
+        return
+    # LightGBM only warns of unknown names, and ignores one of two names of a parameter.
+    row = LIBRARIES["lightgbm"]
+    aliases: dict[str, list[str]] = import_module(
+        "lightgbm.basic"
+    )._ConfigAliases._get_all_param_aliases()
+    canonical = {alias: name for name, others in aliases.items() for alias in (name, *others)}
+    for key in extra:
+        if key not in canonical:
+            raise UserError(f'lightgbm has no parameter "{key}", {did_you_mean(key, canonical)}')
+        name = canonical[key]
+        if name in row.defaults:
+            raise UserError(f"lightgbm: {key} in extra is a setting of its own; write {name}: ...")
+        if name in row.fixed:
+            raise UserError(f"lightgbm: {key} is set by this toolkit; leave it out of extra")

@@ -1,0 +1,286 @@
+"""Boosters fitted on every row, which need one pass over the images to score instead of one per fold.
+
+They have no out-of-fold score: that of the ensemble is of the folds' boosters. How far both agree is
+measured within the rows of the other folds, on those of the first one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from infer.embedding.store import read_run
+from infer.ensemble.artifact import Ensemble
+from infer.ensemble.blends.artifact import Blend, Scorer
+from infer.ensemble.blends.ranks import Scores, blend, model_name
+from infer.ensemble.boosting.libraries import LIBRARIES, booster_file_name
+from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters
+from infer.ensemble.boosting.thinning import ThinnedTables
+from infer.ensemble.boosting.training_table import TrainingTable
+from infer.ensemble.images.networks import by_network
+from infer.ensemble.images.scores import LogitScaler
+from infer.ensemble.settings import EmbeddingSources, FitSettings
+from isic import schema
+from isic.features import Encoding
+from isic.folds import draw_folds
+from isic.layout import ALL, ALL_NUMBER, EMBEDDINGS_DIR, Fold, find_embeddings
+from isic.metrics import pauc
+from isic.runtime.errors import UserError
+from isic.runtime.files import write_text
+from isic.runtime.machine import num_cores
+
+Rows = Literal["folds", "all"]
+ESTIMATES: Mapping[Rows, str] = {
+    "folds": "out-of-fold scores are of the boosters and networks of the folds, each on the rows "
+    "that it was fitted without; scores here are means over all of them",
+    "all": "out-of-fold scores are of the boosters and networks of the folds, each on the rows "
+    "that it was fitted without; those used here were fitted on every row and have no such score",
+}
+"""What the out-of-fold scores of an ensemble are of, by the models that score a table."""
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Boosters that were fitted on every row."""
+
+    boosters: Mapping[tuple[str, int], str]
+    """Text by library and seed; none if the image score is the only feature."""
+    encoding: Encoding | None
+    agreement: Mapping[str, Any] | None
+    """See `measure_agreement`."""
+
+    def write(self, root: Path) -> list[str]:
+        """Write the boosters. Return the names of their files."""
+        files = {
+            booster_file_name(library, ALL, seed): text
+            for (library, seed), text in self.boosters.items()
+        }
+        for name, text in files.items():
+            write_text(root / name, text)
+        return list(files)
+
+    def manifest_field(self) -> dict[str, Any]:
+        boosters = [
+            {
+                "file": booster_file_name(library, ALL, seed),
+                "library": library,
+                "fold": ALL,
+                "seed": seed,
+            }
+            for library, seed in self.boosters
+        ]
+        return {
+            "boosters": boosters,
+            "agreement": self.agreement,
+            "out_of_fold_scores": ESTIMATES["all"],
+        }
+
+
+def refit_boosters(
+    table: TrainingTable,
+    names: tuple[str, ...],
+    metadata: pl.DataFrame,
+    fold: NDArray[np.integer],
+    settings: FitSettings,
+    thinned: ThinnedTables | None,
+) -> Refit:
+    """Fit a booster per library and seed on every row, and measure their agreement with the folds'.
+
+    Args:
+        table: of features; the image score of a row is out of fold, as for the folds' boosters.
+        names: the columns to fit on, possibly none.
+        metadata: `isic_id`, `target` and optionally `patient_id`, in the order of the table.
+        fold: [N].
+        thinned: see `fit_boosters`.
+    """
+    if not names:
+        return Refit({}, None, None)
+    target = metadata[schema.TARGET].to_numpy()
+    result = _fit_on_all(table, names, target, settings, thinned)
+    (encoding,) = result.encodings.values()
+    boosters = {(library, seed): text for (library, _, seed), text in result.boosters.items()}
+    agreement = measure_agreement(table, names, metadata, fold, settings)
+    return Refit(boosters, encoding, agreement)
+
+
+def _fit_on_all(
+    table: TrainingTable,
+    names: tuple[str, ...],
+    target: NDArray[np.integer],
+    settings: FitSettings,
+    thinned: ThinnedTables | None = None,
+) -> FitResult:
+    # Each booster is fitted without the rows of a fold; no row is in this one.
+    in_fold = np.zeros(len(target), np.int8)
+    return fit_boosters(table, names, target, in_fold, settings, thinned, fold_ids=[1])
+
+
+def measure_agreement(
+    table: TrainingTable,
+    names: tuple[str, ...],
+    metadata: pl.DataFrame,
+    fold: NDArray[np.integer],
+    settings: FitSettings,
+) -> dict[str, Any] | None:
+    """Compare boosters of folds with one on all rows, on rows that neither has seen.
+
+    Both are fitted, with one seed, on the rows outside the first fold, which are divided into as
+    many folds again, and score the rows of the first fold. Arguments are as in `refit_boosters`.
+
+    Returns:
+        `spearman` of both scores, `pauc_folds`, `pauc_all`, and the numbers of rows; None if the
+        rows cannot be divided, of which a line is printed.
+    """
+    fold_ids = np.unique(fold)
+    is_fitted = fold != fold_ids[0]
+    # Whole patients, as both ways are fitted on the same ones.
+    one_seed = settings.model_copy(update={"seeds": 1, "thin_patients": 0.0})
+    rows = metadata.filter(pl.Series(is_fitted))
+    try:
+        plan = draw_folds(rows, len(fold_ids), settings.seed_of_split)
+    except UserError as error:
+        print(f"note: the agreement of folds and all rows is not measured: {error}")
+        return None
+    inner_table = table.filter(is_fitted)
+    inner_target = rows[schema.TARGET].to_numpy()
+    inner_fold = plan.of(rows).to_numpy()
+    results = (
+        fit_boosters(inner_table, names, inner_target, inner_fold, one_seed),
+        _fit_on_all(inner_table, names, inner_target, one_seed),
+    )
+    unseen = table.features.filter(pl.Series(~is_fitted))
+    target = metadata.filter(pl.Series(~is_fitted))[schema.TARGET].to_numpy()
+    of_folds, of_all = (_score(result, unseen, one_seed) for result in results)
+    return {
+        "spearman": float(spearmanr(of_folds, of_all).statistic),
+        "pauc_folds": pauc(target, of_folds),
+        "pauc_all": pauc(target, of_all),
+        "num_fitted_rows": len(rows),
+        "num_scored_rows": len(unseen),
+    }
+
+
+def _score(result: FitResult, table: pl.DataFrame, settings: FitSettings) -> Scores:
+    """Return [N] the blend of the libraries, each the mean over its boosters of one seed."""
+    num_threads = settings.num_threads or num_cores()
+    models = {
+        model_name(library, settings.seed): np.mean(
+            [
+                LIBRARIES[library].load(text)(result.encodings[k].transform(table), num_threads)
+                for (name, k, _), text in result.boosters.items()
+                if name == library
+            ],
+            axis=0,
+        )
+        for library in settings.libraries
+    }
+    # Ranked among each other: both sides have the same rows.
+    return blend(models, settings.library_weights, models)
+
+
+def describe_agreement(agreement: Mapping[str, Any]) -> str:
+    """Return a line on what `measure_agreement` returned."""
+    return (
+        f"on {agreement['num_scored_rows']:,} rows that neither was fitted on: "
+        f"pAUC {agreement['pauc_folds']:.4f} by the boosters of folds, "
+        f"{agreement['pauc_all']:.4f} by those on all rows, "
+        f"rank correlation {agreement['spearman']:.4f}"
+    )
+
+
+def choose_rows(scorer: Scorer, rows: Rows, sources: EmbeddingSources) -> Scorer:
+    """Return the ensemble, or the blend, with the models that are to score a table.
+
+    Args:
+        rows: those that the models were fitted on: without a fold each, or all.
+
+    Raises:
+        UserError: the ensemble has no boosters on all rows, or the embeddings are by other networks
+            than these rows need.
+    """
+    if isinstance(scorer, Blend):
+        members = {
+            name: _choose_rows(member, rows, sources) for name, member in scorer.members.items()
+        }
+        return replace(scorer, members=members)
+    return _choose_rows(scorer, rows, sources)
+
+
+def _choose_rows(ensemble: Ensemble, rows: Rows, sources: EmbeddingSources) -> Ensemble:
+    if rows == "all" and not ensemble.manifest.get("refit"):
+        raise UserError(
+            f"{ensemble.root} has no boosters on all rows; fit it again with --refit true, or "
+            "leave --rows out"
+        )
+    if ensemble.state.image.needs["embeddings"]:
+        _refuse_other_networks(ensemble, rows, sources)
+    return refitted(ensemble, sources) if rows == "all" else ensemble
+
+
+def _refuse_other_networks(ensemble: Ensemble, rows: Rows, sources: EmbeddingSources) -> None:
+    """Raise a UserError if embeddings are by the folds for all rows, or by fold_all for folds."""
+    networks = ensemble.manifest["embeddings"]
+    if not sources.embeddings:
+        fold: Fold | None = ALL if rows == "all" else None
+        folders = (str(find_embeddings(EMBEDDINGS_DIR, name, fold)) for name in networks)
+        raise UserError(f"{ensemble.root} uses images; give --embeddings {','.join(folders)}")
+    for name, root in by_network(sources.embeddings, "test").items():
+        by_all = read_run(root, "test").get("folds") == [ALL]
+        if by_all and rows == "folds":
+            raise UserError(
+                f"{root} holds embeddings by the network of all rows; add --rows all, or give "
+                "those by the folds"
+            )
+        if not by_all and rows == "all":
+            raise UserError(
+                f"--rows all needs embeddings by the network of all rows, and {root} holds those "
+                f"by the folds; run `python -m infer embed --config {name} --fold {ALL}`"
+            )
+
+
+def refitted(ensemble: Ensemble, sources: EmbeddingSources) -> Ensemble:
+    """Return the ensemble with its boosters on all rows, for images by the network of all rows."""
+    state = ensemble.state
+    image = state.image
+    # By a number, as the encodings are.
+    boosters = [{**entry, "fold": ALL_NUMBER} for entry in ensemble.manifest["refit"]["boosters"]]
+    manifest = {**ensemble.manifest, "boosters": boosters}
+    if image.networks:
+        networks = {
+            name: replace(network, scaler=mean_scaler(network.scaler) if network.scaler else None)
+            for name, network in image.networks.items()
+        }
+        image = replace(image, networks=networks)
+        manifest["embeddings"] = _with_checkpoints(manifest["embeddings"], sources)
+    encodings = {ALL_NUMBER: state.refit} if state.refit else {}
+    return replace(
+        ensemble, manifest=manifest, state=replace(state, encodings=encodings, image=image)
+    )
+
+
+def _with_checkpoints(origins: Mapping[str, Any], sources: EmbeddingSources) -> dict[str, Any]:
+    """Return the origins of the networks with the weights of the given embeddings.
+
+    They are others than in the fit. All else must be as there.
+    """
+    roots = by_network(sources.embeddings, "test")
+    return {
+        name: {**origin, "checkpoints": read_run(roots[name], "test").get("checkpoints")}
+        if name in roots
+        else origin
+        for name, origin in origins.items()
+    }
+
+
+def mean_scaler(scaler: LogitScaler) -> LogitScaler:
+    """Return constants for the network of all rows, which has no out-of-fold logits of its own.
+
+    They are the mean of the folds' means and the mean of their deviations.
+    """
+    mean, deviation = np.mean(list(scaler.folds.values()), axis=0).tolist()
+    return LogitScaler({ALL_NUMBER: (mean, deviation)})

@@ -1,0 +1,1 @@
+"""The words of `--features`: built-in, own and selected features."""

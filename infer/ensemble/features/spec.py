@@ -1,0 +1,176 @@
+"""The features of an ensemble, from the words of `--features`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import polars as pl
+
+from infer.ensemble.features.own_columns import OwnColumns
+from infer.ensemble.features.words import FeatureWords, Lists, parse_words
+from infer.ensemble.images.features import FORMS, ImageState
+from isic import features, schema
+from isic.features.definitions import (
+    columns_of_definitions,
+    compute_definitions,
+    needed_definitions,
+    relative_to_others,
+)
+from isic.runtime.errors import UserError
+
+MULTIMODAL = ("engineered", "image")
+"""The words that `multimodal` stands for."""
+IMAGE_WORDS = ("multimodal", *FORMS)
+"""Words that request image features."""
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """The features of the boosters."""
+
+    words: FeatureWords
+    tabular: tuple[str, ...]
+    """Names of the tabular features."""
+    forms: tuple[str, ...]
+    """The kinds of image features, of FORMS."""
+    own: OwnColumns = field(default_factory=OwnColumns)
+    own_names: tuple[str, ...] = ()
+    """Names of the own columns that are features."""
+
+    @classmethod
+    def parse(
+        cls, text: str, own: OwnColumns | None = None, lists: Lists | None = None
+    ) -> "FeatureSpec":
+        """Parse a comma-separated list of sets, groups and features.
+
+        `multimodal` is `engineered` and `image`; the image features are those of FORMS. `-word`
+        leaves features out; `@file` names a list.
+
+        Args:
+            own: the user's own columns, whose sets and names are words too.
+            lists: the words of lists, for those that are not read from their files.
+
+        Raises:
+            UserError: an unknown word, a column that only training tables have, a word that leaves
+                nothing out, own columns that are not requested, or no features.
+        """
+        own = own or OwnColumns()
+        words = parse_words(text, lists)
+        wanted = _expand(words.wanted, own)
+        unwanted = _expand(words.unwanted, own)
+        _refuse_vain(words, wanted, own)
+        forms = wanted.forms - unwanted.forms
+        spec = cls(
+            words,
+            tabular=tuple(name for name in wanted.tabular if name not in unwanted.tabular),
+            forms=tuple(form for form in FORMS if form in forms),
+            own=own,
+            own_names=tuple(name for name in wanted.own if name not in unwanted.own),
+        )
+        if not (spec.tabular or spec.own_names or forms):
+            raise UserError(f'no features are left of "{text}"; leave out less')
+        return spec
+
+    @property
+    def images(self) -> bool:
+        """Whether any feature comes from images."""
+        return bool(self.forms)
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """The features that do not come from images."""
+        return (*self.tabular, *self.own_names)
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether a tabular feature depends on the patient's other lesions."""
+        own = relative_to_others(self.own.all_definitions, self.own_names)
+        return features.relative_to_patient(self.tabular) or own
+
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        """The metadata columns that the features read."""
+        own = columns_of_definitions(self.own.all_definitions, self.own_names)
+        return tuple(dict.fromkeys((*features.needed_columns(self.tabular), *own)))
+
+    def names(self, image: ImageState) -> tuple[str, ...]:
+        """Return the columns of the boosters' matrix.
+
+        There are none, and no boosters, if the networks' scores are the only features.
+        """
+        if not self.table_names and self.forms == ("image",):
+            return ()
+        return (*self.table_names, *image.names)
+
+    def frame(self, metadata: pl.DataFrame, more: Iterable[pl.DataFrame]) -> pl.DataFrame:
+        """Return the feature table: `isic_id`, tabular, own and image columns.
+
+        Args:
+            metadata: the rows, whose order is kept.
+            more: tables of columns in the same order, from own tables and images.
+        """
+        tabular = features.compute(metadata, self.tabular)
+        definitions = self.own.all_definitions
+        defined = {name for definition in definitions for name in definition.names}
+        names = [name for name in self.own_names if name in defined]
+        parts = [tabular]
+        if names:
+            parts.append(compute_definitions(definitions, metadata, names))
+        others = (table.drop(schema.ID, strict=False) for table in more)
+        return pl.concat([*parts, *others], how="horizontal")
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The features behind some words."""
+
+    tabular: tuple[str, ...]
+    own: tuple[str, ...]
+    forms: frozenset[str]
+    """Of FORMS."""
+
+    def meets(self, other: "_Names") -> bool:
+        """Return whether both have a feature."""
+        return bool(
+            {*self.tabular, *self.own} & {*other.tabular, *other.own} or self.forms & other.forms
+        )
+
+
+def _expand(words: Iterable[str], own: OwnColumns) -> _Names:
+    sets = own.sets
+    tabular: list[str] = []
+    owned: set[str] = set()
+    forms: set[str] = set()
+    for given in words:
+        for word in MULTIMODAL if given == "multimodal" else (given,):
+            if word in FORMS:
+                forms.add(word)
+            elif word in sets or word in own.names:
+                owned.update(sets.get(word, (word,)))
+            else:
+                tabular.append(word)
+    known = (*IMAGE_WORDS, *sets, *own.names)
+    return _Names(
+        features.expand(tabular, also_known=known),
+        tuple(name for name in own.names if name in owned),
+        frozenset(forms),
+    )
+
+
+def _refuse_vain(words: FeatureWords, wanted: _Names, own: OwnColumns) -> None:
+    """Raise a UserError for a word that leaves nothing out, or own columns that are not used."""
+    for word in words.unwanted:
+        if not _expand([word], own).meets(wanted):
+            raise UserError(f'"-{word}" leaves nothing out of {words.text}; remove it')
+    unused = [word for word, names in own.sets.items() if not set(names) & _read(wanted, own)]
+    if unused:
+        raise UserError(
+            f"--features {words.text} requests nothing of {unused[0]}; add it: "
+            f"--features {words.text},{unused[0]}"
+        )
+
+
+def _read(wanted: _Names, own: OwnColumns) -> set[str]:
+    """Return the own features that are wanted, or that wanted definitions read."""
+    definitions = own.all_definitions
+    used = needed_definitions(definitions, wanted.own)
+    return {*wanted.own, *(name for definition in used for name in definition.names)}

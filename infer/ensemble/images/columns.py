@@ -1,0 +1,287 @@
+"""Embeddings as feature columns that are comparable across fold models.
+
+- `aligned`: each fold model's embeddings, rotated onto those of the first fold's model (orthogonal
+  Procrustes; Schönemann 1966, Psychometrika 31:1). A training row gets the embedding of the model
+  that held it out, a test row the mean over all fold models.
+- `frozen`: the embedding of one model that was trained on other images.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from infer.embedding.store import (
+    ORIGIN_KEYS,
+    read_run,
+    refuse_missing_embeddings,
+    refuse_other_origin,
+    scan_embeddings,
+)
+from infer.ensemble.images.scores import LogitScaler
+from isic import schema
+from isic.dataset import Split
+from isic.folds import Folds
+from isic.layout import TRAINED_ON_FILE, fold_dir
+from isic.provenance import read_seen, refuse_seen
+from isic.runtime.arithmetic import ceil_div
+from isic.runtime.errors import UserError
+from isic.tables import read_parquet, reading, write_parquet
+
+ALIGNED = "aligned"
+FROZEN = "frozen"
+
+# Many times the number of features of any backbone here.
+MAX_ANCHORS = 20_000
+"""Images that maps are fitted on."""
+MAX_MAPPED_ROWS = 8192
+"""Rows that are mapped together, to bound the memory of float64 values."""
+
+FeatureMatrix = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """Maps the embeddings of one fold's model to the common columns: x @ matrix + offset."""
+
+    matrix: NDArray[np.float64]
+    """[D, C]."""
+    offset: NDArray[np.float64]
+    """[C]."""
+
+    def apply(self, features: FeatureMatrix) -> NDArray[np.float32]:
+        """Map [N, D] to [N, C]."""
+        # In float64: BLAS sums in an order that depends on the number of rows, and the difference
+        # disappears when the result is rounded to float32.
+        mapped = features.astype(np.float64) @ self.matrix + self.offset
+        return mapped.astype(np.float32)
+
+
+AffineMaps = Mapping[int, AffineMap]
+"""By fold."""
+
+
+def column_names(mode: str, network: str, width: int) -> tuple[str, ...]:
+    return tuple(f"{mode}_{index:03d}.{network}" for index in range(width))
+
+
+def procrustes(own: FeatureMatrix, target: FeatureMatrix) -> NDArray[np.float64]:
+    """Return the orthogonal [C, C] that brings own [N, C] closest to target; both are centred."""
+    left, _, right = np.linalg.svd(own.T @ target)
+    return np.asarray(left @ right)
+
+
+def fit_affine_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> AffineMaps:
+    """Fit the map of each fold's embeddings onto those of the first fold. Uses no labels.
+
+    Args:
+        root: an embedding run with every training image embedded by every fold model.
+
+    Raises:
+        UserError: the run lacks embeddings, there are fewer than three folds, or the models share
+            fewer images than there are features.
+    """
+    run = read_run(root, "train")
+    if run.get("folds_mode") != "all":
+        raise UserError(
+            f"{ALIGNED} needs every training image embedded by every fold model; "
+            "run `python -m infer embed` with --folds all into an empty folder"
+        )
+    if folds.num_folds < 3:
+        raise UserError(
+            f"{ALIGNED} needs at least 3 folds, so that two fold models share training images"
+        )
+    held_out_by = folds.of(metadata).alias("held_out_by")
+    ids = metadata.select(schema.ID).with_columns(held_out_by).sort(schema.ID)
+    anchors = ids.gather_every(ceil_div(len(ids), MAX_ANCHORS))
+    first, *others = range(folds.num_folds)
+    by_first = _find_features(root, "train", first, anchors)
+    # The bytes of a decomposition depend on the number of BLAS threads.
+    with threadpool_limits(1, "blas"):
+        trained_on = by_first.filter(pl.col("held_out_by") != first)
+        center = _to_matrix(trained_on, root).astype(np.float64).mean(axis=0)
+        maps = {first: AffineMap(np.eye(len(center)), -center)}
+        for k in others:
+            # Only images that both models were trained on. Of an image that one model held out,
+            # the other has learned the label, and a rotation of hundreds of columns could carry
+            # the label over.
+            shared = by_first.filter(~pl.col("held_out_by").is_in([first, k]))
+            own = _find_features(root, "train", k, shared.select(schema.ID))
+            target = maps[first].apply(_to_matrix(shared, root))
+            maps[k] = _fit_rotation(_to_matrix(own, root).astype(np.float64), target, root)
+    return maps
+
+
+def _fit_rotation(own: FeatureMatrix, target: FeatureMatrix, root: Path) -> AffineMap:
+    """Fit the rotation and shift that bring own [N, D] closest to target [N, D]."""
+    num_images, width = own.shape
+    # With fewer images than features the rotation is not determined.
+    if num_images < width:
+        raise UserError(
+            f"{root}: {num_images} shared images are too few to align {width} features; "
+            f"embed more images, or leave {ALIGNED} out"
+        )
+    target = target.astype(np.float64)
+    center = own.mean(axis=0)
+    target_center = target.mean(axis=0)
+    rotation = procrustes(own - center, target - target_center)
+    return AffineMap(rotation, target_center - center @ rotation)
+
+
+def mapped_columns(
+    root: Path,
+    split: Split,
+    names: Sequence[str],
+    metadata: pl.DataFrame,
+    maps: AffineMaps,
+    fold: pl.Series | None,
+) -> pl.DataFrame:
+    """Return mapped embeddings as Float32 columns, in the order of `metadata`.
+
+    A row without a readable image is null.
+
+    Args:
+        names: of the columns.
+        fold: [N] the fold whose model embeds each row; None for the mean over all models.
+
+    Raises:
+        UserError: embeddings are missing, not finite, or of another width.
+    """
+    ids = metadata.select(schema.ID).with_row_index("_row")
+    # By columns, so that the table takes the array over without a copy: at full size it has
+    # hundreds of megabytes.
+    total = np.zeros((len(ids), len(names)), np.float32, order="F")
+    num_models = np.zeros(len(ids), np.int64)
+    for k, affine_map in maps.items():
+        wanted = ids if fold is None else ids.filter(fold == k)
+        found = _find_features(root, split, k, wanted)
+        features = _to_matrix(found, root, width=len(affine_map.matrix))
+        rows = found["_row"].to_numpy()
+        for start in range(0, len(rows), MAX_MAPPED_ROWS):
+            part = slice(start, start + MAX_MAPPED_ROWS)
+            total[rows[part]] += affine_map.apply(features[part])
+        num_models[rows] += 1
+    total /= np.maximum(num_models, 1).astype(np.float32)[:, None]
+    table = pl.DataFrame(total, list(names))
+    if not num_models.all():
+        table = table.with_columns(pl.when(pl.Series(num_models > 0)).then(pl.all()))
+    return table
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """The model of a network that was trained on other images."""
+
+    config: str
+    fold: int
+    made_with: Mapping[str, Any]
+    """ORIGIN_KEYS of its embedding run."""
+    width: int
+    """Number of features."""
+    scaler: LogitScaler | None = None
+    """For its score."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "scaler": self.scaler.to_json() if self.scaler else None}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "FrozenModel":
+        scaler = LogitScaler.from_json(value["scaler"]) if value["scaler"] else None
+        return cls(**{**value, "scaler": scaler})
+
+
+def find_frozen_model(root: Path, metadata: pl.DataFrame) -> FrozenModel:
+    """Return the model of the lowest fold of an embedding run, without its scaler.
+
+    Raises:
+        UserError: the model has learned from images or patients of this table.
+    """
+    run = read_run(root, "train")
+    fold = min(run["folds"])
+    refuse_seen(
+        metadata,
+        read_seen(fold_dir(root / "train", fold) / TRAINED_ON_FILE),
+        f"the frozen model behind {root}",
+        "train it on other images of other patients",
+    )
+    return FrozenModel(run["config"], fold, _origin_of_fold(run, fold), int(run["num_features"]))
+
+
+def _origin_of_fold(run: Mapping[str, Any], fold: int) -> dict[str, Any]:
+    """Return ORIGIN_KEYS of a run, with only this fold's checkpoint."""
+    checkpoints = run.get("checkpoints") or {}
+    origin = {key: run.get(key) for key in ORIGIN_KEYS}
+    origin["checkpoints"] = checkpoints.get(str(fold))
+    return origin
+
+
+def refuse_other_frozen_model(root: Path, split: Split, model: FrozenModel) -> None:
+    """Raise a UserError if an embedding run is not by the frozen model."""
+    origin = _origin_of_fold(read_run(root, split), model.fold)
+    refuse_other_origin(root, split, origin, model.made_with)
+
+
+def frozen_columns(
+    root: Path, split: Split, network: str, metadata: pl.DataFrame, model: FrozenModel
+) -> pl.DataFrame:
+    """Return the embeddings of a network's frozen model as columns, as `mapped_columns` does."""
+    # Frozen embeddings of train and test come from one model, so they need no map.
+    identity = AffineMap(np.eye(model.width), np.zeros(model.width))
+    names = column_names(FROZEN, network, model.width)
+    return mapped_columns(root, split, names, metadata, {model.fold: identity}, None)
+
+
+def write_affine_maps(path: Path, maps: AffineMaps) -> None:
+    """Write maps as a table: per fold the rows of its matrix and, last, the offset."""
+    tables = []
+    for fold, affine_map in maps.items():
+        rows = pl.DataFrame({"values": np.vstack([affine_map.matrix, affine_map.offset])})
+        tables.append(rows.with_columns(fold=pl.lit(fold, dtype=pl.Int8)))
+    write_parquet(path, pl.concat(tables))
+
+
+def read_affine_maps(path: Path) -> AffineMaps:
+    """Read the table that `write_affine_maps` wrote."""
+    table = read_parquet(path)
+    maps = {}
+    for fold in table["fold"].unique().sort().to_list():
+        rows = table.filter(fold=fold)["values"].to_numpy()
+        maps[fold] = AffineMap(rows[:-1], rows[-1])
+    return maps
+
+
+def _find_features(root: Path, split: Split, fold: int, wanted: pl.DataFrame) -> pl.DataFrame:
+    """Add the `features` by one fold's model to `wanted`, without unreadable images.
+
+    Raises:
+        UserError: an embedding is missing, or there are several per image.
+    """
+    rows = scan_embeddings(root, split, ["features"], fold)
+    with reading(root):
+        found = wanted.lazy().join(rows, on=schema.ID, how="inner", maintain_order="left").collect()
+    if found[schema.ID].is_duplicated().any():
+        raise UserError(
+            f"{root}: an image has more than one {split} embedding of fold {fold}; embed again"
+        )
+    number = pl.lit(fold, dtype=pl.Int8).alias("fold")
+    missing = wanted.join(found, on=schema.ID, how="anti").select(schema.ID, number)
+    refuse_missing_embeddings(missing, len(wanted), root, split)
+    return found
+
+
+def _to_matrix(found: pl.DataFrame, root: Path, width: int | None = None) -> FeatureMatrix:
+    """Return [N, D] `features`. Raise UserError if D is not `width`, or a value not finite."""
+    features = found["features"].to_numpy()
+    if width is not None and features.shape[1] != width:
+        raise UserError(
+            f"{root} holds embeddings of {features.shape[1]} features, not {width}; "
+            "give embeddings of the same model"
+        )
+    if not np.isfinite(features).all():
+        raise UserError(f"{root}: embeddings are not finite; train and export the model again")
+    return features

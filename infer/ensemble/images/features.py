@@ -1,0 +1,328 @@
+"""The features that an ensemble takes from images, per network and form."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from infer.ensemble.images import scores as image_scores
+from infer.ensemble.images.columns import (
+    ALIGNED,
+    FROZEN,
+    AffineMaps,
+    FrozenModel,
+    column_names,
+    find_frozen_model,
+    fit_affine_maps,
+    frozen_columns,
+    mapped_columns,
+    read_affine_maps,
+    refuse_other_frozen_model,
+    write_affine_maps,
+)
+from infer.ensemble.images.networks import by_network, match_networks
+from infer.ensemble.images.relative_scores import (
+    DIFFERENCE,
+    RANKS,
+    ImageScores,
+    group_lesions,
+    score_column,
+)
+from infer.ensemble.images.scores import LogitScaler
+from infer.ensemble.settings import EmbeddingSources
+from isic.dataset import Split
+from isic.folds import Folds, read_folds
+from isic.layout import FOLDS_FILE
+from isic.runtime.errors import UserError
+
+NEEDS = {
+    "embeddings": "image features need --embeddings outputs/embeddings/<config>; "
+    "run `python -m infer embed` first",
+    "frozen": "frozen columns and scores need --frozen outputs/embeddings/<config>, "
+    "of a network that was trained on other images",
+}
+
+SCORE = "image_score"
+FROZEN_SCORE = "frozen_score"
+"""First parts of the names of columns."""
+
+SCORE_FORMS: dict[str, tuple[str, ...]] = {"image": ("", DIFFERENCE), "image_ranks": tuple(RANKS)}
+"""The columns that a word requests of each network's score."""
+EMBEDDED_FORMS = (*SCORE_FORMS, ALIGNED)
+"""Forms of a network whose folds' models hold out the training rows."""
+FROZEN_FORMS = (FROZEN_SCORE, FROZEN)
+FORMS = (*SCORE_FORMS, FROZEN_SCORE, ALIGNED, FROZEN)
+"""The kinds of image features, in the order of the feature table. Each is a word of --features."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """The fitted state of a network whose folds' models hold out the training rows."""
+
+    folds_digest: str
+    """Of its own fold plan, which need not be the boosters'."""
+    scaler: LogitScaler | None = None
+    """For the score."""
+    maps: AffineMaps | None = None
+    """For the aligned embeddings."""
+
+
+@dataclass(frozen=True)
+class ImageState:
+    """The fitted state of the image features; empty if an ensemble uses none."""
+
+    forms: tuple[str, ...] = ()
+    """Of FORMS, in that order."""
+    networks: Mapping[str, Network] = field(default_factory=dict)
+    """By name, in the order of the names."""
+    frozen: Mapping[str, FrozenModel] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns, in the order of the feature table."""
+        names = [
+            score_column(score, network, relative)
+            for score, networks in ((SCORE, self.networks), (FROZEN_SCORE, self.frozen))
+            for network in networks
+            for relative in self.relatives(score)
+        ]
+        for network, state in self.networks.items():
+            if state.maps:
+                names += column_names(ALIGNED, network, len(state.maps[0].offset))
+        if FROZEN in self.forms:
+            for network, model in self.frozen.items():
+                names += column_names(FROZEN, network, model.width)
+        return tuple(names)
+
+    def relatives(self, score: str) -> tuple[str, ...]:
+        """Return the columns to make of each network's score, by its SCORE or FROZEN_SCORE."""
+        if score == FROZEN_SCORE:
+            return SCORE_FORMS["image"] if FROZEN_SCORE in self.forms else ()
+        return tuple(relative for form in self.forms for relative in SCORE_FORMS.get(form, ()))
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether a column depends on the patient's other lesions."""
+        return any(map(self.relatives, (SCORE, FROZEN_SCORE)))
+
+    @property
+    def needs(self) -> dict[str, bool]:
+        """Whether each field of `EmbeddingSources` is read."""
+        return {"embeddings": bool(self.networks), "frozen": bool(self.frozen)}
+
+    def roots(self, sources: EmbeddingSources, split: Split) -> dict[str, dict[str, Path]]:
+        """Return the embedding runs by field of `EmbeddingSources` and network.
+
+        Raises:
+            UserError: there are none, a network is missing, or there are others.
+        """
+        fitted = {"embeddings": self.networks, "frozen": self.frozen}
+        return {
+            flag: match_networks(flag, _required(sources, flag), split, names) if names else {}
+            for flag, names in fitted.items()
+        }
+
+    def write(self, root: Path) -> list[str]:
+        """Write the maps, which `to_json` leaves out. Return the names of the files."""
+        files = []
+        for name, network in self.networks.items():
+            if network.maps:
+                files.append(maps_file(name))
+                write_affine_maps(root / files[-1], network.maps)
+        return files
+
+    def to_json(self) -> dict[str, Any]:
+        networks = {
+            name: {
+                "folds_digest": network.folds_digest,
+                "scaler": network.scaler.to_json() if network.scaler else None,
+                "maps": maps_file(name) if network.maps else None,
+            }
+            for name, network in self.networks.items()
+        }
+        frozen = {name: model.to_json() for name, model in self.frozen.items()}
+        return {"forms": list(self.forms), "networks": networks, "frozen": frozen}
+
+    @classmethod
+    def read(cls, root: Path, value: Mapping[str, Any]) -> "ImageState":
+        """Read the maps from `root` and the rest from `value`, the result of `to_json`."""
+        networks = {
+            name: Network(
+                part["folds_digest"],
+                LogitScaler.from_json(part["scaler"]) if part["scaler"] else None,
+                read_affine_maps(root / part["maps"]) if part["maps"] else None,
+            )
+            for name, part in value["networks"].items()
+        }
+        frozen = {name: FrozenModel.from_json(part) for name, part in value["frozen"].items()}
+        return cls(tuple(value["forms"]), networks, frozen)
+
+
+def maps_file(network: str) -> str:
+    return f"maps_{ALIGNED}_{network}.parquet"
+
+
+def fit_image_state(
+    forms: Sequence[str], sources: EmbeddingSources, metadata: pl.DataFrame
+) -> ImageState:
+    """Fit the image features to a training table's embeddings.
+
+    Each network has the fold plan beside its embeddings. Plans may differ, because whether a score
+    is out of fold is checked by rows.
+
+    Args:
+        forms: of FORMS.
+
+    Raises:
+        UserError: embeddings that are needed are not given, not finished, of another fold plan
+            than the one beside them, or of a model that has learned from the rows it scores.
+    """
+    networks = {}
+    frozen = {}
+    if any(form in EMBEDDED_FORMS for form in forms):
+        for name, root in by_network(_required(sources, "embeddings"), "train").items():
+            networks[name] = _fit_network(root, forms, metadata)
+    if any(form in FROZEN_FORMS for form in forms):
+        for name, root in by_network(_required(sources, "frozen"), "train").items():
+            frozen[name] = _fit_frozen(root, forms, metadata)
+    return ImageState(tuple(form for form in FORMS if form in forms), networks, frozen)
+
+
+def _fit_network(root: Path, forms: Sequence[str], metadata: pl.DataFrame) -> Network:
+    folds = read_folds(root / FOLDS_FILE)
+    image_scores.read_origin(root, "train", folds.digest)
+    # Before anything is fitted: a leak would make every out-of-fold score too good.
+    image_scores.refuse_leaks(root, metadata, folds)
+    scaler = maps = None
+    if any(form in SCORE_FORMS for form in forms):
+        logits = image_scores.oof_logits(root, metadata, folds)
+        scaler = image_scores.fit_logit_scaler(logits)
+    if ALIGNED in forms:
+        maps = fit_affine_maps(root, metadata, folds)
+    return Network(folds.digest, scaler, maps)
+
+
+def _fit_frozen(root: Path, forms: Sequence[str], metadata: pl.DataFrame) -> FrozenModel:
+    model = find_frozen_model(root, metadata)
+    if FROZEN_SCORE not in forms:
+        return model
+    logits = image_scores.scoring_logits(root, "train", metadata, [model.fold])
+    return replace(model, scaler=image_scores.fit_logit_scaler(logits))
+
+
+def _required(sources: EmbeddingSources, flag: str) -> tuple[Path, ...]:
+    roots: tuple[Path, ...] = getattr(sources, flag)
+    if not roots:
+        raise UserError(NEEDS[flag])
+    return roots
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """The image features of some rows."""
+
+    scores: Sequence[ImageScores]
+    """Of the networks (SCORE), then of the frozen ones (FROZEN_SCORE), as far as they are used."""
+    embeddings: Sequence[pl.DataFrame]
+    """Embeddings as columns, a table per network."""
+
+    def tables(self) -> list[pl.DataFrame]:
+        """Return tables of columns in the order of the rows."""
+        return [*(scores.columns() for scores in self.scores), *self.embeddings]
+
+    def noisy(self, deviation: float) -> Callable[[tuple[int, int]], pl.DataFrame] | None:
+        """Return a function from a seed to the columns of out-of-fold scores with noise.
+
+        None if there are none or the deviation is 0.
+        """
+        # Without those of frozen networks: one model scores the training rows and new rows alike.
+        out_of_fold = [scores for scores in self.scores if scores.score == SCORE]
+        if not out_of_fold or not deviation:
+            return None
+        return partial(out_of_fold[0].noisy_columns, deviation)
+
+    def by_column(self) -> pl.DataFrame:
+        """Return [N] Float64 every network's score by the name of its column."""
+        named = [scores.named() for scores in self.scores]
+        return pl.concat(named, how="horizontal") if named else pl.DataFrame()
+
+
+def read_image_rows(
+    state: ImageState,
+    sources: EmbeddingSources,
+    split: Split,
+    metadata: pl.DataFrame,
+    out_of_fold: bool,
+) -> ImageRows:
+    """Read the image features of some rows, in the order of `metadata`.
+
+    Args:
+        out_of_fold: to read each row from the model that held it out, not the mean over all models.
+
+    Raises:
+        UserError: embeddings are not given, missing, of another fold plan or frozen model.
+    """
+    roots = state.roots(sources, split)
+    scores: dict[str, dict[str, pl.Series]] = {SCORE: {}, FROZEN_SCORE: {}}
+    tables = []
+    for name, network in state.networks.items():
+        root = roots["embeddings"][name]
+        image_scores.read_origin(root, split, network.folds_digest)
+        folds = read_folds(root / FOLDS_FILE) if out_of_fold else None
+        if network.scaler:
+            logits = _read_logits(root, split, metadata, network.scaler, folds)
+            scores[SCORE][name] = image_scores.mean_scores(logits, network.scaler, metadata)
+        if network.maps:
+            fold = folds.of(metadata) if folds else None
+            names = column_names(ALIGNED, name, len(network.maps[0].offset))
+            tables.append(mapped_columns(root, split, names, metadata, network.maps, fold))
+    for name, model in state.frozen.items():
+        root = roots["frozen"][name]
+        refuse_other_frozen_model(root, split, model)
+        if model.scaler:
+            logits = _read_logits(root, split, metadata, model.scaler, None)
+            scores[FROZEN_SCORE][name] = image_scores.mean_scores(logits, model.scaler, metadata)
+        if FROZEN in state.forms:
+            tables.append(frozen_columns(root, split, name, metadata, model))
+    return ImageRows(_compare_scores(state, scores, metadata), tables)
+
+
+def _read_logits(
+    root: Path, split: Split, metadata: pl.DataFrame, scaler: LogitScaler, folds: Folds | None
+) -> pl.DataFrame:
+    if folds:
+        return image_scores.oof_logits(root, metadata, folds)
+    return image_scores.scoring_logits(root, split, metadata, list(scaler.folds))
+
+
+def _compare_scores(
+    state: ImageState, scores: Mapping[str, Mapping[str, pl.Series]], metadata: pl.DataFrame
+) -> list[ImageScores]:
+    """Return the scores of each kind that there are, with what they are compared with."""
+    found = []
+    for score, by_name in scores.items():
+        if by_name:
+            relatives = state.relatives(score)
+            lesions = group_lesions(metadata, relatives)
+            found.append(ImageScores(score, pl.DataFrame(by_name), lesions, relatives))
+    return found
+
+
+def embedding_origins(
+    state: ImageState, sources: EmbeddingSources, split: Split
+) -> dict[str, dict[str, Any]]:
+    """Return the origin of each network's embeddings, by field of `EmbeddingSources` and name.
+
+    Raises:
+        UserError: embeddings belong to another fold plan.
+    """
+    roots = state.roots(sources, split)
+    origins = {
+        name: image_scores.read_origin(roots["embeddings"][name], split, network.folds_digest)
+        for name, network in state.networks.items()
+    }
+    frozen = {name: model.to_json() for name, model in state.frozen.items()}
+    return {"embeddings": origins, "frozen": frozen}

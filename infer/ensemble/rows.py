@@ -1,0 +1,224 @@
+"""The training rows of an ensemble: their table, fold plan and features."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from infer.ensemble.boosting.checks import check_library
+from infer.ensemble.boosting.thinning import ThinnedTables
+from infer.ensemble.boosting.training_table import TrainingTable
+from infer.ensemble.features.own_columns import OwnColumns, read_definitions, refuse_clashes
+from infer.ensemble.features.own_tables import (
+    LABEL_FREE,
+    OOF,
+    OwnTable,
+    read_train_tables,
+    refuse_other_folds,
+    warn_of_labels,
+)
+from infer.ensemble.features.spec import IMAGE_WORDS, FeatureSpec
+from infer.ensemble.images.columns import ALIGNED
+from infer.ensemble.images.features import ImageRows, ImageState, fit_image_state, read_image_rows
+from infer.ensemble.settings import NUM_FOLDS, FitSettings
+from isic import schema
+from isic.dataset import Dataset
+from isic.features.definitions import check_definitions
+from isic.folds import Folds, draw_folds, read_folds
+from isic.layout import FOLDS_FILE
+from isic.metadata import require
+from isic.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class FitRows:
+    """The training rows of an ensemble, and the features that it is fitted on."""
+
+    settings: FitSettings
+    spec: FeatureSpec
+    own_tables: Mapping[str, OwnTable]
+    metadata: pl.DataFrame
+    folds: Folds
+    fold: pl.Series
+    """[N]."""
+    image: ImageState
+    names: tuple[str, ...]
+    """The columns of the boosters' matrix; none if the networks' scores are the only features."""
+
+    @property
+    def target(self) -> NDArray[np.integer]:
+        """[N]."""
+        return self.metadata[schema.TARGET].to_numpy()
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether a score depends on the patient's other lesions."""
+        return bool(self.names) and (self.image.is_relative or self.spec.is_relative)
+
+    @property
+    def num_boosters(self) -> int:
+        settings = self.settings
+        per_plan = len(settings.libraries) * self.folds.num_folds * settings.seeds
+        return per_plan * settings.splits if self.names else 0
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return self.settings.library_weights if self.names else {"image": 1.0}
+
+    @cached_property
+    def thinned(self) -> ThinnedTables | None:
+        share = self.settings.thin_patients
+        return ThinnedTables(self.metadata, self.table, share) if share else None
+
+    def images(self, metadata: pl.DataFrame) -> ImageRows:
+        """Return the image features of the training rows, whose patients may be others."""
+        return read_image_rows(
+            self.image, self.settings.sources, "train", metadata, out_of_fold=True
+        )
+
+    def table(self, metadata: pl.DataFrame, images: ImageRows | None = None) -> TrainingTable:
+        """Return the feature table of the training rows, whose patients may be others.
+
+        Args:
+            images: the result of `images`, if it was computed before.
+        """
+        images = images or self.images(metadata)
+        own_columns = [table.columns(metadata) for table in self.own_tables.values()]
+        features = self.spec.frame(metadata, [*own_columns, *images.tables()])
+        return TrainingTable(features, images.noisy(self.settings.image_noise))
+
+
+def read_rows(settings: FitSettings) -> FitRows:
+    """Read the training rows, and fit the state of their image features.
+
+    Raises:
+        UserError: the features, their files, the fold plan, the libraries or the settings do not
+            fit each other.
+    """
+    spec, own_tables = read_spec(settings)
+    if settings.refit and ALIGNED in spec.forms:
+        raise UserError(
+            f"--refit is not for {ALIGNED} columns, which only the networks of the folds have; "
+            f"leave out {ALIGNED} or --refit"
+        )
+    metadata = read_train(settings.data, spec)
+    folds = choose_folds(settings, metadata)
+    fold = folds.of(metadata)
+    refuse_other_folds(own_tables.values(), metadata, fold.to_numpy(), folds)
+    image = fit_image_state(spec.forms, settings.sources, metadata)
+    names = spec.names(image)
+    for library in settings.libraries if names else ():
+        check_library(library, settings.parameters(library), names)
+    rows = FitRows(settings, spec, own_tables, metadata, folds, fold, image, names)
+    _refuse_contrary_settings(rows)
+    return rows
+
+
+def _refuse_contrary_settings(rows: FitRows) -> None:
+    """Raise a UserError if a setting is not for these features."""
+    settings = rows.settings
+    of_one_plan = {
+        "the image features of fold models": rows.image.needs["embeddings"],
+        "an oof table": any(table.spec.kind == OOF for table in rows.own_tables.values()),
+    }
+    refuse_splits(settings.splits, of_one_plan, find_folds(settings))
+    if settings.thin_patients and not rows.is_relative:
+        raise UserError(
+            f"--thin_patients needs features relative to the patient, --features "
+            f"{settings.features} has none; leave it out"
+        )
+
+
+def read_spec(settings: FitSettings) -> tuple[FeatureSpec, dict[str, OwnTable]]:
+    """Return the requested features, and the tables of own columns by set. Raise UserError."""
+    tables = read_train_tables(settings.tables)
+    specs = {name: table.spec for name, table in tables.items()}
+    own = OwnColumns(read_definitions(settings.define), specs)
+    refuse_clashes(own, IMAGE_WORDS)
+    return FeatureSpec.parse(settings.features, own), tables
+
+
+def warn_of_own_columns(spec: FeatureSpec, table: pl.DataFrame, metadata: pl.DataFrame) -> None:
+    """Warn of own columns that probably know the target. Scores out of fold may be that good."""
+    target = metadata[schema.TARGET].to_numpy()
+    for word, names in spec.own.sets.items():
+        if word not in spec.own.tables or spec.own.tables[word].kind == LABEL_FREE:
+            warn_of_labels(table, [name for name in names if name in spec.own_names], target, word)
+
+
+def read_train(data: Path, spec: FeatureSpec) -> pl.DataFrame:
+    """Read the training table, sorted by id so that the order of the file has no effect."""
+    dataset = Dataset(data)
+    metadata = dataset.metadata("train").sort(schema.ID)
+    check_definitions(spec.own.all_definitions, metadata)
+    require(metadata, spec.needed_columns, dataset.metadata_path("train"))
+    return metadata
+
+
+def choose_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
+    """Return the fold plan of the embeddings, else of the dataset, else a new one.
+
+    Raises:
+        UserError: the plan is for other rows, or contradicts the settings.
+    """
+    path = find_folds(settings)
+    if path is None:
+        return draw_folds(metadata, settings.num_folds or NUM_FOLDS, settings.seed_of_split)
+    folds = read_folds(path)
+    _refuse_contradiction(path, folds, metadata, settings.num_folds, settings.split_seed)
+    return folds
+
+
+def find_folds(settings: FitSettings) -> Path | None:
+    """Return the file with the fold plan of the embeddings, else of the dataset; None for none."""
+    for root in (*settings.embeddings[:1], settings.data):
+        # lexists: a broken link must be reported when it is read, not skipped.
+        if os.path.lexists(root / FOLDS_FILE):
+            return root / FOLDS_FILE
+    return None
+
+
+def _refuse_contradiction(
+    path: Path,
+    folds: Folds,
+    metadata: pl.DataFrame,
+    num_folds: int | None,
+    split_seed: int | None,
+) -> None:
+    if num_folds not in (None, folds.num_folds):
+        raise UserError(
+            f"{path} has {folds.num_folds} folds, not {num_folds}; leave --num_folds out"
+        )
+    if split_seed is None:
+        return
+    if draw_folds(metadata, folds.num_folds, split_seed).digest != folds.digest:
+        raise UserError(
+            f"{path} is not the fold plan of --split_seed {split_seed}; leave --split_seed out"
+        )
+
+
+def refuse_splits(num_splits: int, of_one_plan: Mapping[str, bool], plan: Path | None) -> None:
+    """Raise a UserError if several fold plans are asked for and there can be only one.
+
+    Args:
+        of_one_plan: kinds of features that are out of fold in one plan only; whether they are used.
+        plan: the file with the fold plan, if it is not drawn.
+    """
+    if num_splits == 1:
+        return
+    used = [kind for kind, is_used in of_one_plan.items() if is_used]
+    if used:
+        raise UserError(
+            f"{' and '.join(used)} can be out of fold in one fold plan only, and --splits draws "
+            "others; leave --splits out, or leave these features out"
+        )
+    if plan:
+        raise UserError(
+            f"{plan} is the only fold plan of this fit, and --splits draws others; leave --splits "
+            "out, or fit without that file"
+        )

@@ -1,0 +1,1 @@
+"""Scores of ensembles, and comparisons of them."""

@@ -1,0 +1,202 @@
+"""`python -m infer compare A B`: tests whether B is better than A out of fold, or by chance."""
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from infer.ensemble.blends.artifact import Scorer, open_scorer
+from infer.ensemble.boosting.splits import (
+    PlanPairs,
+    paired_by_fold,
+    read_plans,
+    shared_plans,
+    split_seeds,
+)
+from infer.ensemble.scoring.chosen import choice_notes
+from infer.ensemble.scoring.comparison import Comparison, patient_draws
+from infer.ensemble.settings import CompareSettings
+from isic import schema
+from isic.dataset import Dataset
+from isic.metadata import with_patient
+from isic.metrics import pauc
+from isic.runtime.errors import UserError
+
+ONE_RUN = (
+    " between these trained models; to compare the recipes behind them, fit ensembles of several "
+    "training runs and give them all: compare a1,a2,a3 b1,b2,b3"
+)
+
+
+MIN_PLANS = 3
+"""Fold plans that both sides need for a test over folds."""
+
+
+def compare_ensembles(settings: CompareSettings) -> None:
+    """Print a paired test over seeds, folds or training runs, and a bootstrap over patients."""
+    first = _open(settings.first)
+    second = _open(settings.second)
+    if len(first) != len(second):
+        raise UserError(
+            f"cannot compare {len(first)} ensembles with {len(second)}; "
+            "give the same number on both sides"
+        )
+    found = compare_sides(first, second, settings.data, settings.draws, settings.seed)
+    _print(found)
+    for note in notes(first, second):
+        print(note)
+    images = any(ensemble.uses_images for ensemble in (*first, *second))
+    # With one training run per side, chance in training is not tested.
+    one_run = len(first) == 1 and (images or not found.tested)
+    print(f"\nsecond against first: {found.verdict}{ONE_RUN if found.certain and one_run else ''}")
+
+
+def _open(paths: Sequence[Path]) -> list[Scorer]:
+    ensembles = [open_scorer(path) for path in paths]
+    roots = [ensemble.root.resolve() for ensemble in ensembles]
+    for root in roots:
+        if roots.count(root) > 1:
+            raise UserError(f"{root} is given twice on one side; give each training run once")
+    return ensembles
+
+
+def compare_sides(
+    first: Sequence[Scorer], second: Sequence[Scorer], data: Path, num_draws: int, seed: int = 0
+) -> Comparison:
+    """Compare the out-of-fold scores of two sides with the same number of ensembles.
+
+    Raises:
+        UserError: the ensembles were scored on different rows or folds, or the dataset lacks rows.
+    """
+    tables = same_rows([*first, *second])
+    rows = tables[0]
+    target = rows[schema.TARGET].to_numpy()
+    draws = partial(patient_draws, target, patient=patients_of(rows, data), num_draws=num_draws)
+    pairs = _plans_to_compare(first, second)
+    if pairs:
+        sides = [pair[0].blend for pair in pairs], [pair[1].blend for pair in pairs]
+        num_folds = len(np.unique(pairs[0][0].fold))
+        fits = paired_by_fold(target, pairs)
+        return Comparison(fits, draws(*sides, seed=seed), "folds", overlap=1 / (num_folds - 1))
+    blends = [table["blend"].to_numpy() for table in tables]
+    sides = blends[: len(first)], blends[len(first) :]
+    if len(first) == 1:
+        fits = paired(pauc_by_seed(first[0]), pauc_by_seed(second[0]))
+        return Comparison(fits, draws(*sides, seed=seed), "seeds")
+    fits = np.array([[pauc(target, score) for score in side] for side in sides]).T
+    return Comparison(fits, draws(*sides, seed=seed), "runs")
+
+
+def _plans_to_compare(first: Sequence[Scorer], second: Sequence[Scorer]) -> PlanPairs:
+    """Return the shared plans of two single ensembles; none if there are too few for a test."""
+    if len(first) > 1 or len(_shared_seeds(first[0], second[0])) < MIN_PLANS:
+        return []
+    return shared_plans(read_plans(first[0].root), read_plans(second[0].root))
+
+
+def _shared_seeds(first: Scorer, second: Scorer) -> set[int]:
+    """Return the split seeds that both ensembles have."""
+    return set(split_seeds(first.manifest)) & set(split_seeds(second.manifest))
+
+
+def same_rows(scorers: Sequence[Scorer]) -> list[pl.DataFrame]:
+    """Return the out-of-fold scores of each, in the order of the ids.
+
+    Raises:
+        UserError: they were scored on different rows or folds.
+    """
+    tables = [scorer.oof().sort(schema.ID) for scorer in scorers]
+    # Pairs of scores are comparable only for equal rows that equal folds held out.
+    rows = [table.select(schema.ID, "fold", schema.TARGET) for table in tables]
+    for scorer, other in zip(scorers, rows, strict=True):
+        if not other.equals(rows[0]):
+            raise UserError(
+                f"{scorers[0].root} and {scorer.root} were scored on different rows or folds; "
+                "fit both on the same"
+            )
+    return tables
+
+
+def pauc_by_seed(scorer: Scorer) -> dict[int, float]:
+    """Return the pooled pAUC of each seed's models; empty without boosters."""
+    target = scorer.oof()[schema.TARGET].to_numpy()
+    return {seed: pauc(target, score) for seed, score in scorer.scores_by_seed().items()}
+
+
+def paired(first: dict[int, float], second: dict[int, float]) -> NDArray[np.float64]:
+    """Return [num_seeds, 2] for the seeds that both have."""
+    pairs = [[first[seed], second[seed]] for seed in first if seed in second]
+    return np.array(pairs).reshape(-1, 2)
+
+
+def notes(first: Sequence[Scorer], second: Sequence[Scorer]) -> list[str]:
+    """Return lines on differences between the ensembles that a reader of the result should know."""
+    ensembles = [*first, *second]
+    chosen = [choice_notes(ensemble.root.name, ensemble.manifest) for ensemble in ensembles]
+    return [*_plans_note(ensembles), *_seeds_note(ensembles), *itertools.chain(*chosen)]
+
+
+def _plans_note(ensembles: Sequence[Scorer]) -> list[str]:
+    seeds = [split_seeds(ensemble.manifest) for ensemble in ensembles]
+    if not any(seeds):
+        return []
+    if len(ensembles) > 2:
+        return ["note: of several ensembles per side, only the first fold plans are compared"]
+    num_shared = len(_shared_seeds(*ensembles))
+    counts = _listed(ensembles, [len(of) or 1 for of in seeds])
+    if num_shared >= MIN_PLANS:
+        return [f"note: folds of the {num_shared} fold plans that both have ({counts})"]
+    return [
+        f"note: only the first fold plan is compared, because a test over plans needs {MIN_PLANS} "
+        f"that both have ({counts}); fit both with equal --splits and --split_seed"
+    ]
+
+
+def _seeds_note(ensembles: Sequence[Scorer]) -> list[str]:
+    counts = [len(ensemble.scores_by_seed()) for ensemble in ensembles]
+    # Without boosters there are none.
+    if len({count for count in counts if count}) < 2:
+        return []
+    return [
+        f"note: the numbers of seeds differ ({_listed(ensembles, counts)}), and a mean over more "
+        "seeds scores higher by itself; fit all with equal --seeds"
+    ]
+
+
+def _listed(ensembles: Sequence[Scorer], counts: Sequence[int]) -> str:
+    pairs = zip(ensembles, counts, strict=True)
+    return ", ".join(f"{ensemble.root.name} {count}" for ensemble, count in pairs)
+
+
+def _print(found: Comparison) -> None:
+    print(f"{'':12} {'first':>8} {'second':>8} {'second - first':>15}")
+    if found.tested:
+        first, second = found.fits.mean(axis=0)
+        print(
+            f"{found.unit:12} {first:8.4f} {second:8.4f} {found.difference:+15.4f}"
+            f"   p = {found.p:.2g}, better in {found.wins} of {len(found.fits)}"
+        )
+    first, second = found.draws.mean(axis=0)
+    low, middle, high = found.interval
+    print(
+        f"{'patients':12} {first:8.4f} {second:8.4f} {middle:+15.4f}"
+        f"   95 % of bootstrap samples in {low:+.4f} .. {high:+.4f}"
+    )
+    if not found.tested:
+        print("the ensembles share fewer than two seeds, so only the bootstrap decides")
+
+
+def patients_of(oof: pl.DataFrame, data: Path) -> pl.Series:
+    """Return [N] the patient of each scored row. Raise UserError if the dataset lacks one."""
+    metadata = with_patient(Dataset(data).metadata("train")).select(schema.ID, schema.PATIENT)
+    rows = oof.select(schema.ID).join(metadata, on=schema.ID, how="left", maintain_order="left")
+    num_missing = rows[schema.PATIENT].null_count()
+    if num_missing:
+        raise UserError(
+            f"{data} lacks {num_missing} of the scored rows; give the --data of the ensembles"
+        )
+    return rows[schema.PATIENT]

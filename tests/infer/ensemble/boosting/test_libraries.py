@@ -1,0 +1,272 @@
+import configparser
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.record import RECORDED_PACKAGES
+from infer.ensemble.boosting.checks import check_library
+from infer.ensemble.boosting.libraries import (
+    LIBRARIES,
+    Library,
+    min_data,
+    parameters_of,
+    read_booster,
+)
+from infer.ensemble.settings import FitSettings
+from isic.runtime.config import build
+from isic.runtime.errors import UserError
+from isic.runtime.files import versions
+from tests.support.commands import ROOT, Cli
+from tests.support.ensembles import fit_small
+
+NAMES = list("abcd")
+REFUSED = {
+    "lightgbm": ("{bagging_fraction: 2}", "{num_leaves: 1}", "{scale_pos_weight: 0}"),
+    "xgboost": ("{subsample: 2}", "{max_depth: -3}"),
+    "catboost": ("{depth: 40}", "{subsample: 2}"),
+}
+"""Settings per library that the library itself refuses."""
+
+
+def library_rows() -> tuple[np.ndarray, np.ndarray]:
+    """Return four columns, and a target that is the sign of the first."""
+    matrix = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
+    return matrix, (matrix[:, 0] > 0).astype(np.int8)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_row_of_the_registry_is_complete(name: str, cli: Cli) -> None:
+    """List everything that a new row lacks, not only the first."""
+    library = LIBRARIES[name]
+    lacks = [
+        *missing_metadata(name, library),
+        *missing_flag(name, cli),
+        *broken_functions(library, parameters_of(name, {"num_rounds": 20})),
+    ]
+    assert not lacks, f"the row {name} of LIBRARIES is incomplete: {'; '.join(lacks)}"
+
+
+def missing_metadata(name: str, library: Library) -> list[str]:
+    lacks = []
+    if library.package not in versions(library.package):
+        lacks.append(f"the package {library.package} is not installed")
+    if library.package not in required_packages(library.extra):
+        place = f"the extra {library.extra}" if library.extra else "install_requires"
+        lacks.append(f"{place} in setup.cfg does not require {library.package}")
+    if library.package not in RECORDED_PACKAGES:
+        lacks.append(f"benchmarks/record.py records no version of {library.package}")
+    if not library.suffix.startswith("."):
+        lacks.append("the suffix does not begin with a dot")
+    if not library.fixed:
+        lacks.append("no parameter is fixed")
+    if not {"num_rounds", "learning_rate", "scale_pos_weight"} <= set(library.defaults):
+        lacks.append("defaults lack num_rounds, learning_rate or scale_pos_weight")
+    if name not in REFUSED:
+        lacks.append("these tests have no setting that it refuses")
+    return lacks
+
+
+def required_packages(extra: str | None) -> str:
+    """Return the requirements of an extra in setup.cfg, or those of the toolkit without one."""
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    if extra is None:
+        return setup["options"]["install_requires"]
+    return setup["options.extras_require"].get(extra, "")
+
+
+def missing_flag(name: str, cli: Cli) -> list[str]:
+    lacks = []
+    if f"--{name} " not in cli("infer", "fit", "--help").out:
+        lacks.append(f"infer fit has no flag --{name}")
+    changed = build(FitSettings, {name: "{num_rounds: 3}"}).parameters(name)
+    if changed["num_rounds"] != 3:
+        lacks.append(f"--{name} changes nothing")
+    return lacks
+
+
+def broken_functions(library: Library, parameters: dict[str, object]) -> list[str]:
+    lacks = []
+    matrix, target = library_rows()
+    text = library.fit(matrix, target, NAMES, parameters, 0)
+    if text != library.fit(matrix, target, NAMES, parameters, 0):
+        lacks.append("fit returns another text for the same seed")
+    score = library.load(text)(matrix, 1)
+    if score.dtype != np.float64:
+        lacks.append("load does not return float64 scores")
+    if not score[target == 1].min() > score[target == 0].max():
+        lacks.append("load does not return scores that are high for target 1")
+    gains = library.gains(text, len(NAMES))
+    if gains.shape != (len(NAMES),):
+        lacks.append("gains are not [D]")
+    elif gains.argmax() != 0:
+        lacks.append("gains are not highest for the only useful feature")
+    try:
+        library.load("")
+        lacks.append("load accepts an empty text")
+    except UserError:
+        pass
+    return lacks
+
+
+def test_min_data_is_in_proportion_to_the_rows() -> None:
+    assert [min_data(n) for n in (10, 700, 10_000, 31_700, 320_000)] == [10, 10, 27, 85, 85]
+
+
+@pytest.fixture(scope="module")
+def booster_texts() -> dict[str, str]:
+    """A booster of every library that knows the sign of the first column."""
+    texts = {}
+    for name, library in LIBRARIES.items():
+        parameters = parameters_of(name, {"num_rounds": 20})
+        texts[name] = library.fit(*library_rows(), NAMES, parameters, 0)
+    return texts
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_booster_read_back_scores_the_same_whatever_the_batch(
+    booster_texts: dict[str, str], library: str
+) -> None:
+    matrix, target = library_rows()
+    predict = LIBRARIES[library].load(booster_texts[library])
+    scores = predict(matrix, 2)
+    np.testing.assert_array_equal(scores[5:6], predict(matrix[5:6], 1))
+    assert scores[target == 1].min() > scores[target == 0].max()
+    assert scores.dtype == np.float64
+    assert scores.min() >= 0
+    assert scores.max() <= 1
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_same_seed_gives_the_same_text_and_another_another(
+    booster_texts: dict[str, str], library: str
+) -> None:
+    arguments = (*library_rows(), NAMES, parameters_of(library, {"num_rounds": 20}))
+    assert LIBRARIES[library].fit(*arguments, 0) == booster_texts[library]
+    assert LIBRARIES[library].fit(*arguments, 1) != booster_texts[library]
+
+
+@pytest.mark.parametrize("cut", [0, 30, 0.5])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_booster_cut_short_is_refused(
+    booster_texts: dict[str, str], library: str, cut: float, tmp_path: Path
+) -> None:
+    """Half a file makes each library abort, so one that gets that far would end these tests."""
+    text = booster_texts[library]
+    kept = {0: "", 30: text[:-30], 0.5: text[: len(text) // 2]}[cut]
+    (tmp_path / "model").write_text(kept)
+    with pytest.raises(UserError, match="model does not load"):
+        read_booster(tmp_path / "model", library)
+    with pytest.raises(UserError, match="is missing"):
+        read_booster(tmp_path / "gone", library)
+
+
+@pytest.mark.parametrize(
+    ("library", "setting"), [(name, value) for name in REFUSED for value in REFUSED[name]]
+)
+def test_a_value_that_a_library_refuses_is_a_user_error(
+    data: Path, tmp_path: Path, library: str, setting: str
+) -> None:
+    flags = {"features": "raw", "libraries": library, library: setting, "num_rounds": 2}
+    with pytest.raises(UserError, match=rf"^{library} does not fit \(.+\); change --{library}$"):
+        fit_small(data, tmp_path, **flags)
+    assert not list(tmp_path.iterdir())
+
+
+EXTRA = {
+    "lightgbm": ("{boosting: dart}", "{min_data_in_bin: 60, boost_from_average: false}"),
+    "xgboost": (
+        "{booster: dart, rate_drop: 0.5}",
+        "{grow_policy: lossguide, num_parallel_tree: 2}",
+    ),
+    "catboost": ("{grow_policy: Lossguide, max_leaves: 5}", "{leaf_estimation_iterations: 9}"),
+}
+"""Parameters per library that are no settings here."""
+
+
+@pytest.mark.parametrize(("library", "extra"), [(k, v) for k in EXTRA for v in EXTRA[k]])
+def test_any_parameter_of_a_library_can_be_given(library: str, extra: str) -> None:
+    parameters = build(FitSettings, {library: f"{{num_rounds: 9, extra: {extra}}}"})
+    chosen = parameters.parameters(library)
+    check_library(library, chosen, NAMES)
+    row = LIBRARIES[library]
+    matrix, target = library_rows()
+    text = row.fit(matrix, target, NAMES, chosen, 0)
+    assert text != row.fit(matrix, target, NAMES, parameters_of(library, {"num_rounds": 9}), 0)
+    score = row.load(text)(matrix, 1)
+    assert score[target == 1].mean() > score[target == 0].mean() + 0.1
+    assert row.gains(text, len(NAMES)).argmax() == 0
+
+
+BAD_EXTRA = (
+    ("lightgbm", "{min_data_in_bim: 5}", 'no parameter "min_data_in_bim", did you mean "min_data'),
+    ("lightgbm", "{reg_alpha: 1}", "reg_alpha in extra is a setting of its own; write lambda_l1"),
+    ("lightgbm", "{max_depth: 1}", "max_depth in extra is a setting of its own"),
+    ("lightgbm", "{random_state: 1}", "random_state is set by this toolkit"),
+    ("lightgbm", "{boosting: sideways}", r"does not fit \(Unknown boosting type sideways\)"),
+    ("lightgbm", "3", "extra needs a mapping such as"),
+    ("xgboost", "{num_paralel_tree: 2}", 'has no parameter "num_paralel_tree"'),
+    ("xgboost", "{eta: 2}", "eta in extra is a setting of its own; write learning_rate"),
+    ("xgboost", "{nthread: 2}", "nthread is set by this toolkit"),
+    ("xgboost", "{booster: gblinear}", "does not fit"),
+    ("catboost", "{grow_polici: Lossguide}", r"Unknown option \{grow_polici\}"),
+    ("catboost", "{max_depth: 2}", "only one of the parameters depth, max_depth"),
+    ("catboost", "{bootstrap_type: Bayesian}", "bootstrap_type is set by this toolkit"),
+)
+
+
+@pytest.mark.parametrize(("library", "extra", "message"), BAD_EXTRA)
+def test_bad_extra_parameters_are_refused(
+    data: Path, tmp_path: Path, library: str, extra: str, message: str
+) -> None:
+    flags = {"features": "raw", "libraries": library, library: f"{{extra: {extra}}}"}
+    with pytest.raises(ValueError, match=message):
+        fit_small(data, tmp_path, **flags)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_toolkits_own_parameters_are_fixed(library: str) -> None:
+    row = LIBRARIES[library]
+    for name in row.fixed:
+        with pytest.raises(UserError, match="is set by this toolkit"):
+            parameters_of(library, {"extra": {name: 1}})
+    for alias, name in row.aliases.items():
+        assert name in row.defaults
+        with pytest.raises(UserError, match="is a setting of its own"):
+            parameters_of(library, {"extra": {alias: 1}})
+
+
+def test_extra_parameters_are_recorded_and_change_the_ensemble(data: Path, tmp_path: Path) -> None:
+    chosen = {"features": "numeric", "num_rounds": 3, "lightgbm": "{extra: {min_data_in_bin: 50}}"}
+    root = fit_small(data, tmp_path, **chosen)
+    manifest = json.loads((root / "ensemble.json").read_text())
+    assert manifest["parameters"]["lightgbm"]["extra"] == {"min_data_in_bin": 50}
+    fit_small(data, tmp_path, **chosen)
+    with pytest.raises(UserError, match=r"extra\.min_data_in_bin = 50, now it is None"):
+        fit_small(data, tmp_path, **{**chosen, "lightgbm": "{}"})
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_gpu_that_a_library_cannot_use_is_refused(
+    data: Path, tmp_path: Path, library: str, cli: Cli
+) -> None:
+    """Not only without a GPU: the builds that the extras install have no CUDA, but CatBoost's."""
+    flags = ("--data", data, "--features", "raw", "--out", tmp_path, "--num_folds", 3)
+    ended = cli("infer", "fit", *flags, "--libraries", library, "--device", "cuda")
+    if library == "catboost" and not ended.code:
+        pytest.skip("CatBoost has found a GPU")
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: --device cuda: {library} ")
+    assert ended.err.endswith(f"use --device cpu, or install {library} built for CUDA\n")
+    assert ended.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_library_that_is_not_installed_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "catboost", None)
+    with pytest.raises(UserError, match=r'pip install "isic-toolkit\[boosters\]"'):
+        LIBRARIES["catboost"].load("{}")

@@ -1,0 +1,351 @@
+"""Own columns from fit to submission: definitions, tables, and what they may not know."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from infer.ensemble.features.own_tables import IMPLAUSIBLE_AUC, separation
+from infer.ensemble.predict import predict_submission
+from infer.ensemble.settings import PredictSettings
+from isic import schema
+from isic.dataset import Dataset
+from isic.features import FEATURES, compute
+from isic.folds import draw_folds
+from isic.runtime.errors import UserError
+from isic.runtime.files import sha256
+from tests.support.commands import Cli
+from tests.support.ensembles import (
+    NUM_FOLDS,
+    fit_small,
+    read_blend,
+    shuffle_targets,
+    train_table,
+    write_train,
+)
+
+MINE = """
+norm_L: {expr: (tbp_lv_stdL + tbp_lv_color_std_mean) / tbp_lv_L, relative: [patient_z]}
+place: CONCAT(sex, '_', anatom_site_general)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINE)
+    return path
+
+
+def own_table(data: Path, split: str = "train") -> pl.DataFrame:
+    """Return values by id: a number with blanks, a text, and in training the fold."""
+    rows = Dataset(data).metadata(split)
+    random = np.random.default_rng(8)
+    number = pl.Series(random.standard_normal(len(rows)))
+    table = rows.select(
+        schema.ID,
+        distance=pl.when(number > -1).then(number),
+        group=pl.when(number > 0).then(pl.lit("far")).otherwise(pl.lit("near")),
+    )
+    return table if split == "test" else table.with_columns(plan(data).alias("fold"))
+
+
+def plan(data: Path) -> pl.Series:
+    table = train_table(data)
+    return draw_folds(table, NUM_FOLDS, 42).of(table)
+
+
+def predict(root: Path, data: Path, output: Path, **more: object) -> pl.DataFrame:
+    settings = PredictSettings.model_validate(
+        {"ensemble": root, "data": data, "output": output, **more}
+    )
+    predict_submission(settings)
+    return pl.read_csv(output)
+
+
+def test_a_fitted_ensemble_needs_no_file_of_definitions(
+    data: Path, mine: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "some.txt").write_text("sex\ntbp_lv_H\n")
+    features = f"@{tmp_path}/some.txt,mine"
+    root = fit_small(data, tmp_path / "out", features=features, define=str(mine))
+    assert root.name == "some+mine"
+    manifest = json.loads((root / "ensemble.json").read_text())
+    assert manifest["definitions"]["mine"]["place"] == "CONCAT(sex, '_', anatom_site_general)"
+    state = json.loads((root / "state.json").read_text())
+    assert state["names"] == ["tbp_lv_H", "sex", "norm_L", "norm_L_patient_z", "place"]
+    assert "place" in state["encodings"]["0"]["categories"]
+    mine.unlink()
+    (tmp_path / "some.txt").unlink()
+    scores = predict(root, data, tmp_path / "s.csv")["target"]
+    assert scores.n_unique() > 10
+
+
+def test_changed_definitions_are_another_ensemble(data: Path, mine: Path, tmp_path: Path) -> None:
+    chosen = {"features": "sex,mine", "define": str(mine), "num_rounds": 2}
+    fit_small(data, tmp_path, **chosen)
+    fit_small(data, tmp_path, **chosen)
+    mine.write_text(MINE.replace("'_'", "'-'"))
+    with pytest.raises(UserError, match=r"definitions\.mine\.place = CONCAT.*choose another"):
+        fit_small(data, tmp_path, **chosen)
+
+
+def test_few_lesions_are_noticed_with_relative_definitions(
+    data: Path, mine: Path, tmp_path: Path
+) -> None:
+    chosen = {"define": str(mine), "num_rounds": 2}
+    relative = fit_small(data, tmp_path / "a", features="mine", **chosen)
+    alone = fit_small(data, tmp_path / "b", features="mine,-norm_L_patient_z", **chosen)
+    one = tmp_path / "one"
+    one.mkdir()
+    Dataset(data).metadata("test")[:1].write_csv(one / "test-metadata.csv")
+    predict(alone, one, tmp_path / "s.csv", few="refuse")
+    with pytest.raises(UserError, match="fewer than"):
+        predict(relative, one, tmp_path / "s.csv", few="refuse")
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_is_used_in_fit_and_predict(data: Path, tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"scores.{ending}"
+    write(own_table(data).sample(fraction=1, shuffle=True, seed=1), path)
+    root = fit_small(data, tmp_path, features="sex,scores", tables=f"oof:{path}")
+    manifest = json.loads((root / "ensemble.json").read_text())
+    kinds = {"distance": "number", "group": "category"}
+    assert manifest["tables"]["scores"] == {
+        "kind": "oof",
+        "columns": kinds,
+        "sha256": sha256(path),
+    }
+    test = tmp_path / "test" / f"scores.{ending}"
+    test.parent.mkdir()
+    write(own_table(data, "test"), test)
+    first = predict(root, data, tmp_path / "s.csv", tables=str(test))
+    written = json.loads((tmp_path / "s.csv.json").read_text())
+    assert written["tables"] == {"scores": sha256(test)}
+    write(own_table(data, "test").with_columns(pl.col("distance") + 9), test)
+    assert not first.equals(predict(root, data, tmp_path / "s.csv", tables=f"oof:{test}"))
+
+
+def write(table: pl.DataFrame, path: Path) -> Path:
+    if path.suffix == ".csv":
+        table.write_csv(path)
+    else:
+        table.write_parquet(path)
+    return path
+
+
+def test_a_table_of_another_plan_is_refused(data: Path, tmp_path: Path) -> None:
+    """As a table with in-sample scores would be: its folds are not those of the plan."""
+    table = train_table(data)
+    known = table.select(schema.ID, knows=pl.col(schema.TARGET) + 0.0)
+    for fold in (
+        draw_folds(table, NUM_FOLDS, 7).of(table),
+        plan(data).set(pl.Series(np.arange(len(table)) == 5), 9),
+        pl.Series([None] * len(table)).cast(pl.Int8),
+        pl.Series(["first"] * len(table)),
+    ):
+        path = tmp_path / "known.parquet"
+        known.with_columns(fold.alias("fold")).write_parquet(path)
+        with pytest.raises(UserError, match="another fold than in the fold plan"):
+            fit_small(data, tmp_path / "out", features="sex,known", tables=f"oof:{path}")
+    known.write_parquet(path)
+    with pytest.raises(UserError, match="declared oof but has no column `fold`"):
+        fit_small(data, tmp_path / "out", features="sex,known", tables=f"oof:{path}")
+    assert not (tmp_path / "out").exists()
+
+
+BAD_TABLES = {
+    "does not say how: write oof:": ("", lambda t: t),
+    "exists only in the training table": ("oof:", lambda t: t.with_columns(target=0)),
+    "a column Iddx_1, which exists only": ("label_free:", lambda t: t.with_columns(Iddx_1=0)),
+    "duplicate isic_id": ("oof:", lambda t: pl.concat([t, t[:1]])),
+    "lacks 1 of the 400 rows, the first is": ("label_free:", lambda t: t[1:]),
+    "lacks the column isic_id": ("oof:", lambda t: t.drop("isic_id")),
+    'the name "tbp_lv_H" of an own column': ("oof:", lambda t: t.with_columns(tbp_lv_H=0)),
+    'the name "patient_id" of an own': ("oof:", lambda t: t.with_columns(patient_id=0)),
+    'the name "image_score" of an own': ("oof:", lambda t: t.with_columns(image_score=0)),
+    "has no column but isic_id and fold": ("oof:", lambda t: t.select("isic_id", "fold")),
+    'has a column "a b"': ("oof:", lambda t: t.with_columns(pl.lit(1).alias("a b"))),
+    "holds Date": ("oof:", lambda t: t.with_columns(x=pl.date(2020, 1, 1))),
+}
+
+
+@pytest.mark.parametrize("message", BAD_TABLES)
+def test_bad_tables_are_refused(data: Path, tmp_path: Path, message: str) -> None:
+    kind, change = BAD_TABLES[message]
+    path = tmp_path / "scores.parquet"
+    change(own_table(data)).write_parquet(path)
+    with pytest.raises(UserError, match=message):
+        fit_small(data, tmp_path / "out", features="sex,scores", tables=f"{kind}{path}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["raw", "image", "sex", "a,b", "a b"])
+def test_names_of_files_that_are_taken_are_refused(data: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(MINE)
+    with pytest.raises(UserError, match=r"is taken|cannot be a word"):
+        fit_small(data, tmp_path / "out", features="sex", define=[path])
+
+
+def test_names_that_are_given_twice_are_refused(data: Path, mine: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_text("place: sex")
+    with pytest.raises(UserError, match='"place" is given to 2 own columns'):
+        fit_small(data, tmp_path, features="mine,other", define=f"{mine},{path}")
+    with pytest.raises(UserError, match="two files of --define are called mine"):
+        fit_small(data, tmp_path, features="mine", define=f"{mine},{mine}")
+    path.write_text("")
+    with pytest.raises(UserError, match="defines nothing"):
+        fit_small(data, tmp_path, features="other", define=str(path))
+
+
+BAD_TEST_TABLES = {
+    "fitted with the table": ("other.parquet", lambda t: t),
+    "lacks the column group": ("scores.parquet", lambda t: t.drop("group")),
+    "column group holds": ("scores.parquet", lambda t: t.with_columns(group=1.0)),
+    "column distance must hold numbers": (
+        "scores.parquet",
+        lambda t: t.with_columns(distance=pl.lit("near")),
+    ),
+    "lacks 2 of the 30 rows": ("scores.parquet", lambda t: t[2:]),
+}
+
+
+@pytest.mark.parametrize("message", BAD_TEST_TABLES)
+def test_tables_to_score_must_be_like_those_of_the_fit(
+    data: Path, tmp_path: Path, message: str
+) -> None:
+    path = write(own_table(data), tmp_path / "scores.parquet")
+    root = fit_small(data, tmp_path, features="scores", tables=f"label_free:{path}", num_rounds=2)
+    with pytest.raises(UserError, match="give its values of these rows by --tables"):
+        predict(root, data, tmp_path / "s.csv")
+    with pytest.raises(UserError, match="declared label_free at the fit, not oof"):
+        predict(root, data, tmp_path / "s.csv", tables=f"oof:{path}")
+    name, change = BAD_TEST_TABLES[message]
+    (tmp_path / "test").mkdir()
+    bad = write(change(own_table(data, "test")), tmp_path / "test" / name)
+    with pytest.raises(UserError, match=message):
+        predict(root, data, tmp_path / "s.csv", tables=str(bad))
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_a_definition_that_reads_the_target_is_refused(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    for text in ("target", "tbp_lv_H + AVG(target) OVER (PARTITION BY sex)", "COLUMNS('target')"):
+        path.write_text(f'knows: "{text}"')
+        with pytest.raises(UserError, match=r"reads target|by its name"):
+            fit_small(data, tmp_path / "out", features="sex,mine", define=str(path))
+    assert not (tmp_path / "out").exists()
+
+
+def with_scores(data: Path, out_of_fold: bool, root: Path) -> Path:
+    """Write scores of nearest neighbours, of each row from the other folds or from all rows."""
+    table = train_table(data)
+    fold = plan(data).to_numpy()
+    numbers = table.select(schema.NUMERIC).fill_null(0).to_numpy()
+    numbers = (numbers - numbers.mean(axis=0)) / (numbers.std(axis=0) + 1e-9)
+    distance = np.square(numbers[:, None] - numbers[None]).sum(axis=2)
+    if out_of_fold:
+        distance[fold[:, None] == fold[None]] = np.inf
+    nearest = distance.argmin(axis=1)
+    score = table[schema.TARGET].to_numpy()[nearest].astype(float)
+    path = root / "scores.parquet"
+    table.select(schema.ID, neighbor=pl.Series(score), fold=pl.Series(fold)).write_parquet(path)
+    return path
+
+
+@pytest.mark.slow
+def test_shuffled_targets_give_chance(data: Path, mine: Path, tmp_path: Path) -> None:
+    """With defined columns and an honest table; a table of in-sample scores shows the leak."""
+    shuffle_targets(data, tmp_path / "data")
+    chosen = {"features": "raw,mine,scores", "define": str(mine), "seeds": 3}
+    found = {}
+    for out_of_fold in (True, False):
+        path = with_scores(tmp_path / "data", out_of_fold, tmp_path)
+        root = fit_small(
+            tmp_path / "data", tmp_path, **chosen, tables=f"oof:{path}", name=str(out_of_fold)
+        )
+        found[out_of_fold] = read_blend(root)
+    assert found[True]["pauc"] < 0.06  # 0.02 is chance, 0.2 perfect
+    assert 0.4 < found[True]["auc"] < 0.6
+    assert found[False]["auc"] > 0.95
+
+
+def test_a_label_free_table_that_knows_the_target_is_noticed(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = train_table(data)
+    noise = np.random.default_rng(1).standard_normal(len(table))
+    target = table[schema.TARGET].to_numpy()
+    path = tmp_path / "old.parquet"
+    honest = {"honest": target + noise, "reverse": -target + 0.1 * noise}
+    table.select(schema.ID, **{k: pl.Series(v) for k, v in honest.items()}).write_parquet(path)
+    chosen = {"features": "sex,old", "num_rounds": 2}
+    fit_small(data, tmp_path, **chosen, tables=f"label_free:{path}")
+    warning = capsys.readouterr().err
+    assert "reverse of old has an AUC of 1.000 on its own" in warning
+    assert "honest" not in warning
+
+
+def test_separation_sees_values_texts_and_blanks() -> None:
+    target = np.repeat([0, 1], 50)
+    text = pl.Series(["benign"] * 50 + ["malignant"] * 50)
+    blank = pl.Series([None] * 50 + [1.0] * 50)
+    unknown = pl.Series(np.random.default_rng(0).standard_normal(100))
+    for column in (pl.Series(-target), text, blank):
+        assert separation(column, target) == 1
+    assert separation(unknown, target) < 0.7 < IMPLAUSIBLE_AUC
+    assert separation(pl.Series([f"id {i}" for i in range(100)]), target) == 0.5
+    assert separation(pl.Series(target[:55]), target[:55]) == 0.5  # five positives prove nothing
+
+
+def test_no_feature_of_the_real_tables_looks_like_a_copy_of_the_target(real_data: Path) -> None:
+    metadata = Dataset(real_data / "real-tabular").metadata("train")
+    table = compute(metadata, tuple(FEATURES)).drop(schema.ID)
+    target = metadata[schema.TARGET].to_numpy()
+    highest = max(separation(column, target) for column in table)
+    assert highest < IMPLAUSIBLE_AUC - 0.1
+    assert separation(metadata["lesion_id"], target) > IMPLAUSIBLE_AUC
+
+
+def test_the_commands_take_own_columns(data: Path, mine: Path, tmp_path: Path, cli: Cli) -> None:
+    train = write(own_table(data), tmp_path / "scores.parquet")
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    flags = ("--data", folder, "--num_folds", NUM_FOLDS, "--seeds", 1, "--num_rounds", 5)
+    own = ("--define", mine, "--tables", f"oof:{train}")
+    words = ("--features", "raw,-attribution,mine,scores")
+    ended = cli("infer", "fit", *flags, *own, *words, "--out", tmp_path, "--name", "own")
+    assert ended.code == 0, ended.err
+    assert "own columns" in (tmp_path / "own" / "report.html").read_text()
+    test = tmp_path / "test" / "scores.parquet"
+    test.parent.mkdir()
+    write(own_table(data, "test"), test)
+    paths = ("--ensemble", tmp_path / "own", "--output", tmp_path / "s.csv")
+    ended = cli("infer", "predict", "--data", folder, *paths, "--tables", test)
+    assert ended.code == 0, ended.err
+    ended = cli("infer", "predict", "--data", folder, *paths)
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+
+
+def test_boosters_of_all_rows_take_own_columns(data: Path, mine: Path, tmp_path: Path) -> None:
+    train = write(own_table(data), tmp_path / "scores.parquet")
+    chosen = {"features": "sex,mine,scores", "define": str(mine), "tables": f"oof:{train}"}
+    root = fit_small(data, tmp_path, **chosen, refit=True, num_rounds=5)
+    (tmp_path / "test").mkdir()
+    test = write(own_table(data, "test"), tmp_path / "test" / "scores.parquet")
+    folds, everything = (
+        predict(root, data, tmp_path / f"{rows}.csv", tables=str(test), rows=rows)["target"]
+        for rows in ("folds", "all")
+    )
+    assert not folds.equals(everything)
+
+
+def test_own_columns_of_other_rows_are_refused(data: Path, mine: Path, tmp_path: Path) -> None:
+    small = write_train(tmp_path / "small", train_table(data).drop("tbp_lv_stdL"))
+    with pytest.raises(UserError, match=r'unknown column "tbp_lv_stdL"|lacks the column'):
+        fit_small(small, tmp_path, features="sex,mine", define=str(mine))

@@ -1,0 +1,349 @@
+"""Embeddings as columns: fold models are aligned, labels do not leak, bad input is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from infer.embedding.store import shard_path, write_shard
+from infer.ensemble.images.columns import (
+    ALIGNED,
+    FROZEN,
+    AffineMap,
+    AffineMaps,
+    column_names,
+    fit_affine_maps,
+    mapped_columns,
+    procrustes,
+    read_affine_maps,
+    write_affine_maps,
+)
+from infer.ensemble.predict import predict_submission
+from infer.ensemble.settings import PredictSettings
+from isic import schema
+from isic.dataset import SPLITS, Dataset, Split
+from isic.folds import Folds, draw_folds, read_folds
+from isic.metrics import roc_auc
+from isic.provenance import seen_rows, write_seen
+from isic.runtime.errors import UserError
+from isic.runtime.files import write_json
+from tests.support.ensembles import (
+    ENGINES,
+    NUM_FOLDS,
+    fit_small,
+    read_blend,
+    read_files,
+    read_test_text,
+    shuffle_targets,
+    train_table,
+    write_seen_lists,
+)
+
+WIDTH = 12
+NAMES = column_names(ALIGNED, "tiny", WIDTH)
+REMEMBERED = 6.0
+"""How much of a training image's label an overfitted model writes into the image's embedding."""
+
+
+def spaces(width: int) -> list[np.ndarray]:
+    """Return an orthogonal matrix per fold model."""
+    rng = np.random.default_rng(6)
+    return [np.linalg.qr(rng.standard_normal((width, width)))[0] for _ in range(NUM_FOLDS)]
+
+
+def write_full_run(
+    root: Path, split: str, folds: Folds, engines: dict[str, str] = ENGINES, width: int = WIDTH
+) -> None:
+    """Write the `run.json` of embeddings by every fold."""
+    run = {
+        "config": root.name,
+        "folds": [int(k) for k in engines],
+        "folds_digest": folds.digest,
+        "folds_mode": "all",
+        "engines": engines,
+        "checkpoints": engines,
+        "tta": "none",
+        "preprocess": {"size": 8},
+        "num_features": width,
+    }
+    write_json(root / split / "run.json", run)
+
+
+def write_fold_embeddings(
+    root: Path, data: Path, folds: Folds, strength: float, remembered: float, width: int = WIDTH
+) -> Path:
+    """Write embeddings of every image by every fold: the same features, in rotated spaces.
+
+    Args:
+        strength: how much a malignant lesion differs from a benign one.
+        remembered: how much a model knows of the label of an image that it was trained on.
+    """
+    rng = np.random.default_rng(5)
+    folds.write(root / "folds.parquet")
+    for split in SPLITS:
+        table = Dataset(data).metadata(split)
+        target = table[schema.TARGET].to_numpy() if split == "train" else np.zeros(len(table))
+        fold = folds.of(table).to_numpy() if split == "train" else np.full(len(table), -1)
+        common = rng.standard_normal((len(table), width)) * np.linspace(3, 1, width)
+        common[:, 0] += strength * target
+        for k, rotation in enumerate(spaces(width)):
+            seen = (fold != k) & (fold >= 0)
+            own = common + 0.1 * rng.standard_normal(common.shape)
+            own[:, 1] += remembered * target * seen
+            features = (own @ rotation + k).astype(np.float32)
+            logits = own[:, 0].astype(np.float32)
+            write_shard(shard_path(root, split, k, 0), table[schema.ID].to_list(), features, logits)
+        write_full_run(root, split, folds, width=width)
+    write_seen_lists(root, train_table(data), folds)
+    return root
+
+
+def seen_list(root: Path, fold: int = 1) -> Path:
+    return root / "train" / f"fold_{fold}" / "trained_on.parquet"
+
+
+@pytest.fixture(scope="module")
+def folds(data: Path) -> Folds:
+    return draw_folds(train_table(data), NUM_FOLDS, 42)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, folds: Folds) -> Path:
+    return write_fold_embeddings(data.parent / "tiny", data, folds, strength=4.0, remembered=0.0)
+
+
+@pytest.fixture(scope="module")
+def frozen(data: Path, run: Path) -> Path:
+    """A run of a model that was trained on other images."""
+    root = data.parent / "elsewhere"
+    shutil.copytree(run, root)
+    other = Folds(pl.DataFrame({"isic_id": ["ISIC_9"], "fold": pl.Series([0], dtype=pl.Int8)}))
+    other.write(root / "folds.parquet")
+    write_seen(seen_list(root), seen_rows(other.table))
+    for split in ("train", "test"):
+        write_full_run(root, split, other, {"1": "b"})
+    return root
+
+
+def read_features(run: Path, split: Split, fold: int) -> np.ndarray:
+    return pl.read_parquet(shard_path(run, split, fold, 0))["features"].to_numpy()
+
+
+def test_an_image_gets_the_same_columns_from_every_model(
+    data: Path, run: Path, folds: Folds
+) -> None:
+    metadata = train_table(data)
+    maps = fit_affine_maps(run, metadata, folds)
+    by_fold = []
+    for k in range(NUM_FOLDS):
+        fold = pl.Series([k] * len(metadata))
+        by_fold.append(mapped_columns(run, "train", NAMES, metadata, maps, fold).to_numpy())
+    assert by_fold[0].shape == (len(metadata), WIDTH)
+    assert by_fold[0].dtype == np.float32
+    for other in by_fold[1:]:
+        assert np.abs(other - by_fold[0]).mean() < 0.2 * by_fold[0].std()
+
+
+def test_a_test_row_has_the_mean_over_the_models(
+    data: Path, run: Path, folds: Folds, tmp_path: Path
+) -> None:
+    maps = fit_affine_maps(run, train_table(data), folds)
+    write_affine_maps(tmp_path / "maps.parquet", maps)
+    again = read_affine_maps(tmp_path / "maps.parquet")
+    test = Dataset(data).metadata("test")
+    found = mapped_columns(run, "test", NAMES, test, again, None)
+    assert found.columns[:2] == ["aligned_000.tiny", "aligned_001.tiny"]
+    mapped = [maps[k].apply(read_features(run, "test", k)) for k in maps]
+    np.testing.assert_allclose(found.to_numpy(), np.mean(mapped, axis=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [ALIGNED, FROZEN])
+def test_embeddings_improve_scores_and_a_row_alone_scores_the_same(
+    data: Path, run: Path, frozen: Path, mode: str, tmp_path: Path
+) -> None:
+    sources = {"embeddings": run, "frozen": frozen}
+    images = fit_small(data, tmp_path, features=f"raw,{mode}", name="images", **sources)
+    raw = fit_small(data, tmp_path, features="raw", name="raw", embeddings=run)
+    assert read_blend(images)["auc"] > read_blend(raw)["auc"] + 0.02
+    (tmp_path / "one").mkdir()
+    test = read_test_text(data)
+    row = test.filter(patient_id=test["patient_id"][3])[:1]
+    row.write_csv(tmp_path / "one" / "test-metadata.csv")
+    chosen = {"ensemble": images, **sources}
+    predict_submission(PredictSettings(data=data, output=tmp_path / "all.csv", **chosen))
+    predict_submission(PredictSettings(data=tmp_path / "one", output=tmp_path / "1.csv", **chosen))
+    scores = pl.read_csv(tmp_path / "all.csv")
+    alone = pl.read_csv(tmp_path / "1.csv")
+    assert alone.rows() == scores.filter(isic_id=row["isic_id"][0]).rows()
+
+
+def test_two_fits_give_the_same_bytes(data: Path, run: Path, tmp_path: Path) -> None:
+    chosen = {"features": "raw,aligned", "embeddings": run, "name": "same"}
+    first = read_files(fit_small(data, tmp_path / "a", **chosen))
+    assert first == read_files(fit_small(data, tmp_path / "b", **chosen))
+    assert "maps_aligned_tiny.parquet" in first
+
+
+@pytest.mark.parametrize("mode", [ALIGNED, FROZEN, "image"])
+def test_shuffled_targets_give_chance(data: Path, mode: str, tmp_path: Path) -> None:
+    """Embeddings that know a label only if the model was trained on the image."""
+    found = [read_blend(fit_shuffled(data, tmp_path / str(seed), mode, seed)) for seed in range(3)]
+    assert np.mean([scores["pauc"] for scores in found]) < 0.06  # 0.02 is chance, 0.2 perfect
+    assert 0.4 < np.mean([scores["auc"] for scores in found]) < 0.6
+
+
+def fit_shuffled(data: Path, folder: Path, mode: str, seed: int) -> Path:
+    """Fit one form of image features on targets in random order."""
+    folder.mkdir()
+    shuffled = shuffle_targets(data, folder / "data", seed)
+    folds = draw_folds(shuffled, NUM_FOLDS, 42)
+    remembered = 0.0 if mode == "frozen" else REMEMBERED
+    run = write_fold_embeddings(folder / "blind", folder / "data", folds, 0.0, remembered)
+    source = {"embeddings": run}
+    if mode == "frozen":
+        write_seen(seen_list(run, 0), seen_rows(pl.DataFrame({"isic_id": ["other"]})))
+        source = {"frozen": run}
+    features = "raw,image" if mode == "image" else mode
+    return fit_small(folder / "data", folder, features=features, seeds=3, **source)
+
+
+def test_maps_do_not_carry_labels_over(data: Path, tmp_path: Path) -> None:
+    """Looks at the direction in which models remember labels, in rows that each has not seen.
+
+    A map that is fitted on held-out images too would leak.
+    """
+    width = 100
+    ours, leaky = [], []
+    for seed in range(6):
+        table = shuffle_targets(data, tmp_path / f"data{seed}", seed)
+        folds = draw_folds(table, NUM_FOLDS, 42)
+        run = write_fold_embeddings(
+            tmp_path / f"run{seed}", tmp_path / f"data{seed}", folds, 0.0, REMEMBERED, width
+        )
+        ours.append(remembered_auc(run, table, folds, fit_affine_maps(run, table, folds)))
+        leaky.append(remembered_auc(run, table, folds, fit_on_held_out(run, width)))
+    assert abs(np.mean(ours) - 0.5) < 0.025
+    assert np.mean(leaky) > np.mean(ours) + 0.02
+
+
+def fit_on_held_out(run: Path, width: int) -> AffineMaps:
+    """Fit rotations as `fit_affine_maps` must not: on all images."""
+    features = [read_features(run, "train", k) for k in range(NUM_FOLDS)]
+    centred = [matrix - matrix.mean(axis=0) for matrix in features]
+    return {
+        k: AffineMap(procrustes(centred[k], centred[0]), np.zeros(width)) for k in range(NUM_FOLDS)
+    }
+
+
+def remembered_auc(run: Path, table: pl.DataFrame, folds: Folds, maps: AffineMaps) -> float:
+    """Return the AUC, within folds, of the direction in which the first model remembers."""
+    fold = folds.of(table)
+    names = column_names(ALIGNED, "tiny", len(maps[0].offset))
+    columns = mapped_columns(run, "train", names, table, maps, fold).to_numpy()
+    memory = columns @ spaces(columns.shape[1])[0][1]
+    target = table["target"].to_numpy()
+    rows = [fold.to_numpy() == k for k in range(1, NUM_FOLDS)]
+    return float(np.mean([roc_auc(target[of_fold], memory[of_fold]) for of_fold in rows]))
+
+
+def test_embeddings_of_held_out_images_only_are_refused(
+    data: Path, run: Path, folds: Folds, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(run, tmp_path / "tiny"))
+    path = root / "train" / "run.json"
+    write_json(path, json.loads(path.read_text()) | {"folds_mode": "oof"})
+    message = "aligned needs every training image embedded by every fold model"
+    with pytest.raises(UserError, match=message):
+        fit_small(data, tmp_path, features="aligned", embeddings=root)
+
+
+def test_too_few_images_for_the_features_are_refused(
+    data: Path, folds: Folds, tmp_path: Path
+) -> None:
+    wide = write_fold_embeddings(tmp_path / "wide", data, folds, 0.0, 0.0, width=200)
+    with pytest.raises(UserError, match=r"1\d\d shared images are too few to align 200 features"):
+        fit_small(data, tmp_path, features="aligned", embeddings=wide)
+
+
+def test_missing_and_broken_embeddings_are_refused(data: Path, run: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(run, tmp_path / "tiny"))
+    path = shard_path(root, "train", 2, 0)
+    shard = pl.read_parquet(path)
+    shard[3:].write_parquet(path)
+    message = r"lacks the train embeddings of \d+ of \d+ images, .* for fold 2"
+    with pytest.raises(UserError, match=message):
+        fit_small(data, tmp_path, features="aligned", embeddings=root)
+    bad = np.full((len(shard), WIDTH), np.nan, np.float32)
+    write_shard(path, shard["isic_id"].to_list(), bad, shard["logit"].to_numpy())
+    with pytest.raises(UserError, match="embeddings are not finite"):
+        fit_small(data, tmp_path, features="aligned", embeddings=root)
+
+
+def test_an_image_that_could_not_be_read_has_blank_columns(
+    data: Path, run: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(run, tmp_path / "tiny"))
+    name = Dataset(data).metadata("test")["isic_id"][2]
+    for k in range(NUM_FOLDS):
+        path = shard_path(root, "test", k, 0)
+        pl.read_parquet(path).filter(pl.col("isic_id") != name).write_parquet(path)
+    skipped = pl.DataFrame({"isic_id": [name], "reason": ["truncated JPEG"]})
+    skipped.write_parquet(root / "test" / "errors.parquet")
+    fit_small(
+        data, tmp_path, features="multimodal,aligned", embeddings=root, num_rounds=4, name="m"
+    )
+    predict_submission(
+        PredictSettings(
+            data=data, ensemble=tmp_path / "m", embeddings=root, output=tmp_path / "s.csv"
+        )
+    )
+    assert pl.read_csv(tmp_path / "s.csv")["target"].null_count() == 0
+
+
+def test_a_frozen_model_that_has_seen_the_rows_is_refused(
+    data: Path, frozen: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(frozen, tmp_path / "knowing"))
+    metadata = train_table(data)
+    seen_list(root).unlink()
+    with pytest.raises(UserError, match=r"trained_on.parquet is missing"):
+        fit_small(data, tmp_path, features="frozen", frozen=root)
+    write_seen(seen_list(root), seen_rows(metadata))
+    with pytest.raises(UserError, match="learned from 400 of the 400 held-out rows or from their"):
+        fit_small(data, tmp_path, features="frozen", frozen=root)
+    patient = metadata["patient_id"][0]
+    num_lesions = (metadata["patient_id"] == patient).sum()
+    only_the_patient = pl.DataFrame({"isic_id": ["ISIC_9"], "patient_id": [patient]})
+    write_seen(seen_list(root), seen_rows(only_the_patient))
+    with pytest.raises(UserError, match=f"learned from {num_lesions} of the 400 held-out rows"):
+        fit_small(data, tmp_path, features="frozen", frozen=root)
+
+
+@pytest.mark.parametrize("features", ["image", "raw,aligned"])
+def test_a_fold_model_that_has_seen_its_rows_is_refused(
+    data: Path, run: Path, tmp_path: Path, features: str
+) -> None:
+    """The fold folds holds the rows out, but the initial weights had seen one patient."""
+    root = Path(shutil.copytree(run, tmp_path / "leaking"))
+    metadata = train_table(data)
+    fold = read_folds(root / "folds.parquet").of(metadata)
+    patient = metadata.filter(fold == 2)["patient_id"][0]
+    inherited = metadata.filter(pl.col("patient_id") == patient).head(1)
+    write_seen(seen_list(root, 2), seen_rows(metadata.filter(fold != 2), seen_rows(inherited)))
+    with pytest.raises(UserError, match=r"the model of fold 2 behind .* learned from"):
+        fit_small(data, tmp_path, features=features, embeddings=root)
+
+
+def test_another_frozen_model_is_refused(data: Path, frozen: Path, tmp_path: Path) -> None:
+    ensemble = fit_small(data, tmp_path, features="raw,frozen", frozen=frozen, num_rounds=2)
+    root = Path(shutil.copytree(frozen, tmp_path / "elsewhere"))
+    path = root / "test" / "run.json"
+    write_json(path, json.loads(path.read_text()) | {"checkpoints": {"1": "another"}})
+    chosen = {"data": data, "ensemble": ensemble, "output": tmp_path / "s.csv"}
+    with pytest.raises(UserError, match="were made with other trained weights"):
+        predict_submission(PredictSettings(frozen=root, **chosen))
+    with pytest.raises(UserError, match="give --frozen outputs/embeddings/elsewhere"):
+        predict_submission(PredictSettings(**chosen))
