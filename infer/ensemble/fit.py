@@ -29,7 +29,13 @@ from infer.ensemble.images.features import ImageState, embedding_origins
 from infer.ensemble.images.network_scores import describe_networks
 from infer.ensemble.images.scores import image_probability
 from infer.ensemble.lesions import describe_lesion_counts
-from infer.ensemble.rows import FitRows, find_folds, read_rows, warn_of_own_columns
+from infer.ensemble.rows import (
+    FitRows,
+    find_folds,
+    read_rows,
+    refuse_unknown_blanks,
+    warn_of_own_columns,
+)
 from infer.ensemble.scoring.chosen import CHOSEN_KEY, choice_notes, choices_of_lists
 from infer.ensemble.scoring.few_lesions import format_by_lesions, pauc_by_lesions
 from infer.ensemble.scoring.scores import format_scores, summarise
@@ -64,6 +70,7 @@ def fit_ensemble(settings: FitSettings) -> Path:
         refuse_other_ensemble(root, inputs)
     images = rows.images(rows.metadata)
     table = rows.table(rows.metadata, images)
+    refuse_unknown_blanks(settings.blank, table.features.select(rows.names))
     _note_blank(table.features)
     warn_of_own_columns(rows.spec, table.features, rows.metadata)
     print(
@@ -151,6 +158,12 @@ def _measure(
     return Measured(summaries, describe_networks(scores, oof, patient), by_lesions)
 
 
+def model_settings(settings: FitSettings) -> dict[str, Any]:
+    """Return the manifest's field on the settings that shape the boosters."""
+    added = settings.model_dump(mode="json", include=ADDED_SETTINGS, exclude_defaults=True)
+    return settings.model_dump(mode="json", include=MODEL_SETTINGS) | added
+
+
 def own_inputs(spec: FeatureSpec, tables: Mapping[str, OwnTable]) -> dict[str, Any]:
     """Return the manifest fields of lists and own columns; texts, so that no file is needed."""
     fields = {"lists": dict(spec.words.lists), **spec.own.to_json()}
@@ -200,16 +213,13 @@ def _write_files(
 def _manifest_inputs(rows: FitRows) -> dict[str, Any]:
     """Return the manifest fields that determine an ensemble, known before it is fitted."""
     settings, weights, folds = rows.settings, rows.weights, rows.folds
-    model_settings = settings.model_dump(mode="json", include=MODEL_SETTINGS)
-    added = settings.model_dump(mode="json", include=ADDED_SETTINGS, exclude_defaults=True)
-    model_settings.update(added)
-    model_settings["num_folds"] = folds.num_folds
+    recorded = {**model_settings(settings), "num_folds": folds.num_folds}
     # Otherwise the plan comes from a file, whatever the seed is.
     if not find_folds(settings):
-        model_settings["split_seed"] = settings.seed_of_split
+        recorded["split_seed"] = settings.seed_of_split
     # Left out otherwise, as in the manifests of versions that had one plan only.
     if settings.splits > 1:
-        model_settings["splits"] = settings.splits
+        recorded["splits"] = settings.splits
     libraries = [library for library in weights if library in LIBRARIES]
     return {
         "features": settings.features,
@@ -219,7 +229,7 @@ def _manifest_inputs(rows: FitRows) -> dict[str, Any]:
         **embedding_origins(rows.image, settings.sources, "train"),
         **own_inputs(rows.spec, rows.own_tables),
         "metadata_sha256": sha256(Dataset(settings.data).metadata_path("train")),
-        "settings": model_settings,
+        "settings": recorded,
     }
 
 

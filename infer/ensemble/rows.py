@@ -1,7 +1,7 @@
 """The training rows of an ensemble: their table, fold plan and features."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from isic.features.definitions import check_definitions
 from isic.folds import Folds, draw_folds, read_folds
 from isic.layout import FOLDS_FILE
 from isic.metadata import require
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,18 @@ def warn_of_own_columns(spec: FeatureSpec, table: pl.DataFrame, metadata: pl.Dat
     for word, names in spec.own.sets.items():
         if word not in spec.own.tables or spec.own.tables[word].kind == LABEL_FREE:
             warn_of_labels(table, [name for name in names if name in spec.own_names], target, word)
+
+
+def refuse_unknown_blanks(names: Iterable[str], features: pl.DataFrame) -> None:
+    """Raise a UserError if a column to blank is not a category among the boosters' features."""
+    categories = [column.name for column in features if column.dtype == pl.String]
+    for name in names:
+        if name in categories:
+            continue
+        if name in features.columns:
+            raise UserError(f"--blank: {name} is a number; name categories only")
+        hint = did_you_mean(name, categories) if categories else "there are none"
+        raise UserError(f'--blank: no category "{name}" among the features, {hint}')
 
 
 def read_train(data: Path, spec: FeatureSpec) -> pl.DataFrame:

@@ -1,7 +1,7 @@
 """Fit a booster per library, fold and seed, and score each fold's held-out rows with it."""
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from infer.ensemble.boosting.thinning import ThinnedTables
 from infer.ensemble.boosting.training_table import TrainingTable
 from infer.ensemble.settings import FitSettings
 from isic.features import Encoding, fit_encoding
-from isic.runtime.errors import UserError, did_you_mean
+from isic.runtime.errors import UserError
 from isic.runtime.machine import num_cores
 from isic.runtime.progress import TimeLeft
 
@@ -58,7 +58,7 @@ def fit_boosters(
         fold_ids: the folds that boosters are fitted without; those of `fold` if None.
 
     Raises:
-        UserError: the rows outside a fold are of one class, or `--blank` names no category.
+        UserError: the rows outside a fold are of one class.
     """
     assert (settings.thin_patients > 0) == (thinned is not None)
     seeds = range(settings.seed, settings.seed + settings.seeds)
@@ -72,7 +72,6 @@ def fit_boosters(
     for k in fold_ids:
         _need_both_classes(target[fold != k], k)
         result.encodings[k] = fit_encoding(features.filter(pl.Series(fold != k)), by_fold[k])
-        _refuse_unknown_blanks(settings.blank, result.encodings[k])
     num_uses = len(settings.libraries) * len(fold_ids)
 
     def fit_one(key: BoosterKey) -> tuple[str, Scores]:
@@ -154,18 +153,6 @@ def score_held_out(
                 predict = LIBRARIES[library].load(text)
                 scores[model_name(library, seed)][fold == k] = predict(matrix, num_cores())
     return scores
-
-
-def _refuse_unknown_blanks(names: Collection[str], encoding: Encoding) -> None:
-    """Raise a UserError if a column to blank is not a category among the features."""
-    for name in names:
-        if name in encoding.names and name not in encoding.categories:
-            raise UserError(f"--blank: {name} is a number; name categories only")
-        if name not in encoding.categories:
-            hint = "there are none"
-            if encoding.categories:
-                hint = did_you_mean(name, encoding.categories)
-            raise UserError(f'--blank: no category "{name}" among the features, {hint}')
 
 
 def undersample(

@@ -25,9 +25,9 @@ from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters, fit_out
 from infer.ensemble.boosting.training_table import TrainingTable
 from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.features.words import label
-from infer.ensemble.fit import MODEL_SETTINGS, own_inputs
+from infer.ensemble.fit import model_settings, own_inputs
 from infer.ensemble.images.features import embedding_origins
-from infer.ensemble.rows import read_rows, warn_of_own_columns
+from infer.ensemble.rows import read_rows, refuse_unknown_blanks, warn_of_own_columns
 from infer.ensemble.scoring.comparison import Comparison, compare_scores
 from infer.ensemble.settings import SelectSettings
 from isic import schema
@@ -148,12 +148,13 @@ def _read(settings: SelectSettings) -> Rows:
     if not spec.table_names:
         raise UserError(f'"{settings.features}" has no features to choose among; add a set')
     table = rows.table(metadata)
+    refuse_unknown_blanks(settings.blank, table.features.select(rows.names))
     warn_of_own_columns(spec, table.features, metadata)
     parameters = {library: settings.parameters(library) for library in settings.libraries}
     origins = {
         "features": settings.features,
         "parameters": parameters,
-        "settings": settings.model_dump(mode="json", include=MODEL_SETTINGS),
+        "settings": model_settings(settings),
         "folds_digest": rows.folds.digest,
         **embedding_origins(rows.image, settings.sources, "train"),
         **own_inputs(spec, rows.own_tables),

@@ -157,3 +157,18 @@ def test_bad_choices_are_refused(data: Path, embeddings: Path, tmp_path: Path) -
     ):
         with pytest.raises(UserError, match=message):
             build(SelectSettings, given)
+
+
+def test_a_category_to_blank_need_not_be_in_every_list(data: Path, tmp_path: Path) -> None:
+    given = {"features": "sex,attribution,tbp_lv_A", "blank": "sex,attribution"}
+    manifest = choose(data, tmp_path / "one.txt", **given, by="gain", num_features=1, repeats=1)
+    assert all(len(part) == 1 for part in manifest["by_fold"].values())
+    assert manifest["settings"]["blank"] == ["sex", "attribution"]
+
+
+def test_an_unknown_category_to_blank_is_refused_first(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "choose_by_fold", None)
+    with pytest.raises(UserError, match='no category "atribution" among the features'):
+        choose(data, tmp_path / "one.txt", features="raw", blank="atribution")
