@@ -1,6 +1,6 @@
 """Score the test table with a fitted ensemble and write the submission. Nothing is fitted here."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from infer.embedding.store import refuse_other_origin
 from infer.ensemble.artifact import ENSEMBLE_FILE, Ensemble
-from infer.ensemble.blends.artifact import Blend, Scorer, open_scorer
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, open_scorer
 from infer.ensemble.blends.ranks import Scores, blend, model_name
 from infer.ensemble.boosting.libraries import read_booster
 from infer.ensemble.boosting.refit import ESTIMATES, choose_rows
@@ -90,8 +90,7 @@ def predict_submission(settings: PredictSettings) -> None:
 
 def _require_columns(scorer: Scorer, metadata: pl.DataFrame, path: Path) -> None:
     """Raise a UserError if the table lacks a column that a feature needs."""
-    ensembles = scorer.members.values() if isinstance(scorer, Blend) else [scorer]
-    for ensemble in ensembles:
+    for ensemble in ensembles_of(scorer):
         require(metadata, ensemble.spec.needed_columns, path)
 
 
@@ -284,20 +283,10 @@ def _sources_by_member(scorer: Blend, sources: EmbeddingSources) -> dict[str, Em
         networks = sorted({network for needed in needs.values() for network in needed})
         if not networks:
             continue
-        _refuse_no_embeddings(scorer, flag, networks, sources)
         roots = match_networks(flag, getattr(sources, flag), "test", networks)
         for name, needed in needs.items():
             found[name][flag] = tuple(roots[network] for network in needed)
     return {name: EmbeddingSources(**flags) for name, flags in found.items()}
-
-
-def _refuse_no_embeddings(
-    scorer: Scorer, flag: str, networks: Iterable[str], sources: EmbeddingSources
-) -> None:
-    """Raise a UserError if no embeddings are given of the networks that are needed."""
-    if not getattr(sources, flag):
-        folders = ",".join(f"outputs/embeddings/{name}" for name in networks)
-        raise UserError(f"{scorer.root} uses images; give --{flag} {folders}")
 
 
 def _read_images(
@@ -306,12 +295,9 @@ def _read_images(
     """Return the image features, and the origins of the embeddings.
 
     Raises:
-        UserError: embeddings are not given, missing, or differ in origin from those of the fit.
+        UserError: embeddings are missing, or differ in origin from those of the fit.
     """
     state = ensemble.state.image
-    for flag, needed in state.needs.items():
-        if needed:
-            _refuse_no_embeddings(ensemble, flag, ensemble.manifest[flag], sources)
     origins = embedding_origins(state, sources, "test")
     for name, root in state.roots(sources, "test")["embeddings"].items():
         fitted_with = ensemble.manifest["embeddings"][name]

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from infer.ensemble.artifact import Ensemble
-from infer.ensemble.blends.artifact import Blend, Scorer
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
 from infer.ensemble.images import scores as image_scores
 from infer.ensemble.images.networks import by_network, listed
 from infer.ensemble.scoring.chosen import choices
@@ -122,12 +122,11 @@ def _models(scorer: Scorer) -> str:
 
 def _out_of_fold(scorer: Scorer) -> str:
     """Return how far the scores are independent of their own patients."""
-    members = scorer.members.values() if isinstance(scorer, Blend) else [scorer]
     sentences = {
         _out_of_fold_sentence(
             len(member.manifest["boosters"]) > 0, bool(member.manifest["embeddings"])
         )
-        for member in members
+        for member in ensembles_of(scorer)
     }
     chosen = [f"But {choice}, so the score may be too high." for choice in choices(scorer.manifest)]
     return " ".join([*sorted(sentences), *chosen])

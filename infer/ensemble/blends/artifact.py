@@ -117,6 +117,11 @@ Scorer = Ensemble | Blend
 """Anything that has out-of-fold scores and scores a table."""
 
 
+def ensembles_of(scorer: Scorer) -> list[Ensemble]:
+    """Return the members of a blend, or the ensemble itself."""
+    return list(scorer.members.values()) if isinstance(scorer, Blend) else [scorer]
+
+
 def blend_by_fold(
     scores: Mapping[str, Scores], weights: Mapping[int, Weights], fold: NDArray[np.integer]
 ) -> Scores:

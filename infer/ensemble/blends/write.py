@@ -50,12 +50,14 @@ def write_blend(settings: BlendSettings) -> Path:
     """Blend ensembles, write the blend and print its out-of-fold scores. Return its folder.
 
     Raises:
-        UserError: the ensembles differ in rows or folds, share a name, or are blends.
+        UserError: the ensembles differ in rows or folds, share a name, are blends, or are in the
+            folder of the blend.
     """
     members = open_members(settings.ensembles)
     root = settings.output_dir / settings.name
     refuse_dataset(root, "--output_dir or --name")
     refuse_foreign_folder(root)
+    _refuse_own_members(root, members)
     inputs = _manifest_inputs(members, settings)
     if not settings.force:
         refuse_other_ensemble(root, inputs)
@@ -79,6 +81,7 @@ def write_blend(settings: BlendSettings) -> Path:
         "weights": weights,
         "weights_by_fold": {str(k): of_fold for k, of_fold in by_fold.items()},
         "scores": summaries["blend"],
+        "versions": versions("isic-toolkit", "numpy", "polars"),
     }
     write_ensemble_manifest(root, files, {**inputs, **results, **chosen})
     print("weights: " + ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items()))
@@ -119,6 +122,18 @@ def _refuse_other_tables(members: Mapping[str, Ensemble], ensemble: Ensemble) ->
                     f"{other.root} and {ensemble.root} were fitted with different tables called "
                     f"{name}; rename one of the files and fit again"
                 )
+
+
+def _refuse_own_members(root: Path, members: Mapping[str, Ensemble]) -> None:
+    """Raise a UserError if the blend's folder is cleared before a member in it can be copied."""
+    folder = root.resolve()
+    for member in members.values():
+        place = member.root.resolve()
+        if place == folder or folder / MEMBERS_DIR in place.parents:
+            raise UserError(
+                f"{root} would replace {member.root}, which is part of the blend; choose another "
+                "--name"
+            )
 
 
 def _read_scores(members: Mapping[str, Ensemble]) -> tuple[pl.DataFrame, dict[str, Scores]]:
@@ -261,7 +276,6 @@ def _manifest_inputs(members: Mapping[str, Ensemble], settings: BlendSettings) -
         "members": {name: sha256(member.root / ENSEMBLE_FILE) for name, member in members.items()},
         "weights_from": settings.weights,
         **{key: first[key] for key in shared},
-        "versions": versions("isic-toolkit", "numpy", "polars"),
     }
 
 

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from infer.embedding.store import read_run
 from infer.ensemble.artifact import Ensemble
-from infer.ensemble.blends.artifact import Blend, Scorer
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
 from infer.ensemble.blends.ranks import Scores, blend, model_name
 from infer.ensemble.boosting.libraries import LIBRARIES, booster_file_name
 from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters
@@ -134,14 +134,18 @@ def measure_agreement(
 
     Returns:
         `spearman` of both scores, `pauc_folds`, `pauc_all`, and the numbers of rows; None if the
-        rows cannot be divided, of which a line is printed.
+        rows cannot be divided or the first fold has one class, of which a line is printed.
     """
     fold_ids = np.unique(fold)
     is_fitted = fold != fold_ids[0]
     # Whole patients, as both ways are fitted on the same ones.
     one_seed = settings.model_copy(update={"seeds": 1, "thin_patients": 0.0})
     rows = metadata.filter(pl.Series(is_fitted))
+    target = metadata.filter(pl.Series(~is_fitted))[schema.TARGET].to_numpy()
     try:
+        # Before the boosters are fitted, as a fold plan from a file may have such a fold.
+        if target.min() == target.max():
+            raise UserError(f"all rows of fold {fold_ids[0]} have target {target[0]}")
         plan = draw_folds(rows, len(fold_ids), settings.seed_of_split)
     except UserError as error:
         print(f"note: the agreement of folds and all rows is not measured: {error}")
@@ -154,7 +158,6 @@ def measure_agreement(
         _fit_on_all(inner_table, names, inner_target, one_seed),
     )
     unseen = table.features.filter(pl.Series(~is_fitted))
-    target = metadata.filter(pl.Series(~is_fitted))[schema.TARGET].to_numpy()
     of_folds, of_all = (_score(result, unseen, one_seed) for result in results)
     return {
         "spearman": float(spearmanr(of_folds, of_all).statistic),
@@ -200,35 +203,47 @@ def choose_rows(scorer: Scorer, rows: Rows, sources: EmbeddingSources) -> Scorer
         rows: those that the models were fitted on: without a fold each, or all.
 
     Raises:
-        UserError: the ensemble has no boosters on all rows, or the embeddings are by other networks
-            than these rows need.
+        UserError: the ensemble has no boosters on all rows, or the embeddings are not given or by
+            other networks than these rows need.
     """
+    ensembles = ensembles_of(scorer)
+    if rows == "all":
+        for ensemble in ensembles:
+            _refuse_without_refit(ensemble)
+    _refuse_no_embeddings(scorer, rows, sources)
+    if any(ensemble.state.image.needs["embeddings"] for ensemble in ensembles):
+        _refuse_other_networks(rows, sources)
+    if rows == "folds":
+        return scorer
     if isinstance(scorer, Blend):
-        members = {
-            name: _choose_rows(member, rows, sources) for name, member in scorer.members.items()
-        }
+        members = {name: refitted(member, sources) for name, member in scorer.members.items()}
         return replace(scorer, members=members)
-    return _choose_rows(scorer, rows, sources)
+    return refitted(scorer, sources)
 
 
-def _choose_rows(ensemble: Ensemble, rows: Rows, sources: EmbeddingSources) -> Ensemble:
-    if rows == "all" and not ensemble.manifest.get("refit"):
+def _refuse_without_refit(ensemble: Ensemble) -> None:
+    if not ensemble.manifest.get("refit"):
         raise UserError(
             f"{ensemble.root} has no boosters on all rows; fit it again with --refit true, or "
             "leave --rows out"
         )
-    if ensemble.state.image.needs["embeddings"]:
-        _refuse_other_networks(ensemble, rows, sources)
-    return refitted(ensemble, sources) if rows == "all" else ensemble
 
 
-def _refuse_other_networks(ensemble: Ensemble, rows: Rows, sources: EmbeddingSources) -> None:
+def _refuse_no_embeddings(scorer: Scorer, rows: Rows, sources: EmbeddingSources) -> None:
+    """Raise a UserError if no embeddings are given for a flag that needs some."""
+    for flag in ("embeddings", "frozen"):
+        networks = {name for each in ensembles_of(scorer) for name in each.manifest[flag]}
+        if networks and not getattr(sources, flag):
+            # A frozen network is the same for all rows.
+            fold: Fold | None = ALL if rows == "all" and flag == "embeddings" else None
+            folders = [
+                str(find_embeddings(EMBEDDINGS_DIR, name, fold)) for name in sorted(networks)
+            ]
+            raise UserError(f"{scorer.root} uses images; give --{flag} {','.join(folders)}")
+
+
+def _refuse_other_networks(rows: Rows, sources: EmbeddingSources) -> None:
     """Raise a UserError if embeddings are by the folds for all rows, or by fold_all for folds."""
-    networks = ensemble.manifest["embeddings"]
-    if not sources.embeddings:
-        fold: Fold | None = ALL if rows == "all" else None
-        folders = (str(find_embeddings(EMBEDDINGS_DIR, name, fold)) for name in networks)
-        raise UserError(f"{ensemble.root} uses images; give --embeddings {','.join(folders)}")
     for name, root in by_network(sources.embeddings, "test").items():
         by_all = read_run(root, "test").get("folds") == [ALL]
         if by_all and rows == "folds":

@@ -166,7 +166,7 @@ def shared_plans(first: Plans, second: Plans) -> PlanPairs:
 def paired_by_fold(target: NDArray[np.integer], pairs: PlanPairs) -> NDArray[np.float64]:
     """Return [F, 2] the pAUC of both sides in each fold of each plan, mean over the side's seeds.
 
-    Folds with one class are left out.
+    Folds with one class are left out. A blend whose members have no seed in common has one score.
     """
     values = []
     for first, second in pairs:
@@ -181,4 +181,5 @@ def _mean_over_seeds(
     target: NDArray[np.integer], plan: PlanScores, rows: NDArray[np.bool_]
 ) -> float:
     # The seeds of a plan are no independent evidence on it: they have the same rows.
-    return float(np.mean([pauc(target[rows], score[rows]) for score in plan.seeds.values()]))
+    scores = list(plan.seeds.values()) or [plan.blend]
+    return float(np.mean([pauc(target[rows], score[rows]) for score in scores]))

@@ -236,3 +236,17 @@ def test_a_damaged_member_and_a_blend_of_that_name_are_refused(
         open_scorer(moved)
     with pytest.raises(UserError, match="choose another --name, or replace it with --force"):
         blend_of(project, "raw", "multimodal_tiny", name="final", force=False)
+
+
+def test_a_blend_does_not_replace_its_own_members(
+    project: Path, final: Path, tmp_path: Path
+) -> None:
+    """--force clears the blend's folder before the members are copied into it."""
+    Path(shutil.copytree(final, tmp_path / "final"))
+    Path(shutil.copytree(project / "ensemble" / "raw", tmp_path / "raw"))
+    inside = tmp_path / "final" / "members" / "multimodal_tiny"
+    for name in ("raw", "final"):
+        with pytest.raises(UserError, match="which is part of the blend; choose another --name"):
+            blend_of(project, ensembles=(tmp_path / "raw", inside), output_dir=tmp_path, name=name)
+    open_scorer(tmp_path / "final")
+    open_scorer(tmp_path / "raw")

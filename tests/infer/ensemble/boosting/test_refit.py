@@ -10,12 +10,13 @@ import pytest
 
 from infer.embedding.store import shard_path, write_shard
 from infer.ensemble.artifact import open_ensemble
+from infer.ensemble.blends.write import write_blend
 from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.ensemble.boosting.refit import ESTIMATES, choose_rows, mean_scaler, measure_agreement
 from infer.ensemble.boosting.training_table import TrainingTable
 from infer.ensemble.images.scores import LogitScaler
 from infer.ensemble.predict import score_models
-from infer.ensemble.settings import EmbeddingSources
+from infer.ensemble.settings import BlendSettings, EmbeddingSources
 from isic import schema
 from isic.dataset import Dataset
 from isic.features import compute
@@ -33,6 +34,7 @@ from tests.support.ensembles import (
     train_table,
     write_embeddings,
     write_run,
+    write_train,
 )
 
 
@@ -263,3 +265,34 @@ def test_a_blend_takes_the_boosters_of_each_member(
     one = predict_all(project, refitted, "raw", output=project / "one.csv")["target"]
     models = pl.read_parquet(project / "submission_models.parquet")
     np.testing.assert_array_equal(models["raw"], one)
+
+
+def test_a_blend_names_the_embeddings_of_all_members(
+    project: Path, refitted: Path, tmp_path: Path
+) -> None:
+    data = project / "data"
+    other = write_embeddings(tmp_path / "other", data, seed=9)
+    second = fit_small(data, tmp_path, features="image", embeddings=other, refit=True)
+    members = (refitted / "image_tiny", second)
+    write_blend(BlendSettings(ensembles=members, output_dir=tmp_path, data=data))
+    names = {
+        "folds": "blend uses images; give --embeddings outputs/embeddings/other,.*/tiny$",
+        "all": "blend uses images; give --embeddings outputs/embeddings/other_all,.*/tiny_all$",
+    }
+    for rows, message in names.items():
+        with pytest.raises(UserError, match=message):
+            predict_all(project, tmp_path, "blend", embeddings=(), rows=rows)
+
+
+def test_a_first_fold_of_one_class_leaves_the_agreement_out(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = train_table(data)
+    fold = draw_folds(table, 3, 42).of(table)
+    one_class = table.with_columns(pl.when(fold == 0).then(0).otherwise("target").alias("target"))
+    folder = write_train(tmp_path / "data", one_class)
+    draw_folds(table, 3, 42).write(folder / "folds.parquet")
+    root = fit_small(folder, tmp_path, features="raw", num_rounds=4, refit=True)
+    assert "is not measured: all rows of fold 0 have target 0" in capsys.readouterr().out
+    refit = read_json(root / "ensemble.json")["refit"]
+    assert (len(refit["boosters"]), refit["agreement"]) == (1, None)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,10 @@ def test_a_folds_pair_is_the_mean_over_seeds(folder: Path, data: Path) -> None:
     np.testing.assert_allclose(fits[1], expected)
     only = np.where(first[43].fold == 1, 0, target)
     assert len(paired_by_fold(only, [(first[43], second[43])])) == 2
+    # A blend of members without a common seed.
+    seedless = replace(second[43], seeds={})
+    pauc_of_blend = pauc(target[rows], second[43].blend[rows])
+    assert paired_by_fold(target, [(first[43], seedless)])[1, 1] == pauc_of_blend
 
 
 def test_the_patients_are_drawn_for_all_plans(folder: Path, data: Path) -> None:
