@@ -51,7 +51,7 @@ class TestScores:
     score: Scores
     """[N] in [0, 1]."""
     origins: dict[str, Any]
-    """Those of the embeddings; of a blend, by member."""
+    """Fields of the manifest: `embeddings` and `frozen`; of a blend `origins`, these by member."""
 
 
 def predict_submission(settings: PredictSettings) -> None:
@@ -118,7 +118,9 @@ def score_table(
     score = scorer.score(models)
     if few.any():
         score[few] = scorer.score_of_single_lesions(models)[few]
-    return TestScores(models, score, {name: member.origins for name, member in members.items()})
+    # Under one key, because a member may have the name of another field of the manifest.
+    origins = {"origins": {name: member.origins for name, member in members.items()}}
+    return TestScores(models, score, origins)
 
 
 def score_ensemble(

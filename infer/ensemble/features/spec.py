@@ -165,7 +165,7 @@ def _refuse_vain(words: FeatureWords, wanted: _Names, own: OwnColumns) -> None:
     if unused:
         raise UserError(
             f"--features {words.text} requests nothing of {unused[0]}; add it: "
-            f"--features {words.text},{unused[0]}"
+            f"--features {words.text},{unused[0]}, or leave out the file of that name"
         )
 
 

@@ -250,3 +250,21 @@ def test_a_blend_does_not_replace_its_own_members(
             blend_of(project, ensembles=(tmp_path / "raw", inside), output_dir=tmp_path, name=name)
     open_scorer(tmp_path / "final")
     open_scorer(tmp_path / "raw")
+
+
+def test_a_member_may_have_the_name_of_a_field_of_the_manifest(
+    project: Path, tmp_path: Path
+) -> None:
+    members = []
+    for name in ("weights", "rows"):
+        members.append(tmp_path / name)
+        shutil.copytree(project / "ensemble" / "multimodal_tiny", members[-1])
+    blend_of(project, ensembles=tuple(members), output_dir=tmp_path, name="final")
+    predict_table(project, ensemble=str(tmp_path / "final"), output=tmp_path / "s.csv")
+    manifest = json.loads((tmp_path / "s.csv.json").read_text())
+    assert manifest["weights"] == {"weights": 0.5, "rows": 0.5}
+    assert manifest["rows"] == "folds"
+    assert {name: list(of["embeddings"]) for name, of in manifest["origins"].items()} == {
+        "weights": ["tiny"],
+        "rows": ["tiny"],
+    }
