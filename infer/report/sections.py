@@ -20,7 +20,7 @@ from infer.report.cases import Case, pictures, worst_false_alarms, worst_misses
 from infer.report.curves import NUM_RESAMPLES, Reliability, reliability
 from infer.report.importance import GROUPS, importance, share_by_group
 from infer.report.maps import projections
-from infer.report.scored import BLEND, GROUP, Judgement, Scored, judge
+from infer.report.scored import BLEND, GROUP, Judgement, Scored, judge, mean_probability
 from isic import schema
 from isic.html import page
 from isic.html.markup import Markup, join, tag
@@ -282,7 +282,10 @@ def _model_table(scored: Scored) -> Markup:
     models = [judge(name, scored.oof, name) for name in scored.models]
     blend = dataclasses.replace(scored.pooled, name=BLEND)
     rows = [[row.name, *_scores(row)] for row in (*models, blend)]
-    return page.table("By library and seed, pooled", ("model", *SCORES), rows, sums=1)
+    caption = "By library and seed, pooled"
+    if isinstance(scored.ensemble, Blend):
+        caption = "By member, pooled"
+    return page.table(caption, ("model", *SCORES), rows, sums=1)
 
 
 def _scores(row: Judgement) -> list[str]:
@@ -300,8 +303,7 @@ def _calibration(scored: Scored) -> ReportSection:
         "with weighted positives, so scores may be far above the true shares. The challenge "
         "evaluates their order only."
     )
-    # The blend of several libraries averages ranks; the mean over the models is a probability.
-    oof = scored.oof.with_columns(**{BLEND: pl.mean_horizontal(scored.models)})
+    oof = scored.oof.with_columns(pl.Series(BLEND, mean_probability(scored.ensemble)))
     bins = reliability(oof[schema.TARGET].to_numpy(), oof[BLEND].to_numpy(), oof[GROUP].to_numpy())
     charts = (
         figures.reliability_figure(oof, bins),

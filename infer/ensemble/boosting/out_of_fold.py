@@ -1,7 +1,7 @@
 """Fit a booster per library, fold and seed, and score each fold's held-out rows with it."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -53,8 +53,7 @@ def fit_boosters(
     Args:
         names: columns of the boosters' matrix, the same for all folds or by fold.
         target, fold: [N].
-        thinned: the tables of the training rows by seed, of the same rows as `table`, from which
-            held-out rows are scored; None to fit on `table` too.
+        thinned: tables of the same rows to fit on, by seed; held-out rows are scored from `table`.
         fold_ids: the folds that boosters are fitted without; those of `fold` if None.
 
     Raises:
@@ -84,24 +83,37 @@ def fit_boosters(
     # By seed, so that few thinned tables are in memory at a time.
     order = sorted(keys, key=lambda key: key[2])
     texts: dict[BoosterKey, str] = {}
+    for key, (text, score) in zip(order, _in_threads(fit_one, order, settings), strict=True):
+        library, k, seed = key
+        texts[key] = text
+        result.scores[model_name(library, seed)][fold == k] = score
+    result.boosters.update({key: texts[key] for key in keys})
+    return result
+
+
+def _in_threads(
+    fit_one: Callable[[BoosterKey], tuple[str, Scores]],
+    keys: Sequence[BoosterKey],
+    settings: FitSettings,
+) -> Iterator[tuple[str, Scores]]:
+    """Yield the results of `fit_one` in the order of the keys, and show the progress."""
     # Threads rather than processes: the libraries release the GIL, and the table is shared.
-    # A GPU fits one booster at a time.
-    num_threads = settings.num_threads or num_cores()
-    pool = ThreadPoolExecutor(num_threads if settings.device == "cpu" else 1)
+    pool = ThreadPoolExecutor(num_at_once(settings))
     try:
-        fitted = tqdm(pool.map(fit_one, order), "boosters", len(keys), leave=False, disable=None)
+        fitted = tqdm(pool.map(fit_one, keys), "boosters", len(keys), leave=False, disable=None)
         # A bar shows the time itself.
         time_left = TimeLeft(len(keys), "fitting") if fitted.disable else None
-        for key, (text, score) in zip(order, fitted, strict=True):
-            library, k, seed = key
-            texts[key] = text
-            result.scores[model_name(library, seed)][fold == k] = score
+        for result in fitted:
+            yield result
             if time_left:
                 time_left.advance()
     finally:
         pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the rest is of no use
-    result.boosters.update({key: texts[key] for key in keys})
-    return result
+
+
+def num_at_once(settings: FitSettings) -> int:
+    """Return the number of boosters that are fitted at the same time."""
+    return (settings.num_threads or num_cores()) if settings.device == "cpu" else 1
 
 
 def fit_outside(

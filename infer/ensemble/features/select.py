@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from infer.ensemble.blends.ranks import blend, model_name
 from infer.ensemble.boosting.libraries import LIBRARIES
-from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters, fit_outside
+from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters, fit_outside, num_at_once
 from infer.ensemble.boosting.training_table import TrainingTable
 from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.features.words import label
@@ -44,7 +44,6 @@ from isic.runtime.files import (
     write_manifest,
     write_text,
 )
-from isic.runtime.machine import num_cores
 from isic.runtime.progress import TimeLeft
 
 NULL_STREAM = 3
@@ -205,8 +204,7 @@ def _gains(rows: Rows, k: int, settings: SelectSettings) -> tuple[Gains, Gains]:
         *((name, first + i, False) for name in settings.libraries for i in range(num_real)),
         *((name, first + i, True) for name in settings.libraries for i in range(num_shuffled)),
     ]
-    workers = settings.num_threads or num_cores()
-    with ThreadPoolExecutor(workers if settings.device == "cpu" else 1) as pool:
+    with ThreadPoolExecutor(num_at_once(settings)) as pool:
         found = list(pool.map(fit_one, keys))
     real: dict[str, list[NDArray[np.float64]]] = {name: [] for name in settings.libraries}
     shuffled: dict[str, list[NDArray[np.float64]]] = {name: [] for name in settings.libraries}

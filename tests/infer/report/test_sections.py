@@ -1,15 +1,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
+from infer.ensemble.blends.artifact import open_scorer
+from infer.ensemble.blends.write import write_blend
 from infer.ensemble.fit import fit_ensemble
+from infer.ensemble.settings import BlendSettings
+from infer.report.scored import mean_probability
 from infer.report.write import write_report
 from isic.dataset import Dataset
 from isic.folds import draw_folds
 from isic.metrics import pauc, roc_auc, top_k
-from tests.support.ensembles import fit_settings, write_embeddings
+from tests.support.ensembles import fit_settings, fit_small, write_embeddings
 
 
 def score_cells(name: str, rows: pl.DataFrame, model: str) -> str:
@@ -88,3 +93,23 @@ def test_the_networks_and_their_correlation_are_shown(
     assert "<h3>other, fold 2</h3>" not in write_report(root, data, runs[:1]).read_text()
     tabular = fit_ensemble(fit_settings(data, tmp_path, features="numeric", num_rounds=2))
     assert "uses no network&#x27;s score" in write_report(tabular, data).read_text()
+
+
+def test_the_calibration_is_of_probabilities_if_the_score_is_of_ranks(
+    data: Path, tmp_path: Path
+) -> None:
+    libraries = ("lightgbm", "xgboost")
+    members = tuple(
+        fit_small(data, tmp_path, features=features, libraries=libraries, num_rounds=4)
+        for features in ("raw", "numeric")
+    )
+    root = write_blend(BlendSettings(ensembles=members, output_dir=tmp_path, data=data))
+    probabilities = [
+        pl.read_parquet(member / "oof.parquet")
+        .select(pl.mean_horizontal("^.*_seed_0$"))
+        .to_series()
+        for member in members
+    ]
+    found = mean_probability(open_scorer(root))
+    np.testing.assert_allclose(found, (probabilities[0] + probabilities[1]) / 2)
+    np.testing.assert_allclose(mean_probability(open_scorer(members[0])), probabilities[0])

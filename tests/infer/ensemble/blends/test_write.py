@@ -88,6 +88,7 @@ def test_scores_compare_and_report_take_a_blend(project: Path, final: Path, cli:
     assert ended.code == 0, ended.err
     page = (final / "report.html").read_text()
     assert re.search(r"raw 25\s%, multimodal_tiny 75\s%", page)
+    assert "By member, pooled" in page
 
 
 def test_the_seeds_of_a_blend_are_those_of_all_its_members(data: Path, tmp_path: Path) -> None:
