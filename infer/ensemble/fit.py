@@ -153,7 +153,12 @@ def _measure(
         few_table = len(oof) <= MAX_ROWS_OF_FEW_TABLE
     if rows.is_relative and few_table:
         by_lesions = pauc_by_lesions(
-            result, rows.metadata, lambda part: rows.table(part).features, rows.fold, rows.weights
+            result,
+            rows.metadata,
+            lambda part: rows.table(part).features,
+            rows.fold,
+            rows.weights,
+            rows.settings.num_threads,
         )
     return Measured(summaries, describe_networks(scores, oof, patient), by_lesions)
 

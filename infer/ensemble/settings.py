@@ -1,4 +1,4 @@
-"""Settings of `python -m infer fit`, `select`, `predict`, `scores` and `compare`."""
+"""Settings of `python -m infer fit`, `select`, `predict`, `blend`, `scores` and `compare`."""
 
 import math
 from collections.abc import Mapping
@@ -117,8 +117,8 @@ class FitSettings(Settings):
     splits: int = Field(
         1,
         ge=1,
-        description="fold plans to fit, with the split seed and those after it, so that compare "
-        "covers the choice of the folds; predict uses the boosters of the first",
+        description="fold plans to fit, drawn with the split seed and those after it, so that "
+        "compare covers the choice of the folds; predict uses the boosters of the first",
     )
     num_rounds: int | None = Field(
         None, ge=1, description="boosting rounds; each library has its own default"
@@ -142,7 +142,7 @@ class FitSettings(Settings):
     refit: bool = Field(
         False,
         description="in addition, a booster per library and seed on every row, for predict --rows "
-        "all; how far both agree is measured within the rows outside the first fold",
+        "all; their agreement with the folds' boosters is measured and printed",
     )
     blank: Several[str] = Field(
         (), description="the categories that are blanked, such as attribution; all by default"
@@ -274,7 +274,8 @@ class SelectSettings(FitSettings):
     repeats: int = Field(
         30,
         ge=1,
-        description="boosters per fold and library: on shuffled targets, or for the gain",
+        description="boosters per fold and library, on shuffled targets or, with --by gain, on the "
+        "true ones",
     )
     num_features: int | None = Field(
         None, ge=1, description="features to choose; by default as many as the rule keeps"
@@ -384,7 +385,8 @@ class BlendSettings(Settings):
     weights: Literal["equal", "search"] | Several[float] = Field(
         "equal",
         description="one number per ensemble, equal, or search: weights with a high out-of-fold "
-        "pAUC, kept if those of the other folds are better than equal weights on each fold",
+        "pAUC, used if such weights, chosen for each fold on the other folds, score better than "
+        "equal ones",
     )
     output_dir: Path = Field(
         OUTPUT_DIR / "ensemble",

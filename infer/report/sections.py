@@ -194,8 +194,8 @@ def _tenths(share: float | None) -> str:
 
 def _ranking(scored: Scored) -> ReportSection:
     intro = (
-        "The challenge scores only the order of the lesions, and only where at least 80 % of the "
-        "malignant ones are found."
+        "The challenge scores only the order of the lesions, at thresholds by which at least 80 % "
+        "of the malignant ones are found."
     )
     charts = (
         figures.roc_figure(scored.oof),

@@ -149,21 +149,23 @@ def _score(key: BoosterKey, text: str, table: pl.DataFrame, encoding: Encoding) 
 
 
 def score_held_out(
-    result: FitResult, table: pl.DataFrame, fold: NDArray[np.integer]
+    result: FitResult, table: pl.DataFrame, fold: NDArray[np.integer], num_threads: int = 0
 ) -> dict[str, Scores]:
     """Return [N] scores by model name, each row's by the boosters of its fold.
 
     Args:
         table: other features of the rows of the fit, in their order.
         fold: [N].
+        num_threads: 0 for all cores.
     """
+    num_threads = num_threads or num_cores()
     scores = {name: np.zeros(len(table)) for name in result.scores}
     for k, encoding in result.encodings.items():
         matrix = encoding.transform(table.filter(pl.Series(fold == k)))
         for (library, of_fold, seed), text in result.boosters.items():
             if of_fold == k:
                 predict = LIBRARIES[library].load(text)
-                scores[model_name(library, seed)][fold == k] = predict(matrix, num_cores())
+                scores[model_name(library, seed)][fold == k] = predict(matrix, num_threads)
     return scores
 
 

@@ -1,7 +1,7 @@
-"""Boosters fitted on every row, which need one pass over the images to score instead of one per fold.
+"""Boosters fitted on every row: they score with one pass over the images, not one per fold.
 
-They have no out-of-fold score: that of the ensemble is of the folds' boosters. How far both agree is
-measured within the rows of the other folds, on those of the first one.
+They have no out-of-fold score: that of the ensemble is of the folds' boosters. The agreement of
+both is measured on the rows of the first fold, with boosters that are fitted on the other rows.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ ESTIMATES: Mapping[Rows, str] = {
     "all": "out-of-fold scores are of the boosters and networks of the folds, each on the rows "
     "that it was fitted without; those used here were fitted on every row and have no such score",
 }
-"""What the out-of-fold scores of an ensemble are of, by the models that score a table."""
+"""Manifests' sentence on the out-of-fold scores, by the models that score a table."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _score(result: FitResult, table: pl.DataFrame, settings: FitSettings) -> Sco
 
 
 def describe_agreement(agreement: Mapping[str, Any]) -> str:
-    """Return a line on what `measure_agreement` returned."""
+    """Return the result of `measure_agreement` as a line of text."""
     return (
         f"on {agreement['num_scored_rows']:,} rows that neither was fitted on: "
         f"pAUC {agreement['pauc_folds']:.4f} by the boosters of folds, "

@@ -104,7 +104,7 @@ def write_plans(root: Path, ids: pl.Series, plans: Plans) -> list[str]:
 
 
 def read_plans(root: Path) -> Plans:
-    """Read the scores of several plans from an ensemble's or a blend's folder; empty if it has none.
+    """Read the scores of several plans from the folder of an ensemble or blend; empty if none.
 
     They are in the order of the ids.
     """

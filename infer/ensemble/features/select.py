@@ -6,7 +6,8 @@ rule brings. The list that is written is for the same rule on all rows: features
 folds' lists. It has seen every row, so an ensemble that is fitted on it has a slightly optimistic
 score on these rows.
 
-Null importance: Altmann et al. 2010, Permutation importance: a corrected feature importance measure.
+Null importance: Altmann et al. 2010, Permutation importance: a corrected feature importance
+measure.
 """
 
 from collections.abc import Mapping, Sequence

@@ -31,7 +31,6 @@ ONE_RUN = (
     "training runs and give them all: compare a1,a2,a3 b1,b2,b3"
 )
 
-
 MIN_PLANS = 3
 """Fold plans that both sides need for a test over folds."""
 
@@ -134,7 +133,7 @@ def paired(first: dict[int, float], second: dict[int, float]) -> NDArray[np.floa
 
 
 def notes(first: Sequence[Scorer], second: Sequence[Scorer]) -> list[str]:
-    """Return lines on differences between the ensembles that a reader of the result should know."""
+    """Return lines on differences between the ensembles, and on choices by their scored rows."""
     ensembles = [*first, *second]
     chosen = [choice_notes(ensemble.root.name, ensemble.manifest) for ensemble in ensembles]
     return [*_plans_note(ensembles), *_seeds_note(ensembles), *itertools.chain(*chosen)]

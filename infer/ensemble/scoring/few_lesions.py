@@ -36,6 +36,7 @@ def pauc_by_lesions(
     frame: Callable[[pl.DataFrame], pl.DataFrame],
     fold: pl.Series,
     weights: Mapping[str, float],
+    num_threads: int = 0,
 ) -> dict[str, float]:
     """Return the pooled out-of-fold pAUC of the blend by number of lesions, and of ALL.
 
@@ -46,11 +47,12 @@ def pauc_by_lesions(
         frame: computes the features of the rows, whose patients are others.
         fold: [N], of the rows of `metadata`.
         weights: by library.
+        num_threads: 0 for all cores.
     """
     target = metadata[schema.TARGET].to_numpy()
     found = {}
     for size, groups in split_by_lesions(metadata):
-        scores = score_held_out(result, frame(groups), fold.to_numpy())
+        scores = score_held_out(result, frame(groups), fold.to_numpy(), num_threads)
         found[str(size)] = pauc(target, blend(scores, weights, result.scores))
     found[ALL] = pauc(target, blend(result.scores, weights, result.scores))
     return found
