@@ -10,6 +10,7 @@ import polars as pl
 
 from infer.ensemble.artifact import Ensemble
 from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
+from infer.ensemble.features.own_tables import OOF
 from infer.ensemble.images import scores as image_scores
 from infer.ensemble.images.networks import by_network, listed
 from infer.ensemble.scoring.chosen import choices
@@ -122,26 +123,25 @@ def _models(scorer: Scorer) -> str:
 
 def _out_of_fold(scorer: Scorer) -> str:
     """Return how far the scores are independent of their own patients."""
-    sentences = {
-        _out_of_fold_sentence(
-            len(member.manifest["boosters"]) > 0, bool(member.manifest["embeddings"])
-        )
-        for member in ensembles_of(scorer)
-    }
+    sentences = {_out_of_fold_sentence(member) for member in ensembles_of(scorer)}
     chosen = [f"But {choice}, so the score may be too high." for choice in choices(scorer.manifest)]
     return " ".join([*sorted(sentences), *chosen])
 
 
-def _out_of_fold_sentence(boosters: bool, fold_models: bool) -> str:
+def _out_of_fold_sentence(ensemble: Ensemble) -> str:
     """Return a sentence on how far the scores of an ensemble are independent."""
-    if not boosters:
+    if not ensemble.manifest["boosters"]:
         return "Every score is out of fold: by an image model that was trained without the patient."
-    if not fold_models:
+    of_fold_models = ["image features"] if ensemble.manifest["embeddings"] else []
+    if any(table.kind == OOF for table in ensemble.own_tables.values()):
+        of_fold_models.append("columns of oof tables")
+    if not of_fold_models:
         return "Every score is out of fold: by boosters that were fitted without the patient."
+    columns = listed(of_fold_models)
     return (
-        "Every score is out of fold: a lesion's image features come from a model that was trained "
+        f"Every score is out of fold: a lesion's {columns} come from a model that was trained "
         "without the patient, and the boosters were fitted without the patient's rows. Their "
-        "training rows have image features from the other folds' models, which were trained with "
+        f"training rows have {columns} from the other folds' models, which were trained with "
         "the patient, so the independence is not complete."
     )
 

@@ -14,7 +14,7 @@ from infer.report.write import write_report
 from isic.dataset import Dataset
 from isic.folds import draw_folds
 from isic.metrics import pauc, roc_auc, top_k
-from tests.support.ensembles import fit_settings, fit_small, write_embeddings
+from tests.support.ensembles import NUM_FOLDS, fit_settings, fit_small, write_embeddings
 
 
 def score_cells(name: str, rows: pl.DataFrame, model: str) -> str:
@@ -113,3 +113,12 @@ def test_the_calibration_is_of_probabilities_if_the_score_is_of_ranks(
     found = mean_probability(open_scorer(root))
     np.testing.assert_allclose(found, (probabilities[0] + probabilities[1]) / 2)
     np.testing.assert_allclose(mean_probability(open_scorer(members[0])), probabilities[0])
+
+
+def test_columns_of_oof_tables_limit_the_independence_too(data: Path, tmp_path: Path) -> None:
+    train = Dataset(data).metadata("train")
+    fold = draw_folds(train, NUM_FOLDS, 42).of(train).alias("fold")
+    train.select("isic_id", fold, x=pl.col("age_approx")).write_parquet(tmp_path / "own.parquet")
+    given = {"features": "raw,own", "tables": f"oof:{tmp_path / 'own.parquet'}", "num_rounds": 2}
+    page = write_report(fit_small(data, tmp_path, **given), data).read_text()
+    assert "rows have columns of oof tables from the other folds" in page
