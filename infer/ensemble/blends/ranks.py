@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 Scores = NDArray[np.float64]
 
@@ -82,6 +83,13 @@ def rank_among(score: Scores, reference: Scores) -> Scores:
     knots = np.concatenate([[-1.0], values, [2.0]])
     ranks = np.concatenate([[0.0], shares, [1.0]])
     return np.asarray(np.interp(score, knots, ranks))
+
+
+def rank_correlation(first: Scores, second: Scores) -> float | None:
+    """Return Spearman's coefficient of two scores [N]; None if one is the same in all rows."""
+    if min(np.ptp(first), np.ptp(second)) == 0:
+        return None
+    return float(spearmanr(first, second).statistic)
 
 
 def _mean(models: Mapping[str, Scores], library: str) -> Scores:

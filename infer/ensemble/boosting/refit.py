@@ -12,12 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from infer.embedding.store import read_run
 from infer.ensemble.artifact import Ensemble
 from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
-from infer.ensemble.blends.ranks import Scores, blend, model_name
+from infer.ensemble.blends.ranks import Scores, blend, model_name, rank_correlation
 from infer.ensemble.boosting.libraries import LIBRARIES, booster_file_name
 from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters
 from infer.ensemble.boosting.thinning import ThinnedTables
@@ -133,8 +132,9 @@ def measure_agreement(
     many folds again, and score the rows of the first fold. Arguments are as in `refit_boosters`.
 
     Returns:
-        `spearman` of both scores, `pauc_folds`, `pauc_all`, and the numbers of rows; None if the
-        rows cannot be divided or the first fold has one class, of which a line is printed.
+        `spearman` of both scores (None if one is constant), `pauc_folds`, `pauc_all`, and the
+        numbers of rows; None if the rows cannot be divided or the first fold has one class, of
+        which a line is printed.
     """
     fold_ids = np.unique(fold)
     is_fitted = fold != fold_ids[0]
@@ -160,7 +160,7 @@ def measure_agreement(
     unseen = table.features.filter(pl.Series(~is_fitted))
     of_folds, of_all = (_score(result, unseen, one_seed) for result in results)
     return {
-        "spearman": float(spearmanr(of_folds, of_all).statistic),
+        "spearman": rank_correlation(of_folds, of_all),
         "pauc_folds": pauc(target, of_folds),
         "pauc_all": pauc(target, of_all),
         "num_fitted_rows": len(rows),
@@ -188,11 +188,12 @@ def _score(result: FitResult, table: pl.DataFrame, settings: FitSettings) -> Sco
 
 def describe_agreement(agreement: Mapping[str, Any]) -> str:
     """Return the result of `measure_agreement` as a line of text."""
+    correlation = agreement["spearman"]
     return (
         f"on {agreement['num_scored_rows']:,} rows that neither was fitted on: "
         f"pAUC {agreement['pauc_folds']:.4f} by the boosters of folds, "
         f"{agreement['pauc_all']:.4f} by those on all rows, "
-        f"rank correlation {agreement['spearman']:.4f}"
+        f"rank correlation {'unknown' if correlation is None else f'{correlation:.4f}'}"
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from infer.ensemble.blends.ranks import rank_correlation
 from infer.ensemble.scoring.scores import summarise
 from isic import schema
 
@@ -36,14 +37,13 @@ def describe_networks(
     correlations = [
         {
             "pair": list(pair),
-            "all": _spearman(scores.select(pair)),
-            "malignant": _spearman(scores.select(pair).filter(target == 1)),
+            "all": _correlation(scores.select(pair)),
+            "malignant": _correlation(scores.select(pair).filter(target == 1)),
         }
         for pair in itertools.combinations(scores.columns, 2)
     ]
     return {"scores": summaries, "correlations": correlations}
 
 
-def _spearman(pair: pl.DataFrame) -> float | None:
-    found = pair.select(pl.corr(*pair.columns, method="spearman")).item()
-    return float(found) if found is not None and np.isfinite(found) else None
+def _correlation(pair: pl.DataFrame) -> float | None:
+    return rank_correlation(*(column.to_numpy() for column in pair))

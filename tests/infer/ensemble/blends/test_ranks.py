@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.ensemble.blends.ranks import blend, rank_among, seeds_of
+from infer.ensemble.blends.ranks import blend, rank_among, rank_correlation, seeds_of
 from infer.ensemble.boosting.libraries import LIBRARIES
 
 
@@ -32,3 +32,10 @@ def test_a_single_library_keeps_its_probabilities() -> None:
     models = {"lightgbm_seed_3": np.array([0.1, 0.9]), "lightgbm_seed_4": np.array([0.3, 0.7])}
     assert blend(models, {"lightgbm": 5.0}, {}).tolist() == pytest.approx([0.2, 0.8])
     assert seeds_of([*models, "xgboost_seed_4"], ["lightgbm", "xgboost"]) == [4]
+
+
+def test_a_constant_score_has_no_rank_correlation() -> None:
+    score = np.array([0.1, 0.4, 0.2])
+    assert rank_correlation(score, np.exp(score)) == pytest.approx(1)
+    assert rank_correlation(score, np.ones(3)) is None
+    assert rank_correlation(score[:1], score[:1]) is None
