@@ -39,7 +39,7 @@ Work = Callable[[Sequence[Key]], object]
 
 
 def augment(settings: AugmentSettings) -> None:
-    """Measure images per second of CPU time for each level and source, in turns."""
+    """Run `benchmarks augment`, which its settings describe."""
     # One thread, as in a loader process.
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
