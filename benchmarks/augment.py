@@ -1,4 +1,4 @@
-"""`python -m benchmarks augment`: images per second of a core, of decoding and each augmentation."""
+"""`python -m benchmarks augment`: images per second of a core that decodes and augments."""
 
 import mmap
 import statistics
@@ -39,8 +39,8 @@ Work = Callable[[Sequence[Key]], object]
 
 
 def augment(settings: AugmentSettings) -> None:
-    """Measure images per second of CPU time for each level and source, in turns."""
-    # On one core each, as in a loader process.
+    """Run `benchmarks augment`, which its settings describe."""
+    # One thread, as in a loader process.
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     files = read_images(settings)

@@ -191,14 +191,15 @@ def endless(items: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def random_batches(settings: TrainSettings, device: torch.device) -> list[Batch]:
-    """Return batches of noise on the device."""
+    """Return batches of noise on the device; images have seeds, which its augmentation reads."""
     size = settings.batch_size
     shape = (size, settings.image_size, settings.image_size, 3)
     batches = []
     for _ in range(NUM_IN_MEMORY):
         images = torch.randint(256, shape, dtype=torch.uint8)
         target = torch.randint(2, (size,)).float()
-        batch = Batch(images, target, torch.arange(size))
+        rows = torch.arange(size)
+        batch = Batch(images, target, rows, seeds=rows)
         batches.append(to_device(batch, device))
     return batches
 

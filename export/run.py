@@ -142,7 +142,7 @@ def export_fold(
         artifact = artifact_path(checkpoint, spec)
         redo = settings.force or settings.check
         if not redo and is_current(artifact, spec, checkpoint.name, digest):
-            print(f"{fold!s:>4} {spec.format:12} {spec.precision:5} up to date: {artifact}")
+            print(f"{label(vars(spec))} up to date: {artifact}")
             continue
         # Loaded once, and only if needed: a checkpoint takes seconds to unpickle.
         if source is None:
@@ -308,10 +308,7 @@ def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | N
     fields = {key: manifest[key] for key in manifest if key not in {"artifact", "sha256"}}
     write_manifest(artifact, **{**fields, "parity": parity})
     megabytes = artifact.stat().st_size / 1e6
-    start = (
-        f"{manifest['fold']!s:>4} {manifest['format']:12} {manifest['precision']:5} {megabytes:7.1f} "
-        f"{manifest['build_seconds']:8.1f}"
-    )
+    start = f"{label(manifest)} {megabytes:7.1f} {manifest['build_seconds']:8.1f}"
     if parity is None:
         note = "not checked: run --check on a GPU"
         print(f"{start} {note:>32}  {artifact}")
@@ -336,10 +333,12 @@ def remove_failed(artifact: Path, manifest: Mapping[str, Any], error: ParityErro
     artifact.unlink(missing_ok=True)
     manifest_path(artifact).unlink(missing_ok=True)
     record_parity(artifact, {"passed": False, "reason": str(error)})
-    print(
-        f"{manifest['fold']!s:>4} {manifest['format']:12} {manifest['precision']:5} failed the parity "
-        f"check: {error}"
-    )
+    print(f"{label(manifest)} failed the parity check: {error}")
+
+
+def label(facts: Mapping[str, Any]) -> str:
+    """Return the start of a line on an artifact: its `fold`, `format` and `precision`."""
+    return f"{facts['fold']!s:>4} {facts['format']:12} {facts['precision']:5}"
 
 
 def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:

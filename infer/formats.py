@@ -19,8 +19,8 @@ class EngineFormat:
     title: str
     """The library's name in messages."""
     module: str
-    """The module with `create(artifacts, manifests, device)`, `unavailable_reason(format, device)` and
-    `built_for()`, the CUDA that the library was built for."""
+    """The module with `create(artifacts, manifests, device)`, `unavailable_reason(format, device)`
+    and `built_for()`, the CUDA that the library was built for."""
     suffix: str
     """Ending of the artifact's file name."""
     devices: tuple[str, ...]

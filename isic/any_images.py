@@ -36,7 +36,7 @@ class ListedImages(FileImages):
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the list. Raise UserError if it has no rows, or an id or path is blank or repeated."""
+        """Read the list. Raise UserError if it has no rows, a blank, or an id more than once."""
         table = _read_list(path)
         self.wanted: pl.Series = table[schema.ID]
         """[N] the ids in the order of the list."""

@@ -189,7 +189,8 @@ def _read(found: Sequence[Prints], row: int) -> bytes:
 def near_pairs(hashes: Hashes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return [P, 2] rows of [N, 4] hashes at most MAX_DISTANCE bits apart, and [P] the bits.
 
-    Of pairs that differ in NUM_BANDS bits or more some 1 % are missed.
+    Of pairs that differ in NUM_BANDS bits or more some 1 % are missed, and of those with fewer only
+    some whose equal part is also that of more than MAX_NEIGHBOURS images.
     """
     pairs = np.zeros((0, 2), np.int64)
     if not len(hashes):

@@ -168,9 +168,10 @@ def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path, pin
     source = next((plan for plan in (path, pinned) if os.path.lexists(plan)), None)
     folds = read_folds(source) if source else draw_folds(metadata, num_folds, seed)
     if folds.num_folds != num_folds:
+        other = "another output folder" if source == path else "remove the plan"
         raise UserError(
             f"{source} has {folds.num_folds} folds, not {num_folds}; "
-            f"use --num_folds {folds.num_folds}, or another output folder"
+            f"use --num_folds {folds.num_folds}, or {other}"
         )
     folds.of(metadata)
     return folds

@@ -1,4 +1,4 @@
-"""Formats of image files: what the first bytes say about size, and tags that change the pixels."""
+"""Formats of image files: the size in their first bytes, and tags that change the pixels."""
 
 import struct
 from collections.abc import Callable, Iterator

@@ -45,6 +45,8 @@ TRAINED_ON_FILE = "trained_on.parquet"
 OOF_FILE = "oof.parquet"
 BACKBONE_DIR = "backbone"
 ONNX_FILE = "model.onnx"
+AUX_PREFIX = "aux."
+"""Beginning of the columns of auxiliary targets and of their logits, in every table."""
 
 
 def find_embeddings(parent: Path, config: str, fold: Fold | None = None) -> Path:

@@ -75,12 +75,13 @@ class FoldsSettings(Settings):
     """Write a fold plan that holds out all rows with one value of a column together.
 
     Patients are never split either: values that share a patient are held out together. Training and
-    `infer fit` use a plan that lies in the dataset. Example: isic folds --data D --group attribution
+    `infer fit` use a plan that is in the dataset's folder. Example:
+    isic folds --data D --group attribution
     """
 
     data: Path = Field(description="dataset folder")
     group: str = Field(description="column of the training table, such as attribution")
-    num_folds: int = Field(5, ge=2, le=100, description="number of folds")
+    num_folds: int = Field(5, ge=2, le=50, description="number of folds")
     output: Path | None = Field(
         None,
         validation_alias=AliasChoices("output", "out"),

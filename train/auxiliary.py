@@ -1,4 +1,4 @@
-"""The definitions of auxiliary targets: what `--aux` says, parsed."""
+"""The definitions of auxiliary targets, parsed from the text of `--aux`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer
 
+from isic.layout import AUX_PREFIX
+
 DEFAULT_WEIGHT = 0.3
 """Weight of the auxiliary loss if none is given."""
-PREFIX = "aux."
-"""Beginning of the columns of auxiliary targets and of their logits."""
 GRAMMAR = '"name: column" or "name: column ~ text", separated by semicolons'
 
 
@@ -32,7 +32,7 @@ class AuxTarget:
     @property
     def key(self) -> str:
         """The name of its columns in tables."""
-        return PREFIX + self.name
+        return AUX_PREFIX + self.name
 
 
 def parse_targets(value: Any) -> Any:

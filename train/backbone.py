@@ -12,6 +12,7 @@ from isic.runtime.files import atomic_path
 from train.config import TrainSettings
 from train.model import Classifier
 from train.pretrained import TRAINED_ON_KEY, WEIGHTS_FILE
+from train.resume import in_short
 from train.timm_models import backbone_options
 
 LICENSE = "cc-by-nc-4.0"
@@ -99,7 +100,7 @@ It takes RGB scaled to [0, 1] and normalised with the mean and std in `config.js
 - Folds: {settings.num_folds}, grouped by patient, plan `{facts["folds_digest"]}`; \
 {held_out_text(facts["fold"])}.
 - {settings.epochs} epochs from {start}, seed {settings.seed}, \
-augmentation `{settings.augmentation}`.
+augmentation `{in_short(settings.augmentation)}`.
 
 {scores_text(facts)}
 ## Licence and limits

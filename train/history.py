@@ -22,7 +22,7 @@ class Validation:
     """Scores of an epoch on held-out rows: all of them, or a subset."""
 
     scores: Mapping[str, float]
-    """As `train.predict.score` returns them."""
+    """As `train.predict.score` and `train.targets.target_scores` return them."""
     num_rows: int
     """Rows that the scores are of."""
     num_held_out: int
@@ -41,7 +41,7 @@ class Validation:
         text = f"pAUC {self.scores['pauc']:.4f}, AUC {self.scores['auc']:.4f}, "
         for name, auc in self.scores.items():
             if name.startswith(AUC_PREFIX):
-                text += f"of {name.removeprefix(AUC_PREFIX)} {auc:.4f}, "
+                text += f"AUC of {name.removeprefix(AUC_PREFIX)} {auc:.4f}, "
         if "dice" in self.scores:
             text += f"Dice {self.scores['dice']:.3f}, "
         if not self.is_complete:

@@ -22,11 +22,11 @@ def create_mixup(mixup: float, cutmix: float) -> Callable[[Batch], Batch]:
     def mix(batch: Batch) -> Batch:
         if len(batch.images) % 2:
             return batch  # timm mixes pairs; only the single batch of a small dataset can be odd
-        # timm cuts and pastes along the last two axes, so it needs channels first.
         targets = batch.target[:, None]
         if len(batch.aux):
             targets = torch.cat([targets, batch.aux], dim=1)
         mixer.num_classes = targets.shape[1]
+        # timm cuts and pastes along the last two axes, so it needs channels first.
         pixels, mixed = mixer(batch.images.float().permute(0, 3, 1, 2), targets)
         return batch._replace(
             images=pixels.permute(0, 2, 3, 1), target=mixed[:, 0], aux=mixed[:, 1:]

@@ -84,7 +84,7 @@ def _flag_values(text: pl.Series, path: Path) -> pl.Series:
 
 
 def _matches(text: pl.Series, part: str | None) -> pl.Series:
-    """Return whether texts contain a part, in any case; whether they are not blank if it is None."""
+    """Return whether texts contain a part, in any case, or have any value if it is None."""
     if part is None:
         return text.is_not_null()
     return text.str.to_lowercase().str.contains(part.lower(), literal=True).fill_null(False)

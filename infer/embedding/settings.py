@@ -126,9 +126,8 @@ class EmbedSettings(Settings):
             )
         others = self.model_fields_set & {"data", "split", "folds"}
         if self.images and others:
-            raise ValueError(
-                f"--images takes the place of a dataset; leave out --{' and --'.join(sorted(others))}"
-            )
+            flags = " and ".join(f"--{key}" for key in sorted(others))
+            raise ValueError(f"--images takes the place of a dataset; leave out {flags}")
         if self.precision and self.format not in (AUTO, *ENGINE_FORMATS):
             raise ValueError(
                 "--precision chooses among the artifacts of a format; "

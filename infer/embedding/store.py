@@ -9,9 +9,9 @@
 | `<root>/folds.parquet` | which fold held out which row |
 
 Shards of a network that was trained with `--aux` also have a column `aux.<name>` (Float32) per
-auxiliary target: its logit, higher for a row that is more likely to have the target. `run.json` then
-holds the definitions by name as `aux`, such as `{"mel": "iddx_full ~ Melanoma"}`, in the order of the
-columns, whose names `aux_columns` returns. Other embeddings have neither.
+auxiliary target: its logit, higher for a row that is more likely to have the target. `run.json`
+then holds the definitions by name as `aux`, such as `{"mel": "iddx_full ~ Melanoma"}`, in the order
+of the columns. Other embeddings have neither.
 
 `<root>` is `<output_dir>/<config>` for the numbered folds. Embeddings of the test split by the
 network that was trained on every row are in `<output_dir>/<config>_all`, in `test/fold_all/`.
@@ -26,10 +26,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from infer.engines.contract import AUX
 from isic import schema
 from isic.dataset import Split
-from isic.layout import ERRORS_FILE, Fold, fold_dir, fold_number
+from isic.layout import AUX_PREFIX, ERRORS_FILE, Fold, fold_dir, fold_number
 from isic.runtime.errors import UserError
 from isic.runtime.files import digest, read_json
 from isic.tables import parquet_metadata, read_parquet, scan_parquet, write_parquet
@@ -42,8 +41,6 @@ EmbeddedSplit = Split | Literal["images"]
 BAD_IMAGES_SCHEMA = {"isic_id": pl.String, "reason": pl.String}
 RUN_SPEC_KEY = "plan_digest"
 """Key of the run spec's digest in a run's JSON files and in the metadata of its shards."""
-AUX_PREFIX = "aux."
-"""Beginning of the columns of auxiliary logits."""
 # All 400,000 ids at once would be a large list of Python strings.
 SLICE_ROWS = 32768
 """Ids that are hashed together."""
@@ -77,7 +74,7 @@ def write_shard(
             "features": pl.Series(features, dtype=pl.Array(inner, features.shape[1])),
             "logit": pl.Series(logits, dtype=pl.Float32),
             **{
-                aux_column(name): pl.Series(values, dtype=pl.Float32)
+                AUX_PREFIX + name: pl.Series(values, dtype=pl.Float32)
                 for name, values in (aux or {}).items()
             },
         }
@@ -85,16 +82,6 @@ def write_shard(
     metadata = {RUN_SPEC_KEY: run_spec_digest} if run_spec_digest else None
     # zstd would save 9 % of the bytes of features, and take two to four times as long.
     write_parquet(path, table, metadata, compression="lz4")
-
-
-def aux_column(name: str) -> str:
-    """Return the column of the logits of an auxiliary target."""
-    return AUX_PREFIX + name
-
-
-def aux_columns(run: Mapping[str, Any]) -> list[str]:
-    """Return the columns of auxiliary logits that embeddings have, from their `run.json`."""
-    return [aux_column(name) for name in run.get(AUX, {})]
 
 
 def ids_digest(ids: pl.Series) -> str:

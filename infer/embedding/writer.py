@@ -118,7 +118,7 @@ def write_batches(
 def good_rows(
     batch: Computed, fold: Fold, dtype: type[np.floating]
 ) -> tuple[NDArray[np.floating], NDArray[np.float32]]:
-    """Return features [G, D] in `dtype` and all logits [G, 1 + K] of the G images without failure."""
+    """Return features [G, D] in `dtype` and logits [G, 1 + K] of the G images without failure."""
     features, *parts = (mean_of_views(values, len(batch.ids)) for values in batch.outputs[fold])
     logits = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
     good = [row for row in range(len(batch.ids)) if row not in batch.failed]

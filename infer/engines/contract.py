@@ -40,8 +40,7 @@ GRAPH_CONTRACT = {
     AUX: TensorSpec(("float32",), (None,), optional=True),
     MASK: TensorSpec(("float32",), (None, None), optional=True),
 }
-OUTPUTS = tuple(name for name in GRAPH_CONTRACT if name != IMAGES)
-"""The outputs in the order in which a network returns them."""
+"""The input, then the outputs in the order in which a network returns them."""
 RESULTS = (FEATURES, LOGITS, AUX)
 """The outputs of a batch's result, as far as the graph has them; a mask is asked for by itself."""
 REQUIRED = tuple(name for name, spec in GRAPH_CONTRACT.items() if not spec.optional)

@@ -255,7 +255,8 @@ def _not_by_name(definition: Definition) -> UserError:
 
 
 def _finite(values: pl.Series) -> pl.Series:
-    """Return Float64, null for what is not finite: one infinity would blank a patient's z-scores."""
+    """Return Float64, null for values that are not finite."""
+    # One infinity would blank all z-scores of a patient.
     numbers = values.cast(pl.Float64)
     return numbers.set(~numbers.is_finite(), None)
 

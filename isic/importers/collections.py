@@ -27,13 +27,12 @@ class Table:
     columns: tuple[str, ...]
     """Columns that the import reads and that it therefore must have."""
     optional_columns: tuple[str, ...] = ()
-    optional: bool = False
-    """Whether the import works without the table."""
+    """Other columns that it has been published with; the note on columns left out skips them."""
 
 
 @dataclass(frozen=True)
 class Collection:
-    """How a collection is published, and what its columns and values mean."""
+    """How a collection is published, and the meaning of its columns and values."""
 
     title: str
     url: str
@@ -54,7 +53,7 @@ class Collection:
     attribution: str
     """Of every image."""
     attribution_by: Mapping[str, str] = field(default_factory=dict)
-    """By start of `lesion_id` or value of `attribution_column`, where it differs."""
+    """Other attributions, by the start of the value of `attribution_column`."""
     attribution_column: str | None = None
     target: str | None = None
     """A column that is the target, if the collection has one; else the diagnosis decides."""

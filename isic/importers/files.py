@@ -78,10 +78,9 @@ def find_tables(files: SourceFiles, collection: Collection) -> dict[Table, Path]
     found = {}
     for table in collection.tables:
         path = files.find_table(table)
-        if path:
-            found[table] = path
-        elif not table.optional:
+        if path is None:
             raise UserError(_no_table(files, collection, table))
+        found[table] = path
     return found
 
 

@@ -13,7 +13,7 @@ from isic.runtime.errors import UserError
 from isic.runtime.files import holds, refuse_foreign, sha256, write_json
 from isic.runtime.progress import TimeLeft
 from isic.settings import ImportSettings
-from isic.synth.write import write_images, write_table
+from isic.synth.write import HEADER_BYTES, write_images, write_table
 
 MANIFEST = "import.json"
 TABLE_FILE = "train-metadata.csv"
@@ -80,7 +80,7 @@ def _refuse_other_output(out: Path) -> None:
 
 def _write_files(path: Path, files: Mapping[str, Path]) -> None:
     """Write the bytes of image files, unchanged, into an HDF5 file."""
-    sizes = sum(file.stat().st_size for file in files.values())
+    num_bytes = sum(file.stat().st_size + HEADER_BYTES for file in files.values())
     time_left = TimeLeft(len(files), f"writing {path.name}")
 
     def read() -> Iterator[tuple[str, bytes]]:
@@ -93,4 +93,4 @@ def _write_files(path: Path, files: Mapping[str, Path]) -> None:
             yield name, data
             time_left.advance(1)
 
-    write_images(path, read(), sizes)
+    write_images(path, read(), num_bytes)

@@ -23,7 +23,8 @@ def write_images(
 
     Args:
         images: id and file content, ids ascending.
-        num_bytes: the size of all files; without it they are all held in memory.
+        num_bytes: the size of all files with HEADER_BYTES each; without it they are all held in
+            memory.
 
     Raises:
         UserError: the disk is too small for them.

@@ -15,10 +15,13 @@ from benchmarks.train import (
     TimedBatches,
     busy_processes,
     precision_of,
+    random_batches,
     read_files,
     time_batches,
 )
 from tests.support.commands import TINY, Cli, split_flags
+from train.augmentation.device import create_device_augmentation
+from train.augmentation.levels import DEVICE_LEVELS
 from train.batch import Batch
 
 CPU = torch.device("cpu")
@@ -70,6 +73,19 @@ def test_a_network_with_auxiliary_targets_has_no_bare_counterpart(
     ended = cli("benchmarks", "train", *TINY, *flags)
     assert ended.code == 2
     assert 'give --aux ""' in ended.err
+
+
+@pytest.mark.parametrize("level", DEVICE_LEVELS)
+def test_batches_in_memory_can_be_augmented_on_the_device(level: str) -> None:
+    """As a GPU does by default."""
+    settings = TrainRateSettings(
+        model="test_vit", image_size=32, batch_size=3, augmentation=level, augment_on="device"
+    )
+    augment = create_device_augmentation(settings.augmentation, settings.augment_on, CPU)
+    for noise in random_batches(settings, CPU):
+        augmented = augment(noise)
+        assert augmented.images.shape == noise.images.shape
+        assert not torch.equal(augmented.images[0], augmented.images[1])
 
 
 def test_only_batches_after_the_warm_up_count() -> None:

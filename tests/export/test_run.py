@@ -137,7 +137,7 @@ def test_bad_input_is_refused(run: Path, cli: Cli, tmp_path: Path) -> None:
             ["--config", "tiny", "--model_dir", tmp_path / "none"],
             "run `python -m train --config tiny` first",
         ),
-        (["--config", "tiny", "--model_dir", run, "--fold", 7], "no fold 7"),
+        (["--config", "tiny", "--model_dir", run, "--fold", 7], "has no fold_7"),
         (
             ["--config", "tiny", "--model_dir", run, "--force", "--data", tmp_path / "none"],
             "no such folder",

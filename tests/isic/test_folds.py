@@ -87,7 +87,7 @@ def test_a_run_keeps_its_plan_and_refuses_other_data(tmp_path: Path) -> None:
     assert not path.exists(), "a run writes its plan when it begins to train"
     first.write(path)
     assert folds_for(table, 5, 7, path, pinned).digest == first.digest, "decided once"
-    with pytest.raises(UserError, match="5 folds, not 4"):
+    with pytest.raises(UserError, match=r"5 folds, not 4; use .* or another output folder"):
         folds_for(table, 4, 42, path, pinned)
     with pytest.raises(UserError, match="lacks 40 rows"):
         folds_for(small_table(100), 5, 42, path, pinned)
@@ -101,7 +101,10 @@ def test_a_plan_beside_the_data_wins(tmp_path: Path) -> None:
     pinned = tmp_path / "pinned.parquet"
     plan = draw_folds(table, 5, 99)
     plan.write(pinned)
-    assert folds_for(table, 5, 42, tmp_path / "run" / "folds.parquet", pinned).digest == plan.digest
+    run = tmp_path / "run" / "folds.parquet"
+    assert folds_for(table, 5, 42, run, pinned).digest == plan.digest
+    with pytest.raises(UserError, match=r"5 folds, not 4; use --num_folds 5, or remove the plan"):
+        folds_for(table, 4, 42, run, pinned)
 
 
 def test_one_class_and_too_few_positives_are_refused() -> None:

@@ -6,6 +6,7 @@ import torch
 from isic.layout import BEST_CHECKPOINT
 from tests.support.commands import tiny_settings
 from tests.support.training import random_batch
+from train.backbone import model_card
 from train.checkpoint import load_checkpoint
 from train.model import create_model, preprocess_spec
 
@@ -28,3 +29,13 @@ def test_the_backbone_loads_with_timm_only(trained: Path) -> None:
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n")
     assert "was held out" in card
+
+
+def test_the_card_names_a_pipeline_from_a_file_in_one_line() -> None:
+    facts = {"fold": "all", "num_rows": 9, "metadata_sha256": "0", "folds_digest": "0"}
+    pipeline = {"transform": {"transforms": [{"p": 0.25}] * 50}}
+    for augmentation, words in (("light", "`light`"), (pipeline, "`a file of digest ")):
+        settings = tiny_settings(augmentation=augmentation)
+        card = model_card(create_model(settings, pretrained=False), settings, facts)
+        assert f"augmentation {words}" in card
+        assert "0.25" not in card

@@ -53,12 +53,14 @@ def test_scores_of_a_subset_are_marked(
     num_rows: int, validated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stats = EpochStats([0.5], num_images=8, seconds=1.0)
-    validation = Validation({"pauc": 0.15, "auc": 0.9}, num_rows, 80_212)
+    scores = {"pauc": 0.15, "auc": 0.9, "auc.mel": 0.8}
+    validation = Validation(scores, num_rows, 80_212)
     log_epoch(tmp_path, 0, 1, 3, stats, validation, {})
     (entry,) = read_history(tmp_path / "history.jsonl")
     assert entry["validated"] == validated
     assert entry["validated_rows"] == num_rows
     printed = capsys.readouterr().out
+    assert "pAUC 0.1500, AUC 0.9000, AUC of mel 0.8000, " in printed
     assert ("on 2,080 of 80,212 rows" in printed) == (validated == "subset")
     events = [path.read_bytes() for path in (tmp_path / "tensorboard").glob("*")]
     assert all((b"pauc_subset" in event) == (validated == "subset") for event in events)
