@@ -123,9 +123,14 @@ def _models(scorer: Scorer) -> str:
 
 def _out_of_fold(scorer: Scorer) -> str:
     """Return how far the scores are independent of their own patients."""
-    sentences = {_out_of_fold_sentence(member) for member in ensembles_of(scorer)}
+    members: dict[str, list[str]] = {}
+    for member in ensembles_of(scorer):
+        members.setdefault(_out_of_fold_sentence(member), []).append(member.root.name)
+    sentences = list(members)
+    if len(sentences) > 1:
+        sentences = [f"{listed(names)}: {sentence}" for sentence, names in members.items()]
     chosen = [f"But {choice}, so the score may be too high." for choice in choices(scorer.manifest)]
-    return " ".join([*sorted(sentences), *chosen])
+    return " ".join([*sentences, *chosen])
 
 
 def _out_of_fold_sentence(ensemble: Ensemble) -> str:
