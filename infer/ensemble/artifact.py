@@ -100,8 +100,7 @@ class Ensemble:
     @property
     def is_relative(self) -> bool:
         """Whether a score depends on the patient's other lesions."""
-        # Without boosters, the score is the mean over the networks' scores.
-        return bool(self.state.names) and (self.state.image.is_relative or self.spec.is_relative)
+        return self.spec.compares_lesions(self.state.image)
 
     @property
     def uses_images(self) -> bool:

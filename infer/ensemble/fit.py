@@ -18,11 +18,10 @@ from infer.ensemble.artifact import (
     write_ensemble_manifest,
 )
 from infer.ensemble.blends.ranks import blend
-from infer.ensemble.boosting.libraries import LIBRARIES, booster_file_name
+from infer.ensemble.boosting.libraries import LIBRARIES, booster_entries, write_boosters
 from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters
 from infer.ensemble.boosting.refit import describe_agreement, refit_boosters
 from infer.ensemble.boosting.splits import Plans, fit_plans, summarise_plans, write_plans
-from infer.ensemble.boosting.training_table import TrainingTable
 from infer.ensemble.features.own_tables import OwnTable
 from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.images.features import ImageState, embedding_origins
@@ -45,7 +44,7 @@ from isic.dataset import Dataset, refuse_dataset
 from isic.folds import Folds
 from isic.layout import FOLDS_FILE, OOF_FILE
 from isic.metadata import with_patient
-from isic.runtime.files import sha256, versions, write_json, write_text
+from isic.runtime.files import sha256, versions, write_json
 from isic.tables import write_parquet
 
 MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
@@ -68,34 +67,28 @@ def fit_ensemble(settings: FitSettings) -> Path:
     inputs = _manifest_inputs(rows)
     if not settings.force:
         refuse_other_ensemble(root, inputs)
-    images = rows.images(rows.metadata)
-    table = rows.table(rows.metadata, images)
-    refuse_unknown_blanks(settings.blank, table.features.select(rows.names))
-    _note_blank(table.features)
-    warn_of_own_columns(rows.spec, table.features, rows.metadata)
+    features = rows.table.features
+    refuse_unknown_blanks(settings.blank, features.select(rows.names))
+    _note_blank(features)
+    warn_of_own_columns(rows.spec, features, rows.metadata)
     print(
         f"fitting {settings.features}: {len(rows.metadata):,} rows ({rows.target.sum():,} "
         f"malignant), {len(rows.names) or 1} features, {rows.folds.num_folds} folds, "
         f"{rows.num_boosters} boosters",
         flush=True,
     )
-    scores = images.by_column()
-    result = fit_models(rows, table, scores)
-    refit = None
-    if settings.refit:
-        refit = refit_boosters(
-            table, rows.names, rows.metadata, rows.fold.to_numpy(), settings, rows.thinned
-        )
-    plans = fit_plans(table, rows, result.scores)
+    result = fit_models(rows)
+    refit = refit_boosters(rows) if settings.refit else None
+    plans = fit_plans(rows, result.scores)
     oof = _out_of_fold(rows, result)
-    measured = _measure(rows, result, oof, scores, plans)
+    measured = _measure(rows, result, oof, plans)
     # Only now, so that a fit that fails leaves the earlier ensemble as it was.
     clear_ensemble(root)
     encoding = refit.encoding if refit else None
     state = EnsembleState(rows.names, result.encodings, rows.image, encoding)
     files = _write_files(root, result, state, rows.folds, oof, measured.summaries)
     files += write_plans(root, rows.metadata[schema.ID], plans)
-    files += refit.write(root) if refit else []
+    files += write_boosters(root, refit.boosters) if refit else []
     results = _manifest_results(result, rows.metadata, measured)
     results[CHOSEN_KEY] = choices_of_lists(rows.spec.words.lists, inputs["metadata_sha256"])
     if refit:
@@ -110,12 +103,12 @@ def fit_ensemble(settings: FitSettings) -> Path:
     return root
 
 
-def fit_models(rows: FitRows, table: TrainingTable, scores: pl.DataFrame) -> FitResult:
-    """Fit the boosters; without any, the networks' `scores` are the result."""
+def fit_models(rows: FitRows) -> FitResult:
+    """Fit the boosters; without any, the networks' scores are the result."""
     if not rows.names:
-        return FitResult(scores={"image": image_probability(scores)})
+        return FitResult(scores={"image": image_probability(rows.images.by_column())})
     fold = rows.fold.to_numpy()
-    return fit_boosters(table, rows.names, rows.target, fold, rows.settings, rows.thinned)
+    return fit_boosters(rows.table, rows.names, rows.target, fold, rows.settings, rows.thinned)
 
 
 def _out_of_fold(rows: FitRows, result: FitResult) -> pl.DataFrame:
@@ -141,9 +134,7 @@ class Measured:
             print(format_by_lesions(self.by_lesions))
 
 
-def _measure(
-    rows: FitRows, result: FitResult, oof: pl.DataFrame, scores: pl.DataFrame, plans: Plans
-) -> Measured:
+def _measure(rows: FitRows, result: FitResult, oof: pl.DataFrame, plans: Plans) -> Measured:
     patient = with_patient(rows.metadata)[schema.PATIENT].to_numpy()
     summaries = _summarise_all(oof, patient)
     summaries["blend"] |= summarise_plans(plans, rows.target)
@@ -155,12 +146,13 @@ def _measure(
         by_lesions = pauc_by_lesions(
             result,
             rows.metadata,
-            lambda part: rows.table(part).features,
+            lambda part: rows.table_of(part).features,
             rows.fold,
             rows.weights,
             rows.settings.num_threads,
         )
-    return Measured(summaries, describe_networks(scores, oof, patient), by_lesions)
+    networks = describe_networks(rows.images.by_column(), oof, patient)
+    return Measured(summaries, networks, by_lesions)
 
 
 def model_settings(settings: FitSettings) -> dict[str, Any]:
@@ -205,9 +197,7 @@ def _write_files(
     summaries: Mapping[str, Any],
 ) -> list[str]:
     """Write all files but the manifest. Return their names."""
-    boosters = {booster_file_name(*key): text for key, text in result.boosters.items()}
-    for name, text in boosters.items():
-        write_text(root / name, text)
+    boosters = write_boosters(root, result.boosters)
     state_files = state.write(root)
     folds.write(root / FOLDS_FILE)
     write_parquet(root / OOF_FILE, oof)
@@ -242,18 +232,9 @@ def _manifest_results(
     result: FitResult, metadata: pl.DataFrame, measured: Measured
 ) -> dict[str, Any]:
     """Return the manifest fields that are known after fitting."""
-    boosters = [
-        {
-            "file": booster_file_name(library, k, seed),
-            "library": library,
-            "fold": k,
-            "seed": seed,
-        }
-        for library, k, seed in result.boosters
-    ]
     packages = dict.fromkeys(LIBRARIES[library].package for library, _, _ in result.boosters)
     return {
-        "boosters": boosters,
+        "boosters": booster_entries(result.boosters),
         "lesions_per_patient": describe_lesion_counts(metadata),
         "scores": measured.summaries["blend"],
         "networks": measured.networks,

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from infer.embedding.store import refuse_other_origin
 from infer.ensemble.artifact import ENSEMBLE_FILE, Ensemble
 from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, open_scorer
-from infer.ensemble.blends.ranks import Scores, blend, model_name
+from infer.ensemble.blends.ranks import Scores, blend
 from infer.ensemble.boosting.libraries import read_booster
+from infer.ensemble.boosting.out_of_fold import mean_over_folds
 from infer.ensemble.boosting.refit import ESTIMATES, choose_rows
 from infer.ensemble.features.own_tables import OwnTable, read_test_tables
 from infer.ensemble.images.features import ImageRows, embedding_origins, read_image_rows
@@ -234,16 +235,17 @@ def models_path(submission: Path) -> Path:
 
 def score_models(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> dict[str, Scores]:
     """Return each model's probabilities, [N] float64: the mean over its folds' boosters."""
-    boosters = ensemble.manifest["boosters"]
-    names = [model_name(entry["library"], entry["seed"]) for entry in boosters]
-    totals = {name: np.zeros(len(table)) for name in names}
-    for fold, encoding in ensemble.state.encodings.items():
-        matrix = encoding.transform(table)
-        for name, entry in zip(names, boosters, strict=True):
-            if entry["fold"] == fold:
-                predict = read_booster(ensemble.root / entry["file"], entry["library"])
-                totals[name] += predict(matrix, num_threads)
-    return {name: total / len(ensemble.state.encodings) for name, total in totals.items()}
+    files = {
+        (entry["library"], entry["fold"], entry["seed"]): ensemble.root / entry["file"]
+        for entry in ensemble.manifest["boosters"]
+    }
+    return mean_over_folds(
+        files,
+        lambda key: read_booster(files[key], key[0]),
+        ensemble.state.encodings,
+        table,
+        num_threads,
+    )
 
 
 def submission_order(dataset: Dataset, metadata: pl.DataFrame) -> pl.DataFrame:

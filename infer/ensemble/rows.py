@@ -58,7 +58,7 @@ class FitRows:
     @property
     def is_relative(self) -> bool:
         """Whether a score depends on the patient's other lesions."""
-        return bool(self.names) and (self.image.is_relative or self.spec.is_relative)
+        return self.spec.compares_lesions(self.image)
 
     @property
     def num_boosters(self) -> int:
@@ -71,23 +71,25 @@ class FitRows:
         return self.settings.library_weights if self.names else {"image": 1.0}
 
     @cached_property
-    def thinned(self) -> ThinnedTables | None:
-        share = self.settings.thin_patients
-        return ThinnedTables(self.metadata, self.table, share) if share else None
-
-    def images(self, metadata: pl.DataFrame) -> ImageRows:
-        """Return the image features of the training rows, whose patients may be others."""
+    def images(self) -> ImageRows:
         return read_image_rows(
-            self.image, self.settings.sources, "train", metadata, out_of_fold=True
+            self.image, self.settings.sources, "train", self.metadata, out_of_fold=True
         )
 
-    def table(self, metadata: pl.DataFrame, images: ImageRows | None = None) -> TrainingTable:
-        """Return the feature table of the training rows, whose patients may be others.
+    @cached_property
+    def table(self) -> TrainingTable:
+        return self._table(self.metadata, self.images)
 
-        Args:
-            images: the result of `images`, if it was computed before.
-        """
-        images = images or self.images(metadata)
+    @cached_property
+    def thinned(self) -> ThinnedTables | None:
+        share = self.settings.thin_patients
+        return ThinnedTables(self.metadata, self.table_of, share) if share else None
+
+    def table_of(self, metadata: pl.DataFrame) -> TrainingTable:
+        """Return the table if the patients of the rows were those of `metadata`."""
+        return self._table(metadata, self.images.with_patients(metadata))
+
+    def _table(self, metadata: pl.DataFrame, images: ImageRows) -> TrainingTable:
         own_columns = [table.columns(metadata) for table in self.own_tables.values()]
         features = self.spec.frame(metadata, [*own_columns, *images.tables()])
         return TrainingTable(features, images.noisy(self.settings.image_noise))

@@ -78,9 +78,10 @@ class Blend:
     def scores_by_seed(self) -> dict[int, Scores]:
         """Return [N] out-of-fold scores per seed that every member with boosters has."""
         seeded = {name: member.scores_by_seed() for name, member in self.members.items()}
-        unseeded = {name: self.oof_models()[name] for name, of in seeded.items() if not of}
+        oof = self.oof()
+        unseeded = {name: oof[name].to_numpy() for name, of in seeded.items() if not of}
         seeds = [set(of) for of in seeded.values() if of]
-        fold = self.oof()["fold"].to_numpy()
+        fold = oof["fold"].to_numpy()
         found = {}
         for seed in sorted(set.intersection(*seeds)) if seeds else ():
             scores = {name: of[seed] for name, of in seeded.items() if of} | unseeded

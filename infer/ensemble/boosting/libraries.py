@@ -6,11 +6,11 @@ depend on the number of threads.
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 from isic.layout import Fold
 from isic.runtime.errors import UserError, did_you_mean, first_line
 from isic.runtime.extras import install_command
+from isic.runtime.files import write_text
 
 Matrix = NDArray[np.float32]
 Parameters = Mapping[str, Any]
 Predict = Callable[[Matrix, int], NDArray[np.float64]]
 """Score a matrix on a number of threads, 0 for all: [N] float64 in [0, 1]."""
 Gains = NDArray[np.float64]
+KeyT = TypeVar("KeyT", bound=tuple[str, Fold, int])
+"""Library, fold and seed of a booster."""
 
 # 314 positives with 100 negatives each.
 REFERENCE_ROWS = 31_700
@@ -493,6 +496,27 @@ def fit_booster(
 
 def booster_file_name(library: str, fold: Fold, seed: int) -> str:
     return f"{library}_fold_{fold}_seed_{seed}{LIBRARIES[library].suffix}"
+
+
+def write_boosters(root: Path, boosters: Mapping[KeyT, str]) -> list[str]:
+    """Write the texts of boosters by library, fold and seed. Return the names of their files."""
+    files = {booster_file_name(*key): text for key, text in boosters.items()}
+    for name, text in files.items():
+        write_text(root / name, text)
+    return list(files)
+
+
+def booster_entries(keys: Iterable[tuple[str, Fold, int]]) -> list[dict[str, Any]]:
+    """Return a manifest's entries of boosters by library, fold and seed."""
+    return [
+        {
+            "file": booster_file_name(library, fold, seed),
+            "library": library,
+            "fold": fold,
+            "seed": seed,
+        }
+        for library, fold, seed in keys
+    ]
 
 
 def read_booster(path: Path, library: str) -> Predict:

@@ -1,7 +1,7 @@
 """Fit a booster per library, fold and seed, and score each fold's held-out rows with it."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from infer.ensemble.blends.ranks import Scores, model_name
-from infer.ensemble.boosting.libraries import LIBRARIES, fit_booster
+from infer.ensemble.boosting.libraries import LIBRARIES, Predict, fit_booster
 from infer.ensemble.boosting.thinning import ThinnedTables
 from infer.ensemble.boosting.training_table import TrainingTable
 from infer.ensemble.settings import FitSettings
@@ -146,6 +146,29 @@ def _score(key: BoosterKey, text: str, table: pl.DataFrame, encoding: Encoding) 
     # By the text, as in prediction, not by the booster in memory.
     predict = LIBRARIES[key[0]].load(text)
     return predict(encoding.transform(table), 1)
+
+
+def mean_over_folds(
+    keys: Collection[BoosterKey],
+    load: Callable[[BoosterKey], Predict],
+    encodings: Mapping[int, Encoding],
+    table: pl.DataFrame,
+    num_threads: int,
+) -> dict[str, Scores]:
+    """Return [N] each model's scores of other rows: the mean over its folds' boosters.
+
+    Args:
+        load: returns a booster.
+        encodings: by fold.
+    """
+    totals = {model_name(library, seed): np.zeros(len(table)) for library, _, seed in keys}
+    for fold, encoding in encodings.items():
+        matrix = encoding.transform(table)
+        for key in keys:
+            library, of_fold, seed = key
+            if of_fold == fold:
+                totals[model_name(library, seed)] += load(key)(matrix, num_threads)
+    return {name: total / len(encodings) for name, total in totals.items()}
 
 
 def score_held_out(

@@ -6,7 +6,6 @@ both is measured on the rows of the first fold, with boosters that are fitted on
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,13 +15,14 @@ from numpy.typing import NDArray
 from infer.embedding.store import read_run
 from infer.ensemble.artifact import Ensemble
 from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
-from infer.ensemble.blends.ranks import Scores, blend, model_name, rank_correlation
-from infer.ensemble.boosting.libraries import LIBRARIES, booster_file_name
-from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters
+from infer.ensemble.blends.ranks import Scores, blend, rank_correlation
+from infer.ensemble.boosting.libraries import LIBRARIES, booster_entries
+from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters, mean_over_folds
 from infer.ensemble.boosting.thinning import ThinnedTables
 from infer.ensemble.boosting.training_table import TrainingTable
 from infer.ensemble.images.networks import by_network
 from infer.ensemble.images.scores import LogitScaler
+from infer.ensemble.rows import FitRows
 from infer.ensemble.settings import EmbeddingSources, FitSettings
 from isic import schema
 from isic.features import Encoding
@@ -30,7 +30,6 @@ from isic.folds import draw_folds
 from isic.layout import ALL, ALL_NUMBER, EMBEDDINGS_DIR, Fold, find_embeddings
 from isic.metrics import pauc
 from isic.runtime.errors import UserError
-from isic.runtime.files import write_text
 from isic.runtime.machine import num_cores
 
 Rows = Literal["folds", "all"]
@@ -47,63 +46,35 @@ ESTIMATES: Mapping[Rows, str] = {
 class Refit:
     """Boosters that were fitted on every row."""
 
-    boosters: Mapping[tuple[str, int], str]
-    """Text by library and seed; none if the image score is the only feature."""
+    boosters: Mapping[tuple[str, Fold, int], str]
+    """Text by library, ALL and seed; none if the image score is the only feature."""
     encoding: Encoding | None
     agreement: Mapping[str, Any] | None
     """See `measure_agreement`."""
 
-    def write(self, root: Path) -> list[str]:
-        """Write the boosters. Return the names of their files."""
-        files = {
-            booster_file_name(library, ALL, seed): text
-            for (library, seed), text in self.boosters.items()
-        }
-        for name, text in files.items():
-            write_text(root / name, text)
-        return list(files)
-
     def manifest_field(self) -> dict[str, Any]:
-        boosters = [
-            {
-                "file": booster_file_name(library, ALL, seed),
-                "library": library,
-                "fold": ALL,
-                "seed": seed,
-            }
-            for library, seed in self.boosters
-        ]
         return {
-            "boosters": boosters,
+            "boosters": booster_entries(self.boosters),
             "agreement": self.agreement,
             "out_of_fold_scores": ESTIMATES["all"],
         }
 
 
-def refit_boosters(
-    table: TrainingTable,
-    names: tuple[str, ...],
-    metadata: pl.DataFrame,
-    fold: NDArray[np.integer],
-    settings: FitSettings,
-    thinned: ThinnedTables | None,
-) -> Refit:
+def refit_boosters(rows: FitRows) -> Refit:
     """Fit a booster per library and seed on every row, and measure their agreement with the folds'.
 
-    Args:
-        table: of features; the image score of a row is out of fold, as for the folds' boosters.
-        names: the columns to fit on, possibly none.
-        metadata: `isic_id`, `target` and optionally `patient_id`, in the order of the table.
-        fold: [N].
-        thinned: see `fit_boosters`.
+    The image score of a row is out of fold, as for the folds' boosters.
     """
-    if not names:
+    if not rows.names:
         return Refit({}, None, None)
-    target = metadata[schema.TARGET].to_numpy()
-    result = _fit_on_all(table, names, target, settings, thinned)
+    result = _fit_on_all(rows.table, rows.names, rows.target, rows.settings, rows.thinned)
     (encoding,) = result.encodings.values()
-    boosters = {(library, seed): text for (library, _, seed), text in result.boosters.items()}
-    agreement = measure_agreement(table, names, metadata, fold, settings)
+    boosters: dict[tuple[str, Fold, int], str] = {
+        (library, ALL, seed): text for (library, _, seed), text in result.boosters.items()
+    }
+    agreement = measure_agreement(
+        rows.table, rows.names, rows.metadata, rows.fold.to_numpy(), rows.settings
+    )
     return Refit(boosters, encoding, agreement)
 
 
@@ -129,7 +100,11 @@ def measure_agreement(
     """Compare boosters of folds with one on all rows, on rows that neither has seen.
 
     Both are fitted, with one seed, on the rows outside the first fold, which are divided into as
-    many folds again, and score the rows of the first fold. Arguments are as in `refit_boosters`.
+    many folds again, and score the rows of the first fold.
+
+    Args:
+        metadata: `isic_id`, `target` and optionally `patient_id`, in the order of the table.
+        fold: [N].
 
     Returns:
         `spearman` of both scores (None if one is constant), `pauc_folds`, `pauc_all`, and the
@@ -170,18 +145,13 @@ def measure_agreement(
 
 def _score(result: FitResult, table: pl.DataFrame, settings: FitSettings) -> Scores:
     """Return [N] the blend of the libraries, each the mean over its boosters of one seed."""
-    num_threads = settings.num_threads or num_cores()
-    models = {
-        model_name(library, settings.seed): np.mean(
-            [
-                LIBRARIES[library].load(text)(result.encodings[k].transform(table), num_threads)
-                for (name, k, _), text in result.boosters.items()
-                if name == library
-            ],
-            axis=0,
-        )
-        for library in settings.libraries
-    }
+    models = mean_over_folds(
+        result.boosters,
+        lambda key: LIBRARIES[key[0]].load(result.boosters[key]),
+        result.encodings,
+        table,
+        settings.num_threads or num_cores(),
+    )
     # Ranked among each other: both sides have the same rows.
     return blend(models, settings.library_weights, models)
 

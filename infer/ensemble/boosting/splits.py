@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from infer.ensemble.artifact import SPLITS_FILE
 from infer.ensemble.blends.ranks import Scores, blend, blend_by_seed
 from infer.ensemble.boosting.out_of_fold import fit_boosters
-from infer.ensemble.boosting.training_table import TrainingTable
 from infer.ensemble.rows import FitRows
 from isic import schema
 from isic.folds import draw_folds
@@ -64,7 +63,7 @@ def plan_scores(
     return PlanScores(fold, blend_by_seed(models, weights), blend(models, weights, models))
 
 
-def fit_plans(table: TrainingTable, rows: FitRows, models: Mapping[str, Scores]) -> Plans:
+def fit_plans(rows: FitRows, models: Mapping[str, Scores]) -> Plans:
     """Fit the boosters of the fold plans after the first, and return the scores of all plans.
 
     Args:
@@ -85,7 +84,7 @@ def fit_plans(table: TrainingTable, rows: FitRows, models: Mapping[str, Scores])
             f"fitting fold plan {number} of {settings.splits}, split seed {split_seed}", flush=True
         )
         fold = draw_folds(rows.metadata, num_folds, split_seed).of(rows.metadata).to_numpy()
-        fitted = fit_boosters(table, rows.names, rows.target, fold, settings, rows.thinned)
+        fitted = fit_boosters(rows.table, rows.names, rows.target, fold, settings, rows.thinned)
         plans[split_seed] = plan_scores(fold, fitted.scores, rows.weights)
     return plans
 

@@ -147,7 +147,7 @@ def _read(settings: SelectSettings) -> Rows:
     spec, metadata = rows.spec, rows.metadata
     if not spec.table_names:
         raise UserError(f'"{settings.features}" has no features to choose among; add a set')
-    table = rows.table(metadata)
+    table = rows.table
     refuse_unknown_blanks(settings.blank, table.features.select(rows.names))
     warn_of_own_columns(spec, table.features, metadata)
     parameters = {library: settings.parameters(library) for library in settings.libraries}

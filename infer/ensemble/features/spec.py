@@ -86,6 +86,11 @@ class FeatureSpec:
         own = relative_to_others(self.own.all_definitions, self.own_names)
         return features.relative_to_patient(self.tabular) or own
 
+    def compares_lesions(self, image: ImageState) -> bool:
+        """Return whether the score of a lesion depends on the patient's others."""
+        # Without boosters, the score is the mean over the networks' scores.
+        return bool(self.names(image)) and (image.is_relative or self.is_relative)
+
     @property
     def needed_columns(self) -> tuple[str, ...]:
         """The metadata columns that the features read."""

@@ -229,6 +229,13 @@ class ImageRows:
     embeddings: Sequence[pl.DataFrame]
     """Embeddings as columns, a table per network."""
 
+    def with_patients(self, metadata: pl.DataFrame) -> "ImageRows":
+        """Return the features if the patients of the rows were those of `metadata`."""
+        scores = [
+            replace(part, lesions=group_lesions(metadata, part.relatives)) for part in self.scores
+        ]
+        return replace(self, scores=scores)
+
     def tables(self) -> list[pl.DataFrame]:
         """Return tables of columns in the order of the rows."""
         return [*(scores.columns() for scores in self.scores), *self.embeddings]
@@ -301,7 +308,7 @@ def _read_logits(
 def _compare_scores(
     state: ImageState, scores: Mapping[str, Mapping[str, pl.Series]], metadata: pl.DataFrame
 ) -> list[ImageScores]:
-    """Return the scores of each kind that there are, with what they are compared with."""
+    """Return the scores by kind, with the groups of lesions that they are compared in."""
     found = []
     for score, by_name in scores.items():
         if by_name:
