@@ -19,7 +19,7 @@ from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.scoring.comparison import Comparison, compare_scores
 from infer.ensemble.settings import FitSettings
 from isic import schema
-from isic.arrays import Floats
+from isic.arrays import Floats, codes
 from isic.dataset import Dataset
 from isic.folds import draw_folds
 from isic.metadata import with_patient
@@ -102,7 +102,7 @@ def _hospitals(metadata: pl.DataFrame, settings: HospitalSettings) -> list[HeldO
     """Return the hospitals with both classes and enough malignant lesions, each held out."""
     hospital = metadata[HOSPITAL].fill_null("blank")
     # Each hospital is a fold of its own.
-    fold = (hospital.rank("dense") - 1).cast(pl.Int32).to_numpy()
+    fold = codes(hospital)
     counts = metadata.group_by(hospital).agg(pl.col(schema.TARGET).sum(), pl.len()).sort(HOSPITAL)
     has_enough = pl.col(schema.TARGET) >= settings.min_positives
     has_benign = pl.col(schema.TARGET) < pl.col("len")

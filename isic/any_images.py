@@ -7,6 +7,7 @@ import polars as pl
 
 from isic import schema
 from isic.images import FileImages, FolderImages
+from isic.layout import TABLE_SUFFIXES
 from isic.runtime.errors import UserError
 from isic.tables import read_table
 
@@ -76,7 +77,7 @@ def open_any_images(path: Path) -> TreeImages | ListedImages:
     """Open a folder or a list of images. Raise UserError if it is absent or has none."""
     if path.is_dir():
         return TreeImages(path)
-    if path.suffix.lower() not in (".csv", ".parquet"):
+    if path.suffix.lower() not in TABLE_SUFFIXES:
         kind = "is neither a folder nor" if path.exists() else "does not exist; give a folder or"
         raise UserError(f"{path} {kind} a list of images (.csv or .parquet)")
     return ListedImages(path)

@@ -12,6 +12,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from isic import schema
+from isic.arrays import codes
 from isic.dataset import Dataset
 from isic.folds import Folds, read_folds
 from isic.metadata import with_patient
@@ -82,16 +83,12 @@ def _values(table: pl.DataFrame, column: str) -> pl.Series:
 
 def _groups(table: pl.DataFrame, column: str) -> NDArray[np.int64]:
     """Return [N] the number of each row's group: connected by patients and by values."""
-    value = _codes(_values(table, column))
-    patient = _codes(table[schema.PATIENT]) + value.max() + 1
+    value = codes(_values(table, column))
+    patient = codes(table[schema.PATIENT]) + value.max() + 1
     size = int(patient.max()) + 1
     edges = coo_array((np.ones(len(table), np.int8), (value, patient)), shape=(size, size))
     _, group = connected_components(edges, directed=False)
-    return _codes(pl.Series(group[value]))
-
-
-def _codes(column: pl.Series) -> NDArray[np.int64]:
-    return (column.rank("dense") - 1).cast(pl.Int64).to_numpy()
+    return codes(pl.Series(group[value]))
 
 
 def _spread(

@@ -45,6 +45,9 @@ TRAINED_ON_FILE = "trained_on.parquet"
 OOF_FILE = "oof.parquet"
 BACKBONE_DIR = "backbone"
 ONNX_FILE = "model.onnx"
+
+TABLE_SUFFIXES = (".csv", ".parquet")
+"""Endings of the tables that commands read and write."""
 AUX_PREFIX = "aux."
 """Beginning of the columns of auxiliary targets and of their logits, in every table."""
 

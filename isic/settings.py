@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import AliasChoices, Field, field_validator
 
+from isic.layout import TABLE_SUFFIXES
 from isic.runtime.config import Settings, Several
 from isic.runtime.machine import num_cores
 
@@ -59,7 +60,7 @@ class CheckSettings(Settings):
     @field_validator("output")
     @classmethod
     def _is_table(cls, value: Path | None) -> Path | None:
-        if value is not None and value.suffix.lower() not in (".csv", ".parquet"):
+        if value is not None and value.suffix.lower() not in TABLE_SUFFIXES:
             raise ValueError("give a name that ends in .csv or .parquet")
         return value
 

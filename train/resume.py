@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from isic.layout import (
 )
 from isic.runtime.config import build, read_yaml
 from isic.runtime.errors import UserError
-from isic.runtime.files import refuse_foreign
+from isic.runtime.files import digest, refuse_foreign
 from train.config import TrainSettings
 from train.history import last_epoch, read_history
 from train.plots import ROC_FILE
@@ -89,8 +88,7 @@ def in_short(value: Any) -> Any:
     """Return a value as an error shows it; of a file's content the digest."""
     if not isinstance(value, dict):
         return value
-    text = json.dumps(value, sort_keys=True)
-    return f"a file of digest {sha256(text.encode()).hexdigest()[:8]}"
+    return f"a file of digest {digest(json.dumps(value, sort_keys=True))[:8]}"
 
 
 def keep_choices(settings: TrainSettings, fold: Fold) -> TrainSettings:

@@ -11,6 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from isic import schema
+from isic.arrays import codes
 from isic.metadata import with_patient
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 100)
@@ -25,8 +26,7 @@ def count_lesions(metadata: pl.DataFrame) -> NDArray[np.int64]:
 
 def patient_codes(metadata: pl.DataFrame) -> NDArray[np.int64]:
     """Return [N] the number of each row's patient, 0 to P - 1 in the order of their names."""
-    patient = with_patient(metadata)[schema.PATIENT]
-    return (patient.rank("dense") - 1).cast(pl.Int64).to_numpy()
+    return codes(with_patient(metadata)[schema.PATIENT])
 
 
 def describe_lesion_counts(metadata: pl.DataFrame) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def write_blend(settings: BlendSettings) -> Path:
     fold = rows["fold"].to_numpy()
     weights, by_fold = choose_weights(settings.weights, scores, target, fold)
     blended = blend_by_fold(scores, by_fold, fold)
-    plans = blend_plans(members, settings.weights, target)
+    plans = blend_plans(members, settings.weights, target, fold, by_fold)
     manifests = [member.manifest for member in members.values()]
     chosen = {CHOSEN_KEY: choices_of_blend(settings.weights, manifests)}
     oof = rows.with_columns(**scores, blend=blended)
@@ -145,7 +145,11 @@ def _read_scores(members: Mapping[str, Ensemble]) -> tuple[pl.DataFrame, dict[st
 
 
 def blend_plans(
-    members: Mapping[str, Ensemble], wanted: str | Sequence[float], target: NDArray[np.integer]
+    members: Mapping[str, Ensemble],
+    wanted: str | Sequence[float],
+    target: NDArray[np.integer],
+    fold: NDArray[np.integer],
+    by_fold: Mapping[int, Weights],
 ) -> Plans:
     """Return the scores of the blend in each fold plan that all members have; none if in one only.
 
@@ -153,7 +157,8 @@ def blend_plans(
 
     Args:
         wanted: as for `choose_weights`.
-        target: [N], in the order of the ids.
+        target, fold: [N], in the order of the ids; the folds are those of the first plan.
+        by_fold: the weights that were chosen for the first plan.
     """
     shared = set.intersection(*(set(split_seeds(member.manifest)) for member in members.values()))
     if len(shared) < 2:
@@ -162,19 +167,19 @@ def blend_plans(
     blended = {}
     for split_seed in sorted(shared):
         plans = {name: of[split_seed] for name, of in by_member.items()}
-        blended[split_seed] = _blend_plan(plans, wanted, target, f"split seed {split_seed}: ")
+        other = next(iter(plans.values())).fold
+        weights = by_fold
+        if not np.array_equal(other, fold):
+            scores = {name: plan.blend for name, plan in plans.items()}
+            label = f"split seed {split_seed}: "
+            _, weights = choose_weights(wanted, scores, target, other, label)
+        blended[split_seed] = _blend_plan(plans, weights)
     return blended
 
 
-def _blend_plan(
-    members: Mapping[str, PlanScores],
-    wanted: str | Sequence[float],
-    target: NDArray[np.integer],
-    label: str,
-) -> PlanScores:
+def _blend_plan(members: Mapping[str, PlanScores], by_fold: Mapping[int, Weights]) -> PlanScores:
     fold = next(iter(members.values())).fold
     scores = {name: plan.blend for name, plan in members.items()}
-    _, by_fold = choose_weights(wanted, scores, target, fold, label)
     seeds = {
         seed: blend_by_fold(
             {name: plan.seeds[seed] for name, plan in members.items()}, by_fold, fold
