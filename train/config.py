@@ -220,9 +220,9 @@ class TrainSettings(Settings):
     )
     augment_on: Literal["auto", "device", "workers"] = Field(
         "auto",
-        description="place of augmentation: workers (one image at a time, in the loader processes), "
-        f"device (a batch at a time; {' and '.join(DEVICE_LEVELS)} only), or auto: the device if it "
-        "is a GPU and has the level; a resumed fold keeps its own",
+        description="place of augmentation: workers (one image at a time, in the loader "
+        f"processes), device (a batch at a time; {' and '.join(DEVICE_LEVELS)} only), or auto: the "
+        "device if it is a GPU and has the level; a resumed fold keeps its own",
     )
     use_sample: bool = Field(
         False, description="training and validation on 50,000 rows that include every positive"

@@ -148,8 +148,8 @@ def _refuse_other_targets(model_dir: Path, manifests: Mapping[Fold, Mapping[str,
         found = [list(manifests[each].get(AUX, {}).items()) for each in (first, fold)]
         if found[0] != found[1]:
             raise UserError(
-                f"{fold_name(first)} and {fold_name(fold)} in {model_dir} differ in their auxiliary "
-                "targets; train and export them alike"
+                f"{fold_name(first)} and {fold_name(fold)} in {model_dir} differ in their "
+                "auxiliary targets; train and export them alike"
             )
 
 

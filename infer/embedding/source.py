@@ -15,7 +15,7 @@ from isic.runtime.files import sha256
 
 @dataclass(frozen=True)
 class Source:
-    """Images to embed, and where they are."""
+    """Images to embed: a folder or a list, and the split of a dataset."""
 
     data: Path
     """The folder of a dataset; of IMAGES the folder or the list of the images."""

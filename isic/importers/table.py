@@ -28,7 +28,7 @@ class Imported(NamedTuple):
 
     table: pl.DataFrame
     notes: list[str]
-    """Sentences on what was left out."""
+    """Sentences on rows and columns that were not imported."""
 
 
 def build_table(collection: Collection, paths: Mapping[Table, Path]) -> Imported:

@@ -69,7 +69,7 @@ def _try(library: str, parameters: Mapping[str, Any], names: Sequence[str]) -> N
 
 @contextlib.contextmanager
 def _capture() -> Iterator[list[str]]:
-    """Yield a list that gets the warnings of the block, and what C++ wrote to stderr."""
+    """Yield a list that gets the warnings of the block and the text that C++ writes to stderr."""
     # XGBoost warns through Python only in the thread that imported it, else on stderr; LightGBM
     # repeats its errors there.
     messages: list[str] = []

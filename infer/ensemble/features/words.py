@@ -1,4 +1,4 @@
-"""The words of `--features`: what is requested, what is left out (`-word`), lists (`@file`)."""
+"""The words of `--features`: features to use, features to leave out (`-word`), lists (`@file`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

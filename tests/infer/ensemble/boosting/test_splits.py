@@ -1,4 +1,4 @@
-"""Several fold plans: their scores on disk, what compares and blends them, and refusals."""
+"""Several fold plans: their scores on disk, comparisons, blends, and refusals."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Own columns from fit to submission: definitions, tables, and what they may not know."""
+"""Own columns from fit to submission: definitions, tables, and columns that are refused."""
 
 import json
 import shutil

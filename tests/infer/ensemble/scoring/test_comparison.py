@@ -64,7 +64,7 @@ def test_equal_differences_of_all_fits_are_certain() -> None:
 
 
 def test_equally_good_learners_seldom_differ_by_the_folds() -> None:
-    """Rows are drawn anew 400 times; all plans test the same rows, in other folds."""
+    """400 draws of rows; in each, all plans test the same rows in different folds."""
     random = np.random.default_rng(0)
     corrected = plain = 0
     for _ in range(400):
