@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.folders import new_folder
 from benchmarks.record import commit, error_text
 from benchmarks.untrained import MAX_BATCH, Artifact, UntrainedModel, export_untrained, target_of
 from isic.preprocess import Pixels
-from isic.runtime.files import read_json, write_json
+from isic.runtime.files import new_folder, read_json, write_json
 
 FACTS_FILE = "facts.json"
 

@@ -2,22 +2,19 @@
 
 import shutil
 import stat
-import subprocess
-import sys
 import tarfile
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import polars as pl
 
-from benchmarks.folders import new_folder
 from benchmarks.record import COMMIT_FILE, commit
 from benchmarks.settings import CHECKOUT, PackSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.runtime.errors import UserError
-from isic.runtime.files import write_text
+from isic.runtime.files import new_folder, write_text
+from isic.runtime.installed import install, pinned
 from isic.synth.write import write_images
 
 CODE = ("isic", "train", "export", "infer", "benchmarks", "configs")
@@ -96,36 +93,7 @@ def pack_site(settings: PackSettings, target: Path) -> None:
     # Wheels compress less: polars' library has 178 MB, its wheel 54 MB, the archive 36 MB. Higher
     # presets take minutes.
     with tempfile.TemporaryDirectory() as name:
-        install(settings, Path(name))
+        packages = map(pinned, settings.wheels)
+        install(packages, Path(name), settings.python, settings.platform)
         with tarfile.open(target, "w:xz", preset=3) as archive:
             archive.add(name, arcname=".")
-
-
-def install(settings: PackSettings, target: Path) -> None:
-    """Install wheels for the other machine into a folder, in the versions installed here."""
-    # pip selects wheels by the tags of the other machine.
-    # fmt: off
-    command = [
-        sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-        "--no-deps", "--no-compile", "--only-binary=:all:",
-        "--implementation", "cp", "--python-version", settings.python,
-    ]
-    # fmt: on
-    for tag in settings.platform:
-        command += ["--platform", tag]
-    command += ["--target", str(target), *map(_pinned, settings.wheels)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        lines = ended.stderr.strip().splitlines()
-        reason = lines[-1] if lines else "no reason given"
-        raise UserError(
-            f"pip cannot download the wheels ({reason}); choose other --wheels, or none"
-        )
-
-
-def _pinned(package: str) -> str:
-    """Return a requirement for pip of the installed version, if there is one."""
-    try:
-        return f"{package}=={version(package)}"
-    except PackageNotFoundError:
-        return package

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, Field
 from infer.embedding.settings import DecodeIn
 from infer.ensemble.boosting.libraries import LIBRARIES
 from isic.runtime.config import Settings, Several
+from isic.runtime.installed import PLATFORMS
 from isic.views import Tta
 from train.config import TrainSettings
 
@@ -41,10 +42,6 @@ WHEELS = (
     "stringzilla", "simsimd", "timm",
 )
 """Packages that a machine with PyTorch and ONNX usually lacks, or has in an older version."""
-PLATFORMS = (
-    "manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64",
-    "manylinux2014_x86_64",
-)
 # fmt: on
 # A part that is stopped keeps its rows: one per engine, config or peer.
 SHARES = {"correctness": 0.25, "throughput": 0.25, "embed": 0.25, "train": 0.15, "peers": 0.1}

@@ -1,4 +1,4 @@
-"""`python -m infer embed | fit | select | blend | predict | scores | compare | report | doctor`."""
+"""`python -m infer embed | fit | select | blend | predict | scores | compare | report | bundle | submit | doctor`."""
 
 from isic.runtime.cli import Command, run
 
@@ -21,6 +21,8 @@ COMMANDS = {
         "infer.ensemble.settings:CompareSettings",
         "infer.ensemble.scoring.compare:compare_ensembles",
     ),
+    "bundle": Command("infer.submission.settings:BundleSettings", "infer.submission.make:bundle"),
+    "submit": Command("infer.submission.settings:SubmitSettings", "infer.submission.submit:submit"),
     "report": Command("infer.report.settings:ReportSettings", "infer.report.write:report"),
     "doctor": Command("infer.doctor:DoctorSettings", "infer.doctor:doctor"),
 }

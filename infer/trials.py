@@ -6,6 +6,7 @@ Libraries are imported in the functions, so that a broken one fails only its own
 # ruff: noqa: PLC0415
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from isic.runtime.errors import UserError
@@ -41,6 +42,29 @@ def try_engine(name: str, device: str) -> dict[str, Any]:
         except UserError as error:
             reason = str(error)
     return {"reason": reason, "cuda": engine.built_for()}
+
+
+def try_artifact(folder: str, name: str, precision: str, device: str) -> dict[str, Any]:
+    """Run the artifact of a format and a precision in a fold's folder on a batch of two images."""
+    import numpy as np
+
+    from infer.engines import load
+    from isic.runtime.files import read_json
+
+    for path in sorted(Path(folder).glob("*.json")):
+        manifest = read_json(path)
+        if (manifest.get("format"), manifest.get("precision")) == (name, precision):
+            break
+    else:
+        return {"reason": f"{folder} has no {name} in {precision}"}
+    size = manifest["preprocess"]["size"]
+    try:
+        engine = load(path.with_name(manifest["artifact"]), device)
+        engine.run(np.zeros((2, size, size, 3), np.uint8))
+        engine.close()
+    except UserError as error:
+        return {"reason": str(error)}
+    return {"reason": None}
 
 
 def try_module(module: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import polars as pl
 
 from infer.embedding.embedder import Embedder, EmbedJob
 from infer.embedding.models import Models, find_models
-from infer.embedding.progress import Progress
+from infer.embedding.progress import Progress, Watch
 from infer.embedding.ray_runner import run_ray
 from infer.embedding.run_spec import (
     RunSpec,
@@ -34,7 +34,7 @@ from infer.embedding.store import (
 from infer.embedding.workers import run_processes
 from infer.engines import device_of
 from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
-from isic.folds import Folds, read_folds
+from isic.folds import read_folds
 from isic.layout import (
     ALL,
     ERRORS_FILE,
@@ -63,8 +63,12 @@ def embed_dataset(settings: EmbedSettings) -> int:
     return 0
 
 
-def embed_splits(settings: EmbedSettings) -> None:
-    """Embed one split, all that the dataset has, or the images of `--images`."""
+def embed_splits(settings: EmbedSettings, watch: Watch | None = None) -> None:
+    """Embed one split, all that the dataset has, or the images of `--images`.
+
+    Args:
+        watch: called after each batch; an exception from it ends the run, which can be resumed.
+    """
     model_dir = find_run(settings.model_dir, settings.config)
     models = find_models(
         model_dir,
@@ -83,7 +87,7 @@ def embed_splits(settings: EmbedSettings) -> None:
     device = choose_device(models, settings.device, uses_ray=settings.ray is not None)
     settings = settings.model_copy(update={"device": device})
     for source in find_sources(settings):
-        embed_split(source, models, model_dir / FOLDS_FILE, settings)
+        embed_split(source, models, model_dir / FOLDS_FILE, settings, watch)
 
 
 def find_sources(settings: EmbedSettings) -> list[Source]:
@@ -153,7 +157,13 @@ def present_splits(dataset: Dataset) -> list[Split]:
     return found
 
 
-def embed_split(source: Source, models: Models, folds_path: Path, settings: EmbedSettings) -> None:
+def embed_split(
+    source: Source,
+    models: Models,
+    folds_path: Path,
+    settings: EmbedSettings,
+    watch: Watch | None = None,
+) -> None:
     """Embed one split and write its `run.json`."""
     split = source.split
     root = settings.run_dir.resolve()
@@ -165,7 +175,7 @@ def embed_split(source: Source, models: Models, folds_path: Path, settings: Embe
     start_or_resume_split(directory, spec, settings.force)
     if split == "train":
         copy_provenance(models, folds_path, root)
-    progress = Progress(shards, settings.on_error, settings.max_bad, settings.quiet)
+    progress = Progress(shards, settings.on_error, settings.max_bad, settings.quiet, watch)
     if not progress.num_due and (directory / RUN_FILE).is_file():
         print(
             f"up to date config={settings.config} split={split} output={settings.run_dir / split}"
@@ -211,25 +221,36 @@ def _plan(
     """Return the run spec and the shards."""
     # A function of its own so that the full-size tables are freed before the engines are loaded.
     split = source.split
-    folds = None if split == IMAGES else read_folds(folds_path)
-    if folds:
-        _refuse_unmatched_folds(models, folds)
+    folds = read_folds(folds_path) if split == "train" else None
+    digest = None if split == IMAGES else _folds_digest(models, folds_path)
     ids = source.read_ids()
-    spec = build_run_spec(source, models, folds, ids, settings)
+    spec = build_run_spec(source, models, digest, ids, settings)
     root = settings.run_dir.resolve()
-    held_out_by = folds if split == "train" else None
-    return spec, plan_shards(root, split, ids, models.folds, held_out_by, settings.folds)
+    return spec, plan_shards(root, split, ids, models.folds, folds, settings.folds)
 
 
-def _refuse_unmatched_folds(models: Models, folds: Folds) -> None:
-    expected = folds.digest
+def _folds_digest(models: Models, folds_path: Path) -> str:
+    """Return the digest of the fold plan that all models were trained with.
+
+    Without the plan, which only training images need, it is that in the models' manifests.
+
+    Raises:
+        UserError: a model was trained with another plan, or its manifest names none.
+    """
+    has_plan = folds_path.is_file()
+    named = models.first_manifest.get("folds_digest")
+    if not has_plan and named is None:
+        raise UserError(f"{folds_path} is missing; copy it from the folder of the training run")
+    expected = read_folds(folds_path).digest if has_plan else str(named)
     for fold, manifest in models.manifests.items():
         trained_with = manifest.get("folds_digest", expected)
         if trained_with != expected:
+            other = "its run has" if has_plan else "another fold with"
             raise UserError(
-                f"{models.artifacts[fold]} was trained with the fold plan {trained_with}, but its "
-                f"run has {expected}; export it again from its own run"
+                f"{models.artifacts[fold]} was trained with the fold plan {trained_with}, but "
+                f"{other} {expected}; export it again from its own run"
             )
+    return expected
 
 
 def _refuse_other_folds(root: Path, folds_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Progress of an embedding run: counts, time per stage, the bar, and the limit on bad images."""
 
+import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -21,9 +22,21 @@ class Progress:
     """Sums up the batches that workers report; a context manager that closes the bar."""
 
     def __init__(
-        self, shards: Iterable[Shard], on_error: OnError, max_bad: float, quiet: bool
+        self,
+        shards: Iterable[Shard],
+        on_error: OnError,
+        max_bad: float,
+        quiet: bool,
+        watch: "Watch | None" = None,
     ) -> None:
         """Count the finished shards, with their bad images.
+
+        Args:
+            shards: of the run, the finished ones included.
+            on_error: whether a bad image ends the run.
+            max_bad: the share of bad images above which it ends.
+            quiet: print nothing.
+            watch: called after each batch.
 
         Raises:
             UserError: these have too many bad images, or any if `on_error` is `raise`.
@@ -38,6 +51,7 @@ class Progress:
         """Images that this run has to embed."""
         self.seconds = {"decode_wait": 0.0, "engine": 0.0, "write_wait": 0.0}
         """Of the control threads, per stage."""
+        self._watch = watch
         self._started = time.perf_counter()
         # None: no bar if standard error is not a terminal.
         self._bar = tqdm(total=self._num_planned, unit="img", disable=True if quiet else None)
@@ -45,6 +59,7 @@ class Progress:
             if shard.is_done:
                 self._count(len(shard), shard.read_bad())
         self._bar.initial = self.num_images
+        self._num_before = self.num_images
         # A bar shows the time itself.
         hides_time = quiet or not self._bar.disable
         self._time_left = None if hides_time else TimeLeft(self.num_due, "embedding")
@@ -94,6 +109,16 @@ class Progress:
         self._count(stats.num_images, stats.bad)
         if self._time_left:
             self._time_left.advance(stats.num_images)
+        if self._watch:
+            self._watch(self)
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds that the rest takes at the speed so far, infinite before the first image."""
+        num_done = self.num_images - self._num_before
+        if not num_done:
+            return math.inf
+        return self.total_seconds / num_done * (self._num_planned - self.num_images)
 
     def _count(self, num_images: int, bad: list[tuple[str, str]]) -> None:
         self.num_images += num_images
@@ -114,3 +139,7 @@ class Progress:
                 f"such as {name}; check the dataset with `python -m isic check`, or allow more "
                 "with --max_bad"
             )
+
+
+Watch = Callable[[Progress], None]
+"""Looks at a run after each batch."""

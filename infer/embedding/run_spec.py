@@ -27,7 +27,6 @@ from infer.embedding.store import (
 from infer.engines import device_of
 from infer.engines.contract import AUX
 from isic.dataset import SPLITS
-from isic.folds import Folds
 from isic.layout import ERRORS_FILE
 from isic.runtime.errors import UserError
 from isic.runtime.files import (
@@ -50,14 +49,14 @@ RunSpec = dict[str, Any]
 def build_run_spec(
     source: Source,
     models: Models,
-    folds: Folds | None,
+    folds_digest: str | None,
     ids: pl.Series,
     settings: EmbedSettings,
 ) -> RunSpec:
     """Return the run spec, with its own digest as the last field.
 
     Args:
-        folds: the fold plan of the models; None if they embed any images.
+        folds_digest: of the fold plan of the models; None if they embed any images.
         ids: of the split's table, in its order.
     """
     images = source.open()
@@ -65,8 +64,8 @@ def build_run_spec(
         "config": settings.config,
         "split": source.split,
         "folds": models.folds,
-        "folds_mode": settings.folds if folds else "all",
-        "folds_digest": folds.digest if folds else None,
+        "folds_mode": settings.folds if folds_digest else "all",
+        "folds_digest": folds_digest,
         "engines": {str(fold): manifest["sha256"] for fold, manifest in models.manifests.items()},
         "checkpoints": {
             str(fold): manifest.get("made_from", manifest)["sha256"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,41 +56,58 @@ class TestScores:
     """Fields of the manifest: `embeddings` and `frozen`; of a blend `origins`, these by member."""
 
 
+@dataclass(frozen=True)
+class TestTable:
+    """The rows to score, and the order of the submission."""
+
+    dataset: Dataset
+    path: Path
+    metadata: pl.DataFrame
+    """[N] the table, in its own order."""
+    order: pl.DataFrame
+    """[N] `isic_id` in the order of the submission."""
+
+    @cached_property
+    def sha256(self) -> str:
+        return sha256(self.path)
+
+
+def read_test_table(dataset: Dataset) -> TestTable:
+    """Read the test split's table and the sample submission, if there is one.
+
+    Raises:
+        UserError: the table is missing or malformed, or the sample has other ids.
+    """
+    path = dataset.metadata_path("test")
+    metadata = read_metadata(path)
+    return TestTable(dataset, path, metadata, submission_order(dataset, metadata))
+
+
 def predict_submission(settings: PredictSettings) -> None:
     """Run `infer predict`, which its settings describe."""
     sources = EmbeddingSources(settings.embeddings, settings.frozen)
     scorer = choose_rows(open_scorer(settings.ensemble), settings.rows, sources)
-    dataset = Dataset(settings.data)
-    path = dataset.metadata_path("test")
-    metadata = read_metadata(path)
-    _require_columns(scorer, metadata, path)
-    order = submission_order(dataset, metadata)
-    few = _few_lesions(scorer, metadata, settings.few)
-    _refuse_foreign(settings.output)
+    test = read_test_table(Dataset(settings.data))
+    require_columns(scorer, test.metadata, test.path)
+    few = few_lesions(scorer, test.metadata, settings.few)
+    refuse_foreign_submission(settings.output)
     own_tables = read_test_tables(settings.tables, scorer.own_tables)
     num_threads = settings.num_threads or num_cores()
-    found = score_table(scorer, metadata, sources, own_tables, num_threads, few)
-    # Rounding may lead a mean of probabilities beyond 0 or 1 by a last bit.
-    score = np.clip(found.score, 0.0, 1.0)
-    assert np.isfinite(score).all()
-    scored = metadata.select(schema.ID, pl.Series(schema.TARGET, score))
-    submission = order.join(scored, on=schema.ID, maintain_order="left")
-    all_models = metadata.select(schema.ID).with_columns(**found.models, blend=score)
+    found = score_table(scorer, test.metadata, sources, own_tables, num_threads, few)
     origins = {
         **found.origins,
-        "metadata_sha256": sha256(path),
         "tables": {name: sha256(own.path) for name, own in own_tables.items()},
         "rows": settings.rows,
         "out_of_fold_scores": ESTIMATES[settings.rows],
     }
-    _write_submission(settings.output, submission, all_models, scorer, origins)
+    score = write_submission(settings.output, test, found.models, found.score, scorer, origins)
     print(
-        f"submission: {settings.output} ({len(metadata)} rows, "
+        f"submission: {settings.output} ({len(score)} rows, "
         f"scores {score.min():.4f} to {score.max():.4f})"
     )
 
 
-def _require_columns(scorer: Scorer, metadata: pl.DataFrame, path: Path) -> None:
+def require_columns(scorer: Scorer, metadata: pl.DataFrame, path: Path) -> None:
     """Raise a UserError if the table lacks a column that a feature needs."""
     for ensemble in ensembles_of(scorer):
         require(metadata, ensemble.spec.needed_columns, path)
@@ -145,13 +163,33 @@ def score_ensemble(
     return TestScores(models, blend(models, ensemble.weights, reference), origins)
 
 
-def _write_submission(
+def write_submission(
     output: Path,
-    submission: pl.DataFrame,
-    all_models: pl.DataFrame,
+    test: TestTable,
+    models: Mapping[str, Scores],
+    score: Scores,
     scorer: Scorer,
-    origins: dict[str, Any],
-) -> None:
+    origins: Mapping[str, Any],
+) -> Scores:
+    """Write a submission, the scores of each model, and the manifest of both.
+
+    Args:
+        output: the submission's path.
+        test: the N rows.
+        models: [N] by model, in the order of the table.
+        score: [N].
+        scorer: the ensemble that made the scores.
+        origins: more fields of the manifest.
+
+    Returns:
+        [N] the submitted scores, in [0, 1].
+    """
+    # Rounding may lead a mean of probabilities beyond 0 or 1 by a last bit.
+    score = np.clip(score, 0.0, 1.0)
+    assert np.isfinite(score).all()
+    scored = test.metadata.select(schema.ID, pl.Series(schema.TARGET, score))
+    submission = test.order.join(scored, on=schema.ID, maintain_order="left")
+    all_models = test.metadata.select(schema.ID).with_columns(**models, blend=score)
     models_file = models_path(output)
     with atomic_path(output) as submission_path, atomic_path(models_file) as models_temporary:
         submission.write_csv(submission_path)
@@ -164,10 +202,11 @@ def _write_submission(
             ensemble=sha256(scorer.root / ENSEMBLE_FILE),
             folds_digest=scorer.manifest["folds_digest"],
             **_describe(scorer),
-            **origins,
+            **{"metadata_sha256": test.sha256, **origins},
             models={"file": models_file.name, "sha256": sha256(models_temporary)},
             versions=versions("isic-toolkit", *scorer.manifest["versions"]),
         )
+    return score
 
 
 def _describe(scorer: Scorer) -> dict[str, Any]:
@@ -176,14 +215,14 @@ def _describe(scorer: Scorer) -> dict[str, Any]:
     return {key: scorer.manifest[key] for key in keys}
 
 
-def _refuse_foreign(output: Path) -> None:
+def refuse_foreign_submission(output: Path) -> None:
     """Raise a UserError if a file would be replaced that `infer predict` did not write."""
     manifest = manifest_path(output)
     is_own = holds(manifest, "artifact", "ensemble", "models")
     refuse_foreign([output, models_path(output), manifest], is_own, "--output")
 
 
-def _few_lesions(scorer: Scorer, metadata: pl.DataFrame, few: str) -> NDArray[np.bool_]:
+def few_lesions(scorer: Scorer, metadata: pl.DataFrame, few: str) -> NDArray[np.bool_]:
     """Return [N] the rows of patients with too few lesions, to be scored without comparing them.
 
     Args:

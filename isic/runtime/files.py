@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -75,6 +76,18 @@ def _disk_error(path: Path, error: OSError) -> Exception:
         reason = os.strerror(error.errno)
         return UserError(f"cannot write {path} ({reason}); choose another output folder")
     return error
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder that is renamed to `target` on success and removed otherwise."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def refuse_foreign(paths: Iterable[Path], is_own: bool, flag: str) -> None:

@@ -85,6 +85,17 @@ def rank_among(score: Scores, reference: Scores) -> Scores:
     return np.asarray(np.interp(score, knots, ranks))
 
 
+def to_scale_of(score: Scores, reference: Scores, other: Scores) -> Scores:
+    """Return [N] the values as high among another model's out-of-fold scores as the scores are.
+
+    Args:
+        score: [N].
+        reference: [M] out-of-fold scores of the same model.
+        other: [M] those of the other model.
+    """
+    return np.asarray(np.quantile(other, rank_among(score, reference)))
+
+
 def rank_correlation(first: Scores, second: Scores) -> float | None:
     """Return Spearman's coefficient of two scores [N]; None if one is the same in all rows."""
     if min(np.ptp(first), np.ptp(second)) == 0:

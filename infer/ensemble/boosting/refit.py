@@ -180,7 +180,7 @@ def choose_rows(scorer: Scorer, rows: Rows, sources: EmbeddingSources) -> Scorer
     ensembles = ensembles_of(scorer)
     if rows == "all":
         for ensemble in ensembles:
-            _refuse_without_refit(ensemble)
+            refuse_without_refit(ensemble)
     _refuse_no_embeddings(scorer, rows, sources)
     if any(ensemble.state.image.needs["embeddings"] for ensemble in ensembles):
         _refuse_other_networks(rows, sources)
@@ -192,7 +192,8 @@ def choose_rows(scorer: Scorer, rows: Rows, sources: EmbeddingSources) -> Scorer
     return refitted(scorer, sources)
 
 
-def _refuse_without_refit(ensemble: Ensemble) -> None:
+def refuse_without_refit(ensemble: Ensemble) -> None:
+    """Raise a UserError if an ensemble has no boosters on all rows."""
     if not ensemble.manifest.get("refit"):
         raise UserError(
             f"{ensemble.root} has no boosters on all rows; fit it again with --refit true, or "

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.folders import new_folder
+from isic.runtime.files import new_folder
 
 
 def test_a_folder_is_there_completely_or_not_at_all(tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""The ways to score a test table, by the networks that they need.
+
+An ensemble needs all of its networks. A blend can also score by those of its members whose networks
+are done, so each set of networks has its own best candidate.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
+from infer.ensemble.blends.ranks import Scores
+from isic import schema
+from isic.metrics import pauc
+
+FLAGS = ("embeddings", "frozen")
+"""The fields of an ensemble's manifest with its networks."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An ensemble, or some members of a blend."""
+
+    folder: str
+    """The ensemble's folder within the bundle."""
+    members: tuple[str, ...] | None
+    """Of a blend; None for all of them, and for an ensemble."""
+    networks: tuple[str, ...]
+    """Ascending."""
+    pauc: float
+    """Out of fold."""
+
+    def __str__(self) -> str:
+        by = f" by {', '.join(self.members)}" if self.members else ""
+        networks = f"with {', '.join(self.networks)}" if self.networks else "without images"
+        return f"{self.folder}{by}, {networks}: out-of-fold pAUC {self.pauc:.4f}"
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Candidate":
+        members = value["members"]
+        return cls(
+            value["folder"],
+            None if members is None else tuple(members),
+            tuple(value["networks"]),
+            value["pauc"],
+        )
+
+    def of(self, scorer: Scorer) -> Scorer:
+        """Return the ensemble as this candidate uses it."""
+        if self.members is None:
+            return scorer
+        assert isinstance(scorer, Blend)
+        return with_members(scorer, self.members)
+
+
+def networks_of(scorer: Scorer) -> set[str]:
+    """Return the names of the networks that an ensemble needs."""
+    return {
+        name
+        for ensemble in ensembles_of(scorer)
+        for flag in FLAGS
+        for name in ensemble.manifest[flag]
+    }
+
+
+def with_members(blend: Blend, names: Collection[str]) -> Blend:
+    """Return a blend of some members, with the same ratio of their weights; equal ones if all 0."""
+    by_fold = {str(fold): _share(weights, names) for fold, weights in blend.weights_by_fold.items()}
+    manifest = {
+        **blend.manifest,
+        "members": {name: blend.manifest["members"][name] for name in names},
+        "weights": _share(blend.weights, names),
+        "weights_by_fold": by_fold,
+    }
+    members = {name: blend.members[name] for name in names}
+    return replace(blend, manifest=manifest, members=members)
+
+
+def _share(weights: Any, names: Collection[str]) -> dict[str, float]:
+    total = sum(weights[name] for name in names)
+    return {name: weights[name] / total if total else 1 / len(names) for name in names}
+
+
+def out_of_fold(scorer: Scorer) -> Scores:
+    """Return [N] the out-of-fold scores of the training rows."""
+    oof = scorer.oof()
+    if isinstance(scorer, Blend):
+        return scorer.out_of_fold(scorer.oof_models(), oof["fold"].to_numpy())
+    scores: Scores = oof["blend"].to_numpy()
+    return scores
+
+
+def candidates_of(scorer: Scorer, folder: str) -> list[Candidate]:
+    """Return an ensemble's candidates, the one with all of its networks first."""
+    every = tuple(sorted(networks_of(scorer)))
+    found = [_candidate(scorer, folder, None, every)]
+    if isinstance(scorer, Blend):
+        needs = {name: networks_of(member) for name, member in scorer.members.items()}
+        for networks in _subsets(every):
+            members = tuple(name for name, needed in needs.items() if needed <= set(networks))
+            # Fewer networks with the same members are a candidate of their own.
+            used = set().union(*(needs[name] for name in members))
+            if members and used == set(networks):
+                found.append(_candidate(with_members(scorer, members), folder, members, networks))
+    return found
+
+
+def _candidate(
+    scorer: Scorer, folder: str, members: tuple[str, ...] | None, networks: tuple[str, ...]
+) -> Candidate:
+    target = scorer.oof()[schema.TARGET].to_numpy()
+    return Candidate(folder, members, networks, pauc(target, out_of_fold(scorer)))
+
+
+def _subsets(names: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    """Return the proper subsets of names, the larger ones first."""
+    return (part for size in range(len(names) - 1, -1, -1) for part in combinations(names, size))
+
+
+def best(candidates: Sequence[Candidate], done: Collection[str]) -> Candidate:
+    """Return the first candidate if its networks are done, else the best one whose networks are.
+
+    Args:
+        candidates: one of them needs no networks.
+        done: names of networks.
+    """
+    first, *others = candidates
+    if set(first.networks) <= set(done):
+        return first
+    usable = [candidate for candidate in others if set(candidate.networks) <= set(done)]
+    return max(usable, key=lambda candidate: candidate.pauc)
+
+
+def by_use(candidates: Sequence[Candidate]) -> list[str]:
+    """Return the networks of the first candidate, the one first that helps most by itself."""
+    order: list[str] = []
+    left = sorted(candidates[0].networks)
+    while left:
+        name = max(left, key=lambda name: best(candidates, [*order, name]).pauc)
+        order.append(name)
+        left.remove(name)
+    return order

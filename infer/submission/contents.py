@@ -1,0 +1,114 @@
+"""A bundle on disk, as `infer bundle` writes it and `infer submit` reads it.
+
+| file | content |
+| --- | --- |
+| `bundle.json` | the manifest: candidates, networks, sizes and digests, licences; written last |
+| `submit.py` | runs `infer submit` on this folder |
+| `code/` | the packages `isic` and `infer` |
+| `site/` | the packages that they need, unpacked for the machine's Python |
+| `ensembles/<name>/` | the ensemble, and those to fall back on |
+| `networks/<name>/fold_<k>/` | the exported networks, as in their run |
+| `notebook/` | a notebook that runs `submit.py`, and its metadata for Kaggle |
+| `dataset-metadata.json` | the metadata of the folder as a dataset on Kaggle |
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from infer.ensemble.blends.artifact import Scorer, open_scorer
+from infer.submission.candidates import Candidate
+from isic.layout import ALL, Fold
+from isic.runtime.errors import UserError
+from isic.runtime.files import read_json, sha256
+
+BUNDLE_FILE = "bundle.json"
+FORMAT_VERSION = 1
+
+CODE_DIR = "code"
+SITE_DIR = "site"
+ENSEMBLES_DIR = "ensembles"
+NETWORKS_DIR = "networks"
+SCRIPT = "submit.py"
+
+
+@dataclass(frozen=True)
+class PackedNetwork:
+    """A network of a bundle: its exported folds, and how they embed the test images."""
+
+    name: str
+    flag: str
+    """`embeddings` or `frozen`."""
+    fold: Fold | None
+    """ALL for the network of all rows, None for the numbered folds that are packed."""
+    tta: str
+    kinds: tuple[tuple[str, str], ...]
+    """Format and precision of the artifacts that every fold has."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "PackedNetwork":
+        kinds = tuple((kind[0], kind[1]) for kind in value["kinds"])
+        fold: Fold | None = ALL if value["fold"] == ALL else None
+        return cls(value["name"], value["flag"], fold, value["tta"], kinds)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose manifest has been read."""
+
+    root: Path
+    manifest: Mapping[str, Any]
+
+    @cached_property
+    def candidates(self) -> list[Candidate]:
+        """The ways to score, the preferred one first; one of them needs no networks."""
+        return [Candidate.from_json(value) for value in self.manifest["candidates"]]
+
+    @cached_property
+    def networks(self) -> dict[str, PackedNetwork]:
+        """By name, in the order in which they are to embed."""
+        packed = [PackedNetwork.from_json(value) for value in self.manifest["networks"]]
+        return {network.name: network for network in packed}
+
+    @cached_property
+    def digest(self) -> str:
+        return sha256(self.root / BUNDLE_FILE)
+
+    @property
+    def expects_gpu(self) -> bool:
+        return bool(self.manifest["cuda"] != "none")
+
+    def open(self, candidate: Candidate) -> Scorer:
+        """Read and check the ensemble of a candidate. Raise UserError."""
+        return candidate.of(open_scorer(self.root / ENSEMBLES_DIR / candidate.folder))
+
+    def run_dir(self, network: PackedNetwork) -> Path:
+        """Return the folder of a network's exported folds."""
+        return self.root / NETWORKS_DIR / network.name
+
+
+def describe(candidates: Sequence[Candidate], networks: Sequence[PackedNetwork]) -> dict[str, Any]:
+    """Return the fields of the manifest that `Bundle` reads."""
+    return {
+        "candidates": [asdict(candidate) for candidate in candidates],
+        "networks": [asdict(network) for network in networks],
+    }
+
+
+def open_bundle(root: Path) -> Bundle:
+    """Read a bundle's manifest.
+
+    Raises:
+        UserError: there is none, it is of another version, or files are missing or cut short.
+    """
+    if not (root / BUNDLE_FILE).is_file():
+        raise UserError(f"{root} is not a bundle; give the folder that `infer bundle` wrote")
+    manifest = read_json(root / BUNDLE_FILE)
+    if manifest.get("format") != FORMAT_VERSION:
+        raise UserError(
+            f"{root} was written by another version of the toolkit; write it again with "
+            "`python -m infer bundle`"
+        )
+    return Bundle(root, manifest)

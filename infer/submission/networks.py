@@ -1,0 +1,148 @@
+"""The exported networks that an ensemble was fitted with: find them, check them, copy them."""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infer.embedding.choice import Artifact, find_exported
+from infer.ensemble.blends.artifact import Scorer, ensembles_of
+from infer.formats import ON_REQUEST
+from infer.submission.candidates import FLAGS
+from infer.submission.contents import PackedNetwork
+from isic.layout import ALL, Fold, fold_dir
+from isic.runtime.errors import UserError
+from isic.runtime.files import manifest_path, read_manifest
+
+Kind = tuple[str, str]
+"""Format and precision."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """A network as an ensemble needs it."""
+
+    name: str
+    flag: str
+    tta: str
+    checkpoints: Mapping[Fold, str | None]
+    """SHA-256 of the checkpoint by fold; None if the ensemble does not know it."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The kinds of artifacts to pack; empty: all that are not for special requests."""
+
+    formats: tuple[str, ...]
+    precisions: tuple[str, ...]
+
+    def accepts(self, kind: Kind) -> bool:
+        form, precision = kind
+        named = precision in self.precisions if self.precisions else precision not in ON_REQUEST
+        return form in self.formats and named
+
+
+def needs_of(scorer: Scorer, rows: str) -> list[Need]:
+    """Return the networks that an ensemble scores a test table with, by name.
+
+    Args:
+        rows: `folds`, or `all` for the networks that were trained on every row.
+
+    Raises:
+        UserError: two members of a blend need different networks of one name.
+    """
+    found: dict[str, Need] = {}
+    for ensemble in ensembles_of(scorer):
+        for flag in FLAGS:
+            for name, origin in ensemble.manifest[flag].items():
+                need = _need(name, flag, origin, rows)
+                if found.setdefault(name, need) != need:
+                    raise UserError(
+                        f"the members of {scorer.root} were fitted with different networks called "
+                        f"{name}; fit them with the same embeddings, or name the networks apart"
+                    )
+    return [found[name] for name in sorted(found)]
+
+
+def _need(name: str, flag: str, origin: Mapping[str, Any], rows: str) -> Need:
+    if flag == "frozen":
+        made_with = origin["made_with"]
+        return Need(name, flag, made_with["tta"], {int(origin["fold"]): made_with["checkpoints"]})
+    if rows == ALL:
+        return Need(name, flag, origin["tta"], {ALL: None})
+    checkpoints: dict[Fold, str | None] = {
+        int(fold): digest for fold, digest in origin["checkpoints"].items()
+    }
+    return Need(name, flag, origin["tta"], checkpoints)
+
+
+def find_artifacts(need: Need, run: Path, wanted: Wanted) -> dict[Kind, dict[Fold, Path]]:
+    """Return the artifacts of a network by kind and fold, of the kinds that every fold has.
+
+    Raises:
+        UserError: the run is missing, a fold has no artifact of its checkpoint, or an artifact is
+            damaged.
+    """
+    by_fold = {fold: _of_fold(need, run, fold, wanted) for fold in need.checkpoints}
+    kinds = set.intersection(*(set(found) for found in by_fold.values()))
+    if not kinds:
+        raise UserError(
+            f"{run} has no kind of artifact that every fold of {need.name} has; run "
+            f"`{_export_command(need, wanted)}`"
+        )
+    return {
+        kind: {fold: found[kind].path for fold, found in by_fold.items()} for kind in sorted(kinds)
+    }
+
+
+def _of_fold(need: Need, run: Path, fold: Fold, wanted: Wanted) -> dict[Kind, Artifact]:
+    """Return a fold's artifacts of the wanted kinds and the ensemble's checkpoint, by kind."""
+    exported = find_exported(run, fold).get(fold, [])
+    found = {}
+    changed = False
+    for artifact in exported:
+        kind = (artifact.kind.format, str(artifact.kind.precision))
+        if not wanted.accepts(kind) or artifact.kind.tta not in {"none", need.tta}:
+            continue
+        manifest = read_manifest(artifact.path)  # also compares the file with its digest
+        expected = need.checkpoints[fold]
+        made_from = manifest.get("made_from", manifest)["sha256"]
+        if manifest["name"] != need.name or expected not in {None, made_from}:
+            changed = True
+        # Views inside the graph need no work on the host.
+        elif kind not in found or artifact.kind.tta == need.tta:
+            found[kind] = artifact
+    if changed and not found:
+        raise UserError(
+            f"the artifacts in {fold_dir(run, fold)} are of other weights than those that the "
+            "ensemble was fitted with; give the --runs of the fit, or embed and fit again"
+        )
+    if not found:
+        raise UserError(
+            f"{fold_dir(run, fold)} has no such artifact; run `{_export_command(need, wanted)}`"
+        )
+    return found
+
+
+def _export_command(need: Need, wanted: Wanted) -> str:
+    command = f"python -m export --config {need.name} --formats {','.join(wanted.formats)}"
+    if ALL in need.checkpoints:
+        command += f" --fold {ALL}"
+    return command + (f" --precision {','.join(wanted.precisions)}" if wanted.precisions else "")
+
+
+def pack_network(need: Need, run: Path, wanted: Wanted, target: Path) -> PackedNetwork:
+    """Copy a network's artifacts, with their manifests, into the folder of a bundle."""
+    found = find_artifacts(need, run, wanted)
+    for artifacts in found.values():
+        for fold, path in artifacts.items():
+            _copy([path, manifest_path(path)], fold_dir(target, fold))
+    every: Fold | None = ALL if ALL in need.checkpoints else None
+    return PackedNetwork(need.name, need.flag, every, need.tta, tuple(found))
+
+
+def _copy(paths: Iterable[Path], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,302 @@
+"""`python -m infer submit`: a submission by tables at once, and by images as soon as they are done.
+
+Whatever fails or takes too long, the submission that is there stays: each is written whole, and
+replaced only by one of a better candidate.
+"""
+
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from infer.embedding.embed import embed_splits
+from infer.embedding.progress import Progress
+from infer.embedding.settings import EmbedSettings
+from infer.ensemble.blends.artifact import Scorer, ensembles_of
+from infer.ensemble.blends.ranks import Scores, to_scale_of
+from infer.ensemble.boosting.refit import Rows, choose_rows
+from infer.ensemble.predict import (
+    TestScores,
+    TestTable,
+    few_lesions,
+    read_test_table,
+    refuse_foreign_submission,
+    require_columns,
+    score_table,
+    write_submission,
+)
+from infer.ensemble.settings import EmbeddingSources
+from infer.submission.candidates import Candidate, best, out_of_fold
+from infer.submission.contents import Bundle, PackedNetwork, open_bundle
+from infer.submission.devices import choose_engine
+from infer.submission.settings import SubmitSettings
+from isic import schema
+from isic.dataset import Dataset
+from isic.layout import ALL, ERRORS_FILE, find_embeddings
+from isic.runtime.errors import UserError, warn
+from isic.runtime.files import digest, manifest_path, read_json
+from isic.runtime.interrupt import Interrupted, interruptible
+from isic.runtime.machine import num_cores
+from isic.runtime.progress import duration
+from isic.tables import read_parquet
+
+DEPTH = 3
+"""Levels of folders below the input in which a dataset is looked for."""
+TABLES = ("test-metadata.csv", "test-metadata.parquet")
+SECONDS_TO_TIME = 20.0
+"""Time after which the speed of an embedding run is taken for steady."""
+RESERVE = 3.0
+"""Time to keep for scoring with images, as a multiple of that without."""
+
+
+class OutOfTime(Exception):
+    """A network would not end within the time limit."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time limit of a run."""
+
+    hours: float | None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    @property
+    def seconds_left(self) -> float:
+        return float("inf") if self.hours is None else 3600 * self.hours - self.seconds
+
+
+def submit(settings: SubmitSettings) -> int:
+    """Run `infer submit`, which its settings describe. Return the exit code."""
+    clock = Clock(settings.hours)
+    try:
+        with interruptible():
+            bundle = open_bundle(settings.bundle)
+            test = read_test_table(Dataset(settings.data or find_data(settings.input)))
+            refuse_foreign_submission(settings.output)
+            Run(settings, bundle, test, clock).submit()
+    except Interrupted as stop:
+        print(
+            f"stopped by {stop}; a submission that is there stays, and the same command resumes",
+            file=sys.stderr,
+        )
+        return stop.exit_code
+    return 0
+
+
+def find_data(parent: Path) -> Path:
+    """Return the only folder below `parent` that has a test table. Raise UserError."""
+    found = sorted(
+        {
+            path.parent
+            for depth in range(DEPTH + 1)
+            for name in TABLES
+            for path in parent.glob("/".join(["*"] * depth + [name]))
+        }
+    )
+    if not found:
+        raise UserError(f"no folder in {parent} has a test table ({TABLES[0]}); give --data")
+    if len(found) > 1:
+        names = ", ".join(map(str, found))
+        raise UserError(f"several folders in {parent} have a test table ({names}); give --data")
+    return found[0]
+
+
+@dataclass
+class Run:
+    """A submission in progress."""
+
+    settings: SubmitSettings
+    bundle: Bundle
+    test: TestTable
+    clock: Clock
+    embedded: dict[str, Path] = field(default_factory=dict)
+    """The embeddings of the networks that are done."""
+    lost: dict[str, str] = field(default_factory=dict)
+    """Why other networks are left out."""
+
+    def submit(self) -> None:
+        """Write the submission, at first without images."""
+        written = self._earlier()
+        if written is None:
+            written = best(self.bundle.candidates, ())
+            self._write(written)
+        reserve = RESERVE * self.clock.seconds
+        for network in self.bundle.networks.values():
+            self._embed(network, reserve)
+            better = best(self.bundle.candidates, self.embedded)
+            if better != written and self._can_write(better):
+                written = better
+        self._summarise(written)
+        if not self.settings.keep:
+            shutil.rmtree(self._work, ignore_errors=True)
+
+    @property
+    def _work(self) -> Path:
+        output = self.settings.output
+        return self.settings.work or output.absolute().with_name(f"{output.stem}_work")
+
+    @cached_property
+    def _key(self) -> str:
+        return digest(self.bundle.digest, self.test.sha256)
+
+    def _earlier(self) -> Candidate | None:
+        """Return the candidate of a submission of the same inputs that a killed run has written."""
+        path = manifest_path(self.settings.output)
+        if not (path.is_file() and self.settings.output.is_file()):
+            return None
+        # Not better than one without images: its networks are done, so it is written again.
+        is_same = read_json(path).get("bundle", {}).get("inputs") == self._key
+        return best(self.bundle.candidates, ()) if is_same else None
+
+    def _embed(self, network: PackedNetwork, reserve: float) -> None:
+        """Embed the test images with a network; if that fails, note why."""
+        try:
+            self._watch_time(network, reserve)
+            run = self.bundle.run_dir(network)
+            engine, problems = choose_engine(network, run, self.settings.device)
+            if problems and self.bundle.expects_gpu:
+                self._complain(f"{network.name} runs on no GPU ({'; '.join(problems)})")
+            print(f"{network.name}: {engine}", flush=True)
+            output_dir = self._work / digest(self._key, engine)
+            embed_splits(
+                EmbedSettings(
+                    config=network.name,
+                    data=self.test.dataset.root,
+                    model_dir=run,
+                    output_dir=output_dir,
+                    split="test",
+                    fold=ALL if network.fold == ALL else None,
+                    tta=network.tta,
+                    format=engine.format,
+                    precision=engine.precision,
+                    device=engine.device,
+                    num_processes=engine.num_processes,
+                    num_threads=self.settings.num_threads,
+                    on_error="raise" if self.settings.strict else "skip",
+                    max_bad=1.0,
+                    quiet=self.settings.quiet,
+                ),
+                lambda progress: self._watch(progress, network, reserve),
+            )
+            self.embedded[network.name] = find_embeddings(output_dir, network.name, network.fold)
+        except (UserError, OutOfTime) as error:
+            self.lost[network.name] = str(error)
+            self._complain(f"{network.name} is left out: {error}")
+
+    def _watch_time(self, network: PackedNetwork, reserve: float) -> None:
+        if self.clock.seconds_left < reserve:
+            raise OutOfTime(f"--hours {self.settings.hours} are over but for the time to score")
+
+    def _watch(self, progress: Progress, network: PackedNetwork, reserve: float) -> None:
+        """Raise OutOfTime if a network is not done in time at its speed so far."""
+        left = self.clock.seconds_left - reserve
+        is_steady = progress.total_seconds > SECONDS_TO_TIME
+        if left < 0 or (is_steady and progress.seconds_left > left):
+            raise OutOfTime(
+                f"{duration(progress.seconds_left)} more are needed, and {duration(max(left, 0))} "
+                f"of --hours {self.settings.hours} are left"
+            )
+
+    def _complain(self, problem: str) -> None:
+        """Warn of a loss, or with `--strict` raise UserError."""
+        if self.settings.strict:
+            raise UserError(f"{problem}; leave --strict out to submit without it")
+        warn(problem)
+
+    def _can_write(self, candidate: Candidate) -> bool:
+        """Write the submission of a candidate. Return False if it fails, with a warning."""
+        try:
+            self._write(candidate)
+        except UserError as error:
+            self._complain(f"no submission by {candidate}: {error}")
+            return False
+        return True
+
+    def _write(self, candidate: Candidate) -> None:
+        scorer, scored = self._score(candidate)
+        lost_rows = self._bad_rows(candidate)
+        score = scored.score
+        if lost_rows.any():
+            score = np.where(lost_rows, self._fallback_on_scale_of(scorer), score)
+        origins = {
+            **scored.origins,
+            "bundle": {
+                "sha256": self.bundle.digest,
+                "inputs": self._key,
+                "candidate": str(candidate),
+                "left_out": self.lost,
+                "rows_without_image": int(lost_rows.sum()),
+            },
+        }
+        write_submission(self.settings.output, self.test, scored.models, score, scorer, origins)
+        print(
+            f"submission {self.settings.output} after {duration(self.clock.seconds)}: {candidate}",
+            flush=True,
+        )
+
+    def _score(self, candidate: Candidate) -> tuple[Scorer, TestScores]:
+        rows = self._rows(candidate)
+        found: dict[str, list[Path]] = {"embeddings": [], "frozen": []}
+        for name in candidate.networks:
+            found[self.bundle.networks[name].flag].append(self.embedded[name])
+        sources = EmbeddingSources(tuple(found["embeddings"]), tuple(found["frozen"]))
+        scorer = choose_rows(self.bundle.open(candidate), rows, sources)
+        require_columns(scorer, self.test.metadata, self.test.path)
+        few = self.bundle.manifest["few"] if candidate == self.bundle.candidates[0] else "warn"
+        return scorer, score_table(
+            scorer,
+            self.test.metadata,
+            sources,
+            {},
+            self.settings.num_threads or num_cores(),
+            few_lesions(scorer, self.test.metadata, few),
+        )
+
+    def _rows(self, candidate: Candidate) -> Rows:
+        """Return the models that score; those of the folds if an ensemble has no others."""
+        every = self.bundle.manifest["rows"] == ALL and all(
+            ensemble.manifest.get("refit") for ensemble in ensembles_of(self.bundle.open(candidate))
+        )
+        return "all" if every else "folds"
+
+    def _bad_rows(self, candidate: Candidate) -> pl.Series:
+        """Return [N] whether a network of the candidate could not use the row's image."""
+        ids = self.test.metadata[schema.ID]
+        bad = pl.Series(np.zeros(len(ids), bool))
+        for name in candidate.networks:
+            path = self.embedded[name] / "test" / ERRORS_FILE
+            if path.is_file():
+                bad |= ids.is_in(read_parquet(path)[schema.ID].implode())
+        return bad
+
+    def _fallback_on_scale_of(self, scorer: Scorer) -> Scores:
+        """Return [N] the scores without images, as high among an ensemble's own as among theirs."""
+        fallback, scored = self._without_images
+        return to_scale_of(scored, out_of_fold(fallback), out_of_fold(scorer))
+
+    @cached_property
+    def _without_images(self) -> tuple[Scorer, Scores]:
+        scorer, scored = self._score(best(self.bundle.candidates, ()))
+        return scorer, scored.score
+
+    def _summarise(self, written: Candidate) -> None:
+        loss = self.bundle.candidates[0].pauc - written.pauc
+        if self.lost:
+            warn(
+                f"without {', '.join(self.lost)} the out-of-fold pAUC is {written.pauc:.4f} in "
+                f"place of {self.bundle.candidates[0].pauc:.4f} ({-loss:+.4f})"
+            )
+        bad = int(self._bad_rows(written).sum())
+        if bad:
+            print(f"{bad:,} rows without a readable image are scored without images")
+        print(f"submission: {self.settings.output} ({len(self.test.metadata):,} rows, {written})")
