@@ -3,6 +3,7 @@
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,16 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"real images and metadata are not at {REAL_DATA}")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def package_index(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Skip the test unless pip reaches a package index."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "termcolor"]
+    folder = tmp_path_factory.mktemp("index")
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        pytest.skip(f"pip reaches no package index: {ended.stderr.splitlines()[-1]}")
 
 
 @pytest.fixture(scope="module")

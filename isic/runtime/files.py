@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -68,12 +69,16 @@ NOT_WRITABLE = {
 
 
 def _disk_error(path: Path, error: OSError) -> Exception:
-    if error.errno in DISK_FULL:
+    number = error.errno
+    # Polars' errors have their number only in the text.
+    if number is None and (named := re.search(r"os error (\d+)", str(error))):
+        number = int(named[1])
+    if number in DISK_FULL:
         return UserError(
             f"the disk is full, so {path} was not written; free space and run the command again"
         )
-    if error.errno in NOT_WRITABLE:
-        reason = os.strerror(error.errno)
+    if number in NOT_WRITABLE:
+        reason = os.strerror(number)
         return UserError(f"cannot write {path} ({reason}); choose another output folder")
     return error
 

@@ -20,16 +20,6 @@ PARTS = "correctness,throughput,embed,train"
 RESULTS = {"correctness.csv", "throughput.csv", "embed.csv", "train.csv", "run.log"}
 
 
-@pytest.fixture(scope="session")
-def package_index(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Skip the test unless pip reaches a package index."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "termcolor"]
-    folder = tmp_path_factory.mktemp("index")
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        pytest.skip(f"pip reaches no package index: {ended.stderr.splitlines()[-1]}")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_packed_folder_runs_by_itself(small_dataset: Path, tmp_path: Path, cli: Cli) -> None:

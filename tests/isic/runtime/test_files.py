@@ -54,6 +54,9 @@ def test_a_killed_writer_leaves_the_former_file(tmp_path: Path) -> None:
 def test_a_full_disk_and_a_read_only_folder_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the disk is full"), atomic_path(tmp_path / "f"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    # As Polars reports it.
+    with pytest.raises(UserError, match="the disk is full"), atomic_path(tmp_path / "f"):
+        raise OSError("No space left on device (os error 28)")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another output folder"):
         write_text(tmp_path / "file" / "below", "x")
