@@ -10,6 +10,7 @@ import polars as pl
 from benchmarks.computed import H200_CONFIGS, fed_column, h200_column, training_column
 from benchmarks.page import OWN_MARK, last_rows, read_results, render_page
 from benchmarks.settings import TablesSettings
+from infer.submission.rehearsal import FULL_ROWS
 from isic.runtime.config import describe_configs
 from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.files import read_text, refuse_foreign, write_text
@@ -60,6 +61,22 @@ def cpu_rate(engine: str, precision: str) -> Lookup:
         return dict(last.select("what", "images_per_second").iter_rows())
 
     return rates
+
+
+def submission_hours(precision: str, num_models: int) -> Lookup:
+    """Return the lookup of the hours for a hidden test set on two CPU cores by ONNX Runtime.
+
+    Args:
+        precision: of the engines.
+        num_models: 5 for the folds, 1 for fold_all.
+    """
+    rate = cpu_rate("onnx", precision)
+
+    def hours(results: Path) -> dict[str, str]:
+        seconds = {name: num_models * FULL_ROWS / float(of) for name, of in rate(results).items()}
+        return {name: f"{value / 3600:.1f}" for name, value in seconds.items()}
+
+    return hours
 
 
 THROUGHPUT = {
@@ -137,6 +154,24 @@ TABLES = {
             "onnx_fp32": cpu_rate("onnx", "fp32"),
             "onnx_int8": cpu_rate("onnx", "int8"),
             "aoti_bf16": cpu_rate("aoti", "bf16"),
+        },
+    ),
+    "hours": Table(
+        "configs",
+        ("what",),
+        {
+            "what": "config",
+            "folds_fp32": "fp32, five folds",
+            "all_fp32": "fp32, fold_all",
+            "folds_int8": "int8, five folds",
+            "all_int8": "int8, fold_all",
+        },
+        sort=("parameters_m",),
+        lookups={
+            "folds_fp32": submission_hours("fp32", 5),
+            "all_fp32": submission_hours("fp32", 1),
+            "folds_int8": submission_hours("int8", 5),
+            "all_int8": submission_hours("int8", 1),
         },
     ),
     "h200": Table(

@@ -34,7 +34,10 @@ TIMED_PER_WARMUP = 8
 """Timed batches per batch of warm-up."""
 NULL = "null"
 """The config of an engine that costs nothing, to measure the pipeline itself."""
-DOCUMENTS = (CHECKOUT / "README.md", CHECKOUT / "docs" / "benchmarks.md")
+DOCUMENTS = tuple(
+    CHECKOUT / name for name in ("README.md", "docs/benchmarks.md", "docs/submission.md")
+)
+"""The documents with tables of results."""
 # fmt: off
 WHEELS = (
     "fire", "termcolor", "pydantic", "pydantic-core", "annotated-types", "typing-inspection",

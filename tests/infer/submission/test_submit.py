@@ -302,6 +302,7 @@ def test_a_gpu_whose_library_does_not_load_is_replaced_by_the_cpu_aloud(
     project: Project, tmp_path: Path
 ) -> None:
     made = project.bundle(tmp_path / "bundle", cuda="12")
+    (tmp_path / "driver").mkdir()
     environment = fake_driver.install(tmp_path / "driver")
     output = tmp_path / "submission.csv"
     with started(made, project.data, output, **environment) as process:
