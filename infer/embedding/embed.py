@@ -1,6 +1,5 @@
 """`python -m infer embed`: write the features and logits of every image, per fold model."""
 
-import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from infer.embedding.embedder import Embedder, EmbedJob
-from infer.embedding.models import Models, find_models
+from infer.embedding.models import Models, choose_device, find_models
 from infer.embedding.progress import Progress
 from infer.embedding.ray_runner import run_ray
 from infer.embedding.run_spec import (
@@ -32,7 +31,6 @@ from infer.embedding.store import (
     EmbeddedSplit,
 )
 from infer.embedding.workers import run_processes
-from infer.engines import device_of
 from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
 from isic.folds import Folds, read_folds
 from isic.layout import (
@@ -45,7 +43,7 @@ from isic.layout import (
     fold_dirs,
     fold_name,
 )
-from isic.runtime.errors import UserError, warn
+from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path, holds, refuse_foreign, sha256, write_json
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.machine import processor
@@ -113,30 +111,6 @@ def wanted_splits(dataset: Dataset, settings: EmbedSettings) -> list[Split]:
     if settings.fold == ALL:
         return ["test"]
     return present_splits(dataset) if settings.split == "all" else [settings.split]
-
-
-def choose_device(models: Models, device: str, uses_ray: bool) -> str:
-    """Return the device of all processes; with Ray the given one, because nodes may differ."""
-    if uses_ray:
-        return device
-    chosen = device_of(models.first_manifest, device)
-    if chosen == "cpu":
-        for manifest in models.manifests.values():
-            _warn_of_other_cpu(manifest)
-    return chosen
-
-
-def _warn_of_other_cpu(manifest: Mapping[str, Any]) -> None:
-    """Warn if an int8 artifact passed the parity check on another CPU architecture."""
-    # Integer products are exact on every CPU, but libraries may scale activations differently.
-    checked_on = ((manifest.get("parity") or {}).get("cpu") or {}).get("architecture")
-    here = platform.machine()
-    if manifest.get("precision") == "int8" and checked_on not in {None, here}:
-        flag = f" --fold {ALL}" if manifest["fold"] == ALL else ""
-        warn(
-            f"fold {manifest['fold']} in int8 was checked on {checked_on}, this is {here}; run "
-            f"`python -m export --config {manifest['name']}{flag} --precision int8 --check` here",
-        )
 
 
 def present_splits(dataset: Dataset) -> list[Split]:
@@ -213,7 +187,7 @@ def _plan(
     split = source.split
     folds = None if split == IMAGES else read_folds(folds_path)
     if folds:
-        _refuse_unmatched_folds(models, folds)
+        refuse_unmatched_folds(models, folds)
     ids = source.read_ids()
     spec = build_run_spec(source, models, folds, ids, settings)
     root = settings.run_dir.resolve()
@@ -221,7 +195,8 @@ def _plan(
     return spec, plan_shards(root, split, ids, models.folds, held_out_by, settings.folds)
 
 
-def _refuse_unmatched_folds(models: Models, folds: Folds) -> None:
+def refuse_unmatched_folds(models: Models, folds: Folds) -> None:
+    """Raise a UserError if a model was trained with another fold plan."""
     expected = folds.digest
     for fold, manifest in models.manifests.items():
         trained_with = manifest.get("folds_digest", expected)
