@@ -1,4 +1,4 @@
-"""`python -m infer embed | fit | select | blend | predict | scores | compare | report | doctor`."""
+"""`python -m infer embed | fit | select | blend | predict | scores | explain | ...`."""
 
 from isic.runtime.cli import Command, run
 
@@ -21,6 +21,7 @@ COMMANDS = {
         "infer.ensemble.settings:CompareSettings",
         "infer.ensemble.scoring.compare:compare_ensembles",
     ),
+    "explain": Command("infer.explain.settings:ExplainSettings", "infer.explain.explain:explain"),
     "report": Command("infer.report.settings:ReportSettings", "infer.report.write:report"),
     "doctor": Command("infer.doctor:DoctorSettings", "infer.doctor:doctor"),
 }
