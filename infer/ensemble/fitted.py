@@ -154,6 +154,10 @@ def _to_polars(table: Table) -> pl.DataFrame:
         return table
     if not (hasattr(table, "columns") and hasattr(table, "notna")):
         raise UserError(f"a table is a polars or pandas DataFrame, not a {type(table).__name__}")
+    names = list(map(str, table.columns))
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"a table has two columns called {repeated}; rename one of them")
     # Not polars.from_pandas, which needs pyarrow for texts.
     return pl.DataFrame([_to_series(str(name), table[name]) for name in table.columns])
 

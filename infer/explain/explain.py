@@ -131,11 +131,12 @@ def _write(
     store: ImageStore,
     models: Models,
 ) -> None:
-    # The manifest comes first: it shows that the pictures are this command's own, so a run that
-    # is killed in between can be repeated.
     table = settings.output_dir / TABLE_FILE
-    write_parquet(table, values_table(explained, files))
-    write_manifest(table, **_facts(settings, models))
+    with atomic_path(table) as temporary:
+        write_parquet(temporary, values_table(explained, files))
+        # The manifest comes before the other files get their names: it shows that they are this
+        # command's own, so a run that is killed in between can be repeated.
+        write_manifest(table, temporary, **_facts(settings, models))
     for each in explained:
         crop, _ = store.load([each.name], PreprocessSpec(size=SIDE, interpolation="area"))
         write_png(settings.output_dir / files[each.name], draw(crop[0], each.drops, _caption(each)))

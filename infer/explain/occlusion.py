@@ -58,11 +58,20 @@ def occlusion_map(
         UserError: no image, one that cannot be used, or logits that are not finite.
     """
     if isinstance(network, Engine):
-        return occlude(network, np.asarray(images), fill, folds, batch_size or BATCH_CPU).drops
+        return occlude(network, _checked(images), fill, folds, batch_size or BATCH_CPU).drops
     pixels = network.decode(images)
     with network.in_use():
         size = batch_size or network.images_per_batch
         return occlude(network.engine, pixels, fill, folds, size).drops
+
+
+def _checked(images: object) -> Pixels:
+    """Return the images of an engine. Raise UserError if they are no pixels of one size."""
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4:
+        return images
+    raise UserError(
+        "an engine takes an array uint8 [N, S, S, 3]; give one, or an embedder in place of the engine"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +132,8 @@ FILLS = {"mean": _mean_colour, "blur": _blurred}
 
 
 @dataclass(frozen=True)
-class Submitted:
-    """A batch that the engine works on."""
+class Batch:
+    """Images that the engine works on."""
 
     pending: Pending
 
@@ -137,10 +146,10 @@ class Submitted:
 def _logits(
     engine: Engine, images: Iterator[Pixels], folds: Sequence[Fold] | None, batch_size: int
 ) -> Iterator[Float32s]:
-    in_flight: deque[Submitted] = deque()
+    in_flight: deque[Batch] = deque()
     with finished(in_flight):
         while batch := list(islice(images, batch_size)):
-            in_flight.append(Submitted(engine.submit(np.stack(batch), folds)))
+            in_flight.append(Batch(engine.submit(np.stack(batch), folds)))
             if len(in_flight) == IN_FLIGHT:
                 yield in_flight.popleft().logits()
         while in_flight:

@@ -79,6 +79,8 @@ def test_pandas_and_texts_score_the_same(project: Path, metadata: pl.DataFrame) 
     frame["attribution"] = frame["attribution"].astype("string")
     frame["age_approx"] = frame["age_approx"].astype("Int64")
     np.testing.assert_array_equal(ensemble.score(frame), expected)
+    with pytest.raises(UserError, match="two columns called sex"):
+        ensemble.score(pd.concat([frame, frame[["sex"]]], axis=1))
     as_text = read_test_text(project / "data")
     np.testing.assert_array_equal(ensemble.score(as_text), ensemble.score(metadata))
 
