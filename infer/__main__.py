@@ -1,4 +1,4 @@
-"""`python -m infer embed | fit | select | blend | predict | scores | compare | report | bundle | submit | doctor`."""
+"""`python -m infer embed | fit | select | blend | predict | bundle | submit | ...`."""
 
 from isic.runtime.cli import Command, run
 
@@ -23,6 +23,7 @@ COMMANDS = {
     ),
     "bundle": Command("infer.submission.settings:BundleSettings", "infer.submission.make:bundle"),
     "submit": Command("infer.submission.settings:SubmitSettings", "infer.submission.submit:submit"),
+    "explain": Command("infer.explain.settings:ExplainSettings", "infer.explain.explain:explain"),
     "report": Command("infer.report.settings:ReportSettings", "infer.report.write:report"),
     "doctor": Command("infer.doctor:DoctorSettings", "infer.doctor:doctor"),
 }

@@ -40,7 +40,19 @@ def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:
             of the wrong type, a target other than 0 or 1, duplicate or blank ids, no rows.
     """
     require_file(path)
-    table = read_table(path)
+    return check_metadata(read_table(path), path, need)
+
+
+def check_metadata(
+    table: pl.DataFrame, path: Path | str = "the metadata", need: Iterable[str] = ()
+) -> pl.DataFrame:
+    """Return a metadata table as `read_metadata` does, with its checks.
+
+    Args:
+        table: of any types that a file of it may have.
+        path: its origin, for messages.
+        need: required columns in addition to `isic_id`.
+    """
     _refuse_misspelt(table.columns, path)
     require(table, (schema.ID, *need), path)
     table = table.with_columns(
@@ -86,7 +98,7 @@ def require_file(path: Path) -> None:
         return
 
 
-def _refuse_misspelt(columns: Sequence[str], path: Path) -> None:
+def _refuse_misspelt(columns: Sequence[str], path: Path | str) -> None:
     """Raise a UserError for a column that matches the schema but for case or punctuation."""
     known = {_letters(name): name for name in schema.DTYPES if name not in columns}
     for name in columns:
@@ -121,7 +133,7 @@ def with_patient(table: pl.DataFrame) -> pl.DataFrame:
     return table.with_columns(patient_group())
 
 
-def _typed(column: pl.Series, path: Path) -> pl.Series:
+def _typed(column: pl.Series, path: Path | str) -> pl.Series:
     if isinstance(column.dtype, pl.Categorical | pl.Enum | pl.Binary | pl.Null):
         column = _cast(column, pl.String(), path)
     if schema.DTYPES[column.name] == pl.String():
@@ -129,7 +141,7 @@ def _typed(column: pl.Series, path: Path) -> pl.Series:
     return _number(column, path)
 
 
-def clean_text(column: pl.Series, path: Path) -> pl.Series:
+def clean_text(column: pl.Series, path: Path | str) -> pl.Series:
     """Return any column as stripped texts, null for those that mean "no value".
 
     Raises:
@@ -157,7 +169,7 @@ def _is_missing(text: pl.Expr, words: Sequence[str]) -> pl.Expr:
     return text.str.to_lowercase().is_in(words) | ~text.str.contains(LETTER_OR_DIGIT)
 
 
-def _number(column: pl.Series, path: Path) -> pl.Series:
+def _number(column: pl.Series, path: Path | str) -> pl.Series:
     """Return Float64, missing values as null. Raise UserError for non-numbers and infinities."""
     number = _cast(column, pl.Float64(), path, strict=False)
     wrong = (number.is_null() & column.is_not_null()) | number.is_infinite().fill_null(False)
@@ -175,7 +187,9 @@ def _number(column: pl.Series, path: Path) -> pl.Series:
     return number.fill_nan(None)  # polars' null functions do not see NaN
 
 
-def _cast(column: pl.Series, dtype: pl.DataType, path: Path, strict: bool = True) -> pl.Series:
+def _cast(
+    column: pl.Series, dtype: pl.DataType, path: Path | str, strict: bool = True
+) -> pl.Series:
     """Cast text, numbers and booleans. Raise UserError for dates, lists and other types."""
     plain = (pl.String, pl.Boolean, pl.Categorical, pl.Enum, pl.Binary, pl.Null)
     if not (column.dtype.is_numeric() or column.dtype in plain):
@@ -193,7 +207,7 @@ def _cast(column: pl.Series, dtype: pl.DataType, path: Path, strict: bool = True
         ) from None
 
 
-def check_ids(ids: pl.Series, path: Path) -> None:
+def check_ids(ids: pl.Series, path: Path | str) -> None:
     """Raise a UserError if there are no ids, or one is blank, repeated or a file name."""
     if ids.is_empty():
         raise UserError(f"{path} has no rows; give a table with at least one")
@@ -213,7 +227,7 @@ def check_ids(ids: pl.Series, path: Path) -> None:
     _warn_of_case(ids, path)
 
 
-def _warn_of_case(names: pl.Series, path: Path) -> None:
+def _warn_of_case(names: pl.Series, path: Path | str) -> None:
     """Warn of names that differ only in case: they may be one image or one patient."""
     lower = names.str.to_lowercase()
     if lower.n_unique() == names.n_unique():
@@ -226,7 +240,7 @@ def _warn_of_case(names: pl.Series, path: Path) -> None:
     )
 
 
-def _check_target(table: pl.DataFrame, path: Path) -> None:
+def _check_target(table: pl.DataFrame, path: Path | str) -> None:
     wrong = table.filter(~pl.col(schema.TARGET).is_in([0.0, 1.0]).fill_null(False))
     if len(wrong):
         value = wrong[schema.TARGET][0]

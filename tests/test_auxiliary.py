@@ -9,6 +9,7 @@ import onnx
 import polars as pl
 import pytest
 
+from infer import load_embedder
 from infer.embedding.store import read_run, scan_embeddings
 from infer.engines import load
 from isic import schema
@@ -156,3 +157,18 @@ def test_ensembles_are_fitted_on_embeddings_with_more_columns(
     where = ["--data", data, "--embeddings", embeddings, "--output_dir", tmp_path]
     ended = cli("infer", "fit", *where, "--name", "x", "--features", "image")
     assert ended.code == 0, ended.err
+
+
+def test_an_embedder_returns_them_by_name(run: Path, data: Path, embeddings: Path) -> None:
+    dataset = Dataset(data)
+    ids = dataset.metadata("test")["isic_id"].to_list()
+    with load_embedder(run) as embedder:
+        assert embedder.aux == AUX
+        embedded = embedder.embed(dataset.images("test").read(ids))
+    for fold, outputs in embedded.by_fold.items():
+        rows = scan_embeddings(embeddings, "test", COLUMNS, fold).collect()
+        assert rows["isic_id"].to_list() == ids
+        for name in AUX:
+            np.testing.assert_array_equal(outputs.aux[name], rows[f"aux.{name}"])
+    by_fold = [outputs.aux["dark"] for outputs in embedded.by_fold.values()]
+    np.testing.assert_allclose(embedded.aux["dark"], np.mean(by_fold, axis=0), rtol=1e-6)

@@ -1,6 +1,5 @@
 """`python -m infer embed`: write the features and logits of every image, per fold model."""
 
-import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from infer.embedding.embedder import Embedder, EmbedJob
-from infer.embedding.models import Models, find_models
+from infer.embedding.models import Models, choose_device, find_models
 from infer.embedding.progress import Progress, Watch
 from infer.embedding.ray_runner import run_ray
 from infer.embedding.run_spec import (
@@ -32,7 +31,6 @@ from infer.embedding.store import (
     EmbeddedSplit,
 )
 from infer.embedding.workers import run_processes
-from infer.engines import device_of
 from isic.dataset import SPLITS, Dataset, Split, refuse_dataset
 from isic.folds import read_folds
 from isic.layout import (
@@ -45,7 +43,7 @@ from isic.layout import (
     fold_dirs,
     fold_name,
 )
-from isic.runtime.errors import UserError, warn
+from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path, holds, refuse_foreign, sha256, write_json
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.machine import processor
@@ -117,30 +115,6 @@ def wanted_splits(dataset: Dataset, settings: EmbedSettings) -> list[Split]:
     if settings.fold == ALL:
         return ["test"]
     return present_splits(dataset) if settings.split == "all" else [settings.split]
-
-
-def choose_device(models: Models, device: str, uses_ray: bool) -> str:
-    """Return the device of all processes; with Ray the given one, because nodes may differ."""
-    if uses_ray:
-        return device
-    chosen = device_of(models.first_manifest, device)
-    if chosen == "cpu":
-        for manifest in models.manifests.values():
-            _warn_of_other_cpu(manifest)
-    return chosen
-
-
-def _warn_of_other_cpu(manifest: Mapping[str, Any]) -> None:
-    """Warn if an int8 artifact passed the parity check on another CPU architecture."""
-    # Integer products are exact on every CPU, but libraries may scale activations differently.
-    checked_on = ((manifest.get("parity") or {}).get("cpu") or {}).get("architecture")
-    here = platform.machine()
-    if manifest.get("precision") == "int8" and checked_on not in {None, here}:
-        flag = f" --fold {ALL}" if manifest["fold"] == ALL else ""
-        warn(
-            f"fold {manifest['fold']} in int8 was checked on {checked_on}, this is {here}; run "
-            f"`python -m export --config {manifest['name']}{flag} --precision int8 --check` here",
-        )
 
 
 def present_splits(dataset: Dataset) -> list[Split]:
@@ -237,20 +211,24 @@ def _folds_digest(models: Models, folds_path: Path) -> str:
     Raises:
         UserError: a model was trained with another plan, or its manifest names none.
     """
-    has_plan = folds_path.is_file()
-    named = models.first_manifest.get("folds_digest")
-    if not has_plan and named is None:
+    expected = models.first_manifest.get("folds_digest")
+    if folds_path.is_file():
+        expected = read_folds(folds_path).digest
+    if expected is None:
         raise UserError(f"{folds_path} is missing; copy it from the folder of the training run")
-    expected = read_folds(folds_path).digest if has_plan else str(named)
+    refuse_unmatched_folds(models, expected)
+    return str(expected)
+
+
+def refuse_unmatched_folds(models: Models, expected: str) -> None:
+    """Raise a UserError if a model was trained with a fold plan of another digest."""
     for fold, manifest in models.manifests.items():
         trained_with = manifest.get("folds_digest", expected)
         if trained_with != expected:
-            other = "its run has" if has_plan else "another fold with"
             raise UserError(
-                f"{models.artifacts[fold]} was trained with the fold plan {trained_with}, but "
-                f"{other} {expected}; export it again from its own run"
+                f"{models.artifacts[fold]} was trained with the fold plan {trained_with}, but its "
+                f"run has {expected}; export it again from its own run"
             )
-    return expected
 
 
 def _refuse_other_folds(root: Path, folds_path: Path) -> None:

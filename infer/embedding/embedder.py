@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from infer.embedding.decoders import Recipe, decoders_for
 from infer.embedding.models import Models
@@ -160,8 +161,15 @@ def collect(in_flight: deque[Submitted], stream: DecodeAhead, writer: ShardWrite
     writer.add(oldest.shard, Computed(oldest.batch.ids, oldest.batch.failed, outputs))
 
 
+class InFlight(Protocol):
+    """Anything with a batch that an engine works on."""
+
+    @property
+    def pending(self) -> Pending: ...
+
+
 @contextlib.contextmanager
-def finished(in_flight: deque[Submitted]) -> Iterator[None]:
+def finished(in_flight: Iterable[InFlight]) -> Iterator[None]:
     """Wait at the end of the block for the batches that an exception left in the engine."""
     try:
         yield

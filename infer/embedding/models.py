@@ -1,17 +1,18 @@
 """Find the exported model of each fold of a training run."""
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infer.embedding.choice import Found, Request, choose, find_exported
-from infer.engines import manifest_spec
+from infer.engines import device_of, manifest_spec
 from infer.engines.contract import AUX
 from infer.formats import AUTO, ENGINE_FORMATS
-from isic.layout import Fold, fold_files, fold_name
+from isic.layout import ALL, Fold, fold_files, fold_name
 from isic.preprocess import PreprocessSpec
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, warn
 from isic.runtime.files import read_manifest
 
 
@@ -44,6 +45,19 @@ class Models:
     def aux(self) -> dict[str, str]:
         """The definitions of the auxiliary targets by name, in the order of the outputs."""
         return dict(self.first_manifest.get(AUX, {}))
+
+    @property
+    def engines(self) -> dict[str, str]:
+        """The digests of the artifacts by fold, as JSON has them."""
+        return {str(fold): manifest["sha256"] for fold, manifest in self.manifests.items()}
+
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """The digests of the checkpoints behind the artifacts by fold, as JSON has them."""
+        return {
+            str(fold): manifest.get("made_from", manifest)["sha256"]
+            for fold, manifest in self.manifests.items()
+        }
 
     @property
     def batch_size(self) -> int | None:
@@ -108,6 +122,34 @@ def find_models(
             f"the folds in {model_dir} differ in their preprocessing; train and export them alike"
         )
     return Models(artifacts, manifests, specs.pop(), reason)
+
+
+def open_artifact(path: Path, tta: str = "none") -> Models:
+    """Return the model of one fold by the path of its artifact.
+
+    Args:
+        tta: the views to average over, in the graph or on the host.
+
+    Raises:
+        UserError: there is no artifact or no manifest, the manifest is of other bytes or of another
+            file than an artifact, or the graph averages over other views.
+    """
+    manifest = read_manifest(path)
+    if manifest.get("format") not in ENGINE_FORMATS:
+        raise UserError(
+            f"{path} is not an exported artifact; give one, such as model.onnx, or the run's folder"
+        )
+    _refuse_other_views(path, manifest, tta)
+    fold = manifest["fold"]
+    return Models({fold: path.resolve()}, {fold: manifest}, manifest_spec(manifest))
+
+
+def config_of(model_dir: Path, fold: Fold | None = None) -> str:
+    """Return the config that a run's artifacts name; without any, the name of the folder."""
+    for artifacts in find_exported(model_dir, fold).values():
+        for artifact in artifacts:
+            return str(artifact.manifest["name"])
+    return model_dir.resolve().name
 
 
 def _named_files(model_dir: Path, config: str, name: str, fold: Fold | None) -> dict[Fold, Path]:
@@ -181,3 +223,27 @@ def _flag(fold: Fold | None) -> str:
 
 def _folders(fold: Fold | None) -> str:
     return "fold_<k>" if fold is None else fold_name(fold)
+
+
+def choose_device(models: Models, device: str, uses_ray: bool) -> str:
+    """Return the device of all processes; with Ray the given one, because nodes may differ."""
+    if uses_ray:
+        return device
+    chosen = device_of(models.first_manifest, device)
+    if chosen == "cpu":
+        for manifest in models.manifests.values():
+            _warn_of_other_cpu(manifest)
+    return chosen
+
+
+def _warn_of_other_cpu(manifest: Mapping[str, Any]) -> None:
+    """Warn if an int8 artifact passed the parity check on another CPU architecture."""
+    # Integer products are exact on every CPU, but libraries may scale activations differently.
+    checked_on = ((manifest.get("parity") or {}).get("cpu") or {}).get("architecture")
+    here = platform.machine()
+    if manifest.get("precision") == "int8" and checked_on not in {None, here}:
+        flag = f" --fold {ALL}" if manifest["fold"] == ALL else ""
+        warn(
+            f"fold {manifest['fold']} in int8 was checked on {checked_on}, this is {here}; run "
+            f"`python -m export --config {manifest['name']}{flag} --precision int8 --check` here",
+        )

@@ -66,11 +66,8 @@ def build_run_spec(
         "folds": models.folds,
         "folds_mode": settings.folds if folds_digest else "all",
         "folds_digest": folds_digest,
-        "engines": {str(fold): manifest["sha256"] for fold, manifest in models.manifests.items()},
-        "checkpoints": {
-            str(fold): manifest.get("made_from", manifest)["sha256"]
-            for fold, manifest in models.manifests.items()
-        },
+        "engines": models.engines,
+        "checkpoints": models.checkpoints,
         "preprocess": models.spec.model_dump(mode="json"),
         "tta": settings.tta,
         "dtype": settings.dtype,
@@ -80,14 +77,14 @@ def build_run_spec(
         "metadata_sha256": source.table_digest(),
         "images": {"number": len(images), "sizes": images.sizes_digest()},
         "versions": versions(*SPEC_PACKAGES),
-        "batch_size": settings.batch_size or _usual_batch_size(source.split, models, settings),
+        "batch_size": settings.batch_size or _default_batch_size(source.split, models, settings),
         "ids_digest": ids_digest(ids),
     }
     spec[RUN_SPEC_KEY] = digest(json.dumps(spec))
     return spec
 
 
-def _usual_batch_size(split: EmbeddedSplit, models: Models, settings: EmbedSettings) -> int:
+def _default_batch_size(split: EmbeddedSplit, models: Models, settings: EmbedSettings) -> int:
     """Return the batch size if none is given."""
     # A resumed run keeps its own: the last bits of an engine's outputs may depend on it.
     path = settings.run_dir.resolve() / split / RUN_SPEC_FILE
@@ -95,9 +92,13 @@ def _usual_batch_size(split: EmbeddedSplit, models: Models, settings: EmbedSetti
         earlier = read_json(path).get("batch_size")
         if earlier:
             return int(earlier)
+    return usual_batch_size(models, device_of(models.first_manifest, settings.device))
+
+
+def usual_batch_size(models: Models, device: str) -> int:
+    """Return the batch size that suits the models on `cpu` or `cuda`."""
     if models.batch_size:
         return int(models.batch_size)
-    device = device_of(models.first_manifest, settings.device)
     usual = BATCH_GPU if device == "cuda" else BATCH_CPU
     # The graph computes every view of a batch at once.
     return max(1, usual // len(VIEWS[models.tta]))

@@ -20,12 +20,13 @@ network that was trained on every row are in `<output_dir>/<config>_all`, in `te
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from infer.embedding.outputs import NamedOutputs
 from isic import schema
 from isic.dataset import Split
 from isic.layout import AUX_PREFIX, ERRORS_FILE, Fold, fold_dir, fold_number
@@ -38,6 +39,8 @@ RUN_FILE = "run.json"
 IMAGES: Final = "images"
 """The images of `--images`, which are no split of a dataset."""
 EmbeddedSplit = Split | Literal["images"]
+Embeddings: TypeAlias = Path | NamedOutputs
+"""An embedding run: its folder, or the outputs of the images to score in memory."""
 BAD_IMAGES_SCHEMA = {"isic_id": pl.String, "reason": pl.String}
 RUN_SPEC_KEY = "plan_digest"
 """Key of the run spec's digest in a run's JSON files and in the metadata of its shards."""
@@ -90,8 +93,10 @@ def ids_digest(ids: pl.Series) -> str:
     return digest(*(digest(*rows[schema.ID]) for rows in slices))
 
 
-def read_run(root: Path, split: EmbeddedSplit) -> dict[str, Any]:
+def read_run(root: Embeddings, split: EmbeddedSplit) -> dict[str, Any]:
     """Read the `run.json` of a finished embedding run. Raise UserError if there is none."""
+    if isinstance(root, NamedOutputs):
+        return root.run
     path = root / split / RUN_FILE
     if not path.is_file():
         raise UserError(
@@ -112,7 +117,7 @@ ORIGIN_KEYS = {
 
 
 def refuse_other_origin(
-    root: Path, split: EmbeddedSplit, found: Mapping[str, Any], fitted: Mapping[str, Any]
+    root: Embeddings, split: EmbeddedSplit, found: Mapping[str, Any], fitted: Mapping[str, Any]
 ) -> None:
     """Raise a UserError if embeddings differ in origin from those an ensemble was fitted with.
 
@@ -131,9 +136,9 @@ def refuse_other_origin(
 
 
 def scan_embeddings(
-    root: Path,
+    root: Embeddings,
     split: EmbeddedSplit,
-    columns: Iterable[str] = ("features", "logit"),
+    columns: Sequence[str] = ("features", "logit"),
     only_fold: int | None = None,
 ) -> pl.LazyFrame:
     """Scan the embeddings of a split; collect them inside `isic.tables.reading`.
@@ -147,6 +152,8 @@ def scan_embeddings(
         UserError: the run is not finished, one of its folds has no shards, or a shard belongs to
             another run or cannot be read.
     """
+    if isinstance(root, NamedOutputs):
+        return root.scan(columns, only_fold)
     run = read_run(root, split)
     frames = []
     # Chosen here, because a filter of the result would read the features of all folds.
@@ -173,7 +180,7 @@ def _refuse_other_run(shards: Iterable[Path], run: Mapping[str, Any]) -> None:
 
 
 def refuse_missing_embeddings(
-    missing: pl.DataFrame, num_images: int, root: Path, split: EmbeddedSplit
+    missing: pl.DataFrame, num_images: int, root: Embeddings, split: EmbeddedSplit
 ) -> None:
     """Raise a UserError if an embedding is missing of an image that the run could use.
 
@@ -181,9 +188,7 @@ def refuse_missing_embeddings(
     """
     if missing.is_empty():
         return
-    errors = root / split / ERRORS_FILE
-    skipped = read_parquet(errors)[schema.ID] if errors.is_file() else pl.Series(dtype=pl.String)
-    missing = missing.filter(~pl.col(schema.ID).is_in(skipped.implode()))
+    missing = missing.filter(~pl.col(schema.ID).is_in(_read_skipped(root, split).implode()))
     if len(missing):
         raise UserError(
             f"{root} lacks the {split} embeddings of {missing[schema.ID].n_unique()} of "
@@ -191,3 +196,11 @@ def refuse_missing_embeddings(
             f"{missing['fold'][0]}; run `python -m infer embed --split {split}` on all of them, "
             "for every fold"
         )
+
+
+def _read_skipped(root: Embeddings, split: EmbeddedSplit) -> pl.Series:
+    """Return the ids of the images that could not be used."""
+    if isinstance(root, NamedOutputs):
+        return root.skipped
+    errors = root / split / ERRORS_FILE
+    return read_parquet(errors)[schema.ID] if errors.is_file() else pl.Series(dtype=pl.String)

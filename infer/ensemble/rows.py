@@ -24,7 +24,13 @@ from infer.ensemble.features.own_tables import (
 )
 from infer.ensemble.features.spec import IMAGE_WORDS, FeatureSpec
 from infer.ensemble.images.columns import ALIGNED
-from infer.ensemble.images.features import ImageRows, ImageState, fit_image_state, read_image_rows
+from infer.ensemble.images.features import (
+    ImageRows,
+    ImageState,
+    fit_image_state,
+    read_image_rows,
+    read_plans,
+)
 from infer.ensemble.settings import NUM_FOLDS, FitSettings
 from isic import schema
 from isic.dataset import Dataset
@@ -72,9 +78,9 @@ class FitRows:
 
     @cached_property
     def images(self) -> ImageRows:
-        return read_image_rows(
-            self.image, self.settings.sources, "train", self.metadata, out_of_fold=True
-        )
+        settings = self.settings
+        plans = read_plans(settings.embeddings) if self.image.networks else None
+        return read_image_rows(self.image, settings.sources, "train", self.metadata, plans)
 
     @cached_property
     def table(self) -> TrainingTable:
@@ -112,7 +118,7 @@ def read_rows(settings: FitSettings) -> FitRows:
     folds = choose_folds(settings, metadata)
     fold = folds.of(metadata)
     refuse_other_folds(own_tables.values(), metadata, fold.to_numpy(), folds)
-    image = fit_image_state(spec.forms, settings.sources, metadata)
+    image = fit_image_state(spec.forms, settings.embeddings, settings.frozen, metadata)
     names = spec.names(image)
     for library in settings.libraries if names else ():
         check_library(library, settings.parameters(library), names)

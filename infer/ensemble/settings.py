@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import yaml
 from pydantic import AliasChoices, Field, field_validator, model_validator
@@ -15,6 +15,9 @@ from isic.layout import OUTPUT_DIR
 from isic.runtime import yaml12
 from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason
 from isic.runtime.errors import did_you_mean
+
+if TYPE_CHECKING:  # settings import no polars
+    from infer.embedding.store import Embeddings
 
 # Chosen by `python -m benchmarks hospitals` on 885 real rows of four hospitals. Change of the pAUC
 # compared with no blanks, for raw and engineered features (all noise by `infer compare`):
@@ -40,14 +43,17 @@ CHANGES = "library_settings"
 """The field behind the flags of the libraries."""
 OUTPUT_NAMES = AliasChoices("output_dir", "out")
 
+Few = Literal["warn", "refuse", "raw"]
+"""How patients with few lesions are scored if scores compare lesions."""
+
 
 @dataclass(frozen=True)
 class EmbeddingSources:
     """The embedding runs to read; the fields are also flags and keys of the manifest."""
 
-    embeddings: tuple[Path, ...] = ()
+    embeddings: tuple["Embeddings", ...] = ()
     """Of networks whose folds' models hold the training rows out."""
-    frozen: tuple[Path, ...] = ()
+    frozen: tuple["Embeddings", ...] = ()
     """Of networks that were trained on other images."""
 
 
@@ -357,7 +363,7 @@ class PredictSettings(Settings):
         validation_alias=AliasChoices("output", "out"),
         description="the submission to write",
     )
-    few: Literal["warn", "refuse", "raw"] = Field(
+    few: Few = Field(
         "warn",
         description="when patients have fewer lesions than nearly all in training and features are "
         "relative to the patient; raw: score these patients by the members of a blend that have no "

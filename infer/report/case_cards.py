@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from infer.report.cases import Case, Lesion, Picture
+from infer.report.occlusion import MapPicture
 from isic.html import page
 from isic.html.markup import Markup, join, tag
 
@@ -23,17 +24,33 @@ Pictures = Mapping[str, Picture]
 """Thumbnails by id; empty if the dataset has no images."""
 
 
-def case_card(case: Case, large: Pictures, small: Pictures) -> Markup:
-    """Return the card of a lesion; `small` has the pictures of the patient's other lesions."""
+def case_card(
+    case: Case, large: Pictures, small: Pictures, maps: Mapping[str, MapPicture] | None = None
+) -> Markup:
+    """Return the card of a lesion.
+
+    Args:
+        small: pictures of the patient's other lesions.
+        maps: occlusion maps by id; a lesion may lack one.
+    """
     name = case.lesion.name
     title = tag("div", tag("h3", name, class_="id"), _ranking(case))
     metadata = page.facts(_shown_metadata(case.row), "row")
     if large:
         image = photo(large[name], f"lesion {name}")
-        main = tag("div", image, title, metadata, class_="case")
+        shown = tag("div", image, *_map(name, maps or {}), class_="photos")
+        main = tag("div", shown, title, metadata, class_="case")
     else:
         main = tag("div", title, metadata)
     return tag("article", main, _others(case, small), _all_metadata(case.row))
+
+
+def _map(name: str, maps: Mapping[str, MapPicture]) -> list[Markup]:
+    if name not in maps:
+        return []
+    found = maps[name]
+    image = photo(found.picture, f"occlusion map of lesion {name}")
+    return [image, tag("p", f"largest change {found.largest_change:.2f}", class_="change")]
 
 
 def _ranking(case: Case) -> Markup:

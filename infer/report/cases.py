@@ -108,12 +108,13 @@ def pictures(images: ImageStore, names: Sequence[str], side: int) -> dict[str, P
     """Return thumbnails by id, square as the model sees the images."""
     pixels, failed = images.load(names, PreprocessSpec(size=side, interpolation="area"))
     return {
-        name: Picture(reason=failed[row]) if row in failed else Picture(_jpeg_uri(pixels[row]))
+        name: Picture(reason=failed[row]) if row in failed else Picture(jpeg_uri(pixels[row]))
         for row, name in enumerate(names)
     }
 
 
-def _jpeg_uri(image: Pixels) -> str:
+def jpeg_uri(image: Pixels) -> str:
+    """Return an image uint8 [h, w, 3] as a data URI."""
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")

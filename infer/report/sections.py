@@ -21,6 +21,7 @@ from infer.report.cases import Case, pictures, worst_false_alarms, worst_misses
 from infer.report.curves import NUM_RESAMPLES, Reliability, reliability
 from infer.report.importance import GROUPS, importance, share_by_group
 from infer.report.maps import projections
+from infer.report.occlusion import MapPicture, Network
 from infer.report.scored import BLEND, GROUP, Judgement, Scored, judge, mean_probability
 from isic import schema
 from isic.html import page
@@ -45,18 +46,24 @@ ReportSection = tuple[str, Sequence[str]]
 """Title and content."""
 
 
-def sections(scored: Scored, embeddings: Sequence[Path]) -> dict[str, ReportSection]:
+def sections(
+    scored: Scored, embeddings: Sequence[Path], network: Network | None = None
+) -> dict[str, ReportSection]:
     """Return all sections by the names of the links to them.
 
+    Args:
+        embeddings: runs to draw maps of.
+        network: the one that makes the occlusion maps of the errors; None for no such maps.
+
     Raises:
-        UserError: embeddings are of another network or fold plan.
+        UserError: embeddings or the network are of another network or fold plan.
     """
     return {
         "Ranking": _ranking(scored),
         "Stability": _stability(scored),
         "Calibration": _calibration(scored),
         **_inside(scored, embeddings),
-        **_errors(scored),
+        **_errors(scored, network),
         "Origin": _origin(scored),
     }
 
@@ -392,15 +399,19 @@ def _map(ensemble: Ensemble, oof: pl.DataFrame, embeddings: Sequence[Path]) -> R
     return title, (tag("p", intro), tag("p", *key), tag("div", *maps, class_="figures maps"))
 
 
-def _errors(scored: Scored) -> dict[str, ReportSection]:
+def _errors(scored: Scored, network: Network | None) -> dict[str, ReportSection]:
     misses = worst_misses(scored.oof, scored.metadata)
     alarms = worst_false_alarms(scored.oof, scored.metadata)
     large, small = _thumbnails(scored, (*misses, *alarms))
 
+    maps = _occlusion_maps(scored, network, (*misses, *alarms))
+
     note = [tag("p", scored.images_missing)] if scored.images is None else []
+    if network and maps:
+        note = [tag("p", _maps_text(network)), tag("p", *MAP_KEY)]
 
     def section(title: str, intro: str, cases: Sequence[Case]) -> ReportSection:
-        cards = [case_card(case, large, small) for case in cases]
+        cards = [case_card(case, large, small, maps) for case in cases]
         return title, (tag("p", intro), *note, tag("div", *cards, class_="cases"))
 
     return {
@@ -409,6 +420,29 @@ def _errors(scored: Scored) -> dict[str, ReportSection]:
             "Worst false alarms", "The benign lesions with the highest scores.", alarms
         ),
     }
+
+
+MAP_KEY = (
+    tag("span", "the patch raises the logit", class_="key raises"),
+    tag("span", "the patch lowers it", class_="key lowers"),
+)
+
+
+def _maps_text(network: Network) -> str:
+    return (
+        f"Below each photo is its occlusion map: the change of the logit of {network.name} if a "
+        "patch of the image is hidden by the image's mean colour. It is made by the fold that held "
+        "the lesion out, and each map has a scale of its own. A map shows where the network looks, "
+        "not why."
+    )
+
+
+def _occlusion_maps(
+    scored: Scored, network: Network | None, cases: Sequence[Case]
+) -> dict[str, MapPicture]:
+    if network is None or scored.images is None:
+        return {}
+    return network.maps(scored.images, sorted({case.lesion.name for case in cases}), LARGE)
 
 
 def _thumbnails(scored: Scored, cases: Sequence[Case]) -> tuple[Pictures, Pictures]:

@@ -21,3 +21,8 @@ class ReportSettings(Settings):
     embeddings: Several[Path] = Field(
         (), description="outputs/embeddings/<config> of each network to draw a map of"
     )
+    maps: Path | None = Field(
+        None,
+        description="outputs/<config> of a network with exported folds, to draw the occlusion map of "
+        "each miss and false alarm; takes 50 runs of the network per image",
+    )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from infer.ensemble.artifact import REPORT_FILE
 from infer.ensemble.blends.artifact import open_scorer
+from infer.report.occlusion import open_network
 from infer.report.scored import read_scored
 from infer.report.sections import header, sections
 from infer.report.settings import ReportSettings
@@ -17,21 +18,27 @@ REPORT_STYLE = Path(__file__).with_name("report.css")
 
 def report(settings: ReportSettings) -> None:
     """Write an ensemble's report.html: curves, tables, feature importance, worst errors."""
-    print(f"report: {write_report(settings.ensemble, settings.data, settings.embeddings)}")
+    path = write_report(settings.ensemble, settings.data, settings.embeddings, settings.maps)
+    print(f"report: {path}")
 
 
-def write_report(ensemble: Path, data: Path, embeddings: Sequence[Path] = ()) -> Path:
+def write_report(
+    ensemble: Path, data: Path, embeddings: Sequence[Path] = (), maps: Path | None = None
+) -> Path:
     """Write `report.html` into an ensemble's folder and return its path.
 
     Args:
         data: the dataset that it was fitted on; its images, if any, are shown.
-        embeddings: embedding runs that it was fitted with, for the maps.
+        embeddings: embedding runs that it was fitted with, for the maps of embeddings.
+        maps: a training run that it was fitted with, for occlusion maps; none are drawn if None.
 
     Raises:
-        UserError: no ensemble, other data, or embeddings of another network or fold plan.
+        UserError: no ensemble, other data, or embeddings or a training run of another network or
+            fold plan.
     """
     scored = read_scored(open_scorer(ensemble), data)
-    parts = sections(scored, embeddings)
+    network = open_network(scored.ensemble, maps) if maps else None
+    parts = sections(scored, embeddings, network)
     body = (page.section(name, title, *content) for name, (title, content) in parts.items())
     name = scored.ensemble.root.name
     text = page.document(

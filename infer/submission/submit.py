@@ -7,7 +7,7 @@ replaced only by one of a better candidate.
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,15 +21,12 @@ from infer.ensemble.blends.artifact import Scorer, ensembles_of
 from infer.ensemble.blends.ranks import Scores, to_scale_of
 from infer.ensemble.boosting.refit import Rows, choose_rows
 from infer.ensemble.predict import (
-    TestScores,
     TestTable,
-    few_lesions,
     read_test_table,
     refuse_foreign_submission,
-    require_columns,
-    score_table,
     write_submission,
 )
+from infer.ensemble.score_table import TableScores, score_table
 from infer.ensemble.settings import EmbeddingSources
 from infer.submission.candidates import Candidate, best, out_of_fold
 from infer.submission.contents import Bundle, PackedNetwork, open_bundle
@@ -41,7 +38,6 @@ from isic.layout import ALL, ERRORS_FILE, find_embeddings
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import digest, manifest_path, read_json
 from isic.runtime.interrupt import Interrupted, interruptible
-from isic.runtime.machine import num_cores
 from isic.runtime.progress import duration
 from isic.tables import read_parquet
 
@@ -223,43 +219,38 @@ class Run:
         return True
 
     def _write(self, candidate: Candidate) -> None:
-        scorer, scored = self._score(candidate)
+        scorer, found = self._score(candidate)
         lost_rows = self._bad_rows(candidate)
-        score = scored.score
         if lost_rows.any():
-            score = np.where(lost_rows, self._fallback_on_scale_of(scorer), score)
-        origins = {
-            **scored.origins,
-            "bundle": {
-                "sha256": self.bundle.digest,
-                "inputs": self._key,
-                "candidate": str(candidate),
-                "left_out": self.lost,
-                "rows_without_image": int(lost_rows.sum()),
-            },
+            others = self._fallback_on_scale_of(scorer)
+            found = replace(found, score=np.where(lost_rows, others, found.score))
+        facts = {
+            "sha256": self.bundle.digest,
+            "inputs": self._key,
+            "candidate": str(candidate),
+            "left_out": self.lost,
+            "rows_without_image": int(lost_rows.sum()),
         }
-        write_submission(self.settings.output, self.test, scored.models, score, scorer, origins)
+        write_submission(self.settings.output, self.test, scorer, found, {"bundle": facts})
         print(
             f"submission {self.settings.output} after {duration(self.clock.seconds)}: {candidate}",
             flush=True,
         )
 
-    def _score(self, candidate: Candidate) -> tuple[Scorer, TestScores]:
-        rows = self._rows(candidate)
+    def _score(self, candidate: Candidate) -> tuple[Scorer, TableScores]:
         found: dict[str, list[Path]] = {"embeddings": [], "frozen": []}
         for name in candidate.networks:
             found[self.bundle.networks[name].flag].append(self.embedded[name])
         sources = EmbeddingSources(tuple(found["embeddings"]), tuple(found["frozen"]))
-        scorer = choose_rows(self.bundle.open(candidate), rows, sources)
-        require_columns(scorer, self.test.metadata, self.test.path)
-        few = self.bundle.manifest["few"] if candidate == self.bundle.candidates[0] else "warn"
+        scorer = choose_rows(self.bundle.open(candidate), self._rows(candidate), sources)
         return scorer, score_table(
             scorer,
             self.test.metadata,
             sources,
-            {},
-            self.settings.num_threads or num_cores(),
-            few_lesions(scorer, self.test.metadata, few),
+            own_tables={},
+            num_threads=self.settings.num_threads or 0,
+            few=self.bundle.manifest["few"] if candidate == self.bundle.candidates[0] else "warn",
+            source=self.test.path,
         )
 
     def _rows(self, candidate: Candidate) -> Rows:

@@ -1,7 +1,10 @@
 """The error that a user can cause and fix, warnings, and hints at misspelt names."""
 
+import contextlib
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import cache
 
@@ -13,9 +16,41 @@ class UserError(ValueError):
     """
 
 
+class ResultWarning(UserWarning):
+    """A result may be wrong; the message says why."""
+
+
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
+
+
+@contextlib.contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """Within the block, append the messages of `warn` to the list instead of printing them."""
+    messages: list[str] = []
+    token = _collected.set(messages)
+    try:
+        yield messages
+    finally:
+        _collected.reset(token)
+
+
+@contextlib.contextmanager
+def issue_warnings() -> Iterator[None]:
+    """Turn the warnings of the block into Python warnings, which name the caller's line."""
+    with collect_warnings() as messages:
+        yield
+    for message in messages:
+        # Past this generator, `contextlib` and the public function.
+        warnings.warn(message, ResultWarning, stacklevel=4)
+
+
 def warn(message: str) -> None:
     """Print a warning to standard error."""
-    print(f"warning: {message}", file=sys.stderr)
+    collected = _collected.get()
+    if collected is None:
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        collected.append(message)
 
 
 @cache

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from infer.embedding.store import shard_path, write_shard
+from infer.embedding.outputs import EmbeddedImages, FoldOutputs
+from infer.embedding.store import read_run, scan_embeddings, shard_path, write_shard
 from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.predict import predict_submission
 from infer.ensemble.settings import FitSettings, PredictSettings
@@ -106,6 +107,18 @@ def write_seen_lists(root: Path, train: pl.DataFrame, folds: Folds) -> None:
         write_seen(
             fold_dir(root / "train", k) / TRAINED_ON_FILE, seen_rows(train.filter(fold != k))
         )
+
+
+def outputs_of(root: Path, ids: pl.Series) -> EmbeddedImages:
+    """Return the test embeddings of a run as an embedder would."""
+    run = read_run(root, "test")
+    by_fold = {}
+    for fold in run["folds"]:
+        rows = scan_embeddings(root, "test", only_fold=fold).collect()
+        rows = ids.to_frame("isic_id").join(rows, on="isic_id", maintain_order="left", how="left")
+        features = rows["features"].to_numpy().astype(np.float32)
+        by_fold[fold] = FoldOutputs(features, rows["logit"].to_numpy())
+    return EmbeddedImages(by_fold, {}, run)
 
 
 def write_run(root: Path, split: str, folds: Folds) -> None:

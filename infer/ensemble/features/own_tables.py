@@ -71,6 +71,7 @@ class OwnTable:
     """A table that was read and checked."""
 
     path: Path
+    """The file; of a table in memory its name."""
     spec: TableSpec
     rows: pl.DataFrame
     """`isic_id`, the columns (Float32 or String) and, if `oof`, `fold` as it was read."""
@@ -136,10 +137,7 @@ def read_test_tables(entries: Sequence[str], specs: Mapping[str, TableSpec]) -> 
             )
     for kind, path in declared:
         if path.stem not in specs:
-            raise UserError(
-                f"the ensemble was fitted without a table {path.stem}; its tables are: "
-                f"{', '.join(specs) or 'none'}"
-            )
+            raise UserError(_unknown_table(path.stem, specs))
         if kind not in (None, specs[path.stem].kind):
             raise UserError(
                 f"{path} was declared {specs[path.stem].kind} at the fit, not {kind}; leave it out"
@@ -147,8 +145,33 @@ def read_test_tables(entries: Sequence[str], specs: Mapping[str, TableSpec]) -> 
     return {name: _read(paths[name], spec.kind, spec) for name, spec in specs.items()}
 
 
+def check_test_tables(
+    tables: Mapping[str, pl.DataFrame], specs: Mapping[str, TableSpec]
+) -> dict[str, OwnTable]:
+    """Check tables of rows to score in memory by their names, as `read_test_tables` does files."""
+    lacking = [name for name in specs if name not in tables]
+    if lacking:
+        raise UserError(
+            f'the ensemble was fitted with the table "{lacking[0]}"; give its values of these rows'
+        )
+    for name in tables:
+        if name not in specs:
+            raise UserError(_unknown_table(name, specs))
+    return {name: _check(tables[name], Path(name), spec.kind, spec) for name, spec in specs.items()}
+
+
+def _unknown_table(name: str, specs: Iterable[str]) -> str:
+    return (
+        f"the ensemble was fitted without a table {name}; its tables are: "
+        f"{', '.join(specs) or 'none'}"
+    )
+
+
 def _read(path: Path, kind: str, expected: TableSpec | None) -> OwnTable:
-    table = read_table(path)
+    return _check(read_table(path), path, kind, expected)
+
+
+def _check(table: pl.DataFrame, path: Path, kind: str, expected: TableSpec | None) -> OwnTable:
     if schema.ID not in table.columns:
         raise UserError(f"{path} lacks the column {schema.ID}; add it")
     table = table.with_columns(_clean_text(table[schema.ID].cast(pl.String, strict=False)))

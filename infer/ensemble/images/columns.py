@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from infer.embedding.store import (
     ORIGIN_KEYS,
+    Embeddings,
     read_run,
     refuse_missing_embeddings,
     refuse_other_origin,
@@ -134,7 +135,7 @@ def _fit_rotation(own: FeatureMatrix, target: FeatureMatrix, root: Path) -> Affi
 
 
 def mapped_columns(
-    root: Path,
+    root: Embeddings,
     split: Split,
     names: Sequence[str],
     metadata: pl.DataFrame,
@@ -220,14 +221,14 @@ def _origin_of_fold(run: Mapping[str, Any], fold: int) -> dict[str, Any]:
     return origin
 
 
-def refuse_other_frozen_model(root: Path, split: Split, model: FrozenModel) -> None:
+def refuse_other_frozen_model(root: Embeddings, split: Split, model: FrozenModel) -> None:
     """Raise a UserError if an embedding run is not by the frozen model."""
     origin = _origin_of_fold(read_run(root, split), model.fold)
     refuse_other_origin(root, split, origin, model.made_with)
 
 
 def frozen_columns(
-    root: Path, split: Split, network: str, metadata: pl.DataFrame, model: FrozenModel
+    root: Embeddings, split: Split, network: str, metadata: pl.DataFrame, model: FrozenModel
 ) -> pl.DataFrame:
     """Return the embeddings of a network's frozen model as columns, as `mapped_columns` does."""
     # Frozen embeddings of train and test come from one model, so they need no map.
@@ -255,14 +256,14 @@ def read_affine_maps(path: Path) -> AffineMaps:
     return maps
 
 
-def _find_features(root: Path, split: Split, fold: int, wanted: pl.DataFrame) -> pl.DataFrame:
+def _find_features(root: Embeddings, split: Split, fold: int, wanted: pl.DataFrame) -> pl.DataFrame:
     """Add the `features` by one fold's model to `wanted`, without unreadable images.
 
     Raises:
         UserError: an embedding is missing, or there are several per image.
     """
     rows = scan_embeddings(root, split, ["features"], fold)
-    with reading(root):
+    with reading(str(root)):
         found = wanted.lazy().join(rows, on=schema.ID, how="inner", maintain_order="left").collect()
     if found[schema.ID].is_duplicated().any():
         raise UserError(
@@ -274,7 +275,7 @@ def _find_features(root: Path, split: Split, fold: int, wanted: pl.DataFrame) ->
     return found
 
 
-def _to_matrix(found: pl.DataFrame, root: Path, width: int | None = None) -> FeatureMatrix:
+def _to_matrix(found: pl.DataFrame, root: Embeddings, width: int | None = None) -> FeatureMatrix:
     """Return [N, D] `features`. Raise UserError if D is not `width`, or a value not finite."""
     features = found["features"].to_numpy()
     if width is not None and features.shape[1] != width:

@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from infer.embedding.store import Embeddings
 from infer.ensemble.images import scores as image_scores
 from infer.ensemble.images.columns import (
     ALIGNED,
@@ -23,7 +24,7 @@ from infer.ensemble.images.columns import (
     refuse_other_frozen_model,
     write_affine_maps,
 )
-from infer.ensemble.images.networks import by_network, match_networks
+from infer.ensemble.images.networks import RunT, by_network, match_networks
 from infer.ensemble.images.relative_scores import (
     DIFFERENCE,
     RANKS,
@@ -113,7 +114,7 @@ class ImageState:
         """Whether each field of `EmbeddingSources` is read."""
         return {"embeddings": bool(self.networks), "frozen": bool(self.frozen)}
 
-    def roots(self, sources: EmbeddingSources, split: Split) -> dict[str, dict[str, Path]]:
+    def roots(self, sources: EmbeddingSources, split: Split) -> dict[str, dict[str, Embeddings]]:
         """Return the embedding runs by field of `EmbeddingSources` and network.
 
         Raises:
@@ -121,7 +122,9 @@ class ImageState:
         """
         fitted = {"embeddings": self.networks, "frozen": self.frozen}
         return {
-            flag: match_networks(flag, _required(sources, flag), split, names) if names else {}
+            flag: match_networks(flag, _required(getattr(sources, flag), flag), split, names)
+            if names
+            else {}
             for flag, names in fitted.items()
         }
 
@@ -166,7 +169,10 @@ def maps_file(network: str) -> str:
 
 
 def fit_image_state(
-    forms: Sequence[str], sources: EmbeddingSources, metadata: pl.DataFrame
+    forms: Sequence[str],
+    embeddings: Sequence[Path],
+    frozen: Sequence[Path],
+    metadata: pl.DataFrame,
 ) -> ImageState:
     """Fit the image features to a training table's embeddings.
 
@@ -175,20 +181,22 @@ def fit_image_state(
 
     Args:
         forms: of FORMS.
+        embeddings: runs of networks whose folds' models hold out the training rows.
+        frozen: runs of networks that were trained on other images.
 
     Raises:
         UserError: embeddings that are needed are not given, not finished, of another fold plan
             than the one beside them, or of a model that has learned from the rows it scores.
     """
     networks = {}
-    frozen = {}
+    frozen_models = {}
     if any(form in EMBEDDED_FORMS for form in forms):
-        for name, root in by_network(_required(sources, "embeddings"), "train").items():
+        for name, root in by_network(_required(embeddings, "embeddings"), "train").items():
             networks[name] = _fit_network(root, forms, metadata)
     if any(form in FROZEN_FORMS for form in forms):
-        for name, root in by_network(_required(sources, "frozen"), "train").items():
-            frozen[name] = _fit_frozen(root, forms, metadata)
-    return ImageState(tuple(form for form in FORMS if form in forms), networks, frozen)
+        for name, root in by_network(_required(frozen, "frozen"), "train").items():
+            frozen_models[name] = _fit_frozen(root, forms, metadata)
+    return ImageState(tuple(form for form in FORMS if form in forms), networks, frozen_models)
 
 
 def _fit_network(root: Path, forms: Sequence[str], metadata: pl.DataFrame) -> Network:
@@ -213,8 +221,7 @@ def _fit_frozen(root: Path, forms: Sequence[str], metadata: pl.DataFrame) -> Fro
     return replace(model, scaler=image_scores.fit_logit_scaler(logits))
 
 
-def _required(sources: EmbeddingSources, flag: str) -> tuple[Path, ...]:
-    roots: tuple[Path, ...] = getattr(sources, flag)
+def _required(roots: Sequence[RunT], flag: str) -> Sequence[RunT]:
     if not roots:
         raise UserError(NEEDS[flag])
     return roots
@@ -262,12 +269,13 @@ def read_image_rows(
     sources: EmbeddingSources,
     split: Split,
     metadata: pl.DataFrame,
-    out_of_fold: bool,
+    plans: Mapping[str, Folds] | None = None,
 ) -> ImageRows:
     """Read the image features of some rows, in the order of `metadata`.
 
     Args:
-        out_of_fold: to read each row from the model that held it out, not the mean over all models.
+        plans: the fold plan of each network, to read a row from the model that held it out; None
+            for the mean over all models.
 
     Raises:
         UserError: embeddings are not given, missing, of another fold plan or frozen model.
@@ -278,7 +286,7 @@ def read_image_rows(
     for name, network in state.networks.items():
         root = roots["embeddings"][name]
         image_scores.read_origin(root, split, network.folds_digest)
-        folds = read_folds(root / FOLDS_FILE) if out_of_fold else None
+        folds = plans[name] if plans else None
         if network.scaler:
             logits = _read_logits(root, split, metadata, network.scaler, folds)
             scores[SCORE][name] = image_scores.mean_scores(logits, network.scaler, metadata)
@@ -298,11 +306,17 @@ def read_image_rows(
 
 
 def _read_logits(
-    root: Path, split: Split, metadata: pl.DataFrame, scaler: LogitScaler, folds: Folds | None
+    root: Embeddings, split: Split, metadata: pl.DataFrame, scaler: LogitScaler, folds: Folds | None
 ) -> pl.DataFrame:
     if folds:
         return image_scores.oof_logits(root, metadata, folds)
     return image_scores.scoring_logits(root, split, metadata, list(scaler.folds))
+
+
+def read_plans(embeddings: Sequence[Path]) -> dict[str, Folds]:
+    """Return the fold plan beside the training embeddings of each network."""
+    roots = by_network(embeddings, "train")
+    return {name: read_folds(root / FOLDS_FILE) for name, root in roots.items()}
 
 
 def _compare_scores(

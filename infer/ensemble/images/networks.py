@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Collection, Sequence
-from pathlib import Path
+from typing import TypeVar
 
-from infer.embedding.store import read_run
+from infer.embedding.store import Embeddings, read_run
 from isic.dataset import Split
 from isic.runtime.errors import UserError
 
@@ -12,14 +12,16 @@ from isic.runtime.errors import UserError
 # name, XGBoost < and [, and neither keeps blanks.
 USABLE_NAME = re.compile(r"[\w.+-]+", re.ASCII)
 
+RunT = TypeVar("RunT", bound=Embeddings)
 
-def by_network(roots: Sequence[Path], split: Split) -> dict[str, Path]:
+
+def by_network(roots: Sequence[RunT], split: Split) -> dict[str, RunT]:
     """Return embedding runs by the name of their network, in the order of the names.
 
     Raises:
         UserError: a run is not finished, two are of one network, or a name is not usable.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, RunT] = {}
     for root in roots:
         name = read_run(root, split)["config"]
         if not USABLE_NAME.fullmatch(name):
@@ -37,8 +39,8 @@ def by_network(roots: Sequence[Path], split: Split) -> dict[str, Path]:
 
 
 def match_networks(
-    flag: str, roots: Sequence[Path], split: Split, fitted: Collection[str]
-) -> dict[str, Path]:
+    flag: str, roots: Sequence[RunT], split: Split, fitted: Collection[str]
+) -> dict[str, RunT]:
     """Return embedding runs as `by_network` does, of exactly the networks of an ensemble.
 
     Args:

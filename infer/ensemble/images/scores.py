@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from infer.embedding.store import (
     ORIGIN_KEYS,
+    Embeddings,
     read_run,
     refuse_missing_embeddings,
     scan_embeddings,
@@ -70,7 +71,7 @@ def fit_logit_scaler(logits: pl.DataFrame) -> LogitScaler:
     return LogitScaler({fold: (mean, std) for fold, mean, std in table.iter_rows()})
 
 
-def oof_logits(root: Path, metadata: pl.DataFrame, folds: Folds) -> pl.DataFrame:
+def oof_logits(root: Embeddings, metadata: pl.DataFrame, folds: Folds) -> pl.DataFrame:
     """Read each training row's logit from the model that held it out.
 
     Returns:
@@ -85,7 +86,7 @@ def oof_logits(root: Path, metadata: pl.DataFrame, folds: Folds) -> pl.DataFrame
 
 
 def scoring_logits(
-    root: Path, split: Split, metadata: pl.DataFrame, fold_ids: Sequence[int]
+    root: Embeddings, split: Split, metadata: pl.DataFrame, fold_ids: Sequence[int]
 ) -> pl.DataFrame:
     """Read the logits of several folds' models for every row.
 
@@ -100,7 +101,7 @@ def scoring_logits(
     return _join_logits(wanted, root, split)
 
 
-def _join_logits(wanted: pl.DataFrame, root: Path, split: Split) -> pl.DataFrame:
+def _join_logits(wanted: pl.DataFrame, root: Embeddings, split: Split) -> pl.DataFrame:
     """Add the logits to `isic_id` and `fold`. Raise UserError if readable images lack one."""
     logits = _read_logits(root, split)
     table = wanted.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
@@ -109,14 +110,14 @@ def _join_logits(wanted: pl.DataFrame, root: Path, split: Split) -> pl.DataFrame
     return table
 
 
-def _read_logits(root: Path, split: Split) -> pl.DataFrame:
+def _read_logits(root: Embeddings, split: Split) -> pl.DataFrame:
     """Read `isic_id`, `fold` and `logit` Float64 of all embeddings of a split.
 
     Raises:
         UserError: a logit is not finite, or there are several per image and fold.
     """
     stored = scan_embeddings(root, split, ["logit"]).with_columns(pl.col("logit").cast(pl.Float64))
-    with reading(root):
+    with reading(str(root)):
         logits = stored.collect()
     not_finite = logits.filter(~pl.col("logit").is_finite().fill_null(False))
     if len(not_finite):
@@ -172,7 +173,7 @@ def image_probability(scores: pl.DataFrame) -> NDArray[np.float64]:
     return np.asarray(1 / (1 + np.exp(-score)))
 
 
-def read_origin(root: Path, split: Split, folds_digest: str) -> dict[str, Any]:
+def read_origin(root: Embeddings, split: Split, folds_digest: str) -> dict[str, Any]:
     """Return the folds, fold plan and engines of an embedding run, and its ORIGIN_KEYS.
 
     Raises:

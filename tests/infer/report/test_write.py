@@ -1,5 +1,6 @@
 """The report as a whole: its command, its sections and how it looks in a browser."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -102,3 +103,60 @@ def test_the_command(data: Path, fitted: Path, embeddings: Path, tmp_path: Path,
 def test_a_folder_without_an_ensemble_is_refused(tmp_path: Path, data: Path) -> None:
     with pytest.raises(UserError, match="no finished ensemble"):
         write_report(tmp_path, data)
+
+
+def test_occlusion_maps_are_below_the_photos(
+    exported: Path, embedded: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    chosen = {"features": "image", "embeddings": embedded}
+    root = fit_ensemble(fit_settings(synth_dataset, tmp_path, **chosen))
+    flags = ["report", "--ensemble", root, "--data", synth_dataset]
+    assert cli("infer", *flags).code == 0
+    plain = (root / "report.html").read_text()
+    assert "occlusion map" not in plain
+    ended = cli("infer", *flags, "--maps", exported)
+    assert ended.code == 0, ended.err
+    page = (root / "report.html").read_text()
+    num_photos = page.count('class="photos"')
+    assert num_photos > NUM_CASES
+    assert page.count('alt="occlusion map of lesion') == page.count("largest change ") == num_photos
+    assert len(page) - len(plain) < num_photos * 15_000
+    assert "the change of the logit of tiny" in page
+
+
+def test_maps_of_another_network_are_refused(
+    exported: Path, embedded: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    chosen = {"features": "image", "embeddings": embedded}
+    root = fit_ensemble(fit_settings(synth_dataset, tmp_path, **chosen))
+    raw = fit_ensemble(fit_settings(synth_dataset, tmp_path, features="numeric", num_rounds=2))
+    for name, key, value in (("huge", "name", "huge"), ("tiny", "made_from", {"sha256": "other"})):
+        copy = copied(exported, tmp_path / f"copy_as_{name}")
+        for path in copy.glob("fold_*/model.onnx.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    cases = {
+        "uses no network's score; leave out --maps": (raw, exported),
+        "is the network huge, but": (root, tmp_path / "copy_as_huge"),
+        "has other trained weights than those": (root, tmp_path / "copy_as_tiny"),
+        "has no fold_<k> with an exported model": (root, tmp_path / "tiny"),
+    }
+    for message, (ensemble, maps) in cases.items():
+        flags = ["--ensemble", ensemble, "--data", synth_dataset, "--maps", maps]
+        ended = cli("infer", "report", *flags)
+        assert ended.code == 2, message
+        assert message in ended.err
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", WIDTHS)
+def test_occlusion_maps_in_a_browser(
+    browser: Browser,
+    exported: Path,
+    embedded: Path,
+    synth_dataset: Path,
+    tmp_path: Path,
+    width: int,
+) -> None:
+    chosen = {"features": "image", "embeddings": embedded}
+    root = fit_ensemble(fit_settings(synth_dataset, tmp_path, **chosen))
+    inspect(browser, write_report(root, synth_dataset, maps=exported), width).assert_sound()

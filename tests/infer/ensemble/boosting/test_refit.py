@@ -15,7 +15,7 @@ from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.ensemble.boosting.refit import ESTIMATES, choose_rows, mean_scaler, measure_agreement
 from infer.ensemble.boosting.training_table import TrainingTable
 from infer.ensemble.images.scores import LogitScaler
-from infer.ensemble.predict import score_models
+from infer.ensemble.score_table import score_models
 from infer.ensemble.settings import BlendSettings, EmbeddingSources
 from isic import schema
 from isic.dataset import Dataset

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from infer import load_ensemble
 from infer.embedding.store import shard_path, write_shard
 from infer.ensemble.images.columns import (
     ALIGNED,
@@ -34,6 +35,7 @@ from tests.support.ensembles import (
     ENGINES,
     NUM_FOLDS,
     fit_small,
+    outputs_of,
     read_blend,
     read_files,
     read_test_text,
@@ -280,6 +282,24 @@ def test_missing_and_broken_embeddings_are_refused(data: Path, run: Path, tmp_pa
     write_shard(path, shard["isic_id"].to_list(), bad, shard["logit"].to_numpy())
     with pytest.raises(UserError, match="embeddings are not finite"):
         fit_small(data, tmp_path, features="aligned", embeddings=root)
+
+
+@pytest.mark.filterwarnings("ignore::infer.ResultWarning")
+@pytest.mark.parametrize("mode", [ALIGNED, FROZEN])
+def test_embeddings_in_memory_score_as_those_on_disk(
+    data: Path, run: Path, frozen: Path, mode: str, tmp_path: Path
+) -> None:
+    sources = {"embeddings": run, "frozen": frozen}
+    root = fit_small(data, tmp_path, features=f"raw,{mode}", num_rounds=5, **sources)
+    given = {"embeddings": run} if mode == ALIGNED else {"frozen": frozen}
+    settings = {"data": data, "ensemble": root, "output": tmp_path / "s.csv", **given}
+    predict_submission(PredictSettings.model_validate(settings))
+    metadata = Dataset(data).metadata("test")
+    outputs = {
+        flag: {path.name: outputs_of(path, metadata["isic_id"])} for flag, path in given.items()
+    }
+    scores = load_ensemble(root).score(metadata, **outputs)
+    np.testing.assert_array_equal(scores, pl.read_csv(tmp_path / "s.csv")["target"])
 
 
 def test_an_image_that_could_not_be_read_has_blank_columns(

@@ -9,7 +9,7 @@ import pytest
 from infer.ensemble import fit
 from infer.ensemble.artifact import open_ensemble
 from infer.ensemble.lesions import count_lesions
-from infer.ensemble.predict import score_models
+from infer.ensemble.score_table import score_models
 from infer.ensemble.scoring.few_lesions import SIZES, format_by_lesions, split_by_lesions
 from isic import schema
 from isic.metrics import pauc

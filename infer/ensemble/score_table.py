@@ -1,0 +1,209 @@
+"""Score the rows of a table with a fitted ensemble or blend. Nothing is fitted or written here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from infer.embedding.store import Embeddings, refuse_other_origin
+from infer.ensemble.artifact import Ensemble
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
+from infer.ensemble.blends.ranks import Scores, blend
+from infer.ensemble.boosting.libraries import read_booster
+from infer.ensemble.boosting.out_of_fold import mean_over_folds
+from infer.ensemble.features.own_tables import OwnTable
+from infer.ensemble.images.features import ImageRows, embedding_origins, read_image_rows
+from infer.ensemble.images.networks import match_networks
+from infer.ensemble.images.scores import image_probability
+from infer.ensemble.lesions import few_lesions_warning, has_few_lesions
+from infer.ensemble.settings import EmbeddingSources, Few
+from isic.features import unseen_categories
+from isic.metadata import require
+from isic.runtime.errors import UserError, warn
+from isic.runtime.machine import num_cores
+
+MAX_NAMED_VALUES = 5
+"""Unseen values of a column that a warning names."""
+
+
+@dataclass(frozen=True)
+class TableScores:
+    """Scores of the N rows of a table."""
+
+    models: dict[str, Scores]
+    """[N] by model, or by member of a blend."""
+    score: Scores
+    """[N] in [0, 1]."""
+    origins: dict[str, Any]
+    """Fields of the manifest: `embeddings` and `frozen`; of a blend `origins`, these by member."""
+    num_few: int = 0
+    """Rows that were scored without comparing lesions, because their patients have few."""
+
+
+def score_table(
+    scorer: Scorer,
+    metadata: pl.DataFrame,
+    sources: EmbeddingSources,
+    own_tables: Mapping[str, OwnTable],
+    num_threads: int = 0,
+    few: Few = "warn",
+    source: Path | str = "the metadata",
+) -> TableScores:
+    """Score the rows of a table, each at its place, and warn of unseen categories.
+
+    Args:
+        metadata: as `isic.metadata.check_metadata` returns it.
+        own_tables: those of `scorer.own_tables`.
+        num_threads: 0 for all cores.
+        few: for patients with few lesions, if scores compare lesions: `warn`, `refuse`, or `raw`
+            for the members of a blend that do not.
+        source: origin of the metadata, for messages.
+
+    Raises:
+        UserError: columns or embeddings are missing or others than in the fit, or patients have
+            few lesions and `few` refuses them or nothing scores single lesions.
+    """
+    for ensemble in ensembles_of(scorer):
+        require(metadata, ensemble.spec.needed_columns, source)
+    is_few = _few_lesions(scorer, metadata, few)
+    num_threads = num_threads or num_cores()
+    if isinstance(scorer, Blend):
+        found = _score_blend(scorer, metadata, sources, own_tables, num_threads, is_few)
+    else:
+        found = score_ensemble(scorer, metadata, sources, own_tables, num_threads)
+    # Rounding may lead a mean of probabilities beyond 0 or 1 by a last bit.
+    score = np.clip(found.score, 0.0, 1.0)
+    assert np.isfinite(score).all()
+    return replace(found, score=score, num_few=int(is_few.sum()))
+
+
+def _score_blend(
+    scorer: Blend,
+    metadata: pl.DataFrame,
+    sources: EmbeddingSources,
+    own_tables: Mapping[str, OwnTable],
+    num_threads: int,
+    is_few: NDArray[np.bool_],
+) -> TableScores:
+    """Score the rows of a table; those of `is_few` by the members that do not compare lesions."""
+    own_sources = _sources_by_member(scorer, sources)
+    members = {
+        name: score_ensemble(member, metadata, own_sources[name], own_tables, num_threads)
+        for name, member in scorer.members.items()
+    }
+    models = {name: member.score for name, member in members.items()}
+    score = scorer.score(models)
+    if is_few.any():
+        score[is_few] = scorer.score_of_single_lesions(models)[is_few]
+    # Under one key, because a member may have the name of another field of the manifest.
+    origins = {"origins": {name: member.origins for name, member in members.items()}}
+    return TableScores(models, score, origins)
+
+
+def score_ensemble(
+    ensemble: Ensemble,
+    metadata: pl.DataFrame,
+    sources: EmbeddingSources,
+    own_tables: Mapping[str, OwnTable],
+    num_threads: int,
+) -> TableScores:
+    """Score the rows of a table with one ensemble, which may use a part of `own_tables`."""
+    images, origins = _read_images(ensemble, sources, metadata)
+    own_columns = [own_tables[name].columns(metadata) for name in ensemble.own_tables]
+    table = ensemble.spec.frame(metadata, [*own_columns, *images.tables()])
+    _warn_unseen(ensemble, table)
+    if ensemble.manifest["boosters"]:
+        models = score_models(ensemble, table, num_threads)
+    else:
+        models = {"image": image_probability(images.by_column())}
+    # Only a blend of several libraries needs the ranks of the training rows.
+    reference = ensemble.oof_models() if len(ensemble.weights) > 1 else {}
+    return TableScores(models, blend(models, ensemble.weights, reference), origins)
+
+
+def _few_lesions(scorer: Scorer, metadata: pl.DataFrame, few: Few) -> NDArray[np.bool_]:
+    """Return [N] whether a row is to be scored without comparing lesions, as `raw` requests."""
+    none = np.zeros(len(metadata), bool)
+    if few == "raw" and not (isinstance(scorer, Blend) and scorer.single_lesion_members):
+        raise UserError(
+            f"--few raw needs a blend with an ensemble of features that do not compare a patient's "
+            f"lesions, such as --features raw; {scorer.root} has none"
+        )
+    if not scorer.is_relative:
+        return none
+    training = scorer.manifest["lesions_per_patient"]
+    problem = few_lesions_warning(metadata, training)
+    if problem is None:
+        return none
+    if few == "raw":
+        return has_few_lesions(metadata, training)
+    if few == "refuse":
+        raise UserError(f"{problem}; add their other lesions, or use an ensemble of raw features")
+    warn(problem)
+    return none
+
+
+def _warn_unseen(ensemble: Ensemble, table: pl.DataFrame) -> None:
+    """Warn of categories that no training row has."""
+    unseen = unseen_categories(table, ensemble.state.encodings.values())
+    for name, rows in unseen.items():
+        values = [f'"{value}" ({number:,} rows)' for value, number in rows.items()]
+        num_more = len(values) - MAX_NAMED_VALUES
+        more = f" and {num_more:,} more" if num_more > 0 else ""
+        warn(
+            f"{name} has values that no training row has, scored as unknown: "
+            f"{', '.join(values[:MAX_NAMED_VALUES])}{more}",
+        )
+
+
+def score_models(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> dict[str, Scores]:
+    """Return each model's probabilities, [N] float64: the mean over its folds' boosters."""
+    files = {
+        (entry["library"], entry["fold"], entry["seed"]): ensemble.root / entry["file"]
+        for entry in ensemble.manifest["boosters"]
+    }
+    return mean_over_folds(
+        files,
+        lambda key: read_booster(files[key], key[0]),
+        ensemble.state.encodings,
+        table,
+        num_threads,
+    )
+
+
+def _sources_by_member(scorer: Blend, sources: EmbeddingSources) -> dict[str, EmbeddingSources]:
+    """Return each member's embeddings among those of all members.
+
+    Raises:
+        UserError: the embeddings of a member's network are not among them, or those of others are.
+    """
+    found: dict[str, dict[str, tuple[Embeddings, ...]]] = {name: {} for name in scorer.members}
+    for flag in ("embeddings", "frozen"):
+        needs = {name: list(member.manifest[flag]) for name, member in scorer.members.items()}
+        networks = sorted({network for needed in needs.values() for network in needed})
+        if not networks:
+            continue
+        roots = match_networks(flag, getattr(sources, flag), "test", networks)
+        for name, needed in needs.items():
+            found[name][flag] = tuple(roots[network] for network in needed)
+    return {name: EmbeddingSources(**flags) for name, flags in found.items()}
+
+
+def _read_images(
+    ensemble: Ensemble, sources: EmbeddingSources, metadata: pl.DataFrame
+) -> tuple[ImageRows, dict[str, Any]]:
+    """Return the image features, and the origins of the embeddings.
+
+    Raises:
+        UserError: embeddings are missing, or differ in origin from those of the fit.
+    """
+    state = ensemble.state.image
+    origins = embedding_origins(state, sources, "test")
+    for name, root in state.roots(sources, "test")["embeddings"].items():
+        fitted_with = ensemble.manifest["embeddings"][name]
+        refuse_other_origin(root, "test", origins["embeddings"][name], fitted_with)
+    return read_image_rows(state, sources, "test", metadata), origins

@@ -1,0 +1,1 @@
+"""Parts of an image that a network's score depends on."""
