@@ -9,7 +9,7 @@ from infer.formats import AUTO_ORDER, Precision
 from infer.submission.contents import PackedNetwork
 from isic.layout import fold_dirs
 from isic.runtime.errors import UserError
-from isic.runtime.machine import gpus
+from isic.runtime.machine import gpus, no_gpu_reason
 
 FIRST_ON_CPU: tuple[str, Precision] = ("onnx", "int8")
 """The fastest kind on a CPU. AUTO_ORDER has it last, as it changes scores visibly; here it was
@@ -46,6 +46,10 @@ def choose_engine(network: PackedNetwork, run: Path, device: str) -> tuple[Engin
         UserError: none runs.
     """
     problems: list[str] = []
+    no_gpu = no_gpu_reason() if device == "auto" else None
+    if no_gpu:
+        problems.append(no_gpu)
+        device = "cpu"
     for engine in _engines(network, device):
         reason = _problem(network, run, engine)
         if reason is None:
@@ -58,7 +62,7 @@ def choose_engine(network: PackedNetwork, run: Path, device: str) -> tuple[Engin
 
 def _engines(network: PackedNetwork, device: str) -> Iterator[Engine]:
     if device in {"auto", "cuda"}:
-        # A machine without a GPU has no name of one, but a reason that the trial reports.
+        # A machine without a GPU has no name of one; if one is asked for, the trial says why.
         number = max(1, len(gpus()))
         for kind in AUTO_ORDER["cuda"]:
             if kind in network.kinds:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from infer.embedding.choice import Artifact, find_exported
+from infer.embedding.choice import Kind as ExportedKind
 from infer.ensemble.blends.artifact import Scorer, ensembles_of
-from infer.formats import ON_REQUEST
+from infer.formats import ON_REQUEST, PRECISIONS
 from infer.submission.candidates import FLAGS
 from infer.submission.contents import PackedNetwork
 from isic.layout import ALL, Fold, fold_dir
@@ -37,10 +38,9 @@ class Wanted:
     formats: tuple[str, ...]
     precisions: tuple[str, ...]
 
-    def accepts(self, kind: Kind) -> bool:
-        form, precision = kind
-        named = precision in self.precisions if self.precisions else precision not in ON_REQUEST
-        return form in self.formats and named
+    def accepts(self, kind: ExportedKind) -> bool:
+        precisions = self.precisions or set(PRECISIONS) - set(ON_REQUEST)
+        return kind.format in self.formats and kind.precision in precisions
 
 
 def needs_of(scorer: Scorer, rows: str) -> list[Need]:
@@ -85,33 +85,36 @@ def find_artifacts(need: Need, run: Path, wanted: Wanted) -> dict[Kind, dict[Fol
             damaged.
     """
     by_fold = {fold: _of_fold(need, run, fold, wanted) for fold in need.checkpoints}
-    kinds = set.intersection(*(set(found) for found in by_fold.values()))
-    if not kinds:
+    shared = set.intersection(*(set(found) for found in by_fold.values()))
+    if not shared:
         raise UserError(
             f"{run} has no kind of artifact that every fold of {need.name} has; run "
             f"`{_export_command(need, wanted)}`"
         )
+    # Those with the views inside the graph last, so that they replace those without.
+    ordered = sorted(shared, key=lambda kind: (kind.tta == need.tta, kind))
     return {
-        kind: {fold: found[kind].path for fold, found in by_fold.items()} for kind in sorted(kinds)
+        (kind.format, str(kind.precision)): {
+            fold: found[kind].path for fold, found in by_fold.items()
+        }
+        for kind in ordered
     }
 
 
-def _of_fold(need: Need, run: Path, fold: Fold, wanted: Wanted) -> dict[Kind, Artifact]:
+def _of_fold(need: Need, run: Path, fold: Fold, wanted: Wanted) -> dict[ExportedKind, Artifact]:
     """Return a fold's artifacts of the wanted kinds and the ensemble's checkpoint, by kind."""
-    exported = find_exported(run, fold).get(fold, [])
     found = {}
     changed = False
-    for artifact in exported:
-        kind = (artifact.kind.format, str(artifact.kind.precision))
-        if not wanted.accepts(kind) or artifact.kind.tta not in {"none", need.tta}:
+    for artifact in find_exported(run, fold).get(fold, []):
+        kind = artifact.kind
+        if not wanted.accepts(kind) or kind.tta not in {"none", need.tta}:
             continue
         manifest = read_manifest(artifact.path)  # also compares the file with its digest
         expected = need.checkpoints[fold]
         made_from = manifest.get("made_from", manifest)["sha256"]
         if manifest["name"] != need.name or expected not in {None, made_from}:
             changed = True
-        # Views inside the graph need no work on the host.
-        elif kind not in found or artifact.kind.tta == need.tta:
+        else:
             found[kind] = artifact
     if changed and not found:
         raise UserError(

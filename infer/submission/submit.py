@@ -124,14 +124,17 @@ class Run:
         """Write the submission, at first without images."""
         written = self._earlier()
         if written is None:
-            written = best(self.bundle.candidates, ())
+            written = self._fallback
             self._write(written)
+        else:  # for the time that it takes
+            assert self._without_images
         reserve = RESERVE * self.clock.seconds
         for network in self.bundle.networks.values():
             self._embed(network, reserve)
-            better = best(self.bundle.candidates, self.embedded)
-            if better != written and self._can_write(better):
-                written = better
+            found = best(self.bundle.candidates, self.embedded)
+            is_better = found == self.bundle.candidates[0] or found.pauc > written.pauc
+            if found != written and is_better and self._can_write(found):
+                written = found
         self._summarise(written)
         if not self.settings.keep:
             shutil.rmtree(self._work, ignore_errors=True)
@@ -143,16 +146,23 @@ class Run:
 
     @cached_property
     def _key(self) -> str:
+        """Identifies the bundle and the table."""
         return digest(self.bundle.digest, self.test.sha256)
+
+    @property
+    def _fallback(self) -> Candidate:
+        return best(self.bundle.candidates, ())
 
     def _earlier(self) -> Candidate | None:
         """Return the candidate of a submission of the same inputs that a killed run has written."""
         path = manifest_path(self.settings.output)
         if not (path.is_file() and self.settings.output.is_file()):
             return None
-        # Not better than one without images: its networks are done, so it is written again.
-        is_same = read_json(path).get("bundle", {}).get("inputs") == self._key
-        return best(self.bundle.candidates, ()) if is_same else None
+        facts = read_json(path).get("bundle", {})
+        if facts.get("inputs") != self._key:
+            return None
+        named = {str(candidate): candidate for candidate in self.bundle.candidates}
+        return named.get(facts["candidate"])
 
     def _embed(self, network: PackedNetwork, reserve: float) -> None:
         """Embed the test images with a network; if that fails, note why."""
@@ -219,7 +229,9 @@ class Run:
         return True
 
     def _write(self, candidate: Candidate) -> None:
-        scorer, found = self._score(candidate)
+        scorer, found = (
+            self._without_images if candidate == self._fallback else self._score(candidate)
+        )
         lost_rows = self._bad_rows(candidate)
         if lost_rows.any():
             others = self._fallback_on_scale_of(scorer)
@@ -242,7 +254,8 @@ class Run:
         for name in candidate.networks:
             found[self.bundle.networks[name].flag].append(self.embedded[name])
         sources = EmbeddingSources(tuple(found["embeddings"]), tuple(found["frozen"]))
-        scorer = choose_rows(self.bundle.open(candidate), self._rows(candidate), sources)
+        scorer = self.bundle.open(candidate)
+        scorer = choose_rows(scorer, self._rows(scorer), sources)
         return scorer, score_table(
             scorer,
             self.test.metadata,
@@ -253,18 +266,16 @@ class Run:
             source=self.test.path,
         )
 
-    def _rows(self, candidate: Candidate) -> Rows:
+    def _rows(self, scorer: Scorer) -> Rows:
         """Return the models that score; those of the folds if an ensemble has no others."""
-        every = self.bundle.manifest["rows"] == ALL and all(
-            ensemble.manifest.get("refit") for ensemble in ensembles_of(self.bundle.open(candidate))
-        )
-        return "all" if every else "folds"
+        has_refit = all(ensemble.manifest.get("refit") for ensemble in ensembles_of(scorer))
+        return "all" if self.bundle.manifest["rows"] == ALL and has_refit else "folds"
 
     def _bad_rows(self, candidate: Candidate) -> pl.Series:
         """Return [N] whether a network of the candidate could not use the row's image."""
         ids = self.test.metadata[schema.ID]
         bad = pl.Series(np.zeros(len(ids), bool))
-        for name in candidate.networks:
+        for name in self.embedded.keys() & candidate.networks:
             path = self.embedded[name] / "test" / ERRORS_FILE
             if path.is_file():
                 bad |= ids.is_in(read_parquet(path)[schema.ID].implode())
@@ -272,13 +283,12 @@ class Run:
 
     def _fallback_on_scale_of(self, scorer: Scorer) -> Scores:
         """Return [N] the scores without images, as high among an ensemble's own as among theirs."""
-        fallback, scored = self._without_images
-        return to_scale_of(scored, out_of_fold(fallback), out_of_fold(scorer))
+        fallback, found = self._without_images
+        return to_scale_of(found.score, out_of_fold(fallback), out_of_fold(scorer))
 
     @cached_property
-    def _without_images(self) -> tuple[Scorer, Scores]:
-        scorer, scored = self._score(best(self.bundle.candidates, ()))
-        return scorer, scored.score
+    def _without_images(self) -> tuple[Scorer, TableScores]:
+        return self._score(self._fallback)
 
     def _summarise(self, written: Candidate) -> None:
         loss = self.bundle.candidates[0].pauc - written.pauc
