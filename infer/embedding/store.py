@@ -128,6 +128,12 @@ def refuse_other_origin(
         then = fitted.get(key)
         if now == then:
             continue
+        if key == "checkpoints" and isinstance(then, dict) and now and now.items() < then.items():
+            lacking = ", ".join(sorted(set(then) - set(now)))
+            raise UserError(
+                f"the {split} embeddings in {root} lack those by fold {lacking}; export it in the "
+                "same format and precision, and embed again"
+            )
         values = f" ({now}, not {then})" if isinstance(now, str) else ""
         raise UserError(
             f"the {split} embeddings in {root} were made with {difference}{values} than those "

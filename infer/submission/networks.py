@@ -86,10 +86,13 @@ def find_artifacts(need: Need, run: Path, wanted: Wanted) -> dict[Kind, dict[Fol
     """
     by_fold = {fold: _of_fold(need, run, fold, wanted) for fold in need.checkpoints}
     shared = set.intersection(*(set(found) for found in by_fold.values()))
-    if not shared:
+    lacking = set(wanted.precisions) - {str(kind.precision) for kind in shared}
+    if lacking or not shared:
+        names = " and ".join(sorted(lacking)) or "one"
         raise UserError(
-            f"{run} has no kind of artifact that every fold of {need.name} has; run "
-            f"`{_export_command(need, wanted)}`"
+            f"not every fold of {need.name} in {run} has an artifact in {names}, perhaps because "
+            f"one failed its parity check; run `{_export_command(need, wanted)}`, or give another "
+            "--precision"
         )
     # Those with the views inside the graph last, so that they replace those without.
     ordered = sorted(shared, key=lambda kind: (kind.tta == need.tta, kind))

@@ -218,6 +218,7 @@ def test_a_submission_is_written_again_even_if_the_last_run_was_killed(
     ("changed", "message"),
     [
         ({"checkpoints": {"0": "x", "1": "y", "2": "z"}}, "other trained weights than those"),
+        ({"checkpoints": {"0": "a", "2": "c"}}, "lack those by fold 1; export it in the same"),
         ({"tta": "d4"}, r"another --tta \(d4, not none\)"),
         ({"preprocess": {"size": 16}}, "another preprocessing"),
     ],

@@ -8,7 +8,7 @@ import pytest
 from infer.submission.contents import open_bundle
 from infer.submission.submit import SubmitSettings, submit
 from isic.runtime.errors import UserError
-from isic.runtime.files import read_json
+from isic.runtime.files import manifest_path, read_json, write_json
 from tests.infer.submission.conftest import Project
 from tests.support.commands import Cli, run_module
 
@@ -119,6 +119,23 @@ def test_a_missing_artifact_is_refused_with_the_command_that_makes_it(
         project.bundle(tmp_path / "b", runs=runs)
     with pytest.raises(UserError, match=r"no such artifact.*--precision int8"):
         project.bundle(tmp_path / "b", precision=("int8",))
+
+
+def test_a_precision_that_one_fold_lacks_is_refused(
+    runs: Path, project: Project, tmp_path: Path
+) -> None:
+    """As after an export of which one artifact has failed the parity check."""
+    for fold in (0, 2):
+        path = runs / "tiny" / f"fold_{fold}" / "model.onnx"
+        low = path.with_name("model.fp16.onnx")
+        shutil.copyfile(path, low)
+        manifest = {**read_json(manifest_path(path)), "precision": "fp16", "artifact": low.name}
+        write_json(manifest_path(low), manifest)
+    settings = {"runs": runs, "precision": ("fp32", "fp16")}
+    with pytest.raises(UserError, match=r"fold_1 has no such artifact|not every fold .* in fp16"):
+        project.bundle(tmp_path / "b", "one", **settings)
+    # Not named, so those that are there are enough.
+    assert project.bundle(tmp_path / "b", "one", runs=runs)
 
 
 def test_an_artifact_of_other_weights_is_refused(
