@@ -152,8 +152,13 @@ def examine(check: Check) -> Finding:
         return Finding(f"{error}; {fix.format(packages=packages)}")
 
 
-def attempt(trial: str, *arguments: str) -> Any:
+def attempt(trial: str, *arguments: str, seconds: float = TRIAL_SECONDS) -> Any:
     """Run a function of `infer.trials` in a process of its own and return its result.
+
+    Args:
+        trial: name of the function.
+        arguments: for the function.
+        seconds: time after which it counts as hanging.
 
     Raises:
         TrialError: it crashed, hung or raised.
@@ -164,11 +169,11 @@ def attempt(trial: str, *arguments: str) -> Any:
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            timeout=TRIAL_SECONDS,
+            timeout=seconds,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise TrialError(f"gives no answer within {TRIAL_SECONDS} s") from None
+        raise TrialError(f"gives no answer within {seconds:.0f} s") from None
     if ended.returncode < 0:
         raise TrialError(f"crashes with {signal.Signals(-ended.returncode).name}")
     succeeded = ended.returncode == 0

@@ -53,13 +53,14 @@ class Progress:
         """Of the control threads, per stage."""
         self._watch = watch
         self._started = time.perf_counter()
+        self._first_batch: tuple[float, int] | None = None
+        """The time at which the first batch was reported, and the images until then."""
         # None: no bar if standard error is not a terminal.
         self._bar = tqdm(total=self._num_planned, unit="img", disable=True if quiet else None)
         for shard in shards:
             if shard.is_done:
                 self._count(len(shard), shard.read_bad())
         self._bar.initial = self.num_images
-        self._num_before = self.num_images
         # A bar shows the time itself.
         hides_time = quiet or not self._bar.disable
         self._time_left = None if hides_time else TimeLeft(self.num_due, "embedding")
@@ -109,16 +110,25 @@ class Progress:
         self._count(stats.num_images, stats.bad)
         if self._time_left:
             self._time_left.advance(stats.num_images)
+        if self._first_batch is None:
+            self._first_batch = time.perf_counter(), self.num_images
         if self._watch:
             self._watch(self)
 
     @property
+    def timed_seconds(self) -> float:
+        """Seconds since the first batch, 0 before it."""
+        return time.perf_counter() - self._first_batch[0] if self._first_batch else 0.0
+
+    @property
     def seconds_left(self) -> float:
-        """Seconds that the rest takes at the speed so far, infinite before the first image."""
-        num_done = self.num_images - self._num_before
-        if not num_done:
-            return math.inf
-        return self.total_seconds / num_done * (self._num_planned - self.num_images)
+        """Seconds that the rest takes at the speed since the first batch, infinite until then."""
+        # Without the start: networks take up to a minute to load, the same for any number of images.
+        num_left = self._num_planned - self.num_images
+        num_timed = self.num_images - self._first_batch[1] if self._first_batch else 0
+        if not num_left:
+            return 0.0
+        return self.timed_seconds / num_timed * num_left if num_timed else math.inf
 
     def _count(self, num_images: int, bad: list[tuple[str, str]]) -> None:
         self.num_images += num_images

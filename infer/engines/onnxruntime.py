@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -54,6 +55,9 @@ LOAD_ERRORS = (Fail, InvalidGraph, InvalidProtobuf, NoSuchFile)
 RUN_ERRORS = (EPFail, Fail, RuntimeException, RuntimeError)
 ORT_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(float16)": "float16"}
 """numpy's names of the types that ONNX Runtime reports; it has others, which no contract names."""
+
+CUDA_LIBRARIES = ("cublasLt", "cublas", "nvrtc", "curand", "cufft", "cudart", "cudnn")
+"""The libraries of CUDA's provider, each after those that it needs."""
 
 REINSTALL = "run `pip install --force-reinstall onnxruntime`"
 CUDA_FIXES = {
@@ -303,7 +307,8 @@ def unavailable_reason(name: str, device: str) -> str | None:
         reason = no_gpu_reason() or _cpu_build_reason()
         if reason:
             return reason
-        ort.preload_dlls()  # finds the CUDA libraries that torch's packages bring
+        load_cuda_libraries()
+        ort.preload_dlls()  # prints which libraries are still missing
     ort.set_default_logger_severity(4)  # it would log the reason that is returned here
     try:
         session = open_session(IDENTITY, device, _plain_options(1))
@@ -316,6 +321,22 @@ def unavailable_reason(name: str, device: str) -> str | None:
     finally:
         ort.set_default_logger_severity(2)
     return _cuda_reason(cause) if device == "cuda" else f"{cause}; {REINSTALL}"
+
+
+def load_cuda_libraries() -> None:
+    """Load CUDA's libraries from the packages `nvidia-*` in any folder of Python's path.
+
+    `ort.preload_dlls` looks beside ONNX Runtime only. A bundle has that in a folder of its own, and
+    torch's packages are in another one.
+    """
+    for name in CUDA_LIBRARIES:
+        for folder in sys.path:
+            found = sorted(Path(folder).glob(f"nvidia/*/lib/lib{name}.so.*"))
+            for path in found:
+                with contextlib.suppress(OSError):  # ONNX Runtime reports a library that is missing
+                    ctypes.CDLL(str(path))
+            if found:
+                break
 
 
 def built_for() -> str | None:

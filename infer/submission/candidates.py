@@ -30,6 +30,8 @@ class Candidate:
     """Ascending."""
     pauc: float
     """Out of fold."""
+    num_boosters: int
+    """The time to score grows with them."""
 
     def __str__(self) -> str:
         by = f" by {', '.join(self.members)}" if self.members else ""
@@ -44,6 +46,7 @@ class Candidate:
             None if members is None else tuple(members),
             tuple(value["networks"]),
             value["pauc"],
+            value["num_boosters"],
         )
 
     def of(self, scorer: Scorer) -> Scorer:
@@ -109,8 +112,9 @@ def candidates_of(scorer: Scorer, folder: str) -> list[Candidate]:
 def _candidate(
     scorer: Scorer, folder: str, members: tuple[str, ...] | None, networks: tuple[str, ...]
 ) -> Candidate:
-    target = scorer.oof()[schema.TARGET].to_numpy()
-    return Candidate(folder, members, networks, pauc(target, out_of_fold(scorer)))
+    score = pauc(scorer.oof()[schema.TARGET].to_numpy(), out_of_fold(scorer))
+    num_boosters = sum(len(ensemble.manifest["boosters"]) for ensemble in ensembles_of(scorer))
+    return Candidate(folder, members, networks, score, num_boosters)
 
 
 def _subsets(names: Sequence[str]) -> Iterable[tuple[str, ...]]:

@@ -101,7 +101,7 @@ def open_bundle(root: Path) -> Bundle:
     """Read a bundle's manifest.
 
     Raises:
-        UserError: there is none, it is of another version, or files are missing or cut short.
+        UserError: there is none, or it is of another version.
     """
     if not (root / BUNDLE_FILE).is_file():
         raise UserError(f"{root} is not a bundle; give the folder that `infer bundle` wrote")

@@ -15,6 +15,9 @@ FIRST_ON_CPU: tuple[str, Precision] = ("onnx", "int8")
 """The fastest kind on a CPU. AUTO_ORDER has it last, as it changes scores visibly; here it was
 packed on request."""
 
+TRIAL_SECONDS = 600
+"""A longer trial hangs. The first one reads packages of a GB and CUDA from a slow network disk."""
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -79,7 +82,12 @@ def _problem(network: PackedNetwork, run: Path, engine: Engine) -> str | None:
     folder = next(iter(fold_dirs(run, network.fold).values()))
     try:
         reason: str | None = attempt(
-            "try_artifact", str(folder), engine.format, engine.precision, engine.device
+            "try_artifact",
+            str(folder),
+            engine.format,
+            engine.precision,
+            engine.device,
+            seconds=TRIAL_SECONDS,
         )["reason"]
     except TrialError as error:
         return str(error)

@@ -24,10 +24,17 @@ import sys
 from pathlib import Path
 
 inputs = Path(os.environ.get("KAGGLE_INPUT", "/kaggle/input"))
-found = [path for depth in range(1, 5) for path in inputs.glob("*/" * depth + "bundle.json")]
+found = [path for depth in range(1, 6) for path in inputs.glob("*/" * depth + "bundle.json")]
+if len(found) != 1:
+    raise RuntimeError(f"{{inputs}} needs one bundle and has {{len(found)}}: {{found}}")
 command = [sys.executable, str(found[0].with_name("submit.py")), "--input", str(inputs)]
 command += ["--output", "submission.csv", "--hours", "{HOURS}", "--quiet", "true"]
-subprocess.run(command, check=True)
+ended = subprocess.run(command)
+# If the cell failed, Kaggle would not score the submission by tables, which may be there already.
+if not Path("submission.csv").is_file():
+    raise RuntimeError(f"no submission: submit.py ended with exit code {{ended.returncode}}")
+if ended.returncode:
+    print(f"submit.py ended with exit code {{ended.returncode}}; the submission so far stays")
 """
 
 

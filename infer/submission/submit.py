@@ -4,9 +4,11 @@ Whatever fails or takes too long, the submission that is there stays: each is wr
 replaced only by one of a better candidate.
 """
 
+import contextlib
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,13 +32,13 @@ from infer.ensemble.score_table import TableScores, score_table
 from infer.ensemble.settings import EmbeddingSources
 from infer.submission.candidates import Candidate, best, out_of_fold
 from infer.submission.contents import Bundle, PackedNetwork, open_bundle
-from infer.submission.devices import choose_engine
+from infer.submission.devices import Engine, choose_engine
 from infer.submission.settings import SubmitSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.layout import ALL, ERRORS_FILE, find_embeddings
-from isic.runtime.errors import UserError, warn
-from isic.runtime.files import digest, manifest_path, read_json
+from isic.runtime.errors import UserError, first_line, warn
+from isic.runtime.files import digest, read_manifest
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.progress import duration
 from isic.tables import read_parquet
@@ -47,7 +49,10 @@ TABLES = ("test-metadata.csv", "test-metadata.parquet")
 SECONDS_TO_TIME = 20.0
 """Time after which the speed of an embedding run is taken for steady."""
 RESERVE = 3.0
-"""Time to keep for scoring with images, as a multiple of that without."""
+"""Time to keep for scoring with images, at least, as a multiple of that without."""
+
+SMALL_BATCH = 32
+"""Images per call of the engine if the usual number does not fit a GPU's memory."""
 
 
 class OutOfTime(Exception):
@@ -107,6 +112,12 @@ def find_data(parent: Path) -> Path:
     return found[0]
 
 
+def _message(error: Exception) -> str:
+    if isinstance(error, UserError | OutOfTime):
+        return str(error)
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 @dataclass
 class Run:
     """A submission in progress."""
@@ -122,27 +133,42 @@ class Run:
 
     def submit(self) -> None:
         """Write the submission, at first without images."""
+        first = self.bundle.candidates[0]
         written = self._earlier()
+        is_earlier = written is not None
         if written is None:
             written = self._fallback
             self._write(written)
         else:  # for the time that it takes
             assert self._without_images
-        reserve = RESERVE * self.clock.seconds
+        reserve = self._reserve()
         for network in self.bundle.networks.values():
             self._embed(network, reserve)
             found = best(self.bundle.candidates, self.embedded)
-            is_better = found == self.bundle.candidates[0] or found.pauc > written.pauc
-            if found != written and is_better and self._can_write(found):
-                written = found
+            # An earlier submission is replaced by the same candidate too: images may have changed.
+            is_new = is_earlier or found != written
+            is_no_worse = found in {first, written} or found.pauc > written.pauc
+            if is_new and is_no_worse and self._can_write(found):
+                written, is_earlier = found, False
         self._summarise(written)
         if not self.settings.keep:
-            shutil.rmtree(self._work, ignore_errors=True)
+            self._remove([self._run_dir])
+
+    def _reserve(self) -> float:
+        """Return the seconds to keep for scoring with images, by those without, which just ended."""
+        first, fallback = self.bundle.candidates[0], self._fallback
+        growth = first.num_boosters / max(1, fallback.num_boosters)
+        return self.clock.seconds * max(RESERVE, growth)
 
     @property
     def _work(self) -> Path:
         output = self.settings.output
         return self.settings.work or output.absolute().with_name(f"{output.stem}_work")
+
+    @property
+    def _run_dir(self) -> Path:
+        """The part of the work folder that is this run's own; the rest may be somebody else's."""
+        return self._work / self._key
 
     @cached_property
     def _key(self) -> str:
@@ -155,10 +181,10 @@ class Run:
 
     def _earlier(self) -> Candidate | None:
         """Return the candidate of a submission of the same inputs that a killed run has written."""
-        path = manifest_path(self.settings.output)
-        if not (path.is_file() and self.settings.output.is_file()):
+        try:
+            facts = read_manifest(self.settings.output).get("bundle", {})
+        except UserError:  # none, or the run was killed after the manifest
             return None
-        facts = read_json(path).get("bundle", {})
         if facts.get("inputs") != self._key:
             return None
         named = {str(candidate): candidate for candidate in self.bundle.candidates}
@@ -167,66 +193,94 @@ class Run:
     def _embed(self, network: PackedNetwork, reserve: float) -> None:
         """Embed the test images with a network; if that fails, note why."""
         try:
-            self._watch_time(network, reserve)
-            run = self.bundle.run_dir(network)
-            engine, problems = choose_engine(network, run, self.settings.device)
-            if problems and self.bundle.expects_gpu:
-                self._complain(f"{network.name} runs on no GPU ({'; '.join(problems)})")
-            print(f"{network.name}: {engine}", flush=True)
-            output_dir = self._work / digest(self._key, engine)
-            embed_splits(
-                EmbedSettings(
-                    config=network.name,
-                    data=self.test.dataset.root,
-                    model_dir=run,
-                    output_dir=output_dir,
-                    split="test",
-                    fold=ALL if network.fold == ALL else None,
-                    tta=network.tta,
-                    format=engine.format,
-                    precision=engine.precision,
-                    device=engine.device,
-                    num_processes=engine.num_processes,
-                    num_threads=self.settings.num_threads,
-                    on_error="raise" if self.settings.strict else "skip",
-                    max_bad=1.0,
-                    quiet=self.settings.quiet,
-                ),
-                lambda progress: self._watch(progress, network, reserve),
-            )
-            self.embedded[network.name] = find_embeddings(output_dir, network.name, network.fold)
-        except (UserError, OutOfTime) as error:
-            self.lost[network.name] = str(error)
-            self._complain(f"{network.name} is left out: {error}")
+            self.embedded[network.name] = self._embeddings(network, reserve)
+        except Exception as error:  # none of any type may end a run whose submission is there
+            self.lost[network.name] = _message(error)
+            self._complain(f"{network.name} is left out: {_message(error)}", error)
+            if not self.settings.keep:  # the next network needs the disk
+                name = find_embeddings(Path(), network.name, network.fold)
+                self._remove(folder / name for folder in self._run_dir.glob("*"))
 
-    def _watch_time(self, network: PackedNetwork, reserve: float) -> None:
-        if self.clock.seconds_left < reserve:
-            raise OutOfTime(f"--hours {self.settings.hours} are over but for the time to score")
+    def _embeddings(self, network: PackedNetwork, reserve: float) -> Path:
+        """Embed the test images with a network. Return the folder of the embeddings."""
+        self._seconds_left(reserve)
+        engine, problems = choose_engine(
+            network, self.bundle.run_dir(network), self.settings.device
+        )
+        if problems and self.bundle.expects_gpu:
+            self._complain(f"{network.name} runs on no GPU ({'; '.join(problems)})")
+        print(f"{network.name}: {engine}", flush=True)
+        try:
+            return self._run_engine(network, engine, None, reserve)
+        except UserError as error:
+            if engine.device == "cpu":
+                raise
+            # The trial had two images and one fold, which need less of the GPU's memory.
+            print(f"{engine}: {error}; trying batches of {SMALL_BATCH}", flush=True)
+            return self._run_engine(network, engine, SMALL_BATCH, reserve)
 
-    def _watch(self, progress: Progress, network: PackedNetwork, reserve: float) -> None:
+    def _run_engine(
+        self, network: PackedNetwork, engine: Engine, batch_size: int | None, reserve: float
+    ) -> Path:
+        output_dir = self._run_dir / digest(engine, batch_size)
+        settings = EmbedSettings(
+            config=network.name,
+            data=self.test.dataset.root,
+            model_dir=self.bundle.run_dir(network),
+            output_dir=output_dir,
+            split="test",
+            fold=ALL if network.fold == ALL else None,
+            tta=network.tta,
+            format=engine.format,
+            precision=engine.precision,
+            device=engine.device,
+            batch_size=batch_size,
+            num_processes=engine.num_processes,
+            num_threads=self.settings.num_threads,
+            on_error="raise" if self.settings.strict else "skip",
+            max_bad=1.0,
+            quiet=self.settings.quiet,
+        )
+        embed_splits(settings, lambda progress: self._watch(progress, reserve))
+        return find_embeddings(output_dir, network.name, network.fold)
+
+    def _watch(self, progress: Progress, reserve: float) -> None:
         """Raise OutOfTime if a network is not done in time at its speed so far."""
-        left = self.clock.seconds_left - reserve
-        is_steady = progress.total_seconds > SECONDS_TO_TIME
-        if left < 0 or (is_steady and progress.seconds_left > left):
+        left = self._seconds_left(reserve)
+        if progress.timed_seconds > SECONDS_TO_TIME and progress.seconds_left > left:
             raise OutOfTime(
-                f"{duration(progress.seconds_left)} more are needed, and {duration(max(left, 0))} "
+                f"{duration(progress.seconds_left)} more are needed, and {duration(left)} "
                 f"of --hours {self.settings.hours} are left"
             )
 
-    def _complain(self, problem: str) -> None:
+    def _seconds_left(self, reserve: float) -> float:
+        """Return the time that networks may still take. Raise OutOfTime if there is none."""
+        left = self.clock.seconds_left - reserve
+        if left < 0:
+            raise OutOfTime(f"--hours {self.settings.hours} are over but for the time to score")
+        return left
+
+    def _complain(self, problem: str, cause: Exception | None = None) -> None:
         """Warn of a loss, or with `--strict` raise UserError."""
         if self.settings.strict:
-            raise UserError(f"{problem}; leave --strict out to submit without it")
+            raise UserError(f"{problem}; leave --strict out to submit without it") from cause
         warn(problem)
 
     def _can_write(self, candidate: Candidate) -> bool:
         """Write the submission of a candidate. Return False if it fails, with a warning."""
         try:
             self._write(candidate)
-        except UserError as error:
-            self._complain(f"no submission by {candidate}: {error}")
+        except Exception as error:  # as in _embed
+            self._complain(f"no submission by {candidate}: {_message(error)}", error)
             return False
         return True
+
+    def _remove(self, folders: Iterable[Path]) -> None:
+        """Remove folders of this run, and the work folder if nothing else is in it."""
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._work.rmdir()
 
     def _write(self, candidate: Candidate) -> None:
         scorer, found = (
@@ -291,11 +345,12 @@ class Run:
         return self._score(self._fallback)
 
     def _summarise(self, written: Candidate) -> None:
-        loss = self.bundle.candidates[0].pauc - written.pauc
-        if self.lost:
+        first = self.bundle.candidates[0]
+        if written != first:
+            lost = f"without {', '.join(self.lost)}" if self.lost else f"by {written}"
             warn(
-                f"without {', '.join(self.lost)} the out-of-fold pAUC is {written.pauc:.4f} in "
-                f"place of {self.bundle.candidates[0].pauc:.4f} ({-loss:+.4f})"
+                f"{lost} the out-of-fold pAUC is {written.pauc:.4f} in place of {first.pauc:.4f} "
+                f"({written.pauc - first.pauc:+.4f})"
             )
         bad = int(self._bad_rows(written).sum())
         if bad:

@@ -69,10 +69,7 @@ NOT_WRITABLE = {
 
 
 def _disk_error(path: Path, error: OSError) -> Exception:
-    number = error.errno
-    # Polars' errors have their number only in the text.
-    if number is None and (named := re.search(r"os error (\d+)", str(error))):
-        number = int(named[1])
+    number = _number(error)
     if number in DISK_FULL:
         return UserError(
             f"the disk is full, so {path} was not written; free space and run the command again"
@@ -83,14 +80,31 @@ def _disk_error(path: Path, error: OSError) -> Exception:
     return error
 
 
+def _number(error: OSError) -> int | None:
+    """Return the errno, which errors of Polars and of `shutil.copytree` have only in their text."""
+    named = re.search(r"(?:os error |Errno )(\d+)", str(error))
+    return int(named[1]) if error.errno is None and named else error.errno
+
+
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder that is renamed to `target` on success and removed otherwise."""
+    """Yield a folder that is renamed to `target` on success and removed otherwise.
+
+    Raises:
+        UserError: the disk is full or the parent cannot be written.
+    """
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise _disk_error(target, error) from error
     try:
         yield temporary
         temporary.rename(target)
+    except OSError as error:
+        if _number(error) not in DISK_FULL:  # it may be of a file that the block reads
+            raise
+        raise _disk_error(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,10 +2,12 @@ import os
 import subprocess
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from infer.embedding.embedder import BatchStats
 from infer.embedding.progress import Progress
+from infer.embedding.shards import Shard
 from isic.runtime.errors import UserError
 from tests.support.commands import ROOT
 from tests.support.fake_run import FakeRun, finished_shard
@@ -47,3 +49,22 @@ def test_a_terminal_shows_a_bar_unless_quiet(
         shown = ""
     os.close(ours)
     assert ("img/s" in shown and "bound by" in shown) is not quiet
+
+
+def test_the_time_left_is_that_of_the_speed_without_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks take a minute to load, which says nothing about the time of an image."""
+    now = 0.0
+    monkeypatch.setattr("infer.embedding.progress.time.perf_counter", lambda: now)
+    shard = Shard(pl.Series(map(str, range(400)), dtype=pl.String), {0: tmp_path / "part-0"})
+    progress = Progress([shard], "skip", 1.0, quiet=True)
+    assert (progress.seconds_left, progress.timed_seconds) == (float("inf"), 0.0)
+    now = 60.0
+    progress.add(BatchStats(100))
+    assert progress.seconds_left == float("inf")
+    now = 64.0
+    progress.add(BatchStats(100))
+    assert (progress.seconds_left, progress.timed_seconds) == (8.0, 4.0)
+    progress.add(BatchStats(200))
+    assert progress.seconds_left == 0.0

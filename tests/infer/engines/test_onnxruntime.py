@@ -1,6 +1,7 @@
 """ONNX Runtime's engine: the contract, equal int8 products on every CPU, and absent devices."""
 
 import gc
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from infer.engines.onnxruntime import (
 )
 from isic.layout import ONNX_FILE, fold_dir
 from isic.runtime.errors import UserError
+from tests.support import fake_driver
 from tests.support.networks import POINTWISE, build_engine, network, spec_of
 
 SATURATION = """
@@ -206,6 +208,36 @@ def test_a_provider_that_does_not_load_gives_the_loaders_reason(
     with pytest.raises(UserError, match=r"--device cuda here: lib.*\.so.*, or use --device cpu$"):
         OnnxRuntimeEngine({0: Path("any.onnx")}, 32, "cuda")
     assert capfd.readouterr() == ("", ""), "ONNX Runtime's own log of the same error is silenced"
+
+
+LOADED = """
+from infer.engines.onnxruntime import ort, unavailable_reason
+unavailable_reason("onnx", "cuda")
+print(ort.__file__, open("/proc/self/maps").read())
+"""
+
+
+def test_the_cuda_libraries_of_another_folder_than_onnx_runtimes_are_found(tmp_path: Path) -> None:
+    """As in a bundle, whose packages are not beside those of the machine's PyTorch."""
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("this build of ONNX Runtime is for CPUs only")
+    bundled, machine = tmp_path / "site", tmp_path / "dist-packages"
+    library = machine / "nvidia" / "cublas" / "lib" / "libcublasLt.so.99"
+    for folder in (bundled, library.parent, tmp_path / "driver"):
+        folder.mkdir(parents=True)
+    (bundled / "onnxruntime").symlink_to(Path(ort.__file__).parent)
+    environment = fake_driver.install(tmp_path / "driver")
+    shutil.copyfile(tmp_path / "driver" / "libcuda.so.1", library)
+    path = os.pathsep.join(map(str, (bundled, machine, Path.cwd())))
+    ended = subprocess.run(
+        [sys.executable, "-c", LOADED],
+        env={**environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(bundled) in ended.stdout
+    assert str(library) in ended.stdout
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,109 @@ def test_a_full_disk_leaves_the_submission_by_tables(
     assert "the disk is full" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(5, "Input/output error"), pl.exceptions.ComputeError("odd")]
+)
+def test_no_error_of_a_network_ends_the_run(
+    error: Exception,
+    made: Path,
+    project: Project,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first network fills the disk and fails, the second one has the disk for itself."""
+    seen = []
+
+    def fails(settings: module.EmbedSettings, watch: object) -> None:
+        seen.append([path.name for path in settings.output_dir.glob("*")])
+        for name in ("tiny", "tiny_b"):
+            (settings.output_dir / name).mkdir(parents=True)
+        raise error
+
+    monkeypatch.setattr(module, "embed_splits", fails)
+    output = run(made, project.data, tmp_path / "submission.csv")
+    assert "by tables, without images" in used(output)
+    assert f"tiny is left out: {type(error).__name__}" in capsys.readouterr().err
+    assert seen == [[], ["tiny_b"]]
+    assert not (tmp_path / "submission_work").exists()
+
+
+def test_a_batch_that_does_not_fit_the_gpu_is_made_smaller(
+    made: Path, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = module.embed_splits
+
+    def full(settings: module.EmbedSettings, watch: object) -> None:
+        if settings.batch_size is None:
+            raise UserError("out of memory; use a smaller --batch_size")
+        embed(settings.model_copy(update={"device": "cpu"}), watch)  # type: ignore[arg-type]
+
+    on_gpu = module.Engine("onnx", "fp32", "cuda", 1)
+    monkeypatch.setattr(module, "choose_engine", lambda *_: (on_gpu, []))
+    monkeypatch.setattr(module, "embed_splits", full)
+    output = run(made, project.data, tmp_path / "submission.csv")
+    assert used(output).startswith("final, with tiny, tiny_b")
+
+
+def test_files_of_somebody_else_in_the_work_folder_stay(
+    made: Path, project: Project, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").touch()
+    output = run(made, project.data, tmp_path / "submission.csv", work=tmp_path / "mine")
+    assert output.is_file()
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis"]
+
+
+def test_the_same_command_after_a_repair_of_the_images_submits_them(
+    made: Path, project: Project, dataset: Path, tmp_path: Path
+) -> None:
+    name = ids_of(dataset)[3]
+    rewrite_images(dataset, {name: None})
+    output = run(made, dataset, tmp_path / "submission.csv")
+    shutil.copyfile(project.data / "test-image.hdf5", dataset / "test-image.hdf5")
+    run(made, dataset, output)
+    assert read_json(output.with_name("submission.csv.json"))["bundle"]["rows_without_image"] == 0
+    whole = run(made, project.data, tmp_path / "whole.csv")
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_a_submission_of_other_bytes_than_its_manifest_is_written_again(
+    made: Path, project: Project, tmp_path: Path
+) -> None:
+    """A run may be killed after it has written the manifest."""
+    output = run(made, project.data, tmp_path / "submission.csv")
+    by_tables = run(made, project.data, tmp_path / "tables.csv", hours=1e-9)
+    shutil.copyfile(by_tables, output)
+    run(made, project.data, output, hours=1e-9)
+    assert "by tables, without images" in used(output)
+
+
+def test_an_earlier_submission_by_more_networks_stays(
+    made: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = run(made, project.data, tmp_path / "submission.csv")
+    earlier = output.read_bytes()
+    run(made, project.data, output, hours=1e-9)
+    assert output.read_bytes() == earlier
+    assert "pAUC is" not in capsys.readouterr().err
+
+
+def test_the_time_to_score_grows_with_the_boosters(
+    made: Path, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blend has three times as many as its members by tables, so 2 s are no longer enough."""
+    first, *_, fallback = module.open_bundle(made).candidates
+    assert first.num_boosters == 3 * fallback.num_boosters
+    monkeypatch.setattr(module, "RESERVE", 0.0)
+    clock = module.Clock(1.0, started=time.monotonic() - 100)
+    settings = SubmitSettings(bundle=made, data=project.data, output=tmp_path / "s.csv")
+    test = module.read_test_table(module.Dataset(project.data))
+    found = module.Run(settings, module.open_bundle(made), test, clock)._reserve()
+    assert found == pytest.approx(300, abs=30)
+
+
 def test_a_submission_that_cannot_be_written_is_an_error(
     made: Path, project: Project, tmp_path: Path
 ) -> None:
