@@ -77,7 +77,7 @@ class OpenBackbone:
         # classifier that could not be used is no part of the network.
         return {"weights": self.weights.source, "sha256": tensors_sha256(self.model)}
 
-    def made(self, manifest: Mapping[str, Any]) -> bool:
+    def is_source_of(self, manifest: Mapping[str, Any]) -> bool:
         """Return whether an artifact is of this backbone, by its manifest."""
         # Not by the weights' source: a file may have been moved.
         same = all(manifest[key] == self.config[key] for key in ("model", "preprocess"))
@@ -105,7 +105,9 @@ def open_backbone(settings: ExportSettings) -> OpenBackbone:
     )
     trained = create_model(build).eval()
     classifier = find_classifier(trained, build)
-    model = Backbone(trained.backbone, trained.spec, classifier).eval()
+    normalisation = {key: timm_config[key] for key in ("mean", "std")}
+    spec = PreprocessSpec(**{**trained.spec.model_dump(), **normalisation})
+    model = Backbone(trained.backbone, spec, classifier).eval()
     config = {
         "name": settings.run_name,
         "model": settings.model,
@@ -175,7 +177,7 @@ def refuse_other_content(run: Path, backbone: OpenBackbone, force: bool) -> None
         raise UserError(f"{run} holds a trained run; choose another --name for the backbone")
     folder = fold_dir(run, NONE)
     for found in map(read_json, artifact_manifests(folder)):
-        if not (force or backbone.made(found)):
+        if not (force or backbone.is_source_of(found)):
             raise UserError(
                 f"{folder} holds {describe_backbone(found)}; choose another --name, or replace it "
                 "with --force"
@@ -191,7 +193,7 @@ def begin_backbone(run: Path, backbone: OpenBackbone) -> dict[str, Any]:
     folder = fold_dir(run, NONE)
     for path in artifact_manifests(folder):
         found = read_json(path)
-        if not backbone.made(found):
+        if not backbone.is_source_of(found):
             (folder / found["artifact"]).unlink(missing_ok=True)
             path.unlink()
     write_seen(folder / TRAINED_ON_FILE, backbone.weights.seen)
