@@ -394,11 +394,14 @@ def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | N
         return
     record_parity(artifact, {"passed": True, **parity})
     worst = worst_figures(parity)
-    rank = worst["rank_correlation"]
-    print(
-        f"{start} {worst['cosine']:10.7f} {worst['max_logit_error']:12.1e} "
-        f"{'-' if math.isnan(rank) else format(rank, '.5f'):>8}  {artifact}"
-    )
+    error = figure(worst["max_logit_error"], ".1e")
+    rank = figure(worst["rank_correlation"], ".5f")
+    print(f"{start} {worst['cosine']:10.7f} {error:>12} {rank:>8}  {artifact}")
+
+
+def figure(value: float, form: str) -> str:
+    """Return a figure as text, a dash for nan."""
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def record_parity(artifact: Path, result: dict[str, Any]) -> None:
