@@ -1,4 +1,4 @@
-"""`python -m export --config eva02_base`: exports the trained folds of a config."""
+"""`python -m export --config eva02_base`: exports trained folds; with `--model` a backbone."""
 
 from isic.runtime.cli import Command, run
 

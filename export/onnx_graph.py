@@ -20,7 +20,7 @@ from export.formats import ArtifactSpec, BuildInputs
 from export.network import ArtifactNetwork, artifact_network
 from export.precision import pointwise_convs_as_linear
 from infer.engines.contract import AUX, IMAGES, LOGITS
-from isic.layout import ONNX_FILE
+from isic.layout import NONE, ONNX_FILE
 
 OPSET = 20
 """The first opset with Gelu as one node; ONNX Runtime runs it from version 1.17 on."""
@@ -61,7 +61,7 @@ def build(spec: ArtifactSpec, inputs: BuildInputs, path: Path) -> dict[str, Any]
 
 def metadata(spec: ArtifactSpec, inputs: BuildInputs) -> dict[str, str]:
     """Return the file's ONNX metadata properties: its origin and its preprocessing."""
-    labels = {LOGITS: ["malignant"]}
+    labels = {} if spec.fold == NONE else {LOGITS: ["malignant"]}
     if inputs.aux:
         labels[AUX] = list(inputs.aux)
     return {

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from infer.formats import PRECISIONS, exported_formats
 from isic.layout import FoldFlag, find_run
 from isic.runtime.config import Settings, Several
 from isic.views import VIEWS, Tta
+from train.config import BOOLEANS
 
 
 class PlanOptions(Settings):
@@ -94,18 +95,46 @@ class PlanOptions(Settings):
         return {"min": self.min_batch, "opt": self.opt_batch, "max": self.max_batch}
 
 
-class ExportSettings(PlanOptions):
-    """Export the trained folds of a config. Each artifact must reproduce its checkpoint's outputs.
+ONLY_MODEL = ("pretrained", "image_size", "name")
+"""Keys that go with `--model` only."""
 
+
+class ExportSettings(PlanOptions):
+    """Export the trained folds of a config, or a backbone of timm without training.
+
+    Each artifact must reproduce the outputs of its checkpoint, or of the backbone in torch.
     Exits with 1 if an artifact fails this parity check; it is then removed.
     """
 
-    config: str = Field(
+    config: str | None = Field(
+        None,
+        min_length=1,
         validation_alias=AliasChoices("config", "model_config"),
         description="name of the trained config (--model_config)",
     )
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="in place of a config, the timm name of a backbone to export without training, "
+        "with its features and the logits of its own classes",
+    )
+    pretrained: bool | str = Field(
+        True,
+        description="weights of --model, as in training: true (timm's for the model), a hub "
+        "repository, a local file, or a folder such as fold_<k>/backbone",
+    )
+    image_size: int | None = Field(
+        None,
+        ge=8,
+        le=2048,
+        description="height and width of the input of --model, in pixels; the model's own if not "
+        "given",
+    )
+    name: str | None = Field(
+        None, min_length=1, description="name of the run of --model; the model's if not given"
+    )
     model_dir: Path | None = Field(
-        None, description="folder of the trained run; outputs/<config> if not given"
+        None, description="folder of the run; outputs/<config> or outputs/<name> if not given"
     )
     fold: FoldFlag | None = Field(
         None,
@@ -127,13 +156,14 @@ class ExportSettings(PlanOptions):
     )
     data: Path | None = Field(
         None,
-        description="dataset with the images of the parity check; the training's if not given",
+        description="dataset with the images of the parity check; the training's if not given, and "
+        "synthetic images for --model",
     )
     parity_images: int = Field(
         256,
         ge=1,
         description="number of held-out images in the parity check; of training images for "
-        "--fold all, which holds none out",
+        "--fold all, which holds none out, and of any images for --model",
     )
     check: bool = Field(
         False, description="check the parity of existing artifacts on this machine, build nothing"
@@ -143,6 +173,46 @@ class ExportSettings(PlanOptions):
     )
     force: bool = Field(False, description="export artifacts again that are up to date")
 
+    @field_validator("pretrained", mode="before")
+    @classmethod
+    def _boolean_from_text(cls, value: Any) -> Any:
+        return BOOLEANS.get(value.lower(), value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _config_or_model(self) -> "ExportSettings":
+        if self.config and self.model:
+            raise ValueError(
+                "--config exports what was trained, and --model a backbone without training; "
+                "give one of them"
+            )
+        if not (self.config or self.model):
+            raise ValueError(
+                "--config, the name of a trained config, or --model, a backbone of timm, is "
+                "required"
+            )
+        if self.model:
+            self._refuse_for_model()
+            return self
+        for flag in ONLY_MODEL:
+            if flag in self.model_fields_set:
+                raise ValueError(f"--{flag} is for --model; leave it out")
+        return self
+
+    def _refuse_for_model(self) -> None:
+        """Raise a ValueError for a setting that a backbone cannot have."""
+        if self.fold is not None:
+            raise ValueError("--fold is for --config: --model has no folds; leave it out")
+        if self.pretrained is False:
+            raise ValueError(
+                "--pretrained false: features of random weights are of no use; give true, or a "
+                "file of weights"
+            )
+
+    @property
+    def run_name(self) -> str:
+        """The name of the run, in manifests and of its folder."""
+        return self.config or self.name or str(self.model)
+
     @property
     def run_dir(self) -> Path:
-        return find_run(self.model_dir, self.config)
+        return find_run(self.model_dir, self.run_name)

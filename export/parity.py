@@ -9,8 +9,16 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from export.formats import Tolerance
-from infer.engines import Engine, SupportsMask
-from infer.engines.contract import AUX, FEATURES, GRAPH_CONTRACT, LOGITS, MASK
+from infer.engines import Engine, SupportsOther
+from infer.engines.contract import (
+    AUX,
+    CLASS_LOGITS,
+    FEATURES,
+    GRAPH_CONTRACT,
+    LOGITS,
+    MASK,
+    RESULTS,
+)
 from isic.metrics import pauc
 from isic.preprocess import Pixels
 from isic.views import VIEWS, View
@@ -26,10 +34,19 @@ FIGURES = {
     LOGITS: "max_logit_error",
     AUX: "max_aux_error",
     MASK: "max_mask_error",
+    CLASS_LOGITS: "max_class_error",
 }
 """The name of each output's largest error."""
-LIMITED = {LOGITS: "a logit", AUX: "an auxiliary logit", MASK: "a mask"}
+LIMITED = {
+    LOGITS: "a logit",
+    AUX: "an auxiliary logit",
+    MASK: "a mask",
+    CLASS_LOGITS: "a class's logit",
+}
 """The outputs whose largest error is limited, in words."""
+SCALED = {LOGITS, AUX, CLASS_LOGITS}
+"""The outputs whose errors are divided by their standard deviation over images, if that is over 1.
+"""
 
 Arrays = tuple[NDArray[np.float32], ...]
 """The checkpoint's outputs in its order."""
@@ -103,17 +120,17 @@ def run_engine(
         names: of the network's outputs.
 
     Raises:
-        ParityError: there is a mask among them, and the engine cannot compute it.
+        ParityError: the engine cannot compute one of them.
     """
-    with_mask = MASK in names
-    if with_mask and not isinstance(engine, SupportsMask):
-        raise ParityError("the network predicts masks, and this engine does not")
+    others = [name for name in names if name not in RESULTS]
+    if others and not isinstance(engine, SupportsOther):
+        raise ParityError(f"the network has the output {others[0]}, and this engine does not")
     batches: list[EngineArrays] = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         outputs: EngineArrays = engine.run(batch)
-        if with_mask and isinstance(engine, SupportsMask):
-            outputs = (*outputs, engine.predict_mask(batch))
+        if isinstance(engine, SupportsOther):
+            outputs = (*outputs, *(engine.run_other(batch, name) for name in others))
         batches.append(outputs)
     return tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
 
@@ -124,8 +141,8 @@ def check_parity(
     """Compare an engine with its checkpoint.
 
     Returns:
-        The figures of each batch size (see `compare`), and `rank_correlation` and `pauc_change` of
-        the largest one.
+        The figures of each batch size (see `compare`), and of a network with a lesion head
+        `rank_correlation` and `pauc_change` of the largest one.
 
     Raises:
         ParityError: an output has another shape or type, is not finite or differs too much, or
@@ -140,6 +157,8 @@ def check_parity(
         figure = compare(expected, actual, reference.names)
         check_figure(figure, tolerance, f"at batch {batch_size}")
         figures[f"batch_{batch_size}"] = figure
+    if LOGITS not in reference.names:
+        return figures
     # The largest batch size was the last one, so `actual` has the logits of all images.
     figures |= compare_order(reference, actual[1])
     check_order(figures, tolerance, reference)
@@ -156,8 +175,8 @@ def compare(
 
     Returns:
         `cosine`: the smallest of all images' features. `max_abs_error`: of the features.
-        `max_logit_error` and, if there are auxiliary targets, `max_aux_error`: divided by the
-        standard deviation of the logits, or of the target's logits, if that is over 1.
+        `max_logit_error`, `max_aux_error` of auxiliary targets and `max_class_error` of a
+        backbone's classes, as far as there are any: divided as SCALED says.
         `max_mask_error`: of all probabilities, if there is a mask.
 
     Raises:
@@ -178,7 +197,7 @@ def compare(
     figures = {"cosine": smallest_cosine(expected[0], actual[0])}
     for name, wanted, found in zip(names, expected, actual, strict=True):
         error = np.abs(wanted - found).max(axis=0)
-        if name in {LOGITS, AUX}:
+        if name in SCALED:
             error = error / np.maximum(1.0, wanted.std(axis=0))
         figures[FIGURES[name]] = float(error.max())
     return figures
@@ -241,10 +260,15 @@ def check_order(figures: dict[str, Any], tolerance: Tolerance, reference: Refere
 
 
 def worst_figures(parity: dict[str, Any]) -> dict[str, float]:
-    """Return the worst figures of `check_parity` over all batch sizes."""
+    """Return the worst figures of `check_parity` over all batch sizes, nan for one that is absent.
+
+    `max_logit_error` of a backbone is that of its classes.
+    """
     figures = [figure for name, figure in parity.items() if name.startswith("batch_")]
+    keys = (FIGURES[LOGITS], FIGURES[CLASS_LOGITS])
+    errors = [figure[key] for figure in figures for key in keys if key in figure]
     return {
         "cosine": min(figure["cosine"] for figure in figures),
-        "max_logit_error": max(figure["max_logit_error"] for figure in figures),
+        "max_logit_error": max(errors, default=float("nan")),
         "rank_correlation": parity.get("rank_correlation", float("nan")),
     }

@@ -19,6 +19,8 @@ bfloat16 rounds too much."""
 # Transpositions around the product included.
 MIN_INT8_CHANNELS = 64
 """Channels from which a 1x1 convolution is faster as an int8 product."""
+MAX_SUMS = 64
+"""Outputs up to which a linear head can be a product and sums; a classifier may have thousands."""
 
 
 def cast_model(model: Classifier, precision: str) -> Classifier:
@@ -58,12 +60,14 @@ class _OutputTo:
 
 
 def head_as_sum(model: Classifier) -> Classifier:
-    """Return a copy whose linear heads are products and sums, for runtimes without float32 GEMM."""
+    """Return a copy whose small linear heads are products and sums, without a float32 GEMM."""
     model = copy.deepcopy(model)
     for head in model.linear_heads:
         linear = head[-1]
         assert isinstance(linear, nn.Linear)
-        head[-1] = ProductSum(linear)
+        # The products of many outputs would not fit the GPU's memory.
+        if linear.out_features <= MAX_SUMS:
+            head[-1] = ProductSum(linear)
     return model
 
 

@@ -1,6 +1,7 @@
-"""Exports the folds of a trained config: build, check parity, publish."""
+"""Exports the folds of a trained config, or a backbone: build, check parity, publish."""
 
 import contextlib
+import math
 import platform
 import time
 from collections.abc import Mapping
@@ -13,6 +14,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from export.backbone import (
+    begin_backbone,
+    describe_backbone,
+    open_backbone,
+    refuse_other_content,
+    synthetic_sample,
+)
 from export.formats import (
     FORMATS,
     TOLERANCES,
@@ -31,7 +39,16 @@ from infer.engines import create, unavailable_reason
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import read_folds
-from isic.layout import ALL, BEST_CHECKPOINT, FOLDS_FILE, Fold, fold_files, fold_name
+from isic.layout import (
+    ALL,
+    BEST_CHECKPOINT,
+    FOLDS_FILE,
+    NONE,
+    Fold,
+    fold_dir,
+    fold_files,
+    fold_name,
+)
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
@@ -58,15 +75,17 @@ HEADER = "fold format       types      MB  seconds     cosine  logit error     r
 
 @dataclass(frozen=True)
 class Source:
-    """A fold's checkpoint, loaded."""
+    """A fold's checkpoint or a backbone, loaded."""
 
-    path: Path
-    sha256: str
+    folder: Path
+    """The folder of the artifacts, which is in that of the run."""
+    made_from: Mapping[str, str]
+    """The entry of a manifest that names the checkpoint or the weights, with their digest."""
     model: Classifier
     config: dict[str, Any]
-    """Name, fold, features, digest of the folds and preprocessing, as the checkpoint has them."""
-    data: Path
-    """The dataset of the parity check."""
+    """Name, fold, features, preprocessing and so on, as the manifest will have them."""
+    data: Path | None
+    """The dataset of the parity check; None for synthetic images."""
     num_images: int
     """The number of images in the parity check."""
     tta: str
@@ -77,15 +96,53 @@ class Source:
         return PreprocessSpec(**self.config["preprocess"])
 
     @property
-    def made_from(self) -> dict[str, str]:
-        """The entry of a manifest that names the checkpoint."""
-        return {"checkpoint": self.path.name, "sha256": self.sha256}
+    def name(self) -> str:
+        """The checkpoint's path, or the backbone's model."""
+        checkpoint = self.made_from.get("checkpoint")
+        return str(self.folder / checkpoint) if checkpoint else str(self.config["model"])
+
+    @property
+    def images(self) -> str:
+        """The kind of the parity check's images."""
+        if self.config["fold"] == NONE:
+            return "of --data" if self.data else "synthetic"
+        return "training" if self.config["fold"] == ALL else "held out"
 
     @cached_property
     def reference(self) -> Reference:
-        """The checkpoint's own outputs, computed once for all formats."""
+        """The network's own outputs, computed once for all formats."""
         images, labels = parity_sample(self)
         return Reference(self.model, images, labels, self.tta)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A fold's checkpoint, not loaded."""
+
+    path: Path
+    fold: Fold
+    settings: ExportSettings
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    @cached_property
+    def made_from(self) -> dict[str, str]:
+        return made_from_checkpoint(self.path, sha256(self.path))
+
+    def load(self) -> Source:
+        """Load it. Raise UserError as `load_source` does."""
+        return load_source(self.path, self.made_from["sha256"], self.fold, self.settings)
+
+
+Networks = dict[Fold, Checkpoint | Source]
+"""The networks to export by fold, or the backbone at NONE."""
+
+
+def made_from_checkpoint(path: Path, digest: str) -> dict[str, str]:
+    """Return the entry of a manifest that names a checkpoint with its SHA-256."""
+    return {"checkpoint": path.name, "sha256": digest}
 
 
 def export(settings: ExportSettings) -> int:
@@ -94,14 +151,14 @@ def export(settings: ExportSettings) -> int:
     wanted = find_formats(settings.formats, settings.precision, settings.device)
     num_failed = 0
     artifacts: list[Path] = []
-    checkpoints = find_checkpoints(settings)
-    announce_export(settings, list(checkpoints), wanted)
-    time_left = TimeLeft(len(checkpoints), "check" if settings.check else "export")
+    networks = find_backbone(settings) if settings.model else find_checkpoints(settings)
+    announce_export(settings, networks, wanted)
+    time_left = TimeLeft(len(networks), "check" if settings.check else "export")
     print(HEADER, flush=True)
-    for fold, checkpoint in checkpoints.items():
+    for fold, network in networks.items():
         specs = [artifact_spec(fold, name, precision, settings) for name, precision in wanted]
-        artifacts += [artifact_path(checkpoint, spec) for spec in specs]
-        num_failed += export_fold(checkpoint, fold, specs, settings)
+        artifacts += [network.folder / file_name(spec) for spec in specs]
+        num_failed += export_fold(network, specs, settings)
         time_left.advance()
     if settings.triton and not num_failed:
         names = write_repository(settings.triton, artifacts)
@@ -110,7 +167,7 @@ def export(settings: ExportSettings) -> int:
 
 
 def announce_export(
-    settings: ExportSettings, folds: list[Fold], wanted: list[tuple[str, str]]
+    settings: ExportSettings, networks: Networks, wanted: list[tuple[str, str]]
 ) -> None:
     """Print one line on the artifacts that are about to be made."""
     formats = ", ".join(
@@ -118,41 +175,68 @@ def announce_export(
         for name, precision in wanted
     )
     verb = "checking" if settings.check else "exporting"
-    names = ", ".join(map(str, folds))
     views = len(VIEWS[settings.tta])
     mean = f", the mean over {views} views" if views > 1 else ""
-    print(f"{verb} {settings.config}: fold{'s' * (len(folds) > 1)} {names}, {formats}{mean}")
-    if ALL in folds:
+    names = f"fold{'s' * (len(networks) > 1)} {', '.join(map(str, networks))}"
+    source = networks.get(NONE)
+    if isinstance(source, Source):
+        names = describe_backbone(source.config)
+    print(f"{verb} {settings.run_name}: {names}, {formats}{mean}")
+    if ALL in networks:
         print(f"parity on training images, because fold {ALL} holds none out")
+    if isinstance(source, Source) and not source.data:
+        print("parity on synthetic images; --data names a dataset of real ones")
 
 
 def export_fold(
-    checkpoint: Path, fold: Fold, specs: list[ArtifactSpec], settings: ExportSettings
+    network: "Checkpoint | Source", specs: list[ArtifactSpec], settings: ExportSettings
 ) -> int:
-    """Export the artifacts of one fold, or with `--check` only check them.
+    """Export the artifacts of one fold or backbone, or with `--check` only check them.
 
     Returns:
         The number of artifacts that failed the parity check.
     """
-    digest = sha256(checkpoint)
     process = check_one if settings.check else export_one
-    source: Source | None = None
     num_failed = 0
     for spec in specs:
-        artifact = artifact_path(checkpoint, spec)
+        artifact = network.folder / file_name(spec)
         redo = settings.force or settings.check
-        if not redo and is_current(artifact, spec, checkpoint.name, digest):
+        if not redo and is_current(artifact, spec, network.made_from):
             print(f"{label(vars(spec))} up to date: {artifact}")
             continue
         # Loaded once, and only if needed: a checkpoint takes seconds to unpickle.
-        if source is None:
-            source = load_source(checkpoint, digest, fold, settings)
-        if not process(source, spec, artifact):
+        if isinstance(network, Checkpoint):
+            network = network.load()
+        if not process(network, spec, artifact):
             num_failed += 1
     return num_failed
 
 
-def find_checkpoints(settings: ExportSettings) -> dict[Fold, Path]:
+def find_backbone(settings: ExportSettings) -> Networks:
+    """Build the backbone of `--model` and prepare its folder, unless it is only checked.
+
+    Raises:
+        UserError: it cannot be built, or the folder holds something else.
+    """
+    if settings.triton:
+        raise UserError("--triton is for networks with a lesion head; leave it out with --model")
+    backbone = open_backbone(settings)
+    run = settings.run_dir
+    refuse_other_content(run, backbone, settings.force)
+    config = backbone.config if settings.check else begin_backbone(run, backbone)
+    source = Source(
+        fold_dir(run, NONE),
+        backbone.made_from,
+        backbone.model,
+        config,
+        settings.data,
+        settings.parity_images,
+        settings.tta,
+    )
+    return {NONE: source}
+
+
+def find_checkpoints(settings: ExportSettings) -> Networks:
     """Return the checkpoint of each fold to export. Raise UserError if there is none."""
     found = fold_files(settings.run_dir, BEST_CHECKPOINT, settings.fold)
     if not found:
@@ -163,14 +247,14 @@ def find_checkpoints(settings: ExportSettings) -> dict[Fold, Path]:
             f"{settings.run_dir} has {which} with {BEST_CHECKPOINT}; run "
             f"`python -m train --config {settings.config}{flag}` first"
         )
-    return found
+    return {fold: Checkpoint(path, fold, settings) for fold, path in found.items()}
 
 
 def artifact_spec(
     fold: Fold, format_name: str, precision: str, settings: ExportSettings
 ) -> ArtifactSpec:
     return ArtifactSpec(
-        config=settings.config,
+        config=settings.run_name,
         fold=fold,
         format=format_name,
         precision=precision,
@@ -179,17 +263,13 @@ def artifact_spec(
     )
 
 
-def artifact_path(checkpoint: Path, spec: ArtifactSpec) -> Path:
-    return checkpoint.with_name(file_name(spec))
-
-
-def is_current(artifact: Path, spec: ArtifactSpec, checkpoint: str, digest: str) -> bool:
-    """Return whether an artifact is intact, made from this checkpoint, and matches the spec."""
+def is_current(artifact: Path, spec: ArtifactSpec, made_from: Mapping[str, str]) -> bool:
+    """Return whether an artifact is intact, made from this network, and matches the spec."""
     if not (artifact.is_file() and manifest_path(artifact).is_file()):
         return False
     # Manifests of earlier versions lack `tta`, and their artifacts have no views.
     manifest = {"tta": "none", **read_json(manifest_path(artifact))}
-    wanted = {**spec.facts, "made_from": {"checkpoint": checkpoint, "sha256": digest}}
+    wanted = {**spec.facts, "made_from": made_from}
     if any(manifest.get(key) != value for key, value in wanted.items()):
         return False
     # Last, because it reads the whole file.
@@ -217,8 +297,8 @@ def load_source(path: Path, digest: str, fold: Fold, settings: ExportSettings) -
         mismatch = str(error).splitlines()[1].strip()  # the first line only names the class
         raise UserError(f"{path} does not fit {trained_with.model} ({mismatch})") from None
     return Source(
-        path,
-        digest,
+        path.parent,
+        made_from_checkpoint(path, digest),
         model.eval(),
         config,
         settings.data or trained_with.data,
@@ -257,7 +337,7 @@ def build_inputs(source: Source, spec: ArtifactSpec) -> BuildInputs:
     return BuildInputs(
         model=source.model,
         preprocess=source.preprocess,
-        cache_dir=source.path.parents[1],
+        cache_dir=source.folder.parent,
         calibration=partial(calibration_sample, source, spec.options.calibration_images),
         aux=tuple(source.config.get("aux", ())),
     )
@@ -266,9 +346,9 @@ def build_inputs(source: Source, spec: ArtifactSpec) -> BuildInputs:
 def check_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
     """Check the parity of an existing artifact on this machine. Return whether it passes."""
     manifest = read_manifest(artifact)
-    if manifest["made_from"]["sha256"] != source.sha256:
+    if manifest["made_from"]["sha256"] != source.made_from["sha256"]:
         raise UserError(
-            f"{artifact} was made from another checkpoint than {source.path}; export it again"
+            f"{artifact} was made from other weights than those of {source.name}; export it again"
         )
     try:
         parity = measure_parity(source, spec, artifact, manifest)
@@ -299,8 +379,7 @@ def measure_parity(
         "processor": processor(),
         "features": cpu_features(),
     }
-    images = "training" if source.config["fold"] == ALL else "held out"
-    return {**figures, "images": images, "cpu": cpu}
+    return {**figures, "images": source.images, "cpu": cpu}
 
 
 def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | None) -> None:
@@ -315,10 +394,14 @@ def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | N
         return
     record_parity(artifact, {"passed": True, **parity})
     worst = worst_figures(parity)
-    print(
-        f"{start} {worst['cosine']:10.7f} {worst['max_logit_error']:12.1e} "
-        f"{worst['rank_correlation']:8.5f}  {artifact}"
-    )
+    error = figure(worst["max_logit_error"], ".1e")
+    rank = figure(worst["rank_correlation"], ".5f")
+    print(f"{start} {worst['cosine']:10.7f} {error:>12} {rank:>8}  {artifact}")
+
+
+def figure(value: float, form: str) -> str:
+    """Return a figure as text, a dash for nan."""
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def record_parity(artifact: Path, result: dict[str, Any]) -> None:
@@ -344,7 +427,8 @@ def label(facts: Mapping[str, Any]) -> str:
 def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
     """Return at most `source.num_images` that the fold holds out, and their labels.
 
-    ALL holds none out: they are those that fold 0 of the same plan holds out.
+    ALL holds none out: they are those that fold 0 of the same plan holds out. Of a backbone they
+    are every other image of the dataset, or synthetic ones.
 
     Returns:
         uint8 [R, size, size, 3] and float32 [R].
@@ -361,7 +445,10 @@ def parity_sample(source: Source) -> tuple[Pixels, NDArray[np.float32]]:
 
 
 def calibration_sample(source: Source, num_images: int) -> Pixels:
-    """Return at most `num_images` of the fold's training images, uint8 [R, size, size, 3]."""
+    """Return at most `num_images` of the fold's training images, uint8 [R, size, size, 3].
+
+    Of a backbone they are the images that the parity check leaves.
+    """
     # Not those of the parity check, which must not judge images of the calibration.
     return read_sample(source, num_images, for_parity=False)[0]
 
@@ -370,11 +457,12 @@ def read_sample(
     source: Source, num_images: int, for_parity: bool
 ) -> tuple[Pixels, NDArray[np.float32]]:
     """Return images and labels of the fold's rows of the parity check, or of the other rows."""
+    if source.data is None:
+        images = synthetic_sample(source.preprocess, num_images, seed=int(for_parity))
+        return images, np.zeros(len(images), np.float32)
     dataset = Dataset(source.data)
     table = dataset.metadata("train")
-    folds = read_folds(source.path.parents[1] / FOLDS_FILE).of(table)
-    fold = 0 if source.config["fold"] == ALL else source.config["fold"]
-    table = table.filter((folds == fold) == for_parity)
+    table = table.filter(parity_rows(source, table) == for_parity)
     store = dataset.images("train")
     table = table.filter(~pl.col(schema.ID).is_in(store.missing(table[schema.ID].to_list())))
     rows = choose_rows(table, num_images)
@@ -382,6 +470,15 @@ def read_sample(
     good = [row for row in range(len(rows)) if row not in failed]
     labels = rows[schema.TARGET].cast(pl.Float32).to_numpy()
     return images[good], labels[good]
+
+
+def parity_rows(source: Source, table: pl.DataFrame) -> pl.Series:
+    """Return whether each row may be in the parity check, [N]; calibration takes the others."""
+    fold = source.config["fold"]
+    if fold == NONE:
+        return pl.Series(np.arange(len(table)) % 2 == 0)
+    folds = read_folds(source.folder.parent / FOLDS_FILE).of(table)
+    return folds == (0 if fold == ALL else fold)
 
 
 def choose_rows(table: pl.DataFrame, num_rows: int) -> pl.DataFrame:

@@ -13,6 +13,7 @@
         backbone/              the backbone for timm
         model.onnx             an exported artifact
     fold_all/                  the network trained on every row: as a fold, without oof.parquet
+    fold_none/                 a backbone that the run has not trained: artifacts, trained_on.parquet
 """
 
 import re
@@ -21,13 +22,17 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator
 
-Fold = int | Literal["all"]
-"""The number of a fold, or ALL."""
+Fold = int | Literal["all", "none"]
+"""The number of a fold, ALL or NONE."""
 ALL: Final = "all"
 """The fold that trains on every row and holds none out."""
-# Not a number of a fold. Null would be lost in joins.
+NONE: Final = "none"
+"""In place of a fold: a backbone without a lesion head, exported as its weights were found."""
+# Not numbers of a fold. Null would be lost in joins.
 ALL_NUMBER = -1
 """ALL in a column of integers, and among the numbers that seeds depend on."""
+NONE_NUMBER = -2
+"""NONE in a column of integers."""
 
 OUTPUT_DIR = Path("outputs")
 """Default parent of the runs."""
@@ -75,8 +80,8 @@ def find_run(folder: Path | None, config: str) -> Path:
 
 
 def fold_number(fold: Fold) -> int:
-    """Return the number of a fold, ALL_NUMBER for ALL."""
-    return fold if isinstance(fold, int) else ALL_NUMBER
+    """Return the number of a fold, ALL_NUMBER for ALL, and NONE_NUMBER for NONE."""
+    return fold if isinstance(fold, int) else {ALL: ALL_NUMBER, NONE: NONE_NUMBER}[fold]
 
 
 def fold_name(fold: Fold) -> str:
@@ -93,7 +98,7 @@ def fold_dirs(parent: Path, only: Fold | None = None) -> dict[Fold, Path]:
     """Return the existing folders of folds by number, ascending; `fold_0_old` is not one.
 
     Args:
-        only: the fold to look for; None for all that have a number, which ALL has not.
+        only: the fold to look for; None for all that have a number, which ALL and NONE have not.
     """
     if only is not None:
         folder = fold_dir(parent, only)
@@ -110,3 +115,8 @@ def fold_files(parent: Path, name: str, only: Fold | None = None) -> dict[Fold, 
     """Return the file of that name by fold, for the folds of `fold_dirs` that have it."""
     paths = {fold: folder / name for fold, folder in fold_dirs(parent, only).items()}
     return {fold: path for fold, path in paths.items() if path.is_file()}
+
+
+def is_backbone(run: Path) -> bool:
+    """Return whether a run is a backbone that `export --model` made, and has no trained fold."""
+    return fold_dir(run, NONE).is_dir() and not fold_dirs(run)

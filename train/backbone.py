@@ -1,6 +1,7 @@
 """A trained backbone in timm's `local-dir` form, with a model card."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from train.pretrained import TRAINED_ON_KEY, WEIGHTS_FILE
 from train.resume import in_short
 from train.timm_models import backbone_options
 
+DIGESTS = ("sha256", "tensors_sha256")
+"""Digests of pretrained weights: of a file, if they are one, and of the tensors."""
 LICENSE = "cc-by-nc-4.0"
 """Some sites of the challenge's dataset forbid commercial use of images, hence of weights."""
+TIMM_CONFIG_FILE = "config.json"
+"""Name of timm's config in a folder in its `local-dir` form."""
 INTERPOLATIONS = {"linear": "bilinear", "cubic": "bicubic", "area": "box"}
 """timm's name of a resize method."""
 
@@ -27,8 +32,8 @@ def save_backbone(
     """Write a backbone for `timm.create_model("local-dir:...")`, with a model card.
 
     Args:
-        facts: `fold`, `folds_digest`, `num_rows`, `metadata_sha256`, `trained_on` and, unless the
-            fold is ALL, `pauc` and `auc`.
+        facts: `fold`, `folds_digest`, `num_rows`, `metadata_sha256`, `pretrained`, `trained_on`
+            and, unless the fold is ALL, `pauc` and `auc`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -37,7 +42,7 @@ def save_backbone(
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
     files = {
         WEIGHTS_FILE: save(tensors, {TRAINED_ON_KEY: facts[TRAINED_ON_KEY]}),
-        "config.json": (json.dumps(timm_config(model, settings), indent=1) + "\n").encode(),
+        TIMM_CONFIG_FILE: (json.dumps(timm_config(model, settings), indent=1) + "\n").encode(),
         "README.md": model_card(model, settings, facts).encode(),
     }
     for name, content in files.items():
@@ -46,7 +51,7 @@ def save_backbone(
 
 
 def timm_config(model: Classifier, settings: TrainSettings) -> dict[str, Any]:
-    """Return the `config.json` from which timm builds the backbone."""
+    """Return the TIMM_CONFIG_FILE from which timm builds the backbone."""
     options = backbone_options(settings)
     spec = model.spec
     return {
@@ -77,7 +82,6 @@ def model_card(model: Classifier, settings: TrainSettings, facts: dict[str, Any]
     }
     if has_scores:
         header["model-index"] = [{"name": name, "results": [result_of(facts)]}]
-    start = "random weights" if settings.pretrained is False else "pretrained weights"
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
@@ -99,7 +103,7 @@ It takes RGB scaled to [0, 1] and normalised with the mean and std in `config.js
 - Data: {facts["num_rows"]:,} rows; metadata sha256 `{facts["metadata_sha256"]}`.
 - Folds: {settings.num_folds}, grouped by patient, plan `{facts["folds_digest"]}`; \
 {held_out_text(facts["fold"])}.
-- {settings.epochs} epochs from {start}, seed {settings.seed}, \
+- {settings.epochs} epochs from {start_text(facts["pretrained"])}, seed {settings.seed}, \
 augmentation `{in_short(settings.augmentation)}`.
 
 {scores_text(facts)}
@@ -120,6 +124,16 @@ def result_of(facts: dict[str, Any]) -> dict[str, Any]:
         "dataset": {"type": "isic-2024", "name": "ISIC 2024 (SLICE-3D)"},
         "metrics": metrics,
     }
+
+
+def start_text(started_from: Mapping[str, str]) -> str:
+    """Return the card's words on the weights that training started from."""
+    if started_from["source"] == "random":
+        return "random weights"
+    digests = [f"{key} `{started_from[key]}`" for key in DIGESTS if key in started_from]
+    source = started_from["source"]
+    weights = "timm's weights" if source == "timm" else f"the weights `{source}`"
+    return f"{weights} ({', '.join(digests)})"
 
 
 def held_out_text(fold: Fold) -> str:

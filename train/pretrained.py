@@ -10,7 +10,7 @@ import polars as pl
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from isic.layout import BACKBONE_DIR, TRAINED_ON_FILE, Fold, fold_dir
+from isic.layout import BACKBONE_DIR, TRAINED_ON_FILE, Fold, fold_dir, fold_name
 from isic.provenance import NOTHING, Seen, read_seen, refuse_seen
 from isic.runtime.errors import UserError
 from isic.runtime.files import sha256
@@ -66,7 +66,7 @@ def local_file(pretrained: str, fold: Fold | None = None) -> Path | None:
         pretrained: a file, a folder with WEIGHTS_FILE, or a run of this toolkit.
 
     Raises:
-        UserError: the file does not exist.
+        UserError: the file does not exist, or a folder has none.
     """
     path = Path(pretrained)
     if fold is not None and (fold_dir(path, fold) / BACKBONE_DIR).is_dir():
@@ -75,6 +75,8 @@ def local_file(pretrained: str, fold: Fold | None = None) -> Path | None:
         path = path / WEIGHTS_FILE
     if path.is_file():
         return path
+    if Path(pretrained).is_dir():
+        raise UserError(_without_weights(Path(pretrained), fold))
     # A misspelt path; timm would look for it on the hub.
     if path.suffix in WEIGHT_SUFFIXES:
         raise UserError(
@@ -82,6 +84,17 @@ def local_file(pretrained: str, fold: Fold | None = None) -> Path | None:
             "false"
         )
     return None
+
+
+def _without_weights(folder: Path, fold: Fold | None) -> str:
+    """Return the error message for a folder that has no weights to start a fold from."""
+    lacking = WEIGHTS_FILE
+    if fold is not None:
+        lacking += f" and no {fold_name(fold)}/{BACKBONE_DIR}"
+    others = [folder / BACKBONE_DIR, *sorted(folder.glob(f"fold_*/{BACKBONE_DIR}"))]
+    found = [str(path) for path in others if path.is_dir()]
+    fix = f"give a backbone of it, such as {found[0]}" if found else "give a file of weights"
+    return f"{folder} has no {lacking}; {fix}"
 
 
 def hub_id(pretrained: str) -> str:

@@ -108,8 +108,11 @@ def _refuse_unfilled(
     with torch.random.fork_rng():
         torch.set_rng_state(rng_state)
         random = timm.create_model(name, **options).state_dict()
-    # Biases and norms start as constants, so only matrices show whether values were loaded.
-    matrices = {key for key, value in random.items() if value.ndim > 1 and value.float().std() > 0}
+    # Biases, norms and layer scales start as constants, so only other matrices show whether values
+    # were loaded. Not by the deviation, which rounding can make positive for a constant.
+    matrices = {
+        key for key, value in random.items() if value.ndim > 1 and value.min() < value.max()
+    }
     unfilled = [
         key
         for key, value in backbone.state_dict().items()

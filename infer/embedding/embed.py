@@ -144,7 +144,7 @@ def embed_split(
     directory = root / split
     spec, shards = _plan(source, models, folds_path, settings)
     refuse_dataset(root, "--output_dir")
-    if split == "train":
+    if split == "train" and not models.is_backbone:
         _refuse_other_folds(root, folds_path)
     start_or_resume_split(directory, spec, settings.force)
     if split == "train":
@@ -167,7 +167,9 @@ def embed_split(
         "embedded_now": progress.num_due,
     }
     machine = {"device": settings.device, "processor": processor()}
-    write_json(directory / RUN_FILE, {**spec, **counts, **machine, **progress.summary()})
+    # Not in the spec: it follows from the checkpoints, and runs of earlier versions must resume.
+    origin = {"pretrained": models.weights}
+    write_json(directory / RUN_FILE, {**spec, **origin, **counts, **machine, **progress.summary()})
     print(
         f"embedded config={settings.config} split={split} images={counts['num_images']} "
         f"bad={num_bad} seconds={progress.total_seconds:.1f} "
@@ -182,10 +184,12 @@ def announcement(split: EmbeddedSplit, num_images: int, models: Models, job: Emb
     engine = f"{manifest['format']} {manifest.get('precision', '')}".strip()
     folds = ", ".join(map(str, models.folds))
     kind = "" if split == IMAGES else f"{split} "
+    network = f"fold{'s' * (len(models.folds) > 1)} {folds}"
+    if models.is_backbone:
+        network = f"the backbone {manifest['model']}"
     return (
-        f"embedding {num_images:,} {kind}images with fold{'s' * (len(models.folds) > 1)} "
-        f"{folds}: {engine} on {job.device}, batches of {job.batch_size}, "
-        f"features as {job.dtype}"
+        f"embedding {num_images:,} {kind}images with {network}: {engine} on {job.device}, "
+        f"batches of {job.batch_size}, features as {job.dtype}"
     )
 
 
@@ -195,8 +199,9 @@ def _plan(
     """Return the run spec and the shards."""
     # A function of its own so that the full-size tables are freed before the engines are loaded.
     split = source.split
-    folds = read_folds(folds_path) if split == "train" else None
-    digest = None if split == IMAGES else _folds_digest(models, folds_path)
+    has_plan = not models.is_backbone
+    folds = read_folds(folds_path) if split == "train" and has_plan else None
+    digest = _folds_digest(models, folds_path) if split != IMAGES and has_plan else None
     ids = source.read_ids()
     spec = build_run_spec(source, models, digest, ids, settings)
     root = settings.run_dir.resolve()
@@ -240,12 +245,12 @@ def _refuse_other_folds(root: Path, folds_path: Path) -> None:
 
 
 def copy_provenance(models: Models, folds_path: Path, root: Path) -> None:
-    """Copy the fold plan, and the list of images that each model was trained on.
+    """Copy any fold plan, and the list of images that each model was trained on.
 
     Raises:
         UserError: a list is not the one in the model's manifest.
     """
-    copies = {folds_path: root / FOLDS_FILE}
+    copies = {} if models.is_backbone else {folds_path: root / FOLDS_FILE}
     for fold, artifact in models.artifacts.items():
         path = artifact.parent / TRAINED_ON_FILE
         if path.is_file():

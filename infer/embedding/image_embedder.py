@@ -54,7 +54,8 @@ def load_embedder(
     The keywords have the names, the values and the defaults of the flags of `infer embed`.
 
     Args:
-        path: a run's folder, such as outputs/vit_tiny, or an exported file.
+        path: a run's folder, such as outputs/vit_tiny, or an exported file. A backbone of
+            `export --model` has features and no logits.
         fold: the only fold to load, a number or `all`; every numbered fold if None. Not for a file.
         format: a format, a file name in each fold's folder, or `auto`, the one that this machine is
             best at. Not for a file.
@@ -279,8 +280,8 @@ class ImageEmbedder:
         values = np.full((len(computed.ids), features.shape[1] + logits.shape[1]), np.nan, "f4")
         values[good] = np.concatenate([features, logits], axis=1)
         width = features.shape[1]
-        first, *others = values[:, width:].T
-        return FoldOutputs(values[:, :width], first, dict(zip(self.aux, others, strict=True)))
+        logit, *others = values[:, width:].T if logits.shape[1] else (None,)
+        return FoldOutputs(values[:, :width], logit, dict(zip(self.aux, others, strict=True)))
 
     @property
     def _origin(self) -> dict[str, Any]:
@@ -295,6 +296,7 @@ class ImageEmbedder:
             "tta": self._tta,
             "num_features": models.num_features,
             **({AUX: models.aux} if models.aux else {}),
+            "pretrained": models.weights,
         }
 
     def _refuse_closed(self) -> None:

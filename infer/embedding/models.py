@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from infer.embedding.choice import Found, Request, choose, find_exported
-from infer.engines import device_of, manifest_spec
+from infer.engines import device_of, manifest_spec, network_command
 from infer.engines.contract import AUX
 from infer.formats import AUTO, ENGINE_FORMATS
-from isic.layout import ALL, Fold, fold_files, fold_name
+from isic.layout import ALL, NONE, Fold, fold_files, fold_name, is_backbone
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import read_manifest
@@ -36,6 +36,20 @@ class Models:
     def first_manifest(self) -> Mapping[str, Any]:
         """One manifest, for the fields that are equal in all."""
         return self.manifests[self.folds[0]]
+
+    @property
+    def is_backbone(self) -> bool:
+        """Whether it is a backbone without a lesion head, which belongs to no fold plan."""
+        return self.folds == [NONE]
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Source and digests of the weights that each network started from, by fold.
+
+        A fold whose artifact is of an earlier version lacks them.
+        """
+        found = {str(fold): manifest.get("pretrained") for fold, manifest in self.manifests.items()}
+        return {fold: weights for fold, weights in found.items() if weights}
 
     @property
     def num_features(self) -> int:
@@ -92,12 +106,14 @@ def find_models(
         tta: the views to average over, in the graph or on the host.
         device: `cpu`, `cuda` or `auto`.
         earlier: digests of the artifacts that a run to resume was made with, which AUTO keeps.
-        fold: the only fold to look at; None for all that have a number.
+        fold: the only fold to look at; None for all that have a number, or for NONE if the run is
+            a backbone.
 
     Raises:
         UserError: no fold has one, a fold has several, one belongs to another config or fold, or
             averages over other views, or they differ in preprocessing or auxiliary targets.
     """
+    fold = _fold_or_backbone(model_dir, fold)
     if format_or_file in (AUTO, *ENGINE_FORMATS):
         request = Request(format_or_file, precision, tta, device, earlier)
         found = find_exported(model_dir, fold)
@@ -146,10 +162,15 @@ def open_artifact(path: Path, tta: str = "none") -> Models:
 
 def config_of(model_dir: Path, fold: Fold | None = None) -> str:
     """Return the config that a run's artifacts name; without any, the name of the folder."""
-    for artifacts in find_exported(model_dir, fold).values():
+    for artifacts in find_exported(model_dir, _fold_or_backbone(model_dir, fold)).values():
         for artifact in artifacts:
             return str(artifact.manifest["name"])
     return model_dir.resolve().name
+
+
+def _fold_or_backbone(model_dir: Path, fold: Fold | None) -> Fold | None:
+    """Return the fold to look at; NONE if none is given and the run is a backbone."""
+    return NONE if fold is None and is_backbone(model_dir) else fold
 
 
 def _named_files(model_dir: Path, config: str, name: str, fold: Fold | None) -> dict[Fold, Path]:
@@ -158,7 +179,7 @@ def _named_files(model_dir: Path, config: str, name: str, fold: Fold | None) -> 
         raise UserError(f"--format {name!r} is a path; give a file name in each fold's folder")
     found = fold_files(model_dir, name, fold)
     if not found:
-        command = f"python -m export --config {config}{_flag(fold)}"
+        command = _export_command(config, fold)
         raise UserError(f"{model_dir} has no {_folders(fold)} with {name}; run `{command}` first")
     return found
 
@@ -199,7 +220,7 @@ def _none_chosen(
     model_dir: Path, config: str, found: Found, request: Request, fold: Fold | None
 ) -> str:
     """Return the error message if no artifact can be chosen."""
-    command = f"python -m export --config {config}{_flag(fold)}"
+    command = _export_command(config, fold)
     name = "an exported model"
     if request.format != AUTO:
         command += f" --formats {request.format}"
@@ -216,9 +237,11 @@ def _none_chosen(
     return f"{model_dir} has no {_folders(fold)} with {name}{only}; run `{command}` first"
 
 
-def _flag(fold: Fold | None) -> str:
-    """Return the flag of export for a fold, preceded by a space."""
-    return "" if fold is None else f" --fold {fold}"
+def _export_command(config: str, fold: Fold | None) -> str:
+    """Return the command that exports the networks of a config, without flags of a format."""
+    if fold == NONE:  # without an artifact, its model and weights are not known here
+        return f"python -m export --model <model> --pretrained <weights> --name {config}"
+    return f"python -m export --config {config}" + ("" if fold is None else f" --fold {fold}")
 
 
 def _folders(fold: Fold | None) -> str:
@@ -245,5 +268,5 @@ def _warn_of_other_cpu(manifest: Mapping[str, Any]) -> None:
         flag = f" --fold {ALL}" if manifest["fold"] == ALL else ""
         warn(
             f"fold {manifest['fold']} in int8 was checked on {checked_on}, this is {here}; run "
-            f"`python -m export --config {manifest['name']}{flag} --precision int8 --check` here",
+            f"`{network_command(manifest)}{flag} --precision int8 --check` here",
         )

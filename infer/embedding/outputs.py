@@ -21,8 +21,9 @@ class FoldOutputs:
 
     features: Float32s
     """[N, D], the backbone's output before the head."""
-    logits: Float32s
-    """[N], higher for a lesion that is more likely to be malignant."""
+    logits: Float32s | None
+    """[N], higher for a lesion that is more likely to be malignant; None of a backbone without a
+    lesion head."""
     aux: Mapping[str, Float32s] = field(default_factory=dict)
     """[N] the logits of the auxiliary targets by name; empty for a network without any."""
 
@@ -39,12 +40,22 @@ class EmbeddedImages:
     """The fields of an embedding run's `run.json` that identify the networks."""
 
     def __len__(self) -> int:
-        return len(next(iter(self.by_fold.values())).logits)
+        return len(next(iter(self.by_fold.values())).features)
 
     @property
     def logits(self) -> Float32s:
-        """[N] the mean of the folds' logits."""
-        return _mean([outputs.logits for outputs in self.by_fold.values()])
+        """[N] the mean of the folds' logits.
+
+        Raises:
+            UserError: the network is a backbone without a lesion head.
+        """
+        found = [each.logits for each in self.by_fold.values() if each.logits is not None]
+        if not found:
+            raise UserError(
+                f"{self.origin['config']} is a backbone without a lesion head, so it has features, "
+                "but no logits; take the features, or load a trained network"
+            )
+        return _mean(found)
 
     @property
     def aux(self) -> dict[str, Float32s]:
@@ -83,9 +94,10 @@ def concatenate(parts: Sequence[EmbeddedImages]) -> EmbeddedImages:
 
 
 def _join(parts: Sequence[FoldOutputs]) -> FoldOutputs:
+    logits = [part.logits for part in parts if part.logits is not None]
     return FoldOutputs(
         np.concatenate([part.features for part in parts]),
-        np.concatenate([part.logits for part in parts]),
+        np.concatenate(logits) if logits else None,
         {name: np.concatenate([part.aux[name] for part in parts]) for name in parts[0].aux},
     )
 

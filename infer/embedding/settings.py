@@ -18,7 +18,7 @@ BATCH_GPU = 256
 
 
 class EmbedSettings(Settings):
-    """Embed the dataset's images with the exported folds of a model config.
+    """Embed the dataset's images with the exported folds of a model config, or with a backbone.
 
     Existing shards are kept, so the same command resumes an interrupted run.
     """

@@ -8,7 +8,8 @@
 | `<root>/<split>/plan.json` | the settings and inputs of a run, also of an unfinished one |
 | `<root>/folds.parquet` | which fold held out which row |
 
-Shards of a network that was trained with `--aux` also have a column `aux.<name>` (Float32) per
+Shards of a backbone without a lesion head, which `export --model` makes, have no `logit`; they are in
+`fold_none`. Shards of a network that was trained with `--aux` also have a column `aux.<name>` (Float32) per
 auxiliary target: its logit, higher for a row that is more likely to have the target. `run.json`
 then holds the definitions by name as `aux`, such as `{"mel": "iddx_full ~ Melanoma"}`, in the order
 of the columns. Other embeddings have neither.
@@ -29,11 +30,13 @@ from numpy.typing import NDArray
 from infer.embedding.outputs import NamedOutputs
 from isic import schema
 from isic.dataset import Split
-from isic.layout import AUX_PREFIX, ERRORS_FILE, Fold, fold_dir, fold_number
+from isic.layout import AUX_PREFIX, ERRORS_FILE, NONE, Fold, fold_dir, fold_number
 from isic.runtime.errors import UserError
 from isic.runtime.files import digest, read_json
 from isic.tables import parquet_metadata, read_parquet, scan_parquet, write_parquet
 
+LOGIT = "logit"
+"""The column of the lesion's logit."""
 RUN_SPEC_FILE = "plan.json"
 RUN_FILE = "run.json"
 IMAGES: Final = "images"
@@ -57,7 +60,7 @@ def write_shard(
     path: Path,
     ids: Sequence[str],
     features: NDArray[np.floating],
-    logits: NDArray[np.float32],
+    logits: NDArray[np.float32] | None,
     run_spec_digest: str | None = None,
     aux: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> None:
@@ -66,7 +69,7 @@ def write_shard(
     Args:
         ids: [N].
         features: [N, D] float16 or float32, stored in that type.
-        logits: [N] float32.
+        logits: [N] float32; None if the network has no lesion head.
         run_spec_digest: for the file's metadata.
         aux: [N] float32, the logits of auxiliary targets by name.
     """
@@ -75,7 +78,7 @@ def write_shard(
         {
             "isic_id": pl.Series(list(ids), dtype=pl.String),
             "features": pl.Series(features, dtype=pl.Array(inner, features.shape[1])),
-            "logit": pl.Series(logits, dtype=pl.Float32),
+            **({} if logits is None else {LOGIT: pl.Series(logits, dtype=pl.Float32)}),
             **{
                 AUX_PREFIX + name: pl.Series(values, dtype=pl.Float32)
                 for name, values in (aux or {}).items()
@@ -104,6 +107,16 @@ def read_run(root: Embeddings, split: EmbeddedSplit) -> dict[str, Any]:
             f"run `python -m infer embed --split {split}` first"
         )
     return read_json(path)
+
+
+def refuse_without_head(root: Embeddings, run: Mapping[str, Any]) -> None:
+    """Raise a UserError if an embedding run is by a backbone without a lesion head."""
+    if run.get("folds") == [NONE]:
+        raise UserError(
+            f"{root} is of a backbone without a lesion head, so it has features, but neither a "
+            "score nor folds; use it by --features frozen with --frozen, or give embeddings of a "
+            "trained network"
+        )
 
 
 # Without the engine: every engine has passed the parity check against its checkpoint.
@@ -144,23 +157,25 @@ def refuse_other_origin(
 def scan_embeddings(
     root: Embeddings,
     split: EmbeddedSplit,
-    columns: Sequence[str] = ("features", "logit"),
-    only_fold: int | None = None,
+    columns: Sequence[str] = ("features", LOGIT),
+    only_fold: Fold | None = None,
 ) -> pl.LazyFrame:
     """Scan the embeddings of a split; collect them inside `isic.tables.reading`.
 
     Returns:
-        `isic_id` String, `fold` Int8 (of the model that made the row; ALL_NUMBER, which is -1,
-        for fold_all) and the given columns: a row per train image, from the fold that held it
-        out, and one per test image and fold. With `only_fold`, the rows of that fold's model.
+        `isic_id` String, `fold` Int8 (of the model that made the row, as `fold_number` gives it)
+        and the given columns: a row per train image, from the fold that held it out, and one per
+        test image and fold. With `only_fold`, the rows of that fold's model.
 
     Raises:
-        UserError: the run is not finished, one of its folds has no shards, or a shard belongs to
-            another run or cannot be read.
+        UserError: the run is not finished, has no logits although they are asked for, one of its
+            folds has no shards, or a shard belongs to another run or cannot be read.
     """
+    run = read_run(root, split)
+    if LOGIT in columns:
+        refuse_without_head(root, run)
     if isinstance(root, NamedOutputs):
         return root.scan(columns, only_fold)
-    run = read_run(root, split)
     frames = []
     # Chosen here, because a filter of the result would read the features of all folds.
     for fold in run["folds"] if only_fold is None else [only_fold]:

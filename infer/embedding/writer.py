@@ -34,8 +34,8 @@ class Computed:
     failed: dict[int, str]
     """The reason by row for images that cannot be used; their outputs are dropped."""
     outputs: dict[Fold, Outputs]
-    """By fold, for V views of each image: features [V * N, D], logits [V * N, 1] and any auxiliary
-    logits [V * N, K]."""
+    """By fold, for V views of each image: features [V * N, D] and, of networks with a lesion head,
+    logits [V * N, 1] and any auxiliary logits [V * N, K]."""
 
 
 class ShardWriter:
@@ -111,16 +111,19 @@ def write_batches(
         features = np.concatenate([part[0] for part in parts])
         logits = np.concatenate([part[1] for part in parts])
         refuse_not_finite(ids, features, logits, fold)
-        first, *others = logits.T
-        write_shard(path, ids, features, first, digest, dict(zip(aux_names, others, strict=True)))
+        logit, *others = logits.T if logits.shape[1] else (None,)
+        write_shard(path, ids, features, logit, digest, dict(zip(aux_names, others, strict=True)))
 
 
 def good_rows(
     batch: Computed, fold: Fold, dtype: type[np.floating]
 ) -> tuple[NDArray[np.floating], NDArray[np.float32]]:
-    """Return features [G, D] in `dtype` and logits [G, 1 + K] of the G images without failure."""
+    """Return features [G, D] in `dtype` and logits [G, 1 + K] of the G images without failure.
+
+    The logits of a backbone without a lesion head are [G, 0].
+    """
     features, *parts = (mean_of_views(values, len(batch.ids)) for values in batch.outputs[fold])
-    logits = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+    logits = np.concatenate([np.empty((len(features), 0), np.float32), *parts], axis=1)
     good = [row for row in range(len(batch.ids)) if row not in batch.failed]
     if batch.failed:
         features, logits = features[good], logits[good]
@@ -143,7 +146,7 @@ def mean_of_views(values: NDArray[np.floating], num_images: int) -> NDArray[np.f
 def refuse_not_finite(
     ids: Sequence[str], features: NDArray[np.floating], logits: NDArray[np.float32], fold: Fold
 ) -> None:
-    """Raise UserError for a value that is not finite in features [G, D] or logits [G, 1 + K]."""
+    """Raise UserError for a value that is not finite in features [G, D] or logits [G, L]."""
     # After the conversion: a value of a float32 engine can overflow float16.
     finite = np.isfinite(features).all(axis=1) & np.isfinite(logits).all(axis=1)
     if not finite.all():

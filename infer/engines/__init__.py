@@ -13,17 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer.formats import ENGINE_FORMATS
-from isic.layout import Fold
+from isic.layout import NONE, Fold
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.errors import UserError, first_line
 from isic.runtime.extras import missing_library
 from isic.runtime.files import read_manifest, versions
 from isic.runtime.machine import has_gpu, no_gpu_reason
 
-Outputs = tuple[NDArray[np.floating], NDArray[np.float32], *tuple[NDArray[np.float32], ...]]
+Outputs = tuple[NDArray[np.floating], *tuple[NDArray[np.float32], ...]]
 """Features [N, D], float32 or float16 as the graph computes them, and logits [N, 1] float32.
 
-The logits [N, K] float32 of auxiliary targets are third, if the graph has them."""
+The logits [N, K] float32 of auxiliary targets are third, if the graph has them. A backbone without
+a lesion head returns its features only."""
 IN_FLIGHT = 3
 """Batches that an engine works on at once: one copied in, one computed, one collected."""
 
@@ -70,11 +71,11 @@ class Engine(ABC):
 
 
 @runtime_checkable
-class SupportsMask(Protocol):
-    """An engine that can compute the optional output `mask` of its only model."""
+class SupportsOther(Protocol):
+    """An engine that can compute an output of its only model that no batch's result has."""
 
-    def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
-        """Return probabilities [N, h, w] of images uint8 [N, H, W, 3]."""
+    def run_other(self, images: Pixels, name: str) -> NDArray[np.float32]:
+        """Return `mask` or `class_logits`, which the model has, of images uint8 [N, H, W, 3]."""
         ...
 
 
@@ -164,6 +165,20 @@ def unavailable_reason(name: str, device: str) -> str | None:
         no_gpu = no_gpu_reason() if device == "cuda" else None
         return no_gpu or str(error)  # without a GPU, installing the library is no fix
     return reason
+
+
+def network_command(manifest: Mapping[str, Any]) -> str:
+    """Return the command that exports the network of an artifact, without flags of its format."""
+    if manifest.get("fold") != NONE:
+        return f"python -m export --config {manifest['name']}"
+    source = manifest["pretrained"]["source"]
+    flags = {
+        "model": manifest["model"],
+        "pretrained": "true" if source == "timm" else source,
+        "image_size": manifest["preprocess"]["size"],
+        "name": manifest["name"],
+    }
+    return " ".join(("python -m export", *(f"--{key} {value}" for key, value in flags.items())))
 
 
 def manifest_spec(manifest: Mapping[str, Any]) -> PreprocessSpec:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._inductor.package.package import load_package
 
-from infer.engines import IN_FLIGHT, Engine, Outputs, Pending
-from infer.engines.contract import AUX
+from infer.engines import IN_FLIGHT, Engine, Outputs, Pending, network_command
+from infer.engines.contract import FEATURES, LOGITS, RESULTS, output_names
 from isic.layout import Fold
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
@@ -60,7 +60,7 @@ class TorchEngine(Engine):
         forwards: Mapping[Fold, Forward],
         max_batch: int,
         device: str,
-        has_aux: bool = False,
+        outputs: Sequence[str] = (FEATURES, LOGITS),
     ) -> None:
         """Prepare the engine.
 
@@ -68,12 +68,13 @@ class TorchEngine(Engine):
             forwards: the network by fold, on the device.
             max_batch: images per call of a network; a larger batch runs in pieces.
             device: `cpu` or `cuda`.
-            has_aux: whether the networks have auxiliary logits, which are then their third output.
+            outputs: the names of each network's outputs in their order.
         """
         self.device = device
         self.folds = tuple(forwards)
         self._forwards = forwards
-        self._num_results = 3 if has_aux else 2
+        self._outputs = tuple(outputs)
+        self._num_results = sum(name in RESULTS for name in outputs)
         self._max_batch = max_batch
         if device == "cpu":
             # torch computes with threads of its own.
@@ -96,12 +97,12 @@ class TorchEngine(Engine):
         self._in_flight.append(pending)
         return pending
 
-    def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
-        """Return probabilities [N, h, w] of a network with the optional output `mask`."""
+    def run_other(self, images: Pixels, name: str) -> NDArray[np.float32]:
+        """Return an output of the only network that no batch's result has."""
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         (outputs,) = self._forward(pixels, self.folds).values()
-        mask: NDArray[np.float32] = outputs[self._num_results].cpu().numpy()
-        return mask
+        values: NDArray[np.float32] = outputs[self._outputs.index(name)].cpu().numpy()
+        return values
 
     def close(self) -> None:
         if self.device == "cpu":
@@ -127,7 +128,7 @@ class TorchEngine(Engine):
         return OnGpu(outputs, done)
 
     def _results(self, pixels: Tensor, folds: Iterable[Fold]) -> dict[Fold, list[Tensor]]:
-        """Return each fold's outputs without a mask, on the device."""
+        """Return the outputs of each fold that a batch's result has, on the device."""
         outputs = self._forward(pixels, folds)
         return {fold: parts[: self._num_results] for fold, parts in outputs.items()}
 
@@ -168,7 +169,7 @@ class OnGpu:
 def as_arrays(outputs: Mapping[Fold, Sequence[Tensor]]) -> dict[Fold, Outputs]:
     """Return the outputs of tensors on the host, without a copy."""
     arrays = {fold: [part.numpy() for part in parts] for fold, parts in outputs.items()}
-    return {fold: (features, logits, *aux) for fold, (features, logits, *aux) in arrays.items()}
+    return {fold: (features, *others) for fold, (features, *others) in arrays.items()}
 
 
 @contextlib.contextmanager
@@ -189,7 +190,7 @@ def refuse_mismatch(path: Path, manifest: Mapping[str, Any], device: str) -> Non
         tta = manifest.get("tta", "none")
         views = "" if tta == "none" else f"--tta {tta} "
         raise UserError(
-            f"{path} {reason}; run `python -m export --config {manifest['name']} {views}"
+            f"{path} {reason}; run `{network_command(manifest)} {views}"
             f"--formats aoti --device {device} --force` on this machine"
         )
 
@@ -310,11 +311,10 @@ def create(
         refuse_mismatch(path, manifests[fold], device)
     forbid_tf32()
     max_batch = min(int(manifest["max_batch"]) for manifest in manifests.values())
+    first, *_ = manifests.values()
     if device == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
-        first, *_ = manifests.values()
         num_views = len(VIEWS[first.get("tta", "none")])
         max_batch = min(max_batch, max(1, CPU_PIECE // num_views))
     forwards = {fold: open_package(path) for fold, path in artifacts.items()}
-    has_aux = all(AUX in manifest for manifest in manifests.values())
-    return TorchEngine(forwards, max_batch, device, has_aux)
+    return TorchEngine(forwards, max_batch, device, output_names(first))

@@ -1,15 +1,22 @@
 """The contract of every exported graph: names, types and shapes of its input and its outputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from isic.layout import NONE
 
 IMAGES = "images"
 FEATURES = "features"
 LOGITS = "logits"
+"""Logits of the lesion's malignancy; only a backbone without a lesion head lacks this output."""
 AUX = "aux"
 """Logits of the auxiliary targets; only networks that learned such targets have this output."""
 MASK = "mask"
 """Probabilities of the lesion's pixels; only networks that learned from masks have this output."""
+CLASS_LOGITS = "class_logits"
+"""Logits of a backbone's own classes, such as ImageNet's; only one without a lesion head may have
+this output."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +46,38 @@ GRAPH_CONTRACT = {
     LOGITS: TensorSpec(("float32",), (1,)),
     AUX: TensorSpec(("float32",), (None,), optional=True),
     MASK: TensorSpec(("float32",), (None, None), optional=True),
+    CLASS_LOGITS: TensorSpec(("float32",), (None,), optional=True),
 }
 """The input, then the outputs in the order in which a network returns them."""
 RESULTS = (FEATURES, LOGITS, AUX)
-"""The outputs of a batch's result, as far as the graph has them; a mask is asked for by itself."""
+"""The outputs of a batch's result, as far as the graph has them; others are asked for by name."""
 REQUIRED = tuple(name for name, spec in GRAPH_CONTRACT.items() if not spec.optional)
+"""The tensors of every network with a lesion head."""
+
+
+def output_names(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the outputs of an artifact in their order, by its manifest."""
+    present = {
+        FEATURES: True,
+        LOGITS: manifest.get("fold") != NONE,
+        AUX: AUX in manifest,
+        MASK: "mask_stride" in manifest,
+        CLASS_LOGITS: "num_classes" in manifest,
+    }
+    return tuple(name for name in present if present[name])
+
+
+def required_tensors(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the tensors that the graph of an artifact must have, by its manifest."""
+    outputs = output_names(manifest)
+    return tuple(name for name in REQUIRED if name == IMAGES or name in outputs)
 
 
 def contract_violation(
-    tensors: Mapping[str, Tensor], size: int | None = None, other_outputs: bool = False
+    tensors: Mapping[str, Tensor],
+    size: int | None = None,
+    other_outputs: bool = False,
+    required: Collection[str] = REQUIRED,
 ) -> str | None:
     """Return how a graph breaks the contract, None if it keeps it.
 
@@ -55,10 +85,11 @@ def contract_violation(
         tensors: its inputs and outputs by name.
         size: the side of its images in pixels; any if None.
         other_outputs: accept tensors that the contract does not name.
+        required: the tensors that must be there.
     """
     unknown = set() if other_outputs else tensors.keys() - GRAPH_CONTRACT.keys()
-    if unknown or not tensors.keys() >= set(REQUIRED):
-        return f"has {', '.join(tensors)}, not {', '.join(REQUIRED)}"
+    if unknown or not tensors.keys() >= set(required):
+        return f"has {', '.join(tensors)}, not {', '.join(required)}"
     for name, tensor in tensors.items():
         if name not in GRAPH_CONTRACT:
             continue

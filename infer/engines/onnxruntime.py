@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,14 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 )
 
 from infer.engines import Engine, Pending
-from infer.engines.contract import IMAGES, MASK, RESULTS, Tensor, contract_violation
+from infer.engines.contract import (
+    IMAGES,
+    REQUIRED,
+    RESULTS,
+    Tensor,
+    contract_violation,
+    required_tensors,
+)
 from isic.layout import Fold
 from isic.preprocess import Pixels
 from isic.runtime.errors import UserError, first_line
@@ -99,13 +106,20 @@ class OnnxRuntimeEngine(Engine):
     that one is copied while another one is computed.
     """
 
-    def __init__(self, artifacts: Mapping[Fold, Path], size: int, device: str) -> None:
+    def __init__(
+        self,
+        artifacts: Mapping[Fold, Path],
+        size: int,
+        device: str,
+        required: Collection[str] = REQUIRED,
+    ) -> None:
         """Open a session per artifact.
 
         Args:
             artifacts: the ONNX file by fold.
             size: side of the images, pixels.
             device: a key of PROVIDERS.
+            required: the tensors that each graph must have.
 
         Raises:
             UserError: a file is not a graph of this toolkit's contract, or ONNX Runtime does not
@@ -117,7 +131,9 @@ class OnnxRuntimeEngine(Engine):
         if reason:
             other = "" if device == "cpu" else ", or use --device cpu"
             raise UserError(f"ONNX Runtime does not run on --device {device} here: {reason}{other}")
-        self._sessions = {fold: open_graph(path, size, device) for fold, path in artifacts.items()}
+        self._sessions = {
+            fold: open_graph(path, size, device, required) for fold, path in artifacts.items()
+        }
         self._results = {fold: result_names(session) for fold, session in self._sessions.items()}
         num_threads = num_cores() if device == "cpu" else GPU_RUNS
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="onnxruntime")
@@ -126,11 +142,11 @@ class OnnxRuntimeEngine(Engine):
         chosen = self.folds if folds is None else folds
         return self._submit({fold: self._results[fold] for fold in chosen}, images)
 
-    def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
-        """Return probabilities [N, h, w] of a graph with the optional output `mask`."""
-        (outputs,) = self._submit(dict.fromkeys(self.folds, (MASK,)), images).result().values()
-        mask: NDArray[np.float32] = outputs[0]
-        return mask
+    def run_other(self, images: Pixels, name: str) -> NDArray[np.float32]:
+        """Return an output of the only graph that no batch's result has."""
+        (outputs,) = self._submit(dict.fromkeys(self.folds, (name,)), images).result().values()
+        values: NDArray[np.float32] = outputs[0]
+        return values
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -197,7 +213,9 @@ def device_errors_as_user_errors() -> Iterator[None]:
         ) from None
 
 
-def open_graph(path: Path, size: int, device: str) -> ort.InferenceSession:
+def open_graph(
+    path: Path, size: int, device: str, required: Collection[str]
+) -> ort.InferenceSession:
     """Open a session on a graph of this toolkit's contract. Raise UserError."""
     options = session_options(num_threads=1) if device == "cpu" else session_options()
     try:
@@ -214,7 +232,7 @@ def open_graph(path: Path, size: int, device: str) -> ort.InferenceSession:
         ) from None
     tensors = {node.name: _as_tensor(node) for node in _nodes(session)}
     # A session computes only the outputs that it is asked for, so others do no harm.
-    violation = contract_violation(tensors, size, other_outputs=True)
+    violation = contract_violation(tensors, size, other_outputs=True, required=required)
     if violation:
         raise UserError(f"{path} {violation}; export it again")
     return session
@@ -297,7 +315,8 @@ def create(
 ) -> OnnxRuntimeEngine:
     """Open the sessions on `cpu` or `cuda`; all take images of one size."""
     manifest, *_ = manifests.values()
-    return OnnxRuntimeEngine(artifacts, manifest["preprocess"]["size"], device)
+    size = manifest["preprocess"]["size"]
+    return OnnxRuntimeEngine(artifacts, size, device, required_tensors(manifest))
 
 
 @cache

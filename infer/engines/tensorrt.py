@@ -1,6 +1,6 @@
 """TensorRT 10 and 11 and TensorRT-RTX, through one code path."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -9,8 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from infer.engines import cudart
-from infer.engines.contract import FEATURES, IMAGES, Tensor, contract_violation
+from infer.engines import cudart, network_command
+from infer.engines.contract import (
+    FEATURES,
+    IMAGES,
+    REQUIRED,
+    Tensor,
+    contract_violation,
+    required_tensors,
+)
 from infer.engines.cudart import CudaError
 from infer.engines.tensorrt_engine import TensorRTEngine
 from infer.engines.tensorrt_plan import Plan, PlanSettings, Profile, logger
@@ -112,7 +119,8 @@ def open_plan(path: Path, manifest: Mapping[str, Any], device: str) -> Plan:
     # A version-compatible plan contains its own runtime, which is code to run.
     runtime.engine_host_code_allowed = manifest["plan"]["version_compatible"]
     engine = deserialize(trt, runtime, path, data, again)
-    tensors, profile = check_engine(engine, path, manifest["preprocess"]["size"], again)
+    size, required = manifest["preprocess"]["size"], required_tensors(manifest)
+    tensors, profile = check_engine(engine, path, size, again, required)
     kernels = path.with_name(f"{path.name}.{architecture}.cache")
     settings = PlanSettings(manifest["plan"]["cuda_graph"], row.portable, kernels)
     return Plan(trt, engine, tensors, profile, settings)
@@ -179,21 +187,15 @@ def one_node_plan(trt: ModuleType, architecture: str | None) -> bytes | None:
 
 def export_command(path: Path, manifest: Mapping[str, Any]) -> str:
     """Return the command that exports a plan again."""
-    flags = {
-        "config": "name",
-        "fold": "fold",
-        "formats": "format",
-        "precision": "precision",
-        "tta": "tta",
-    }
+    flags = {"fold": "fold", "formats": "format", "precision": "precision", "tta": "tta"}
     given = [
         f"--{flag} {manifest[key]}"
         for flag, key in flags.items()
         if manifest.get(key, "none") != "none"
     ]
     if path.parent.name.startswith("fold_"):
-        given.insert(1, f"--model_dir {path.parent.parent}")
-    return " ".join(("python -m export", *given))
+        given.insert(0, f"--model_dir {path.parent.parent}")
+    return " ".join((network_command(manifest), *given))
 
 
 def check_manifest(path: Path, manifest: Mapping[str, Any], version: str, again: str) -> None:
@@ -286,7 +288,7 @@ def deserialize(trt: ModuleType, runtime: Any, path: Path, plan: bytes, again: s
 
 
 def check_engine(
-    engine: Any, path: Path, size: int, again: str
+    engine: Any, path: Path, size: int, again: str, required: Collection[str] = REQUIRED
 ) -> tuple[dict[str, Tensor], Profile]:
     """Return type and shape of each input and output, and the profile.
 
@@ -298,7 +300,7 @@ def check_engine(
         name: as_tensor(engine.get_tensor_dtype(name), engine.get_tensor_shape(name))
         for name in names
     }
-    violation = contract_violation(tensors, size)
+    violation = contract_violation(tensors, size, required=required)
     if violation:
         raise UserError(f"{path} {violation}; {again}")
     batches = [int(shape[0]) for shape in engine.get_tensor_profile_shape(IMAGES, 0)]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer.engines import IN_FLIGHT, Engine, Outputs, cudart
-from infer.engines.contract import AUX, FEATURES, IMAGES, LOGITS, MASK, RESULTS
+from infer.engines.contract import IMAGES, RESULTS
 from infer.engines.cudart import CudaError
 from infer.engines.tensorrt_plan import BoundContext, Plan, common_profile
 from isic.layout import Fold
@@ -225,10 +225,10 @@ class TensorRTEngine(Engine):
         chosen = self.folds if folds is None else tuple(folds)
         return self._submit(images, chosen, RESULTS)
 
-    def predict_mask(self, images: Pixels) -> NDArray[np.float32]:
-        """Return probabilities [N, h, w] of the only plan, which has the optional output `mask`."""
-        (outputs,) = self._submit(images, self.folds, (MASK,)).outputs().values()
-        return outputs[MASK]
+    def run_other(self, images: Pixels, name: str) -> NDArray[np.float32]:
+        """Return an output of the only plan that no batch's result has."""
+        (outputs,) = self._submit(images, self.folds, (name,)).outputs().values()
+        return outputs[name]
 
     def close(self) -> None:
         """Wait for the batches in flight; their results stay available."""
@@ -333,8 +333,8 @@ class TensorRTEngine(Engine):
 
 def as_outputs(values: Mapping[str, NDArray[Any]]) -> Outputs:
     """Return the result of a batch from its outputs by name."""
-    aux = [values[AUX]] if AUX in values else []
-    return values[FEATURES], values[LOGITS], *aux
+    features, *others = (values[name] for name in RESULTS if name in values)
+    return features, *others
 
 
 def user_error(error: CudaError) -> UserError:

@@ -174,7 +174,9 @@ def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:
     now = dict(_flatten(json.loads(json.dumps(fields))))
     then = dict(_flatten({key: manifest.get(key) for key in fields}))
     for key in {**now, **then}:
-        if now.get(key) != then.get(key):
+        # The weights that networks started from follow from their checkpoints, which are compared;
+        # earlier versions did not record them.
+        if now.get(key) != then.get(key) and ".pretrained" not in key:
             raise UserError(
                 f"{root} holds an ensemble with {key} = {then.get(key)}, now it is "
                 f"{now.get(key)}; choose another --name, or replace it with --force"

@@ -13,7 +13,7 @@ from infer.embedding.image_embedder import ImageEmbedder
 from infer.embedding.models import Models, choose_device, find_models
 from infer.embedding.source import Source
 from infer.explain.explained import Explained, explain_images, held_out_folds
-from infer.explain.occlusion import GRID
+from infer.explain.occlusion import GRID, WITHOUT_HEAD
 from infer.explain.picture import SIDE, draw
 from infer.explain.settings import ExplainSettings
 from isic import schema
@@ -51,6 +51,8 @@ def explain(settings: ExplainSettings) -> None:
     models = find_models(
         model_dir, settings.config, settings.format, settings.precision, device=settings.device
     )
+    if models.is_backbone:
+        raise UserError(WITHOUT_HEAD)
     fold_of = _folds(model_dir, models, names, settings.split)
     store = source.open()
     device = choose_device(models, settings.device, uses_ray=False)

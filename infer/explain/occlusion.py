@@ -128,6 +128,7 @@ def _blurred(image: Pixels) -> Pixels:
     return np.asarray(cv2.GaussianBlur(image, (0, 0), len(image) / GRID), np.uint8)
 
 
+WITHOUT_HEAD = "a backbone without a lesion head has no logit to explain; give a trained network"
 FILLS = {"mean": _mean_colour, "blur": _blurred}
 
 
@@ -139,7 +140,11 @@ class Batch:
 
     def logits(self) -> Float32s:
         """Wait for the batch and return [M] the mean of the folds' logits."""
-        by_fold = [outputs[1][:, 0] for outputs in self.pending.result().values()]
+        by_fold = []
+        for _, *logits in self.pending.result().values():
+            if not logits:
+                raise UserError(WITHOUT_HEAD)
+            by_fold.append(logits[0][:, 0])
         return np.asarray(np.mean(by_fold, axis=0, dtype=np.float32))
 
 

@@ -473,11 +473,34 @@ def _parts(scorer: Scorer) -> dict[str, str]:
     if isinstance(scorer, Blend):
         return {"Members": _pairs(manifest["members"]), "Weights": _pairs(manifest["weights"])}
     networks = [*manifest["embeddings"], *(f"{name} (frozen)" for name in manifest["frozen"])]
+    weights = _weights(manifest)
     return {
         "Features": f"{manifest['features']}: {', '.join(scorer.state.names[:3])} …",
         "Settings": _pairs(manifest["settings"]),
         "Networks": ", ".join(networks) or "none",
+        # Manifests of earlier versions do not have them.
+        **({"Pretrained weights": "; ".join(weights)} if weights else {}),
     }
+
+
+def _weights(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the source and digest of the weights that each network started from."""
+    started_from = {
+        name: list((origin.get("pretrained") or {}).values())
+        for name, origin in manifest["embeddings"].items()
+    }
+    for name, frozen in manifest["frozen"].items():
+        started_from[name] = [frozen["made_with"].get("pretrained")]
+    return [
+        f"{name}: {', '.join(dict.fromkeys(map(_weight, found)))}"
+        for name, found in started_from.items()
+        if any(found)
+    ]
+
+
+def _weight(started_from: Mapping[str, str]) -> str:
+    digest = started_from.get("sha256") or started_from.get("tensors_sha256")
+    return started_from["source"] + (f" (sha256 {digest})" if digest else "")
 
 
 def _lesions(per_patient: Mapping[str, Any]) -> str:

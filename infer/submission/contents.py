@@ -20,7 +20,7 @@ from typing import Any
 
 from infer.ensemble.blends.artifact import Scorer, open_scorer
 from infer.submission.candidates import Candidate
-from isic.layout import ALL, Fold
+from isic.layout import ALL, NONE, Fold
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_json, sha256
 
@@ -42,7 +42,8 @@ class PackedNetwork:
     flag: str
     """`embeddings` or `frozen`."""
     fold: Fold | None
-    """ALL for the network of all rows, None for the numbered folds that are packed."""
+    """ALL for the network of all rows, NONE for a backbone, None for the numbered folds that are
+    packed."""
     tta: str
     kinds: tuple[tuple[str, str], ...]
     """Format and precision of the artifacts that every fold has."""
@@ -50,7 +51,7 @@ class PackedNetwork:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "PackedNetwork":
         kinds = tuple((kind[0], kind[1]) for kind in value["kinds"])
-        fold: Fold | None = ALL if value["fold"] == ALL else None
+        fold: Fold | None = value["fold"] if value["fold"] in (ALL, NONE) else None
         return cls(value["name"], value["flag"], fold, value["tta"], kinds)
 
 

@@ -12,7 +12,7 @@ from infer.ensemble.blends.artifact import Scorer, ensembles_of
 from infer.formats import ON_REQUEST, PRECISIONS
 from infer.submission.candidates import FLAGS
 from infer.submission.contents import PackedNetwork
-from isic.layout import ALL, Fold, fold_dir
+from isic.layout import ALL, NONE, Fold, fold_dir
 from isic.runtime.errors import UserError
 from isic.runtime.files import manifest_path, read_manifest
 
@@ -68,7 +68,8 @@ def needs_of(scorer: Scorer, rows: str) -> list[Need]:
 def _need(name: str, flag: str, origin: Mapping[str, Any], rows: str) -> Need:
     if flag == "frozen":
         made_with = origin["made_with"]
-        return Need(name, flag, made_with["tta"], {int(origin["fold"]): made_with["checkpoints"]})
+        fold: Fold = NONE if origin["fold"] == NONE else int(origin["fold"])
+        return Need(name, flag, made_with["tta"], {fold: made_with["checkpoints"]})
     if rows == ALL:
         return Need(name, flag, origin["tta"], {ALL: None})
     checkpoints: dict[Fold, str | None] = {
@@ -132,7 +133,10 @@ def _of_fold(need: Need, run: Path, fold: Fold, wanted: Wanted) -> dict[Exported
 
 
 def _export_command(need: Need, wanted: Wanted) -> str:
-    command = f"python -m export --config {need.name} --formats {','.join(wanted.formats)}"
+    network = f"--config {need.name}"
+    if NONE in need.checkpoints:
+        network = f"--model <model> --pretrained <weights> --name {need.name}"
+    command = f"python -m export {network} --formats {','.join(wanted.formats)}"
     if ALL in need.checkpoints:
         command += f" --fold {ALL}"
     return command + (f" --precision {','.join(wanted.precisions)}" if wanted.precisions else "")
@@ -144,8 +148,8 @@ def pack_network(need: Need, run: Path, wanted: Wanted, target: Path) -> PackedN
     for artifacts in found.values():
         for fold, path in artifacts.items():
             _copy([path, manifest_path(path)], fold_dir(target, fold))
-    every: Fold | None = ALL if ALL in need.checkpoints else None
-    return PackedNetwork(need.name, need.flag, every, need.tta, tuple(found))
+    only: Fold | None = next((fold for fold in (ALL, NONE) if fold in need.checkpoints), None)
+    return PackedNetwork(need.name, need.flag, only, need.tta, tuple(found))
 
 
 def _copy(paths: Iterable[Path], folder: Path) -> None:

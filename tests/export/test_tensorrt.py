@@ -225,7 +225,7 @@ def renamed(source: Path, path: Path, change: str) -> Path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("name", "has images, features, scores, mask, not images, features, logits"),
+        ("name", "has images, features, scores, mask, not images, features"),
         ("batch", r"has images uint8 \[4, 32, 32, 3\], not uint8 \[N, "),
         ("dtype", r"has logits float16 \[N, 1\], not float32 \[N, 1\]"),
         ("operator", "cannot read .*NoSuchOperator"),

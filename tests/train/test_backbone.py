@@ -32,7 +32,13 @@ def test_the_backbone_loads_with_timm_only(trained: Path) -> None:
 
 
 def test_the_card_names_a_pipeline_from_a_file_in_one_line() -> None:
-    facts = {"fold": "all", "num_rows": 9, "metadata_sha256": "0", "folds_digest": "0"}
+    facts = {
+        "fold": "all",
+        "num_rows": 9,
+        "metadata_sha256": "0",
+        "folds_digest": "0",
+        "pretrained": {"source": "random"},
+    }
     pipeline = {"transform": {"transforms": [{"p": 0.25}] * 50}}
     for augmentation, words in (("light", "`light`"), (pipeline, "`a file of digest ")):
         settings = tiny_settings(augmentation=augmentation)

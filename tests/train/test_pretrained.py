@@ -14,6 +14,7 @@ from isic.runtime.files import sha256
 from tests.support.commands import TINY, Cli, Finished
 from tests.support.datasets import jpeg as make_jpeg
 from tests.support.datasets import small_table, write_hdf5
+from train.checkpoint import load_checkpoint
 from train.pretrained import find_weights
 
 Train = Callable[..., Finished]
@@ -73,12 +74,7 @@ def test_the_list_is_inherited_through_a_chain(
 ) -> None:
     """old: these images; between: other images from old; then these images again from between."""
     assert train("old", "--fold", 0).code == 0
-    other = tmp_path / "other"
-    other.mkdir()
-    table = small_table().with_columns(pl.col("isic_id", "patient_id").str.replace("I", "X"))
-    table.write_csv(other / "train-metadata.csv")
-    files = {name: make_jpeg(40, seed=row) for row, name in enumerate(table["isic_id"])}
-    write_hdf5(other / "train-image.hdf5", files)
+    other = other_dataset(tmp_path / "other", "X")
 
     start = tmp_path / "old" / "fold_0" / "backbone"
     ended = train("between", "--fold", 1, "--data", other, "--pretrained", start)
@@ -90,6 +86,72 @@ def test_the_list_is_inherited_through_a_chain(
     ended = train("new", "--fold", 2, "--pretrained", start)
     assert ended.code == 2
     assert "learned from 20 of the 20 held-out rows" in ended.err
+
+
+def other_dataset(folder: Path, letter: str) -> Path:
+    """Write a copy of the small dataset whose ids and patients begin with another letter."""
+    folder.mkdir()
+    table = small_table().with_columns(pl.col("isic_id", "patient_id").str.replace("I", letter))
+    table.write_csv(folder / "train-metadata.csv")
+    files = {name: make_jpeg(40, seed=row) for row, name in enumerate(table["isic_id"])}
+    write_hdf5(folder / "train-image.hdf5", files)
+    return folder
+
+
+@pytest.mark.slow
+def test_three_runs_pass_on_fold_by_fold_what_they_have_seen(
+    train: Train, tmp_path: Path, cli: Cli
+) -> None:
+    """first: these images; second: others, from first; third: yet others, from second."""
+    assert train("first").code == 0
+    for name, letter, start in (("second", "X", "first"), ("third", "Y", "second")):
+        data = other_dataset(tmp_path / letter, letter)
+        ended = train(name, "--data", data, "--pretrained", tmp_path / start)
+        assert ended.code == 0, ended.err
+    runs = [tmp_path / name for name in ("first", "second", "third")]
+    for fold in range(3):
+        own = [set(pl.read_parquet(run / "folds.parquet")["isic_id"]) for run in runs]
+        learned = [ids - held_out(run, fold) for ids, run in zip(own, runs, strict=True)]
+        assert seen_ids(runs[2], fold) == set.union(*learned)
+    ended = train("again", "--pretrained", runs[2])
+    assert ended.code == 0, "each fold has seen what the same fold of the first run has"
+    ended = train("other_plan", "--split_seed", 7, "--pretrained", runs[2])
+    assert ended.code == 2
+    assert "held-out rows or from their patients" in ended.err
+    fold = runs[2] / "fold_1"
+    start = runs[1] / "fold_1" / "backbone" / "model.safetensors"
+    weights = json.loads((fold / "best_model.pth.json").read_text())["pretrained"]
+    assert (weights["source"], weights["sha256"]) == (str(start), sha256(start))
+    assert load_checkpoint(fold / "best_model.pth")["config"]["pretrained"] == weights
+    card = (fold / "backbone" / "README.md").read_text()
+    assert f"from the weights `{start}` (sha256 `{sha256(start)}`, tensors_sha256 `" in card
+
+    ended = cli("export", "--config", "third", "--model_dir", runs[2])
+    assert ended.code == 0, ended.err
+    assert json.loads((fold / "model.onnx.json").read_text())["pretrained"] == weights
+    where = ("--data", tmp_path / "Y", "--output_dir", tmp_path / "out")
+    ended = cli("infer", "embed", "--config", "third", "--model_dir", runs[2], *where)
+    assert ended.code == 0, ended.err
+    embeddings = tmp_path / "out" / "third"
+    recorded = json.loads((embeddings / "train" / "run.json").read_text())["pretrained"]
+    assert recorded["1"] == weights
+    assert len({each["sha256"] for each in recorded.values()}) == 3
+    flags = ("--features", "image", "--embeddings", embeddings, "--name", "both")
+    ended = cli("infer", "fit", *flags, *where)
+    assert ended.code == 0, ended.err
+    manifest = json.loads((tmp_path / "out" / "both" / "ensemble.json").read_text())
+    assert manifest["embeddings"]["third"]["pretrained"] == recorded
+    report = (tmp_path / "out" / "both" / "report.html").read_text()
+    assert f"{start} (sha256 {sha256(start)})" in report
+
+
+def test_a_folder_without_weights_of_the_fold_is_refused(train: Train, tmp_path: Path) -> None:
+    assert train("old", "--fold", 0).code == 0
+    ended = train("new", "--pretrained", tmp_path / "old")
+    assert ended.code == 2
+    message = f"{tmp_path / 'old'} has no model.safetensors and no fold_1/backbone"
+    assert f"{message}; give a backbone of it, such as" in ended.err
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_fold_has_not_seen_its_held_out_rows(train: Train, tmp_path: Path) -> None:

@@ -65,3 +65,11 @@ def test_a_local_file_of_weights_is_used(tmp_path: Path) -> None:
     for given in (tmp_path / "model.safetensors", tmp_path):
         loaded = create_model(tiny_settings(pretrained=str(given))).backbone.state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in backbone.state_dict().items())
+
+
+def test_constants_of_the_initialisation_do_not_count_as_unfilled(tmp_path: Path) -> None:
+    """A FastViT's layer scales are maps [C, 1, 1] of 1e-5, whose deviation rounds to above 0."""
+    settings = tiny_settings(model="fastvit_t8", image_size=64)
+    backbone = create_model(settings).backbone
+    save_file(backbone.state_dict(), tmp_path / "model.safetensors")
+    create_model(settings.model_copy(update={"pretrained": str(tmp_path)}))

@@ -28,7 +28,7 @@ from infer.ensemble.images.scores import LogitScaler
 from isic import schema
 from isic.dataset import Split
 from isic.folds import Folds
-from isic.layout import TRAINED_ON_FILE, fold_dir
+from isic.layout import TRAINED_ON_FILE, Fold, fold_dir, fold_number
 from isic.provenance import read_seen, refuse_seen
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
@@ -63,7 +63,7 @@ class AffineMap:
         return mapped.astype(np.float32)
 
 
-AffineMaps = Mapping[int, AffineMap]
+AffineMaps = Mapping[Fold, AffineMap]
 """By fold."""
 
 
@@ -106,7 +106,7 @@ def fit_affine_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> AffineM
     with threadpool_limits(1, "blas"):
         trained_on = by_first.filter(pl.col("held_out_by") != first)
         center = _to_matrix(trained_on, root).astype(np.float64).mean(axis=0)
-        maps = {first: AffineMap(np.eye(len(center)), -center)}
+        maps: dict[Fold, AffineMap] = {first: AffineMap(np.eye(len(center)), -center)}
         for k in others:
             # Only images that both models were trained on. Of an image that one model held out,
             # the other has learned the label, and a rotation of hundreds of columns could carry
@@ -179,9 +179,9 @@ class FrozenModel:
     """The model of a network that was trained on other images."""
 
     config: str
-    fold: int
+    fold: Fold
     made_with: Mapping[str, Any]
-    """ORIGIN_KEYS of its embedding run."""
+    """ORIGIN_KEYS of its embedding run, and `pretrained`, the weights that it started from."""
     width: int
     """Number of features."""
     scaler: LogitScaler | None = None
@@ -197,7 +197,7 @@ class FrozenModel:
 
 
 def find_frozen_model(root: Path, metadata: pl.DataFrame) -> FrozenModel:
-    """Return the model of the lowest fold of an embedding run, without its scaler.
+    """Return the backbone, or the model of the lowest fold, of an embedding run; no scaler.
 
     Raises:
         UserError: the model has learned from images or patients of this table.
@@ -213,11 +213,11 @@ def find_frozen_model(root: Path, metadata: pl.DataFrame) -> FrozenModel:
     return FrozenModel(run["config"], fold, _origin_of_fold(run, fold), int(run["num_features"]))
 
 
-def _origin_of_fold(run: Mapping[str, Any], fold: int) -> dict[str, Any]:
-    """Return ORIGIN_KEYS of a run, with only this fold's checkpoint."""
-    checkpoints = run.get("checkpoints") or {}
-    origin = {key: run.get(key) for key in ORIGIN_KEYS}
-    origin["checkpoints"] = checkpoints.get(str(fold))
+def _origin_of_fold(run: Mapping[str, Any], fold: Fold) -> dict[str, Any]:
+    """Return ORIGIN_KEYS of a run and its pretrained weights, with only this fold's digests."""
+    origin = {key: run.get(key) for key in (*ORIGIN_KEYS, "pretrained")}
+    for key in ("checkpoints", "pretrained"):
+        origin[key] = (origin[key] or {}).get(str(fold))
     return origin
 
 
@@ -249,14 +249,16 @@ def write_affine_maps(path: Path, maps: AffineMaps) -> None:
 def read_affine_maps(path: Path) -> AffineMaps:
     """Read the table that `write_affine_maps` wrote."""
     table = read_parquet(path)
-    maps = {}
+    maps: dict[Fold, AffineMap] = {}
     for fold in table["fold"].unique().sort().to_list():
         rows = table.filter(fold=fold)["values"].to_numpy()
         maps[fold] = AffineMap(rows[:-1], rows[-1])
     return maps
 
 
-def _find_features(root: Embeddings, split: Split, fold: int, wanted: pl.DataFrame) -> pl.DataFrame:
+def _find_features(
+    root: Embeddings, split: Split, fold: Fold, wanted: pl.DataFrame
+) -> pl.DataFrame:
     """Add the `features` by one fold's model to `wanted`, without unreadable images.
 
     Raises:
@@ -269,7 +271,7 @@ def _find_features(root: Embeddings, split: Split, fold: int, wanted: pl.DataFra
         raise UserError(
             f"{root}: an image has more than one {split} embedding of fold {fold}; embed again"
         )
-    number = pl.lit(fold, dtype=pl.Int8).alias("fold")
+    number = pl.lit(fold_number(fold), dtype=pl.Int8).alias("fold")
     missing = wanted.join(found, on=schema.ID, how="anti").select(schema.ID, number)
     refuse_missing_embeddings(missing, len(wanted), root, split)
     return found

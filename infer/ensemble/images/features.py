@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from infer.embedding.store import Embeddings
+from infer.embedding.store import Embeddings, read_run, refuse_without_head
 from infer.ensemble.images import scores as image_scores
 from infer.ensemble.images.columns import (
     ALIGNED,
@@ -36,14 +36,14 @@ from infer.ensemble.images.scores import LogitScaler
 from infer.ensemble.settings import EmbeddingSources
 from isic.dataset import Split
 from isic.folds import Folds, read_folds
-from isic.layout import FOLDS_FILE
+from isic.layout import FOLDS_FILE, fold_number
 from isic.runtime.errors import UserError
 
 NEEDS = {
     "embeddings": "image features need --embeddings outputs/embeddings/<config>; "
     "run `python -m infer embed` first",
     "frozen": "frozen columns and scores need --frozen outputs/embeddings/<config>, "
-    "of a network that was trained on other images",
+    "of a network that was trained on other images; frozen also takes those of a backbone",
 }
 
 SCORE = "image_score"
@@ -200,6 +200,7 @@ def fit_image_state(
 
 
 def _fit_network(root: Path, forms: Sequence[str], metadata: pl.DataFrame) -> Network:
+    refuse_without_head(root, read_run(root, "train"))
     folds = read_folds(root / FOLDS_FILE)
     image_scores.read_origin(root, "train", folds.digest)
     # Before anything is fitted: a leak would make every out-of-fold score too good.
@@ -217,7 +218,8 @@ def _fit_frozen(root: Path, forms: Sequence[str], metadata: pl.DataFrame) -> Fro
     model = find_frozen_model(root, metadata)
     if FROZEN_SCORE not in forms:
         return model
-    logits = image_scores.scoring_logits(root, "train", metadata, [model.fold])
+    refuse_without_head(root, read_run(root, "train"))
+    logits = image_scores.scoring_logits(root, "train", metadata, [fold_number(model.fold)])
     return replace(model, scaler=image_scores.fit_logit_scaler(logits))
 
 

@@ -174,7 +174,7 @@ def image_probability(scores: pl.DataFrame) -> NDArray[np.float64]:
 
 
 def read_origin(root: Embeddings, split: Split, folds_digest: str) -> dict[str, Any]:
-    """Return the folds, fold plan and engines of an embedding run, and its ORIGIN_KEYS.
+    """Return an embedding run's folds, fold plan, engines, ORIGIN_KEYS and pretrained weights.
 
     Raises:
         UserError: there is no such run, or it has another fold plan.
@@ -186,4 +186,5 @@ def read_origin(root: Embeddings, split: Split, folds_digest: str) -> dict[str, 
             f"{run.get('folds_digest')}, not {folds_digest}; "
             "use the embeddings of the same training run"
         )
-    return {key: run.get(key) for key in ("folds", "folds_digest", "engines", *ORIGIN_KEYS)}
+    keys = ("folds", "folds_digest", "engines", *ORIGIN_KEYS, "pretrained")
+    return {key: run.get(key) for key in keys}

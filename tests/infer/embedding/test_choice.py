@@ -21,7 +21,7 @@ PLANS = ("tensorrt", "tensorrt_rtx")
 def manifest(format_name: str, precision: str, **fields: Any) -> dict[str, Any]:
     """Return the fields of a manifest that decide about the choice."""
     name = "-".join((format_name, precision, *map(str, fields.values())))
-    made = {"artifact": f"{name}.bin", "sha256": name, "format": format_name}
+    made = {"name": "tiny", "artifact": f"{name}.bin", "sha256": name, "format": format_name}
     defaults: dict[str, Any] = {"precision": precision, "tta": "none"}
     if format_name == "aoti":
         defaults |= {"device": "cuda", "architecture": "cuda-sm90"}

@@ -73,7 +73,7 @@ def test_auxiliary_logits_leave_a_gpu_too() -> None:
         values = images.flatten(1).float()
         return values[:, :3], values[:, :1], values[:, 4:6], values[:, :4].reshape(-1, 2, 2)
 
-    opened = TorchEngine({0: forward}, 4, "cuda", has_aux=True)
+    opened = TorchEngine({0: forward}, 4, "cuda", ("features", "logits", "aux", "mask"))
     images = np.arange(9 * 12, dtype=np.uint8).reshape(9, 2, 2, 3)
     features, logits, aux = opened.run(images)
     flat = images.reshape(9, 12)

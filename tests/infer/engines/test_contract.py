@@ -2,17 +2,21 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from infer.engines.contract import (
     AUX,
+    CLASS_LOGITS,
     GRAPH_CONTRACT,
     IMAGES,
     LOGITS,
     MASK,
     Tensor,
     contract_violation,
+    output_names,
+    required_tensors,
 )
 from tests.support.networks import with_all_outputs
 
@@ -74,7 +78,35 @@ def test_missing_and_unknown_tensors_are_reported() -> None:
 
 
 def test_networks_return_the_outputs_in_the_contracts_order() -> None:
-    assert (IMAGES, *with_all_outputs().output_names) == tuple(GRAPH_CONTRACT)
+    of_lesions = tuple(name for name in GRAPH_CONTRACT if name != CLASS_LOGITS)
+    assert (IMAGES, *with_all_outputs().output_names) == of_lesions
+
+
+def test_only_a_backbones_graph_may_lack_logits() -> None:
+    """Its manifest is of `fold_none`; it may have the logits of its own classes."""
+    bare = {name: KEPT[name] for name in ("images", "features")}
+    classes = {**bare, CLASS_LOGITS: Tensor("float32", (None, 1000))}
+    required = required_tensors({"fold": "none", "num_classes": 1000})
+    assert contract_violation(bare, required=required) is None
+    assert contract_violation(classes, required=required) is None
+    for fold in (0, "all"):
+        required = required_tensors({"fold": fold})
+        violation = contract_violation(bare, required=required)
+        assert violation == "has images, features, not images, features, logits"
+
+
+@pytest.mark.parametrize(
+    ("manifest", "outputs"),
+    [
+        ({"fold": 1}, ("features", "logits")),
+        ({"fold": "all", "aux": {"mel": "x"}}, ("features", "logits", "aux")),
+        ({"fold": 1, "mask_stride": 2}, ("features", "logits", "mask")),
+        ({"fold": "none"}, ("features",)),
+        ({"fold": "none", "num_classes": 9}, ("features", "class_logits")),
+    ],
+)
+def test_a_manifest_tells_the_outputs(manifest: dict[str, Any], outputs: tuple[str, ...]) -> None:
+    assert output_names(manifest) == outputs
 
 
 def test_the_contract_needs_neither_torch_nor_onnx() -> None:

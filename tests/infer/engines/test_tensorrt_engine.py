@@ -68,7 +68,7 @@ def test_masks_are_right(cuda: FakeCuda, cuda_graph: bool) -> None:
     engine, _ = fake_engine(cuda, cuda_graph=cuda_graph)
     for number in SIZES:
         images = pictures(number)
-        mask = engine.predict_mask(images)
+        mask = engine.run_other(images, "mask")
         assert mask.dtype == np.float32
         np.testing.assert_array_equal(mask, fake_network(images)["mask"])
         features, _ = engine.run(images)
@@ -84,7 +84,7 @@ def test_auxiliary_logits_are_right(cuda: FakeCuda, cuda_graph: bool) -> None:
         assert {len(values) for values in outputs.values()} == {3}
         assert_outputs(outputs, images)
     single, _ = fake_engine(cuda, cuda_graph=cuda_graph, aux=True)
-    np.testing.assert_array_equal(single.predict_mask(images), fake_network(images)["mask"])
+    np.testing.assert_array_equal(single.run_other(images, "mask"), fake_network(images)["mask"])
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::3])
