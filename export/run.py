@@ -31,7 +31,15 @@ from infer.engines import create, unavailable_reason
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import read_folds
-from isic.layout import ALL, BEST_CHECKPOINT, FOLDS_FILE, Fold, fold_files, fold_name
+from isic.layout import (
+    ALL,
+    BEST_CHECKPOINT,
+    FOLDS_FILE,
+    REMOTE_DATASET,
+    Fold,
+    fold_files,
+    fold_name,
+)
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
@@ -46,6 +54,7 @@ from isic.runtime.files import (
 )
 from isic.runtime.machine import cpu_features, processor
 from isic.runtime.progress import TimeLeft
+from isic.runtime.remote import fetch
 from isic.views import VIEWS
 from train.checkpoint import checkpoint_settings, load_checkpoint
 from train.model import Classifier, create_model
@@ -210,6 +219,8 @@ def load_source(path: Path, digest: str, fold: Fold, settings: ExportSettings) -
             f"{settings.config}; give the --config and --model_dir that belong together"
         )
     trained_with = checkpoint_settings(checkpoint)
+    data = settings.data or trained_with.data
+    fetch(data, REMOTE_DATASET)
     model = create_model(trained_with, pretrained=False)
     try:
         model.load_state_dict(checkpoint["model_state_dict"])
@@ -221,7 +232,7 @@ def load_source(path: Path, digest: str, fold: Fold, settings: ExportSettings) -
         digest,
         model.eval(),
         config,
-        settings.data or trained_with.data,
+        data,
         settings.parity_images,
         settings.tta,
     )
