@@ -1,13 +1,15 @@
 """Build options: the keys of `python -m export` that the builders follow."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from infer.formats import PRECISIONS, exported_formats
-from isic.layout import FoldFlag, find_run
+from isic.layout import REMOTE_DATASET, FoldFlag, find_run
 from isic.runtime.config import Settings, Several
+from isic.runtime.urls import Wanted
 from isic.views import VIEWS, Tta
 from train.config import BOOLEANS
 
@@ -106,6 +108,8 @@ class ExportSettings(PlanOptions):
     Exits with 1 if an artifact fails this parity check; it is then removed.
     """
 
+    remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_DATASET}
+
     config: str | None = Field(
         None,
         min_length=1,
@@ -156,8 +160,8 @@ class ExportSettings(PlanOptions):
     )
     data: Path | None = Field(
         None,
-        description="dataset with the images of the parity check; the training's if not given, and "
-        "synthetic images for --model",
+        description="dataset folder or URL with the images of the parity check; the training's if "
+        "not given, and synthetic images for --model",
     )
     parity_images: int = Field(
         256,

@@ -44,6 +44,7 @@ from isic.layout import (
     BEST_CHECKPOINT,
     FOLDS_FILE,
     NONE,
+    REMOTE_DATASET,
     Fold,
     fold_dir,
     fold_files,
@@ -63,6 +64,7 @@ from isic.runtime.files import (
 )
 from isic.runtime.machine import cpu_features, processor
 from isic.runtime.progress import TimeLeft
+from isic.runtime.remote import fetch
 from isic.views import VIEWS
 from train.checkpoint import checkpoint_settings, load_checkpoint
 from train.model import Classifier, create_model
@@ -290,6 +292,8 @@ def load_source(path: Path, digest: str, fold: Fold, settings: ExportSettings) -
             f"{settings.config}; give the --config and --model_dir that belong together"
         )
     trained_with = checkpoint_settings(checkpoint)
+    data = settings.data or trained_with.data
+    fetch(data, REMOTE_DATASET)
     model = create_model(trained_with, pretrained=False)
     try:
         model.load_state_dict(checkpoint["model_state_dict"])
@@ -301,7 +305,7 @@ def load_source(path: Path, digest: str, fold: Fold, settings: ExportSettings) -
         made_from_checkpoint(path, digest),
         model.eval(),
         config,
-        settings.data or trained_with.data,
+        data,
         settings.parity_images,
         settings.tta,
     )

@@ -1,8 +1,7 @@
-"""The user's cache folder, which holds the index of each HDF5 file of images."""
+"""The index of each HDF5 file of images, in the user's cache folder."""
 
 import contextlib
 import os
-import sys
 import time
 import zipfile
 import zlib
@@ -12,9 +11,8 @@ import numpy as np
 
 from isic.hdf5 import Index, build_index
 from isic.runtime.errors import UserError
-from isic.runtime.files import atomic_path, digest
+from isic.runtime.files import atomic_path, cache_folder, digest
 
-FOLDER_VARIABLE = "ISIC_CACHE_DIR"
 INDEX_VERSION = 4
 # Some file systems count whole seconds, so a change soon after another one may not show.
 SETTLED_SECONDS = 2.0
@@ -25,21 +23,6 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, NotIm
 
 State = tuple[int, int, int, int]
 """Inode, size, mtime and ctime in ns; copying another file over this one changes them."""
-
-
-def cache_folder() -> Path | None:
-    """Return `ISIC_CACHE_DIR`, else a folder in the user's cache, None without a home."""
-    if folder := os.environ.get(FOLDER_VARIABLE):
-        return Path(folder)
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # relative paths are to be ignored
-    try:
-        if not base.is_absolute():
-            base = Path.home() / {"darwin": "Library/Caches", "win32": "AppData/Local"}.get(
-                sys.platform, ".cache"
-            )
-    except RuntimeError:  # neither HOME nor an entry for this user in the list of accounts
-        return None
-    return base / "isic-toolkit"
 
 
 def index_path(path: Path) -> Path | None:

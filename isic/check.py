@@ -24,6 +24,7 @@ from isic.images import (
 from isic.metadata import read_ids, with_patient
 from isic.preprocess import check_mask
 from isic.runtime.errors import UserError
+from isic.runtime.urls import shown
 from isic.settings import CheckSettings
 
 SHOWN = 5
@@ -49,7 +50,7 @@ def check(settings: CheckSettings) -> None:
     dataset = Dataset(settings.data)
     others = open_others(settings.against)
     prints: list[Prints] = []
-    print(f"dataset {settings.data}")
+    print(f"dataset {shown(settings.data)}")
     # Collected, so that one run reports all of them.
     problems: Problems = []
     train = dataset.metadata("train")
@@ -78,7 +79,7 @@ def check(settings: CheckSettings) -> None:
     _print_folds(dataset, train, settings, problems)
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        raise UserError(f"{settings.data} has {count}: {'; '.join(problems)}")
+        raise UserError(f"{shown(settings.data)} has {count}: {'; '.join(problems)}")
     print("\nno problems found")
 
 

@@ -22,6 +22,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator
 
+from isic.runtime.urls import Wanted
+
 Fold = int | Literal["all", "none"]
 """The number of a fold, ALL or NONE."""
 ALL: Final = "all"
@@ -50,6 +52,43 @@ TRAINED_ON_FILE = "trained_on.parquet"
 OOF_FILE = "oof.parquet"
 BACKBONE_DIR = "backbone"
 ONNX_FILE = "model.onnx"
+
+WEIGHTS_FILE = "model.safetensors"
+"""Weights in a folder in timm's `local-dir` form."""
+
+REMOTE_TABLES = Wanted(
+    (
+        *(
+            (f"{split}-metadata.{ending}",)
+            for split in ("train", "test")
+            for ending in ("csv", "parquet")
+        ),
+        (FOLDS_FILE,),
+        ("sample_submission.csv",),
+    )
+)
+"""The files to fetch of a remote dataset if its images are not needed."""
+REMOTE_DATASET = Wanted(
+    (
+        *REMOTE_TABLES.below,
+        # As when it is read: a folder is used only if there is no HDF5 file.
+        *((f"{split}-image.hdf5", f"{split}-image/**") for split in ("train", "test")),
+        ("masks.hdf5",),
+    )
+)
+"""The files to fetch of a remote dataset."""
+REMOTE_WEIGHTS = Wanted(
+    (
+        (WEIGHTS_FILE,),
+        (TRAINED_ON_FILE,),
+        (f"fold_*/{BACKBONE_DIR}/{WEIGHTS_FILE}",),
+        (f"fold_*/{BACKBONE_DIR}/{TRAINED_ON_FILE}",),
+        (f"fold_*/{TRAINED_ON_FILE}",),
+    ),
+    beside=(TRAINED_ON_FILE,),
+    may_be_file=True,
+)
+"""The files to fetch of remote weights: a file, a folder for timm, or a run."""
 
 TABLE_SUFFIXES = (".csv", ".parquet")
 """Endings of the tables that commands read and write."""

@@ -1,13 +1,15 @@
 """Settings of `python -m isic synth`, `check`, `folds` and `import`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import AliasChoices, Field, field_validator
 
-from isic.layout import TABLE_SUFFIXES
+from isic.layout import REMOTE_DATASET, TABLE_SUFFIXES
 from isic.runtime.config import Settings, Several
 from isic.runtime.machine import num_cores
+from isic.runtime.urls import Wanted, url_of
 
 
 class SynthSettings(Settings):
@@ -38,7 +40,9 @@ class SynthSettings(Settings):
 class CheckSettings(Settings):
     """Print a dataset's content, problems, undecodable and repeated images, and its folds."""
 
-    data: Path = Field(description="folder in the layout of the challenge")
+    remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_DATASET}
+
+    data: Path = Field(description="folder or URL in the layout of the challenge")
     sample: int | None = Field(
         None, ge=1, description="decode this many images of each split instead of all"
     )
@@ -67,7 +71,7 @@ class CheckSettings(Settings):
     @field_validator("data")
     @classmethod
     def _exists(cls, value: Path) -> Path:
-        if not value.is_dir():
+        if not value.is_dir() and url_of(value) is None:  # fetched later
             raise ValueError("no such folder; point it at a dataset in the challenge's layout")
         return value
 

@@ -19,9 +19,11 @@ import pytest
 from playwright.sync_api import Browser
 
 import isic  # noqa: F401  switches telemetry off before a test imports a library
+from isic.runtime import remote
 from tests.support.browser import open_browser
 from tests.support.commands import TINY, TINY_YAML, Cli, Finished, run_module
 from tests.support.datasets import REAL_DATA, jpeg, small_table, write_hdf5
+from tests.support.s3 import KEYS, Bucket, serve
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +66,25 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         return Finished(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Bucket]:
+    with serve() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def bucket(s3_server: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A bucket on an S3 server, which commands reach, and an empty cache."""
+    import s3fs  # the base install has none
+
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": s3_server.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ISIC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "FIRST_DELAY", 0.01)
+    s3fs.S3FileSystem.clear_instance_cache()  # those of another endpoint
+    return s3_server
 
 
 @pytest.fixture

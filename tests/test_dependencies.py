@@ -156,6 +156,7 @@ def test_inference_needs_the_base_install_only(
         ("benchmarks tabular --results .", 'run `pip install "isic-toolkit[benchmarks]"'),
         ("infer fit --features raw --libraries xgboost --data {data}", "[boosters]"),
         ("infer embed --config tiny --model_dir {run} --data {data} --ray local", "[ray]"),
+        ("isic check --data s3://bucket/isic-2024", "[remote]"),
     ],
 )
 def test_a_command_names_the_extra_that_it_needs(

@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 from safetensors.torch import save
 
-from isic.layout import ALL, BACKBONE_DIR, Fold
+from isic.layout import ALL, BACKBONE_DIR, WEIGHTS_FILE, Fold
 from isic.runtime.files import atomic_path
 from train.config import TrainSettings
 from train.model import Classifier
-from train.pretrained import TRAINED_ON_KEY, WEIGHTS_FILE
+from train.pretrained import TRAINED_ON_KEY
 from train.resume import in_short
 from train.timm_models import backbone_options
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from isic.layout import ALL, OUTPUT_DIR, FoldFlag
+from isic.layout import ALL, OUTPUT_DIR, REMOTE_DATASET, REMOTE_WEIGHTS, FoldFlag
 from isic.runtime.config import (
     Settings,
     Several,
@@ -17,6 +17,7 @@ from isic.runtime.config import (
     read_yaml,
 )
 from isic.runtime.errors import UserError, did_you_mean
+from isic.runtime.urls import Wanted
 from train.augmentation.levels import DEVICE_LEVELS, LEVELS
 from train.auxiliary import DEFAULT_WEIGHT, GRAMMAR, AuxTargets
 
@@ -37,6 +38,12 @@ class TrainSettings(Settings):
     well, and a flag takes precedence.
     """
 
+    remote_inputs: ClassVar[Mapping[str, Wanted]] = {
+        "data": REMOTE_DATASET,
+        "extra_data": REMOTE_DATASET,
+        "pretrained": REMOTE_WEIGHTS,
+    }
+
     name: str = Field(
         "custom", min_length=1, description="name of the run; the config's file name if not given"
     )
@@ -44,7 +51,7 @@ class TrainSettings(Settings):
     pretrained: bool | str = Field(
         True,
         description="initial weights: true (timm's for the model), false (random), a hub "
-        "repository, a local file, or a folder such as fold_<k>/backbone or a whole run",
+        "repository, a file or URL, or a folder such as fold_<k>/backbone or a whole run",
     )
     image_size: int = Field(
         224, ge=8, le=2048, description="height and width of the network's input, in pixels"
@@ -57,7 +64,7 @@ class TrainSettings(Settings):
     )
 
     data: Path = Field(
-        Path("data/isic-2024"), description="dataset folder in the challenge's layout"
+        Path("data/isic-2024"), description="dataset in the challenge's layout, a folder or URL"
     )
     extra_data: Several[Path] = Field(
         (),

@@ -10,13 +10,12 @@ import polars as pl
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from isic.layout import BACKBONE_DIR, TRAINED_ON_FILE, Fold, fold_dir, fold_name
+from isic.layout import BACKBONE_DIR, TRAINED_ON_FILE, WEIGHTS_FILE, Fold, fold_dir, fold_name
 from isic.provenance import NOTHING, Seen, read_seen, refuse_seen
 from isic.runtime.errors import UserError
 from isic.runtime.files import sha256
+from isic.runtime.urls import shown
 
-WEIGHTS_FILE = "model.safetensors"
-"""Name of the weights in a folder in timm's `local-dir` form."""
 TRAINED_ON_KEY = "trained_on"
 """Key in the metadata of WEIGHTS_FILE: the SHA-256 of its list of images and patients."""
 WEIGHT_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
@@ -27,7 +26,7 @@ class Weights:
     """The weights that a backbone starts from."""
 
     source: str
-    """A path, a hub repository, `timm` (its own weights for the model), or `random`."""
+    """A path or URL, a hub repository, `timm` (its own weights for the model), or `random`."""
     path: Path | None = None
     """The file, if it is a local one."""
     seen: Seen = field(default_factory=lambda: NOTHING)
@@ -56,7 +55,7 @@ def find_weights(pretrained: bool | str, fold: Fold) -> Weights:
     if isinstance(pretrained, bool):
         return Weights("timm" if pretrained else "random")
     path = local_file(pretrained, fold)
-    return Weights(str(path), path, seen_by(path)) if path else Weights(hub_id(pretrained))
+    return Weights(shown(path), path, seen_by(path)) if path else Weights(hub_id(pretrained))
 
 
 def local_file(pretrained: str, fold: Fold | None = None) -> Path | None:
@@ -80,7 +79,7 @@ def local_file(pretrained: str, fold: Fold | None = None) -> Path | None:
     # A misspelt path; timm would look for it on the hub.
     if path.suffix in WEIGHT_SUFFIXES:
         raise UserError(
-            f"no weights at {pretrained}; give a file that exists, a hub name, or --pretrained "
+            f"no weights at {shown(pretrained)}; give a file that exists, a hub name, or --pretrained "
             "false"
         )
     return None
@@ -121,8 +120,8 @@ def seen_by(path: Path) -> Seen:
         if sha256(file) == expected:
             return read_seen(file)
     raise UserError(
-        f"{path} was trained by this toolkit, but its list of images is not next to it; copy "
-        f"{TRAINED_ON_FILE} from the fold's folder into {path.parent}"
+        f"{shown(path)} was trained by this toolkit, but its list of images is not next to it; "
+        f"copy {TRAINED_ON_FILE} from the fold's folder there"
     )
 
 

@@ -22,6 +22,7 @@ from infer.embedding.run_spec import (
 from infer.embedding.settings import EmbedSettings
 from infer.embedding.shards import Shard, plan_shards, run_missing_shards
 from infer.embedding.source import Source
+from infer.embedding.staging import staged
 from infer.embedding.store import (
     BAD_IMAGES_SCHEMA,
     IMAGES,
@@ -47,6 +48,8 @@ from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path, holds, refuse_foreign, sha256, write_json
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.machine import processor
+from isic.runtime.remote import publish
+from isic.runtime.urls import shown
 from isic.tables import write_parquet
 
 
@@ -67,6 +70,11 @@ def embed_splits(settings: EmbedSettings, watch: Watch | None = None) -> None:
     Args:
         watch: called after each batch; an exception from it ends the run, which can be resumed.
     """
+    with staged(settings.run_dir.resolve()):
+        _embed_splits(settings, watch)
+
+
+def _embed_splits(settings: EmbedSettings, watch: Watch | None) -> None:
     model_dir = find_run(settings.model_dir, settings.config)
     models = find_models(
         model_dir,
@@ -142,6 +150,7 @@ def embed_split(
     split = source.split
     root = settings.run_dir.resolve()
     directory = root / split
+    output = shown(settings.run_dir / split)
     spec, shards = _plan(source, models, folds_path, settings)
     refuse_dataset(root, "--output_dir")
     if split == "train" and not models.is_backbone:
@@ -151,9 +160,7 @@ def embed_split(
         copy_provenance(models, folds_path, root)
     progress = Progress(shards, settings.on_error, settings.max_bad, settings.quiet, watch)
     if not progress.num_due and (directory / RUN_FILE).is_file():
-        print(
-            f"up to date config={settings.config} split={split} output={settings.run_dir / split}"
-        )
+        print(f"up to date config={settings.config} split={split} output={output}")
         return
     job = make_job(source, models, settings, spec)
     if not settings.quiet:
@@ -170,11 +177,12 @@ def embed_split(
     # Not in the spec: it follows from the checkpoints, and runs of earlier versions must resume.
     origin = {"pretrained": models.weights}
     write_json(directory / RUN_FILE, {**spec, **origin, **counts, **machine, **progress.summary()})
+    publish(directory / RUN_FILE)
     print(
         f"embedded config={settings.config} split={split} images={counts['num_images']} "
         f"bad={num_bad} seconds={progress.total_seconds:.1f} "
         f"images_per_second={progress.num_due / progress.total_seconds:.0f} "
-        f"bound_by={progress.bound_by} output={settings.run_dir / split}"
+        f"bound_by={progress.bound_by} output={output}"
     )
 
 
@@ -259,6 +267,7 @@ def copy_provenance(models: Models, folds_path: Path, root: Path) -> None:
     for source, copy in copies.items():
         with atomic_path(copy) as temporary:
             shutil.copyfile(source, temporary)
+        publish(copy)
 
 
 def _refuse_other_seen(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -306,4 +315,5 @@ def gather_errors(directory: Path, shards: list[Shard]) -> int:
     """Write `errors.parquet` from the lists of all shards. Return the number of images in it."""
     bad = [row for shard in shards for row in shard.read_bad()]
     write_parquet(directory / ERRORS_FILE, pl.DataFrame(bad, BAD_IMAGES_SCHEMA, orient="row"))
+    publish(directory / ERRORS_FILE)
     return len(bad)

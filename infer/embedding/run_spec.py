@@ -5,7 +5,6 @@ that of the JSON text.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import polars as pl
 from infer.embedding.models import Models
 from infer.embedding.settings import BATCH_CPU, BATCH_GPU, EmbedSettings
 from infer.embedding.source import Source
+from infer.embedding.staging import delete_run
 from infer.embedding.store import (
     IMAGES,
     RUN_FILE,
@@ -37,6 +37,8 @@ from isic.runtime.files import (
     versions,
     write_json,
 )
+from isic.runtime.remote import publish
+from isic.runtime.urls import shown
 from isic.views import VIEWS
 
 SPEC_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "opencv-python-headless", "numpy", "polars")
@@ -132,7 +134,7 @@ def start_or_resume_split(directory: Path, spec: Mapping[str, Any], force: bool)
     names = (path, directory / RUN_FILE, directory / ERRORS_FILE)
     refuse_foreign([*names, *directory.glob("fold_*/part-*")], is_own, "--output_dir")
     if force and is_own:
-        shutil.rmtree(directory)
+        delete_run(directory)
     if path.is_file():
         earlier = read_json(path)
         changed = [key for key in spec if spec[key] != earlier.get(key)]
@@ -140,8 +142,9 @@ def start_or_resume_split(directory: Path, spec: Mapping[str, Any], force: bool)
         if changed and any(directory.rglob("part-*")):
             raise UserError(_other_spec(directory, changed[0], earlier, spec))
         if changed:
-            shutil.rmtree(directory)
+            delete_run(directory)
     write_json(path, spec)
+    publish(path)
     _delete_stale(directory)
 
 
@@ -152,7 +155,7 @@ def _other_spec(
     if isinstance(spec[key], dict):  # digests per fold would not help a reader
         difference = f"other {key}"
     return (
-        f"{directory} holds embeddings made with {difference}; "
+        f"{shown(directory)} holds embeddings made with {difference}; "
         "choose another --output_dir, or replace them with --force"
     )
 

@@ -1,13 +1,15 @@
 """The settings of `python -m infer embed`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
 from infer.formats import AUTO, ENGINE_FORMATS, Precision, exported_formats
-from isic.layout import ALL, EMBEDDINGS_DIR, find_embeddings
+from isic.layout import ALL, EMBEDDINGS_DIR, REMOTE_DATASET, find_embeddings
 from isic.runtime.config import Settings
+from isic.runtime.urls import Wanted
 from isic.views import Tta
 
 DecodeIn = Literal["auto", "threads", "processes"]
@@ -23,12 +25,15 @@ class EmbedSettings(Settings):
     Existing shards are kept, so the same command resumes an interrupted run.
     """
 
+    remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_DATASET}
+    remote_outputs: ClassVar[tuple[str, ...]] = ("output_dir",)
+
     config: str = Field(
         validation_alias=AliasChoices("config", "model_config"),
         description="name of the model config (or --model_config)",
     )
     data: Path = Field(
-        Path("data/isic-2024"), description="dataset folder in the challenge's layout"
+        Path("data/isic-2024"), description="dataset in the challenge's layout, a folder or URL"
     )
     images: Path | None = Field(
         None,
@@ -42,7 +47,7 @@ class EmbedSettings(Settings):
     output_dir: Path = Field(
         EMBEDDINGS_DIR,
         validation_alias=AliasChoices("output_dir", "out"),
-        description="parent of the embeddings' folder, which is named <config>",
+        description="parent of the embeddings' folder, which is named <config>; a folder or URL",
     )
     split: Literal["train", "test", "all"] = Field(
         "all",

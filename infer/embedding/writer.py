@@ -16,6 +16,7 @@ from infer.embedding.store import BAD_IMAGES_SCHEMA, write_shard
 from infer.engines import Outputs
 from isic.layout import Fold
 from isic.runtime.errors import UserError
+from isic.runtime.remote import publish, published
 from isic.tables import write_parquet
 
 NUM_WRITERS = 2
@@ -103,6 +104,7 @@ def write_batches(
     bad = [(batch.ids[row], reason) for batch in batches for row, reason in batch.failed.items()]
     if bad:
         write_parquet(shard.errors_path, pl.DataFrame(bad, BAD_IMAGES_SCHEMA, orient="row"))
+        publish(shard.errors_path)
     ids = [
         name for batch in batches for row, name in enumerate(batch.ids) if row not in batch.failed
     ]
@@ -112,7 +114,9 @@ def write_batches(
         logits = np.concatenate([part[1] for part in parts])
         refuse_not_finite(ids, features, logits, fold)
         logit, *others = logits.T if logits.shape[1] else (None,)
-        write_shard(path, ids, features, logit, digest, dict(zip(aux_names, others, strict=True)))
+        aux = dict(zip(aux_names, others, strict=True))
+        with published(path) as whole:
+            write_shard(whole, ids, features, logit, digest, aux)
 
 
 def good_rows(

@@ -11,10 +11,11 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from infer.ensemble.boosting.libraries import DEVICE, LIBRARIES, parameters_of
-from isic.layout import OUTPUT_DIR
+from isic.layout import OUTPUT_DIR, REMOTE_DATASET, REMOTE_TABLES
 from isic.runtime import yaml12
 from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason
 from isic.runtime.errors import did_you_mean
+from isic.runtime.urls import Wanted
 
 if TYPE_CHECKING:  # settings import no polars
     from infer.embedding.store import Embeddings
@@ -60,12 +61,14 @@ class EmbeddingSources:
 class FitSettings(Settings):
     """Fit a GBDT ensemble and write it with its out-of-fold scores and a report."""
 
+    remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_DATASET}
+
     config: str | None = Field(
         None,
         description="YAML file with any of these keys: a name in configs/ or a path; "
         "flags take precedence",
     )
-    data: Path = Field(Path("data/isic-2024"), description="dataset folder")
+    data: Path = Field(Path("data/isic-2024"), description="dataset folder or URL")
     features: str = Field(
         "engineered",
         description="comma-separated sets (raw, engineered, extended, image, multimodal, "
@@ -272,6 +275,8 @@ class SelectSettings(FitSettings):
     `infer fit --features @name` reads the list. The other settings are those of `infer fit`.
     """
 
+    remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_TABLES}
+
     by: Literal["null_importance", "gain"] = Field(
         "null_importance",
         description="null_importance keeps the features with more gain than on shuffled targets; "
@@ -343,7 +348,9 @@ def _need_library(name: str) -> None:
 class PredictSettings(Settings):
     """Score the test table with a fitted ensemble and write the submission."""
 
-    data: Path = Field(Path("data/isic-2024"), description="dataset folder")
+    remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_TABLES}
+
+    data: Path = Field(Path("data/isic-2024"), description="dataset folder or URL")
     ensemble: Path = Field(
         OUTPUT_DIR / "ensemble",
         description="an ensemble's folder, or one with a single ensemble in it",
@@ -385,6 +392,8 @@ class BlendSettings(Settings):
 
     repeated: ClassVar[str | None] = "ensembles"
 
+    remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_DATASET}
+
     ensembles: Several[Path] = Field(
         min_length=2, description="the arguments without a key: folders of ensembles"
     )
@@ -401,7 +410,8 @@ class BlendSettings(Settings):
     )
     name: str = Field("blend", min_length=1, description="name of the blend's folder")
     data: Path = Field(
-        Path("data/isic-2024"), description="dataset folder that the ensembles were fitted on"
+        Path("data/isic-2024"),
+        description="dataset folder or URL that the ensembles were fitted on",
     )
     force: bool = Field(False, description="replace an ensemble of that name")
 
@@ -447,6 +457,8 @@ class CompareSettings(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("first", "second")
 
+    remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_TABLES}
+
     first: Several[Path] = Field(
         description="first argument: an ensemble's folder, or comma-separated folders of "
         "several training runs of one recipe"
@@ -454,6 +466,8 @@ class CompareSettings(Settings):
     second: Several[Path] = Field(
         description="second argument: as many other folders, with the same rows and folds"
     )
-    data: Path = Field(Path("data/isic-2024"), description="dataset folder, for the patients")
+    data: Path = Field(
+        Path("data/isic-2024"), description="dataset folder or URL, for the patients"
+    )
     draws: int = Field(1000, ge=100, description="bootstrap samples of the patients")
     seed: int = Field(0, ge=0, description="seed of the bootstrap")

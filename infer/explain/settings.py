@@ -1,13 +1,15 @@
 """Settings of `python -m infer explain`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import AliasChoices, Field
 
 from infer.formats import AUTO, Precision
-from isic.layout import OUTPUT_DIR
+from isic.layout import OUTPUT_DIR, REMOTE_DATASET
 from isic.runtime.config import Settings, Several
+from isic.runtime.urls import Wanted
 
 
 class ExplainSettings(Settings):
@@ -16,12 +18,14 @@ class ExplainSettings(Settings):
     A train image is scored by the fold that held it out, a test image by the mean over the folds.
     """
 
+    remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_DATASET}
+
     config: str = Field(
         validation_alias=AliasChoices("config", "model_config"),
         description="name of the model config (or --model_config)",
     )
     data: Path = Field(
-        Path("data/isic-2024"), description="dataset folder in the challenge's layout"
+        Path("data/isic-2024"), description="dataset in the challenge's layout, a folder or URL"
     )
     model_dir: Path | None = Field(
         None, description="training run with exported folds; outputs/<config> by default"

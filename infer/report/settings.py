@@ -1,22 +1,27 @@
 """Settings of `python -m infer report`."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 
-from isic.layout import OUTPUT_DIR
+from isic.layout import OUTPUT_DIR, REMOTE_DATASET
 from isic.runtime.config import Settings, Several
+from isic.runtime.urls import Wanted
 
 
 class ReportSettings(Settings):
     """Write the report of a fitted ensemble again."""
+
+    remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_DATASET}
 
     ensemble: Path = Field(
         OUTPUT_DIR / "ensemble",
         description="folder of an ensemble, or of a folder with a single ensemble in it",
     )
     data: Path = Field(
-        Path("data/isic-2024"), description="dataset folder that the ensemble was fitted on"
+        Path("data/isic-2024"), description="dataset folder or URL that the ensemble was fitted on"
     )
     embeddings: Several[Path] = Field(
         (), description="outputs/embeddings/<config> of each network to draw a map of"

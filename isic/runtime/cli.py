@@ -19,6 +19,7 @@ from isic import __version__
 from isic.runtime.config import Settings, build
 from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.extras import missing_library
+from isic.runtime.remote import fetch
 
 HELP = {"--help", "-h"}
 VERSION = "--version"
@@ -139,6 +140,8 @@ def _call(command: Command, extra: tuple[str, ...], flags: Mapping[str, str]) ->
     by_position = _by_position(settings_type, extra)
     settings = command.load(settings_type, {**by_position, **flags})
     try:
+        for path, wanted in settings.paths_to_fetch():
+            fetch(path, wanted)
         # Imported only now: settings are checked before heavy libraries take seconds to load.
         function: Callable[[Settings], int | None] = resolve_name(command.function)
         return function(settings)

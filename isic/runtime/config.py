@@ -1,16 +1,26 @@
 """Settings of a command: a pydantic model of defaults < YAML file < flags without unknown keys."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 from pydantic.fields import FieldInfo
 
 from isic.runtime import yaml12
 from isic.runtime.errors import UserError, did_you_mean, first_line
 from isic.runtime.files import read_text
+from isic.runtime.urls import AS_PATH, Area, Wanted, with_urls, without_urls
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 BASE = "base"
@@ -24,6 +34,10 @@ class Settings(BaseModel):
     """Keys whose values may also be given by position."""
     repeated: ClassVar[str | None] = None
     """Key of several values that all arguments without a key are the values of."""
+    remote_inputs: ClassVar[Mapping[str, Wanted]] = {}
+    """Keys that take URLs of inputs, with the files that a command fetches before it starts."""
+    remote_outputs: ClassVar[tuple[str, ...]] = ()
+    """Keys that take the URL of an output, which the command uploads."""
 
     @classmethod
     def help_notes(cls) -> Mapping[str, str]:
@@ -46,6 +60,41 @@ class Settings(BaseModel):
             return value.expanduser()
         except RuntimeError:
             raise ValueError("there is no such home folder; write the path out") from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _path_of_url(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        if name not in (*cls.remote_inputs, *cls.remote_outputs):
+            return value
+        area: Area = "fetched" if name in cls.remote_inputs else "staged"
+        if get_origin(cls.model_fields[name].annotation) is tuple:
+            value = _split(value)
+        return without_urls(value, area)
+
+    @field_validator("*")
+    @classmethod
+    def _refuse_url(cls, value: Any) -> Any:
+        # As a path, `s3://bucket` is the folder `s3:` of this machine.
+        paths = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(path, Path) and AS_PATH.match(str(path)) for path in paths):
+            raise ValueError("a URL cannot be used here; give a path on this machine")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _saved_with_urls(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Saved settings must not depend on the place of the cache.
+        values: dict[str, Any] = handler(self)
+        remote = {*self.remote_inputs, *self.remote_outputs} & values.keys()
+        return values | {key: with_urls(values[key]) for key in remote}
+
+    def paths_to_fetch(self) -> Iterator[tuple[Path, Wanted]]:
+        """Yield the paths that may stand for the URLs of inputs, with the files to fetch."""
+        for name, wanted in self.remote_inputs.items():
+            value = getattr(self, name)
+            for path in value if isinstance(value, tuple) else (value,):
+                if isinstance(path, Path | str):
+                    yield Path(path), wanted
 
     @classmethod
     def flags(cls) -> dict[str, FieldInfo]:

@@ -9,6 +9,7 @@ EXTRAS = {
     "tensorrt_rtx": ("tensorrt_rtx",),
     "boosters": ("xgboost", "catboost"),
     "ray": ("ray",),
+    "remote": ("fsspec", "s3fs"),
     "tensorboard": ("tensorboard",),
     "benchmarks": ("pandas", "PIL"),
 }

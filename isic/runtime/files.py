@@ -1,4 +1,4 @@
-"""Atomic writes, digests, and the manifest that links each artifact to its inputs."""
+"""Atomic writes, the cache folder, digests, and the manifest of each artifact."""
 
 import contextlib
 import errno
@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 from isic.runtime.errors import UserError
 
+FOLDER_VARIABLE = "ISIC_CACHE_DIR"
+"""Environment variable of the cache folder."""
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -38,19 +41,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
         # Not tempfile, whose files are private: some network file systems do not permit chmod.
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except OSError as error:
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
     except OSError as error:
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # else it would hide why the block failed
             temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk, if its file system can tell."""
     with open(path, "rb") as written:
         try:
             os.fsync(written.fileno())
@@ -68,7 +72,8 @@ NOT_WRITABLE = {
 }
 
 
-def _disk_error(path: Path, error: OSError) -> Exception:
+def disk_error(path: Path, error: OSError) -> Exception:
+    """Return the error to raise for one that writing `path` has raised; a UserError if possible."""
     number = _number(error)
     if number in DISK_FULL:
         return UserError(
@@ -86,6 +91,21 @@ def _number(error: OSError) -> int | None:
     return int(named[1]) if error.errno is None and named else error.errno
 
 
+def cache_folder() -> Path | None:
+    """Return `ISIC_CACHE_DIR`, else a folder in the user's cache, None without a home."""
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        return Path(folder)
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # relative paths are to be ignored
+    try:
+        if not base.is_absolute():
+            base = Path.home() / {"darwin": "Library/Caches", "win32": "AppData/Local"}.get(
+                sys.platform, ".cache"
+            )
+    except RuntimeError:  # neither HOME nor an entry for this user in the list of accounts
+        return None
+    return base / "isic-toolkit"
+
+
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder that is renamed to `target` on success and removed otherwise.
@@ -97,14 +117,14 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise _disk_error(target, error) from error
+        raise disk_error(target, error) from error
     try:
         yield temporary
         temporary.rename(target)
     except OSError as error:
         if _number(error) not in DISK_FULL:  # it may be of a file that the block reads
             raise
-        raise _disk_error(target, error) from error
+        raise disk_error(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from isic.provenance import read_seen
+from isic.runtime.config import read_yaml
 from isic.runtime.errors import UserError
 from isic.runtime.files import sha256
+from isic.runtime.urls import local_path
 from tests.support.commands import TINY, Cli, Finished
 from tests.support.datasets import jpeg as make_jpeg
 from tests.support.datasets import small_table, write_hdf5
+from tests.support.s3 import Bucket
 from train.checkpoint import load_checkpoint
 from train.pretrained import find_weights
 
@@ -67,6 +70,34 @@ def test_each_fold_starts_from_the_same_fold_of_a_run(train: Train, tmp_path: Pa
         started_from = json.loads(text)["pretrained"]
         assert started_from["source"] == str(file)
         assert started_from["sha256"] == sha256(file)
+
+
+@pytest.mark.slow
+def test_data_and_weights_may_be_remote(
+    train: Train, small_dataset: Path, tmp_path: Path, bucket: Bucket
+) -> None:
+    assert train("old", "--fold", 0).code == 0
+    data = bucket.put_folder(small_dataset, "set")
+    old = bucket.put_folder(tmp_path / "old", "old")
+    flags = ("--fold", 0, "--data", data)
+    ended = train("new", *flags, "--pretrained", old)
+    assert ended.code == 0, ended.err
+    directory = tmp_path / "new" / "fold_0"
+    started_from = json.loads((directory / "best_model.pth.json").read_text())["pretrained"]
+    backbone = "fold_0/backbone/model.safetensors"
+    assert started_from["source"] == f"{old}/{backbone}"
+    assert started_from["sha256"] == sha256(tmp_path / "old" / backbone)
+    saved = read_yaml(directory / "config.yaml")
+    assert (saved["data"], saved["pretrained"]) == (data, old)
+    fetched = {path.name for path in local_path(old, "fetched").rglob("*") if path.is_file()}
+    assert fetched == {"model.safetensors", "trained_on.parquet"}
+
+    leak = train("leak", "--fold", 1, "--data", data, "--pretrained", f"{old}/fold_0/backbone")
+    assert leak.code == 2
+    assert "held-out rows" in leak.err
+    alone = train("alone", *flags, "--pretrained", f"{old}/{backbone}")
+    assert alone.code == 2
+    assert f"{old}/{backbone} was trained by this toolkit, but its list" in alone.err
 
 
 def test_the_list_is_inherited_through_a_chain(
