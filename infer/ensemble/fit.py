@@ -38,6 +38,7 @@ from infer.ensemble.rows import (
 from infer.ensemble.scoring.chosen import CHOSEN_KEY, choice_notes, choices_of_lists
 from infer.ensemble.scoring.few_lesions import format_by_lesions, pauc_by_lesions
 from infer.ensemble.scoring.scores import format_scores, summarise
+from infer.ensemble.scoring.triage import TRIAGE, summarise_triage
 from infer.ensemble.settings import FitSettings
 from isic import schema
 from isic.dataset import Dataset, refuse_dataset
@@ -137,7 +138,9 @@ class Measured:
 def _measure(rows: FitRows, result: FitResult, oof: pl.DataFrame, plans: Plans) -> Measured:
     patient = with_patient(rows.metadata)[schema.PATIENT].to_numpy()
     summaries = _summarise_all(oof, patient)
+    blended = oof["blend"].to_numpy()
     summaries["blend"] |= summarise_plans(plans, rows.target)
+    summaries["blend"][TRIAGE] = summarise_triage(rows.target, blended, patient)
     by_lesions = {}
     few_table = rows.settings.few_table
     if few_table is None:

@@ -8,12 +8,9 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from isic.arrays import Floats, Labels
-from isic.metrics import redraws
+from isic.metrics import NUM_RESAMPLES, redraws
 
 NUM_BINS = 10
-# More would change the third digit of an interval.
-NUM_RESAMPLES = 200
-"""Bootstrap resamples of the patients."""
 Z_95 = 1.959964
 """A normal distribution has 95 % within this many standard deviations of its mean."""
 

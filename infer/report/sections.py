@@ -15,10 +15,11 @@ from infer.ensemble.images import scores as image_scores
 from infer.ensemble.images.networks import by_network, listed
 from infer.ensemble.scoring.chosen import choices
 from infer.ensemble.scoring.scores import small_patients
+from infer.ensemble.scoring.triage import summarise_triage
 from infer.report import figures
 from infer.report.case_cards import Pictures, case_card
 from infer.report.cases import Case, pictures, worst_false_alarms, worst_misses
-from infer.report.curves import NUM_RESAMPLES, Reliability, reliability
+from infer.report.curves import Reliability, reliability
 from infer.report.importance import GROUPS, importance, share_by_group
 from infer.report.maps import projections
 from infer.report.occlusion import MapPicture, Network
@@ -27,7 +28,7 @@ from isic import schema
 from isic.html import page
 from isic.html.markup import Markup, join, tag
 from isic.html.page import NONE, percent
-from isic.metrics import TOP_K, TopK, bootstrap_pauc
+from isic.metrics import NUM_RESAMPLES, TOP_K, TopK, bootstrap_pauc
 from isic.runtime.errors import UserError
 
 CAVEAT = (
@@ -214,8 +215,33 @@ def _ranking(scored: Scored) -> ReportSection:
         figures.region_figure(scored.oof),
         figures.precision_recall_figure(scored.oof),
     )
-    content = (tag("p", intro), tag("div", *charts, class_="figures"))
+    content = (tag("p", intro), tag("div", *charts, class_="figures"), *_triage(scored))
     return "How well the scores rank", content
+
+
+def _triage(scored: Scored) -> tuple[Markup, Markup]:
+    """Return the numbers needed to triage, under a sentence on them."""
+    oof = scored.oof
+    found = summarise_triage(
+        oof[schema.TARGET].to_numpy(), oof[BLEND].to_numpy(), oof[GROUP].to_numpy()
+    )
+    intro = (
+        "The number needed to triage is that of the lesions to look at per malignant one that is "
+        "found. It holds for data with the same share of malignant lesions: it grows as they "
+        "become rarer. The intervals hold 95 % of the resamples of the patients."
+    )
+    heading = ("sensitivity", "lesions to look at", "malignant", "number needed", "95 % interval")
+    rows = [
+        (
+            percent(float(sensitivity)),
+            *(f"{at[key]:,}" for key in ("lesions", "malignant")),
+            f"{at['number_needed']:.1f}",
+            f"{at['low']:.1f} to {at['high']:.1f}",
+        )
+        for sensitivity, at in found.items()
+    ]
+    table = page.table("Number needed to triage", heading, rows)
+    return tag("p", intro), tag("div", table, class_="tables")
 
 
 def _stability(scored: Scored) -> ReportSection:

@@ -33,6 +33,7 @@ from infer.ensemble.boosting.splits import (
 from infer.ensemble.scoring.chosen import CHOSEN_KEY, choice_notes, choices_of_blend
 from infer.ensemble.scoring.compare import patients_of, same_rows
 from infer.ensemble.scoring.scores import format_scores, summarise
+from infer.ensemble.scoring.triage import TRIAGE, summarise_triage
 from infer.ensemble.settings import BlendSettings
 from isic import schema
 from isic.dataset import refuse_dataset
@@ -74,6 +75,7 @@ def write_blend(settings: BlendSettings) -> Path:
     columns = {**scores, "blend": blended}
     summaries = {key: summarise(target, value, fold, patient) for key, value in columns.items()}
     summaries["blend"] |= summarise_plans(plans, target)
+    summaries["blend"][TRIAGE] = summarise_triage(target, blended, patient)
     clear_ensemble(root)
     files = _write_files(root, members, oof, summaries)
     files += write_plans(root, rows[schema.ID], plans)

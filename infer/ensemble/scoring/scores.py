@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from infer.ensemble.artifact import ENSEMBLE_FILE, FORMAT_VERSION
 from infer.ensemble.blends.ranks import Scores
 from infer.ensemble.scoring.chosen import choice_notes
+from infer.ensemble.scoring.triage import format_triage
 from infer.ensemble.settings import ScoresSettings
 from isic.metrics import TOP_K, pauc, roc_auc, top_k
 from isic.runtime.errors import UserError, warn
@@ -88,7 +89,7 @@ def format_scores(rows: dict[str, dict[str, Any]]) -> str:
         plans += _plan_lines(name, summary)
         notes += _notes(summary)
     # The same note once: ensembles of one dataset have the same patients.
-    return "\n".join([*lines, *plans, *dict.fromkeys(notes)])
+    return "\n".join([*lines, *plans, *format_triage(rows), *dict.fromkeys(notes)])
 
 
 def _line(name: str, summary: dict[str, Any]) -> str:
