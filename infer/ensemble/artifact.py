@@ -45,8 +45,9 @@ FORMAT_VERSION = 5
 MEMBERS_DIR = "members"
 """Folder of the ensembles of a blend."""
 
-# Not in the manifest: it can be written again at any time.
+# Not in the manifest: they can be written again at any time.
 REPORT_FILE = "report.html"
+SUBGROUPS_FILE = "subgroups.csv"
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def _removable(root: Path) -> list[Path]:
     """Return the files that not every ensemble has, and the report."""
     boosters = root.glob("[!.]*_fold_*_seed_*")
     maps = root.glob("maps_*.parquet")
-    return [root / REPORT_FILE, root / SPLITS_FILE, *boosters, *maps]
+    others = [root / name for name in (REPORT_FILE, SUBGROUPS_FILE, SPLITS_FILE)]
+    return [*others, *boosters, *maps]
 
 
 def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:

@@ -77,6 +77,13 @@ class Scored:
         return [name for name in self.oof.columns if name not in others]
 
     @cached_property
+    def rows(self) -> pl.DataFrame:
+        """[N] the metadata of the scored lesions, in the order of `oof`."""
+        return self.oof.select(schema.ID).join(
+            self.metadata, on=schema.ID, how="left", maintain_order="left"
+        )
+
+    @cached_property
     def pooled(self) -> Judgement:
         return judge("pooled", self.oof)
 

@@ -24,6 +24,7 @@ from infer.report.importance import GROUPS, importance, share_by_group
 from infer.report.maps import projections
 from infer.report.occlusion import MapPicture, Network
 from infer.report.scored import BLEND, GROUP, Judgement, Scored, judge, mean_probability
+from infer.report.subgroups import ALL, ITA, METRICS, MIN_LESIONS, SENSITIVITY
 from isic import schema
 from isic.html import page
 from isic.html.markup import Markup, join, tag
@@ -48,13 +49,17 @@ ReportSection = tuple[str, Sequence[str]]
 
 
 def sections(
-    scored: Scored, embeddings: Sequence[Path], network: Network | None = None
+    scored: Scored,
+    embeddings: Sequence[Path],
+    network: Network | None = None,
+    groups: pl.DataFrame | None = None,
 ) -> dict[str, ReportSection]:
     """Return all sections by the names of the links to them.
 
     Args:
         embeddings: runs to draw maps of.
         network: the one that makes the occlusion maps of the errors; None for no such maps.
+        groups: scores of subgroups, see `score_groups`; None for no section on them.
 
     Raises:
         UserError: embeddings or the network are of another network or fold plan.
@@ -62,6 +67,7 @@ def sections(
     return {
         "Ranking": _ranking(scored),
         "Stability": _stability(scored),
+        **({} if groups is None else {"Subgroups": _subgroups(groups)}),
         "Calibration": _calibration(scored),
         **_inside(scored, embeddings),
         **_errors(scored, network),
@@ -333,6 +339,50 @@ def _scores(row: Judgement) -> list[str]:
 
 def _counts(row: Judgement) -> list[str]:
     return [f"{value:,}" for value in (row.num_lesions, row.num_malignant, row.num_patients)]
+
+
+def _subgroups(groups: pl.DataFrame) -> ReportSection:
+    intro = (
+        f"All groups are judged at the threshold that finds {percent(SENSITIVITY)} of all "
+        "malignant lesions. Brackets hold 95 % of the resamples of the patients. Groups with fewer "
+        f"than {MIN_LESIONS} malignant or benign lesions are shown without the scores that would "
+        "rest on them. Of many groups some differ by chance."
+    )
+    tables = [
+        *(_group_table(rows) for _, rows in groups.group_by("by", maintain_order=True)),
+        *([tag("p", ITA_CAVEAT)] if ITA in groups["by"] else []),
+    ]
+    return "Scores of subgroups", (tag("p", intro), tag("div", *tables, class_="tables wide"))
+
+
+ITA_CAVEAT = (
+    "Skin tone (ita) is the individual typology angle of the skin around the lesion, as the camera "
+    "has measured its colour. The lighting of the photographs is not calibrated, sun-exposed sites "
+    "are darker than others of the same patient, and an angle is no ethnicity: the classes are a "
+    "rough guide."
+)
+
+
+def _group_table(rows: pl.DataFrame) -> Markup:
+    by = rows["by"][0]
+    counts = ("lesions", "patients", "malignant")
+    lines = [
+        (
+            row["group"],
+            *(f"{row[name]:,}" for name in counts),
+            *(_metric(row, metric, f"too few {lacking}") for metric, lacking in METRICS.items()),
+        )
+        for row in rows.iter_rows(named=True)
+    ]
+    heading = (by, *counts, "pAUC", "sensitivity", "specificity")
+    return page.table("All lesions" if by == ALL else f"By {by}", heading, lines)
+
+
+def _metric(row: Mapping[str, Any], name: str, lacking: str) -> str:
+    if row[name] is None:
+        return lacking
+    shown = _four_digits if name == "pauc" else _tenths
+    return f"{shown(row[name])} ({shown(row[f'{name}_low'])} to {shown(row[f'{name}_high'])})"
 
 
 def _calibration(scored: Scored) -> ReportSection:
