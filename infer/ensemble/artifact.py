@@ -8,6 +8,7 @@
 | `state.json`, `maps_aligned_<network>.parquet` | encodings, constants of scores, rotations |
 | `oof.parquet`, `scores.json` | out-of-fold scores, and their metrics |
 | `folds.parquet` | the fold plan |
+| `calibration.json` | the curve from scores to probabilities, if fitted with `--calibrate` |
 | `oof_splits.parquet` | out-of-fold scores over several fold plans, if fitted with `--splits` |
 
 Nothing is pickled, so opening an ensemble runs no code from it.
@@ -27,6 +28,7 @@ from infer.ensemble.features.own_columns import OwnColumns
 from infer.ensemble.features.own_tables import TableSpec
 from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.images.features import ImageState
+from infer.ensemble.scoring.calibration import Calibration
 from isic import schema
 from isic.features import Encoding
 from isic.layout import FOLDS_FILE, OOF_FILE
@@ -38,6 +40,7 @@ ENSEMBLE_FILE = "ensemble.json"
 STATE_FILE = "state.json"
 SCORES_FILE = "scores.json"
 SPLITS_FILE = "oof_splits.parquet"
+CALIBRATION_FILE = "calibration.json"
 BEGUN_FILE = "begun.json"
 """Marks a folder in which an ensemble is being written."""
 FORMAT_VERSION = 5
@@ -112,6 +115,10 @@ class Ensemble:
         """The tables of own columns that a table to score needs, by name."""
         return self.spec.own.tables
 
+    @property
+    def calibration(self) -> Calibration | None:
+        return read_calibration(self.root, self.manifest)
+
     def oof(self) -> pl.DataFrame:
         """Return `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
         return read_parquet(self.root / OOF_FILE)
@@ -126,6 +133,21 @@ class Ensemble:
         if not self.manifest["boosters"]:
             return {}
         return blend_by_seed(self.oof_models(), self.weights)
+
+
+def write_calibration(root: Path, calibration: Calibration | None) -> list[str]:
+    """Write the curve, if any. Return the names of its files."""
+    if calibration is None:
+        return []
+    write_json(root / CALIBRATION_FILE, calibration.to_json())
+    return [CALIBRATION_FILE]
+
+
+def read_calibration(root: Path, manifest: Mapping[str, Any]) -> Calibration | None:
+    """Return the curve of an ensemble or a blend; None if it was fitted without one."""
+    if CALIBRATION_FILE not in manifest["files"]:
+        return None
+    return Calibration.from_json(read_json(root / CALIBRATION_FILE))
 
 
 def write_ensemble_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) -> None:
@@ -158,7 +180,7 @@ def _removable(root: Path) -> list[Path]:
     """Return the files that not every ensemble has, and the report."""
     boosters = root.glob("[!.]*_fold_*_seed_*")
     maps = root.glob("maps_*.parquet")
-    others = [root / name for name in (REPORT_FILE, SUBGROUPS_FILE, SPLITS_FILE)]
+    others = [root / name for name in (REPORT_FILE, SUBGROUPS_FILE, SPLITS_FILE, CALIBRATION_FILE)]
     return [*others, *boosters, *maps]
 
 

@@ -1,7 +1,7 @@
 """Score the test table with a fitted ensemble and write the submission. Nothing is fitted here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from infer.ensemble.blends.artifact import Blend, Scorer, open_scorer
 from infer.ensemble.boosting.refit import ESTIMATES, choose_rows
 from infer.ensemble.features.own_tables import read_test_tables
 from infer.ensemble.score_table import TableScores, score_table
+from infer.ensemble.scoring.calibration import shift_prevalence
 from infer.ensemble.settings import EmbeddingSources, PredictSettings
 from isic import schema
 from isic.dataset import Dataset
@@ -61,17 +62,25 @@ def predict_submission(settings: PredictSettings) -> None:
     """Run `infer predict`, which its settings describe."""
     sources = EmbeddingSources(settings.embeddings, settings.frozen)
     scorer = choose_rows(open_scorer(settings.ensemble), settings.rows, sources)
+    if settings.prevalence and not scorer.calibration:
+        raise UserError(
+            f"--prevalence is for probabilities, and {scorer.root} has none; fit or blend it again "
+            "with --calibrate"
+        )
     test = read_test_table(Dataset(settings.data))
     refuse_foreign_submission(settings.output)
     own_tables = read_test_tables(settings.tables, scorer.own_tables)
     found = score_table(
         scorer, test.metadata, sources, own_tables, settings.num_threads, settings.few, test.path
     )
+    if settings.prevalence:
+        found = with_prevalence(found, scorer, settings.prevalence)
     if found.num_few:
         print(f"{found.num_few:,} rows of patients with few lesions are scored by raw features")
     origins = {
         "tables": {name: sha256(own.path) for name, own in own_tables.items()},
         "rows": settings.rows,
+        "prevalence": settings.prevalence,
         "out_of_fold_scores": ESTIMATES[settings.rows],
     }
     write_submission(settings.output, test, scorer, found, origins)
@@ -79,6 +88,14 @@ def predict_submission(settings: PredictSettings) -> None:
         f"submission: {settings.output} ({len(found.score)} rows, "
         f"scores {found.score.min():.4f} to {found.score.max():.4f})"
     )
+
+
+def with_prevalence(found: TableScores, scorer: Scorer, prevalence: float) -> TableScores:
+    """Return the scores with probabilities for another share of malignant lesions."""
+    calibration = scorer.calibration
+    assert calibration and found.probability is not None
+    shifted = shift_prevalence(found.probability, calibration.prevalence, prevalence)
+    return replace(found, probability=shifted)
 
 
 def write_submission(
@@ -95,7 +112,9 @@ def write_submission(
     """
     scored = test.metadata.select(schema.ID, pl.Series(schema.TARGET, found.score))
     submission = test.order.join(scored, on=schema.ID, maintain_order="left")
-    all_models = test.metadata.select(schema.ID).with_columns(**found.models, blend=found.score)
+    all_models = test.metadata.select(schema.ID).with_columns(
+        **found.models, blend=found.score, **_extra_columns(found)
+    )
     models_file = models_path(output)
     with atomic_path(output) as submission_path, atomic_path(models_file) as models_temporary:
         submission.write_csv(submission_path)
@@ -116,6 +135,16 @@ def write_submission(
         )
 
 
+def _extra_columns(found: TableScores) -> dict[str, pl.Series]:
+    """Return `std` and `probability`, those that the ensemble has."""
+    columns = {"std": found.std, "probability": found.probability}
+    return {
+        name: pl.Series(name, values, nan_to_null=True)
+        for name, values in columns.items()
+        if values is not None
+    }
+
+
 def _describe(scorer: Scorer) -> dict[str, Any]:
     """Return the manifest's field on the features, or on the members and weights of a blend."""
     keys = ("members", "weights") if isinstance(scorer, Blend) else ("features",)
@@ -130,7 +159,11 @@ def refuse_foreign_submission(output: Path) -> None:
 
 
 def models_path(submission: Path) -> Path:
-    """Return the path for the probabilities of each model: `submission_models.parquet`."""
+    """Return the path of `submission_models.parquet`.
+
+    It has `isic_id`, each model's probabilities, `blend` (the submission's scores), their `std` over
+    folds and seeds, and with a calibrated ensemble `probability`.
+    """
     return submission.with_name(f"{submission.stem}_models.parquet")
 
 

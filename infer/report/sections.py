@@ -9,10 +9,15 @@ import numpy as np
 import polars as pl
 
 from infer.ensemble.artifact import Ensemble
-from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, mean_probability
 from infer.ensemble.features.own_tables import OOF
 from infer.ensemble.images import scores as image_scores
 from infer.ensemble.images.networks import by_network, listed
+from infer.ensemble.scoring.calibration import (
+    CALIBRATION,
+    describe_calibration,
+    out_of_fold_probability,
+)
 from infer.ensemble.scoring.chosen import choices
 from infer.ensemble.scoring.scores import small_patients
 from infer.ensemble.scoring.triage import summarise_triage
@@ -23,7 +28,7 @@ from infer.report.curves import Reliability, reliability
 from infer.report.importance import GROUPS, importance, share_by_group
 from infer.report.maps import projections
 from infer.report.occlusion import MapPicture, Network
-from infer.report.scored import BLEND, GROUP, Judgement, Scored, judge, mean_probability
+from infer.report.scored import BLEND, GROUP, Judgement, Scored, judge
 from infer.report.subgroups import ALL, ITA, METRICS, MIN_LESIONS, SENSITIVITY
 from isic import schema
 from isic.html import page
@@ -392,21 +397,46 @@ def _calibration(scored: Scored) -> ReportSection:
         "evaluates their order only."
     )
     oof = scored.oof.with_columns(pl.Series(BLEND, mean_probability(scored.ensemble)))
-    bins = reliability(oof[schema.TARGET].to_numpy(), oof[BLEND].to_numpy(), oof[GROUP].to_numpy())
+    bins = _reliability(oof)
     charts = (
         figures.reliability_figure(oof, bins),
         figures.distribution_figure(oof),
         _bin_table(bins),
+        *_calibrated(scored),
     )
     return "Scores as probabilities", (tag("p", intro), tag("div", *charts, class_="figures"))
 
 
-def _bin_table(bins: Reliability) -> Markup:
+def _calibrated(scored: Scored) -> tuple[Markup, ...]:
+    """Return the chart and the table of the calibrated probabilities, if there are any."""
+    calibration = scored.ensemble.calibration
+    if calibration is None:
+        return ()
+    oof = scored.oof
+    score, target, fold = (oof[name].to_numpy() for name in (BLEND, schema.TARGET, "fold"))
+    probability = out_of_fold_probability(calibration.method, score, target, fold)
+    calibrated = oof.with_columns(pl.Series(BLEND, probability))
+    bins = _reliability(calibrated)
+    found = scored.ensemble.manifest["scores"][CALIBRATION]
+    sentence = describe_calibration(found)
+    return (
+        figures.reliability_figure(calibrated, bins, "After calibration"),
+        _bin_table(bins, "After calibration, in numbers"),
+        tag("p", f"{sentence[0].upper()}{sentence[1:]}."),
+    )
+
+
+def _reliability(oof: pl.DataFrame) -> Reliability:
+    target, probability, group = (oof[name].to_numpy() for name in (schema.TARGET, BLEND, GROUP))
+    return reliability(target, probability, group)
+
+
+def _bin_table(bins: Reliability, caption: str = "Calibration in numbers") -> Markup:
     rows = zip(
         bins.mean_score.tolist(), bins.observed.tolist(), bins.num_rows.tolist(), strict=True
     )
     cells = [(percent(mean), percent(observed), f"{number:,}") for mean, observed, number in rows]
-    return page.table("Calibration in numbers", ("mean score", "malignant", "lesions"), cells)
+    return page.table(caption, ("mean score", "malignant", "lesions"), cells)
 
 
 def _features(ensemble: Ensemble) -> ReportSection:

@@ -243,7 +243,7 @@ def test_prediction_blends_like_fitting(data: Path, three_libraries: Path, tmp_p
     models = pl.read_parquet(tmp_path / "s_models.parquet")
     submission = pl.read_csv(tmp_path / "s.csv")
     oof = pl.read_parquet(three_libraries / "oof.parquet")
-    assert models.columns == ["isic_id", *oof.columns[3:]]
+    assert models.columns == ["isic_id", *oof.columns[3:], "std"]
     assert models["blend"].equals(submission["target"], check_names=False)
     names = oof.columns[3:-1]
     scores = {name: models[name].to_numpy() for name in names}

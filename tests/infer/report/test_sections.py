@@ -5,11 +5,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.ensemble.blends.artifact import open_scorer
+from infer.ensemble.blends.artifact import mean_probability, open_scorer
 from infer.ensemble.blends.write import write_blend
 from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.settings import BlendSettings
-from infer.report.scored import mean_probability
 from infer.report.write import write_report
 from isic.dataset import Dataset
 from isic.folds import draw_folds
