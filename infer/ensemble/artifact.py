@@ -9,6 +9,7 @@
 | `oof.parquet`, `scores.json` | out-of-fold scores, and their metrics |
 | `folds.parquet` | the fold plan |
 | `calibration.json` | the curve from scores to probabilities, if fitted with `--calibrate` |
+| `training.json` | shares of the training rows, to find other tables that differ |
 | `oof_splits.parquet` | out-of-fold scores over several fold plans, if fitted with `--splits` |
 
 Nothing is pickled, so opening an ensemble runs no code from it.
@@ -24,6 +25,7 @@ from typing import Any
 import polars as pl
 
 from infer.ensemble.blends.ranks import Scores, blend_by_seed
+from infer.ensemble.drift import Summary, summary_from_json
 from infer.ensemble.features.own_columns import OwnColumns
 from infer.ensemble.features.own_tables import TableSpec
 from infer.ensemble.features.spec import FeatureSpec
@@ -40,6 +42,7 @@ ENSEMBLE_FILE = "ensemble.json"
 STATE_FILE = "state.json"
 SCORES_FILE = "scores.json"
 SPLITS_FILE = "oof_splits.parquet"
+TRAINING_FILE = "training.json"
 CALIBRATION_FILE = "calibration.json"
 BEGUN_FILE = "begun.json"
 """Marks a folder in which an ensemble is being written."""
@@ -116,6 +119,13 @@ class Ensemble:
         return self.spec.own.tables
 
     @property
+    def training(self) -> Summary:
+        """Columns of the training table; empty if an earlier version fitted the ensemble."""
+        if TRAINING_FILE not in self.manifest["files"]:
+            return {}
+        return summary_from_json(read_json(self.root / TRAINING_FILE))
+
+    @property
     def calibration(self) -> Calibration | None:
         return read_calibration(self.root, self.manifest)
 
@@ -180,7 +190,8 @@ def _removable(root: Path) -> list[Path]:
     """Return the files that not every ensemble has, and the report."""
     boosters = root.glob("[!.]*_fold_*_seed_*")
     maps = root.glob("maps_*.parquet")
-    others = [root / name for name in (REPORT_FILE, SUBGROUPS_FILE, SPLITS_FILE, CALIBRATION_FILE)]
+    names = (REPORT_FILE, SUBGROUPS_FILE, SPLITS_FILE, CALIBRATION_FILE, TRAINING_FILE)
+    others = [root / name for name in names]
     return [*others, *boosters, *maps]
 
 

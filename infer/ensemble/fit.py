@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from infer.ensemble.artifact import (
     SCORES_FILE,
+    TRAINING_FILE,
     EnsembleState,
     clear_ensemble,
     refuse_foreign_folder,
@@ -24,6 +25,7 @@ from infer.ensemble.boosting.libraries import LIBRARIES, booster_entries, write_
 from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters
 from infer.ensemble.boosting.refit import describe_agreement, refit_boosters
 from infer.ensemble.boosting.splits import Plans, fit_plans, summarise_plans, write_plans
+from infer.ensemble.drift import Summary, summarise_table, summary_to_json
 from infer.ensemble.features.own_tables import OwnTable
 from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.images.features import ImageState, embedding_origins
@@ -92,11 +94,12 @@ def fit_ensemble(settings: FitSettings) -> Path:
     oof = _out_of_fold(rows, result)
     measured = _measure(rows, result, oof, plans)
     calibration = _calibrate(rows, oof)
+    training = summarise_table(rows.metadata, rows.spec.needed_columns)
     # Only now, so that a fit that fails leaves the earlier ensemble as it was.
     clear_ensemble(root)
     encoding = refit.encoding if refit else None
     state = EnsembleState(rows.names, result.encodings, rows.image, encoding)
-    files = _write_files(root, result, state, rows.folds, oof, measured.summaries)
+    files = _write_files(root, result, state, rows.folds, oof, measured.summaries, training)
     files += write_plans(root, rows.metadata[schema.ID], plans)
     files += write_calibration(root, calibration)
     files += write_boosters(root, refit.boosters) if refit else []
@@ -217,6 +220,7 @@ def _write_files(
     folds: Folds,
     oof: pl.DataFrame,
     summaries: Mapping[str, Any],
+    training: Summary,
 ) -> list[str]:
     """Write all files but the manifest. Return their names."""
     boosters = write_boosters(root, result.boosters)
@@ -224,7 +228,8 @@ def _write_files(
     folds.write(root / FOLDS_FILE)
     write_parquet(root / OOF_FILE, oof)
     write_json(root / SCORES_FILE, summaries)
-    return [*boosters, *state_files, FOLDS_FILE, OOF_FILE, SCORES_FILE]
+    write_json(root / TRAINING_FILE, summary_to_json(training))
+    return [*boosters, *state_files, FOLDS_FILE, OOF_FILE, SCORES_FILE, TRAINING_FILE]
 
 
 def _manifest_inputs(rows: FitRows) -> dict[str, Any]:

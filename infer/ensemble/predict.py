@@ -11,6 +11,7 @@ import polars as pl
 from infer.ensemble.artifact import ENSEMBLE_FILE
 from infer.ensemble.blends.artifact import Blend, Scorer, open_scorer
 from infer.ensemble.boosting.refit import ESTIMATES, choose_rows
+from infer.ensemble.drift import drift_warning, measure_drift
 from infer.ensemble.features.own_tables import read_test_tables
 from infer.ensemble.score_table import TableScores, score_table
 from infer.ensemble.scoring.calibration import shift_prevalence
@@ -18,7 +19,7 @@ from infer.ensemble.settings import EmbeddingSources, PredictSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.metadata import read_ids, read_metadata
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, warn
 from isic.runtime.files import (
     atomic_path,
     holds,
@@ -83,11 +84,17 @@ def predict_submission(settings: PredictSettings) -> None:
         "prevalence": settings.prevalence,
         "out_of_fold_scores": ESTIMATES[settings.rows],
     }
-    write_submission(settings.output, test, scorer, found, origins)
+    drift = measure_drift(
+        scorer.training, test.metadata, scorer.oof()["blend"].to_numpy(), found.score
+    )
+    write_submission(settings.output, test, scorer, found, origins, drift)
     print(
         f"submission: {settings.output} ({len(found.score)} rows, "
         f"scores {found.score.min():.4f} to {found.score.max():.4f})"
     )
+    warning = drift_warning(drift)
+    if warning:
+        warn(f"{warning}; see {drift_path(settings.output)}")
 
 
 def with_prevalence(found: TableScores, scorer: Scorer, prevalence: float) -> TableScores:
@@ -99,7 +106,12 @@ def with_prevalence(found: TableScores, scorer: Scorer, prevalence: float) -> Ta
 
 
 def write_submission(
-    output: Path, test: TestTable, scorer: Scorer, found: TableScores, facts: Mapping[str, Any]
+    output: Path,
+    test: TestTable,
+    scorer: Scorer,
+    found: TableScores,
+    facts: Mapping[str, Any],
+    drift: pl.DataFrame | None = None,
 ) -> None:
     """Write a submission, the scores of each model, and the manifest of both.
 
@@ -109,6 +121,7 @@ def write_submission(
         scorer: the ensemble that scored them.
         found: the scores, in the order of the table.
         facts: more fields of the manifest.
+        drift: differences of the rows from those of training, to write beside the submission.
     """
     scored = test.metadata.select(schema.ID, pl.Series(schema.TARGET, found.score))
     submission = test.order.join(scored, on=schema.ID, maintain_order="left")
@@ -116,6 +129,8 @@ def write_submission(
         **found.models, blend=found.score, **_extra_columns(found)
     )
     models_file = models_path(output)
+    # An earlier table would be of other rows.
+    drift_path(output).unlink(missing_ok=True)
     with atomic_path(output) as submission_path, atomic_path(models_file) as models_temporary:
         submission.write_csv(submission_path)
         write_parquet(models_temporary, all_models)
@@ -133,6 +148,9 @@ def write_submission(
             models={"file": models_file.name, "sha256": sha256(models_temporary)},
             versions=versions("isic-toolkit", *scorer.manifest["versions"]),
         )
+    if drift is not None:
+        with atomic_path(drift_path(output)) as path:
+            write_parquet(path, drift)
 
 
 def _extra_columns(found: TableScores) -> dict[str, pl.Series]:
@@ -155,7 +173,8 @@ def refuse_foreign_submission(output: Path) -> None:
     """Raise a UserError if a file would be replaced that `infer predict` did not write."""
     manifest = manifest_path(output)
     is_own = holds(manifest, "artifact", "ensemble", "models")
-    refuse_foreign([output, models_path(output), manifest], is_own, "--output")
+    files = [output, models_path(output), drift_path(output), manifest]
+    refuse_foreign(files, is_own, "--output")
 
 
 def models_path(submission: Path) -> Path:
@@ -165,6 +184,11 @@ def models_path(submission: Path) -> Path:
     folds and seeds, and with a calibrated ensemble `probability`.
     """
     return submission.with_name(f"{submission.stem}_models.parquet")
+
+
+def drift_path(submission: Path) -> Path:
+    """Return the path of the differences from training: `submission_drift.parquet`."""
+    return submission.with_name(f"{submission.stem}_drift.parquet")
 
 
 def submission_order(dataset: Dataset, metadata: pl.DataFrame) -> pl.DataFrame:

@@ -28,6 +28,7 @@ from infer.ensemble.artifact import (
     refuse_damaged,
 )
 from infer.ensemble.blends.ranks import Scores, blend_ranks
+from infer.ensemble.drift import Summary
 from infer.ensemble.features.own_tables import TableSpec
 from infer.ensemble.scoring.calibration import Calibration
 from isic.layout import OOF_FILE
@@ -68,6 +69,12 @@ class Blend:
             for member in self.members.values()
             for name, table in member.own_tables.items()
         }
+
+    @property
+    def training(self) -> Summary:
+        """Columns of the training table that any member reads, by name."""
+        members = self.members.values()
+        return {name: column for each in members for name, column in each.training.items()}
 
     @property
     def calibration(self) -> Calibration | None:
