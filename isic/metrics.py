@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,6 +13,9 @@ from isic.runtime.errors import UserError
 
 MIN_TPR = 0.8
 TOP_K = 15
+# More would change the third digit of an interval.
+NUM_RESAMPLES = 200
+"""Bootstrap resamples of the patients behind an interval."""
 
 
 def pauc(target: ArrayLike, score: ArrayLike) -> float:
@@ -69,16 +73,20 @@ def bootstrap_pauc(
     checked = [_checked(target, score) for score in scores]
     labels = checked[0][0]
     curves = [_Curve(labels, ordered) for _, ordered in checked]
+    weights = islice(_row_weights(labels, group, seed), num_draws)
+    return np.array([[curve.pauc(weight) for curve in curves] for weight in weights])
+
+
+def _row_weights(
+    labels: NDArray[np.int64], group: ArrayLike, seed: int
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the number of times that each row [N] is drawn, in resamples with both classes."""
     _, code = np.unique(np.asarray(group), return_inverse=True)
-    values = []
     for drawn in redraws(code.max() + 1, seed):
         weight = drawn[code]
-        # Without both classes there is no pAUC; the next resample takes the place.
+        # Without both classes there is no score; the next resample takes the place.
         if weight[labels == 1].any() and weight[labels == 0].any():
-            values.append([curve.pauc(weight) for curve in curves])
-        if len(values) == num_draws:
-            break
-    return np.array(values)
+            yield weight
 
 
 def redraws(num_groups: int, seed: int) -> Iterator[NDArray[np.int64]]:
@@ -88,8 +96,61 @@ def redraws(num_groups: int, seed: int) -> Iterator[NDArray[np.int64]]:
         yield np.bincount(random.integers(num_groups, size=num_groups), minlength=num_groups)
 
 
+@dataclass(frozen=True)
+class Triage:
+    """The lesions that score at least `threshold`, which finds a wanted share of malignant ones."""
+
+    threshold: float
+    num_lesions: int
+    num_malignant: int
+    """Malignant lesions among them."""
+
+    @property
+    def number_needed(self) -> float:
+        """Number needed to triage: lesions to look at per malignant one that is found."""
+        return self.num_lesions / self.num_malignant
+
+
+def triage(target: ArrayLike, score: ArrayLike, sensitivity: float) -> Triage:
+    """Choose the highest threshold that finds at least a share of the malignant lesions.
+
+    Args:
+        sensitivity: the share, in (0, 1].
+
+    Arguments and errors otherwise as for `pauc`. Lesions of equal score are chosen together.
+    """
+    labels, scores = _checked(target, score)
+    curve = _Curve(labels, scores)
+    num_lesions, num_malignant = curve.triage(np.ones(len(labels), np.int64), [sensitivity])[0]
+    threshold = float(np.sort(scores)[-num_lesions])
+    return Triage(threshold, int(num_lesions), int(num_malignant))
+
+
+def bootstrap_triage(
+    target: ArrayLike,
+    score: ArrayLike,
+    group: ArrayLike,
+    sensitivities: Sequence[float],
+    num_draws: int,
+    seed: int = 0,
+) -> Floats:
+    """Number needed to triage over bootstrap resamples of groups (patients).
+
+    Each resample has its own threshold, because its malignant lesions are others. Arguments and
+    errors as for `bootstrap_pauc` and `triage`.
+
+    Returns:
+        [num_draws, S] float64, by sensitivity.
+    """
+    labels, scores = _checked(target, score)
+    curve = _Curve(labels, scores)
+    weights = islice(_row_weights(labels, group, seed), num_draws)
+    chosen = np.array([curve.triage(weight, sensitivities) for weight in weights])
+    return np.asarray(chosen[..., 0] / chosen[..., 1])
+
+
 class _Curve:
-    """A score, sorted once so that its pAUC under many row weights is cheap."""
+    """A score, sorted once so that its metrics under many row weights are cheap."""
 
     def __init__(self, labels: NDArray[np.int64], scores: Floats) -> None:
         self.order = np.argsort(-scores, kind="stable")
@@ -106,11 +167,27 @@ class _Curve:
         fpr, tpr = above_min_tpr(fpr, tpr)
         return float(np.trapezoid(1 - fpr, tpr))  # over TPR: the width to the right of the curve
 
+    def triage(
+        self, weight: NDArray[np.int64], sensitivities: Sequence[float]
+    ) -> NDArray[np.int64]:
+        """Return [S, 2] the lesions to look at and the malignant ones among them."""
+        ordered = weight[self.order]
+        lesions = self._cumulative(ordered)
+        malignant = self._cumulative(np.where(self.positive, ordered, 0))
+        # Rounded first: 0.8 of 15 must be 12, not the next number above.
+        wanted = np.ceil(np.round(np.asarray(sensitivities) * malignant[-1], 9))
+        place = np.searchsorted(malignant, np.maximum(wanted, 1))
+        return np.stack([lesions[place], malignant[place]], axis=1)
+
     def _cumulative_rate(self, weight: NDArray[np.int64]) -> Floats:
         """Return the share of the weight at or above each distinct score, from 0 to 1."""
-        count = np.append(0, np.cumsum(np.add.reduceat(weight, self.starts)))
+        count = self._cumulative(weight)
         rate: Floats = count / count[-1]
         return rate
+
+    def _cumulative(self, weight: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return 0, then the weight at or above each distinct score."""
+        return np.append(0, np.cumsum(np.add.reduceat(weight, self.starts)))
 
 
 def roc_auc(target: ArrayLike, score: ArrayLike) -> float:

@@ -8,6 +8,8 @@
 | `state.json`, `maps_aligned_<network>.parquet` | encodings, constants of scores, rotations |
 | `oof.parquet`, `scores.json` | out-of-fold scores, and their metrics |
 | `folds.parquet` | the fold plan |
+| `calibration.json` | the curve from scores to probabilities, if fitted with `--calibrate` |
+| `training.json` | shares of the training rows, to find other tables that differ |
 | `oof_splits.parquet` | out-of-fold scores over several fold plans, if fitted with `--splits` |
 
 Nothing is pickled, so opening an ensemble runs no code from it.
@@ -23,10 +25,12 @@ from typing import Any
 import polars as pl
 
 from infer.ensemble.blends.ranks import Scores, blend_by_seed
+from infer.ensemble.drift import Summary, summary_from_json
 from infer.ensemble.features.own_columns import OwnColumns
 from infer.ensemble.features.own_tables import TableSpec
 from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.images.features import ImageState
+from infer.ensemble.scoring.calibration import Calibration
 from isic import schema
 from isic.features import Encoding
 from isic.layout import FOLDS_FILE, OOF_FILE
@@ -38,6 +42,8 @@ ENSEMBLE_FILE = "ensemble.json"
 STATE_FILE = "state.json"
 SCORES_FILE = "scores.json"
 SPLITS_FILE = "oof_splits.parquet"
+TRAINING_FILE = "training.json"
+CALIBRATION_FILE = "calibration.json"
 BEGUN_FILE = "begun.json"
 """Marks a folder in which an ensemble is being written."""
 FORMAT_VERSION = 5
@@ -45,8 +51,9 @@ FORMAT_VERSION = 5
 MEMBERS_DIR = "members"
 """Folder of the ensembles of a blend."""
 
-# Not in the manifest: it can be written again at any time.
+# Not in the manifest: they can be written again at any time.
 REPORT_FILE = "report.html"
+SUBGROUPS_FILE = "subgroups.csv"
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,17 @@ class Ensemble:
         """The tables of own columns that a table to score needs, by name."""
         return self.spec.own.tables
 
+    @property
+    def training(self) -> Summary:
+        """Columns of the training table; empty if an earlier version fitted the ensemble."""
+        if TRAINING_FILE not in self.manifest["files"]:
+            return {}
+        return summary_from_json(read_json(self.root / TRAINING_FILE))
+
+    @property
+    def calibration(self) -> Calibration | None:
+        return read_calibration(self.root, self.manifest)
+
     def oof(self) -> pl.DataFrame:
         """Return `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
         return read_parquet(self.root / OOF_FILE)
@@ -125,6 +143,21 @@ class Ensemble:
         if not self.manifest["boosters"]:
             return {}
         return blend_by_seed(self.oof_models(), self.weights)
+
+
+def write_calibration(root: Path, calibration: Calibration | None) -> list[str]:
+    """Write the curve, if any. Return the names of its files."""
+    if calibration is None:
+        return []
+    write_json(root / CALIBRATION_FILE, calibration.to_json())
+    return [CALIBRATION_FILE]
+
+
+def read_calibration(root: Path, manifest: Mapping[str, Any]) -> Calibration | None:
+    """Return the curve of an ensemble or a blend; None if it was fitted without one."""
+    if CALIBRATION_FILE not in manifest["files"]:
+        return None
+    return Calibration.from_json(read_json(root / CALIBRATION_FILE))
 
 
 def write_ensemble_manifest(root: Path, files: Iterable[str], fields: Mapping[str, Any]) -> None:
@@ -157,7 +190,9 @@ def _removable(root: Path) -> list[Path]:
     """Return the files that not every ensemble has, and the report."""
     boosters = root.glob("[!.]*_fold_*_seed_*")
     maps = root.glob("maps_*.parquet")
-    return [root / REPORT_FILE, root / SPLITS_FILE, *boosters, *maps]
+    names = (REPORT_FILE, SUBGROUPS_FILE, SPLITS_FILE, CALIBRATION_FILE, TRAINING_FILE)
+    others = [root / name for name in names]
+    return [*others, *boosters, *maps]
 
 
 def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:

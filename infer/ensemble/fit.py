@@ -11,17 +11,21 @@ from numpy.typing import NDArray
 
 from infer.ensemble.artifact import (
     SCORES_FILE,
+    TRAINING_FILE,
     EnsembleState,
     clear_ensemble,
     refuse_foreign_folder,
     refuse_other_ensemble,
+    write_calibration,
     write_ensemble_manifest,
 )
+from infer.ensemble.blends.artifact import mean_of_models
 from infer.ensemble.blends.ranks import blend
 from infer.ensemble.boosting.libraries import LIBRARIES, booster_entries, write_boosters
 from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters
 from infer.ensemble.boosting.refit import describe_agreement, refit_boosters
 from infer.ensemble.boosting.splits import Plans, fit_plans, summarise_plans, write_plans
+from infer.ensemble.drift import Summary, summarise_table, summary_to_json
 from infer.ensemble.features.own_tables import OwnTable
 from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.images.features import ImageState, embedding_origins
@@ -35,9 +39,16 @@ from infer.ensemble.rows import (
     refuse_unknown_blanks,
     warn_of_own_columns,
 )
+from infer.ensemble.scoring.calibration import (
+    CALIBRATION,
+    Calibration,
+    fit_calibration,
+    summarise_out_of_fold,
+)
 from infer.ensemble.scoring.chosen import CHOSEN_KEY, choice_notes, choices_of_lists
 from infer.ensemble.scoring.few_lesions import format_by_lesions, pauc_by_lesions
 from infer.ensemble.scoring.scores import format_scores, summarise
+from infer.ensemble.scoring.triage import TRIAGE, summarise_triage
 from infer.ensemble.settings import FitSettings
 from isic import schema
 from isic.dataset import Dataset, refuse_dataset
@@ -49,7 +60,7 @@ from isic.tables import write_parquet
 
 MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
 """The settings that shape the model, without the fold plan and those of the libraries."""
-ADDED_SETTINGS = {"blank", "thin_patients", "refit"}
+ADDED_SETTINGS = {"blank", "thin_patients", "refit", "calibrate"}
 """More of them, which manifests lack if they have their defaults, as those of earlier fits do."""
 
 # Computing features six times more takes about as long as a fit with three seeds.
@@ -82,12 +93,15 @@ def fit_ensemble(settings: FitSettings) -> Path:
     plans = fit_plans(rows, result.scores)
     oof = _out_of_fold(rows, result)
     measured = _measure(rows, result, oof, plans)
+    calibration = _calibrate(rows, oof)
+    training = summarise_table(rows.metadata, rows.spec.needed_columns)
     # Only now, so that a fit that fails leaves the earlier ensemble as it was.
     clear_ensemble(root)
     encoding = refit.encoding if refit else None
     state = EnsembleState(rows.names, result.encodings, rows.image, encoding)
-    files = _write_files(root, result, state, rows.folds, oof, measured.summaries)
+    files = _write_files(root, result, state, rows.folds, oof, measured.summaries, training)
     files += write_plans(root, rows.metadata[schema.ID], plans)
+    files += write_calibration(root, calibration)
     files += write_boosters(root, refit.boosters) if refit else []
     results = _manifest_results(result, rows.metadata, measured)
     results[CHOSEN_KEY] = choices_of_lists(rows.spec.words.lists, inputs["metadata_sha256"])
@@ -137,7 +151,13 @@ class Measured:
 def _measure(rows: FitRows, result: FitResult, oof: pl.DataFrame, plans: Plans) -> Measured:
     patient = with_patient(rows.metadata)[schema.PATIENT].to_numpy()
     summaries = _summarise_all(oof, patient)
+    blended = oof["blend"].to_numpy()
     summaries["blend"] |= summarise_plans(plans, rows.target)
+    summaries["blend"][TRIAGE] = summarise_triage(rows.target, blended, patient)
+    if rows.settings.calibrate:
+        summaries["blend"][CALIBRATION] = summarise_out_of_fold(
+            rows.settings.calibrate, mean_of_models(result.scores), oof
+        )
     by_lesions = {}
     few_table = rows.settings.few_table
     if few_table is None:
@@ -153,6 +173,11 @@ def _measure(rows: FitRows, result: FitResult, oof: pl.DataFrame, plans: Plans) 
         )
     networks = describe_networks(rows.images.by_column(), oof, patient)
     return Measured(summaries, networks, by_lesions)
+
+
+def _calibrate(rows: FitRows, oof: pl.DataFrame) -> Calibration | None:
+    method = rows.settings.calibrate
+    return fit_calibration(method, oof["blend"].to_numpy(), rows.target) if method else None
 
 
 def model_settings(settings: FitSettings) -> dict[str, Any]:
@@ -195,6 +220,7 @@ def _write_files(
     folds: Folds,
     oof: pl.DataFrame,
     summaries: Mapping[str, Any],
+    training: Summary,
 ) -> list[str]:
     """Write all files but the manifest. Return their names."""
     boosters = write_boosters(root, result.boosters)
@@ -202,7 +228,8 @@ def _write_files(
     folds.write(root / FOLDS_FILE)
     write_parquet(root / OOF_FILE, oof)
     write_json(root / SCORES_FILE, summaries)
-    return [*boosters, *state_files, FOLDS_FILE, OOF_FILE, SCORES_FILE]
+    write_json(root / TRAINING_FILE, summary_to_json(training))
+    return [*boosters, *state_files, FOLDS_FILE, OOF_FILE, SCORES_FILE, TRAINING_FILE]
 
 
 def _manifest_inputs(rows: FitRows) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Score the test table with a fitted ensemble and write the submission. Nothing is fitted here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ import polars as pl
 from infer.ensemble.artifact import ENSEMBLE_FILE
 from infer.ensemble.blends.artifact import Blend, Scorer, open_scorer
 from infer.ensemble.boosting.refit import ESTIMATES, choose_rows
+from infer.ensemble.drift import drift_warning, measure_drift
 from infer.ensemble.features.own_tables import read_test_tables
 from infer.ensemble.score_table import TableScores, score_table
+from infer.ensemble.scoring.calibration import shift_prevalence
 from infer.ensemble.settings import EmbeddingSources, PredictSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.metadata import read_ids, read_metadata
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, warn
 from isic.runtime.files import (
     atomic_path,
     holds,
@@ -61,28 +63,55 @@ def predict_submission(settings: PredictSettings) -> None:
     """Run `infer predict`, which its settings describe."""
     sources = EmbeddingSources(settings.embeddings, settings.frozen)
     scorer = choose_rows(open_scorer(settings.ensemble), settings.rows, sources)
+    if settings.prevalence and not scorer.calibration:
+        raise UserError(
+            f"--prevalence is for probabilities, and {scorer.root} has none; fit or blend it again "
+            "with --calibrate"
+        )
     test = read_test_table(Dataset(settings.data))
     refuse_foreign_submission(settings.output)
     own_tables = read_test_tables(settings.tables, scorer.own_tables)
     found = score_table(
         scorer, test.metadata, sources, own_tables, settings.num_threads, settings.few, test.path
     )
+    if settings.prevalence:
+        found = with_prevalence(found, scorer, settings.prevalence)
     if found.num_few:
         print(f"{found.num_few:,} rows of patients with few lesions are scored by raw features")
     origins = {
         "tables": {name: sha256(own.path) for name, own in own_tables.items()},
         "rows": settings.rows,
+        "prevalence": settings.prevalence,
         "out_of_fold_scores": ESTIMATES[settings.rows],
     }
-    write_submission(settings.output, test, scorer, found, origins)
+    drift = measure_drift(
+        scorer.training, test.metadata, scorer.oof()["blend"].to_numpy(), found.score
+    )
+    write_submission(settings.output, test, scorer, found, origins, drift)
     print(
         f"submission: {settings.output} ({len(found.score)} rows, "
         f"scores {found.score.min():.4f} to {found.score.max():.4f})"
     )
+    warning = drift_warning(drift)
+    if warning:
+        warn(f"{warning}; see {drift_path(settings.output)}")
+
+
+def with_prevalence(found: TableScores, scorer: Scorer, prevalence: float) -> TableScores:
+    """Return the scores with probabilities for another share of malignant lesions."""
+    calibration = scorer.calibration
+    assert calibration and found.probability is not None
+    shifted = shift_prevalence(found.probability, calibration.prevalence, prevalence)
+    return replace(found, probability=shifted)
 
 
 def write_submission(
-    output: Path, test: TestTable, scorer: Scorer, found: TableScores, facts: Mapping[str, Any]
+    output: Path,
+    test: TestTable,
+    scorer: Scorer,
+    found: TableScores,
+    facts: Mapping[str, Any],
+    drift: pl.DataFrame | None = None,
 ) -> None:
     """Write a submission, the scores of each model, and the manifest of both.
 
@@ -92,11 +121,16 @@ def write_submission(
         scorer: the ensemble that scored them.
         found: the scores, in the order of the table.
         facts: more fields of the manifest.
+        drift: differences of the rows from those of training, to write beside the submission.
     """
     scored = test.metadata.select(schema.ID, pl.Series(schema.TARGET, found.score))
     submission = test.order.join(scored, on=schema.ID, maintain_order="left")
-    all_models = test.metadata.select(schema.ID).with_columns(**found.models, blend=found.score)
+    all_models = test.metadata.select(schema.ID).with_columns(
+        **found.models, blend=found.score, **_extra_columns(found)
+    )
     models_file = models_path(output)
+    # An earlier table would be of other rows.
+    drift_path(output).unlink(missing_ok=True)
     with atomic_path(output) as submission_path, atomic_path(models_file) as models_temporary:
         submission.write_csv(submission_path)
         write_parquet(models_temporary, all_models)
@@ -114,6 +148,19 @@ def write_submission(
             models={"file": models_file.name, "sha256": sha256(models_temporary)},
             versions=versions("isic-toolkit", *scorer.manifest["versions"]),
         )
+    if drift is not None:
+        with atomic_path(drift_path(output)) as path:
+            write_parquet(path, drift)
+
+
+def _extra_columns(found: TableScores) -> dict[str, pl.Series]:
+    """Return `std` and `probability`, those that the ensemble has."""
+    columns = {"std": found.std, "probability": found.probability}
+    return {
+        name: pl.Series(name, values, nan_to_null=True)
+        for name, values in columns.items()
+        if values is not None
+    }
 
 
 def _describe(scorer: Scorer) -> dict[str, Any]:
@@ -126,12 +173,22 @@ def refuse_foreign_submission(output: Path) -> None:
     """Raise a UserError if a file would be replaced that `infer predict` did not write."""
     manifest = manifest_path(output)
     is_own = holds(manifest, "artifact", "ensemble", "models")
-    refuse_foreign([output, models_path(output), manifest], is_own, "--output")
+    files = [output, models_path(output), drift_path(output), manifest]
+    refuse_foreign(files, is_own, "--output")
 
 
 def models_path(submission: Path) -> Path:
-    """Return the path for the probabilities of each model: `submission_models.parquet`."""
+    """Return the path of `submission_models.parquet`.
+
+    It has `isic_id`, each model's probabilities, `blend` (the submission's scores), their `std` over
+    folds and seeds, and with a calibrated ensemble `probability`.
+    """
     return submission.with_name(f"{submission.stem}_models.parquet")
+
+
+def drift_path(submission: Path) -> Path:
+    """Return the path of the differences from training: `submission_drift.parquet`."""
+    return submission.with_name(f"{submission.stem}_drift.parquet")
 
 
 def submission_order(dataset: Dataset, metadata: pl.DataFrame) -> pl.DataFrame:

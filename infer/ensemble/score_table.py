@@ -1,6 +1,6 @@
 """Score the rows of a table with a fitted ensemble or blend. Nothing is fitted or written here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from infer.embedding.store import Embeddings, refuse_other_origin
 from infer.ensemble.artifact import Ensemble
 from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
-from infer.ensemble.blends.ranks import Scores, blend
+from infer.ensemble.blends.ranks import Scores, blend, model_name, seeds_of
 from infer.ensemble.boosting.libraries import read_booster
-from infer.ensemble.boosting.out_of_fold import mean_over_folds
+from infer.ensemble.boosting.out_of_fold import mean_of_folds, scores_by_fold
 from infer.ensemble.features.own_tables import OwnTable
 from infer.ensemble.images.features import ImageRows, embedding_origins, read_image_rows
 from infer.ensemble.images.networks import match_networks
@@ -40,8 +40,23 @@ class TableScores:
     """[N] in [0, 1]."""
     origins: dict[str, Any]
     """Fields of the manifest: `embeddings` and `frozen`; of a blend `origins`, these by member."""
+    std: Scores | None = None
+    """[N] standard deviation of the score over folds and seeds; of ensembles with more than one
+    booster per library."""
+    probability: Scores | None = None
+    """[N] calibrated probabilities, if the ensemble has a curve; NaN for rows that are scored
+    without comparing lesions, whose scores it was not fitted on."""
     num_few: int = 0
     """Rows that were scored without comparing lesions, because their patients have few."""
+
+    def replaced(self, rows: NDArray[np.bool_], others: Scores) -> "TableScores":
+        """Return the scores with `others` [N] in some rows, which then have no std, probability."""
+        std, probability = (
+            None if values is None else np.where(rows, np.nan, values)
+            for values in (self.std, self.probability)
+        )
+        score = np.where(rows, others, self.score)
+        return replace(self, score=score, std=std, probability=probability)
 
 
 def score_table(
@@ -78,7 +93,10 @@ def score_table(
     # Rounding may lead a mean of probabilities beyond 0 or 1 by a last bit.
     score = np.clip(found.score, 0.0, 1.0)
     assert np.isfinite(score).all()
-    return replace(found, score=score, num_few=int(is_few.sum()))
+    probability = scorer.calibration.probability(score) if scorer.calibration else None
+    if probability is not None:
+        probability[is_few] = np.nan
+    return replace(found, score=score, probability=probability, num_few=int(is_few.sum()))
 
 
 def _score_blend(
@@ -116,13 +134,16 @@ def score_ensemble(
     own_columns = [own_tables[name].columns(metadata) for name in ensemble.own_tables]
     table = ensemble.spec.frame(metadata, [*own_columns, *images.tables()])
     _warn_unseen(ensemble, table)
-    if ensemble.manifest["boosters"]:
-        models = score_models(ensemble, table, num_threads)
-    else:
-        models = {"image": image_probability(images.by_column())}
+    weights = ensemble.weights
     # Only a blend of several libraries needs the ranks of the training rows.
-    reference = ensemble.oof_models() if len(ensemble.weights) > 1 else {}
-    return TableScores(models, blend(models, ensemble.weights, reference), origins)
+    reference = ensemble.oof_models() if len(weights) > 1 else {}
+    if not ensemble.manifest["boosters"]:
+        models = {"image": image_probability(images.by_column())}
+        return TableScores(models, blend(models, weights, reference), origins)
+    by_fold = _score_by_fold(ensemble, table, num_threads)
+    models = mean_of_folds(by_fold)
+    std = _std(by_fold, weights, reference)
+    return TableScores(models, blend(models, weights, reference), origins, std)
 
 
 def _few_lesions(scorer: Scorer, metadata: pl.DataFrame, few: Few) -> NDArray[np.bool_]:
@@ -162,17 +183,44 @@ def _warn_unseen(ensemble: Ensemble, table: pl.DataFrame) -> None:
 
 def score_models(ensemble: Ensemble, table: pl.DataFrame, num_threads: int) -> dict[str, Scores]:
     """Return each model's probabilities, [N] float64: the mean over its folds' boosters."""
+    return mean_of_folds(_score_by_fold(ensemble, table, num_threads))
+
+
+def _score_by_fold(
+    ensemble: Ensemble, table: pl.DataFrame, num_threads: int
+) -> list[dict[str, Scores]]:
     files = {
         (entry["library"], entry["fold"], entry["seed"]): ensemble.root / entry["file"]
         for entry in ensemble.manifest["boosters"]
     }
-    return mean_over_folds(
+    return scores_by_fold(
         files,
         lambda key: read_booster(files[key], key[0]),
         ensemble.state.encodings,
         table,
         num_threads,
     )
+
+
+def _std(
+    by_fold: Sequence[Mapping[str, Scores]],
+    weights: Mapping[str, float],
+    reference: Mapping[str, Scores],
+) -> Scores | None:
+    """Return [N] the standard deviation of the scores by each fold's models of each seed.
+
+    None if there is one such score only. `reference` as for `blend`.
+    """
+    scores = [
+        blend(
+            {model_name(library, seed): models[model_name(library, seed)] for library in weights},
+            weights,
+            reference,
+        )
+        for models in by_fold
+        for seed in seeds_of(models, weights)
+    ]
+    return np.asarray(np.std(scores, axis=0, ddof=1)) if len(scores) > 1 else None
 
 
 def _sources_by_member(scorer: Blend, sources: EmbeddingSources) -> dict[str, EmbeddingSources]:

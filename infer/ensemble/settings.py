@@ -163,6 +163,12 @@ class FitSettings(Settings):
         description="share of the patients that each seed's boosters see split at random into "
         "patients of fewer lesions; the features must compare a patient's lesions",
     )
+    calibrate: Literal["isotonic", "platt"] | None = Field(
+        None,
+        description="also fit a rising curve from out-of-fold scores to probabilities: isotonic "
+        "needs some hundred malignant lesions, platt (a logistic curve) fewer; predict adds a "
+        "column of them, and scores and ranks stay the same",
+    )
     few_table: bool | None = Field(
         None,
         description="print the out-of-fold pAUC by number of a patient's lesions scored together; "
@@ -321,7 +327,7 @@ class SelectSettings(FitSettings):
         return self
 
 
-ONLY_FIT = ("force", "splits", "refit", "thin_patients", "few_table")
+ONLY_FIT = ("force", "splits", "refit", "thin_patients", "few_table", "calibrate")
 """Flags of `infer fit` that `infer select` does not take."""
 NOT_FOR_LISTS = {*ONLY_FIT, "name", *OUTPUT_NAMES.choices}
 """Keys of a config of `infer fit` that `infer select` passes over."""
@@ -381,6 +387,13 @@ class PredictSettings(Settings):
         description="models that score: the mean over the folds', or those that were fitted on all "
         "rows, by fit --refit true and, for image scores, train --fold all",
     )
+    prevalence: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of malignant lesions among those to score, for the probabilities of an "
+        "ensemble that was fitted with --calibrate; that of the training table by default",
+    )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
 
 
@@ -402,6 +415,12 @@ class BlendSettings(Settings):
         description="one number per ensemble, equal, or search: weights with a high out-of-fold "
         "pAUC, used if such weights, chosen for each fold on the other folds, score better than "
         "equal ones",
+    )
+    calibrate: Literal["isotonic", "platt"] | None = Field(
+        None,
+        description="also fit a rising curve from out-of-fold scores to probabilities: isotonic "
+        "needs some hundred malignant lesions, platt (a logistic curve) fewer; predict adds a "
+        "column of them, and scores and ranks stay the same",
     )
     output_dir: Path = Field(
         OUTPUT_DIR / "ensemble",

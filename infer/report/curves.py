@@ -8,12 +8,9 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from isic.arrays import Floats, Labels
-from isic.metrics import redraws
+from isic.metrics import NUM_RESAMPLES, redraws
 
 NUM_BINS = 10
-# More would change the third digit of an interval.
-NUM_RESAMPLES = 200
-"""Bootstrap resamples of the patients."""
 Z_95 = 1.959964
 """A normal distribution has 95 % within this many standard deviations of its mean."""
 
@@ -50,19 +47,29 @@ def reliability(
     # one malignant lesion in a thousand, most bins of equal size would have none.
     code = _bins(score, num_bins)
     num_rows = np.bincount(code)
+    observed, low, high = observed_shares(code, target, patient)
+    return Reliability(np.bincount(code, score) / num_rows, observed, low, high, num_rows)
+
+
+def observed_shares(
+    code: NDArray[np.intp], target: Labels, patient: NDArray[Any]
+) -> tuple[Floats, Floats, Floats]:
+    """Return [B] the share of rows with target 1 per bin, and the ends of its 95 % interval.
+
+    Args:
+        code: [N] the bin of each row; each of the B bins has rows.
+        target, patient: [N].
+    """
+    num_rows = np.bincount(code)
     observed = np.bincount(code, target) / num_rows
     # The lesions of a patient are not independent, so the intervals hold 95 % of the resamples of
     # the patients. They also hold Wilson's interval for independent lesions: resamples of a bin
     # without a malignant lesion have none either, and so no spread.
     low, high = wilson(observed, num_rows)
     resampled = _resampled_shares(code, target, patient)
-    return Reliability(
-        mean_score=np.bincount(code, score) / num_rows,
-        observed=observed,
-        low=np.minimum(low, np.nanpercentile(resampled, 2.5, axis=0)),
-        high=np.maximum(high, np.nanpercentile(resampled, 97.5, axis=0)),
-        num_rows=num_rows,
-    )
+    low = np.minimum(low, np.nanpercentile(resampled, 2.5, axis=0))
+    high = np.maximum(high, np.nanpercentile(resampled, 97.5, axis=0))
+    return observed, low, high
 
 
 def _bins(score: Floats, num_bins: int) -> NDArray[np.intp]:

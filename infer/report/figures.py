@@ -70,7 +70,7 @@ def precision_recall_figure(oof: pl.DataFrame) -> Markup:
     return figure("Precision and recall", chart, explained)
 
 
-def reliability_figure(oof: pl.DataFrame, bins: Reliability) -> Markup:
+def reliability_figure(oof: pl.DataFrame, bins: Reliability, title: str = "Calibration") -> Markup:
     """Observed shares by mean score, with 95 % intervals."""
     target, score = _arrays(oof)
     smallest = min(bins.mean_score.min(), bins.observed[bins.observed > 0].min())
@@ -88,7 +88,7 @@ def reliability_figure(oof: pl.DataFrame, bins: Reliability) -> Markup:
         f"the patients. Mean score {percent(float(score.mean()))}, "
         f"malignant {percent(float(target.mean()))}."
     )
-    return figure("Calibration", chart, explained)
+    return figure(title, chart, explained)
 
 
 def _bin_marks(plot: Plot, bins: Reliability, index: int) -> list[Markup]:

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 
-from infer.ensemble.blends.artifact import Blend, Scorer
-from infer.ensemble.blends.ranks import Scores
+from infer.ensemble.blends.artifact import Scorer
 from isic import schema
 from isic.dataset import Dataset
 from isic.images import ImageStore
@@ -77,6 +75,13 @@ class Scored:
         return [name for name in self.oof.columns if name not in others]
 
     @cached_property
+    def rows(self) -> pl.DataFrame:
+        """[N] the metadata of the scored lesions, in the order of `oof`."""
+        return self.oof.select(schema.ID).join(
+            self.metadata, on=schema.ID, how="left", maintain_order="left"
+        )
+
+    @cached_property
     def pooled(self) -> Judgement:
         return judge("pooled", self.oof)
 
@@ -101,18 +106,6 @@ def read_scored(ensemble: Scorer, data: Path) -> Scored:
         )
     images, reason = _find_images(dataset)
     return Scored(ensemble, oof, metadata, images, reason)
-
-
-def mean_probability(scorer: Scorer) -> Scores:
-    """Return [N] the mean out-of-fold probability of all models, by the weights of a blend."""
-    # Not the score: over several libraries and over the members of a blend, it is a mean of ranks.
-    if isinstance(scorer, Blend):
-        parts = [
-            scorer.weights[name] * mean_probability(member)
-            for name, member in scorer.members.items()
-        ]
-        return np.asarray(np.sum(parts, axis=0))
-    return np.asarray(np.mean(list(scorer.oof_models().values()), axis=0))
 
 
 def _find_images(dataset: Dataset) -> tuple[ImageStore | None, str]:

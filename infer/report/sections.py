@@ -9,25 +9,32 @@ import numpy as np
 import polars as pl
 
 from infer.ensemble.artifact import Ensemble
-from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, mean_probability
 from infer.ensemble.features.own_tables import OOF
 from infer.ensemble.images import scores as image_scores
 from infer.ensemble.images.networks import by_network, listed
+from infer.ensemble.scoring.calibration import (
+    CALIBRATION,
+    describe_calibration,
+    out_of_fold_probability,
+)
 from infer.ensemble.scoring.chosen import choices
 from infer.ensemble.scoring.scores import small_patients
+from infer.ensemble.scoring.triage import summarise_triage
 from infer.report import figures
 from infer.report.case_cards import Pictures, case_card
 from infer.report.cases import Case, pictures, worst_false_alarms, worst_misses
-from infer.report.curves import NUM_RESAMPLES, Reliability, reliability
+from infer.report.curves import Reliability, reliability
 from infer.report.importance import GROUPS, importance, share_by_group
 from infer.report.maps import projections
 from infer.report.occlusion import MapPicture, Network
-from infer.report.scored import BLEND, GROUP, Judgement, Scored, judge, mean_probability
+from infer.report.scored import BLEND, GROUP, Judgement, Scored, judge
+from infer.report.subgroups import ALL, ITA, METRICS, MIN_LESIONS, SENSITIVITY
 from isic import schema
 from isic.html import page
 from isic.html.markup import Markup, join, tag
 from isic.html.page import NONE, percent
-from isic.metrics import TOP_K, TopK, bootstrap_pauc
+from isic.metrics import NUM_RESAMPLES, TOP_K, TopK, bootstrap_pauc
 from isic.runtime.errors import UserError
 
 CAVEAT = (
@@ -47,13 +54,17 @@ ReportSection = tuple[str, Sequence[str]]
 
 
 def sections(
-    scored: Scored, embeddings: Sequence[Path], network: Network | None = None
+    scored: Scored,
+    embeddings: Sequence[Path],
+    network: Network | None = None,
+    groups: pl.DataFrame | None = None,
 ) -> dict[str, ReportSection]:
     """Return all sections by the names of the links to them.
 
     Args:
         embeddings: runs to draw maps of.
         network: the one that makes the occlusion maps of the errors; None for no such maps.
+        groups: scores of subgroups, see `score_groups`; None for no section on them.
 
     Raises:
         UserError: embeddings or the network are of another network or fold plan.
@@ -61,6 +72,7 @@ def sections(
     return {
         "Ranking": _ranking(scored),
         "Stability": _stability(scored),
+        **({} if groups is None else {"Subgroups": _subgroups(groups)}),
         "Calibration": _calibration(scored),
         **_inside(scored, embeddings),
         **_errors(scored, network),
@@ -214,8 +226,33 @@ def _ranking(scored: Scored) -> ReportSection:
         figures.region_figure(scored.oof),
         figures.precision_recall_figure(scored.oof),
     )
-    content = (tag("p", intro), tag("div", *charts, class_="figures"))
+    content = (tag("p", intro), tag("div", *charts, class_="figures"), *_triage(scored))
     return "How well the scores rank", content
+
+
+def _triage(scored: Scored) -> tuple[Markup, Markup]:
+    """Return the numbers needed to triage, under a sentence on them."""
+    oof = scored.oof
+    found = summarise_triage(
+        oof[schema.TARGET].to_numpy(), oof[BLEND].to_numpy(), oof[GROUP].to_numpy()
+    )
+    intro = (
+        "The number needed to triage is that of the lesions to look at per malignant one that is "
+        "found. It holds for data with the same share of malignant lesions: it grows as they "
+        "become rarer. The intervals hold 95 % of the resamples of the patients."
+    )
+    heading = ("sensitivity", "lesions to look at", "malignant", "number needed", "95 % interval")
+    rows = [
+        (
+            percent(float(sensitivity)),
+            *(f"{at[key]:,}" for key in ("lesions", "malignant")),
+            f"{at['number_needed']:.1f}",
+            f"{at['low']:.1f} to {at['high']:.1f}",
+        )
+        for sensitivity, at in found.items()
+    ]
+    table = page.table("Number needed to triage", heading, rows)
+    return tag("p", intro), tag("div", table, class_="tables")
 
 
 def _stability(scored: Scored) -> ReportSection:
@@ -309,6 +346,50 @@ def _counts(row: Judgement) -> list[str]:
     return [f"{value:,}" for value in (row.num_lesions, row.num_malignant, row.num_patients)]
 
 
+def _subgroups(groups: pl.DataFrame) -> ReportSection:
+    intro = (
+        f"All groups are judged at the threshold that finds {percent(SENSITIVITY)} of all "
+        "malignant lesions. Brackets hold 95 % of the resamples of the patients. Groups with fewer "
+        f"than {MIN_LESIONS} malignant or benign lesions are shown without the scores that would "
+        "rest on them. Of many groups some differ by chance."
+    )
+    tables = [
+        *(_group_table(rows) for _, rows in groups.group_by("by", maintain_order=True)),
+        *([tag("p", ITA_CAVEAT)] if ITA in groups["by"] else []),
+    ]
+    return "Scores of subgroups", (tag("p", intro), tag("div", *tables, class_="tables wide"))
+
+
+ITA_CAVEAT = (
+    "Skin tone (ita) is the individual typology angle of the skin around the lesion, as the camera "
+    "has measured its colour. The lighting of the photographs is not calibrated, sun-exposed sites "
+    "are darker than others of the same patient, and an angle is no ethnicity: the classes are a "
+    "rough guide."
+)
+
+
+def _group_table(rows: pl.DataFrame) -> Markup:
+    by = rows["by"][0]
+    counts = ("lesions", "patients", "malignant")
+    lines = [
+        (
+            row["group"],
+            *(f"{row[name]:,}" for name in counts),
+            *(_metric(row, metric, f"too few {lacking}") for metric, lacking in METRICS.items()),
+        )
+        for row in rows.iter_rows(named=True)
+    ]
+    heading = (by, *counts, "pAUC", "sensitivity", "specificity")
+    return page.table("All lesions" if by == ALL else f"By {by}", heading, lines)
+
+
+def _metric(row: Mapping[str, Any], name: str, lacking: str) -> str:
+    if row[name] is None:
+        return lacking
+    shown = _four_digits if name == "pauc" else _tenths
+    return f"{shown(row[name])} ({shown(row[f'{name}_low'])} to {shown(row[f'{name}_high'])})"
+
+
 def _calibration(scored: Scored) -> ReportSection:
     intro = (
         "Scores are not meant as probabilities: the boosters are fitted on fewer negatives and "
@@ -316,21 +397,46 @@ def _calibration(scored: Scored) -> ReportSection:
         "evaluates their order only."
     )
     oof = scored.oof.with_columns(pl.Series(BLEND, mean_probability(scored.ensemble)))
-    bins = reliability(oof[schema.TARGET].to_numpy(), oof[BLEND].to_numpy(), oof[GROUP].to_numpy())
+    bins = _reliability(oof)
     charts = (
         figures.reliability_figure(oof, bins),
         figures.distribution_figure(oof),
         _bin_table(bins),
+        *_calibrated(scored),
     )
     return "Scores as probabilities", (tag("p", intro), tag("div", *charts, class_="figures"))
 
 
-def _bin_table(bins: Reliability) -> Markup:
+def _calibrated(scored: Scored) -> tuple[Markup, ...]:
+    """Return the chart and the table of the calibrated probabilities, if there are any."""
+    calibration = scored.ensemble.calibration
+    if calibration is None:
+        return ()
+    oof = scored.oof
+    score, target, fold = (oof[name].to_numpy() for name in (BLEND, schema.TARGET, "fold"))
+    probability = out_of_fold_probability(calibration.method, score, target, fold)
+    calibrated = oof.with_columns(pl.Series(BLEND, probability))
+    bins = _reliability(calibrated)
+    found = scored.ensemble.manifest["scores"][CALIBRATION]
+    sentence = describe_calibration(found)
+    return (
+        figures.reliability_figure(calibrated, bins, "After calibration"),
+        _bin_table(bins, "After calibration, in numbers"),
+        tag("p", f"{sentence[0].upper()}{sentence[1:]}."),
+    )
+
+
+def _reliability(oof: pl.DataFrame) -> Reliability:
+    target, probability, group = (oof[name].to_numpy() for name in (schema.TARGET, BLEND, GROUP))
+    return reliability(target, probability, group)
+
+
+def _bin_table(bins: Reliability, caption: str = "Calibration in numbers") -> Markup:
     rows = zip(
         bins.mean_score.tolist(), bins.observed.tolist(), bins.num_rows.tolist(), strict=True
     )
     cells = [(percent(mean), percent(observed), f"{number:,}") for mean, observed, number in rows]
-    return page.table("Calibration in numbers", ("mean score", "malignant", "lesions"), cells)
+    return page.table(caption, ("mean score", "malignant", "lesions"), cells)
 
 
 def _features(ensemble: Ensemble) -> ReportSection:

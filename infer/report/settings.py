@@ -23,6 +23,12 @@ class ReportSettings(Settings):
     data: Path = Field(
         Path("data/isic-2024"), description="dataset folder or URL that the ensemble was fitted on"
     )
+    by: Several[str] = Field(
+        (),
+        description="also score groups of lesions: by ita (skin tone by the individual typology "
+        "angle), age (decades), a column of texts, or one of numbers (quartiles), such as "
+        "ita,sex,attribution; also written to subgroups.csv",
+    )
     embeddings: Several[Path] = Field(
         (), description="outputs/embeddings/<config> of each network to draw a map of"
     )

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from infer.ensemble.artifact import REPORT_FILE
+from infer.ensemble.artifact import REPORT_FILE, SUBGROUPS_FILE
 from infer.ensemble.blends.artifact import open_scorer
 from infer.report.occlusion import open_network
 from infer.report.scored import read_scored
 from infer.report.sections import header, sections
 from infer.report.settings import ReportSettings
+from infer.report.subgroups import group_rows, score_groups
 from isic.html import page
 from isic.html.markup import tag
 from isic.runtime.files import write_text
@@ -18,12 +19,20 @@ REPORT_STYLE = Path(__file__).with_name("report.css")
 
 def report(settings: ReportSettings) -> None:
     """Write an ensemble's report.html: curves, tables, feature importance, worst errors."""
-    path = write_report(settings.ensemble, settings.data, settings.embeddings, settings.maps)
+    path = write_report(
+        settings.ensemble, settings.data, settings.embeddings, settings.maps, settings.by
+    )
     print(f"report: {path}")
+    if settings.by:
+        print(f"subgroups: {path.with_name(SUBGROUPS_FILE)}")
 
 
 def write_report(
-    ensemble: Path, data: Path, embeddings: Sequence[Path] = (), maps: Path | None = None
+    ensemble: Path,
+    data: Path,
+    embeddings: Sequence[Path] = (),
+    maps: Path | None = None,
+    by: Sequence[str] = (),
 ) -> Path:
     """Write `report.html` into an ensemble's folder and return its path.
 
@@ -31,14 +40,18 @@ def write_report(
         data: the dataset that it was fitted on; its images, if any, are shown.
         embeddings: embedding runs that it was fitted with, for the maps of embeddings.
         maps: a training run that it was fitted with, for occlusion maps; none are drawn if None.
+        by: properties of lesions to score groups of, see `group_rows`; `subgroups.csv` is written
+            beside the report.
 
     Raises:
-        UserError: no ensemble, other data, or embeddings or a training run of another network or
-            fold plan.
+        UserError: no ensemble, other data, an unknown property, or embeddings or a training run of
+            another network or fold plan.
     """
     scored = read_scored(open_scorer(ensemble), data)
+    groupings = group_rows(scored.rows, by)
     network = open_network(scored.ensemble, maps) if maps else None
-    parts = sections(scored, embeddings, network)
+    groups = score_groups(scored.oof, groupings) if groupings else None
+    parts = sections(scored, embeddings, network, groups)
     body = (page.section(name, title, *content) for name, (title, content) in parts.items())
     name = scored.ensemble.root.name
     text = page.document(
@@ -48,5 +61,7 @@ def write_report(
         style=REPORT_STYLE.read_text(encoding="utf-8"),
     )
     path = scored.ensemble.root / REPORT_FILE
+    if groups is not None:
+        write_text(path.with_name(SUBGROUPS_FILE), groups.write_csv())
     write_text(path, text)
     return path

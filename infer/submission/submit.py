@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -289,7 +289,7 @@ class Run:
         lost_rows = self._bad_rows(candidate)
         if lost_rows.any():
             others = self._fallback_on_scale_of(scorer)
-            found = replace(found, score=np.where(lost_rows, others, found.score))
+            found = found.replaced(lost_rows.to_numpy(), others)
         facts = {
             "sha256": self.bundle.digest,
             "inputs": self._key,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import auc, roc_curve
 
-from isic.metrics import bootstrap_pauc, pauc, roc_auc, top_k
+from isic.metrics import bootstrap_pauc, bootstrap_triage, pauc, roc_auc, top_k, triage
 from isic.runtime.errors import UserError
 
 
@@ -117,3 +117,42 @@ def test_a_bootstrap_draw_is_the_pauc_of_the_drawn_rows(levels: int) -> None:
         rows = np.concatenate([np.flatnonzero(group == g) for g in groups])
         assert drawn[0] == pytest.approx(pauc(target[rows], score[rows]), abs=1e-12)
         assert drawn[1] == pytest.approx(pauc(target[rows], -score[rows]), abs=1e-12)
+
+
+@pytest.mark.parametrize("levels", [4, 1000])
+@pytest.mark.parametrize("sensitivity", [0.8, 0.9, 0.95, 1.0])
+def test_triage_takes_the_highest_threshold_that_finds_enough(
+    levels: int, sensitivity: float
+) -> None:
+    random = np.random.default_rng(2)
+    target = (random.random(300) < 0.1).astype(int)
+    score = np.round(random.random(300) * levels + 0.5 * target * levels)
+    found = triage(target, score, sensitivity)
+    chosen = score >= found.threshold
+    assert found.num_lesions == chosen.sum()
+    assert found.num_malignant == target[chosen].sum()
+    assert found.number_needed == chosen.sum() / target[chosen].sum()
+    assert target[chosen].sum() >= sensitivity * target.sum()
+    assert target[score > found.threshold].sum() < sensitivity * target.sum()
+
+
+def test_triage_of_perfect_and_constant_scores() -> None:
+    target = np.array([0] * 85 + [1] * 15)
+    perfect = triage(target, np.arange(100), 0.8)
+    assert (perfect.num_lesions, perfect.num_malignant) == (12, 12), "0.8 of 15 is 12"
+    assert triage(target, np.ones(100), 0.8).number_needed == pytest.approx(100 / 15)
+
+
+def test_a_bootstrap_draw_is_the_triage_of_the_drawn_rows() -> None:
+    random = np.random.default_rng(4)
+    target = (random.random(300) < 0.2).astype(int)
+    group = random.integers(0, 40, 300)
+    score = np.round(random.random(300) * 50 + 20 * target)
+    draws = bootstrap_triage(target, score, group, [0.8, 0.95], num_draws=5, seed=9)
+    assert draws.shape == (5, 2)
+    again = np.random.default_rng(9)
+    for drawn in draws:
+        groups = again.integers(40, size=40)
+        rows = np.concatenate([np.flatnonzero(group == g) for g in groups])
+        expected = [triage(target[rows], score[rows], s).number_needed for s in (0.8, 0.95)]
+        assert drawn == pytest.approx(expected)

@@ -6,6 +6,7 @@
 | `members/<name>/` | an ensemble, see `infer.ensemble.artifact` |
 | `oof.parquet`, `scores.json` | out-of-fold scores of each member and of the blend; metrics |
 | `folds.parquet` | the fold plan, that of all members |
+| `calibration.json` | the curve from scores to probabilities, if blended with `--calibrate` |
 """
 
 from collections.abc import Mapping
@@ -23,10 +24,13 @@ from infer.ensemble.artifact import (
     Ensemble,
     find_ensemble,
     open_ensemble,
+    read_calibration,
     refuse_damaged,
 )
 from infer.ensemble.blends.ranks import Scores, blend_ranks
+from infer.ensemble.drift import Summary
 from infer.ensemble.features.own_tables import TableSpec
+from infer.ensemble.scoring.calibration import Calibration
 from isic.layout import OOF_FILE
 from isic.runtime.files import read_json
 from isic.tables import read_parquet
@@ -65,6 +69,16 @@ class Blend:
             for member in self.members.values()
             for name, table in member.own_tables.items()
         }
+
+    @property
+    def training(self) -> Summary:
+        """Columns of the training table that any member reads, by name."""
+        members = self.members.values()
+        return {name: column for each in members for name, column in each.training.items()}
+
+    @property
+    def calibration(self) -> Calibration | None:
+        return read_calibration(self.root, self.manifest)
 
     def oof(self) -> pl.DataFrame:
         """Return `isic_id`, `fold`, `target`, each member's out-of-fold scores, and `blend`."""
@@ -140,6 +154,23 @@ def blend_by_fold(
             {name: score[rows] for name, score in scores.items()}, of_fold, scores
         )
     return blended
+
+
+def mean_probability(scorer: Scorer) -> Scores:
+    """Return [N] the mean out-of-fold probability of all models, by the weights of a blend."""
+    # Not the score: over several libraries and over the members of a blend, it is a mean of ranks.
+    if isinstance(scorer, Blend):
+        return mean_of_members(scorer.members, scorer.weights)
+    return mean_of_models(scorer.oof_models())
+
+
+def mean_of_members(members: Mapping[str, Ensemble], weights: Weights) -> Scores:
+    """Return [N] the mean out-of-fold probability of the members of a blend."""
+    return np.asarray(sum(weights[name] * mean_probability(each) for name, each in members.items()))
+
+
+def mean_of_models(models: Mapping[str, Scores]) -> Scores:
+    return np.asarray(np.mean(list(models.values()), axis=0))
 
 
 def open_scorer(path: Path) -> Scorer:

@@ -18,9 +18,10 @@ from infer.ensemble.artifact import (
     open_ensemble,
     refuse_foreign_folder,
     refuse_other_ensemble,
+    write_calibration,
     write_ensemble_manifest,
 )
-from infer.ensemble.blends.artifact import Weights, blend_by_fold
+from infer.ensemble.blends.artifact import Weights, blend_by_fold, mean_of_members
 from infer.ensemble.blends.ranks import Scores, rank_among
 from infer.ensemble.boosting.splits import (
     Plans,
@@ -30,9 +31,15 @@ from infer.ensemble.boosting.splits import (
     summarise_plans,
     write_plans,
 )
+from infer.ensemble.scoring.calibration import (
+    CALIBRATION,
+    fit_calibration,
+    summarise_out_of_fold,
+)
 from infer.ensemble.scoring.chosen import CHOSEN_KEY, choice_notes, choices_of_blend
 from infer.ensemble.scoring.compare import patients_of, same_rows
 from infer.ensemble.scoring.scores import format_scores, summarise
+from infer.ensemble.scoring.triage import TRIAGE, summarise_triage
 from infer.ensemble.settings import BlendSettings
 from isic import schema
 from isic.dataset import refuse_dataset
@@ -44,6 +51,9 @@ from isic.tables import write_parquet
 
 NUM_STEPS = 20
 """Additions of a member in the search, so that weights are multiples of 1/20 or coarser."""
+
+TAKEN_NAMES = (schema.ID, schema.TARGET, "fold", "blend", "std", "probability")
+"""Columns of the tables of scores, which no member may be named after."""
 
 
 def write_blend(settings: BlendSettings) -> Path:
@@ -74,9 +84,16 @@ def write_blend(settings: BlendSettings) -> Path:
     columns = {**scores, "blend": blended}
     summaries = {key: summarise(target, value, fold, patient) for key, value in columns.items()}
     summaries["blend"] |= summarise_plans(plans, target)
+    summaries["blend"][TRIAGE] = summarise_triage(target, blended, patient)
+    calibration = None
+    if settings.calibrate:
+        before = mean_of_members(members, weights)
+        summaries["blend"][CALIBRATION] = summarise_out_of_fold(settings.calibrate, before, oof)
+        calibration = fit_calibration(settings.calibrate, blended, target)
     clear_ensemble(root)
     files = _write_files(root, members, oof, summaries)
     files += write_plans(root, rows[schema.ID], plans)
+    files += write_calibration(root, calibration)
     results = {
         "weights": weights,
         "weights_by_fold": {str(k): of_fold for k, of_fold in by_fold.items()},
@@ -103,7 +120,7 @@ def open_members(paths: Sequence[Path]) -> dict[str, Ensemble]:
     for path in paths:
         ensemble = open_ensemble(path)
         name = ensemble.root.resolve().name
-        if name in {*members, "blend", schema.ID, schema.TARGET, "fold"}:
+        if name in {*members, *TAKEN_NAMES}:
             raise UserError(
                 f"{ensemble.root}: each ensemble of a blend needs a name of its own; rename the "
                 "folder"
@@ -280,6 +297,7 @@ def _manifest_inputs(members: Mapping[str, Ensemble], settings: BlendSettings) -
     return {
         "members": {name: sha256(member.root / ENSEMBLE_FILE) for name, member in members.items()},
         "weights_from": settings.weights,
+        "calibrate": settings.calibrate,
         **{key: first[key] for key in shared},
     }
 

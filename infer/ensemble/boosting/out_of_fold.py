@@ -148,6 +148,32 @@ def _score(key: BoosterKey, text: str, table: pl.DataFrame, encoding: Encoding) 
     return predict(encoding.transform(table), 1)
 
 
+def scores_by_fold(
+    keys: Collection[BoosterKey],
+    load: Callable[[BoosterKey], Predict],
+    encodings: Mapping[int, Encoding],
+    table: pl.DataFrame,
+    num_threads: int,
+) -> list[dict[str, Scores]]:
+    """Return, per fold, [N] each model's scores of other rows by the booster of the fold.
+
+    Args:
+        load: returns a booster.
+        encodings: by fold.
+    """
+    found = []
+    for fold, encoding in encodings.items():
+        matrix = encoding.transform(table)
+        found.append(
+            {
+                model_name(library, seed): load((library, of_fold, seed))(matrix, num_threads)
+                for library, of_fold, seed in keys
+                if of_fold == fold
+            }
+        )
+    return found
+
+
 def mean_over_folds(
     keys: Collection[BoosterKey],
     load: Callable[[BoosterKey], Predict],
@@ -157,18 +183,17 @@ def mean_over_folds(
 ) -> dict[str, Scores]:
     """Return [N] each model's scores of other rows: the mean over its folds' boosters.
 
-    Args:
-        load: returns a booster.
-        encodings: by fold.
+    Arguments as for `scores_by_fold`.
     """
-    totals = {model_name(library, seed): np.zeros(len(table)) for library, _, seed in keys}
-    for fold, encoding in encodings.items():
-        matrix = encoding.transform(table)
-        for key in keys:
-            library, of_fold, seed = key
-            if of_fold == fold:
-                totals[model_name(library, seed)] += load(key)(matrix, num_threads)
-    return {name: total / len(encodings) for name, total in totals.items()}
+    return mean_of_folds(scores_by_fold(keys, load, encodings, table, num_threads))
+
+
+def mean_of_folds(by_fold: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
+    """Return [N] the mean scores of each model."""
+    return {
+        name: np.asarray(sum(scores[name] for scores in by_fold) / len(by_fold))
+        for name in by_fold[0]
+    }
 
 
 def score_held_out(

@@ -7,7 +7,9 @@ from numpy.typing import NDArray
 
 from infer.ensemble.artifact import ENSEMBLE_FILE, FORMAT_VERSION
 from infer.ensemble.blends.ranks import Scores
+from infer.ensemble.scoring.calibration import CALIBRATION, describe_calibration
 from infer.ensemble.scoring.chosen import choice_notes
+from infer.ensemble.scoring.triage import format_triage
 from infer.ensemble.settings import ScoresSettings
 from isic.metrics import TOP_K, pauc, roc_auc, top_k
 from isic.runtime.errors import UserError, warn
@@ -81,14 +83,16 @@ def format_scores(rows: dict[str, dict[str, Any]]) -> str:
     """Return the summaries as lines of text, one per row, under a heading, with notes below."""
     width = max(len(name) for name in rows)
     lines = [f"{'':{width}}  pAUC pooled  mean of folds ± std     AUC  {BY_LESION}  by patient"]
-    plans: list[str] = []
+    more: list[str] = []
     notes: list[str] = []
     for name, summary in rows.items():
         lines.append(_line(name.ljust(width), summary))
-        plans += _plan_lines(name, summary)
+        more += _plan_lines(name, summary)
         notes += _notes(summary)
+        if CALIBRATION in summary:
+            more.append(f"{name}: {describe_calibration(summary[CALIBRATION])}")
     # The same note once: ensembles of one dataset have the same patients.
-    return "\n".join([*lines, *plans, *dict.fromkeys(notes)])
+    return "\n".join([*lines, *more, *format_triage(rows), *dict.fromkeys(notes)])
 
 
 def _line(name: str, summary: dict[str, Any]) -> str:
@@ -118,7 +122,7 @@ def _plan_lines(name: str, summary: dict[str, Any]) -> list[str]:
     std = summary["pauc_std_of_splits"]
     values = by_split.values()
     return [
-        f"{name}: pAUC {mean:.4f} ± {std:.4f} over {len(values)} fold plans "
+        f"{name}: pAUC {mean:.4f} ± {std:.4f} over {len(values)} fold more "
         f"({min(values):.4f} to {max(values):.4f})"
     ]
 

@@ -185,11 +185,12 @@ def test_a_table_of_the_dataset_is_not_overwritten(project: Path, tmp_path: Path
         predict_table(project, "engineered", data=data, output=data)
 
 
-@pytest.mark.parametrize("place", ["output", "models", "manifest", "link", "artifact"])
+@pytest.mark.parametrize("place", ["output", "models", "drift", "manifest", "link", "artifact"])
 def test_only_a_submission_is_replaced(project: Path, tmp_path: Path, place: str) -> None:
     """No other file with the name of the submission, its manifest or its models is."""
     output = tmp_path / "s.csv"
-    taken = {"models": "s_models.parquet", "manifest": "s.csv.json"}.get(place, "s.csv")
+    names = {"models": "s_models.parquet", "drift": "s_drift.parquet", "manifest": "s.csv.json"}
+    taken = names.get(place, "s.csv")
     (tmp_path / "images").write_bytes(b"images")
     if place == "link":
         output.symlink_to(tmp_path / "images")
@@ -244,7 +245,7 @@ def test_prediction_blends_like_fitting(data: Path, three_libraries: Path, tmp_p
     models = pl.read_parquet(tmp_path / "s_models.parquet")
     submission = pl.read_csv(tmp_path / "s.csv")
     oof = pl.read_parquet(three_libraries / "oof.parquet")
-    assert models.columns == ["isic_id", *oof.columns[3:]]
+    assert models.columns == ["isic_id", *oof.columns[3:], "std"]
     assert models["blend"].equals(submission["target"], check_names=False)
     names = oof.columns[3:-1]
     scores = {name: models[name].to_numpy() for name in names}

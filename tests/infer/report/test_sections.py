@@ -5,11 +5,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.ensemble.blends.artifact import open_scorer
+from infer.ensemble.blends.artifact import mean_probability, open_scorer
 from infer.ensemble.blends.write import write_blend
 from infer.ensemble.fit import fit_ensemble
 from infer.ensemble.settings import BlendSettings
-from infer.report.scored import mean_probability
 from infer.report.write import write_report
 from isic.dataset import Dataset
 from isic.folds import draw_folds
@@ -122,3 +121,15 @@ def test_columns_of_oof_tables_limit_the_independence_too(data: Path, tmp_path: 
     given = {"features": "raw,own", "tables": f"oof:{tmp_path / 'own.parquet'}", "num_rounds": 2}
     page = write_report(fit_small(data, tmp_path, **given), data).read_text()
     assert "rows have columns of oof tables from the other folds" in page
+
+
+def test_the_number_needed_to_triage_is_that_of_the_scores(page: str, fitted: Path) -> None:
+    found = json.loads((fitted / "scores.json").read_text())["blend"]["triage"]["0.95"]
+    cells = (
+        f"{found['lesions']:,}",
+        f"{found['malignant']:,}",
+        f"{found['number_needed']:.1f}",
+        f"{found['low']:.1f} to {found['high']:.1f}",
+    )
+    row = "".join(f"<td>{cell}</td>" for cell in cells)
+    assert f'<th scope="row">95\N{NO-BREAK SPACE}%</th>{row}' in page
