@@ -77,7 +77,7 @@ def test_the_schedule_warms_up_and_falls_to_zero() -> None:
 def test_the_backbone_warms_up_when_it_is_thawed(name: str, flags: dict[str, float]) -> None:
     """The head's rates are those of a schedule without freezing, to the bit."""
     settings = load_settings(TrainSettings, {"config": name, **flags})
-    per_epoch = 40
+    per_epoch = 80
     thaw = settings.freeze_epochs * per_epoch
     warmup = round(settings.warmup_epochs * per_epoch)
     schedule = create_schedule(
