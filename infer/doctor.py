@@ -152,17 +152,18 @@ def examine(check: Check) -> Finding:
         return Finding(f"{error}; {fix.format(packages=packages)}")
 
 
-def attempt(trial: str, *arguments: str, seconds: float = TRIAL_SECONDS) -> Any:
+def attempt(trial: str, *arguments: str, seconds: float | None = None) -> Any:
     """Run a function of `infer.trials` in a process of its own and return its result.
 
     Args:
         trial: name of the function.
         arguments: for the function.
-        seconds: time after which it counts as hanging.
+        seconds: time after which it counts as hanging; TRIAL_SECONDS if None.
 
     Raises:
         TrialError: it crashed, hung or raised.
     """
+    seconds = seconds or TRIAL_SECONDS
     try:
         ended = subprocess.run(
             [sys.executable, "-c", TRIAL, trial, *arguments],

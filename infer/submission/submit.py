@@ -354,5 +354,6 @@ class Run:
             )
         bad = int(self._bad_rows(written).sum())
         if bad:
-            print(f"{bad:,} rows without a readable image are scored without images")
+            total = len(self.test.metadata)
+            warn(f"{bad:,} of {total:,} rows have no readable image and are scored without images")
         print(f"submission: {self.settings.output} ({len(self.test.metadata):,} rows, {written})")
