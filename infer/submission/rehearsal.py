@@ -86,6 +86,7 @@ def rehearse(bundle: Path, settings: BundleSettings) -> Rehearsal:
         UserError: a submission fails, loses a network or an image, or has other rows than asked for.
     """
     print("testing the bundle", flush=True)
+    bundle = bundle.absolute()  # the process has another working directory
     with tempfile.TemporaryDirectory() as name, read_only(bundle):
         root = Path(name)
         datasets = _datasets(root, settings.data)

@@ -22,12 +22,13 @@ from tests.support.commands import Cli
 
 @pytest.mark.slow
 def test_a_bundle_submits_before_it_gets_its_name(
-    project: Project, tmp_path: Path, cli: Cli
+    project: Project, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("--ensemble", project.ensembles / "final", "--runs", project.runs)
     made = tmp_path / "bundle"
+    monkeypatch.chdir(tmp_path)
     ended = cli(
-        *("infer", "bundle", *flags, "--out", made, "--packages", "false"),
+        *("infer", "bundle", *flags, "--out", made.name, "--packages", "false"),
         *("--data", project.data),
     )
     assert ended.code == 0, ended.err
