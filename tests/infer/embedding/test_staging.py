@@ -107,7 +107,7 @@ def test_a_killed_run_is_resumed(
     bucket: Bucket, url: str, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "SHARD_ROWS", 20)
-    slow = with_bad_image(make_fake_run(tmp_path / "slow", 120, images_per_second=60))
+    slow = with_bad_image(make_fake_run(tmp_path / "slow", 120, images_per_second=30))
     process = subprocess.Popen(
         slow.command(url, *FLAGS),
         cwd=ROOT,
@@ -115,7 +115,7 @@ def test_a_killed_run_is_resumed(
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while sum("part-" in key for key in bucket.written(f"{tmp_path.name}/null")) < 3:
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -124,7 +124,7 @@ def test_a_killed_run_is_resumed(
     process.wait()
     before = bucket.written(f"{tmp_path.name}/null")
     assert not any(key.endswith("run.json") for key in before)
-    assert 3 <= sum("part-" in key for key in before) < 7
+    assert 3 <= sum("part-" in key for key in before) < 6
     time.sleep(1.1)  # the server counts seconds
     resumed = slow.run(url, *FLAGS)
     assert resumed.returncode == 0, resumed.stderr
