@@ -21,7 +21,7 @@ from benchmarks.timing import batches
 from infer.embedding.store import RUN_FILE, shard_path, write_shard
 from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.images.features import fit_images
-from infer.ensemble.settings import NUM_FOLDS, EmbeddingSources
+from infer.ensemble.settings import NUM_FOLDS
 from isic import schema
 from isic.folds import Folds, draw_folds
 from isic.layout import FOLDS_FILE, TRAINED_ON_FILE, fold_dir
@@ -109,7 +109,7 @@ def _measure(words: str, table: Path, roots: Sequence[Path]) -> Row:
     spec = FeatureSpec.parse(words)
     started = time.perf_counter()
     cpu_started = time.process_time()
-    _, images = fit_images(spec.forms, EmbeddingSources(tuple(roots)), metadata)
+    _, images = fit_images(spec.forms, roots, (), metadata)
     features = spec.frame(metadata, images.tables())
     return {
         "columns": features.width - 1,  # without isic_id

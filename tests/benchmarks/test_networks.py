@@ -7,7 +7,6 @@ import pytest
 from benchmarks.networks import summarise_costs, write_networks
 from benchmarks.tabular import write_synthetic_table
 from infer.ensemble.images.features import fit_images
-from infer.ensemble.settings import EmbeddingSources
 from isic.metadata import read_metadata
 from tests.support.commands import Cli, split_flags
 
@@ -27,8 +26,7 @@ def test_every_feature_set_has_its_columns_and_costs(tmp_path: Path, cli: Cli) -
 def test_random_embeddings_are_read_as_features(tmp_path: Path) -> None:
     table = write_synthetic_table(tmp_path, 400)
     roots = write_networks(tmp_path, table, 2, 5)
-    sources = EmbeddingSources(tuple(roots))
-    _, images = fit_images(("image", "aligned"), sources, read_metadata(table))
+    _, images = fit_images(("image", "aligned"), roots, (), read_metadata(table))
     scores, *aligned = images.tables()
     assert scores.width == 4
     assert [part.width for part in aligned] == [5, 5]

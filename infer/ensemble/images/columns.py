@@ -311,8 +311,11 @@ def _find_features(
         UserError: an embedding is missing, or there are several per image.
     """
     rows = scan_embeddings(root, split, ["features"], fold)
+    ids = wanted.lazy().select(schema.ID)
     with reading(str(root)):
-        found = wanted.lazy().join(rows, on=schema.ID, how="inner", maintain_order="left").collect()
+        # Shard by shard, so that a fold's features are never in memory as a whole.
+        features = rows.join(ids, on=schema.ID, how="semi").collect(engine="streaming")
+    found = wanted.join(features, on=schema.ID, how="inner", maintain_order="left")
     if found[schema.ID].is_duplicated().any():
         raise UserError(
             f"{root}: an image has more than one {split} embedding of fold {fold}; embed again"
