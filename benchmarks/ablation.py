@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.record import Row, append_rows, print_row
+from benchmarks.record import Row, print_and_append
 from benchmarks.settings import AblationSettings
 from infer.ensemble.artifact import Ensemble, open_ensemble
 from infer.ensemble.fit import fit_ensemble
@@ -31,12 +31,9 @@ IMAGE_SETS = ("image", "raw+image", "multimodal", "engineered+aligned", "multimo
 def ablation(settings: AblationSettings) -> None:
     """Run `benchmarks ablation`, which its settings describe."""
     sets = settings.features or (*TABULAR_SETS, *(IMAGE_SETS if settings.embeddings else ()))
-    rows: list[Row] = []
     for libraries in settings.libraries:
         for row in _compare_sets(settings, sets, libraries):
-            print_row(row)
-            rows.append(row)
-    print(f"appended to {append_rows('ablation', rows, settings.results)}")
+            print_and_append("ablation", [row], settings.results)
 
 
 def _compare_sets(

@@ -306,6 +306,48 @@ class TabularSettings(Settings):
     results: Path | None = Field(None, description=RESULTS_HELP)
 
 
+class NetworksSettings(Settings):
+    """Measure the features of several networks, of random embeddings: CPU seconds and memory."""
+
+    features: Several[str] = Field(
+        ("engineered", "multimodal", "multimodal+aligned"),
+        description="feature sets, separated by commas, groups joined by +",
+    )
+    rows: int = Field(401_059, ge=100, description="rows of the synthetic table")
+    networks: int = Field(3, ge=1, description="number of networks")
+    width: int = Field(192, ge=1, description="features of each network")
+    repeats: int = Field(3, ge=1, description="repeats, of which the median counts")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class ComparisonsSettings(Settings):
+    """Compare fitted ensembles with one, by seeds and patients, as `infer compare` does."""
+
+    data: Path = Field(description="dataset folder that the ensembles were fitted on")
+    label: str = Field(description="name of the data in the table")
+    first: Path = Field(description="the ensemble's folder that the others are compared with")
+    second: Several[Path] = Field(
+        min_length=1, description="folders of the others, separated by commas"
+    )
+    draws: int = Field(1000, ge=100, description="bootstrap resamples of the patients")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
+class SubmissionsSettings(Settings):
+    """Score submissions on a test split with known labels, each compared with the first one."""
+
+    data: Path = Field(description="dataset folder with the test table")
+    label: str = Field(description="name of the data in the table")
+    submissions: Several[Path] = Field(
+        min_length=1, description="submissions of `infer predict`, separated by commas"
+    )
+    truth: Path | None = Field(
+        None, description="CSV of isic_id and target; test-truth.csv in the dataset if not given"
+    )
+    draws: int = Field(1000, ge=100, description="bootstrap resamples of the patients")
+    results: Path | None = Field(None, description=RESULTS_HELP)
+
+
 class AccuracySettings(Settings):
     """Append out-of-fold scores, pooled and by fold. Fits nothing but the colour baseline."""
 

@@ -24,13 +24,7 @@ from infer.ensemble.features.own_tables import (
 )
 from infer.ensemble.features.spec import IMAGE_WORDS, FeatureSpec
 from infer.ensemble.images.columns import ALIGNED
-from infer.ensemble.images.features import (
-    ImageRows,
-    ImageState,
-    fit_image_state,
-    read_image_rows,
-    read_plans,
-)
+from infer.ensemble.images.features import ImageRows, ImageState, fit_images
 from infer.ensemble.settings import NUM_FOLDS, FitSettings
 from isic import schema
 from isic.dataset import Dataset
@@ -53,6 +47,7 @@ class FitRows:
     fold: pl.Series
     """[N]."""
     image: ImageState
+    images: ImageRows
     names: tuple[str, ...]
     """The columns of the boosters' matrix; none if the networks' scores are the only features."""
 
@@ -75,12 +70,6 @@ class FitRows:
     @property
     def weights(self) -> dict[str, float]:
         return self.settings.library_weights if self.names else {"image": 1.0}
-
-    @cached_property
-    def images(self) -> ImageRows:
-        settings = self.settings
-        plans = read_plans(settings.embeddings) if self.image.networks else None
-        return read_image_rows(self.image, settings.sources, "train", self.metadata, plans)
 
     @cached_property
     def table(self) -> TrainingTable:
@@ -118,11 +107,11 @@ def read_rows(settings: FitSettings) -> FitRows:
     folds = choose_folds(settings, metadata)
     fold = folds.of(metadata)
     refuse_other_folds(own_tables.values(), metadata, fold.to_numpy(), folds)
-    image = fit_image_state(spec.forms, settings.embeddings, settings.frozen, metadata)
+    image, images = fit_images(spec.forms, settings.embeddings, settings.frozen, metadata)
     names = spec.names(image)
     for library in settings.libraries if names else ():
         check_library(library, settings.parameters(library), names)
-    rows = FitRows(settings, spec, own_tables, metadata, folds, fold, image, names)
+    rows = FitRows(settings, spec, own_tables, metadata, folds, fold, image, images, names)
     _refuse_contrary_settings(rows)
     return rows
 

@@ -45,6 +45,9 @@ __all__ = [
 _LOF = Feature(outlier.NAME, pl.col(outlier.NAME), "patient_lof", outlier.SOURCE)
 
 
+SORTED_COLUMNS = 32
+"""Columns that are brought into the rows' order together, to bound the memory of copies."""
+
 FEATURES = {f.name: f for f in (*ROW_FEATURES, *RELATIVE_FEATURES, _LOF, *EXTENDED_FEATURES)}
 """Every tabular feature by name, in the column order of a feature table."""
 
@@ -143,8 +146,13 @@ def compute(metadata: pl.DataFrame, names: Iterable[str]) -> pl.DataFrame:
     if outlier.NAME in names:
         table = table.with_columns(_lof(rows))
     del rows
-    table = table.select("_row", schema.ID, *(_typed(name) for name in names))
-    return table.sort("_row").drop("_row")
+    order = table["_row"].arg_sort()
+    parts = [table.select(schema.ID)[order]]
+    for start in range(0, len(names), SORTED_COLUMNS):
+        part = names[start : start + SORTED_COLUMNS]
+        parts.append(table.select(_typed(name) for name in part)[order])
+        table = table.drop(part)
+    return pl.concat(parts, how="horizontal")
 
 
 def in_canonical_order(metadata: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:

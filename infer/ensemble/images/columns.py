@@ -37,6 +37,8 @@ from isic.tables import read_parquet, reading, write_parquet
 ALIGNED = "aligned"
 FROZEN = "frozen"
 
+FIRST = 0
+"""The fold onto whose embeddings the others are rotated."""
 # Many times the number of features of any backbone here.
 MAX_ANCHORS = 20_000
 """Images that maps are fitted on."""
@@ -59,7 +61,8 @@ class AffineMap:
         """Map [N, D] to [N, C]."""
         # In float64: BLAS sums in an order that depends on the number of rows, and the difference
         # disappears when the result is rounded to float32.
-        mapped = features.astype(np.float64) @ self.matrix + self.offset
+        mapped = features.astype(np.float64) @ self.matrix
+        mapped += self.offset
         return mapped.astype(np.float32)
 
 
@@ -77,16 +80,45 @@ def procrustes(own: FeatureMatrix, target: FeatureMatrix) -> NDArray[np.float64]
     return np.asarray(left @ right)
 
 
-def fit_affine_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> AffineMaps:
+def fit_aligned(
+    root: Path, network: str, metadata: pl.DataFrame, folds: Folds
+) -> tuple[AffineMaps, pl.DataFrame]:
     """Fit the map of each fold's embeddings onto those of the first fold. Uses no labels.
 
     Args:
         root: an embedding run with every training image embedded by every fold model.
+        network: its name, for the columns.
+
+    Returns:
+        The maps, and the columns of the training rows: those of the model that held the row out,
+        Float32 in the order of `metadata`, null for an unreadable image.
 
     Raises:
         UserError: the run lacks embeddings, there are fewer than three folds, or the models share
             fewer images than there are features.
     """
+    width = _width_if_complete(root, folds)
+    rows = _with_anchors(metadata, folds.of(metadata))
+    columns = _MeanColumns(len(rows), column_names(ALIGNED, network, width))
+    maps: dict[Fold, AffineMap] = {}
+    for k in range(folds.num_folds):
+        # Read once for both purposes, since reading takes most of the time.
+        wanted = rows.filter(pl.col("is_anchor") | (pl.col("held_out_by") == k))
+        found = _find_features(root, "train", k, wanted)
+        anchors = found.filter("is_anchor")
+        # The bytes of a decomposition depend on the number of BLAS threads.
+        with threadpool_limits(1, "blas"):
+            if k == FIRST:
+                first_anchors = anchors
+                maps[k] = _fit_shift(anchors, root)
+            else:
+                maps[k] = _fit_map(k, anchors, maps[FIRST], first_anchors, root)
+        columns.add(found.filter(held_out_by=k), root, maps[k])
+    return maps, columns.table()
+
+
+def _width_if_complete(root: Path, folds: Folds) -> int:
+    """Return the number of features. Raise UserError if the run cannot be aligned."""
     run = read_run(root, "train")
     if run.get("folds_mode") != "all":
         raise UserError(
@@ -97,25 +129,34 @@ def fit_affine_maps(root: Path, metadata: pl.DataFrame, folds: Folds) -> AffineM
         raise UserError(
             f"{ALIGNED} needs at least 3 folds, so that two fold models share training images"
         )
-    held_out_by = folds.of(metadata).alias("held_out_by")
-    ids = metadata.select(schema.ID).with_columns(held_out_by).sort(schema.ID)
-    anchors = ids.gather_every(ceil_div(len(ids), MAX_ANCHORS))
-    first, *others = range(folds.num_folds)
-    by_first = _find_features(root, "train", first, anchors)
-    # The bytes of a decomposition depend on the number of BLAS threads.
-    with threadpool_limits(1, "blas"):
-        trained_on = by_first.filter(pl.col("held_out_by") != first)
-        center = _to_matrix(trained_on, root).astype(np.float64).mean(axis=0)
-        maps: dict[Fold, AffineMap] = {first: AffineMap(np.eye(len(center)), -center)}
-        for k in others:
-            # Only images that both models were trained on. Of an image that one model held out,
-            # the other has learned the label, and a rotation of hundreds of columns could carry
-            # the label over.
-            shared = by_first.filter(~pl.col("held_out_by").is_in([first, k]))
-            own = _find_features(root, "train", k, shared.select(schema.ID))
-            target = maps[first].apply(_to_matrix(shared, root))
-            maps[k] = _fit_rotation(_to_matrix(own, root).astype(np.float64), target, root)
-    return maps
+    return int(run["num_features"])
+
+
+def _with_anchors(metadata: pl.DataFrame, fold: pl.Series) -> pl.DataFrame:
+    """Return `_row`, `isic_id`, `held_out_by` and `is_anchor` of each row, sorted by id."""
+    ids = metadata.select(schema.ID, fold.alias("held_out_by")).with_row_index("_row")
+    is_anchor = pl.int_range(pl.len()) % ceil_div(len(ids), MAX_ANCHORS) == 0
+    return ids.sort(schema.ID).with_columns(is_anchor=is_anchor)
+
+
+def _fit_shift(anchors: pl.DataFrame, root: Path) -> AffineMap:
+    """Return the map of the first fold: its space, with the mean of its training images at 0."""
+    trained_on = anchors.filter(pl.col("held_out_by") != FIRST)
+    center = _to_matrix(trained_on["features"], root).astype(np.float64).mean(axis=0)
+    return AffineMap(np.eye(len(center)), -center)
+
+
+def _fit_map(
+    k: int, anchors: pl.DataFrame, first_map: AffineMap, first_anchors: pl.DataFrame, root: Path
+) -> AffineMap:
+    """Fit the map of fold k, from anchors embedded by its model and by that of the first fold."""
+    # Only images that both models were trained on. Of an image that one model held out, the other
+    # has learned the label, and a rotation of hundreds of columns could carry the label over.
+    own = anchors.select(schema.ID, own="features")
+    both = first_anchors.join(own, on=schema.ID, how="inner", maintain_order="left")
+    shared = both.filter(~pl.col("held_out_by").is_in([FIRST, k]))
+    target = first_map.apply(_to_matrix(shared["features"], root))
+    return _fit_rotation(_to_matrix(shared["own"], root).astype(np.float64), target, root)
 
 
 def _fit_rotation(own: FeatureMatrix, target: FeatureMatrix, root: Path) -> AffineMap:
@@ -134,44 +175,49 @@ def _fit_rotation(own: FeatureMatrix, target: FeatureMatrix, root: Path) -> Affi
     return AffineMap(rotation, target_center - center @ rotation)
 
 
+class _MeanColumns:
+    """Embeddings of some rows as columns, the mean over the models that each row has."""
+
+    def __init__(self, num_rows: int, names: Sequence[str]) -> None:
+        self.names = list(names)
+        # By columns, so that the table takes the array over without a copy: at full size it has
+        # hundreds of megabytes.
+        self.total = np.zeros((num_rows, len(names)), np.float32, order="F")
+        self.num_models = np.zeros(num_rows, np.int64)
+
+    def add(self, found: pl.DataFrame, root: Embeddings, affine_map: AffineMap) -> None:
+        """Add a model's embeddings: the `_row` and `features` that were found in `root`."""
+        features = _to_matrix(found["features"], root, width=len(affine_map.matrix))
+        rows = found["_row"].to_numpy()
+        for start in range(0, len(rows), MAX_MAPPED_ROWS):
+            part = slice(start, start + MAX_MAPPED_ROWS)
+            self.total[rows[part]] += affine_map.apply(features[part])
+        self.num_models[rows] += 1
+
+    def table(self) -> pl.DataFrame:
+        """Return Float32 columns; a row without a model is null. Nothing can be added then."""
+        self.total /= np.maximum(self.num_models, 1).astype(np.float32)[:, None]
+        table = pl.DataFrame(self.total, self.names)
+        if self.num_models.all():
+            return table
+        return table.with_columns(pl.when(pl.Series(self.num_models > 0)).then(pl.all()))
+
+
 def mapped_columns(
-    root: Embeddings,
-    split: Split,
-    names: Sequence[str],
-    metadata: pl.DataFrame,
-    maps: AffineMaps,
-    fold: pl.Series | None,
+    root: Embeddings, split: Split, names: Sequence[str], metadata: pl.DataFrame, maps: AffineMaps
 ) -> pl.DataFrame:
-    """Return mapped embeddings as Float32 columns, in the order of `metadata`.
+    """Return the mean over models of mapped embeddings, as Float32 columns named `names`.
 
-    A row without a readable image is null.
-
-    Args:
-        names: of the columns.
-        fold: [N] the fold whose model embeds each row; None for the mean over all models.
+    The rows are in the order of `metadata`; one without a readable image is null.
 
     Raises:
         UserError: embeddings are missing, not finite, or of another width.
     """
     ids = metadata.select(schema.ID).with_row_index("_row")
-    # By columns, so that the table takes the array over without a copy: at full size it has
-    # hundreds of megabytes.
-    total = np.zeros((len(ids), len(names)), np.float32, order="F")
-    num_models = np.zeros(len(ids), np.int64)
+    columns = _MeanColumns(len(ids), names)
     for k, affine_map in maps.items():
-        wanted = ids if fold is None else ids.filter(fold == k)
-        found = _find_features(root, split, k, wanted)
-        features = _to_matrix(found, root, width=len(affine_map.matrix))
-        rows = found["_row"].to_numpy()
-        for start in range(0, len(rows), MAX_MAPPED_ROWS):
-            part = slice(start, start + MAX_MAPPED_ROWS)
-            total[rows[part]] += affine_map.apply(features[part])
-        num_models[rows] += 1
-    total /= np.maximum(num_models, 1).astype(np.float32)[:, None]
-    table = pl.DataFrame(total, list(names))
-    if not num_models.all():
-        table = table.with_columns(pl.when(pl.Series(num_models > 0)).then(pl.all()))
-    return table
+        columns.add(_find_features(root, split, k, ids), root, affine_map)
+    return columns.table()
 
 
 @dataclass(frozen=True)
@@ -234,7 +280,7 @@ def frozen_columns(
     # Frozen embeddings of train and test come from one model, so they need no map.
     identity = AffineMap(np.eye(model.width), np.zeros(model.width))
     names = column_names(FROZEN, network, model.width)
-    return mapped_columns(root, split, names, metadata, {model.fold: identity}, None)
+    return mapped_columns(root, split, names, metadata, {model.fold: identity})
 
 
 def write_affine_maps(path: Path, maps: AffineMaps) -> None:
@@ -265,8 +311,11 @@ def _find_features(
         UserError: an embedding is missing, or there are several per image.
     """
     rows = scan_embeddings(root, split, ["features"], fold)
+    ids = wanted.lazy().select(schema.ID)
     with reading(str(root)):
-        found = wanted.lazy().join(rows, on=schema.ID, how="inner", maintain_order="left").collect()
+        # Shard by shard, so that a fold's features are never in memory as a whole.
+        features = rows.join(ids, on=schema.ID, how="semi").collect(engine="streaming")
+    found = wanted.join(features, on=schema.ID, how="inner", maintain_order="left")
     if found[schema.ID].is_duplicated().any():
         raise UserError(
             f"{root}: an image has more than one {split} embedding of fold {fold}; embed again"
@@ -277,9 +326,9 @@ def _find_features(
     return found
 
 
-def _to_matrix(found: pl.DataFrame, root: Embeddings, width: int | None = None) -> FeatureMatrix:
-    """Return [N, D] `features`. Raise UserError if D is not `width`, or a value not finite."""
-    features = found["features"].to_numpy()
+def _to_matrix(found: pl.Series, root: Embeddings, width: int | None = None) -> FeatureMatrix:
+    """Return [N, D] features. Raise UserError if D is not `width`, or a value not finite."""
+    features = found.to_numpy()
     if width is not None and features.shape[1] != width:
         raise UserError(
             f"{root} holds embeddings of {features.shape[1]} features, not {width}; "

@@ -17,7 +17,7 @@ from infer.ensemble.images.columns import (
     FrozenModel,
     column_names,
     find_frozen_model,
-    fit_affine_maps,
+    fit_aligned,
     frozen_columns,
     mapped_columns,
     read_affine_maps,
@@ -35,7 +35,7 @@ from infer.ensemble.images.relative_scores import (
 from infer.ensemble.images.scores import LogitScaler
 from infer.ensemble.settings import EmbeddingSources
 from isic.dataset import Split
-from isic.folds import Folds, read_folds
+from isic.folds import read_folds
 from isic.layout import FOLDS_FILE, fold_number
 from isic.runtime.errors import UserError
 
@@ -168,16 +168,26 @@ def maps_file(network: str) -> str:
     return f"maps_{ALIGNED}_{network}.parquet"
 
 
-def fit_image_state(
+@dataclass(frozen=True)
+class NetworkRows:
+    """The features of some rows by one network."""
+
+    score: pl.Series | None = None
+    """[N] Float64, null for an unreadable image."""
+    columns: pl.DataFrame | None = None
+    """Its embeddings."""
+
+
+def fit_images(
     forms: Sequence[str],
     embeddings: Sequence[Path],
     frozen: Sequence[Path],
     metadata: pl.DataFrame,
-) -> ImageState:
-    """Fit the image features to a training table's embeddings.
+) -> tuple[ImageState, "ImageRows"]:
+    """Fit the image features to a training table's embeddings, and read those of the rows.
 
     Each network has the fold plan beside its embeddings. Plans may differ, because whether a score
-    is out of fold is checked by rows.
+    is out of fold is checked by rows. Each row is read from the model that held it out.
 
     Args:
         forms: of FORMS.
@@ -190,28 +200,36 @@ def fit_image_state(
     """
     networks = {}
     frozen_models = {}
+    rows: dict[str, NetworkRows] = {}
+    frozen_rows: dict[str, NetworkRows] = {}
     if any(form in EMBEDDED_FORMS for form in forms):
         for name, root in by_network(_required(embeddings, "embeddings"), "train").items():
-            networks[name] = _fit_network(root, forms, metadata)
+            networks[name], rows[name] = _fit_network(root, name, forms, metadata)
     if any(form in FROZEN_FORMS for form in forms):
         for name, root in by_network(_required(frozen, "frozen"), "train").items():
-            frozen_models[name] = _fit_frozen(root, forms, metadata)
-    return ImageState(tuple(form for form in FORMS if form in forms), networks, frozen_models)
+            model = _fit_frozen(root, forms, metadata)
+            frozen_rows[name] = _read_frozen(root, "train", name, model, forms, metadata)
+            frozen_models[name] = model
+    state = ImageState(tuple(form for form in FORMS if form in forms), networks, frozen_models)
+    return state, _image_rows(state, rows, frozen_rows, metadata)
 
 
-def _fit_network(root: Path, forms: Sequence[str], metadata: pl.DataFrame) -> Network:
+def _fit_network(
+    root: Path, name: str, forms: Sequence[str], metadata: pl.DataFrame
+) -> tuple[Network, NetworkRows]:
     refuse_without_head(root, read_run(root, "train"))
     folds = read_folds(root / FOLDS_FILE)
     image_scores.read_origin(root, "train", folds.digest)
     # Before anything is fitted: a leak would make every out-of-fold score too good.
     image_scores.refuse_leaks(root, metadata, folds)
-    scaler = maps = None
+    scaler = score = maps = columns = None
     if any(form in SCORE_FORMS for form in forms):
         logits = image_scores.oof_logits(root, metadata, folds)
         scaler = image_scores.fit_logit_scaler(logits)
+        score = image_scores.mean_scores(logits, scaler, metadata)
     if ALIGNED in forms:
-        maps = fit_affine_maps(root, metadata, folds)
-    return Network(folds.digest, scaler, maps)
+        maps, columns = fit_aligned(root, name, metadata, folds)
+    return Network(folds.digest, scaler, maps), NetworkRows(score, columns)
 
 
 def _fit_frozen(root: Path, forms: Sequence[str], metadata: pl.DataFrame) -> FrozenModel:
@@ -267,58 +285,75 @@ class ImageRows:
 
 
 def read_image_rows(
-    state: ImageState,
-    sources: EmbeddingSources,
-    split: Split,
-    metadata: pl.DataFrame,
-    plans: Mapping[str, Folds] | None = None,
+    state: ImageState, sources: EmbeddingSources, split: Split, metadata: pl.DataFrame
 ) -> ImageRows:
-    """Read the image features of some rows, in the order of `metadata`.
-
-    Args:
-        plans: the fold plan of each network, to read a row from the model that held it out; None
-            for the mean over all models.
+    """Read the image features of new rows, in the order of `metadata`: means over all models.
 
     Raises:
         UserError: embeddings are not given, missing, of another fold plan or frozen model.
     """
     roots = state.roots(sources, split)
-    scores: dict[str, dict[str, pl.Series]] = {SCORE: {}, FROZEN_SCORE: {}}
-    tables = []
-    for name, network in state.networks.items():
-        root = roots["embeddings"][name]
-        image_scores.read_origin(root, split, network.folds_digest)
-        folds = plans[name] if plans else None
-        if network.scaler:
-            logits = _read_logits(root, split, metadata, network.scaler, folds)
-            scores[SCORE][name] = image_scores.mean_scores(logits, network.scaler, metadata)
-        if network.maps:
-            fold = folds.of(metadata) if folds else None
-            names = column_names(ALIGNED, name, len(network.maps[0].offset))
-            tables.append(mapped_columns(root, split, names, metadata, network.maps, fold))
-    for name, model in state.frozen.items():
-        root = roots["frozen"][name]
-        refuse_other_frozen_model(root, split, model)
-        if model.scaler:
-            logits = _read_logits(root, split, metadata, model.scaler, None)
-            scores[FROZEN_SCORE][name] = image_scores.mean_scores(logits, model.scaler, metadata)
-        if FROZEN in state.forms:
-            tables.append(frozen_columns(root, split, name, metadata, model))
+    rows = {
+        name: _read_network(roots["embeddings"][name], split, name, network, metadata)
+        for name, network in state.networks.items()
+    }
+    frozen = {
+        name: _read_frozen(roots["frozen"][name], split, name, model, state.forms, metadata)
+        for name, model in state.frozen.items()
+    }
+    return _image_rows(state, rows, frozen, metadata)
+
+
+def _read_network(
+    root: Embeddings, split: Split, name: str, network: Network, metadata: pl.DataFrame
+) -> NetworkRows:
+    image_scores.read_origin(root, split, network.folds_digest)
+    score = columns = None
+    if network.scaler:
+        score = _mean_score(root, split, network.scaler, metadata)
+    if network.maps:
+        names = column_names(ALIGNED, name, len(network.maps[0].offset))
+        columns = mapped_columns(root, split, names, metadata, network.maps)
+    return NetworkRows(score, columns)
+
+
+def _read_frozen(
+    root: Embeddings,
+    split: Split,
+    name: str,
+    model: FrozenModel,
+    forms: Sequence[str],
+    metadata: pl.DataFrame,
+) -> NetworkRows:
+    refuse_other_frozen_model(root, split, model)
+    score = columns = None
+    if model.scaler:
+        score = _mean_score(root, split, model.scaler, metadata)
+    if FROZEN in forms:
+        columns = frozen_columns(root, split, name, metadata, model)
+    return NetworkRows(score, columns)
+
+
+def _mean_score(
+    root: Embeddings, split: Split, scaler: LogitScaler, metadata: pl.DataFrame
+) -> pl.Series:
+    logits = image_scores.scoring_logits(root, split, metadata, list(scaler.folds))
+    return image_scores.mean_scores(logits, scaler, metadata)
+
+
+def _image_rows(
+    state: ImageState,
+    rows: Mapping[str, NetworkRows],
+    frozen: Mapping[str, NetworkRows],
+    metadata: pl.DataFrame,
+) -> ImageRows:
+    scores = {
+        score: {name: part.score for name, part in parts.items() if part.score is not None}
+        for score, parts in ((SCORE, rows), (FROZEN_SCORE, frozen))
+    }
+    parts = (*rows.values(), *frozen.values())
+    tables = [part.columns for part in parts if part.columns is not None]
     return ImageRows(_compare_scores(state, scores, metadata), tables)
-
-
-def _read_logits(
-    root: Embeddings, split: Split, metadata: pl.DataFrame, scaler: LogitScaler, folds: Folds | None
-) -> pl.DataFrame:
-    if folds:
-        return image_scores.oof_logits(root, metadata, folds)
-    return image_scores.scoring_logits(root, split, metadata, list(scaler.folds))
-
-
-def read_plans(embeddings: Sequence[Path]) -> dict[str, Folds]:
-    """Return the fold plan beside the training embeddings of each network."""
-    roots = by_network(embeddings, "train")
-    return {name: read_folds(root / FOLDS_FILE) for name, root in roots.items()}
 
 
 def _compare_scores(

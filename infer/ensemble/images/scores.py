@@ -103,22 +103,23 @@ def scoring_logits(
 
 def _join_logits(wanted: pl.DataFrame, root: Embeddings, split: Split) -> pl.DataFrame:
     """Add the logits to `isic_id` and `fold`. Raise UserError if readable images lack one."""
-    logits = _read_logits(root, split)
+    logits = _read_logits(root, split, wanted)
     table = wanted.join(logits, on=[schema.ID, "fold"], how="left", maintain_order="left")
     missing = table.filter(pl.col("logit").is_null())
     refuse_missing_embeddings(missing, table[schema.ID].n_unique(), root, split)
     return table
 
 
-def _read_logits(root: Embeddings, split: Split) -> pl.DataFrame:
-    """Read `isic_id`, `fold` and `logit` Float64 of all embeddings of a split.
+def _read_logits(root: Embeddings, split: Split, wanted: pl.DataFrame) -> pl.DataFrame:
+    """Read `isic_id`, `fold` and `logit` Float64 of the embeddings of `isic_id` and `fold`.
 
     Raises:
         UserError: a logit is not finite, or there are several per image and fold.
     """
     stored = scan_embeddings(root, split, ["logit"]).with_columns(pl.col("logit").cast(pl.Float64))
     with reading(str(root)):
-        logits = stored.collect()
+        # Before the checks: a run may hold every image by every fold's model.
+        logits = stored.join(wanted.lazy(), on=[schema.ID, "fold"], how="semi").collect()
     not_finite = logits.filter(~pl.col("logit").is_finite().fill_null(False))
     if len(not_finite):
         raise UserError(

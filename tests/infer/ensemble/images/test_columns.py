@@ -16,7 +16,7 @@ from infer.ensemble.images.columns import (
     AffineMap,
     AffineMaps,
     column_names,
-    fit_affine_maps,
+    fit_aligned,
     mapped_columns,
     procrustes,
     read_affine_maps,
@@ -134,29 +134,44 @@ def read_features(run: Path, split: Split, fold: int) -> np.ndarray:
     return pl.read_parquet(shard_path(run, split, fold, 0))["features"].to_numpy()
 
 
+def columns_of(run: Path, table: pl.DataFrame, fold: int, maps: AffineMaps) -> np.ndarray:
+    """Return the columns of some training rows by the model of one fold, [N, D]."""
+    names = column_names(ALIGNED, "tiny", len(maps[0].offset))
+    return mapped_columns(run, "train", names, table, {fold: maps[fold]}).to_numpy()
+
+
 def test_an_image_gets_the_same_columns_from_every_model(
     data: Path, run: Path, folds: Folds
 ) -> None:
     metadata = train_table(data)
-    maps = fit_affine_maps(run, metadata, folds)
-    by_fold = []
-    for k in range(NUM_FOLDS):
-        fold = pl.Series([k] * len(metadata))
-        by_fold.append(mapped_columns(run, "train", NAMES, metadata, maps, fold).to_numpy())
+    maps, _ = fit_aligned(run, "tiny", metadata, folds)
+    by_fold = [columns_of(run, metadata, k, maps) for k in maps]
     assert by_fold[0].shape == (len(metadata), WIDTH)
     assert by_fold[0].dtype == np.float32
     for other in by_fold[1:]:
         assert np.abs(other - by_fold[0]).mean() < 0.2 * by_fold[0].std()
 
 
+def test_a_training_row_has_the_columns_of_the_model_that_held_it_out(
+    data: Path, run: Path, folds: Folds
+) -> None:
+    metadata = train_table(data).reverse()
+    maps, columns = fit_aligned(run, "tiny", metadata, folds)
+    assert tuple(columns.columns) == NAMES
+    fold = folds.of(metadata)
+    for k in range(NUM_FOLDS):
+        expected = columns_of(run, metadata.filter(fold == k), k, maps)
+        np.testing.assert_array_equal(columns.filter(fold == k).to_numpy(), expected)
+
+
 def test_a_test_row_has_the_mean_over_the_models(
     data: Path, run: Path, folds: Folds, tmp_path: Path
 ) -> None:
-    maps = fit_affine_maps(run, train_table(data), folds)
+    maps, _ = fit_aligned(run, "tiny", train_table(data), folds)
     write_affine_maps(tmp_path / "maps.parquet", maps)
     again = read_affine_maps(tmp_path / "maps.parquet")
     test = Dataset(data).metadata("test")
-    found = mapped_columns(run, "test", NAMES, test, again, None)
+    found = mapped_columns(run, "test", NAMES, test, again)
     assert found.columns[:2] == ["aligned_000.tiny", "aligned_001.tiny"]
     mapped = [maps[k].apply(read_features(run, "test", k)) for k in maps]
     np.testing.assert_allclose(found.to_numpy(), np.mean(mapped, axis=0), rtol=1e-5, atol=1e-5)
@@ -225,14 +240,15 @@ def test_maps_do_not_carry_labels_over(data: Path, tmp_path: Path) -> None:
         run = write_fold_embeddings(
             tmp_path / f"run{seed}", tmp_path / f"data{seed}", folds, 0.0, REMEMBERED, width
         )
-        ours.append(remembered_auc(run, table, folds, fit_affine_maps(run, table, folds)))
+        maps, _ = fit_aligned(run, "tiny", table, folds)
+        ours.append(remembered_auc(run, table, folds, maps))
         leaky.append(remembered_auc(run, table, folds, fit_on_held_out(run, width)))
     assert abs(np.mean(ours) - 0.5) < 0.025
     assert np.mean(leaky) > np.mean(ours) + 0.02
 
 
 def fit_on_held_out(run: Path, width: int) -> AffineMaps:
-    """Fit rotations as `fit_affine_maps` must not: on all images."""
+    """Fit rotations as `fit_aligned` must not: on all images."""
     features = [read_features(run, "train", k) for k in range(NUM_FOLDS)]
     centred = [matrix - matrix.mean(axis=0) for matrix in features]
     return {
@@ -242,13 +258,12 @@ def fit_on_held_out(run: Path, width: int) -> AffineMaps:
 
 def remembered_auc(run: Path, table: pl.DataFrame, folds: Folds, maps: AffineMaps) -> float:
     """Return the AUC, within folds, of the direction in which the first model remembers."""
-    fold = folds.of(table)
-    names = column_names(ALIGNED, "tiny", len(maps[0].offset))
-    columns = mapped_columns(run, "train", names, table, maps, fold).to_numpy()
-    memory = columns @ spaces(columns.shape[1])[0][1]
-    target = table["target"].to_numpy()
-    rows = [fold.to_numpy() == k for k in range(1, NUM_FOLDS)]
-    return float(np.mean([roc_auc(target[of_fold], memory[of_fold]) for of_fold in rows]))
+    memory = spaces(len(maps[0].offset))[0][1]
+    found = []
+    for k in range(1, NUM_FOLDS):
+        held_out = table.filter(folds.of(table) == k)
+        found.append(roc_auc(held_out["target"], columns_of(run, held_out, k, maps) @ memory))
+    return float(np.mean(found))
 
 
 def test_embeddings_of_held_out_images_only_are_refused(
