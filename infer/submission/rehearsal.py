@@ -29,6 +29,7 @@ from isic.runtime.installed import this_python
 from isic.settings import SynthSettings
 from isic.synth.dataset import synthesize
 from isic.synth.write import write_images
+from isic.tables import read_table
 
 NUM_SYNTHETIC = 200
 NUM_OWN = 3
@@ -120,11 +121,7 @@ def _datasets(root: Path, data: Path | None) -> dict[str, Path]:
 def _copy_rows(dataset: Dataset, target: Path) -> None:
     """Write the first rows of a dataset's test split as a dataset of its own."""
     target.mkdir()
-    # As text, so that every field stays as it is.
-    path = dataset.metadata_path("test")
-    is_csv = path.suffix == ".csv"
-    table = pl.read_csv(path, infer_schema=False) if is_csv else pl.read_parquet(path)
-    table = table.sort(schema.ID).head(NUM_OWN)
+    table = read_table(dataset.metadata_path("test")).sort(schema.ID).head(NUM_OWN)
     ids = table[schema.ID].to_list()
     table.write_csv(target / "test-metadata.csv")
     contents = dataset.images("test").read(ids)
@@ -209,9 +206,9 @@ def _run(bundle: Path, data: Path, out: Path, uid: int | None, settings: BundleS
 
 def _check(data: Path, path: Path) -> int:
     """Return the number of rows of a submission. Raise UserError if it is not a right one."""
-    submission = pl.read_csv(path)
+    submission = read_table(path)
     wanted = Dataset(data).metadata("test")[schema.ID]
-    score = submission[schema.TARGET].to_numpy()
+    score = submission[schema.TARGET].cast(pl.Float64).to_numpy()
     is_right = set(submission[schema.ID]) == set(wanted) and len(submission) == len(wanted)
     if not is_right or not np.isfinite(score).all() or score.min() < 0 or score.max() > 1:
         raise UserError(

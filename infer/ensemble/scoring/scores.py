@@ -122,7 +122,7 @@ def _plan_lines(name: str, summary: dict[str, Any]) -> list[str]:
     std = summary["pauc_std_of_splits"]
     values = by_split.values()
     return [
-        f"{name}: pAUC {mean:.4f} ± {std:.4f} over {len(values)} fold more "
+        f"{name}: pAUC {mean:.4f} ± {std:.4f} over {len(values)} fold plans "
         f"({min(values):.4f} to {max(values):.4f})"
     ]
 
