@@ -385,7 +385,7 @@ TABLES = {
     ),
     "submissions": Table(
         "submissions",
-        ("data", "what"),
+        ("data", "what", "first"),
         {
             "data": "data",
             "what": "submission",
@@ -395,11 +395,12 @@ TABLES = {
             "pauc_low": "95 % of patient resamples: from",
             "pauc_high": "to",
             "auc": "AUC",
-            "difference": "above the first",
+            "first": "compared with",
+            "difference": "above it by",
             "low": "from",
             "high": "to",
             "verdict": "verdict",
-            "rank_correlation": "rank correlation with the first",
+            "rank_correlation": "rank correlation with it",
         },
     ),
     "scores": Table(

@@ -80,7 +80,7 @@ def compare_with_first(
 
     The intervals hold 95 % of the bootstrap samples of the patients.
     """
-    first = next(iter(scores.values()))
+    first_name, first = next(iter(scores.items()))
     found = {}
     for name, score in scores.items():
         draws = patient_draws(target, [first], [score], patient, num_draws)
@@ -92,6 +92,7 @@ def compare_with_first(
             "pauc_low": round(float(low), 4),
             "pauc_high": round(float(high), 4),
             "auc": round(roc_auc(target, score), 4),
+            "first": None if score is first else first_name,
             "difference": None if score is first else round(value - pauc(target, first), 4),
             **{key: compared[key] for key in ("low", "high", "verdict")},
             "rank_correlation": _correlation(first, score),

@@ -40,6 +40,7 @@ def test_submissions_are_compared_with_the_first(
     assert first["what"] == "good"
     assert first["pauc"] == 0.2
     assert first["difference"] is first["rank_correlation"] is None
+    assert second["first"] == "good"
     assert second["positives"] == labels["target"].sum()
     scores = labels.select(schema.ID).join(pl.read_csv(poor), on=schema.ID, maintain_order="left")
     assert second["pauc"] == round(pauc(labels["target"], scores["target"]), 4)
