@@ -28,9 +28,10 @@ demo: $(SETUP)
 	$(BIN)/python -m infer scores --output_dir $(OUT)/ensemble
 	@echo "submission: $(OUT)/submission.csv"
 
-# The tests that take long start programs of their own, so they run one after another.
+# A browser, a Ray cluster or a GPU serves one test at a time.
 test: quick
-	$(BIN)/python -m pytest -m "slow or browser or ray or gpu"
+	$(BIN)/python -m pytest -n auto -m "slow and not browser and not ray and not gpu"
+	$(BIN)/python -m pytest -m "browser or ray or gpu"
 
 # Without the tests that take long, start a browser or a Ray cluster, or need a GPU: under two minutes.
 quick: $(SETUP)

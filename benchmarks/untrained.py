@@ -43,12 +43,14 @@ class UntrainedModel:
     @property
     def manifest(self) -> dict[str, Any]:
         """The fields of a checkpoint's manifest that an engine needs."""
+        stride = self.model.mask_stride
         return {
             "name": self.settings.name,
             "fold": 0,
             "num_features": self.model.num_features,
             "preprocess": self.spec.model_dump(mode="json"),
             **manifest_of_targets(self.settings.aux),
+            **({"mask_stride": stride} if stride else {}),
         }
 
 

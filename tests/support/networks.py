@@ -75,4 +75,6 @@ def build_engine(model: Classifier, spec: ArtifactSpec, folder: Path) -> Engine:
     aux = {f"target_{number}": "column" for number in range(model.num_aux)}
     inputs = BuildInputs(model, preprocess_spec(settings), cache_dir=folder, aux=tuple(aux))
     facts = {**spec.facts, **build_artifact(spec, inputs, path), **({"aux": aux} if aux else {})}
+    if model.mask_stride:
+        facts["mask_stride"] = model.mask_stride
     return create(path, {**facts, "preprocess": {"size": size}}, "cpu")
