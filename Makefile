@@ -33,7 +33,7 @@ test: quick
 	$(BIN)/python -m pytest -n auto -m "slow and not browser and not ray and not gpu"
 	$(BIN)/python -m pytest -m "browser or ray or gpu"
 
-# Without the tests that take long, start a browser or a Ray cluster, or need a GPU: under two minutes.
+# Without the tests that take long, start a browser or a Ray cluster, or need a GPU: about five minutes on two cores.
 quick: $(SETUP)
 	$(BIN)/python -m pytest -n auto -m "not slow and not browser and not ray and not gpu"
 

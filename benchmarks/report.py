@@ -418,6 +418,8 @@ TABLES = {
         rows=(
             ("real crops", "scratch, images only"),
             ("real crops", "scratch_eight_views, ensemble"),
+            ("real crops, ImageNet weights", "efficientnet_lite0_eight_views, ensemble"),
+            ("real crops, ImageNet weights", "two_networks_eight_views, ensemble"),
             ("real tables", "numeric_wide_use, ensemble"),
             ("real tables", "raw, ensemble"),
             ("real tables", "engineered, ensemble"),
