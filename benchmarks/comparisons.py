@@ -1,4 +1,4 @@
-"""`python -m benchmarks comparisons`: fitted ensembles compared with one, as `infer compare` does."""
+"""`python -m benchmarks comparisons`: compare fitted ensembles, as `infer compare` does."""
 
 from pathlib import Path
 

@@ -18,10 +18,11 @@ from benchmarks.record import Row, print_and_append
 from benchmarks.settings import NetworksSettings
 from benchmarks.tabular import write_synthetic_table
 from benchmarks.timing import batches
+from infer.embedding.shards import SHARD_ROWS
 from infer.embedding.store import RUN_FILE, shard_path, write_shard
 from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.images.features import fit_images
-from infer.ensemble.settings import NUM_FOLDS
+from infer.ensemble.settings import NUM_FOLDS, SPLIT_SEED
 from isic import schema
 from isic.folds import Folds, draw_folds
 from isic.layout import FOLDS_FILE, TRAINED_ON_FILE, fold_dir
@@ -29,10 +30,6 @@ from isic.metadata import read_metadata
 from isic.provenance import seen_rows, write_seen
 from isic.runtime.files import write_json
 from isic.runtime.machine import peak_memory_mb
-
-SPLIT_SEED = 42
-SHARD_ROWS = 4096
-"""Rows per shard, as `infer embed` writes."""
 
 
 def networks(settings: NetworksSettings) -> None:

@@ -13,7 +13,7 @@ from benchmarks.settings import CHECKOUT, PackSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.runtime.errors import UserError
-from isic.runtime.files import new_folder, write_text
+from isic.runtime.files import megabytes, new_folder, write_text
 from isic.runtime.installed import install, pinned
 from isic.synth.write import write_images
 
@@ -22,7 +22,6 @@ NO_WHEELS = ("none",)
 SCRIPT = Path(__file__).with_name("run.sh")
 SITE = "site.tar.xz"
 """The installed packages, compressed; run.sh unpacks them."""
-MEGABYTE = 1e6
 
 
 def pack(settings: PackSettings) -> None:
@@ -46,7 +45,7 @@ def pack(settings: PackSettings) -> None:
 
 def check_size(folder: Path, limit_mb: float) -> float:
     """Return the megabytes of a folder. Raise UserError with its largest parts above a limit."""
-    sizes = {path.name: _megabytes(path) for path in folder.iterdir()}
+    sizes = {path.name: megabytes(path) for path in folder.iterdir()}
     total = sum(sizes.values())
     if total <= limit_mb:
         return total
@@ -56,11 +55,6 @@ def check_size(folder: Path, limit_mb: float) -> float:
         f"the folder has {total:.1f} MB ({parts}), over --limit_mb {limit_mb:g}; pack fewer "
         "--images or --wheels"
     )
-
-
-def _megabytes(path: Path) -> float:
-    files = [path, *path.rglob("*")]
-    return sum(file.stat().st_size for file in files if file.is_file()) / MEGABYTE
 
 
 def copy_code(target: Path) -> None:

@@ -186,7 +186,7 @@ class ExportSettings(PlanOptions):
     def _config_or_model(self) -> "ExportSettings":
         if self.config and self.model:
             raise ValueError(
-                "--config exports what was trained, and --model a backbone without training; "
+                "--config exports a trained run, and --model a backbone without training; "
                 "give one of them"
             )
         if not (self.config or self.model):

@@ -13,7 +13,7 @@
         backbone/              the backbone for timm
         model.onnx             an exported artifact
     fold_all/                  the network trained on every row: as a fold, without oof.parquet
-    fold_none/                 a backbone that the run has not trained: artifacts, trained_on.parquet
+    fold_none/                 a backbone that was not trained: artifacts, trained_on.parquet
 """
 
 import re

@@ -79,8 +79,8 @@ def local_file(pretrained: str, fold: Fold | None = None) -> Path | None:
     # A misspelt path; timm would look for it on the hub.
     if path.suffix in WEIGHT_SUFFIXES:
         raise UserError(
-            f"no weights at {shown(pretrained)}; give a file that exists, a hub name, or --pretrained "
-            "false"
+            f"no weights at {shown(pretrained)}; give a file that exists, a hub name, or "
+            "--pretrained false"
         )
     return None
 

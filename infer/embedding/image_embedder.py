@@ -95,7 +95,8 @@ def _open_models(path: Path, fold: Fold | None, settings: EmbedSettings) -> Mode
         )
     if fold is not None or settings.format != AUTO or settings.precision:
         raise UserError(
-            f"{path} is one artifact; leave out fold, format and precision, or give its run's folder"
+            f"{path} is one artifact; leave out fold, format and precision, or give the folder of "
+            "its run"
         )
     return open_artifact(path, settings.tta)
 
@@ -248,7 +249,8 @@ class ImageEmbedder:
         self._refuse_closed()
         if not self._running.acquire(blocking=False):
             raise UserError(
-                "this embedder is in use by another call; let that one end, or load another embedder"
+                "this embedder is in use by another call; let that one end, or load another "
+                "embedder"
             )
         try:
             yield

@@ -17,7 +17,7 @@ Float32s = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class FoldOutputs:
-    """What one fold's network computes of N images; NaN in the rows of images that failed."""
+    """The outputs of one fold's network for N images; NaN in the rows of images that failed."""
 
     features: Float32s
     """[N, D], the backbone's output before the head."""
@@ -104,7 +104,7 @@ def _join(parts: Sequence[FoldOutputs]) -> FoldOutputs:
 
 @dataclass(frozen=True, eq=False)
 class NamedOutputs:
-    """Outputs with the ids of their images: embeddings in memory, read by `infer.embedding.store`."""
+    """Outputs with the ids of their images: embeddings in memory, for `infer.embedding.store`."""
 
     ids: pl.Series
     """[N] String."""

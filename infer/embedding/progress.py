@@ -123,7 +123,7 @@ class Progress:
     @property
     def seconds_left(self) -> float:
         """Seconds that the rest takes at the speed since the first batch, infinite until then."""
-        # Without the start: networks take up to a minute to load, the same for any number of images.
+        # Without the start: networks take up to a minute to load, whatever the number of images.
         num_left = self._num_planned - self.num_images
         num_timed = self.num_images - self._first_batch[1] if self._first_batch else 0
         if not num_left:

@@ -8,11 +8,11 @@
 | `<root>/<split>/plan.json` | the settings and inputs of a run, also of an unfinished one |
 | `<root>/folds.parquet` | which fold held out which row |
 
-Shards of a backbone without a lesion head, which `export --model` makes, have no `logit`; they are in
-`fold_none`. Shards of a network that was trained with `--aux` also have a column `aux.<name>` (Float32) per
-auxiliary target: its logit, higher for a row that is more likely to have the target. `run.json`
-then holds the definitions by name as `aux`, such as `{"mel": "iddx_full ~ Melanoma"}`, in the order
-of the columns. Other embeddings have neither.
+Shards of a backbone without a lesion head, which `export --model` makes, have no `logit`; they are
+in `fold_none`. Shards of a network that was trained with `--aux` also have a column `aux.<name>`
+(Float32) per auxiliary target: its logit, higher for a row that is more likely to have the target.
+`run.json` then holds the definitions by name as `aux`, such as `{"mel": "iddx_full ~ Melanoma"}`,
+in the order of the columns. Other embeddings have neither.
 
 `<root>` is `<output_dir>/<config>` for the numbered folds. Embeddings of the test split by the
 network that was trained on every row are in `<output_dir>/<config>_all`, in `test/fold_all/`.

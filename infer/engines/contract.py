@@ -99,7 +99,8 @@ def contract_violation(
         if not _matches(tensor, spec):
             found = ["N" if length is None else length for length in tensor.shape]
             wanted = ["N", *("fixed" if length is None else length for length in spec.sizes)]
-            return f"has {name} {_text(tensor.dtype, found)}, not {_text(' or '.join(spec.dtypes), wanted)}"
+            expected = _text(" or ".join(spec.dtypes), wanted)
+            return f"has {name} {_text(tensor.dtype, found)}, not {expected}"
     return None
 
 

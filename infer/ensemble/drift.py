@@ -29,7 +29,7 @@ In 100 draws of 400 synthetic patients to train on and 200 others, the largest o
 was above in one. With tbp_lv_L raised by 5, or from a new hospital, it was above in all.
 """
 SMALLEST_VARIANCE = 0.02
-"""Least p (1 - p) of a share: rarer ones are not normally distributed in samples of few patients."""
+"""Least p (1 - p) of a share: rarer ones are not normally distributed among few patients."""
 SMALLEST_SHARE = 1e-4
 """Least share in the population stability index, which has the logarithm of shares."""
 MAX_NAMED = 5

@@ -180,8 +180,8 @@ def refuse_foreign_submission(output: Path) -> None:
 def models_path(submission: Path) -> Path:
     """Return the path of `submission_models.parquet`.
 
-    It has `isic_id`, each model's probabilities, `blend` (the submission's scores), their `std` over
-    folds and seeds, and with a calibrated ensemble `probability`.
+    It has `isic_id`, each model's probabilities, `blend` (the submission's scores), their `std`
+    over folds and seeds, and with a calibrated ensemble `probability`.
     """
     return submission.with_name(f"{submission.stem}_models.parquet")
 

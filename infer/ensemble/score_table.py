@@ -20,7 +20,7 @@ from infer.ensemble.images.features import ImageRows, embedding_origins, read_im
 from infer.ensemble.images.networks import match_networks
 from infer.ensemble.images.scores import image_probability
 from infer.ensemble.lesions import few_lesions_warning, has_few_lesions
-from infer.ensemble.settings import EmbeddingSources, Few
+from infer.ensemble.settings import SOURCES, EmbeddingSources, Few
 from isic.features import unseen_categories
 from isic.metadata import require
 from isic.runtime.errors import UserError, warn
@@ -230,7 +230,7 @@ def _sources_by_member(scorer: Blend, sources: EmbeddingSources) -> dict[str, Em
         UserError: the embeddings of a member's network are not among them, or those of others are.
     """
     found: dict[str, dict[str, tuple[Embeddings, ...]]] = {name: {} for name in scorer.members}
-    for flag in ("embeddings", "frozen"):
+    for flag in SOURCES:
         needs = {name: list(member.manifest[flag]) for name, member in scorer.members.items()}
         networks = sorted({network for needed in needs.values() for network in needed})
         if not networks:

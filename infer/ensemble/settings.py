@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -56,6 +56,10 @@ class EmbeddingSources:
     """Of networks whose folds' models hold the training rows out."""
     frozen: tuple["Embeddings", ...] = ()
     """Of networks that were trained on other images."""
+
+
+SOURCES = tuple(field.name for field in fields(EmbeddingSources))
+"""The names of the fields."""
 
 
 class FitSettings(Settings):

@@ -70,7 +70,8 @@ def _checked(images: object) -> Pixels:
     if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4:
         return images
     raise UserError(
-        "an engine takes an array uint8 [N, S, S, 3]; give one, or an embedder in place of the engine"
+        "an engine takes an array uint8 [N, S, S, 3]; give one, or an embedder in place of the "
+        "engine"
     )
 
 

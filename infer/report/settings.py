@@ -34,6 +34,6 @@ class ReportSettings(Settings):
     )
     maps: Path | None = Field(
         None,
-        description="outputs/<config> of a network with exported folds, to draw the occlusion map of "
-        "each miss and false alarm; takes 50 runs of the network per image",
+        description="outputs/<config> of a network with exported folds, to draw the occlusion map "
+        "of each miss and false alarm; takes 50 runs of the network per image",
     )

@@ -11,11 +11,9 @@ from typing import Any
 
 from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
 from infer.ensemble.blends.ranks import Scores
+from infer.ensemble.settings import SOURCES
 from isic import schema
 from isic.metrics import pauc
-
-FLAGS = ("embeddings", "frozen")
-"""The fields of an ensemble's manifest with its networks."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def networks_of(scorer: Scorer) -> set[str]:
     return {
         name
         for ensemble in ensembles_of(scorer)
-        for flag in FLAGS
+        for flag in SOURCES
         for name in ensemble.manifest[flag]
     }
 

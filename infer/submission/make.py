@@ -21,23 +21,21 @@ from infer.submission.contents import (
     NETWORKS_DIR,
     SCRIPT,
     SITE_DIR,
-    PackedNetwork,
     describe,
 )
-from infer.submission.networks import Need, Wanted, find_artifacts, needs_of, pack_network
+from infer.submission.networks import Wanted, find_artifacts, needs_of, pack_network
 from infer.submission.rehearsal import FULL_ROWS, Rehearsal, rehearse
 from infer.submission.settings import BundleSettings
 from isic import __version__
 from isic.layout import ALL
 from isic.runtime.errors import UserError
-from isic.runtime.files import new_folder, sha256, write_json
+from isic.runtime.files import megabytes, new_folder, sha256, write_json
 from isic.runtime.installed import TOOLKIT, install, licences, pinned, requirements
 from isic.runtime.progress import duration
 
 CODE = Path(__file__).resolve().parents[2]
 PACKAGES = ("isic", "infer")
 LAUNCHER = Path(__file__).with_name("launcher.py")
-MEGABYTE = 1e6
 OWN_LICENCE = "Apache-2.0"
 OF_DATA = "that of the data they were trained on"
 """The licence of networks and ensembles."""
@@ -56,10 +54,15 @@ def bundle(settings: BundleSettings) -> None:
     needs = needs_of(scorer, settings.rows)
     wanted = Wanted(settings.format, settings.precision)
     # All of them before the first is copied and before packages are downloaded.
-    for need in needs:
-        find_artifacts(need, settings.runs / need.name, wanted)
+    artifacts = {
+        need.name: (need, find_artifacts(need, settings.runs / need.name, wanted)) for need in needs
+    }
     with new_folder(target) as folder:
-        networks = pack_networks(needs, candidates, wanted, settings, folder)
+        # In the order in which they are to embed.
+        networks = [
+            pack_network(*artifacts[name], folder / NETWORKS_DIR / name)
+            for name in by_use(candidates)
+        ]
         for name, each in scorers.items():
             copy_scorer(each, folder / ENSEMBLES_DIR / name)
         copy_code(folder)
@@ -152,21 +155,6 @@ def _refuse_unusable(scorer: Scorer, networks: set[str], rows: str) -> None:
             refuse_without_refit(ensemble)
 
 
-def pack_networks(
-    needs: Iterable[Need],
-    candidates: list[Candidate],
-    wanted: Wanted,
-    settings: BundleSettings,
-    folder: Path,
-) -> list[PackedNetwork]:
-    """Copy the networks. Return them in the order in which they are to embed."""
-    by_name = {need.name: need for need in needs}
-    return [
-        pack_network(by_name[name], settings.runs / name, wanted, folder / NETWORKS_DIR / name)
-        for name in by_use(candidates)
-    ]
-
-
 def copy_scorer(scorer: Scorer, target: Path) -> None:
     """Copy the files of an ensemble, or of a blend with its members, without reports."""
     if isinstance(scorer, Ensemble):
@@ -225,14 +213,7 @@ def _files(folder: Path) -> list[Path]:
 
 def sizes(folder: Path) -> dict[str, float]:
     """Return the megabytes of each entry of a folder."""
-    return {
-        path.name: round(
-            sum(file.stat().st_size for file in ([path] if path.is_file() else _files(path)))
-            / MEGABYTE,
-            1,
-        )
-        for path in sorted(folder.iterdir())
-    }
+    return {path.name: round(megabytes(path), 1) for path in sorted(folder.iterdir())}
 
 
 def digests(folder: Path) -> dict[str, str]:

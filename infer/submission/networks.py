@@ -9,8 +9,8 @@ from typing import Any
 from infer.embedding.choice import Artifact, find_exported
 from infer.embedding.choice import Kind as ExportedKind
 from infer.ensemble.blends.artifact import Scorer, ensembles_of
+from infer.ensemble.settings import SOURCES
 from infer.formats import ON_REQUEST, PRECISIONS
-from infer.submission.candidates import FLAGS
 from infer.submission.contents import PackedNetwork
 from isic.layout import ALL, NONE, Fold, fold_dir
 from isic.runtime.errors import UserError
@@ -18,6 +18,8 @@ from isic.runtime.files import manifest_path, read_manifest
 
 Kind = tuple[str, str]
 """Format and precision."""
+Artifacts = dict[Kind, dict[Fold, Path]]
+"""The exported files of a network by kind and fold."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def needs_of(scorer: Scorer, rows: str) -> list[Need]:
     """
     found: dict[str, Need] = {}
     for ensemble in ensembles_of(scorer):
-        for flag in FLAGS:
+        for flag in SOURCES:
             for name, origin in ensemble.manifest[flag].items():
                 need = _need(name, flag, origin, rows)
                 if found.setdefault(name, need) != need:
@@ -78,7 +80,7 @@ def _need(name: str, flag: str, origin: Mapping[str, Any], rows: str) -> Need:
     return Need(name, flag, origin["tta"], checkpoints)
 
 
-def find_artifacts(need: Need, run: Path, wanted: Wanted) -> dict[Kind, dict[Fold, Path]]:
+def find_artifacts(need: Need, run: Path, wanted: Wanted) -> Artifacts:
     """Return the artifacts of a network by kind and fold, of the kinds that every fold has.
 
     Raises:
@@ -142,9 +144,8 @@ def _export_command(need: Need, wanted: Wanted) -> str:
     return command + (f" --precision {','.join(wanted.precisions)}" if wanted.precisions else "")
 
 
-def pack_network(need: Need, run: Path, wanted: Wanted, target: Path) -> PackedNetwork:
+def pack_network(need: Need, found: Artifacts, target: Path) -> PackedNetwork:
     """Copy a network's artifacts, with their manifests, into the folder of a bundle."""
-    found = find_artifacts(need, run, wanted)
     for artifacts in found.values():
         for fold, path in artifacts.items():
             _copy([path, manifest_path(path)], fold_dir(target, fold))

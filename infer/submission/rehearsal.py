@@ -24,6 +24,7 @@ from infer.submission.settings import BundleSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.runtime.errors import UserError
+from isic.runtime.extras import EXTRAS
 from isic.runtime.files import read_json
 from isic.runtime.installed import this_python
 from isic.settings import SynthSettings
@@ -38,7 +39,7 @@ FULL_ROWS = 500_000
 """About the number of rows in the challenge's hidden test set."""
 NOBODY = 65534
 """The user without rights of its own."""
-FORBIDDEN = ("torch", "torchvision", "timm", "onnx", "albumentations")
+FORBIDDEN = (*EXTRAS["train"], *EXTRAS["export"])
 """Modules that the other machine does not have."""
 
 # Native code is not watched. None of the packages opens sockets in it, and the folders' permissions
@@ -84,7 +85,7 @@ def rehearse(bundle: Path, settings: BundleSettings) -> Rehearsal:
     """Submit synthetic rows, and the first ones of the user's dataset, with a bundle.
 
     Raises:
-        UserError: a submission fails, loses a network or an image, or has other rows than asked for.
+        UserError: a submission fails, loses a network or an image, or has other rows.
     """
     print("testing the bundle", flush=True)
     bundle = bundle.absolute()  # the process has another working directory

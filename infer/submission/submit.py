@@ -155,7 +155,7 @@ class Run:
             self._remove([self._run_dir])
 
     def _reserve(self) -> float:
-        """Return the seconds to keep for scoring with images, by those without, which just ended."""
+        """Return the seconds to keep for scoring with images, by those that it took without."""
         first, fallback = self.bundle.candidates[0], self._fallback
         growth = first.num_boosters / max(1, fallback.num_boosters)
         return self.clock.seconds * max(RESERVE, growth)

@@ -146,6 +146,12 @@ def refuse_foreign(paths: Iterable[Path], is_own: bool, flag: str) -> None:
             )
 
 
+def megabytes(path: Path) -> float:
+    """Return the size of a file, or of all files in a folder, in units of 1,000,000 bytes."""
+    files = [path, *path.rglob("*")]
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
+
+
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -5,7 +5,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, distributions, requires, version
+from importlib.metadata import (
+    PackageMetadata,
+    PackageNotFoundError,
+    distributions,
+    requires,
+    version,
+)
 from pathlib import Path
 
 from isic.runtime.errors import UserError
@@ -106,18 +112,22 @@ def _versions_here() -> list[str]:
     return [pinned(name) for name in kept if name != TOOLKIT]
 
 
-LICENCE_FIELDS = ("License-Expression", "Classifier", "License")
-"""Fields of a package's metadata that can name its licence, the newest one first."""
-
-
 def licences(folder: Path) -> dict[str, str]:
     """Return the licence of each package in a folder of `install`, by name and version."""
-    found = {}
-    for each in distributions(path=[str(folder)]):
-        fields = each.metadata
-        listed = [fields.get_all(name) or [] for name in LICENCE_FIELDS]
-        listed[1] = [line.rpartition(" :: ")[2] for line in listed[1] if "License ::" in line]
-        # The last field may hold the whole text of a licence.
-        text = next((", ".join(lines) for lines in listed if lines), "not named").splitlines()[0]
-        found[f"{fields['Name']} {each.version}"] = text
+    found = {
+        f"{each.metadata['Name']} {each.version}": _licence(each.metadata)
+        for each in distributions(path=[str(folder)])
+    }
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def _licence(fields: PackageMetadata) -> str:
+    """Return the licence in a package's metadata, from the newest of the fields that may name it."""
+    classifiers = fields.get_all("Classifier") or []
+    named = (
+        fields.get_all("License-Expression"),
+        [line.rpartition(" :: ")[2] for line in classifiers if "License ::" in line],
+        fields.get_all("License"),
+    )
+    # The last field may hold the whole text of a licence.
+    return next((", ".join(lines) for lines in named if lines), "not named").splitlines()[0]

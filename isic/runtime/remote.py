@@ -118,7 +118,7 @@ class Storage:
         return found
 
     def list(self, folder: str) -> dict[str, dict[str, Any]]:
-        """Return fsspec's descriptions of what is in a folder, by name."""
+        """Return fsspec's description of each file and folder in a folder, by name."""
         entries = {
             entry["name"].rstrip("/").rpartition("/")[2]: entry
             for entry in self._call(partial(self._system.ls, folder, detail=True))
@@ -384,8 +384,8 @@ def _refuse_small_disk(folder: Path, num_bytes: int, url: str) -> None:
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise UserError(
-            f"{url} needs {num_bytes / 1e9:,.3f} GB in {folder.parent}, which has {free / 1e9:,.3f} "
-            f"GB free; free space, or name another folder by {FOLDER_VARIABLE}"
+            f"{url} needs {num_bytes / 1e9:,.3f} GB in {folder.parent}, which has "
+            f"{free / 1e9:,.3f} GB free; free space, or name another folder by {FOLDER_VARIABLE}"
         )
 
 

@@ -28,9 +28,17 @@ def command(*arguments: object, num_processes: int = 1) -> list[str]:
 @contextmanager
 def started(*arguments: object, num_processes: int = 1) -> Iterator[subprocess.Popen[str]]:
     """Run training in its own process group; kills it at the end of the block."""
+    with running(command(*arguments, num_processes=num_processes)) as process:
+        yield process
+
+
+@contextmanager
+def running(command: list[str], **env: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a command in its own process group; kills it at the end of the block."""
     process = subprocess.Popen(
-        command(*arguments, num_processes=num_processes),
+        command,
         cwd=ROOT,
+        env={**os.environ, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

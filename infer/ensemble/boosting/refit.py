@@ -23,7 +23,7 @@ from infer.ensemble.boosting.training_table import TrainingTable
 from infer.ensemble.images.networks import by_network
 from infer.ensemble.images.scores import LogitScaler
 from infer.ensemble.rows import FitRows
-from infer.ensemble.settings import EmbeddingSources, FitSettings
+from infer.ensemble.settings import SOURCES, EmbeddingSources, FitSettings
 from isic import schema
 from isic.features import Encoding
 from isic.folds import draw_folds
@@ -203,7 +203,7 @@ def refuse_without_refit(ensemble: Ensemble) -> None:
 
 def _refuse_no_embeddings(scorer: Scorer, rows: Rows, sources: EmbeddingSources) -> None:
     """Raise a UserError if no embeddings are given for a flag that needs some."""
-    for flag in ("embeddings", "frozen"):
+    for flag in SOURCES:
         networks = {name for each in ensembles_of(scorer) for name in each.manifest[flag]}
         if networks and not getattr(sources, flag):
             # A frozen network is the same for all rows.

@@ -1,4 +1,4 @@
-"""Drift: what is measured, and that chance is not reported while real differences are."""
+"""Drift: its measures, and that real differences are reported and chance is not."""
 
 import json
 import shutil

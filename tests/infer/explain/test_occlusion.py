@@ -26,7 +26,7 @@ class Result:
 
 
 class PatchEngine(Engine):
-    """The logit is the mean red of one patch, times the fold plus one. Counts images and batches."""
+    """The logit is the mean red of one patch, times the fold plus one. Counts images, calls."""
 
     device = "cpu"
     folds = (0, 1, 2)

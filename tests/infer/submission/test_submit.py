@@ -1,4 +1,3 @@
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from tests.infer.submission.conftest import Project
 from tests.support import fake_driver
 from tests.support.commands import run_module
 from tests.support.datasets import small_disk, write_hdf5
+from tests.support.processes import running
 
 ON_GPU = "tiny runs on no GPU"
 
@@ -384,20 +384,8 @@ def test_a_file_of_somebody_else_is_not_replaced(
 def started(made: Path, data: Path, output: Path, **env: str) -> Iterator[subprocess.Popen[str]]:
     """Run a bundle's script in a process group of its own; it is killed at the end."""
     flags = ("--data", data, "--output", output, "--quiet", "true")
-    process = subprocess.Popen(
-        [sys.executable, str(made / "submit.py"), *map(str, flags)],
-        env={**os.environ, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
+    with running([sys.executable, str(made / "submit.py"), *map(str, flags)], **env) as process:
         yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, 9)
-        process.communicate()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The number needed to triage in `scores.json` and in what is printed."""
+"""The number needed to triage in `scores.json` and in the printed scores."""
 
 from pathlib import Path
 
