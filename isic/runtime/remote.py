@@ -288,7 +288,8 @@ def _update(
     due = {
         name: file
         for name, file in files.items()
-        if record.get(name) != file.state or _size(folder / name) != file.size
+        # Without a version, a change that keeps the size would not be noticed.
+        if not file.version or record.get(name) != file.state or _size(folder / name) != file.size
     }
     partials = {name: _partial(folder, name, file) for name, file in due.items()}
     for path in set(folder.glob(f"{PARTIAL}*")) - set(partials.values()):

@@ -134,6 +134,18 @@ def test_a_damaged_copy_is_fetched_again(memory: MemoryFileSystem) -> None:
     assert files_below(local) == {"train-metadata.csv": b"whole", "folds.parquet": b""}
 
 
+def test_a_file_is_fetched_again_if_its_storage_does_not_tell_versions_apart(
+    memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same size, as a table in which one digit was corrected."""
+    monkeypatch.setattr(remote, "VERSION_KEYS", ())
+    local = local_path("memory://set", "fetched")
+    for content in (b"isic_id,target\na,0\n", b"isic_id,target\na,1\n"):
+        memory.pipe("/set/train-metadata.csv", content)
+        fetch(local, REMOTE_TABLES)
+        assert (local / "train-metadata.csv").read_bytes() == content
+
+
 def test_remote_names_cannot_lead_out_of_the_copy(
     memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
