@@ -24,6 +24,7 @@ COMMANDS = {
     "bundle": Command("infer.submission.settings:BundleSettings", "infer.submission.make:bundle"),
     "submit": Command("infer.submission.settings:SubmitSettings", "infer.submission.submit:submit"),
     "explain": Command("infer.explain.settings:ExplainSettings", "infer.explain.explain:explain"),
+    "triage": Command("infer.triage.settings:TriageSettings", "infer.triage.triage:triage"),
     "report": Command("infer.report.settings:ReportSettings", "infer.report.write:report"),
     "doctor": Command("infer.doctor:DoctorSettings", "infer.doctor:doctor"),
 }

@@ -46,7 +46,7 @@ TRAINING_FILE = "training.json"
 CALIBRATION_FILE = "calibration.json"
 BEGUN_FILE = "begun.json"
 """Marks a folder in which an ensemble is being written."""
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 MEMBERS_DIR = "members"
 """Folder of the ensembles of a blend."""

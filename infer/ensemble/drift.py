@@ -102,19 +102,33 @@ class ColumnSummary:
     shares: Shares
     """Of the rows that are not blank: of each category, or of values up to each edge."""
     blank: Shares
+    limits: tuple[float, float] | None = None
+    """Lowest and highest value of a number."""
 
     @property
     def is_number(self) -> bool:
         return not any(isinstance(point, str) for point in self.points)
 
+    @property
+    def middle(self) -> float | str:
+        """The median, up to its bin, or the commonest value of a category."""
+        place = len(self.points) // 2 if self.is_number else int(self.shares.share.argmax())
+        return self.points[place]
+
+    def share_below(self, value: float) -> float:
+        """Return the share of the training rows' numbers up to a value, up to its bin."""
+        below = np.searchsorted(np.asarray(self.points, np.float64), value, side="right")
+        return float(self.shares.share[below - 1]) if below else 0.0
+
     def to_json(self) -> dict[str, Any]:
         parts = {"shares": self.shares.to_json(), "blank": self.blank.to_json()}
-        return {"points": list(self.points), **parts}
+        return {"points": list(self.points), "limits": self.limits, **parts}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ColumnSummary":
         shares, blank = (Shares.from_json(value[key]) for key in ("shares", "blank"))
-        return cls(tuple(value["points"]), shares, blank)
+        limits = tuple(value["limits"]) if value["limits"] else None
+        return cls(tuple(value["points"]), shares, blank, limits)
 
 
 Summary = Mapping[str, ColumnSummary]
@@ -133,8 +147,16 @@ def summarise_table(metadata: pl.DataFrame, names: Sequence[str]) -> dict[str, C
             column = metadata[name]
             points = _points(column.drop_nulls())
             if points:
-                found[name] = ColumnSummary(points, *_shares(column, points, patient))
+                shares = _shares(column, points, patient)
+                found[name] = ColumnSummary(points, *shares, _limits(column))
     return found
+
+
+def _limits(column: pl.Series) -> tuple[float, float] | None:
+    if not column.dtype.is_numeric():
+        return None
+    known = column.drop_nulls().to_numpy()
+    return float(known.min()), float(known.max())
 
 
 def _points(known: pl.Series) -> tuple[float, ...] | tuple[str, ...]:

@@ -21,6 +21,7 @@ from infer.ensemble.images.networks import match_networks
 from infer.ensemble.images.scores import image_probability
 from infer.ensemble.lesions import few_lesions_warning, has_few_lesions
 from infer.ensemble.settings import SOURCES, EmbeddingSources, Few
+from isic.dataset import Split
 from isic.features import unseen_categories
 from isic.metadata import require
 from isic.runtime.errors import UserError, warn
@@ -108,7 +109,7 @@ def _score_blend(
     is_few: NDArray[np.bool_],
 ) -> TableScores:
     """Score the rows of a table; those of `is_few` by the members that do not compare lesions."""
-    own_sources = _sources_by_member(scorer, sources)
+    own_sources = sources_by_member(scorer, sources, "test")
     members = {
         name: score_ensemble(member, metadata, own_sources[name], own_tables, num_threads)
         for name, member in scorer.members.items()
@@ -130,7 +131,7 @@ def score_ensemble(
     num_threads: int,
 ) -> TableScores:
     """Score the rows of a table with one ensemble, which may use a part of `own_tables`."""
-    images, origins = _read_images(ensemble, sources, metadata)
+    images, origins = read_images(ensemble, sources, metadata)
     own_columns = [own_tables[name].columns(metadata) for name in ensemble.own_tables]
     table = ensemble.spec.frame(metadata, [*own_columns, *images.tables()])
     _warn_unseen(ensemble, table)
@@ -223,7 +224,9 @@ def _std(
     return np.asarray(np.std(scores, axis=0, ddof=1)) if len(scores) > 1 else None
 
 
-def _sources_by_member(scorer: Blend, sources: EmbeddingSources) -> dict[str, EmbeddingSources]:
+def sources_by_member(
+    scorer: Blend, sources: EmbeddingSources, split: Split
+) -> dict[str, EmbeddingSources]:
     """Return each member's embeddings among those of all members.
 
     Raises:
@@ -235,13 +238,13 @@ def _sources_by_member(scorer: Blend, sources: EmbeddingSources) -> dict[str, Em
         networks = sorted({network for needed in needs.values() for network in needed})
         if not networks:
             continue
-        roots = match_networks(flag, getattr(sources, flag), "test", networks)
+        roots = match_networks(flag, getattr(sources, flag), split, networks)
         for name, needed in needs.items():
             found[name][flag] = tuple(roots[network] for network in needed)
     return {name: EmbeddingSources(**flags) for name, flags in found.items()}
 
 
-def _read_images(
+def read_images(
     ensemble: Ensemble, sources: EmbeddingSources, metadata: pl.DataFrame
 ) -> tuple[ImageRows, dict[str, Any]]:
     """Return the image features, and the origins of the embeddings.

@@ -155,7 +155,7 @@ def map_figure(
     title: str, projection: Projection, ids: Sequence[str], target: NDArray[np.integer]
 ) -> Markup:
     """A fold's embeddings on two principal components, malignant lesions above the others."""
-    places = _map_pixels(projection.points)
+    places = map_pixels(projection.points)
     malignant = target == 1
     # One path for all benign dots: a line of no length with round ends is a dot.
     benign_path = "".join(
@@ -180,7 +180,7 @@ def map_figure(
     return figure(title, chart, f"{percent(first)} and {percent(second)} of the variance")
 
 
-def _map_pixels(points: Floats) -> Floats:
+def map_pixels(points: Floats) -> Floats:
     """Map points [N, 2] to pixels: the middle 99 % fill the map, others are moved to its edge."""
     low, high = np.quantile(points, [0.005, 0.995], axis=0)
     varies = high > low

@@ -1,6 +1,7 @@
 """Occlusion maps of the lesions in a report, by a network that the ensemble was fitted with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from infer.explain.explained import explain_images, held_out_folds
 from infer.explain.picture import overlay
 from infer.formats import AUTO
 from infer.report.cases import Picture, jpeg_uri
+from isic.dataset import Split
 from isic.images import ImageStore
+from isic.layout import Fold
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError
 
@@ -36,27 +39,40 @@ class Network:
     model_dir: Path
     models: Models
 
-    def maps(self, images: ImageStore, names: Sequence[str], side: int) -> dict[str, MapPicture]:
-        """Return the maps by id, each by the fold that held the lesion out.
+    @contextmanager
+    def open(self) -> Iterator[ImageEmbedder]:
+        """Load the artifacts for the block."""
+        device = choose_device(self.models, "auto", uses_ray=False)
+        with ImageEmbedder(self.models, device) as embedder:
+            yield embedder
 
-        Warns of images that cannot be used, and leaves them out.
+    def folds_of(self, names: Sequence[str], split: Split) -> dict[str, Fold | None]:
+        """Return, by id, the fold that held a train image out; None for test images.
 
         Raises:
             UserError: a lesion is not in the network's fold plan, or a fold has no artifact.
         """
-        fold_of = {**held_out_folds(self.model_dir, self.models, names)}
-        device = choose_device(self.models, "auto", uses_ray=False)
-        with ImageEmbedder(self.models, device) as embedder:
-            explained = list(explain_images(embedder, images, fold_of))
-        shown = [each.name for each in explained]
-        pixels, _ = images.load(shown, PreprocessSpec(size=side, interpolation="area"))
-        return {
-            each.name: MapPicture(
-                Picture(jpeg_uri(overlay(pixels[row], each.drops))),
-                float(np.abs(each.drops).max()),
-            )
-            for row, each in enumerate(explained)
-        }
+        if split == "test":
+            return dict.fromkeys(names)
+        return {**held_out_folds(self.model_dir, self.models, names)}
+
+
+def draw_maps(
+    embedder: ImageEmbedder, images: ImageStore, fold_of: Mapping[str, Fold | None], side: int
+) -> dict[str, MapPicture]:
+    """Return the maps by id, each by its fold's network, or the mean over all for None.
+
+    Warns of images that cannot be used, and leaves them out.
+    """
+    explained = list(explain_images(embedder, images, fold_of))
+    shown = [each.name for each in explained]
+    pixels, _ = images.load(shown, PreprocessSpec(size=side, interpolation="area"))
+    return {
+        each.name: MapPicture(
+            Picture(jpeg_uri(overlay(pixels[row], each.drops))), float(np.abs(each.drops).max())
+        )
+        for row, each in enumerate(explained)
+    }
 
 
 def open_network(scorer: Scorer, model_dir: Path) -> Network:

@@ -27,7 +27,7 @@ from infer.report.cases import Case, pictures, worst_false_alarms, worst_misses
 from infer.report.curves import Reliability, reliability
 from infer.report.importance import GROUPS, importance, share_by_group
 from infer.report.maps import projections
-from infer.report.occlusion import MapPicture, Network
+from infer.report.occlusion import MapPicture, Network, draw_maps
 from infer.report.scored import BLEND, GROUP, Judgement, Scored, judge
 from infer.report.subgroups import ALL, ITA, METRICS, MIN_LESIONS, SENSITIVITY
 from isic import schema
@@ -548,7 +548,9 @@ def _occlusion_maps(
 ) -> dict[str, MapPicture]:
     if network is None or scored.images is None:
         return {}
-    return network.maps(scored.images, sorted({case.lesion.name for case in cases}), LARGE)
+    fold_of = network.folds_of(sorted({case.lesion.name for case in cases}), "train")
+    with network.open() as embedder:
+        return draw_maps(embedder, scored.images, fold_of, LARGE)
 
 
 def _thumbnails(scored: Scored, cases: Sequence[Case]) -> tuple[Pictures, Pictures]:

@@ -24,6 +24,12 @@ Matrix = NDArray[np.float32]
 Parameters = Mapping[str, Any]
 Predict = Callable[[Matrix, int], NDArray[np.float64]]
 """Score a matrix on a number of threads, 0 for all: [N] float64 in [0, 1]."""
+Contribute = Callable[[Matrix], NDArray[np.float64]]
+"""Return [N, D] how much each feature of a row adds to its log-odds: SHAP values of the trees.
+
+Source: Lundberg et al. 2020, From local explanations to global understanding with explainable AI
+for trees, Nature Machine Intelligence 2:56.
+"""
 Gains = NDArray[np.float64]
 KeyT = TypeVar("KeyT", bound=tuple[str, Fold, int])
 """Library, fold and seed of a booster."""
@@ -132,16 +138,20 @@ LIGHTGBM_END = "\npandas_categorical:null\n"
 """The last line of a complete model that was fitted on a matrix."""
 
 
-def load_lightgbm(text: str) -> Predict:
-    """Return the function that scores a C-ordered float32 matrix."""
+def _open_lightgbm(text: str) -> Any:
     lightgbm = _import("lightgbm")
     try:
         # LightGBM aborts the process on half a model (seen with lightgbm 4.7; no report found).
         if not text.endswith(LIGHTGBM_END):
             raise ValueError("it is cut short")
-        booster = lightgbm.Booster(model_str=text)
+        return lightgbm.Booster(model_str=text)
     except (ValueError, lightgbm.basic.LightGBMError) as error:
         raise _broken("LightGBM", error) from None
+
+
+def load_lightgbm(text: str) -> Predict:
+    """Return the function that scores a C-ordered float32 matrix."""
+    booster = _open_lightgbm(text)
 
     def predict(matrix: Matrix, num_threads: int) -> NDArray[np.float64]:
         assert matrix.dtype == np.float32
@@ -149,6 +159,13 @@ def load_lightgbm(text: str) -> Predict:
         return np.asarray(booster.predict(matrix, num_threads=num_threads), dtype=np.float64)
 
     return predict
+
+
+def lightgbm_contributions(text: str) -> Contribute:
+    """Return the function that explains the scores of a matrix."""
+    booster = _open_lightgbm(text)
+    # The last column is the mean log-odds.
+    return lambda matrix: np.asarray(booster.predict(matrix, pred_contrib=True))[:, :-1]
 
 
 def lightgbm_gains(text: str, num_features: int) -> Gains:
@@ -181,8 +198,7 @@ def fit_xgboost(
     return bytes(xgboost.train(options, data, num_rounds).save_raw("json")).decode()
 
 
-def load_xgboost(text: str) -> Predict:
-    """Return the function that scores a matrix."""
+def _open_xgboost(text: str) -> Any:
     xgboost = _import("xgboost")
     booster = xgboost.Booster()
     try:
@@ -191,12 +207,29 @@ def load_xgboost(text: str) -> Predict:
         booster.load_model(bytearray(text, "utf-8"))
     except (ValueError, LookupError, TypeError, xgboost.core.XGBoostError) as error:
         raise _broken("XGBoost", error) from None
+    return booster
+
+
+def load_xgboost(text: str) -> Predict:
+    """Return the function that scores a matrix."""
+    booster = _open_xgboost(text)
 
     def predict(matrix: Matrix, num_threads: int) -> NDArray[np.float64]:
         booster.set_param({"nthread": num_threads})
         return np.asarray(booster.inplace_predict(matrix), dtype=np.float64)
 
     return predict
+
+
+def xgboost_contributions(text: str) -> Contribute:
+    """Return the function that explains the scores of a matrix."""
+    booster = _open_xgboost(text)
+
+    def contribute(matrix: Matrix) -> NDArray[np.float64]:
+        data = _import("xgboost").DMatrix(matrix, feature_names=booster.feature_names)
+        return np.asarray(booster.predict(data, pred_contribs=True), dtype=np.float64)[:, :-1]
+
+    return contribute
 
 
 def xgboost_gains(text: str, num_features: int) -> Gains:
@@ -245,8 +278,7 @@ def fit_catboost(
     return json.dumps(content)
 
 
-def load_catboost(text: str) -> Predict:
-    """Return the function that scores a matrix."""
+def _open_catboost(text: str) -> Any:
     catboost = _import("catboost")
     model = catboost.CatBoost()
     try:
@@ -260,6 +292,12 @@ def load_catboost(text: str) -> Predict:
             model.load_model(str(path), format="json")
     except (ValueError, LookupError, TypeError, catboost.CatBoostError) as error:
         raise _broken("CatBoost", error) from None
+    return model
+
+
+def load_catboost(text: str) -> Predict:
+    """Return the function that scores a matrix."""
+    model = _open_catboost(text)
 
     def predict(matrix: Matrix, num_threads: int) -> NDArray[np.float64]:
         scores = model.predict(
@@ -268,6 +306,18 @@ def load_catboost(text: str) -> Predict:
         return np.asarray(scores, dtype=np.float64)[:, 1]
 
     return predict
+
+
+def catboost_contributions(text: str) -> Contribute:
+    """Return the function that explains the scores of a matrix."""
+    model = _open_catboost(text)
+
+    def contribute(matrix: Matrix) -> NDArray[np.float64]:
+        pool = _import("catboost").Pool(matrix)
+        values = model.get_feature_importance(pool, type="ShapValues")
+        return np.asarray(values, dtype=np.float64)[:, :-1]
+
+    return contribute
 
 
 def catboost_gains(text: str, num_features: int) -> Gains:
@@ -367,6 +417,8 @@ class Library:
     """See `fit_booster`."""
     load: Callable[[str], Predict]
     """From a booster's text. Raises UserError if it is not a whole model."""
+    contributions: Callable[[str], Contribute]
+    """From a booster's text. Raises UserError if it is not a whole model."""
     gains: Callable[[str, int], Gains]
     """[D] gain of each feature, from a booster's text and D."""
     defaults: Parameters
@@ -387,6 +439,7 @@ LIBRARIES = {
     "lightgbm": Library(
         fit=fit_lightgbm,
         load=load_lightgbm,
+        contributions=lightgbm_contributions,
         gains=lightgbm_gains,
         defaults=LIGHTGBM,
         suffix=".txt",
@@ -398,6 +451,7 @@ LIBRARIES = {
     "xgboost": Library(
         fit=fit_xgboost,
         load=load_xgboost,
+        contributions=xgboost_contributions,
         gains=xgboost_gains,
         defaults=XGBOOST,
         suffix=".json",
@@ -409,6 +463,7 @@ LIBRARIES = {
     "catboost": Library(
         fit=fit_catboost,
         load=load_catboost,
+        contributions=catboost_contributions,
         gains=catboost_gains,
         defaults=CATBOOST,
         suffix=".json",
@@ -521,6 +576,11 @@ def booster_entries(keys: Iterable[tuple[str, Fold, int]]) -> list[dict[str, Any
 
 def read_booster(path: Path, library: str) -> Predict:
     """Load a booster from its file. Raise UserError if it is missing or not a whole model."""
+    return LIBRARIES[library].load(read_booster_text(path))
+
+
+def read_booster_text(path: Path) -> str:
+    """Return the text of a booster. Raise UserError if the file is missing."""
     if not path.is_file():
         raise UserError(f"{path} is missing; fit the ensemble again")
-    return LIBRARIES[library].load(path.read_text(encoding="utf-8"))
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,50 @@
+"""The parts that the page of a patient and the index share."""
+
+from infer.ensemble.blends.artifact import Scorer, ensembles_of
+from isic import schema
+from isic.html import page
+from isic.html.markup import Markup, tag
+from isic.metrics import TOP_K
+
+CAVEAT = (
+    "Research software, not a medical device: the order of the lesions is no diagnosis and must "
+    "not guide anyone's care. A low score does not mean that a lesion is benign."
+)
+SENSITIVITY = f"Sensitivity at {TOP_K}"
+
+
+def caveat(scorer: Scorer) -> Markup:
+    """Return what the pages are not, and in short how good the model is."""
+    facts = _training(scorer)
+    text = f"{CAVEAT} The model was trained on {facts['Trained on']}. {facts[SENSITIVITY]}."
+    return tag("p", text, class_="caveat")
+
+
+def model_facts(scorer: Scorer) -> Markup:
+    """Return what the model was trained on, and how good it was on patients it had not seen."""
+    return page.facts(_training(scorer))
+
+
+def _training(scorer: Scorer) -> dict[str, str]:
+    manifest = scorer.manifest
+    target = scorer.oof()[schema.TARGET]
+    lesions = manifest["lesions_per_patient"]
+    scores = manifest["scores"]
+    networks = sorted(
+        {name for each in ensembles_of(scorer) for name in each.manifest["embeddings"]}
+    )
+    found = page.percent(scores[f"top_{TOP_K}_by_lesion"], 1)
+    return {
+        "Model": scorer.root.name,
+        "Trained on": f"{len(target):,} lesions of {lesions['patients']:,} patients, "
+        f"{int(target.sum()):,} of the lesions malignant",
+        "Image networks": ", ".join(networks) or "none",
+        SENSITIVITY: f"{found} of the malignant lesions of patients that it had not seen were "
+        f"among their patient's {TOP_K} highest scores",
+        "pAUC above 80 % sensitivity": f"{scores['pauc']:.4f} of at most 0.2, out of fold",
+        "Training table": f"sha256 {_table_digest(scorer)}",
+    }
+
+
+def _table_digest(scorer: Scorer) -> str:
+    return str(ensembles_of(scorer)[0].manifest["metadata_sha256"])

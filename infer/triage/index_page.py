@@ -1,0 +1,86 @@
+"""The index of a triage: the patients, the model, and how the data differ from training."""
+
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote
+
+import polars as pl
+
+from infer.ensemble.blends.artifact import Scorer
+from infer.ensemble.drift import drift_warning
+from infer.triage.header import caveat, model_facts
+from infer.triage.patients import Patient
+from isic.html import page
+from isic.html.markup import Markup, tag
+
+
+def index_page(
+    scorer: Scorer,
+    patients: Sequence[Patient],
+    pages: Mapping[str, str],
+    counts: tuple[int, int],
+    drift: pl.DataFrame | None,
+    style: str,
+) -> str:
+    """Return the HTML of the index.
+
+    Args:
+        pages: relative path of each patient's page by name.
+        counts: lesions and patients of the split.
+        drift: differences from training, see `measure_drift`; None for training rows.
+    """
+    num_rows, num_patients = counts
+    lead = f"{len(patients):,} of {num_patients:,} patients with {num_rows:,} lesions."
+    sections = {
+        "Patients": page.section("patients", "Patients", _patients(patients, pages, num_rows)),
+        "Model": page.section("model", "The model", model_facts(scorer)),
+    }
+    if drift is not None:
+        content = _drift(drift)
+        sections["Drift"] = page.section("drift", "Differences from training", *content)
+    header = tag(
+        "header",
+        tag("p", "Triage", class_="over"),
+        tag("h1", scorer.root.name),
+        tag("p", lead, class_="lead"),
+        caveat(scorer),
+        page.links(sections),
+    )
+    return page.document("Triage", header, tag("main", *sections.values()), style=style)
+
+
+def _patients(patients: Sequence[Patient], pages: Mapping[str, str], num_rows: int) -> Markup:
+    heading = ("patient", "lesions", "highest score", "its number", "outside experience")
+    rows = [
+        (
+            tag("a", patient.name, href=quote(pages[patient.name])),
+            f"{len(patient.index):,}",
+            f"{patient.score[0]:.3f}",
+            f"{patient.rank[0]:,}",
+            str(len(patient.unfamiliar) or page.NONE),
+        )
+        for patient in patients
+    ]
+    return page.table(
+        f"By highest score, and its number among all {num_rows:,} scores", heading, rows
+    )
+
+
+def _drift(drift: pl.DataFrame) -> list[Markup]:
+    differing = drift.filter("differs").sort("errors", descending=True)
+    warning = drift_warning(drift)
+    if warning is None:
+        return [tag("p", "No column differs from training by more than chance explains.")]
+    heading = ("column", "standard errors", "KS", "PSI", "unseen", "blank", "blank in training")
+    rows = [
+        (
+            row["column"],
+            f"{row['errors']:.1f}",
+            *(page.NONE if row[key] is None else f"{row[key]:.2f}" for key in ("ks", "psi")),
+            *(
+                page.NONE if row[key] is None else page.percent(row[key], 1)
+                for key in ("unseen", "blank", "blank_trained")
+            ),
+        )
+        for row in differing.to_dicts()
+    ]
+    return [tag("p", f"{warning.capitalize()}."), page.table("Columns that differ", heading, rows)]

@@ -1,0 +1,277 @@
+"""The rows of a triage: their scores, and the models that score changed rows again."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import polars as pl
+
+from infer.embedding.store import refuse_other_origin
+from infer.ensemble.artifact import Ensemble
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
+from infer.ensemble.blends.ranks import Scores, blend, blend_ranks
+from infer.ensemble.boosting.libraries import (
+    LIBRARIES,
+    Contribute,
+    Predict,
+    read_booster,
+    read_booster_text,
+)
+from infer.ensemble.boosting.out_of_fold import mean_of_folds, scores_by_fold
+from infer.ensemble.features.own_tables import OwnTable
+from infer.ensemble.images.features import ImageRows, embedding_origins, fit_images
+from infer.ensemble.images.scores import image_probability
+from infer.ensemble.score_table import read_images, score_table, sources_by_member
+from infer.ensemble.settings import EmbeddingSources
+from infer.triage.causes import Attribution, Cause, find_causes
+from isic import schema
+from isic.arrays import Floats
+from isic.dataset import Split
+from isic.runtime.errors import UserError
+
+KeyT = TypeVar("KeyT")
+BoosterKey = tuple[str, int, int]
+"""Library, fold and seed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contributions:
+    """How much each cause and each metadata column adds to the log-odds of N rows."""
+
+    causes: Mapping[Cause, Floats]
+    """[N] each."""
+    columns: Mapping[str, Floats]
+
+    def plus(self, other: "Contributions", weight: float) -> "Contributions":
+        """Return the sum with the other's contributions times a weight."""
+        return Contributions(
+            _sum(self.causes, other.causes, weight), _sum(self.columns, other.columns, weight)
+        )
+
+
+def _sum(
+    first: Mapping[KeyT, Floats], second: Mapping[KeyT, Floats], weight: float
+) -> dict[KeyT, Floats]:
+    return {**first} | {key: first.get(key, 0.0) + weight * part for key, part in second.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """An ensemble with the features of N rows that do not follow from their metadata."""
+
+    ensemble: Ensemble
+    given: pl.DataFrame
+    """[N] `isic_id` and the columns of images and own tables; of an ensemble of networks only,
+    their scores."""
+    num_threads: int = 0
+    _predicts: dict[BoosterKey, Predict] = field(default_factory=dict)
+    _contributes: dict[BoosterKey, Contribute] = field(default_factory=dict)
+
+    @property
+    def has_boosters(self) -> bool:
+        return bool(self.ensemble.manifest["boosters"])
+
+    @cached_property
+    def attribution(self) -> Attribution:
+        return find_causes(self.ensemble)
+
+    def features(self, metadata: pl.DataFrame, given: pl.DataFrame) -> pl.DataFrame:
+        """Return the feature table of changed rows; without boosters the scores themselves."""
+        if not self.has_boosters:
+            return given
+        return self.ensemble.spec.frame(metadata, [given])
+
+    def score(self, table: pl.DataFrame, folds: Collection[int] | None) -> Scores:
+        """Return the scores by the boosters of some folds, of all folds for None."""
+        if not self.has_boosters:
+            return image_probability(table)
+        encodings = self.ensemble.state.encodings
+        chosen = {fold: part for fold, part in encodings.items() if folds is None or fold in folds}
+        keys = [key for key in self._files if key[1] in chosen]
+        by_fold = scores_by_fold(keys, self._predict, chosen, table, self.num_threads)
+        weights = self.ensemble.weights
+        reference = self.ensemble.oof_models() if len(weights) > 1 else {}
+        return blend(mean_of_folds(by_fold), weights, reference)
+
+    def contributions(self, table: pl.DataFrame, folds: Collection[int] | None) -> Contributions:
+        """Return the contributions to the scores of a feature table: means over the boosters."""
+        found = self.attribution
+        if not self.has_boosters:
+            # The score is the logistic function of the mean over networks.
+            return Contributions(
+                {
+                    cause: table[cause.features[0]].fill_null(0.0).to_numpy() / table.width
+                    for cause in found.causes
+                    if cause.features
+                },
+                {},
+            )
+        values = self._mean_contributions(table, folds)
+        return Contributions(
+            dict(zip(found.causes, (values @ found.of_features).T, strict=True)),
+            dict(zip(found.columns, (values @ found.of_columns).T, strict=True)),
+        )
+
+    def _mean_contributions(self, table: pl.DataFrame, folds: Collection[int] | None) -> Floats:
+        """Return [N, D] the contributions of features."""
+        weights = self.ensemble.weights
+        total = np.zeros((len(table), len(self.ensemble.state.names)))
+        for fold, encoding in self.ensemble.state.encodings.items():
+            if folds is not None and fold not in folds:
+                continue
+            matrix = encoding.transform(table)
+            for key in self._files:
+                if key[1] == fold:
+                    total += weights[key[0]] * self._contribute(key)(matrix)
+        return total
+
+    @cached_property
+    def _files(self) -> dict[BoosterKey, str]:
+        return {
+            (entry["library"], entry["fold"], entry["seed"]): entry["file"]
+            for entry in self.ensemble.manifest["boosters"]
+        }
+
+    def _predict(self, key: BoosterKey) -> Predict:
+        if key not in self._predicts:
+            path = self.ensemble.root / self._files[key]
+            self._predicts[key] = read_booster(path, key[0])
+        return self._predicts[key]
+
+    def _contribute(self, key: BoosterKey) -> Contribute:
+        if key not in self._contributes:
+            text = read_booster_text(self.ensemble.root / self._files[key])
+            self._contributes[key] = LIBRARIES[key[0]].contributions(text)
+        return self._contributes[key]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredRows:
+    """The N rows of a split, their scores, and the models behind them."""
+
+    scorer: Scorer
+    split: Split
+    metadata: pl.DataFrame
+    score: Scores
+    """[N], out of fold for the train split."""
+    fold: pl.Series | None
+    """[N] the fold that held the row out, None for the test split."""
+    members: Mapping[str, Member]
+    """By name; the ensemble itself if it is no blend."""
+
+    def folds_of(self, row: int) -> list[int] | None:
+        """Return the folds whose models score a row; None for all of them."""
+        return None if self.fold is None else [self.fold[row]]
+
+    def rescore(self, tables: Mapping[str, pl.DataFrame], folds: Sequence[int] | None) -> Scores:
+        """Score rows by their feature tables by member, as the ensemble does."""
+        scores = {name: member.score(tables[name], folds) for name, member in self.members.items()}
+        if not isinstance(self.scorer, Blend):
+            (score,) = scores.values()
+            return score
+        weights = self.scorer.weights if folds is None else self.scorer.weights_by_fold[folds[0]]
+        return blend_ranks(scores, weights, self.scorer.oof_models())
+
+    def contributions(
+        self, tables: Mapping[str, pl.DataFrame], folds: Sequence[int] | None
+    ) -> Contributions:
+        """Return the contributions to these scores: of a blend the weighted mean of its members."""
+        weights = self.scorer.weights if isinstance(self.scorer, Blend) else {}
+        total = Contributions({}, {})
+        for name, member in self.members.items():
+            total = total.plus(member.contributions(tables[name], folds), weights.get(name, 1.0))
+        return total
+
+
+def score_test(
+    scorer: Scorer,
+    metadata: pl.DataFrame,
+    sources: EmbeddingSources,
+    own_tables: Mapping[str, OwnTable],
+    num_threads: int,
+) -> ScoredRows:
+    """Score the rows of a test table. Raise UserError as `score_table` does."""
+    found = score_table(scorer, metadata, sources, own_tables, num_threads)
+    images = {
+        name: read_images(member, part, metadata)[0]
+        for name, (member, part) in _members(scorer, sources, "test").items()
+    }
+    members = _with_given(scorer, metadata, images, own_tables, num_threads)
+    return ScoredRows(scorer, "test", metadata, found.score, None, members)
+
+
+def read_out_of_fold(
+    scorer: Scorer,
+    metadata: pl.DataFrame,
+    sources: EmbeddingSources,
+    own_tables: Mapping[str, OwnTable],
+    num_threads: int,
+) -> ScoredRows:
+    """Read the out-of-fold scores of the training rows.
+
+    Args:
+        metadata: the training table, sorted by id as in the fit.
+
+    Raises:
+        UserError: these are not the rows, embeddings or tables of the fit.
+    """
+    oof = scorer.oof()
+    rows = metadata.select(schema.ID).join(oof, on=schema.ID, how="left", maintain_order="left")
+    if len(metadata) != len(oof) or rows["blend"].null_count():
+        raise UserError(
+            f"these are not the {len(oof):,} training rows of {scorer.root}; give the --data that "
+            "it was fitted on, or --split test"
+        )
+    images = {}
+    for name, (member, part) in _members(scorer, sources, "train").items():
+        images[name] = _read_train_images(member, part, metadata)
+    members = _with_given(scorer, metadata, images, own_tables, num_threads)
+    return ScoredRows(scorer, "train", metadata, rows["blend"].to_numpy(), rows["fold"], members)
+
+
+def _members(
+    scorer: Scorer, sources: EmbeddingSources, split: Split
+) -> dict[str, tuple[Ensemble, EmbeddingSources]]:
+    if not isinstance(scorer, Blend):
+        return {scorer.root.name: (scorer, sources)}
+    own = sources_by_member(scorer, sources, split)
+    return {name: (member, own[name]) for name, member in scorer.members.items()}
+
+
+def _read_train_images(
+    ensemble: Ensemble, sources: EmbeddingSources, metadata: pl.DataFrame
+) -> ImageRows:
+    """Read the image features of training rows, each from the model that held it out."""
+    origins = embedding_origins(ensemble.state.image, sources, "train")
+    roots = ensemble.state.image.roots(sources, "train")["embeddings"]
+    for name, root in roots.items():
+        fitted_with = ensemble.manifest["embeddings"][name]
+        refuse_other_origin(root, "train", origins["embeddings"][name], fitted_with)
+    embeddings, frozen = (
+        [root for root in flag if isinstance(root, Path)]
+        for flag in (sources.embeddings, sources.frozen)
+    )
+    return fit_images(ensemble.spec.forms, embeddings, frozen, metadata)[1]
+
+
+def _with_given(
+    scorer: Scorer,
+    metadata: pl.DataFrame,
+    images: Mapping[str, ImageRows],
+    own_tables: Mapping[str, OwnTable],
+    num_threads: int,
+) -> dict[str, Member]:
+    found = {}
+    for (name, of_images), ensemble in zip(images.items(), ensembles_of(scorer), strict=True):
+        if ensemble.manifest["boosters"]:
+            own = [own_tables[table].columns(metadata) for table in ensemble.own_tables]
+            tables = [table.drop(schema.ID, strict=False) for table in (*own, *of_images.tables())]
+            # With ids, because a table without columns would have no rows.
+            given = pl.concat([metadata.select(schema.ID), *tables], how="horizontal")
+        else:
+            given = of_images.by_column()
+        found[name] = Member(ensemble, given, num_threads)
+    return found

@@ -1,0 +1,192 @@
+"""`python -m infer triage`: a page per patient and an index, as HTML files without scripts."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from infer.embedding.image_embedder import ImageEmbedder
+from infer.embedding.store import scan_embeddings
+from infer.ensemble.artifact import ENSEMBLE_FILE
+from infer.ensemble.blends.artifact import Scorer, open_scorer
+from infer.ensemble.drift import drift_warning, measure_drift
+from infer.ensemble.features.own_tables import read_test_tables
+from infer.ensemble.settings import EmbeddingSources
+from infer.explain.explain import safe_names
+from infer.report.cases import Picture, pictures
+from infer.report.occlusion import Network, draw_maps, open_network
+from infer.report.write import REPORT_STYLE
+from infer.triage.index_page import index_page
+from infer.triage.patient_page import Shown, patient_page
+from infer.triage.patients import Patient, choose_patients
+from infer.triage.reasons import PatientRows, find_reasons
+from infer.triage.rows import ScoredRows, read_out_of_fold, score_test
+from infer.triage.settings import TriageSettings
+from isic import schema
+from isic.dataset import Dataset
+from isic.images import ImageStore
+from isic.metadata import with_patient
+from isic.runtime.errors import UserError, warn
+from isic.runtime.files import (
+    atomic_path,
+    holds,
+    manifest_path,
+    read_json,
+    refuse_foreign,
+    sha256,
+    versions,
+    write_manifest,
+    write_text,
+)
+from isic.tables import reading
+
+TRIAGE_STYLE = Path(__file__).with_name("triage.css")
+# Larger than in CSS pixels, for screens of high density.
+LARGE = 192
+SMALL = 72
+"""Sides of the pictures in pixels."""
+
+
+def triage(settings: TriageSettings) -> None:
+    """Run `infer triage`, which its settings describe."""
+    refuse_other_name(settings.output)
+    dataset = Dataset(settings.data)
+    scorer = open_scorer(settings.ensemble)
+    network = open_network(scorer, settings.maps) if settings.maps else None
+    rows = _read_rows(settings, dataset, scorer)
+    patients = choose_patients(rows, settings.patient, settings.max_patients)
+    folder = settings.output.with_suffix("")
+    safe = safe_names([patient.name for patient in patients])
+    pages = {name: f"{folder.name}/{file}.html" for name, file in safe.items()}
+    _refuse_foreign(settings.output, list(pages.values()))
+    images = dataset.find_images(settings.split)
+    if images is None:
+        warn(f"{settings.data} has no {settings.split} images; the pages are without pictures")
+    drift = _drift(rows) if settings.split == "test" else None
+    counts = len(rows.metadata), with_patient(rows.metadata)[schema.PATIENT].n_unique()
+    style = "".join(path.read_text(encoding="utf-8") for path in (REPORT_STYLE, TRIAGE_STYLE))
+    index = index_page(scorer, patients, pages, counts, drift, style)
+    with _opened(network) as embedder, atomic_path(settings.output) as temporary:
+        temporary.write_text(index, encoding="utf-8")
+        _remove_pages(settings.output, keep=list(pages.values()))
+        # The manifest comes before the files get their names: it shows that they are this
+        # command's own, so a run that is killed in between can be repeated.
+        write_manifest(
+            settings.output,
+            temporary,
+            pages=list(pages.values()),
+            ensemble=sha256(scorer.root / ENSEMBLE_FILE),
+            split=settings.split,
+            versions=versions("isic-toolkit", "numpy", "polars"),
+        )
+        for patient in patients:
+            shown = _show(settings, rows, patient, images, network, embedder)
+            text = patient_page(
+                scorer, patient, shown, counts[0], f"../{settings.output.name}", style
+            )
+            write_text(settings.output.parent / pages[patient.name], text)
+    print(f"triage: {settings.output} ({len(patients):,} of {counts[1]:,} patients have a page)")
+    if drift is not None and drift_warning(drift):
+        warn(f"{drift_warning(drift)}; see {settings.output}")
+
+
+def refuse_other_name(output: Path) -> None:
+    """Raise a UserError if the output is not called like an HTML file."""
+    if output.suffix != ".html":
+        raise UserError(f"--output names an HTML file such as triage.html, not {output}")
+
+
+def _read_rows(settings: TriageSettings, dataset: Dataset, scorer: Scorer) -> ScoredRows:
+    metadata = dataset.metadata(settings.split).sort(schema.ID)
+    sources = EmbeddingSources(settings.embeddings, settings.frozen)
+    own_tables = read_test_tables(settings.tables, scorer.own_tables)
+    read = read_out_of_fold if settings.split == "train" else score_test
+    return read(scorer, metadata, sources, own_tables, settings.num_threads)
+
+
+def _refuse_foreign(output: Path, pages: Sequence[str]) -> None:
+    """Raise a UserError if a file would be replaced that `infer triage` did not write."""
+    manifest = manifest_path(output)
+    is_own = holds(manifest, "artifact", "ensemble", "pages")
+    files = [output, manifest, *(output.parent / page for page in pages)]
+    refuse_foreign(files, is_own, "--output")
+
+
+def _remove_pages(output: Path, keep: Sequence[str]) -> None:
+    """Remove the pages of an earlier run that this one does not replace."""
+    manifest = manifest_path(output)
+    earlier = read_json(manifest)["pages"] if manifest.is_file() else []
+    for page in earlier:
+        if page not in keep:
+            (output.parent / page).unlink(missing_ok=True)
+
+
+def _drift(rows: ScoredRows) -> pl.DataFrame:
+    trained = rows.scorer.oof()["blend"].to_numpy()
+    return measure_drift(rows.scorer.training, rows.metadata, trained, rows.score)
+
+
+@contextmanager
+def _opened(network: Network | None) -> Iterator[ImageEmbedder | None]:
+    if network is None:
+        yield None
+        return
+    with network.open() as embedder:
+        yield embedder
+
+
+def _show(
+    settings: TriageSettings,
+    rows: ScoredRows,
+    patient: Patient,
+    images: ImageStore | None,
+    network: Network | None,
+    embedder: ImageEmbedder | None,
+) -> Shown:
+    """Return the pictures and explanations of a patient's lesions."""
+    first = patient.names[: patient.num_first]
+    facts = PatientRows(rows, patient.index, rows.scorer.training)
+    calibration = rows.scorer.calibration
+    maps = {}
+    if network and embedder and images:
+        maps = draw_maps(embedder, images, network.folds_of(first, settings.split), LARGE)
+    return Shown(
+        reasons=find_reasons(facts, range(patient.num_first)),
+        pictures=_pictures(images, patient) if images else {},
+        maps=maps,
+        features=_features(settings, patient),
+        probability=calibration.probability(patient.score) if calibration else None,
+    )
+
+
+def _pictures(images: ImageStore, patient: Patient) -> dict[str, Picture]:
+    first, others = patient.names[: patient.num_first], patient.names[patient.num_first :]
+    return pictures(images, first, LARGE) | (pictures(images, others, SMALL) if others else {})
+
+
+def _features(settings: TriageSettings, patient: Patient) -> NDArray[np.float32] | None:
+    """Return [n, D] the embeddings of a patient's lesions by the first network; None for none.
+
+    Those of one model: of a train image of the one that held it out, else of the first fold.
+    """
+    roots = (*settings.embeddings, *settings.frozen)
+    if not roots:
+        return None
+    stored = scan_embeddings(roots[0], settings.split, ["features"])
+    wanted = patient.metadata.select(schema.ID).lazy()
+    with reading(roots[0]):
+        table = (
+            wanted.join(stored, on=schema.ID, how="left", maintain_order="left")
+            .filter(pl.col("fold").is_null() | (pl.col("fold") == pl.col("fold").min()))
+            .collect()
+        )
+    known = table["features"].is_not_null()
+    if not known.any():
+        return None
+    features = table["features"].filter(known).to_numpy().astype(np.float32)
+    found = np.full((len(table), features.shape[1]), np.nan, np.float32)
+    found[known.to_numpy()] = features
+    return found
