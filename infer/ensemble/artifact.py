@@ -120,9 +120,7 @@ class Ensemble:
 
     @property
     def training(self) -> Summary:
-        """Columns of the training table; empty if an earlier version fitted the ensemble."""
-        if TRAINING_FILE not in self.manifest["files"]:
-            return {}
+        """Columns of the training table."""
         return summary_from_json(read_json(self.root / TRAINING_FILE))
 
     @property

@@ -16,10 +16,12 @@ import polars as pl
 from numpy.typing import NDArray
 
 from infer.ensemble.blends.ranks import Scores
+from infer.ensemble.two_sample import TwoSample
 from isic import schema
 from isic.metadata import with_patient
 
 SCORE = "score"
+ALL_COLUMNS = "all columns together"
 NUM_BINS = 20
 """Bins of equal numbers of training rows, for numbers."""
 UNLIKELY = 4.0
@@ -184,7 +186,11 @@ def _patient(metadata: pl.DataFrame) -> NDArray[np.integer]:
 
 
 def measure_drift(
-    summary: Summary, metadata: pl.DataFrame, trained: Scores, score: Scores
+    summary: Summary,
+    metadata: pl.DataFrame,
+    trained: Scores,
+    score: Scores,
+    together: TwoSample | None = None,
 ) -> pl.DataFrame:
     """Compare a table and its scores with those of training.
 
@@ -192,14 +198,16 @@ def measure_drift(
         metadata: [N] the rows to score.
         trained: [M] out-of-fold scores of the training rows.
         score: [N].
+        together: how well a classifier tells both tables apart, if there is one.
 
     Returns:
         `column`; `ks`, the Kolmogorov-Smirnov statistic of a number (at 19 quantiles of training);
         `psi`, the population stability index over 20 bins or the categories; `unseen`, the share of
         rows with a category that no training row has; `blank_trained` and `blank`, the shares of
         blanks; `errors`, the largest difference of a share in standard errors; `differs`, whether
-        it is above UNLIKELY. The last row is of the scores, which has neither of the last two:
-        out-of-fold scores are by one fold's models and others by all, so they differ anyway.
+        it is above UNLIKELY. The row ALL_COLUMNS has the `auc` of `together`. The last row is of
+        the scores, which has none of these three: out-of-fold scores are by one fold's models and
+        others by all, so they differ anyway.
     """
     patient = _patient(metadata)
     rows = [
@@ -207,6 +215,9 @@ def measure_drift(
         for name, column in summary.items()
         if name in metadata.columns
     ]
+    if together:
+        about = {"auc": together.auc, "errors": together.errors, "differs": together.differs}
+        rows.append({"column": ALL_COLUMNS, **about})
     edges = _points(pl.Series(trained))
     own = [_shares(pl.Series(each), edges, np.arange(len(each)))[0] for each in (trained, score)]
     scores = {"column": SCORE, "ks": _ks(*own), "psi": _psi(_bins(own[0]), _bins(own[1]))}
@@ -215,6 +226,7 @@ def measure_drift(
 
 DRIFT_SCHEMA = {
     "column": pl.String,
+    "auc": pl.Float64,
     "ks": pl.Float64,
     "psi": pl.Float64,
     "unseen": pl.Float64,

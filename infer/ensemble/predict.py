@@ -1,21 +1,24 @@
 """Score the test table with a fitted ensemble and write the submission. Nothing is fitted here."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from infer.ensemble.artifact import ENSEMBLE_FILE
-from infer.ensemble.blends.artifact import Blend, Scorer, open_scorer
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, open_scorer
+from infer.ensemble.blends.ranks import Scores
 from infer.ensemble.boosting.refit import ESTIMATES, choose_rows
 from infer.ensemble.drift import drift_warning, measure_drift
 from infer.ensemble.features.own_tables import read_test_tables
 from infer.ensemble.score_table import TableScores, score_table
 from infer.ensemble.scoring.calibration import shift_prevalence
 from infer.ensemble.settings import EmbeddingSources, PredictSettings
+from infer.ensemble.two_sample import TwoSample, compare_tables
 from isic import schema
 from isic.dataset import Dataset
 from isic.metadata import read_ids, read_metadata
@@ -32,7 +35,7 @@ from isic.runtime.files import (
 from isic.tables import write_parquet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TestTable:
     """The rows to score, and the order of the submission."""
 
@@ -46,6 +49,17 @@ class TestTable:
     @cached_property
     def sha256(self) -> str:
         return sha256(self.path)
+
+    @cached_property
+    def training_sha256(self) -> str | None:
+        """The digest of the dataset's training table, if it has one."""
+        path = self.dataset.metadata_path("train")
+        return sha256(path) if path.is_file() else None
+
+    @cache  # noqa: B019 - a command has one table
+    def told_apart(self, names: tuple[str, ...]) -> TwoSample | None:
+        """Compare columns with those of the training table, see `compare_tables`."""
+        return compare_tables(self.dataset.metadata("train"), self.metadata, names)
 
 
 def read_test_table(dataset: Dataset) -> TestTable:
@@ -84,17 +98,13 @@ def predict_submission(settings: PredictSettings) -> None:
         "prevalence": settings.prevalence,
         "out_of_fold_scores": ESTIMATES[settings.rows],
     }
-    drift = measure_drift(
-        scorer.training, test.metadata, scorer.oof()["blend"].to_numpy(), found.score
-    )
+    drift = drift_of(scorer, test, found.score)
     write_submission(settings.output, test, scorer, found, origins, drift)
     print(
         f"submission: {settings.output} ({len(found.score)} rows, "
         f"scores {found.score.min():.4f} to {found.score.max():.4f})"
     )
-    warning = drift_warning(drift)
-    if warning:
-        warn(f"{warning}; see {drift_path(settings.output)}")
+    warn_of_drift(drift, settings.output)
 
 
 def with_prevalence(found: TableScores, scorer: Scorer, prevalence: float) -> TableScores:
@@ -111,9 +121,9 @@ def write_submission(
     scorer: Scorer,
     found: TableScores,
     facts: Mapping[str, Any],
-    drift: pl.DataFrame | None = None,
+    drift: pl.DataFrame | None,
 ) -> None:
-    """Write a submission, the scores of each model, and the manifest of both.
+    """Write a submission, the scores of each model, the drift from training, and a manifest.
 
     Args:
         output: the submission's path.
@@ -121,7 +131,7 @@ def write_submission(
         scorer: the ensemble that scored them.
         found: the scores, in the order of the table.
         facts: more fields of the manifest.
-        drift: differences of the rows from those of training, to write beside the submission.
+        drift: the result of `drift_of`; if None, an earlier table, of other rows, is removed.
     """
     scored = test.metadata.select(schema.ID, pl.Series(schema.TARGET, found.score))
     submission = test.order.join(scored, on=schema.ID, maintain_order="left")
@@ -129,9 +139,14 @@ def write_submission(
         **found.models, blend=found.score, **_extra_columns(found)
     )
     models_file = models_path(output)
-    # An earlier table would be of other rows.
-    drift_path(output).unlink(missing_ok=True)
-    with atomic_path(output) as submission_path, atomic_path(models_file) as models_temporary:
+    drift_file = drift_path(output)
+    with (
+        atomic_path(output) as submission_path,
+        atomic_path(models_file) as models_temporary,
+        nullcontext() if drift is None else atomic_path(drift_file) as drift_temporary,
+    ):
+        if drift is not None and drift_temporary:
+            write_parquet(drift_temporary, drift)
         submission.write_csv(submission_path)
         write_parquet(models_temporary, all_models)
         # The manifest comes before the files get their names: it shows that they are this
@@ -148,9 +163,28 @@ def write_submission(
             models={"file": models_file.name, "sha256": sha256(models_temporary)},
             versions=versions("isic-toolkit", *scorer.manifest["versions"]),
         )
-    if drift is not None:
-        with atomic_path(drift_path(output)) as path:
-            write_parquet(path, drift)
+    if drift is None:
+        drift_file.unlink(missing_ok=True)
+
+
+def drift_of(scorer: Scorer, test: TestTable, score: Scores) -> pl.DataFrame:
+    """Return the differences of rows and their scores from training, see `measure_drift`.
+
+    With the training table beside the rows, those that a classifier finds are measured too.
+    """
+    summary = scorer.training
+    trained = scorer.oof()["blend"].to_numpy()
+    # Another table would be no measure of the training rows.
+    is_known = test.training_sha256 == ensembles_of(scorer)[0].manifest["metadata_sha256"]
+    together = test.told_apart(tuple(summary)) if is_known else None
+    return measure_drift(summary, test.metadata, trained, score, together)
+
+
+def warn_of_drift(drift: pl.DataFrame, output: Path) -> None:
+    """Warn in one line if the rows of a submission differ from those of training."""
+    warning = drift_warning(drift)
+    if warning:
+        warn(f"{warning}; see {drift_path(output)}")
 
 
 def _extra_columns(found: TableScores) -> dict[str, pl.Series]:

@@ -24,8 +24,10 @@ from infer.ensemble.blends.ranks import Scores, to_scale_of
 from infer.ensemble.boosting.refit import Rows, choose_rows
 from infer.ensemble.predict import (
     TestTable,
+    drift_of,
     read_test_table,
     refuse_foreign_submission,
+    warn_of_drift,
     write_submission,
 )
 from infer.ensemble.score_table import TableScores, score_table
@@ -130,6 +132,8 @@ class Run:
     """The embeddings of the networks that are done."""
     lost: dict[str, str] = field(default_factory=dict)
     """Why other networks are left out."""
+    drift: pl.DataFrame | None = None
+    """How the rows of the last submission written differ from those of training."""
 
     def submit(self) -> None:
         """Write the submission, at first without images."""
@@ -297,11 +301,22 @@ class Run:
             "left_out": self.lost,
             "rows_without_image": int(lost_rows.sum()),
         }
-        write_submission(self.settings.output, self.test, scorer, found, {"bundle": facts})
+        self.drift = self._measure_drift(scorer, found.score)
+        write_submission(
+            self.settings.output, self.test, scorer, found, {"bundle": facts}, self.drift
+        )
         print(
             f"submission {self.settings.output} after {duration(self.clock.seconds)}: {candidate}",
             flush=True,
         )
+
+    def _measure_drift(self, scorer: Scorer, score: Scores) -> pl.DataFrame | None:
+        """Return the drift from training; None, with a warning, if that fails."""
+        try:
+            return drift_of(scorer, self.test, score)
+        except Exception as error:  # a submission needs no drift
+            warn(f"the drift from training is not measured: {_message(error)}")
+            return None
 
     def _score(self, candidate: Candidate) -> tuple[Scorer, TableScores]:
         found: dict[str, list[Path]] = {"embeddings": [], "frozen": []}
@@ -357,3 +372,5 @@ class Run:
             total = len(self.test.metadata)
             warn(f"{bad:,} of {total:,} rows have no readable image and are scored without images")
         print(f"submission: {self.settings.output} ({len(self.test.metadata):,} rows, {written})")
+        if self.drift is not None:
+            warn_of_drift(self.drift, self.settings.output)

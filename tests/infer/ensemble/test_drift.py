@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from infer.ensemble.drift import (
+    ALL_COLUMNS,
     Shares,
     drift_warning,
     measure_drift,
@@ -134,11 +135,20 @@ def test_it_is_written_beside_the_submission(
     assert str(tmp_path / "new" / "s_drift.parquet") in shown
 
 
-def test_ensembles_of_earlier_versions_have_the_scores_only(project: Path, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(project / "ensemble" / "raw", tmp_path / "old"))
-    (root / "training.json").unlink()
-    manifest = json.loads((root / "ensemble.json").read_text())
-    del manifest["files"]["training.json"]
-    (root / "ensemble.json").write_text(json.dumps(manifest))
-    predict_table(project, str(root), embeddings=(), output=tmp_path / "s.csv")
-    assert pl.read_parquet(tmp_path / "s_drift.parquet")["column"].to_list() == ["score"]
+def test_a_classifier_is_fitted_if_the_training_table_is_beside_the_rows(
+    project: Path, tmp_path: Path
+) -> None:
+    predict_table(project, "raw", embeddings=(), output=tmp_path / "s.csv")
+    (row,) = (
+        pl.read_parquet(tmp_path / "s_drift.parquet")
+        .filter(pl.col("column") == ALL_COLUMNS)
+        .to_dicts()
+    )
+    assert 0 < row["auc"] < 1
+    # Another training table would be another question.
+    shutil.copytree(project / "data", tmp_path / "other")
+    table = tmp_path / "other" / "train-metadata.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    output = tmp_path / "other.csv"
+    predict_table(project, "raw", data=tmp_path / "other", embeddings=(), output=output)
+    assert ALL_COLUMNS not in pl.read_parquet(tmp_path / "other_drift.parquet")["column"]

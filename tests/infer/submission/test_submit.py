@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from infer.submission import submit as module
 from infer.submission.settings import SubmitSettings
@@ -84,6 +85,32 @@ def test_a_submission_is_that_of_the_commands_run_by_hand(
     expected = by_hand(project, project.data, tmp_path / "hand.csv", "final", "tiny", "tiny_b")
     assert output.read_bytes() == expected
     assert not (tmp_path / "submission_work").exists()
+
+
+def test_the_drift_from_training_is_written_beside_it(
+    made: Path, project: Project, tmp_path: Path
+) -> None:
+    output = run(made, project.data, tmp_path / "submission.csv")
+    by_hand(project, project.data, tmp_path / "hand.csv", "final", "tiny", "tiny_b")
+    drift = [pl.read_parquet(tmp_path / f"{name}_drift.parquet") for name in (output.stem, "hand")]
+    assert_frame_equal(*drift)
+
+
+def test_drift_that_cannot_be_measured_costs_no_submission(
+    made: Path,
+    project: Project,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("infer.submission.submit.drift_of", fail)
+    output = run(made, project.data, tmp_path / "submission.csv")
+    assert used(output).startswith("final, with tiny, tiny_b")
+    assert not (tmp_path / "submission_drift.parquet").exists()
+    assert "the drift from training is not measured: MemoryError" in capsys.readouterr().err
 
 
 def test_the_test_split_needs_no_fold_plan_and_no_training_rows(
