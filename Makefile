@@ -25,8 +25,10 @@ demo: $(SETUP)
 	done
 	$(BIN)/python -m infer predict --ensemble $(OUT)/ensemble/multimodal_demo --data $(DATA) \
 		--embeddings $(OUT)/embeddings/demo --output $(OUT)/submission.csv
+	$(BIN)/python -m infer triage --ensemble $(OUT)/ensemble/multimodal_demo --data $(DATA) \
+		--embeddings $(OUT)/embeddings/demo --maps $(OUT)/demo --max_patients 5 --output $(OUT)/triage.html
 	$(BIN)/python -m infer scores --output_dir $(OUT)/ensemble
-	@echo "submission: $(OUT)/submission.csv"
+	@echo "submission: $(OUT)/submission.csv, pages of patients: $(OUT)/triage.html"
 
 # A browser, a Ray cluster or a GPU serves one test at a time.
 test: quick

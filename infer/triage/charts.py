@@ -90,7 +90,7 @@ def body_figure(metadata: pl.DataFrame, ranked: Mapping[int, int]) -> Markup:
     )
     caption = "Numbers as on this page; left and right are the patient's own."
     if num_unknown:
-        caption += f" {num_unknown:,} lesions have no known location."
+        caption += f" Lesions without a known location: {num_unknown:,}."
     return figure("Where the lesions are", chart, caption)
 
 

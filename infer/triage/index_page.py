@@ -6,7 +6,7 @@ from urllib.parse import quote
 import polars as pl
 
 from infer.ensemble.blends.artifact import Scorer
-from infer.ensemble.drift import drift_warning
+from infer.ensemble.drift import ALL_COLUMNS, drift_warning
 from infer.triage.header import caveat, model_facts
 from infer.triage.patients import Patient
 from isic.html import page
@@ -69,7 +69,8 @@ def _drift(drift: pl.DataFrame) -> list[Markup]:
     differing = drift.filter("differs").sort("errors", descending=True)
     warning = drift_warning(drift)
     if warning is None:
-        return [tag("p", "No column differs from training by more than chance explains.")]
+        text = "No column differs from training by more than chance explains."
+        return [tag("p", text, *_told_apart(drift))]
     heading = ("column", "standard errors", "KS", "PSI", "unseen", "blank", "blank in training")
     rows = [
         (
@@ -83,4 +84,14 @@ def _drift(drift: pl.DataFrame) -> list[Markup]:
         )
         for row in differing.to_dicts()
     ]
-    return [tag("p", f"{warning.capitalize()}."), page.table("Columns that differ", heading, rows)]
+    intro = tag("p", f"{warning[0].upper()}{warning[1:]}.", *_told_apart(drift))
+    return [intro, page.table("Columns that differ", heading, rows)]
+
+
+def _told_apart(drift: pl.DataFrame) -> list[str]:
+    """Return a sentence on the classifier of these against training rows, if it was fitted."""
+    return [
+        f" A classifier tells these rows from training rows with an AUC of {auc:.2f}; 0.5 is "
+        "chance."
+        for auc in drift.filter(pl.col("column") == ALL_COLUMNS)["auc"]
+    ]

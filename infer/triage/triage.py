@@ -12,8 +12,9 @@ from infer.embedding.image_embedder import ImageEmbedder
 from infer.embedding.store import scan_embeddings
 from infer.ensemble.artifact import ENSEMBLE_FILE
 from infer.ensemble.blends.artifact import Scorer, open_scorer
-from infer.ensemble.drift import drift_warning, measure_drift
+from infer.ensemble.drift import drift_warning
 from infer.ensemble.features.own_tables import read_test_tables
+from infer.ensemble.predict import TestTable, drift_of
 from infer.ensemble.settings import EmbeddingSources
 from infer.explain.explain import safe_names
 from infer.report.cases import Picture, pictures
@@ -65,7 +66,7 @@ def triage(settings: TriageSettings) -> None:
     images = dataset.find_images(settings.split)
     if images is None:
         warn(f"{settings.data} has no {settings.split} images; the pages are without pictures")
-    drift = _drift(rows) if settings.split == "test" else None
+    drift = _drift(rows, dataset) if settings.split == "test" else None
     counts = len(rows.metadata), with_patient(rows.metadata)[schema.PATIENT].n_unique()
     style = "".join(path.read_text(encoding="utf-8") for path in (REPORT_STYLE, TRIAGE_STYLE))
     index = index_page(scorer, patients, pages, counts, drift, style)
@@ -124,9 +125,10 @@ def _remove_pages(output: Path, keep: Sequence[str]) -> None:
             (output.parent / page).unlink(missing_ok=True)
 
 
-def _drift(rows: ScoredRows) -> pl.DataFrame:
-    trained = rows.scorer.oof()["blend"].to_numpy()
-    return measure_drift(rows.scorer.training, rows.metadata, trained, rows.score)
+def _drift(rows: ScoredRows, dataset: Dataset) -> pl.DataFrame:
+    path = dataset.metadata_path("test")
+    table = TestTable(dataset, path, rows.metadata, rows.metadata.select(schema.ID))
+    return drift_of(rows.scorer, table, rows.score)
 
 
 @contextmanager
