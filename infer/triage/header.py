@@ -1,6 +1,10 @@
 """The parts that the page of a patient and the index share."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from infer.ensemble.blends.artifact import Scorer, ensembles_of
+from infer.ensemble.scoring.scores import small_patients
 from isic import schema
 from isic.html import page
 from isic.html.markup import Markup, tag
@@ -40,10 +44,16 @@ def _training(scorer: Scorer) -> dict[str, str]:
         f"{int(target.sum()):,} of the lesions malignant",
         "Image networks": ", ".join(networks) or "none",
         SENSITIVITY: f"{found} of the malignant lesions of patients that it had not seen were "
-        f"among their patient's {TOP_K} highest scores",
+        f"among their patient's {TOP_K} highest scores{_small_patients(scores)}",
         "pAUC above 80 % sensitivity": f"{scores['pauc']:.4f} of at most 0.2, out of fold",
         "Training table": f"sha256 {_table_digest(scorer)}",
     }
+
+
+def _small_patients(scores: Mapping[str, Any]) -> str:
+    """Return the caveat that the share holds for some patients whatever their scores are."""
+    number = scores[f"patients_of_at_most_{TOP_K}"]
+    return f" ({small_patients(number, scores['patients_with_malignant'])})" if number else ""
 
 
 def _table_digest(scorer: Scorer) -> str:

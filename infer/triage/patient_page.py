@@ -100,8 +100,10 @@ def _unfamiliar(patient: Patient) -> list[Markup]:
 
 
 def _first_text(patient: Patient, shown: Shown) -> str:
+    number = len(patient.index)
+    which = f"The {patient.num_first} highest scores of {number:,} lesions."
     text = (
-        f"The {patient.num_first} highest scores of {len(patient.index):,} lesions. A reason is a "
+        f"{'The only lesion.' if number == 1 else which} A reason is a "
         "property that raises the score: if the lesion were ordinary in it, like this patient's "
         "other lesions, or for properties of the patient like the training lesions, the score "
         "would be the second number."
@@ -192,5 +194,7 @@ def _small(patient: Patient, shown: Shown, place: int) -> Markup:
 
 
 def score_text(score: float) -> str:
-    """Return a score with two or three digits."""
-    return f"{score:.3f}" if score >= 0.1 else f"{score:.2g}"
+    """Return a score with two or three digits, and more close to 1."""
+    if score < 0.1:
+        return f"{score:.2g}"
+    return f"{score:.3f}" if score < 0.99 else f"{score:.4f}"

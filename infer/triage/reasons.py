@@ -24,8 +24,8 @@ from isic.runtime.errors import UserError
 NUM_TRIED = 6
 """Properties per lesion that are tried, those with the largest contributions."""
 NUM_REASONS = 4
-SMALLEST_FALL = 0.01
-"""Share of its score that a lesion must lose without a property."""
+SMALLEST_FALL = 0.1
+"""Share of its odds, score / (1 - score), that a lesion must lose without a property."""
 ROUNDING = 1e-6
 """Largest difference of two computations of a score."""
 MOST_ROWS = 50_000
@@ -119,7 +119,7 @@ def _reasons(
 ) -> list[Reason]:
     reasons = []
     for change, without in tried:
-        if without < patient.score[change.place] * (1 - SMALLEST_FALL):
+        if odds(without) < odds(patient.score[change.place]) * (1 - SMALLEST_FALL):
             columns = {name: values[row] for name, values in found.columns.items()}
             text = describe(_facts(patient), change.place, change.cause, columns)
             reasons.append(Reason(change.cause.name, text, float(without)))
@@ -130,6 +130,10 @@ def _facts(patient: PatientRows) -> PatientFacts:
     given = [member.given[patient.index] for member in patient.rows.members.values()]
     columns = {column.name: column for table in (*given, patient.metadata) for column in table}
     return PatientFacts(columns, patient.training)
+
+
+def odds(score: float) -> float:
+    return score / max(1 - score, np.finfo(float).eps)
 
 
 def score_changed(patient: PatientRows, changes: Sequence[Change]) -> list[float]:
