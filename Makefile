@@ -5,7 +5,7 @@ SETUP := .venv/.ready
 DATA := data/demo
 OUT := outputs
 
-.PHONY: setup demo test quick lint clean
+.PHONY: setup demo test quick lint constraints clean
 
 setup: $(SETUP)
 
@@ -44,6 +44,10 @@ lint: $(SETUP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The versions that the tests have passed with, for `pip install -c constraints.txt`.
+constraints: $(SETUP)
+	$(BIN)/pip freeze --disable-pip-version-check --exclude-editable >constraints.txt
 
 clean:
 	rm -rf .venv data/demo outputs build *.egg-info

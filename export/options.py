@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
+from infer.engines.trust import trust_field
 from infer.formats import PRECISIONS, exported_formats
 from isic.layout import REMOTE_DATASET, FoldFlag, find_run
 from isic.runtime.config import Settings, Several
@@ -172,6 +173,7 @@ class ExportSettings(PlanOptions):
     check: bool = Field(
         False, description="check the parity of existing artifacts on this machine, build nothing"
     )
+    trust: bool = trust_field()
     triton: Path | None = Field(
         None, description="folder for a model repository of NVIDIA Triton; none if not given"
     )

@@ -36,6 +36,7 @@ from export.options import ExportSettings
 from export.parity import ParityError, Reference, check_parity, worst_figures
 from export.triton import write_repository
 from infer.engines import create, unavailable_reason
+from infer.engines.trust import refuse_untrusted, remember
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import read_folds
@@ -198,7 +199,7 @@ def export_fold(
     Returns:
         The number of artifacts that failed the parity check.
     """
-    process = check_one if settings.check else export_one
+    process = partial(check_one, trust=settings.trust) if settings.check else export_one
     num_failed = 0
     for spec in specs:
         artifact = network.folder / file_name(spec)
@@ -347,13 +348,14 @@ def build_inputs(source: Source, spec: ArtifactSpec) -> BuildInputs:
     )
 
 
-def check_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
+def check_one(source: Source, spec: ArtifactSpec, artifact: Path, trust: bool) -> bool:
     """Check the parity of an existing artifact on this machine. Return whether it passes."""
     manifest = read_manifest(artifact)
     if manifest["made_from"]["sha256"] != source.made_from["sha256"]:
         raise UserError(
             f"{artifact} was made from other weights than those of {source.name}; export it again"
         )
+    refuse_untrusted({artifact: manifest}, trust)
     try:
         parity = measure_parity(source, spec, artifact, manifest)
     except ParityError as error:
@@ -390,6 +392,7 @@ def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | N
     """Write the manifest and the parity record of an artifact that has its name, and print it."""
     fields = {key: manifest[key] for key in manifest if key not in {"artifact", "sha256"}}
     write_manifest(artifact, **{**fields, "parity": parity})
+    remember([{**manifest, "sha256": sha256(artifact)}])
     megabytes = artifact.stat().st_size / 1e6
     start = f"{label(manifest)} {megabytes:7.1f} {manifest['build_seconds']:8.1f}"
     if parity is None:

@@ -31,6 +31,8 @@ class EngineFormat:
     """The extra of this package that installs them; None if they always are."""
     any_device: bool = False
     """One file runs on all of its devices, not only on the one it was exported for."""
+    runs_code: bool = False
+    """Its artifacts hold compiled code, which loading them runs."""
     portable: bool = False
     """Artifacts can be built without the GPU they are for, and are checked on it later."""
     builder: str | None = None
@@ -74,6 +76,7 @@ ENGINE_FORMATS = {
         suffix=".pt2",
         devices=("cpu", "cuda"),
         packages=("torch",),
+        runs_code=True,
         builder="export.aoti",
         precisions={"cpu": ("fp32", "bf16", "fp16"), "cuda": ("bf16", "fp16", "fp32")},
         options=("opt_batch", "max_batch", "max_autotune"),
@@ -85,6 +88,7 @@ ENGINE_FORMATS = {
         devices=("cuda",),
         packages=("tensorrt", "cuda-bindings"),
         extra="tensorrt",
+        runs_code=True,
         builder="export.tensorrt",
         precisions={"cuda": ("fp16", "bf16", "fp32", "int8", "fp8")},
         options=(*PROFILE_OPTIONS, "version_compatible", "hardware_compatible"),
@@ -98,6 +102,7 @@ ENGINE_FORMATS = {
         devices=("cuda",),
         packages=("tensorrt_rtx", "cuda-bindings"),
         extra="tensorrt_rtx",
+        runs_code=True,
         portable=True,
         builder="export.tensorrt",
         # NVIDIA's support matrix lists int8 for weights only; these plans need activations too.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never waits for a hub
 os.environ["ISIC_CACHE_DIR"] = tempfile.mkdtemp(prefix="isic-cache-")  # not the user's cache
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="isic-state-")  # nor the user's trust
 # Small networks next to other processes: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

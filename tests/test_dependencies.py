@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from benchmarks.__main__ import load_benchmark
 from benchmarks.settings import IngestSettings, SlowdownSettings, TablesSettings
@@ -176,3 +177,16 @@ def test_an_installed_package_has_no_place_for_results(monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="in a checkout"):
         load_benchmark(TablesSettings, {})
     assert load_benchmark(IngestSettings, {"results": "here"})
+
+
+def test_the_constraints_satisfy_every_requirement() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines)
+    by_name = {canonicalize_name(name): version for name, version in pinned.items()}
+    named = ["install_requires", "train", "export", "boosters", "remote", "tensorboard", "dev"]
+    for requirement in (each for name in named for each in requirements(name)):
+        if requirement.marker and not requirement.marker.evaluate():
+            continue
+        version = by_name.get(canonicalize_name(requirement.name))
+        assert version, f"constraints.txt lacks {requirement.name}; run `make constraints`"
+        assert requirement.specifier.contains(version, prereleases=True), requirement

@@ -85,6 +85,7 @@ def _embed_splits(settings: EmbedSettings, watch: Watch | None) -> None:
         settings.device,
         frozenset() if settings.force else earlier_engines(settings.run_dir.resolve()),
         settings.fold,
+        settings.trust,
     )
     if models.reason and not settings.quiet:
         print(f"using {models.reason}")

@@ -48,6 +48,7 @@ def load_embedder(
     tta: str = "none",
     batch_size: int | None = None,
     num_threads: int | None = None,
+    trust: bool = False,
 ) -> "ImageEmbedder":
     """Load the exported networks of a training run, or one artifact.
 
@@ -65,12 +66,13 @@ def load_embedder(
         batch_size: images per call of the engine; 64 on a CPU and 256 on a GPU by default.
         num_threads: decoding threads; one per core by default. OpenCV's own threads are turned off
             in this process, because they would compete for the same cores.
+        trust: load artifacts of native code that were not exported by this user.
 
     Raises:
         UserError: there is no such artifact, it does not run here, or a value is not known.
     """
     place = Path(path).expanduser()
-    given = {"format": format, "precision": precision, "device": device, "tta": tta}
+    given = {"format": format, "precision": precision, "device": device, "tta": tta, "trust": trust}
     numbers = {"batch_size": batch_size, "num_threads": num_threads}
     if not place.exists():
         raise UserError(f"no such file or folder: {place}; give a run's folder or an artifact")
@@ -92,13 +94,14 @@ def _open_models(path: Path, fold: Fold | None, settings: EmbedSettings) -> Mode
             settings.tta,
             settings.device,
             fold=fold,
+            trust=settings.trust,
         )
     if fold is not None or settings.format != AUTO or settings.precision:
         raise UserError(
             f"{path} is one artifact; leave out fold, format and precision, or give the folder of "
             "its run"
         )
-    return open_artifact(path, settings.tta)
+    return open_artifact(path, settings.tta, settings.trust)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from infer.embedding.choice import Found, Request, choose, find_exported
 from infer.engines import device_of, manifest_spec, network_command
 from infer.engines.contract import AUX
+from infer.engines.trust import refuse_untrusted
 from infer.formats import AUTO, ENGINE_FORMATS
 from isic.layout import ALL, NONE, Fold, fold_files, fold_name, is_backbone
 from isic.preprocess import PreprocessSpec
@@ -97,6 +98,7 @@ def find_models(
     device: str = "auto",
     earlier: frozenset[str] = frozenset(),
     fold: Fold | None = None,
+    trust: bool = False,
 ) -> Models:
     """Find the exported model of every fold that has one.
 
@@ -108,6 +110,7 @@ def find_models(
         earlier: digests of the artifacts that a run to resume was made with, which AUTO keeps.
         fold: the only fold to look at; None for all that have a number, or for NONE if the run is
             a backbone.
+        trust: whether to load native code that this user has not exported.
 
     Raises:
         UserError: no fold has one, a fold has several, one belongs to another config or fold, or
@@ -131,6 +134,7 @@ def find_models(
         _refuse_other_fold(artifacts[k], manifest, config, k)
         _refuse_other_views(artifacts[k], manifest, tta)
     _refuse_other_targets(model_dir, manifests)
+    refuse_untrusted({artifacts[k]: manifests[k] for k in artifacts}, trust)
     # Each image is decoded once for the engines of all folds.
     specs = {manifest_spec(manifest) for manifest in manifests.values()}
     if len(specs) > 1:
@@ -140,15 +144,16 @@ def find_models(
     return Models(artifacts, manifests, specs.pop(), reason)
 
 
-def open_artifact(path: Path, tta: str = "none") -> Models:
+def open_artifact(path: Path, tta: str = "none", trust: bool = False) -> Models:
     """Return the model of one fold by the path of its artifact.
 
     Args:
         tta: the views to average over, in the graph or on the host.
+        trust: whether to load native code that this user has not exported.
 
     Raises:
         UserError: there is no artifact or no manifest, the manifest is of other bytes or of another
-            file than an artifact, or the graph averages over other views.
+            file than an artifact, the graph averages over other views, or it is not trusted.
     """
     manifest = read_manifest(path)
     if manifest.get("format") not in ENGINE_FORMATS:
@@ -156,6 +161,7 @@ def open_artifact(path: Path, tta: str = "none") -> Models:
             f"{path} is not an exported artifact; give one, such as model.onnx, or the run's folder"
         )
     _refuse_other_views(path, manifest, tta)
+    refuse_untrusted({path: manifest}, trust)
     fold = manifest["fold"]
     return Models({fold: path.resolve()}, {fold: manifest}, manifest_spec(manifest))
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
+from infer.engines.trust import trust_field
 from infer.formats import AUTO, ENGINE_FORMATS, Precision, exported_formats
 from isic.layout import ALL, EMBEDDINGS_DIR, REMOTE_DATASET, find_embeddings
 from isic.runtime.config import Settings
@@ -112,6 +113,7 @@ class EmbedSettings(Settings):
         0.01, ge=0, le=1, description="share of skipped images above which the run stops"
     )
     quiet: bool = Field(False, description="hide the progress bar")
+    trust: bool = trust_field()
     force: bool = Field(
         False, description="replace embeddings that were made with other models, data or settings"
     )

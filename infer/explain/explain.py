@@ -49,7 +49,12 @@ def explain(settings: ExplainSettings) -> None:
     _refuse_foreign(settings.output_dir, files.values())
     model_dir = find_run(settings.model_dir, settings.config)
     models = find_models(
-        model_dir, settings.config, settings.format, settings.precision, device=settings.device
+        model_dir,
+        settings.config,
+        settings.format,
+        settings.precision,
+        device=settings.device,
+        trust=settings.trust,
     )
     if models.is_backbone:
         raise UserError(WITHOUT_HEAD)

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import AliasChoices, Field
 
+from infer.engines.trust import trust_field
 from infer.formats import AUTO, Precision
 from isic.layout import OUTPUT_DIR, REMOTE_DATASET
 from isic.runtime.config import Settings, Several
@@ -53,3 +54,4 @@ class ExplainSettings(Settings):
     batch_size: int | None = Field(
         None, ge=1, description="images per engine call, as in infer embed by default"
     )
+    trust: bool = trust_field()

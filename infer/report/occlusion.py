@@ -75,7 +75,7 @@ def draw_maps(
     }
 
 
-def open_network(scorer: Scorer, model_dir: Path) -> Network:
+def open_network(scorer: Scorer, model_dir: Path, trust: bool = False) -> Network:
     """Find the artifacts of a training run that an ensemble was fitted with.
 
     Raises:
@@ -94,7 +94,7 @@ def open_network(scorer: Scorer, model_dir: Path) -> Network:
             f"{model_dir} is the network {name}, but {scorer.root} was fitted with "
             f"{listed(fitted)}; give --maps a run of theirs"
         )
-    models = find_models(model_dir, name, AUTO)
+    models = find_models(model_dir, name, AUTO, trust=trust)
     fitted_with = fitted[name].get("checkpoints") or {}
     if not models.checkpoints.items() <= fitted_with.items():
         raise UserError(

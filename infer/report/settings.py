@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from infer.engines.trust import trust_field
 from isic.layout import OUTPUT_DIR, REMOTE_DATASET
 from isic.runtime.config import Settings, Several
 from isic.runtime.urls import Wanted
@@ -37,3 +38,4 @@ class ReportSettings(Settings):
         description="outputs/<config> of a network with exported folds, to draw the occlusion map "
         "of each miss and false alarm; takes 50 runs of the network per image",
     )
+    trust: bool = trust_field()

@@ -20,7 +20,12 @@ REPORT_STYLE = Path(__file__).with_name("report.css")
 def report(settings: ReportSettings) -> None:
     """Write an ensemble's report.html: curves, tables, feature importance, worst errors."""
     path = write_report(
-        settings.ensemble, settings.data, settings.embeddings, settings.maps, settings.by
+        settings.ensemble,
+        settings.data,
+        settings.embeddings,
+        settings.maps,
+        settings.by,
+        settings.trust,
     )
     print(f"report: {path}")
     if settings.by:
@@ -33,6 +38,7 @@ def write_report(
     embeddings: Sequence[Path] = (),
     maps: Path | None = None,
     by: Sequence[str] = (),
+    trust: bool = False,
 ) -> Path:
     """Write `report.html` into an ensemble's folder and return its path.
 
@@ -42,6 +48,7 @@ def write_report(
         maps: a training run that it was fitted with, for occlusion maps; none are drawn if None.
         by: properties of lesions to score groups of, see `group_rows`; `subgroups.csv` is written
             beside the report.
+        trust: whether to load native code of `maps` that this user has not exported.
 
     Raises:
         UserError: no ensemble, other data, an unknown property, or embeddings or a training run of
@@ -49,7 +56,7 @@ def write_report(
     """
     scored = read_scored(open_scorer(ensemble), data)
     groupings = group_rows(scored.rows, by)
-    network = open_network(scored.ensemble, maps) if maps else None
+    network = open_network(scored.ensemble, maps, trust) if maps else None
     groups = score_groups(scored.oof, groupings) if groupings else None
     parts = sections(scored, embeddings, network, groups)
     body = (page.section(name, title, *content) for name, (title, content) in parts.items())

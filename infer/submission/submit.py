@@ -244,6 +244,8 @@ class Run:
             on_error="raise" if self.settings.strict else "skip",
             max_bad=1.0,
             quiet=self.settings.quiet,
+            # As much as the bundle's own code, which runs already.
+            trust=True,
         )
         embed_splits(settings, lambda progress: self._watch(progress, reserve))
         return find_embeddings(output_dir, network.name, network.fold)

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import AliasChoices, Field
 
+from infer.engines.trust import trust_field
 from isic.layout import OUTPUT_DIR, REMOTE_DATASET
 from isic.runtime.config import Settings, Several
 from isic.runtime.urls import Wanted
@@ -57,3 +58,4 @@ class TriageSettings(Settings):
         "without .html",
     )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
+    trust: bool = trust_field()

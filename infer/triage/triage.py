@@ -56,7 +56,7 @@ def triage(settings: TriageSettings) -> None:
     refuse_other_name(settings.output)
     dataset = Dataset(settings.data)
     scorer = open_scorer(settings.ensemble)
-    network = open_network(scorer, settings.maps) if settings.maps else None
+    network = open_network(scorer, settings.maps, settings.trust) if settings.maps else None
     rows = _read_rows(settings, dataset, scorer)
     patients = choose_patients(rows, settings.patient, settings.max_patients)
     folder = settings.output.with_suffix("")

@@ -293,7 +293,12 @@ def test_a_package_for_another_machine_is_not_loaded(first: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_embed_takes_the_engine_that_is_named(
-    formats_run: Path, first: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
+    formats_run: Path,
+    first: Path,
+    synth_dataset: Path,
+    tmp_path: Path,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = (
         "infer",
@@ -319,6 +324,13 @@ def test_embed_takes_the_engine_that_is_named(
     assert "has not passed the parity check" in ended.err
     assert cli(*base, "--engine", "aoti").code == 0
     assert (tmp_path / "tiny" / "test" / "run.json").is_file()
+    # Another user has exported none of it.
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    ended = cli(*base, "--engine", "aoti")
+    assert ended.code == 2
+    assert ".pt2 is native code for AOTInductor that you have not exported" in ended.err
+    assert cli(*base, "--engine", "aoti", "--trust", "true").code == 0
+    assert cli(*base, "--engine", "aoti").code == 0
 
 
 @pytest.mark.slow
