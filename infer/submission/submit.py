@@ -34,6 +34,7 @@ from infer.ensemble.score_table import TableScores, score_table
 from infer.ensemble.settings import EmbeddingSources
 from infer.submission.candidates import Candidate, best, out_of_fold
 from infer.submission.contents import Bundle, PackedNetwork, open_bundle
+from infer.submission.deadline import end_process, ended_at
 from infer.submission.devices import Engine, choose_engine
 from infer.submission.settings import SubmitSettings
 from isic import schema
@@ -86,7 +87,9 @@ def submit(settings: SubmitSettings) -> int:
             bundle = open_bundle(settings.bundle)
             test = read_test_table(Dataset(settings.data or find_data(settings.input)))
             refuse_foreign_submission(settings.output)
-            Run(settings, bundle, test, clock).submit()
+            run = Run(settings, bundle, test, clock)
+            with ended_at(clock.seconds_left, run.give_up):
+                run.submit()
     except Interrupted as stop:
         print(
             f"stopped by {stop}; a submission that is there stays, and the same command resumes",
@@ -158,6 +161,22 @@ class Run:
         if not self.settings.keep:
             self._remove([self._run_dir])
 
+    def give_up(self) -> None:
+        """End the process at the time limit, with success if there is a submission."""
+        written = self._earlier()
+        if written is None:
+            print(
+                f"error: --hours {self.settings.hours} are over without a submission; give more",
+                file=sys.stderr,
+                flush=True,
+            )
+            end_process(2)
+        warn(
+            f"--hours {self.settings.hours} are over and an engine does not return; the submission "
+            f"by {written} stays"
+        )
+        end_process(0)
+
     def _reserve(self) -> float:
         """Return the seconds to keep for scoring with images, by those that it took without."""
         first, fallback = self.bundle.candidates[0], self._fallback
@@ -221,7 +240,14 @@ class Run:
                 raise
             # The trial had two images and one fold, which need less of the GPU's memory.
             print(f"{engine}: {error}; trying batches of {SMALL_BATCH}", flush=True)
+        try:
             return self._run_engine(network, engine, SMALL_BATCH, reserve)
+        except UserError as error:
+            if self.settings.device == "cuda":
+                raise
+            self._complain(f"{network.name} fails on the GPU ({error}); trying the CPU", error)
+        on_cpu, _ = choose_engine(network, self.bundle.run_dir(network), "cpu")
+        return self._run_engine(network, on_cpu, None, reserve)
 
     def _run_engine(
         self, network: PackedNetwork, engine: Engine, batch_size: int | None, reserve: float

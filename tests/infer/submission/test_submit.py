@@ -314,6 +314,35 @@ def test_a_batch_that_does_not_fit_the_gpu_is_made_smaller(
     assert used(output).startswith("final, with tiny, tiny_b")
 
 
+def test_a_gpu_that_fails_twice_is_replaced_by_the_cpu(
+    made: Path,
+    project: Project,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    embed = module.embed_splits
+
+    def fails_on_gpu(settings: module.EmbedSettings, watch: object) -> None:
+        if settings.device == "cuda":
+            raise UserError("the GPU has fallen off the bus")
+        embed(settings, watch)  # type: ignore[arg-type]
+
+    choose = module.choose_engine
+    on_gpu = module.Engine("onnx", "fp32", "cuda", 1)
+    monkeypatch.setattr(
+        module,
+        "choose_engine",
+        lambda network, run, device: (
+            choose(network, run, device) if device == "cpu" else (on_gpu, [])
+        ),
+    )
+    monkeypatch.setattr(module, "embed_splits", fails_on_gpu)
+    output = run(made, project.data, tmp_path / "submission.csv", device="auto")
+    assert used(output).startswith("final, with tiny, tiny_b")
+    assert "tiny fails on the GPU (the GPU has fallen off the bus)" in capsys.readouterr().err
+
+
 def test_files_of_somebody_else_in_the_work_folder_stay(
     made: Path, project: Project, tmp_path: Path
 ) -> None:

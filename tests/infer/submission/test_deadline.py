@@ -1,0 +1,40 @@
+"""A process whose engine hangs ends at its time limit."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from infer.submission.deadline import ended_at
+
+HANGS = """
+import ctypes, subprocess, sys
+from infer.submission.deadline import end_process, ended_at
+
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+with ended_at(1.0, lambda: end_process(7)):
+    ctypes.CDLL(None).sleep(60)  # in native code, as an engine
+"""
+
+
+def test_native_code_that_hangs_is_ended_with_its_children() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert ended.returncode == 7
+    state = Path("/proc") / ended.stdout.strip() / "stat"
+    deadline = time.monotonic() + 10
+    while state.exists() and " Z " not in state.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 1e12, 30.0])
+def test_a_block_that_ends_in_time_is_left_alone(seconds: float) -> None:
+    called: list[int] = []
+    with ended_at(seconds, lambda: called.append(1)):
+        pass
+    assert not called
