@@ -1,9 +1,9 @@
 """Score the test table with a fitted ensemble and write the submission. Nothing is fitted here."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class TestTable:
     """[N] the table, in its own order."""
     order: pl.DataFrame
     """[N] `isic_id` in the order of the submission."""
+    _told_apart: dict[tuple[str, ...], TwoSample | None] = field(default_factory=dict)
 
     @cached_property
     def sha256(self) -> str:
@@ -56,10 +57,12 @@ class TestTable:
         path = self.dataset.metadata_path("train")
         return sha256(path) if path.is_file() else None
 
-    @cache  # noqa: B019 - a command has one table
     def told_apart(self, names: tuple[str, ...]) -> TwoSample | None:
         """Compare columns with those of the training table, see `compare_tables`."""
-        return compare_tables(self.dataset.metadata("train"), self.metadata, names)
+        if names not in self._told_apart:
+            training = self.dataset.metadata("train")
+            self._told_apart[names] = compare_tables(training, self.metadata, names)
+        return self._told_apart[names]
 
 
 def read_test_table(dataset: Dataset) -> TestTable:
@@ -139,14 +142,12 @@ def write_submission(
         **found.models, blend=found.score, **_extra_columns(found)
     )
     models_file = models_path(output)
-    drift_file = drift_path(output)
-    with (
-        atomic_path(output) as submission_path,
-        atomic_path(models_file) as models_temporary,
-        nullcontext() if drift is None else atomic_path(drift_file) as drift_temporary,
-    ):
-        if drift is not None and drift_temporary:
-            write_parquet(drift_temporary, drift)
+    with ExitStack() as files:
+        submission_path, models_temporary = (
+            files.enter_context(atomic_path(path)) for path in (output, models_file)
+        )
+        if drift is not None:
+            write_parquet(files.enter_context(atomic_path(drift_path(output))), drift)
         submission.write_csv(submission_path)
         write_parquet(models_temporary, all_models)
         # The manifest comes before the files get their names: it shows that they are this
@@ -164,7 +165,7 @@ def write_submission(
             versions=versions("isic-toolkit", *scorer.manifest["versions"]),
         )
     if drift is None:
-        drift_file.unlink(missing_ok=True)
+        drift_path(output).unlink(missing_ok=True)
 
 
 def drift_of(scorer: Scorer, test: TestTable, score: Scores) -> pl.DataFrame:

@@ -84,7 +84,7 @@ def body_figure(metadata: pl.DataFrame, ranked: Mapping[int, int]) -> Markup:
         dots,
         *marks,
         viewBox=f"0 0 {BODY_WIDTH} {BODY_HEIGHT}",
-        role="img",
+        role="group",
         aria_label=f"{len(places)} lesions by location, {len(marks)} of them numbered",
         class_="body",
     )
@@ -141,7 +141,7 @@ def embedding_figure(features: NDArray[np.floating], ranked: Mapping[int, int]) 
         *rings,
         *marks,
         viewBox=f"0 0 {MAP_SIDE} {MAP_SIDE}",
-        role="img",
+        role="group",
         aria_label=f"{len(usable)} lesions by their embeddings, {len(outlying)} outliers",
         class_="map",
     )

@@ -8,6 +8,7 @@ import polars as pl
 from infer.ensemble.blends.artifact import Scorer
 from infer.ensemble.drift import ALL_COLUMNS, drift_warning
 from infer.triage.header import caveat, model_facts
+from infer.triage.patient_page import score_text
 from infer.triage.patients import Patient
 from isic.html import page
 from isic.html.markup import Markup, tag
@@ -49,25 +50,26 @@ def index_page(
 
 
 def _patients(patients: Sequence[Patient], pages: Mapping[str, str], num_rows: int) -> Markup:
-    heading = ("patient", "lesions", "highest score", "its number", "outside experience")
+    heading = ("patient", "lesions", "highest score", "rank", "outside experience")
     rows = [
         (
             tag("a", patient.name, href=quote(pages[patient.name])),
             f"{len(patient.index):,}",
-            f"{patient.score[0]:.3f}",
+            score_text(patient.score[0]),
             f"{patient.rank[0]:,}",
             str(len(patient.unfamiliar) or page.NONE),
         )
         for patient in patients
     ]
     return page.table(
-        f"By highest score, and its number among all {num_rows:,} scores", heading, rows
+        f"By highest score, and its rank among all {num_rows:,} scores", heading, rows
     )
 
 
 def _drift(drift: pl.DataFrame) -> list[Markup]:
-    differing = drift.filter("differs").sort("errors", descending=True)
-    warning = drift_warning(drift)
+    columns = drift.filter(pl.col("column") != ALL_COLUMNS)
+    differing = columns.filter("differs").sort("errors", descending=True)
+    warning = drift_warning(columns)
     if warning is None:
         text = "No column differs from training by more than chance explains."
         return [tag("p", text, *_told_apart(drift))]
@@ -91,7 +93,9 @@ def _drift(drift: pl.DataFrame) -> list[Markup]:
 def _told_apart(drift: pl.DataFrame) -> list[str]:
     """Return a sentence on the classifier of these against training rows, if it was fitted."""
     return [
-        f" A classifier tells these rows from training rows with an AUC of {auc:.2f}; 0.5 is "
-        "chance."
-        for auc in drift.filter(pl.col("column") == ALL_COLUMNS)["auc"]
+        f" A classifier {'tells' if differs else 'does not tell'} these rows from training rows: "
+        f"its AUC is {auc:.2f}, and chance is 0.5."
+        for auc, differs in drift.filter(pl.col("column") == ALL_COLUMNS)
+        .select("auc", "differs")
+        .iter_rows()
     ]

@@ -82,12 +82,9 @@ def patient_page(
 
 def _lead(patient: Patient) -> str:
     facts = [f"{len(patient.index):,} lesion{'s' if len(patient.index) > 1 else ''}"]
-    row = patient.metadata.row(0, named=True)
-    facts += [
-        text.format(row[name])
-        for name, text in {"age_approx": "age {:g}", "sex": "{}"}.items()
-        if row.get(name) is not None
-    ]
+    for name, text in {"age_approx": "age {:g}", "sex": "{}"}.items():
+        if name in patient.metadata.columns:
+            facts += map(text.format, patient.metadata[name].drop_nulls()[:1])
     return ", ".join(facts) + "."
 
 
@@ -138,7 +135,7 @@ def _card(patient: Patient, shown: Shown, place: int, num_rows: int) -> Markup:
 
 
 def _standing(patient: Patient, shown: Shown, place: int, num_rows: int) -> Markup:
-    text = f"score {score_text(patient.score[place])}, number {patient.rank[place]:,} of all "
+    text = f"score {score_text(patient.score[place])}, rank {patient.rank[place]:,} of all "
     text += f"{num_rows:,} lesions"
     if shown.probability is not None and np.isfinite(shown.probability[place]):
         text += f"; calibrated probability {page.percent(shown.probability[place])}"

@@ -49,9 +49,8 @@ def choose_patients(rows: ScoredRows, names: Sequence[str], most: int) -> list[P
     table = with_patient(rows.metadata).select(
         schema.PATIENT, pl.Series("score", rows.score), pl.int_range(pl.len()).alias("row")
     )
-    order = ["score", "row"], [True, False]
     grouped = (
-        table.sort(*order[:1], descending=order[1])
+        table.sort(["score", "row"], descending=[True, False])
         .group_by(schema.PATIENT, maintain_order=True)
         .agg(pl.col("row"))
     )

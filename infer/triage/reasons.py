@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from infer.ensemble.drift import Summary
-from infer.triage.causes import Cause
+from infer.triage.causes import UNUSUAL, Cause
 from infer.triage.rows import Contributions, ScoredRows
 from infer.triage.sentences import PatientFacts, describe, middle_of, others_of
 from isic import schema
@@ -89,7 +89,8 @@ def find_reasons(patient: PatientRows, places: Sequence[int]) -> list[list[Reaso
     _refuse_other_scores(patient, places, patient.rows.rescore(chosen, patient.folds))
     found = patient.rows.contributions(chosen, patient.folds)
     tried = [
-        [Change(place, cause) for cause in _most(found, row)] for row, place in enumerate(places)
+        [Change(place, cause) for cause in _most(found, row, len(patient.index))]
+        for row, place in enumerate(places)
     ]
     without = iter(score_changed(patient, [change for part in tried for change in part]))
     return [
@@ -98,9 +99,11 @@ def find_reasons(patient: PatientRows, places: Sequence[int]) -> list[list[Reaso
     ]
 
 
-def _most(found: Contributions, row: int) -> list[Cause]:
+def _most(found: Contributions, row: int, num_lesions: int) -> list[Cause]:
     """Return the causes that raise a row's score most."""
-    ordered = sorted(found.causes, key=lambda cause: -found.causes[cause][row])
+    # A single lesion is unlike no other one.
+    possible = [cause for cause in found.causes if cause is not UNUSUAL or num_lesions > 1]
+    ordered = sorted(possible, key=lambda cause: -found.causes[cause][row])
     return [cause for cause in ordered if found.causes[cause][row] > 0][:NUM_TRIED]
 
 

@@ -1,5 +1,6 @@
 """The rows of a triage: their scores, and the models that score changed rows again."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -116,17 +117,18 @@ class Member:
         )
 
     def _mean_contributions(self, table: pl.DataFrame, folds: Collection[int] | None) -> Floats:
-        """Return [N, D] the contributions of features."""
+        """Return [N, D] the mean contributions of features over the boosters of the folds."""
         weights = self.ensemble.weights
+        keys = [key for key in self._files if folds is None or key[1] in folds]
+        number = Counter(library for library, *_ in keys)
+        share = {library: weights[library] / number[library] for library in number}
         total = np.zeros((len(table), len(self.ensemble.state.names)))
         for fold, encoding in self.ensemble.state.encodings.items():
-            if folds is not None and fold not in folds:
-                continue
             matrix = encoding.transform(table)
-            for key in self._files:
+            for key in keys:
                 if key[1] == fold:
-                    total += weights[key[0]] * self._contribute(key)(matrix)
-        return total
+                    total += share[key[0]] * self._contribute(key)(matrix)
+        return total / sum(share[library] * number[library] for library in number)
 
     @cached_property
     def _files(self) -> dict[BoosterKey, str]:

@@ -71,13 +71,15 @@ def _column(facts: PatientFacts, place: int, name: str, of_patient: bool) -> str
     deviation = None if of_patient else deviation_of(facts.columns[name], place)
     if deviation is not None and abs(deviation) >= NOTABLE:
         typical = _number(middle_of(others_of(facts.columns[name], place)))
+        typical = f"{typical} {words.unit}".strip()
         return f"{_deviates(words, deviation)} ({shown}; theirs typically {typical})"
     if trained is None:
         return f"{words.noun}: {shown}"
     below = trained.share_below(value)
-    if below >= 0.5:
-        return f"{words.noun} {words.higher} than {percent(below, 0)} of training lesions ({shown})"
-    return f"{words.noun} {words.lower} than {percent(1 - below, 0)} of training lesions ({shown})"
+    direction, share = (words.higher, below) if below >= 0.5 else (words.lower, 1 - below)
+    return (
+        f"{words.noun} {direction} than that of {percent(share, 0)} of training lesions ({shown})"
+    )
 
 
 def _number(value: float) -> str:
@@ -128,5 +130,5 @@ def _unusual(facts: PatientFacts, place: int) -> str:
     largest = sorted(deviations, key=lambda name: -deviations[name])
     nouns = list(dict.fromkeys(WORDS[name].noun for name in largest if deviations[name] >= NOTABLE))
     if not nouns:
-        return "unlike this patient's other lesions as a whole"
+        return "its measurements together"
     return f"unlike this patient's other lesions in {', '.join(nouns[:NUM_NAMED])}"

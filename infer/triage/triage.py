@@ -1,8 +1,11 @@
 """`python -m infer triage`: a page per patient and an index, as HTML files without scripts."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import polars as pl
@@ -59,39 +62,73 @@ def triage(settings: TriageSettings) -> None:
     network = open_network(scorer, settings.maps, settings.trust) if settings.maps else None
     rows = _read_rows(settings, dataset, scorer)
     patients = choose_patients(rows, settings.patient, settings.max_patients)
-    folder = settings.output.with_suffix("")
-    safe = safe_names([patient.name for patient in patients])
-    pages = {name: f"{folder.name}/{file}.html" for name, file in safe.items()}
-    _refuse_foreign(settings.output, list(pages.values()))
+    names = _page_names(settings.output, patients)
+    _refuse_foreign(settings.output, names.values())
     images = dataset.find_images(settings.split)
     if images is None:
         warn(f"{settings.data} has no {settings.split} images; the pages are without pictures")
     drift = _drift(rows, dataset) if settings.split == "test" else None
     counts = len(rows.metadata), with_patient(rows.metadata)[schema.PATIENT].n_unique()
     style = "".join(path.read_text(encoding="utf-8") for path in (REPORT_STYLE, TRIAGE_STYLE))
-    index = index_page(scorer, patients, pages, counts, drift, style)
-    with _opened(network) as embedder, atomic_path(settings.output) as temporary:
-        temporary.write_text(index, encoding="utf-8")
-        _remove_pages(settings.output, keep=list(pages.values()))
-        # The manifest comes before the files get their names: it shows that they are this
-        # command's own, so a run that is killed in between can be repeated.
-        write_manifest(
-            settings.output,
-            temporary,
-            pages=list(pages.values()),
-            ensemble=sha256(scorer.root / ENSEMBLE_FILE),
-            split=settings.split,
-            versions=versions("isic-toolkit", "numpy", "polars"),
-        )
-        for patient in patients:
-            shown = _show(settings, rows, patient, images, network, embedder)
-            text = patient_page(
-                scorer, patient, shown, counts[0], f"../{settings.output.name}", style
+    back = quote(f"../{settings.output.name}")
+    with _opened(network) as embedder:
+        # One at a time: a page has the pictures of all of a patient's lesions.
+        texts = (
+            patient_page(
+                scorer,
+                patient,
+                _show(settings, rows, patient, images, network, embedder),
+                counts[0],
+                back,
+                style,
             )
-            write_text(settings.output.parent / pages[patient.name], text)
+            for patient in patients
+        )
+        _write(
+            settings.output,
+            index_page(scorer, patients, names, counts, drift, style),
+            zip(names.values(), texts, strict=True),
+            list(names.values()),
+            {"ensemble": sha256(scorer.root / ENSEMBLE_FILE), "split": settings.split},
+        )
     print(f"triage: {settings.output} ({len(patients):,} of {counts[1]:,} patients have a page)")
     if drift is not None and drift_warning(drift):
         warn(f"{drift_warning(drift)}; see {settings.output}")
+
+
+def _page_names(output: Path, patients: Sequence[Patient]) -> dict[str, str]:
+    """Return the path of each patient's page, relative to the index, by name."""
+    safe = safe_names([patient.name for patient in patients])
+    return {name: f"{output.with_suffix('').name}/{file}.html" for name, file in safe.items()}
+
+
+def _write(
+    output: Path,
+    index: str,
+    pages: Iterable[tuple[str, str]],
+    names: Sequence[str],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write the index, the pages and a manifest of both, and remove an earlier run's other pages.
+
+    Args:
+        pages: path and text of each page.
+        names: the paths.
+        facts: more fields of the manifest.
+    """
+    stale = _earlier_pages(output) - {*names}
+    facts = {**facts, "versions": versions("isic-toolkit", "numpy", "polars")}
+    with atomic_path(output) as temporary:
+        temporary.write_text(index, encoding="utf-8")
+        # The manifest comes before the files get their names: it shows that they are this
+        # command's own, so a run that is killed in between can be repeated.
+        write_manifest(output, temporary, pages=sorted({*names, *stale}), **facts)
+        for name, text in pages:
+            write_text(output.parent / name, text)
+    for name in stale:
+        (output.parent / name).unlink(missing_ok=True)
+    if stale:
+        write_manifest(output, pages=sorted(names), **facts)
 
 
 def refuse_other_name(output: Path) -> None:
@@ -108,21 +145,25 @@ def _read_rows(settings: TriageSettings, dataset: Dataset, scorer: Scorer) -> Sc
     return read(scorer, metadata, sources, own_tables, settings.num_threads)
 
 
-def _refuse_foreign(output: Path, pages: Sequence[str]) -> None:
+def _refuse_foreign(output: Path, pages: Iterable[str]) -> None:
     """Raise a UserError if a file would be replaced that `infer triage` did not write."""
     manifest = manifest_path(output)
-    is_own = holds(manifest, "artifact", "ensemble", "pages")
-    files = [output, manifest, *(output.parent / page for page in pages)]
-    refuse_foreign(files, is_own, "--output")
+    refuse_foreign([output, manifest], _is_own(output), "--output")
+    earlier = _earlier_pages(output)
+    for page in pages:
+        refuse_foreign([output.parent / page], page in earlier, "--output")
+    folder = output.with_suffix("")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder}, the folder of the pages, is a file; choose another --output")
 
 
-def _remove_pages(output: Path, keep: Sequence[str]) -> None:
-    """Remove the pages of an earlier run that this one does not replace."""
-    manifest = manifest_path(output)
-    earlier = read_json(manifest)["pages"] if manifest.is_file() else []
-    for page in earlier:
-        if page not in keep:
-            (output.parent / page).unlink(missing_ok=True)
+def _is_own(output: Path) -> bool:
+    return holds(manifest_path(output), "artifact", "ensemble", "pages")
+
+
+def _earlier_pages(output: Path) -> set[str]:
+    """Return the pages of an earlier run."""
+    return set(read_json(manifest_path(output))["pages"]) if _is_own(output) else set()
 
 
 def _drift(rows: ScoredRows, dataset: Dataset) -> pl.DataFrame:
@@ -182,9 +223,12 @@ def _features(settings: TriageSettings, patient: Patient) -> NDArray[np.float32]
     with reading(roots[0]):
         table = (
             wanted.join(stored, on=schema.ID, how="left", maintain_order="left")
-            .filter(pl.col("fold").is_null() | (pl.col("fold") == pl.col("fold").min()))
+            # Of a test image there is a row per fold.
+            .sort("fold", maintain_order=True)
+            .unique(schema.ID, keep="first", maintain_order=True)
             .collect()
         )
+    table = patient.metadata.select(schema.ID).join(table, on=schema.ID, maintain_order="left")
     known = table["features"].is_not_null()
     if not known.any():
         return None

@@ -1,5 +1,6 @@
 """The reasons for a score: true, complete, and for every kind of ensemble."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,20 @@ def test_contributions_add_up_to_the_difference_of_log_odds(library: str) -> Non
     np.testing.assert_allclose(sums - sums[0], log_odds - log_odds[0], atol=1e-4)
 
 
+def test_contributions_of_an_ensemble_are_in_log_odds(
+    data: Path, embeddings: Path, tmp_path: Path
+) -> None:
+    """As much as its score differs between lesions: not once per fold, seed and library."""
+    root = fit_small(data, tmp_path, features="raw", seeds=2)
+    rows = read_rows(data, root)
+    (member,) = rows.members.values()
+    table = member.features(rows.metadata, member.given)
+    total = sum(rows.contributions({root.name: table}, None).causes.values())
+    log_odds = np.log(rows.score / (1 - rows.score))
+    assert np.corrcoef(total, log_odds)[0, 1] > 0.97
+    assert 0.8 < np.std(total) / np.std(log_odds) < 1.25
+
+
 def test_every_measurement_has_one_cause_and_words() -> None:
     columns = [column for cause in CAUSES for column in cause.columns]
     assert sorted(columns) == sorted((*schema.NUMERIC, *schema.CATEGORICAL))
@@ -142,12 +157,29 @@ def test_every_measurement_has_one_cause_and_words() -> None:
 
 
 def test_the_example_of_a_sentence(data: Path, tmp_path: Path) -> None:
-    """A lesion that is far larger than its patient's others is scored high because of that."""
+    """Deviations are those of the table, in the direction of the words."""
     rows = read_rows(data, fit_small(data, tmp_path, features="engineered"))
-    texts = [text for *_, text in reasons_of(rows)]
-    assert any("standard deviations" in text for text in texts)
+    found = reasons_of(rows)
+    texts = [text for *_, text in found]
     assert any("of training lesions" in text for text in texts)
     assert not any("nan" in text or "None" in text for text in texts)
+    table = Dataset(data).metadata("test")
+    pattern = re.compile(
+        r"^(diameter|hue) ([\d.]+) standard deviations (larger|smaller|redder|yellower)"
+    )
+    columns = {"diameter": "clin_size_long_diam_mm", "hue": "tbp_lv_H"}
+    matches = [(name, match) for name, *_, text in found if (match := pattern.match(text))]
+    assert len(matches) > 3
+    for name, match in matches:
+        noun, size, word = match.groups()
+        (patient,) = table.filter(pl.col(schema.ID) == name)[schema.PATIENT]
+        lesions = table.filter(pl.col(schema.PATIENT) == patient)
+        is_it = pl.col(schema.ID) == name
+        value = lesions.filter(is_it)[columns[noun]][0]
+        others = lesions.filter(~is_it)[columns[noun]].to_numpy()
+        deviation = (value - others.mean()) / others.std(ddof=1)
+        assert float(size) == pytest.approx(abs(deviation), abs=0.051)
+        assert (word in ("larger", "yellower")) == (deviation > 0)
 
 
 def kinds(data: Path, embeddings: Path, folder: Path) -> dict[str, Callable[[], Path]]:
@@ -230,4 +262,4 @@ def test_a_patient_with_one_lesion_is_compared_with_training(data: Path, tmp_pat
     table.with_columns(patient_id=pl.col(schema.ID)).write_csv(single / "test-metadata.csv")
     found = reasons_of(read_rows(single, root))
     assert found
-    assert not any("this patient's" in text for *_, text in found)
+    assert not any("other lesions" in text for *_, text in found)

@@ -1,5 +1,6 @@
 """`infer triage`: its pages, the files it writes, and how they look in a browser."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,8 @@ import polars as pl
 import pytest
 from playwright.sync_api import Browser
 
+from infer.ensemble.predict import predict_submission
+from infer.ensemble.settings import PredictSettings
 from infer.triage.charts import find_outliers, keep_apart
 from infer.triage.settings import TriageSettings
 from infer.triage.triage import triage
@@ -78,6 +81,7 @@ def test_each_patient_has_a_page_that_the_index_links_to(project: Path, output: 
         assert "not a medical device" in text
         assert "trained on 400 lesions of 40 patients, 60 of the lesions malignant" in text
         assert text.count('class="sheet"') == text.count('start="16"') <= 1
+    assert any('class="sheet"' in page.read_text() for page in pages)
     assert "An institution never seen" in index + "".join(page.read_text() for page in pages)
     table = pl.read_csv(project / "data" / "test-metadata.csv", infer_schema=False)
     for name in table[schema.ID]:
@@ -172,10 +176,64 @@ def test_one_patient_is_chosen_and_earlier_pages_go(project: Path, tmp_path: Pat
     ]
 
 
-def test_the_patients_with_the_highest_scores_come_first(project: Path, tmp_path: Path) -> None:
+def test_the_highest_scores_come_first(project: Path, tmp_path: Path) -> None:
+    data, ensemble = project / "data", project / "fitted"
+    embeddings = project / "embeddings" / "tiny"
+    output = tmp_path / "s.csv"
+    predict_submission(
+        PredictSettings(data=data, ensemble=ensemble, embeddings=embeddings, output=output)
+    )
+    table = pl.read_csv(data / "test-metadata.csv", infer_schema=False)
+    scored = table.select(schema.ID, schema.PATIENT).join(pl.read_csv(output), on=schema.ID)
+    highest = scored.group_by(schema.PATIENT).agg(pl.col("target").max()).sort("target")
+    expected = highest[schema.PATIENT].to_list()[::-1][:2]
     pages = write_pages(project, tmp_path / "t.html", max_patients=2)
     assert len(pages) == 3
-    assert "2 of 6 patients with 120 lesions" in pages["t.html"]
+    index = pages.pop("t.html")
+    assert "2 of 6 patients with 120 lesions" in index
+    names = [name if name != NASTY else "script" for name in expected]
+    places = [index.index(f">{name}<" if name != "script" else ">&lt;script") for name in names]
+    assert places == sorted(places)
+    ranked = scored.sort("target", descending=True)[schema.ID].to_list()
+    for text in pages.values():
+        ids = re.findall(r'class="id">([^<]*)<', text)
+        assert [ranked.index(name) for name in ids] == sorted(map(ranked.index, ids))
+        assert re.findall(r"rank (\d+) of all 120", text) == [
+            str(ranked.index(name) + 1) for name in ids
+        ]
+
+
+def test_a_run_that_fails_leaves_the_earlier_pages(project: Path, tmp_path: Path) -> None:
+    before = write_pages(project, tmp_path / "t.html")
+    other = write_embeddings(tmp_path / "other" / "tiny", project / "data", seed=9)
+    (other / "test" / "fold_0" / "part-00000.parquet").unlink()
+    with pytest.raises(UserError):
+        write_pages(project, tmp_path / "t.html", patient=NASTY, embeddings=other)
+    after = {path.name: path.read_text() for path in (tmp_path / "t").glob("*.html")}
+    assert after.items() <= before.items()
+    assert len(after) == 6
+
+
+def test_a_file_among_the_pages_stays(project: Path, tmp_path: Path) -> None:
+    write_pages(project, tmp_path / "t.html", patient=NASTY)
+    table = pl.read_csv(project / "data" / "test-metadata.csv", infer_schema=False)
+    name = next(name for name in table[schema.PATIENT] if name != NASTY)
+    (tmp_path / "t" / f"{name}.html").write_text("mine")
+    with pytest.raises(UserError, match="was not written by this command"):
+        write_pages(project, tmp_path / "t.html")
+    assert (tmp_path / "t" / f"{name}.html").read_text() == "mine"
+
+
+def test_a_file_in_place_of_the_folder_is_refused(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("mine")
+    with pytest.raises(UserError, match="the folder of the pages, is a file"):
+        write_pages(project, tmp_path / "t.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_the_links_of_an_odd_name(project: Path, tmp_path: Path) -> None:
+    pages = write_pages(project, tmp_path / "a#b %41.html", max_patients=1)
+    assert sum('href="../a%23b%20%2541.html"' in text for text in pages.values()) == 1
 
 
 def test_the_same_inputs_give_the_same_bytes(project: Path, output: Path, tmp_path: Path) -> None:
