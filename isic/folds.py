@@ -155,14 +155,22 @@ def _refuse_one_class(
             )
 
 
-def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path, pinned: Path) -> Folds:
+def folds_for(
+    metadata: pl.DataFrame,
+    num_folds: int,
+    seed: int,
+    path: Path,
+    pinned: Path,
+    seed_is_given: bool = False,
+) -> Folds:
     """Return the plan at `path` (the run's), else at `pinned` (the dataset's), else a new one.
 
     Args:
         metadata: the whole training table; the plan is checked against it.
+        seed_is_given: whether a plan that is there must be the one of the seed.
 
     Raises:
-        UserError: the plan is for other data or another number of folds.
+        UserError: the plan is for other data, another number of folds or another seed.
     """
     # lexists: a broken link must be reported, not skipped.
     source = next((plan for plan in (path, pinned) if os.path.lexists(plan)), None)
@@ -174,4 +182,9 @@ def folds_for(metadata: pl.DataFrame, num_folds: int, seed: int, path: Path, pin
             f"use --num_folds {folds.num_folds}, or {other}"
         )
     folds.of(metadata)
+    if source and seed_is_given and folds.digest != draw_folds(metadata, num_folds, seed).digest:
+        other = "use another output folder" if source == path else "remove the plan"
+        raise UserError(
+            f"{source} is not the plan of --split_seed {seed}; leave --split_seed out, or {other}"
+        )
     return folds

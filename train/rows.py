@@ -89,7 +89,14 @@ def load_data(settings: TrainSettings) -> TrainData:
     dataset = Dataset(settings.data)
     table = dataset.metadata("train")
     run_plan = settings.run_dir / FOLDS_FILE
-    folds = folds_for(table, settings.num_folds, settings.split_seed, run_plan, dataset.folds_path)
+    folds = folds_for(
+        table,
+        settings.num_folds,
+        settings.split_seed,
+        run_plan,
+        dataset.folds_path,
+        seed_is_given="split_seed" in settings.model_fields_set,
+    )
     path = dataset.metadata_path("train")
     flags = flag_columns(table, settings.aux, path)
     table = with_targets(table, settings.aux, flags, path)

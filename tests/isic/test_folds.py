@@ -96,6 +96,17 @@ def test_a_run_keeps_its_plan_and_refuses_other_data(tmp_path: Path) -> None:
         folds_for(moved, 5, 42, path, pinned)
 
 
+@pytest.mark.parametrize("place", ["run", "data"])
+def test_a_seed_that_is_given_must_be_that_of_the_plan(tmp_path: Path, place: str) -> None:
+    table = small_table(200)
+    run, pinned = tmp_path / "run", tmp_path / "data"
+    draw_folds(table, 5, 7).write(tmp_path / place)
+    assert folds_for(table, 5, 7, run, pinned, seed_is_given=True).num_folds == 5
+    assert folds_for(table, 5, 42, run, pinned).num_folds == 5
+    with pytest.raises(UserError, match=r"is not the plan of --split_seed 42; leave --split_seed"):
+        folds_for(table, 5, 42, run, pinned, seed_is_given=True)
+
+
 def test_a_plan_beside_the_data_wins(tmp_path: Path) -> None:
     table = small_table()
     pinned = tmp_path / "pinned.parquet"
