@@ -114,8 +114,8 @@ def refuse_without_head(root: Embeddings, run: Mapping[str, Any]) -> None:
     if run.get("folds") == [NONE]:
         raise UserError(
             f"{root} is of a backbone without a lesion head, so it has features, but neither a "
-            "score nor folds; use it by --features frozen with --frozen, or give embeddings of a "
-            "trained network"
+            "score nor folds; use it by --features frozen or frozen_pca with --frozen, or give "
+            "embeddings of a trained network"
         )
 
 

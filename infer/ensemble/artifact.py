@@ -5,7 +5,7 @@
 | `ensemble.json` | the manifest: sha256 of each file, features, boosters, weights, provenance |
 | `<library>_fold_<k>_seed_<s>.*` | a booster as text |
 | `<library>_fold_all_seed_<s>.*` | a booster on all rows, with `--refit true` |
-| `state.json`, `maps_aligned_<network>.parquet` | encodings, constants of scores, rotations |
+| `state.json`, `maps_*_<network>.parquet` | encodings, constants of scores, maps of embeddings |
 | `oof.parquet`, `scores.json` | out-of-fold scores, and their metrics |
 | `folds.parquet` | the fold plan |
 | `calibration.json` | the curve from scores to probabilities, if fitted with `--calibrate` |

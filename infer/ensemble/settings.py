@@ -76,8 +76,8 @@ class FitSettings(Settings):
     features: str = Field(
         "engineered",
         description="comma-separated sets (raw, engineered, extended, image, multimodal, "
-        "image_ranks, aligned, frozen, frozen_score), groups and features; -word leaves features "
-        "out, @file names a list",
+        "image_ranks, aligned, frozen, frozen_pca, frozen_distances, frozen_score), groups and "
+        "features; -word leaves features out, @file names a list",
     )
     define: Several[Path] = Field(
         (),
@@ -95,8 +95,8 @@ class FitSettings(Settings):
     )
     frozen: Several[Path] = Field(
         (),
-        description="for frozen and frozen_score: embeddings by networks that were trained on "
-        "other images, separated by commas",
+        description="for frozen, frozen_pca, frozen_distances and frozen_score: embeddings by "
+        "networks that were trained on other images, separated by commas",
     )
     output_dir: Path = Field(
         OUTPUT_DIR / "ensemble",

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from isic.arrays import Floats, Labels
+from isic.components import principal_components
 from isic.metrics import NUM_RESAMPLES, redraws
 
 NUM_BINS = 10
@@ -121,16 +122,10 @@ class Projection:
 
 def pca(features: NDArray[np.floating]) -> Projection:
     """Project features [N, D] onto their first two principal components."""
-    centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
-    _, singular_values, components = np.linalg.svd(centred, full_matrices=False)
-    components = components[:2]
-    # The sign of a component is arbitrary; its largest coefficient is made positive.
-    largest_at = np.abs(components).argmax(axis=1)[:, None]
-    largest = np.take_along_axis(components, largest_at, axis=1)
-    points = centred @ (components * np.sign(largest)).T
-    variance = singular_values**2
-    explained = variance[:2] / max(variance.sum(), np.finfo(float).tiny)
-    # One feature or one row has one component only: fill up with zeros.
+    found = principal_components(features, 2)
+    points = (features - found.center) @ found.directions
+    explained = found.variances / max(found.total_variance, np.finfo(float).tiny)
+    # One feature has one component only: fill up with zeros.
     points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
     first, second = np.pad(explained, (0, 2))[:2].tolist()
     return Projection(points, (first, second))

@@ -1,5 +1,6 @@
 """Local outlier factor of each lesion among its patient's lesions."""
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -11,6 +12,9 @@ from isic import schema
 from isic.arrays import Floats
 from isic.features.formulas import SOLUTIONS
 from isic.runtime.machine import num_cores
+
+Points = NDArray[np.floating]
+"""[N, D]."""
 
 NAME = "patient_lof"
 SOURCE = f"{SOLUTIONS}; Breunig et al. 2000, LOF: identifying density-based local outliers"
@@ -31,7 +35,9 @@ OUTLIER_COLUMNS = tuple(
 """Columns that define the distance between two lesions: appearance, not position."""
 
 
-def patient_lof(measured: NDArray[np.float32], patient: NDArray[np.integer]) -> NDArray[np.float32]:
+def patient_lof(
+    measured: NDArray[np.floating], patient: NDArray[np.integer]
+) -> NDArray[np.float32]:
     """Return each lesion's negative local outlier factor among its patient's lesions.
 
     About -1 for a lesion like its neighbors, lower for an outlier, at least FLOOR, and -1 if the
@@ -46,20 +52,34 @@ def patient_lof(measured: NDArray[np.float32], patient: NDArray[np.integer]) -> 
     """
     factor = np.full(len(patient), -1.0, dtype=np.float32)
     filled = np.nan_to_num(measured, nan=0.0, posinf=0.0, neginf=0.0)
+    for rows, part in by_patient(_one_patient, filled, patient, MIN_LESIONS):
+        factor[rows] = part
+    return np.maximum(factor, np.float32(FLOOR))  # identical lesions have a huge density
+
+
+def by_patient(
+    function: Callable[[Points], Floats],
+    points: Points,
+    patient: NDArray[np.integer],
+    least: int,
+) -> Iterator[tuple[slice, Floats]]:
+    """Yield the rows of each patient of at least `least` lesions and the function of their points.
+
+    Args:
+        points: [N, D].
+        patient: [N] codes, sorted.
+    """
     starts = np.flatnonzero(np.append(True, patient[1:] != patient[:-1])).tolist()
     groups = [slice(start, end) for start, end in pairwise([*starts, len(patient)])]
-    groups = [rows for rows in groups if rows.stop - rows.start >= MIN_LESIONS]
+    groups = [rows for rows in groups if rows.stop - rows.start >= least]
     groups.sort(key=lambda rows: rows.start - rows.stop)  # largest first: it takes longest
     # Not by scikit-learn, whose overhead per call exceeds the work for a small patient. One thread
     # per patient; BLAS threads on top of these would compete for the same cores.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(num_cores()) as pool:
-        factors = pool.map(lambda rows: _one_patient(filled[rows]), groups)
-        for rows, part in zip(groups, factors, strict=True):
-            factor[rows] = part
-    return np.maximum(factor, np.float32(FLOOR))  # identical lesions have a huge density
+        yield from zip(groups, pool.map(lambda rows: function(points[rows]), groups), strict=True)
 
 
-def _one_patient(measured: NDArray[np.float32]) -> Floats:
+def _one_patient(measured: Points) -> Floats:
     num_neighbors = min(len(measured) - 1, MAX_NEIGHBORS)
     distance, neighbor = _nearest(measured.astype(np.float64), num_neighbors)
     # The paper's reachability distance: at least the neighbor's distance to its own k-th neighbor.

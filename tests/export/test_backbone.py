@@ -23,6 +23,7 @@ from export.options import ExportSettings
 from export.parity import ParityError, check_figure, compare
 from infer import load_embedder, occlusion_map
 from infer.engines import load
+from infer.ensemble.images.features import FROZEN_FORMS
 from isic.preprocess import PreprocessSpec
 from isic.provenance import read_seen
 from isic.runtime.errors import UserError
@@ -176,7 +177,7 @@ def test_python_calls_give_features_and_refuse_logits(run: Path) -> None:
 
 @pytest.mark.slow
 def test_a_backbone_is_a_frozen_network_and_no_other(
-    embedded: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
+    run: Path, embedded: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
     where = ("--data", synth_dataset, "--output_dir", tmp_path, "--num_rounds", 5, "--seeds", 1)
     for features, flag in (
@@ -187,7 +188,8 @@ def test_a_backbone_is_a_frozen_network_and_no_other(
         ended = cli("infer", "fit", "--features", features, f"--{flag}", embedded, *where)
         assert ended.code == 2
         assert "has features, but neither a score nor folds" in ended.err
-    flags = ("--features", "raw,frozen", "--frozen", embedded, "--name", "both")
+    words = ",".join(["raw", *FROZEN_FORMS]).replace(",frozen_score", "")
+    flags = ("--features", words, "--frozen", embedded, "--name", "both")
     ended = cli("infer", "fit", *flags, *where)
     assert ended.code == 0, ended.err
     output = tmp_path / "submission.csv"
@@ -200,6 +202,15 @@ def test_a_backbone_is_a_frozen_network_and_no_other(
         assert frozen["made_with"]["pretrained"] == weights
     report = (tmp_path / "both" / "report.html").read_text()
     assert f"wild: {weights['source']} (sha256 {weights['sha256']})" in report
+    ended = cli("infer", "fit", "--features", "raw", *where)
+    assert ended.code == 0, ended.err
+    flags = ("--ensemble", tmp_path / "both", "--runs", run.parent, "--packages", False)
+    ended = cli("infer", "bundle", *flags, "--test", False, "--output_dir", tmp_path / "bundle")
+    assert ended.code == 0, ended.err
+    flags = ("--bundle", tmp_path / "bundle", "--output", tmp_path / "offline.csv", "--strict")
+    ended = cli("infer", "submit", "--data", synth_dataset, *flags)
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "offline.csv").read_bytes() == output.read_bytes()
 
 
 @pytest.mark.slow

@@ -1,15 +1,13 @@
-"""Embeddings as feature columns that are comparable across fold models.
+"""Embeddings as feature columns that are comparable across fold models: `aligned`.
 
-- `aligned`: each fold model's embeddings, rotated onto those of the first fold's model (orthogonal
-  Procrustes; Schönemann 1966, Psychometrika 31:1). A training row gets the embedding of the model
-  that held it out, a test row the mean over all fold models.
-- `frozen`: the embedding of one model that was trained on other images.
+Each fold model's embeddings are rotated onto those of the first fold's model (orthogonal
+Procrustes; Schönemann 1966, Psychometrika 31:1). A training row gets the embedding of the model
+that held it out, a test row the mean over all fold models.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -17,25 +15,20 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from infer.embedding.store import (
-    ORIGIN_KEYS,
     Embeddings,
     read_run,
     refuse_missing_embeddings,
-    refuse_other_origin,
     scan_embeddings,
 )
-from infer.ensemble.images.scores import LogitScaler
 from isic import schema
 from isic.dataset import Split
 from isic.folds import Folds
-from isic.layout import TRAINED_ON_FILE, Fold, fold_dir, fold_number
-from isic.provenance import read_seen, refuse_seen
+from isic.layout import Fold, fold_number
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
 from isic.tables import read_parquet, reading, write_parquet
 
 ALIGNED = "aligned"
-FROZEN = "frozen"
 
 FIRST = 0
 """The fold onto whose embeddings the others are rotated."""
@@ -44,6 +37,8 @@ MAX_ANCHORS = 20_000
 """Images that maps are fitted on."""
 MAX_MAPPED_ROWS = 8192
 """Rows that are mapped together, to bound the memory of float64 values."""
+READ_ROWS = 32768
+"""Embeddings that are read together; 84 MB if they have 1,280 features in float16."""
 
 FeatureMatrix = NDArray[np.floating]
 
@@ -68,6 +63,10 @@ class AffineMap:
 
 AffineMaps = Mapping[Fold, AffineMap]
 """By fold."""
+
+
+def maps_file(mode: str, network: str) -> str:
+    return f"maps_{mode}_{network}.parquet"
 
 
 def column_names(mode: str, network: str, width: int) -> tuple[str, ...]:
@@ -98,7 +97,8 @@ def fit_aligned(
             fewer images than there are features.
     """
     width = _width_if_complete(root, folds)
-    rows = _with_anchors(metadata, folds.of(metadata))
+    rows = _with_anchors(metadata)
+    rows = rows.with_columns(held_out_by=folds.of(metadata)[rows["_row"]])
     columns = _MeanColumns(len(rows), column_names(ALIGNED, network, width))
     maps: dict[Fold, AffineMap] = {}
     for k in range(folds.num_folds):
@@ -132,11 +132,24 @@ def _width_if_complete(root: Path, folds: Folds) -> int:
     return int(run["num_features"])
 
 
-def _with_anchors(metadata: pl.DataFrame, fold: pl.Series) -> pl.DataFrame:
-    """Return `_row`, `isic_id`, `held_out_by` and `is_anchor` of each row, sorted by id."""
-    ids = metadata.select(schema.ID, fold.alias("held_out_by")).with_row_index("_row")
+def _with_anchors(metadata: pl.DataFrame) -> pl.DataFrame:
+    """Return `_row`, `isic_id` and `is_anchor` of each row, sorted by id."""
+    ids = metadata.select(schema.ID).with_row_index("_row")
     is_anchor = pl.int_range(pl.len()) % ceil_div(len(ids), MAX_ANCHORS) == 0
     return ids.sort(schema.ID).with_columns(is_anchor=is_anchor)
+
+
+def sample_features(root: Path, fold: Fold, metadata: pl.DataFrame) -> FeatureMatrix:
+    """Return [N, D] the embeddings of a sample of the training images by one fold's model.
+
+    Raises:
+        UserError: embeddings are missing or not finite, or no image could be read.
+    """
+    anchors = _with_anchors(metadata).filter("is_anchor")
+    found = _find_features(root, "train", fold, anchors)
+    if found.is_empty():
+        raise UserError(f"{root} has no train embedding; embed readable images")
+    return _to_matrix(found["features"], root)
 
 
 def _fit_shift(anchors: pl.DataFrame, root: Path) -> AffineMap:
@@ -216,71 +229,9 @@ def mapped_columns(
     ids = metadata.select(schema.ID).with_row_index("_row")
     columns = _MeanColumns(len(ids), names)
     for k, affine_map in maps.items():
-        columns.add(_find_features(root, split, k, ids), root, affine_map)
+        for found in _read_features(root, split, k, ids):
+            columns.add(found, root, affine_map)
     return columns.table()
-
-
-@dataclass(frozen=True)
-class FrozenModel:
-    """The model of a network that was trained on other images."""
-
-    config: str
-    fold: Fold
-    made_with: Mapping[str, Any]
-    """ORIGIN_KEYS of its embedding run, and `pretrained`, the weights that it started from."""
-    width: int
-    """Number of features."""
-    scaler: LogitScaler | None = None
-    """For its score."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "scaler": self.scaler.to_json() if self.scaler else None}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "FrozenModel":
-        scaler = LogitScaler.from_json(value["scaler"]) if value["scaler"] else None
-        return cls(**{**value, "scaler": scaler})
-
-
-def find_frozen_model(root: Path, metadata: pl.DataFrame) -> FrozenModel:
-    """Return the backbone, or the model of the lowest fold, of an embedding run; no scaler.
-
-    Raises:
-        UserError: the model has learned from images or patients of this table.
-    """
-    run = read_run(root, "train")
-    fold = min(run["folds"])
-    refuse_seen(
-        metadata,
-        read_seen(fold_dir(root / "train", fold) / TRAINED_ON_FILE),
-        f"the frozen model behind {root}",
-        "train it on other images of other patients",
-    )
-    return FrozenModel(run["config"], fold, _origin_of_fold(run, fold), int(run["num_features"]))
-
-
-def _origin_of_fold(run: Mapping[str, Any], fold: Fold) -> dict[str, Any]:
-    """Return ORIGIN_KEYS of a run and its pretrained weights, with only this fold's digests."""
-    origin = {key: run.get(key) for key in (*ORIGIN_KEYS, "pretrained")}
-    for key in ("checkpoints", "pretrained"):
-        origin[key] = (origin[key] or {}).get(str(fold))
-    return origin
-
-
-def refuse_other_frozen_model(root: Embeddings, split: Split, model: FrozenModel) -> None:
-    """Raise a UserError if an embedding run is not by the frozen model."""
-    origin = _origin_of_fold(read_run(root, split), model.fold)
-    refuse_other_origin(root, split, origin, model.made_with)
-
-
-def frozen_columns(
-    root: Embeddings, split: Split, network: str, metadata: pl.DataFrame, model: FrozenModel
-) -> pl.DataFrame:
-    """Return the embeddings of a network's frozen model as columns, as `mapped_columns` does."""
-    # Frozen embeddings of train and test come from one model, so they need no map.
-    identity = AffineMap(np.eye(model.width), np.zeros(model.width))
-    names = column_names(FROZEN, network, model.width)
-    return mapped_columns(root, split, names, metadata, {model.fold: identity})
 
 
 def write_affine_maps(path: Path, maps: AffineMaps) -> None:
@@ -305,25 +256,39 @@ def read_affine_maps(path: Path) -> AffineMaps:
 def _find_features(
     root: Embeddings, split: Split, fold: Fold, wanted: pl.DataFrame
 ) -> pl.DataFrame:
-    """Add the `features` by one fold's model to `wanted`, without unreadable images.
+    """Return the rows of `wanted` with their `features` as `_read_features` does, sorted by id."""
+    return pl.concat(_read_features(root, split, fold, wanted)).sort(schema.ID)
+
+
+def _read_features(
+    root: Embeddings, split: Split, fold: Fold, wanted: pl.DataFrame
+) -> Iterator[pl.DataFrame]:
+    """Yield the rows of `wanted` with the `features` by one fold's model, some at a time.
+
+    Unreadable images are left out.
 
     Raises:
         UserError: an embedding is missing, or there are several per image.
     """
-    rows = scan_embeddings(root, split, ["features"], fold)
-    ids = wanted.lazy().select(schema.ID)
+    stored = scan_embeddings(root, split, ["features"], fold)
     with reading(str(root)):
-        # Shard by shard, so that a fold's features are never in memory as a whole.
-        features = rows.join(ids, on=schema.ID, how="semi").collect(engine="streaming")
-    found = wanted.join(features, on=schema.ID, how="inner", maintain_order="left")
-    if found[schema.ID].is_duplicated().any():
+        ids = stored.select(schema.ID).collect()
+    places = wanted.select(schema.ID).with_row_index("place")
+    place = ids.join(places, on=schema.ID, how="left", maintain_order="left")["place"]
+    found = place.drop_nulls()
+    if found.is_duplicated().any():
         raise UserError(
             f"{root}: an image has more than one {split} embedding of fold {fold}; embed again"
         )
     number = pl.lit(fold_number(fold), dtype=pl.Int8).alias("fold")
-    missing = wanted.join(found, on=schema.ID, how="anti").select(schema.ID, number)
+    is_missing = ~places["place"].is_in(found.implode())
+    missing = wanted.filter(is_missing).select(schema.ID, number)
     refuse_missing_embeddings(missing, len(wanted), root, split)
-    return found
+    for start in range(0, max(len(ids), 1), READ_ROWS):
+        part = place.slice(start, READ_ROWS)
+        with reading(str(root)):
+            features = stored.select("features").slice(start, READ_ROWS).collect()
+        yield wanted[part.drop_nulls()].hstack(features.filter(part.is_not_null()))
 
 
 def _to_matrix(found: pl.Series, root: Embeddings, width: int | None = None) -> FeatureMatrix:

@@ -12,17 +12,24 @@ from infer.embedding.store import Embeddings, read_run, refuse_without_head
 from infer.ensemble.images import scores as image_scores
 from infer.ensemble.images.columns import (
     ALIGNED,
-    FROZEN,
     AffineMaps,
-    FrozenModel,
     column_names,
-    find_frozen_model,
     fit_aligned,
-    frozen_columns,
     mapped_columns,
+    maps_file,
     read_affine_maps,
-    refuse_other_frozen_model,
     write_affine_maps,
+)
+from infer.ensemble.images.distances import DISTANCES, PatientDistances, distance_columns
+from infer.ensemble.images.frozen import (
+    FROZEN,
+    PCA,
+    FrozenModel,
+    component_columns,
+    find_frozen_model,
+    fit_components,
+    frozen_columns,
+    refuse_other_frozen_model,
 )
 from infer.ensemble.images.networks import RunT, by_network, match_networks
 from infer.ensemble.images.relative_scores import (
@@ -43,7 +50,8 @@ NEEDS = {
     "embeddings": "image features need --embeddings outputs/embeddings/<config>; "
     "run `python -m infer embed` first",
     "frozen": "frozen columns and scores need --frozen outputs/embeddings/<config>, "
-    "of a network that was trained on other images; frozen also takes those of a backbone",
+    "of a network that was trained on other images; all but frozen_score also take those of a "
+    "backbone",
 }
 
 SCORE = "image_score"
@@ -54,8 +62,10 @@ SCORE_FORMS: dict[str, tuple[str, ...]] = {"image": ("", DIFFERENCE), "image_ran
 """The columns that a word requests of each network's score."""
 EMBEDDED_FORMS = (*SCORE_FORMS, ALIGNED)
 """Forms of a network whose folds' models hold out the training rows."""
-FROZEN_FORMS = (FROZEN_SCORE, FROZEN)
-FORMS = (*SCORE_FORMS, FROZEN_SCORE, ALIGNED, FROZEN)
+COMPONENT_FORMS = (PCA, DISTANCES)
+"""Forms that read the principal components of a frozen network's embeddings."""
+FROZEN_FORMS = (FROZEN_SCORE, FROZEN, *COMPONENT_FORMS)
+FORMS = (*SCORE_FORMS, FROZEN_SCORE, ALIGNED, FROZEN, *COMPONENT_FORMS)
 """The kinds of image features, in the order of the feature table. Each is a word of --features."""
 
 
@@ -93,9 +103,10 @@ class ImageState:
         for network, state in self.networks.items():
             if state.maps:
                 names += column_names(ALIGNED, network, len(state.maps[0].offset))
-        if FROZEN in self.forms:
-            for network, model in self.frozen.items():
-                names += column_names(FROZEN, network, model.width)
+        for network, model in self.frozen.items():
+            names += model.names(self.forms)
+            if DISTANCES in self.forms:
+                names += distance_columns(network)
         return tuple(names)
 
     def relatives(self, score: str) -> tuple[str, ...]:
@@ -107,7 +118,7 @@ class ImageState:
     @property
     def is_relative(self) -> bool:
         """Whether a column depends on the patient's other lesions."""
-        return any(map(self.relatives, (SCORE, FROZEN_SCORE)))
+        return DISTANCES in self.forms or any(map(self.relatives, (SCORE, FROZEN_SCORE)))
 
     @property
     def needs(self) -> dict[str, bool]:
@@ -130,10 +141,10 @@ class ImageState:
 
     def write(self, root: Path) -> list[str]:
         """Write the maps, which `to_json` leaves out. Return the names of the files."""
-        files = []
+        files = [file for model in self.frozen.values() for file in model.write(root)]
         for name, network in self.networks.items():
             if network.maps:
-                files.append(maps_file(name))
+                files.append(maps_file(ALIGNED, name))
                 write_affine_maps(root / files[-1], network.maps)
         return files
 
@@ -142,7 +153,7 @@ class ImageState:
             name: {
                 "folds_digest": network.folds_digest,
                 "scaler": network.scaler.to_json() if network.scaler else None,
-                "maps": maps_file(name) if network.maps else None,
+                "maps": maps_file(ALIGNED, name) if network.maps else None,
             }
             for name, network in self.networks.items()
         }
@@ -160,12 +171,8 @@ class ImageState:
             )
             for name, part in value["networks"].items()
         }
-        frozen = {name: FrozenModel.from_json(part) for name, part in value["frozen"].items()}
+        frozen = {name: FrozenModel.read(root, part) for name, part in value["frozen"].items()}
         return cls(tuple(value["forms"]), networks, frozen)
-
-
-def maps_file(network: str) -> str:
-    return f"maps_{ALIGNED}_{network}.parquet"
 
 
 @dataclass(frozen=True)
@@ -174,8 +181,10 @@ class NetworkRows:
 
     score: pl.Series | None = None
     """[N] Float64, null for an unreadable image."""
-    columns: pl.DataFrame | None = None
+    columns: Sequence[pl.DataFrame] = ()
     """Its embeddings."""
+    components: pl.DataFrame | None = None
+    """Their principal components."""
 
 
 def fit_images(
@@ -222,18 +231,22 @@ def _fit_network(
     image_scores.read_origin(root, "train", folds.digest)
     # Before anything is fitted: a leak would make every out-of-fold score too good.
     image_scores.refuse_leaks(root, metadata, folds)
-    scaler = score = maps = columns = None
+    scaler = score = maps = None
+    columns = []
     if any(form in SCORE_FORMS for form in forms):
         logits = image_scores.oof_logits(root, metadata, folds)
         scaler = image_scores.fit_logit_scaler(logits)
         score = image_scores.mean_scores(logits, scaler, metadata)
     if ALIGNED in forms:
-        maps, columns = fit_aligned(root, name, metadata, folds)
+        maps, aligned = fit_aligned(root, name, metadata, folds)
+        columns.append(aligned)
     return Network(folds.digest, scaler, maps), NetworkRows(score, columns)
 
 
 def _fit_frozen(root: Path, forms: Sequence[str], metadata: pl.DataFrame) -> FrozenModel:
     model = find_frozen_model(root, metadata)
+    if any(form in COMPONENT_FORMS for form in forms):
+        model = replace(model, components=fit_components(root, metadata, model))
     if FROZEN_SCORE not in forms:
         return model
     refuse_without_head(root, read_run(root, "train"))
@@ -254,18 +267,22 @@ class ImageRows:
     scores: Sequence[ImageScores]
     """Of the networks (SCORE), then of the frozen ones (FROZEN_SCORE), as far as they are used."""
     embeddings: Sequence[pl.DataFrame]
-    """Embeddings as columns, a table per network."""
+    """Embeddings as columns, a table per network and form."""
+    distances: Sequence[PatientDistances] = ()
+    """Of the frozen networks, if they are used."""
 
     def with_patients(self, metadata: pl.DataFrame) -> "ImageRows":
         """Return the features if the patients of the rows were those of `metadata`."""
         scores = [
             replace(part, lesions=group_lesions(metadata, part.relatives)) for part in self.scores
         ]
-        return replace(self, scores=scores)
+        distances = [replace(part, lesions=group_lesions(metadata, ())) for part in self.distances]
+        return replace(self, scores=scores, distances=distances)
 
     def tables(self) -> list[pl.DataFrame]:
         """Return tables of columns in the order of the rows."""
-        return [*(scores.columns() for scores in self.scores), *self.embeddings]
+        distances = [part.columns() for part in self.distances]
+        return [*(scores.columns() for scores in self.scores), *distances, *self.embeddings]
 
     def noisy(self, deviation: float) -> Callable[[tuple[int, int]], pl.DataFrame] | None:
         """Return a function from a seed to the columns of out-of-fold scores with noise.
@@ -308,12 +325,13 @@ def _read_network(
     root: Embeddings, split: Split, name: str, network: Network, metadata: pl.DataFrame
 ) -> NetworkRows:
     image_scores.read_origin(root, split, network.folds_digest)
-    score = columns = None
+    score = None
+    columns = []
     if network.scaler:
         score = _mean_score(root, split, network.scaler, metadata)
     if network.maps:
         names = column_names(ALIGNED, name, len(network.maps[0].offset))
-        columns = mapped_columns(root, split, names, metadata, network.maps)
+        columns.append(mapped_columns(root, split, names, metadata, network.maps))
     return NetworkRows(score, columns)
 
 
@@ -326,12 +344,17 @@ def _read_frozen(
     metadata: pl.DataFrame,
 ) -> NetworkRows:
     refuse_other_frozen_model(root, split, model)
-    score = columns = None
+    score = components = None
+    columns = []
     if model.scaler:
         score = _mean_score(root, split, model.scaler, metadata)
     if FROZEN in forms:
-        columns = frozen_columns(root, split, name, metadata, model)
-    return NetworkRows(score, columns)
+        columns.append(frozen_columns(root, split, name, metadata, model))
+    if model.components:
+        components = component_columns(root, split, name, metadata, model)
+    if PCA in forms and components is not None:
+        columns.append(components)
+    return NetworkRows(score, columns, components)
 
 
 def _mean_score(
@@ -351,9 +374,13 @@ def _image_rows(
         score: {name: part.score for name, part in parts.items() if part.score is not None}
         for score, parts in ((SCORE, rows), (FROZEN_SCORE, frozen))
     }
-    parts = (*rows.values(), *frozen.values())
-    tables = [part.columns for part in parts if part.columns is not None]
-    return ImageRows(_compare_scores(state, scores, metadata), tables)
+    tables = [table for part in (*rows.values(), *frozen.values()) for table in part.columns]
+    distances = [
+        PatientDistances(name, part.components, group_lesions(metadata, ()))
+        for name, part in frozen.items()
+        if DISTANCES in state.forms and part.components is not None
+    ]
+    return ImageRows(_compare_scores(state, scores, metadata), tables, distances)
 
 
 def _compare_scores(

@@ -12,7 +12,6 @@ from infer import load_ensemble
 from infer.embedding.store import shard_path, write_shard
 from infer.ensemble.images.columns import (
     ALIGNED,
-    FROZEN,
     AffineMap,
     AffineMaps,
     column_names,
@@ -22,9 +21,10 @@ from infer.ensemble.images.columns import (
     read_affine_maps,
     write_affine_maps,
 )
+from infer.ensemble.images.distances import DISTANCES
+from infer.ensemble.images.frozen import FROZEN, PCA
 from infer.ensemble.predict import predict_submission
 from infer.ensemble.settings import PredictSettings
-from isic import schema
 from isic.dataset import SPLITS, Dataset, Split
 from isic.folds import Folds, draw_folds, read_folds
 from isic.metrics import roc_auc
@@ -32,7 +32,6 @@ from isic.provenance import seen_rows, write_seen
 from isic.runtime.errors import UserError
 from isic.runtime.files import write_json
 from tests.support.ensembles import (
-    ENGINES,
     NUM_FOLDS,
     fit_small,
     outputs_of,
@@ -41,93 +40,18 @@ from tests.support.ensembles import (
     read_test_text,
     shuffle_targets,
     train_table,
-    write_seen_lists,
+)
+from tests.support.fold_embeddings import (
+    REMEMBERED,
+    WIDTH,
+    seen_list,
+    spaces,
+    write_fold_embeddings,
 )
 
-WIDTH = 12
+EMBEDDED_FROZEN = (FROZEN, PCA, DISTANCES)
+"""Forms of the embeddings of a network that was trained on other images."""
 NAMES = column_names(ALIGNED, "tiny", WIDTH)
-REMEMBERED = 6.0
-"""How much of a training image's label an overfitted model writes into the image's embedding."""
-
-
-def spaces(width: int) -> list[np.ndarray]:
-    """Return an orthogonal matrix per fold model."""
-    rng = np.random.default_rng(6)
-    return [np.linalg.qr(rng.standard_normal((width, width)))[0] for _ in range(NUM_FOLDS)]
-
-
-def write_full_run(
-    root: Path, split: str, folds: Folds, engines: dict[str, str] = ENGINES, width: int = WIDTH
-) -> None:
-    """Write the `run.json` of embeddings by every fold."""
-    run = {
-        "config": root.name,
-        "folds": [int(k) for k in engines],
-        "folds_digest": folds.digest,
-        "folds_mode": "all",
-        "engines": engines,
-        "checkpoints": engines,
-        "tta": "none",
-        "preprocess": {"size": 8},
-        "num_features": width,
-    }
-    write_json(root / split / "run.json", run)
-
-
-def write_fold_embeddings(
-    root: Path, data: Path, folds: Folds, strength: float, remembered: float, width: int = WIDTH
-) -> Path:
-    """Write embeddings of every image by every fold: the same features, in rotated spaces.
-
-    Args:
-        strength: how much a malignant lesion differs from a benign one.
-        remembered: how much a model knows of the label of an image that it was trained on.
-    """
-    rng = np.random.default_rng(5)
-    folds.write(root / "folds.parquet")
-    for split in SPLITS:
-        table = Dataset(data).metadata(split)
-        target = table[schema.TARGET].to_numpy() if split == "train" else np.zeros(len(table))
-        fold = folds.of(table).to_numpy() if split == "train" else np.full(len(table), -1)
-        common = rng.standard_normal((len(table), width)) * np.linspace(3, 1, width)
-        common[:, 0] += strength * target
-        for k, rotation in enumerate(spaces(width)):
-            seen = (fold != k) & (fold >= 0)
-            own = common + 0.1 * rng.standard_normal(common.shape)
-            own[:, 1] += remembered * target * seen
-            features = (own @ rotation + k).astype(np.float32)
-            logits = own[:, 0].astype(np.float32)
-            write_shard(shard_path(root, split, k, 0), table[schema.ID].to_list(), features, logits)
-        write_full_run(root, split, folds, width=width)
-    write_seen_lists(root, train_table(data), folds)
-    return root
-
-
-def seen_list(root: Path, fold: int = 1) -> Path:
-    return root / "train" / f"fold_{fold}" / "trained_on.parquet"
-
-
-@pytest.fixture(scope="module")
-def folds(data: Path) -> Folds:
-    return draw_folds(train_table(data), NUM_FOLDS, 42)
-
-
-@pytest.fixture(scope="module")
-def run(data: Path, folds: Folds) -> Path:
-    return write_fold_embeddings(data.parent / "tiny", data, folds, strength=4.0, remembered=0.0)
-
-
-@pytest.fixture(scope="module")
-def frozen(data: Path, run: Path) -> Path:
-    """A run of a model that was trained on other images."""
-    root = data.parent / "elsewhere"
-    shutil.copytree(run, root)
-    other = Folds(pl.DataFrame({"isic_id": ["ISIC_9"], "fold": pl.Series([0], dtype=pl.Int8)}))
-    other.write(root / "folds.parquet")
-    write_seen(seen_list(root), seen_rows(other.table))
-    for split in ("train", "test"):
-        write_full_run(root, split, other, {"1": "b"})
-    return root
 
 
 def read_features(run: Path, split: Split, fold: int) -> np.ndarray:
@@ -177,7 +101,7 @@ def test_a_test_row_has_the_mean_over_the_models(
     np.testing.assert_allclose(found.to_numpy(), np.mean(mapped, axis=0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", [ALIGNED, FROZEN])
+@pytest.mark.parametrize("mode", [ALIGNED, FROZEN, PCA])
 def test_embeddings_improve_scores_and_a_row_alone_scores_the_same(
     data: Path, run: Path, frozen: Path, mode: str, tmp_path: Path
 ) -> None:
@@ -197,14 +121,19 @@ def test_embeddings_improve_scores_and_a_row_alone_scores_the_same(
     assert alone.rows() == scores.filter(isic_id=row["isic_id"][0]).rows()
 
 
-def test_two_fits_give_the_same_bytes(data: Path, run: Path, tmp_path: Path) -> None:
-    chosen = {"features": "raw,aligned", "embeddings": run, "name": "same"}
+@pytest.mark.parametrize("mode", [ALIGNED, PCA])
+def test_two_fits_give_the_same_bytes(
+    data: Path, run: Path, frozen: Path, mode: str, tmp_path: Path
+) -> None:
+    sources = {"embeddings": run, "frozen": frozen}
+    chosen = {"features": f"raw,{mode}", "name": "same", **sources}
     first = read_files(fit_small(data, tmp_path / "a", **chosen))
     assert first == read_files(fit_small(data, tmp_path / "b", **chosen))
-    assert "maps_aligned_tiny.parquet" in first
+    network = run if mode == ALIGNED else frozen
+    assert f"maps_{mode}_{network.name}.parquet" in first
 
 
-@pytest.mark.parametrize("mode", [ALIGNED, FROZEN, "image"])
+@pytest.mark.parametrize("mode", [ALIGNED, *EMBEDDED_FROZEN, "image"])
 def test_shuffled_targets_give_chance(data: Path, mode: str, tmp_path: Path) -> None:
     """Embeddings that know a label only if the model was trained on the image."""
     found = [read_blend(fit_shuffled(data, tmp_path / str(seed), mode, seed)) for seed in range(3)]
@@ -217,10 +146,10 @@ def fit_shuffled(data: Path, folder: Path, mode: str, seed: int) -> Path:
     folder.mkdir()
     shuffled = shuffle_targets(data, folder / "data", seed)
     folds = draw_folds(shuffled, NUM_FOLDS, 42)
-    remembered = 0.0 if mode == "frozen" else REMEMBERED
+    remembered = 0.0 if mode in EMBEDDED_FROZEN else REMEMBERED
     run = write_fold_embeddings(folder / "blind", folder / "data", folds, 0.0, remembered)
     source = {"embeddings": run}
-    if mode == "frozen":
+    if mode in EMBEDDED_FROZEN:
         write_seen(seen_list(run, 0), seen_rows(pl.DataFrame({"isic_id": ["other"]})))
         source = {"frozen": run}
     features = "raw,image" if mode == "image" else mode
@@ -266,6 +195,30 @@ def remembered_auc(run: Path, table: pl.DataFrame, folds: Folds, maps: AffineMap
     return float(np.mean(found))
 
 
+def test_blocks_and_shards_do_not_change_a_bit(
+    data: Path, run: Path, folds: Folds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the order of the shards nor the rows that are read and mapped together."""
+    metadata = train_table(data)
+    maps, columns = fit_aligned(run, "tiny", metadata, folds)
+    root = Path(shutil.copytree(run, tmp_path / "tiny"))
+    for k in range(NUM_FOLDS):
+        path = shard_path(root, "train", k, 0)
+        whole = pl.read_parquet(path).sample(fraction=1, shuffle=True, seed=k)
+        whole[:150].write_parquet(path)
+        whole[150:].write_parquet(shard_path(root, "train", k, 1))
+    monkeypatch.setattr("infer.ensemble.images.columns.READ_ROWS", 77)
+    monkeypatch.setattr("infer.ensemble.images.columns.MAX_MAPPED_ROWS", 13)
+    again, in_parts = fit_aligned(root, "tiny", metadata, folds)
+    assert in_parts.equals(columns)
+    for k, affine_map in maps.items():
+        np.testing.assert_array_equal(again[k].matrix, affine_map.matrix)
+    for split in SPLITS:
+        table = Dataset(data).metadata(split)
+        expected = mapped_columns(run, split, NAMES, table, maps)
+        assert mapped_columns(root, split, NAMES, table, maps).equals(expected)
+
+
 def test_embeddings_of_held_out_images_only_are_refused(
     data: Path, run: Path, folds: Folds, tmp_path: Path
 ) -> None:
@@ -300,7 +253,7 @@ def test_missing_and_broken_embeddings_are_refused(data: Path, run: Path, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore::infer.ResultWarning")
-@pytest.mark.parametrize("mode", [ALIGNED, FROZEN])
+@pytest.mark.parametrize("mode", [ALIGNED, *EMBEDDED_FROZEN])
 def test_embeddings_in_memory_score_as_those_on_disk(
     data: Path, run: Path, frozen: Path, mode: str, tmp_path: Path
 ) -> None:
@@ -338,25 +291,6 @@ def test_an_image_that_could_not_be_read_has_blank_columns(
     assert pl.read_csv(tmp_path / "s.csv")["target"].null_count() == 0
 
 
-def test_a_frozen_model_that_has_seen_the_rows_is_refused(
-    data: Path, frozen: Path, tmp_path: Path
-) -> None:
-    root = Path(shutil.copytree(frozen, tmp_path / "knowing"))
-    metadata = train_table(data)
-    seen_list(root).unlink()
-    with pytest.raises(UserError, match=r"trained_on.parquet is missing"):
-        fit_small(data, tmp_path, features="frozen", frozen=root)
-    write_seen(seen_list(root), seen_rows(metadata))
-    with pytest.raises(UserError, match="learned from 400 of the 400 held-out rows or from their"):
-        fit_small(data, tmp_path, features="frozen", frozen=root)
-    patient = metadata["patient_id"][0]
-    num_lesions = (metadata["patient_id"] == patient).sum()
-    only_the_patient = pl.DataFrame({"isic_id": ["ISIC_9"], "patient_id": [patient]})
-    write_seen(seen_list(root), seen_rows(only_the_patient))
-    with pytest.raises(UserError, match=f"learned from {num_lesions} of the 400 held-out rows"):
-        fit_small(data, tmp_path, features="frozen", frozen=root)
-
-
 @pytest.mark.parametrize("features", ["image", "raw,aligned"])
 def test_a_fold_model_that_has_seen_its_rows_is_refused(
     data: Path, run: Path, tmp_path: Path, features: str
@@ -370,15 +304,3 @@ def test_a_fold_model_that_has_seen_its_rows_is_refused(
     write_seen(seen_list(root, 2), seen_rows(metadata.filter(fold != 2), seen_rows(inherited)))
     with pytest.raises(UserError, match=r"the model of fold 2 behind .* learned from"):
         fit_small(data, tmp_path, features=features, embeddings=root)
-
-
-def test_another_frozen_model_is_refused(data: Path, frozen: Path, tmp_path: Path) -> None:
-    ensemble = fit_small(data, tmp_path, features="raw,frozen", frozen=frozen, num_rounds=2)
-    root = Path(shutil.copytree(frozen, tmp_path / "elsewhere"))
-    path = root / "test" / "run.json"
-    write_json(path, json.loads(path.read_text()) | {"checkpoints": {"1": "another"}})
-    chosen = {"data": data, "ensemble": ensemble, "output": tmp_path / "s.csv"}
-    with pytest.raises(UserError, match="were made with other trained weights"):
-        predict_submission(PredictSettings(frozen=root, **chosen))
-    with pytest.raises(UserError, match="give --frozen outputs/embeddings/elsewhere"):
-        predict_submission(PredictSettings(**chosen))

@@ -17,6 +17,7 @@ from infer.ensemble.artifact import open_ensemble
 from infer.ensemble.blends.write import write_blend
 from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.ensemble.images import scores as image_scores
+from infer.ensemble.images.features import FORMS
 from infer.ensemble.predict import predict_submission
 from infer.ensemble.settings import BlendSettings, FitSettings, PredictSettings
 from isic import schema
@@ -449,12 +450,13 @@ def test_every_form_of_two_networks(data: Path, tmp_path: Path) -> None:
                 features = rng.standard_normal((len(table), 4)).astype(np.float32)
                 write_shard(part, table["isic_id"].to_list(), features, table["logit"].to_numpy())
     old = write_frozen(tmp_path / "old", data, 3)
-    features = "image,image_ranks,aligned,frozen,frozen_score"
+    features = ",".join(FORMS)
     chosen = {"embeddings": runs, "frozen": old, "num_rounds": 4, "libraries": tuple(LIBRARIES)}
     ensemble = fit_small(data, tmp_path / "e", features=features, name="all", **chosen)
     names = open_ensemble(ensemble).state.names
-    assert len(names) == len(set(names)) == 2 * (2 + 3 + 4) + 2 + 4
-    assert {"aligned_003.x-1_y", "frozen_000.old", "frozen_score.old"} < set(names)
+    assert len(names) == len(set(names)) == 2 * (2 + 3 + 4) + 2 + 4 + 4 + 5
+    expected = {"aligned_003.x-1_y", "frozen_000.old", "frozen_score.old", "frozen_pca_003.old"}
+    assert {*expected, "frozen_distance_nearest.old"} < set(names)
     predict_submission(
         PredictSettings(
             data=data, ensemble=ensemble, embeddings=runs, frozen=old, output=tmp_path / "s.csv"
