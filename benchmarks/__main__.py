@@ -30,6 +30,7 @@ SETTINGS = {
     "few": "FewSettings",
     "configs": "ConfigsSettings",
     "start": "StartSettings",
+    "faults": "FaultsSettings",
     "report": "TablesSettings",
     "check": "SlowdownSettings",
     "pack": "PackSettings",

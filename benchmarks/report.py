@@ -446,6 +446,19 @@ TABLES = {
             ("benchmarks throughput --help",),
         ),
     ),
+    "faults": Table(
+        "faults",
+        ("campaign", "target"),
+        {
+            "campaign": "campaign",
+            "target": "target",
+            "attempts": "attempts",
+            "survived": "survived",
+            "refused": "refused with a sentence",
+            "failed": "failed",
+        },
+        sort=("campaign", "target"),
+    ),
     "hospitals": Table(
         "hospitals",
         ("data", "features", "treatment", "scored"),

@@ -54,6 +54,10 @@ GPU_CONFIGS = ("vit_tiny", "vit_base", "eva02_base")
 # Tracing may treat a batch of 1 or 2 as a constant, and kernels may need a multiple of 8.
 CHECKED_BATCHES = {"cpu": (1, 2, 7, 16), "cuda": (1, 2, 7, 256)}
 """Batch sizes at which an engine's outputs are checked."""
+CAMPAIGNS = {
+    "inputs": ("benchmarks.faults.inputs:InputsCampaign", 10_000),
+}
+"""Class of each campaign of faults, and its attempts."""
 ARTIFACTS_HELP = (
     "folder of the untrained networks' artifacts, in which those of earlier commands are reused; "
     "a temporary one if not given"
@@ -467,6 +471,32 @@ class ConfigsSettings(Settings):
     results: Path | None = Field(
         None, description="folder of the CSV; benchmarks/results if not given"
     )
+
+
+class FaultsSettings(Settings):
+    """Expose commands to broken inputs and to kills, and count what they survive or refuse.
+
+    The same command resumes after an interruption. Exits with 1 if an attempt failed.
+    """
+
+    campaign: Several[str] = Field(
+        (ALL,), description=f"of {', '.join(CAMPAIGNS)}, separated by commas, or all"
+    )
+    target: Several[str] = Field((ALL,), description="targets, separated by commas, or all")
+    seed: Several[int] = Field(
+        (), description="repeat the attempts with these seeds only and record nothing"
+    )
+    attempts: int | None = Field(
+        None, ge=1, description="attempts per campaign; its own number if not given"
+    )
+    minutes: float = Field(120.0, gt=0, description="time after which no attempt begins")
+    num_workers: int | None = Field(
+        None, ge=1, description="attempts at the same time; one per core if not given"
+    )
+    work_dir: Path = Field(
+        Path("outputs/faults"), description="folder of the valid files and the log of attempts"
+    )
+    results: Path | None = Field(None, description=RESULTS_HELP)
 
 
 class TablesSettings(Settings):
