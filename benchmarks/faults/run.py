@@ -26,6 +26,8 @@ from isic.runtime.machine import num_cores
 LOG_FILE = "attempts.jsonl"
 NOTE_SECONDS = 60.0
 """Time between two lines of progress."""
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS")
+"""Variables with the number of threads of libraries."""
 
 Task = tuple[str, str, int]
 """Campaign, target and seed."""
@@ -99,9 +101,23 @@ def run_attempts(tasks: Sequence[Task], settings: FaultsSettings) -> Iterator[At
     if not tasks:
         return
     deadline = time.monotonic() + settings.minutes * 60
-    prepare_once(tasks, settings.work_dir)
-    with Workers(settings.work_dir) as workers:
+    with one_thread_each(), Workers(settings.work_dir) as workers:
+        prepare_once(tasks, settings.work_dir)
         yield from _deal_out(deque(tasks), workers, settings.num_workers or num_cores(), deadline)
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Limit the libraries of new processes to one thread: attempts share the cores."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _deal_out(

@@ -1,0 +1,168 @@
+"""The campaign of broken inputs: each kind of file, changed in many ways, read as by a command."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from multiprocessing import get_context
+from pathlib import Path
+
+from benchmarks.faults import targets as table
+from benchmarks.faults.attempts import Attempt, Outcome
+from benchmarks.faults.child import Ended, run_child
+from benchmarks.faults.mutations import Random, break_content
+from benchmarks.faults.targets import OUT, TARGETS, Target, digest_of_outputs
+from benchmarks.faults.valid import make_parts
+
+PROJECT = "project"
+RESULTS = "results"
+RESULT_FILE, CHANGE_FILE, PARTIAL_FILE = "result.txt", "change.txt", "partial.txt"
+CANARY = "canary"
+"""The file that code inside an input would touch."""
+NOTES = ("warning: ", "note: ")
+"""How lines on standard error start that may accompany a result or a refusal."""
+MAX_MESSAGE = 1000
+"""Characters of a sentence that a person can read."""
+
+
+class InputsCampaign:
+    """Broken inputs; see `benchmarks.faults.attempts.Campaign`."""
+
+    name = "inputs"
+
+    def __init__(self, targets: Sequence[str] | None = None) -> None:
+        """Choose some of TARGETS; all by default."""
+        self.targets = tuple(targets or TARGETS)
+        self._folder = Path()
+
+    def prepare(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+        parts = {part for name in self.targets for part in TARGETS[name].parts}
+        # In its own process: it computes in threads, and this process must stay able to fork.
+        maker = get_context("spawn").Process(target=make_parts, args=(self._project, parts))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            raise RuntimeError("the valid files could not be made")
+        for name in self.targets:
+            if not self._expected_path(name).is_file():
+                self._read_undisturbed(name)
+
+    def attempt(self, target: str, seed: int, folder: Path) -> Attempt:
+        row = TARGETS[target]
+        ended = self._run(row, folder, lambda: break_file(row.find(), row.kind, target, seed))
+        change = read_or(folder / CHANGE_FILE, "no change")
+        expected = json.loads(self._expected_path(target).read_text(encoding="utf-8"))
+        outcome, reason = judge(row, ended, folder, expected)
+        return Attempt(self.name, target, seed, outcome, f"{change}: {reason}", ended.seconds)
+
+    @property
+    def _project(self) -> Path:
+        return self._folder / PROJECT
+
+    def _expected_path(self, target: str) -> Path:
+        return self._folder / RESULTS / f"{target}.json"
+
+    def _read_undisturbed(self, name: str) -> None:
+        """Record the result for the valid file. Raise RuntimeError if it is refused."""
+        scratch = self._folder / "undisturbed" / name
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        ended = self._run(TARGETS[name], scratch, lambda: None)
+        if ended.code:
+            raise RuntimeError(f"{name}: the valid file is refused: {ended.err}")
+        result = (scratch / RESULT_FILE).read_text(encoding="utf-8")
+        shutil.rmtree(scratch)
+        self._expected_path(name).parent.mkdir(exist_ok=True)
+        self._expected_path(name).write_text(json.dumps(result), encoding="utf-8")
+
+    def _run(self, target: Target, folder: Path, change: object) -> Ended:
+        copy_parts(self._project, folder, target.parts)
+        return run_child(lambda: read_changed(target, change), folder)
+
+
+def copy_parts(project: Path, folder: Path, parts: Sequence[str]) -> None:
+    """Copy parts of the project that have a folder of their own."""
+    for part in parts:
+        if (project / part).is_dir():
+            shutil.copytree(project / part, folder / part)
+    (folder / "cache").mkdir()
+
+
+def read_changed(target: Target, change: object) -> None:
+    """Change the file and read it, in the working directory; write the result to a file."""
+    os.environ["ISIC_CACHE_DIR"] = str(Path("cache").resolve())
+    change()  # type: ignore[operator]
+    try:
+        Path(RESULT_FILE).write_text(target.read(), encoding="utf-8")
+    except BaseException:
+        note_partial_outputs()
+        raise
+
+
+def break_file(path: Path, kind: str, target: str, seed: int) -> None:
+    """Change the content of a file, by target and seed."""
+    name, content = break_content(path.read_bytes(), kind, Random(f"{target} {seed}"))
+    Path(CHANGE_FILE).write_text(name, encoding="utf-8")
+    path.write_bytes(content)
+
+
+def note_partial_outputs() -> None:
+    """Write down if an output under its final name is not whole, or should not be there."""
+    try:
+        digest_of_outputs(OUT)
+        if list(OUT.glob("submission*")):
+            raise table.PartialOutput("a submission is there although the command failed")
+    except Exception as error:  # unreadable tables raise exceptions of several types
+        Path(PARTIAL_FILE).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+
+
+def read_or(path: Path, default: str) -> str:
+    return path.read_text("utf-8", "replace") if path.is_file() else default
+
+
+def judge(target: Target, ended: Ended, folder: Path, expected: str) -> tuple[Outcome, str]:
+    """Return the outcome of an attempt and a reason in one line."""
+    reason = failure(target, ended, folder, expected)
+    if reason:
+        return "failed", reason
+    if ended.code == 0:
+        result = read_or(folder / RESULT_FILE, "")
+        return "survived", "the same result" if result == expected else "another valid result"
+    return "refused", error_lines(ended.err)[0]
+
+
+def failure(target: Target, ended: Ended, folder: Path, expected: str) -> str | None:
+    """Return why an attempt has failed, None if it has not."""
+    partial = read_or(folder / PARTIAL_FILE, "")
+    if (folder / CANARY).exists():
+        return "code inside the file ran"
+    if partial:
+        return f"partial output: {partial}"
+    if ended.problem:
+        return ended.problem
+    if ended.code == 0:
+        result = read_or(folder / RESULT_FILE, "")
+        is_other = target.is_guarded and result != expected
+        return "another result although the digest of the file is known" if is_other else None
+    return bad_refusal(target, ended.err)
+
+
+def bad_refusal(target: Target, err: str) -> str | None:
+    """Return why a refusal is none, None if it is one sentence that names the file."""
+    errors = error_lines(err)
+    others = [
+        line for line in err.splitlines() if line not in errors and not line.startswith(NOTES)
+    ]
+    if len(errors) != 1 or others:
+        return f"not one sentence: {' / '.join([*errors, *others])[:300]}"
+    (sentence,) = errors
+    if len(sentence) > MAX_MESSAGE:
+        return f"a sentence of {len(sentence)} characters: {sentence[:100]}"
+    if not any(name in sentence for name in target.names):
+        return f"the sentence does not name the file: {sentence}"
+    return None
+
+
+def error_lines(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.startswith("error: ")]
