@@ -287,12 +287,13 @@ def load_source(path: Path, digest: str, fold: Fold, settings: ExportSettings) -
     """
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
-    if (config["name"], config["fold"]) != (settings.config, fold):
+    found = config.get("name"), config.get("fold")
+    if found != (settings.config, fold):
         raise UserError(
-            f"{path} is fold {config['fold']} of {config['name']}, not fold {fold} of "
+            f"{path} is fold {found[1]} of {found[0]}, not fold {fold} of "
             f"{settings.config}; give the --config and --model_dir that belong together"
         )
-    trained_with = checkpoint_settings(checkpoint)
+    trained_with = checkpoint_settings(path, checkpoint)
     data = settings.data or trained_with.data
     fetch(data, REMOTE_DATASET)
     model = create_model(trained_with, pretrained=False)

@@ -23,6 +23,8 @@ HEADER_BYTES = 512
 """Bytes read for the height and width of an image; a JPEG without a profile needs about 170."""
 MAX_HEADER_BYTES = 1024 * 1024
 """Bytes read if they are further in. Bounds the memory, since a damaged file may claim any size."""
+MAX_BYTES = 2**30
+"""Bytes of the largest image file."""
 # All 401,059 rows as Python objects would fragment the heap.
 INDEX_SLICE = 32768
 """Rows held as Python objects at once."""
@@ -340,6 +342,8 @@ def as_text(name: bytes) -> str:
 def read_dataset(path: Path, name: bytes) -> bytes:
     """Read the bytes of one image through HDF5. Raise one of H5PY_ERRORS."""
     with h5py.File(path, "r") as file:
+        if file[name].nbytes > MAX_BYTES:  # a damaged file may claim any size
+            raise ValueError(f"it claims {file[name].nbytes:,} bytes, more than {MAX_BYTES:,}")
         return _file_bytes(file[name][()])
 
 

@@ -231,7 +231,10 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[bytes, list[str]]:
         raise UserError(f"{path} is not a readable table: it is empty; {AGAIN}")
     if "\r" in text and '"' not in text:
         raise UserError(f"{path} has CR line ends, as on old Macs; save it with LF line ends")
-    names = [name.strip() for name in next(csv.reader([text]))]
+    try:
+        names = [name.strip() for name in next(csv.reader([text]))]
+    except csv.Error as error:
+        raise UserError(f"{path} has a header that is no row of a CSV ({error}); {AGAIN}") from None
     _refuse_header(names, path)
     return (line if line.endswith(b"\n") else line + b"\n"), names
 

@@ -1,12 +1,18 @@
 """Checkpoints: tensors and plain values only, written atomically, never unpickled into code."""
 
 import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
+from isic.runtime.config import build
 from isic.runtime.errors import UserError, first_line
+from isic.runtime.fields import Fields, Index, check_fields
 from isic.runtime.files import atomic_path
 from isic.tables import reading
 from train.config import TrainSettings
@@ -31,6 +37,17 @@ DAMAGE = (
     AssertionError,
 )
 """Errors that torch.load has been seen to raise for a file with a few wrong bytes."""
+
+
+class CheckpointFields(Fields):
+    """The entries of a checkpoint that are no tensors."""
+
+    model_state_dict: dict[str, Any]
+    optimizer_state_dict: dict[str, Any] | None
+    best_pauc: Annotated[float, Field(allow_inf_nan=True)] | None
+    epoch: Index
+    config: dict[str, Any]
+    args: dict[str, Any]
 
 
 def save_checkpoint(path: Path, **values: Any) -> None:
@@ -64,7 +81,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         pass  # reports unreadable files here, because below an OSError means wrong bytes
     try:
         # weights_only: a file of unknown origin must not run code.
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they concern files of old or damaged formats
+            values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors and plain values and is not loaded; ask its author "
@@ -79,9 +98,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a checkpoint of this toolkit: it lacks {', '.join(missing)}"
         )
+    check_fields(path, values, CheckpointFields, "train this fold again")
     return dict(values)
 
 
-def checkpoint_settings(checkpoint: dict[str, Any]) -> TrainSettings:
-    """Return the settings that a checkpoint was trained with."""
-    return TrainSettings(**checkpoint["args"])
+@contextmanager
+def damaged_content(path: Path) -> Iterator[None]:
+    """Turn errors inside the block into a UserError: the content of a checkpoint has no use."""
+    try:
+        yield
+    except UserError:
+        raise
+    except DAMAGE as error:
+        reason = first_line(error, "a value is missing")
+        raise UserError(f"{path} is damaged ({reason}); train this fold again") from error
+
+
+def checkpoint_settings(path: Path, checkpoint: dict[str, Any]) -> TrainSettings:
+    """Return the settings that the checkpoint at `path` was trained with. Raise UserError."""
+    return build(TrainSettings, checkpoint["args"], source=str(path))

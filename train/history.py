@@ -11,7 +11,7 @@ import numpy as np
 
 from isic.layout import HISTORY_FILE, Fold
 from isic.runtime.errors import UserError
-from isic.runtime.files import read_text, write_text
+from isic.runtime.files import parse_json, read_text, write_text
 from train import distributed
 from train.plots import write_scalars
 from train.targets import AUC_PREFIX
@@ -144,10 +144,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: it is not the history of a training run.
     """
-    try:
-        epochs = [json.loads(line) for line in read_text(path).splitlines()]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON lines ({error}); restore it") from None
+    epochs = [parse_json(line, path) for line in read_text(path).splitlines()]
     if not all(isinstance(epoch, dict) and isinstance(epoch.get("epoch"), int) for epoch in epochs):
         raise UserError(f"{path} is not the history of a training run; restore it")
     return epochs

@@ -12,7 +12,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from isic.layout import Fold
 from isic.runtime.errors import UserError
 from train import distributed
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.checkpoint import damaged_content, load_checkpoint, save_checkpoint
 from train.config import TrainSettings
 from train.model import Classifier, create_model
 from train.optim import create_optimizer
@@ -132,13 +132,18 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, folds_digest
     saved = load_checkpoint(path)
     config = saved["config"]
     refuse_difference(path, saved["args"], settings)
-    if config["folds_digest"] != folds_digest:
+    if config.get("folds_digest") != folds_digest:
         raise UserError(f"{path} was trained on other folds; start again with --force")
     if config.get("pretrained", state.started_from) != state.started_from:
         raise UserError(
             f"{path} started from other weights than {settings.pretrained} has now; restore those "
             "weights, or start again with --force"
         )
+    with damaged_content(path):
+        _load_state(state, saved)
+
+
+def _load_state(state: TrainState, saved: dict[str, Any]) -> None:
     state.model.load_state_dict(saved["model_state_dict"])
     # Files of earlier versions have no `part` or `name` in their groups, so these are kept.
     labels = [(group["part"], group["name"]) for group in state.optimizer.param_groups]

@@ -1,6 +1,8 @@
 """The contract of a campaign: one attempt per target and seed, with one of three outcomes."""
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -61,3 +63,14 @@ def interleave(
         for number, (target, seed) in enumerate(attempts)
     )
     return ((campaign, target, seed) for _, campaign, target, seed in sorted(shares))
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that is removed afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

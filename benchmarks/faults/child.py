@@ -1,5 +1,6 @@
 """A function in a forked process, with limits on its time and memory, and its output caught."""
 
+import multiprocessing
 import os
 import resource
 import select
@@ -102,6 +103,8 @@ def _run(work: Callable[[], object], folder: Path, out: Path, err: Path) -> None
         os.chdir(folder)
         for path, number in ((out, 1), (err, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        # The worker was spawned, which its children inherit; commands have the usual method.
+        multiprocessing.set_start_method("fork", force=True)
         _limit()
         code = _exit_code(work)
         for thread in threading.enumerate():  # as the interpreter does when it ends

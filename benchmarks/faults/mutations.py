@@ -7,15 +7,19 @@ import os
 import pickle
 import random
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import polars as pl
 import torch
-import yaml
+
+from isic.runtime import yaml12
+from isic.tables import parquet_metadata, read_parquet
 
 Random = random.Random
 Change = Callable[[bytes, Random], bytes]
@@ -195,8 +199,8 @@ JSON: tuple[Change, ...] = (*(change_json,) * 12, extreme_json, *TEXT)
 
 
 def change_yaml(data: bytes, rng: Random) -> bytes:
-    changed = change_tree(yaml.safe_load(data), rng)
-    return yaml.safe_dump(changed, allow_unicode=True).encode("utf-8", "surrogatepass")
+    changed = change_tree(yaml12.load(data.decode()), rng)
+    return yaml12.dump(changed).encode("utf-8", "surrogatepass")
 
 
 def extreme_yaml(data: bytes, rng: Random) -> bytes:
@@ -319,8 +323,10 @@ CSV: tuple[Change, ...] = (*(change_csv,) * 8, separate_otherwise, *TEXT)
 
 def change_parquet(data: bytes, rng: Random) -> bytes:
     """Change a column, its type, the rows or the metadata of a Parquet file."""
-    table = pl.read_parquet(io.BytesIO(data))
-    metadata = dict(pl.read_parquet_metadata(io.BytesIO(data)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "table.parquet")
+        path.write_bytes(data)
+        table, metadata = read_parquet(path), parquet_metadata(path)
     metadata.pop("ARROW:schema", None)
     name = rng.choice(table.columns)
     changed = _change_table(table, name, rng)
@@ -336,7 +342,7 @@ def _change_table(table: Any, name: str, rng: Random) -> Any:
     row = rng.randrange(max(len(table), 1))
     other = rng.choice(table.columns)
     number = rng.choice((float("nan"), float("inf"), -1.0, 1e300, 0.0, 127.0, 200.0))
-    kinds = (pl.String, pl.Float64, pl.Float32, pl.Int64, pl.UInt8, pl.Boolean, pl.Categorical)
+    kinds = (pl.String, pl.Float64, pl.Float32, pl.Int64, pl.UInt8, pl.Boolean)
     changes: tuple[Callable[[], Any], ...] = (
         lambda: table.drop(name),
         lambda: table.rename({name: f"{name}x"}),
@@ -383,7 +389,7 @@ def change_hdf5(data: bytes, rng: Random) -> bytes:
             ),
             lambda: file.create_dataset(name, data=np.zeros((8, 8, 3), np.uint8)),
             lambda: file.create_dataset(name, data=[content, content]),
-            lambda: file.create_dataset(name, data=content, dtype=h5py.string_dtype()),
+            lambda: _write_variable(file, name, content),
             lambda: file.create_dataset(name, data=1.5),
             lambda: file.create_dataset(name, data=h5py.Empty("S10")),
             lambda: file.create_dataset(name, shape=(2**36,), dtype="u1", chunks=(2**20,)),
@@ -395,6 +401,12 @@ def change_hdf5(data: bytes, rng: Random) -> bytes:
         )
         rng.choice(changes)()
     return memory.getvalue()
+
+
+def _write_variable(file: h5py.File, name: str, content: bytes) -> None:
+    """Write bytes as a list of variable length."""
+    dataset = file.create_dataset(name, (1,), dtype=h5py.vlen_dtype(np.uint8))
+    dataset[0] = np.frombuffer(content, np.uint8)
 
 
 HDF5: tuple[Change, ...] = (change_hdf5,)

@@ -1,7 +1,6 @@
 """`python -m benchmarks faults`: attempts of all campaigns in worker processes, resumable."""
 
 import os
-import shutil
 import signal
 import sys
 import time
@@ -14,7 +13,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from pkgutil import resolve_name
 
-from benchmarks.faults.attempts import Attempt, Campaign, deal, interleave
+from benchmarks.faults.attempts import Attempt, Campaign, deal, interleave, scratch_folder
 from benchmarks.faults.log import append_log, count_outcomes, read_log
 from benchmarks.process import GRACE, terminable
 from benchmarks.record import error_text, print_and_append
@@ -229,17 +228,6 @@ def _work(pipe: Connection, work_dir: Path) -> None:
                 prepared[name] = _prepare(source, work_dir)
             with scratch_folder(work_dir / "scratch" / f"{name}-{target}-{seed}") as folder:
                 pipe.send(run_attempt(prepared[name], target, seed, folder))
-
-
-@contextmanager
-def scratch_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that is removed afterwards."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_attempt(campaign: Campaign, target: str, seed: int, folder: Path) -> Attempt:

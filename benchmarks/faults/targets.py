@@ -252,6 +252,8 @@ class Target:
     """The parts of the project, see `valid.PARTS`, that it reads."""
     is_guarded: bool = False
     """Whether a digest of the file is kept elsewhere, so that no other content may be used."""
+    may_be_left_out: bool = False
+    """Whether the result without the file is right too."""
     words: tuple[str, ...] = ()
     """Words of which a refusal must have one; the file's name by default."""
 
@@ -274,6 +276,13 @@ def _in_ensemble(name: str, read: Callable[[], str]) -> Target:
     return _guarded(f"ensembles/{name}", read, "data", "embeddings", "ensembles")
 
 
+def _in_bundle(name: str, kind: str) -> Target:
+    """Return the target of a file that the manifest of a bundle lists."""
+    path, parts = f"bundle/{name}", ("data", "bundle")
+    is_network = name.startswith("networks")
+    return Target(path, kind, submit_bundle, parts, is_guarded=True, may_be_left_out=is_network)
+
+
 TABLES = ("data", "tables")
 RUNS = ("data", "runs", "artifacts")
 SCORING = ("data", "embeddings", "ensembles")
@@ -289,8 +298,7 @@ ALL_TARGETS: Mapping[str, Target] = {
     "masks.hdf5": Target("data/masks.hdf5", "hdf5", read_masks, ("data",)),
     "metadata.csv": Target("data/test-metadata.csv", "csv", lambda: predict("tables"), SCORING),
     "metadata.parquet": Target(
-        "tables/train-metadata.parquet", "parquet", read_training_parquet, TABLES
-    ),
+        "tables/train-metadata.parquet", "parquet", read_training_parquet, TABLES, words=("target", "patients")),
     "sample_submission.csv": Target(
         "data/sample_submission.csv", "csv", lambda: predict("tables"), SCORING
     ),
@@ -301,14 +309,12 @@ ALL_TARGETS: Mapping[str, Target] = {
         f"{EMBEDDED}/train/fold_0/trained_on.parquet",
         "parquet",
         lambda: read_training(features="image", embeddings=EMBEDDED),
-        ("data", "embeddings"),
-    ),
+        ("data", "embeddings"), words=(EMBEDDED,)),
     "part.parquet": Target(
-        f"{EMBEDDED}/test/fold_0/part-00000.parquet", "parquet", predict_with_images, SCORING
-    ),
+        f"{EMBEDDED}/test/fold_0/part-00000.parquet", "parquet", predict_with_images, SCORING, words=(EMBEDDED,)),
     "config.yaml": Target("tables/my_config.yaml", "yaml", read_train_config, TABLES),
-    "saved_config.yaml": Target(f"{FOLD}/config.yaml", "yaml", read_finished_fold, RUNS),
-    "history.jsonl": Target(f"{FOLD}/history.jsonl", "text", read_finished_fold, RUNS),
+    "saved_config.yaml": Target(f"{FOLD}/config.yaml", "yaml", read_finished_fold, RUNS, words=("fold_0",)),
+    "history.jsonl": Target(f"{FOLD}/history.jsonl", "text", read_finished_fold, RUNS, words=("fold_0",)),
     "define.yaml": Target(
         "tables/mine.yaml",
         "yaml",
@@ -334,22 +340,18 @@ ALL_TARGETS: Mapping[str, Target] = {
         "tables/augment.json", "json", read_augmentation, TABLES, words=("--augmentation",)
     ),
     "artifact.json": Target(
-        f"{FOLD}/model.onnx.json", "json", lambda: embed_with(RUN, format="onnx"), PICTURES
-    ),
-    "run.json": Target(f"{EMBEDDED}/test/run.json", "json", predict_with_images, SCORING),
+        f"{FOLD}/model.onnx.json", "json", lambda: embed_with(RUN, format="onnx"), PICTURES, words=(RUN,)),
+    "run.json": Target(f"{EMBEDDED}/test/run.json", "json", predict_with_images, SCORING, words=(EMBEDDED,)),
     "plan.json": Target(
-        f"{EMBEDDED}/train/plan.json", "json", lambda: embed("embeddings", folds="all"), EMBEDDING
-    ),
+        f"{EMBEDDED}/train/plan.json", "json", lambda: embed("embeddings", folds="all"), EMBEDDING, words=(EMBEDDED,)),
     "ensemble.json": Target(
-        "ensembles/three/ensemble.json", "json", lambda: predict("three"), SCORING
-    ),
+        "ensembles/three/ensemble.json", "json", lambda: predict("three"), SCORING, words=("ensembles/three",)),
     "images.ensemble.json": Target(
-        "ensembles/images/ensemble.json", "json", predict_with_images, SCORING
-    ),
+        "ensembles/images/ensemble.json", "json", predict_with_images, SCORING, words=(EMBEDDED,)),
     "blend.json": Target(
-        "ensembles/final/ensemble.json", "json", lambda: predict_with_images("final"), SCORING
-    ),
-    "scores.ensemble.json": Target("ensembles/tables/ensemble.json", "json", scores, SCORING),
+        "ensembles/final/ensemble.json", "json", lambda: predict_with_images("final"), SCORING,
+        words=(EMBEDDED, "ensembles/final")),
+    "scores.ensemble.json": Target("ensembles/tables/ensemble.json", "json", scores, SCORING, words=("ensembles",)),
     "submission.json": Target(
         "submissions/submission.csv.json",
         "json",
@@ -359,15 +361,9 @@ ALL_TARGETS: Mapping[str, Target] = {
     ),
     "synth.json": Target("data/synth.json", "json", synthesize_again, ("data",), words=("data",)),
     "bundle.json": Target("bundle/bundle.json", "json", submit_bundle, BUNDLE, words=("bundle",)),
-    "bundle.onnx": _guarded(
-        f"bundle/networks/{NETWORK}/fold_0/model.onnx", submit_bundle, *BUNDLE
-    ),
-    "bundle.artifact.json": Target(
-        f"bundle/networks/{NETWORK}/fold_0/model.onnx.json", "json", submit_bundle, BUNDLE
-    ),
-    "bundle.ensemble.json": Target(
-        "bundle/ensembles/final/ensemble.json", "json", submit_bundle, BUNDLE
-    ),
+    "bundle.onnx": _in_bundle(f"networks/{NETWORK}/fold_0/model.onnx", "bytes"),
+    "bundle.artifact.json": _in_bundle(f"networks/{NETWORK}/fold_0/model.onnx.json", "json"),
+    "bundle.ensemble.json": _in_bundle("ensembles/final/ensemble.json", "json"),
     "best_model.pth": Target(f"{FOLD}/best_model.pth", "tensors", read_best_checkpoint, RUNS),
     "last.pth": Target(f"{FOLD}/last.pth", "tensors", read_last_checkpoint, RUNS),
     "weights.safetensors": Target(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from infer.engines import cudart, import_engine, unavailable_reason
+from infer.engines.manifest import check_artifact_manifest, is_artifact
 from infer.formats import AUTO, AUTO_ORDER, ENGINE_FORMATS, ON_REQUEST
 from isic.layout import Fold, fold_dirs, fold_name
 from isic.runtime.errors import UserError
@@ -93,11 +94,12 @@ def find_exported(model_dir: Path, only: Fold | None = None) -> Found:
     found = {}
     for fold, folder in fold_dirs(model_dir, only).items():
         # Manifests, because a file name does not have the format.
-        manifests = [read_json(path) for path in sorted(folder.glob("*.json"))]
+        files = {path: read_json(path) for path in sorted(folder.glob("*.json"))}
+        manifests = {path: value for path, value in files.items() if is_artifact(value)}
+        for path, manifest in manifests.items():
+            check_artifact_manifest(path, manifest)
         artifacts = [
-            Artifact(folder / manifest["artifact"], manifest)
-            for manifest in manifests
-            if manifest.get("format") in ENGINE_FORMATS
+            Artifact(folder / manifest["artifact"], manifest) for manifest in manifests.values()
         ]
         found[fold] = [artifact for artifact in artifacts if artifact.path.is_file()]
         if not found[fold]:

@@ -9,12 +9,12 @@ from typing import Any
 from infer.embedding.choice import Found, Request, choose, find_exported
 from infer.engines import device_of, manifest_spec, network_command
 from infer.engines.contract import AUX
+from infer.engines.manifest import is_artifact, read_artifact_manifest
 from infer.engines.trust import refuse_untrusted
 from infer.formats import AUTO, ENGINE_FORMATS
 from isic.layout import ALL, NONE, Fold, fold_files, fold_name, is_backbone
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError, warn
-from isic.runtime.files import read_manifest
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def find_models(
         paths, reason = _named_files(model_dir, config, format_or_file, fold), None
     # Absolute, because workers may have another working directory.
     artifacts = {k: path.resolve() for k, path in paths.items()}
-    manifests = {k: read_manifest(path) for k, path in artifacts.items()}
+    manifests = {k: read_artifact_manifest(path) for k, path in artifacts.items()}
     for k, manifest in manifests.items():
         _refuse_other_fold(artifacts[k], manifest, config, k)
         _refuse_other_views(artifacts[k], manifest, tta)
@@ -155,8 +155,8 @@ def open_artifact(path: Path, tta: str = "none", trust: bool = False) -> Models:
         UserError: there is no artifact or no manifest, the manifest is of other bytes or of another
             file than an artifact, the graph averages over other views, or it is not trusted.
     """
-    manifest = read_manifest(path)
-    if manifest.get("format") not in ENGINE_FORMATS:
+    manifest = read_artifact_manifest(path)
+    if not is_artifact(manifest):
         raise UserError(
             f"{path} is not an exported artifact; give one, such as model.onnx, or the run's folder"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from pydantic import Field
 
 from infer.embedding.models import Models
 from infer.embedding.settings import BATCH_CPU, BATCH_GPU, EmbedSettings
@@ -23,12 +24,14 @@ from infer.embedding.store import (
     RUN_SPEC_KEY,
     EmbeddedSplit,
     ids_digest,
+    refuse_changed_spec,
 )
 from infer.engines import device_of
 from infer.engines.contract import AUX
 from isic.dataset import SPLITS
 from isic.layout import ERRORS_FILE
 from isic.runtime.errors import UserError
+from isic.runtime.fields import Count, Fields, read_fields
 from isic.runtime.files import (
     digest,
     holds,
@@ -91,7 +94,7 @@ def _default_batch_size(split: EmbeddedSplit, models: Models, settings: EmbedSet
     # A resumed run keeps its own: the last bits of an engine's outputs may depend on it.
     path = settings.run_dir.resolve() / split / RUN_SPEC_FILE
     if path.is_file() and not settings.force:
-        earlier = read_json(path).get("batch_size")
+        earlier = read_spec(path).get("batch_size")
         if earlier:
             return int(earlier)
     return usual_batch_size(models, device_of(models.first_manifest, settings.device))
@@ -116,8 +119,22 @@ def earlier_engines(root: Path) -> frozenset[str]:
         path = root / split / RUN_SPEC_FILE
         # Without a shard nothing is lost: an engine may have been refused before the first one.
         if path.is_file() and any(path.parent.rglob("part-*")):
-            return frozenset(read_json(path).get("engines", {}).values())
+            return frozenset(read_spec(path)["engines"].values())
     return frozenset()
+
+
+class SpecFields(Fields):
+    """The fields of a run spec that a later command reads."""
+
+    engines: dict[str, str] = Field({})
+    batch_size: Count | None = None
+
+
+def read_spec(path: Path) -> RunSpec:
+    """Read the run spec of an earlier command. Raise UserError if it is damaged."""
+    spec = read_fields(path, SpecFields, "embed again with --force")
+    refuse_changed_spec(path, spec)
+    return {"engines": {}, **spec}
 
 
 def start_or_resume_split(directory: Path, spec: Mapping[str, Any], force: bool) -> None:

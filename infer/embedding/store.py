@@ -19,6 +19,7 @@ network that was trained on every row are in `<output_dir>/<config>_all`, in `te
 `<split>` is train, test, or images for those of `--images`, which need no fold plan.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -26,14 +27,16 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from pydantic import Field
 
 from infer.embedding.outputs import NamedOutputs
 from isic import schema
 from isic.dataset import Split
 from isic.layout import AUX_PREFIX, ERRORS_FILE, NONE, Fold, fold_dir, fold_number
 from isic.runtime.errors import UserError
-from isic.runtime.files import digest, read_json
-from isic.tables import parquet_metadata, read_parquet, scan_parquet, write_parquet
+from isic.runtime.fields import Count, Fields, Index, read_fields
+from isic.runtime.files import digest
+from isic.tables import parquet_metadata, read_parquet, reading, scan_parquet, write_parquet
 
 LOGIT = "logit"
 """The column of the lesion's logit."""
@@ -106,7 +109,33 @@ def read_run(root: Embeddings, split: EmbeddedSplit) -> dict[str, Any]:
             f"{root} has no finished {split} embeddings; "
             f"run `python -m infer embed --split {split}` first"
         )
-    return read_json(path)
+    run = read_fields(path, RunFields, "embed again with --force")
+    refuse_changed_spec(path, run)
+    return run
+
+
+class RunFields(Fields):
+    """The fields of `run.json` that readers of embeddings use."""
+
+    config: str
+    folds: list[Index | Literal["all", "none"]]
+    folds_mode: str = "oof"
+    folds_digest: str | None = None
+    engines: dict[str, str] = Field({})
+    checkpoints: dict[str, str] = Field({})
+    num_features: Count = 1
+    aux: dict[str, str] = Field({})
+    pretrained: dict[str, Any] | None = None
+
+
+def refuse_changed_spec(path: Path, value: Mapping[str, Any]) -> None:
+    """Raise a UserError if the run spec in a JSON file is not the one of its digest."""
+    if RUN_SPEC_KEY not in value:  # of tests and of earlier versions
+        return
+    keys = list(value)
+    spec = {key: value[key] for key in keys[: keys.index(RUN_SPEC_KEY)]}
+    if digest(json.dumps(spec)) != value[RUN_SPEC_KEY]:
+        raise UserError(f"{path} was changed after it was written; embed again with --force")
 
 
 def refuse_without_head(root: Embeddings, run: Mapping[str, Any]) -> None:
@@ -186,8 +215,31 @@ def scan_embeddings(
         _refuse_other_run(shards, run)
         # The folder has the fold, the file has not.
         number = pl.lit(fold_number(fold), dtype=pl.Int8).alias("fold")
-        frames.append(scan_parquet(shards).select("isic_id", number, *columns))
+        frames.append(_scan_shards(shards, columns).select("isic_id", number, *columns))
     return pl.concat(frames)
+
+
+def _scan_shards(shards: Sequence[Path], columns: Sequence[str]) -> pl.LazyFrame:
+    """Open shards as one lazy table. Raise UserError if a column is missing or of another type."""
+    for path in shards:
+        with reading(path):
+            found = scan_parquet([path]).collect_schema()
+        for name in ("isic_id", *columns):
+            if not _has_type(name, found.get(name)):
+                raise UserError(
+                    f"{path} has {found.get(name) or 'nothing'} as {name}, which no shard of an "
+                    "embedding run has; embed again with --force"
+                )
+    return scan_parquet(shards)
+
+
+def _has_type(name: str, found: pl.DataType | None) -> bool:
+    """Return whether a column of a shard has the type that `write_shard` gives it."""
+    if name == schema.ID:
+        return found == pl.String
+    if name == "features":
+        return isinstance(found, pl.Array) and found.inner.is_float() and len(found.shape) == 1
+    return found == pl.Float32
 
 
 def _refuse_other_run(shards: Iterable[Path], run: Mapping[str, Any]) -> None:

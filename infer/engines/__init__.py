@@ -102,7 +102,7 @@ def create_many(
     """Load the artifacts of several folds, which have one format, into one engine."""
     for fold, path in artifacts.items():
         name = manifests[fold].get("format")
-        if name not in ENGINE_FORMATS:
+        if not isinstance(name, str) or name not in ENGINE_FORMATS:
             known = ", ".join(ENGINE_FORMATS)
             raise UserError(f'{path}: no engine runs the format "{name}", known are {known}')
     manifest, *_ = manifests.values()

@@ -30,6 +30,7 @@ from infer.ensemble.features.own_columns import OwnColumns
 from infer.ensemble.features.own_tables import TableSpec
 from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.images.features import ImageState
+from infer.ensemble.manifest import check_manifest
 from infer.ensemble.scoring.calibration import Calibration
 from isic import schema
 from isic.features import Encoding
@@ -236,8 +237,11 @@ def open_ensemble(path: Path) -> Ensemble:
     refuse_damaged(root, manifest)
     if "members" in manifest:
         raise UserError(f"{root} is a blend; give the ensembles in {root / MEMBERS_DIR} instead")
-    own = OwnColumns.from_json(manifest)
-    spec = FeatureSpec.parse(manifest["features"], own, manifest.get("lists"))
+    try:
+        own = OwnColumns.from_json(manifest)
+        spec = FeatureSpec.parse(manifest["features"], own, manifest.get("lists"))
+    except UserError as error:
+        raise UserError(f"{root / ENSEMBLE_FILE}: {error}") from None
     state = EnsembleState.read(root)
     names = spec.names(state.image)
     if names != state.names:
@@ -256,6 +260,7 @@ def refuse_damaged(root: Path, manifest: Mapping[str, Any]) -> None:
         raise UserError(
             f"{root / ENSEMBLE_FILE} is of another version of the toolkit; fit the ensemble again"
         )
+    check_manifest(root / ENSEMBLE_FILE, manifest)
     for name, expected in manifest["files"].items():
         if sha256(root / name) != expected:
             raise UserError(f"{root / name} does not match {ENSEMBLE_FILE}; fit the ensemble again")

@@ -236,8 +236,9 @@ def submission_order(dataset: Dataset, metadata: pl.DataFrame) -> pl.DataFrame:
     if not path.is_file():
         return metadata.select(schema.ID)
     order = read_ids(path).to_frame()  # the sample's target is a placeholder such as 0.3
-    _refuse_extra(order, metadata, str(path), "the table", path.name)
-    _refuse_extra(metadata, order, "the table", str(path), path.name)
+    table = str(dataset.metadata_path("test"))
+    _refuse_extra(order, metadata, str(path), table, path.name)
+    _refuse_extra(metadata, order, table, str(path), path.name)
     return order
 
 

@@ -16,22 +16,71 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
 
 from infer.ensemble.blends.artifact import Scorer, open_scorer
 from infer.submission.candidates import Candidate
 from isic.layout import ALL, NONE, Fold
 from isic.runtime.errors import UserError
+from isic.runtime.fields import Fields, FileName, Index, Share, check_fields
 from isic.runtime.files import read_json, sha256
+from isic.views import Tta
 
 BUNDLE_FILE = "bundle.json"
 FORMAT_VERSION = 1
+
+WRITE_AGAIN = "write it again with `python -m infer bundle`"
 
 CODE_DIR = "code"
 SITE_DIR = "site"
 ENSEMBLES_DIR = "ensembles"
 NETWORKS_DIR = "networks"
 SCRIPT = "submit.py"
+
+
+class CandidateFields(Fields):
+    """An entry of the manifest's candidates."""
+
+    folder: FileName
+    members: list[str] | None
+    networks: list[str]
+    pauc: Share
+    num_boosters: Index
+
+
+class NetworkFields(Fields):
+    """An entry of the manifest's networks."""
+
+    name: FileName
+    flag: Literal["embeddings", "frozen"]
+    fold: Fold | None
+    tta: Tta
+    kinds: list[tuple[str, str] | list[str]]
+
+
+class BundleFields(Fields):
+    """The fields of the manifest that `infer submit` reads."""
+
+    format: int
+    python: str
+    cuda: str
+    rows: Literal["folds", "all"]
+    few: Literal["warn", "raw"]
+    candidates: list[CandidateFields]
+    networks: list[NetworkFields]
+    files: dict[FileName, str] = Field({})
+
+    @model_validator(mode="after")
+    def _can_score(self) -> Self:
+        known = {network.name for network in self.networks}
+        needs = [set(candidate.networks) for candidate in self.candidates]
+        if set() not in needs:
+            raise ValueError("no candidate is without images")
+        if not all(need <= known for need in needs):
+            raise ValueError("a candidate needs a network that is not there")
+        return self
 
 
 @dataclass(frozen=True)
@@ -83,11 +132,23 @@ class Bundle:
 
     def open(self, candidate: Candidate) -> Scorer:
         """Read and check the ensemble of a candidate. Raise UserError."""
-        return candidate.of(open_scorer(self.root / ENSEMBLES_DIR / candidate.folder))
+        folder = self.root / ENSEMBLES_DIR / candidate.folder
+        self.refuse_changed(folder)
+        return candidate.of(open_scorer(folder))
 
     def run_dir(self, network: PackedNetwork) -> Path:
-        """Return the folder of a network's exported folds."""
-        return self.root / NETWORKS_DIR / network.name
+        """Return the folder of a network's exported folds. Raise UserError if one was changed."""
+        folder = self.root / NETWORKS_DIR / network.name
+        self.refuse_changed(folder)
+        return folder
+
+    def refuse_changed(self, folder: Path) -> None:
+        """Raise a UserError if a manifest in a folder is not the one of the bundle."""
+        # The manifests have the digests of the other files, which are compared when those are read.
+        for path in sorted(folder.rglob("*.json")):
+            name = path.relative_to(self.root).as_posix()
+            if self.manifest["files"].get(name, sha256(path)) != sha256(path):
+                raise UserError(f"{path} does not match {BUNDLE_FILE}; {WRITE_AGAIN}")
 
 
 def describe(candidates: Sequence[Candidate], networks: Sequence[PackedNetwork]) -> dict[str, Any]:
@@ -106,10 +167,9 @@ def open_bundle(root: Path) -> Bundle:
     """
     if not (root / BUNDLE_FILE).is_file():
         raise UserError(f"{root} is not a bundle; give the folder that `infer bundle` wrote")
-    manifest = read_json(root / BUNDLE_FILE)
+    path = root / BUNDLE_FILE
+    manifest = read_json(path)
     if manifest.get("format") != FORMAT_VERSION:
-        raise UserError(
-            f"{root} was written by another version of the toolkit; write it again with "
-            "`python -m infer bundle`"
-        )
+        raise UserError(f"{root} was written by another version of the toolkit; {WRITE_AGAIN}")
+    check_fields(path, manifest, BundleFields, WRITE_AGAIN)
     return Bundle(root, manifest)

@@ -8,13 +8,14 @@ from typing import Any
 
 from infer.embedding.choice import Artifact, find_exported
 from infer.embedding.choice import Kind as ExportedKind
+from infer.engines.manifest import read_artifact_manifest
 from infer.ensemble.blends.artifact import Scorer, ensembles_of
 from infer.ensemble.settings import SOURCES
 from infer.formats import ON_REQUEST, PRECISIONS
 from infer.submission.contents import PackedNetwork
 from isic.layout import ALL, NONE, Fold, fold_dir
 from isic.runtime.errors import UserError
-from isic.runtime.files import manifest_path, read_manifest
+from isic.runtime.files import manifest_path
 
 Kind = tuple[str, str]
 """Format and precision."""
@@ -115,7 +116,7 @@ def _of_fold(need: Need, run: Path, fold: Fold, wanted: Wanted) -> dict[Exported
         kind = artifact.kind
         if not wanted.accepts(kind) or kind.tta not in {"none", need.tta}:
             continue
-        manifest = read_manifest(artifact.path)  # also compares the file with its digest
+        manifest = read_artifact_manifest(artifact.path)  # also compares the file with its digest
         expected = need.checkpoints[fold]
         made_from = manifest.get("made_from", manifest)["sha256"]
         if manifest["name"] != need.name or expected not in {None, made_from}:

@@ -94,7 +94,7 @@ def _forms(name: str, given: Mapping[str, Any], source: str) -> tuple[str, ...]:
     forms = given.get("relative") or []
     words = forms if isinstance(forms, list) else [forms]
     for word in words:
-        if word not in FORMS:
+        if not isinstance(word, str) or word not in FORMS:
             raise UserError(
                 f'{source}: {name} has no relative form "{word}", {did_you_mean(str(word), FORMS)}'
             )

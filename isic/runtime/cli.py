@@ -23,6 +23,8 @@ from isic.runtime.remote import fetch
 
 HELP = {"--help", "-h"}
 VERSION = "--version"
+MAX_MESSAGE = 800
+"""Characters of an error message that are printed; of a longer one both ends."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,17 @@ def print_version() -> None:
 
 def report_error(message: str) -> int:
     """Print the message of a UserError. Return the exit code."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
+
+
+def one_line(message: str) -> str:
+    """Return a message as a person can read it, whatever a file holds that it quotes."""
+    # Control characters could start a new line, or command the terminal.
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    if len(text) <= MAX_MESSAGE:
+        return text
+    return f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
 
 
 def _fire_function(command: Command) -> Callable[..., None]:

@@ -178,15 +178,21 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON mapping. Raise UserError if there is none."""
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); run the step that makes it again"
-        ) from None
+    value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, found a {type(value).__name__}")
     return value
+
+
+def parse_json(text: str, source: Path) -> Any:
+    """Return the value of a JSON text. Raise UserError, which names the file it is from."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        reason = "its brackets are nested too deeply"
+    except ValueError as error:  # also for a number of thousands of digits
+        reason = str(error)
+    raise UserError(f"{source} is not valid JSON ({reason}); run the step that makes it again")
 
 
 def sha256(path: Path) -> str:

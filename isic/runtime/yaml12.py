@@ -27,6 +27,10 @@ PLAIN = {
 """Patterns of unquoted words that are not text, and the characters that these can start with."""
 
 
+MAX_BITS = 1024
+"""Bits of a whole number that a float can still represent, and that Python prints."""
+
+
 class Loader(yaml.SafeLoader):
     """Reads YAML 1.2 into plain Python values."""
 
@@ -48,7 +52,10 @@ class Dumper(yaml.SafeDumper):
 
 def _whole_number(loader: Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node).replace("_", "")
-    return int(text, 0) if text[:2] in {"0o", "0x"} else int(text)
+    value = int(text, 0) if text[:2] in {"0o", "0x"} else int(text)
+    if value.bit_length() > MAX_BITS:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return value
 
 
 def _number(loader: Loader, node: yaml.ScalarNode) -> float:
@@ -66,7 +73,12 @@ Loader.add_constructor(f"{TAG}float", _number)
 
 def load(text: str) -> Any:
     """Return the value of a YAML text. Raise yaml.YAMLError."""
-    return yaml.load(text, Loader)
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise yaml.YAMLError("its values are nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits, a date that does not exist
+        raise yaml.YAMLError(str(error)) from None
 
 
 def dump(value: Any) -> str:

@@ -14,11 +14,13 @@ import numpy as np
 import polars as pl
 from numpy.random import Generator
 from numpy.typing import NDArray
+from pydantic import Field
 from sklearn.neighbors import KDTree
 
 from isic import schema
 from isic.runtime.errors import UserError
-from isic.runtime.files import read_json, sha256, versions, write_json
+from isic.runtime.fields import Fields, read_fields
+from isic.runtime.files import sha256, versions, write_json
 from isic.runtime.machine import num_cores
 from isic.settings import SynthSettings
 from isic.synth.crops import Crop, crop_specs, render
@@ -50,6 +52,13 @@ MATCHED = (
     "clin_size_long_diam_mm",
 )
 """Columns that match a row to its crop, in standard deviations; its cue counts CUE_WEIGHT."""
+
+
+class ManifestFields(Fields):
+    """The fields of MANIFEST that a later run reads."""
+
+    unfinished: bool = False
+    files: dict[str, str] = Field({})
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ def _is_done(out: Path, spec: Spec) -> bool:
                 "choose another --output_dir"
             )
         return False
-    found = read_json(manifest)
+    found = read_fields(manifest, ManifestFields, "delete the folder")
     if found.get("unfinished"):
         return False
     if found.get("spec") != spec.__dict__:

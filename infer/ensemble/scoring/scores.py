@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from infer.ensemble.artifact import ENSEMBLE_FILE, FORMAT_VERSION
 from infer.ensemble.blends.ranks import Scores
+from infer.ensemble.manifest import check_manifest
 from infer.ensemble.scoring.calibration import CALIBRATION, describe_calibration
 from infer.ensemble.scoring.chosen import choice_notes
 from infer.ensemble.scoring.triage import format_triage
@@ -23,6 +24,7 @@ def show_scores(settings: ScoresSettings) -> None:
     for path in settings.output_dir.glob(f"*/{ENSEMBLE_FILE}"):
         manifest = read_json(path)
         if manifest.get("format") == FORMAT_VERSION:
+            check_manifest(path, manifest)
             blends[path.parent.name] = manifest["scores"]
             notes += choice_notes(path.parent.name, manifest)
         else:

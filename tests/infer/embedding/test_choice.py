@@ -309,6 +309,7 @@ def test_artifacts_are_found_by_their_manifests(tmp_path: Path) -> None:
     (folder / "parity.json").write_text("{}")
     for name in ("model.onnx", "other.onnx"):
         fields = {"artifact": name, "format": "onnx", "precision": "fp32", "sha256": "0"}
+        fields |= {"name": "tiny", "fold": 3, "num_features": 8, "preprocess": {"size": 32}}
         (folder / f"{name}.json").write_text(json.dumps(fields))
     (folder / "model.onnx").touch()
     exported = find_exported(tmp_path)
