@@ -12,7 +12,7 @@ from pydantic import Field
 
 from isic.runtime.config import build
 from isic.runtime.errors import UserError, first_line
-from isic.runtime.fields import Fields, Index, check_fields
+from isic.runtime.fields import Count, Fields, Index, check_fields
 from isic.runtime.files import atomic_path
 from isic.tables import reading
 from train.config import TrainSettings
@@ -48,6 +48,10 @@ class CheckpointFields(Fields):
     epoch: Index
     config: dict[str, Any]
     args: dict[str, Any]
+    scaler_state_dict: dict[str, Any] = Field({})
+    averaged_state_dict: dict[str, Any] | None = None
+    step: Index = 0
+    num_threads: Count | None = None
 
 
 def save_checkpoint(path: Path, **values: Any) -> None:

@@ -1,5 +1,6 @@
 """A function in a forked process, with limits on its time and memory, and its output caught."""
 
+import faulthandler
 import multiprocessing
 import os
 import resource
@@ -56,20 +57,20 @@ class Ended:
         return f"exit code {self.code}: {last_line}" if self.code not in (0, 2) else None
 
 
-def run_child(work: Callable[[], object], folder: Path, max_seconds: float = MAX_SECONDS) -> Ended:
+def run_child(work: Callable[[], object], folder: Path) -> Ended:
     """Run a function as a command's main function in a fork, with `folder` as working directory.
 
     The parent must have no threads. Standard output and error are written to files in `folder`.
     """
     out, err = folder / "stdout", folder / "stderr"
     started = time.monotonic()
-    before = _resident_mb()
+    before = _private_mb()
     child = os.fork()
     if not child:
         _run(work, folder, out, err)
     watch = os.pidfd_open(child)
     try:
-        is_late = not select.select([watch], [], [], max_seconds)[0]
+        is_late = not select.select([watch], [], [], MAX_SECONDS)[0]
     finally:
         os.close(watch)
         _end_group(child)
@@ -100,9 +101,12 @@ def _run(work: Callable[[], object], folder: Path, out: Path, err: Path) -> None
     try:
         os.setpgid(0, 0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        faulthandler.disable()  # a signal is reported by the parent
         os.chdir(folder)
         for path, number in ((out, 1), (err, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        # A test's own streams may write elsewhere.
+        sys.stdout, sys.stderr = (open(n, "w", 1, "utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
         # The worker was spawned, which its children inherit; commands have the usual method.
         multiprocessing.set_start_method("fork", force=True)
         _limit()
@@ -138,6 +142,8 @@ def _exit_code(work: Callable[[], object]) -> int:
     return 0
 
 
-def _resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * resource.getpagesize() / 2**20
+def _private_mb() -> float:
+    """Return the memory of this process that a fork has too; that of mapped files it has not."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    line = next(line for line in text.splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) / 1024

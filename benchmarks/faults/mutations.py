@@ -342,7 +342,7 @@ def _change_table(table: Any, name: str, rng: Random) -> Any:
     row = rng.randrange(max(len(table), 1))
     other = rng.choice(table.columns)
     number = rng.choice((float("nan"), float("inf"), -1.0, 1e300, 0.0, 127.0, 200.0))
-    kinds = (pl.String, pl.Float64, pl.Float32, pl.Int64, pl.UInt8, pl.Boolean)
+    kinds = (pl.String, pl.Float64, pl.Float32, pl.Int64, pl.UInt8)
     changes: tuple[Callable[[], Any], ...] = (
         lambda: table.drop(name),
         lambda: table.rename({name: f"{name}x"}),
@@ -388,7 +388,7 @@ def change_hdf5(data: bytes, rng: Random) -> bytes:
                 name, data=np.frombuffer(content, np.uint8), chunks=True, compression="gzip"
             ),
             lambda: file.create_dataset(name, data=np.zeros((8, 8, 3), np.uint8)),
-            lambda: file.create_dataset(name, data=[content, content]),
+            lambda: file.create_dataset(name, data=np.array([content, content], np.bytes_)),
             lambda: _write_variable(file, name, content),
             lambda: file.create_dataset(name, data=1.5),
             lambda: file.create_dataset(name, data=h5py.Empty("S10")),

@@ -294,7 +294,9 @@ ALL_TARGETS: Mapping[str, Target] = {
     "image.jpeg": Target("pictures/a.jpg", "jpeg", lambda: embed_picture("a.jpg"), PICTURES),
     "image.png": Target("pictures/b.png", "png", lambda: embed_picture("b.png"), PICTURES),
     "image.webp": Target("pictures/c.webp", "webp", lambda: embed_picture("c.webp"), PICTURES),
-    "images.hdf5": Target("data/train-image.hdf5", "hdf5", embed, RUNS),
+    "images.hdf5": Target(
+        "data/train-image.hdf5", "hdf5", embed, RUNS, words=("images cannot be used",)
+    ),
     "masks.hdf5": Target("data/masks.hdf5", "hdf5", read_masks, ("data",)),
     "metadata.csv": Target("data/test-metadata.csv", "csv", lambda: predict("tables"), SCORING),
     "metadata.parquet": Target(
@@ -320,7 +322,7 @@ ALL_TARGETS: Mapping[str, Target] = {
         "yaml",
         lambda: read_training(features="raw,mine", define="tables/mine.yaml"),
         TABLES,
-        words=("mine",),
+        words=("mine", "the definition of"),
     ),
     "table.csv": Target(
         "tables/own.csv",
@@ -347,7 +349,7 @@ ALL_TARGETS: Mapping[str, Target] = {
     "ensemble.json": Target(
         "ensembles/three/ensemble.json", "json", lambda: predict("three"), SCORING, words=("ensembles/three",)),
     "images.ensemble.json": Target(
-        "ensembles/images/ensemble.json", "json", predict_with_images, SCORING, words=(EMBEDDED,)),
+        "ensembles/images/ensemble.json", "json", predict_with_images, SCORING, words=(EMBEDDED, "ensembles/images")),
     "blend.json": Target(
         "ensembles/final/ensemble.json", "json", lambda: predict_with_images("final"), SCORING,
         words=(EMBEDDED, "ensembles/final")),

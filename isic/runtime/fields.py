@@ -12,7 +12,7 @@ from isic.runtime.files import read_json
 MAX_KEY = 80
 """Characters of a field's name in an error message."""
 
-FileName = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+FileName = Annotated[str, Field(pattern=r"^[^\x00]+$", max_length=255)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Index = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(ge=0)]

@@ -281,3 +281,23 @@ def test_a_signal_that_arrives_while_names_are_read_keeps_its_kind(
         with pytest.raises(KeyboardInterrupt):
             build_index(hdf5)
     assert len(build_index(hdf5).ids) == 9
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"shape": (2**36,), "dtype": "u1", "chunks": (2**20,)},
+        {"shape": (2**18, 2**18), "dtype": "S1000", "chunks": (1, 99)},
+    ],
+)
+def test_an_entry_that_claims_more_than_any_image_is_not_read(
+    claim: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "train-image.hdf5"
+    with h5py.File(path, "w") as file:
+        file["good"] = np.bytes_(jpeg())
+        file.create_dataset("huge", **claim)
+    store = Hdf5Images(path)
+    _, failed = store.load(["good", "huge"], SPEC)
+    assert list(failed) == [1]
+    assert "it claims" in failed[1] or "values, not the bytes" in failed[1]

@@ -182,6 +182,8 @@ def test_a_csv_cut_anywhere_in_a_row_is_noticed(
         (b"isic_id,target,Patient ID\na,0,p\n", 'column "Patient ID"; rename it to patient_id'),
         (b"isic_id,target\na.JPG,0\n", "is a file name; remove the extension"),
         (b'isic_id,target,tbp_lv_A\na,0,"1,5"\n', "write 1.5, not 1,5"),
+        (b"isic_id,target," + b"x" * 200_000 + b"\na,0,1\n", "header that is no row of a CSV"),
+        (b'isic_id,"tar\rget"\rx,b\na,0,1\n', "header that is no row of a CSV"),
     ],
 )
 def test_a_malformed_csv_is_refused(tmp_path: Path, data: bytes, words: str) -> None:

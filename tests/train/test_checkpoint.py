@@ -1,4 +1,6 @@
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,14 +10,23 @@ from isic.runtime.errors import UserError
 from tests.support.datasets import small_disk
 from train.checkpoint import CHECKPOINT_KEYS, load_checkpoint, save_checkpoint
 
+VALUES: dict[str, Any] = {
+    "model_state_dict": {},
+    "optimizer_state_dict": {},
+    "best_pauc": float("-inf"),
+    "epoch": 1,
+    "config": {},
+    "args": {},
+}
+"""The least that a checkpoint holds."""
+
 
 def test_a_full_disk_leaves_the_last_checkpoint_readable(tmp_path: Path) -> None:
     path = tmp_path / "disk" / LAST_CHECKPOINT
-    values = dict.fromkeys(CHECKPOINT_KEYS, 0)
     with small_disk(path.parent, "1m"):
-        save_checkpoint(path, **values, weights=torch.ones(100_000))
+        save_checkpoint(path, **VALUES, weights=torch.ones(100_000))
         with pytest.raises(UserError, match=r"the disk is full, so .*last\.pth was not written"):
-            save_checkpoint(path, **values, weights=torch.zeros(400_000))
+            save_checkpoint(path, **VALUES, weights=torch.zeros(400_000))
         assert load_checkpoint(path)["weights"].sum() == 100_000
         assert list(path.parent.iterdir()) == [path]
 
@@ -52,3 +63,29 @@ def test_a_checkpoint_of_something_else_or_cut_short_is_refused(tmp_path: Path) 
             load_checkpoint(tmp_path / "cut.pth")
     with pytest.raises(UserError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("key", CHECKPOINT_KEYS)
+@pytest.mark.parametrize("value", [torch.zeros(2), "x", [1], -1, {1: 2}])
+def test_an_entry_of_another_type_is_refused_or_of_no_effect(
+    key: str, value: object, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, **VALUES)
+    assert load_checkpoint(path) == VALUES
+    save_checkpoint(path, **{**VALUES, key: value})
+    if key == "best_pauc" and isinstance(value, int):
+        assert load_checkpoint(path)[key] == value
+        return
+    with pytest.raises(UserError, match=rf"a\.pth is damaged \({key}.*; train this fold again"):
+        load_checkpoint(path)
+
+
+def test_warnings_of_torch_on_a_damaged_file_are_not_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    (tmp_path / "a.pth").write_bytes(pickle.dumps({"a": Malicious()}, protocol=4))
+    with pytest.raises(UserError, match="more than tensors"):
+        load_checkpoint(tmp_path / "a.pth")
+    assert not recwarn.list
+    assert capsys.readouterr() == ("", "")

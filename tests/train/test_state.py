@@ -2,11 +2,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from isic.layout import LAST_CHECKPOINT
+from isic.runtime.errors import UserError
 from tests.support.commands import ROOT, tiny_settings
 from tests.support.training import CPU, peak_rates, random_batch
 from train.loop import train_epoch
@@ -96,3 +98,18 @@ print("learnt")
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == "learnt\n", ended.stderr
+
+
+@pytest.mark.parametrize("key", ["model_state_dict", "optimizer_state_dict"])
+@pytest.mark.parametrize("value", [{}, {"state": {0: {"step": ["x"]}}, "param_groups": []}])
+def test_a_last_checkpoint_with_a_damaged_state_is_refused(
+    key: str, value: dict[str, Any], small_dataset: Path, tmp_path: Path
+) -> None:
+    settings = tiny_settings(data=small_dataset, output_dir=tmp_path, precision="fp32")
+    state = create_state(settings, CPU, 0)
+    path = tmp_path / LAST_CHECKPOINT
+    save_last(path, state, settings, "digest")
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, key: value}, path)
+    with pytest.raises(UserError, match=r"last\.pth is damaged \(.*; train this fold again"):
+        restore(state, path, settings, "digest")

@@ -156,6 +156,7 @@ BAD: tuple[tuple[dict[str, object], str], ...] = (
     ({"x": {"relative": ["patient_z"]}}, "x needs an expression as text"),
     ({"x": {"expr": "sex", "with": 1}}, 'x has a key "with"'),
     ({"x": {"expr": "tbp_lv_H", "relative": ["patient_zz"]}}, 'did you mean "patient_z"'),
+    ({"x": {"expr": "tbp_lv_H", "relative": [{"a": 1}]}}, "no relative form"),
     ({"x": {"expr": "sex", "relative": ["patient_z"]}}, "gives text, which has no relative forms"),
     ({"my x": "tbp_lv_H"}, "is no name of a feature"),
     ({"my_column": "tbp_lv_H"}, "the table has a column my_column"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from isic.runtime.cli import report_error
 from isic.runtime.errors import did_you_mean
 from isic.synth.rows import draw_rows
 from tests.support.commands import ROOT, Cli
@@ -81,6 +82,19 @@ def test_a_broken_config_names_the_file(cli: Cli, tmp_path: Path, text: str, wor
     ended = cli("train", "--config", tmp_path / "broken.yaml")
     assert ended.code == 2
     assert words in ended.err
+
+
+def test_a_message_stays_one_short_line_whatever_it_quotes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert report_error(f'a.csv: row 7 has "{"x" * 100_000}\n\x1b[31m\u202e"; correct it') == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: a.csv: row 7 has ")
+    assert err.endswith('\\n\\x1b[31m\\u202e"; correct it\n')
+    assert err.count("\n") == 1
+    assert len(err) < 1000
+    report_error("Ørsted: 7 °C")
+    assert capsys.readouterr().err == "error: Ørsted: 7 °C\n"
 
 
 def test_help_lists_every_key() -> None:

@@ -34,6 +34,22 @@ def test_a_plain_word_has_its_type_of_version_1_2(text: str) -> None:
     assert type(value) is type(VALUES[text])
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("{a: " * 100_000, "nested too deeply"),
+        ("9" * 5000, "4300 digits"),
+        (f"0x{'f' * 6000}", "a number of 6,002 digits"),
+        ("!!timestamp 2024-13-45", "month must be in"),
+        ("!!int one", "invalid literal"),
+    ],
+)
+def test_a_value_that_python_cannot_hold_is_no_yaml(text: str, words: str) -> None:
+    with pytest.raises(yaml.YAMLError, match=words):
+        yaml12.load(f"key: {text}")
+
+
 @pytest.mark.parametrize("value", [*VALUES, 1e-5, 1e22, 7, True, None, "<<", "plain words"])
 def test_what_is_written_is_read_back(value: object) -> None:
     """By readers of version 1.1 too."""

@@ -1,0 +1,186 @@
+"""A slice of the campaign of broken inputs, and faults that it must not overlook."""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults import child, inputs
+from benchmarks.faults.attempts import Attempt
+from benchmarks.faults.inputs import InputsCampaign, break_file
+from benchmarks.faults.mutations import CHANGES, Random, break_content
+from benchmarks.faults.targets import OUT, TARGETS, Target, digest_of_outputs
+from isic.runtime.errors import UserError
+from isic.runtime.files import write_json
+
+LEFT_OUT = ("model.aoti", "model.tensorrt_rtx", "synth.json")
+"""Targets whose files take minutes to make, and one of another dataset than the fixture's."""
+SEEDS = (0, 1, 2)
+CONTENT = b'{"number": 1, "text": "abc"}'
+
+
+@pytest.fixture(scope="session")
+def campaign(
+    exported: Path, synth_dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> InputsCampaign:
+    """The campaign on the run of the fixture `exported`."""
+    folder = tmp_path_factory.mktemp("inputs")
+    project = folder / inputs.PROJECT
+    shutil.copytree(synth_dataset, project / "data")
+    ignored = shutil.ignore_patterns("embeddings")
+    shutil.copytree(exported, project / "runs" / "tiny", ignore=ignored)
+    for part in ("data", "runs", "artifacts"):
+        (project / f".{part}.done").touch()
+    made = InputsCampaign([name for name in TARGETS if name not in LEFT_OUT])
+    made.prepare(folder)
+    return made
+
+
+@pytest.mark.slow
+def test_no_broken_input_gets_past_the_commands(campaign: InputsCampaign, tmp_path: Path) -> None:
+    attempts = []
+    for target in campaign.targets:
+        for seed in SEEDS:
+            folder = tmp_path / f"{target}-{seed}"
+            folder.mkdir()
+            attempts.append(campaign.attempt(target, seed, folder))
+            shutil.rmtree(folder)
+    assert [attempt for attempt in attempts if attempt.outcome == "failed"] == []
+    assert {attempt.outcome for attempt in attempts} == {"survived", "refused"}
+
+
+@pytest.mark.slow
+def test_an_attempt_depends_on_target_and_seed_only(
+    campaign: InputsCampaign, tmp_path: Path
+) -> None:
+    found = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        attempt = campaign.attempt("ensemble.json", 4, tmp_path / str(number))
+        found.append((attempt.outcome, attempt.detail))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CHANGES if kind in ("bytes", "json", "text")])
+def test_changes_are_repeatable_and_differ_between_seeds(kind: str) -> None:
+    first = [break_content(CONTENT, kind, Random(seed)) for seed in range(40)]
+    assert first == [break_content(CONTENT, kind, Random(seed)) for seed in range(40)]
+    assert len({content for _, content in first}) > 20
+
+
+def read_content() -> str:
+    """Read the file as a command without any fault: other content than the valid one is refused."""
+    if Path("file.txt").read_bytes() != CONTENT:
+        raise UserError("file.txt is damaged; make it again")
+    return "valid"
+
+
+def unless_valid(fault: Callable[[], object]) -> Callable[[], str]:
+    """Return a reader that has a fault as soon as the file is not valid."""
+
+    def read() -> str:
+        if Path("file.txt").read_bytes() == CONTENT:
+            return "valid"
+        fault()
+        return "other"
+
+    return read
+
+
+def _refuse(message: str) -> None:
+    raise UserError(message)
+
+
+def _write_half() -> None:
+    OUT.mkdir()
+    (OUT / "submission.csv").write_text("isic_id,target\na,0.")
+    raise UserError("file.txt is damaged; make it again")
+
+
+def _print_twice() -> None:
+    print("a line of a library", file=sys.stderr)
+    raise UserError("file.txt is damaged; make it again")
+
+
+def _write_wrong_scores() -> None:
+    OUT.mkdir()
+    (OUT / "submission.csv").write_text("isic_id,target\na,nan\n")
+    digest_of_outputs(OUT)
+
+
+FAULTS: dict[str, tuple[Callable[[], object], str]] = {
+    "traceback": (lambda: {}["key"], "exit code 1: KeyError: 'key'"),
+    "exit code": (lambda: sys.exit(3), "exit code 3"),
+    "hang": (lambda: time.sleep(60), "no end within"),
+    "thread": (lambda: __import__("threading").Thread(target=time.sleep, args=(60,)).start(),
+               "no end within"),
+    "segmentation fault": (lambda: os.kill(os.getpid(), signal.SIGSEGV), "signal 11"),
+    "wrong result": (lambda: None, "another result although the digest"),
+    "memory": (lambda: bytearray(b"x") * 2**30, "MB of memory"),
+    "canary": (lambda: Path("canary").touch(), "code inside the file ran"),
+    "partial file": (_write_half, "partial output"),
+    "score that is none": (_write_wrong_scores, "partial output"),
+    "no name": (lambda: _refuse("something is wrong; correct it"), "does not name the file"),
+    "two lines": (_print_twice, "not one sentence"),
+    "long sentence": (lambda: _refuse("file.txt " + "x" * 5000), ""),
+}  # fmt: skip
+
+
+def attempt(read: Callable[[], str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
+    """Break the file of a target with a reader."""
+    target = Target("data/../file.txt", "bytes", read, (), is_guarded=True)
+    monkeypatch.setattr(inputs, "TARGETS", {"target": target})
+    monkeypatch.setattr(child, "MAX_SECONDS", 2.0)
+    monkeypatch.setattr(child, "EXTRA_MB", 800.0)
+    monkeypatch.setattr(inputs, "IMPORTED_EARLY", ())
+    campaign = InputsCampaign(["target"])
+    campaign._folder = folder
+    write_json(folder / inputs.RESULTS / "target.json", {"results": ["valid"]})
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    (scratch / "data").mkdir()
+    (scratch / "file.txt").write_bytes(CONTENT)
+    return campaign.attempt("target", 1, scratch)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_reader_has_failed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault, reason = FAULTS[name]
+    found = attempt(unless_valid(fault), tmp_path, monkeypatch)
+    if name == "long sentence":  # the command line shortens it
+        assert found.outcome == "refused"
+        assert len(found.detail) < 2 * inputs.MAX_MESSAGE
+        return
+    assert found.outcome == "failed", found
+    assert reason in found.detail
+
+
+def test_a_reader_without_faults_refuses_or_survives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = attempt(read_content, tmp_path, monkeypatch)
+    assert found.outcome == "refused"
+    assert "file.txt is damaged" in found.detail
+    monkeypatch.setattr(inputs, "break_file", lambda *_: None)
+    shutil.rmtree(tmp_path / "scratch")
+    assert attempt(read_content, tmp_path, monkeypatch).outcome == "survived"
+
+
+def test_a_valid_file_stays_when_its_copy_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    valid = tmp_path / "valid"
+    valid.write_bytes(CONTENT)
+    (tmp_path / "copy").mkdir()
+    monkeypatch.chdir(tmp_path / "copy")
+    inputs.link(str(valid), "file.txt")
+    break_file(Path("file.txt"), "bytes", "target", 0)
+    assert valid.read_bytes() == CONTENT
+    assert Path("file.txt").read_bytes() != CONTENT
