@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from infer.formats import ENGINE_FORMATS
 from isic.preprocess import PreprocessSpec
@@ -57,9 +57,15 @@ class ArtifactFields(Fields):
     versions: dict[str, str] = Field({})
     parity: dict[str, Any] | None = None
     pretrained: dict[str, Any] | None = None
-    made_from: MadeFrom | None = None
+    made_from: MadeFrom = Field(default_factory=lambda: MadeFrom(sha256=""))
     plan: PlanFields | None = None
     model: str = ""
+
+    @model_validator(mode="after")
+    def _has_fields_of_format(self) -> Self:
+        if self.format == "aoti" and None in (self.architecture, self.max_batch):
+            raise ValueError("a package needs architecture and max_batch")
+        return self
 
 
 def is_artifact(manifest: Mapping[str, Any]) -> bool:

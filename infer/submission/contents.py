@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from infer.ensemble.blends.artifact import Scorer, open_scorer
 from infer.submission.candidates import Candidate
@@ -70,7 +70,7 @@ class BundleFields(Fields):
     few: Literal["warn", "raw"]
     candidates: list[CandidateFields]
     networks: list[NetworkFields]
-    files: dict[FileName, str] = Field({})
+    files: dict[FileName, str]
 
     @model_validator(mode="after")
     def _can_score(self) -> Self:
