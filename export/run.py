@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from pydantic import Field
 
 from export.backbone import (
     begin_backbone,
@@ -54,6 +55,7 @@ from isic.layout import (
 from isic.preprocess import Pixels, PreprocessSpec
 from isic.runtime.arithmetic import ceil_div
 from isic.runtime.errors import UserError
+from isic.runtime.fields import Count, Fields, Index, check_fields
 from isic.runtime.files import (
     manifest_path,
     read_json,
@@ -279,6 +281,16 @@ def is_current(artifact: Path, spec: ArtifactSpec, made_from: Mapping[str, str])
     return bool(manifest["sha256"] == sha256(artifact))
 
 
+class ConfigFields(Fields):
+    """The fields of a checkpoint's config that the manifests of its artifacts will have."""
+
+    name: str
+    fold: Index | Literal["all", "none"]
+    num_features: Count
+    preprocess: PreprocessSpec
+    aux: dict[str, str] = Field({})
+
+
 def load_source(path: Path, digest: str, fold: Fold, settings: ExportSettings) -> Source:
     """Load a checkpoint, whose SHA-256 is `digest`, into its model.
 
@@ -287,10 +299,10 @@ def load_source(path: Path, digest: str, fold: Fold, settings: ExportSettings) -
     """
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
-    found = config.get("name"), config.get("fold")
-    if found != (settings.config, fold):
+    check_fields(path, config, ConfigFields, "train this fold again")
+    if (config["name"], config["fold"]) != (settings.config, fold):
         raise UserError(
-            f"{path} is fold {found[1]} of {found[0]}, not fold {fold} of "
+            f"{path} is fold {config['fold']} of {config['name']}, not fold {fold} of "
             f"{settings.config}; give the --config and --model_dir that belong together"
         )
     trained_with = checkpoint_settings(path, checkpoint)
