@@ -9,7 +9,7 @@ import polars as pl
 
 from benchmarks.computed import H200_CONFIGS, fed_column, h200_column, training_column
 from benchmarks.page import OWN_MARK, last_rows, read_results, render_page
-from benchmarks.settings import TablesSettings
+from benchmarks.settings import ALL, CAMPAIGNS, TablesSettings
 from infer.submission.rehearsal import FULL_ROWS
 from isic.runtime.config import describe_configs
 from isic.runtime.errors import UserError, did_you_mean
@@ -109,6 +109,13 @@ COMPARED = {
     "verdict": "verdict",
 }
 """Columns of `infer.ensemble.scoring.comparison.Comparison.row`."""
+OUTCOMES = {
+    "attempts": "attempts",
+    "survived": "survived",
+    "refused": "refused with a sentence",
+    "failed": "failed",
+}
+"""Columns of `benchmarks.faults.log.count_outcomes`."""
 TABLES = {
     "throughput": Table(
         "throughput",
@@ -449,14 +456,13 @@ TABLES = {
     "faults": Table(
         "faults",
         ("campaign", "target"),
-        {
-            "campaign": "campaign",
-            "target": "target",
-            "attempts": "attempts",
-            "survived": "survived",
-            "refused": "refused with a sentence",
-            "failed": "failed",
-        },
+        {"campaign": "campaign", **OUTCOMES},
+        rows=tuple((campaign, ALL) for campaign in CAMPAIGNS),
+    ),
+    "fault_targets": Table(
+        "faults",
+        ("campaign", "target"),
+        {"campaign": "campaign", "target": "target", **OUTCOMES},
         sort=("campaign", "target"),
     ),
     "hospitals": Table(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.faults.attempts import OUTCOMES, Attempt
 from benchmarks.record import Row
+from benchmarks.settings import ALL
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_text
 
@@ -36,18 +37,22 @@ def append_log(path: Path, attempt: Attempt) -> None:
 
 
 def count_outcomes(attempts: Iterable[Attempt]) -> list[Row]:
-    """Return a row per campaign and target: attempts, how many of each outcome, and seconds."""
+    """Return a row per campaign and target, and one of all targets of each campaign.
+
+    It has the number of attempts, how many of each outcome there are, and their seconds.
+    """
     kinds = defaultdict(list)
     for attempt in attempts:
-        kinds[attempt.campaign, attempt.target].append(attempt)
-    return [_row(kinds[key]) for key in sorted(kinds)]
+        for target in (attempt.target, ALL):
+            kinds[attempt.campaign, target].append(attempt)
+    return [_row(*key, kinds[key]) for key in sorted(kinds)]
 
 
-def _row(attempts: Sequence[Attempt]) -> Row:
+def _row(campaign: str, target: str, attempts: Sequence[Attempt]) -> Row:
     counts = Counter(attempt.outcome for attempt in attempts)
     return {
-        "campaign": attempts[0].campaign,
-        "target": attempts[0].target,
+        "campaign": campaign,
+        "target": target,
         "attempts": len(attempts),
         **{outcome: counts[outcome] for outcome in OUTCOMES},
         "seconds": round(sum(attempt.seconds for attempt in attempts), 1),

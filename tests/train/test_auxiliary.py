@@ -88,7 +88,7 @@ def test_a_config_may_have_a_mapping_and_a_flag_replaces_it(tmp_path: Path) -> N
 def test_checkpoints_of_earlier_versions_have_no_targets() -> None:
     saved = tiny_settings().model_dump(mode="json")
     del saved["aux"], saved["aux_weight"]
-    assert checkpoint_settings({"args": saved}).aux == ()
+    assert checkpoint_settings(Path("a.pth"), {"args": saved}).aux == ()
 
 
 def test_settings_need_no_table_library() -> None:

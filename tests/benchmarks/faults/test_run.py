@@ -73,7 +73,8 @@ def test_outcomes_are_counted_and_a_finished_run_is_not_repeated(
     command = "--campaign stub --target first --seed 2"
     assert command in ended.out
     assert len(logged(tmp_path)) == 7
-    *_, first, second = pl.read_csv(tmp_path / "faults.csv").iter_rows(named=True)
+    *_, whole, first, second = pl.read_csv(tmp_path / "faults.csv").iter_rows(named=True)
+    assert [whole[name] for name in ("target", "attempts", "failed")] == ["all", 7, 2]
     assert [first[name] for name in ("attempts", "survived", "refused", "failed")] == [4, 2, 1, 1]
     assert [second[name] for name in ("attempts", "survived", "refused", "failed")] == [3, 1, 1, 1]
 
