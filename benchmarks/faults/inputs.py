@@ -112,7 +112,8 @@ def link(source: str, target: str) -> None:
 
 def read_changed(target: Target, change: Callable[[], object]) -> None:
     """Change the file and read it, in the working directory; write the result to a file."""
-    os.environ["ISIC_CACHE_DIR"] = str(Path("cache").resolve())
+    for name in ("ISIC_CACHE_DIR", "XDG_STATE_HOME"):  # not the user's
+        os.environ[name] = str(Path("cache").resolve())
     change()
     try:
         Path(RESULT_FILE).write_text(target.read(), encoding="utf-8")

@@ -1,5 +1,6 @@
 """The valid files of the campaign of broken inputs: a small project, made by the commands."""
 
+import os
 import runpy
 import shutil
 import sys
@@ -161,9 +162,13 @@ PARTS: Mapping[str, Part] = {
 
 
 def make_parts(folder: Path, names: Iterable[str]) -> None:
-    """Make parts of the project, and those they need, that are not there yet."""
+    """Make parts of the project, and those they need, that are not there yet.
+
+    It runs in a process of its own.
+    """
     wanted = _with_needs(names)
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ["XDG_STATE_HOME"] = str(folder / ".state")  # not the user's list of trusted exports
     with chdir(folder):
         for name, part in PARTS.items():
             done = Path(f".{name}.done")
