@@ -73,7 +73,9 @@ def reading(source: Path | str) -> Iterator[None]:
         raise UserError(
             f"cannot read {source} ({reason}); check its permissions and the disk"
         ) from None
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, UnicodeDecodeError) as error:
+    except pl.exceptions.PanicException:  # its text is of polars' code, not of the file
+        raise UserError(f"{source} is not a readable table: it is damaged; {AGAIN}") from None
+    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
         reason = first_line(error, "no content")
         raise UserError(f"{source} is not a readable table: {reason}") from None
 

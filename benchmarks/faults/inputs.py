@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -23,6 +24,8 @@ CANARY = "canary"
 """The file that code inside an input would touch."""
 # The C libraries of images print them themselves.
 OF_LIBRARIES = ("libpng ", "Corrupt JPEG", "Premature end of JPEG", "Invalid SOS", "Unsupported")
+# polars is written in Rust, whose standard library prints a panic before Python can catch it.
+PANIC = re.compile(r"^\s*thread '.*?' .*?panicked at .*?^note: .*?RUST_BACKTRACE.*?$", re.M | re.S)
 NOTES = ("warning: ", "note: ", *OF_LIBRARIES)
 """How lines on standard error start that may accompany a result or a refusal."""
 MAX_MESSAGE = 1000
@@ -176,9 +179,8 @@ def failure(target: Target, ended: Ended, folder: Path, expected: Sequence[str])
 def bad_refusal(target: Target, err: str) -> str | None:
     """Return why a refusal is none, None if it is one sentence that names the file."""
     errors = error_lines(err)
-    others = [
-        line for line in err.splitlines() if line not in errors and not line.startswith(NOTES)
-    ]
+    lines = PANIC.sub("", err).splitlines()
+    others = [line for line in lines if line and line not in errors and not line.startswith(NOTES)]
     if len(errors) != 1 or others:
         return f"not one sentence: {' / '.join([*errors, *others])[:300]}"
     (sentence,) = errors

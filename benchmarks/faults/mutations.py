@@ -347,7 +347,7 @@ def _change_table(table: Any, name: str, rng: Random) -> Any:
         lambda: table.drop(name),
         lambda: table.rename({name: f"{name}x"}),
         lambda: table.with_columns(column.cast(rng.choice(kinds), strict=False)),
-        lambda: table.with_columns(pl.lit(number).cast(column.dtype, strict=False).alias(name)),
+        lambda: table.with_columns(pl.lit(number).alias(name)),
         lambda: table.with_columns(pl.lit(None).alias(name)),
         lambda: table.with_columns(
             pl.when(pl.int_range(pl.len()) == row).then(None).otherwise(pl.col(name)).alias(name)

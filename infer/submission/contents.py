@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from infer.ensemble.blends.artifact import Scorer, open_scorer
+from infer.ensemble.blends.artifact import Blend, Scorer, open_scorer
 from infer.submission.candidates import Candidate
 from isic.layout import ALL, NONE, Fold
 from isic.runtime.errors import UserError
@@ -134,7 +134,13 @@ class Bundle:
         """Read and check the ensemble of a candidate. Raise UserError."""
         folder = self.root / ENSEMBLES_DIR / candidate.folder
         self.refuse_changed(folder)
-        return candidate.of(open_scorer(folder))
+        scorer = open_scorer(folder)
+        known = scorer.members.keys() if isinstance(scorer, Blend) else set()
+        if candidate.members is not None and not set() < set(candidate.members) <= known:
+            raise UserError(
+                f"{self.root / BUNDLE_FILE} names members that {folder} has not; {WRITE_AGAIN}"
+            )
+        return candidate.of(scorer)
 
     def run_dir(self, network: PackedNetwork) -> Path:
         """Return the folder of a network's exported folds. Raise UserError if one was changed."""

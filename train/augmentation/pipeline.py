@@ -1,5 +1,6 @@
 """Augmentation of single images by albumentations: a level, or a pipeline from a file."""
 
+import warnings
 from collections.abc import Mapping
 from random import Random
 from typing import Any
@@ -50,13 +51,9 @@ def check_augmentation(level: str | Mapping[str, Any], size: int, with_masks: bo
     if isinstance(level, str):
         return
     try:
-        pipeline = A.from_dict(dict(level))
-        # A transform that is rarely applied would otherwise fail in the middle of a run.
-        eager = A.from_dict(always_applied(level))
-        if not isinstance(pipeline, A.Compose):
-            raise TypeError(f"it is {type(pipeline).__name__}, not Compose")
-        for tried in (pipeline, eager):
-            try_pipeline(tried, size, with_masks)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # training builds the pipeline again, and warns
+            _try_file(level, size, with_masks)
     except Exception as error:  # transforms raise exceptions of any type
         reason = first_line(error).rstrip(".")
         if isinstance(error, KeyError):
@@ -66,6 +63,17 @@ def check_augmentation(level: str | Mapping[str, Any], size: int, with_masks: bo
             "albumentations.save(Compose([...]), file) that keeps images uint8 "
             f"[{size}, {size}, 3]{' and masks their size and values' if with_masks else ''}"
         ) from error
+
+
+def _try_file(level: Mapping[str, Any], size: int, with_masks: bool) -> None:
+    """Build a pipeline and try it. Raise exceptions of any type."""
+    pipeline = A.from_dict(dict(level))
+    # A transform that is rarely applied would otherwise fail in the middle of a run.
+    eager = A.from_dict(always_applied(level))
+    if not isinstance(pipeline, A.Compose):
+        raise TypeError(f"it is {type(pipeline).__name__}, not Compose")
+    for tried in (pipeline, eager):
+        try_pipeline(tried, size, with_masks)
 
 
 def always_applied(value: Any) -> Any:

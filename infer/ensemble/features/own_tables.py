@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from isic import schema
 from isic.features import finite
 from isic.folds import Folds
-from isic.metadata import check_ids
+from isic.metadata import check_ids, clean_text
 from isic.metrics import roc_auc
 from isic.runtime.errors import UserError, first_line, warn
 from isic.tables import read_table
@@ -174,7 +174,7 @@ def _read(path: Path, kind: str, expected: TableSpec | None) -> OwnTable:
 def _check(table: pl.DataFrame, path: Path, kind: str, expected: TableSpec | None) -> OwnTable:
     if schema.ID not in table.columns:
         raise UserError(f"{path} lacks the column {schema.ID}; add it")
-    table = table.with_columns(_clean_text(table[schema.ID].cast(pl.String, strict=False)))
+    table = table.with_columns(clean_text(table[schema.ID], path))
     check_ids(table[schema.ID], path)
     names = [name for name in table.columns if name not in (schema.ID, FOLD)]
     _refuse_columns(names, path)

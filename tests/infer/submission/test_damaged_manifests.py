@@ -137,3 +137,16 @@ def test_a_manifest_in_a_bundle_that_is_not_the_bundle_s_is_refused(
     with pytest.raises(UserError, match=r"does not match bundle\.json; write it again"):
         opened.open(opened.candidates[0])
         opened.run_dir(opened.networks["tiny"])
+
+
+@pytest.mark.parametrize("members", [[], ["none"], ["tables", "none"]])
+def test_a_candidate_of_members_that_are_not_there_is_refused(
+    members: list[str], copied: Path
+) -> None:
+    path = copied / "bundle" / "bundle.json"
+    manifest = json.loads(path.read_text())
+    manifest["candidates"][-1]["members"] = members
+    path.write_text(json.dumps(manifest))
+    opened = open_bundle(copied / "bundle")
+    with pytest.raises(UserError, match=r"bundle\.json names members that .* has not"):
+        opened.open(opened.candidates[-1])

@@ -167,3 +167,13 @@ def test_the_content_of_the_file_is_compared_when_a_run_continues(
     ended = cli("train", *flags, "--augmentation", path)
     assert ended.code == 2
     assert "was made with augmentation=a file of digest" in ended.err
+
+
+def test_a_file_of_wrong_options_is_refused_without_a_warning(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    wrong = {"__class_fullname__": "HorizontalFlip", "p": "much", "size": 3}
+    content = {"transform": {"__class_fullname__": "Compose", "p": 1, "transforms": [wrong]}}
+    with pytest.raises(UserError, match="cannot be used"):
+        check_augmentation(content, SIDE, with_masks=False)
+    assert not recwarn.list
