@@ -346,7 +346,7 @@ def _change_table(table: Any, name: str, rng: Random) -> Any:
     changes: tuple[Callable[[], Any], ...] = (
         lambda: table.drop(name),
         lambda: table.rename({name: f"{name}x"}),
-        lambda: table.with_columns(column.cast(rng.choice(kinds), strict=False)),
+        lambda: table.with_columns(_cast(column, rng.choice(kinds))),
         lambda: table.with_columns(pl.lit(number).alias(name)),
         lambda: table.with_columns(pl.lit(None).alias(name)),
         lambda: table.with_columns(
@@ -362,6 +362,13 @@ def _change_table(table: Any, name: str, rng: Random) -> Any:
         lambda: table.with_columns(pl.lit("x" * LONG).alias(f"{name}_more")),
     )
     return rng.choice(changes)()
+
+
+def _cast(column: pl.Series, kind: Any) -> pl.Series:
+    """Return a column in another type; one of lists as the text of each."""
+    if column.dtype.is_nested():
+        return pl.Series(column.name, [str(value) for value in column])
+    return column.cast(kind, strict=False)
 
 
 PARQUET: tuple[Change, ...] = (change_parquet,)

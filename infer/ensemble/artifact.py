@@ -243,6 +243,13 @@ def open_ensemble(path: Path) -> Ensemble:
     except UserError as error:
         raise UserError(f"{root / ENSEMBLE_FILE}: {error}") from None
     state = EnsembleState.read(root)
+    networks = {"embeddings": state.image.networks, "frozen": state.image.frozen}
+    for flag, known in networks.items():
+        if manifest[flag].keys() != known.keys():
+            raise UserError(
+                f"{root / ENSEMBLE_FILE} names other networks ({flag}) than {STATE_FILE}; fit the "
+                "ensemble again"
+            )
     names = spec.names(state.image)
     if names != state.names:
         changed = sorted({*names} ^ {*state.names})
