@@ -59,7 +59,7 @@ def is_finished(settings: TrainSettings, fold: Fold) -> bool:
     config = directory / CONFIG_FILE
     saved = read_yaml(config)
     # A file of another program, or one that was edited.
-    if not {"model", "epochs"} <= set(saved):
+    if not (isinstance(saved.get("model"), str) and isinstance(saved.get("epochs"), int)):
         raise UserError(
             f"{config} lacks model or epochs, which training writes; restore it, or train fold "
             f"{fold} again with --force"

@@ -60,10 +60,16 @@ def test_epochs_are_not_thrown_away_unasked(small_dataset: Path, tmp_path: Path,
     assert ended.code == 2
     assert "has 1 of 1 epochs; continue with --resume, or start again with --force" in ended.err
     assert cli("train", *flags, "--force").code == 0
-    (folder / "config.yaml").write_text("name: tiny")
-    ended = cli("train", *flags)
-    assert ended.code == 2
-    assert "config.yaml lacks model or epochs" in ended.err
+    for config in (
+        "name: tiny",
+        "model: tiny",
+        "{model: tiny, epochs: null}",
+        "{model: 1, epochs: 1}",
+    ):
+        (folder / "config.yaml").write_text(config)
+        ended = cli("train", *flags)
+        assert ended.code == 2
+        assert "config.yaml lacks model or epochs" in ended.err
 
 
 def test_a_resumed_fold_keeps_the_place_of_its_augmentation(
