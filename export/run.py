@@ -60,7 +60,9 @@ from isic.runtime.files import (
     manifest_path,
     read_json,
     read_manifest,
+    rename,
     sha256,
+    sync,
     versions,
     write_json,
     write_manifest,
@@ -337,7 +339,8 @@ def export_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
         parity = measure_parity(source, spec, candidate, manifest)
         # The old manifest goes first: an artifact must never be next to the manifest of another.
         manifest_path(artifact).unlink(missing_ok=True)
-        candidate.replace(artifact)
+        sync(candidate)
+        rename(candidate, artifact)
     except ParityError as error:
         remove_failed(artifact, manifest, error)
         return False

@@ -1,6 +1,5 @@
 """`python -m infer embed`: write the features and logits of every image, per fold model."""
 
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -45,7 +44,7 @@ from isic.layout import (
     fold_name,
 )
 from isic.runtime.errors import UserError
-from isic.runtime.files import atomic_path, holds, refuse_foreign, sha256, write_json
+from isic.runtime.files import copy_file, holds, refuse_foreign, sha256, write_json
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.machine import processor
 from isic.runtime.remote import publish
@@ -266,8 +265,7 @@ def copy_provenance(models: Models, folds_path: Path, root: Path) -> None:
             _refuse_other_seen(path, models.manifests[fold])
             copies[path] = fold_dir(root / "train", fold) / TRAINED_ON_FILE
     for source, copy in copies.items():
-        with atomic_path(copy) as temporary:
-            shutil.copyfile(source, temporary)
+        copy_file(source, copy)
         publish(copy)
 
 

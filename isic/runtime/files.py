@@ -31,11 +31,13 @@ COMPRESSED = {
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it replaces `path` in one step.
 
+    After the block the file stays, even if the machine loses its power.
+
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         # In the same folder, because a rename across file systems is not atomic.
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         # Not tempfile, whose files are private: some network file systems do not permit chmod.
@@ -45,7 +47,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync(temporary)
-        temporary.replace(path)
+        rename(temporary, path)
     except OSError as error:
         raise disk_error(path, error) from error
     finally:
@@ -53,14 +55,48 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or a folder in its folder, so that a loss of power does not undo it."""
+    source.replace(target)
+    sync(target.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, so that a loss of power does not undo it."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
 def sync(path: Path) -> None:
-    """Wait until a file's content is on the disk, if its file system can tell."""
-    with open(path, "rb") as written:
-        try:
-            os.fsync(written.fileno())
-        except OSError as error:
-            if error.errno not in NO_SYNC:
-                raise
+    """Wait until a file's content, or a folder's names, are on the disk, if this can be known."""
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # one that may be written to but not listed
+            return
+        raise
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+    finally:
+        os.close(opened)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until all files and folders below a folder are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            sync(path)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content; the copy has its name only when it is whole and on the disk."""
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EROFS}
@@ -110,17 +146,21 @@ def cache_folder() -> Path | None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder that is renamed to `target` on success and removed otherwise.
 
+    After the block the folder stays, even if the machine loses its power.
+
     Raises:
         UserError: the disk is full or the parent cannot be written.
     """
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.mkdir(parents=True)
+        make_folder(target.parent)
+        temporary.mkdir()
     except OSError as error:
         raise disk_error(target, error) from error
     try:
         yield temporary
-        temporary.rename(target)
+        sync_tree(temporary)
+        rename(temporary, target)
     except OSError as error:
         if _number(error) not in DISK_FULL:  # it may be of a file that the block reads
             raise

@@ -1,6 +1,5 @@
 """`python -m infer blend A B ...`: write a blend of fitted ensembles."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ from isic.dataset import refuse_dataset
 from isic.layout import FOLDS_FILE, OOF_FILE
 from isic.metrics import pauc
 from isic.runtime.errors import UserError
-from isic.runtime.files import sha256, versions, write_json
+from isic.runtime.files import copy_file, sha256, versions, write_json
 from isic.tables import write_parquet
 
 NUM_STEPS = 20
@@ -309,7 +308,7 @@ def _write_files(
     for name, member in members.items():
         copy_ensemble(member, root / MEMBERS_DIR / name)
     folds = next(iter(members.values())).root / FOLDS_FILE
-    shutil.copyfile(folds, root / FOLDS_FILE)
+    copy_file(folds, root / FOLDS_FILE)
     write_parquet(root / OOF_FILE, oof)
     write_json(root / SCORES_FILE, summaries)
     manifests = [f"{MEMBERS_DIR}/{name}/{ENSEMBLE_FILE}" for name in members]
@@ -318,6 +317,5 @@ def _write_files(
 
 def copy_ensemble(ensemble: Ensemble, folder: Path) -> None:
     """Copy the files of an ensemble, without its report."""
-    folder.mkdir(parents=True)
     for name in (*ensemble.manifest["files"], ENSEMBLE_FILE):
-        shutil.copyfile(ensemble.root / name, folder / name)
+        copy_file(ensemble.root / name, folder / name)
