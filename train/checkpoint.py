@@ -1,6 +1,7 @@
 """Checkpoints: tensors and plain values only, written atomically, never unpickled into code."""
 
 import pickle
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,14 +56,14 @@ class CheckpointFields(Fields):
 
 
 def save_checkpoint(path: Path, **values: Any) -> None:
-    """Write a checkpoint.
+    """Write a checkpoint; equal values give equal bytes.
 
     Raises:
         UserError: the disk is full or not writable; a previous file is then still intact.
     """
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         try:
-            torch.save(values, file)
+            torch.save(without_shared_parts(values), file)
         except RuntimeError as error:
             # When a write fails, torch.save closes its zip archive, which raises a RuntimeError
             # that hides the OSError; atomic_path needs the OSError to report a full disk. Seen with
@@ -70,6 +71,18 @@ def save_checkpoint(path: Path, **values: Any) -> None:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+def without_shared_parts(value: Any) -> Any:
+    """Return a copy whose pickle depends on its content only, not on which parts are one object."""
+    # Equal texts and tuples are one object in a new optimizer, and several in one that was loaded.
+    if isinstance(value, str):
+        return sys.intern(value)
+    if type(value) is dict:
+        return {without_shared_parts(key): without_shared_parts(value[key]) for key in value}
+    if type(value) in {list, tuple}:
+        return type(value)(map(without_shared_parts, value))
+    return value  # also the states of modules, which hold more than their entries
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

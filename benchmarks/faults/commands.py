@@ -4,6 +4,7 @@ The inputs are in `inputs/`, the output goes to `out/`. So equal commands write 
 their folder is.
 """
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,22 +24,9 @@ FIT = (
     f"infer fit --data {INPUTS}/data --num_folds 2 --seeds 1 --num_rounds 5 --few_table false "
     "--num_threads 1"
 )
+EMBEDDED = f"--embeddings {INPUTS}/embeddings/demo"
+BLEND = f"infer blend {INPUTS}/raw {INPUTS}/multimodal --data {INPUTS}/data"
 BUNDLE = f"infer bundle --runs {INPUTS} --packages false --test false"
-
-PREPARATION = (
-    f"isic synth --output_dir {INPUTS}/data --images 150 --positives 24 --test_images 30",
-    f"{TRAIN} --output_dir {INPUTS} --epochs 1",
-    f"export --config demo --model_dir {INPUTS}/demo",
-    f"{EMBED} --output_dir {INPUTS}/embeddings",
-    f"{FIT} --features raw --embeddings {INPUTS}/embeddings/demo --output_dir {INPUTS}/ensembles "
-    "--name raw",
-    f"{FIT} --features multimodal --embeddings {INPUTS}/embeddings/demo "
-    f"--output_dir {INPUTS}/ensembles --name multimodal",
-    f"infer blend {INPUTS}/ensembles/raw {INPUTS}/ensembles/multimodal --data {INPUTS}/data "
-    f"--output_dir {INPUTS}/ensembles --name blend",
-    f"{BUNDLE} --ensemble {INPUTS}/ensembles/blend --output_dir {INPUTS}/bundle",
-)
-"""Commands that make the inputs of all others."""
 
 SMALL_SHARDS = {"infer.embedding.shards:SHARD_ROWS": 20}
 
@@ -57,9 +45,35 @@ class TinyCommand:
     launcher: str = ""
     """Module that starts it in a new interpreter, `-` for itself; else a warm process is forked."""
 
+    @property
+    def inputs(self) -> set[str]:
+        """The names of the inputs that it, or its reader, takes."""
+        named = re.findall(rf"{INPUTS}/(\w+)", f"{self.words} {self.reader}")
+        return {*named, *(source.partition("/")[0] for source in self.copied.values())}
+
     def copy_inputs(self, folder: Path) -> None:
         for target, source in self.copied.items():
             shutil.copytree(folder / INPUTS / source, folder / OUT / target)
+
+
+PREPARED = {
+    "data": TinyCommand(
+        f"isic synth --output_dir {OUT}/data --images 150 --positives 24 --test_images 30"
+    ),
+    "trained": TinyCommand(f"{TRAIN} --output_dir {OUT}/trained --epochs 1"),
+    "demo": TinyCommand(
+        f"export --config demo --model_dir {OUT}/demo --data {INPUTS}/data",
+        copied={"demo": "trained/demo"},
+    ),
+    "embeddings": TinyCommand(f"{EMBED} --output_dir {OUT}/embeddings"),
+    "raw": TinyCommand(f"{FIT} --features raw {EMBEDDED} --output_dir {OUT} --name raw"),
+    "multimodal": TinyCommand(
+        f"{FIT} --features multimodal {EMBEDDED} --output_dir {OUT} --name multimodal"
+    ),
+    "blend": TinyCommand(f"{BLEND} --output_dir {OUT}"),
+    "bundle": TinyCommand(f"{BUNDLE} --ensemble {INPUTS}/blend --output_dir {OUT}/bundle"),
+}
+"""The commands that make the inputs of others, in order."""
 
 
 def _train(flags: str, launcher: str = "") -> TinyCommand:
@@ -81,7 +95,7 @@ def _embed(flags: str, launcher: str = "") -> TinyCommand:
 
 
 READ_ENSEMBLE = (
-    f"infer predict --data {INPUTS}/data --num_threads 1 --embeddings {INPUTS}/embeddings/demo "
+    f"infer predict --data {INPUTS}/data --num_threads 1 {EMBEDDED} "
     f"--output {OUT}/read.csv --ensemble {OUT}"
 )
 
@@ -93,25 +107,24 @@ COMMANDS: dict[str, TinyCommand] = {
         f"export --config demo --model_dir {OUT}/demo --data {INPUTS}/data",
         reader=f"infer embed --config demo --model_dir {OUT}/demo --data {INPUTS}/data "
         f"--output_dir {OUT}/embeddings --num_threads 1 --quiet true",
-        copied={"demo": "trained"},
+        copied={"demo": "trained/demo"},
     ),
     "embed": _embed(""),
     "fit": TinyCommand(
-        f"{FIT} --features multimodal --embeddings {INPUTS}/embeddings/demo --output_dir {OUT} "
-        "--name fitted --calibrate platt --refit true",
+        f"{FIT} --features multimodal {EMBEDDED} --output_dir {OUT} --name fitted "
+        " --calibrate platt --refit true",
         reader=READ_ENSEMBLE,
     ),
     "blend": TinyCommand(
-        f"infer blend {INPUTS}/ensembles/raw {INPUTS}/ensembles/multimodal --data {INPUTS}/data "
-        f"--output_dir {OUT} --calibrate platt",
+        f"{BLEND} --output_dir {OUT} --calibrate platt",
         reader=READ_ENSEMBLE,
     ),
     "predict": TinyCommand(
-        f"infer predict --ensemble {INPUTS}/ensembles/blend --data {INPUTS}/data --num_threads 1 "
-        f"--embeddings {INPUTS}/embeddings/demo --output {OUT}/submission.csv",
+        f"infer predict --ensemble {INPUTS}/blend --data {INPUTS}/data --num_threads 1 "
+        f"{EMBEDDED} --output {OUT}/submission.csv",
     ),
     "bundle": TinyCommand(
-        f"{BUNDLE} --ensemble {INPUTS}/ensembles/blend --output_dir {OUT}/bundle",
+        f"{BUNDLE} --ensemble {INPUTS}/blend --output_dir {OUT}/bundle",
         reader=f"infer submit --bundle {OUT}/bundle --data {INPUTS}/data --num_threads 1 "
         f"--output {OUT}/read.csv --quiet true",
     ),
@@ -138,11 +151,11 @@ COMMANDS: dict[str, TinyCommand] = {
     ),
     "report": TinyCommand(
         f"infer report --ensemble {OUT}/blend --data {INPUTS}/data --by sex",
-        copied={"blend": "ensembles/blend"},
+        copied={"blend": "blend"},
     ),
     "explain": TinyCommand(
         f"infer explain --config demo --model_dir {INPUTS}/demo --data {INPUTS}/data --split test "
-        f"--ids @{INPUTS}/ids.txt --output_dir {OUT}",
+        f"--ids @{INPUTS}/ids --output_dir {OUT}",
     ),
     "train_in_two_processes": _train("", "torch.distributed.run --standalone --nproc-per-node 2"),
     "embed_with_decoder_processes": _embed("--decode_in processes --num_threads 2", "-"),
@@ -151,7 +164,7 @@ COMMANDS: dict[str, TinyCommand] = {
     "export_aoti": TinyCommand(
         f"export --config demo --model_dir {OUT}/demo --data {INPUTS}/data --formats aoti "
         "--max_batch 16 --fold 0",
-        copied={"demo": "trained"},
+        copied={"demo": "trained/demo"},
         launcher="-",
     ),
 }

@@ -14,13 +14,8 @@ import torch
 from isic.runtime import yaml12
 
 VARYING = {
-    "seconds",
-    "build_seconds",
-    "images_per_second",
-    "waiting_share",
-    "bound_by",
-    "embedded_now",
-    "num_embedded",
+    *("seconds", "build_seconds", "images_per_second", "peak_memory_mb"),
+    *("waiting_share", "wait_shares", "bound_by", "embedded_now"),
 }
 """Keys of measured values, in JSON files, which differ between equal runs."""
 HIDDEN = "."

@@ -1,7 +1,7 @@
 """The inputs of the tiny commands, and their undisturbed results."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import polars as pl
 
-from benchmarks.faults.commands import COMMANDS, INPUTS, OUT, PREPARATION, TinyCommand
+from benchmarks.faults.commands import COMMANDS, INPUTS, OUT, PREPARED, TinyCommand
 from benchmarks.faults.operations import note_operations, read_operations
 from benchmarks.faults.processes import run
 from isic.runtime.errors import UserError
@@ -17,11 +17,13 @@ from isic.runtime.files import read_json, write_json
 
 SECONDS = 600.0
 """Time limit of a command without a fault."""
-IDS_FILE = "ids.txt"
-COLLECTION = "collection"
 UNDISTURBED = "undisturbed"
+MAKING = "making"
 FACTS = "facts.json"
 OPERATIONS = "operations"
+NUM_IMAGES = 12
+"""Images of the collection to import."""
+NUM_IDS = 3
 
 
 class Tiny:
@@ -32,11 +34,15 @@ class Tiny:
         self.inputs = self.folder / INPUTS
 
     def prepare(self, names: Iterable[str]) -> None:
-        """Make the inputs, and the undisturbed results of commands, unless they are there."""
-        prepare_inputs(self.folder)
+        """Make the inputs and the undisturbed results of commands, unless they are there."""
+        self.inputs.mkdir(exist_ok=True)
         for name in names:
+            for wanted in sorted(COMMANDS[name].inputs):
+                self._make_input(wanted)
             if not self.undisturbed(name).exists():
-                self._run(name)
+                making = self._run(name, COMMANDS[name])
+                self.undisturbed(name).parent.mkdir(exist_ok=True)
+                making.rename(self.undisturbed(name))
 
     def undisturbed(self, name: str) -> Path:
         """Return the folder in which a command has run without a fault."""
@@ -46,56 +52,59 @@ class Tiny:
         """Return the `seconds` and the number of file `operations` of that run."""
         return read_json(self.undisturbed(name) / FACTS)
 
-    def _run(self, name: str) -> None:
-        making = self.folder / "making" / name
+    def _make_input(self, name: str) -> None:
+        """Make an input and those that it is made from, unless they are there."""
+        path = self.inputs / name
+        if path.exists():
+            return
+        if name in WRITERS:
+            self._make_input("data")
+            WRITERS[name](self.inputs / "data", path)
+            return
+        for wanted in sorted(PREPARED[name].inputs):
+            self._make_input(wanted)
+        making = self._run(name, PREPARED[name])
+        (making / OUT / name).rename(path)
+        shutil.rmtree(making)
+
+    def _run(self, name: str, command: TinyCommand) -> Path:
+        """Run a command without a fault. Return its folder."""
+        making = self.folder / MAKING / name
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
-        command = COMMANDS[name]
         fresh_folder(making, self.inputs, command)
-        before = (
-            []
-            if command.launcher
-            else [partial(note_operations, making / OUT, making / OPERATIONS)]
-        )
-        ended = run(command, making, SECONDS, before)
+        note = partial(note_operations, making / OUT, making / OPERATIONS)
+        ended = run(command, making, SECONDS, [] if command.launcher else [note])
         if ended.code != 0:
             raise UserError(f"{name} failed without a fault: {ended}")
         operations = len(read_operations(making / OPERATIONS))
         write_json(making / FACTS, {"seconds": ended.seconds, "operations": operations})
-        self.undisturbed(name).parent.mkdir(exist_ok=True)
-        making.rename(self.undisturbed(name))
+        return making
 
 
-def prepare_inputs(folder: Path) -> None:
-    """Make all inputs in `<folder>/inputs`, unless they are there."""
-    if (folder / INPUTS).exists():
-        return
-    making = folder / "making"
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir()
-    for words in PREPARATION:
-        ended = run(TinyCommand(words), making, SECONDS)
-        if ended.code:
-            raise UserError(f"`python -m {words}` failed without a fault: {ended}")
-        if words.startswith("train "):
-            shutil.copytree(making / INPUTS / "demo", making / INPUTS / "trained")
-    ids = pl.read_csv(making / INPUTS / "data" / "test-metadata.csv")["isic_id"]
-    (making / INPUTS / IDS_FILE).write_text("\n".join(ids[:3]) + "\n")
-    write_collection(making / INPUTS / "data", making / INPUTS / COLLECTION)
-    (making / INPUTS).rename(folder / INPUTS)
-    shutil.rmtree(making)
-
-
-def write_collection(data: Path, folder: Path) -> None:
+def write_collection(data: Path, path: Path) -> None:
     """Write a few images of a dataset as HAM10000 is published."""
-    (folder / "images").mkdir(parents=True)
+    (path / "images").mkdir(parents=True)
     lines = ["lesion_id,image_id,dx,dx_type,age,sex,localization,dataset"]
     with h5py.File(data / "train-image.hdf5", "r") as file:
-        for number, name in enumerate(list(file)[:12]):
-            (folder / "images" / f"{name}.jpg").write_bytes(bytes(file[name][()]))
-            kind = "mel" if number % 3 == 0 else "nv"
+        for number, name in enumerate(list(file)[:NUM_IMAGES]):
+            (path / "images" / f"{name}.jpg").write_bytes(bytes(file[name][()]))
+            kind = "nv" if number % 3 else "mel"
             lines.append(f"HAM_{number},{name},{kind},histo,50.0,male,back,vidir_modern")
-    (folder / "HAM10000_metadata.csv").write_text("\n".join(lines) + "\n")
+    (path / "HAM10000_metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_ids(data: Path, path: Path) -> None:
+    """Write the first ids of the test table, one per line."""
+    ids = pl.read_csv(data / "test-metadata.csv")["isic_id"][:NUM_IDS]
+    path.write_text("\n".join(ids) + "\n", encoding="utf-8")
+
+
+WRITERS: Mapping[str, Callable[[Path, Path], None]] = {
+    "collection": write_collection,
+    "ids": write_ids,
+}
+"""Inputs that no command makes, each from a dataset."""
 
 
 def fresh_folder(folder: Path, inputs: Path, command: TinyCommand) -> None:

@@ -89,3 +89,25 @@ def test_warnings_of_torch_on_a_damaged_file_are_not_printed(
         load_checkpoint(tmp_path / "a.pth")
     assert not recwarn.list
     assert capsys.readouterr() == ("", "")
+
+
+def test_equal_values_give_equal_bytes(tmp_path: Path) -> None:
+    """A run that is resumed has loaded its optimizer, with other objects of equal content."""
+    weights = torch.nn.Linear(2, 2)
+    groups = [{"params": [part], "name": "head"} for part in weights.parameters()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    files = []
+    for number in range(3):
+        path = tmp_path / str(number)
+        save_checkpoint(
+            path,
+            model_state_dict=weights.state_dict(),
+            optimizer_state_dict=optimizer.state_dict(),
+            best_pauc=0.1,
+            epoch=1,
+            config={"name": "head"},
+            args={"name": "head", "model": "vit"},
+        )
+        optimizer.load_state_dict(load_checkpoint(path)["optimizer_state_dict"])
+        files.append(path.read_bytes())
+    assert files[0] == files[1] == files[2]
