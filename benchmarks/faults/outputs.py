@@ -20,8 +20,9 @@ VARYING = {
 """Keys of measured values, in JSON files, which differ between equal runs."""
 HIDDEN = "."
 """First character of the names of temporary files and locks, which no command reads."""
-LOGS = "tensorboard"
-"""Folder of files that are appended to and have the time in their names; nothing reads them."""
+UNREAD = {"tensorboard", "last.pth"}
+"""Names that are not compared: logs have the time in their names, and a fold that is killed when its
+results are complete keeps the state of the epoch before, which nothing reads any more."""
 
 
 def files_of(root: Path) -> dict[str, Path]:
@@ -30,7 +31,7 @@ def files_of(root: Path) -> dict[str, Path]:
     return {
         str(path): root / path
         for path in sorted(found)
-        if not any(part.startswith(HIDDEN) or part == LOGS for part in path.parts)
+        if not any(part.startswith(HIDDEN) for part in path.parts)
     }
 
 
@@ -56,7 +57,7 @@ def _reason_not_whole(path: Path) -> str | None:
 
 def differences(found: Path, expected: Path) -> list[str]:
     """Return the files that only one run has, or that differ in more than measured values."""
-    ours, theirs = files_of(found), files_of(expected)
+    ours, theirs = _compared(found), _compared(expected)
     lacking = [f"{name} is missing" for name in theirs.keys() - ours.keys()]
     more = [f"{name} is not expected" for name in ours.keys() - theirs.keys()]
     differing = [
@@ -65,6 +66,10 @@ def differences(found: Path, expected: Path) -> list[str]:
         if not same_content(ours[name], theirs[name])
     ]
     return sorted([*lacking, *more, *differing])
+
+
+def _compared(root: Path) -> dict[str, Path]:
+    return {name: path for name, path in files_of(root).items() if not UNREAD & {*Path(name).parts}}
 
 
 def same_content(ours: Path, theirs: Path) -> bool:

@@ -19,6 +19,7 @@ from isic import __version__
 from isic.runtime.config import Settings, build
 from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.extras import missing_library
+from isic.runtime.files import disk_error, is_of_writing
 from isic.runtime.remote import fetch
 
 HELP = {"--help", "-h"}
@@ -139,6 +140,12 @@ def _fire_function(command: Command) -> Callable[..., None]:
         except PermissionError as error:
             reason = f"no access to {error.filename} ({error.strerror})"
             code = report_error(f"{reason}; change its permissions")
+        except OSError as error:
+            if not is_of_writing(error):
+                raise
+            code = report_error(
+                str(disk_error(error.filename2 or error.filename or "a file", error))
+            )
         if code:
             sys.exit(code)
 

@@ -102,13 +102,14 @@ def copy_file(source: Path, target: Path) -> None:
 NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EROFS}
 """Errors of fsync(2) for files that cannot be synchronised, as on some FUSE and network mounts."""
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+ONLY_OF_WRITING = {*DISK_FULL, errno.EFBIG, errno.EROFS}
 NOT_WRITABLE = {
     *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO, errno.ENOTSUP),
 }
 
 
-def disk_error(path: Path, error: OSError) -> Exception:
+def disk_error(path: Path | str, error: OSError) -> Exception:
     """Return the error to raise for one that writing `path` has raised; a UserError if possible."""
     number = _number(error)
     if number in DISK_FULL:
@@ -119,6 +120,11 @@ def disk_error(path: Path, error: OSError) -> Exception:
         reason = os.strerror(number)
         return UserError(f"cannot write {path} ({reason}); choose another output folder")
     return error
+
+
+def is_of_writing(error: OSError) -> bool:
+    """Return whether an error cannot come from reading: a full or a read-only disk, for example."""
+    return _number(error) in ONLY_OF_WRITING
 
 
 def _number(error: OSError) -> int | None:
@@ -162,7 +168,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         sync_tree(temporary)
         rename(temporary, target)
     except OSError as error:
-        if _number(error) not in DISK_FULL:  # it may be of a file that the block reads
+        if not is_of_writing(error):  # it may be of a file that the block reads
             raise
         raise disk_error(target, error) from error
     finally:

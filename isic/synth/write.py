@@ -1,8 +1,6 @@
 """Files of datasets that this toolkit writes: equal content gives equal bytes."""
 
-import errno
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,11 +32,17 @@ def write_images(
         images = list(images)
         num_bytes = sum(len(data) + HEADER_BYTES for _, data in images)
     with atomic_path(path) as temporary:
-        # HDF5 segfaults on a full disk (h5py#914); the check can go once it raises an OSError.
-        if shutil.disk_usage(path.parent).free < num_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        _refuse_small_disk(temporary, num_bytes)
         with h5py.File(temporary, "w") as file:
             _write_all(file, images)
+
+
+def _refuse_small_disk(path: Path, num_bytes: int) -> None:
+    """Raise an OSError if a file cannot become so large: by the disk, a quota or a limit."""
+    # HDF5 segfaults when a write fails (h5py#914); the check can go once it raises an OSError.
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
+        file.truncate(0)
 
 
 def _write_all(file: h5py.File, images: Iterable[tuple[str, bytes]]) -> None:
