@@ -68,6 +68,7 @@ from isic.runtime.files import (
     write_manifest,
 )
 from isic.runtime.machine import cpu_features, processor
+from isic.runtime.only_writer import only_writer
 from isic.runtime.progress import TimeLeft
 from isic.runtime.remote import fetch
 from isic.views import VIEWS
@@ -214,8 +215,8 @@ def export_fold(
         # Loaded once, and only if needed: a checkpoint takes seconds to unpickle.
         if isinstance(network, Checkpoint):
             network = network.load()
-        if not process(network, spec, artifact):
-            num_failed += 1
+        with only_writer(artifact):
+            num_failed += not process(network, spec, artifact)
     return num_failed
 
 

@@ -2,13 +2,15 @@
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 
 from isic import schema
-from isic.layout import ALL, Fold
+from isic.layout import ALL, Fold, fold_dir
 from isic.runtime.errors import UserError
 from isic.runtime.interrupt import Interrupted, interruptible
+from isic.runtime.only_writer import only_writer
 from isic.runtime.progress import TimeLeft
 from train import distributed
 from train.augmentation.pipeline import check_augmentation
@@ -108,7 +110,9 @@ def train_each(
         # The first epoch of a command is always made: without it, no command would get on.
         if number and not deadline.allows_epoch():
             raise OutOfTime(fold, 1)
-        train_fold(run, data, fold, device, deadline, time_left)
+        directory = fold_dir(run.run_dir, fold)
+        with only_writer(directory) if distributed.is_main() else nullcontext():
+            train_fold(run, data, fold, device, deadline, time_left)
 
 
 def choose(settings: TrainSettings, fold: Fold, device: torch.device) -> TrainSettings:

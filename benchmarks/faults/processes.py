@@ -118,13 +118,18 @@ class Running:
     def _launch(
         self, command: TinyCommand, env: Mapping[str, str | None]
     ) -> "subprocess.Popen[bytes]":
+        words = command.words.split()
         launcher = [] if command.launcher == "-" else ["-m", *command.launcher.split()]
+        start = [*launcher, "-m", *words]
+        if command.constants:
+            arguments = f"{words}, {dict(command.constants)}"
+            start = ["-c", f"from {__name__} import run_here; run_here({arguments})"]
         path = os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))
         mark = {MARK: str(self.folder)}
         merged = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **mark, **env}
         with open(self._logs[0], "w") as out, open(self._logs[1], "w") as err:
             return subprocess.Popen(
-                [sys.executable, *launcher, "-m", *command.words.split()],
+                [sys.executable, *start],
                 cwd=self.folder,
                 env={key: value for key, value in merged.items() if value is not None},
                 stdin=subprocess.DEVNULL,
@@ -209,13 +214,18 @@ def _run_forked(
         os.environ.pop(key, None)
         if value is not None:
             os.environ[key] = value
-    for name, number in command.constants.items():
-        module, _, constant = name.partition(":")
-        setattr(import_module(module), constant, number)
     for each in before:
         each()
-    sys.argv = command.words.split()
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    run_here(command.words.split(), command.constants)
+
+
+def run_here(words: list[str], constants: Mapping[str, int]) -> None:
+    """Run `python -m <words>` in this process, with changed constants."""
+    for name, number in constants.items():
+        module, _, constant = name.partition(":")
+        setattr(import_module(module), constant, number)
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 def run(

@@ -47,6 +47,7 @@ from isic.runtime.errors import UserError
 from isic.runtime.files import copy_file, holds, refuse_foreign, sha256, write_json
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.machine import processor
+from isic.runtime.only_writer import only_writer
 from isic.runtime.remote import publish
 from isic.runtime.urls import shown
 from isic.tables import write_parquet
@@ -93,7 +94,8 @@ def _embed_splits(settings: EmbedSettings, watch: Watch | None) -> None:
     device = choose_device(models, settings.device, uses_ray=settings.ray is not None)
     settings = settings.model_copy(update={"device": device})
     for source in find_sources(settings):
-        embed_split(source, models, model_dir / FOLDS_FILE, settings, watch)
+        with only_writer(settings.run_dir / source.split):
+            embed_split(source, models, model_dir / FOLDS_FILE, settings, watch)
 
 
 def find_sources(settings: EmbedSettings) -> list[Source]:

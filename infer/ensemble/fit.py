@@ -56,6 +56,7 @@ from isic.folds import Folds
 from isic.layout import FOLDS_FILE, OOF_FILE
 from isic.metadata import with_patient
 from isic.runtime.files import sha256, versions, write_json
+from isic.runtime.only_writer import only_writer
 from isic.tables import write_parquet
 
 MODEL_SETTINGS = {"seeds", "seed", "negatives", "image_noise", "blank_share"}
@@ -72,6 +73,11 @@ def fit_ensemble(settings: FitSettings) -> Path:
     """Fit an ensemble, write it and print its out-of-fold scores. Return its folder."""
     rows = read_rows(settings)
     root = settings.output_dir / (settings.name or _default_name(rows.spec, rows.image))
+    with only_writer(root):
+        return _fit_into(root, rows, settings)
+
+
+def _fit_into(root: Path, rows: FitRows, settings: FitSettings) -> Path:
     refuse_dataset(root, "--output_dir or --name")
     refuse_foreign_folder(root)
     # Compared before fitting, which takes minutes to hours.

@@ -32,6 +32,7 @@ from isic.runtime.files import (
     versions,
     write_manifest,
 )
+from isic.runtime.only_writer import only_writer
 from isic.tables import write_parquet
 
 
@@ -102,7 +103,8 @@ def predict_submission(settings: PredictSettings) -> None:
         "out_of_fold_scores": ESTIMATES[settings.rows],
     }
     drift = drift_of(scorer, test, found.score)
-    write_submission(settings.output, test, scorer, found, origins, drift)
+    with only_writer(settings.output):
+        write_submission(settings.output, test, scorer, found, origins, drift)
     print(
         f"submission: {settings.output} ({len(found.score)} rows, "
         f"scores {found.score.min():.4f} to {found.score.max():.4f})"

@@ -32,6 +32,7 @@ from isic.runtime.files import (
     versions,
     write_manifest,
 )
+from isic.runtime.only_writer import only_writer
 from isic.tables import write_parquet
 
 TABLE_FILE = "occlusion.parquet"
@@ -68,7 +69,8 @@ def explain(settings: ExplainSettings) -> None:
     if not found:
         raise UserError("none of the images can be used; run `python -m isic check`")
     explained = [found[name] for name in names if name in found]
-    _write(settings, explained, files, store, models)
+    with only_writer(settings.output_dir):
+        _write(settings, explained, files, store, models)
     print(
         f"explained config={settings.config} split={settings.split} images={len(explained)} "
         f"bad={len(names) - len(explained)} output={settings.output_dir}"

@@ -13,6 +13,7 @@ from infer.report.subgroups import group_rows, score_groups
 from isic.html import page
 from isic.html.markup import tag
 from isic.runtime.files import write_text
+from isic.runtime.only_writer import only_writer
 
 REPORT_STYLE = Path(__file__).with_name("report.css")
 
@@ -68,7 +69,8 @@ def write_report(
         style=REPORT_STYLE.read_text(encoding="utf-8"),
     )
     path = scored.ensemble.root / REPORT_FILE
-    if groups is not None:
-        write_text(path.with_name(SUBGROUPS_FILE), groups.write_csv())
-    write_text(path, text)
+    with only_writer(path.parent):
+        if groups is not None:
+            write_text(path.with_name(SUBGROUPS_FILE), groups.write_csv())
+        write_text(path, text)
     return path

@@ -31,6 +31,7 @@ from isic.layout import ALL
 from isic.runtime.errors import UserError
 from isic.runtime.files import megabytes, new_folder, sha256, write_json
 from isic.runtime.installed import TOOLKIT, install, licences, pinned, requirements
+from isic.runtime.only_writer import only_writer
 from isic.runtime.progress import duration
 
 CODE = Path(__file__).resolve().parents[2]
@@ -57,7 +58,7 @@ def bundle(settings: BundleSettings) -> None:
     artifacts = {
         need.name: (need, find_artifacts(need, settings.runs / need.name, wanted)) for need in needs
     }
-    with new_folder(target) as folder:
+    with only_writer(target), new_folder(target) as folder:
         # In the order in which they are to embed.
         networks = [
             pack_network(*artifacts[name], folder / NETWORKS_DIR / name)

@@ -43,6 +43,7 @@ from isic.layout import ALL, ERRORS_FILE, find_embeddings
 from isic.runtime.errors import UserError, first_line, warn
 from isic.runtime.files import digest, read_manifest
 from isic.runtime.interrupt import Interrupted, interruptible
+from isic.runtime.only_writer import only_writer
 from isic.runtime.progress import duration
 from isic.tables import read_parquet
 
@@ -83,7 +84,7 @@ def submit(settings: SubmitSettings) -> int:
     """Run `infer submit`, which its settings describe. Return the exit code."""
     clock = Clock(settings.hours)
     try:
-        with interruptible():
+        with interruptible(), only_writer(settings.output):
             bundle = open_bundle(settings.bundle)
             test = read_test_table(Dataset(settings.data or find_data(settings.input)))
             refuse_foreign_submission(settings.output)

@@ -11,6 +11,7 @@ from isic.importers.table import build_table, full_name
 from isic.metadata import with_patient
 from isic.runtime.errors import UserError
 from isic.runtime.files import holds, refuse_foreign, sha256, write_json
+from isic.runtime.only_writer import only_writer
 from isic.runtime.progress import TimeLeft
 from isic.settings import ImportSettings
 from isic.synth.write import HEADER_BYTES, write_images, write_table
@@ -29,6 +30,11 @@ def import_collection(settings: ImportSettings) -> None:
     Raises:
         UserError: files or columns are missing, or the output folder holds something else.
     """
+    with only_writer(settings.output_dir):
+        _import(settings)
+
+
+def _import(settings: ImportSettings) -> None:
     collection = COLLECTIONS[settings.collection]
     files = SourceFiles(settings.source)
     paths = find_tables(files, collection)
@@ -39,18 +45,22 @@ def import_collection(settings: ImportSettings) -> None:
     _refuse_other_output(settings.output_dir)
     print(f"importing {len(ids):,} images of {collection.title}", flush=True)
     out = settings.output_dir
+    manifest: dict[str, object] = {
+        "collection": settings.collection,
+        "title": collection.title,
+        "url": collection.url,
+        "licence": collection.licence,
+        "source_of_malignancy": collection.source_of_kinds,
+    }
+    # Before the other files, so that a run that is killed can be repeated.
+    write_json(out / MANIFEST, {**manifest, "unfinished": True})
     # The table is last but for the manifest: without it the folder is no dataset yet.
     _write_files(out / IMAGE_FILE, images)
     if masks:
         _write_files(out / MASK_FILE, masks)
     write_table(out / TABLE_FILE, table)
     positives = int(table[schema.TARGET].sum())
-    manifest = {
-        "collection": settings.collection,
-        "title": collection.title,
-        "url": collection.url,
-        "licence": collection.licence,
-        "source_of_malignancy": collection.source_of_kinds,
+    manifest |= {
         "diagnoses": {code: full_name(found) for code, found in collection.diagnoses.items()},
         "tables": {path.name: sha256(path) for path in paths.values()},
         "rows": len(ids),

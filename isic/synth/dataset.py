@@ -22,6 +22,7 @@ from isic.runtime.errors import UserError
 from isic.runtime.fields import Fields, read_fields
 from isic.runtime.files import sha256, versions, write_json
 from isic.runtime.machine import num_cores
+from isic.runtime.only_writer import only_writer
 from isic.settings import SynthSettings
 from isic.synth.crops import Crop, crop_specs, render
 from isic.synth.rows import SyntheticRows, default_positives, draw_rows, num_patients
@@ -114,8 +115,12 @@ def synthesize(settings: SynthSettings, say: Callable[[str], None] = lambda _: N
     Raises:
         UserError: too many positives, or the folder holds another dataset or cannot be written.
     """
-    spec = spec_of(settings)
-    out = settings.output_dir
+    with only_writer(settings.output_dir):
+        return _write_dataset(settings.output_dir, spec_of(settings), say)
+
+
+def _write_dataset(out: Path, spec: Spec, say: Callable[[str], None]) -> bool:
+    """Write the files, unless they are there. Return whether they were written."""
     if _is_done(out, spec):
         return False
     _remove_leftovers(out)

@@ -46,6 +46,7 @@ from isic.layout import FOLDS_FILE, OOF_FILE
 from isic.metrics import pauc
 from isic.runtime.errors import UserError
 from isic.runtime.files import copy_file, sha256, versions, write_json
+from isic.runtime.only_writer import only_writer
 from isic.tables import write_parquet
 
 NUM_STEPS = 20
@@ -64,6 +65,11 @@ def write_blend(settings: BlendSettings) -> Path:
     """
     members = open_members(settings.ensembles)
     root = settings.output_dir / settings.name
+    with only_writer(root):
+        return _blend_into(root, members, settings)
+
+
+def _blend_into(root: Path, members: Mapping[str, Ensemble], settings: BlendSettings) -> Path:
     refuse_dataset(root, "--output_dir or --name")
     refuse_foreign_folder(root)
     _refuse_own_members(root, members)
