@@ -104,7 +104,7 @@ COMMANDS: dict[str, TinyCommand] = {
     "train_cached": _train("--augment_on workers --cache disk --positive_repeats 3"),
     "train_device": _train("--augment_on device --positive_repeats 3 --select_epoch best"),
     "export": TinyCommand(
-        f"export --config demo --model_dir {OUT}/demo --data {INPUTS}/data",
+        f"export --config demo --model_dir {OUT}/demo --data {INPUTS}/data --fold 0",
         reader=f"infer embed --config demo --model_dir {OUT}/demo --data {INPUTS}/data "
         f"--output_dir {OUT}/embeddings --num_threads 1 --quiet true",
         copied={"demo": "trained/demo"},

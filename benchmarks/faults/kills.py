@@ -32,19 +32,17 @@ CLOCK_SHARE = 0.4
 READ_SHARE = 0.3
 """Share of the attempts in which another command reads the output of the killed one."""
 
-FORKED = (
-    *("train", "train_cached", "train_device", "export", "embed", "fit", "blend", "predict"),
-    *("bundle", "submit", "synth", "import", "folds", "check", "report", "explain"),
+SHORT = (
+    *("train", "train_cached", "train_device", "embed", "fit", "blend", "predict", "bundle"),
+    *("submit", "synth", "import", "folds", "check", "report", "explain"),
 )
-"""Commands that a fork runs, each of which is a target per kind."""
-STARTED = (
-    "train_in_two_processes",
-    "embed_with_decoder_processes",
-    "embed_in_two_processes",
-    "embed_on_ray",
-    "export_aoti",
+"""Commands that are a target per kind."""
+LONG = (
+    *("export", "train_in_two_processes", "embed_with_decoder_processes"),
+    *("embed_in_two_processes", "embed_on_ray", "export_aoti"),
 )
-"""Commands that start other processes and take long: a target each, of the first two kinds."""
+"""Commands that take half a minute, which share one target."""
+LONG_TARGET = "long"
 
 
 @dataclass(frozen=True)
@@ -72,28 +70,32 @@ class KillsCampaign:
 
     name = "kills"
     targets: Sequence[str] = (
-        *(f"{command}-{kind}" for command in FORKED for kind in KINDS),
-        *STARTED,
+        *(f"{command}-{kind}" for command in SHORT for kind in KINDS),
+        LONG_TARGET,
     )
 
     def prepare(self, folder: Path) -> None:
         self._tiny = Tiny(folder)
-        self._tiny.prepare((*FORKED, *STARTED))
+        self._tiny.prepare((*SHORT, *LONG))
 
     def attempt(self, target: str, seed: int, folder: Path) -> Attempt:
         started = time.monotonic()
         random = Random(f"{target} {seed}")
         name, _, kind = target.partition("-")
+        if target == LONG_TARGET:
+            name = LONG[seed % len(LONG)]
         command = COMMANDS[name]
         facts = self._tiny.facts(name)
-        kinds = (kind,) if kind else KINDS[:2]
+        kinds = (kind,) if kind else KINDS[:2] if command.launcher else KINDS
         kills = draw_kills(random, kinds, facts, can_count=not command.launcher)
         fresh_folder(folder, self._tiny.inputs, command)
         limit = LIMIT + SLOWER * facts["seconds"]
         expected = self._tiny.undisturbed(name) / OUT
         exposed = Exposed(command, folder, expected, limit, random)
         problem = exposed.expose(kills)
-        detail = f"{', then '.join(map(str, kills))}: {problem or 'the same bytes in the end'}"
+        detail = (
+            f"{name}: {', then '.join(map(str, kills))}: {problem or 'the same bytes in the end'}"
+        )
         outcome: Outcome = "failed" if problem else "survived"
         return Attempt(self.name, target, seed, outcome, detail, time.monotonic() - started)
 
