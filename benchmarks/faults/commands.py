@@ -40,7 +40,7 @@ class TinyCommand:
     """A command that reads the output."""
     copied: Mapping[str, str] = field(default_factory=dict)
     """Inputs by the place in the output that they are copied to, since the command adds to them."""
-    constants: Mapping[str, int] = field(default_factory=dict)
+    constants: Mapping[str, object] = field(default_factory=dict)
     """Changed values by `module:NAME`, so that tiny data have several parts."""
     launcher: str = ""
     """Module that starts it in a new interpreter, `-` for itself; else a warm process is forked."""
@@ -80,7 +80,9 @@ def _train(flags: str, launcher: str = "") -> TinyCommand:
     return TinyCommand(
         # From the beginning with --resume, because a checkpoint holds all settings.
         f"{TRAIN} --output_dir {OUT} --epochs 3 --fold 0 --resume {flags}",
-        reader=f"export --config demo --model_dir {OUT}/demo",
+        # Cheaper than an export, which reads the checkpoint.
+        reader=f"{TRAIN} --output_dir {OUT} --name read --epochs 1 --fold 0 "
+        f"--pretrained {OUT}/demo",
         launcher=launcher,
     )
 

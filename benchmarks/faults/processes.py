@@ -219,7 +219,7 @@ def _run_forked(
     run_here(command.words.split(), command.constants)
 
 
-def run_here(words: list[str], constants: Mapping[str, int]) -> None:
+def run_here(words: list[str], constants: Mapping[str, object]) -> None:
     """Run `python -m <words>` in this process, with changed constants."""
     for name, number in constants.items():
         module, _, constant = name.partition(":")
