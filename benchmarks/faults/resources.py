@@ -28,6 +28,7 @@ MAX_FILES = 256
 MEMORY_BYTES = 2**30
 """Bytes that a command may take in addition to those of its imports."""
 TEN_DAYS = 864_000.0
+DATA = "data"
 ODD_NAME = "a folder, märz 'übung' 病変 $HOME"
 BLOCKER = "a file in place of the folder"
 
@@ -53,6 +54,10 @@ class Setting:
     """Runs at the same time."""
     lift: Callable[[], object] = tuple
     """Ends the fault, so that the command can be repeated."""
+    others_expected: Callable[[], Path] | None = None
+    """Makes another output that is as right as the undisturbed one."""
+    during: tuple[float, Callable[[], object]] | None = None
+    """Seconds after the start, and what happens then."""
 
     @property
     def out(self) -> Path:
@@ -75,7 +80,12 @@ class Setting:
 
     def run(self) -> Ended:
         """Run the command in these circumstances."""
-        return self.start().end(self.limit)
+        running = self.start()
+        if self.during:
+            seconds, act = self.during
+            running.wait(seconds)
+            act()
+        return running.end(self.limit)
 
     def run_plain(self) -> Ended:
         """Run the command again, without a fault."""
@@ -221,6 +231,41 @@ def two_at_once(setting: Setting) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def tables_replaced(setting: Setting) -> Iterator[None]:
+    """Replace the tables by shorter ones during the run, and expect the result of either."""
+    inputs = setting.folder / INPUTS
+    prepared = inputs.resolve()
+    inputs.unlink()
+    inputs.mkdir()
+    for path in prepared.iterdir():
+        if path.name != DATA:
+            (inputs / path.name).symlink_to(path)
+    shutil.copytree(prepared / DATA, inputs / DATA)
+    delay = setting.random.uniform(0, setting.facts["seconds"])
+    setting.note = f"tables replaced after {delay:.2f} s"
+    setting.during = (delay, partial(shorten_tables, inputs / DATA))
+    setting.others_expected = partial(_result_of_shorter, setting)
+    yield
+
+
+def shorten_tables(data: Path) -> None:
+    """Replace each table of a dataset by one without its last row, in one step."""
+    for name in ("train-metadata.csv", "test-metadata.csv", "sample_submission.csv"):
+        lines = (data / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (data / "new").write_text("".join(lines[:-1]), encoding="utf-8")
+        (data / "new").replace(data / name)
+
+
+def _result_of_shorter(setting: Setting) -> Path:
+    """Run the command on the shorter tables alone. Return its output."""
+    folder = setting.folder / "shorter"
+    folder.mkdir()
+    fresh_folder(folder, setting.folder / INPUTS, setting.command)
+    run(setting.command, folder, setting.limit, setting.always)
+    return folder / OUT
+
+
 CONDITIONS: Mapping[str, Condition] = {
     "full_disk": full_disk,
     "large_files_refused": large_files_refused,
@@ -236,6 +281,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "c_locale": c_locale,
     "odd_path": odd_path,
     "two_at_once": two_at_once,
+    "tables_replaced": tables_replaced,
 }
 MOUNTED = {"full_disk", "read_only_folder", "small_shared_memory"}
 """Conditions that need a file system of their own, for which a process must be root."""
@@ -283,6 +329,8 @@ def expose(setting: Setting, condition: str) -> tuple[Outcome, str]:
                 return "failed", str(ended)
         if not all(ended.is_refusal for ended in runs):
             found = differences(setting.out, setting.expected)
+            if found and setting.others_expected:
+                found = differences(setting.out, setting.others_expected())
             reason = ", ".join(found[:5]) or "the same bytes"
             return ("failed" if found else "survived"), reason
         return _judge_refusal(setting, runs[0])
@@ -292,6 +340,8 @@ def _judge_refusal(setting: Setting, ended: Ended) -> tuple[Outcome, str]:
     broken = broken_files(setting.out)
     if broken:
         return "failed", f"{ended.last_line}; {', '.join(broken)}"
+    if setting.others_expected:  # the tables are no longer those of the undisturbed run
+        return "refused", ended.last_line
     setting.lift()
     again = setting.run_plain()
     found = differences(setting.out, setting.expected)

@@ -15,7 +15,7 @@ from benchmarks.faults.resources import CONDITIONS, MOUNTED, ResourcesCampaign
 
 FIT_TABLES = TinyCommand(f"{FIT} --features raw --output_dir {OUT}")
 NAMES = ("train", "import", "fit_tables", "careless_import")
-REFUSED = {"large_files_refused", "file_for_folder"}
+REFUSED = {"large_files_refused", "file_for_folder", "tables_replaced"}
 SURVIVED = {"no_home", "few_files", "one_core", "clock_set_back", "odd_path", "two_at_once"}
 
 

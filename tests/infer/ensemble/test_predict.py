@@ -185,6 +185,12 @@ def test_a_table_of_the_dataset_is_not_overwritten(project: Path, tmp_path: Path
         predict_table(project, "engineered", data=data, output=data)
 
 
+def test_a_file_in_place_of_the_output_folder_is_reported(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*choose another output folder"):
+        predict_table(project, "engineered", output=tmp_path / "file" / "s.csv")
+
+
 @pytest.mark.parametrize("place", ["output", "models", "drift", "manifest", "link", "artifact"])
 def test_only_a_submission_is_replaced(project: Path, tmp_path: Path, place: str) -> None:
     """No other file with the name of the submission, its manifest or its models is."""

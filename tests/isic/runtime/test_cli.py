@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -129,6 +130,38 @@ def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "the disk is full, so x.bin was not written; free space"),
+        (errno.EROFS, "cannot write x.bin (Read-only file system); choose another output folder"),
+        (errno.EFBIG, "cannot write x.bin (File too large); choose another output folder"),
+    ],
+)
+def test_a_disk_that_cannot_be_written_is_one_message_whatever_writes(
+    number: int, words: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(settings: object) -> None:
+        raise OSError(number, os.strerror(number), "x.bin")
+
+    monkeypatch.setattr("isic.check.check", fail)
+    ended = cli("isic", "check", "--data", tmp_path)
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: {words}")
+    assert ended.err.count("\n") == 1
+
+
+def test_an_error_of_reading_is_not_taken_for_one_of_writing(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(settings: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "x.bin")
+
+    monkeypatch.setattr("isic.check.check", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        cli("isic", "check", "--data", tmp_path)
 
 
 def test_ctrl_c_is_a_word(tmp_path: Path) -> None:
