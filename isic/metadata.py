@@ -9,6 +9,7 @@ import polars as pl
 from isic import schema
 from isic.headers import IMAGE_SUFFIXES
 from isic.runtime.errors import UserError, first_line, warn_once
+from isic.runtime.inputs import reading_input
 from isic.tables import read_column, read_table
 
 MISSING = (
@@ -40,7 +41,9 @@ def read_metadata(path: Path, need: Iterable[str] = ()) -> pl.DataFrame:
             of the wrong type, a target other than 0 or 1, duplicate or blank ids, no rows.
     """
     require_file(path)
-    return check_metadata(read_table(path), path, need)
+    with reading_input(path):
+        table = read_table(path)
+    return check_metadata(table, path, need)
 
 
 def check_metadata(
@@ -75,7 +78,8 @@ def read_ids(path: Path) -> pl.Series:
     """
     require_file(path)
     # The other columns would be most of a run's memory.
-    ids = read_column(path, schema.ID)
+    with reading_input(path):
+        ids = read_column(path, schema.ID)
     if ids is None:
         raise UserError(f"{path} lacks the column {schema.ID}; add it")
     ids = _typed(ids, path)

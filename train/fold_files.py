@@ -90,8 +90,8 @@ def save_fold(
         args=settings.model_dump(mode="json"),
     )
     made_from = {
-        "metadata_sha256": sha256(data.metadata_paths[0]),
-        "extra_sha256": [sha256(path) for path in data.metadata_paths[1:]],
+        "metadata_sha256": data.metadata_digests[0],
+        "extra_sha256": data.metadata_digests[1:],
         "num_rows": len(data.table),
     }
     write_manifest(

@@ -14,6 +14,7 @@ from isic.images import NO_IMAGE, failures, open_hdf5
 from isic.layout import ALL, ERRORS_FILE, FOLDS_FILE, Fold
 from isic.preprocess import check_mask, decode
 from isic.runtime.errors import UserError, warn, warn_once
+from isic.runtime.files import sha256
 from isic.runtime.machine import num_cores
 from isic.tables import write_parquet
 from train import distributed
@@ -61,6 +62,8 @@ class TrainData:
     folds: Folds
     metadata_paths: list[Path]
     """The training tables: of the dataset, then of each extra dataset."""
+    metadata_digests: list[str]
+    """Their SHA-256, of when they were read: they may change while a network is trained."""
 
     @property
     def table(self) -> pl.DataFrame:
@@ -123,7 +126,8 @@ def load_data(settings: TrainSettings) -> TrainData:
         write_parquet(settings.run_dir / ERRORS_FILE, rows.skipped)
     no_fold = np.full(sum(sizes[1:]), EXTRA, np.int8)
     source = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)
-    return TrainData(rows, np.concatenate([fold, no_fold]), source, folds, paths)
+    digests = [sha256(path) for path in paths]
+    return TrainData(rows, np.concatenate([fold, no_fold]), source, folds, paths, digests)
 
 
 def sample_rows(table: pl.DataFrame, num_rows: int, seed: int) -> pl.DataFrame:

@@ -132,7 +132,7 @@ COMMANDS: dict[str, TinyCommand] = {
     ),
     "submit": TinyCommand(
         f"infer submit --bundle {INPUTS}/bundle --data {INPUTS}/data --num_threads 1 "
-        f"--output {OUT}/submission.csv --quiet true",
+        f"--output {OUT}/submission.csv --quiet true --strict true",
         constants=SMALL_SHARDS,
     ),
     "synth": TinyCommand(

@@ -172,7 +172,9 @@ class Exposed:
         """Return what is wrong after a kill."""
         if ended.code is None:
             return "the command did not end"
-        if ended.code not in {0, -kill.number, 128 + kill.number} or ended.has_traceback:
+        is_usual = ended.code in {0, -kill.number, 128 + kill.number} and not ended.has_traceback
+        # torchrun itself ends with a traceback.
+        if not is_usual and not self.command.launcher.startswith("torch"):
             return f"the killed command: {ended}"
         broken = broken_files(self.out)
         if broken:

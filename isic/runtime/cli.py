@@ -20,6 +20,7 @@ from isic.runtime.config import Settings, build
 from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.extras import missing_library
 from isic.runtime.files import disk_error, is_of_writing
+from isic.runtime.inputs import one_command
 from isic.runtime.remote import fetch
 
 HELP = {"--help", "-h"}
@@ -162,7 +163,8 @@ def _call(command: Command, extra: tuple[str, ...], flags: Mapping[str, str]) ->
             fetch(path, wanted)
         # Imported only now: settings are checked before heavy libraries take seconds to load.
         function: Callable[[Settings], int | None] = resolve_name(command.function)
-        return function(settings)
+        with one_command():
+            return function(settings)
     except ModuleNotFoundError as error:
         problem = missing_library(error, command.extra)
         if problem:

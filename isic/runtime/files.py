@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isic.runtime.errors import UserError
+from isic.runtime.inputs import refuse_changed
 
 FOLDER_VARIABLE = "ISIC_CACHE_DIR"
 """Environment variable of the cache folder."""
@@ -242,10 +243,16 @@ def parse_json(text: str, source: Path) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file's bytes.
+
+    Raises:
+        UserError: it cannot be read, or is a table that has changed since this command read it.
+    """
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        refuse_changed(path)
+        return found
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except OSError as error:
