@@ -159,6 +159,10 @@ COMMANDS: dict[str, TinyCommand] = {
         f"infer explain --config demo --model_dir {INPUTS}/demo --data {INPUTS}/data --split test "
         f"--ids @{INPUTS}/ids --output_dir {OUT}",
     ),
+    "triage": TinyCommand(
+        f"infer triage --ensemble {INPUTS}/blend --data {INPUTS}/data --split train "
+        f"--max_patients 4 --embeddings {INPUTS}/embeddings/demo --output {OUT}/triage.html",
+    ),
     "train_in_two_processes": _train("", "torch.distributed.run --standalone --nproc-per-node 2"),
     "embed_with_decoder_processes": _embed("--decode_in processes --num_threads 2", "-"),
     "embed_in_two_processes": _embed("--num_processes 2", "-"),

@@ -34,7 +34,7 @@ READ_SHARE = 0.3
 
 SHORT = (
     *("train", "train_cached", "train_device", "embed", "fit", "blend", "predict", "bundle"),
-    *("submit", "synth", "import", "folds", "check", "report", "explain"),
+    *("submit", "synth", "import", "folds", "check", "report", "explain", "triage"),
 )
 """Commands that are a target per kind."""
 LONG = (
@@ -76,7 +76,7 @@ class KillsCampaign:
 
     def prepare(self, folder: Path) -> None:
         self._tiny = Tiny(folder)
-        self._tiny.prepare((*SHORT, *LONG))
+        self._tiny.prepare(SHORT)
 
     def attempt(self, target: str, seed: int, folder: Path) -> Attempt:
         started = time.monotonic()
@@ -84,6 +84,7 @@ class KillsCampaign:
         name, _, kind = target.partition("-")
         if target == LONG_TARGET:
             name = LONG[seed % len(LONG)]
+            self._tiny.prepare([name])  # only now, because it takes long
         command = COMMANDS[name]
         facts = self._tiny.facts(name)
         kinds = (kind,) if kind else KINDS[:2] if command.launcher else KINDS

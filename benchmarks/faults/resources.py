@@ -287,7 +287,7 @@ MOUNTED = {"full_disk", "read_only_folder", "small_shared_memory"}
 """Conditions that need a file system of their own, for which a process must be root."""
 EXPOSED = (
     *("train", "export", "embed", "fit", "blend", "predict", "bundle", "submit"),
-    *("synth", "import", "folds", "check", "report", "explain"),
+    *("synth", "import", "folds", "check", "report", "explain", "triage"),
 )
 
 

@@ -1,5 +1,7 @@
 """The inputs of the tiny commands, and their undisturbed results."""
 
+import contextlib
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -42,7 +44,7 @@ class Tiny:
             if not self.undisturbed(name).exists():
                 making = self._run(name, COMMANDS[name])
                 self.undisturbed(name).parent.mkdir(exist_ok=True)
-                making.rename(self.undisturbed(name))
+                _move(making, self.undisturbed(name))
 
     def undisturbed(self, name: str) -> Path:
         """Return the folder in which a command has run without a fault."""
@@ -64,12 +66,12 @@ class Tiny:
         for wanted in sorted(PREPARED[name].inputs):
             self._make_input(wanted)
         making = self._run(name, PREPARED[name])
-        (making / OUT / name).rename(path)
+        _move(making / OUT / name, path)
         shutil.rmtree(making)
 
     def _run(self, name: str, command: TinyCommand) -> Path:
         """Run a command without a fault. Return its folder."""
-        making = self.folder / MAKING / name
+        making = self.folder / MAKING / f"{name}-{os.getpid()}"
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
         fresh_folder(making, self.inputs, command)
@@ -80,6 +82,14 @@ class Tiny:
         operations = len(read_operations(making / OPERATIONS))
         write_json(making / FACTS, {"seconds": ended.seconds, "operations": operations})
         return making
+
+
+def _move(source: Path, target: Path) -> None:
+    """Give a folder its name, unless another worker has made an equal one meanwhile."""
+    with contextlib.suppress(OSError):
+        source.rename(target)
+    if not target.exists():
+        raise UserError(f"{target} cannot be written; choose another --work_dir")
 
 
 def write_collection(data: Path, path: Path) -> None:
