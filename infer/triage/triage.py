@@ -45,6 +45,7 @@ from isic.runtime.files import (
     write_manifest,
     write_text,
 )
+from isic.runtime.only_writer import only_writer
 from isic.tables import reading
 
 TRIAGE_STYLE = Path(__file__).with_name("triage.css")
@@ -71,7 +72,7 @@ def triage(settings: TriageSettings) -> None:
     counts = len(rows.metadata), with_patient(rows.metadata)[schema.PATIENT].n_unique()
     style = "".join(path.read_text(encoding="utf-8") for path in (REPORT_STYLE, TRIAGE_STYLE))
     back = quote(f"../{settings.output.name}")
-    with _opened(network) as embedder:
+    with only_writer(settings.output), _opened(network) as embedder:
         # One at a time: a page has the pictures of all of a patient's lesions.
         texts = (
             patient_page(

@@ -25,6 +25,9 @@ from isic.runtime.remote import fetch
 
 HELP = {"--help", "-h"}
 VERSION = "--version"
+NO_THREAD = "can't start new thread"
+"""Python's words for too little memory, or too many threads of this user."""
+MEMORY_IS_FULL = "the memory is full; end other programs, or raise a limit of `ulimit -a`"
 MAX_MESSAGE = 800
 """Characters of an error message that are printed; of a longer one both ends."""
 
@@ -136,22 +139,33 @@ def _fire_function(command: Command) -> Callable[..., None]:
     def call(*extra: str, **flags: str) -> None:
         try:
             code = _call(command, extra, flags)
-        except UserError as error:
-            code = report_error(str(error))
-        except PermissionError as error:
-            reason = f"no access to {error.filename} ({error.strerror})"
-            code = report_error(f"{reason}; change its permissions")
-        except OSError as error:
-            if not is_of_writing(error):
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            sentence = _sentence(error)
+            if sentence is None:
                 raise
-            code = report_error(
-                str(disk_error(error.filename2 or error.filename or "a file", error))
-            )
+            code = report_error(sentence)
         if code:
             sys.exit(code)
 
     wrapped: Callable[..., None] = SetParseFn(str)(call)
     return wrapped
+
+
+def _sentence(error: Exception) -> str | None:
+    """Return the message on a problem that the user can fix, None for a bug."""
+    match error:
+        case UserError():
+            return str(error)
+        case PermissionError():
+            reason = f"no access to {error.filename} ({error.strerror})"
+            return f"{reason}; change its permissions"
+        case OSError() if is_of_writing(error):
+            return str(disk_error(error.filename2 or error.filename or "a file", error))
+        case MemoryError():
+            return MEMORY_IS_FULL
+        case RuntimeError() if NO_THREAD in str(error):
+            return MEMORY_IS_FULL
+    return None
 
 
 def _call(command: Command, extra: tuple[str, ...], flags: Mapping[str, str]) -> int | None:

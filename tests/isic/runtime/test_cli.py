@@ -153,6 +153,19 @@ def test_a_disk_that_cannot_be_written_is_one_message_whatever_writes(
     assert ended.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_full_memory_is_one_message(
+    error: Exception, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr("isic.check.check", fail)
+    ended = cli("isic", "check", "--data", tmp_path)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert ended.err.startswith("error: the memory is full; ")
+
+
 def test_an_error_of_reading_is_not_taken_for_one_of_writing(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
