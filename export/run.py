@@ -407,16 +407,18 @@ def measure_parity(
 
 def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | None) -> None:
     """Write the manifest and the parity record of an artifact that has its name, and print it."""
+    remember([{**manifest, "sha256": sha256(artifact)}])
+    if parity is not None:
+        record_parity(artifact, {"passed": True, **parity})
+    # Last of all: an artifact with a manifest is not made again.
     fields = {key: manifest[key] for key in manifest if key not in {"artifact", "sha256"}}
     write_manifest(artifact, **{**fields, "parity": parity})
-    remember([{**manifest, "sha256": sha256(artifact)}])
     megabytes = artifact.stat().st_size / 1e6
     start = f"{label(manifest)} {megabytes:7.1f} {manifest['build_seconds']:8.1f}"
     if parity is None:
         note = "not checked: run --check on a GPU"
         print(f"{start} {note:>32}  {artifact}")
         return
-    record_parity(artifact, {"passed": True, **parity})
     worst = worst_figures(parity)
     error = figure(worst["max_logit_error"], ".1e")
     rank = figure(worst["rank_correlation"], ".5f")

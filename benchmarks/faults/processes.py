@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
@@ -28,6 +28,13 @@ GRACE = 20.0
 """Seconds that the descendants of a killed process may take to end."""
 MARK = "ISIC_FAULTS_ATTEMPT"
 """Environment variable by which the descendants of a new interpreter are found."""
+
+COMMON = {
+    # Before Python 3.13 the fork server does not get sys.path.
+    "PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in sys.path if path),
+    "OMP_NUM_THREADS": "1",
+}
+"""Environment variables of all commands."""
 
 Before = Callable[[], None]
 """Called in the new process before its command; can be pickled."""
@@ -107,12 +114,10 @@ class Running:
     ) -> BaseProcess:
         context = get_context("forkserver")
         context.set_forkserver_preload([__name__, *command_modules(), *LAZY])
-        # Before Python 3.13 the fork server does not get sys.path.
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        os.environ["OMP_NUM_THREADS"] = "1"
         arguments = (command, self.folder, self._logs, before, env)
         process = context.Process(target=_run_forked, args=arguments)
-        process.start()
+        with _environment(COMMON):  # that of the fork server, which the first one starts
+            process.start()
         return process
 
     def _launch(
@@ -124,9 +129,7 @@ class Running:
         if command.constants:
             arguments = f"{words}, {dict(command.constants)}"
             start = ["-c", f"from {__name__} import run_here; run_here({arguments})"]
-        path = os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))
-        mark = {MARK: str(self.folder)}
-        merged = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **mark, **env}
+        merged = {**os.environ, **COMMON, MARK: str(self.folder), **env}
         with open(self._logs[0], "w") as out, open(self._logs[1], "w") as err:
             return subprocess.Popen(
                 [sys.executable, *start],
@@ -196,6 +199,19 @@ class Running:
                 if is_own and pid != self.pid and state[0] != "Z":
                     found.append(pid)
         return found
+
+
+@contextmanager
+def _environment(changed: Mapping[str, str]) -> Iterator[None]:
+    former = {name: os.environ.pop(name, None) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 def _run_forked(

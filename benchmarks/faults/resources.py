@@ -207,7 +207,7 @@ def clock_set_back(setting: Setting) -> Iterator[None]:
 
 @contextmanager
 def c_locale(setting: Setting) -> Iterator[None]:
-    setting.command = replace(setting.command, launcher="-", constants={})
+    setting.command = replace(setting.command, launcher="-")
     setting.env |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     yield
 

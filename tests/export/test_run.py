@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -15,11 +16,11 @@ import torch
 
 from export.formats import ArtifactSpec, BuildInputs
 from export.options import ExportSettings
-from export.run import artifact_spec, calibration_sample, load_source, parity_sample
+from export.run import artifact_spec, calibration_sample, load_source, parity_sample, publish
 from infer.engines import load
 from isic.layout import BEST_CHECKPOINT
 from isic.runtime.errors import UserError
-from isic.runtime.files import read_manifest, sha256
+from isic.runtime.files import manifest_path, read_manifest, sha256
 from tests.support.commands import Cli, run_module
 from train.checkpoint import load_checkpoint, save_checkpoint
 
@@ -130,6 +131,19 @@ def test_a_failed_parity_check_leaves_no_artifact_and_exits_1(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", ["remember", "record_parity"])
+def test_an_export_that_is_killed_before_its_last_file_is_not_up_to_date(
+    step: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = run / "fold_0" / "model.onnx"
+    manifest = read_manifest(artifact)
+    manifest_path(artifact).unlink()
+    monkeypatch.setattr(f"export.run.{step}", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        publish(artifact, manifest, manifest["parity"])
+    assert not manifest_path(artifact).exists()
+
+
 def test_bad_input_is_refused(run: Path, cli: Cli, tmp_path: Path) -> None:
     for flags, words in (
         (["--config", "other", "--model_dir", run], "is fold 0 of tiny, not fold 0 of other"),

@@ -49,7 +49,7 @@ def expose(campaign: Campaign, target: str, seeds: range, folder: Path) -> list[
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["train", "import", "fit_tables"])
 def test_a_killed_command_ends_with_the_same_bytes(name: str, kind: str, folder: Path) -> None:
-    seeds = range(3 if name == "import" else 1)
+    seeds = range(2 if name == "import" else 1)
     for attempt in expose(KillsCampaign(), f"{name}-{kind}", seeds, folder):
         assert attempt.outcome == "survived", attempt
 
@@ -61,8 +61,13 @@ def test_files_that_a_loss_of_power_damages_are_noticed(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("condition", sorted(REFUSED | SURVIVED))
-@pytest.mark.parametrize("name", ["import", "fit_tables"])
+@pytest.mark.parametrize(
+    ("name", "condition"),
+    [
+        *(("import", condition) for condition in sorted(REFUSED | SURVIVED)),
+        *(("fit_tables", condition) for condition in ("tables_replaced", "two_at_once")),
+    ],
+)
 def test_a_command_without_a_resource_refuses_or_succeeds(
     name: str, condition: str, folder: Path
 ) -> None:
