@@ -57,7 +57,7 @@ CHECKED_BATCHES = {"cpu": (1, 2, 7, 16), "cuda": (1, 2, 7, 256)}
 CAMPAIGNS = {
     "inputs": ("benchmarks.faults.inputs:InputsCampaign", 10_000),
     "kills": ("benchmarks.faults.kills:KillsCampaign", 1_000),
-    "resources": ("benchmarks.faults.resources:ResourcesCampaign", 200),
+    "resources": ("benchmarks.faults.resources:ResourcesCampaign", 225),
 }
 """Class of each campaign of faults, and its attempts."""
 ARTIFACTS_HELP = (

@@ -292,14 +292,13 @@ EXPOSED = (
 
 
 class ResourcesCampaign:
-    """Each command in each condition."""
+    """Each condition, to which the commands are exposed in turns of the seeds."""
 
     name = "resources"
 
     @property
     def targets(self) -> Sequence[str]:
-        usable = [name for name in CONDITIONS if name not in MOUNTED or can_mount()]
-        return [f"{command}-{condition}" for condition in usable for command in EXPOSED]
+        return [name for name in CONDITIONS if name not in MOUNTED or can_mount()]
 
     def prepare(self, folder: Path) -> None:
         can_mount()
@@ -308,15 +307,16 @@ class ResourcesCampaign:
 
     def attempt(self, target: str, seed: int, folder: Path) -> Attempt:
         started = time.monotonic()
-        name, _, condition = target.partition("-")
+        turn, number = divmod(seed, len(EXPOSED))
+        name = EXPOSED[number]
         undisturbed = self._tiny.undisturbed(name)
         fresh_folder(folder, self._tiny.inputs, COMMANDS[name])
         always = [partial(enter_mounts, os.getpid())] if can_mount() else []
-        random = Random(f"{target} {seed}")
+        random = Random(f"{name}-{target} {turn}")
         expected, facts = undisturbed / OUT, self._tiny.facts(name)
         setting = Setting(COMMANDS[name], folder, random, expected, facts, always)
-        outcome, detail = expose(setting, condition)
-        detail = f"{setting.note}: {detail}" if setting.note else detail
+        outcome, detail = expose(setting, target)
+        detail = ": ".join(filter(None, (name, setting.note, detail)))
         return Attempt(self.name, target, seed, outcome, detail, time.monotonic() - started)
 
 

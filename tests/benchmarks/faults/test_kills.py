@@ -71,7 +71,8 @@ def test_files_that_a_loss_of_power_damages_are_noticed(folder: Path) -> None:
 def test_a_command_without_a_resource_refuses_or_succeeds(
     name: str, condition: str, folder: Path
 ) -> None:
-    (attempt,) = expose(ResourcesCampaign(), f"{name}-{condition}", range(1), folder)
+    seed = NAMES.index(name)
+    (attempt,) = expose(ResourcesCampaign(), condition, range(seed, seed + 1), folder)
     allowed = {"survived"} if condition in SURVIVED else {"survived", "refused"}
     assert attempt.outcome in allowed, attempt
 
