@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
-from infer.engines.trust import trust_field
 from infer.formats import PRECISIONS, exported_formats
+from infer.trust import trust_field
 from isic.layout import REMOTE_DATASET, FoldFlag, find_run
 from isic.runtime.config import Settings, Several
 from isic.runtime.urls import Wanted

@@ -37,7 +37,7 @@ from export.options import ExportSettings
 from export.parity import ParityError, Reference, check_parity, worst_figures
 from export.triton import write_repository
 from infer.engines import create, unavailable_reason
-from infer.engines.trust import refuse_untrusted, remember
+from infer.trust import refuse_untrusted, remember
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import read_folds

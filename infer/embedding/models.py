@@ -10,8 +10,8 @@ from infer.embedding.choice import Found, Request, choose, find_exported
 from infer.engines import device_of, manifest_spec, network_command
 from infer.engines.contract import AUX
 from infer.engines.manifest import is_artifact, read_artifact_manifest
-from infer.engines.trust import refuse_untrusted
 from infer.formats import AUTO, ENGINE_FORMATS
+from infer.trust import refuse_untrusted
 from isic.layout import ALL, NONE, Fold, fold_files, fold_name, is_backbone
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError, warn

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
-from infer.engines.trust import trust_field
 from infer.formats import AUTO, ENGINE_FORMATS, Precision, exported_formats
+from infer.trust import trust_field
 from isic.layout import ALL, EMBEDDINGS_DIR, REMOTE_DATASET, find_embeddings
 from isic.runtime.config import Settings
 from isic.runtime.urls import Wanted

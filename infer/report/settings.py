@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from infer.engines.trust import trust_field
+from infer.trust import trust_field
 from isic.layout import OUTPUT_DIR, REMOTE_DATASET
 from isic.runtime.config import Settings, Several
 from isic.runtime.urls import Wanted

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from infer.engines.trust import refuse_untrusted, remember, trust_file
 from infer.formats import ENGINE_FORMATS
+from infer.trust import refuse_untrusted, remember, trust_file
 from isic.runtime.errors import UserError
 
 CODE = [name for name, row in ENGINE_FORMATS.items() if row.runs_code]
