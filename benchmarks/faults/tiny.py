@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import polars as pl
 
 from benchmarks.faults.commands import COMMANDS, INPUTS, OUT, PREPARED, TinyCommand
 from benchmarks.faults.operations import note_operations, read_operations
 from benchmarks.faults.processes import run
+from isic.metadata import read_ids
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_json, write_json
 
@@ -106,7 +106,7 @@ def write_collection(data: Path, path: Path) -> None:
 
 def write_ids(data: Path, path: Path) -> None:
     """Write the first ids of the test table, one per line."""
-    ids = pl.read_csv(data / "test-metadata.csv")["isic_id"][:NUM_IDS]
+    ids = read_ids(data / "test-metadata.csv")[:NUM_IDS]
     path.write_text("\n".join(ids) + "\n", encoding="utf-8")
 
 
