@@ -32,12 +32,12 @@ demo: $(SETUP)
 
 # A browser, a Ray cluster or a GPU serves one test at a time.
 test: quick
-	$(BIN)/python -m pytest -n auto -m "slow and not browser and not ray and not gpu"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not browser and not ray and not gpu"
 	$(BIN)/python -m pytest -m "browser or ray or gpu"
 
 # Without the tests that take long, start a browser or a Ray cluster, or need a GPU: about five minutes on two cores.
 quick: $(SETUP)
-	$(BIN)/python -m pytest -n auto -m "not slow and not browser and not ray and not gpu"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not browser and not ray and not gpu"
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
