@@ -100,8 +100,10 @@ def run_attempts(tasks: Sequence[Task], settings: FaultsSettings) -> Iterator[At
     if not tasks:
         return
     deadline = time.monotonic() + settings.minutes * 60
-    with one_thread_each(), Workers(settings.work_dir) as workers:
-        prepare_once(tasks, settings.work_dir)
+    # Absolute, because commands run in folders of their own.
+    work_dir = settings.work_dir.resolve()
+    with one_thread_each(), Workers(work_dir) as workers:
+        prepare_once(tasks, work_dir)
         yield from _deal_out(deque(tasks), workers, settings.num_workers or num_cores(), deadline)
 
 

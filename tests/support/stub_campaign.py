@@ -18,11 +18,13 @@ class StubCampaign:
     targets = ("first", "second", "killer", "raiser", "sleeper")
 
     def prepare(self, folder: Path) -> None:
+        assert folder.is_absolute()
         with open(folder / "prepared", "a") as file:
             file.write("once\n")
 
     def attempt(self, target: str, seed: int, folder: Path) -> Attempt:
         assert folder.is_dir()
+        assert folder.is_absolute()
         assert not list(folder.iterdir())
         (folder / "left").touch()
         if target == "killer":

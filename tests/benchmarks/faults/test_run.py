@@ -99,6 +99,17 @@ def test_a_lost_worker_and_an_exception_count_as_failed(
     assert logged(tmp_path) == [("first", 0), (target, 0), ("first", 1)]
 
 
+def test_folders_of_attempts_are_absolute(
+    run_stub: RunStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands run in folders of their own, and the default is a relative path."""
+    monkeypatch.chdir(tmp_path)
+    ended = run_stub("--work_dir", "relative", "--target", "first", "--seed", 0)
+    assert ended.code == 0, ended.out
+    assert "first 0: survived: as planned" in ended.out
+    assert (tmp_path / "relative").is_dir()
+
+
 def test_no_attempt_begins_after_the_time(run_stub: RunStub, tmp_path: Path) -> None:
     ended = run_stub("--target", "first", "--attempts", 1000, "--minutes", 1e-6)
     assert ended.code == 0, ended.err
