@@ -5,7 +5,6 @@ replaced only by one of a better candidate.
 """
 
 import contextlib
-import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -41,7 +40,7 @@ from isic import schema
 from isic.dataset import Dataset
 from isic.layout import ALL, ERRORS_FILE, find_embeddings
 from isic.runtime.errors import UserError, first_line, warn
-from isic.runtime.files import digest, read_manifest
+from isic.runtime.files import digest, read_manifest, remove_folder
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.only_writer import only_writer
 from isic.runtime.progress import duration
@@ -308,7 +307,7 @@ class Run:
     def _remove(self, folders: Iterable[Path]) -> None:
         """Remove folders of this run, and the work folder if nothing else is in it."""
         for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
         with contextlib.suppress(OSError):
             self._work.rmdir()
 

@@ -94,6 +94,15 @@ def sync_tree(folder: Path) -> None:
             sync(path)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it is there, so that a kill leaves no part of it under its name."""
+    removed = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)  # of a run that was killed
+    with contextlib.suppress(OSError):
+        path.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's content; the copy has its name only when it is whole and on the disk."""
     with atomic_path(target) as temporary:

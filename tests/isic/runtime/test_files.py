@@ -14,6 +14,7 @@ from isic.runtime.files import (
     read_json,
     read_manifest,
     refuse_foreign,
+    remove_folder,
     write_manifest,
     write_text,
 )
@@ -163,3 +164,31 @@ def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             read_json(path)
+
+
+def test_a_folder_is_removed_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of an embedding run without its manifest would be taken for somebody else's."""
+    folder = tmp_path / "run"
+
+    def write() -> None:
+        folder.mkdir()
+        for name in ("manifest.json", "errors.parquet"):
+            (folder / name).touch()
+
+    def killed(path: Path, **_: object) -> None:
+        if path.is_dir():
+            (path / "manifest.json").unlink()
+            raise KeyboardInterrupt
+
+    write()
+    with monkeypatch.context() as patched:
+        patched.setattr("isic.runtime.files.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(folder)
+    assert not folder.exists()
+    write()
+    remove_folder(folder)
+    remove_folder(folder)
+    assert not list(tmp_path.iterdir())
