@@ -16,7 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from infer.ensemble.blends.ranks import Scores
-from infer.ensemble.two_sample import TwoSample
+from infer.ensemble.two_sample import UNLIKELY, TwoSample
 from isic import schema
 from isic.metadata import with_patient
 
@@ -24,12 +24,6 @@ SCORE = "score"
 ALL_COLUMNS = "all columns together"
 NUM_BINS = 20
 """Bins of equal numbers of training rows, for numbers."""
-UNLIKELY = 4.0
-"""Standard errors beyond which a difference is reported.
-
-In 100 draws of 400 synthetic patients to train on and 200 others, the largest of all differences
-was above in one. With tbp_lv_L raised by 5, or from a new hospital, it was above in all.
-"""
 SMALLEST_VARIANCE = 0.02
 """Least p (1 - p) of a share: rarer ones are not normally distributed among few patients."""
 SMALLEST_SHARE = 1e-4

@@ -22,7 +22,11 @@ PARAMETERS = {"num_rounds": 60, "learning_rate": 0.1, "scale_pos_weight": 1.0}
 MAX_ROWS = 20_000
 """Rows of each table that are compared; patients are drawn until there are as many."""
 UNLIKELY = 4.0
-"""Standard errors above chance beyond which the tables differ, as for single columns."""
+"""Standard errors beyond which a difference is reported, of columns and of the classifier.
+
+In 100 draws of 400 synthetic patients to train on and 200 others, the largest of all differences of
+columns was above in one. With tbp_lv_L raised by 5, or from a new hospital, it was above in all.
+"""
 SMALLEST_ERROR = 1e-3
 """Least standard error: a classifier without an error has none."""
 
