@@ -19,6 +19,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,12 @@ class Ensemble:
         """The tables of own columns that a table to score needs, by name."""
         return self.spec.own.tables
 
-    @property
+    @cached_property
     def training(self) -> Summary:
         """Columns of the training table."""
         return summary_from_json(read_json(self.root / TRAINING_FILE))
 
-    @property
+    @cached_property
     def calibration(self) -> Calibration | None:
         return read_calibration(self.root, self.manifest)
 

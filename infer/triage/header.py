@@ -14,22 +14,19 @@ CAVEAT = (
     "Research software, not a medical device: the order of the lesions is no diagnosis and must "
     "not guide anyone's care. A low score does not mean that a lesion is benign."
 )
+MODEL = "Model"
+TRAINED_ON = "Trained on"
 SENSITIVITY = f"Sensitivity at {TOP_K}"
 
 
-def caveat(scorer: Scorer) -> Markup:
-    """Return what the pages are not, and in short how good the model is."""
-    facts = _training(scorer)
-    text = f"{CAVEAT} The model was trained on {facts['Trained on']}. {facts[SENSITIVITY]}."
+def caveat(model: Mapping[str, str]) -> Markup:
+    """Return the limits of the pages, and in short how good the model of `model_facts` is."""
+    text = f"{CAVEAT} The model was trained on {model[TRAINED_ON]}. {model[SENSITIVITY]}."
     return tag("p", text, class_="caveat")
 
 
-def model_facts(scorer: Scorer) -> Markup:
-    """Return what the model was trained on, and how good it was on patients it had not seen."""
-    return page.facts(_training(scorer))
-
-
-def _training(scorer: Scorer) -> dict[str, str]:
+def model_facts(scorer: Scorer) -> dict[str, str]:
+    """Return, by label, the model's training rows and its scores on patients it had not seen."""
     manifest = scorer.manifest
     target = scorer.oof()[schema.TARGET]
     lesions = manifest["lesions_per_patient"]
@@ -39,8 +36,8 @@ def _training(scorer: Scorer) -> dict[str, str]:
     )
     found = page.percent(scores[f"top_{TOP_K}_by_lesion"], 1)
     return {
-        "Model": scorer.root.name,
-        "Trained on": f"{len(target):,} lesions of {lesions['patients']:,} patients, "
+        MODEL: scorer.root.name,
+        TRAINED_ON: f"{len(target):,} lesions of {lesions['patients']:,} patients, "
         f"{int(target.sum()):,} of the lesions malignant",
         "Image networks": ", ".join(networks) or "none",
         SENSITIVITY: f"{found} of the malignant lesions of patients that it had not seen were "

@@ -5,9 +5,8 @@ from urllib.parse import quote
 
 import polars as pl
 
-from infer.ensemble.blends.artifact import Scorer
 from infer.ensemble.drift import ALL_COLUMNS, drift_warning
-from infer.triage.header import caveat, model_facts
+from infer.triage.header import MODEL, caveat
 from infer.triage.patient_page import score_text
 from infer.triage.patients import Patient
 from isic.html import page
@@ -15,7 +14,7 @@ from isic.html.markup import Markup, tag
 
 
 def index_page(
-    scorer: Scorer,
+    model: Mapping[str, str],
     patients: Sequence[Patient],
     pages: Mapping[str, str],
     counts: tuple[int, int],
@@ -25,6 +24,7 @@ def index_page(
     """Return the HTML of the index.
 
     Args:
+        model: the result of `model_facts`.
         pages: relative path of each patient's page by name.
         counts: lesions and patients of the split.
         drift: differences from training, see `measure_drift`; None for training rows.
@@ -33,7 +33,7 @@ def index_page(
     lead = f"{len(patients):,} of {num_patients:,} patients with {num_rows:,} lesions."
     sections = {
         "Patients": page.section("patients", "Patients", _patients(patients, pages, num_rows)),
-        "Model": page.section("model", "The model", model_facts(scorer)),
+        "Model": page.section("model", "The model", page.facts(model)),
     }
     if drift is not None:
         content = _drift(drift)
@@ -41,9 +41,9 @@ def index_page(
     header = tag(
         "header",
         tag("p", "Triage", class_="over"),
-        tag("h1", scorer.root.name),
+        tag("h1", model[MODEL]),
         tag("p", lead, class_="lead"),
-        caveat(scorer),
+        caveat(model),
         page.links(sections),
     )
     return page.document("Triage", header, tag("main", *sections.values()), style=style)

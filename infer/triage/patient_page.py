@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infer.ensemble.blends.artifact import Scorer
 from infer.report.case_cards import photo
 from infer.report.cases import Picture
 from infer.report.occlusion import MapPicture
 from infer.report.sections import MAP_KEY
 from infer.triage.charts import body_figure, embedding_figure
-from infer.triage.header import caveat, model_facts
+from infer.triage.header import caveat
 from infer.triage.patients import Patient
 from infer.triage.reasons import Reason
 from isic.features.formulas import LOCATION, SITE
@@ -45,11 +44,17 @@ class Shown:
 
 
 def patient_page(
-    scorer: Scorer, patient: Patient, shown: Shown, num_rows: int, index: str, style: str
+    model: Mapping[str, str],
+    patient: Patient,
+    shown: Shown,
+    num_rows: int,
+    index: str,
+    style: str,
 ) -> str:
     """Return the HTML of a patient's page.
 
     Args:
+        model: the result of `model_facts`.
         num_rows: lesions of all patients, which the scores are compared with.
         index: relative URL of the page that lists the patients.
     """
@@ -65,7 +70,7 @@ def patient_page(
         ),
         page.section(SECTIONS[1], "Among the patient's lesions", _figures(patient, shown)),
         page.section(SECTIONS[2], "The other lesions", *_others(patient, shown)),
-        page.section(SECTIONS[3], "The model", model_facts(scorer)),
+        page.section(SECTIONS[3], "The model", page.facts(model)),
     ]
     back = tag("a", "All patients", href=index)
     header = tag(
@@ -73,7 +78,7 @@ def patient_page(
         tag("p", back, class_="over"),
         tag("h1", title),
         tag("p", _lead(patient), class_="lead"),
-        caveat(scorer),
+        caveat(model),
         *_unfamiliar(patient),
         page.links(SECTIONS),
     )

@@ -76,6 +76,11 @@ class Member:
         return bool(self.ensemble.manifest["boosters"])
 
     @cached_property
+    def _reference(self) -> dict[str, Scores]:
+        """The scores that a blend of libraries ranks among."""
+        return self.ensemble.oof_models() if len(self.ensemble.weights) > 1 else {}
+
+    @cached_property
     def attribution(self) -> Attribution:
         return find_causes(self.ensemble)
 
@@ -94,8 +99,7 @@ class Member:
         keys = [key for key in self._files if key[1] in chosen]
         by_fold = scores_by_fold(keys, self._predict, chosen, table, self.num_threads)
         weights = self.ensemble.weights
-        reference = self.ensemble.oof_models() if len(weights) > 1 else {}
-        return blend(mean_of_folds(by_fold), weights, reference)
+        return blend(mean_of_folds(by_fold), weights, self._reference)
 
     def contributions(self, table: pl.DataFrame, folds: Collection[int] | None) -> Contributions:
         """Return the contributions to the scores of a feature table: means over the boosters."""
@@ -175,7 +179,12 @@ class ScoredRows:
             (score,) = scores.values()
             return score
         weights = self.scorer.weights if folds is None else self.scorer.weights_by_fold[folds[0]]
-        return blend_ranks(scores, weights, self.scorer.oof_models())
+        return blend_ranks(scores, weights, self._reference)
+
+    @cached_property
+    def _reference(self) -> dict[str, Scores]:
+        """The scores that a blend of ensembles ranks among."""
+        return self.scorer.oof_models()
 
     def contributions(
         self, tables: Mapping[str, pl.DataFrame], folds: Sequence[int] | None

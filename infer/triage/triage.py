@@ -23,6 +23,7 @@ from infer.explain.explain import safe_names
 from infer.report.cases import Picture, pictures
 from infer.report.occlusion import Network, draw_maps, open_network
 from infer.report.write import REPORT_STYLE
+from infer.triage.header import model_facts
 from infer.triage.index_page import index_page
 from infer.triage.patient_page import Shown, patient_page
 from infer.triage.patients import Patient, choose_patients
@@ -72,13 +73,15 @@ def triage(settings: TriageSettings) -> None:
     counts = len(rows.metadata), with_patient(rows.metadata)[schema.PATIENT].n_unique()
     style = "".join(path.read_text(encoding="utf-8") for path in (REPORT_STYLE, TRIAGE_STYLE))
     back = quote(f"../{settings.output.name}")
+    model = model_facts(scorer)
+    features = _read_features(settings, patients)
     with only_writer(settings.output), _opened(network) as embedder:
         # One at a time: a page has the pictures of all of a patient's lesions.
         texts = (
             patient_page(
-                scorer,
+                model,
                 patient,
-                _show(settings, rows, patient, images, network, embedder),
+                _show(rows, patient, images, features, network, embedder),
                 counts[0],
                 back,
                 style,
@@ -87,7 +90,7 @@ def triage(settings: TriageSettings) -> None:
         )
         _write(
             settings.output,
-            index_page(scorer, patients, names, counts, drift, style),
+            index_page(model, patients, names, counts, drift, style),
             zip(names.values(), texts, strict=True),
             list(names.values()),
             {"ensemble": sha256(scorer.root / ENSEMBLE_FILE), "split": settings.split},
@@ -183,10 +186,10 @@ def _opened(network: Network | None) -> Iterator[ImageEmbedder | None]:
 
 
 def _show(
-    settings: TriageSettings,
     rows: ScoredRows,
     patient: Patient,
     images: ImageStore | None,
+    features: pl.DataFrame | None,
     network: Network | None,
     embedder: ImageEmbedder | None,
 ) -> Shown:
@@ -196,12 +199,12 @@ def _show(
     calibration = rows.scorer.calibration
     maps = {}
     if network and embedder and images:
-        maps = draw_maps(embedder, images, network.folds_of(first, settings.split), LARGE)
+        maps = draw_maps(embedder, images, network.folds_of(first, rows.split), LARGE)
     return Shown(
         reasons=find_reasons(facts, range(patient.num_first)),
         pictures=_pictures(images, patient) if images else {},
         maps=maps,
-        features=_features(settings, patient),
+        features=None if features is None else _features_of(features, patient),
         probability=calibration.probability(patient.score) if calibration else None,
     )
 
@@ -211,8 +214,8 @@ def _pictures(images: ImageStore, patient: Patient) -> dict[str, Picture]:
     return pictures(images, first, LARGE) | (pictures(images, others, SMALL) if others else {})
 
 
-def _features(settings: TriageSettings, patient: Patient) -> NDArray[np.float32] | None:
-    """Return [n, D] the embeddings of a patient's lesions by the first network; None for none.
+def _read_features(settings: TriageSettings, patients: Sequence[Patient]) -> pl.DataFrame | None:
+    """Return `isic_id` and `features` of the patients' lesions by the first network, if any.
 
     Those of one model: of a train image of the one that held it out, else of the first fold.
     """
@@ -220,20 +223,30 @@ def _features(settings: TriageSettings, patient: Patient) -> NDArray[np.float32]
     if not roots:
         return None
     stored = scan_embeddings(roots[0], settings.split, ["features"])
-    wanted = patient.metadata.select(schema.ID).lazy()
+    # Of all patients at once: a scan reads the embeddings of all images.
+    wanted = pl.concat(patient.metadata.select(schema.ID) for patient in patients).lazy()
     with reading(roots[0]):
-        table = (
-            wanted.join(stored, on=schema.ID, how="left", maintain_order="left")
+        return (
+            wanted.join(stored, on=schema.ID)
             # Of a test image there is a row per fold.
-            .sort("fold", maintain_order=True)
-            .unique(schema.ID, keep="first", maintain_order=True)
+            .sort("fold")
+            .unique(schema.ID, keep="first")
+            .select(schema.ID, "features")
             .collect()
         )
-    table = patient.metadata.select(schema.ID).join(table, on=schema.ID, maintain_order="left")
+
+
+def _features_of(features: pl.DataFrame, patient: Patient) -> NDArray[np.float32] | None:
+    """Return [n, D] the embeddings of a patient's lesions, NaN for an unreadable image.
+
+    None if no image is readable.
+    """
+    ids = patient.metadata.select(schema.ID)
+    table = ids.join(features, on=schema.ID, how="left", maintain_order="left")
     known = table["features"].is_not_null()
     if not known.any():
         return None
-    features = table["features"].filter(known).to_numpy().astype(np.float32)
-    found = np.full((len(table), features.shape[1]), np.nan, np.float32)
-    found[known.to_numpy()] = features
+    values = table["features"].filter(known).to_numpy().astype(np.float32)
+    found = np.full((len(table), values.shape[1]), np.nan, np.float32)
+    found[known.to_numpy()] = values
     return found

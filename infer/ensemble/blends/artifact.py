@@ -11,6 +11,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,13 @@ class Blend:
             for name, table in member.own_tables.items()
         }
 
-    @property
+    @cached_property
     def training(self) -> Summary:
         """Columns of the training table that any member reads, by name."""
         members = self.members.values()
         return {name: column for each in members for name, column in each.training.items()}
 
-    @property
+    @cached_property
     def calibration(self) -> Calibration | None:
         return read_calibration(self.root, self.manifest)
 
