@@ -476,7 +476,7 @@ class ConfigsSettings(Settings):
 
 
 class FaultsSettings(Settings):
-    """Expose commands to broken inputs and to kills, and count what they survive or refuse.
+    """Give commands broken inputs, kill them, and count the attempts that end well.
 
     The same command resumes after an interruption. Exits with 1 if an attempt failed.
     """

@@ -15,7 +15,7 @@ RUNS_CODE = {
     *("eval", "exec", "compile", "__import__", "torch.jit.load", "torch.hub.load"),
     *("polars.DataFrame.deserialize", "pl.DataFrame.deserialize"),
 }
-"""Calls that run code from what they read."""
+"""Calls that run code from the file that they read."""
 
 FROM_OWN_PROCESSES = {"infer/embedding/decoders.py": "pickle.loads"}
 """Calls on bytes that come through a pipe from a process of the same command."""

@@ -88,7 +88,7 @@ def run_child(work: Callable[[], object], folder: Path) -> Ended:
 
 
 def _end_group(child: int) -> None:
-    """Kill what is left of a child's process group."""
+    """Kill the processes that remain of a child's group."""
     try:
         os.killpg(child, signal.SIGKILL)
     except ProcessLookupError:  # it has ended, or has no group yet

@@ -137,7 +137,7 @@ class Exposed:
         return self.folder / OUT
 
     def expose(self, kills: Sequence[Kill]) -> str | None:
-        """Run the command with kills, then to its end. Return what is wrong, None if nothing is."""
+        """Run the command with kills, then to its end. Return the fault, None if there is none."""
         for kill in kills:
             ended, survivors = self._run_killed(kill)
             if survivors:
@@ -170,7 +170,7 @@ class Exposed:
         return ended, survivors
 
     def _judge_state(self, ended: Ended, kill: Kill) -> str | None:
-        """Return what is wrong after a kill."""
+        """Return the fault after a kill, None if there is none."""
         if ended.code is None:
             return "the command did not end"
         is_usual = ended.code in {0, -kill.number, 128 + kill.number} and not ended.has_traceback

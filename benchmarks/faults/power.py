@@ -1,4 +1,4 @@
-"""A loss of power after a process has been killed: what it had not synchronised may be lost.
+"""A loss of power after a kill: files that the process had not synchronised may be lost.
 
 - A file that was not synchronised, or was written to afterwards, keeps all of its bytes, some of the
   first, or none.

@@ -183,7 +183,7 @@ def little_memory(setting: Setting) -> Iterator[None]:
 
 
 def limit_memory(more: int) -> None:
-    """Limit the memory of this process to what it has and `more` bytes."""
+    """Limit the memory of this process to its present size plus `more` bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[5])
     limit_resource(resource.RLIMIT_DATA, pages * resource.getpagesize() + more)
 

@@ -22,7 +22,7 @@ class MadeFrom(Fields):
 
 
 class PlanFields(Fields):
-    """What a TensorRT plan was built by and for."""
+    """The TensorRT and the GPU that a plan was built for."""
 
     version: str
     architectures: list[str]

@@ -1,4 +1,4 @@
-"""What a loss of power leaves, by the simulation, and that files of the toolkit survive it."""
+"""Files after a simulated loss of power; those that the toolkit has written survive it."""
 
 import subprocess
 import sys
