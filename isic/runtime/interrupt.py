@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM as an exception that ends a long run in a resumable state."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -8,6 +9,10 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LAUNCHED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""Environment variable that only torchrun sets."""
+PR_SET_PDEATHSIG = 1
+"""prctl's number, from Linux's `sys/prctl.h`."""
 
 _arrived: list[int] = []
 """Signals received inside the `interruptible` block."""
@@ -72,6 +77,14 @@ def block_sigint() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_torchrun() -> None:
+    """Have Linux kill this process if torchrun started it and is killed."""
+    # torchrun passes SIGINT and SIGTERM on to its processes. Killed itself, it would leave them
+    # waiting for each other, with the GPUs' memory.
+    if LAUNCHED_BY_TORCHRUN in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def ignore_signals_in_worker(_: int) -> None:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 
-def children(pid: int, command: str) -> list[int]:
+def children(pid: int, command: str = "") -> list[int]:
     """Return the child processes of a process whose command line contains a text."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.commands import ROOT, TINY
+from tests.support.proc import children, is_running
 
 LONG_EPOCHS = "--batch_size 8 --positive_repeats 60 --fold 0 --epochs 2 --ema_decay 0.9"
 """Flags for about 120 steps per epoch, so that a signal arrives within one."""
@@ -52,15 +53,17 @@ def running(command: list[str], **env: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """Kill a process and its descendants; torchrun's are in process groups of their own."""
-    pids = [process.pid]
-    for pid in pids:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        pids += map(int, children)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a process; its descendants must then end without help."""
+    descendants = [process.pid]
+    for pid in descendants:
+        descendants += children(pid)
+    process.kill()
     process.wait()
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in descendants if is_running(pid)]:
+        assert time.monotonic() < deadline, f"{len(left)} processes outlive the killed one"
+        time.sleep(0.01)
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from isic.layout import BEST_CHECKPOINT, LAST_CHECKPOINT
 from tests.support.commands import ROOT, TINY, Cli
-from tests.support.processes import LONG_EPOCHS, command, history, kill_all, started, wait_for
+from tests.support.processes import LONG_EPOCHS, command, history, kill, started, wait_for
 from train.checkpoint import load_checkpoint
 
 
@@ -70,7 +70,7 @@ def test_two_killed_processes_resume_to_the_same_result(
         while load_checkpoint(halves / LAST_CHECKPOINT)["epoch"] < 1:
             time.sleep(0.005)
         time.sleep(0.1)
-        kill_all(process)
+        kill(process)
     assert len(history(halves)) == 1, "it was killed in the second epoch"
     ended = run_in_two_processes(*flags, *output, "--resume")
     assert ended.returncode == 0, ended.stderr

@@ -16,7 +16,7 @@ from isic.layout import ALL, BEST_CHECKPOINT, LAST_CHECKPOINT, OOF_FILE
 from isic.provenance import read_seen
 from isic.runtime.files import read_manifest
 from tests.support.commands import ROOT, TINY, Cli, tiny_settings
-from tests.support.processes import command, kill_all, started, wait_for
+from tests.support.processes import command, kill, started, wait_for
 from train.checkpoint import load_checkpoint
 from train.resume import is_finished
 
@@ -194,7 +194,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
         wait_for(halves / "history.jsonl", process)
         while load_checkpoint(halves / LAST_CHECKPOINT)["epoch"] < 1:
             time.sleep(0.005)
-        kill_all(process)
+        kill(process)
         assert process.returncode == -signal.SIGKILL
     assert not (halves / BEST_CHECKPOINT).exists(), "it was killed in the second epoch"
     run("--output_dir", tmp_path / "halves", "--resume")
