@@ -24,7 +24,8 @@ LAZY = ("lightgbm", "onnx", "onnxruntime", "onnxscript", "torch.onnx", "torch._d
 CACHE = "cache"
 POLL = 0.002
 """Seconds between two looks at a process."""
-GRACE = 20.0
+# Agents of a cluster that Ray has started end a minute after it (seen with Ray 2.60).
+GRACE = 90.0
 """Seconds that the descendants of a killed process may take to end."""
 MARK = "ISIC_FAULTS_ATTEMPT"
 """Environment variable by which the descendants of a new interpreter are found."""
