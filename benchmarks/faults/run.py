@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context
@@ -159,19 +159,25 @@ def _prepare(source: str, work_dir: Path) -> Campaign:
 
 
 class Workers:
-    """Processes that run one attempt at a time each; a context manager that ends them."""
+    """Processes that run one attempt at a time each; a context manager that ends them.
+
+    Each serves one campaign: after the threads that another one has started, it could neither fork
+    nor mount anything for them.
+    """
 
     def __init__(self, work_dir: Path) -> None:
         self._work_dir = work_dir
-        self._idle: list[Connection] = []
+        self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
         self._processes: dict[Connection, SpawnProcess] = {}
         self.running: dict[Connection, Task] = {}
 
     def submit(self, task: Task) -> None:
         """Run an attempt in an idle worker, or in a new one."""
-        pipe = self._idle.pop() if self._idle else self._start()
+        name, *attempt = task
+        idle = self._idle[name]
+        pipe = idle.pop() if idle else self._start(name)
         self.running[pipe] = task
-        pipe.send((CAMPAIGNS[task[0]][0], *task))
+        pipe.send(attempt)
 
     def wait(self, seconds: float = 1.0) -> Iterator[Attempt]:
         """Yield the attempts that end within some seconds."""
@@ -180,7 +186,7 @@ class Workers:
             task = self.running.pop(pipe)
             try:
                 yield pipe.recv()
-                self._idle.append(pipe)
+                self._idle[task[0]].append(pipe)
             except (EOFError, ConnectionResetError):
                 process = self._processes.pop(pipe)
                 process.join()
@@ -188,10 +194,11 @@ class Workers:
                 reason = f"the worker died with exit code {process.exitcode}"
                 yield Attempt(*task, "failed", reason, 0.0)
 
-    def _start(self) -> Connection:
+    def _start(self, name: str) -> Connection:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self._work_dir))
+        source = CAMPAIGNS[name][0]
+        process = context.Process(target=_work, args=(theirs, source, self._work_dir))
         with block_sigint():
             process.start()
         # The child has its own copy; with this one open, the child's end would give no EOF.
@@ -218,18 +225,18 @@ def _end(process: SpawnProcess) -> None:
             os.killpg(process.ident, signal.SIGKILL)
 
 
-def _work(pipe: Connection, work_dir: Path) -> None:
+def _work(pipe: Connection, source: str, work_dir: Path) -> None:
     # Ctrl-C reaches every process of a terminal's group; the parent ends this one and its children.
     os.setsid()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    prepared: dict[str, Campaign] = {}
     with terminable(), suppress(EOFError, BrokenPipeError):
+        campaign = _prepare(source, work_dir)
         while True:
-            source, name, target, seed = pipe.recv()
-            if name not in prepared:
-                prepared[name] = _prepare(source, work_dir)
-            with scratch_folder(work_dir / "scratch" / f"{name}-{target}-{seed}") as folder:
-                pipe.send(run_attempt(prepared[name], target, seed, folder))
+            target, seed = pipe.recv()
+            with scratch_folder(
+                work_dir / "scratch" / f"{campaign.name}-{target}-{seed}"
+            ) as folder:
+                pipe.send(run_attempt(campaign, target, seed, folder))
 
 
 def run_attempt(campaign: Campaign, target: str, seed: int, folder: Path) -> Attempt:

@@ -7,8 +7,12 @@ from pathlib import Path
 from benchmarks.faults.attempts import Attempt, Outcome
 
 SOURCE = "tests.support.stub_campaign:StubCampaign"
+SECOND_SOURCE = "tests.support.stub_campaign:SecondStubCampaign"
 OUTCOME: dict[int, Outcome] = {0: "survived", 1: "refused", 2: "failed"}
 """Outcome by the seed's remainder of a division by three."""
+
+served: set[str] = set()
+"""Campaigns that this process has served."""
 
 
 class StubCampaign:
@@ -23,6 +27,8 @@ class StubCampaign:
             file.write("once\n")
 
     def attempt(self, target: str, seed: int, folder: Path) -> Attempt:
+        served.add(self.name)
+        assert served == {self.name}
         assert folder.is_dir()
         assert folder.is_absolute()
         assert not list(folder.iterdir())
@@ -34,3 +40,7 @@ class StubCampaign:
         if target == "sleeper":
             time.sleep(600)
         return Attempt(self.name, target, seed, OUTCOME[seed % 3], "as planned", 0.5)
+
+
+class SecondStubCampaign(StubCampaign):
+    name = "second_stub"

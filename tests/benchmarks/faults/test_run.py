@@ -17,7 +17,7 @@ from benchmarks.faults.run import LOG_FILE
 from benchmarks.settings import CAMPAIGNS
 from tests.support.commands import ROOT, Cli, Finished
 from tests.support.proc import children, is_running
-from tests.support.stub_campaign import SOURCE
+from tests.support.stub_campaign import SECOND_SOURCE, SOURCE
 
 STUB_COMMAND = f"""
 import sys
@@ -77,6 +77,17 @@ def test_outcomes_are_counted_and_a_finished_run_is_not_repeated(
     assert [whole[name] for name in ("target", "attempts", "failed")] == ["all", 7, 2]
     assert [first[name] for name in ("attempts", "survived", "refused", "failed")] == [4, 2, 1, 1]
     assert [second[name] for name in ("attempts", "survived", "refused", "failed")] == [3, 1, 1, 1]
+
+
+def test_a_worker_serves_one_campaign(
+    run_stub: RunStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads of another campaign would hang a forked child, or not see a new mount."""
+    monkeypatch.setitem(CAMPAIGNS, "second_stub", (SECOND_SOURCE, 4))
+    both = ("--campaign", "stub,second_stub", "--target", "first", "--attempts", 2)
+    ended = run_stub(*both, "--num_workers", 1)
+    assert ended.code == 0, ended.out
+    assert len(logged(tmp_path)) == 4
 
 
 def test_an_attempt_is_repeated_alone_and_not_recorded(run_stub: RunStub, tmp_path: Path) -> None:
