@@ -95,7 +95,7 @@ class EmbedSettings(Settings):
     decode_in: DecodeIn = Field(
         "auto",
         description="what decodes: threads, or processes, which do not slow a GPU's own thread; "
-        "auto: processes on a GPU with four cores or more",
+        "auto: processes with a GPU and at least four cores",
     )
     depth: int | None = Field(
         None, ge=1, description="batches decoded ahead; enough to keep all decoders busy by default"

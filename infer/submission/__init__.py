@@ -1,1 +1,1 @@
-"""From an ensemble to a submission on a machine without a network: make a bundle, run it."""
+"""From an ensemble to a submission on an offline machine: make a bundle, run it."""

@@ -14,7 +14,7 @@ Cuda = Literal["12", "13", "none"]
 
 
 class BundleSettings(Settings):
-    """Write a folder with all that a machine without a network needs to submit, and test it.
+    """Write a folder with all that an offline machine needs to submit, and test it.
 
     It holds the ensemble, the exported networks that it was fitted with, an ensemble of tables to
     fall back on, the code and its packages, `submit.py`, and a notebook with its metadata.
