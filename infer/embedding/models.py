@@ -12,9 +12,10 @@ from infer.engines.contract import AUX
 from infer.engines.manifest import is_artifact, read_artifact_manifest
 from infer.formats import AUTO, ENGINE_FORMATS
 from infer.trust import refuse_untrusted
-from isic.layout import ALL, NONE, Fold, fold_files, fold_name, is_backbone
+from isic.layout import ALL, BEST_CHECKPOINT, NONE, Fold, fold_files, fold_name, is_backbone
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError, warn
+from isic.runtime.files import manifest_path, read_json
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ def find_models(
         trust: whether to load native code that this user has not exported.
 
     Raises:
-        UserError: no fold has one, a fold has several, one belongs to another config or fold, or
-            averages over other views, or they differ in preprocessing or auxiliary targets.
+        UserError: no fold has one, a fold has several, one belongs to another config, fold or
+            checkpoint, or averages over other views, or they differ in preprocessing or auxiliary
+            targets.
     """
     fold = _fold_or_backbone(model_dir, fold)
     if format_or_file in (AUTO, *ENGINE_FORMATS):
@@ -133,6 +135,7 @@ def find_models(
     for k, manifest in manifests.items():
         _refuse_other_fold(artifacts[k], manifest, config, k)
         _refuse_other_views(artifacts[k], manifest, tta)
+        _refuse_earlier(artifacts[k], manifest)
     _refuse_other_targets(model_dir, manifests)
     refuse_untrusted({artifacts[k]: manifests[k] for k in artifacts}, trust)
     # Each image is decoded once for the engines of all folds.
@@ -153,7 +156,8 @@ def open_artifact(path: Path, tta: str = "none", trust: bool = False) -> Models:
 
     Raises:
         UserError: there is no artifact or no manifest, the manifest is of other bytes or of another
-            file than an artifact, the graph averages over other views, or it is not trusted.
+            file than an artifact, the graph averages over other views, it is of an earlier
+            checkpoint, or it is not trusted.
     """
     manifest = read_artifact_manifest(path)
     if not is_artifact(manifest):
@@ -161,6 +165,7 @@ def open_artifact(path: Path, tta: str = "none", trust: bool = False) -> Models:
             f"{path} is not an exported artifact; give one, such as model.onnx, or the run's folder"
         )
     _refuse_other_views(path, manifest, tta)
+    _refuse_earlier(path, manifest)
     refuse_untrusted({path: manifest}, trust)
     fold = manifest["fold"]
     return Models({fold: path.resolve()}, {fold: manifest}, manifest_spec(manifest))
@@ -196,6 +201,17 @@ def _refuse_other_fold(path: Path, manifest: Mapping[str, Any], config: str, fol
         raise UserError(
             f"{path} is fold {manifest['fold']} of {manifest['name']}, "
             f"not fold {fold} of {config}; export it again"
+        )
+
+
+def _refuse_earlier(artifact: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise a UserError if the fold was trained again since an artifact was exported."""
+    checkpoint = artifact.with_name(BEST_CHECKPOINT)
+    record = manifest_path(checkpoint)
+    made_from = manifest.get("made_from", {}).get("sha256")
+    if made_from and record.is_file() and read_json(record).get("sha256") != made_from:
+        raise UserError(
+            f"{artifact} was exported before {checkpoint.name} was trained again; export it again"
         )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embedding.models import find_models
+from infer.embedding.models import find_models, open_artifact
 from infer.embedding.store import read_run, scan_embeddings
 from isic.runtime.errors import UserError
 from isic.runtime.files import sha256
@@ -58,6 +58,24 @@ def test_exchanged_artifacts_of_two_folds_are_refused(
         ended = cli("infer", *embed_flags(run, synth_dataset, tmp_path / "out"))
         assert ended.code == 2
         assert words in ended.err
+
+
+def test_an_artifact_of_an_earlier_checkpoint_is_refused(
+    exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Training a fold again leaves the artifacts of its earlier network."""
+    run = shutil.copytree(exported, tmp_path / "tiny")
+    record = run / "fold_1" / "best_model.pth.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "sha256": "1" * 64}))
+    words = "was exported before best_model.pth was trained again; export it again"
+    flags = embed_flags(run, synth_dataset, tmp_path / "out")
+    for more in ([], ["--format", "model.onnx"]):
+        ended = cli("infer", *flags, *more)
+        assert ended.code == 2
+        assert f"fold_1/model.onnx {words}" in ended.err
+    with pytest.raises(UserError, match=words):
+        open_artifact(run / "fold_1" / "model.onnx")
+    assert open_artifact(run / "fold_0" / "model.onnx").folds == [0]
 
 
 @pytest.mark.parametrize("name", ["*", "[a", "", "/etc/passwd", "../fold_0/model.null", "**"])
