@@ -15,7 +15,7 @@ from isic import schema
 from isic.arrays import codes
 from isic.dataset import Dataset
 from isic.folds import Folds, read_folds
-from isic.metadata import with_patient
+from isic.metadata import clean_text, with_patient
 from isic.runtime.errors import UserError, did_you_mean
 from isic.settings import FoldsSettings
 
@@ -78,7 +78,7 @@ def _fewer(number: int) -> str:
 
 
 def _values(table: pl.DataFrame, column: str) -> pl.Series:
-    return table[column].cast(pl.String).fill_null(BLANK)
+    return clean_text(table[column], "the metadata").fill_null(BLANK)
 
 
 def _groups(table: pl.DataFrame, column: str) -> NDArray[np.int64]:

@@ -25,6 +25,8 @@ from isic.runtime.errors import UserError
 NO_IMAGE = "no image for this id"
 IGNORED = frozenset({"__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"})
 """Names that operating systems put into folders. Hidden files are ignored too."""
+UNCOMPRESSED = (".bmp", ".tif", ".tiff")
+"""Endings of files that may be uncompressed."""
 
 # Few enough to balance threads, enough to read neighbours together.
 CHUNK = 32
@@ -124,7 +126,10 @@ class ImageStore(ABC):
         """Return [N] the size of each image in bytes, in the order of `self.ids`."""
 
     def sizes_digest(self) -> str:
-        """Return a digest of all file sizes, which detects replaced images without reading them."""
+        """Return a digest of all file sizes, which detects replaced images without reading them.
+
+        Of files that may be uncompressed it includes the bytes.
+        """
         return hashlib.sha256(self.sizes().astype("<i8").tobytes()).hexdigest()[:16]
 
     def load(self, ids: Sequence[str], spec: PreprocessSpec) -> tuple[Pixels, dict[int, str]]:
@@ -275,6 +280,18 @@ class FileImages(ImageStore):
 
     def sizes(self) -> NDArray[np.int64]:
         return np.array([_size(path) for path in self._paths], np.int64)
+
+    def sizes_digest(self) -> str:
+        of_sizes = super().sizes_digest()
+        digest = hashlib.sha256(of_sizes.encode())
+        has_uncompressed = False
+        for position, path in enumerate(self._paths):
+            # Uncompressed images of one camera all have one size.
+            if path.lower().endswith(UNCOMPRESSED):
+                has_uncompressed = True
+                with contextlib.suppress(ImageError):
+                    digest.update(hashlib.sha256(self.read_at(position)).digest())
+        return digest.hexdigest()[:16] if has_uncompressed else of_sizes
 
 
 class FolderImages(FileImages):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from isic import schema
 from isic.headers import ImageError, image_size
@@ -10,7 +11,7 @@ from isic.importers.files import SourceFiles, find_images, find_masks, find_tabl
 from isic.importers.table import build_table, full_name
 from isic.metadata import with_patient
 from isic.runtime.errors import UserError
-from isic.runtime.files import holds, refuse_foreign, sha256, write_json
+from isic.runtime.files import holds, read_json, refuse_foreign, sha256, write_json
 from isic.runtime.only_writer import only_writer
 from isic.runtime.progress import TimeLeft
 from isic.settings import ImportSettings
@@ -42,7 +43,7 @@ def _import(settings: ImportSettings) -> None:
     ids = table[schema.ID].to_list()
     images = find_images(files, collection, ids)
     masks = find_masks(files, collection, ids)
-    _refuse_other_output(settings.output_dir)
+    earlier = _earlier_import(settings.output_dir, settings.collection)
     print(f"importing {len(ids):,} images of {collection.title}", flush=True)
     out = settings.output_dir
     manifest: dict[str, object] = {
@@ -58,6 +59,8 @@ def _import(settings: ImportSettings) -> None:
     _write_files(out / IMAGE_FILE, images)
     if masks:
         _write_files(out / MASK_FILE, masks)
+    elif earlier.get("masks", True):
+        (out / MASK_FILE).unlink(missing_ok=True)
     write_table(out / TABLE_FILE, table)
     positives = int(table[schema.TARGET].sum())
     manifest |= {
@@ -78,14 +81,24 @@ def _import(settings: ImportSettings) -> None:
     )
 
 
-def _refuse_other_output(out: Path) -> None:
-    """Raise a UserError if the folder holds files that are not of an import."""
+def _earlier_import(out: Path, collection: str) -> dict[str, Any]:
+    """Return the manifest of an earlier import into the folder, {} if there is none.
+
+    Raises:
+        UserError: the folder holds files that are not of an import, or one of another collection.
+    """
     is_own = holds(out / MANIFEST, "collection", "source_of_malignancy")
     names = (TABLE_FILE, IMAGE_FILE, MASK_FILE, MANIFEST)
     refuse_foreign([out / name for name in names], is_own, "--output_dir")
     other = next((name for name in OTHER_FILES if (out / name).exists()), None)
     if other:
         raise UserError(f"{out} holds {other}; choose another --output_dir")
+    earlier = read_json(out / MANIFEST) if is_own else {}
+    if earlier.get("collection", collection) != collection:
+        raise UserError(
+            f"{out} holds an import of {earlier['collection']}; choose another --output_dir"
+        )
+    return earlier
 
 
 def _write_files(path: Path, files: Mapping[str, Path]) -> None:

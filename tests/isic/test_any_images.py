@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import cv2
+import numpy as np
 import polars as pl
 import pytest
 
@@ -43,6 +45,19 @@ def test_a_list_has_paths_relative_to_its_folder(tmp_path: Path, ending: str) ->
     files, failed = store.read_each(["3", "1", "2"])
     assert files == [jpeg(16), jpeg(16), b""]
     assert failed == {2: "cannot be read: No such file or directory"}
+
+
+def test_another_uncompressed_image_has_another_digest(tmp_path: Path) -> None:
+    """Its size may be the same."""
+    first, second = (
+        cv2.imencode(".bmp", np.full((4, 4, 3), value, np.uint8))[1].tobytes() for value in (1, 2)
+    )
+    write(tmp_path, "a.jpg")
+    digests = []
+    for content in (first, second, first):
+        (tmp_path / "b.BMP").write_bytes(content)
+        digests.append(open_any_images(tmp_path).sizes_digest())
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_without_an_id_the_path_is_it(tmp_path: Path) -> None:

@@ -63,6 +63,22 @@ def test_rows_without_a_hospital_are_one_group() -> None:
     assert table.with_columns(fold).filter(pl.col(GROUP).is_null())["fold"].n_unique() == 1
 
 
+def test_blanks_and_words_for_missing_make_no_other_hospital() -> None:
+    table = hospital_table((60, 60, 60)).with_columns(
+        pl.col(GROUP).str.replace("hospital", "clinic").alias("clinic")
+    )
+    is_odd = pl.int_range(pl.len()) % 2 == 1
+    untidy = table.with_columns(
+        pl.when(pl.col("clinic") == "clinic 1")
+        .then(pl.when(is_odd).then(pl.lit("NA")))
+        .otherwise(pl.when(is_odd).then(pl.format("{} ", "clinic")).otherwise("clinic"))
+        .alias("clinic")
+    ).with_columns(patient_id=schema.ID)
+    fold = draw_group_folds(untidy, "clinic", 3).of(untidy)
+    per_clinic = table.with_columns(fold).group_by("clinic").agg(pl.col("fold").n_unique())
+    assert (per_clinic["fold"] == 1).all()
+
+
 def test_rows_without_a_patient_do_not_connect_hospitals() -> None:
     table = hospital_table().with_columns(patient_id=pl.lit(None, pl.String))
     assert draw_group_folds(table, GROUP, 5).num_folds == 5

@@ -162,6 +162,22 @@ def test_a_second_import_replaces_the_first_and_nothing_else(tmp_path: Path, cli
     assert "was not written by this command" in refused.err
 
 
+def test_a_second_import_leaves_no_masks_of_the_first(tmp_path: Path, cli: Cli) -> None:
+    out = imported(cli, "ham10000", tmp_path)
+    WRITERS["isic2020"](tmp_path / "other")
+    refused = run(cli, "isic2020", tmp_path / "other", out)
+    assert refused.code == 2
+    assert f"{out} holds an import of ham10000; choose another --output_dir" in refused.err
+    for path in (tmp_path / "source").rglob("*segmentation*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    assert run(cli, "ham10000", tmp_path / "source", out).code == 0
+    assert not (out / "masks.hdf5").exists()
+    assert read_json(out / "import.json")["masks"] == 0
+    (out / "masks.hdf5").write_bytes(b"one's own")
+    assert run(cli, "ham10000", tmp_path / "source", out).code == 0
+    assert (out / "masks.hdf5").exists(), "the import has not written it"
+
+
 def test_wrong_and_incomplete_sources_are_one_sentence_each(tmp_path: Path, cli: Cli) -> None:
     source = tmp_path / "source"
 
