@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -55,7 +56,10 @@ def find_weights(pretrained: bool | str, fold: Fold) -> Weights:
     if isinstance(pretrained, bool):
         return Weights("timm" if pretrained else "random")
     path = local_file(pretrained, fold)
-    return Weights(shown(path), path, seen_by(path)) if path else Weights(hub_id(pretrained))
+    if path:
+        return Weights(shown(path), path, seen_by(path))
+    name = hub_id(pretrained)
+    return Weights(name, seen=seen_by_hub(name))
 
 
 def local_file(pretrained: str, fold: Fold | None = None) -> Path | None:
@@ -123,6 +127,32 @@ def seen_by(path: Path) -> Seen:
         f"{shown(path)} was trained by this toolkit, but its list of images is not next to it; "
         f"copy {TRAINED_ON_FILE} from the fold's folder there"
     )
+
+
+def seen_by_hub(name: str) -> Seen:
+    """Return the images and patients that the weights in a hub repository have learned from.
+
+    Args:
+        name: `<owner>/<repository>`, with `@<revision>` for another one than the main one.
+
+    Raises:
+        UserError: this toolkit has trained them, and the repository lacks their list.
+    """
+    repository, _, revision = name.partition("@")
+    try:
+        path = Path(hf_hub_download(repository, WEIGHTS_FILE, revision=revision or None))
+    except Exception:  # of many types; timm, which loads the same file, reports them
+        return NOTHING
+    if _trained_on_digest(path) is None:
+        return NOTHING
+    try:
+        hf_hub_download(repository, TRAINED_ON_FILE, revision=revision or None)
+    except Exception:
+        raise UserError(
+            f"{name} was trained by this toolkit, but its list of images is not in the repository; "
+            f"add {TRAINED_ON_FILE} from the fold's folder, or give a local copy of both files"
+        ) from None
+    return seen_by(path)  # the hub's cache has the list next to the weights
 
 
 def _trained_on_digest(path: Path) -> str | None:

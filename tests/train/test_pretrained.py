@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isic.provenance import read_seen
+from isic.provenance import NOTHING, read_seen
 from isic.runtime.config import read_yaml
 from isic.runtime.errors import UserError
 from isic.runtime.files import sha256
@@ -17,6 +17,7 @@ from tests.support.commands import TINY, Cli, Finished
 from tests.support.datasets import jpeg as make_jpeg
 from tests.support.datasets import small_table, write_hdf5
 from tests.support.s3 import Bucket
+from train import pretrained
 from train.checkpoint import load_checkpoint
 from train.pretrained import find_weights
 
@@ -207,6 +208,34 @@ def test_weights_that_were_moved_from_their_list_are_refused(train: Train, tmp_p
     )
     with pytest.raises(UserError, match="its list of images is not next to it; copy"):
         find_weights(str(moved), 0)
+
+
+def test_weights_of_a_hub_are_recognised_too(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backbone of a run, uploaded, with and without its list; no hub is reached."""
+    assert train("first").code == 0
+    fold_dir = tmp_path / "first" / "fold_0"
+    repository = tmp_path / "hub"
+    shutil.copytree(fold_dir / "backbone", repository)
+
+    def download(name: str, file: str, revision: str | None) -> str:
+        assert (name, revision) == ("me/backbone", "v1")
+        path = repository / file
+        if not path.is_file():
+            raise FileNotFoundError(file)
+        return str(path)
+
+    monkeypatch.setattr(pretrained, "hf_hub_download", download)
+    lacking = train("lacking", "--pretrained", "me/backbone@v1")
+    assert lacking.code == 2
+    assert "its list of images is not in the repository" in lacking.err
+    shutil.copy(fold_dir / "trained_on.parquet", repository)
+    leaking = train("leaking", "--pretrained", "me/backbone@v1")
+    assert leaking.code == 2
+    assert "the weights in me/backbone@v1" in leaking.err
+    (repository / "model.safetensors").unlink()
+    assert pretrained.seen_by_hub("me/backbone@v1") is NOTHING
 
 
 def test_a_resumed_run_started_from_the_same_weights(train: Train, tmp_path: Path) -> None:
