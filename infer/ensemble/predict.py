@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from infer.ensemble.artifact import ENSEMBLE_FILE
-from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, open_scorer
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, open_scorer, out_of_fold
 from infer.ensemble.blends.ranks import Scores
 from infer.ensemble.boosting.refit import ESTIMATES, choose_rows
 from infer.ensemble.drift import drift_warning, measure_drift
@@ -176,11 +176,10 @@ def drift_of(scorer: Scorer, test: TestTable, score: Scores) -> pl.DataFrame:
     With the training table beside the rows, those that a classifier finds are measured too.
     """
     summary = scorer.training
-    trained = scorer.oof()["blend"].to_numpy()
     # Another table would be no measure of the training rows.
     is_known = test.training_sha256 == ensembles_of(scorer)[0].manifest["metadata_sha256"]
     together = test.told_apart(tuple(summary)) if is_known else None
-    return measure_drift(summary, test.metadata, trained, score, together)
+    return measure_drift(summary, test.metadata, out_of_fold(scorer), score, together)
 
 
 def warn_of_drift(drift: pl.DataFrame, output: Path) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
-from infer.ensemble.blends.ranks import Scores
+from infer.ensemble.artifact import CALIBRATION_FILE
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, out_of_fold
 from infer.ensemble.settings import SOURCES
 from isic import schema
 from isic.metrics import pauc
@@ -66,10 +66,18 @@ def networks_of(scorer: Scorer) -> set[str]:
 
 
 def with_members(blend: Blend, names: Collection[str]) -> Blend:
-    """Return a blend of some members, with the same ratio of their weights; equal ones if all 0."""
+    """Return a blend of some members, with the same ratio of their weights; equal ones if all 0.
+
+    A part of the members has no calibration.
+    """
     by_fold = {str(fold): _share(weights, names) for fold, weights in blend.weights_by_fold.items()}
+    files = dict(blend.manifest["files"])
+    if set(names) < set(blend.members):
+        # The curve is of mean ranks over all members; those over fewer spread wider.
+        files.pop(CALIBRATION_FILE, None)
     manifest = {
         **blend.manifest,
+        "files": files,
         "members": {name: blend.manifest["members"][name] for name in names},
         "weights": _share(blend.weights, names),
         "weights_by_fold": by_fold,
@@ -81,15 +89,6 @@ def with_members(blend: Blend, names: Collection[str]) -> Blend:
 def _share(weights: Any, names: Collection[str]) -> dict[str, float]:
     total = sum(weights[name] for name in names)
     return {name: weights[name] / total if total else 1 / len(names) for name in names}
-
-
-def out_of_fold(scorer: Scorer) -> Scores:
-    """Return [N] the out-of-fold scores of the training rows."""
-    oof = scorer.oof()
-    if isinstance(scorer, Blend):
-        return scorer.out_of_fold(scorer.oof_models(), oof["fold"].to_numpy())
-    scores: Scores = oof["blend"].to_numpy()
-    return scores
 
 
 def candidates_of(scorer: Scorer, folder: str) -> list[Candidate]:

@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
+from infer.ensemble.artifact import CALIBRATION_FILE
 from infer.ensemble.blends.artifact import Blend, Scorer, open_scorer
 from infer.submission.candidates import Candidate
 from isic.layout import ALL, NONE, Fold
@@ -129,6 +130,11 @@ class Bundle:
     @property
     def expects_gpu(self) -> bool:
         return bool(self.manifest["cuda"] != "none")
+
+    def is_calibrated(self, candidate: Candidate) -> bool:
+        """Return whether a candidate has probabilities, which a part of a blend has not."""
+        path = f"{ENSEMBLES_DIR}/{candidate.folder}/{CALIBRATION_FILE}"
+        return candidate.members is None and path in self.manifest["files"]
 
     def open(self, candidate: Candidate) -> Scorer:
         """Read and check the ensemble of a candidate. Raise UserError."""

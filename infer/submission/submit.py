@@ -18,7 +18,7 @@ import polars as pl
 from infer.embedding.embed import embed_splits
 from infer.embedding.progress import Progress
 from infer.embedding.settings import EmbedSettings
-from infer.ensemble.blends.artifact import Scorer, ensembles_of
+from infer.ensemble.blends.artifact import Scorer, ensembles_of, out_of_fold
 from infer.ensemble.blends.ranks import Scores, to_scale_of
 from infer.ensemble.boosting.refit import Rows, choose_rows
 from infer.ensemble.predict import (
@@ -31,7 +31,7 @@ from infer.ensemble.predict import (
 )
 from infer.ensemble.score_table import TableScores, score_table
 from infer.ensemble.settings import EmbeddingSources
-from infer.submission.candidates import Candidate, best, out_of_fold
+from infer.submission.candidates import Candidate, best
 from infer.submission.contents import Bundle, PackedNetwork, open_bundle
 from infer.submission.deadline import end_process, ended_at
 from infer.submission.devices import Engine, choose_engine
@@ -388,9 +388,11 @@ class Run:
         first = self.bundle.candidates[0]
         if written != first:
             lost = f"without {', '.join(self.lost)}" if self.lost else f"by {written}"
+            has_curve, keeps_it = map(self.bundle.is_calibrated, (first, written))
+            more = ", and there are no probabilities" if has_curve and not keeps_it else ""
             warn(
                 f"{lost} the out-of-fold pAUC is {written.pauc:.4f} in place of {first.pauc:.4f} "
-                f"({written.pauc - first.pauc:+.4f})"
+                f"({written.pauc - first.pauc:+.4f}){more}"
             )
         bad = int(self._bad_rows(written).sum())
         if bad:

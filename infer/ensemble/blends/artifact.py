@@ -138,6 +138,15 @@ def ensembles_of(scorer: Scorer) -> list[Ensemble]:
     return list(scorer.members.values()) if isinstance(scorer, Blend) else [scorer]
 
 
+def out_of_fold(scorer: Scorer) -> Scores:
+    """Return [N] the out-of-fold scores of the training rows, also of a part of a blend."""
+    oof = scorer.oof()
+    if isinstance(scorer, Blend):
+        return scorer.out_of_fold(scorer.oof_models(), oof["fold"].to_numpy())
+    scores: Scores = oof["blend"].to_numpy()
+    return scores
+
+
 def blend_by_fold(
     scores: Mapping[str, Scores], weights: Mapping[int, Weights], fold: NDArray[np.integer]
 ) -> Scores:

@@ -239,6 +239,41 @@ def test_a_network_that_is_too_slow_is_left_out_in_the_middle(
     assert "60 min more are needed" in capsys.readouterr().err
 
 
+@pytest.fixture
+def calibrated(project: Project, tmp_path: Path) -> Path:
+    """A bundle of the blend with a curve from scores to probabilities."""
+    members = [project.ensembles / name for name in ("tables", "one", "both")]
+    flags = ("--data", project.data, "--out", tmp_path, "--name", "curve", "--calibrate", "platt")
+    run_module("infer", "blend", *members, *flags)
+    return project.bundle(tmp_path / "bundle", ensemble=tmp_path / "curve")  # type: ignore[arg-type]
+
+
+def test_only_the_whole_blend_has_probabilities(
+    calibrated: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The curve was fitted on mean ranks of all members, and those of fewer spread wider."""
+    run(calibrated, project.data, tmp_path / "whole.csv")
+    assert "probability" in pl.read_parquet(tmp_path / "whole_models.parquet").columns
+    assert "probabilities" not in capsys.readouterr().err
+    output = run(calibrated, project.data, tmp_path / "part.csv", hours=1e-9)
+    assert used(output).startswith("curve by tables, without images")
+    assert "probability" not in pl.read_parquet(tmp_path / "part_models.parquet").columns
+    assert "and there are no probabilities" in capsys.readouterr().err
+
+
+def test_the_drift_of_a_part_compares_the_parts_own_scores(
+    made: Path, project: Project, tmp_path: Path
+) -> None:
+    run(made, project.data, tmp_path / "part.csv", hours=1e-9)
+    by_hand(project, project.data, tmp_path / "hand.csv", "tables")
+    # The part has the ranks of the only member's scores, so its shares at the quantiles.
+    own, alone = (
+        pl.read_parquet(tmp_path / f"{name}_drift.parquet").filter(column="score")
+        for name in ("part", "hand")
+    )
+    assert own["ks"].item() == pytest.approx(alone["ks"].item(), abs=1e-9)
+
+
 def test_no_time_at_all_still_submits(made: Path, project: Project, tmp_path: Path) -> None:
     output = run(made, project.data, tmp_path / "submission.csv", hours=1e-9)
     assert "without images" in used(output)
