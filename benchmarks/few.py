@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.record import print_and_append
 from benchmarks.settings import FewSettings
-from infer.ensemble.blends.ranks import rank_among
+from infer.ensemble.blends.ranks import rank_among, to_scale_of
 from infer.ensemble.boosting.out_of_fold import fit_boosters, score_held_out
 from infer.ensemble.boosting.thinning import ThinnedTables
 from infer.ensemble.boosting.training_table import TrainingTable
@@ -98,13 +98,18 @@ def _scores(spec: FeatureSpec, share: float, rows: Rows, settings: FewSettings) 
 
 
 def _blend(first: SizeScores, second: SizeScores, rows: Rows) -> SizeScores:
-    """Return the mean ranks of two sets of scores; the first's for patients of few lesions."""
+    """Return the mean ranks of two sets of scores; the first's for patients of few lesions.
+
+    The latter are on the scale of the mean ranks, as `Blend.score_of_single_lesions` has them.
+    """
     training = describe_lesion_counts(rows.metadata)
+    singles = {size: _ranks(first, size) for size in rows.by_size}
+    means = {size: (ranks + _ranks(second, size)) / 2 for size, ranks in singles.items()}
     blended = {}
     for size, metadata in rows.by_size.items():
-        ranks = np.stack([_ranks(first, size), _ranks(second, size)])
-        few_lesions = has_few_lesions(metadata, training)
-        blended[size] = np.where(few_lesions, ranks[0], ranks.mean(axis=0))
+        by_seed = zip(singles[size], singles[ALL], means[ALL], strict=True)
+        moved = np.stack([to_scale_of(*seed) for seed in by_seed])
+        blended[size] = np.where(has_few_lesions(metadata, training), moved, means[size])
     return blended
 
 

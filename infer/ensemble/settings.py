@@ -384,7 +384,7 @@ class PredictSettings(Settings):
         "warn",
         description="when patients have fewer lesions than nearly all in training and features are "
         "relative to the patient; raw: score these patients by the members of a blend that have no "
-        "such features",
+        "such features, moved to the same rank among the blend's out-of-fold scores",
     )
     rows: Literal["folds", "all"] = Field(
         "folds",

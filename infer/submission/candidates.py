@@ -5,12 +5,11 @@ are done, so each set of networks has its own best candidate.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from infer.ensemble.artifact import CALIBRATION_FILE
-from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, out_of_fold
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, out_of_fold, with_members
 from infer.ensemble.settings import SOURCES
 from isic import schema
 from isic.metrics import pauc
@@ -63,32 +62,6 @@ def networks_of(scorer: Scorer) -> set[str]:
         for flag in SOURCES
         for name in ensemble.manifest[flag]
     }
-
-
-def with_members(blend: Blend, names: Collection[str]) -> Blend:
-    """Return a blend of some members, with the same ratio of their weights; equal ones if all 0.
-
-    A part of the members has no calibration.
-    """
-    by_fold = {str(fold): _share(weights, names) for fold, weights in blend.weights_by_fold.items()}
-    files = dict(blend.manifest["files"])
-    if set(names) < set(blend.members):
-        # The curve is of mean ranks over all members; those over fewer spread wider.
-        files.pop(CALIBRATION_FILE, None)
-    manifest = {
-        **blend.manifest,
-        "files": files,
-        "members": {name: blend.manifest["members"][name] for name in names},
-        "weights": _share(blend.weights, names),
-        "weights_by_fold": by_fold,
-    }
-    members = {name: blend.members[name] for name in names}
-    return replace(blend, manifest=manifest, members=members)
-
-
-def _share(weights: Any, names: Collection[str]) -> dict[str, float]:
-    total = sum(weights[name] for name in names)
-    return {name: weights[name] / total if total else 1 / len(names) for name in names}
 
 
 def candidates_of(scorer: Scorer, folder: str) -> list[Candidate]:

@@ -9,8 +9,8 @@
 | `calibration.json` | the curve from scores to probabilities, if blended with `--calibrate` |
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from infer.ensemble.artifact import (
+    CALIBRATION_FILE,
     ENSEMBLE_FILE,
     MEMBERS_DIR,
     Ensemble,
@@ -28,7 +29,7 @@ from infer.ensemble.artifact import (
     read_calibration,
     refuse_damaged,
 )
-from infer.ensemble.blends.ranks import Scores, blend_ranks
+from infer.ensemble.blends.ranks import Scores, blend_ranks, to_scale_of
 from infer.ensemble.drift import Summary
 from infer.ensemble.features.own_tables import TableSpec
 from infer.ensemble.scoring.calibration import Calibration
@@ -122,11 +123,10 @@ class Blend:
         return blend_ranks(scores, self.weights, self.oof_models())
 
     def score_of_single_lesions(self, scores: Mapping[str, Scores]) -> Scores:
-        """Return [N] the same by `single_lesion_members` only; equal weights if theirs are 0."""
-        weights = {name: self.weights[name] for name in self.single_lesion_members}
-        if not any(weights.values()):
-            weights = dict.fromkeys(weights, 1.0)
-        return blend_ranks(scores, weights, self.oof_models())
+        """Return [N] the same by `single_lesion_members` only, on the scale of the blend."""
+        # A mean of fewer ranks spreads wider, so its rows would gather at both ends of a ranking.
+        part = with_members(self, self.single_lesion_members)
+        return to_scale_of(part.score(scores), out_of_fold(part), out_of_fold(self))
 
 
 Scorer = Ensemble | Blend
@@ -145,6 +145,32 @@ def out_of_fold(scorer: Scorer) -> Scores:
         return scorer.out_of_fold(scorer.oof_models(), oof["fold"].to_numpy())
     scores: Scores = oof["blend"].to_numpy()
     return scores
+
+
+def with_members(blend: Blend, names: Collection[str]) -> Blend:
+    """Return a blend of some members, with the same ratio of their weights; equal ones if all 0.
+
+    A part of the members has no calibration.
+    """
+    by_fold = {str(fold): _share(weights, names) for fold, weights in blend.weights_by_fold.items()}
+    files = dict(blend.manifest["files"])
+    if set(names) < set(blend.members):
+        # The curve is of mean ranks over all members; those over fewer spread wider.
+        files.pop(CALIBRATION_FILE, None)
+    manifest = {
+        **blend.manifest,
+        "files": files,
+        "members": {name: blend.manifest["members"][name] for name in names},
+        "weights": _share(blend.weights, names),
+        "weights_by_fold": by_fold,
+    }
+    members = {name: blend.members[name] for name in names}
+    return replace(blend, manifest=manifest, members=members)
+
+
+def _share(weights: Weights, names: Collection[str]) -> dict[str, float]:
+    total = sum(weights[name] for name in names)
+    return {name: weights[name] / total if total else 1 / len(names) for name in names}
 
 
 def blend_by_fold(

@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.ensemble.blends.artifact import Blend, blend_by_fold, open_scorer
-from infer.ensemble.blends.ranks import rank_among
+from infer.ensemble.blends.artifact import Blend, blend_by_fold, open_scorer, out_of_fold
+from infer.ensemble.blends.ranks import rank_among, rank_correlation
 from infer.ensemble.blends.write import choose_weights, search_weights, write_blend
 from infer.ensemble.scoring.compare import pauc_by_seed
 from infer.ensemble.settings import BlendSettings
@@ -165,14 +165,34 @@ def test_patients_with_few_lesions_are_scored_by_the_raw_member(
     raw = predict_rows(project, tmp_path / "raw", mixed, ensemble="final", few="raw")
     assert "rows of patients with few lesions are scored by raw features" in capsys.readouterr().out
     alone = predict_rows(project, tmp_path / "alone", mixed, ensemble="raw")
-    reference = pl.read_parquet(final / "oof.parquet")["raw"].to_numpy()
-    assert raw[0] == pytest.approx(rank_among(alone.to_numpy(), reference)[0])
+    oof = pl.read_parquet(final / "oof.parquet")
+    rank = rank_among(alone.to_numpy(), oof["raw"].to_numpy())[0]
+    assert rank_among(raw.to_numpy(), oof["blend"].to_numpy())[0] == pytest.approx(rank, abs=0.01)
     assert raw[0] != pytest.approx(usual[0])
     # The other patients keep their scores.
     counts = mixed["patient_id"].value_counts().sort("count")
     largest = counts["patient_id"][-1]
     same = (mixed["patient_id"] == largest).to_numpy()
     np.testing.assert_allclose(raw.to_numpy()[same], usual.to_numpy()[same])
+
+
+@pytest.mark.parametrize(
+    ("others", "weights", "atol"),
+    [((), "equal", 0.01), (("image_tiny",), "equal", 0.02), (("image_tiny",), "search", 0.04)],
+    ids=["one member", "two members", "weights per fold"],
+)
+def test_scores_of_few_lesions_are_spread_like_the_others(
+    project: Path, others: tuple[str, ...], weights: str, atol: float
+) -> None:
+    """A mean of many ranks lies closer to the middle than one of few."""
+    names = ("raw", *others, "engineered")
+    blend = open_scorer(blend_of(project, *names, weights=weights, name="spread"))
+    assert isinstance(blend, Blend)
+    assert blend.single_lesion_members == ["raw", *others]
+    members = blend.oof_models()
+    assert 0.3 < rank_correlation(members["raw"], members["engineered"]) < 0.8
+    found = blend.score_of_single_lesions(members)
+    np.testing.assert_allclose(np.sort(found), np.sort(out_of_fold(blend)), atol=atol)
 
 
 def test_raw_scoring_of_few_lesions_needs_a_raw_member(project: Path) -> None:
