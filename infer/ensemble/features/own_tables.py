@@ -49,6 +49,9 @@ MIN_CLASS = 10
 MAX_VALUES = 20
 """Different texts of a column up to which the share of positives by text is compared."""
 
+NEARLY_ALL = 0.9
+"""Share of a column's texts that are numbers, or different, above which they are no categories."""
+
 
 @dataclass(frozen=True)
 class TableSpec:
@@ -219,9 +222,33 @@ def _kind_of(column: pl.Series, path: Path) -> str:
         raise UserError(
             f"{path}: column {column.name} holds {column.dtype}; save it as numbers or text"
         )
-    text = _clean_text(column.cast(pl.String))
-    is_number = text.cast(pl.Float64, strict=False).is_not_null() | text.is_null()
-    return NUMBER if is_number.all() else CATEGORY
+    text = clean_text(column, path)
+    if text.is_null().all():
+        warn(
+            f"{path}: column {column.name} has no values; a text without a letter or digit counts "
+            "as blank, so write words"
+        )
+    is_number = text.cast(pl.Float64, strict=False).is_not_null()
+    if (is_number | text.is_null()).all():
+        return NUMBER
+    _warn_of_numbers(text, is_number, path)
+    return CATEGORY
+
+
+def _warn_of_numbers(text: pl.Series, is_number: pl.Series, path: Path) -> None:
+    """Warn of a category whose texts are probably measurements, [N] null for blanks."""
+    known = text.drop_nulls()
+    if is_number.sum() > NEARLY_ALL * len(known):
+        kind = "numbers"
+    elif known.n_unique() > max(MAX_VALUES, NEARLY_ALL * len(known)):
+        kind = "different"
+    else:
+        return
+    other = text.filter(~is_number & text.is_not_null())[0]
+    warn(
+        f"{path}: column {text.name} is used as a category, but nearly all of its values are "
+        f'{kind}; if it holds measurements, correct those such as "{other}"'
+    )
 
 
 def _typed(column: pl.Series, kind: str, path: Path) -> pl.Series:
@@ -233,7 +260,7 @@ def _typed(column: pl.Series, kind: str, path: Path) -> pl.Series:
                 "save it as text"
             )
         if kind == CATEGORY or column.dtype in (pl.String, pl.Categorical, pl.Enum):
-            column = _clean_text(column.cast(pl.String))
+            column = clean_text(column, path)
         if kind == CATEGORY:
             return column
         return column.to_frame().select(finite(column.name)).to_series()
@@ -241,11 +268,6 @@ def _typed(column: pl.Series, kind: str, path: Path) -> pl.Series:
         raise UserError(
             f"{path}: column {column.name} must hold numbers ({first_line(error)}); correct it"
         ) from None
-
-
-def _clean_text(column: pl.Series) -> pl.Series:
-    stripped = column.str.strip_chars()
-    return stripped.set(stripped == "", None)
 
 
 def refuse_other_folds(

@@ -1,6 +1,7 @@
 """Own columns from fit to submission: definitions, tables, and columns that are refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.ensemble.features.own_tables import IMPLAUSIBLE_AUC, separation
+from infer.ensemble.features.own_tables import IMPLAUSIBLE_AUC, read_train_tables, separation
 from infer.ensemble.predict import predict_submission
 from infer.ensemble.settings import PredictSettings
 from isic import schema
@@ -127,6 +128,45 @@ def test_a_table_is_used_in_fit_and_predict(data: Path, tmp_path: Path, ending: 
     assert written["tables"] == {"scores": sha256(test)}
     write(own_table(data, "test").with_columns(pl.col("distance") + 9), test)
     assert not first.equals(predict(root, data, tmp_path / "s.csv", tables=f"oof:{test}"))
+
+
+@pytest.mark.parametrize("missing", ["NA", "nan", " NULL ", "-"])
+def test_a_text_that_means_no_value_is_a_blank(data: Path, tmp_path: Path, missing: str) -> None:
+    """As R and pandas write blanks (`write.csv`, `to_csv(na_rep="NA")`)."""
+    scores = []
+    for name, null_value in (("blank", ""), ("words", missing)):
+        train, test = (tmp_path / name / split / "scores.csv" for split in ("train", "test"))
+        for path, split in ((train, "train"), (test, "test")):
+            path.parent.mkdir(parents=True)
+            own_table(data, split).write_csv(path, null_value=null_value)
+        chosen = {"features": "sex,scores", "num_rounds": 5}
+        root = fit_small(data, tmp_path / name, **chosen, tables=f"label_free:{train}")
+        table = json.loads((root / "ensemble.json").read_text())["tables"]["scores"]
+        assert table["columns"] == {"distance": "number", "group": "category"}
+        scores.append(predict(root, data, tmp_path / "s.csv", tables=str(test)))
+    assert scores[0].equals(scores[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "warning"),
+    [
+        ([f"{row},5" for row in range(99)] + ["NA"], 'are different.* such as "0,5"'),
+        (["0.25", "0.5", "0.75"] * 33 + ["failed"], 'are numbers.* such as "failed"'),
+        (["+", "-"] * 50, "has no values; a text without a letter or digit"),
+        (["1", "2", "3a", "3b"] * 25, None),
+        ([f"place {row}" for row in range(20)], None),
+    ],
+    ids=["decimal commas", "another word", "signs", "codes", "few rows"],
+)
+def test_texts_that_are_hardly_categories_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], values: list[str], warning: str | None
+) -> None:
+    path = tmp_path / "mine.csv"
+    ids = [f"ISIC_{row}" for row in range(len(values))]
+    pl.DataFrame({"isic_id": ids, "x": values}).write_csv(path)
+    read_train_tables([f"label_free:{path}"])
+    warned = capsys.readouterr().err
+    assert re.search(f"column x.* {warning}", warned) if warning else not warned
 
 
 def write(table: pl.DataFrame, path: Path) -> Path:
