@@ -134,7 +134,10 @@ class FitSettings(Settings):
         "compare covers the choice of the folds; predict uses the boosters of the first",
     )
     num_rounds: int | None = Field(
-        None, ge=1, description="boosting rounds; each library has its own default"
+        None,
+        ge=1,
+        description="boosting rounds; each library has its own default; a library's own flag comes "
+        "first, this flag before any value of the config",
     )
     negatives: float = Field(
         100.0, gt=0, allow_inf_nan=False, description="sampled negatives per positive"
@@ -194,8 +197,8 @@ class FitSettings(Settings):
         """Return the flags, with one per library instead of `library_settings`."""
         others = {name: field for name, field in cls.model_fields.items() if name != CHANGES}
         help_text = (
-            'changed settings of {}, such as "{{num_rounds: 100}}"; extra: {{...}} holds any other '
-            "parameter of the library"
+            'changed settings of {}, such as "{{num_rounds: 100}}", over those of the config; extra: '
+            "{{...}} holds any other parameter of the library"
         )
         libraries = {
             name: FieldInfo(default={}, description=help_text.format(name)) for name in LIBRARIES
@@ -208,26 +211,22 @@ class FitSettings(Settings):
         """Add the values of the config file, and gather the flags of the libraries."""
         if not isinstance(values, Mapping):
             return values
-        if values.get("config"):
-            values = cls._over_config(values)
-        others = {key: value for key, value in values.items() if key not in LIBRARIES}
-        gathered = {key: _parse_changes(key, values[key]) for key in LIBRARIES if key in values}
-        if not gathered:
-            return others
-        changes = others.setdefault(CHANGES, {})
-        if isinstance(changes, Mapping):  # else the field's own validation reports it
-            others[CHANGES] = {**changes, **gathered}
-        return others
+        flags = _with_changes(values)
+        return cls._over_config(flags) if flags.get("config") else flags
 
     @classmethod
-    def _over_config(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        path = find_config(values["config"])
+    def _over_config(cls, flags: Mapping[str, Any]) -> Any:
+        path = find_config(flags["config"])
         from_file = cls._from_file(path)
         build(cls, from_file, str(path))  # on its own, so that an error names the file
-        if any(name in values for name in OUTPUT_NAMES.choices):
+        if any(name in flags for name in OUTPUT_NAMES.choices):
             # The flag may have the other name of the two.
             from_file = {k: v for k, v in from_file.items() if k not in OUTPUT_NAMES.choices}
-        return {**from_file, **values}
+        from_file = _with_changes(from_file)
+        if flags.get("num_rounds") is not None:
+            for changes in from_file.get(CHANGES, {}).values():
+                changes.pop("num_rounds", None)
+        return _merge(from_file, flags)
 
     @classmethod
     def _from_file(cls, path: Path) -> dict[str, Any]:
@@ -259,9 +258,8 @@ class FitSettings(Settings):
 
     def parameters(self, library: str) -> dict[str, Any]:
         """Return all settings of a library, the changed ones included."""
-        changes = dict(self.library_settings.get(library, {}))
-        if self.num_rounds:
-            changes["num_rounds"] = self.num_rounds
+        general = {"num_rounds": self.num_rounds} if self.num_rounds else {}
+        changes = {**general, **self.library_settings.get(library, {})}
         on_gpu = {DEVICE: self.device} if self.device != "cpu" else {}
         return parameters_of(library, changes) | on_gpu
 
@@ -335,6 +333,23 @@ ONLY_FIT = ("force", "splits", "refit", "thin_patients", "few_table", "calibrate
 """Flags of `infer fit` that `infer select` does not take."""
 NOT_FOR_LISTS = {*ONLY_FIT, "name", *OUTPUT_NAMES.choices}
 """Keys of a config of `infer fit` that `infer select` passes over."""
+
+
+def _with_changes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the mappings of the libraries as parts of `library_settings`."""
+    others = {key: value for key, value in values.items() if key not in LIBRARIES}
+    changes = {key: _parse_changes(key, values[key]) for key in LIBRARIES if key in values}
+    # If it is no mapping, the field's own validation reports it.
+    if changes and isinstance(others.get(CHANGES, {}), Mapping):
+        others[CHANGES] = _merge(others.get(CHANGES, {}), changes)
+    return others
+
+
+def _merge(low: Any, high: Any) -> Any:
+    """Return a mapping with the values of another one over its own, at any depth; else `high`."""
+    if not (isinstance(low, Mapping) and isinstance(high, Mapping)):
+        return high
+    return {**low, **{key: _merge(low.get(key), value) for key, value in high.items()}}
 
 
 def _parse_changes(library: str, value: Any) -> dict[str, Any]:

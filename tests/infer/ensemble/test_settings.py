@@ -10,7 +10,8 @@ from isic.runtime.errors import UserError
 def test_the_flags_of_libraries_are_merged_into_the_mapping() -> None:
     mapping = {"lightgbm": {"max_depth": 3}, "xgboost": {"max_depth": 2}}
     chosen = build(FitSettings, {"library_settings": mapping, "xgboost": "{gamma: 1}"})
-    assert chosen.library_settings == {"lightgbm": {"max_depth": 3}, "xgboost": {"gamma": 1}}
+    xgboost = {"max_depth": 2, "gamma": 1}
+    assert chosen.library_settings == {"lightgbm": {"max_depth": 3}, "xgboost": xgboost}
     assert build(FitSettings, {"library_settings": chosen.library_settings}) == chosen
 
 
@@ -20,6 +21,44 @@ def test_flags_take_precedence_over_the_file(library_config: Path) -> None:
     assert chosen.parameters("catboost")["depth"] == 2
     assert chosen.seeds == 4
     assert chosen.features == "raw"
+
+
+def test_a_librarys_flag_keeps_the_other_settings_of_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        "lightgbm: {num_rounds: 500, learning_rate: 0.02, extra: {min_data_in_bin: 5}}\n"
+        "xgboost: {gamma: 1}\n"
+    )
+    flag = "{max_depth: 6, learning_rate: 0.1, extra: {cat_smooth: 1}}"
+    chosen = build(FitSettings, {"config": str(config), "lightgbm": flag})
+    assert chosen.library_settings == {
+        "lightgbm": {
+            **{"num_rounds": 500, "learning_rate": 0.1, "max_depth": 6},
+            "extra": {"min_data_in_bin": 5, "cat_smooth": 1},
+        },
+        "xgboost": {"gamma": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "num_rounds"),
+    [
+        ("num_rounds: 100", {"lightgbm": "{num_rounds: 50}"}, 50),
+        ("num_rounds: 100", {"lightgbm": "{max_depth: 3}"}, 100),
+        ("seeds: 2", {"num_rounds": "100", "lightgbm": "{num_rounds: 50}"}, 50),
+        ("num_rounds: 100\nlightgbm: {num_rounds: 50}", {}, 50),
+        ("num_rounds: 100\nlightgbm: {num_rounds: 50}", {"num_rounds": "7"}, 7),
+        ("lightgbm: {num_rounds: 50}", {"num_rounds": "7", "lightgbm": "{max_depth: 3}"}, 7),
+        ("library_settings: {lightgbm: {num_rounds: 50}}", {"num_rounds": "7"}, 7),
+    ],
+)
+def test_the_rounds_of_a_flag_come_before_the_files_and_a_librarys_before_all(
+    tmp_path: Path, file: str, flags: dict[str, str], num_rounds: int
+) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(file)
+    chosen = build(FitSettings, {"config": str(config), **flags})
+    assert chosen.parameters("lightgbm")["num_rounds"] == num_rounds
 
 
 @pytest.mark.parametrize("in_file", ["out", "output_dir"])
