@@ -53,6 +53,7 @@ class CheckpointFields(Fields):
     averaged_state_dict: dict[str, Any] | None = None
     step: Index = 0
     num_threads: Count | None = None
+    num_processes: Count | None = None
 
 
 def save_checkpoint(path: Path, **values: Any) -> None:

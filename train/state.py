@@ -119,6 +119,7 @@ def save_last(path: Path, state: TrainState, settings: TrainSettings, folds_dige
         step=state.step,
         config={"folds_digest": folds_digest, "pretrained": state.started_from},
         num_threads=torch.get_num_threads(),
+        num_processes=distributed.world_size(),
         args=settings.model_dump(mode="json"),
     )
 
@@ -127,11 +128,13 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, folds_digest
     """Load `last.pth` into `state`.
 
     Raises:
-        UserError: it was made with other settings, other folds or other initial weights.
+        UserError: it was made with other settings, another number of processes, other folds or
+            other initial weights.
     """
     saved = load_checkpoint(path)
     config = saved["config"]
     refuse_difference(path, saved["args"], settings)
+    _refuse_other_processes(path, saved.get("num_processes"))
     if config.get("folds_digest") != folds_digest:
         raise UserError(f"{path} was trained on other folds; start again with --force")
     if config.get("pretrained", state.started_from) != state.started_from:
@@ -141,6 +144,21 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, folds_digest
         )
     with damaged_content(path):
         _load_state(state, saved)
+
+
+def _refuse_other_processes(path: Path, then: int | None) -> None:
+    """Raise a UserError if `path` was made with another number of processes than there are now.
+
+    Args:
+        then: None in files of earlier versions.
+    """
+    # An epoch has another number of steps then, and the saved step another learning rate.
+    now = distributed.world_size()
+    if then not in {None, now}:
+        raise UserError(
+            f"the number of processes that made {path} was {then}, now it is {now}; start {then} "
+            "again, or train this fold again with --force"
+        )
 
 
 def _load_state(state: TrainState, saved: dict[str, Any]) -> None:

@@ -68,6 +68,29 @@ def test_a_last_checkpoint_of_an_earlier_version_resumes(
     assert learning_rates(restored.optimizer) == {BACKBONE: 1e-4, HEAD: 1e-3}
 
 
+def test_another_number_of_processes_is_refused(
+    small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch would have another number of steps, which the saved one would not fit."""
+    settings = tiny_settings(data=small_dataset, output_dir=tmp_path)
+    digest = load_data(settings).folds.digest
+    state = create_state(settings, CPU, 0)
+    path = tmp_path / LAST_CHECKPOINT
+    for then, now in ((2, 1), (1, 2)):
+        monkeypatch.setattr("train.distributed.world_size", lambda number=then: number)
+        save_last(path, state, settings, digest)
+        restore(state, path, settings, digest)
+        monkeypatch.setattr("train.distributed.world_size", lambda number=now: number)
+        words = rf"last\.pth was {then}, now it is {now}; start {then} again, .* with --force$"
+        with pytest.raises(UserError, match=words):
+            restore(state, path, settings, digest)
+    # Of an earlier version.
+    saved = torch.load(path, weights_only=True)
+    del saved["num_processes"]
+    torch.save(saved, path)
+    restore(state, path, settings, digest)
+
+
 @pytest.mark.slow
 def test_a_convolution_that_corrupts_the_heap_is_avoided() -> None:
     """In its own process, which would end with a segmentation fault or an abort."""
