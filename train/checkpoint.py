@@ -54,6 +54,7 @@ class CheckpointFields(Fields):
     step: Index = 0
     num_threads: Count | None = None
     num_processes: Count | None = None
+    metadata_digests: list[str] | None = None
 
 
 def save_checkpoint(path: Path, **values: Any) -> None:

@@ -60,7 +60,6 @@ def train_fold(
     """
     deadline.begin_fold()
     directory = fold_dir(settings.run_dir, fold)
-    digest = data.folds.digest
     state = create_state(settings, device, fold)
     loaders = fold_loaders(data, fold, state.model.spec, settings, device)
     schedule = create_schedule(
@@ -115,7 +114,7 @@ def train_fold(
         rates = learning_rates(state.optimizer)
         log_epoch(directory, fold, state.epoch, settings.epochs, stats, validation, rates)
         # Last of all: a run that is killed before this point repeats the epoch.
-        save_last(directory / LAST_CHECKPOINT, state, settings, digest)
+        save_last(directory / LAST_CHECKPOINT, state, settings, data)
         if time_left and distributed.is_main():
             time_left.advance(costs[epoch])
         deadline.end_epoch(costs[epoch])
@@ -174,10 +173,9 @@ def start_or_resume(
     """
     directory = fold_dir(settings.run_dir, fold)
     last = directory / LAST_CHECKPOINT
-    digest = data.folds.digest
     resumes = distributed.broadcast_object(settings.resume and last.is_file())
     if resumes:
-        restore(state, last, settings, digest)
+        restore(state, last, settings, data)
     if state.epoch == settings.epochs:
         raise UserError(
             f"{directory} has finished its last epoch, but results are missing; train it again "
@@ -189,7 +187,7 @@ def start_or_resume(
     begin_fold(settings, data, fold, resumes)
     if not resumes:
         # A run that is stopped in its first epoch can be resumed too.
-        save_last(last, state, settings, digest)
+        save_last(last, state, settings, data)
 
 
 def is_selected(state: TrainState, settings: TrainSettings, validation: Validation | None) -> bool:

@@ -1,9 +1,11 @@
 """Guards: whether a run may skip, continue or overwrite a fold."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from isic.dataset import refuse_dataset
 from isic.layout import (
@@ -21,10 +23,12 @@ from isic.layout import (
 )
 from isic.runtime.config import build, read_yaml
 from isic.runtime.errors import UserError
-from isic.runtime.files import digest, refuse_foreign
+from isic.runtime.fields import Fields, read_fields
+from isic.runtime.files import digest, manifest_path, refuse_foreign, sha256
 from train.config import TrainSettings
 from train.history import last_epoch, read_history
 from train.plots import ROC_FILE
+from train.rows import metadata_paths
 
 FREE_TO_CHANGE = {
     "fold",
@@ -42,6 +46,19 @@ FREE_TO_CHANGE = {
 """Settings that may change between a run and its continuation: they do not affect the weights."""
 CHOSEN = ("precision", "augment_on")
 """Settings that training chooses if they are `auto`; a fold keeps its own."""
+
+
+class MadeFrom(Fields):
+    """The digests of the training tables in a fold's manifest; earlier versions wrote none."""
+
+    metadata_sha256: str | None = None
+    extra_sha256: list[str] = Field([])
+
+
+class FoldManifest(Fields):
+    """The fields of a fold's manifest that are compared."""
+
+    made_from: MadeFrom = Field(default_factory=MadeFrom)
 
 
 def is_finished(settings: TrainSettings, fold: Fold) -> bool:
@@ -81,6 +98,46 @@ def refuse_difference(path: Path, saved: Mapping[str, Any], settings: TrainSetti
                 f"{path} was made with {key}={in_short(then[key])}, now it is "
                 f"{in_short(now[key])}; use the previous value, choose another --name, or train "
                 "again with --force"
+            )
+
+
+def refuse_changed_tables(settings: TrainSettings, folds: Sequence[Fold]) -> None:
+    """Raise a UserError if a table has changed since one of these finished folds was trained."""
+    has_data = all(root.is_dir() for root in (settings.data, *settings.extra_data))
+    if not (folds and has_data):  # the scores of a run are shown without its dataset too
+        return
+    paths = metadata_paths(settings)
+    digests = [sha256(path) for path in paths]
+    for fold in folds:
+        directory = fold_dir(settings.run_dir, fold)
+        refuse_other_tables(directory, digests_trained_on(directory), paths, digests)
+
+
+def digests_trained_on(directory: Path) -> list[str] | None:
+    """Return the digests of the tables in a fold's manifest, None if it has none."""
+    path = manifest_path(directory / BEST_CHECKPOINT)
+    if not path.is_file():
+        return None
+    about = FoldManifest(**read_fields(path, FoldManifest, "train this fold again with --force"))
+    first = about.made_from.metadata_sha256
+    return None if first is None else [first, *about.made_from.extra_sha256]
+
+
+def refuse_other_tables(
+    trained: Path, then: Sequence[str] | None, paths: Sequence[Path], now: Sequence[str]
+) -> None:
+    """Raise a UserError that names the first training table that has changed.
+
+    Args:
+        trained: a fold's folder or its `last.pth`.
+        then: digests of the tables that it was trained on; None in files of earlier versions.
+        paths, now: the tables and their digests.
+    """
+    for path, before, digest_now in zip(paths, then or now, now, strict=False):
+        if before != digest_now:
+            raise UserError(
+                f"{path} has changed since {trained} was trained; restore that table, or train "
+                "this fold again with --force"
             )
 
 

@@ -61,7 +61,7 @@ class TrainData:
     """[N], index into `metadata_paths`; 0 is the dataset that is validated on."""
     folds: Folds
     metadata_paths: list[Path]
-    """The training tables: of the dataset, then of each extra dataset."""
+    """As from `metadata_paths`."""
     metadata_digests: list[str]
     """Their SHA-256, of when they were read: they may change while a network is trained."""
 
@@ -80,6 +80,12 @@ class TrainData:
     def held_out(self, fold: Fold) -> pl.DataFrame:
         """Return the rows of `table` that a fold holds out."""
         return self.table.filter(pl.Series(self.is_held_out(fold)))
+
+
+def metadata_paths(settings: TrainSettings) -> list[Path]:
+    """Return the training tables: of the dataset, then of each extra dataset."""
+    roots = (settings.data, *settings.extra_data)
+    return [Dataset(root).metadata_path("train") for root in roots]
 
 
 def load_data(settings: TrainSettings) -> TrainData:
@@ -109,12 +115,10 @@ def load_data(settings: TrainSettings) -> TrainData:
     warn_of_unmatched_masks(dataset.masks_path, table[schema.ID], rows.masks)
     fold = folds.of(rows.table).to_numpy()
 
-    paths = [path]
     sizes = [len(rows.table)]
     for root in settings.extra_data:
         extra = load_extra(root, [table, rows.table], settings, flags)
         rows += extra
-        paths.append(Dataset(root).metadata_path("train"))
         sizes.append(len(extra.table))
     if rows.masks is not None and rows.masks.is_empty.all():
         raise UserError(
@@ -126,6 +130,7 @@ def load_data(settings: TrainSettings) -> TrainData:
         write_parquet(settings.run_dir / ERRORS_FILE, rows.skipped)
     no_fold = np.full(sum(sizes[1:]), EXTRA, np.int8)
     source = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)
+    paths = metadata_paths(settings)
     digests = [sha256(path) for path in paths]
     return TrainData(rows, np.concatenate([fold, no_fold]), source, folds, paths, digests)
 

@@ -31,6 +31,7 @@ from train.resume import (
     CHOSEN,
     is_finished,
     keep_choices,
+    refuse_changed_tables,
     refuse_other_content,
     require_resume_or_force,
 )
@@ -155,10 +156,11 @@ def folds_to_train(settings: TrainSettings) -> list[Fold]:
     """Return the wanted folds without the finished ones, in all processes alike."""
     numbered: list[Fold] = list(range(settings.num_folds))
     folds = numbered if settings.fold is None else [settings.fold]
-    due = [fold for fold in folds if settings.force or not is_finished(settings, fold)]
+    finished = [fold for fold in folds if not settings.force and is_finished(settings, fold)]
+    refuse_changed_tables(settings, finished)
     if distributed.is_main():
-        for fold in folds:
-            if fold not in due:
-                print(f"fold {fold} is finished; --force trains it again")
+        for fold in finished:
+            print(f"fold {fold} is finished; --force trains it again")
+    due = [fold for fold in folds if fold not in finished]
     # The main process decides: it may finish a fold before another process has looked at it.
     return distributed.broadcast_object(due)

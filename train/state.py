@@ -17,7 +17,8 @@ from train.config import TrainSettings
 from train.model import Classifier, create_model
 from train.optim import create_optimizer
 from train.pretrained import Weights, find_weights
-from train.resume import refuse_difference
+from train.resume import refuse_difference, refuse_other_tables
+from train.rows import TrainData
 from train.seeds import seed_weights
 from train.timm_models import takes_image_size
 
@@ -104,7 +105,7 @@ def _channels_first(backbone: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Te
     return tuple(part.contiguous() for part in inputs)
 
 
-def save_last(path: Path, state: TrainState, settings: TrainSettings, folds_digest: str) -> None:
+def save_last(path: Path, state: TrainState, settings: TrainSettings, data: TrainData) -> None:
     """Write `last.pth`. Main process only."""
     if not distributed.is_main():
         return
@@ -117,26 +118,30 @@ def save_last(path: Path, state: TrainState, settings: TrainSettings, folds_dige
         best_pauc=state.best_pauc,
         epoch=state.epoch,
         step=state.step,
-        config={"folds_digest": folds_digest, "pretrained": state.started_from},
+        config={"folds_digest": data.folds.digest, "pretrained": state.started_from},
         num_threads=torch.get_num_threads(),
         num_processes=distributed.world_size(),
+        metadata_digests=data.metadata_digests,
         args=settings.model_dump(mode="json"),
     )
 
 
-def restore(state: TrainState, path: Path, settings: TrainSettings, folds_digest: str) -> None:
+def restore(state: TrainState, path: Path, settings: TrainSettings, data: TrainData) -> None:
     """Load `last.pth` into `state`.
 
     Raises:
-        UserError: it was made with other settings, another number of processes, other folds or
-            other initial weights.
+        UserError: it was made with other settings, another number of processes, other folds,
+            other training tables or other initial weights.
     """
     saved = load_checkpoint(path)
     config = saved["config"]
     refuse_difference(path, saved["args"], settings)
     _refuse_other_processes(path, saved.get("num_processes"))
-    if config.get("folds_digest") != folds_digest:
+    if config.get("folds_digest") != data.folds.digest:
         raise UserError(f"{path} was trained on other folds; start again with --force")
+    refuse_other_tables(
+        path, saved.get("metadata_digests"), data.metadata_paths, data.metadata_digests
+    )
     if config.get("pretrained", state.started_from) != state.started_from:
         raise UserError(
             f"{path} started from other weights than {settings.pretrained} has now; restore those "

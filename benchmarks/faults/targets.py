@@ -41,7 +41,7 @@ from train.config import TrainSettings, load_settings
 from train.model import create_model
 from train.pretrained import find_weights
 from train.resume import is_finished
-from train.rows import load_rows
+from train.rows import load_data, load_rows
 from train.state import create_state, restore
 
 RUN = f"runs/{NETWORK}"
@@ -176,7 +176,7 @@ def read_last_checkpoint() -> str:
     settings = train_settings(epochs=1)
     state = create_state(settings, CPU, 0)
     path = Path(FOLD, "last.pth")
-    restore(state, path, settings, read_folds(Path(RUN, "folds.parquet")).digest)
+    restore(state, path, settings, load_data(settings))
     return str(sum(float(weight.double().sum()) for weight in state.model.parameters()))
 
 

@@ -1,15 +1,21 @@
+import shutil
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 
 from isic.layout import BEST_CHECKPOINT, LAST_CHECKPOINT
 from isic.runtime.errors import UserError
+from isic.runtime.files import read_json, write_json
 from tests.support.commands import TINY, TINY_KEYS, Cli
+from tests.support.training import write_extra
 from train.checkpoint import load_checkpoint
 from train.config import TrainSettings
 from train.deadline import OUT_OF_TIME
 from train.run import choose
+
+TABLE = "train-metadata.csv"
 
 
 def test_finished_folds_are_skipped_and_other_settings_refused(
@@ -122,3 +128,54 @@ def test_a_resumed_fold_keeps_its_precision(
     assert load_checkpoint(folder / BEST_CHECKPOINT)["args"]["precision"] == "bf16"
     assert "precision: bf16\n" in (folder / "config.yaml").read_text()
     assert "fold 0 is finished" in cli("train", *flags).out, "auto accepts what was used"
+
+
+def test_rows_of_a_table_that_changed_are_not_forgotten_by_a_resumed_fold(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    extra = write_extra(tmp_path / "extra", [1] * 4 + [0] * 8)
+    flags = [*TINY, "--extra_data", extra, "--output_dir", tmp_path, "--fold", 0, "--epochs", 2]
+    assert cli("train", *flags, "--data", small_dataset, "--max_hours", 1e-9).code == OUT_OF_TIME
+    moved = shutil.move(small_dataset, tmp_path / "moved")
+    resumed = [*flags, "--data", moved, "--resume"]
+    for table in (extra / TABLE, moved / TABLE):
+        content = table.read_text()
+        table.write_text(content[: content.rindex("\n", 0, -1) + 1])
+        ended = cli("train", *resumed)
+        assert ended.code == 2
+        assert f"{table} has changed since {tmp_path}/tiny/fold_0/last.pth was trained" in ended.err
+        table.write_text(content)
+    # Of an earlier version.
+    last = tmp_path / "tiny" / "fold_0" / LAST_CHECKPOINT
+    saved = load_checkpoint(last)
+    del saved["metadata_digests"]
+    torch.save(saved, last)
+    assert cli("train", *resumed).code == 0
+
+
+def test_folds_of_different_tables_are_not_mixed(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags = [*TINY, "--output_dir", tmp_path, "--epochs", 1, "--num_folds", 2]
+    assert cli("train", *flags, "--data", small_dataset, "--fold", 0).code == 0
+    moved = shutil.move(small_dataset, tmp_path / "moved")
+    content = (moved / TABLE).read_text()
+    pl.read_csv(content.encode()).with_columns(1 - pl.col("target")).write_csv(moved / TABLE)
+    run = tmp_path / "tiny"
+    for only in ([], ["--fold", 0]):
+        ended = cli("train", *flags, *only, "--data", moved)
+        assert ended.code == 2
+        assert f"{moved / TABLE} has changed since {run}/fold_0 was trained; " in ended.err
+    assert not (run / "fold_1").exists()
+    assert "fold 0 is finished" in cli("train", *flags, "--fold", 0, "--data", "none").out
+
+    manifest = run / "fold_0" / f"{BEST_CHECKPOINT}.json"
+    about = read_json(manifest)
+    write_json(manifest, {**about, "made_from": 3})
+    ended = cli("train", *flags, "--data", moved)
+    assert (ended.code, f"{manifest} is damaged (made_from: " in ended.err) == (2, True)
+    del about["made_from"]
+    write_json(manifest, about)
+    ended = cli("train", *flags, "--data", moved)
+    assert ended.code == 0, "of an earlier version"
+    assert "fold 0 is finished" in ended.out

@@ -27,7 +27,7 @@ def test_a_restored_state_continues_to_the_same_bits(small_dataset: Path, tmp_pa
         ema_decay=0.9,
         accumulation_steps=2,
     )
-    digest = load_data(settings).folds.digest
+    data = load_data(settings)
 
     def learn(state: TrainState, num_batches: int, target: float = 1.0) -> None:
         batches = [random_batch(8)._replace(target=torch.full((8,), target))] * num_batches
@@ -38,8 +38,8 @@ def test_a_restored_state_continues_to_the_same_bits(small_dataset: Path, tmp_pa
     restored = create_state(settings, CPU, 1)
     learn(state, 3)
     learn(state, 1, target=torch.nan)
-    save_last(tmp_path / LAST_CHECKPOINT, state, settings, digest)
-    restore(restored, tmp_path / LAST_CHECKPOINT, settings, digest)
+    save_last(tmp_path / LAST_CHECKPOINT, state, settings, data)
+    restore(restored, tmp_path / LAST_CHECKPOINT, settings, data)
     ends = []
     for each in (state, restored):
         learn(each, 5)
@@ -58,12 +58,12 @@ def test_a_last_checkpoint_of_an_earlier_version_resumes(
     """Its parameter groups have neither name nor part of the network."""
     settings = tiny_settings(data=small_dataset, output_dir=tmp_path)
     state = create_state(settings, CPU, 0)
-    digest = load_data(settings).folds.digest
+    data = load_data(settings)
     for group in state.optimizer.param_groups:
         del group["part"], group["name"]
-    save_last(tmp_path / LAST_CHECKPOINT, state, settings, digest)
+    save_last(tmp_path / LAST_CHECKPOINT, state, settings, data)
     restored = create_state(settings, CPU, 0)
-    restore(restored, tmp_path / LAST_CHECKPOINT, settings, digest)
+    restore(restored, tmp_path / LAST_CHECKPOINT, settings, data)
     set_lr(restored.optimizer, peak_rates(1), 0)
     assert learning_rates(restored.optimizer) == {BACKBONE: 1e-4, HEAD: 1e-3}
 
@@ -73,22 +73,22 @@ def test_another_number_of_processes_is_refused(
 ) -> None:
     """An epoch would have another number of steps, which the saved one would not fit."""
     settings = tiny_settings(data=small_dataset, output_dir=tmp_path)
-    digest = load_data(settings).folds.digest
+    data = load_data(settings)
     state = create_state(settings, CPU, 0)
     path = tmp_path / LAST_CHECKPOINT
     for then, now in ((2, 1), (1, 2)):
         monkeypatch.setattr("train.distributed.world_size", lambda number=then: number)
-        save_last(path, state, settings, digest)
-        restore(state, path, settings, digest)
+        save_last(path, state, settings, data)
+        restore(state, path, settings, data)
         monkeypatch.setattr("train.distributed.world_size", lambda number=now: number)
         words = rf"last\.pth was {then}, now it is {now}; start {then} again, .* with --force$"
         with pytest.raises(UserError, match=words):
-            restore(state, path, settings, digest)
+            restore(state, path, settings, data)
     # Of an earlier version.
     saved = torch.load(path, weights_only=True)
     del saved["num_processes"]
     torch.save(saved, path)
-    restore(state, path, settings, digest)
+    restore(state, path, settings, data)
 
 
 @pytest.mark.slow
@@ -129,10 +129,11 @@ def test_a_last_checkpoint_with_a_damaged_state_is_refused(
     key: str, value: dict[str, Any], small_dataset: Path, tmp_path: Path
 ) -> None:
     settings = tiny_settings(data=small_dataset, output_dir=tmp_path, precision="fp32")
+    data = load_data(settings)
     state = create_state(settings, CPU, 0)
     path = tmp_path / LAST_CHECKPOINT
-    save_last(path, state, settings, "digest")
+    save_last(path, state, settings, data)
     saved = torch.load(path, weights_only=True)
     torch.save({**saved, key: value}, path)
     with pytest.raises(UserError, match=r"last\.pth is damaged \(.*; train this fold again"):
-        restore(state, path, settings, "digest")
+        restore(state, path, settings, data)

@@ -131,5 +131,5 @@ def test_a_resumed_run_keeps_its_number_of_threads(
         data=small_dataset, output_dir=tmp_path, epochs=1, name="tiny", resume=True
     )
     state = create_state(settings, CPU, 0)
-    restore(state, fold / LAST_CHECKPOINT, settings, load_data(settings).folds.digest)
+    restore(state, fold / LAST_CHECKPOINT, settings, load_data(settings))
     assert state.num_threads == 2
