@@ -155,6 +155,22 @@ def _refuse_one_class(
             )
 
 
+def refuse_other_plan(path: Path, pinned: Path) -> None:
+    """Raise a UserError if a run's plan, at `path`, is not that of its dataset, at `pinned`."""
+    if is_other_plan(path, pinned):
+        raise UserError(
+            f"{pinned} is another fold plan than {path}, which this run began with; use another "
+            "--name, delete the run's folder, or remove the dataset's plan"
+        )
+
+
+def is_other_plan(one: Path, two: Path) -> bool:
+    """Return whether there are two fold plans and they differ."""
+    # lexists: a broken link must be reported, not skipped.
+    both = os.path.lexists(one) and os.path.lexists(two)
+    return both and read_folds(one).digest != read_folds(two).digest
+
+
 def folds_for(
     metadata: pl.DataFrame,
     num_folds: int,
@@ -170,8 +186,10 @@ def folds_for(
         seed_is_given: whether a plan that is there must be the one of the seed.
 
     Raises:
-        UserError: the plan is for other data, another number of folds or another seed.
+        UserError: both plans are there and differ, or the plan is for other data, another number of
+            folds or another seed.
     """
+    refuse_other_plan(path, pinned)
     # lexists: a broken link must be reported, not skipped.
     source = next((plan for plan in (path, pinned) if os.path.lexists(plan)), None)
     folds = read_folds(source) if source else draw_folds(metadata, num_folds, seed)

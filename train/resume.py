@@ -7,12 +7,14 @@ from typing import Any
 
 from pydantic import Field
 
-from isic.dataset import refuse_dataset
+from isic.dataset import Dataset, refuse_dataset
+from isic.folds import refuse_other_plan
 from isic.layout import (
     ALL,
     BEST_CHECKPOINT,
     CONFIG_FILE,
     ERRORS_FILE,
+    FOLDS_FILE,
     HISTORY_FILE,
     LAST_CHECKPOINT,
     OOF_FILE,
@@ -101,11 +103,12 @@ def refuse_difference(path: Path, saved: Mapping[str, Any], settings: TrainSetti
             )
 
 
-def refuse_changed_tables(settings: TrainSettings, folds: Sequence[Fold]) -> None:
-    """Raise a UserError if a table has changed since one of these finished folds was trained."""
+def refuse_changed_data(settings: TrainSettings, folds: Sequence[Fold]) -> None:
+    """Raise a UserError if plan or tables have changed since a finished fold was trained."""
     has_data = all(root.is_dir() for root in (settings.data, *settings.extra_data))
     if not (folds and has_data):  # the scores of a run are shown without its dataset too
         return
+    refuse_other_plan(settings.run_dir / FOLDS_FILE, Dataset(settings.data).folds_path)
     paths = metadata_paths(settings)
     digests = [sha256(path) for path in paths]
     for fold in folds:

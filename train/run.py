@@ -31,7 +31,7 @@ from train.resume import (
     CHOSEN,
     is_finished,
     keep_choices,
-    refuse_changed_tables,
+    refuse_changed_data,
     refuse_other_content,
     require_resume_or_force,
 )
@@ -157,7 +157,7 @@ def folds_to_train(settings: TrainSettings) -> list[Fold]:
     numbered: list[Fold] = list(range(settings.num_folds))
     folds = numbered if settings.fold is None else [settings.fold]
     finished = [fold for fold in folds if not settings.force and is_finished(settings, fold)]
-    refuse_changed_tables(settings, finished)
+    refuse_changed_data(settings, finished)
     if distributed.is_main():
         for fold in finished:
             print(f"fold {fold} is finished; --force trains it again")

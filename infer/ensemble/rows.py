@@ -1,7 +1,7 @@
 """The training rows of an ensemble: their table, fold plan and features."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,10 +29,10 @@ from infer.ensemble.settings import NUM_FOLDS, FitSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.features.definitions import check_definitions
-from isic.folds import Folds, draw_folds, read_folds
+from isic.folds import Folds, draw_folds, is_other_plan, read_folds
 from isic.layout import FOLDS_FILE
 from isic.metadata import require
-from isic.runtime.errors import UserError, did_you_mean
+from isic.runtime.errors import UserError, did_you_mean, warn
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,12 @@ def choose_folds(settings: FitSettings, metadata: pl.DataFrame) -> Folds:
     """Return the fold plan of the embeddings, else of the dataset, else a new one.
 
     Raises:
-        UserError: the plan is for other rows, or contradicts the settings.
+        UserError: the plan is for other rows, is not the dataset's, or contradicts the settings.
     """
     path = find_folds(settings)
     if path is None:
         return draw_folds(metadata, settings.num_folds or NUM_FOLDS, settings.seed_of_split)
+    _compare_plans(settings.embeddings, settings.data / FOLDS_FILE)
     folds = read_folds(path)
     _refuse_contradiction(path, folds, metadata, settings.num_folds, settings.split_seed)
     return folds
@@ -190,6 +191,28 @@ def find_folds(settings: FitSettings) -> Path | None:
         if os.path.lexists(root / FOLDS_FILE):
             return root / FOLDS_FILE
     return None
+
+
+def _compare_plans(embeddings: Sequence[Path], pinned: Path) -> None:
+    """Compare the plans of networks with the dataset's, at `pinned`; warn of one after the first.
+
+    Raises:
+        UserError: the first network's plan, which is the boosters', is not the dataset's.
+    """
+    # Else a plan that holds out hospitals would seem to be in use when it is not.
+    for number, root in enumerate(embeddings):
+        path = root / FOLDS_FILE
+        if not is_other_plan(path, pinned):
+            continue
+        if number == 0:
+            raise UserError(
+                f"{pinned} is another fold plan than {path}, which the boosters would use; name a "
+                "network first that was trained on the dataset's plan, or remove that plan"
+            )
+        warn(
+            f"{root} has another fold plan than {pinned}: the models that score a held-out row may "
+            "have learned from the rows that the dataset's plan holds out with it"
+        )
 
 
 def _refuse_contradiction(

@@ -118,6 +118,18 @@ def test_a_plan_beside_the_data_wins(tmp_path: Path) -> None:
         folds_for(table, 4, 42, run, pinned)
 
 
+def test_a_plan_beside_the_data_that_is_not_the_runs_is_refused(tmp_path: Path) -> None:
+    table = small_table()
+    run, pinned = tmp_path / "run" / "folds.parquet", tmp_path / "data" / "folds.parquet"
+    draw_folds(table, 5, 42).write(run)
+    draw_folds(table, 5, 42).write(pinned)
+    assert folds_for(table, 5, 42, run, pinned).num_folds == 5
+    draw_folds(table, 5, 99).write(pinned)
+    words = f"{pinned} is another fold plan than {run}, .*; use another --name, delete the run's"
+    with pytest.raises(UserError, match=words):
+        folds_for(table, 5, 42, run, pinned)
+
+
 def test_one_class_and_too_few_positives_are_refused() -> None:
     table = small_table()
     with pytest.raises(UserError, match="every target is 0"):

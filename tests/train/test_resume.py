@@ -5,7 +5,8 @@ import polars as pl
 import pytest
 import torch
 
-from isic.layout import BEST_CHECKPOINT, LAST_CHECKPOINT
+from isic.folds import draw_folds
+from isic.layout import BEST_CHECKPOINT, FOLDS_FILE, LAST_CHECKPOINT
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_json, write_json
 from tests.support.commands import TINY, TINY_KEYS, Cli
@@ -179,3 +180,20 @@ def test_folds_of_different_tables_are_not_mixed(
     ended = cli("train", *flags, "--data", moved)
     assert ended.code == 0, "of an earlier version"
     assert "fold 0 is finished" in ended.out
+
+
+def test_a_plan_that_the_dataset_got_later_is_not_ignored(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--fold", 0]
+    assert cli("train", *flags).code == 0
+    pinned = small_dataset / FOLDS_FILE
+    shutil.copy(tmp_path / "tiny" / FOLDS_FILE, pinned)
+    assert "fold 0 is finished" in cli("train", *flags).out
+    draw_folds(pl.read_csv(small_dataset / TABLE), 5, 7).write(pinned)
+    for more in ([], ["--force"]):
+        ended = cli("train", *flags, *more)
+        assert ended.code == 2
+        assert f"{pinned} is another fold plan than {tmp_path}/tiny/{FOLDS_FILE}" in ended.err
+    assert cli("train", *flags, "--name", "other").code == 0
+    assert (tmp_path / "other" / FOLDS_FILE).read_bytes() == pinned.read_bytes()

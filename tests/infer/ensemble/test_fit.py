@@ -110,6 +110,26 @@ def test_the_fold_plan_of_the_embeddings_is_used(data: Path, tmp_path: Path) -> 
     assert read_folds(tmp_path / "numeric" / "folds.parquet").digest == folds.digest
 
 
+def test_a_plan_that_the_dataset_got_after_the_embeddings_is_not_ignored(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = train_table(data)
+    pinned = write_train(tmp_path / "pinned", table)
+    shutil.copy(data / "test-metadata.csv", pinned)
+    draw_folds(table, NUM_FOLDS, 7).write(pinned / "folds.parquet")
+    old = write_embeddings(tmp_path / "old", pinned)
+    new = write_embeddings(tmp_path / "new", pinned, draw_folds(table, NUM_FOLDS, 7), seed=1)
+    chosen = {"features": "sex,image", "num_rounds": 2}
+    words = f"{pinned}/folds.parquet is another fold plan than {old}/folds.parquet, .* or remove"
+    for given in (old, [old, new]):
+        with pytest.raises(UserError, match=words):
+            fit_small(pinned, tmp_path, **chosen, embeddings=given)
+    fit_small(pinned, tmp_path, **chosen, embeddings=new)
+    assert "warning" not in capsys.readouterr().err
+    fit_small(pinned, tmp_path, **chosen, embeddings=[new, old])
+    assert f"{old} has another fold plan than {pinned}/folds.parquet" in capsys.readouterr().err
+
+
 def test_a_blank_column_is_noted(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
