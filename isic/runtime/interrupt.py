@@ -42,10 +42,19 @@ def interruptible() -> Iterator[None]:
 
     _arrived.clear()
     before = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    report = sys.unraisablehook
+
+    def report_others(unraisable: "sys.UnraisableHookArgs") -> None:
+        # That of a destructor, with a traceback, although the signal is not lost.
+        if not isinstance(unraisable.exc_value, Interrupted):
+            report(unraisable)
+
+    sys.unraisablehook = report_others
     try:
         yield
         raise_if_interrupted()
     finally:
+        sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -26,9 +26,9 @@ class Finalized:
         os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_within_a_destructor_is_not_lost(number: signal.Signals) -> None:
+def test_a_signal_within_a_destructor_is_neither_lost_nor_printed(number: signal.Signals) -> None:
     passed = False
     with pytest.raises(Interrupted, match=number.name), interruptible():
         Finalized(number)
