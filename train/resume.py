@@ -24,7 +24,7 @@ from isic.layout import (
     fold_dirs,
 )
 from isic.runtime.config import build, read_yaml
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, warn
 from isic.runtime.fields import Fields, read_fields
 from isic.runtime.files import digest, manifest_path, refuse_foreign, sha256
 from train.config import TrainSettings
@@ -100,6 +100,27 @@ def refuse_difference(path: Path, saved: Mapping[str, Any], settings: TrainSetti
                 f"{path} was made with {key}={in_short(then[key])}, now it is "
                 f"{in_short(now[key])}; use the previous value, choose another --name, or train "
                 "again with --force"
+            )
+
+
+def warn_of_other_recipes(run: Path, num_folds: int) -> None:
+    """Warn of folds with scores that were trained with other settings or tables than the first."""
+    recipes = {}
+    for fold in range(num_folds):
+        directory = fold_dir(run, fold)
+        config = directory / CONFIG_FILE
+        if (directory / OOF_FILE).is_file() and config.is_file():
+            saved = saved_settings(config, read_yaml(config)).model_dump(mode="json")
+            recipe = {key: saved[key] for key in saved.keys() - FREE_TO_CHANGE - {*CHOSEN}}
+            recipes[fold] = recipe | {"training table": digests_trained_on(directory)}
+    first, *others = recipes or [0]
+    for fold in others:
+        recipe = recipes[fold]
+        keys = sorted(key for key in recipe if recipe[key] != recipes[first][key])
+        if keys:
+            warn(
+                f"fold_{fold} was trained with another {', '.join(keys)} than fold_{first}, so mean "
+                "and pooled scores are not those of one recipe; train them alike"
             )
 
 

@@ -34,6 +34,7 @@ from train.resume import (
     refuse_changed_data,
     refuse_other_content,
     require_resume_or_force,
+    warn_of_other_recipes,
 )
 from train.rows import TrainData, load_data
 from train.step import NonFiniteGradient
@@ -93,6 +94,7 @@ def train_folds(settings: TrainSettings, device: torch.device) -> int:
         if settings.fold == ALL:
             print(without_score(settings.run_dir))
         else:
+            warn_of_other_recipes(settings.run_dir, settings.num_folds)
             print_scores(settings.run_dir, settings.num_folds)
     return 0
 

@@ -56,7 +56,7 @@ class Request:
     format: str
     """A format, or AUTO."""
     precision: str | None = None
-    """None for any, but with AUTO for none of ON_REQUEST."""
+    """None for any but those of ON_REQUEST."""
     tta: str = "none"
     """The views to average over; if the graph has none, they are made on the host."""
     device: str = "auto"
@@ -67,10 +67,11 @@ class Request:
         """Return whether a kind may be used. Views other than the requested ones never may."""
         if kind.tta not in {self.tta, "none"} or self.precision not in {None, kind.precision}:
             return False
+        if kind.precision in ON_REQUEST and self.precision is None:
+            return False
         if self.format != AUTO:
             return kind.format == self.format
-        is_known = any((kind.format, kind.precision) in order for order in AUTO_ORDER.values())
-        return is_known and (kind.precision not in ON_REQUEST or self.precision is not None)
+        return any((kind.format, kind.precision) in order for order in AUTO_ORDER.values())
 
 
 @dataclass(frozen=True)

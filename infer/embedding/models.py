@@ -115,8 +115,8 @@ def find_models(
 
     Raises:
         UserError: no fold has one, a fold has several, one belongs to another config, fold or
-            checkpoint, or averages over other views, or they differ in preprocessing or auxiliary
-            targets.
+            checkpoint, or averages over other views, or they differ in preprocessing, network or
+            auxiliary targets.
     """
     fold = _fold_or_backbone(model_dir, fold)
     if format_or_file in (AUTO, *ENGINE_FORMATS):
@@ -140,9 +140,11 @@ def find_models(
     refuse_untrusted({artifacts[k]: manifests[k] for k in artifacts}, trust)
     # Each image is decoded once for the engines of all folds.
     specs = {manifest_spec(manifest) for manifest in manifests.values()}
-    if len(specs) > 1:
+    networks = {(each.get("model"), each["num_features"]) for each in manifests.values()}
+    if len(specs) > 1 or len(networks) > 1:
+        what = "preprocessing" if len(specs) > 1 else "network"
         raise UserError(
-            f"the folds in {model_dir} differ in their preprocessing; train and export them alike"
+            f"the folds in {model_dir} differ in their {what}; train and export them alike"
         )
     return Models(artifacts, manifests, specs.pop(), reason)
 

@@ -154,6 +154,21 @@ def test_rows_of_a_table_that_changed_are_not_forgotten_by_a_resumed_fold(
     assert cli("train", *resumed).code == 0
 
 
+def test_scores_of_different_recipes_are_not_mixed_without_a_word(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Folds that are trained by commands of their own are compared where they are pooled."""
+    flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1]
+    assert "warning" not in cli("train", *flags, "--fold", 0, "--num_workers", 0).err
+    assert "warning" not in cli("train", *flags, "--fold", 1).err
+    ended = cli("train", *flags, "--fold", 2, "--lr", 0.5, "--loss", "bce")
+    assert ended.code == 0
+    words = (
+        "fold_2 was trained with another loss, lr than fold_0, so mean and pooled scores are not"
+    )
+    assert f"warning: {words}" in ended.err
+
+
 def test_folds_of_different_tables_are_not_mixed(
     small_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:

@@ -174,6 +174,10 @@ def test_precision_and_device_restrict_the_choice(machine: Callable[..., None]) 
         assert name_of(choose(exported, request)) == best
     with pytest.raises(UserError, match=r"onnx-fp16\.bin, .*choose with --precision"):
         choose(exported, Request("onnx"))
+    for name, low in (("onnx", "int8"), ("tensorrt", "fp8")):
+        assert choose(found(kinds(f"{name} {low}")), Request(name)) is None, "it must be named"
+        both = found(kinds(f"{name} {low}", f"{name} fp16"))
+        assert name_of(choose(both, Request(name))) == f"{name} fp16"
 
 
 def test_all_folds_must_have_the_chosen_kind(machine: Callable[..., None]) -> None:

@@ -92,6 +92,17 @@ def test_a_format_is_not_a_path_or_a_pattern(
     assert ended.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("field", "value"), [("model", "vit_other"), ("num_features", 7)])
+def test_folds_of_other_networks_are_refused(
+    field: str, value: object, exported: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(exported, tmp_path / "tiny")
+    path = run / "fold_2" / "model.onnx.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(UserError, match="differ in their network; train and export them alike"):
+        find_models(run, "tiny", "onnx")
+
+
 def test_folds_with_other_auxiliary_targets_are_refused(fake_run: FakeRun, tmp_path: Path) -> None:
     run = Path(shutil.copytree(fake_run.model_dir, tmp_path / "null"))
     definitions = {"mel": "iddx_full ~ Melanoma", "seen": "lesion_id"}
