@@ -26,6 +26,7 @@ from infer.ensemble.features.own_tables import OwnTable
 from infer.ensemble.images.features import ImageRows, embedding_origins, fit_images
 from infer.ensemble.images.scores import image_probability
 from infer.ensemble.score_table import read_images, score_table, sources_by_member
+from infer.ensemble.scoring.calibration import out_of_fold_probability
 from infer.ensemble.settings import EmbeddingSources
 from infer.triage.causes import Attribution, Cause, find_causes
 from isic import schema
@@ -163,6 +164,8 @@ class ScoredRows:
     metadata: pl.DataFrame
     score: Scores
     """[N], out of fold for the train split."""
+    probability: Scores | None
+    """[N] calibrated, likewise; None without a calibration."""
     fold: pl.Series | None
     """[N] the fold that held the row out, None for the test split."""
     members: Mapping[str, Member]
@@ -211,7 +214,9 @@ def score_test(
         for name, (member, part) in _members(scorer, sources, "test").items()
     }
     members = _with_given(scorer, metadata, images, own_tables, num_threads)
-    return ScoredRows(scorer, "test", metadata, found.score, None, members)
+    curve = scorer.calibration
+    probability = curve.probability(found.score) if curve else None
+    return ScoredRows(scorer, "test", metadata, found.score, probability, None, members)
 
 
 def read_out_of_fold(
@@ -240,7 +245,16 @@ def read_out_of_fold(
     for name, (member, part) in _members(scorer, sources, "train").items():
         images[name] = _read_train_images(member, part, metadata)
     members = _with_given(scorer, metadata, images, own_tables, num_threads)
-    return ScoredRows(scorer, "train", metadata, rows["blend"].to_numpy(), rows["fold"], members)
+    score, probability = rows["blend"].to_numpy(), _out_of_fold_probability(scorer, rows)
+    return ScoredRows(scorer, "train", metadata, score, probability, rows["fold"], members)
+
+
+def _out_of_fold_probability(scorer: Scorer, rows: pl.DataFrame) -> Scores | None:
+    """Return the calibrated probabilities of training rows with `blend`, `target` and `fold`."""
+    if scorer.calibration is None:
+        return None
+    score, target, fold = (rows[name].to_numpy() for name in ("blend", schema.TARGET, "fold"))
+    return out_of_fold_probability(scorer.calibration.method, score, target, fold)
 
 
 def _members(

@@ -196,7 +196,6 @@ def _show(
     """Return the pictures and explanations of a patient's lesions."""
     first = patient.names[: patient.num_first]
     facts = PatientRows(rows, patient.index, rows.scorer.training)
-    calibration = rows.scorer.calibration
     maps = {}
     if network and embedder and images:
         maps = draw_maps(embedder, images, network.folds_of(first, rows.split), LARGE)
@@ -205,7 +204,7 @@ def _show(
         pictures=_pictures(images, patient) if images else {},
         maps=maps,
         features=None if features is None else _features_of(features, patient),
-        probability=calibration.probability(patient.score) if calibration else None,
+        probability=None if rows.probability is None else rows.probability[patient.index],
     )
 
 

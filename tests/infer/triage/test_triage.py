@@ -9,11 +9,13 @@ import pytest
 from playwright.sync_api import Browser
 
 from infer.ensemble.predict import predict_submission
+from infer.ensemble.scoring.calibration import out_of_fold_probability
 from infer.ensemble.settings import PredictSettings
 from infer.triage.charts import find_outliers, keep_apart
 from infer.triage.settings import TriageSettings
 from infer.triage.triage import triage
 from isic import schema
+from isic.html.page import percent
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_json
 from tests.support.browser import WIDTHS, inspect
@@ -110,6 +112,21 @@ def test_a_page_has_pictures_reasons_and_probabilities(project: Path, output: Pa
     assert " → " in text
     assert "calibrated probability" in text
     assert "How the lesions look to the network" in text
+
+
+def test_probabilities_of_train_rows_are_out_of_fold(project: Path, tmp_path: Path) -> None:
+    """A curve that was fitted on a row's own label would be too sure of it."""
+    chosen = {"features": "raw", "num_rounds": 2, "calibrate": "isotonic", "name": "fitted"}
+    root = fit_small(project / "data", tmp_path, **chosen)
+    oof = pl.read_parquet(root / "oof.parquet")
+    score, target, fold = (oof[name].to_numpy() for name in ("blend", schema.TARGET, "fold"))
+    held_out = out_of_fold_probability("isotonic", score, target, fold)
+    expected = dict(zip(oof[schema.ID], map(percent, held_out), strict=True))
+    more = {"ensemble": root, "embeddings": (), "split": "train"}
+    text = "".join(write_pages(project, tmp_path / "t.html", **more).values())
+    shown = dict(re.findall(r'class="id">([^<]*)<.*?calibrated probability ([^<]*)<', text, re.S))
+    assert len(shown) > 100
+    assert shown == {name: expected[name] for name in shown}
 
 
 @pytest.mark.browser
