@@ -107,9 +107,10 @@ class ColumnSummary:
 
     @property
     def middle(self) -> float | str:
-        """The median, up to its bin, or the commonest value of a category."""
-        place = len(self.points) // 2 if self.is_number else int(self.shares.share.argmax())
-        return self.points[place]
+        """The median, for an even number the lower one, or the commonest value of a category."""
+        share = self.shares.share
+        # Not the middle edge: a value that many rows have is one edge only.
+        return self.points[int(np.searchsorted(share, 0.5) if self.is_number else share.argmax())]
 
     def share_below(self, value: float) -> float:
         """Return the share of the training rows' numbers up to a value, up to its bin."""

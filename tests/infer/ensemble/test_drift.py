@@ -97,6 +97,36 @@ def test_the_measures_of_a_column() -> None:
     assert rows["age_approx"]["differs"]
 
 
+@pytest.mark.parametrize(
+    ("ages", "median"),
+    [
+        ([*[60] * 51, *range(61, 86), *range(61, 85)], 60),
+        ([*[60] * 50, *range(36, 61), *range(61, 86)], 60),
+        ([30] * 3 + [70] * 97, 70),
+        ([30] * 97 + [70] * 3, 30),
+        ([5, 10, 15], 10),
+        ([45], 45),
+        ([None] * 40 + [50] * 9 + [80] * 2, 50),
+    ],
+)
+def test_the_middle_of_a_number_is_its_median(ages: list[int | None], median: int) -> None:
+    table = pl.DataFrame(
+        {
+            schema.ID: [f"ISIC_{row}" for row in range(len(ages))],
+            "age_approx": pl.Series(ages, dtype=pl.Float64),
+        }
+    )
+    assert summarise_table(table, ["age_approx"])["age_approx"].middle == median
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_middle_of_every_number_is_its_median(seed: int) -> None:
+    train = population(seed, 3000, 400)
+    for name, column in summarise_table(train, schema.NUMERIC).items():
+        known = train[name].drop_nulls()
+        assert column.middle == known.quantile(0.5, "lower")
+
+
 def test_columns_without_values() -> None:
     train = population(1, 300, 20).with_columns(pl.lit(None, pl.Float64).alias("tbp_lv_x"))
     test = population(2, 100, 9).with_columns(
