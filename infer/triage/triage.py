@@ -32,7 +32,9 @@ from infer.triage.rows import ScoredRows, read_out_of_fold, score_test
 from infer.triage.settings import TriageSettings
 from isic import schema
 from isic.dataset import Dataset
+from isic.folds import read_folds
 from isic.images import ImageStore
+from isic.layout import FOLDS_FILE
 from isic.metadata import with_patient
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import (
@@ -216,17 +218,22 @@ def _pictures(images: ImageStore, patient: Patient) -> dict[str, Picture]:
 def _read_features(settings: TriageSettings, patients: Sequence[Patient]) -> pl.DataFrame | None:
     """Return `isic_id` and `features` of the patients' lesions by the first network, if any.
 
-    Those of one model: of a train image of the one that held it out, else of the first fold.
+    Those of a train image are by the model that held it out, those of a test image by the first
+    fold's. A frozen network has learned from neither: its first fold's model makes both.
     """
     roots = (*settings.embeddings, *settings.frozen)
     if not roots:
         return None
     stored = scan_embeddings(roots[0], settings.split, ["features"])
     # Of all patients at once: a scan reads the embeddings of all images.
-    wanted = pl.concat(patient.metadata.select(schema.ID) for patient in patients).lazy()
+    wanted = pl.concat(patient.metadata.select(schema.ID) for patient in patients)
+    if settings.split == "train" and settings.embeddings:
+        # A run may hold every image by every fold's model.
+        wanted = wanted.with_columns(read_folds(roots[0] / FOLDS_FILE).find(wanted).alias("fold"))
     with reading(roots[0]):
         return (
-            wanted.join(stored, on=schema.ID)
+            wanted.lazy()
+            .join(stored, on=wanted.columns)
             # Of a test image there is a row per fold.
             .sort("fold")
             .unique(schema.ID, keep="first")

@@ -1,6 +1,7 @@
 """`infer triage`: its pages, the files it writes, and how they look in a browser."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,21 @@ from infer.triage.charts import find_outliers, keep_apart
 from infer.triage.settings import TriageSettings
 from infer.triage.triage import triage
 from isic import schema
+from isic.folds import draw_folds
 from isic.html.page import percent
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_json
 from tests.support.browser import WIDTHS, inspect
 from tests.support.commands import Cli
 from tests.support.datasets import jpeg, write_hdf5
-from tests.support.ensembles import fit_small, write_dataset, write_embeddings
+from tests.support.ensembles import (
+    NUM_FOLDS,
+    fit_small,
+    train_table,
+    write_dataset,
+    write_embeddings,
+)
+from tests.support.fold_embeddings import write_fold_embeddings
 
 NASTY = "<script>alert(1)</script>../\"'&amp;"
 
@@ -127,6 +136,30 @@ def test_probabilities_of_train_rows_are_out_of_fold(project: Path, tmp_path: Pa
     shown = dict(re.findall(r'class="id">([^<]*)<.*?calibrated probability ([^<]*)<', text, re.S))
     assert len(shown) > 100
     assert shown == {name: expected[name] for name in shown}
+
+
+def test_the_points_of_train_rows_are_by_the_model_that_held_them_out(
+    project: Path, tmp_path: Path
+) -> None:
+    """Embeddings by every fold's model have a row per fold for a train image too."""
+    data = project / "data"
+    folds = draw_folds(train_table(data), NUM_FOLDS, 42)
+    every = write_fold_embeddings(tmp_path / "every" / "tiny", data, folds, 2.0, 6.0)
+    held_out = Path(shutil.copytree(every, tmp_path / "held_out" / "tiny"))
+    for path in held_out.glob("train/fold_*/*00000.parquet"):
+        k = int(path.parent.name.removeprefix("fold_"))
+        own = folds.table.filter(pl.col("fold") == k).select(schema.ID)
+        pl.read_parquet(path).join(own, on=schema.ID, how="semi").write_parquet(path)
+    root = fit_small(data, tmp_path, features="image", embeddings=[every], name="fitted")
+    more = {"ensemble": root, "split": "train", "max_patients": 5}
+    pages = [
+        write_pages(
+            project, tmp_path / name / "t.html", embeddings=tmp_path / name / "tiny", **more
+        )
+        for name in ("every", "held_out")
+    ]
+    assert "How the lesions look to the network" in "".join(pages[0].values())
+    assert pages[0] == pages[1]
 
 
 @pytest.mark.browser
