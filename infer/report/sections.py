@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from infer.embedding.store import refuse_other_origin
 from infer.ensemble.artifact import Ensemble
 from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, mean_probability
 from infer.ensemble.features.own_tables import OOF
@@ -485,7 +486,8 @@ def _map(ensemble: Ensemble, oof: pl.DataFrame, embeddings: Sequence[Path]) -> R
                 f"{root} holds embeddings of {name}, but the ensemble was fitted with "
                 f"{listed(fitted_with)}; give theirs"
             )
-        image_scores.read_origin(root, "train", fitted_with[name]["folds_digest"])
+        origin = image_scores.read_origin(root, "train", fitted_with[name]["folds_digest"])
+        refuse_other_origin(root, "train", origin, fitted_with[name])
     maps = [
         figures.map_figure(
             f"{name}, fold {fold}" if len(fitted_with) > 1 else f"Fold {fold}",

@@ -100,6 +100,24 @@ def test_the_command(data: Path, fitted: Path, embeddings: Path, tmp_path: Path,
     assert "fold plan" in ended.err
 
 
+def test_a_map_of_other_weights_is_refused(
+    data: Path, fitted: Path, embeddings: Path, tmp_path: Path
+) -> None:
+    """They have the ensemble's fold plan and name, as after training and embedding again."""
+    cases: dict[str, dict[str, object]] = {
+        "other trained weights": {"checkpoints": {"0": "x", "1": "b", "2": "c"}},
+        r"another --tta \(flips, not none\)": {"tta": "flips"},
+        "another preprocessing": {"preprocess": {"size": 9}},
+    }
+    ensemble = copied(fitted, tmp_path / "copy")
+    for message, changed in cases.items():
+        root = copied(embeddings, tmp_path / next(iter(changed)) / "tiny")
+        run = root / "train" / "run.json"
+        run.write_text(json.dumps(json.loads(run.read_text()) | changed))
+        with pytest.raises(UserError, match=f"were made with {message}"):
+            write_report(ensemble, data, [root])
+
+
 def test_a_folder_without_an_ensemble_is_refused(tmp_path: Path, data: Path) -> None:
     with pytest.raises(UserError, match="no finished ensemble"):
         write_report(tmp_path, data)
