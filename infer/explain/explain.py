@@ -33,7 +33,7 @@ from isic.runtime.files import (
     write_manifest,
 )
 from isic.runtime.only_writer import only_writer
-from isic.tables import write_parquet
+from isic.tables import read_parquet, write_parquet
 
 TABLE_FILE = "occlusion.parquet"
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", re.ASCII)
@@ -141,14 +141,29 @@ def _write(
     models: Models,
 ) -> None:
     table = settings.output_dir / TABLE_FILE
+    earlier = _earlier_pictures(table)
     with atomic_path(table) as temporary:
         write_parquet(temporary, values_table(explained, files))
         # The manifest comes before the other files get their names: it shows that they are this
         # command's own, so a run that is killed in between can be repeated.
         write_manifest(table, temporary, **_facts(settings, models))
+        # Before the table gets its name: beside it they would seem to be of its network.
+        for path in earlier:
+            path.unlink(missing_ok=True)
     for each in explained:
         crop, _ = store.load([each.name], PreprocessSpec(size=SIDE, interpolation="area"))
-        write_png(settings.output_dir / files[each.name], draw(crop[0], each.drops, _caption(each)))
+        picture = draw(crop[0], each.drops, _caption(each, settings.config))
+        write_png(settings.output_dir / files[each.name], picture)
+
+
+def _earlier_pictures(table: Path) -> list[Path]:
+    """Return the pictures beside an earlier table, which is this command's own."""
+    if not table.is_file():
+        return []
+    names = read_parquet(table, ["file"])["file"].unique()
+    # Only of pictures in the folder, whatever an edited table holds.
+    paths = [table.with_name(name) for name in names if Path(name).name == name]
+    return [path for path in paths if path.suffix == ".png" and path.is_file()]
 
 
 def values_table(explained: Sequence[Explained], files: dict[str, str]) -> pl.DataFrame:
@@ -176,9 +191,9 @@ def _facts(settings: ExplainSettings, models: Models) -> dict[str, Any]:
     }
 
 
-def _caption(each: Explained) -> str:
-    network = "mean of the folds" if each.fold is None else fold_name(each.fold).replace("_", " ")
-    return f"logit {each.logit:+.2f}, {network}"
+def _caption(each: Explained, network: str) -> str:
+    fold = "mean of the folds" if each.fold is None else fold_name(each.fold).replace("_", " ")
+    return f"logit {each.logit:+.2f}, {network}, {fold}"
 
 
 def write_png(path: Path, picture: Pixels) -> None:

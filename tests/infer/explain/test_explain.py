@@ -11,6 +11,7 @@ import pytest
 
 from infer import load_embedder, occlusion_map
 from infer.explain.explain import safe_names
+from infer.explain.picture import GAP, SIDE
 from isic.dataset import Dataset
 from isic.folds import read_folds
 from tests.support.commands import Cli
@@ -106,6 +107,48 @@ def test_a_damaged_image_and_names_that_are_no_files(
     ended = cli("infer", *flags(exported, odd, tmp_path / "out", "--split", "test", "--ids", "cut"))
     assert ended.code == 2
     assert "none of the images can be used" in ended.err
+
+
+def test_no_picture_of_an_earlier_run_stays(
+    exported: Path, odd: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Beside the table of another network it would be taken for that network's."""
+    other = Path(shutil.copytree(exported, tmp_path / "huge"))
+    for path in other.glob("fold_*/model.onnx.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"name": "huge"}))
+    out = tmp_path / "out"
+    split = ("--split", "test", "--ids")
+    ended = cli("infer", *flags(exported, odd, out, *split, "Ärm 1,lesion,LESION"))
+    assert ended.code == 0, ended.err
+    (file,) = read_table(out).filter(pl.col("isic_id") == "LESION")["file"]
+    before = cv2.imread(str(out / file))
+    (out / "mine.png").write_bytes(b"mine")
+    (odd / "test-image" / "lesion.jpg").write_bytes(jpeg(40)[:300])
+    ended = cli("infer", *flags(other, odd, out, "--config", "huge", *split, "lesion,LESION"))
+    assert ended.code == 0, ended.err
+    assert sorted(path.name for path in out.glob("*.png")) == sorted(
+        [*read_table(out)["file"], "mine.png"]
+    )
+    after = cv2.imread(str(out / file))
+    differs = np.flatnonzero(np.any(before != after, axis=(1, 2)))
+    assert differs.min() > SIDE + GAP, "only the caption, which names the network, is another"
+
+
+def test_an_edited_table_removes_no_other_files(
+    exported: Path, odd: Path, tmp_path: Path, cli: Cli
+) -> None:
+    out, mine = tmp_path / "out", tmp_path / "mine.png"
+    command = flags(exported, odd, out, "--split", "test", "--ids", "lesion")
+    assert cli("infer", *command).code == 0
+    mine.write_bytes(b"mine")
+    (out / "folder").mkdir()
+    for name in ("../mine.png", str(mine), "folder", "occlusion.parquet.json"):
+        read_table(out).with_columns(file=pl.lit(name)).write_parquet(out / "occlusion.parquet")
+        ended = cli("infer", *command)
+        assert ended.code == 0, ended.err
+    assert mine.read_bytes() == b"mine"
+    assert (out / "folder").is_dir()
+    assert (out / "occlusion.parquet.json").is_file()
 
 
 def test_safe_names() -> None:
