@@ -152,6 +152,7 @@ def test_maps_of_another_network_are_refused(
         copy = copied(exported, tmp_path / f"copy_as_{name}")
         for path in copy.glob("fold_*/model.onnx.json"):
             path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+            path.with_name("best_model.pth.json").unlink()
     cases = {
         "uses no network's score; leave out --maps": (raw, exported),
         "is the network huge, but": (root, tmp_path / "copy_as_huge"),
