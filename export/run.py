@@ -311,7 +311,9 @@ def load_source(path: Path, digest: str, fold: Fold, settings: ExportSettings) -
     trained_with = checkpoint_settings(path, checkpoint)
     data = settings.data or trained_with.data
     fetch(data, REMOTE_DATASET)
-    model = create_model(trained_with, pretrained=False)
+    # Its mean and std are part of the network, and another timm may have other ones.
+    spec = PreprocessSpec(**config["preprocess"])
+    model = create_model(trained_with, pretrained=False, spec=spec)
     try:
         model.load_state_dict(checkpoint["model_state_dict"])
     except RuntimeError as error:

@@ -188,25 +188,33 @@ def preprocess_spec(settings: TrainSettings) -> PreprocessSpec:
     )
 
 
-def create_model(settings: TrainSettings, pretrained: bool | str | None = None) -> Classifier:
+def create_model(
+    settings: TrainSettings,
+    pretrained: bool | str | None = None,
+    spec: PreprocessSpec | None = None,
+) -> Classifier:
     """Build the network of a config and check it with one image.
 
     Args:
         pretrained: overrides the settings' value: False if the weights of a checkpoint follow.
+        spec: the preprocessing that a checkpoint was trained with, which the installed timm may
+            not have; `preprocess_spec` if not given.
 
     Raises:
         UserError: no such model, a setting does not fit it, or its weights cannot be loaded.
     """
     pretrained = settings.pretrained if pretrained is None else pretrained
     try:
-        return _create_checked(settings, pretrained)
+        return _create_checked(settings, pretrained, spec)
     except UserError:
         raise
     except LIBRARY_ERRORS as error:
         raise UserError(_explain(settings, first_line(error).rstrip("."))) from error
 
 
-def _create_checked(settings: TrainSettings, pretrained: bool | str) -> Classifier:
+def _create_checked(
+    settings: TrainSettings, pretrained: bool | str, spec: PreprocessSpec | None = None
+) -> Classifier:
     """Build the network.
 
     Raises:
@@ -217,7 +225,8 @@ def _create_checked(settings: TrainSettings, pretrained: bool | str) -> Classifi
     if settings.grad_checkpointing:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     network = MultiTask if settings.mask_weight else Classifier
-    model = network(backbone, preprocess_spec(settings), settings.drop_rate, len(settings.aux))
+    spec = spec or preprocess_spec(settings)
+    model = network(backbone, spec, settings.drop_rate, len(settings.aux))
     _check_outputs(model, settings.image_size)
     if settings.batch_size == 1:
         # Raises for a network with batch statistics of a single value.

@@ -1,5 +1,6 @@
 """The state of training, and its file `last.pth`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from isic.layout import Fold
+from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError
 from train import distributed
 from train.checkpoint import damaged_content, load_checkpoint, save_checkpoint
@@ -118,7 +120,11 @@ def save_last(path: Path, state: TrainState, settings: TrainSettings, data: Trai
         best_pauc=state.best_pauc,
         epoch=state.epoch,
         step=state.step,
-        config={"folds_digest": data.folds.digest, "pretrained": state.started_from},
+        config={
+            "folds_digest": data.folds.digest,
+            "preprocess": state.model.spec.model_dump(mode="json"),
+            "pretrained": state.started_from,
+        },
         num_threads=torch.get_num_threads(),
         num_processes=distributed.world_size(),
         metadata_digests=data.metadata_digests,
@@ -131,7 +137,7 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, data: TrainD
 
     Raises:
         UserError: it was made with other settings, another number of processes, other folds,
-            other training tables or other initial weights.
+            other training tables, other initial weights or another mean or std.
     """
     saved = load_checkpoint(path)
     config = saved["config"]
@@ -147,6 +153,7 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, data: TrainD
             f"{path} started from other weights than {settings.pretrained} has now; restore those "
             "weights, or start again with --force"
         )
+    _refuse_other_constants(path, config.get("preprocess"), state.model.spec)
     with damaged_content(path):
         _load_state(state, saved)
 
@@ -163,6 +170,26 @@ def _refuse_other_processes(path: Path, then: int | None) -> None:
         raise UserError(
             f"the number of processes that made {path} was {then}, now it is {now}; start {then} "
             "again, or train this fold again with --force"
+        )
+
+
+def _refuse_other_constants(
+    path: Path, saved: Mapping[str, Any] | None, now: PreprocessSpec
+) -> None:
+    """Raise a UserError if `path` was made with another mean or std than the model has now.
+
+    Args:
+        saved: its preprocessing; None in files of earlier versions.
+    """
+    if saved is None:
+        return
+    with damaged_content(path):
+        then = PreprocessSpec(**saved)
+    if then != now:
+        raise UserError(
+            f"{path} was trained with mean {then.mean} and std {then.std}, and the installed timm "
+            f"has {now.mean} and {now.std}; install the timm that it was trained with, or start "
+            "again with --force"
         )
 
 

@@ -22,6 +22,7 @@ from isic.layout import BEST_CHECKPOINT
 from isic.runtime.errors import UserError
 from isic.runtime.files import manifest_path, read_manifest, sha256
 from tests.support.commands import Cli, run_module
+from tests.support.training import other_constants
 from train.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -41,6 +42,22 @@ def test_an_engine_reproduces_its_checkpoints_outputs(exported: Path) -> None:
         want_features, want_logits = source.model(torch.from_numpy(images))
     np.testing.assert_allclose(features, want_features, atol=1e-4)
     np.testing.assert_allclose(logits, want_logits, atol=1e-4)
+
+
+def test_a_network_keeps_the_constants_that_it_was_trained_with(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another timm may have other ones; the manifest has those of the checkpoint."""
+    monkeypatch.setattr("train.model.pretrained_config", other_constants)
+    checkpoint = exported / "fold_1" / BEST_CHECKPOINT
+    settings = ExportSettings(config="tiny", model_dir=exported)
+    source = load_source(checkpoint, sha256(checkpoint), 1, settings)
+    assert source.model.spec == source.preprocess
+    images = np.random.default_rng(5).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    features = load(exported / "fold_1" / "model.onnx", "cpu").run(images)[0]
+    with torch.inference_mode():
+        found = source.model(torch.from_numpy(images))[0]
+    np.testing.assert_allclose(found, features, atol=1e-4)
 
 
 def test_the_manifest_ties_the_artifact_to_its_checkpoint(exported: Path) -> None:

@@ -1,6 +1,7 @@
 """Batches, datasets and learning rates for tests of training."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -9,6 +10,7 @@ import torch
 from tests.support.datasets import jpeg, write_hdf5
 from train.batch import Batch
 from train.optim import BACKBONE, HEAD, Schedule
+from train.timm_models import pretrained_config
 
 CPU = torch.device("cpu")
 
@@ -37,3 +39,8 @@ def write_extra(folder: Path, targets: list[int]) -> Path:
     pl.DataFrame({"isic_id": ids, "target": targets}).write_csv(folder / "train-metadata.csv")
     write_hdf5(folder / "train-image.hdf5", {name: jpeg(20, 120) for name in ids})
     return folder
+
+
+def other_constants(model: str) -> dict[str, Any]:
+    """Return timm's config of a model as a version with another mean and std would have it."""
+    return {**pretrained_config(model), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}

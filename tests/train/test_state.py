@@ -10,7 +10,7 @@ import torch
 from isic.layout import LAST_CHECKPOINT
 from isic.runtime.errors import UserError
 from tests.support.commands import ROOT, tiny_settings
-from tests.support.training import CPU, peak_rates, random_batch
+from tests.support.training import CPU, other_constants, peak_rates, random_batch
 from train.loop import train_epoch
 from train.optim import BACKBONE, HEAD, learning_rates, set_lr
 from train.rows import load_data
@@ -87,6 +87,25 @@ def test_another_number_of_processes_is_refused(
     # Of an earlier version.
     saved = torch.load(path, weights_only=True)
     del saved["num_processes"]
+    torch.save(saved, path)
+    restore(state, path, settings, data)
+
+
+def test_a_timm_with_another_mean_does_not_continue(
+    small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_settings(data=small_dataset, output_dir=tmp_path)
+    data = load_data(settings)
+    path = tmp_path / LAST_CHECKPOINT
+    save_last(path, create_state(settings, CPU, 0), settings, data)
+    monkeypatch.setattr("train.model.pretrained_config", other_constants)
+    state = create_state(settings, CPU, 0)
+    words = r"last\.pth was trained with mean \(0\.5, .* timm has \(0\.1, .* with --force$"
+    with pytest.raises(UserError, match=words):
+        restore(state, path, settings, data)
+    # Of an earlier version.
+    saved = torch.load(path, weights_only=True)
+    del saved["config"]["preprocess"]
     torch.save(saved, path)
     restore(state, path, settings, data)
 
