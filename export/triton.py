@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from export.formats import FORMATS
 from infer.engines.contract import AUX, IMAGES, LOGITS
 from infer.formats import ENGINE_FORMATS
+from isic.layout import ALL
 from isic.runtime.errors import UserError
 from isic.runtime.files import atomic_path, read_manifest, refuse_foreign, write_json, write_text
 from isic.views import VIEWS
@@ -114,10 +115,11 @@ def write_repository(root: Path, artifacts: Sequence[Path]) -> list[str]:
         artifacts: one per fold, with its manifest.
 
     Raises:
-        UserError: an artifact has no manifest, Triton has no backend for its format, or the
-            artifacts are not of one config.
+        UserError: an artifact has no manifest, Triton has no backend for its format, the
+            artifacts are not of one config, or a single fold would join an older ensemble.
     """
     models = read_models(artifacts)
+    refuse_other_ensemble(root, models)
     mark_folders(root, models)
     for model in models:
         _write_fold(root / model.name, model)
@@ -136,6 +138,17 @@ def write_repository(root: Path, artifacts: Sequence[Path]) -> list[str]:
 def _ensemble_names(models: Sequence[FoldModel]) -> tuple[str, str]:
     name = models[0].manifest["name"]
     return name, f"{name}_mean"
+
+
+def refuse_other_ensemble(root: Path, models: Sequence[FoldModel]) -> None:
+    """Raise a UserError if a single fold would be served next to an ensemble of older folds."""
+    ensemble = root / _ensemble_names(models)[0]
+    is_member = len(models) == 1 and models[0].manifest["fold"] != ALL
+    if is_member and (ensemble / MARK_FILE).is_file():
+        raise UserError(
+            f"{ensemble} is an ensemble of several folds, and a new {models[0].name} would not fit "
+            "the older ones; export all folds, or choose another folder for --triton"
+        )
 
 
 def mark_folders(root: Path, models: Sequence[FoldModel]) -> None:

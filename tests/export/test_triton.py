@@ -181,6 +181,24 @@ def test_one_fold_needs_no_ensemble_and_a_second_writing_replaces_the_first(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "tiny_fold_2"]
 
 
+def test_a_fold_does_not_join_an_older_ensemble(exported: Path, tmp_path: Path) -> None:
+    artifacts = [exported / f"fold_{fold}" / "model.onnx" for fold in range(2)]
+    root = tmp_path / "models"
+    write_repository(root, artifacts)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    words = f"^{root / 'tiny'} is an ensemble of several folds.*; export all folds, or choose"
+    for artifact in (artifacts[0], exported / "fold_2" / "model.onnx"):
+        with pytest.raises(UserError, match=words):
+            write_repository(root, [artifact])
+    assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    # A network of every row is in no ensemble.
+    whole = plan_manifest(exported, 0, tmp_path / "whole.plan")
+    text = manifest_path(whole).read_text()
+    manifest_path(whole).write_text(text.replace('"fold": 0', '"fold": "all"'))
+    assert write_repository(root, [whole]) == ["tiny_fold_all"]
+    write_repository(root, artifacts)
+
+
 def test_what_triton_cannot_serve_is_refused(exported: Path, tmp_path: Path) -> None:
     portable = plan_manifest(exported, 0, tmp_path / "a.plan", format="tensorrt_rtx")
     other = plan_manifest(exported, 1, tmp_path / "b.plan", name="other")
