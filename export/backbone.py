@@ -25,14 +25,14 @@ from isic.layout import (
 )
 from isic.preprocess import Pixels, PreprocessSpec, decode, resize
 from isic.provenance import write_seen
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, warn
 from isic.runtime.files import read_json, sha256
 from isic.synth.crops import crop_specs, render
 from isic.synth.rows import draw_rows, num_patients
 from train.backbone import INTERPOLATIONS, TIMM_CONFIG_FILE
 from train.config import TrainSettings
 from train.model import Classifier, create_model
-from train.pretrained import Weights, find_weights, tensors_sha256
+from train.pretrained import Weights, find_weights, hub_file, tensors_sha256
 from train.timm_models import (
     LIBRARY_ERRORS,
     backbone_options,
@@ -132,11 +132,24 @@ def describe_backbone(config: Mapping[str, Any]) -> str:
 
 def input_config(model: str, weights: Weights) -> Mapping[str, Any]:
     """Return timm's config of the input: the one next to the weights, or else the model's own."""
-    beside = weights.path.with_name(TIMM_CONFIG_FILE) if weights.path else None
     own = pretrained_config(model)
-    if beside and beside.is_file():
-        return {**own, **read_json(beside).get("pretrained_cfg", {})}
-    return own
+    beside = config_beside(weights)
+    given = beside.get("pretrained_cfg", beside)  # earlier versions of timm have no inner mapping
+    if weights.repository and not {"mean", "std"} <= given.keys():
+        warn(
+            f"no {TIMM_CONFIG_FILE} with mean and std can be read from {weights.repository}; "
+            f"taking those of {model}, {own['mean']} and {own['std']}"
+        )
+    return {**own, **given}
+
+
+def config_beside(weights: Weights) -> dict[str, Any]:
+    """Return timm's config from the folder or hub repository of the weights, empty without one."""
+    if weights.repository:
+        path = hub_file(weights.repository, TIMM_CONFIG_FILE)
+    else:
+        path = weights.path and weights.path.with_name(TIMM_CONFIG_FILE)
+    return read_json(path) if path and path.is_file() else {}
 
 
 @torch.no_grad()

@@ -33,6 +33,11 @@ class Weights:
     seen: Seen = field(default_factory=lambda: NOTHING)
     """The images and patients they have learned from, as far as known."""
 
+    @property
+    def repository(self) -> str | None:
+        """The hub repository, optionally with a revision; None for other weights."""
+        return None if self.path or self.source in {"timm", "random"} else self.source
+
     def manifest_fields(self, backbone: nn.Module) -> dict[str, Any]:
         """Return source, SHA-256 of the file and SHA-256 of the tensors, as far as they apply.
 
@@ -138,21 +143,28 @@ def seen_by_hub(name: str) -> Seen:
     Raises:
         UserError: this toolkit has trained them, and the repository lacks their list.
     """
-    repository, _, revision = name.partition("@")
-    try:
-        path = Path(hf_hub_download(repository, WEIGHTS_FILE, revision=revision or None))
-    except Exception:  # of many types; timm, which loads the same file, reports them
+    path = hub_file(name, WEIGHTS_FILE)
+    if path is None or _trained_on_digest(path) is None:
         return NOTHING
-    if _trained_on_digest(path) is None:
-        return NOTHING
-    try:
-        hf_hub_download(repository, TRAINED_ON_FILE, revision=revision or None)
-    except Exception:
+    if hub_file(name, TRAINED_ON_FILE) is None:
         raise UserError(
             f"{name} was trained by this toolkit, but its list of images is not in the repository; "
             f"add {TRAINED_ON_FILE} from the fold's folder, or give a local copy of both files"
-        ) from None
+        )
     return seen_by(path)  # the hub's cache has the list next to the weights
+
+
+def hub_file(name: str, file: str) -> Path | None:
+    """Return a file of a hub repository, None if it cannot be loaded.
+
+    Args:
+        name: the repository, as for `seen_by_hub`.
+    """
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision or None))
+    except Exception:  # of many types; timm, which loads the weights, reports those of the hub
+        return None
 
 
 def _trained_on_digest(path: Path) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from export.backbone import (
+    OpenBackbone,
     find_classifier,
     open_backbone,
     refuse_other_content,
@@ -232,6 +233,45 @@ def test_weights_of_a_run_bring_their_list_and_their_size(
     seen = tmp_path / "again" / "fold_none" / "trained_on.parquet"
     assert sha256(seen) == sha256(exported / "fold_0" / "trained_on.parquet")
     assert manifest["trained_on"] == sha256(seen)
+
+
+def hub_config(repository: Path, **changes: object) -> None:
+    """Write a repository's config.json as timm does."""
+    given = {"input_size": [3, 48, 48], "mean": [0.1] * 3, "std": [0.2] * 3}
+    fields = {"architecture": MODEL, "pretrained_cfg": given, **changes}
+    (repository / "config.json").write_text(json.dumps(fields))
+
+
+def open_with(pretrained: object) -> OpenBackbone:
+    flags = {"model": MODEL, "pretrained": str(pretrained)}
+    return open_backbone(ExportSettings.model_validate(flags))
+
+
+def test_weights_of_a_hub_bring_their_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No hub is reached."""
+    random_weights(tmp_path / "model.safetensors")
+
+    def download(repo_id: str, filename: str, revision: str | None, cache_dir: None = None) -> str:
+        assert (repo_id, revision) == ("me/wild", "v1")
+        path = tmp_path / filename
+        if not path.is_file():
+            raise FileNotFoundError(filename)
+        return str(path)
+
+    monkeypatch.setattr("train.pretrained.hf_hub_download", download)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    hub_config(tmp_path)
+    on_hub, local = open_with("me/wild@v1"), open_with(tmp_path)
+    assert on_hub.model.spec == local.model.spec
+    assert (on_hub.model.spec.size, on_hub.model.spec.mean) == (48, (0.1, 0.1, 0.1))
+    assert capsys.readouterr().err == ""
+
+    (tmp_path / "config.json").unlink()
+    assert open_with("me/wild@v1").model.spec.mean == (0.5, 0.5, 0.5)
+    words = "no config.json with mean and std can be read from me/wild@v1; taking those of test_vit"
+    assert f"{words}, (0.5, 0.5, 0.5) and (0.5, 0.5, 0.5)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
