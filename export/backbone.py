@@ -80,7 +80,8 @@ class OpenBackbone:
     def is_source_of(self, manifest: Mapping[str, Any]) -> bool:
         """Return whether an artifact is of this backbone, by its manifest."""
         # Not by the weights' source: a file may have been moved.
-        same = all(manifest[key] == self.config[key] for key in ("model", "preprocess"))
+        keys = ("model", "preprocess", "global_pool")
+        same = all(manifest.get(key) == self.config.get(key) for key in keys)
         return same and bool(manifest["made_from"]["sha256"] == self.made_from["sha256"])
 
 
@@ -94,7 +95,8 @@ def open_backbone(settings: ExportSettings) -> OpenBackbone:
     # Of a run, the backbone that has seen every row, if there is one.
     weights = find_weights(settings.pretrained, ALL)
     pretrained = str(weights.path) if weights.path else settings.pretrained
-    timm_config = input_config(settings.model, weights)
+    beside = config_beside(weights)
+    timm_config = input_config(settings.model, weights, beside)
     usual = {timm: ours for ours, timm in INTERPOLATIONS.items()}
     build = TrainSettings(
         name=settings.run_name,
@@ -103,6 +105,8 @@ def open_backbone(settings: ExportSettings) -> OpenBackbone:
         image_size=settings.image_size or timm_config["input_size"][-1],
         interpolation=usual.get(timm_config["interpolation"], "linear"),
     )
+    # Not validated: timm pools in more ways than training offers, and refuses others itself.
+    build = build.model_copy(update={"global_pool": find_pooling(weights, beside)})
     trained = create_model(build).eval()
     classifier = find_classifier(trained, build)
     normalisation = {key: timm_config[key] for key in ("mean", "std")}
@@ -116,6 +120,8 @@ def open_backbone(settings: ExportSettings) -> OpenBackbone:
         "preprocess": model.spec.model_dump(mode="json"),
         "pretrained": weights.manifest_fields(model.backbone),
     }
+    if build.global_pool:
+        config["global_pool"] = build.global_pool
     if classifier:
         config["num_classes"] = model.num_classes
     return OpenBackbone(model, weights, config)
@@ -123,17 +129,17 @@ def open_backbone(settings: ExportSettings) -> OpenBackbone:
 
 def describe_backbone(config: Mapping[str, Any]) -> str:
     """Return words on a backbone: its model, size, weights and outputs, from its manifest."""
+    pooling = f", pooled by {config['global_pool']}," if "global_pool" in config else ""
     return (
-        f"{config['model']} at {config['preprocess']['size']} px with weights of "
+        f"{config['model']} at {config['preprocess']['size']} px{pooling} with weights of "
         f"{config['pretrained']['source']}, {config['num_features']:,} features, "
         f"{config.get('num_classes') or 'no'} class logits"
     )
 
 
-def input_config(model: str, weights: Weights) -> Mapping[str, Any]:
+def input_config(model: str, weights: Weights, beside: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return timm's config of the input: the one next to the weights, or else the model's own."""
     own = pretrained_config(model)
-    beside = config_beside(weights)
     given = beside.get("pretrained_cfg", beside)  # earlier versions of timm have no inner mapping
     if weights.repository and not {"mean", "std"} <= given.keys():
         warn(
@@ -150,6 +156,22 @@ def config_beside(weights: Weights) -> dict[str, Any]:
     else:
         path = weights.path and weights.path.with_name(TIMM_CONFIG_FILE)
     return read_json(path) if path and path.is_file() else {}
+
+
+def find_pooling(weights: Weights, beside: Mapping[str, Any]) -> str | None:
+    """Return the pooling of the config next to the weights; None is the model's own.
+
+    Warn if it has other arguments that the features may depend on.
+    """
+    options = dict(beside.get("model_args") or {})
+    pooling: str | None = options.pop("global_pool", None)
+    options.pop("img_size", None)  # the size of the input says the same
+    if options:
+        warn(
+            f"the model of {weights.source} was built with {', '.join(options)}, which export "
+            "leaves out; its features may differ"
+        )
+    return pooling
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ HARMLESS = {
 }
 """Settings that a backbone may not support, with a value that every backbone supports."""
 REFUSALS = {
-    "global_pool": "{model} does not pool by {global_pool}; choose another --global_pool",
+    "global_pool": "{model} does not pool by {global_pool}; choose another --global_pool or "
+    "--model",
     "drop_path_rate": "{model} has no stochastic depth; set --drop_path_rate 0",
     "grad_checkpointing": "{model} cannot recompute activations; set --grad_checkpointing false",
     "batch_size": "{model} cannot be trained on one image of {image_size} px at a time; use a "

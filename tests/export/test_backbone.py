@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from export.backbone import (
     OpenBackbone,
+    describe_backbone,
     find_classifier,
     open_backbone,
     refuse_other_content,
@@ -29,8 +30,10 @@ from isic.preprocess import PreprocessSpec
 from isic.provenance import read_seen
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_manifest, sha256
-from tests.support.commands import Cli, run_module
+from tests.support.commands import Cli, run_module, tiny_settings
 from tests.support.datasets import jpeg
+from tests.support.training import random_batch
+from train.backbone import timm_config
 from train.config import TrainSettings
 from train.model import create_model
 
@@ -272,6 +275,35 @@ def test_weights_of_a_hub_bring_their_config(
     assert open_with("me/wild@v1").model.spec.mean == (0.5, 0.5, 0.5)
     words = "no config.json with mean and std can be read from me/wild@v1; taking those of test_vit"
     assert f"{words}, (0.5, 0.5, 0.5) and (0.5, 0.5, 0.5)" in capsys.readouterr().err
+
+
+def test_a_backbone_pools_as_it_was_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny_settings(global_pool="max")
+    trained = create_model(settings).eval()
+    save_file(trained.backbone.state_dict(), tmp_path / "model.safetensors")
+    config = timm_config(trained, settings)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    backbone = open_with(tmp_path)
+    images = random_batch(3).images
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone.model(images)[0], trained(images)[0])
+    manifest = {**backbone.config, "made_from": backbone.made_from}
+    assert backbone.is_source_of(manifest)
+    assert "at 32 px, pooled by max, with" in describe_backbone(manifest)
+    del manifest["global_pool"]
+    assert not backbone.is_source_of(manifest), "of an earlier version, which ignored it"
+    assert capsys.readouterr().err == ""
+
+    config["model_args"]["act_layer"] = "relu"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    open_with(tmp_path)
+    assert "was built with act_layer, which export leaves out" in capsys.readouterr().err
+    config["model_args"] = {"global_pool": "median"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="test_vit does not pool by median"):
+        open_with(tmp_path)
 
 
 @pytest.mark.slow
