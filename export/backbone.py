@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
 from export.options import ExportSettings
@@ -26,6 +27,7 @@ from isic.layout import (
 from isic.preprocess import Pixels, PreprocessSpec, decode, resize
 from isic.provenance import write_seen
 from isic.runtime.errors import UserError, warn
+from isic.runtime.fields import Count, Fields, read_fields
 from isic.runtime.files import read_json, sha256
 from isic.synth.crops import crop_specs, render
 from isic.synth.rows import draw_rows, num_patients
@@ -59,6 +61,22 @@ class Backbone(Classifier):
     @property
     def output_names(self) -> tuple[str, ...]:
         return (FEATURES, CLASS_LOGITS) if self.num_classes else (FEATURES,)
+
+
+class InputFields(Fields):
+    """The network's input in a `config.json` of timm, which may lack any field."""
+
+    mean: list[float] = Field([0.0] * 3, min_length=3, max_length=3)
+    std: list[Annotated[float, Field(gt=0)]] = Field([1.0] * 3, min_length=3, max_length=3)
+    input_size: list[Count] = Field([3, 1, 1], min_length=3, max_length=3)
+    interpolation: str = ""
+
+
+class TimmConfig(InputFields):
+    """A `config.json` of timm; earlier versions have no inner mapping."""
+
+    pretrained_cfg: InputFields | None = None
+    model_args: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +173,9 @@ def config_beside(weights: Weights) -> dict[str, Any]:
         path = hub_file(weights.repository, TIMM_CONFIG_FILE)
     else:
         path = weights.path and weights.path.with_name(TIMM_CONFIG_FILE)
-    return read_json(path) if path and path.is_file() else {}
+    if not (path and path.is_file()):
+        return {}
+    return read_fields(path, TimmConfig, "correct it, or remove it to use the model's own")
 
 
 def find_pooling(weights: Weights, beside: Mapping[str, Any]) -> str | None:

@@ -277,6 +277,24 @@ def test_weights_of_a_hub_bring_their_config(
     assert f"{words}, (0.5, 0.5, 0.5) and (0.5, 0.5, 0.5)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"pretrained_cfg": {"mean": [0.5], "std": [0.2] * 3}}, "pretrained_cfg.mean"),
+        ({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0, 1, 1]}}, "pretrained_cfg.std.0"),
+        ({"pretrained_cfg": 5}, "pretrained_cfg"),
+        ({"model_args": "max"}, "model_args"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named(
+    changes: dict[str, object], field: str, tmp_path: Path
+) -> None:
+    random_weights(tmp_path / "model.safetensors")
+    hub_config(tmp_path, **changes)
+    with pytest.raises(UserError, match=rf"config\.json is damaged \({field}: .*; correct it"):
+        open_with(tmp_path)
+
+
 def test_a_backbone_pools_as_it_was_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
