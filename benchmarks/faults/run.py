@@ -21,6 +21,7 @@ from benchmarks.settings import ALL, CAMPAIGNS, FaultsSettings
 from isic.runtime.errors import UserError, did_you_mean
 from isic.runtime.interrupt import block_sigint
 from isic.runtime.machine import num_cores
+from isic.runtime.only_writer import only_writer
 
 LOG_FILE = "attempts.jsonl"
 NOTE_SECONDS = 60.0
@@ -36,8 +37,12 @@ def faults(settings: FaultsSettings) -> int:
     """Run the attempts that are not in the log yet and record all; 1 if one failed."""
     names = chosen(settings.campaign, list(CAMPAIGNS), "--campaign")
     settings.work_dir.mkdir(parents=True, exist_ok=True)
-    if settings.seed:
-        return repeat(names, settings)
+    with only_writer(settings.work_dir):
+        return repeat(names, settings) if settings.seed else run_planned(names, settings)
+
+
+def run_planned(names: Sequence[str], settings: FaultsSettings) -> int:
+    """Run the attempts of a whole run that are not in the log yet, and record all."""
     log = settings.work_dir / LOG_FILE
     done = {(each.campaign, each.target, each.seed) for each in read_log(log)}
     tasks = [task for task in planned(names, settings) if task not in done]
