@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from isic.runtime.urls import shown
 
 TRAINED_ON_KEY = "trained_on"
 """Key in the metadata of WEIGHTS_FILE: the SHA-256 of its list of images and patients."""
+HUB_PREFIX = "hf-hub:"
 WEIGHT_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
 
 
@@ -91,6 +93,12 @@ def local_file(pretrained: str, fold: Fold | None = None) -> Path | None:
             f"no weights at {shown(pretrained)}; give a file that exists, a hub name, or "
             "--pretrained false"
         )
+    # Likewise; a repository of this name can be given with the prefix.
+    if not pretrained.startswith(HUB_PREFIX) and len(path.parts) > 1 and path.parent.is_dir():
+        raise UserError(
+            f"there is nothing at {shown(pretrained)}; give a file or folder that exists, or "
+            f"{HUB_PREFIX}{pretrained} for a repository of the hub"
+        )
     return None
 
 
@@ -106,7 +114,7 @@ def _without_weights(folder: Path, fold: Fold | None) -> str:
 
 
 def hub_id(pretrained: str) -> str:
-    return pretrained.removeprefix("hf-hub:")
+    return pretrained.removeprefix(HUB_PREFIX)
 
 
 def seen_by(path: Path) -> Seen:
@@ -154,6 +162,7 @@ def seen_by_hub(name: str) -> Seen:
     return seen_by(path)  # the hub's cache has the list next to the weights
 
 
+@cache  # a hub that cannot be reached is asked for half a minute
 def hub_file(name: str, file: str) -> Path | None:
     """Return a file of a hub repository, None if it cannot be loaded.
 

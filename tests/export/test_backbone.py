@@ -33,6 +33,7 @@ from isic.runtime.files import read_manifest, sha256
 from tests.support.commands import Cli, run_module, tiny_settings
 from tests.support.datasets import jpeg
 from tests.support.training import random_batch
+from train import pretrained
 from train.backbone import timm_config
 from train.config import TrainSettings
 from train.model import create_model
@@ -264,6 +265,7 @@ def test_weights_of_a_hub_bring_their_config(
         return str(path)
 
     monkeypatch.setattr("train.pretrained.hf_hub_download", download)
+    pretrained.hub_file.cache_clear()
     monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
     hub_config(tmp_path)
     on_hub, local = open_with("me/wild@v1"), open_with(tmp_path)
@@ -272,6 +274,7 @@ def test_weights_of_a_hub_bring_their_config(
     assert capsys.readouterr().err == ""
 
     (tmp_path / "config.json").unlink()
+    pretrained.hub_file.cache_clear()
     assert open_with("me/wild@v1").model.spec.mean == (0.5, 0.5, 0.5)
     words = "no config.json with mean and std can be read from me/wild@v1; taking those of test_vit"
     assert f"{words}, (0.5, 0.5, 0.5) and (0.5, 0.5, 0.5)" in capsys.readouterr().err

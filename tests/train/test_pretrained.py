@@ -210,6 +210,13 @@ def test_weights_that_were_moved_from_their_list_are_refused(train: Train, tmp_p
         find_weights(str(moved), 0)
 
 
+def test_a_misspelt_path_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing at .*demo; give a file or folder that exists"):
+        find_weights(f"{tmp_path}/demo", 0)
+    assert pretrained.local_file(f"hf-hub:{tmp_path}/demo") is None
+    assert pretrained.local_file("no_such_folder/demo") is None, "a repository"
+
+
 def test_weights_of_a_hub_are_recognised_too(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +234,7 @@ def test_weights_of_a_hub_are_recognised_too(
         return str(path)
 
     monkeypatch.setattr(pretrained, "hf_hub_download", download)
+    monkeypatch.setattr(pretrained, "hub_file", pretrained.hub_file.__wrapped__)
     lacking = train("lacking", "--pretrained", "me/backbone@v1")
     assert lacking.code == 2
     assert "its list of images is not in the repository" in lacking.err
