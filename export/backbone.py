@@ -158,7 +158,7 @@ def describe_backbone(config: Mapping[str, Any]) -> str:
 def input_config(model: str, weights: Weights, beside: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return timm's config of the input: the one next to the weights, or else the model's own."""
     own = pretrained_config(model)
-    given = beside.get("pretrained_cfg", beside)  # earlier versions of timm have no inner mapping
+    given = beside.get("pretrained_cfg") or beside  # earlier versions of timm have no inner mapping
     if weights.repository and not {"mean", "std"} <= given.keys():
         warn(
             f"no {TIMM_CONFIG_FILE} with mean and std can be read from {weights.repository}; "

@@ -119,8 +119,8 @@ def warn_of_other_recipes(run: Path, num_folds: int) -> None:
         keys = sorted(key for key in recipe if recipe[key] != recipes[first][key])
         if keys:
             warn(
-                f"fold_{fold} was trained with another {', '.join(keys)} than fold_{first}, so mean "
-                "and pooled scores are not those of one recipe; train them alike"
+                f"fold_{fold} was trained with another {', '.join(keys)} than fold_{first}, so "
+                "mean and pooled scores are not those of one recipe; train them alike"
             )
 
 

@@ -197,8 +197,8 @@ class FitSettings(Settings):
         """Return the flags, with one per library instead of `library_settings`."""
         others = {name: field for name, field in cls.model_fields.items() if name != CHANGES}
         help_text = (
-            'changed settings of {}, such as "{{num_rounds: 100}}", over those of the config; extra: '
-            "{{...}} holds any other parameter of the library"
+            'changed settings of {}, such as "{{num_rounds: 100}}", over those of the config; '
+            "extra: {{...}} holds any other parameter of the library"
         )
         libraries = {
             name: FieldInfo(default={}, description=help_text.format(name)) for name in LIBRARIES

@@ -273,6 +273,10 @@ def test_weights_of_a_hub_bring_their_config(
     assert (on_hub.model.spec.size, on_hub.model.spec.mean) == (48, (0.1, 0.1, 0.1))
     assert capsys.readouterr().err == ""
 
+    flat = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    (tmp_path / "config.json").write_text(json.dumps({**flat, "pretrained_cfg": None}))
+    assert open_with(tmp_path).model.spec == local.model.spec, "as earlier versions of timm wrote"
+
     (tmp_path / "config.json").unlink()
     pretrained.hub_file.cache_clear()
     assert open_with("me/wild@v1").model.spec.mean == (0.5, 0.5, 0.5)

@@ -157,7 +157,7 @@ def test_rows_of_a_table_that_changed_are_not_forgotten_by_a_resumed_fold(
 def test_scores_of_different_recipes_are_not_mixed_without_a_word(
     small_dataset: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    """Folds that are trained by commands of their own are compared where they are pooled."""
+    """Folds that separate commands have trained are compared when their scores are pooled."""
     flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1]
     assert "warning" not in cli("train", *flags, "--fold", 0, "--num_workers", 0).err
     assert "warning" not in cli("train", *flags, "--fold", 1).err
