@@ -52,19 +52,29 @@ def _try(library: str, parameters: Mapping[str, Any], names: Sequence[str]) -> N
     matrix = random.standard_normal((NUM_ROWS, len(names)), dtype=np.float32)
     target = (matrix[:, 0] > 0).astype(np.int8)
     few = {**parameters, "num_rounds": NUM_ROUNDS}
+    extra = parameters.get(EXTRA, {})
     with _capture() as messages:
-        text = fit_booster(library, matrix, target, names, few, 0)
+        try:
+            text = fit_booster(library, matrix, target, names, few, 0)
+        except UserError:
+            raise
+        except Exception as error:
+            # A library passes parameters through its code unchecked, so that any type is raised.
+            raise _refusal(library, extra, "does not fit", error) from None
     for message in messages:
-        _refuse_warning(library, message, parameters.get(EXTRA, {}))
+        _refuse_warning(library, message, extra)
     try:
         row = LIBRARIES[library]
         row.load(text)(matrix, 1)
         row.gains(text, len(names))
-    except (UserError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{library}: extra makes a model that this toolkit cannot read ({first_line(error)}); "
-            f"change --{library}"
-        ) from None
+    except Exception as error:  # likewise
+        problem = "makes a model that this toolkit cannot read"
+        raise _refusal(library, extra, problem, error) from None
+
+
+def _refusal(library: str, extra: Mapping[str, Any], problem: str, error: Exception) -> UserError:
+    given = f" with the extra parameters {', '.join(extra)}" if extra else ""
+    return UserError(f"{library} {problem}{given} ({first_line(error)}); change --{library}")
 
 
 @contextlib.contextmanager

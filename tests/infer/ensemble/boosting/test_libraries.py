@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from benchmarks.record import RECORDED_PACKAGES
 from infer.ensemble.boosting.checks import check_library
@@ -207,11 +208,25 @@ BAD_EXTRA = (
     ("lightgbm", "{max_depth: 1}", "max_depth in extra is a setting of its own"),
     ("lightgbm", "{random_state: 1}", "random_state is set by this toolkit"),
     ("lightgbm", "{boosting: sideways}", r"does not fit \(Unknown boosting type sideways\)"),
+    ("lightgbm", "{early_stopping_round: 5}", "parameters early_stopping_round .For early stop"),
+    (
+        "lightgbm",
+        "{metric: {auc: 1}}",
+        r"extra parameters metric \(Unknown type of parameter:metric",
+    ),
+    ("lightgbm", "{interaction_constraints: [[a]]}", r"cannot read .* interaction_constraints \("),
     ("lightgbm", "3", "extra needs a mapping such as"),
     ("xgboost", "{num_paralel_tree: 2}", 'has no parameter "num_paralel_tree"'),
     ("xgboost", "{eta: 2}", "eta in extra is a setting of its own; write learning_rate"),
     ("xgboost", "{nthread: 2}", "nthread is set by this toolkit"),
     ("xgboost", "{booster: gblinear}", "does not fit"),
+    (
+        "xgboost",
+        "{monotone_constraints: {a: 1}}",
+        r"extra parameters monotone_constraints \(Constr",
+    ),
+    ("xgboost", "{monotone_constraints: [1]}", r"monotone_constraints \('list' object has no"),
+    ("xgboost", "{interaction_constraints: [[a]]}", r"parameters interaction_constraints \(Constr"),
     ("catboost", "{grow_polici: Lossguide}", r"Unknown option \{grow_polici\}"),
     ("catboost", "{max_depth: 2}", "only one of the parameters depth, max_depth"),
     ("catboost", "{bootstrap_type: Bayesian}", "bootstrap_type is set by this toolkit"),
@@ -223,7 +238,8 @@ def test_bad_extra_parameters_are_refused(
     data: Path, tmp_path: Path, library: str, extra: str, message: str
 ) -> None:
     flags = {"features": "raw", "libraries": library, library: f"{{extra: {extra}}}"}
-    with pytest.raises(ValueError, match=message):
+    # Settings are checked before, with a ValidationError.
+    with pytest.raises((UserError, ValidationError), match=message):
         fit_small(data, tmp_path, **flags)
     assert not list(tmp_path.iterdir())
 
