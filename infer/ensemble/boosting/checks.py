@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from infer.ensemble.boosting.column_parameters import refuse_unknown_columns
 from infer.ensemble.boosting.libraries import DEVICE, EXTRA, LIBRARIES, fit_booster
 from isic.runtime.errors import UserError, did_you_mean, first_line
 
@@ -34,6 +35,9 @@ def check_library(library: str, parameters: Mapping[str, Any], names: Sequence[s
     on_gpu = parameters.get(DEVICE, "cpu") != "cpu"
     if library == "lightgbm":
         _check_lightgbm_names(extra)
+    for key, form in LIBRARIES[library].columns.items():
+        if key in extra:
+            refuse_unknown_columns(library, key, extra[key], form, names)
     if extra:
         _try(library, {**parameters, DEVICE: "cpu"}, names)
     if on_gpu:
@@ -124,3 +128,5 @@ def _check_lightgbm_names(extra: Mapping[str, Any]) -> None:
             raise UserError(f"lightgbm: {key} in extra is a setting of its own; write {name}: ...")
         if name in row.fixed:
             raise UserError(f"lightgbm: {key} is set by this toolkit; leave it out of extra")
+        if name in row.columns and key != name:
+            raise UserError(f"lightgbm: {key} in extra has another name here; write {name}: ...")

@@ -15,6 +15,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from infer.ensemble.boosting.column_parameters import (
+    GROUPS,
+    NUMBERS,
+    by_position,
+    on_columns,
+    refuse_other_form,
+)
 from isic.layout import Fold
 from isic.runtime.errors import UserError, did_you_mean, first_line
 from isic.runtime.extras import install_command
@@ -116,7 +123,7 @@ def fit_lightgbm(
     """Fit one booster and return it in LightGBM's text format."""
     given = parameters["min_data_in_leaf"]
     options = {
-        **own_options(parameters, LIGHTGBM_GPU),
+        **_by_position(own_options(parameters, LIGHTGBM_GPU), names),
         "min_data_in_leaf": min_data(len(target)) if given is None else given,
         "objective": "binary",
         "seed": seed,
@@ -132,6 +139,16 @@ def fit_lightgbm(
     data = lightgbm.Dataset(matrix, target, feature_name=list(names), params=options)
     text: str = lightgbm.train(options, data, num_boost_round=num_rounds).model_to_string()
     return text
+
+
+def _by_position(options: Parameters, names: Sequence[str]) -> dict[str, Any]:
+    """Return parameters with the positions of columns in place of their names."""
+    forms = {key: LIGHTGBM_COLUMNS[key] for key in options if key in LIGHTGBM_COLUMNS}
+    changed = {
+        key: by_position(options[key], form, names, LIGHTGBM_OTHERS.get(key, 0))
+        for key, form in forms.items()
+    }
+    return {**options, **changed}
 
 
 LIGHTGBM_END = "\npandas_categorical:null\n"
@@ -385,6 +402,23 @@ def _broken(library: str, error: Exception) -> UserError:
     )
 
 
+LIGHTGBM_COLUMNS = {
+    "monotone_constraints": NUMBERS,
+    "feature_contri": NUMBERS,
+    "cegb_penalty_feature_lazy": NUMBERS,
+    "cegb_penalty_feature_coupled": NUMBERS,
+    "interaction_constraints": GROUPS,
+}
+LIGHTGBM_OTHERS = {"feature_contri": 1.0}
+"""The number of a column that a parameter does not name, if it is not 0."""
+XGBOOST_COLUMNS = {"monotone_constraints": NUMBERS, "interaction_constraints": GROUPS}
+CATBOOST_COLUMNS = {
+    "monotone_constraints": NUMBERS,
+    "feature_weights": NUMBERS,
+    "first_feature_use_penalties": NUMBERS,
+    "per_object_feature_penalties": NUMBERS,
+}
+
 ROUNDS = ("num_boost_round", "n_estimators", "iterations", "num_iterations", "num_trees")
 """Other names of `num_rounds`."""
 LIGHTGBM_FIXED = (
@@ -431,6 +465,8 @@ class Library:
     """Parameters that `fit` sets, under all their names."""
     aliases: Mapping[str, str]
     """Names in `defaults` by other names that the library accepts without an error."""
+    columns: Mapping[str, str]
+    """Parameters that name columns, and their form: NUMBERS or GROUPS."""
     extra: str | None
     """The extra of this toolkit that installs the package; None if it is always installed."""
 
@@ -446,6 +482,7 @@ LIBRARIES = {
         package="lightgbm",
         fixed=LIGHTGBM_FIXED,
         aliases={},
+        columns=LIGHTGBM_COLUMNS,
         extra=None,
     ),
     "xgboost": Library(
@@ -458,6 +495,7 @@ LIBRARIES = {
         package="xgboost-cpu",
         fixed=XGBOOST_FIXED,
         aliases=XGBOOST_ALIASES,
+        columns=XGBOOST_COLUMNS,
         extra="boosters",
     ),
     "catboost": Library(
@@ -470,6 +508,7 @@ LIBRARIES = {
         package="catboost",
         fixed=CATBOOST_FIXED,
         aliases={},
+        columns=CATBOOST_COLUMNS,
         extra="boosters",
     ),
 }
@@ -511,12 +550,25 @@ def _check_extra(library: str, extra: Any) -> None:
             f"{library}: extra needs a mapping such as {{extra: {{name: 1}}}}, not {extra}"
         )
     row = LIBRARIES[library]
-    for key in extra:
+    for key, value in extra.items():
         name = row.aliases.get(key, key)
         if name in row.defaults:
             raise UserError(f"{library}: {key} in extra is a setting of its own; write {name}: ...")
         if key in row.fixed:
             raise UserError(f"{library}: {key} is set by this toolkit; leave it out of extra")
+        if key in row.columns:
+            refuse_other_form(library, key, value, row.columns[key])
+
+
+def _on_columns(library: str, parameters: Parameters, names: Sequence[str]) -> dict[str, Any]:
+    """Return parameters whose extra ones are on these columns only, without any that are empty."""
+    extra = dict(parameters.get(EXTRA, {}))
+    for key, form in LIBRARIES[library].columns.items():
+        if key in extra:
+            extra[key] = on_columns(extra[key], form, names)
+            if not extra[key]:
+                del extra[key]
+    return {**parameters, EXTRA: extra}
 
 
 def fit_booster(
@@ -533,11 +585,12 @@ def fit_booster(
         matrix: [N, D].
         target: [N], 0 or 1.
         names: [D] columns.
-        parameters: as `parameters_of` returns them.
+        parameters: as `parameters_of` returns them; extra ones may name other columns too.
 
     Raises:
         UserError: the library is not installed, or refuses a setting's value.
     """
+    parameters = _on_columns(library, parameters, names)
     try:
         return LIBRARIES[library].fit(matrix, target, names, parameters, seed)
     except Exception as error:

@@ -1,6 +1,7 @@
 import configparser
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ from pydantic import ValidationError
 
 from benchmarks.record import RECORDED_PACKAGES
 from infer.ensemble.boosting.checks import check_library
+from infer.ensemble.boosting.column_parameters import GROUPS, NUMBERS
 from infer.ensemble.boosting.libraries import (
     LIBRARIES,
     Library,
+    fit_booster,
     min_data,
     parameters_of,
     read_booster,
@@ -214,19 +217,22 @@ BAD_EXTRA = (
         "{metric: {auc: 1}}",
         r"extra parameters metric \(Unknown type of parameter:metric",
     ),
-    ("lightgbm", "{interaction_constraints: [[a]]}", r"cannot read .* interaction_constraints \("),
+    ("lightgbm", "{mc: {tbp_lv_A: 1}}", "mc in extra has another name here; write monotone_con"),
+    (
+        "lightgbm",
+        "{monotone_constraints: [1, 0]}",
+        "names columns, such as {monotone_constraints: {",
+    ),
+    ("xgboost", "{monotone_constraints: {tbp_lv_AA: 1}}", 'names "tbp_lv_AA", .* mean "tbp_lv_A"'),
+    ("xgboost", "{monotone_constraints: {tbp_lv_A: yes}}", "names columns, such as"),
+    ("xgboost", "{interaction_constraints: [[tbp_lv_AA]]}", 'mean "tbp_lv_A"'),
+    ("xgboost", "{interaction_constraints: [[0, 1]]}", "names columns, such as"),
+    ("catboost", "{monotone_constraints: '(1,0)'}", "names columns, such as"),
     ("lightgbm", "3", "extra needs a mapping such as"),
     ("xgboost", "{num_paralel_tree: 2}", 'has no parameter "num_paralel_tree"'),
     ("xgboost", "{eta: 2}", "eta in extra is a setting of its own; write learning_rate"),
     ("xgboost", "{nthread: 2}", "nthread is set by this toolkit"),
     ("xgboost", "{booster: gblinear}", "does not fit"),
-    (
-        "xgboost",
-        "{monotone_constraints: {a: 1}}",
-        r"extra parameters monotone_constraints \(Constr",
-    ),
-    ("xgboost", "{monotone_constraints: [1]}", r"monotone_constraints \('list' object has no"),
-    ("xgboost", "{interaction_constraints: [[a]]}", r"parameters interaction_constraints \(Constr"),
     ("catboost", "{grow_polici: Lossguide}", r"Unknown option \{grow_polici\}"),
     ("catboost", "{max_depth: 2}", "only one of the parameters depth, max_depth"),
     ("catboost", "{bootstrap_type: Bayesian}", "bootstrap_type is set by this toolkit"),
@@ -242,6 +248,59 @@ def test_bad_extra_parameters_are_refused(
     with pytest.raises((UserError, ValidationError), match=message):
         fit_small(data, tmp_path, **flags)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, AttributeError, RuntimeError])
+@pytest.mark.parametrize("part", ["fit", "load", "gains"])
+def test_any_error_at_extra_parameters_is_one_sentence(
+    part: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("bad value\nin detail")
+
+    row = LIBRARIES["lightgbm"]
+    monkeypatch.setitem(LIBRARIES, "lightgbm", replace(row, **{part: fail}))
+    parameters = parameters_of("lightgbm", {"extra": {"min_data_in_bin": 5}})
+    message = r"^lightgbm .+ parameters min_data_in_bin \(bad value\); change --lightgbm$"
+    with pytest.raises(UserError, match=message):
+        check_library("lightgbm", parameters, NAMES)
+
+
+NAMED = {NUMBERS: {"a": -1}, GROUPS: [["a", "b"], ["c"]]}
+"""Values of parameters on columns, by form."""
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [(library, name) for library in LIBRARIES for name in LIBRARIES[library].columns],
+)
+def test_parameters_on_columns_are_by_name_and_may_name_others(library: str, name: str) -> None:
+    """`infer select` fits fewer columns than are named."""
+    row = LIBRARIES[library]
+    value = NAMED[row.columns[name]]
+    if name != "monotone_constraints" and isinstance(value, dict):
+        value = {"a": 5.0}
+    plain = parameters_of(library, {"num_rounds": 3})
+    named = {**plain, "extra": {name: value}}
+    check_library(library, named, NAMES)
+    matrix, target = library_rows()
+    plain_text, text = (fit_booster(library, matrix, target, NAMES, p, 0) for p in (plain, named))
+    assert text != plain_text
+    fewer = (np.ascontiguousarray(matrix[:, 3:]), target, NAMES[3:])
+    assert fit_booster(library, *fewer, named, 0) == fit_booster(library, *fewer, plain, 0)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_constraint_by_name_is_on_that_column(library: str) -> None:
+    """The target rises with column a, so the scores must not follow it."""
+    falling = {"num_rounds": 20, "extra": {"monotone_constraints": {"a": -1, "z": 1}}}
+    matrix, target = library_rows()
+    reversed_names = (np.ascontiguousarray(matrix[:, ::-1]), target, NAMES[::-1])
+    for column, given in ((0, (matrix, target, NAMES)), (3, reversed_names)):
+        text = fit_booster(library, *given, parameters_of(library, falling), 0)
+        rows = np.repeat(given[0][:1], 50, axis=0)
+        rows[:, column] = np.linspace(-3, 3, 50)
+        assert (np.diff(LIBRARIES[library].load(text)(rows, 1)) <= 0).all()
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.ensemble.features import select as module
 from infer.ensemble.features.select import select
 from infer.ensemble.settings import SelectSettings
@@ -142,6 +143,14 @@ def test_a_config_of_fit_can_be_used(data: Path, tmp_path: Path, cli: Cli) -> No
     assert (tmp_path / "chosen.txt").is_file()
     assert "pAUC out of fold" in ended.out
     assert not (tmp_path / "no").exists()
+
+
+def test_constraints_may_name_columns_that_are_left_out(data: Path, tmp_path: Path) -> None:
+    extra = "{extra: {monotone_constraints: {tbp_lv_A: 1, tbp_lv_B: 1, age_approx: -1}}}"
+    given = {"features": "tbp_lv_A,tbp_lv_B,age_approx", "num_rounds": 3, "repeats": 1}
+    settings = {**given, "libraries": tuple(LIBRARIES), **dict.fromkeys(LIBRARIES, extra)}
+    manifest = choose(data, tmp_path / "one.txt", **settings, by="gain", num_features=1)
+    assert all(len(part) == 1 for part in manifest["by_fold"].values())
 
 
 def test_bad_choices_are_refused(data: Path, embeddings: Path, tmp_path: Path) -> None:
