@@ -31,8 +31,8 @@ SHOWN = {
 class Shown:
     """The pictures and explanations of a patient's lesions."""
 
-    reasons: Sequence[Sequence[Reason]]
-    """Of the lesions to look at first."""
+    reasons: Sequence[Sequence[Reason]] | None
+    """Of the lesions to look at first; None if the scores cannot be explained."""
     pictures: Mapping[str, Picture] = field(default_factory=dict)
     """By id; empty if the dataset has no images."""
     maps: Mapping[str, MapPicture] = field(default_factory=dict)
@@ -104,12 +104,15 @@ def _unfamiliar(patient: Patient) -> list[Markup]:
 def _first_text(patient: Patient, shown: Shown) -> str:
     number = len(patient.index)
     which = f"The {patient.num_first} highest scores of {number:,} lesions."
-    text = (
-        f"{'The only lesion.' if number == 1 else which} A reason is a "
-        "property that raises the score: if the lesion were ordinary in it, like this patient's "
-        "other lesions, or for properties of the patient like the training lesions, the score "
-        "would be the second number."
-    )
+    text = "The only lesion." if number == 1 else which
+    if shown.reasons is None:
+        text += " The models cannot explain their scores, so there are no reasons."
+    else:
+        text += (
+            " A reason is a property that raises the score: if the lesion were ordinary in it, "
+            "like this patient's other lesions, or for properties of the patient like the training "
+            "lesions, the score would be the second number."
+        )
     if shown.maps:
         text += (
             " Below a photo is its occlusion map: the change of the network's logit if a patch is "
@@ -132,7 +135,7 @@ def _card(patient: Patient, shown: Shown, place: int, num_rows: int) -> Markup:
         heading,
         _standing(patient, shown, place, num_rows),
         facts,
-        *_why(shown.reasons[place], patient.score[place]),
+        *([] if shown.reasons is None else _why(shown.reasons[place], patient.score[place])),
     )
     parts = [tag("div", *photos, class_="photos")] if photos else []
     card = tag("article", *parts, tag("div", *content), class_="lesion" if photos else None)

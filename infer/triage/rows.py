@@ -135,6 +135,12 @@ class Member:
                     total += share[key[0]] * self._contribute(key)(matrix)
         return total / sum(share[library] * number[library] for library in number)
 
+    def refuse_unexplained(self) -> None:
+        """Raise NoContributions if a library does not explain the scores of its boosters."""
+        # All boosters of a library have the same parameters.
+        for key in {key[0]: key for key in self._files}.values():
+            self._contribute(key)
+
     @cached_property
     def _files(self) -> dict[BoosterKey, str]:
         return {

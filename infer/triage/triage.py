@@ -15,6 +15,7 @@ from infer.embedding.image_embedder import ImageEmbedder
 from infer.embedding.store import scan_embeddings
 from infer.ensemble.artifact import ENSEMBLE_FILE
 from infer.ensemble.blends.artifact import Scorer, open_scorer
+from infer.ensemble.boosting.libraries import NoContributions
 from infer.ensemble.drift import drift_warning
 from infer.ensemble.features.own_tables import read_test_tables
 from infer.ensemble.predict import TestTable, drift_of
@@ -77,13 +78,14 @@ def triage(settings: TriageSettings) -> None:
     back = quote(f"../{settings.output.name}")
     model = model_facts(scorer)
     features = _read_features(settings, patients)
+    has_reasons = _has_reasons(rows)
     with only_writer(settings.output), _opened(network) as embedder:
         # One at a time: a page has the pictures of all of a patient's lesions.
         texts = (
             patient_page(
                 model,
                 patient,
-                _show(rows, patient, images, features, network, embedder),
+                _show(rows, patient, images, features, network, embedder, has_reasons),
                 counts[0],
                 back,
                 style,
@@ -172,6 +174,17 @@ def _earlier_pages(output: Path) -> set[str]:
     return set(read_json(manifest_path(output))["pages"]) if _is_own(output) else set()
 
 
+def _has_reasons(rows: ScoredRows) -> bool:
+    """Return whether the scores can be explained; warn if not."""
+    try:
+        for member in rows.members.values():
+            member.refuse_unexplained()
+    except NoContributions as error:
+        warn(f"{error}; the pages are without reasons")
+        return False
+    return True
+
+
 def _drift(rows: ScoredRows, dataset: Dataset) -> pl.DataFrame:
     path = dataset.metadata_path("test")
     table = TestTable(dataset, path, rows.metadata, rows.metadata.select(schema.ID))
@@ -194,6 +207,7 @@ def _show(
     features: pl.DataFrame | None,
     network: Network | None,
     embedder: ImageEmbedder | None,
+    has_reasons: bool,
 ) -> Shown:
     """Return the pictures and explanations of a patient's lesions."""
     first = patient.names[: patient.num_first]
@@ -202,7 +216,7 @@ def _show(
     if network and embedder and images:
         maps = draw_maps(embedder, images, network.folds_of(first, rows.split), LARGE)
     return Shown(
-        reasons=find_reasons(facts, range(patient.num_first)),
+        reasons=find_reasons(facts, range(patient.num_first)) if has_reasons else None,
         pictures=_pictures(images, patient) if images else {},
         maps=maps,
         features=None if features is None else _features_of(features, patient),

@@ -178,8 +178,18 @@ def load_lightgbm(text: str) -> Predict:
     return predict
 
 
+class NoContributions(UserError):
+    """A library does not explain the scores of a booster."""
+
+
+LINEAR_TREE = "\nis_linear=1\n"
+"""Part of a model whose leaves are linear functions."""
+
+
 def lightgbm_contributions(text: str) -> Contribute:
     """Return the function that explains the scores of a matrix."""
+    if LINEAR_TREE in text:
+        raise NoContributions("LightGBM does not explain the scores of linear trees (linear_tree)")
     booster = _open_lightgbm(text)
     # The last column is the mean log-odds.
     return lambda matrix: np.asarray(booster.predict(matrix, pred_contrib=True))[:, :-1]
@@ -452,7 +462,8 @@ class Library:
     load: Callable[[str], Predict]
     """From a booster's text. Raises UserError if it is not a whole model."""
     contributions: Callable[[str], Contribute]
-    """From a booster's text. Raises UserError if it is not a whole model."""
+    """From a booster's text. Raises UserError if it is not a whole model, NoContributions if the
+    library does not explain such trees."""
     gains: Callable[[str, int], Gains]
     """[D] gain of each feature, from a booster's text and D."""
     defaults: Parameters

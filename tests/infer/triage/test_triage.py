@@ -123,6 +123,22 @@ def test_a_page_has_pictures_reasons_and_probabilities(project: Path, output: Pa
     assert "How the lesions look to the network" in text
 
 
+def test_an_ensemble_that_cannot_be_explained_has_pages_without_reasons(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = {"features": "raw", "num_rounds": 2, "libraries": "xgboost,lightgbm"}
+    linear = "{extra: {linear_tree: true}}"
+    root = fit_small(project / "data", tmp_path, **chosen, lightgbm=linear)
+    pages = write_pages(project, tmp_path / "t.html", ensemble=root, embeddings=())
+    index = pages.pop("t.html")
+    assert "ISIC_2" in index + "".join(pages.values())
+    assert len(pages) == 6
+    for text in pages.values():
+        assert "The models cannot explain their scores, so there are no reasons." in text
+        assert 'class="why"' not in text
+    assert "linear_tree); the pages are without reasons" in capsys.readouterr().err
+
+
 def test_probabilities_of_train_rows_are_out_of_fold(project: Path, tmp_path: Path) -> None:
     """A curve that was fitted on a row's own label would be too sure of it."""
     chosen = {"features": "raw", "num_rounds": 2, "calibrate": "isotonic", "name": "fitted"}

@@ -14,6 +14,7 @@ from infer.ensemble.boosting.column_parameters import GROUPS, NUMBERS
 from infer.ensemble.boosting.libraries import (
     LIBRARIES,
     Library,
+    NoContributions,
     fit_booster,
     min_data,
     parameters_of,
@@ -181,7 +182,11 @@ def test_a_value_that_a_library_refuses_is_a_user_error(
 
 
 EXTRA = {
-    "lightgbm": ("{boosting: dart}", "{min_data_in_bin: 60, boost_from_average: false}"),
+    "lightgbm": (
+        "{boosting: dart}",
+        "{linear_tree: true}",
+        "{min_data_in_bin: 60, boost_from_average: false}",
+    ),
     "xgboost": (
         "{booster: dart, rate_drop: 0.5}",
         "{grow_policy: lossguide, num_parallel_tree: 2}",
@@ -203,6 +208,12 @@ def test_any_parameter_of_a_library_can_be_given(library: str, extra: str) -> No
     score = row.load(text)(matrix, 1)
     assert score[target == 1].mean() > score[target == 0].mean() + 0.1
     assert row.gains(text, len(NAMES)).argmax() == 0
+    try:
+        contributions = row.contributions(text)(matrix)
+    except NoContributions:
+        assert "linear_tree" in extra
+    else:
+        assert contributions.shape == matrix.shape
 
 
 BAD_EXTRA = (
