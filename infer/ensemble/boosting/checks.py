@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from infer.ensemble.boosting.column_parameters import refuse_unknown_columns
-from infer.ensemble.boosting.libraries import DEVICE, EXTRA, LIBRARIES, fit_booster
+from infer.ensemble.boosting.libraries import (
+    DEVICE,
+    EXTRA,
+    LIBRARIES,
+    fit_booster,
+    refuse_parameter,
+)
 from isic.runtime.errors import UserError, did_you_mean, first_line
 
 NUM_ROWS = 200
@@ -115,7 +121,6 @@ def _check_lightgbm_names(extra: Mapping[str, Any]) -> None:
     if not extra:
         return
     # LightGBM only warns of unknown names, and ignores one of two names of a parameter.
-    row = LIBRARIES["lightgbm"]
     aliases: dict[str, list[str]] = import_module(
         "lightgbm.basic"
     )._ConfigAliases._get_all_param_aliases()
@@ -124,9 +129,6 @@ def _check_lightgbm_names(extra: Mapping[str, Any]) -> None:
         if key not in canonical:
             raise UserError(f'lightgbm has no parameter "{key}", {did_you_mean(key, canonical)}')
         name = canonical[key]
-        if name in row.defaults:
-            raise UserError(f"lightgbm: {key} in extra is a setting of its own; write {name}: ...")
-        if name in row.fixed:
-            raise UserError(f"lightgbm: {key} is set by this toolkit; leave it out of extra")
-        if name in row.columns and key != name:
+        refuse_parameter("lightgbm", key, name)
+        if name in LIBRARIES["lightgbm"].columns and key != name:
             raise UserError(f"lightgbm: {key} in extra has another name here; write {name}: ...")

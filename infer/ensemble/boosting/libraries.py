@@ -450,7 +450,37 @@ CATBOOST_FIXED = (
     *("loss_function", "objective", "bootstrap_type", "random_seed", "random_state"),
     *("thread_count", "logging_level", "verbose", "silent", "verbose_eval"),
     *("allow_writing_files", "train_dir", "task_type", "devices", *ROUNDS),
+    # They choose which rows are malignant: `class_names: [1, 0]` would turn the scores around.
+    *("class_names", "target_border"),
 )
+
+UNUSED = "has no effect here"
+BY_POSITION = "takes positions of columns, which differ between fits"
+LIGHTGBM_REFUSED = dict.fromkeys(
+    (
+        *("data", "valid", "header", "two_round", "save_binary", "parser_config_file"),
+        *("label_column", "weight_column", "group_column", "ignore_column"),
+        *("task", "input_model", "output_model", "output_result", "snapshot_freq"),
+        *("convert_model", "convert_model_language", "early_stopping_round"),
+        *("early_stopping_min_delta", "first_metric_only", "predict_raw_score"),
+        *("predict_leaf_index", "predict_contrib", "pred_early_stop"),
+        *("start_iteration_predict", "num_iteration_predict"),
+    ),
+    UNUSED,
+) | dict.fromkeys(
+    (
+        *("categorical_feature", "max_bin_by_feature"),
+        *("forcedsplits_filename", "forcedbins_filename"),
+    ),
+    BY_POSITION,
+)
+CATBOOST_REFUSED = {
+    **dict.fromkeys(
+        ("early_stopping_rounds", "od_type", "od_wait", "od_pval", "use_best_model"), UNUSED
+    ),
+    "per_float_feature_quantization": BY_POSITION,
+    "ignored_features": "is what --features is for",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -478,6 +508,8 @@ class Library:
     """Names in `defaults` by other names that the library accepts without an error."""
     columns: Mapping[str, str]
     """Parameters that name columns, and their form: NUMBERS or GROUPS."""
+    refused: Mapping[str, str]
+    """Other parameters that `extra` must not have, and why."""
     extra: str | None
     """The extra of this toolkit that installs the package; None if it is always installed."""
 
@@ -494,6 +526,7 @@ LIBRARIES = {
         fixed=LIGHTGBM_FIXED,
         aliases={},
         columns=LIGHTGBM_COLUMNS,
+        refused=LIGHTGBM_REFUSED,
         extra=None,
     ),
     "xgboost": Library(
@@ -507,6 +540,7 @@ LIBRARIES = {
         fixed=XGBOOST_FIXED,
         aliases=XGBOOST_ALIASES,
         columns=XGBOOST_COLUMNS,
+        refused={},
         extra="boosters",
     ),
     "catboost": Library(
@@ -520,6 +554,7 @@ LIBRARIES = {
         fixed=CATBOOST_FIXED,
         aliases={},
         columns=CATBOOST_COLUMNS,
+        refused=CATBOOST_REFUSED,
         extra="boosters",
     ),
 }
@@ -562,13 +597,25 @@ def _check_extra(library: str, extra: Any) -> None:
         )
     row = LIBRARIES[library]
     for key, value in extra.items():
-        name = row.aliases.get(key, key)
-        if name in row.defaults:
-            raise UserError(f"{library}: {key} in extra is a setting of its own; write {name}: ...")
-        if key in row.fixed:
-            raise UserError(f"{library}: {key} is set by this toolkit; leave it out of extra")
+        refuse_parameter(library, key, row.aliases.get(key, key))
         if key in row.columns:
             refuse_other_form(library, key, value, row.columns[key])
+
+
+def refuse_parameter(library: str, key: str, name: str) -> None:
+    """Raise a UserError if a parameter has no place in `extra`.
+
+    Args:
+        key: as the user calls it.
+        name: as the tables of this module call it.
+    """
+    row = LIBRARIES[library]
+    if name in row.defaults:
+        raise UserError(f"{library}: {key} in extra is a setting of its own; write {name}: ...")
+    if name in row.fixed:
+        raise UserError(f"{library}: {key} is set by this toolkit; leave it out of extra")
+    if name in row.refused:
+        raise UserError(f"{library}: {key} {row.refused[name]}; leave it out of extra")
 
 
 def _on_columns(library: str, parameters: Parameters, names: Sequence[str]) -> dict[str, Any]:

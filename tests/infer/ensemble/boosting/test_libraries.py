@@ -222,7 +222,9 @@ BAD_EXTRA = (
     ("lightgbm", "{max_depth: 1}", "max_depth in extra is a setting of its own"),
     ("lightgbm", "{random_state: 1}", "random_state is set by this toolkit"),
     ("lightgbm", "{boosting: sideways}", r"does not fit \(Unknown boosting type sideways\)"),
-    ("lightgbm", "{early_stopping_round: 5}", "parameters early_stopping_round .For early stop"),
+    ("lightgbm", "{early_stopping_rounds: 5}", "early_stopping_rounds has no effect here; leave"),
+    ("lightgbm", "{weight: 0}", "weight has no effect here"),
+    ("lightgbm", "{cat_feature: [0]}", "cat_feature takes positions of columns"),
     (
         "lightgbm",
         "{metric: {auc: 1}}",
@@ -238,6 +240,8 @@ BAD_EXTRA = (
     ("xgboost", "{monotone_constraints: {tbp_lv_A: yes}}", "names columns, such as"),
     ("xgboost", "{interaction_constraints: [[tbp_lv_AA]]}", 'mean "tbp_lv_A"'),
     ("xgboost", "{interaction_constraints: [[0, 1]]}", "names columns, such as"),
+    ("catboost", "{class_names: [1, 0]}", "class_names is set by this toolkit"),
+    ("catboost", "{ignored_features: [0]}", "ignored_features is what --features is for"),
     ("catboost", "{monotone_constraints: '(1,0)'}", "names columns, such as"),
     ("lightgbm", "3", "extra needs a mapping such as"),
     ("xgboost", "{num_paralel_tree: 2}", 'has no parameter "num_paralel_tree"'),
@@ -315,10 +319,13 @@ def test_a_constraint_by_name_is_on_that_column(library: str) -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_the_toolkits_own_parameters_are_fixed(library: str) -> None:
+def test_parameters_without_a_place_in_extra_are_refused(library: str) -> None:
     row = LIBRARIES[library]
     for name in row.fixed:
         with pytest.raises(UserError, match="is set by this toolkit"):
+            parameters_of(library, {"extra": {name: 1}})
+    for name, reason in row.refused.items():
+        with pytest.raises(UserError, match=f"{name} {reason}; leave it out of extra"):
             parameters_of(library, {"extra": {name: 1}})
     for alias, name in row.aliases.items():
         assert name in row.defaults
