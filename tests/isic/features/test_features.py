@@ -78,7 +78,7 @@ def test_the_number_of_threads_changes_nothing(
 
 
 def test_labels_change_nothing(table: pl.DataFrame, extended: pl.DataFrame) -> None:
-    flipped = table.with_columns(1 - pl.col(schema.TARGET), pl.lit("Malignant").alias("iddx_1"))
+    flipped = table.with_columns(target=1 - pl.col(schema.TARGET), iddx_1=pl.lit("Malignant"))
     assert same(compute(flipped, EXTENDED), extended)
     assert same(compute(table.drop(schema.TRAIN_ONLY), EXTENDED), extended)
 

@@ -76,6 +76,14 @@ def test_a_group_has_no_other_patients_name() -> None:
     assert split(table, 2)[schema.PATIENT].n_unique() == 2
 
 
+def test_groups_do_not_read_the_targets(data: Path) -> None:
+    table = train_table(data)
+    flipped = table.with_columns(target=1 - pl.col(schema.TARGET))
+    for size in (1, 3, draw_sizes(count_lesions(table), 0.5, np.random.default_rng(1))):
+        groups = split(table, size)[schema.PATIENT]
+        assert groups.equals(split(flipped, size)[schema.PATIENT])
+
+
 def test_a_row_without_a_patient_is_a_group() -> None:
     table = TABLE.with_columns(patient_id=pl.lit(None, pl.String))
     assert split(table, 5)[schema.PATIENT].n_unique() == len(table)

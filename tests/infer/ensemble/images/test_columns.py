@@ -22,6 +22,7 @@ from infer.ensemble.images.columns import (
     write_affine_maps,
 )
 from infer.ensemble.images.distances import DISTANCES
+from infer.ensemble.images.features import FORMS, FROZEN_FORMS, fit_images
 from infer.ensemble.images.frozen import FROZEN, PCA
 from infer.ensemble.predict import predict_submission
 from infer.ensemble.settings import PredictSettings
@@ -133,7 +134,22 @@ def test_two_fits_give_the_same_bytes(
     assert f"maps_{mode}_{network.name}.parquet" in first
 
 
-@pytest.mark.parametrize("mode", [ALIGNED, *EMBEDDED_FROZEN, "image"])
+@pytest.mark.parametrize("mode", FORMS)
+def test_the_columns_do_not_read_the_targets(
+    data: Path, run: Path, frozen: Path, mode: str
+) -> None:
+    metadata = train_table(data)
+    flipped = metadata.with_columns(target=1 - pl.col("target"))
+    states, rows = zip(
+        *(fit_images([mode], [run], [frozen], table) for table in (metadata, flipped)), strict=True
+    )
+    assert states[0].to_json() == states[1].to_json()
+    tables = [pl.concat(part.tables(), how="horizontal") for part in rows]
+    assert tables[0].columns == list(states[0].names)
+    assert tables[0].equals(tables[1])
+
+
+@pytest.mark.parametrize("mode", FORMS)
 def test_shuffled_targets_give_chance(data: Path, mode: str, tmp_path: Path) -> None:
     """Embeddings that know a label only if the model was trained on the image."""
     found = [read_blend(fit_shuffled(data, tmp_path / str(seed), mode, seed)) for seed in range(3)]
@@ -146,10 +162,10 @@ def fit_shuffled(data: Path, folder: Path, mode: str, seed: int) -> Path:
     folder.mkdir()
     shuffled = shuffle_targets(data, folder / "data", seed)
     folds = draw_folds(shuffled, NUM_FOLDS, 42)
-    remembered = 0.0 if mode in EMBEDDED_FROZEN else REMEMBERED
+    remembered = 0.0 if mode in FROZEN_FORMS else REMEMBERED
     run = write_fold_embeddings(folder / "blind", folder / "data", folds, 0.0, remembered)
     source = {"embeddings": run}
-    if mode in EMBEDDED_FROZEN:
+    if mode in FROZEN_FORMS:
         write_seen(seen_list(run, 0), seen_rows(pl.DataFrame({"isic_id": ["other"]})))
         source = {"frozen": run}
     features = "raw,image" if mode == "image" else mode
