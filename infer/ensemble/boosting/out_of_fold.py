@@ -174,20 +174,6 @@ def scores_by_fold(
     return found
 
 
-def mean_over_folds(
-    keys: Collection[BoosterKey],
-    load: Callable[[BoosterKey], Predict],
-    encodings: Mapping[int, Encoding],
-    table: pl.DataFrame,
-    num_threads: int,
-) -> dict[str, Scores]:
-    """Return [N] each model's scores of other rows: the mean over its folds' boosters.
-
-    Arguments as for `scores_by_fold`.
-    """
-    return mean_of_folds(scores_by_fold(keys, load, encodings, table, num_threads))
-
-
 def mean_of_folds(by_fold: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
     """Return [N] the mean scores of each model."""
     return {

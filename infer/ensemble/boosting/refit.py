@@ -17,7 +17,12 @@ from infer.ensemble.artifact import Ensemble
 from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
 from infer.ensemble.blends.ranks import Scores, blend, rank_correlation
 from infer.ensemble.boosting.libraries import LIBRARIES, booster_entries
-from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters, mean_over_folds
+from infer.ensemble.boosting.out_of_fold import (
+    FitResult,
+    fit_boosters,
+    mean_of_folds,
+    scores_by_fold,
+)
 from infer.ensemble.boosting.thinning import ThinnedTables
 from infer.ensemble.boosting.training_table import TrainingTable
 from infer.ensemble.images.networks import by_network
@@ -145,13 +150,14 @@ def measure_agreement(
 
 def _score(result: FitResult, table: pl.DataFrame, settings: FitSettings) -> Scores:
     """Return [N] the blend of the libraries, each the mean over its boosters of one seed."""
-    models = mean_over_folds(
+    by_fold = scores_by_fold(
         result.boosters,
         lambda key: LIBRARIES[key[0]].load(result.boosters[key]),
         result.encodings,
         table,
         settings.num_threads or num_cores(),
     )
+    models = mean_of_folds(by_fold)
     # Ranked among each other: both sides have the same rows.
     return blend(models, settings.library_weights, models)
 
