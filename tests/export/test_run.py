@@ -147,7 +147,6 @@ def test_a_failed_parity_check_leaves_no_artifact_and_exits_1(
     assert not list((run / "fold_0").glob(".candidate*"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", ["remember", "record_parity"])
 def test_an_export_that_is_killed_before_its_last_file_is_not_up_to_date(
     step: str, run: Path, monkeypatch: pytest.MonkeyPatch
@@ -161,6 +160,7 @@ def test_an_export_that_is_killed_before_its_last_file_is_not_up_to_date(
     assert not manifest_path(artifact).exists()
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(run: Path, cli: Cli, tmp_path: Path) -> None:
     for flags, words in (
         (["--config", "other", "--model_dir", run], "is fold 0 of tiny, not fold 0 of other"),
