@@ -417,6 +417,9 @@ def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> Train
         return build(model, values)
     path = find_config(named[0])
     from_file = build_checked(model, path)
+    # A run saves the default too, and a fold plan of the dataset must fit only a seed that was set.
+    if from_file.get("split_seed") == model.model_fields["split_seed"].default:
+        del from_file["split_seed"]
     if {"precision", *SHORTHANDS} & values.keys():
         from_file = without_precision(from_file)
     # A run is named after its config unless the file or a flag names it.

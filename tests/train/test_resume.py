@@ -212,3 +212,22 @@ def test_a_plan_that_the_dataset_got_later_is_not_ignored(
         assert f"{pinned} is another fold plan than {tmp_path}/tiny/{FOLDS_FILE}" in ended.err
     assert cli("train", *flags, "--name", "other").code == 0
     assert (tmp_path / "other" / FOLDS_FILE).read_bytes() == pinned.read_bytes()
+
+
+def test_a_runs_own_config_is_not_a_seed_that_was_given(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """The dataset's plan is of another seed, which the saved settings do not know."""
+    draw_folds(pl.read_csv(small_dataset / TABLE), 5, 7).write(small_dataset / FOLDS_FILE)
+    flags = [*TINY, "--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1]
+    assert cli("train", *flags, "--fold", 0).code == 0
+    saved = tmp_path / "tiny" / "fold_0" / "config.yaml"
+    for more in (["--fold", 1], ["--name", "again"]):
+        ended = cli("train", "--config", saved, *more)
+        assert ended.code == 0, ended.err
+    (small_dataset / FOLDS_FILE).unlink()
+    ended = cli("train", "--config", saved, "--fold", 2)
+    assert ended.code == 0, "the run keeps the plan"
+    ended = cli("train", "--config", saved, "--fold", 3, "--split_seed", 42)
+    assert ended.code == 2
+    assert "is not the plan of --split_seed 42; leave --split_seed out" in ended.err
