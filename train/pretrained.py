@@ -8,19 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from isic.layout import BACKBONE_DIR, TRAINED_ON_FILE, WEIGHTS_FILE, Fold, fold_dir, fold_name
 from isic.provenance import NOTHING, Seen, read_seen, refuse_seen
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, first_line
 from isic.runtime.files import sha256
 from isic.runtime.urls import shown
 
 TRAINED_ON_KEY = "trained_on"
 """Key in the metadata of WEIGHTS_FILE: the SHA-256 of its list of images and patients."""
 HUB_PREFIX = "hf-hub:"
+NOT_ON_HUB = (
+    EntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    HFValidationError,
+)
+"""Errors about a file, repository or revision that does not exist."""
 WEIGHT_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
 
 
@@ -162,18 +176,36 @@ def seen_by_hub(name: str) -> Seen:
     return seen_by(path)  # the hub's cache has the list next to the weights
 
 
-@cache  # a hub that cannot be reached is asked for half a minute
+@cache  # each request takes a while; failures, which raise, are not kept
 def hub_file(name: str, file: str) -> Path | None:
-    """Return a file of a hub repository, None if it cannot be loaded.
+    """Return a file of a hub repository, None if there is no such file or repository.
 
     Args:
         name: the repository, as for `seen_by_hub`.
+
+    Raises:
+        UserError: the hub gives no answer.
     """
     repository, _, revision = name.partition("@")
     try:
         return Path(hf_hub_download(repository, file, revision=revision or None))
-    except Exception:  # of many types; timm, which loads the weights, reports those of the hub
-        return None
+    except Exception as error:  # of many types: the network, a proxy, the disk
+        if _is_absent(error):
+            return None
+        # A command that reached the hub has left a note in its cache.
+        known = try_to_load_from_cache(repository, file, revision=revision or None)
+        if known is _CACHED_NO_EXIST:
+            return None
+        raise UserError(
+            f"the hub cannot be asked for {file} of {name} ({first_line(error).rstrip('.')}); "
+            "connect to it, or give a local copy as --pretrained"
+        ) from error
+
+
+def _is_absent(error: Exception) -> bool:
+    """Return whether an error is the hub's answer that it has no such file or repository."""
+    # LocalEntryNotFoundError is raised if the hub gives no answer.
+    return isinstance(error, NOT_ON_HUB) and not isinstance(error, LocalEntryNotFoundError)
 
 
 def _trained_on_digest(path: Path) -> str | None:

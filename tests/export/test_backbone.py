@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 
 from export.backbone import (
@@ -261,7 +262,7 @@ def test_weights_of_a_hub_bring_their_config(
         assert (repo_id, revision) == ("me/wild", "v1")
         path = tmp_path / filename
         if not path.is_file():
-            raise FileNotFoundError(filename)
+            raise EntryNotFoundError(filename)
         return str(path)
 
     monkeypatch.setattr("train.pretrained.hf_hub_download", download)

@@ -6,6 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 from isic.provenance import NOTHING, read_seen
@@ -230,7 +231,7 @@ def test_weights_of_a_hub_are_recognised_too(
         assert (name, revision) == ("me/backbone", "v1")
         path = repository / file
         if not path.is_file():
-            raise FileNotFoundError(file)
+            raise EntryNotFoundError(file)
         return str(path)
 
     monkeypatch.setattr(pretrained, "hf_hub_download", download)
@@ -244,6 +245,27 @@ def test_weights_of_a_hub_are_recognised_too(
     assert "the weights in me/backbone@v1" in leaking.err
     (repository / "model.safetensors").unlink()
     assert pretrained.seen_by_hub("me/backbone@v1") is NOTHING
+
+
+@pytest.mark.parametrize(
+    "failure", [ConnectionError("no route"), LocalEntryNotFoundError("no answer")]
+)
+def test_a_hub_is_asked_once_unless_it_fails(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Exception] = [failure, EntryNotFoundError("no such file")]
+
+    def download(*_: object, **__: object) -> str:
+        raise answers.pop(0)
+
+    monkeypatch.setattr(pretrained, "hf_hub_download", download)
+    pretrained.hub_file.cache_clear()
+    with pytest.raises(UserError, match=rf"^the hub cannot be asked .* \({failure}\); connect"):
+        find_weights("me/backbone", 0)
+    for fold in range(3):
+        assert find_weights("me/backbone", fold).seen is NOTHING
+    assert not answers, "the failure is not kept, the answer is"
+    pretrained.hub_file.cache_clear()
 
 
 def test_a_resumed_run_started_from_the_same_weights(train: Train, tmp_path: Path) -> None:
