@@ -1,5 +1,6 @@
 """The weights that a backbone starts from: file, digests, and images they learned from."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -113,6 +114,15 @@ def local_file(pretrained: str, fold: Fold | None = None) -> Path | None:
             f"there is nothing at {shown(pretrained)}; give a file or folder that exists, or "
             f"{HUB_PREFIX}{pretrained} for a repository of the hub"
         )
+    return None
+
+
+def existing_file(pretrained: bool | str, fold: Fold) -> Path | None:
+    """Return the file of weights that a fold starts from, None if it is no local one or gone."""
+    if isinstance(pretrained, bool):
+        return None
+    with contextlib.suppress(UserError):
+        return local_file(pretrained, fold)
     return None
 
 

@@ -30,6 +30,7 @@ from isic.runtime.files import digest, manifest_path, refuse_foreign, sha256
 from train.config import TrainSettings
 from train.history import last_epoch, read_history
 from train.plots import ROC_FILE
+from train.pretrained import existing_file
 from train.rows import metadata_paths
 
 FREE_TO_CHANGE = {
@@ -57,10 +58,53 @@ class MadeFrom(Fields):
     extra_sha256: list[str] = Field([])
 
 
+class InitialWeights(Fields):
+    """The initial weights in a fold's manifest; the first is a digest of a file."""
+
+    source: str = ""
+    sha256: str | None = None
+    tensors_sha256: str | None = None
+
+
+class Constants(Fields):
+    """The constants that a network normalises its input with."""
+
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
 class FoldManifest(Fields):
     """The fields of a fold's manifest that are compared."""
 
     made_from: MadeFrom = Field(default_factory=MadeFrom)
+    pretrained: InitialWeights = Field(default_factory=InitialWeights)
+    preprocess: Constants = Field(default_factory=Constants)
+
+    @property
+    def tables(self) -> list[str] | None:
+        """The digests of the training tables; None if they are unknown."""
+        first = self.made_from.metadata_sha256
+        return None if first is None else [first, *self.made_from.extra_sha256]
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What the fold was trained from, by name, without what is unknown."""
+        weights = self.pretrained
+        facts = {
+            "training table": self.tables,
+            # By source, because the folds may start from the same folds of another run.
+            f"version of the weights {weights.source}": weights.sha256 or weights.tensors_sha256,
+            **self.preprocess.model_dump(include={"mean", "std"}),
+        }
+        return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def read_fold_manifest(directory: Path) -> FoldManifest:
+    """Read the manifest of a fold's checkpoint; without one, everything is unknown."""
+    path = manifest_path(directory / BEST_CHECKPOINT)
+    if not path.is_file():
+        return FoldManifest()
+    return FoldManifest(**read_fields(path, FoldManifest, "train this fold again with --force"))
 
 
 def is_finished(settings: TrainSettings, fold: Fold) -> bool:
@@ -104,7 +148,7 @@ def refuse_difference(path: Path, saved: Mapping[str, Any], settings: TrainSetti
 
 
 def warn_of_other_recipes(run: Path, num_folds: int) -> None:
-    """Warn of folds with scores that were trained with other settings or tables than the first."""
+    """Warn of folds with scores that were trained with other settings or inputs than the first."""
     recipes = {}
     for fold in range(num_folds):
         directory = fold_dir(run, fold)
@@ -112,11 +156,11 @@ def warn_of_other_recipes(run: Path, num_folds: int) -> None:
         if (directory / OOF_FILE).is_file() and config.is_file():
             saved = saved_settings(config, read_yaml(config)).model_dump(mode="json")
             recipe = {key: saved[key] for key in saved.keys() - FREE_TO_CHANGE - {*CHOSEN}}
-            recipes[fold] = recipe | {"training table": digests_trained_on(directory)}
+            recipes[fold] = recipe | read_fold_manifest(directory).known
     first, *others = recipes or [0]
     for fold in others:
-        recipe = recipes[fold]
-        keys = sorted(key for key in recipe if recipe[key] != recipes[first][key])
+        recipe, other = recipes[fold], recipes[first]
+        keys = sorted(key for key in recipe.keys() & other.keys() if recipe[key] != other[key])
         if keys:
             warn(
                 f"fold_{fold} was trained with another {', '.join(keys)} than fold_{first}, so "
@@ -127,40 +171,41 @@ def warn_of_other_recipes(run: Path, num_folds: int) -> None:
 def refuse_changed_data(settings: TrainSettings, folds: Sequence[Fold]) -> None:
     """Raise a UserError if plan or tables have changed since a finished fold was trained."""
     has_data = all(root.is_dir() for root in (settings.data, *settings.extra_data))
-    if not (folds and has_data):  # the scores of a run are shown without its dataset too
+    paths = metadata_paths(settings) if has_data else []
+    # The scores of a run are shown without its dataset too.
+    if not (folds and paths and all(path.is_file() for path in paths)):
         return
     refuse_other_plan(settings.run_dir / FOLDS_FILE, Dataset(settings.data).folds_path)
-    paths = metadata_paths(settings)
     digests = [sha256(path) for path in paths]
     for fold in folds:
         directory = fold_dir(settings.run_dir, fold)
-        refuse_other_tables(directory, digests_trained_on(directory), paths, digests)
+        refuse_changed_files(directory, read_fold_manifest(directory).tables, paths, digests)
 
 
-def digests_trained_on(directory: Path) -> list[str] | None:
-    """Return the digests of the tables in a fold's manifest, None if it has none."""
-    path = manifest_path(directory / BEST_CHECKPOINT)
-    if not path.is_file():
-        return None
-    about = FoldManifest(**read_fields(path, FoldManifest, "train this fold again with --force"))
-    first = about.made_from.metadata_sha256
-    return None if first is None else [first, *about.made_from.extra_sha256]
+def refuse_changed_weights(settings: TrainSettings, folds: Sequence[Fold]) -> None:
+    """Raise a UserError if a file of initial weights has changed since a fold was trained."""
+    for fold in folds:
+        directory = fold_dir(settings.run_dir, fold)
+        then = read_fold_manifest(directory).pretrained.sha256
+        path = existing_file(settings.pretrained, fold)
+        if then and path:
+            refuse_changed_files(directory, [then], [path], [sha256(path)])
 
 
-def refuse_other_tables(
+def refuse_changed_files(
     trained: Path, then: Sequence[str] | None, paths: Sequence[Path], now: Sequence[str]
 ) -> None:
-    """Raise a UserError that names the first training table that has changed.
+    """Raise a UserError that names the first input file that has changed.
 
     Args:
         trained: a fold's folder or its `last.pth`.
-        then: digests of the tables that it was trained on; None in files of earlier versions.
-        paths, now: the tables and their digests.
+        then: digests of the files that it was trained from; None in files of earlier versions.
+        paths, now: the files and their digests.
     """
     for path, before, digest_now in zip(paths, then or now, now, strict=False):
         if before != digest_now:
             raise UserError(
-                f"{path} has changed since {trained} was trained; restore that table, or train "
+                f"{path} has changed since {trained} was trained; restore that file, or train "
                 "this fold again with --force"
             )
 

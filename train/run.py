@@ -32,6 +32,7 @@ from train.resume import (
     is_finished,
     keep_choices,
     refuse_changed_data,
+    refuse_changed_weights,
     refuse_other_content,
     require_resume_or_force,
     warn_of_other_recipes,
@@ -160,6 +161,7 @@ def folds_to_train(settings: TrainSettings) -> list[Fold]:
     folds = numbered if settings.fold is None else [settings.fold]
     finished = [fold for fold in folds if not settings.force and is_finished(settings, fold)]
     refuse_changed_data(settings, finished)
+    refuse_changed_weights(settings, finished)
     if distributed.is_main():
         for fold in finished:
             print(f"fold {fold} is finished; --force trains it again")

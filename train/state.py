@@ -19,7 +19,7 @@ from train.config import TrainSettings
 from train.model import Classifier, create_model
 from train.optim import create_optimizer
 from train.pretrained import Weights, find_weights
-from train.resume import refuse_difference, refuse_other_tables
+from train.resume import refuse_changed_files, refuse_difference
 from train.rows import TrainData
 from train.seeds import seed_weights
 from train.timm_models import takes_image_size
@@ -145,7 +145,7 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, data: TrainD
     _refuse_other_processes(path, saved.get("num_processes"))
     if config.get("folds_digest") != data.folds.digest:
         raise UserError(f"{path} was trained on other folds; start again with --force")
-    refuse_other_tables(
+    refuse_changed_files(
         path, saved.get("metadata_digests"), data.metadata_paths, data.metadata_digests
     )
     if config.get("pretrained", state.started_from) != state.started_from:

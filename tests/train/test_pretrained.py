@@ -66,6 +66,7 @@ def test_each_fold_starts_from_the_same_fold_of_a_run(train: Train, tmp_path: Pa
     assert train("old").code == 0
     ended = train("new", "--pretrained", tmp_path / "old")
     assert ended.code == 0, ended.err
+    assert "warning" not in ended.err, "on purpose"
     for fold in range(3):
         file = tmp_path / "old" / f"fold_{fold}" / "backbone" / "model.safetensors"
         text = (tmp_path / "new" / f"fold_{fold}" / "best_model.pth.json").read_text()

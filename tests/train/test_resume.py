@@ -9,11 +9,12 @@ from isic.folds import draw_folds
 from isic.layout import BEST_CHECKPOINT, FOLDS_FILE, LAST_CHECKPOINT
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_json, write_json
-from tests.support.commands import TINY, TINY_KEYS, Cli
+from tests.support.commands import TINY, TINY_KEYS, Cli, tiny_settings
 from tests.support.training import write_extra
 from train.checkpoint import load_checkpoint
 from train.config import TrainSettings
 from train.deadline import OUT_OF_TIME
+from train.model import create_model
 from train.run import choose
 
 TABLE = "train-metadata.csv"
@@ -183,7 +184,9 @@ def test_folds_of_different_tables_are_not_mixed(
         assert ended.code == 2
         assert f"{moved / TABLE} has changed since {run}/fold_0 was trained; " in ended.err
     assert not (run / "fold_1").exists()
-    assert "fold 0 is finished" in cli("train", *flags, "--fold", 0, "--data", "none").out
+    (tmp_path / "unmounted").mkdir()
+    for without in ("none", tmp_path / "unmounted"):
+        assert "fold 0 is finished" in cli("train", *flags, "--fold", 0, "--data", without).out
 
     manifest = run / "fold_0" / f"{BEST_CHECKPOINT}.json"
     about = read_json(manifest)
@@ -195,6 +198,34 @@ def test_folds_of_different_tables_are_not_mixed(
     ended = cli("train", *flags, "--data", moved)
     assert ended.code == 0, "of an earlier version"
     assert "fold 0 is finished" in ended.out
+    assert "warning" not in ended.err, "an unknown table is not another one"
+
+
+def test_folds_of_different_initial_weights_are_not_mixed(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """The setting is the same, but not the file that it names."""
+    flags = ["--data", small_dataset, "--output_dir", tmp_path, "--epochs", 1, "--num_folds", 2]
+    tensors = create_model(tiny_settings()).backbone.state_dict()
+    weights = tmp_path / "weights.pth"
+    starts = [*TINY, *flags, "--pretrained", weights]
+    for fold in range(2):
+        torch.save({name: tensor * (1 + fold) for name, tensor in tensors.items()}, weights)
+        ended = cli("train", *starts, "--fold", fold)
+        assert ended.code == 0
+    words = f"fold_1 was trained with another version of the weights {weights} than fold_0"
+    assert f"warning: {words}" in ended.err
+    assert cli("train", *starts, "--fold", 1).code == 0, "finished, from these weights"
+    ended = cli("train", *starts)
+    assert ended.code == 2
+    assert f"{weights} has changed since {tmp_path}/tiny/fold_0 was trained" in ended.err
+    weights.unlink()
+    manifest = tmp_path / "tiny" / "fold_1" / f"{BEST_CHECKPOINT}.json"
+    about = read_json(manifest)
+    write_json(manifest, {**about, "preprocess": {**about["preprocess"], "mean": [0.1] * 3}})
+    ended = cli("train", *starts)
+    assert ended.code == 0, "the scores are shown without the file"
+    assert "fold_1 was trained with another mean, version of the weights" in ended.err
 
 
 def test_a_plan_that_the_dataset_got_later_is_not_ignored(
