@@ -1,6 +1,7 @@
 """Guards: whether a run may skip, continue or overwrite a fold."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,17 +135,33 @@ def is_finished(settings: TrainSettings, fold: Fold) -> bool:
 
 
 def refuse_difference(path: Path, saved: Mapping[str, Any], settings: TrainSettings) -> None:
-    """Raise a UserError that names the first setting in which `saved` differs from `settings`."""
+    """Raise a UserError with the first setting in which `saved` differs, and flags to continue."""
     now = settings.model_dump(mode="json")
     then = saved_settings(path, saved).model_dump(mode="json")
     now.update({key: then[key] for key in CHOSEN if now[key] == "auto"})
-    for key in sorted(now.keys() - FREE_TO_CHANGE):
-        if now[key] != then[key]:
-            raise UserError(
-                f"{path} was made with {key}={in_short(then[key])}, now it is "
-                f"{in_short(now[key])}; use the previous value, choose another --name, or train "
-                "again with --force"
-            )
+    keys = [key for key in sorted(now.keys() - FREE_TO_CHANGE) if now[key] != then[key]]
+    if keys:
+        first = keys[0]
+        flags = " ".join(as_flag(key, then[key]) for key in keys)
+        raise UserError(
+            f"{path} was made with {first}={in_short(then[first])}, now it is "
+            f"{in_short(now[first])}; continue with {flags}, choose another --name, or train "
+            "again with --force"
+        )
+
+
+def as_flag(key: str, value: Any) -> str:
+    """Return the flag that gives a setting its saved value, as far as a flag can."""
+    match value:
+        case None:
+            return f"no --{key}"
+        case dict():  # the content of a file
+            return f"the earlier --{key}"
+        case bool():
+            return f"--{key} {str(value).lower()}"
+        case list():
+            return f"--{key} {shlex.quote(','.join(value))}"
+    return f"--{key} {shlex.quote(str(value))}"
 
 
 def warn_of_other_recipes(run: Path, num_folds: int) -> None:

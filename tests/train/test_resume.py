@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from train.checkpoint import load_checkpoint
 from train.config import TrainSettings
 from train.deadline import OUT_OF_TIME
 from train.model import create_model
+from train.resume import refuse_difference
 from train.run import choose
 
 TABLE = "train-metadata.csv"
@@ -33,6 +35,27 @@ def test_finished_folds_are_skipped_and_other_settings_refused(
     ended = cli("train", *flags, "--epochs", 2)
     assert ended.code == 2
     assert "epochs=1, now it is 2" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "flags"),
+    [
+        ({"freeze_epochs": 1}, {}, "--freeze_epochs 1"),
+        ({"lr": 0.5, "ema_decay": 0.9}, {}, "--ema_decay 0.9 --lr 0.5"),
+        ({}, {"pretrained": True, "use_sample": True}, "--pretrained false --use_sample false"),
+        ({"extra_data": "a,b c"}, {}, "--extra_data 'a,b c'"),
+        ({"aux": "mel: iddx_full ~ Mel"}, {}, "--aux 'mel: iddx_full ~ Mel'"),
+        ({}, {"validate_every": 3}, "no --validate_every"),
+        ({"augmentation": {"transform": {}}}, {}, "the earlier --augmentation"),
+    ],
+)
+def test_settings_that_differ_are_named_as_the_flags_that_continue(
+    before: dict[str, object], now: dict[str, object], flags: str
+) -> None:
+    saved = tiny_settings(**before).model_dump(mode="json")
+    words = rf"; continue with {re.escape(flags)}, choose another --name, or train again"
+    with pytest.raises(UserError, match=words):
+        refuse_difference(Path("config.yaml"), saved, tiny_settings(**now))
 
 
 def test_a_folder_of_something_else_is_not_trained_into(
@@ -113,7 +136,9 @@ def test_a_resumed_fold_keeps_its_precision(
     assert load_checkpoint(folder / LAST_CHECKPOINT)["args"]["precision"] == "bf16"
     ended = cli("train", *flags, "--resume", "--precision", "fp32")
     assert ended.code == 2
-    assert "was made with precision=bf16, now it is fp32; use the previous value" in ended.err
+    assert (
+        "was made with precision=bf16, now it is fp32; continue with --precision bf16" in ended.err
+    )
 
     settings = TrainSettings(**TINY_KEYS, name="tiny", output_dir=tmp_path, resume=True)
     gpu = torch.device("cuda", 0)
