@@ -142,7 +142,8 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, data: TrainD
     saved = load_checkpoint(path)
     config = saved["config"]
     refuse_difference(path, saved["args"], settings)
-    _refuse_other_processes(path, saved.get("num_processes"))
+    if saved["epoch"]:
+        _refuse_other_processes(path, saved.get("num_processes"))
     if config.get("folds_digest") != data.folds.digest:
         raise UserError(f"{path} was trained on other folds; start again with --force")
     refuse_changed_files(

@@ -77,6 +77,12 @@ def test_another_number_of_processes_is_refused(
     state = create_state(settings, CPU, 0)
     path = tmp_path / LAST_CHECKPOINT
     for then, now in ((2, 1), (1, 2)):
+        state.epoch = 0
+        monkeypatch.setattr("train.distributed.world_size", lambda number=then: number)
+        save_last(path, state, settings, data)
+        monkeypatch.setattr("train.distributed.world_size", lambda number=now: number)
+        restore(state, path, settings, data)  # nothing has been trained yet
+        state.epoch = 1
         monkeypatch.setattr("train.distributed.world_size", lambda number=then: number)
         save_last(path, state, settings, data)
         restore(state, path, settings, data)
