@@ -55,6 +55,7 @@ class CheckpointFields(Fields):
     num_threads: Count | None = None
     num_processes: Count | None = None
     metadata_digests: list[str] | None = None
+    images_digest: str | None = None
 
 
 def save_checkpoint(path: Path, **values: Any) -> None:

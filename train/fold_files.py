@@ -92,6 +92,7 @@ def save_fold(
     made_from = {
         "metadata_sha256": data.metadata_digests[0],
         "extra_sha256": data.metadata_digests[1:],
+        "images_digest": data.images_digest,
         "num_rows": len(data.table),
     }
     write_manifest(

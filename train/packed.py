@@ -1,5 +1,6 @@
 """Encoded image files of many rows, packed into one buffer."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -41,6 +42,13 @@ class PackedFiles:
         """[N]: files of no bytes."""
         empty: NDArray[np.bool_] = self.starts == self.ends
         return empty
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the buffer and of the files' places in it."""
+        found = hashlib.sha256(self.buffer.data)
+        for places in (self.starts, self.ends):
+            found.update(places.data)
+        return found.hexdigest()
 
     def without(self, rows: Iterable[int]) -> "PackedFiles":
         """Return the other rows, on the same buffer."""

@@ -53,10 +53,11 @@ CHOSEN = ("precision", "augment_on")
 
 
 class MadeFrom(Fields):
-    """The digests of the training tables in a fold's manifest; earlier versions wrote none."""
+    """The digests of the training data in a fold's manifest; earlier versions wrote none."""
 
     metadata_sha256: str | None = None
     extra_sha256: list[str] = Field([])
+    images_digest: str | None = None
 
 
 class InitialWeights(Fields):
@@ -93,6 +94,7 @@ class FoldManifest(Fields):
         weights = self.pretrained
         facts = {
             "training table": self.tables,
+            "set of images": self.made_from.images_digest,
             # By source, because the folds may start from the same folds of another run.
             f"version of the weights {weights.source}": weights.sha256 or weights.tensors_sha256,
             **self.preprocess.model_dump(include={"mean", "std"}),

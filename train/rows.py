@@ -1,6 +1,7 @@
 """The rows of a training run: tables, encoded images and masks, and their folds."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from isic.images import NO_IMAGE, failures, open_hdf5
 from isic.layout import ALL, ERRORS_FILE, FOLDS_FILE, Fold
 from isic.preprocess import check_mask, decode
 from isic.runtime.errors import UserError, warn, warn_once
-from isic.runtime.files import sha256
+from isic.runtime.files import digest, sha256
 from isic.runtime.machine import num_cores
 from isic.tables import write_parquet
 from train import distributed
@@ -68,6 +69,12 @@ class TrainData:
     @property
     def table(self) -> pl.DataFrame:
         return self.rows.table
+
+    @cached_property
+    def images_digest(self) -> str:
+        """A digest of all images and masks."""
+        files = (self.rows.images, self.rows.masks)
+        return digest(*(packed.digest() for packed in files if packed is not None))
 
     @property
     def target(self) -> NDArray[np.float32]:

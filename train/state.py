@@ -128,6 +128,7 @@ def save_last(path: Path, state: TrainState, settings: TrainSettings, data: Trai
         num_threads=torch.get_num_threads(),
         num_processes=distributed.world_size(),
         metadata_digests=data.metadata_digests,
+        images_digest=data.images_digest,
         args=settings.model_dump(mode="json"),
     )
 
@@ -137,7 +138,7 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, data: TrainD
 
     Raises:
         UserError: it was made with other settings, another number of processes, other folds,
-            other training tables, other initial weights or another mean or std.
+            other training tables or images, other initial weights or another mean or std.
     """
     saved = load_checkpoint(path)
     config = saved["config"]
@@ -149,6 +150,11 @@ def restore(state: TrainState, path: Path, settings: TrainSettings, data: TrainD
     refuse_changed_files(
         path, saved.get("metadata_digests"), data.metadata_paths, data.metadata_digests
     )
+    if saved.get("images_digest") not in {None, data.images_digest}:
+        raise UserError(
+            f"the images have changed since {path} was trained; restore them, or start again with "
+            "--force"
+        )
     if config.get("pretrained", state.started_from) != state.started_from:
         raise UserError(
             f"{path} started from other weights than {settings.pretrained} has now; restore those "

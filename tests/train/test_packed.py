@@ -22,3 +22,9 @@ def test_files_are_joined_and_left_out_by_row() -> None:
 
 def test_empty_files_join_with_others() -> None:
     assert unpack(empty_files(2) + pack(b"one")) == [b"", b"", b"one"]
+
+
+def test_the_digest_is_of_each_files_bytes() -> None:
+    files = [pack(b"ab", b"c"), pack(b"a", b"bc"), pack(b"ab", b"d"), pack(b"ab"), empty_files(2)]
+    assert len({each.digest() for each in files}) == len(files)
+    assert pack(b"ab", b"c").digest() == files[0].digest()

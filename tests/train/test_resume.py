@@ -2,6 +2,8 @@ import re
 import shutil
 from pathlib import Path
 
+import h5py
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -11,6 +13,7 @@ from isic.layout import BEST_CHECKPOINT, FOLDS_FILE, LAST_CHECKPOINT
 from isic.runtime.errors import UserError
 from isic.runtime.files import read_json, write_json
 from tests.support.commands import TINY, TINY_KEYS, Cli, tiny_settings
+from tests.support.datasets import jpeg
 from tests.support.training import write_extra
 from train.checkpoint import load_checkpoint
 from train.config import TrainSettings
@@ -178,6 +181,24 @@ def test_rows_of_a_table_that_changed_are_not_forgotten_by_a_resumed_fold(
     del saved["metadata_digests"]
     torch.save(saved, last)
     assert cli("train", *resumed).code == 0
+
+
+def test_images_that_changed_are_not_forgotten(
+    small_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    where = ["--data", small_dataset, "--output_dir", tmp_path, "--num_folds", 2, "--epochs", 2]
+    flags = [*TINY, *where]
+    images = small_dataset / "train-image.hdf5"
+    assert cli("train", *flags, "--fold", 0).code == 0
+    assert cli("train", *flags, "--fold", 1, "--max_hours", 1e-9).code == OUT_OF_TIME
+    with h5py.File(images, "a") as file:
+        del file["ISIC_0000007"]
+        file["ISIC_0000007"] = np.bytes_(jpeg(40, 17))
+    ended = cli("train", *flags, "--fold", 1, "--resume")
+    assert ended.code == 2
+    assert f"the images have changed since {tmp_path}/tiny/fold_1/last.pth was train" in ended.err
+    ended = cli("train", *flags, "--fold", 1, "--force")
+    assert "fold_1 was trained with another set of images than fold_0" in ended.err
 
 
 def test_scores_of_different_recipes_are_not_mixed_without_a_word(
