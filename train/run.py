@@ -1,8 +1,9 @@
 """Train the folds of a config."""
 
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 
@@ -115,8 +116,28 @@ def train_each(
         if number and not deadline.allows_epoch():
             raise OutOfTime(fold, 1)
         directory = fold_dir(run.run_dir, fold)
-        with only_writer(directory) if distributed.is_main() else nullcontext():
+        with held_by_main(directory):
             train_fold(run, data, fold, device, deadline, time_left)
+
+
+@contextmanager
+def held_by_main(directory: Path) -> Iterator[None]:
+    """Hold a folder against other commands, in the main process.
+
+    Raises:
+        UserError: another command holds it.
+        SystemExit: likewise, in the other processes, which have nothing to add.
+    """
+    with ExitStack() as held:
+        problem = None
+        if distributed.is_main():
+            try:
+                held.enter_context(only_writer(directory))
+            except UserError as error:
+                problem = error
+        if any(distributed.gather(problem is not None)):
+            raise problem or SystemExit(2)
+        yield
 
 
 def choose(settings: TrainSettings, fold: Fold, device: torch.device) -> TrainSettings:

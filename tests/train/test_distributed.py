@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from isic.layout import BEST_CHECKPOINT, LAST_CHECKPOINT
+from isic.runtime.only_writer import only_writer
 from tests.support.commands import ROOT, TINY, Cli
-from tests.support.processes import LONG_EPOCHS, command, history, kill, started, wait_for
+from tests.support.processes import LONG_EPOCHS, command, history, kill, running, started, wait_for
 from train.checkpoint import load_checkpoint
 
 
@@ -52,6 +54,30 @@ def test_two_processes_score_as_one_does(small_dataset: Path, tmp_path: Path, cl
     ended = run_in_two_processes(*flags, *together)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("fold 1 is finished") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_if_the_fold_is_held(
+    small_dataset: Path, tmp_path: Path
+) -> None:
+    """Without torchrun, which may end the second one before it fails."""
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    train = command("--data", small_dataset, "--output_dir", tmp_path, "--fold", 0)
+    with (
+        only_writer(tmp_path / "tiny" / "fold_0"),
+        running(train, RANK="0", **group) as main,
+        running(train, RANK="1", **group) as other,
+    ):
+        words = f"is writing {tmp_path}/tiny/fold_0; wait for its end"
+        assert words in main.communicate(timeout=100)[1]
+        assert other.communicate(timeout=100)[1] == ""
+    assert (main.returncode, other.returncode) == (2, 2)
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 @pytest.mark.slow
