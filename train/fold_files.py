@@ -23,7 +23,7 @@ from isic.layout import (
 from isic.metrics import roc_auc
 from isic.provenance import seen_rows, write_seen
 from isic.runtime import yaml12
-from isic.runtime.files import sha256, versions, write_manifest, write_text
+from isic.runtime.files import manifest_path, sha256, versions, write_manifest, write_text
 from isic.tables import write_parquet
 from train import distributed
 from train.auxiliary import AuxTarget, manifest_of_targets
@@ -35,6 +35,15 @@ from train.pretrained import TRAINED_ON_KEY
 from train.rows import TrainData
 from train.state import TrainState
 
+RESULT_FILES = (
+    OOF_FILE,
+    BEST_CHECKPOINT,
+    manifest_path(Path(BEST_CHECKPOINT)).name,
+    LAST_CHECKPOINT,
+    HISTORY_FILE,
+    TRAINED_ON_FILE,
+)
+"""Files of a previous run that a fold begins without."""
 CHECKPOINT_PACKAGES = ("torch", "timm", "albumentations", "opencv-python-headless")
 """Packages whose versions are in the manifest."""
 
@@ -52,7 +61,7 @@ def begin_fold(settings: TrainSettings, data: TrainData, fold: Fold, resumes: bo
     if not (run / FOLDS_FILE).is_file():
         data.folds.write(run / FOLDS_FILE)
     if not resumes:
-        for name in (OOF_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, HISTORY_FILE, TRAINED_ON_FILE):
+        for name in RESULT_FILES:
             (directory / name).unlink(missing_ok=True)
     write_text(directory / CONFIG_FILE, yaml12.dump(settings.model_dump(mode="json")))
 

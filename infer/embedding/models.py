@@ -12,7 +12,16 @@ from infer.engines.contract import AUX
 from infer.engines.manifest import is_artifact, read_artifact_manifest
 from infer.formats import AUTO, ENGINE_FORMATS
 from infer.trust import refuse_untrusted
-from isic.layout import ALL, BEST_CHECKPOINT, NONE, Fold, fold_files, fold_name, is_backbone
+from isic.layout import (
+    ALL,
+    BEST_CHECKPOINT,
+    LAST_CHECKPOINT,
+    NONE,
+    Fold,
+    fold_files,
+    fold_name,
+    is_backbone,
+)
 from isic.preprocess import PreprocessSpec
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import manifest_path, read_json
@@ -207,8 +216,13 @@ def _refuse_other_fold(path: Path, manifest: Mapping[str, Any], config: str, fol
 
 
 def _refuse_earlier(artifact: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise a UserError if the fold was trained again since an artifact was exported."""
+    """Raise a UserError if the fold was trained again since an artifact was exported, or is now."""
     checkpoint = artifact.with_name(BEST_CHECKPOINT)
+    if artifact.with_name(LAST_CHECKPOINT).is_file() and not checkpoint.is_file():
+        raise UserError(
+            f"{artifact} was exported before {artifact.parent} was trained again, which is not "
+            "finished; finish it with --resume and export it again"
+        )
     record = manifest_path(checkpoint)
     made_from = manifest.get("made_from", {}).get("sha256")
     if made_from and record.is_file() and read_json(record).get("sha256") != made_from:

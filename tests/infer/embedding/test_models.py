@@ -10,8 +10,9 @@ from infer.embedding.models import find_models, open_artifact
 from infer.embedding.store import read_run, scan_embeddings
 from isic.runtime.errors import UserError
 from isic.runtime.files import sha256
-from tests.support.commands import Cli
+from tests.support.commands import TINY, Cli
 from tests.support.fake_run import FakeRun, embed_flags
+from train.deadline import OUT_OF_TIME
 
 
 def test_artifacts_without_their_manifest_or_folds_are_refused(
@@ -76,6 +77,29 @@ def test_an_artifact_of_an_earlier_checkpoint_is_refused(
     with pytest.raises(UserError, match=words):
         open_artifact(run / "fold_1" / "model.onnx")
     assert open_artifact(run / "fold_0" / "model.onnx").folds == [0]
+
+
+def test_an_artifact_of_a_fold_that_is_trained_again_is_refused(
+    exported: Path, synth_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    run = Path(shutil.copytree(exported, tmp_path / "tiny"))
+    where = ["--data", synth_dataset, "--output_dir", tmp_path, "--num_folds", 3, "--fold", 1]
+    again = [*TINY, *where, "--epochs", 2]
+    assert cli("train", *again, "--force", "--max_hours", 1e-9).code == OUT_OF_TIME
+    artifact = run / "fold_1" / "model.onnx"
+    flags = embed_flags(run, synth_dataset, tmp_path / "out")
+    for more, state in (
+        ([], "which is not finished"),
+        (["--resume"], "best_model.pth was trained"),
+    ):
+        if more:
+            assert cli("train", *again, *more).code == 0
+        ended = cli("infer", *flags)
+        assert ended.code == 2
+        assert f"{artifact} was exported before " in ended.err
+        assert state in ended.err
+        with pytest.raises(UserError, match=state):
+            open_artifact(artifact)
 
 
 @pytest.mark.parametrize("name", ["*", "[a", "", "/etc/passwd", "../fold_0/model.null", "**"])
