@@ -55,15 +55,19 @@ def refuse_untrusted(artifacts: Mapping[Path, Mapping[str, Any]], trust: bool) -
     if trust:
         remember(artifacts.values())
         return
-    known = _trusted()
     for path, manifest in artifacts.items():
-        if _runs_code(manifest) and manifest["sha256"] not in known:
+        if not is_trusted(manifest):
             title = ENGINE_FORMATS[manifest["format"]].title
             raise UserError(
                 f"{path} is native code for {title} that you have not exported here, and loading it "
                 "runs it; if you trust its source, add --trust true (from Python trust=True), else "
                 "export the model yourself"
             )
+
+
+def is_trusted(manifest: Mapping[str, Any]) -> bool:
+    """Return whether an artifact is data, or native code that this user has exported or trusted."""
+    return not _runs_code(manifest) or manifest["sha256"] in _trusted()
 
 
 def _runs_code(manifest: Mapping[str, Any]) -> bool:

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 from infer.engines import cudart, import_engine, unavailable_reason
 from infer.engines.manifest import check_artifact_manifest, is_artifact
 from infer.formats import AUTO, AUTO_ORDER, ENGINE_FORMATS, ON_REQUEST
+from infer.trust import is_trusted
 from isic.layout import Fold, fold_dirs, fold_name
 from isic.runtime.errors import UserError
 from isic.runtime.files import manifest_path, read_json
 from isic.runtime.machine import gpu_architecture, has_gpu
 
 DEVICE_NAMES = {"cpu": "CPU", "cuda": "GPU"}
+UNTRUSTED = "it is native code that you have not exported here, which takes --trust true"
 FIRST_BFLOAT16 = "sm80"
 """The architecture of the first GPUs that compute in bfloat16."""
 
@@ -62,6 +64,8 @@ class Request:
     device: str = "auto"
     earlier: frozenset[str] = frozenset()
     """Digests of the artifacts that a run to resume was made with, which AUTO keeps."""
+    trust: bool = False
+    """Whether to take native code that this user has not exported."""
 
     def accepts(self, kind: Kind) -> bool:
         """Return whether a kind may be used. Views other than the requested ones never may."""
@@ -139,7 +143,9 @@ def choose(found: Found, request: Request) -> Choice | None:
     unusable: Choice | None = None
     for device, kind in _candidates(accepted, request):
         of_kind = _of_kind(accepted, kind)
-        usable = {fold: _usable(artifacts, device) for fold, artifacts in of_kind.items()}
+        usable = {
+            fold: _usable(artifacts, device, request.trust) for fold, artifacts in of_kind.items()
+        }
         if all(usable.values()):
             best = {fold: artifacts[0] for fold, artifacts in usable.items()}
             return Choice(best, _sentence(kind, device, skipped))
@@ -213,14 +219,20 @@ def _why_not(fold: Fold, artifacts: list[Artifact], device: str) -> str:
     """Return why a fold has no usable artifact of a kind, of which it has these."""
     if not artifacts:
         return f"{fold_name(fold)} has none"
-    reason = unusable_reason(artifacts[0], device)
-    assert reason is not None
-    return reason
+    return unusable_reason(artifacts[0], device) or UNTRUSTED
 
 
-def _usable(artifacts: list[Artifact], device: str) -> list[Artifact]:
-    """Return the artifacts that run on a device here, the fastest (those for one GPU) first."""
-    usable = [artifact for artifact in artifacts if unusable_reason(artifact, device) is None]
+def _usable(artifacts: list[Artifact], device: str, trust: bool) -> list[Artifact]:
+    """Return the artifacts that may run on a device here, the fastest (those for one GPU) first.
+
+    Args:
+        trust: whether native code that this user has not exported may.
+    """
+    usable = [
+        artifact
+        for artifact in artifacts
+        if unusable_reason(artifact, device) is None and (trust or is_trusted(artifact.manifest))
+    ]
     return sorted(usable, key=_is_compatible)
 
 

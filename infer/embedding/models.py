@@ -2,11 +2,11 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from infer.embedding.choice import Found, Request, choose, find_exported
+from infer.embedding.choice import Found, Kind, Request, choose, find_exported
 from infer.engines import device_of, manifest_spec, network_command
 from infer.engines.contract import AUX
 from infer.engines.manifest import is_artifact, read_artifact_manifest
@@ -129,7 +129,7 @@ def find_models(
     """
     fold = _fold_or_backbone(model_dir, fold)
     if format_or_file in (AUTO, *ENGINE_FORMATS):
-        request = Request(format_or_file, precision, tta, device, earlier)
+        request = Request(format_or_file, precision, tta, device, earlier, trust)
         found = find_exported(model_dir, fold)
         choice = choose(found, request)
         if choice is None:
@@ -272,7 +272,19 @@ def _none_chosen(
     if any(map(request.accepts, kinds)):
         return f"no fitting one of {names} is in every fold of {model_dir}; run `{command}` first"
     only = f" for these flags, only {names}" if names else ""
-    return f"{model_dir} has no {_folders(fold)} with {name}{only}; run `{command}` first"
+    flags = sorted(filter(None, (_flags_for(kind, request) for kind in kinds)))
+    fix = f"use {' or '.join(flags)}, or run `{command}`" if flags else f"run `{command}` first"
+    return f"{model_dir} has no {_folders(fold)} with {name}{only}; {fix}"
+
+
+def _flags_for(kind: Kind, request: Request) -> str:
+    """Return the flags that make a request accept a kind; none if it asks for another precision."""
+    views = request.tta if kind.tta == "none" else kind.tta
+    fitting = replace(request, precision=kind.precision, tta=views)
+    if request.precision not in {None, kind.precision} or not fitting.accepts(kind):
+        return ""
+    wanted = {"precision": kind.precision, "tta": views}
+    return " ".join(f"--{k} {wanted[k]}" for k in wanted if wanted[k] != getattr(request, k))
 
 
 def _export_command(config: str, fold: Fold | None) -> str:

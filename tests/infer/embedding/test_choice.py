@@ -78,6 +78,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return pretend
 
 
+@pytest.fixture(autouse=True)
+def trusted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Trust all artifacts, or those whose digest does not begin with a word."""
+
+    def distrust(word: str) -> None:
+        monkeypatch.setattr(choice, "is_trusted", lambda one: not one["sha256"].startswith(word))
+
+    distrust("nothing")
+    return distrust
+
+
 def name_of(chosen: Choice | None) -> str:
     assert chosen is not None
     (kind,) = {str(artifact.kind) for artifact in chosen.artifacts.values()}
@@ -296,6 +307,23 @@ def test_a_gpu_that_is_not_used_is_explained_and_a_missing_one_is_not(
     chosen = choose(found(mixed), Request(AUTO))
     assert chosen is not None
     assert chosen.reason == "onnx fp16 on the GPU: not aoti bf16, because aoti is not installed"
+
+
+def test_native_code_of_others_is_skipped_unless_there_is_nothing_else(
+    machine: Callable[..., None], trusted: Callable[[str], None]
+) -> None:
+    machine("sm90")
+    trusted("tensorrt")
+    exported = found(kinds("tensorrt fp16", "onnx fp16"))
+    chosen = choose(exported, Request(AUTO))
+    assert chosen is not None
+    assert chosen.reason == (
+        "onnx fp16 on the GPU: not tensorrt fp16, because it is native code that you have not "
+        "exported here, which takes --trust true"
+    )
+    assert name_of(choose(exported, Request(AUTO, trust=True))) == "tensorrt fp16"
+    assert name_of(choose(exported, Request("tensorrt"))) == "tensorrt fp16", "refused later"
+    assert name_of(choose(found(kinds("tensorrt fp16")), Request(AUTO))) == "tensorrt fp16"
 
 
 def test_if_nothing_runs_here_the_engine_reports_why(machine: Callable[..., None]) -> None:

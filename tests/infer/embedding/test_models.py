@@ -223,7 +223,8 @@ def test_only_artifacts_that_fit_the_flags_are_taken(
         path.write_text(json.dumps({**fields, "precision": "int8"}))
     flags = embed_flags(run, synth_dataset, tmp_path / "out", "--split", "test")
     for more, words in (
-        ((), "no fold_<k> with an exported model for these flags, only onnx int8; run"),
+        ((), "an exported model for these flags, only onnx int8; use --precision int8, or run `"),
+        (("--format", "onnx"), "with onnx for these flags, only onnx int8; use --precision int8,"),
         (("--precision", "fp16"), "run `python -m export --config tiny --precision fp16` first"),
         (("--format", "aoti"), "has no fold_<k> with aoti; run `python -m export --config tiny "),
     ):
