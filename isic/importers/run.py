@@ -52,15 +52,18 @@ def _import(settings: ImportSettings) -> None:
         "url": collection.url,
         "licence": collection.licence,
         "source_of_malignancy": collection.source_of_kinds,
+        "masks": len(masks),
     }
+    if masks:
+        refuse_foreign([out / MASK_FILE], bool(earlier.get("masks")), "--output_dir")
+    elif earlier.get("masks"):
+        (out / MASK_FILE).unlink(missing_ok=True)
     # Before the other files, so that a run that is killed can be repeated.
     write_json(out / MANIFEST, {**manifest, "unfinished": True})
     # The table is last but for the manifest: without it the folder is no dataset yet.
     _write_files(out / IMAGE_FILE, images)
     if masks:
         _write_files(out / MASK_FILE, masks)
-    elif earlier.get("masks", True):
-        (out / MASK_FILE).unlink(missing_ok=True)
     write_table(out / TABLE_FILE, table)
     positives = int(table[schema.TARGET].sum())
     manifest |= {
@@ -68,7 +71,6 @@ def _import(settings: ImportSettings) -> None:
         "tables": {path.name: sha256(path) for path in paths.values()},
         "rows": len(ids),
         "positives": positives,
-        "masks": len(masks),
         "notes": notes,
     }
     write_json(out / MANIFEST, manifest)

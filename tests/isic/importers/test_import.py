@@ -12,7 +12,7 @@ from isic import schema
 from isic.dataset import Dataset
 from isic.images import open_hdf5
 from isic.importers.collections import COLLECTIONS
-from isic.runtime.files import read_json
+from isic.runtime.files import read_json, write_json
 from isic.settings import ImportSettings
 from tests.support.collections import ROWS, WRITERS, image_bytes, isic_name, mask_bytes, write
 from tests.support.commands import TINY, Cli, Finished
@@ -176,6 +176,31 @@ def test_a_second_import_leaves_no_masks_of_the_first(tmp_path: Path, cli: Cli) 
     (out / "masks.hdf5").write_bytes(b"one's own")
     assert run(cli, "ham10000", tmp_path / "source", out).code == 0
     assert (out / "masks.hdf5").exists(), "the import has not written it"
+
+
+def test_masks_of_somebody_else_outlive_an_interrupted_import(tmp_path: Path, cli: Cli) -> None:
+    out, source = imported(cli, "isic2020", tmp_path), tmp_path / "source"
+    (out / "masks.hdf5").write_bytes(b"one's own")
+    image = next(source.rglob("*.jpg"))
+    content = image.read_bytes()
+    image.write_bytes(content[:20])
+    interrupted = run(cli, "isic2020", source, out)
+    assert "is no whole image" in interrupted.err
+    assert read_json(out / "import.json")["unfinished"]
+    image.write_bytes(content)
+    assert run(cli, "isic2020", source, out).code == 0
+    assert (out / "masks.hdf5").read_bytes() == b"one's own"
+
+
+def test_masks_of_somebody_else_are_not_replaced(tmp_path: Path, cli: Cli) -> None:
+    out = imported(cli, "ham10000", tmp_path)
+    manifest = read_json(out / "import.json")
+    write_json(out / "import.json", {**manifest, "masks": 0})  # as of a source without masks
+    masks = (out / "masks.hdf5").read_bytes()
+    refused = run(cli, "ham10000", tmp_path / "source", out)
+    assert refused.code == 2
+    assert "masks.hdf5 exists and was not written by this command" in refused.err
+    assert (out / "masks.hdf5").read_bytes() == masks
 
 
 def test_wrong_and_incomplete_sources_are_one_sentence_each(tmp_path: Path, cli: Cli) -> None:
