@@ -55,7 +55,7 @@ RESERVE = 3.0
 """Time to keep for scoring with images, at least, as a multiple of that without."""
 
 GRACE = 300.0
-"""Seconds after the time limit at which an engine that does not return is taken to hang."""
+"""Seconds after the time limit at which a step that has not ended is taken to hang."""
 SMALL_BATCH = 32
 """Images per call of the engine if the usual number does not fit a GPU's memory."""
 
@@ -139,6 +139,8 @@ class Run:
     """Why other networks are left out."""
     drift: pl.DataFrame | None = None
     """How the rows of the last submission written differ from those of training."""
+    step: str = "the start"
+    """The part of the work that is in progress."""
 
     def submit(self) -> None:
         """Write the submission, at first without images."""
@@ -164,15 +166,22 @@ class Run:
             self._remove([self._run_dir])
 
     def give_up(self) -> None:
-        """End the process with success if there is a submission, though an engine hangs."""
-        written = self._earlier()
-        if written is None:
-            return
-        warn(
-            f"--hours {self.settings.hours} are over and an engine does not return; the submission "
-            f"by {written} stays"
-        )
-        end_process(0)
+        """End the process, with success if there is a submission, although a step has not ended."""
+        code = 2
+        try:
+            written = self._earlier()
+            if written is not None and not self.settings.strict:
+                code = 0
+            result = "there is no submission; give more --hours"
+            if written is not None:
+                result = f"the submission by {written} stays"
+            print(
+                f"{'error' if code else 'warning'}: --hours {self.settings.hours} are over and "
+                f"{self.step} has not ended; {result}",
+                file=sys.stderr,
+            )
+        finally:
+            end_process(code)
 
     def _reserve(self) -> float:
         """Return the seconds to keep for scoring with images, by those that it took without."""
@@ -212,6 +221,7 @@ class Run:
 
     def _embed(self, network: PackedNetwork, reserve: float) -> None:
         """Embed the test images with a network; if that fails, note why."""
+        self.step = f"the embedding with {network.name}"
         try:
             self.embedded[network.name] = self._embeddings(network, reserve)
         except Exception as error:  # none of any type may end a run whose submission is there
@@ -344,6 +354,7 @@ class Run:
             return None
 
     def _score(self, candidate: Candidate) -> tuple[Scorer, TableScores]:
+        self.step = f"the scoring by {candidate}"
         found: dict[str, list[Path]] = {"embeddings": [], "frozen": []}
         for name in candidate.networks:
             found[self.bundle.networks[name].flag].append(self.embedded[name])

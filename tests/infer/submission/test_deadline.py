@@ -9,6 +9,16 @@ import pytest
 
 from infer.submission.deadline import ended_at
 
+ALREADY_ENDED = """
+from pathlib import Path
+from tempfile import mkdtemp
+from infer.submission.deadline import end_process
+
+thread, other = Path(mkdtemp()), Path(mkdtemp()) / "children"
+other.write_text("4194305")  # a process beyond the largest number of Linux
+Path.glob = lambda *_: iter([thread, other])  # a folder cannot be read
+end_process(7)
+"""
 HANGS = """
 import ctypes, subprocess, sys
 from infer.submission.deadline import end_process, ended_at
@@ -30,6 +40,13 @@ def test_native_code_that_hangs_is_ended_with_its_children() -> None:
     while state.exists() and " Z " not in state.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_threads_and_children_that_have_just_ended_do_not_save_the_process() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", ALREADY_ENDED], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (7, "")
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), 1e12, 30.0])

@@ -274,6 +274,47 @@ def test_the_drift_of_a_part_compares_the_parts_own_scores(
     assert own["ks"].item() == pytest.approx(alone["ks"].item(), abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("step", "strict", "is_there", "code"),
+    [("scoring", False, True, 0), ("embedding", True, True, 2), ("scoring", False, False, 2)],
+)
+def test_a_step_that_does_not_end_is_named_and_ends_the_process(
+    step: str,
+    strict: bool,
+    is_there: bool,
+    code: int,
+    made: Path,
+    project: Project,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class EndedError(BaseException):
+        """In place of the end of the process."""
+
+    def end(code: int) -> None:
+        raise EndedError(code)
+
+    monkeypatch.setattr(module, "end_process", end)
+    bundle = module.open_bundle(made)
+    values = {"bundle": made, "data": project.data, "output": tmp_path / "s.csv", "hours": 1}
+    settings = SubmitSettings.model_validate({**values, "strict": strict})
+    test = module.read_test_table(module.Dataset(project.data))
+    run = module.Run(settings, bundle, test, module.Clock(1.0))
+    if is_there:
+        run._write(run._fallback)
+    hangs = "score_table" if step == "scoring" else "choose_engine"
+    monkeypatch.setattr(module, hangs, lambda *_, **__: run.give_up())
+    with pytest.raises(EndedError, match=f"^{code}$"):
+        if step == "scoring":
+            run._score(run._fallback)
+        else:
+            run._embed(next(iter(bundle.networks.values())), 0.0)
+    said = capsys.readouterr().err
+    assert f"{'error' if code else 'warning'}: --hours 1.0 are over and the {step} " in said
+    assert ("stays" in said) == is_there
+
+
 def test_no_time_at_all_still_submits(made: Path, project: Project, tmp_path: Path) -> None:
     output = run(made, project.data, tmp_path / "submission.csv", hours=1e-9)
     assert "without images" in used(output)
