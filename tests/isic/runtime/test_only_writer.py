@@ -69,3 +69,28 @@ def test_without_a_place_for_locks_commands_go_on(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with only_writer(tmp_path / "out"):
         pass
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
+    with only_writer(tmp_path / "out"):
+        (lock,) = tmp_path.glob("*.lock")
+    for target in (tmp_path / "thesis", tmp_path / "missing"):
+        (tmp_path / "thesis").write_text("mine")
+        lock.symlink_to(target)
+        with (
+            pytest.raises(UserError, match=r"\.lock is a symbolic link, .*; remove it, or"),
+            only_writer(tmp_path / "out"),
+        ):
+            pytest.fail("followed")
+        assert (tmp_path / "thesis").read_text() == "mine"
+        assert not (tmp_path / "missing").exists()
+        lock.unlink()
+
+
+def test_a_second_block_of_the_same_process_does_not_release_the_first(tmp_path: Path) -> None:
+    with only_writer(tmp_path / "out"):
+        with pytest.raises(AssertionError, match="holds"), only_writer(tmp_path / "x/../out"):
+            pytest.fail("two writers")
+        assert list(tmp_path.glob("*.lock"))
+    with only_writer(tmp_path / "out"):
+        pass
