@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isic.runtime.errors import UserError
-from isic.runtime.inputs import refuse_changed
+from isic.runtime.inputs import file_sha256, sha256_as_read
 
 FOLDER_VARIABLE = "ISIC_CACHE_DIR"
 """Environment variable of the cache folder."""
@@ -258,10 +258,7 @@ def sha256(path: Path) -> str:
         UserError: it cannot be read, or is a table that has changed since this command read it.
     """
     try:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        refuse_changed(path)
-        return found
+        return sha256_as_read(path) or file_sha256(path)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except OSError as error:

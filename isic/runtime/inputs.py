@@ -1,6 +1,7 @@
 """The tables that a command has read: if one changes, its digest is no longer that of the rows."""
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -10,7 +11,8 @@ from isic.runtime.errors import UserError
 State = tuple[int, int, int]
 """Inode, size, and time of the last change in ns."""
 
-_read: ContextVar[dict[Path, State | None] | None] = ContextVar("read", default=None)
+_read: ContextVar[dict[Path, tuple[State, str]] | None] = ContextVar("read", default=None)
+"""State and SHA-256 of each table of the command."""
 
 
 @contextlib.contextmanager
@@ -27,23 +29,39 @@ def one_command() -> Iterator[None]:
 def reading_input(path: Path) -> Iterator[None]:
     """Remember a table that the block reads. Raise UserError if it changes meanwhile."""
     read = _read.get()
-    if read is not None:
-        read.setdefault(path.resolve(), _state(path))
+    if read is not None and path.resolve() not in read:
+        with contextlib.suppress(OSError):  # the reader reports it
+            if path.is_file():  # a pipe can be read only once
+                read[path.resolve()] = _state(path), file_sha256(path)
     yield
-    refuse_changed(path)
+    sha256_as_read(path)
 
 
-def refuse_changed(path: Path) -> None:
-    """Raise a UserError if a table has changed since this command has read it first."""
+def sha256_as_read(path: Path) -> str | None:
+    """Return the digest of a table that this command has read, None for another file.
+
+    Raises:
+        UserError: the table has changed since.
+    """
     read = _read.get()
-    now = _state(path) if read else None
-    if read and read.get(path.resolve(), now) != now:
-        raise UserError(f"{path} was changed while it was read; run the same command again")
-
-
-def _state(path: Path) -> State | None:
-    try:
-        found = path.stat()
-    except OSError:  # the reader reports it
+    if not read or path.resolve() not in read:
         return None
+    before, digest = read[path.resolve()]
+    with contextlib.suppress(OSError):
+        now = _state(path)
+        # A backup or a synchronisation may renew a file without changing it.
+        if now == before or (now[1] == before[1] and file_sha256(path) == digest):
+            read[path.resolve()] = now, digest
+            return digest
+    raise UserError(f"{path} was changed while it was read; run the same command again")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's bytes. Raise OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state(path: Path) -> State:
+    found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns

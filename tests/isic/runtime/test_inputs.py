@@ -1,5 +1,7 @@
 """A table that is replaced while a command runs must not lend its digest to the former rows."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,3 +46,42 @@ def test_outside_a_command_tables_may_change(tmp_path: Path) -> None:
     before = sha256(path), read_ids(path).to_list()
     replace(path)
     assert (sha256(path), read_ids(path).to_list()) != before
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(0, 0))
+
+
+def copy(path: Path) -> None:
+    shutil.copyfile(path, path.with_name("new")).replace(path)
+
+
+@pytest.mark.parametrize("renew", [touch, copy])
+@pytest.mark.parametrize("again", READERS)
+@pytest.mark.parametrize("first", READERS[:2])
+def test_a_table_that_is_renewed_without_a_change_is_read_on(
+    first: Callable[[Path], object],
+    again: Callable[[Path], object],
+    renew: Callable[[Path], None],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "train-metadata.csv"
+    path.write_text(TABLE)
+    with one_command():
+        first(path)
+        renew(path)
+        again(path)
+        replace(path)
+        with pytest.raises(UserError, match="was changed"):
+            again(path)
+
+
+def test_a_table_that_is_removed_meanwhile_is_missed(tmp_path: Path) -> None:
+    path = tmp_path / "train-metadata.csv"
+    path.write_text(TABLE)
+    with one_command():
+        read_ids(path)
+        path.unlink()
+        for read in READERS:
+            with pytest.raises(UserError, match=str(path)):
+                read(path)
