@@ -159,7 +159,8 @@ class Bundle:
         # The manifests have the digests of the other files, which are compared when those are read.
         for path in sorted(folder.rglob("*.json")):
             name = path.relative_to(self.root).as_posix()
-            if self.manifest["files"].get(name, sha256(path)) != sha256(path):
+            expected = self.manifest["files"].get(name)
+            if expected is not None and sha256(path) != expected:
                 raise UserError(f"{path} does not match {BUNDLE_FILE}; {WRITE_AGAIN}")
 
 
