@@ -39,7 +39,7 @@ from infer.submission.settings import SubmitSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.layout import ALL, ERRORS_FILE, find_embeddings
-from isic.runtime.errors import UserError, first_line, warn
+from isic.runtime.errors import DiskError, UserError, first_line, warn
 from isic.runtime.files import digest, read_manifest, remove_folder
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.only_writer import only_writer
@@ -227,43 +227,56 @@ class Run:
         except Exception as error:  # none of any type may end a run whose submission is there
             self.lost[network.name] = _message(error)
             self._complain(f"{network.name} is left out: {_message(error)}", error)
-            if not self.settings.keep:  # the next network needs the disk
-                name = find_embeddings(Path(), network.name, network.fold)
-                self._remove(folder / name for folder in self._run_dir.glob("*"))
+            self._free_disk(network, self._run_dir.glob("*"))
 
     def _embeddings(self, network: PackedNetwork, reserve: float) -> Path:
         """Embed the test images with a network. Return the folder of the embeddings."""
         self._seconds_left(reserve)
-        engine, problems = choose_engine(
-            network, self.bundle.run_dir(network), self.settings.device
-        )
+        run = self.bundle.run_dir(network)
+        engine, problems = choose_engine(network, run, self.settings.device)
         if problems and self.bundle.expects_gpu:
             self._complain(f"{network.name} runs on no GPU ({'; '.join(problems)})")
         print(f"{network.name}: {engine}", flush=True)
         try:
-            return self._run_engine(network, engine, None, reserve)
+            return self._run_engine(network, run, engine, None, reserve)
         except UserError as error:
-            if engine.device == "cpu":
+            if engine.device == "cpu" or isinstance(error, DiskError):
                 raise
             # The trial had two images and one fold, which need less of the GPU's memory.
             print(f"{engine}: {error}; trying batches of {SMALL_BATCH}", flush=True)
+        self._free_disk(network, [self._try_dir(engine, None)])
         try:
-            return self._run_engine(network, engine, SMALL_BATCH, reserve)
+            return self._run_engine(network, run, engine, SMALL_BATCH, reserve)
         except UserError as error:
-            if self.settings.device == "cuda":
+            if self.settings.device == "cuda" or isinstance(error, DiskError):
                 raise
             self._complain(f"{network.name} fails on the GPU ({error}); trying the CPU", error)
-        on_cpu, _ = choose_engine(network, self.bundle.run_dir(network), "cpu")
-        return self._run_engine(network, on_cpu, None, reserve)
+        self._free_disk(network, [self._try_dir(engine, SMALL_BATCH)])
+        on_cpu, _ = choose_engine(network, run, "cpu")
+        return self._run_engine(network, run, on_cpu, None, reserve)
+
+    def _try_dir(self, engine: Engine, batch_size: int | None) -> Path:
+        return self._run_dir / digest(engine, batch_size)
+
+    def _free_disk(self, network: PackedNetwork, tries: Iterable[Path]) -> None:
+        """Remove the embeddings of tries that have failed: the next one needs the space."""
+        if not self.settings.keep:
+            name = find_embeddings(Path(), network.name, network.fold)
+            self._remove(folder / name for folder in tries)
 
     def _run_engine(
-        self, network: PackedNetwork, engine: Engine, batch_size: int | None, reserve: float
+        self,
+        network: PackedNetwork,
+        run: Path,
+        engine: Engine,
+        batch_size: int | None,
+        reserve: float,
     ) -> Path:
-        output_dir = self._run_dir / digest(engine, batch_size)
+        output_dir = self._try_dir(engine, batch_size)
         settings = EmbedSettings(
             config=network.name,
             data=self.test.dataset.root,
-            model_dir=self.bundle.run_dir(network),
+            model_dir=run,
             output_dir=output_dir,
             split="test",
             fold=ALL if network.fold == ALL else None,

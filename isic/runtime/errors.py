@@ -16,6 +16,10 @@ class UserError(ValueError):
     """
 
 
+class DiskError(UserError):
+    """A file cannot be written."""
+
+
 class ResultWarning(UserWarning):
     """A result may be wrong; the message says why."""
 

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from isic.runtime.errors import UserError
+from isic.runtime.errors import DiskError, UserError
 from isic.runtime.inputs import file_sha256, sha256_as_read
 
 FOLDER_VARIABLE = "ISIC_CACHE_DIR"
@@ -120,15 +120,15 @@ NOT_WRITABLE = {
 
 
 def disk_error(path: Path | str, error: OSError) -> Exception:
-    """Return the error to raise for one that writing `path` has raised; a UserError if possible."""
+    """Return the error to raise for one that writing `path` has raised; a DiskError if possible."""
     number = _number(error)
     if number in DISK_FULL:
-        return UserError(
+        return DiskError(
             f"the disk is full, so {path} was not written; free space and run the command again"
         )
     if number in NOT_WRITABLE:
         reason = os.strerror(number)
-        return UserError(f"cannot write {path} ({reason}); choose another output folder")
+        return DiskError(f"cannot write {path} ({reason}); choose another output folder")
     return error
 
 

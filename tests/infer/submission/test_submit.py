@@ -15,7 +15,7 @@ from infer.submission import submit as module
 from infer.submission.settings import SubmitSettings
 from infer.submission.submit import find_data, submit
 from isic.runtime.errors import UserError
-from isic.runtime.files import read_json
+from isic.runtime.files import read_json, write_text
 from tests.infer.submission.conftest import Project
 from tests.support import fake_driver
 from tests.support.commands import run_module
@@ -400,8 +400,17 @@ def test_a_gpu_that_fails_twice_is_replaced_by_the_cpu(
     embed = module.embed_splits
 
     def fails_on_gpu(settings: module.EmbedSettings, watch: object) -> None:
+        work = tmp_path / "submission_work"
+        tries = {path.parent.name for path in work.glob(f"*/*/{settings.config}")}
+        assert tries <= {"killed"}, "a failed try fills the disk"
         if settings.device == "cuda":
+            # As of a run that was killed on the CPU and resumes.
+            (settings.output_dir.with_name("killed") / settings.config).mkdir(
+                parents=True, exist_ok=True
+            )
+            (settings.output_dir / settings.config).mkdir(parents=True)
             raise UserError("the GPU has fallen off the bus")
+        assert tries == {"killed"}
         embed(settings, watch)  # type: ignore[arg-type]
 
     choose = module.choose_engine
@@ -417,6 +426,28 @@ def test_a_gpu_that_fails_twice_is_replaced_by_the_cpu(
     output = run(made, project.data, tmp_path / "submission.csv", device="auto")
     assert used(output).startswith("final, with tiny, tiny_b")
     assert "tiny fails on the GPU (the GPU has fallen off the bus)" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_no_reason_to_try_other_engines(
+    made: Path,
+    project: Project,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(settings: module.EmbedSettings, watch: object) -> None:
+        tried.append((settings.config, settings.batch_size))
+        disk = tmp_path / f"full_{len(tried)}"
+        with small_disk(disk, "4k"):
+            write_text(disk / "shard", "x" * 8192)
+
+    tried: list[tuple[str, int | None]] = []
+    on_gpu = module.Engine("onnx", "fp32", "cuda", 1)
+    monkeypatch.setattr(module, "choose_engine", lambda *_: (on_gpu, []))
+    monkeypatch.setattr(module, "embed_splits", full)
+    run(made, project.data, tmp_path / "submission.csv", device="auto")
+    assert sorted(tried) == [("tiny", None), ("tiny_b", None)]
+    assert "tiny is left out: the disk is full" in capsys.readouterr().err
 
 
 def test_files_of_somebody_else_in_the_work_folder_stay(
