@@ -1,8 +1,10 @@
 import shutil
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
+from isic.runtime import files
 from isic.runtime.errors import UserError
 from isic.runtime.files import new_folder
 from tests.support.datasets import small_disk
@@ -33,6 +35,21 @@ def test_a_full_disk_is_reported_and_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"), new_folder(tmp_path / "file" / "new"):
         pass
+
+
+def test_files_reach_the_disk_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, each would wait for the disk's journal."""
+    both = Barrier(2, timeout=5)
+    monkeypatch.setattr(files, "sync", lambda _: both.wait())
+    (tmp_path / "folder").mkdir()
+    files.sync_tree(tmp_path)
+
+    def fail(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "sync", fail)
+    with pytest.raises(OSError, match="No space"):
+        files.sync_tree(tmp_path)
 
 
 def test_an_error_of_another_file_is_not_taken_for_one_of_the_folder(tmp_path: Path) -> None:
