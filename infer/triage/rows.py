@@ -32,6 +32,7 @@ from infer.triage.causes import Attribution, Cause, find_causes
 from isic import schema
 from isic.arrays import Floats
 from isic.dataset import Split
+from isic.features import Encoding
 from isic.runtime.errors import UserError
 
 KeyT = TypeVar("KeyT")
@@ -95,8 +96,7 @@ class Member:
         """Return the scores by the boosters of some folds, of all folds for None."""
         if not self.has_boosters:
             return image_probability(table)
-        encodings = self.ensemble.state.encodings
-        chosen = {fold: part for fold, part in encodings.items() if folds is None or fold in folds}
+        chosen = self._encodings(folds)
         keys = [key for key in self._files if key[1] in chosen]
         by_fold = scores_by_fold(keys, self._predict, chosen, table, self.num_threads)
         weights = self.ensemble.weights
@@ -124,11 +124,12 @@ class Member:
     def _mean_contributions(self, table: pl.DataFrame, folds: Collection[int] | None) -> Floats:
         """Return [N, D] the mean contributions of features over the boosters of the folds."""
         weights = self.ensemble.weights
-        keys = [key for key in self._files if folds is None or key[1] in folds]
+        chosen = self._encodings(folds)
+        keys = [key for key in self._files if key[1] in chosen]
         number = Counter(library for library, *_ in keys)
         share = {library: weights[library] / number[library] for library in number}
         total = np.zeros((len(table), len(self.ensemble.state.names)))
-        for fold, encoding in self.ensemble.state.encodings.items():
+        for fold, encoding in chosen.items():
             matrix = encoding.transform(table)
             for key in keys:
                 if key[1] == fold:
@@ -140,6 +141,11 @@ class Member:
         # All boosters of a library have the same parameters.
         for key in {key[0]: key for key in self._files}.values():
             self._contribute(key)
+
+    def _encodings(self, folds: Collection[int] | None) -> dict[int, Encoding]:
+        """Return the encodings of some folds, of all folds for None."""
+        encodings = self.ensemble.state.encodings
+        return {fold: part for fold, part in encodings.items() if folds is None or fold in folds}
 
     @cached_property
     def _files(self) -> dict[BoosterKey, str]:
@@ -187,8 +193,13 @@ class ScoredRows:
         if not isinstance(self.scorer, Blend):
             (score,) = scores.values()
             return score
-        weights = self.scorer.weights if folds is None else self.scorer.weights_by_fold[folds[0]]
-        return blend_ranks(scores, weights, self._reference)
+        return blend_ranks(scores, self._weights(folds), self._reference)
+
+    def _weights(self, folds: Sequence[int] | None) -> Mapping[str, float]:
+        """Return the weight of each member in the scores by the models of some folds."""
+        if not isinstance(self.scorer, Blend):
+            return dict.fromkeys(self.members, 1.0)
+        return self.scorer.weights if folds is None else self.scorer.weights_by_fold[folds[0]]
 
     @cached_property
     def _reference(self) -> dict[str, Scores]:
@@ -199,10 +210,10 @@ class ScoredRows:
         self, tables: Mapping[str, pl.DataFrame], folds: Sequence[int] | None
     ) -> Contributions:
         """Return the contributions to these scores: of a blend the weighted mean of its members."""
-        weights = self.scorer.weights if isinstance(self.scorer, Blend) else {}
+        weights = self._weights(folds)
         total = Contributions({}, {})
         for name, member in self.members.items():
-            total = total.plus(member.contributions(tables[name], folds), weights.get(name, 1.0))
+            total = total.plus(member.contributions(tables[name], folds), weights[name])
         return total
 
 
@@ -220,9 +231,7 @@ def score_test(
         for name, (member, part) in _members(scorer, sources, "test").items()
     }
     members = _with_given(scorer, metadata, images, own_tables, num_threads)
-    curve = scorer.calibration
-    probability = curve.probability(found.score) if curve else None
-    return ScoredRows(scorer, "test", metadata, found.score, probability, None, members)
+    return ScoredRows(scorer, "test", metadata, found.score, found.probability, None, members)
 
 
 def read_out_of_fold(

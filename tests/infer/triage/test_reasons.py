@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from infer.triage.reasons import PatientRows, find_reasons, odds
 from infer.triage.rows import ScoredRows, read_out_of_fold, score_test
 from isic import schema
 from isic.dataset import Dataset
+from isic.features import Encoding
 from isic.runtime.errors import UserError
 from tests.support.ensembles import fit_small, write_dataset, write_embeddings
 
@@ -148,6 +150,32 @@ def test_contributions_of_an_ensemble_are_in_log_odds(
     log_odds = np.log(rows.score / (1 - rows.score))
     assert np.corrcoef(total, log_odds)[0, 1] > 0.97
     assert 0.8 < np.std(total) / np.std(log_odds) < 1.25
+
+
+def test_a_training_rows_reasons_are_by_its_fold_alone(
+    data: Path, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the weights, encodings and boosters that its score is by."""
+    rows = read_rows(data, _blend(data, tmp_path, embeddings), "train", embeddings=[embeddings])
+    first, *others = rows.members
+    of_fold = {str(fold): {first: 1.0, **dict.fromkeys(others, 0.0)} for fold in range(5)}
+    scorer = replace(rows.scorer, manifest={**rows.scorer.manifest, "weights_by_fold": of_fold})
+    tables = {
+        name: member.features(rows.metadata[:20], member.given[:20])
+        for name, member in rows.members.items()
+    }
+    transform, encoded = Encoding.transform, []
+
+    def counted(self: Encoding, table: pl.DataFrame) -> Any:
+        encoded.append(self)
+        return transform(self, table)
+
+    monkeypatch.setattr(Encoding, "transform", counted)
+    found = replace(rows, scorer=scorer).contributions(tables, [0])
+    assert len(encoded) == len(rows.members)
+    alone = rows.members[first].contributions(tables[first], [0])
+    for cause, values in alone.causes.items():
+        np.testing.assert_allclose(found.causes[cause], values)
 
 
 def test_every_measurement_has_one_cause_and_words() -> None:
