@@ -65,7 +65,6 @@ from isic.runtime.files import (
     sync,
     versions,
     write_json,
-    write_manifest,
 )
 from isic.runtime.machine import cpu_features, processor
 from isic.runtime.only_writer import only_writer
@@ -353,6 +352,7 @@ def export_one(source: Source, spec: ArtifactSpec, artifact: Path) -> bool:
     manifest["made_from"] = source.made_from
     manifest["build_seconds"] = round(seconds, 1)
     manifest["versions"] = versions(*BUILD_PACKAGES, *FORMATS[spec.format].packages)
+    manifest = {"artifact": artifact.name, "sha256": sha256(artifact), **manifest}
     publish(artifact, manifest, parity)
     return True
 
@@ -408,13 +408,17 @@ def measure_parity(
 
 
 def publish(artifact: Path, manifest: dict[str, Any], parity: dict[str, Any] | None) -> None:
-    """Write the manifest and the parity record of an artifact that has its name, and print it."""
-    remember([{**manifest, "sha256": sha256(artifact)}])
+    """Write the manifest and the parity record of an artifact that has its name, and print it.
+
+    Args:
+        manifest: with the artifact's `sha256`.
+    """
+    remember([manifest])
     if parity is not None:
         record_parity(artifact, {"passed": True, **parity})
     # Last of all: an artifact with a manifest is not made again.
-    fields = {key: manifest[key] for key in manifest if key not in {"artifact", "sha256"}}
-    write_manifest(artifact, **{**fields, "parity": parity})
+    fields = {**manifest, "artifact": artifact.name, "parity": parity}
+    write_json(manifest_path(artifact), fields)
     megabytes = artifact.stat().st_size / 1e6
     start = f"{label(manifest)} {megabytes:7.1f} {manifest['build_seconds']:8.1f}"
     if parity is None:

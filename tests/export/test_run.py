@@ -20,7 +20,7 @@ from export.run import artifact_spec, calibration_sample, load_source, parity_sa
 from infer.engines import load
 from isic.layout import BEST_CHECKPOINT
 from isic.runtime.errors import UserError
-from isic.runtime.files import manifest_path, read_manifest, sha256
+from isic.runtime.files import manifest_path, read_json, read_manifest, sha256
 from tests.support.commands import Cli, run_module
 from tests.support.training import other_constants
 from train.checkpoint import load_checkpoint, save_checkpoint
@@ -158,6 +158,16 @@ def test_an_export_that_is_killed_before_its_last_file_is_not_up_to_date(
     with pytest.raises(KeyboardInterrupt):
         publish(artifact, manifest, manifest["parity"])
     assert not manifest_path(artifact).exists()
+
+
+def test_a_checked_artifact_is_not_digested_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = run / "fold_0" / "model.onnx"
+    manifest = read_manifest(artifact)
+    monkeypatch.setattr("isic.runtime.files.file_sha256", Mock(side_effect=AssertionError))
+    publish(artifact, {**manifest, "artifact": "former.onnx"}, manifest["parity"])
+    assert list(read_json(manifest_path(artifact)).items()) == list(manifest.items())
 
 
 @pytest.mark.slow
