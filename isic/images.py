@@ -283,15 +283,27 @@ class FileImages(ImageStore):
 
     def sizes_digest(self) -> str:
         of_sizes = super().sizes_digest()
+        uncompressed = [
+            position
+            for position, path in enumerate(self._paths)
+            if path.lower().endswith(UNCOMPRESSED)
+        ]
+        if not uncompressed:
+            return of_sizes
+        # Uncompressed images of one camera all have one size. Their times would not do: a run must
+        # resume on a copy of the folder.
         digest = hashlib.sha256(of_sizes.encode())
-        has_uncompressed = False
-        for position, path in enumerate(self._paths):
-            # Uncompressed images of one camera all have one size.
-            if path.lower().endswith(UNCOMPRESSED):
-                has_uncompressed = True
-                with contextlib.suppress(ImageError):
-                    digest.update(hashlib.sha256(self.read_at(position)).digest())
-        return digest.hexdigest()[:16] if has_uncompressed else of_sizes
+        with ThreadPoolExecutor() as pool:
+            for of_content in pool.map(self._sha256, uncompressed):
+                digest.update(of_content)
+        return digest.hexdigest()[:16]
+
+    def _sha256(self, position: int) -> bytes:
+        """Return the digest of an image file, empty if it cannot be read."""
+        try:
+            return hashlib.sha256(self.read_at(position)).digest()
+        except ImageError:
+            return b""
 
 
 class FolderImages(FileImages):

@@ -1,7 +1,9 @@
 """A folder or a list of images without a dataset's layout."""
 
 import re
+from hashlib import sha256
 from pathlib import Path
+from threading import Barrier
 
 import cv2
 import numpy as np
@@ -9,6 +11,8 @@ import polars as pl
 import pytest
 
 from isic.any_images import ListedImages, TreeImages, open_any_images
+from isic.headers import ImageError
+from isic.images import ImageStore
 from isic.runtime.errors import UserError
 from tests.support.datasets import jpeg
 
@@ -58,6 +62,31 @@ def test_another_uncompressed_image_has_another_digest(tmp_path: Path) -> None:
         (tmp_path / "b.BMP").write_bytes(content)
         digests.append(open_any_images(tmp_path).sizes_digest())
     assert digests[0] == digests[2] != digests[1]
+
+
+def test_uncompressed_images_are_read_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that cannot be read has no part in the digest."""
+    for name in "ab":
+        write(tmp_path, f"{name}.bmp")
+    store = open_any_images(tmp_path)
+    both = Barrier(2, timeout=5)
+
+    def read(_: int) -> bytes:
+        both.wait()
+        return b"content"
+
+    monkeypatch.setattr(store, "read_at", read)
+    content = sha256(b"content").digest()
+    of_sizes = ImageStore.sizes_digest(store).encode()
+    assert store.sizes_digest() == sha256(of_sizes + 2 * content).hexdigest()[:16]
+
+    def fail(_: int) -> bytes:
+        raise ImageError
+
+    monkeypatch.setattr(store, "read_at", fail)
+    assert store.sizes_digest() == sha256(of_sizes).hexdigest()[:16]
 
 
 def test_without_an_id_the_path_is_it(tmp_path: Path) -> None:
