@@ -83,7 +83,8 @@ def _blend_into(root: Path, members: Mapping[str, Ensemble], settings: BlendSett
     blended = blend_by_fold(scores, by_fold, fold)
     plans = blend_plans(members, settings.weights, target, fold, by_fold)
     manifests = [member.manifest for member in members.values()]
-    chosen = {CHOSEN_KEY: choices_of_blend(settings.weights, manifests)}
+    searched = settings.weights == "search" and not _are_equal(by_fold)
+    chosen = {CHOSEN_KEY: choices_of_blend(searched, manifests)}
     oof = rows.with_columns(**scores, blend=blended)
     patient = patients_of(rows, settings.data).to_numpy()
     columns = {**scores, "blend": blended}
@@ -244,6 +245,11 @@ def choose_weights(
     if not is_better:
         return given, same
     return search_weights(ranks, target, np.ones(len(fold), bool)), nested
+
+
+def _are_equal(by_fold: Mapping[int, Weights]) -> bool:
+    """Return whether all members weigh the same, as they do after a search that is rejected."""
+    return all(len(set(weights.values())) == 1 for weights in by_fold.values())
 
 
 def search_weights(

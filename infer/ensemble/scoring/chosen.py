@@ -16,14 +16,14 @@ CHOSEN_KEY = "chosen_on_scored_rows"
 SEARCHED_WEIGHTS = "the weights were searched on these rows, each fold's on the other folds"
 
 
-def choices_of_blend(weights_from: Any, members: Iterable[Manifest]) -> list[str]:
+def choices_of_blend(searched: bool, members: Iterable[Manifest]) -> list[str]:
     """Return the choices behind a blend: the search for its weights, and those of its members.
 
     Args:
-        weights_from: `--weights` of the blend.
+        searched: whether a search for its weights was accepted.
         members: their manifests.
     """
-    own = [SEARCHED_WEIGHTS] if weights_from == "search" else []
+    own = [SEARCHED_WEIGHTS] if searched else []
     inherited = [choice for member in members for choice in choices(member)]
     return list(dict.fromkeys([*own, *inherited]))
 

@@ -1,5 +1,6 @@
 """Choices on the rows that a score is reported on are noted wherever the score is shown."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,17 +19,24 @@ NOTE = "note: final: the weights were searched on these rows"
 @pytest.fixture(scope="module")
 def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("chosen")
-    for name, features in (("a", "numeric"), ("b", "raw")):
+    for name, features in (("a", "numeric"), ("b", "raw"), ("poor", "tbp_lv_x")):
         fit_small(data, root, features=features, name=name, num_rounds=4, seeds=2)
+    shutil.copytree(root / "a", root / "copy_of_a")
     return root
 
 
-@pytest.mark.parametrize("weights", ["search", "equal"])
-def test_searched_weights_are_noted(folder: Path, data: Path, weights: str, cli: Cli) -> None:
+@pytest.mark.parametrize(
+    ("weights", "other", "searched"),
+    [("search", "poor", True), ("search", "copy_of_a", False), ("equal", "b", False)],
+)
+def test_searched_weights_are_noted(
+    folder: Path, data: Path, weights: str, other: str, searched: bool, cli: Cli
+) -> None:
+    """A search between equal ensembles is rejected."""
     flags = ["--data", data, "--output_dir", folder, "--name", "final", "--force"]
-    ended = cli("infer", "blend", folder / "a", folder / "b", f"--weights={weights}", *flags)
+    ended = cli("infer", "blend", folder / "a", folder / other, f"--weights={weights}", *flags)
     assert ended.code == 0, ended.err
-    searched = weights == "search"
+    assert ("accepted" in ended.out) == searched
     assert (NOTE in ended.out) == searched
     for command in (
         ["scores", "--output_dir", folder],
@@ -51,7 +59,7 @@ def test_a_blend_inherits_the_choices_of_its_members(folder: Path, data: Path) -
     write_json(manifest, before)
     chosen = read_json(root / "ensemble.json")
     assert choice_notes("both", chosen) == [f"note: both: {selected}, so its score may be too high"]
-    assert choices_of_blend("search", [chosen, chosen])[1:] == [selected]
+    assert choices_of_blend(True, [chosen, chosen])[1:] == [selected]
 
 
 def test_features_that_were_selected_on_the_same_rows_are_noted(
