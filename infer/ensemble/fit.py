@@ -110,7 +110,9 @@ def _fit_into(root: Path, rows: FitRows, settings: FitSettings) -> Path:
     files += write_calibration(root, calibration)
     files += write_boosters(root, refit.boosters) if refit else []
     results = _manifest_results(result, rows.metadata, measured)
-    results[CHOSEN_KEY] = choices_of_lists(rows.spec.words.lists, inputs["metadata_sha256"])
+    results[CHOSEN_KEY] = choices_of_lists(
+        rows.spec.words.lists, rows.metadata, inputs["metadata_sha256"]
+    )
     if refit:
         results["refit"] = refit.manifest_field()
     write_ensemble_manifest(root, files, {**inputs, **results})

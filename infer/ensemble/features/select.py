@@ -29,6 +29,7 @@ from infer.ensemble.features.words import label
 from infer.ensemble.fit import model_settings, own_inputs
 from infer.ensemble.images.features import embedding_origins
 from infer.ensemble.rows import read_rows, refuse_unknown_blanks, warn_of_own_columns
+from infer.ensemble.scoring.chosen import selected_on
 from infer.ensemble.scoring.comparison import Comparison, compare_scores
 from infer.ensemble.settings import SelectSettings
 from isic import schema
@@ -294,12 +295,14 @@ def _by_seed(result: FitResult, settings: SelectSettings) -> NDArray[np.float64]
 
 def _text(chosen: Sequence[str], rows: Rows, settings: SelectSettings) -> str:
     """Return the content of the list, which `--features @file` reads."""
-    head = (
+    head = [
         f"# {len(chosen)} of {len(rows.spec.table_names)} features of {settings.features}, "
-        f"by {settings.by}, the best first"
-    )
+        f"by {settings.by}, the best first",
+        # Lists are copied and renamed without their manifest.
+        f"# {selected_on(rows.metadata)}",
+    ]
     images = [f"{word}  # always kept" for word in rows.spec.forms]
-    return "\n".join([head, *chosen, *images]) + "\n"
+    return "\n".join([*head, *chosen, *images]) + "\n"
 
 
 def _print(

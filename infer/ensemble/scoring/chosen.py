@@ -5,15 +5,22 @@ CHOSEN_KEY, and every place that prints the score prints them too.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import polars as pl
+
+from infer.embedding.store import ids_digest
 from infer.ensemble.features.words import find_list
-from isic.runtime.files import holds, manifest_path, read_json
+from isic import schema
+from isic.runtime.files import digest, holds, manifest_path, read_json, read_text
 
 Manifest = Mapping[str, Any]
 
 CHOSEN_KEY = "chosen_on_scored_rows"
 SEARCHED_WEIGHTS = "the weights were searched on these rows, each fold's on the other folds"
+SELECTED = "selected with the targets of rows"
+"""In a comment of a list that `infer select` wrote, before the digest of these rows."""
 
 
 def choices_of_blend(searched: bool, members: Iterable[Manifest]) -> list[str]:
@@ -28,20 +35,38 @@ def choices_of_blend(searched: bool, members: Iterable[Manifest]) -> list[str]:
     return list(dict.fromkeys([*own, *inherited]))
 
 
-def choices_of_lists(lists: Iterable[str], metadata_sha256: str) -> list[str]:
-    """Return the lists of features that `infer select` chose on the same training table.
+def selected_on(metadata: pl.DataFrame) -> str:
+    """Return the sentence of a list of features that the rows of a training table have chosen.
+
+    It depends on the ids and targets, in any order of the rows.
+    """
+    rows = metadata.select(schema.ID, schema.TARGET).sort(schema.ID)
+    return f"{SELECTED} {digest(ids_digest(rows[schema.ID]), *rows[schema.TARGET])}"
+
+
+def choices_of_lists(
+    lists: Iterable[str], metadata: pl.DataFrame, metadata_sha256: str
+) -> list[str]:
+    """Return the lists of features that `infer select` chose on the same rows and targets.
 
     Args:
         lists: their words in `--features`, such as `@chosen`.
-        metadata_sha256: digest of the training table.
+        metadata: the training table.
+        metadata_sha256: digest of its file.
     """
+    sentence = selected_on(metadata)
     found = []
     for name in lists:
-        path = manifest_path(find_list(name))
-        # A list without a manifest was written by hand.
-        if holds(path, "by") and read_json(path).get("metadata_sha256") == metadata_sha256:
+        path = find_list(name)
+        if sentence in read_text(path) or _of_earlier_version(path, metadata_sha256):
             found.append(f"the features of {name} were selected on these rows")
     return found
+
+
+def _of_earlier_version(path: Path, metadata_sha256: str) -> bool:
+    """Return whether a list has only a manifest that names the file of the training table."""
+    manifest = manifest_path(path)
+    return holds(manifest, "by") and read_json(manifest).get("metadata_sha256") == metadata_sha256
 
 
 def choices(manifest: Manifest) -> list[str]:

@@ -3,11 +3,18 @@
 import shutil
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from infer.ensemble.artifact import open_ensemble
 from infer.ensemble.blends.write import write_blend
-from infer.ensemble.scoring.chosen import CHOSEN_KEY, choice_notes, choices_of_blend
+from infer.ensemble.scoring.chosen import (
+    CHOSEN_KEY,
+    choice_notes,
+    choices_of_blend,
+    choices_of_lists,
+    selected_on,
+)
 from infer.ensemble.settings import BlendSettings
 from isic.runtime.files import read_json, write_json
 from tests.support.commands import Cli
@@ -73,17 +80,34 @@ def test_features_that_were_selected_on_the_same_rows_are_noted(
     others = write_train(tmp_path / "others", train_table(data).sample(300, seed=1))
     by_hand = tmp_path / "by_hand.txt"
     by_hand.write_text("tbp_lv_H\n")
-    note = f"the features of @{chosen} were selected on these rows, so its score may be too high"
+    copied = Path(shutil.copyfile(chosen, tmp_path / "copied.txt"))
+    reordered = write_train(tmp_path / "reordered", train_table(data).reverse())
     for rows, words, is_noted in (
         (data, chosen, True),
+        (data, copied, True),
+        (reordered, chosen, True),
         (others, chosen, False),
         (data, by_hand, False),
     ):
+        note = f"the features of @{words} were selected on these rows, so its score may be too high"
         flags = ["--output_dir", tmp_path / "out", "--name", "it", "--num_rounds", 4, "--force"]
         ended = cli("infer", "fit", "--data", rows, "--features", f"@{words}", *flags)
         assert ended.code == 0, ended.err
         assert (f"note: it: {note}" in ended.out) == is_noted
         assert (note in cli("infer", "scores", "--output_dir", tmp_path / "out").out) == is_noted
+
+
+def test_lists_of_earlier_versions_and_of_other_targets(data: Path, tmp_path: Path) -> None:
+    rows = train_table(data)
+    chosen = tmp_path / "chosen.txt"
+    chosen.write_text(f"# {selected_on(rows)}\nsex\n")
+    assert choices_of_lists([f"@{chosen}"], rows, "this")
+    others = rows.with_columns(target=1 - pl.col("target"))
+    assert not choices_of_lists([f"@{chosen}"], others, "other")
+    chosen.write_text("sex\n")
+    write_json(tmp_path / "chosen.txt.json", {"by": "gain", "metadata_sha256": "this"})
+    assert choices_of_lists([f"@{chosen}"], rows, "this")
+    assert not choices_of_lists([f"@{chosen}"], rows, "other")
 
 
 def test_a_manifest_without_choices_has_no_notes(folder: Path) -> None:
