@@ -1,6 +1,7 @@
 """`python -m infer compare A B`: tests whether B is better than A out of fold, or by chance."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from infer.ensemble.blends.artifact import Scorer, open_scorer
+from infer.ensemble.blends.artifact import Scorer, ensembles_of, open_scorer
+from infer.ensemble.blends.ranks import Scores
 from infer.ensemble.boosting.splits import (
     PlanPairs,
     paired_by_fold,
@@ -26,9 +28,14 @@ from isic.metadata import with_patient
 from isic.metrics import pauc
 from isic.runtime.errors import UserError
 
-ONE_RUN = (
-    " between these trained models; to compare the recipes behind them, fit ensembles of several "
-    "training runs and give them all: compare a1,a2,a3 b1,b2,b3"
+TRAIN_MORE = (
+    "; to compare the recipes behind them, fit ensembles of several training runs and give them "
+    "all: compare a1,a2,a3 b1,b2,b3"
+)
+
+SHARED_NETWORKS = (
+    "note: several ensembles of one side were fitted on the same trained network, so p is over "
+    "fits of the boosters and does not cover chance in training"
 )
 
 MIN_PLANS = 3
@@ -48,10 +55,8 @@ def compare_ensembles(settings: CompareSettings) -> None:
     _print(found)
     for note in notes(first, second):
         print(note)
-    images = any(ensemble.uses_images for ensemble in (*first, *second))
-    # With one training run per side, chance in training is not tested.
-    one_run = len(first) == 1 and (images or not found.tested)
-    print(f"\nsecond against first: {found.verdict}{ONE_RUN if found.certain and one_run else ''}")
+    train_more = found.certain and found.trained_once
+    print(f"\nsecond against first: {found.verdict}{TRAIN_MORE if train_more else ''}")
 
 
 def _open(paths: Sequence[Path]) -> list[Scorer]:
@@ -69,25 +74,58 @@ def compare_sides(
     """Compare the out-of-fold scores of two sides with the same number of ensembles.
 
     Raises:
-        UserError: the ensembles were scored on different rows or folds, or the dataset lacks rows.
+        UserError: the ensembles were scored on different rows or folds, two of a side have equal
+            scores, or the dataset lacks rows.
     """
     tables = same_rows([*first, *second])
+    blends = [table["blend"].to_numpy() for table in tables]
+    sides = blends[: len(first)], blends[len(first) :]
+    for ensembles, scores in zip((first, second), sides, strict=True):
+        _refuse_equal_scores(ensembles, scores)
     rows = tables[0]
     target = rows[schema.TARGET].to_numpy()
     draws = partial(patient_draws, target, patient=patients_of(rows, data), num_draws=num_draws)
+    images = any(ensemble.uses_images for ensemble in (*first, *second))
     pairs = _plans_to_compare(first, second)
     if pairs:
         sides = [pair[0].blend for pair in pairs], [pair[1].blend for pair in pairs]
-        num_folds = len(np.unique(pairs[0][0].fold))
+        overlap = 1 / (len(np.unique(pairs[0][0].fold)) - 1)
         fits = paired_by_fold(target, pairs)
-        return Comparison(fits, draws(*sides, seed=seed), "folds", overlap=1 / (num_folds - 1))
-    blends = [table["blend"].to_numpy() for table in tables]
-    sides = blends[: len(first)], blends[len(first) :]
+        return Comparison(fits, draws(*sides, seed=seed), "folds", overlap, trained_once=images)
+    patients = draws(*sides, seed=seed)
     if len(first) == 1:
         fits = paired(pauc_by_seed(first[0]), pauc_by_seed(second[0]))
-        return Comparison(fits, draws(*sides, seed=seed), "seeds")
+        return Comparison(fits, patients, "seeds", trained_once=images or len(fits) < 2)
     fits = np.array([[pauc(target, score) for score in side] for side in sides]).T
-    return Comparison(fits, draws(*sides, seed=seed), "runs")
+    shared = _share_networks(first) or _share_networks(second)
+    return Comparison(fits, patients, "boosters" if shared else "runs", trained_once=shared)
+
+
+def _refuse_equal_scores(ensembles: Sequence[Scorer], scores: Sequence[Scores]) -> None:
+    """Raise a UserError if two ensembles have the same scores: they are one training run."""
+    for (first, score), (second, other) in itertools.combinations(
+        zip(ensembles, scores, strict=True), 2
+    ):
+        if np.array_equal(score, other):
+            raise UserError(
+                f"{first.root} and {second.root} have equal scores, so they are one training run; "
+                "train with another --seed, or without images fit with another --seed"
+            )
+
+
+def _share_networks(ensembles: Sequence[Scorer]) -> bool:
+    """Return whether two ensembles were fitted on a trained network with the same weights."""
+    networks = [_trained_networks(ensemble) for ensemble in ensembles]
+    return any(first & second for first, second in itertools.combinations(networks, 2))
+
+
+def _trained_networks(scorer: Scorer) -> set[tuple[str, str]]:
+    """Return the names of an ensemble's networks, each with the checkpoints of its folds."""
+    return {
+        (name, json.dumps(origin["checkpoints"], sort_keys=True))
+        for ensemble in ensembles_of(scorer)
+        for name, origin in ensemble.manifest["embeddings"].items()
+    }
 
 
 def _plans_to_compare(first: Sequence[Scorer], second: Sequence[Scorer]) -> PlanPairs:
@@ -136,7 +174,8 @@ def notes(first: Sequence[Scorer], second: Sequence[Scorer]) -> list[str]:
     """Return lines on differences between the ensembles, and on choices by their scored rows."""
     ensembles = [*first, *second]
     chosen = [choice_notes(ensemble.root.name, ensemble.manifest) for ensemble in ensembles]
-    return [*_plans_note(ensembles), *_seeds_note(ensembles), *itertools.chain(*chosen)]
+    shared = [SHARED_NETWORKS] if _share_networks(first) or _share_networks(second) else []
+    return [*_plans_note(ensembles), *_seeds_note(ensembles), *shared, *itertools.chain(*chosen)]
 
 
 def _plans_note(ensembles: Sequence[Scorer]) -> list[str]:

@@ -23,6 +23,7 @@ from scipy.stats import t as student_t
 from isic.metrics import bootstrap_pauc, pauc
 
 SIGNIFICANT = 0.05
+ONE_RUN = " between these trained models"
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,11 @@ class Comparison:
     draws: NDArray[np.float64]
     """[D, 2] pAUC per bootstrap sample of the patients."""
     unit: str = "seeds"
-    """The kind of fits: seeds, runs or folds."""
+    """The kind of fits: seeds, boosters, runs or folds."""
     overlap: float = 0.0
     """Test rows per training row of folds, whose training rows overlap; 0 for other fits."""
+    trained_once: bool = False
+    """Whether the fits of a side share trained models, so that chance in training is not tested."""
 
     @property
     def tested(self) -> bool:
@@ -86,7 +89,9 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        return "a difference" if self.certain else "noise"
+        if not self.certain:
+            return "noise"
+        return f"a difference{ONE_RUN if self.trained_once else ''}"
 
     def row(self) -> dict[str, Any]:
         """Return the columns of a table of results; all None if both sides are the same scores."""

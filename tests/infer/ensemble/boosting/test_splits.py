@@ -191,9 +191,10 @@ def test_too_few_shared_plans_compare_the_seeds_of_the_first(
         assert re.search(r"\nseeds .* better in \d of 2\n", ended.out)
         note = f"that both have (poor 3, {other} {plans}); fit both with equal --splits"
         assert note in ended.out
-    sides = [f"{folder / 'good'},{folder / 'one'}", f"{folder / 'poor'},{folder / 'two'}"]
-    ended = cli("infer", "compare", *sides, *flags)
-    assert "of several ensembles per side, only the first fold plans are compared" in ended.out
+    sides = [open_scorer(folder / name) for name in ("good", "one", "poor", "two")]
+    assert notes(sides[:2], sides[2:]) == [
+        "note: of several ensembles per side, only the first fold plans are compared"
+    ]
 
 
 def test_a_folds_pair_is_the_mean_over_seeds(folder: Path, data: Path) -> None:

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,35 @@ def test_one_training_run_per_side_does_not_compare_recipes(
     assert "runs " in ended.out
     assert "better in 3 of 3" in ended.out
     assert ended.out.endswith("second against first: a difference\n")
+
+
+def test_several_ensembles_on_one_network_are_one_training_run(
+    runs: Path, tables: Path, tmp_path: Path, cli: Cli
+) -> None:
+    sides = []
+    for name in ("poor", "good"):
+        network = {"features": "tbp_lv_x,image", "embeddings": runs / "embeddings" / f"{name}0"}
+        for seed in (0, 10):
+            fit_small(tables, tmp_path, **network, seed=seed, name=f"{name}{seed}", num_rounds=5)
+        sides.append(f"{tmp_path / name}0,{tmp_path / name}10")
+    ended = cli("infer", "compare", *sides, "--data", tables, "--draws", 100)
+    assert ended.code == 0, ended.err
+    assert "boosters " in ended.out
+    assert "runs " not in ended.out.replace("training runs", "")
+    assert "a difference between these trained models; to compare the recipes" in ended.out
+    assert "does not cover chance in training" in ended.out
+
+
+def test_equal_fits_under_other_names_are_refused(
+    ensembles: Path, tables: Path, tmp_path: Path, cli: Cli
+) -> None:
+    sides = []
+    for name in ("poor", "good"):
+        copies = [shutil.copytree(ensembles / name, tmp_path / f"{name}{run}") for run in (1, 2)]
+        sides.append(",".join(map(str, copies)))
+    ended = cli("infer", "compare", *sides, "--data", tables, "--draws", 100)
+    assert ended.code == 2
+    assert "poor2 have equal scores, so they are one training run" in ended.err
 
 
 def test_sides_of_unequal_length_and_a_run_given_twice_are_refused(
