@@ -158,6 +158,12 @@ ORIGIN_KEYS = {
 """Fields of `run.json` that determine the values of embeddings, with a phrase for a difference."""
 
 
+def origin_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    """Return the phrase for the first of the ORIGIN_KEYS that two origins differ in, if any."""
+    phrases = (text for key, text in ORIGIN_KEYS.items() if first.get(key) != second.get(key))
+    return next(phrases, None)
+
+
 def refuse_other_origin(
     root: Embeddings, split: EmbeddedSplit, found: Mapping[str, Any], fitted: Mapping[str, Any]
 ) -> None:

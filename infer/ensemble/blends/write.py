@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from infer.embedding.store import origin_difference
 from infer.ensemble.artifact import (
     ENSEMBLE_FILE,
     MEMBERS_DIR,
@@ -120,7 +121,7 @@ def open_members(paths: Sequence[Path]) -> dict[str, Ensemble]:
 
     Raises:
         UserError: two folders have the same name, one of them holds a blend, or their tables of
-            own columns differ.
+            own columns or networks of one name differ.
     """
     members: dict[str, Ensemble] = {}
     for path in paths:
@@ -132,6 +133,7 @@ def open_members(paths: Sequence[Path]) -> dict[str, Ensemble]:
                 "folder"
             )
         _refuse_other_tables(members, ensemble)
+        _refuse_other_networks(members, ensemble)
         members[name] = ensemble
     return members
 
@@ -145,6 +147,30 @@ def _refuse_other_tables(members: Mapping[str, Ensemble], ensemble: Ensemble) ->
                     f"{other.root} and {ensemble.root} were fitted with different tables called "
                     f"{name}; rename one of the files and fit again"
                 )
+
+
+def _refuse_other_networks(members: Mapping[str, Ensemble], ensemble: Ensemble) -> None:
+    """Raise a UserError if no embeddings of a network fit both an ensemble and a member."""
+    for other in members.values():
+        for (flag, name), origin in _origins(ensemble).items():
+            difference = origin_difference(_origins(other).get((flag, name), origin), origin)
+            if difference:
+                raise UserError(
+                    f"{ensemble.root} was fitted with {difference} of {name} than {other.root}, so "
+                    f"no --{flag} fits both; fit them with the same embeddings, or train the "
+                    "networks under names of their own (--name)"
+                )
+
+
+def _origins(ensemble: Ensemble) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Return the ORIGIN_KEYS of an ensemble's networks by field of the manifest and name."""
+    manifest = ensemble.manifest
+    frozen = {name: model["made_with"] for name, model in manifest["frozen"].items()}
+    return {
+        (flag, name): origin
+        for flag, origins in (("embeddings", manifest["embeddings"]), ("frozen", frozen))
+        for name, origin in origins.items()
+    }
 
 
 def _refuse_own_members(root: Path, members: Mapping[str, Ensemble]) -> None:

@@ -247,6 +247,30 @@ def test_members_of_other_folds_are_refused(project: Path, tmp_path: Path) -> No
         )
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tta", "flips", "another --tta of tiny"),
+        ("checkpoints", {"0": "a", "1": "b", "2": "other"}, "other trained weights of tiny"),
+        ("preprocess", {"size": 9}, "another preprocessing of tiny"),
+    ],
+)
+def test_different_networks_of_one_name_are_refused(
+    project: Path, tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    """No embeddings could score such a blend."""
+    other = tmp_path / "tiny"
+    shutil.copytree(project / "embeddings" / "tiny", other)
+    for split in ("train", "test"):
+        run = other / split / "run.json"
+        run.write_text(json.dumps(json.loads(run.read_text()) | {key: value}))
+    fitted = fit_small(project / "data", tmp_path, features="image", embeddings=other, name="other")
+    members = (project / "ensemble" / "image_tiny", fitted)
+    with pytest.raises(UserError, match=message):
+        blend_of(project, ensembles=members, output_dir=tmp_path, name="both")
+    assert not (tmp_path / "both").exists()
+
+
 def test_a_damaged_member_and_a_blend_of_that_name_are_refused(
     project: Path, final: Path, tmp_path: Path
 ) -> None:
