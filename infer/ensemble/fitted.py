@@ -9,7 +9,7 @@ import polars as pl
 
 from infer.embedding.outputs import EmbeddedImages, NamedOutputs
 from infer.embedding.store import Embeddings, read_run
-from infer.ensemble.blends.artifact import Scorer, ensembles_of, open_scorer
+from infer.ensemble.blends.artifact import Scorer, ensembles_of, needed_part, open_scorer
 from infer.ensemble.blends.ranks import Scores
 from infer.ensemble.boosting.refit import Rows, choose_rows
 from infer.ensemble.features.own_tables import check_test_tables
@@ -44,7 +44,7 @@ def load_ensemble(path: str | PathLike[str]) -> "FittedEnsemble":
     Raises:
         UserError: there is none, or several; a file is missing, changed or of another version.
     """
-    return FittedEnsemble(open_scorer(Path(path).expanduser()))
+    return FittedEnsemble(needed_part(open_scorer(Path(path).expanduser())))
 
 
 class FittedEnsemble:

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, out_of_fold, with_members
+from infer.ensemble.blends.artifact import (
+    Blend,
+    Scorer,
+    ensembles_of,
+    needed_part,
+    out_of_fold,
+    with_members,
+)
 from infer.ensemble.settings import SOURCES
 from isic import schema
 from isic.metrics import pauc
@@ -58,7 +65,7 @@ def networks_of(scorer: Scorer) -> set[str]:
     """Return the names of the networks that an ensemble needs."""
     return {
         name
-        for ensemble in ensembles_of(scorer)
+        for ensemble in ensembles_of(needed_part(scorer))
         for flag in SOURCES
         for name in ensemble.manifest[flag]
     }
@@ -67,7 +74,7 @@ def networks_of(scorer: Scorer) -> set[str]:
 def candidates_of(scorer: Scorer, folder: str) -> list[Candidate]:
     """Return an ensemble's candidates, the one with all of its networks first."""
     every = tuple(sorted(networks_of(scorer)))
-    found = [_candidate(scorer, folder, None, every)]
+    found = [_candidate(needed_part(scorer), folder, None, every)]
     if isinstance(scorer, Blend):
         needs = {name: networks_of(member) for name, member in scorer.members.items()}
         for networks in _subsets(every):

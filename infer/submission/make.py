@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.ensemble.artifact import ENSEMBLE_FILE, MEMBERS_DIR, Ensemble
-from infer.ensemble.blends.artifact import Scorer, ensembles_of, open_scorer
+from infer.ensemble.blends.artifact import Scorer, ensembles_of, needed_part, open_scorer
 from infer.ensemble.blends.write import copy_ensemble
 from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.ensemble.boosting.refit import refuse_without_refit
@@ -152,7 +152,7 @@ def _refuse_unusable(scorer: Scorer, networks: set[str], rows: str) -> None:
             "a --fallback that needs fewer networks"
         )
     if rows == ALL and scorer.uses_images:
-        for ensemble in ensembles_of(scorer):
+        for ensemble in ensembles_of(needed_part(scorer)):
             refuse_without_refit(ensemble)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from infer.embedding.choice import Artifact, find_exported
 from infer.embedding.choice import Kind as ExportedKind
 from infer.engines.manifest import read_artifact_manifest
-from infer.ensemble.blends.artifact import Scorer, ensembles_of
+from infer.ensemble.blends.artifact import Scorer, ensembles_of, needed_part
 from infer.ensemble.settings import SOURCES
 from infer.formats import ON_REQUEST, PRECISIONS
 from infer.submission.contents import PackedNetwork
@@ -56,7 +56,7 @@ def needs_of(scorer: Scorer, rows: str) -> list[Need]:
         UserError: two members of a blend need different networks of one name.
     """
     found: dict[str, Need] = {}
-    for ensemble in ensembles_of(scorer):
+    for ensemble in ensembles_of(needed_part(scorer)):
         for flag in SOURCES:
             for name, origin in ensemble.manifest[flag].items():
                 need = _need(name, flag, origin, rows)

@@ -18,7 +18,7 @@ import polars as pl
 from infer.embedding.embed import embed_splits
 from infer.embedding.progress import Progress
 from infer.embedding.settings import EmbedSettings
-from infer.ensemble.blends.artifact import Scorer, ensembles_of, out_of_fold
+from infer.ensemble.blends.artifact import Scorer, ensembles_of, needed_part, out_of_fold
 from infer.ensemble.blends.ranks import Scores, to_scale_of
 from infer.ensemble.boosting.refit import Rows, choose_rows
 from infer.ensemble.predict import (
@@ -386,7 +386,8 @@ class Run:
 
     def _rows(self, scorer: Scorer) -> Rows:
         """Return the models that score; those of the folds if an ensemble has no others."""
-        has_refit = all(ensemble.manifest.get("refit") for ensemble in ensembles_of(scorer))
+        ensembles = ensembles_of(needed_part(scorer))
+        has_refit = all(ensemble.manifest.get("refit") for ensemble in ensembles)
         return "all" if self.bundle.manifest["rows"] == ALL and has_refit else "folds"
 
     def _bad_rows(self, candidate: Candidate) -> pl.Series:

@@ -87,9 +87,9 @@ class Blend:
         return read_parquet(self.root / OOF_FILE)
 
     def oof_models(self) -> dict[str, Scores]:
-        """Return [M] the out-of-fold scores of the training rows by member."""
+        """Return [M] the out-of-fold scores of the training rows by member, needed or not."""
         oof = self.oof()
-        return {name: oof[name].to_numpy() for name in self.members}
+        return {name: oof[name].to_numpy() for name in self.manifest["members"]}
 
     def scores_by_seed(self) -> dict[int, Scores]:
         """Return [N] out-of-fold scores per seed that every member with boosters has."""
@@ -136,6 +136,26 @@ Scorer = Ensemble | Blend
 def ensembles_of(scorer: Scorer) -> list[Ensemble]:
     """Return the members of a blend, or the ensemble itself."""
     return list(scorer.members.values()) if isinstance(scorer, Blend) else [scorer]
+
+
+def needed_part(scorer: Scorer) -> Scorer:
+    """Return the part of a blend that scores a table: the members that have a weight.
+
+    A search may give others none. Those of raw features stay all the same, for `--few raw`.
+    """
+    if isinstance(scorer, Ensemble):
+        return scorer
+    members = {
+        name: member
+        for name, member in scorer.members.items()
+        if scorer.weights[name] or _is_of_raw_features(member)
+    }
+    # The manifest stays: weights that were chosen for a fold may include the others.
+    return replace(scorer, members=members)
+
+
+def _is_of_raw_features(ensemble: Ensemble) -> bool:
+    return not (ensemble.is_relative or ensemble.uses_images or ensemble.own_tables)
 
 
 def out_of_fold(scorer: Scorer) -> Scores:

@@ -110,7 +110,11 @@ def _blend_into(root: Path, members: Mapping[str, Ensemble], settings: BlendSett
     write_ensemble_manifest(root, files, {**inputs, **results, **chosen})
     print("weights: " + ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items()))
     print(format_scores(summaries))
-    for note in [*_notes_on_members(members, plans), *choice_notes(root.name, chosen)]:
+    for note in [
+        *_notes_on_weights(members, weights),
+        *_notes_on_members(members, plans),
+        *choice_notes(root.name, chosen),
+    ]:
         print(note)
     print(f"ensemble: {root}")
     return root
@@ -302,6 +306,14 @@ def search_weights(
         values.append(after[best])
     mixture = chosen[: int(np.argmax(values)) + 1]
     return {name: mixture.count(name) / len(mixture) for name in ranks}
+
+
+def _notes_on_weights(members: Mapping[str, Ensemble], weights: Weights) -> list[str]:
+    """Return a line on networks that are not needed, as their members have no weight."""
+    idle = [name for name, member in members.items() if not weights[name] and member.uses_images]
+    if not idle:
+        return []
+    return [f"note: no weight for {', '.join(idle)}, so scoring needs no embeddings for it"]
 
 
 def _notes_on_members(members: Mapping[str, Ensemble], plans: Plans) -> list[str]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from infer.embedding.store import read_run
 from infer.ensemble.artifact import Ensemble
-from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, needed_part
 from infer.ensemble.blends.ranks import Scores, blend, rank_correlation
 from infer.ensemble.boosting.libraries import LIBRARIES, booster_entries
 from infer.ensemble.boosting.out_of_fold import (
@@ -174,7 +174,7 @@ def describe_agreement(agreement: Mapping[str, Any]) -> str:
 
 
 def choose_rows(scorer: Scorer, rows: Rows, sources: EmbeddingSources) -> Scorer:
-    """Return the ensemble, or the blend, with the models that are to score a table.
+    """Return the ensemble, or the needed part of a blend, with the models that score a table.
 
     Args:
         rows: those that the models were fitted on: without a fold each, or all.
@@ -183,6 +183,7 @@ def choose_rows(scorer: Scorer, rows: Rows, sources: EmbeddingSources) -> Scorer
         UserError: the ensemble has no boosters on all rows, or the embeddings are not given or by
             other networks than these rows need.
     """
+    scorer = needed_part(scorer)
     ensembles = ensembles_of(scorer)
     if rows == "all":
         for ensemble in ensembles:

@@ -12,12 +12,22 @@ import pytest
 from infer.ensemble.blends.artifact import Blend, blend_by_fold, open_scorer, out_of_fold
 from infer.ensemble.blends.ranks import rank_among, rank_correlation
 from infer.ensemble.blends.write import choose_weights, search_weights, write_blend
-from infer.ensemble.scoring.compare import pauc_by_seed
+from infer.ensemble.fitted import load_ensemble
+from infer.ensemble.scoring.compare import compare_sides, pauc_by_seed
 from infer.ensemble.settings import BlendSettings
+from infer.submission.candidates import candidates_of
+from infer.submission.networks import needs_of
 from isic.metrics import pauc
 from isic.runtime.errors import UserError
+from isic.runtime.files import read_json, write_json
 from tests.support.commands import Cli
-from tests.support.ensembles import fit_small, predict_rows, predict_table, read_test_text
+from tests.support.ensembles import (
+    fit_small,
+    predict_rows,
+    predict_table,
+    read_test_text,
+    write_embeddings,
+)
 
 
 def blend_of(project: Path, *names: str, **more: object) -> Path:
@@ -75,6 +85,32 @@ def test_a_rows_score_does_not_depend_on_the_other_patients(
     alone = predict_rows(project, tmp_path / "one", patient, ensemble="final")
     expected = whole.filter(pl.col("isic_id").is_in(patient["isic_id"].implode()))["target"]
     np.testing.assert_allclose(alone, expected, atol=1e-12)
+
+
+def test_members_without_a_weight_need_no_inputs(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, raw = project / "data", project / "ensemble" / "raw"
+    embeddings = write_embeddings(tmp_path / "embeddings" / "misled", data, strength=-2.0)
+    misled = fit_small(data, tmp_path, features="image", embeddings=embeddings, name="misled")
+    root = blend_of(project, ensembles=(raw, misled), output_dir=tmp_path, weights="search")
+    assert "note: no weight for misled, so scoring needs no embeddings" in capsys.readouterr().out
+    # The weights of a fold may be others.
+    manifest = read_json(root / "ensemble.json")
+    manifest["weights_by_fold"]["0"] = {"raw": 0.5, "misled": 0.5}
+    write_json(root / "ensemble.json", manifest)
+
+    lonely = read_test_text(data).head(1)
+    few = predict_rows(project, tmp_path / "few", lonely, ensemble=str(root), embeddings=())
+    assert "fewer than" not in capsys.readouterr().err
+    alone = predict_rows(project, tmp_path / "alone", lonely, ensemble="raw", embeddings=())
+    reference = pl.read_parquet(raw / "oof.parquet")["blend"].to_numpy()
+    np.testing.assert_allclose(few, rank_among(alone.to_numpy(), reference))
+    assert load_ensemble(root).embeddings == []
+    blend = open_scorer(root)
+    assert [candidate.networks for candidate in candidates_of(blend, "blend")] == [()]
+    assert needs_of(blend, "folds") == []
+    assert compare_sides([open_scorer(raw)], [blend], data, 100).draws.shape == (100, 2)
 
 
 def test_scores_compare_and_report_take_a_blend(project: Path, final: Path, cli: Cli) -> None:
