@@ -1,12 +1,11 @@
 """The ways to score a test table, by the networks that they need.
 
 An ensemble needs all of its networks. A blend can also score by those of its members whose networks
-are done, so each set of networks has its own best candidate.
+are done, so there are candidates for fewer networks too.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 from infer.ensemble.blends.artifact import (
@@ -75,15 +74,39 @@ def candidates_of(scorer: Scorer, folder: str) -> list[Candidate]:
     """Return an ensemble's candidates, the one with all of its networks first."""
     every = tuple(sorted(networks_of(scorer)))
     found = [_candidate(needed_part(scorer), folder, None, every)]
-    if isinstance(scorer, Blend):
-        needs = {name: networks_of(member) for name, member in scorer.members.items()}
-        for networks in _subsets(every):
-            members = tuple(name for name, needed in needs.items() if needed <= set(networks))
-            # Fewer networks with the same members are a candidate of their own.
-            used = set().union(*(needs[name] for name in members))
-            if members and used == set(networks):
-                found.append(_candidate(with_members(scorer, members), folder, members, networks))
-    return found
+    return [*found, *_parts(scorer, folder, every)] if isinstance(scorer, Blend) else found
+
+
+def _parts(blend: Blend, folder: str, every: tuple[str, ...]) -> list[Candidate]:
+    """Return the parts of a blend that need fewer networks than all, the larger ones first.
+
+    They are those that arise when the network that helps most is done next, one after the other,
+    with each other network in its place, and those that lack one network. Of all 2^n sets of n
+    networks, the pAUC would take minutes.
+    """
+    needs = {name: networks_of(member) for name, member in blend.members.items()}
+    found: dict[tuple[str, ...], Candidate] = {}
+
+    def add(networks: set[str]) -> None:
+        members = tuple(name for name, needed in needs.items() if needed <= networks)
+        # Fewer networks with the same members are the same candidate.
+        used = tuple(sorted(set().union(*(needs[name] for name in members))))
+        if members and used != every and used not in found:
+            found[used] = _candidate(with_members(blend, members), folder, members, used)
+
+    def best_pauc(networks: set[str]) -> float:
+        add(networks)
+        parts = (part.pauc for used, part in found.items() if set(used) <= networks)
+        return max(parts, default=0.0)
+
+    for name in every:
+        add(set(every) - {name})
+    done: set[str] = set()
+    add(done)
+    while len(done) < len(every) - 1:
+        left = [name for name in every if name not in done]
+        done.add(max(left, key=lambda name: best_pauc({*done, name})))
+    return sorted(found.values(), key=lambda part: (-len(part.networks), part.networks))
 
 
 def _candidate(
@@ -92,11 +115,6 @@ def _candidate(
     score = pauc(scorer.oof()[schema.TARGET].to_numpy(), out_of_fold(scorer))
     num_boosters = sum(len(ensemble.manifest["boosters"]) for ensemble in ensembles_of(scorer))
     return Candidate(folder, members, networks, score, num_boosters)
-
-
-def _subsets(names: Sequence[str]) -> Iterable[tuple[str, ...]]:
-    """Return the proper subsets of names, the larger ones first."""
-    return (part for size in range(len(names) - 1, -1, -1) for part in combinations(names, size))
 
 
 def best(candidates: Sequence[Candidate], done: Collection[str]) -> Candidate:
