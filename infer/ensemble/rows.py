@@ -15,7 +15,8 @@ from infer.ensemble.boosting.thinning import ThinnedTables
 from infer.ensemble.boosting.training_table import TrainingTable
 from infer.ensemble.features.own_columns import OwnColumns, read_definitions, refuse_clashes
 from infer.ensemble.features.own_tables import (
-    LABEL_FREE,
+    IMPLAUSIBLE_AUC,
+    IMPLAUSIBLE_OOF_AUC,
     OOF,
     OwnTable,
     read_train_tables,
@@ -25,6 +26,7 @@ from infer.ensemble.features.own_tables import (
 from infer.ensemble.features.spec import IMAGE_WORDS, FeatureSpec
 from infer.ensemble.images.columns import ALIGNED
 from infer.ensemble.images.features import ImageRows, ImageState, fit_images
+from infer.ensemble.lesions import patient_codes
 from infer.ensemble.settings import NUM_FOLDS, FitSettings
 from isic import schema
 from isic.dataset import Dataset
@@ -141,11 +143,15 @@ def read_spec(settings: FitSettings) -> tuple[FeatureSpec, dict[str, OwnTable]]:
 
 
 def warn_of_own_columns(spec: FeatureSpec, table: pl.DataFrame, metadata: pl.DataFrame) -> None:
-    """Warn of own columns that probably know the target. Scores out of fold may be that good."""
+    """Warn of own columns that probably know the target."""
     target = metadata[schema.TARGET].to_numpy()
+    fold = patient_codes(metadata) % NUM_FOLDS
     for word, names in spec.own.sets.items():
-        if word not in spec.own.tables or spec.own.tables[word].kind == LABEL_FREE:
-            warn_of_labels(table, [name for name in names if name in spec.own_names], target, word)
+        is_oof = word in spec.own.tables and spec.own.tables[word].kind == OOF
+        columns = table.select(name for name in names if name in spec.own_names)
+        # Columns out of fold may be scores of whole models, which are better than measurements.
+        limit = IMPLAUSIBLE_OOF_AUC if is_oof else IMPLAUSIBLE_AUC
+        warn_of_labels(columns, target, fold, word, limit)
 
 
 def refuse_unknown_blanks(names: Iterable[str], features: pl.DataFrame) -> None:

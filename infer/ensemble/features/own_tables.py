@@ -44,11 +44,13 @@ DECLARE = (
 # training rows are above 0.99.
 IMPLAUSIBLE_AUC = 0.95
 """AUC of a single column above which it probably knows the target."""
+IMPLAUSIBLE_OOF_AUC = 0.99
+"""The same of a table that was declared `oof`: scores of whole models."""
 MIN_CLASS = 10
 """Rows of each class without which an AUC says little."""
-MAX_VALUES = 20
-"""Different texts of a column up to which the share of positives by text is compared."""
 
+MAX_CODES = 20
+"""Different texts that a category may have however few rows there are."""
 NEARLY_ALL = 0.9
 """Share of a column's texts that are numbers, or different, above which they are no categories."""
 
@@ -240,7 +242,7 @@ def _warn_of_numbers(text: pl.Series, is_number: pl.Series, path: Path) -> None:
     known = text.drop_nulls()
     if is_number.sum() > NEARLY_ALL * len(known):
         kind = "numbers"
-    elif known.n_unique() > max(MAX_VALUES, NEARLY_ALL * len(known)):
+    elif known.n_unique() > max(MAX_CODES, NEARLY_ALL * len(known)):
         kind = "different"
     else:
         return
@@ -299,46 +301,74 @@ def refuse_other_folds(
 
 
 def warn_of_labels(
-    table: pl.DataFrame, names: Iterable[str], target: NDArray[np.integer], source: str
+    table: pl.DataFrame,
+    target: NDArray[np.integer],
+    fold: NDArray[np.integer],
+    source: str,
+    limit: float,
 ) -> None:
     """Warn of columns that separate the classes as only a copy of the target would.
 
     Args:
-        table: the training rows.
+        table: [N] the columns of the training rows.
         target: [N], 0 or 1.
+        fold: [N] as for `separation`.
         source: the columns' origin, for the message.
+        limit: the AUC above which a column is warned of.
     """
-    for name in names:
-        auc = separation(table[name], target)
-        if auc > IMPLAUSIBLE_AUC:
+    for column in table:
+        auc = separation(column, target, fold)
+        if auc > limit:
             warn(
-                f"{name} of {source} has an AUC of {auc:.3f} on its own, which no measurement has; "
-                "it probably knows the target of the row, so the scores below cannot be trusted"
+                f"{column.name} of {source} has an AUC of {auc:.3f} on its own, which is too good "
+                "to be true; it probably knows the target of the row, so the scores below cannot "
+                "be trusted"
             )
 
 
-def separation(column: pl.Series, target: NDArray[np.integer]) -> float:
-    """Return how well a column separates the classes in either direction: an AUC from 0.5 to 1.
+def separation(column: pl.Series, target: NDArray[np.integer], fold: NDArray[np.integer]) -> float:
+    """Return how well a column separates the classes: an AUC from 0.5 to 1.
 
-    The larger one of its values and of its blanks; 0.5 if there are too few rows.
+    The largest one of its blanks, its values, and the share of positives that have its value in
+    other folds; 0.5 if there are too few rows.
+
+    Args:
+        target: [N], 0 or 1.
+        fold: [N] in which no patient is in two folds.
     """
-    blank = column.is_null().to_numpy()
-    values = _ranks(column, target)
-    return max(_auc(target, blank.astype(float)), _auc(target[~blank], values[~blank]))
-
-
-def _ranks(column: pl.Series, target: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Return [N] numbers that order the rows: the value, or the positives' share of its text."""
+    is_blank = column.is_null().to_numpy()
+    known = column.filter(~is_blank)
+    target_known = target[~is_blank]
+    found = [_either(target, is_blank.astype(float))]
     if column.dtype != pl.String:
-        return column.cast(pl.Float64).fill_null(0).to_numpy()
-    if column.n_unique() > MAX_VALUES:
-        return np.zeros(len(column))
-    rows = pl.DataFrame({"value": column, "target": target})
-    return rows.select(pl.col("target").mean().over("value")).to_series().to_numpy()
+        found.append(_either(target_known, known.cast(pl.Float64).to_numpy()))
+    # In one direction only: shares without the row's own fold fall if the fold has positives.
+    found.append(_auc(target_known, _shares_elsewhere(known, target_known, fold[~is_blank])))
+    return max(found)
+
+
+def _shares_elsewhere(
+    column: pl.Series, target: NDArray[np.integer], fold: NDArray[np.integer]
+) -> NDArray[np.float64]:
+    """Return [N] the share of positives among the rows of other folds with the row's value.
+
+    If there are none, the share of positives among all rows.
+    """
+    rows = pl.DataFrame({"value": column, "target": target, "fold": fold})
+    sums = [pl.col("target").sum().over(keys) for keys in ("value", ("value", "fold"))]
+    counts = [pl.len().over(keys) for keys in ("value", ("value", "fold"))]
+    elsewhere = (sums[0] - sums[1]) / (counts[0].cast(pl.Int64) - counts[1])
+    shares = rows.select(elsewhere.fill_nan(pl.col("target").mean()))
+    return shares.to_series().to_numpy()
+
+
+def _either(target: NDArray[np.integer], score: NDArray[np.float64]) -> float:
+    """Return the AUC of a score, or of its negative if that is larger."""
+    auc = _auc(target, score)
+    return max(auc, 1 - auc)
 
 
 def _auc(target: NDArray[np.integer], score: NDArray[np.float64]) -> float:
     if min(target.sum(), len(target) - target.sum()) < MIN_CLASS:
         return 0.5
-    auc = roc_auc(target, score)
-    return max(auc, 1 - auc)
+    return roc_auc(target, score)

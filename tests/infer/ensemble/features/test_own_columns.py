@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from infer.ensemble.features.own_tables import IMPLAUSIBLE_AUC, read_train_tables, separation
+from infer.ensemble.lesions import patient_codes
 from infer.ensemble.predict import predict_submission
 from infer.ensemble.settings import PredictSettings
 from isic import schema
@@ -331,25 +332,58 @@ def test_a_label_free_table_that_knows_the_target_is_noticed(
     assert "honest" not in warning
 
 
+@pytest.mark.parametrize("kind", ["oof", "label_free"])
+def test_every_form_of_a_copy_of_the_target_is_noticed(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """As a number, a text with many values or a code, with the fold plan joined on."""
+    table = train_table(data)
+    target = table[schema.TARGET]
+    code = pl.Series(np.arange(len(table)) % 12)
+    columns = {
+        "score": target + 0.01 * pl.Series(np.random.default_rng(1).standard_normal(len(table))),
+        "dx": target.replace_strict({0: "benign", 1: "malignant"}) + " type " + code.cast(str),
+        "code": 2 * code + target,
+    }
+    copy = table.select(schema.ID, **columns, fold=plan(data))
+    path = write(copy if kind == "oof" else copy.drop("fold"), tmp_path / "old.parquet")
+    fit_small(data, tmp_path, features="sex,old", num_rounds=2, tables=f"{kind}:{path}")
+    warned = re.findall(r"(\w+) of old has an AUC", capsys.readouterr().err)
+    assert warned == list(columns)
+
+
+FOLDS = np.arange(100) % 5
+
+
 def test_separation_sees_values_texts_and_blanks() -> None:
     target = np.repeat([0, 1], 50)
     text = pl.Series(["benign"] * 50 + ["malignant"] * 50)
     blank = pl.Series([None] * 50 + [1.0] * 50)
     unknown = pl.Series(np.random.default_rng(0).standard_normal(100))
     for column in (pl.Series(-target), text, blank):
-        assert separation(column, target) == 1
-    assert separation(unknown, target) < 0.7 < IMPLAUSIBLE_AUC
-    assert separation(pl.Series([f"id {i}" for i in range(100)]), target) == 0.5
-    assert separation(pl.Series(target[:55]), target[:55]) == 0.5  # five positives prove nothing
+        assert separation(column, target, FOLDS) == 1
+    assert separation(unknown, target, FOLDS) < 0.7 < IMPLAUSIBLE_AUC
+    few = slice(0, 55)  # five positives prove nothing
+    assert separation(pl.Series(target[few]), target[few], FOLDS[few]) == 0.5
+
+
+@pytest.mark.parametrize("num_values", [1, 2, 20, 50, 100])
+def test_texts_that_know_nothing_are_not_suspected(num_values: int) -> None:
+    target = np.random.default_rng(0).permutation(np.repeat([0, 1], 50))
+    text = pl.Series([f"id {i % num_values}" for i in range(100)])
+    assert separation(text, target, FOLDS) < 0.75
+    # A fold of one class has no text that the rest would know.
+    assert separation(text, np.sort(target), np.repeat([0, 1], 50)) < 0.75
 
 
 def test_no_feature_of_the_real_tables_looks_like_a_copy_of_the_target(real_data: Path) -> None:
     metadata = Dataset(real_data / "real-tabular").metadata("train")
     table = compute(metadata, tuple(FEATURES)).drop(schema.ID)
     target = metadata[schema.TARGET].to_numpy()
-    highest = max(separation(column, target) for column in table)
+    fold = patient_codes(metadata) % NUM_FOLDS
+    highest = max(separation(column, target, fold) for column in table)
     assert highest < IMPLAUSIBLE_AUC - 0.1
-    assert separation(metadata["lesion_id"], target) > IMPLAUSIBLE_AUC
+    assert separation(metadata["lesion_id"], target, fold) > IMPLAUSIBLE_AUC
 
 
 def test_the_commands_take_own_columns(data: Path, mine: Path, tmp_path: Path, cli: Cli) -> None:
