@@ -122,7 +122,7 @@ class Ensemble:
 
     @cached_property
     def training(self) -> Summary:
-        """Columns of the training table."""
+        """Raw columns of the training table, and own columns as `set.column`."""
         return summary_from_json(read_json(self.root / TRAINING_FILE))
 
     @cached_property

@@ -25,7 +25,7 @@ from infer.ensemble.boosting.libraries import LIBRARIES, booster_entries, write_
 from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters
 from infer.ensemble.boosting.refit import describe_agreement, refit_boosters
 from infer.ensemble.boosting.splits import Plans, fit_plans, summarise_plans, write_plans
-from infer.ensemble.drift import Summary, summarise_table, summary_to_json
+from infer.ensemble.drift import Summary, summarise_own, summarise_table, summary_to_json
 from infer.ensemble.features.own_tables import OwnTable
 from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.images.features import ImageState, embedding_origins
@@ -100,7 +100,7 @@ def _fit_into(root: Path, rows: FitRows, settings: FitSettings) -> Path:
     oof = _out_of_fold(rows, result)
     measured = _measure(rows, result, oof, plans)
     calibration = _calibrate(rows, oof)
-    training = summarise_table(rows.metadata, rows.spec.needed_columns)
+    training = _summarise_rows(rows)
     # Only now, so that a fit that fails leaves the earlier ensemble as it was.
     clear_ensemble(root)
     encoding = refit.encoding if refit else None
@@ -181,6 +181,14 @@ def _measure(rows: FitRows, result: FitResult, oof: pl.DataFrame, plans: Plans) 
         )
     networks = describe_networks(rows.images.by_column(), oof, patient)
     return Measured(summaries, networks, by_lesions)
+
+
+def _summarise_rows(rows: FitRows) -> Summary:
+    own = rows.spec.own_by_set(rows.table.features)
+    return {
+        **summarise_table(rows.metadata, rows.spec.needed_columns),
+        **summarise_own(own, rows.metadata, rows.spec.averaged),
+    }
 
 
 def _calibrate(rows: FitRows, oof: pl.DataFrame) -> Calibration | None:

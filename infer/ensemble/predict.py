@@ -102,7 +102,7 @@ def predict_submission(settings: PredictSettings) -> None:
         "prevalence": settings.prevalence,
         "out_of_fold_scores": ESTIMATES[settings.rows],
     }
-    drift = drift_of(scorer, test, found.score)
+    drift = drift_of(scorer, test, found.score, found.own)
     with only_writer(settings.output):
         write_submission(settings.output, test, scorer, found, origins, drift)
     print(
@@ -170,16 +170,22 @@ def write_submission(
         drift_path(output).unlink(missing_ok=True)
 
 
-def drift_of(scorer: Scorer, test: TestTable, score: Scores) -> pl.DataFrame:
+def drift_of(
+    scorer: Scorer, test: TestTable, score: Scores, own: pl.DataFrame | None = None
+) -> pl.DataFrame:
     """Return the differences of rows and their scores from training, see `measure_drift`.
 
     With the training table beside the rows, those that a classifier finds are measured too.
+
+    Args:
+        own: [N] the own columns, as of `TableScores`, if they are to be compared.
     """
     summary = scorer.training
     # Another table would be no measure of the training rows.
     is_known = test.training_sha256 == ensembles_of(scorer)[0].manifest["metadata_sha256"]
     together = test.told_apart(tuple(summary)) if is_known else None
-    return measure_drift(summary, test.metadata, out_of_fold(scorer), score, together)
+    table = test.metadata.with_columns([] if own is None else own.get_columns())
+    return measure_drift(summary, table, out_of_fold(scorer), score, together)
 
 
 def warn_of_drift(drift: pl.DataFrame, output: Path) -> None:

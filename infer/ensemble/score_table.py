@@ -1,7 +1,7 @@
 """Score the rows of a table with a fitted ensemble or blend. Nothing is fitted or written here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class TableScores:
     without comparing lesions, whose scores it was not fitted on."""
     num_few: int = 0
     """Rows that were scored without comparing lesions, because their patients have few."""
+    own: pl.DataFrame = field(default_factory=pl.DataFrame)
+    """[N] the own columns as `set.column`."""
 
     def replaced(self, rows: NDArray[np.bool_], others: Scores) -> "TableScores":
         """Return the scores with `others` [N] in some rows, which then have no std, probability."""
@@ -120,7 +122,8 @@ def _score_blend(
         score[is_few] = scorer.score_of_single_lesions(models)[is_few]
     # Under one key, because a member may have the name of another field of the manifest.
     origins = {"origins": {name: member.origins for name, member in members.items()}}
-    return TableScores(models, score, origins)
+    own = pl.DataFrame({each.name: each for part in members.values() for each in part.own})
+    return TableScores(models, score, origins, own=own)
 
 
 def score_ensemble(
@@ -144,7 +147,8 @@ def score_ensemble(
     by_fold = _score_by_fold(ensemble, table, num_threads)
     models = mean_of_folds(by_fold)
     std = _std(by_fold, weights, reference)
-    return TableScores(models, blend(models, weights, reference), origins, std)
+    own = ensemble.spec.own_by_set(table)
+    return TableScores(models, blend(models, weights, reference), origins, std, own=own)
 
 
 def _few_lesions(scorer: Scorer, metadata: pl.DataFrame, few: Few) -> NDArray[np.bool_]:

@@ -349,7 +349,7 @@ class Run:
             "left_out": self.lost,
             "rows_without_image": int(lost_rows.sum()),
         }
-        self.drift = self._measure_drift(scorer, found.score)
+        self.drift = self._measure_drift(scorer, found)
         write_submission(
             self.settings.output, self.test, scorer, found, {"bundle": facts}, self.drift
         )
@@ -358,10 +358,10 @@ class Run:
             flush=True,
         )
 
-    def _measure_drift(self, scorer: Scorer, score: Scores) -> pl.DataFrame | None:
+    def _measure_drift(self, scorer: Scorer, found: TableScores) -> pl.DataFrame | None:
         """Return the drift from training; None, with a warning, if that fails."""
         try:
-            return drift_of(scorer, self.test, score)
+            return drift_of(scorer, self.test, found.score, found.own)
         except Exception as error:  # a submission needs no drift
             warn(f"the drift from training is not measured: {_message(error)}")
             return None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from infer.ensemble.features.own_columns import OwnColumns
+from infer.ensemble.features.own_tables import OOF
 from infer.ensemble.features.words import FeatureWords, Lists, parse_words
 from infer.ensemble.images.features import FORMS, ImageState
 from isic import features, schema
@@ -105,6 +106,29 @@ class FeatureSpec:
         if not self.table_names and self.forms == ("image",):
             return ()
         return (*self.table_names, *image.names)
+
+    @property
+    def averaged(self) -> set[str]:
+        """The columns of `own_by_set` of which a row to score has the mean over folds."""
+        return {
+            f"{word}.{name}"
+            for word, table in self.own.tables.items()
+            if table.kind == OOF
+            for name in table.columns
+        }
+
+    def own_by_set(self, table: pl.DataFrame) -> pl.DataFrame:
+        """Return the own columns of a feature table as `set.column`, without relative forms."""
+        sets = {
+            **{word: [each.name for each in part] for word, part in self.own.definitions.items()},
+            **{word: list(part.columns) for word, part in self.own.tables.items()},
+        }
+        return table.select(
+            pl.col(name).alias(f"{word}.{name}")
+            for word, names in sets.items()
+            for name in names
+            if name in self.own_names
+        )
 
     def frame(self, metadata: pl.DataFrame, more: Iterable[pl.DataFrame]) -> pl.DataFrame:
         """Return the feature table: `isic_id`, tabular, own and image columns.

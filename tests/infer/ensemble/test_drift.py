@@ -13,6 +13,7 @@ from infer.ensemble.drift import (
     Shares,
     drift_warning,
     measure_drift,
+    summarise_own,
     summarise_table,
     summary_from_json,
     summary_to_json,
@@ -148,6 +149,40 @@ def test_the_summary_survives_json_and_has_no_rows() -> None:
     test = population(4, 100, 9)
     again = measure_drift(summary_from_json(json.loads(text)), test, NONE, NONE)
     assert again.equals(measure_drift(summary, test, NONE, NONE))
+
+
+def test_means_over_folds_may_vary_less_but_not_be_on_another_scale() -> None:
+    random = np.random.default_rng(0)
+    train, test = population(3, 3000, 400), population(4, 1500, 200)
+    own = pl.DataFrame({"mine.m": random.standard_normal(3000)})
+    values = random.standard_normal(1500)
+    for averaged, factor, differs in (
+        ((), 0.6, True),
+        (("mine.m",), 0.6, False),
+        (("mine.m",), 100, True),
+        (("mine.m",), 0.01, True),
+    ):
+        summary = summarise_own(own, train, averaged)
+        table = test.with_columns(pl.Series("mine.m", values * factor))
+        found = measure_drift(summary, table, NONE, NONE)
+        assert found["differs"][0] == differs
+
+
+def test_own_columns_of_many_texts_are_left_out() -> None:
+    train = population(3, 300, 30)
+    names = pl.Series([f"name {row}" for row in range(300)])
+    own = pl.DataFrame({"mine.name": names, "mine.clinic": train["attribution"]})
+    assert list(summarise_own(own, train, ())) == ["mine.clinic"]
+
+
+def test_summaries_of_earlier_versions_are_read() -> None:
+    train = population(3, 300, 30)
+    written = summary_to_json(summarise_table(train, NAMES))
+    for column in written.values():
+        del column["is_averaged"]
+    test = population(4, 100, 9)
+    found = measure_drift(summary_from_json(written), test, NONE, NONE)
+    assert found.equals(drift(train, test))
 
 
 def test_it_is_written_beside_the_submission(

@@ -17,7 +17,7 @@ from isic import schema
 from isic.dataset import Dataset
 from isic.features import FEATURES, compute
 from isic.folds import draw_folds
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, collect_warnings
 from isic.runtime.files import sha256
 from tests.support.commands import Cli
 from tests.support.ensembles import (
@@ -129,6 +129,65 @@ def test_a_table_is_used_in_fit_and_predict(data: Path, tmp_path: Path, ending: 
     assert written["tables"] == {"scores": sha256(test)}
     write(own_table(data, "test").with_columns(pl.col("distance") + 9), test)
     assert not first.equals(predict(root, data, tmp_path / "s.csv", tables=f"oof:{test}"))
+
+
+def noise(data: Path, split: str, factor: float = 1.0) -> pl.DataFrame:
+    """Return normally distributed values `m` by id, of `factor` as deviation."""
+    ids = Dataset(data).metadata(split)[schema.ID]
+    random = np.random.default_rng(len(ids))
+    return pl.DataFrame({schema.ID: ids, "m": factor * random.standard_normal(len(ids))})
+
+
+def names_drift(data: Path, root: Path, output: Path, tables: tuple[Path, ...] = ()) -> bool:
+    """Score the test rows. Returns whether `m` of `mine` is warned of, and checks the table."""
+    with collect_warnings() as messages:
+        predict(root, data, output, tables=list(map(str, tables)))
+    drift = pl.read_parquet(output.with_name(f"{output.stem}_drift.parquet"))
+    differs = drift.filter(column="mine.m")["differs"].item()
+    assert differs == any("chance explains in mine.m" in message for message in messages)
+    return bool(differs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor", "differs"),
+    [
+        ("label_free", 1, False),
+        ("label_free", 100, True),
+        ("label_free", 0.01, True),
+        ("oof", 1, False),
+        ("oof", 0.6, False),  # as a mean over folds
+        ("oof", 100, True),
+        ("oof", 0.01, True),
+    ],
+)
+def test_a_table_on_another_scale_is_noticed(
+    data: Path, tmp_path: Path, kind: str, factor: float, differs: bool
+) -> None:
+    train = noise(data, "train").with_columns(plan(data).alias("fold"))
+    path = write(train if kind == "oof" else train.drop("fold"), tmp_path / "mine.csv")
+    chosen = {"features": "sex,mine", "tables": f"{kind}:{path}", "num_rounds": 2}
+    root = fit_small(data, tmp_path, **chosen)
+    (tmp_path / "test").mkdir()
+    test = write(noise(data, "test", factor), tmp_path / "test" / "mine.csv")
+    assert names_drift(data, root, tmp_path / "s.csv", (test,)) == differs
+
+
+@pytest.mark.parametrize("factor", [1, 100])
+def test_a_defined_column_on_another_scale_is_noticed(
+    data: Path, tmp_path: Path, factor: float
+) -> None:
+    """Its inputs may be columns that only this dataset has, which are not compared themselves."""
+    changed = tmp_path / "data"
+    changed.mkdir()
+    for split, times in (("train", 1.0), ("test", factor)):
+        table = pl.read_csv(data / f"{split}-metadata.csv", infer_schema=False)
+        gauge = noise(data, split, times)["m"].alias("gauge")
+        table.with_columns(gauge).write_csv(changed / f"{split}-metadata.csv")
+    path = tmp_path / "mine.yaml"
+    path.write_text("m: {expr: CAST(gauge AS DOUBLE), relative: [patient_z]}")
+    chosen = {"features": "sex,mine", "define": str(path), "num_rounds": 2}
+    root = fit_small(changed, tmp_path, **chosen)
+    assert names_drift(changed, root, tmp_path / "s.csv") == (factor == 100)
 
 
 @pytest.mark.parametrize("missing", ["NA", "nan", " NULL ", "-"])
