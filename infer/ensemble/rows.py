@@ -25,9 +25,10 @@ from infer.ensemble.features.own_tables import (
 )
 from infer.ensemble.features.spec import IMAGE_WORDS, FeatureSpec
 from infer.ensemble.images.columns import ALIGNED
-from infer.ensemble.images.features import ImageRows, ImageState, fit_images
+from infer.ensemble.images.features import EMBEDDED_FORMS, ImageRows, ImageState, fit_images
 from infer.ensemble.lesions import patient_codes
 from infer.ensemble.settings import NUM_FOLDS, FitSettings
+from infer.ensemble.vain import refuse_vain_flags
 from isic import schema
 from isic.dataset import Dataset
 from isic.features.definitions import check_definitions
@@ -100,6 +101,8 @@ def read_rows(settings: FitSettings) -> FitRows:
             fit each other.
     """
     spec, own_tables = read_spec(settings)
+    refuse_vain_flags(settings, spec)
+    _check_plan_only(settings, spec)
     if settings.refit and ALIGNED in spec.forms:
         raise UserError(
             f"--refit is not for {ALIGNED} columns, which only the networks of the folds have; "
@@ -116,6 +119,21 @@ def read_rows(settings: FitSettings) -> FitRows:
     rows = FitRows(settings, spec, own_tables, metadata, folds, fold, image, images, names)
     _refuse_contrary_settings(rows)
     return rows
+
+
+def _check_plan_only(settings: FitSettings, spec: FeatureSpec) -> None:
+    """Print that embeddings are read for their fold plan only, if they are.
+
+    Raises:
+        UserError: there is no plan beside them.
+    """
+    if not settings.embeddings or {*EMBEDDED_FORMS} & {*spec.forms}:
+        return
+    root = settings.embeddings[0]
+    unused = f"--features {settings.features} reads no images of --embeddings"
+    if not os.path.lexists(root / FOLDS_FILE):
+        raise UserError(f"{unused}, and {root} has no fold plan ({FOLDS_FILE}); leave it out")
+    print(f"note: {unused}, only the fold plan in {root}")
 
 
 def _refuse_contrary_settings(rows: FitRows) -> None:

@@ -172,6 +172,7 @@ def _call(command: Command, extra: tuple[str, ...], flags: Mapping[str, str]) ->
     settings_type = command.settings_type
     by_position = _by_position(settings_type, extra)
     settings = command.load(settings_type, {**by_position, **flags})
+    settings.remember_given({**by_position, **flags})
     try:
         for path, wanted in settings.paths_to_fetch():
             fetch(path, wanted)

@@ -1,6 +1,6 @@
 """Settings of a command: a pydantic model of defaults < YAML file < flags without unknown keys."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_origin
 
@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
@@ -47,6 +48,17 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=()
     )
+
+    _given: frozenset[str] = PrivateAttr(frozenset())
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The keys of the command line, without those of a config file; none in Python."""
+        return self._given
+
+    def remember_given(self, keys: Iterable[str]) -> None:
+        """Set `given`."""
+        self._given = frozenset(keys)
 
     @field_validator("*")
     @classmethod

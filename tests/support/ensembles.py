@@ -168,11 +168,17 @@ def shuffle_targets(data: Path, root: Path, seed: int = 1) -> pl.DataFrame:
 
 
 def predict_table(project: Path, ensemble: str = "multimodal_tiny", **more: object) -> pl.DataFrame:
-    """Predict with an ensemble of the fixture `project`. Returns the submission."""
+    """Predict with an ensemble of the fixture `project`. Returns the submission.
+
+    The embeddings are left out if the ensemble was fitted without networks.
+    """
+    root = project / "ensemble" / ensemble
+    manifest = root / "ensemble.json"
+    without = manifest.is_file() and '"embeddings": {}' in manifest.read_text(errors="replace")
     defaults = {
         "data": project / "data",
-        "ensemble": project / "ensemble" / ensemble,
-        "embeddings": project / "embeddings" / "tiny",
+        "ensemble": root,
+        "embeddings": () if without else project / "embeddings" / "tiny",
         "output": project / "submission.csv",
     }
     settings = PredictSettings.model_validate(defaults | more)

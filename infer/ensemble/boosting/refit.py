@@ -188,7 +188,7 @@ def choose_rows(scorer: Scorer, rows: Rows, sources: EmbeddingSources) -> Scorer
     if rows == "all":
         for ensemble in ensembles:
             refuse_without_refit(ensemble)
-    _refuse_no_embeddings(scorer, rows, sources)
+    _refuse_other_flags(scorer, rows, sources)
     if any(ensemble.state.image.needs["embeddings"] for ensemble in ensembles):
         _refuse_other_networks(rows, sources)
     if rows == "folds":
@@ -208,11 +208,16 @@ def refuse_without_refit(ensemble: Ensemble) -> None:
         )
 
 
-def _refuse_no_embeddings(scorer: Scorer, rows: Rows, sources: EmbeddingSources) -> None:
-    """Raise a UserError if no embeddings are given for a flag that needs some."""
+def _refuse_other_flags(scorer: Scorer, rows: Rows, sources: EmbeddingSources) -> None:
+    """Raise a UserError if a flag lacks the embeddings that it needs, or has some in vain."""
     for flag in SOURCES:
         networks = {name for each in ensembles_of(scorer) for name in each.manifest[flag]}
-        if networks and not getattr(sources, flag):
+        given = getattr(sources, flag)
+        if given and not networks:
+            raise UserError(
+                f"{scorer.root} was fitted without networks of --{flag}; leave --{flag} out"
+            )
+        if networks and not given:
             # A frozen network is the same for all rows.
             fold: Fold | None = ALL if rows == "all" and flag == "embeddings" else None
             folders = [

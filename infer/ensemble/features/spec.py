@@ -82,6 +82,11 @@ class FeatureSpec:
         return (*self.tabular, *self.own_names)
 
     @property
+    def fits_boosters(self) -> bool:
+        """Whether there are boosters; without them the score is the mean of the networks'."""
+        return bool(self.table_names) or self.forms != ("image",)
+
+    @property
     def is_relative(self) -> bool:
         """Whether a tabular feature depends on the patient's other lesions."""
         own = relative_to_others(self.own.all_definitions, self.own_names)
@@ -103,7 +108,7 @@ class FeatureSpec:
 
         There are none, and no boosters, if the networks' scores are the only features.
         """
-        if not self.table_names and self.forms == ("image",):
+        if not self.fits_boosters:
             return ()
         return (*self.table_names, *image.names)
 

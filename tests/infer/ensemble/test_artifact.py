@@ -19,7 +19,7 @@ def test_a_parent_folder_is_enough_if_it_has_one_ensemble(project: Path, tmp_pat
         predict_table(project, ensemble="")
     shutil.copytree(project / "ensemble" / "engineered", tmp_path / "ensemble" / "engineered")
     expected = predict_table(project, "engineered")
-    assert predict_table(project, ensemble=tmp_path / "ensemble").equals(expected)
+    assert predict_table(project, ensemble=tmp_path / "ensemble", embeddings=()).equals(expected)
     with pytest.raises(UserError, match="holds no finished ensemble"):
         predict_table(project, ensemble=tmp_path / "nowhere")
 

@@ -128,7 +128,7 @@ def test_scores_are_of_the_boosters_on_all_rows(project: Path, refitted: Path) -
     manifest = json.loads((project / "submission.csv.json").read_text())
     assert manifest["rows"] == "all"
     assert manifest["out_of_fold_scores"] == ESTIMATES["all"]
-    predict_all(project, refitted, "raw", rows="folds")
+    predict_all(project, refitted, "raw", rows="folds", embeddings=())
     manifest = json.loads((project / "submission.csv.json").read_text())
     assert manifest["rows"] == "folds"
     assert manifest["out_of_fold_scores"] == ESTIMATES["folds"]
@@ -262,7 +262,8 @@ def test_a_blend_takes_the_boosters_of_each_member(
     ended = cli("infer", "blend", *members, *where)
     assert ended.code == 0, ended.err
     predict_all(project, tmp_path, "blend", embeddings=refitted / "tiny_all")
-    one = predict_all(project, refitted, "raw", output=project / "one.csv")["target"]
+    chosen = {"embeddings": (), "output": project / "one.csv"}
+    one = predict_all(project, refitted, "raw", **chosen)["target"]
     models = pl.read_parquet(project / "submission_models.parquet")
     np.testing.assert_array_equal(models["raw"], one)
 

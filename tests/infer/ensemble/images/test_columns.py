@@ -114,7 +114,8 @@ def test_embeddings_improve_scores_and_a_row_alone_scores_the_same(
     test = read_test_text(data)
     row = test.filter(patient_id=test["patient_id"][3])[:1]
     row.write_csv(tmp_path / "one" / "test-metadata.csv")
-    chosen = {"ensemble": images, **sources}
+    used = "embeddings" if mode == ALIGNED else "frozen"
+    chosen = {"ensemble": images, used: sources[used]}
     predict_submission(PredictSettings(data=data, output=tmp_path / "all.csv", **chosen))
     predict_submission(PredictSettings(data=tmp_path / "one", output=tmp_path / "1.csv", **chosen))
     scores = pl.read_csv(tmp_path / "all.csv")
