@@ -181,6 +181,8 @@ def _check(table: pl.DataFrame, path: Path, kind: str, expected: TableSpec | Non
         raise UserError(f"{path} lacks the column {schema.ID}; add it")
     table = table.with_columns(clean_text(table[schema.ID], path))
     check_ids(table[schema.ID], path)
+    if not expected:
+        table = _with_fold(table, kind, path)
     names = [name for name in table.columns if name not in (schema.ID, FOLD)]
     _refuse_columns(names, path)
     if expected:
@@ -191,6 +193,19 @@ def _check(table: pl.DataFrame, path: Path, kind: str, expected: TableSpec | Non
     columns = [_typed(table[name], kinds[name], path) for name in kinds]
     fold = [table[FOLD]] if FOLD in table.columns else []
     return OwnTable(path, TableSpec(kind, kinds), table.select(schema.ID, *columns, *fold))
+
+
+def _with_fold(table: pl.DataFrame, kind: str, path: Path) -> pl.DataFrame:
+    """Return the table with its column `fold` under that name, in whatever case it is written."""
+    found = [name for name in table.columns if name.lower() == FOLD]
+    if kind == LABEL_FREE and found:
+        raise UserError(
+            f"{path} was declared {LABEL_FREE} but has a column {found[0]}; declare it {OOF} if "
+            "models of folds made its values, else remove the column"
+        )
+    if len(found) > 1:
+        raise UserError(f"{path} has the columns {' and '.join(found)}; remove all but one")
+    return table.rename(dict.fromkeys(found, FOLD))
 
 
 def _refuse_columns(names: Sequence[str], path: Path) -> None:

@@ -198,7 +198,8 @@ def test_a_text_that_means_no_value_is_a_blank(data: Path, tmp_path: Path, missi
         train, test = (tmp_path / name / split / "scores.csv" for split in ("train", "test"))
         for path, split in ((train, "train"), (test, "test")):
             path.parent.mkdir(parents=True)
-            own_table(data, split).write_csv(path, null_value=null_value)
+            table = own_table(data, split).drop("fold", strict=False)
+            table.write_csv(path, null_value=null_value)
         chosen = {"features": "sex,scores", "num_rounds": 5}
         root = fit_small(data, tmp_path / name, **chosen, tables=f"label_free:{train}")
         table = json.loads((root / "ensemble.json").read_text())["tables"]["scores"]
@@ -257,6 +258,21 @@ def test_a_table_of_another_plan_is_refused(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["fold", "Fold", "FOLD"])
+def test_a_column_of_folds_belongs_to_an_oof_table_in_any_case(
+    data: Path, tmp_path: Path, name: str
+) -> None:
+    path = write(own_table(data).rename({"fold": name}), tmp_path / "scores.csv")
+    with pytest.raises(UserError, match=f"declared label_free but has a column {name}; declare"):
+        read_train_tables([f"label_free:{path}"])
+    table = read_train_tables([f"oof:{path}"])["scores"]
+    assert list(table.spec.columns) == ["distance", "group"]
+    assert "fold" in table.rows.columns
+    write(own_table(data).with_columns(plan(data).alias("fOLD")), path)
+    with pytest.raises(UserError, match="has the columns fold and fOLD; remove"):
+        read_train_tables([f"oof:{path}"])
+
+
 BAD_TABLES = {
     "does not say how: write oof:": ("", lambda t: t),
     "exists only in the training table": ("oof:", lambda t: t.with_columns(target=0)),
@@ -277,7 +293,8 @@ BAD_TABLES = {
 def test_bad_tables_are_refused(data: Path, tmp_path: Path, message: str) -> None:
     kind, change = BAD_TABLES[message]
     path = tmp_path / "scores.parquet"
-    change(own_table(data)).write_parquet(path)
+    table = change(own_table(data))
+    (table.drop("fold") if kind == "label_free:" else table).write_parquet(path)
     with pytest.raises(UserError, match=message):
         fit_small(data, tmp_path / "out", features="sex,scores", tables=f"{kind}{path}")
     assert not (tmp_path / "out").exists()
@@ -319,7 +336,7 @@ BAD_TEST_TABLES = {
 def test_tables_to_score_must_be_like_those_of_the_fit(
     data: Path, tmp_path: Path, message: str
 ) -> None:
-    path = write(own_table(data), tmp_path / "scores.parquet")
+    path = write(own_table(data).drop("fold"), tmp_path / "scores.parquet")
     root = fit_small(data, tmp_path, features="scores", tables=f"label_free:{path}", num_rounds=2)
     with pytest.raises(UserError, match="give its values of these rows by --tables"):
         predict(root, data, tmp_path / "s.csv")
