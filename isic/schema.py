@@ -97,3 +97,8 @@ TRAIN_ORDER = (
     *TRAIN_ONLY_NUMERIC,
 )
 """The 55 columns of `train-metadata.csv` in file order; the test file lacks TRAIN_ONLY."""
+
+
+def is_train_only(name: str) -> bool:
+    """Return whether a column is one of TRAIN_ONLY, in whatever case it is written."""
+    return name.lower() in TRAIN_ONLY

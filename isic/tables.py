@@ -98,6 +98,16 @@ def read_table(path: Path) -> pl.DataFrame:
     return read_parquet(path) if is_parquet(path) else read_csv(path)
 
 
+def read_names(path: Path) -> list[str]:
+    """Return the names of a table's columns, without reading its rows. Raise UserError."""
+    if is_parquet(path):
+        _refuse_other_than_parquet(path)
+        with reading(path):
+            return list(pl.read_parquet_schema(path))
+    with reading(path), _open_csv(path) as file:
+        return _read_header(file, path)[1]
+
+
 def read_column(path: Path, name: str) -> pl.Series | None:
     """Read one column as `read_table` does, without holding the others in memory.
 

@@ -31,11 +31,12 @@ from infer.ensemble.settings import NUM_FOLDS, FitSettings
 from infer.ensemble.vain import refuse_vain_flags
 from isic import schema
 from isic.dataset import Dataset
-from isic.features.definitions import check_definitions
+from isic.features.definitions import check_definitions, refuse_untestable
 from isic.folds import Folds, draw_folds, is_other_plan, read_folds
 from isic.layout import FOLDS_FILE
 from isic.metadata import require
 from isic.runtime.errors import UserError, did_you_mean, warn
+from isic.tables import read_names
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,10 @@ def read_train(data: Path, spec: FeatureSpec) -> pl.DataFrame:
     """Read the training table, sorted by id so that the order of the file has no effect."""
     dataset = Dataset(data)
     metadata = dataset.metadata("train").sort(schema.ID)
-    check_definitions(spec.own.all_definitions, metadata)
+    definitions, test = spec.own.all_definitions, dataset.metadata_path("test")
+    check_definitions(definitions, metadata)
+    if definitions and test.is_file():
+        refuse_untestable(definitions, spec.own_names, read_names(test), str(test))
     require(metadata, spec.needed_columns, dataset.metadata_path("train"))
     return metadata
 

@@ -82,7 +82,7 @@ def expand(words: Iterable[str], also_known: Iterable[str] = ()) -> tuple[str, .
     """
     wanted: set[str] = set()
     for word in words:
-        if word in schema.TRAIN_ONLY:
+        if schema.is_train_only(word):
             raise UserError(
                 f"{word} exists only in the training table and cannot be a feature; leave it out"
             )

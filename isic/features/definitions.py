@@ -111,7 +111,7 @@ def _with_expression(definition: Definition, source: str) -> Definition:
             "correct it"
         ) from None
     for column in inputs:
-        if column in schema.TRAIN_ONLY:
+        if schema.is_train_only(column):
             raise UserError(
                 f"{source}: {definition} reads {column}, which exists only in the training table; "
                 "leave it out"
@@ -297,6 +297,25 @@ def check_definitions(definitions: Sequence[Definition], metadata: pl.DataFrame)
             )
         _check_rows(definition, rows, values)
         rows = _with_features(rows, definition)
+
+
+def refuse_untestable(
+    definitions: Sequence[Definition], names: Collection[str], columns: Collection[str], source: str
+) -> None:
+    """Raise a UserError if named features read a metadata column that a test table lacks.
+
+    Args:
+        columns: those of the test table.
+        source: its origin, for the message.
+    """
+    used = needed_definitions(definitions, names)
+    lacking = [name for name in _metadata_inputs(used) if name not in columns]
+    if lacking:
+        definition = next(each for each in used if lacking[0] in each.inputs)
+        raise UserError(
+            f"{definition} reads {lacking[0]}, which {source} lacks, so none of its rows could be "
+            "scored; leave it out"
+        )
 
 
 def _check_rows(definition: Definition, rows: pl.DataFrame, values: pl.Series) -> None:

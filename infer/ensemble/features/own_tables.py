@@ -212,7 +212,7 @@ def _refuse_columns(names: Sequence[str], path: Path) -> None:
     if not names:
         raise UserError(f"{path} has no column but {schema.ID} and {FOLD}; add values")
     for name in names:
-        if name.lower() in schema.TRAIN_ONLY:
+        if schema.is_train_only(name):
             raise UserError(
                 f"{path} has a column {name}, which exists only in the training table and cannot "
                 "be a feature; remove it"

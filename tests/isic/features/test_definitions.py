@@ -115,7 +115,7 @@ def test_a_definition_that_depends_on_other_rows_is_refused(table: pl.DataFrame,
 TRAIN_ONLY = "exists only in the training table"
 
 
-@pytest.mark.parametrize("column", schema.TRAIN_ONLY)
+@pytest.mark.parametrize("column", [*schema.TRAIN_ONLY, "Iddx_full", "TARGET"])
 @pytest.mark.parametrize(
     "text",
     [

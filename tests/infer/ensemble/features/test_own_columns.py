@@ -12,6 +12,7 @@ import pytest
 from infer.ensemble.features.own_tables import IMPLAUSIBLE_AUC, read_train_tables, separation
 from infer.ensemble.lesions import patient_codes
 from infer.ensemble.predict import predict_submission
+from infer.ensemble.rows import read_rows
 from infer.ensemble.settings import PredictSettings
 from isic import schema
 from isic.dataset import Dataset
@@ -22,6 +23,7 @@ from isic.runtime.files import sha256
 from tests.support.commands import Cli
 from tests.support.ensembles import (
     NUM_FOLDS,
+    fit_settings,
     fit_small,
     read_blend,
     shuffle_targets,
@@ -357,6 +359,28 @@ def test_a_definition_that_reads_the_target_is_refused(data: Path, tmp_path: Pat
         with pytest.raises(UserError, match=r"reads target|by its name"):
             fit_small(data, tmp_path / "out", features="sex,mine", define=str(path))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    "text", ["{x: diagnosis}", "{x: {expr: LENGTH(diagnosis)}, y: x + tbp_lv_H}", "{y: diagnosis}"]
+)
+def test_a_definition_of_a_column_that_the_test_table_lacks_is_refused(
+    data: Path, tmp_path: Path, text: str, ending: str
+) -> None:
+    """As far as features need it, and with a test table beside the training table."""
+    table = train_table(data).with_columns(diagnosis=pl.lit("nevus"))
+    root = write_train(tmp_path / "data", table)
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    chosen = {"features": "sex,mine", "define": str(path), "num_rounds": 2}
+    read_rows(fit_settings(root, tmp_path, **chosen))
+    write(Dataset(data).metadata("test"), root / f"test-metadata.{ending}")
+    with pytest.raises(UserError, match=rf"reads diagnosis, which .*metadata.{ending} lacks"):
+        fit_small(root, tmp_path / "out", **chosen)
+    assert not (tmp_path / "out").exists()
+    path.write_text(f"{text[:-1]}, w: tbp_lv_H, z: w * hue_contrast}}")
+    read_rows(fit_settings(root, tmp_path, **{**chosen, "features": "sex,z"}))
 
 
 def with_scores(data: Path, out_of_fold: bool, root: Path) -> Path:
