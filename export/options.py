@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from infer.formats import PRECISIONS, exported_formats
 from infer.trust import trust_field
 from isic.layout import REMOTE_DATASET, FoldFlag, find_run
-from isic.runtime.config import Settings, Several
+from isic.runtime.config import Name, Settings, Several
 from isic.runtime.urls import Wanted
 from isic.views import VIEWS, Tta
 from train.config import BOOLEANS
@@ -135,7 +135,7 @@ class ExportSettings(PlanOptions):
         description="height and width of the input of --model, in pixels; the model's own if not "
         "given",
     )
-    name: str | None = Field(
+    name: Name | None = Field(
         None, min_length=1, description="name of the run of --model; the model's if not given"
     )
     model_dir: Path | None = Field(

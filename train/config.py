@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from isic.layout import ALL, OUTPUT_DIR, REMOTE_DATASET, REMOTE_WEIGHTS, FoldFlag
 from isic.runtime.config import (
+    Name,
     Settings,
     Several,
     build,
@@ -44,7 +45,7 @@ class TrainSettings(Settings):
         "pretrained": REMOTE_WEIGHTS,
     }
 
-    name: str = Field(
+    name: Name = Field(
         "custom", min_length=1, description="name of the run; the config's file name if not given"
     )
     model: str = Field(description="timm name of the backbone")

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from infer.ensemble.boosting.libraries import DEVICE, LIBRARIES, parameters_of
 from isic.layout import OUTPUT_DIR, REMOTE_DATASET, REMOTE_TABLES
 from isic.runtime import yaml12
-from isic.runtime.config import Settings, Several, build, find_config, read_yaml, yaml_reason
+from isic.runtime.config import Name, Settings, Several, build, find_config, read_yaml, yaml_reason
 from isic.runtime.errors import did_you_mean
 from isic.runtime.urls import Wanted
 
@@ -103,7 +103,7 @@ class FitSettings(Settings):
         validation_alias=OUTPUT_NAMES,
         description="parent of the ensemble's folder",
     )
-    name: str = Field(
+    name: Name = Field(
         "",
         description="name of the ensemble's folder; by default the features and the networks",
     )
@@ -232,6 +232,13 @@ class FitSettings(Settings):
     def _from_file(cls, path: Path) -> dict[str, Any]:
         return read_yaml(path)
 
+    @field_validator("features", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        """Join the words of a list, as a config file may have one."""
+        is_list = isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
+        return ",".join(value) if is_list else value
+
     @field_validator("libraries")
     @classmethod
     def _are_known_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -302,7 +309,7 @@ class SelectSettings(FitSettings):
     output_dir: Path = Field(
         OUTPUT_DIR / "features", validation_alias=OUTPUT_NAMES, description="folder of the list"
     )
-    name: str = Field(
+    name: Name = Field(
         "", description="name of the list; by default the features and the rule (--by)"
     )
     output: Path | None = Field(
@@ -446,7 +453,7 @@ class BlendSettings(Settings):
         validation_alias=OUTPUT_NAMES,
         description="parent of the blend's folder",
     )
-    name: str = Field("blend", min_length=1, description="name of the blend's folder")
+    name: Name = Field("blend", min_length=1, description="name of the blend's folder")
     data: Path = Field(
         Path("data/isic-2024"),
         description="dataset folder or URL that the ensembles were fitted on",

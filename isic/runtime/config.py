@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -124,6 +125,16 @@ _ItemT = TypeVar("_ItemT")
 Several = Annotated[tuple[_ItemT, ...], BeforeValidator(_split)]
 """Values that a command line writes with commas between them."""
 
+
+def _refuse_path(value: str) -> str:
+    if value in (".", "..") or "/" in value:
+        raise ValueError("this names a single folder or file; leave out / and ..")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_refuse_path)]
+"""The name of a folder or file that a command makes in the output folder."""
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -211,6 +222,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     if values is None:
         return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values, dict):
         raise UserError(f'{path} must hold "key: value" lines, found a {type(values).__name__}')
+    for key in values:
+        if not isinstance(key, str):
+            raise UserError(f"{path} has the key {key!r}, which is no text; write it in quotes")
     return values

@@ -7,7 +7,7 @@ import polars as pl
 
 from infer.ensemble.features.own_columns import OwnColumns
 from infer.ensemble.features.own_tables import OOF
-from infer.ensemble.features.words import FeatureWords, Lists, parse_words
+from infer.ensemble.features.words import MINUS, FeatureWords, Lists, parse_words
 from infer.ensemble.images.features import FORMS, ImageState
 from isic import features, schema
 from isic.features.definitions import (
@@ -16,7 +16,7 @@ from isic.features.definitions import (
     needed_definitions,
     relative_to_others,
 )
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, did_you_mean
 
 MULTIMODAL = ("engineered", "image")
 """The words that `multimodal` stands for."""
@@ -56,6 +56,7 @@ class FeatureSpec:
         """
         own = own or OwnColumns()
         words = parse_words(text, lists)
+        _refuse_unknown_in_lists(words.lists, own)
         wanted = _expand(words.wanted, own)
         unwanted = _expand(words.unwanted, own)
         _refuse_vain(words, wanted, own)
@@ -188,6 +189,18 @@ def _expand(words: Iterable[str], own: OwnColumns) -> _Names:
         tuple(name for name in own.names if name in owned),
         frozenset(forms),
     )
+
+
+def _refuse_unknown_in_lists(lists: Lists, own: OwnColumns) -> None:
+    """Raise a UserError for an unknown word of a list, which may be of a file that is not given."""
+    known = {*features.SETS, *features.FEATURES, *IMAGE_WORDS, *own.sets, *own.names}
+    for name, entries in lists.items():
+        for word in (entry.removeprefix(MINUS) for entry in entries):
+            if word not in known and not schema.is_train_only(word):
+                raise UserError(
+                    f'unknown features "{word}" in {name}: give the file of your own columns too '
+                    f"(--define or --tables), or else {did_you_mean(word, known)}"
+                )
 
 
 def _refuse_vain(words: FeatureWords, wanted: _Names, own: OwnColumns) -> None:

@@ -44,12 +44,17 @@ def parse_words(text: str, lists: Lists | None = None) -> FeatureWords:
         lists: the words of lists that were read before; without it their files are read.
 
     Raises:
-        UserError: a list is missing or empty, or names another list.
+        UserError: a word is blank, or a list is missing or empty, or names another list.
     """
     wanted: list[str] = []
     unwanted: list[str] = []
     found: dict[str, list[str]] = {}
     for word in _split(text):
+        if not word:
+            raise UserError(
+                f'--features "{text}" has no word before or after a comma; add it, or remove the '
+                "comma"
+            )
         name = word.removeprefix(MINUS)
         words = [name]
         if name.startswith(LIST):

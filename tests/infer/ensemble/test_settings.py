@@ -2,9 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from infer.ensemble.settings import FitSettings
-from isic.runtime.config import CONFIG_DIR, build
+from export.options import ExportSettings
+from infer.ensemble.settings import BlendSettings, FitSettings, SelectSettings
+from isic.runtime.config import CONFIG_DIR, Settings, build
 from isic.runtime.errors import UserError
+from train.config import TrainSettings
 
 
 def test_the_flags_of_libraries_are_merged_into_the_mapping() -> None:
@@ -59,6 +61,33 @@ def test_the_rounds_of_a_flag_come_before_the_files_and_a_librarys_before_all(
     config.write_text(file)
     chosen = build(FitSettings, {"config": str(config), **flags})
     assert chosen.parameters("lightgbm")["num_rounds"] == num_rounds
+
+
+@pytest.mark.parametrize("features", ["[raw, sex]", "'raw,sex'"])
+def test_features_may_be_a_list_in_a_config(tmp_path: Path, features: str) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"features: {features}\n")
+    assert build(FitSettings, {"config": str(config)}).features == "raw,sex"
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "../a", "/tmp/a"])
+@pytest.mark.parametrize(
+    ("settings", "others"),
+    [
+        (FitSettings, {}),
+        (SelectSettings, {}),
+        (BlendSettings, {"ensembles": "a,b"}),
+        (TrainSettings, {"model": "test_vit"}),
+        (ExportSettings, {"model": "test_vit"}),
+    ],
+)
+def test_a_name_is_that_of_a_single_folder(
+    settings: type[Settings], others: dict[str, str], name: str
+) -> None:
+    with pytest.raises(UserError, match="--name: this names a single folder or file"):
+        build(settings, {**others, "name": name})
+    for good in ("a", "a.b", "raw+image_vit", "..a"):
+        build(settings, {**others, "name": good})
 
 
 @pytest.mark.parametrize("in_file", ["out", "output_dir"])

@@ -60,6 +60,14 @@ def test_a_config_overrides_its_base(folder: Path) -> None:
     assert describe_configs() == {"mine": "Mine."}
 
 
+@pytest.mark.parametrize("key", ["1", "true", "null", "1.5"])
+def test_a_key_that_is_no_text_is_named(folder: Path, key: str) -> None:
+    path = folder / "mine.yaml"
+    path.write_text(f"a: 1\n{key}: tbp_lv_A\n")
+    with pytest.raises(UserError, match=r"mine\.yaml has the key .*; write it in quotes"):
+        read_yaml(path)
+
+
 def test_an_unknown_base_names_the_nearest(folder: Path) -> None:
     (folder / "mine.yaml").write_text("base: larg\n")
     with pytest.raises(UserError, match=r'mine\.yaml: no base "larg", did you mean "large"'):

@@ -68,12 +68,23 @@ def test_a_list_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert names("@chosen") == ("sex",)
 
 
+@pytest.mark.parametrize("word", ["mine", "two", "-two", "norm_L_patient_z"])
+def test_a_list_with_own_columns_names_the_missing_flags(tmp_path: Path, word: str) -> None:
+    path = tmp_path / "chosen.txt"
+    path.write_text(f"raw\n{word}\n")
+    with pytest.raises(UserError, match=rf'"{word.lstrip("-")}" in @.*--define or --tables'):
+        FeatureSpec.parse(f"@{path}")
+
+
 BAD = (
     ("raw,-attributio", 'unknown features "attributio", did you mean "attribution"'),
     ("numeric,-attribution", '"-attribution" leaves nothing out of numeric,-attribution'),
     ("raw,-image", '"-image" leaves nothing out'),
     ("raw,-raw", "no features are left"),
     ("sex,-target", "target exists only in the training table"),
+    ("raw,,sex", '"raw,,sex" has no word before or after a comma'),
+    ("raw, ", '"raw, " has no word before or after a comma'),
+    ("", 'features "" has no word'),
     ("@missing.txt", "no list of features missing.txt"),
     ("sex", "requests nothing of mine; add it: --features sex,mine"),
 )
