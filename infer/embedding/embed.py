@@ -43,6 +43,7 @@ from isic.layout import (
     fold_dirs,
     fold_name,
 )
+from isic.provenance import read_seen, refuse_seen
 from isic.runtime.errors import UserError
 from isic.runtime.files import copy_file, holds, refuse_foreign, sha256, write_json
 from isic.runtime.interrupt import Interrupted, interruptible
@@ -122,7 +123,7 @@ def _note_missing_folds(model_dir: Path, models: Models) -> None:
 
 def wanted_splits(dataset: Dataset, settings: EmbedSettings) -> list[Split]:
     """Return the splits to embed."""
-    if settings.fold == ALL:
+    if settings.fold == ALL and settings.split == "all":
         return ["test"]
     return present_splits(dataset) if settings.split == "all" else [settings.split]
 
@@ -155,8 +156,10 @@ def embed_split(
     output = shown(settings.run_dir / split)
     spec, shards = _plan(source, models, folds_path, settings)
     refuse_dataset(root, "--output_dir")
-    if split == "train" and not models.is_backbone:
+    if split == "train" and models.holds_out:
         _refuse_other_folds(root, folds_path)
+    if split == "train" and settings.fold == ALL:
+        _refuse_own_rows(source.data, models)
     start_or_resume_split(directory, spec, settings.force)
     if split == "train":
         copy_provenance(models, folds_path, root)
@@ -209,9 +212,9 @@ def _plan(
     """Return the run spec and the shards."""
     # A function of its own so that the full-size tables are freed before the engines are loaded.
     split = source.split
-    has_plan = not models.is_backbone
-    folds = read_folds(folds_path) if split == "train" and has_plan else None
-    digest = _folds_digest(models, folds_path) if split != IMAGES and has_plan else None
+    has_plan = split != IMAGES and not models.is_backbone
+    folds = read_folds(folds_path) if split == "train" and models.holds_out else None
+    digest = _folds_digest(models, folds_path) if has_plan else None
     ids = source.read_ids()
     spec = build_run_spec(source, models, digest, ids, settings)
     root = settings.run_dir.resolve()
@@ -254,13 +257,25 @@ def _refuse_other_folds(root: Path, folds_path: Path) -> None:
     refuse_foreign([existing], is_own or is_same, "--output_dir")
 
 
+def _refuse_own_rows(data: Path, models: Models) -> None:
+    """Raise a UserError if the network of all rows has learned from rows of the training table."""
+    metadata = Dataset(data).metadata("train")
+    for artifact in models.artifacts.values():
+        refuse_seen(
+            metadata,
+            read_seen(artifact.parent / TRAINED_ON_FILE),
+            f"{artifact}",
+            "leave --split out to embed the test images",
+        )
+
+
 def copy_provenance(models: Models, folds_path: Path, root: Path) -> None:
     """Copy any fold plan, and the list of images that each model was trained on.
 
     Raises:
         UserError: a list is not the one in the model's manifest.
     """
-    copies = {} if models.is_backbone else {folds_path: root / FOLDS_FILE}
+    copies = {folds_path: root / FOLDS_FILE} if models.holds_out else {}
     for fold, artifact in models.artifacts.items():
         path = artifact.parent / TRAINED_ON_FILE
         if path.is_file():

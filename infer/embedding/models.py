@@ -54,6 +54,11 @@ class Models:
         return self.folds == [NONE]
 
     @property
+    def holds_out(self) -> bool:
+        """Whether the networks are of folds, which hold out rows of their training table."""
+        return not {ALL, NONE} & {*self.folds}
+
+    @property
     def weights(self) -> dict[str, Any]:
         """Source and digests of the weights that each network started from, by fold.
 

@@ -58,7 +58,8 @@ class EmbedSettings(Settings):
     fold: Literal["all"] | None = Field(
         None,
         description="all: embed the test images with fold_all, which was trained on every row, "
-        "into the folder <config>_all; with each numbered fold if not given",
+        "into the folder <config>_all, or with --split train the training images of another "
+        "dataset than its own; with each numbered fold if not given",
     )
     folds: Literal["oof", "all"] = Field(
         "oof",
@@ -126,10 +127,9 @@ class EmbedSettings(Settings):
     def _consistent(self) -> "EmbedSettings":
         if self.ray and self.num_processes > 1:
             raise ValueError("--ray sets the number of processes; leave out --num_processes")
-        if self.fold == ALL and (self.split == "train" or self.folds == "all"):
+        if self.fold == ALL and self.folds == "all":
             raise ValueError(
-                f"fold {ALL} was trained on every training image, so it embeds the test split "
-                "only; leave out --split and --folds"
+                f"--folds chooses among numbered folds; leave it out with --fold {ALL}"
             )
         others = self.model_fields_set & {"data", "split", "folds"}
         if self.images and others:

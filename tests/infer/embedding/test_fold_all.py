@@ -9,11 +9,14 @@ import pytest
 
 from infer.embedding.store import IMAGES, read_run, scan_embeddings
 from infer.engines import load, manifest_spec
+from infer.ensemble.predict import predict_submission
+from infer.ensemble.settings import PredictSettings
 from isic.dataset import Dataset
 from isic.layout import ALL, ALL_NUMBER
-from isic.runtime.files import read_manifest
+from isic.runtime.files import read_json, read_manifest
 from tests.support.commands import Cli
-from tests.support.datasets import jpeg
+from tests.support.datasets import jpeg, write_hdf5
+from tests.support.ensembles import fit_small
 
 
 @pytest.fixture
@@ -62,14 +65,63 @@ def test_a_second_run_does_nothing(flags: list[object], tmp_path: Path, cli: Cli
     assert (again.code, "up to date" in again.out) == (0, True)
 
 
-@pytest.mark.parametrize("more", [["--split", "train"], ["--folds", "all"]])
-def test_training_images_are_refused(
-    more: list[object], flags: list[object], tmp_path: Path, cli: Cli
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--split", "train"], "learned from 300 of the 300 held-out rows"),
+        (["--folds", "all"], "--folds chooses among numbered folds"),
+    ],
+)
+def test_its_own_training_images_are_refused(
+    more: list[object], message: str, flags: list[object], tmp_path: Path, cli: Cli
 ) -> None:
     ended = cli("infer", *flags, "--fold", ALL, *more)
     assert ended.code == 2
-    assert "was trained on every training image, so it embeds the test split only" in ended.err
+    assert message in ended.err
     assert ended.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def write_other_lesions(data: Path, root: Path, patient: str) -> Path:
+    """Write a dataset whose training rows have other ids and images than a given one's."""
+    root.mkdir()
+    for name in ("test-metadata.csv", "test-image.hdf5"):
+        shutil.copy(data / name, root)
+    rows = Dataset(data).metadata("train")
+    other = rows.with_columns(
+        isic_id="OTHER" + pl.col("isic_id"), patient_id=patient + pl.col("patient_id")
+    )
+    other.write_csv(root / "train-metadata.csv")
+    write_hdf5(root / "train-image.hdf5", dict.fromkeys(other["isic_id"], jpeg()))
+    return root
+
+
+def test_training_images_of_another_dataset_are_embedded_as_by_a_frozen_network(
+    flags: list[object], synth_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags[flags.index("--data") + 1] = write_other_lesions(synth_dataset, tmp_path / "a", "other")
+    ended = cli("infer", *flags, "--fold", ALL, "--split", "train")
+    assert ended.code == 0, ended.err
+    run = tmp_path / "out" / "tiny_all"
+    assert sorted(path.name for path in run.iterdir()) == ["train"]
+    assert len(scan_embeddings(run, "train").collect()) == 300
+    chosen = {"features": "sex,frozen_score", "frozen": run, "num_rounds": 2}
+    fitted = fit_small(tmp_path / "a", tmp_path / "ensemble", **chosen)
+    assert read_json(fitted / "ensemble.json")["frozen"]["tiny"]["fold"] == ALL
+    ended = cli("infer", *flags, "--fold", ALL)
+    assert ended.code == 0, ended.err
+    where = {"data": tmp_path / "a", "output": tmp_path / "s.csv"}
+    predict_submission(PredictSettings(ensemble=fitted, frozen=run, **where))
+    assert pl.read_csv(tmp_path / "s.csv")["target"].n_unique() > 1
+
+
+def test_training_images_of_its_own_patients_are_refused(
+    flags: list[object], synth_dataset: Path, tmp_path: Path, cli: Cli
+) -> None:
+    flags[flags.index("--data") + 1] = write_other_lesions(synth_dataset, tmp_path / "a", "")
+    ended = cli("infer", *flags, "--fold", ALL, "--split", "train")
+    assert ended.code == 2
+    assert "or from their patients" in ended.err
     assert not (tmp_path / "out").exists()
 
 
