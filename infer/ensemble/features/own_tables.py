@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from isic import schema
 from isic.features import finite
 from isic.folds import Folds
-from isic.metadata import check_ids, clean_text
+from isic.metadata import MISSING, check_ids, clean_text
 from isic.metrics import roc_auc
 from isic.runtime.errors import UserError, first_line, warn
 from isic.tables import read_table
@@ -240,16 +240,27 @@ def _kind_of(column: pl.Series, path: Path) -> str:
             f"{path}: column {column.name} holds {column.dtype}; save it as numbers or text"
         )
     text = clean_text(column, path)
-    if text.is_null().all():
-        warn(
-            f"{path}: column {column.name} has no values; a text without a letter or digit counts "
-            "as blank, so write words"
-        )
     is_number = text.cast(pl.Float64, strict=False).is_not_null()
-    if (is_number | text.is_null()).all():
+    if is_number.any() and (is_number | text.is_null()).all():
+        return NUMBER
+    _warn_of_blanks(column, text, path)
+    if text.is_null().all():
+        warn(f"{path}: column {column.name} has no values")
         return NUMBER
     _warn_of_numbers(text, is_number, path)
     return CATEGORY
+
+
+def _warn_of_blanks(column: pl.Series, text: pl.Series, path: Path) -> None:
+    """Warn of texts that may be answers but count as blank: they are null in `text`, [N]."""
+    blank = column.cast(pl.String).str.strip_chars().filter(text.is_null()).unique().drop_nulls()
+    usual = blank.str.to_lowercase().is_in([*MISSING, ""]) & (blank.str.to_lowercase() != "none")
+    answers = blank.filter(~usual).sort().to_list()
+    if answers:
+        warn(
+            f'{path}: column {column.name} has "{answers[0]}", which counts as blank; if it is an '
+            "answer, write it as another word"
+        )
 
 
 def _warn_of_numbers(text: pl.Series, is_number: pl.Series, path: Path) -> None:

@@ -215,11 +215,17 @@ def test_a_text_that_means_no_value_is_a_blank(data: Path, tmp_path: Path, missi
     [
         ([f"{row},5" for row in range(99)] + ["NA"], 'are different.* such as "0,5"'),
         (["0.25", "0.5", "0.75"] * 33 + ["failed"], 'are numbers.* such as "failed"'),
-        (["+", "-"] * 50, "has no values; a text without a letter or digit"),
+        (["NA"] * 50, "has no values"),
+        (["+", "-", "unclear"] * 50, r'has "\+", which counts as blank'),
+        (["yes", "none", "NA"] * 50, 'has "none", which counts as blank'),
+        (["yes", "no", "NA", "nan"] * 25, None),
         (["1", "2", "3a", "3b"] * 25, None),
         ([f"place {row}" for row in range(20)], None),
     ],
-    ids=["decimal commas", "another word", "signs", "codes", "few rows"],
+    ids=[
+        *("decimal commas", "another word", "blanks", "signs", "none", "usual blanks"),
+        *("codes", "few rows"),
+    ],
 )
 def test_texts_that_are_hardly_categories_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], values: list[str], warning: str | None
