@@ -12,7 +12,7 @@ import polars as pl
 
 from infer.embedding.store import refuse_other_origin
 from infer.ensemble.artifact import Ensemble
-from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, needed_part
 from infer.ensemble.blends.ranks import Scores, blend, blend_ranks
 from infer.ensemble.boosting.libraries import (
     LIBRARIES,
@@ -182,6 +182,8 @@ class ScoredRows:
     """[N] the fold that held the row out, None for the test split."""
     members: Mapping[str, Member]
     """By name; the ensemble itself if it is no blend."""
+    own: pl.DataFrame | None = None
+    """[N] the own columns as `set.column`; None for the train split."""
 
     def folds_of(self, row: int) -> list[int] | None:
         """Return the folds whose models score a row; None for all of them."""
@@ -225,13 +227,16 @@ def score_test(
     num_threads: int,
 ) -> ScoredRows:
     """Score the rows of a test table. Raise UserError as `score_table` does."""
+    scorer = needed_part(scorer)
     found = score_table(scorer, metadata, sources, own_tables, num_threads)
     images = {
         name: read_images(member, part, metadata)[0]
         for name, (member, part) in _members(scorer, sources, "test").items()
     }
     members = _with_given(scorer, metadata, images, own_tables, num_threads)
-    return ScoredRows(scorer, "test", metadata, found.score, found.probability, None, members)
+    return ScoredRows(
+        scorer, "test", metadata, found.score, found.probability, None, members, found.own
+    )
 
 
 def read_out_of_fold(

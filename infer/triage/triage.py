@@ -188,7 +188,7 @@ def _has_reasons(rows: ScoredRows) -> bool:
 def _drift(rows: ScoredRows, dataset: Dataset) -> pl.DataFrame:
     path = dataset.metadata_path("test")
     table = TestTable(dataset, path, rows.metadata, rows.metadata.select(schema.ID))
-    return drift_of(rows.scorer, table, rows.score)
+    return drift_of(rows.scorer, table, rows.score, rows.own)
 
 
 @contextmanager

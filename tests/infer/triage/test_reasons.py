@@ -20,6 +20,7 @@ from infer.triage.causes import CAUSES, UNUSUAL, WORDS, Cause
 from infer.triage.patients import choose_patients
 from infer.triage.reasons import PatientRows, find_reasons, odds
 from infer.triage.rows import ScoredRows, read_out_of_fold, score_test
+from infer.triage.triage import _drift as triage_drift
 from isic import schema
 from isic.dataset import Dataset
 from isic.features import Encoding
@@ -239,6 +240,28 @@ def _blend(data: Path, folder: Path, embeddings: Path) -> Path:
         for features in ("raw", "engineered,image")
     ]
     return write_blend(BlendSettings(ensembles=parts, output_dir=folder, data=data))
+
+
+def test_a_member_without_a_weight_needs_no_embeddings(data: Path, tmp_path: Path) -> None:
+    misled = write_embeddings(tmp_path / "embeddings" / "misled", data, strength=-2.0)
+    parts = [
+        fit_small(data, tmp_path, features="raw"),
+        fit_small(data, tmp_path, features="image", embeddings=misled, name="misled"),
+    ]
+    settings = BlendSettings(ensembles=parts, output_dir=tmp_path, data=data, weights="search")
+    rows = read_rows(data, write_blend(settings))
+    assert list(rows.members) == ["raw"]
+    assert reasons_of(rows, most=1)
+
+
+def test_own_columns_are_compared_with_training(
+    data: Path, embeddings: Path, tmp_path: Path
+) -> None:
+    root = kinds(data, embeddings, tmp_path)["own"]()
+    path = tmp_path / "test" / "more.csv"
+    pl.read_csv(path).with_columns(pl.col("extra") * 100).write_csv(path)
+    rows = read_rows(data, root, tables=[str(path)])
+    assert "more.extra" in triage_drift(rows, Dataset(data))["column"]
 
 
 @pytest.mark.parametrize("split", ["test", "train"])
