@@ -126,7 +126,7 @@ def _write_dataset(out: Path, spec: Spec, say: Callable[[str], None]) -> bool:
     _remove_leftovers(out)
     write_json(out / MANIFEST, {"unfinished": True, **_described(spec)})
     say(f"sampling {spec.images:,} training and {spec.test_images:,} test rows")
-    train, test = _draw_tables(spec)
+    train, test = draw_tables(spec)
     _write_tables(out, train.table, test.table)
     _write_crops(out, train, test, spec, say)
     manifest = {
@@ -177,7 +177,7 @@ def _remove_leftovers(out: Path) -> None:
             leftover.unlink()
 
 
-def _draw_tables(spec: Spec) -> tuple[SyntheticRows, SyntheticRows]:
+def draw_tables(spec: Spec) -> tuple[SyntheticRows, SyntheticRows]:
     """Sample the two splits, which share no id and no patient."""
     rng = np.random.default_rng((spec.seed, 0))
     num_train = num_patients(spec.images)
