@@ -6,14 +6,14 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from isic.layout import ALL, OUTPUT_DIR, REMOTE_DATASET, REMOTE_WEIGHTS, FoldFlag
+from isic.layout import ALL, CONFIG_FILE, OUTPUT_DIR, REMOTE_DATASET, REMOTE_WEIGHTS, FoldFlag
 from isic.runtime.config import (
-    Name,
     Settings,
     Several,
     build,
     describe_configs,
     find_config,
+    is_path,
     read_config,
     read_yaml,
 )
@@ -45,7 +45,7 @@ class TrainSettings(Settings):
         "pretrained": REMOTE_WEIGHTS,
     }
 
-    name: Name = Field(
+    name: str = Field(
         "custom", min_length=1, description="name of the run; the config's file name if not given"
     )
     model: str = Field(description="timm name of the backbone")
@@ -411,6 +411,8 @@ def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> Train
     """
     # Flags win over the file, and the file over the defaults.
     values = dict(flags)
+    if is_path(str(values.get("name", ""))):  # earlier runs may have such names
+        raise UserError("--name names a single folder; leave out / and ..")
     named = [values.pop(key) for key in ("config", "model_config") if key in values]
     if len(named) > 1:
         raise UserError("--config and --model_config are two names for one thing; give one")
@@ -418,8 +420,9 @@ def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> Train
         return build(model, values)
     path = find_config(named[0])
     from_file = build_checked(model, path)
-    # A run saves the default too, and a fold plan of the dataset must fit only a seed that was set.
-    if from_file.get("split_seed") == model.model_fields["split_seed"].default:
+    # A run saves the default seed too; only a seed that somebody set must match the dataset's plan.
+    is_default = from_file.get("split_seed") == model.model_fields["split_seed"].default
+    if path.name == CONFIG_FILE and is_default:
         del from_file["split_seed"]
     if {"precision", *SHORTHANDS} & values.keys():
         from_file = without_precision(from_file)

@@ -61,7 +61,7 @@ class MadeFrom(Fields):
 
 
 class InitialWeights(Fields):
-    """The initial weights in a fold's manifest; the first is a digest of a file."""
+    """The initial weights in a fold's manifest: their source, and SHA-256 of file and tensors."""
 
     source: str = ""
     sha256: str | None = None
@@ -155,8 +155,8 @@ def refuse_difference(path: Path, saved: Mapping[str, Any], settings: TrainSetti
 def as_flag(key: str, value: Any) -> str:
     """Return the flag that gives a setting its saved value, as far as a flag can."""
     match value:
-        case None:
-            return f"no --{key}"
+        case None | []:
+            return f"(without --{key})"
         case dict():  # the content of a file
             return f"the earlier --{key}"
         case bool():

@@ -126,8 +126,13 @@ Several = Annotated[tuple[_ItemT, ...], BeforeValidator(_split)]
 """Values that a command line writes with commas between them."""
 
 
+def is_path(name: str) -> bool:
+    """Return whether a name would lead into another folder than the one it is to be in."""
+    return name in (".", "..") or "/" in name
+
+
 def _refuse_path(value: str) -> str:
-    if value in (".", "..") or "/" in value:
+    if is_path(value):
         raise ValueError("this names a single folder or file; leave out / and ..")
     return value
 

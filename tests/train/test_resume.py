@@ -48,7 +48,8 @@ def test_finished_folds_are_skipped_and_other_settings_refused(
         ({}, {"pretrained": True, "use_sample": True}, "--pretrained false --use_sample false"),
         ({"extra_data": "a,b c"}, {}, "--extra_data 'a,b c'"),
         ({"aux": "mel: iddx_full ~ Mel"}, {}, "--aux 'mel: iddx_full ~ Mel'"),
-        ({}, {"validate_every": 3}, "no --validate_every"),
+        ({}, {"validate_every": 3}, "(without --validate_every)"),
+        ({}, {"extra_data": "x"}, "(without --extra_data)"),
         ({"augmentation": {"transform": {}}}, {}, "the earlier --augmentation"),
     ],
 )

@@ -6,7 +6,7 @@ from export.options import ExportSettings
 from infer.ensemble.settings import BlendSettings, FitSettings, SelectSettings
 from isic.runtime.config import CONFIG_DIR, Settings, build
 from isic.runtime.errors import UserError
-from train.config import TrainSettings
+from train.config import TrainSettings, load_settings
 
 
 def test_the_flags_of_libraries_are_merged_into_the_mapping() -> None:
@@ -77,7 +77,6 @@ def test_features_may_be_a_list_in_a_config(tmp_path: Path, features: str) -> No
         (FitSettings, {}),
         (SelectSettings, {}),
         (BlendSettings, {"ensembles": "a,b"}),
-        (TrainSettings, {"model": "test_vit"}),
         (ExportSettings, {"model": "test_vit"}),
     ],
 )
@@ -86,6 +85,8 @@ def test_a_name_is_that_of_a_single_folder(
 ) -> None:
     with pytest.raises(UserError, match="--name: this names a single folder or file"):
         build(settings, {**others, "name": name})
+    with pytest.raises(UserError, match="--name names a single folder"):
+        load_settings(TrainSettings, {"model": "test_vit", "name": name})
     for good in ("a", "a.b", "raw+image_vit", "..a"):
         build(settings, {**others, "name": good})
 
