@@ -43,7 +43,7 @@ from isic.layout import (
     fold_dirs,
     fold_name,
 )
-from isic.provenance import read_seen, refuse_seen
+from isic.provenance import read_seen, rows_seen
 from isic.runtime.errors import UserError
 from isic.runtime.files import copy_file, holds, refuse_foreign, sha256, write_json
 from isic.runtime.interrupt import Interrupted, interruptible
@@ -261,12 +261,12 @@ def _refuse_own_rows(data: Path, models: Models) -> None:
     """Raise a UserError if the network of all rows has learned from rows of the training table."""
     metadata = Dataset(data).metadata("train")
     for artifact in models.artifacts.values():
-        refuse_seen(
-            metadata,
-            read_seen(artifact.parent / TRAINED_ON_FILE),
-            f"{artifact}",
-            "leave --split out to embed the test images",
-        )
+        known = rows_seen(metadata, read_seen(artifact.parent / TRAINED_ON_FILE))
+        if len(known):
+            raise UserError(
+                f"{artifact} has learned from {len(known):,} of the {len(metadata):,} training "
+                f"rows in {data} or from their patients; leave --split out to embed the test images"
+            )
 
 
 def copy_provenance(models: Models, folds_path: Path, root: Path) -> None:

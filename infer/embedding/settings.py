@@ -57,9 +57,9 @@ class EmbedSettings(Settings):
     )
     fold: Literal["all"] | None = Field(
         None,
-        description="all: embed the test images with fold_all, which was trained on every row, "
-        "into the folder <config>_all, or with --split train the training images of another "
-        "dataset than its own; with each numbered fold if not given",
+        description="all: use fold_all, which was trained on every row, and write <config>_all: "
+        "the test images, or with --split train those of another dataset; if not given, "
+        "each numbered fold",
     )
     folds: Literal["oof", "all"] = Field(
         "oof",

@@ -31,7 +31,7 @@ from infer.ensemble.settings import NUM_FOLDS, FitSettings
 from infer.ensemble.vain import refuse_vain_flags
 from isic import schema
 from isic.dataset import Dataset
-from isic.features.definitions import check_definitions, refuse_untestable
+from isic.features.definitions import check_definitions, warn_of_untestable
 from isic.folds import Folds, draw_folds, is_other_plan, read_folds
 from isic.layout import FOLDS_FILE
 from isic.metadata import require
@@ -126,15 +126,16 @@ def _check_plan_only(settings: FitSettings, spec: FeatureSpec) -> None:
     """Print that embeddings are read for their fold plan only, if they are.
 
     Raises:
-        UserError: there is no plan beside them.
+        UserError: a flag of the command line gave them, and there is no plan beside them.
     """
     if not settings.embeddings or {*EMBEDDED_FORMS} & {*spec.forms}:
         return
     root = settings.embeddings[0]
     unused = f"--features {settings.features} reads no images of --embeddings"
-    if not os.path.lexists(root / FOLDS_FILE):
+    if os.path.lexists(root / FOLDS_FILE):
+        print(f"note: {unused}, only the fold plan in {root}")
+    elif "embeddings" in settings.given:  # a config file may serve several runs
         raise UserError(f"{unused}, and {root} has no fold plan ({FOLDS_FILE}); leave it out")
-    print(f"note: {unused}, only the fold plan in {root}")
 
 
 def _refuse_contrary_settings(rows: FitRows) -> None:
@@ -192,7 +193,7 @@ def read_train(data: Path, spec: FeatureSpec) -> pl.DataFrame:
     definitions, test = spec.own.all_definitions, dataset.metadata_path("test")
     check_definitions(definitions, metadata)
     if definitions and test.is_file():
-        refuse_untestable(definitions, spec.own_names, read_names(test), str(test))
+        warn_of_untestable(definitions, spec.own_names, read_names(test), str(test))
     require(metadata, spec.needed_columns, dataset.metadata_path("train"))
     return metadata
 

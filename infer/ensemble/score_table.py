@@ -157,7 +157,7 @@ def _few_lesions(scorer: Scorer, metadata: pl.DataFrame, few: Few) -> NDArray[np
     if few == "raw" and not (isinstance(scorer, Blend) and scorer.single_lesion_members):
         raise UserError(
             f"--few raw needs a blend with an ensemble of features that do not compare a patient's "
-            f"lesions, such as --features raw; {scorer.root} has none"
+            f"lesions, such as --features raw; {scorer.root} has none with a weight"
         )
     if not scorer.is_relative:
         return none

@@ -80,19 +80,24 @@ def candidates_of(scorer: Scorer, folder: str) -> list[Candidate]:
 def _parts(blend: Blend, folder: str, every: tuple[str, ...]) -> list[Candidate]:
     """Return the parts of a blend that need fewer networks than all, the larger ones first.
 
-    They are those that arise when the network that helps most is done next, one after the other,
-    with each other network in its place, and those that lack one network. Of all 2^n sets of n
-    networks, the pAUC would take minutes.
+    Networks are added one by one, the most helpful first. The parts are those for each network that
+    is tried at each step, and those that lack one network: all 2^n sets would take minutes.
     """
-    needs = {name: networks_of(member) for name, member in blend.members.items()}
+    needs = {
+        name: networks_of(member) for name, member in blend.members.items() if not member.own_tables
+    }
     found: dict[tuple[str, ...], Candidate] = {}
 
     def add(networks: set[str]) -> None:
         members = tuple(name for name, needed in needs.items() if needed <= networks)
+        if not members:
+            return
+        part = needed_part(with_members(blend, members))
+        assert isinstance(part, Blend)
         # Fewer networks with the same members are the same candidate.
-        used = tuple(sorted(set().union(*(needs[name] for name in members))))
-        if members and used != every and used not in found:
-            found[used] = _candidate(with_members(blend, members), folder, members, used)
+        used = tuple(sorted(networks_of(part)))
+        if used != every and used not in found:
+            found[used] = _candidate(part, folder, tuple(part.members), used)
 
     def best_pauc(networks: set[str]) -> float:
         add(networks)

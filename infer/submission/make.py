@@ -136,7 +136,8 @@ def _find_fallback(scorer: Scorer) -> Scorer:
 
 
 def _tables(scorer: Scorer) -> list[str]:
-    return sorted({name for ensemble in ensembles_of(scorer) for name in ensemble.own_tables})
+    needed = ensembles_of(needed_part(scorer))
+    return sorted({name for ensemble in needed for name in ensemble.own_tables})
 
 
 def _refuse_unusable(scorer: Scorer, networks: set[str], rows: str) -> None:

@@ -71,7 +71,7 @@ def needs_of(scorer: Scorer, rows: str) -> list[Need]:
 def _need(name: str, flag: str, origin: Mapping[str, Any], rows: str) -> Need:
     if flag == "frozen":
         made_with = origin["made_with"]
-        fold: Fold = NONE if origin["fold"] == NONE else int(origin["fold"])
+        fold: Fold = origin["fold"] if origin["fold"] in (ALL, NONE) else int(origin["fold"])
         return Need(name, flag, made_with["tta"], {fold: made_with["checkpoints"]})
     if rows == ALL:
         return Need(name, flag, origin["tta"], {ALL: None})

@@ -31,7 +31,7 @@ from infer.ensemble.predict import (
 )
 from infer.ensemble.score_table import TableScores, score_table
 from infer.ensemble.settings import EmbeddingSources
-from infer.submission.candidates import Candidate, best
+from infer.submission.candidates import Candidate, best, networks_of
 from infer.submission.contents import Bundle, PackedNetwork, open_bundle
 from infer.submission.deadline import end_process, ended_at
 from infer.submission.devices import Engine, choose_engine
@@ -369,10 +369,10 @@ class Run:
     def _score(self, candidate: Candidate) -> tuple[Scorer, TableScores]:
         self.step = f"the scoring by {candidate}"
         found: dict[str, list[Path]] = {"embeddings": [], "frozen": []}
-        for name in candidate.networks:
+        scorer = self.bundle.open(candidate)
+        for name in sorted(networks_of(scorer)):
             found[self.bundle.networks[name].flag].append(self.embedded[name])
         sources = EmbeddingSources(tuple(found["embeddings"]), tuple(found["frozen"]))
-        scorer = self.bundle.open(candidate)
         scorer = choose_rows(scorer, self._rows(scorer), sources)
         return scorer, score_table(
             scorer,

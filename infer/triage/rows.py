@@ -12,7 +12,7 @@ import polars as pl
 
 from infer.embedding.store import refuse_other_origin
 from infer.ensemble.artifact import Ensemble
-from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, needed_part
+from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of
 from infer.ensemble.blends.ranks import Scores, blend, blend_ranks
 from infer.ensemble.boosting.libraries import (
     LIBRARIES,
@@ -227,7 +227,6 @@ def score_test(
     num_threads: int,
 ) -> ScoredRows:
     """Score the rows of a test table. Raise UserError as `score_table` does."""
-    scorer = needed_part(scorer)
     found = score_table(scorer, metadata, sources, own_tables, num_threads)
     images = {
         name: read_images(member, part, metadata)[0]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from infer.embedding.image_embedder import ImageEmbedder
 from infer.embedding.store import scan_embeddings
 from infer.ensemble.artifact import ENSEMBLE_FILE
-from infer.ensemble.blends.artifact import Scorer, open_scorer
+from infer.ensemble.blends.artifact import Scorer, needed_part, open_scorer
 from infer.ensemble.boosting.libraries import NoContributions
 from infer.ensemble.drift import drift_warning
 from infer.ensemble.features.own_tables import read_test_tables
@@ -64,6 +64,8 @@ def triage(settings: TriageSettings) -> None:
     refuse_other_name(settings.output)
     dataset = Dataset(settings.data)
     scorer = open_scorer(settings.ensemble)
+    if settings.split == "test":  # an out-of-fold score may weigh every member
+        scorer = needed_part(scorer)
     network = open_network(scorer, settings.maps, settings.trust) if settings.maps else None
     rows = _read_rows(settings, dataset, scorer)
     patients = choose_patients(rows, settings.patient, settings.max_patients)

@@ -24,7 +24,7 @@ from isic import schema
 from isic.features import FEATURES, compute, finite, in_canonical_order, needed_columns
 from isic.features.relative import FORMS, WITHIN
 from isic.metadata import require
-from isic.runtime.errors import UserError, did_you_mean, first_line
+from isic.runtime.errors import UserError, did_you_mean, first_line, warn
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 KEYS = ("expr", "relative")
@@ -299,10 +299,10 @@ def check_definitions(definitions: Sequence[Definition], metadata: pl.DataFrame)
         rows = _with_features(rows, definition)
 
 
-def refuse_untestable(
+def warn_of_untestable(
     definitions: Sequence[Definition], names: Collection[str], columns: Collection[str], source: str
 ) -> None:
-    """Raise a UserError if named features read a metadata column that a test table lacks.
+    """Warn if named features read a metadata column that a test table lacks.
 
     Args:
         columns: those of the test table.
@@ -312,9 +312,9 @@ def refuse_untestable(
     lacking = [name for name in _metadata_inputs(used) if name not in columns]
     if lacking:
         definition = next(each for each in used if lacking[0] in each.inputs)
-        raise UserError(
-            f"{definition} reads {lacking[0]}, which {source} lacks, so none of its rows could be "
-            "scored; leave it out"
+        warn(
+            f"{definition} reads {lacking[0]}, which {source} lacks, so none of its rows can be "
+            "scored; leave it out to score them"
         )
 
 

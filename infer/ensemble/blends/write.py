@@ -40,7 +40,7 @@ from infer.ensemble.scoring.chosen import CHOSEN_KEY, choice_notes, choices_of_b
 from infer.ensemble.scoring.compare import patients_of, same_rows
 from infer.ensemble.scoring.scores import format_scores, summarise
 from infer.ensemble.scoring.triage import TRIAGE, summarise_triage
-from infer.ensemble.settings import BlendSettings
+from infer.ensemble.settings import SOURCES, BlendSettings
 from isic import schema
 from isic.dataset import refuse_dataset
 from isic.layout import FOLDS_FILE, OOF_FILE
@@ -309,11 +309,23 @@ def search_weights(
 
 
 def _notes_on_weights(members: Mapping[str, Ensemble], weights: Weights) -> list[str]:
-    """Return a line on networks that are not needed, as their members have no weight."""
-    idle = [name for name, member in members.items() if not weights[name] and member.uses_images]
-    if not idle:
-        return []
-    return [f"note: no weight for {', '.join(idle)}, so scoring needs no embeddings for it"]
+    """Return a line on networks that only members without a weight use."""
+    used, idle = (
+        {
+            network
+            for name, member in members.items()
+            for flag in SOURCES
+            for network in member.manifest[flag]
+            if bool(weights[name]) == has_weight
+        }
+        for has_weight in (True, False)
+    )
+    left = ", ".join(sorted(idle - used))
+    return (
+        [f"note: only members without a weight use {left}; give no embeddings of it"]
+        if left
+        else []
+    )
 
 
 def _notes_on_members(members: Mapping[str, Ensemble], plans: Plans) -> list[str]:

@@ -214,9 +214,7 @@ def _refuse_other_flags(scorer: Scorer, rows: Rows, sources: EmbeddingSources) -
         networks = {name for each in ensembles_of(scorer) for name in each.manifest[flag]}
         given = getattr(sources, flag)
         if given and not networks:
-            raise UserError(
-                f"{scorer.root} was fitted without networks of --{flag}; leave --{flag} out"
-            )
+            raise UserError(f"{scorer.root} needs no --{flag} to score; leave --{flag} out")
         if networks and not given:
             # A frozen network is the same for all rows.
             fold: Fold | None = ALL if rows == "all" and flag == "embeddings" else None

@@ -166,10 +166,7 @@ def check_test_tables(
 
 
 def _unknown_table(name: str, specs: Iterable[str]) -> str:
-    return (
-        f"the ensemble was fitted without a table {name}; its tables are: "
-        f"{', '.join(specs) or 'none'}"
-    )
+    return f"no table {name} is needed to score; the tables that are: {', '.join(specs) or 'none'}"
 
 
 def _read(path: Path, kind: str, expected: TableSpec | None) -> OwnTable:
@@ -254,7 +251,7 @@ def _kind_of(column: pl.Series, path: Path) -> str:
 def _warn_of_blanks(column: pl.Series, text: pl.Series, path: Path) -> None:
     """Warn of texts that may be answers but count as blank: they are null in `text`, [N]."""
     blank = column.cast(pl.String).str.strip_chars().filter(text.is_null()).unique().drop_nulls()
-    usual = blank.str.to_lowercase().is_in([*MISSING, ""]) & (blank.str.to_lowercase() != "none")
+    usual = blank.str.to_lowercase().is_in(["", *{*MISSING} - {"none"}])
     answers = blank.filter(~usual).sort().to_list()
     if answers:
         warn(

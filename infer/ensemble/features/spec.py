@@ -198,8 +198,8 @@ def _refuse_unknown_in_lists(lists: Lists, own: OwnColumns) -> None:
         for word in (entry.removeprefix(MINUS) for entry in entries):
             if word not in known and not schema.is_train_only(word):
                 raise UserError(
-                    f'unknown features "{word}" in {name}: give the file of your own columns too '
-                    f"(--define or --tables), or else {did_you_mean(word, known)}"
+                    f'unknown features "{word}" in {name}; if it is an own column, give its file '
+                    f"too (--define or --tables); {did_you_mean(word, known)}"
                 )
 
 

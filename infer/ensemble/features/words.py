@@ -49,6 +49,8 @@ def parse_words(text: str, lists: Lists | None = None) -> FeatureWords:
     wanted: list[str] = []
     unwanted: list[str] = []
     found: dict[str, list[str]] = {}
+    if not text.strip():
+        raise UserError("--features names no features; give at least one word")
     for word in _split(text):
         if not word:
             raise UserError(

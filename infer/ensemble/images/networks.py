@@ -60,7 +60,7 @@ def match_networks(
         problems.append(f"also has {listed(extra)}")
     if problems:
         raise UserError(
-            f"the ensemble was fitted with {listed(fitted)}; --{flag} {' and '.join(problems)}: "
+            f"the ensemble needs {listed(fitted)}; --{flag} {' and '.join(problems)}: "
             "give the embeddings of all of its networks and no others"
         )
     return found

@@ -98,7 +98,8 @@ def compare_sides(
         return Comparison(fits, patients, "seeds", trained_once=images or len(fits) < 2)
     fits = np.array([[pauc(target, score) for score in side] for side in sides]).T
     shared = _share_networks(first) or _share_networks(second)
-    return Comparison(fits, patients, "boosters" if shared else "runs", trained_once=shared)
+    unit = "runs" if images and not shared else "boosters"
+    return Comparison(fits, patients, unit, trained_once=shared)
 
 
 def _refuse_equal_scores(ensembles: Sequence[Scorer], scores: Sequence[Scores]) -> None:
@@ -109,7 +110,7 @@ def _refuse_equal_scores(ensembles: Sequence[Scorer], scores: Sequence[Scores]) 
         if np.array_equal(score, other):
             raise UserError(
                 f"{first.root} and {second.root} have equal scores, so they are one training run; "
-                "train with another --seed, or without images fit with another --seed"
+                "give ensembles of other training runs, or without images of other fits (--seed)"
             )
 
 

@@ -9,8 +9,10 @@ import pytest
 
 from infer.embedding.store import IMAGES, read_run, scan_embeddings
 from infer.engines import load, manifest_spec
+from infer.ensemble.blends.artifact import open_scorer
 from infer.ensemble.predict import predict_submission
 from infer.ensemble.settings import PredictSettings
+from infer.submission.networks import needs_of
 from isic.dataset import Dataset
 from isic.layout import ALL, ALL_NUMBER
 from isic.runtime.files import read_json, read_manifest
@@ -68,7 +70,7 @@ def test_a_second_run_does_nothing(flags: list[object], tmp_path: Path, cli: Cli
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--split", "train"], "learned from 300 of the 300 held-out rows"),
+        (["--split", "train"], "learned from 300 of the 300 training rows"),
         (["--folds", "all"], "--folds chooses among numbered folds"),
     ],
 )
@@ -108,6 +110,7 @@ def test_training_images_of_another_dataset_are_embedded_as_by_a_frozen_network(
     chosen = {"features": "sex,frozen_score", "frozen": run, "num_rounds": 2}
     fitted = fit_small(tmp_path / "a", tmp_path / "ensemble", **chosen)
     assert read_json(fitted / "ensemble.json")["frozen"]["tiny"]["fold"] == ALL
+    assert [[*need.checkpoints] for need in needs_of(open_scorer(fitted), "folds")] == [[ALL]]
     ended = cli("infer", *flags, "--fold", ALL)
     assert ended.code == 0, ended.err
     where = {"data": tmp_path / "a", "output": tmp_path / "s.csv"}

@@ -172,7 +172,7 @@ def test_embeddings_of_another_plan_or_config_are_refused(project: Path, tmp_pat
         predict_table(project, embeddings=root)
     other = Path(shutil.copytree(project / "embeddings" / "tiny", tmp_path / "huge"))
     write_run(other, "test", draw_folds(train, 3, 42))
-    message = "was fitted with tiny; --embeddings lacks tiny and also has huge"
+    message = "needs tiny; --embeddings lacks tiny and also has huge"
     with pytest.raises(UserError, match=message):
         predict_table(project, embeddings=other)
 

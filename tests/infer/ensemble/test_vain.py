@@ -80,8 +80,12 @@ def test_embeddings_of_which_only_the_fold_plan_is_read_are_named(
     chosen = {"features": "raw", "num_folds": None}
     read_rows(fit_settings(data, tmp_path, **chosen, embeddings=embeddings))
     assert "only the fold plan in " in capsys.readouterr().out
+    without_plan = fit_settings(data, tmp_path, **chosen, embeddings=tmp_path / "none")
+    read_rows(without_plan)  # as from a config file
+    assert not capsys.readouterr().out
+    without_plan.remember_given(["embeddings"])
     with pytest.raises(UserError, match="has no fold plan"):
-        read_rows(fit_settings(data, tmp_path, **chosen, embeddings=tmp_path / "none"))
+        read_rows(without_plan)
     read_rows(fit_settings(data, tmp_path, features="raw,image", embeddings=embeddings))
     assert not capsys.readouterr().out
 
@@ -91,6 +95,6 @@ def test_networks_that_no_ensemble_reads_are_refused(
     project: Path, tmp_path: Path, flag: str
 ) -> None:
     given = {"embeddings": (), flag: tmp_path / "none", "output": tmp_path / "s.csv"}
-    with pytest.raises(UserError, match=f"without networks of --{flag}; leave --{flag} out"):
+    with pytest.raises(UserError, match=f"raw needs no --{flag} to score; leave --{flag} out"):
         predict_table(project, "raw", **given)
     assert not (tmp_path / "s.csv").exists()

@@ -1,8 +1,10 @@
 """The parts of a blend that a bundle lists, by the networks that they need."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -15,6 +17,7 @@ from infer.submission.candidates import best, by_use, candidates_of
 from isic.layout import OOF_FILE
 
 BlendOf = Callable[[int], Blend]
+SPEC = SimpleNamespace(own=SimpleNamespace(tables={}), compares_lesions=bool, images=True)
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def blend_of(tmp_path: Path) -> BlendOf:
             name: Ensemble(
                 tmp_path,
                 {"embeddings": dict.fromkeys(networks), "frozen": {}, "boosters": []},
-                *(None, None),
+                *(SimpleNamespace(image=None), SPEC),
             )
             for name, networks in needs.items()
         }
@@ -54,6 +57,17 @@ def test_few_networks_have_a_candidate_for_every_set(blend_of: BlendOf) -> None:
         (),
     ]
     assert [each.members for each in found[1:4:2]] == [("tables", "m0", "m1"), ("tables", "m0")]
+
+
+def test_a_network_that_only_a_member_without_a_weight_uses_is_in_no_candidate(
+    blend_of: BlendOf,
+) -> None:
+    blend = blend_of(3)
+    shares = {"weights": {**blend.weights, "m0": 0.0}}
+    found = candidates_of(replace(blend, manifest={**blend.manifest, **shares}), "final")
+    # The one member that n0 is enough for has no weight.
+    assert [each.networks for each in found] == [("n0", "n1", "n2"), ("n0", "n1"), ("n0", "n2"), ()]
+    assert all("m0" not in (each.members or ()) for each in found)
 
 
 def test_many_networks_have_candidates_in_their_order_of_use(

@@ -94,7 +94,7 @@ def test_members_without_a_weight_need_no_inputs(
     embeddings = write_embeddings(tmp_path / "embeddings" / "misled", data, strength=-2.0)
     misled = fit_small(data, tmp_path, features="image", embeddings=embeddings, name="misled")
     root = blend_of(project, ensembles=(raw, misled), output_dir=tmp_path, weights="search")
-    assert "note: no weight for misled, so scoring needs no embeddings" in capsys.readouterr().out
+    assert "note: only members without a weight use misled" in capsys.readouterr().out
     # The weights of a fold may be others.
     manifest = read_json(root / "ensemble.json")
     manifest["weights_by_fold"]["0"] = {"raw": 0.5, "misled": 0.5}

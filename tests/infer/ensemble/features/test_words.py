@@ -84,7 +84,7 @@ BAD = (
     ("sex,-target", "target exists only in the training table"),
     ("raw,,sex", '"raw,,sex" has no word before or after a comma'),
     ("raw, ", '"raw, " has no word before or after a comma'),
-    ("", 'features "" has no word'),
+    ("", "features names no features"),
     ("@missing.txt", "no list of features missing.txt"),
     ("sex", "requests nothing of mine; add it: --features sex,mine"),
 )

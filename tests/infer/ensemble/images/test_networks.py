@@ -117,7 +117,7 @@ def test_a_missing_or_extra_network_is_named(
     for split in ("train", "test"):
         path = other / split / "run.json"
         write_json(path, json.loads(path.read_text()) | {"config": "c"})
-    fitted = "the ensemble was fitted with a and b; --embeddings"
+    fitted = "the ensemble needs a and b; --embeddings"
     for given, message in (
         (two[:1], f"{fitted} lacks a: give"),
         ([*two, other], f"{fitted} also has c: give"),
@@ -186,7 +186,7 @@ def test_the_members_of_a_blend_find_their_own_networks(
     for root in two:
         alone = predict(data, members[root.name], tmp_path / "alone.csv", root)
         assert found[members[root.name].name].to_list() == alone["target"].to_list()
-    with pytest.raises(UserError, match="was fitted with a and b; --embeddings lacks a"):
+    with pytest.raises(UserError, match="needs a and b; --embeddings lacks a"):
         predict(data, blended, tmp_path / "s.csv", two[0])
 
 
@@ -415,7 +415,7 @@ def test_the_scores_of_frozen_networks_are_features(
     assert std == pytest.approx(2.25, abs=0.3)
     settings = {"data": data, "ensemble": ensemble, "output": tmp_path / "s.csv"}
     predict_submission(PredictSettings(frozen=old[::-1], **settings))
-    with pytest.raises(UserError, match="fitted with old_a and old_b; --frozen lacks old_a"):
+    with pytest.raises(UserError, match="needs old_a and old_b; --frozen lacks old_a"):
         predict_submission(PredictSettings(frozen=old[:1], **settings))
     with pytest.raises(UserError, match="give --frozen outputs/embeddings/old_a,outputs"):
         predict_submission(PredictSettings(**settings))
