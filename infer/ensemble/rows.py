@@ -28,7 +28,7 @@ from infer.ensemble.images.columns import ALIGNED
 from infer.ensemble.images.features import EMBEDDED_FORMS, ImageRows, ImageState, fit_images
 from infer.ensemble.lesions import patient_codes
 from infer.ensemble.settings import NUM_FOLDS, FitSettings
-from infer.ensemble.vain import refuse_vain_flags
+from infer.ensemble.unused_flags import refuse_unused_flags
 from isic import schema
 from isic.dataset import Dataset
 from isic.features.definitions import check_definitions, warn_of_untestable
@@ -102,7 +102,7 @@ def read_rows(settings: FitSettings) -> FitRows:
             fit each other.
     """
     spec, own_tables = read_spec(settings)
-    refuse_vain_flags(settings, spec)
+    refuse_unused_flags(settings, spec)
     _check_plan_only(settings, spec)
     if settings.refit and ALIGNED in spec.forms:
         raise UserError(

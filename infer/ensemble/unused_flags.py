@@ -14,7 +14,7 @@ OF_BOOSTERS = ("libraries", "weights", *LIBRARIES, "negatives", "blank_share", "
 """Flags that only boosters read."""
 
 
-def refuse_vain_flags(settings: FitSettings, spec: FeatureSpec) -> None:
+def refuse_unused_flags(settings: FitSettings, spec: FeatureSpec) -> None:
     """Raise a UserError if a flag of the command line has no effect."""
     for flag, reason in _reasons(settings, spec).items():
         if flag in settings.given:

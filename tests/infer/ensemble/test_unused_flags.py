@@ -7,7 +7,7 @@ import pytest
 from infer.ensemble.features.spec import FeatureSpec
 from infer.ensemble.rows import read_rows
 from infer.ensemble.settings import FitSettings
-from infer.ensemble.vain import OF_BOOSTERS, refuse_vain_flags
+from infer.ensemble.unused_flags import OF_BOOSTERS, refuse_unused_flags
 from isic.runtime.config import build
 from isic.runtime.errors import UserError
 from tests.support.commands import Cli
@@ -38,7 +38,7 @@ USEFUL: tuple[dict[str, str], ...] = (
 def check(flags: dict[str, str]) -> None:
     settings = build(FitSettings, flags)
     settings.remember_given(flags)
-    refuse_vain_flags(settings, FeatureSpec.parse(settings.features))
+    refuse_unused_flags(settings, FeatureSpec.parse(settings.features))
 
 
 @pytest.mark.parametrize(("flags", "name"), VAIN)
