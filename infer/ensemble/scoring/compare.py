@@ -98,7 +98,8 @@ def compare_sides(
         return Comparison(fits, patients, "seeds", trained_once=images or len(fits) < 2)
     fits = np.array([[pauc(target, score) for score in side] for side in sides]).T
     shared = _share_networks(first) or _share_networks(second)
-    unit = "runs" if images and not shared else "boosters"
+    trained = any(map(_trained_networks, (*first, *second)))
+    unit = "runs" if trained and not shared else "boosters"
     return Comparison(fits, patients, unit, trained_once=shared)
 
 
