@@ -175,7 +175,9 @@ def test_tables_of_own_columns(project: Path, metadata: pl.DataFrame, tmp_path: 
     np.testing.assert_array_equal(found, expected["target"])
     with pytest.raises(UserError, match='was fitted with the table "mine"'):
         ensemble.score(metadata)
-    with pytest.raises(UserError, match="no table yours is needed to score; the tables that are: mine"):
+    with pytest.raises(
+        UserError, match="no table yours is needed to score; the tables that are: mine"
+    ):
         ensemble.score(metadata, tables={"mine": own, "yours": own})
     with pytest.raises(UserError, match="mine lacks 1 of the 30 rows"):
         ensemble.score(metadata, tables={"mine": own[1:]})
