@@ -90,7 +90,7 @@ class FoldManifest(Fields):
 
     @property
     def known(self) -> dict[str, Any]:
-        """What the fold was trained from, by name, without what is unknown."""
+        """The inputs that the fold was trained from, by name; unknown ones are left out."""
         weights = self.pretrained
         facts = {
             "training table": self.tables,
