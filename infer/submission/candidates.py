@@ -13,10 +13,10 @@ from infer.ensemble.blends.artifact import (
     Scorer,
     ensembles_of,
     needed_part,
+    networks_of,
     out_of_fold,
     with_members,
 )
-from infer.ensemble.settings import SOURCES
 from isic import schema
 from isic.metrics import pauc
 
@@ -58,16 +58,6 @@ class Candidate:
             return scorer
         assert isinstance(scorer, Blend)
         return with_members(scorer, self.members)
-
-
-def networks_of(scorer: Scorer) -> set[str]:
-    """Return the names of the networks that an ensemble needs."""
-    return {
-        name
-        for ensemble in ensembles_of(needed_part(scorer))
-        for flag in SOURCES
-        for name in ensemble.manifest[flag]
-    }
 
 
 def candidates_of(scorer: Scorer, folder: str) -> list[Candidate]:

@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from infer.ensemble.artifact import ENSEMBLE_FILE, MEMBERS_DIR, Ensemble
-from infer.ensemble.blends.artifact import Scorer, ensembles_of, needed_part, open_scorer
+from infer.ensemble.blends.artifact import (
+    Scorer,
+    ensembles_of,
+    needed_part,
+    networks_of,
+    open_scorer,
+)
 from infer.ensemble.blends.write import copy_ensemble
 from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.ensemble.boosting.refit import refuse_without_refit
 from infer.ensemble.scoring.chosen import choice_notes
 from infer.submission import kaggle
-from infer.submission.candidates import Candidate, by_use, candidates_of, networks_of
+from infer.submission.candidates import Candidate, by_use, candidates_of
 from infer.submission.contents import (
     BUNDLE_FILE,
     CODE_DIR,

@@ -18,7 +18,13 @@ import polars as pl
 from infer.embedding.embed import embed_splits
 from infer.embedding.progress import Progress
 from infer.embedding.settings import EmbedSettings
-from infer.ensemble.blends.artifact import Scorer, ensembles_of, needed_part, out_of_fold
+from infer.ensemble.blends.artifact import (
+    Scorer,
+    ensembles_of,
+    needed_part,
+    networks_of,
+    out_of_fold,
+)
 from infer.ensemble.blends.ranks import Scores, to_scale_of
 from infer.ensemble.boosting.refit import Rows, choose_rows
 from infer.ensemble.predict import (
@@ -31,7 +37,7 @@ from infer.ensemble.predict import (
 )
 from infer.ensemble.score_table import TableScores, score_table
 from infer.ensemble.settings import EmbeddingSources
-from infer.submission.candidates import Candidate, best, networks_of
+from infer.submission.candidates import Candidate, best
 from infer.submission.contents import Bundle, PackedNetwork, open_bundle
 from infer.submission.deadline import end_process, ended_at
 from infer.submission.devices import Engine, choose_engine

@@ -33,6 +33,7 @@ from infer.ensemble.blends.ranks import Scores, blend_ranks, to_scale_of
 from infer.ensemble.drift import Summary
 from infer.ensemble.features.own_tables import TableSpec
 from infer.ensemble.scoring.calibration import Calibration
+from infer.ensemble.settings import SOURCES
 from isic.layout import OOF_FILE
 from isic.runtime.files import read_json
 from isic.tables import read_parquet
@@ -152,6 +153,16 @@ def needed_part(scorer: Scorer) -> Scorer:
     }
     # The manifest stays: weights that were chosen for a fold may include the others.
     return replace(scorer, members=members)
+
+
+def networks_of(scorer: Scorer) -> set[str]:
+    """Return the names of the networks that an ensemble needs."""
+    return {
+        name
+        for ensemble in ensembles_of(needed_part(scorer))
+        for flag in SOURCES
+        for name in ensemble.manifest[flag]
+    }
 
 
 def _is_of_raw_features(ensemble: Ensemble) -> bool:

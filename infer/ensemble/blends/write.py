@@ -21,7 +21,7 @@ from infer.ensemble.artifact import (
     write_calibration,
     write_ensemble_manifest,
 )
-from infer.ensemble.blends.artifact import Weights, blend_by_fold, mean_of_members
+from infer.ensemble.blends.artifact import Weights, blend_by_fold, mean_of_members, networks_of
 from infer.ensemble.blends.ranks import Scores, rank_among
 from infer.ensemble.boosting.splits import (
     Plans,
@@ -40,7 +40,7 @@ from infer.ensemble.scoring.chosen import CHOSEN_KEY, choice_notes, choices_of_b
 from infer.ensemble.scoring.compare import patients_of, same_rows
 from infer.ensemble.scoring.scores import format_scores, summarise
 from infer.ensemble.scoring.triage import TRIAGE, summarise_triage
-from infer.ensemble.settings import SOURCES, BlendSettings
+from infer.ensemble.settings import BlendSettings
 from isic import schema
 from isic.dataset import refuse_dataset
 from isic.layout import FOLDS_FILE, OOF_FILE
@@ -310,16 +310,10 @@ def search_weights(
 
 def _notes_on_weights(members: Mapping[str, Ensemble], weights: Weights) -> list[str]:
     """Return a line on networks that only members without a weight use."""
-    used, idle = (
-        {
-            network
-            for name, member in members.items()
-            for flag in SOURCES
-            for network in member.manifest[flag]
-            if bool(weights[name]) == has_weight
-        }
-        for has_weight in (True, False)
-    )
+    used: set[str] = set()
+    idle: set[str] = set()
+    for name, member in members.items():
+        (used if weights[name] else idle).update(networks_of(member))
     left = ", ".join(sorted(idle - used))
     return (
         [f"note: only members without a weight use {left}; give no embeddings of it"]
