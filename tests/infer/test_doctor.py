@@ -69,7 +69,8 @@ def test_a_crash_and_a_hang_are_findings(
     code: str, finding: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "TRIAL", code)
-    monkeypatch.setattr(doctor, "TRIAL_SECONDS", 1)
+    if "sleep" in code:  # the others may start as slowly as the machine is
+        monkeypatch.setattr(doctor, "TRIAL_SECONDS", 1)
     assert examine(CHECK) == Finding(finding)
 
 

@@ -71,7 +71,7 @@ def test_uncompressed_images_are_read_together(
     for name in "ab":
         write(tmp_path, f"{name}.bmp")
     store = open_any_images(tmp_path)
-    both = Barrier(2, timeout=5)
+    both = Barrier(2, timeout=60)
 
     def read(_: int) -> bytes:
         both.wait()

@@ -60,7 +60,7 @@ def kill(process: subprocess.Popen[str]) -> None:
         descendants += children(pid)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while left := [pid for pid in descendants if is_running(pid)]:
         assert time.monotonic() < deadline, f"{len(left)} processes outlive the killed one"
         time.sleep(0.01)

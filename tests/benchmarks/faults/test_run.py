@@ -162,7 +162,7 @@ def test_an_interrupted_run_resumes_and_leaves_no_process(tmp_path: Path) -> Non
             time.sleep(0.05)
         workers = children(process.pid, "spawn_main")
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err == "stopped by SIGINT\n"
     assert sorted(logged(tmp_path)) == [("first", 0), ("first", 1)]

@@ -39,7 +39,7 @@ def test_a_full_disk_is_reported_and_nothing_is_left(tmp_path: Path) -> None:
 
 def test_files_reach_the_disk_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One by one, each would wait for the disk's journal."""
-    both = Barrier(2, timeout=5)
+    both = Barrier(2, timeout=60)
     monkeypatch.setattr(files, "sync", lambda _: both.wait())
     (tmp_path / "folder").mkdir()
     files.sync_tree(tmp_path)
