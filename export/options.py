@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from infer.formats import PRECISIONS, exported_formats
 from infer.trust import trust_field
 from isic.layout import REMOTE_DATASET, FoldFlag, find_run
-from isic.runtime.config import Name, Settings, Several
+from isic.runtime.config import Name, RunName, Settings, Several
 from isic.runtime.urls import Wanted
 from isic.views import VIEWS, Tta
 from train.config import BOOLEANS
@@ -111,11 +111,11 @@ class ExportSettings(PlanOptions):
 
     remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_DATASET}
 
-    config: str | None = Field(
+    config: RunName | None = Field(
         None,
         min_length=1,
         validation_alias=AliasChoices("config", "model_config"),
-        description="name of the trained config (--model_config)",
+        description="name or file of the trained config (--model_config)",
     )
     model: str | None = Field(
         None,

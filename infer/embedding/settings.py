@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field, model_validator
 from infer.formats import AUTO, ENGINE_FORMATS, Precision, exported_formats
 from infer.trust import trust_field
 from isic.layout import ALL, EMBEDDINGS_DIR, REMOTE_DATASET, find_embeddings
-from isic.runtime.config import Settings
+from isic.runtime.config import RunName, Settings
 from isic.runtime.urls import Wanted
 from isic.views import Tta
 
@@ -29,9 +29,9 @@ class EmbedSettings(Settings):
     remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_DATASET}
     remote_outputs: ClassVar[tuple[str, ...]] = ("output_dir",)
 
-    config: str = Field(
+    config: RunName = Field(
         validation_alias=AliasChoices("config", "model_config"),
-        description="name of the model config (or --model_config)",
+        description="name or file of the model config (or --model_config)",
     )
     data: Path = Field(
         Path("data/isic-2024"), description="dataset in the challenge's layout, a folder or URL"

@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field
 from infer.formats import AUTO, Precision
 from infer.trust import trust_field
 from isic.layout import OUTPUT_DIR, REMOTE_DATASET
-from isic.runtime.config import Settings, Several
+from isic.runtime.config import RunName, Settings, Several
 from isic.runtime.urls import Wanted
 
 
@@ -21,9 +21,9 @@ class ExplainSettings(Settings):
 
     remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_DATASET}
 
-    config: str = Field(
+    config: RunName = Field(
         validation_alias=AliasChoices("config", "model_config"),
-        description="name of the model config (or --model_config)",
+        description="name or file of the model config (or --model_config)",
     )
     data: Path = Field(
         Path("data/isic-2024"), description="dataset in the challenge's layout, a folder or URL"

@@ -140,6 +140,16 @@ def _refuse_path(value: str) -> str:
 Name = Annotated[str, AfterValidator(_refuse_path)]
 """The name of a folder or file that a command makes in the output folder."""
 
+YAML_ENDINGS = (".yaml", ".yml")
+
+
+def _run_of(config: str) -> str:
+    return Path(config).stem if config.endswith(YAML_ENDINGS) else config
+
+
+RunName = Annotated[str, AfterValidator(_run_of)]
+"""The name of a training run, or the config file that training took the name from."""
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -171,7 +181,7 @@ def _sentence(model: type[Settings], problem: Mapping[str, Any]) -> str:
 
 def find_config(name: str) -> Path:
     """Return the YAML file for a name in `configs/` or a path to one."""
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith(YAML_ENDINGS):
         path = Path(name)
         if not path.is_file():
             raise UserError(

@@ -27,6 +27,7 @@ def test_other_names_of_flags_are_understood_and_not_shown(cli: Cli) -> None:
     flags = {"model_config": "a", "engine": "onnx", "out": "there"}
     settings = build(EmbedSettings, flags)
     assert (settings.config, settings.format, settings.output_dir) == ("a", "onnx", Path("there"))
+    assert build(EmbedSettings, {"config": "my/a.yaml"}).config == "a", "as train names the run"
     shown = cli("infer", "embed", "--help").out
     assert "--format " in shown
     assert "--engine " not in shown
