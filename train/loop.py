@@ -3,6 +3,8 @@
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -59,108 +61,134 @@ def train_fold(
         OutOfTime: another epoch would exceed the deadline.
     """
     deadline.begin_fold()
-    directory = fold_dir(settings.run_dir, fold)
-    state = create_state(settings, device, fold)
-    loaders = fold_loaders(data, fold, state.model.spec, settings, device)
-    schedule = create_schedule(
-        ceil_div(len(loaders.training), settings.accumulation_steps),
-        settings.epochs,
-        settings.warmup_epochs,
-        settings.freeze_epochs,
-    )
-    if distributed.is_main():
-        report_composition(loaders.sampler.pools, fold)
-    start_or_resume(state, settings, data, fold, device)
-    with memory_errors(device, f"choose a smaller --model than {settings.model}"):
-        allocate_moments(state.optimizer)
-
-    uses = loaders.count_uses(settings, state.epoch)
-    keep_repeated(loaders.decoded, uses, settings.cache, directory, f"fold {fold}")
-
-    network: Any = torch.compile(state.model) if settings.compile else state.model
-    evaluated: Any = torch.compile(state.evaluated) if settings.compile else None
-    first_epoch = state.epoch
-    costs = loaders.epoch_costs(settings)
-    aux = target_matrix(data.table, settings.aux)
-    aux_on_device = torch.from_numpy(aux).to(device) if settings.aux else None
+    training = FoldTraining.begin(settings, data, fold, device)
+    costs = training.loaders.epoch_costs(settings)
+    first_epoch = training.state.epoch
     if time_left:
         time_left.skip(costs[:first_epoch].sum())
     for epoch in range(first_epoch, settings.epochs):
-        seed_epoch(settings.seed, fold, epoch, distributed.rank())
-        loaders.sampler.epoch = epoch
-        if epoch in {first_epoch, settings.freeze_epochs}:
-            # DistributedDataParallel lists the weights that need a gradient when it is created, so
-            # it is created again when the backbone is thawed.
-            state.model.backbone.requires_grad_(epoch >= settings.freeze_epochs)
-            forward = distributed.wrap_ddp(network)
-        stats = train_epoch(
-            state,
-            forward,
-            loaders.training,
-            schedule,
-            settings,
-            device,
-            f"fold {fold}",
-            aux_on_device,
-        )
-        stats = EpochStats.merge(distributed.gather(stats))
-
-        state.epoch = epoch + 1
-        loaders.held_out_sampler.takes_all = settings.validates_all(state.epoch)
-        predictions = predict_held_out(state, evaluated, loaders, device, settings.precision)
-        validation = validate(predictions, data, loaders, aux, settings)
-        if is_selected(state, settings, validation):
-            save_fold(directory, state, settings, data, fold, predictions)
-        rates = learning_rates(state.optimizer)
-        log_epoch(directory, fold, state.epoch, settings.epochs, stats, validation, rates)
-        # Last of all: a run that is killed before this point repeats the epoch.
-        save_last(directory / LAST_CHECKPOINT, state, settings, data)
+        stats = training.train_epoch()
+        predictions = training.predict_held_out()
+        training.save(stats, predictions)
         if time_left and distributed.is_main():
             time_left.advance(costs[epoch])
         deadline.end_epoch(costs[epoch])
-        if state.epoch < settings.epochs and not deadline.allows_epoch(costs[epoch + 1]):
-            raise OutOfTime(fold, state.epoch + 1)
+        is_last = epoch + 1 == settings.epochs
+        if not is_last and not deadline.allows_epoch(costs[epoch + 1]):
+            raise OutOfTime(fold, epoch + 2)
 
 
-def predict_held_out(
-    state: TrainState,
-    compiled: Any | None,
-    loaders: FoldLoaders,
-    device: torch.device,
-    precision: str,
-) -> Predictions | None:
-    """Return the predictions that all processes make of their held-out rows, None without any.
+@dataclass
+class FoldTraining:
+    """The parts of a fold's training that its epochs share."""
 
-    Args:
-        compiled: `state.evaluated` by torch.compile.
-    """
-    # Ranks differ in their batch statistics, and in the moving average of those.
-    distributed.broadcast_weights(state.evaluated)
-    if not loaders.held_out_sampler.num_rows:
-        return None
-    predictions = predict(
-        state.evaluated, loaders.held_out, device, precision, state.num_parts, compiled
-    )
-    return Predictions.merge(distributed.gather(predictions))
+    settings: TrainSettings
+    data: TrainData
+    fold: Fold
+    device: torch.device
+    state: TrainState
+    loaders: FoldLoaders
+    schedule: Schedule
+    aux: NDArray[np.float32]
+    """[number of rows, K], auxiliary targets of all rows."""
+    network: Any
+    """`state.model`, or that by torch.compile."""
+    compiled: Any | None
+    """`state.evaluated` by torch.compile."""
+    forward: Any | None = None
+    """`network` as the processes train it together."""
 
+    @classmethod
+    def begin(
+        cls, settings: TrainSettings, data: TrainData, fold: Fold, device: torch.device
+    ) -> "FoldTraining":
+        """Prepare or resume a fold. Raise UserError if it lacks rows of a class or cannot resume."""
+        state = create_state(settings, device, fold)
+        loaders = fold_loaders(data, fold, state.model.spec, settings, device)
+        if distributed.is_main():
+            report_composition(loaders.sampler.pools, fold)
+        start_or_resume(state, settings, data, fold, device)
+        with memory_errors(device, f"choose a smaller --model than {settings.model}"):
+            allocate_moments(state.optimizer)
+        directory = fold_dir(settings.run_dir, fold)
+        uses = loaders.count_uses(settings, state.epoch)
+        keep_repeated(loaders.decoded, uses, settings.cache, directory, f"fold {fold}")
+        schedule = create_schedule(
+            ceil_div(len(loaders.training), settings.accumulation_steps),
+            settings.epochs,
+            settings.warmup_epochs,
+            settings.freeze_epochs,
+        )
+        aux = target_matrix(data.table, settings.aux)
+        network = torch.compile(state.model) if settings.compile else state.model
+        compiled = torch.compile(state.evaluated) if settings.compile else None
+        return cls(settings, data, fold, device, state, loaders, schedule, aux, network, compiled)
 
-def validate(
-    predictions: Predictions | None,
-    data: TrainData,
-    loaders: FoldLoaders,
-    aux: NDArray[np.float32],
-    settings: TrainSettings,
-) -> Validation | None:
-    """Return the scores of an epoch's predictions. Raise UserError if a logit is not finite.
+    @cached_property
+    def _aux_on_device(self) -> Tensor | None:
+        return torch.from_numpy(self.aux).to(self.device) if self.settings.aux else None
 
-    Args:
-        aux: [number of rows, K], auxiliary targets of all rows.
-    """
-    if predictions is None:
-        return None
-    scores = score(data.target[predictions.rows], predictions)
-    scores |= target_scores(aux[predictions.rows], predictions.aux, settings.aux)
-    return Validation(scores, len(predictions.rows), loaders.held_out_sampler.num_rows)
+    def train_epoch(self) -> EpochStats:
+        """Train the next epoch, in all processes. Errors are those of the function."""
+        epoch = self.state.epoch
+        seed_epoch(self.settings.seed, self.fold, epoch, distributed.rank())
+        self.loaders.sampler.epoch = epoch
+        if self.forward is None or epoch == self.settings.freeze_epochs:
+            # DistributedDataParallel lists the weights that need a gradient when it is created, so
+            # it is created again when the backbone is thawed.
+            self.state.model.backbone.requires_grad_(epoch >= self.settings.freeze_epochs)
+            self.forward = distributed.wrap_ddp(self.network)
+        stats = train_epoch(
+            self.state,
+            self.forward,
+            self.loaders.training,
+            self.schedule,
+            self.settings,
+            self.device,
+            f"fold {self.fold}",
+            self._aux_on_device,
+        )
+        self.state.epoch = epoch + 1
+        return EpochStats.merge(distributed.gather(stats))
+
+    def predict_held_out(self) -> Predictions | None:
+        """Return the predictions that all processes make of held-out rows, None without any."""
+        held_out = self.loaders.held_out_sampler
+        held_out.takes_all = self.settings.validates_all(self.state.epoch)
+        # Ranks differ in their batch statistics, and in the moving average of those.
+        distributed.broadcast_weights(self.state.evaluated)
+        if not held_out.num_rows:
+            return None
+        predictions = predict(
+            self.state.evaluated,
+            self.loaders.held_out,
+            self.device,
+            self.settings.precision,
+            self.state.num_parts,
+            self.compiled,
+        )
+        return Predictions.merge(distributed.gather(predictions))
+
+    def validate(self, predictions: Predictions | None) -> Validation | None:
+        """Return the scores of an epoch's predictions. Raise UserError if a logit is not finite."""
+        if predictions is None:
+            return None
+        rows = predictions.rows
+        scores = score(self.data.target[rows], predictions)
+        scores |= target_scores(self.aux[rows], predictions.aux, self.settings.aux)
+        return Validation(scores, len(rows), self.loaders.held_out_sampler.num_rows)
+
+    def save(self, stats: EpochStats, predictions: Predictions | None) -> None:
+        """Write the finished epoch's line of history and its checkpoints."""
+        state, settings = self.state, self.settings
+        directory = fold_dir(settings.run_dir, self.fold)
+        validation = self.validate(predictions)
+        if is_selected(state, settings, validation):
+            save_fold(directory, state, settings, self.data, self.fold, predictions)
+        rates = learning_rates(state.optimizer)
+        log_epoch(directory, self.fold, state.epoch, settings.epochs, stats, validation, rates)
+        # Last of all: a run that is killed before this point repeats the epoch.
+        save_last(directory / LAST_CHECKPOINT, state, settings, self.data)
 
 
 def start_or_resume(
