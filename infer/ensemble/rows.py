@@ -24,6 +24,7 @@ from infer.ensemble.features.own_tables import (
     warn_of_labels,
 )
 from infer.ensemble.features.spec import IMAGE_WORDS, FeatureSpec
+from infer.ensemble.images.column_words import refuse_idle_words
 from infer.ensemble.images.columns import ALIGNED
 from infer.ensemble.images.features import EMBEDDED_FORMS, ImageRows, ImageState, fit_images
 from infer.ensemble.lesions import patient_codes
@@ -114,6 +115,7 @@ def read_rows(settings: FitSettings) -> FitRows:
     fold = folds.of(metadata)
     refuse_other_folds(own_tables.values(), metadata, fold.to_numpy(), folds)
     image, images = fit_images(spec.forms, settings.embeddings, settings.frozen, metadata)
+    refuse_idle_words(settings.features, spec.without_columns, image)
     names = spec.names(image)
     for library in settings.libraries if names else ():
         check_library(library, settings.parameters(library), names)

@@ -77,7 +77,8 @@ class FitSettings(Settings):
         "engineered",
         description="comma-separated sets (raw, engineered, extended, image, multimodal, "
         "image_ranks, aligned, frozen, frozen_pca, frozen_distances, frozen_score), groups and "
-        "features; -word leaves features out, @file names a list",
+        "features; -word leaves features out, also a network's column, as -image_score.<config>, "
+        "@file names a list",
     )
     define: Several[Path] = Field(
         (),

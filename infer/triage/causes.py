@@ -220,7 +220,7 @@ def _given_causes(ensemble: Ensemble) -> list[Cause]:
     """Return a cause per network, and one per column of own tables."""
     image = ensemble.state.image
     networks = (*image.networks, *image.frozen)
-    names = image.names or tuple(score_column(SCORE, name) for name in image.networks)
+    names = ensemble.spec.image_names(image)
     causes = [
         Cause(network, features=tuple(name for name in names if name.endswith(f".{network}")))
         for network in networks

@@ -112,7 +112,7 @@ def _given(facts: PatientFacts, place: int, cause: Cause) -> str:
     name = score or cause.features[0]
     noun = f"score of its image by {cause.name}" if score else cause.name
     value = _value(facts, name, place)
-    if score is None and len(cause.features) > 1:
+    if score is None and cause.features != (cause.name,):  # a network without a column of its score
         return f"its image, as {cause.name} describes it"
     if value is None or isinstance(value, str):
         return f"{noun}: {value or 'not recorded'}"

@@ -25,7 +25,7 @@ from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters, fit_outside, num_at_once
 from infer.ensemble.boosting.training_table import TrainingTable
 from infer.ensemble.features.spec import FeatureSpec
-from infer.ensemble.features.words import label
+from infer.ensemble.features.words import MINUS, label
 from infer.ensemble.fit import model_settings, own_inputs
 from infer.ensemble.images.features import embedding_origins
 from infer.ensemble.rows import read_rows, refuse_unknown_blanks, warn_of_own_columns
@@ -302,7 +302,8 @@ def _text(chosen: Sequence[str], rows: Rows, settings: SelectSettings) -> str:
         f"# {selected_on(rows.metadata)}",
     ]
     images = [f"{word}  # always kept" for word in rows.spec.forms]
-    return "\n".join([*head, *chosen, *images]) + "\n"
+    without = [f"{MINUS}{word}" for word in rows.spec.without_columns]
+    return "\n".join([*head, *chosen, *images, *without]) + "\n"
 
 
 def _print(

@@ -1,6 +1,6 @@
 """The features of an ensemble, from the words of `--features`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import polars as pl
@@ -8,6 +8,7 @@ import polars as pl
 from infer.ensemble.features.own_columns import OwnColumns
 from infer.ensemble.features.own_tables import OOF
 from infer.ensemble.features.words import MINUS, FeatureWords, Lists, parse_words
+from infer.ensemble.images.column_words import FORM_OF_PART, compares_lesions, form_of, without
 from infer.ensemble.images.features import FORMS, ImageState
 from isic import features, schema
 from isic.features.definitions import (
@@ -33,6 +34,8 @@ class FeatureSpec:
     """Names of the tabular features."""
     forms: tuple[str, ...]
     """The kinds of image features, of FORMS."""
+    without_columns: tuple[str, ...] = ()
+    """Words for columns of networks that are left out, see `images.column_words`."""
     own: OwnColumns = field(default_factory=OwnColumns)
     own_names: tuple[str, ...] = ()
     """Names of the own columns that are features."""
@@ -44,7 +47,7 @@ class FeatureSpec:
         """Parse a comma-separated list of sets, groups and features.
 
         `multimodal` is `engineered` and `image`; the image features are those of FORMS. `-word`
-        leaves features out; `@file` names a list.
+        leaves features out, columns of networks too; `@file` names a list.
 
         Args:
             own: the user's own columns, whose sets and names are words too.
@@ -52,7 +55,8 @@ class FeatureSpec:
 
         Raises:
             UserError: an unknown word, a column that only training tables have, a word that leaves
-                nothing out, own columns that are not requested, or no features.
+                nothing out, own columns that are not requested, no features, or a column of a
+                network that is requested, or left out without boosters.
         """
         own = own or OwnColumns()
         words = parse_words(text, lists)
@@ -60,16 +64,23 @@ class FeatureSpec:
         wanted = _expand(words.wanted, own)
         unwanted = _expand(words.unwanted, own)
         _refuse_vain(words, wanted, own)
+        _refuse_single_columns(wanted.columns)
         forms = wanted.forms - unwanted.forms
         spec = cls(
             words,
             tabular=tuple(name for name in wanted.tabular if name not in unwanted.tabular),
             forms=tuple(form for form in FORMS if form in forms),
+            without_columns=tuple(word for word in unwanted.columns if form_of(word) in forms),
             own=own,
             own_names=tuple(name for name in wanted.own if name not in unwanted.own),
         )
         if not (spec.tabular or spec.own_names or forms):
             raise UserError(f'no features are left of "{text}"; leave out less')
+        if spec.without_columns and not spec.fits_boosters:
+            raise UserError(
+                f'"-{spec.without_columns[0]}" leaves nothing out of {text}, as the score is the '
+                "mean of the networks' scores; remove it, or a network from --embeddings"
+            )
         return spec
 
     @property
@@ -96,7 +107,9 @@ class FeatureSpec:
     def compares_lesions(self, image: ImageState) -> bool:
         """Return whether the score of a lesion depends on the patient's others."""
         # Without boosters, the score is the mean over the networks' scores.
-        return bool(self.names(image)) and (image.is_relative or self.is_relative)
+        if not self.fits_boosters:
+            return False
+        return self.is_relative or any(map(compares_lesions, self.image_names(image)))
 
     @property
     def needed_columns(self) -> tuple[str, ...]:
@@ -111,7 +124,11 @@ class FeatureSpec:
         """
         if not self.fits_boosters:
             return ()
-        return (*self.table_names, *image.names)
+        return (*self.table_names, *self.image_names(image))
+
+    def image_names(self, image: ImageState) -> tuple[str, ...]:
+        """Return the columns of networks that are not left out."""
+        return without(image.names, self.without_columns)
 
     @property
     def averaged(self) -> set[str]:
@@ -162,12 +179,14 @@ class _Names:
     own: tuple[str, ...]
     forms: frozenset[str]
     """Of FORMS."""
+    columns: tuple[str, ...]
+    """Words for columns of networks, which are known only when embeddings are read."""
 
-    def meets(self, other: "_Names") -> bool:
-        """Return whether both have a feature."""
-        return bool(
-            {*self.tabular, *self.own} & {*other.tabular, *other.own} or self.forms & other.forms
-        )
+    def meets(self, wanted: "_Names") -> bool:
+        """Return whether any of these features may be wanted."""
+        forms = {*self.forms, *map(form_of, self.columns)}
+        names = {*self.tabular, *self.own} & {*wanted.tabular, *wanted.own}
+        return bool(names or forms & wanted.forms)
 
 
 def _expand(words: Iterable[str], own: OwnColumns) -> _Names:
@@ -175,28 +194,33 @@ def _expand(words: Iterable[str], own: OwnColumns) -> _Names:
     tabular: list[str] = []
     owned: set[str] = set()
     forms: set[str] = set()
+    columns: list[str] = []
     for given in words:
         for word in MULTIMODAL if given == "multimodal" else (given,):
             if word in FORMS:
                 forms.add(word)
             elif word in sets or word in own.names:
                 owned.update(sets.get(word, (word,)))
+            elif form_of(word):
+                columns.append(word)
             else:
                 tabular.append(word)
-    known = (*IMAGE_WORDS, *sets, *own.names)
+    known = (*IMAGE_WORDS, *FORM_OF_PART, *sets, *own.names)
     return _Names(
         features.expand(tabular, also_known=known),
         tuple(name for name in own.names if name in owned),
         frozenset(forms),
+        tuple(columns),
     )
 
 
 def _refuse_unknown_in_lists(lists: Lists, own: OwnColumns) -> None:
     """Raise a UserError for an unknown word of a list, which may be of a file that is not given."""
-    known = {*features.SETS, *features.FEATURES, *IMAGE_WORDS, *own.sets, *own.names}
+    image_words = {*IMAGE_WORDS, *FORM_OF_PART}
+    known = {*features.SETS, *features.FEATURES, *image_words, *own.sets, *own.names}
     for name, entries in lists.items():
         for word in (entry.removeprefix(MINUS) for entry in entries):
-            if word not in known and not schema.is_train_only(word):
+            if word not in known and not (schema.is_train_only(word) or form_of(word)):
                 raise UserError(
                     f'unknown features "{word}" in {name}; if it is an own column, give its file '
                     f"too (--define or --tables); {did_you_mean(word, known)}"
@@ -213,6 +237,16 @@ def _refuse_vain(words: FeatureWords, wanted: _Names, own: OwnColumns) -> None:
         raise UserError(
             f"--features {words.text} requests nothing of {unused[0]}; add it: "
             f"--features {words.text},{unused[0]}, or leave out the file of that name"
+        )
+
+
+def _refuse_single_columns(wanted: Sequence[str]) -> None:
+    """Raise a UserError if columns of networks are requested by themselves."""
+    if wanted:
+        form = form_of(wanted[0])
+        raise UserError(
+            f"{wanted[0]} is not requested by itself; request {form}, and leave other columns out "
+            "of it by -column"
         )
 
 

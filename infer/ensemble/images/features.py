@@ -93,7 +93,7 @@ class ImageState:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The columns, in the order of the feature table."""
+        """The columns, in the order of the feature table, with those that --features leaves out."""
         names = [
             score_column(score, network, relative)
             for score, networks in ((SCORE, self.networks), (FROZEN_SCORE, self.frozen))
@@ -114,11 +114,6 @@ class ImageState:
         if score == FROZEN_SCORE:
             return SCORE_FORMS["image"] if FROZEN_SCORE in self.forms else ()
         return tuple(relative for form in self.forms for relative in SCORE_FORMS.get(form, ()))
-
-    @property
-    def is_relative(self) -> bool:
-        """Whether a column depends on the patient's other lesions."""
-        return DISTANCES in self.forms or any(map(self.relatives, (SCORE, FROZEN_SCORE)))
 
     @property
     def needs(self) -> dict[str, bool]:

@@ -53,7 +53,7 @@ def project(
     for name, features, networks in (
         ("tables", "engineered", NETWORKS[:1]),
         ("one", "multimodal", NETWORKS[:1]),
-        ("both", "multimodal", NETWORKS),
+        ("both", f"multimodal,-image_score_patient_diff.{NETWORKS[1]}", NETWORKS),
     ):
         roots = ",".join(str(found.embeddings / network) for network in networks)
         flags = ("--name", name, "--features", features, "--embeddings", roots, *FIT)

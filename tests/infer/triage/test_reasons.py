@@ -226,6 +226,7 @@ def kinds(data: Path, embeddings: Path, folder: Path) -> dict[str, Callable[[], 
     return {
         "image": lambda: fit_small(**with_images, features="image"),
         "multimodal": lambda: fit_small(**with_images, features="raw,image,image_ranks"),
+        "difference": lambda: fit_small(**with_images, features="raw,image,-image_score.tiny"),
         "own": lambda: fit_small(
             **shared, features="raw,own,more", define=[own], tables=tables, name="own"
         ),
@@ -267,7 +268,7 @@ def test_own_columns_are_compared_with_training(
 
 
 @pytest.mark.parametrize("split", ["test", "train"])
-@pytest.mark.parametrize("kind", ["image", "multimodal", "own", "libraries", "blend"])
+@pytest.mark.parametrize("kind", ["image", "multimodal", "difference", "own", "libraries", "blend"])
 def test_every_kind_of_ensemble_has_reasons(
     data: Path, embeddings: Path, tmp_path: Path, kind: str, split: str
 ) -> None:
@@ -284,6 +285,9 @@ def test_every_kind_of_ensemble_has_reasons(
         assert text
     if kind == "image":
         assert {cause for _, cause, *_ in found} == {"tiny"}
+    if kind == "difference":
+        texts = {text for _, cause, *_, text in found if cause == "tiny"}
+        assert texts == {"its image, as tiny describes it"}
 
 
 def test_embeddings_of_another_fit_are_refused(

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from infer.ensemble.artifact import open_ensemble
 from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.ensemble.features import select as module
 from infer.ensemble.features.select import select
@@ -132,6 +133,16 @@ def test_image_features_are_kept(data: Path, embeddings: Path, tmp_path: Path) -
     names = json.loads((root / "state.json").read_text())["names"]
     assert names[-2:] == ["image_score.tiny", "image_score_patient_diff.tiny"]
     assert len(names) == len(manifest["chosen"]) + 2
+
+
+def test_columns_of_networks_stay_left_out(data: Path, embeddings: Path, tmp_path: Path) -> None:
+    words = "raw,image,-image_score_patient_diff"
+    choose(data, tmp_path / "list.txt", features=words, embeddings=embeddings, by="gain", repeats=1)
+    assert (tmp_path / "list.txt").read_text().endswith("\n-image_score_patient_diff\n")
+    chosen = f"@{tmp_path / 'list.txt'}"
+    root = fit_small(data, tmp_path, features=chosen, embeddings=embeddings, num_rounds=2)
+    images = [name for name in open_ensemble(root).state.names if name.endswith(".tiny")]
+    assert images == ["image_score.tiny"]
 
 
 def test_a_config_of_fit_can_be_used(data: Path, tmp_path: Path, cli: Cli) -> None:

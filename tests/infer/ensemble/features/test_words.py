@@ -103,6 +103,7 @@ def test_bad_words_are_refused(text: str, message: str) -> None:
         ("sex\n@other.txt\n", 'has the line "@other.txt"'),
         ("sex,age_approx\n", 'has the line "sex,age_approx"'),
         ("sexx\n", 'unknown features "sexx"'),
+        ("raw\n-image_scor.a\n", 'unknown features "image_scor.a".*did you mean "image_score"'),
         ("target\n", "exists only in the training table"),
     ],
 )
