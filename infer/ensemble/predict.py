@@ -14,10 +14,10 @@ from infer.ensemble.blends.artifact import Blend, Scorer, ensembles_of, open_sco
 from infer.ensemble.blends.ranks import Scores
 from infer.ensemble.boosting.refit import ESTIMATES, choose_rows
 from infer.ensemble.drift import drift_warning, measure_drift
-from infer.ensemble.features.own_tables import read_test_tables
+from infer.ensemble.features.own_tables import OwnTable, read_test_tables
 from infer.ensemble.score_table import TableScores, score_table
 from infer.ensemble.scoring.calibration import shift_prevalence
-from infer.ensemble.settings import EmbeddingSources, PredictSettings
+from infer.ensemble.settings import EmbeddingSources, PredictSettings, ScoreSettings
 from infer.ensemble.two_sample import TwoSample, compare_tables
 from isic import schema
 from isic.dataset import Dataset
@@ -79,23 +79,11 @@ def read_test_table(dataset: Dataset) -> TestTable:
 
 def predict_submission(settings: PredictSettings) -> None:
     """Run `infer predict`, which its settings describe."""
-    sources = EmbeddingSources(settings.embeddings, settings.frozen)
-    scorer = choose_rows(open_scorer(settings.ensemble), settings.rows, sources)
-    if settings.prevalence and not scorer.calibration:
-        raise UserError(
-            f"--prevalence is for probabilities, and {scorer.root} has none; fit or blend it again "
-            "with --calibrate"
-        )
+    scorer = choose_models(open_scorer(settings.ensemble), settings, settings.sources)
     test = read_test_table(Dataset(settings.data))
     refuse_foreign_submission(settings.output)
     own_tables = read_test_tables(settings.tables, scorer.own_tables)
-    found = score_table(
-        scorer, test.metadata, sources, own_tables, settings.num_threads, settings.few, test.path
-    )
-    if settings.prevalence:
-        found = with_prevalence(found, scorer, settings.prevalence)
-    if found.num_few:
-        print(f"{found.num_few:,} rows of patients with few lesions are scored by raw features")
+    found = score_rows(scorer, settings, settings.sources, test.metadata, own_tables, test.path)
     origins = {
         "tables": {name: sha256(own.path) for name, own in own_tables.items()},
         "rows": settings.rows,
@@ -110,6 +98,47 @@ def predict_submission(settings: PredictSettings) -> None:
         f"scores {found.score.min():.4f} to {found.score.max():.4f})"
     )
     warn_of_drift(drift, settings.output)
+
+
+def choose_models(scorer: Scorer, settings: ScoreSettings, sources: EmbeddingSources) -> Scorer:
+    """Return the ensemble with the models that score rows by the settings.
+
+    Raises:
+        UserError: it lacks models or probabilities that the settings need, or the embeddings are
+            not those that it needs.
+    """
+    scorer = choose_rows(scorer, settings.rows, sources)
+    if settings.prevalence and not scorer.calibration:
+        raise UserError(
+            f"--prevalence is for probabilities, and {scorer.root} has none; fit or blend it again "
+            "with --calibrate"
+        )
+    return scorer
+
+
+def score_rows(
+    scorer: Scorer,
+    settings: ScoreSettings,
+    sources: EmbeddingSources,
+    metadata: pl.DataFrame,
+    own_tables: Mapping[str, OwnTable],
+    source: Path,
+) -> TableScores:
+    """Score the rows of a table by the settings. Raise UserError as `score_table` does.
+
+    Args:
+        scorer: the result of `choose_models`.
+        source: the table's path, for messages.
+    """
+    found = score_table(
+        scorer, metadata, sources, own_tables, settings.num_threads, settings.few, source
+    )
+    if settings.prevalence:
+        found = with_prevalence(found, scorer, settings.prevalence)
+    num_few = int(found.is_few.sum())
+    if num_few:
+        print(f"{num_few:,} rows of patients with few lesions are scored by raw features")
+    return found
 
 
 def with_prevalence(found: TableScores, scorer: Scorer, prevalence: float) -> TableScores:

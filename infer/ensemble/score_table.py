@@ -47,8 +47,9 @@ class TableScores:
     probability: Scores | None = None
     """[N] calibrated probabilities, if the ensemble has a curve; NaN for rows that are scored
     without comparing lesions, whose scores it was not fitted on."""
-    num_few: int = 0
-    """Rows that were scored without comparing lesions, because their patients have few."""
+    is_few: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    """[N] whether a row was scored without comparing lesions, because its patient has few; of
+    `score_table`."""
     own: pl.DataFrame = field(default_factory=pl.DataFrame)
     """[N] the own columns as `set.column`."""
 
@@ -99,7 +100,7 @@ def score_table(
     probability = scorer.calibration.probability(score) if scorer.calibration else None
     if probability is not None:
         probability[is_few] = np.nan
-    return replace(found, score=score, probability=probability, num_few=int(is_few.sum()))
+    return replace(found, score=score, probability=probability, is_few=is_few)
 
 
 def _score_blend(

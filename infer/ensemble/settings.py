@@ -378,8 +378,8 @@ def _need_library(name: str) -> None:
         raise ValueError(f'unknown library "{name}", {did_you_mean(name, LIBRARIES)}')
 
 
-class PredictSettings(Settings):
-    """Score the test table with a fitted ensemble and write the submission."""
+class ScoreSettings(Settings):
+    """Base of the settings of commands that score new rows: the ensemble, and how it scores."""
 
     remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_TABLES}
 
@@ -397,11 +397,6 @@ class PredictSettings(Settings):
     )
     tables: Several[str] = Field(
         (), description="the ensemble's tables of own columns, with the rows to score"
-    )
-    output: Path = Field(
-        Path("submission.csv"),
-        validation_alias=AliasChoices("output", "out"),
-        description="the submission to write",
     )
     few: Few = Field(
         "warn",
@@ -422,6 +417,24 @@ class PredictSettings(Settings):
         "ensemble that was fitted with --calibrate; that of the training table by default",
     )
     num_threads: int = Field(0, ge=0, description="threads, 0 for all")
+
+    @property
+    def sources(self) -> EmbeddingSources:
+        return EmbeddingSources(self.embeddings, self.frozen)
+
+
+HOW_TO_SCORE = ("few", "rows", "prevalence")
+"""Flags of `ScoreSettings` that choose among scores of the same rows."""
+
+
+class PredictSettings(ScoreSettings):
+    """Score the test table with a fitted ensemble and write the submission."""
+
+    output: Path = Field(
+        Path("submission.csv"),
+        validation_alias=AliasChoices("output", "out"),
+        description="the submission to write",
+    )
 
 
 class BlendSettings(Settings):

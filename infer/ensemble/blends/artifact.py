@@ -125,9 +125,28 @@ class Blend:
 
     def score_of_single_lesions(self, scores: Mapping[str, Scores]) -> Scores:
         """Return [N] the same by `single_lesion_members` only, on the scale of the blend."""
-        # A mean of fewer ranks spreads wider, so its rows would gather at both ends of a ranking.
+        part = self.single_lesion_part
+        return part.to_scale(part.blend.score(scores))
+
+    @cached_property
+    def single_lesion_part(self) -> "PartOfBlend":
+        """The blend of `single_lesion_members`."""
         part = with_members(self, self.single_lesion_members)
-        return to_scale_of(part.score(scores), out_of_fold(part), out_of_fold(self))
+        return PartOfBlend(part, out_of_fold(part), out_of_fold(self))
+
+
+@dataclass(frozen=True, eq=False)
+class PartOfBlend:
+    """A blend of some members of another one, with the [M] out-of-fold scores of both."""
+
+    blend: Blend
+    own_scores: Scores
+    whole_scores: Scores
+
+    def to_scale(self, score: Scores) -> Scores:
+        """Return [N] scores of the part on the scale of the whole."""
+        # A mean of fewer ranks spreads wider, so its rows would gather at both ends of a ranking.
+        return to_scale_of(score, self.own_scores, self.whole_scores)
 
 
 Scorer = Ensemble | Blend
