@@ -75,8 +75,14 @@ def draw_maps(
     }
 
 
-def open_network(scorer: Scorer, model_dir: Path, trust: bool = False) -> Network:
+def open_network(
+    scorer: Scorer, model_dir: Path, trust: bool = False, fold: Fold | None = None
+) -> Network:
     """Find the artifacts of a training run that an ensemble was fitted with.
+
+    Args:
+        trust: whether to load native code that this user has not exported.
+        fold: the only fold whose network scores; None for all that have a number.
 
     Raises:
         UserError: the run has no artifacts, is not of the ensemble, or was trained again since.
@@ -88,17 +94,17 @@ def open_network(scorer: Scorer, model_dir: Path, trust: bool = False) -> Networ
     }
     if not fitted:
         raise UserError(f"{scorer.root} uses no network's score; leave out --maps")
-    name = config_of(model_dir)
+    name = config_of(model_dir, fold)
     if name not in fitted:
         raise UserError(
             f"{model_dir} is the network {name}, but {scorer.root} was fitted with "
             f"{listed(fitted)}; give --maps a run of theirs"
         )
-    models = find_models(model_dir, name, AUTO, trust=trust)
+    models = find_models(model_dir, name, AUTO, fold=fold, trust=trust)
     fitted_with = fitted[name].get("checkpoints") or {}
     if not models.checkpoints.items() <= fitted_with.items():
         raise UserError(
-            f"{model_dir} has other trained weights than those that {scorer.root} was fitted with; "
-            "give --maps the run of its embeddings"
+            f"{model_dir} has other trained weights than those behind the scores of "
+            f"{scorer.root}; give --maps the run of its embeddings"
         )
     return Network(name, model_dir, models)

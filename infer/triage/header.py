@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from infer.ensemble.blends.artifact import Scorer, ensembles_of
+from infer.ensemble.boosting.refit import Rows
 from infer.ensemble.scoring.scores import small_patients
 from isic import schema
 from isic.html import page
@@ -13,6 +14,10 @@ from isic.metrics import TOP_K
 CAVEAT = (
     "Research software, not a medical device: the order of the lesions is no diagnosis and must "
     "not guide anyone's care. A low score does not mean that a lesion is benign."
+)
+SCORES_OF_ALL = (
+    "by models that were fitted on every training row; the sensitivity and the pAUC are of the "
+    "models of the folds"
 )
 MODEL = "Model"
 TRAINED_ON = "Trained on"
@@ -25,8 +30,13 @@ def caveat(model: Mapping[str, str]) -> Markup:
     return tag("p", text, class_="caveat")
 
 
-def model_facts(scorer: Scorer) -> dict[str, str]:
-    """Return, by label, the model's training rows and its scores on patients it had not seen."""
+def model_facts(scorer: Scorer, rows: Rows, prevalence: float | None) -> dict[str, str]:
+    """Return, by label, the model's training rows and its scores on patients it had not seen.
+
+    Args:
+        rows: those that the models behind the pages' scores were fitted on.
+        prevalence: share of malignant lesions of the pages' probabilities, if it was given.
+    """
     manifest = scorer.manifest
     target = scorer.oof()[schema.TARGET]
     lesions = manifest["lesions_per_patient"]
@@ -44,7 +54,13 @@ def model_facts(scorer: Scorer) -> dict[str, str]:
         f"among their patient's {TOP_K} highest scores{_small_patients(scores)}",
         "pAUC above 80 % sensitivity": f"{scores['pauc']:.4f} of at most 0.2, out of fold",
         "Training table": f"sha256 {_table_digest(scorer)}",
+        **({"Scores": SCORES_OF_ALL} if rows == "all" else {}),
+        **({} if prevalence is None else {"Probabilities": _share_text(prevalence)}),
     }
+
+
+def _share_text(prevalence: float) -> str:
+    return f"calibrated, if {page.percent(prevalence)} of the lesions to score are malignant"
 
 
 def _small_patients(scores: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infer.ensemble.images.networks import listed
 from infer.report.case_cards import photo
 from infer.report.cases import Picture
 from infer.report.occlusion import MapPicture
@@ -105,6 +106,12 @@ def _first_text(patient: Patient, shown: Shown) -> str:
     number = len(patient.index)
     which = f"The {patient.num_first} highest scores of {number:,} lesions."
     text = "The only lesion." if number == 1 else which
+    if patient.scored_by:
+        text += (
+            f" As the patient has so few, the scores are by {listed(patient.scored_by)} alone, "
+            "without comparing lesions, on the scale of the other patients' scores; they have no "
+            "calibrated probability."
+        )
     if shown.reasons is None:
         text += " The models cannot explain their scores, so there are no reasons."
     else:

@@ -29,6 +29,8 @@ class Patient:
     """[n] places among the scores of all rows, 1 for the highest."""
     unfamiliar: list[str]
     """Sentences on the properties that no training lesion has."""
+    scored_by: tuple[str, ...] = ()
+    """The only members of a blend that score the patient, who has few lesions; empty for all."""
 
     @property
     def num_first(self) -> int:
@@ -75,4 +77,8 @@ def _patient(
     score = rows.score[index]
     metadata = rows.metadata[index]
     rank = len(ranked) - np.searchsorted(ranked, score, side="right") + 1
-    return Patient(name, index, metadata, score, rank, unfamiliar(rows.scorer, metadata))
+    of_patient = rows.of_row(index[0])
+    unlike = unfamiliar(of_patient.scorer, metadata)
+    weights = {} if of_patient is rows else of_patient.scorer.weights
+    scored_by = tuple(member for member, weight in weights.items() if weight)
+    return Patient(name, index, metadata, score, rank, unlike, scored_by)

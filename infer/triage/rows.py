@@ -1,14 +1,15 @@
 """The rows of a triage: their scores, and the models that score changed rows again."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from infer.embedding.store import refuse_other_origin
 from infer.ensemble.artifact import Ensemble
@@ -25,7 +26,7 @@ from infer.ensemble.boosting.out_of_fold import mean_of_folds, scores_by_fold
 from infer.ensemble.features.own_tables import OwnTable
 from infer.ensemble.images.features import ImageRows, embedding_origins, fit_images
 from infer.ensemble.images.scores import image_probability
-from infer.ensemble.score_table import read_images, score_table, sources_by_member
+from infer.ensemble.score_table import TableScores, read_images, sources_by_member
 from infer.ensemble.scoring.calibration import out_of_fold_probability
 from infer.ensemble.settings import EmbeddingSources
 from infer.triage.causes import Attribution, Cause, find_causes
@@ -184,6 +185,27 @@ class ScoredRows:
     """By name; the ensemble itself if it is no blend."""
     own: pl.DataFrame | None = None
     """[N] the own columns as `set.column`; None for the train split."""
+    is_few: NDArray[np.bool_] | None = None
+    """[N] whether a row was scored by the members that do not compare lesions; None for none."""
+    to_scale: Callable[[Scores], Scores] | None = None
+    """From the scores of the members to `score`; None if they are the same."""
+
+    def of_row(self, row: int) -> "ScoredRows":
+        """Return the rows with the members that gave a row its score."""
+        return self if self.is_few is None or not self.is_few[row] else self._of_few_lesions
+
+    @cached_property
+    def _of_few_lesions(self) -> "ScoredRows":
+        assert isinstance(self.scorer, Blend)
+        part = self.scorer.single_lesion_part
+        members = {name: self.members[name] for name in part.blend.members}
+        return replace(
+            self, scorer=part.blend, members=members, is_few=None, to_scale=part.to_scale
+        )
+
+    def uses_network(self, name: str) -> bool:
+        """Return whether the scores are partly by a network, which is not a frozen one."""
+        return any(name in each.manifest["embeddings"] for each in ensembles_of(self.scorer))
 
     def folds_of(self, row: int) -> list[int] | None:
         """Return the folds whose models score a row; None for all of them."""
@@ -195,7 +217,8 @@ class ScoredRows:
         if not isinstance(self.scorer, Blend):
             (score,) = scores.values()
             return score
-        return blend_ranks(scores, self._weights(folds), self._reference)
+        score = blend_ranks(scores, self._weights(folds), self._reference)
+        return self.to_scale(score) if self.to_scale else score
 
     def _weights(self, folds: Sequence[int] | None) -> Mapping[str, float]:
         """Return the weight of each member in the scores by the models of some folds."""
@@ -219,22 +242,30 @@ class ScoredRows:
         return total
 
 
-def score_test(
+def read_test(
+    found: TableScores,
     scorer: Scorer,
     metadata: pl.DataFrame,
     sources: EmbeddingSources,
     own_tables: Mapping[str, OwnTable],
     num_threads: int,
 ) -> ScoredRows:
-    """Score the rows of a test table. Raise UserError as `score_table` does."""
-    found = score_table(scorer, metadata, sources, own_tables, num_threads)
+    """Return the rows of a test table, which the scorer has given the scores `found`."""
     images = {
         name: read_images(member, part, metadata)[0]
         for name, (member, part) in _members(scorer, sources, "test").items()
     }
     members = _with_given(scorer, metadata, images, own_tables, num_threads)
     return ScoredRows(
-        scorer, "test", metadata, found.score, found.probability, None, members, found.own
+        scorer,
+        "test",
+        metadata,
+        found.score,
+        found.probability,
+        None,
+        members,
+        found.own,
+        found.is_few,
     )
 
 

@@ -4,15 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, model_validator
 
+from infer.ensemble.settings import HOW_TO_SCORE, ScoreSettings
 from infer.trust import trust_field
 from isic.layout import OUTPUT_DIR, REMOTE_DATASET
-from isic.runtime.config import Settings, Several
+from isic.runtime.config import Several
 from isic.runtime.urls import Wanted
 
 
-class TriageSettings(Settings):
+class TriageSettings(ScoreSettings):
     """Write a page per patient with the lesions to look at first and the reasons, and an index.
 
     Example: infer triage --ensemble outputs/ensemble/engineered --patient IP_0000123
@@ -20,11 +21,6 @@ class TriageSettings(Settings):
 
     remote_inputs: ClassVar[Mapping[str, Wanted]] = {"data": REMOTE_DATASET}
 
-    data: Path = Field(Path("data/isic-2024"), description="dataset folder or URL")
-    ensemble: Path = Field(
-        OUTPUT_DIR / "ensemble",
-        description="an ensemble's folder, or one with a single ensemble in it",
-    )
     split: Literal["train", "test"] = Field(
         "test",
         description="split that the patients are of; train scores are out of fold, and need the "
@@ -36,20 +32,10 @@ class TriageSettings(Settings):
     max_patients: int = Field(
         100, ge=1, description="number of patients with a page, those with the highest scores"
     )
-    embeddings: Several[Path] = Field(
-        (),
-        description="outputs/embeddings/<config> of each network that the ensemble was fitted with",
-    )
-    frozen: Several[Path] = Field(
-        (), description="embeddings of each frozen network that the ensemble was fitted with"
-    )
-    tables: Several[str] = Field(
-        (), description="the ensemble's tables of own columns, with the rows of the split"
-    )
     maps: Path | None = Field(
         None,
-        description="outputs/<config> of a network with exported folds, to draw occlusion maps; "
-        "takes 50 runs of the network per image",
+        description="outputs/<config> of a network whose exported folds, or with --rows all its "
+        "fold_all, draw occlusion maps; takes 50 runs of the network per image",
     )
     output: Path = Field(
         OUTPUT_DIR / "triage.html",
@@ -57,5 +43,15 @@ class TriageSettings(Settings):
         description="the index to write; the patients' pages go into the folder of its name, "
         "without .html",
     )
-    num_threads: int = Field(0, ge=0, description="threads, 0 for all")
     trust: bool = trust_field()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TriageSettings":
+        for name in HOW_TO_SCORE:
+            default = type(self).model_fields[name].default
+            if self.split == "train" and getattr(self, name) != default:
+                raise ValueError(
+                    f"--{name} is for scores of new rows, and those of --split train are out of "
+                    "fold; leave one of the two out"
+                )
+        return self

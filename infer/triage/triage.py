@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from infer.embedding.image_embedder import ImageEmbedder
 from infer.embedding.store import scan_embeddings
 from infer.ensemble.artifact import ENSEMBLE_FILE
-from infer.ensemble.blends.artifact import Scorer, needed_part, open_scorer
+from infer.ensemble.blends.artifact import Scorer, ensembles_of, needed_part, open_scorer
 from infer.ensemble.boosting.libraries import NoContributions
 from infer.ensemble.drift import drift_warning
 from infer.ensemble.features.own_tables import read_test_tables
-from infer.ensemble.predict import TestTable, drift_of
-from infer.ensemble.settings import EmbeddingSources
+from infer.ensemble.predict import TestTable, choose_models, drift_of, score_rows
+from infer.ensemble.settings import HOW_TO_SCORE, SOURCES, EmbeddingSources
 from infer.explain.explain import safe_names
 from infer.report.cases import Picture, pictures
 from infer.report.occlusion import Network, draw_maps, open_network
@@ -29,13 +29,13 @@ from infer.triage.index_page import index_page
 from infer.triage.patient_page import Shown, patient_page
 from infer.triage.patients import Patient, choose_patients
 from infer.triage.reasons import PatientRows, find_reasons
-from infer.triage.rows import ScoredRows, read_out_of_fold, score_test
+from infer.triage.rows import ScoredRows, read_out_of_fold, read_test
 from infer.triage.settings import TriageSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import read_folds
 from isic.images import ImageStore
-from isic.layout import FOLDS_FILE
+from isic.layout import ALL, FOLDS_FILE, Fold
 from isic.metadata import with_patient
 from isic.runtime.errors import UserError, warn
 from isic.runtime.files import (
@@ -63,11 +63,10 @@ def triage(settings: TriageSettings) -> None:
     """Run `infer triage`, which its settings describe."""
     refuse_other_name(settings.output)
     dataset = Dataset(settings.data)
-    scorer = open_scorer(settings.ensemble)
-    if settings.split == "test":  # an out-of-fold score may weigh every member
-        scorer = needed_part(scorer)
-    network = open_network(scorer, settings.maps, settings.trust) if settings.maps else None
-    rows = _read_rows(settings, dataset, scorer)
+    scorer = open_models(settings)
+    fold: Fold | None = ALL if settings.rows == "all" else None
+    network = open_network(scorer, settings.maps, settings.trust, fold) if settings.maps else None
+    rows = read_rows(settings, dataset, scorer)
     patients = choose_patients(rows, settings.patient, settings.max_patients)
     names = _page_names(settings.output, patients)
     _refuse_foreign(settings.output, names.values())
@@ -78,7 +77,7 @@ def triage(settings: TriageSettings) -> None:
     counts = len(rows.metadata), with_patient(rows.metadata)[schema.PATIENT].n_unique()
     style = "".join(path.read_text(encoding="utf-8") for path in (REPORT_STYLE, TRIAGE_STYLE))
     back = quote(f"../{settings.output.name}")
-    model = model_facts(scorer)
+    model = model_facts(scorer, settings.rows, settings.prevalence)
     features = _read_features(settings, patients)
     has_reasons = _has_reasons(rows)
     with only_writer(settings.output), _opened(network) as embedder:
@@ -99,7 +98,10 @@ def triage(settings: TriageSettings) -> None:
             index_page(model, patients, names, counts, drift, style),
             zip(names.values(), texts, strict=True),
             list(names.values()),
-            {"ensemble": sha256(scorer.root / ENSEMBLE_FILE), "split": settings.split},
+            {
+                "ensemble": sha256(scorer.root / ENSEMBLE_FILE),
+                **settings.model_dump(include={"split", *HOW_TO_SCORE}),
+            },
         )
     print(f"triage: {settings.output} ({len(patients):,} of {counts[1]:,} patients have a page)")
     if drift is not None and drift_warning(drift):
@@ -147,12 +149,41 @@ def refuse_other_name(output: Path) -> None:
         raise UserError(f"--output names an HTML file such as triage.html, not {output}")
 
 
-def _read_rows(settings: TriageSettings, dataset: Dataset, scorer: Scorer) -> ScoredRows:
+def open_models(settings: TriageSettings) -> Scorer:
+    """Open the ensemble, for new rows with the models that the settings choose."""
+    scorer = open_scorer(settings.ensemble)
+    if settings.split == "train":
+        return scorer  # an out-of-fold score may weigh every member
+    return choose_models(scorer, settings, _scored_sources(settings, scorer))
+
+
+def read_rows(settings: TriageSettings, dataset: Dataset, scorer: Scorer) -> ScoredRows:
+    """Read the rows of the split, new ones with the scores of `infer predict`.
+
+    Args:
+        scorer: the result of `open_models`.
+    """
     metadata = dataset.metadata(settings.split).sort(schema.ID)
-    sources = EmbeddingSources(settings.embeddings, settings.frozen)
     own_tables = read_test_tables(settings.tables, scorer.own_tables)
-    read = read_out_of_fold if settings.split == "train" else score_test
-    return read(scorer, metadata, sources, own_tables, settings.num_threads)
+    threads = settings.num_threads
+    if settings.split == "train":
+        return read_out_of_fold(scorer, metadata, settings.sources, own_tables, threads)
+    sources = _scored_sources(settings, scorer)
+    path = dataset.metadata_path("test")
+    found = score_rows(scorer, settings, sources, metadata, own_tables, path)
+    return read_test(found, scorer, metadata, sources, own_tables, threads)
+
+
+def _scored_sources(settings: TriageSettings, scorer: Scorer) -> EmbeddingSources:
+    """Return the embeddings that scores need; the pages only draw those of other networks."""
+    needed = [*ensembles_of(needed_part(scorer))]
+    return EmbeddingSources(
+        **{
+            flag: getattr(settings, flag)
+            for flag in SOURCES
+            if any(ensemble.manifest[flag] for ensemble in needed)
+        }
+    )
 
 
 def _refuse_foreign(output: Path, pages: Iterable[str]) -> None:
@@ -213,9 +244,10 @@ def _show(
 ) -> Shown:
     """Return the pictures and explanations of a patient's lesions."""
     first = patient.names[: patient.num_first]
-    facts = PatientRows(rows, patient.index, rows.scorer.training)
+    of_patient = rows.of_row(patient.index[0])
+    facts = PatientRows(of_patient, patient.index, of_patient.scorer.training)
     maps = {}
-    if network and embedder and images:
+    if network and embedder and images and of_patient.uses_network(network.name):
         maps = draw_maps(embedder, images, network.folds_of(first, rows.split), LARGE)
     return Shown(
         reasons=find_reasons(facts, range(patient.num_first)) if has_reasons else None,

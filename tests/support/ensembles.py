@@ -16,9 +16,9 @@ from infer.ensemble.settings import FitSettings, PredictSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import Folds, draw_folds
-from isic.layout import TRAINED_ON_FILE, fold_dir
+from isic.layout import ALL, TRAINED_ON_FILE, fold_dir
 from isic.provenance import seen_rows, write_seen
-from isic.runtime.files import write_json
+from isic.runtime.files import read_json, write_json
 from isic.synth.rows import draw_rows
 
 NUM_FOLDS = 3
@@ -133,6 +133,19 @@ def write_run(root: Path, split: str, folds: Folds) -> None:
         "preprocess": {"size": 8},
     }
     write_json(root / split / "run.json", run)
+
+
+def write_all_embeddings(root: Path, data: Path, logits: np.ndarray, config: str = "tiny") -> Path:
+    """Write the test logits of the network of all rows of a config."""
+    folds = draw_folds(train_table(data), 3, 42)
+    ids = Dataset(data).metadata("test")["isic_id"].to_list()
+    features = np.zeros((len(ids), 4), np.float16)
+    write_shard(shard_path(root, "test", ALL, 0), ids, features, logits.astype(np.float32))
+    write_run(root, "test", folds)
+    path = root / "test" / "run.json"
+    by_all = {"config": config, "folds": [ALL], "engines": {ALL: "z"}, "checkpoints": {ALL: "z"}}
+    write_json(path, read_json(path) | by_all)
+    return root
 
 
 def fit_settings(data: Path, output_dir: Path, **more: object) -> FitSettings:

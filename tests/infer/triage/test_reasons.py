@@ -15,11 +15,12 @@ from infer.ensemble.blends.artifact import open_scorer
 from infer.ensemble.blends.write import write_blend
 from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.ensemble.features.own_tables import read_test_tables
+from infer.ensemble.score_table import score_table
 from infer.ensemble.settings import BlendSettings, EmbeddingSources
 from infer.triage.causes import CAUSES, UNUSUAL, WORDS, Cause
 from infer.triage.patients import choose_patients
 from infer.triage.reasons import PatientRows, find_reasons, odds
-from infer.triage.rows import ScoredRows, read_out_of_fold, score_test
+from infer.triage.rows import ScoredRows, read_out_of_fold, read_test
 from infer.triage.settings import TriageSettings
 from infer.triage.triage import _drift as triage_drift
 from infer.triage.triage import triage
@@ -49,8 +50,10 @@ def read_rows(data: Path, ensemble: Path, split: str = "test", **more: Any) -> S
     scorer = open_scorer(ensemble)
     sources = EmbeddingSources(more.get("embeddings", ()), more.get("frozen", ()))
     tables = read_test_tables(more.get("tables", ()), scorer.own_tables)
-    read = read_out_of_fold if split == "train" else score_test
-    return read(scorer, metadata, sources, tables, 1)
+    if split == "train":
+        return read_out_of_fold(scorer, metadata, sources, tables, 1)
+    found = score_table(scorer, metadata, sources, tables, 1)
+    return read_test(found, scorer, metadata, sources, tables, 1)
 
 
 def reasons_of(rows: ScoredRows, most: int = 100) -> list[tuple[str, str, float, float, str]]:

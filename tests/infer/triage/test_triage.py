@@ -327,7 +327,7 @@ def test_bad_input_is_refused_in_a_sentence(project: Path, tmp_path: Path) -> No
         write_pages(project, tmp_path / "t.html", patient="nobody")
     with pytest.raises(UserError, match=r"names an HTML file such as triage\.html"):
         write_pages(project, tmp_path / "folder")
-    with pytest.raises(UserError, match="image features need --embeddings"):
+    with pytest.raises(UserError, match="uses images; give --embeddings"):
         write_pages(project, tmp_path / "t.html", embeddings=())
     assert not list(tmp_path.iterdir())
 

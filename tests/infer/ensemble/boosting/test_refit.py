@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 import pytest
 
-from infer.embedding.store import shard_path, write_shard
 from infer.ensemble.artifact import open_ensemble
 from infer.ensemble.blends.write import write_blend
 from infer.ensemble.boosting.libraries import LIBRARIES
@@ -32,23 +31,10 @@ from tests.support.ensembles import (
     read_files,
     shuffle_targets,
     train_table,
+    write_all_embeddings,
     write_embeddings,
-    write_run,
     write_train,
 )
-
-
-def write_all_embeddings(root: Path, data: Path, logits: np.ndarray, config: str = "tiny") -> Path:
-    """Write the test logits of the network of all rows of a config."""
-    folds = draw_folds(train_table(data), 3, 42)
-    ids = Dataset(data).metadata("test")["isic_id"].to_list()
-    features = np.zeros((len(ids), 4), np.float16)
-    write_shard(shard_path(root, "test", ALL, 0), ids, features, logits.astype(np.float32))
-    write_run(root, "test", folds)
-    path = root / "test" / "run.json"
-    by_all = {"config": config, "folds": [ALL], "engines": {ALL: "z"}, "checkpoints": {ALL: "z"}}
-    write_json(path, read_json(path) | by_all)
-    return root
 
 
 @pytest.fixture(scope="module")
