@@ -32,7 +32,7 @@ from infer.submission.contents import (
 from infer.submission.networks import Wanted, find_artifacts, needs_of, pack_network
 from infer.submission.rehearsal import FULL_ROWS, Rehearsal, rehearse
 from infer.submission.settings import BundleSettings
-from isic import __version__
+from isic import __version__, schema
 from isic.layout import ALL
 from isic.runtime.errors import UserError
 from isic.runtime.files import megabytes, new_folder, sha256, write_json
@@ -58,6 +58,12 @@ def bundle(settings: BundleSettings) -> None:
     candidates = [
         candidate for name, each in scorers.items() for candidate in candidates_of(each, name)
     ]
+    own = _own_columns(scorers.values())
+    if own and settings.test and not settings.data:
+        raise UserError(
+            f"the ensemble reads {own[0]}, which the synthetic rows of the bundle's test lack; add "
+            "--data with a test table that has it, or --test false"
+        )
     needs = needs_of(scorer, settings.rows)
     wanted = Wanted(settings.format, settings.precision)
     # All of them before the first is copied and before packages are downloaded.
@@ -90,7 +96,7 @@ def bundle(settings: BundleSettings) -> None:
             "files": digests(folder),
         }
         write_json(folder / BUNDLE_FILE, manifest)
-        rehearsal = rehearse(folder, settings) if settings.test else None
+        rehearsal = rehearse(folder, settings, own) if settings.test else None
         if rehearsal:
             write_json(folder / BUNDLE_FILE, {**manifest, "rehearsal": rehearsal.to_json()})
     report(target, manifest, candidates, choice_notes(scorer.root.name, scorer.manifest))
@@ -116,6 +122,17 @@ def choose_ensembles(scorer: Scorer, settings: BundleSettings) -> dict[str, Scor
             raise UserError(f"two ensembles are called {name}; rename the folder of one of them")
         found[name] = each
     return found
+
+
+def _own_columns(scorers: Iterable[Scorer]) -> list[str]:
+    """Return the columns beyond the challenge's that the features read."""
+    columns = (
+        name
+        for scorer in scorers
+        for ensemble in ensembles_of(scorer)
+        for name in ensemble.spec.needed_columns
+    )
+    return [name for name in dict.fromkeys(columns) if name not in schema.DTYPES]
 
 
 def _works_without_images(scorer: Scorer) -> bool:

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from isic.synth.dataset import synthesize
 from isic.synth.write import write_images
 from isic.tables import read_table
 
+SYNTHETIC = "synthetic"
 NUM_SYNTHETIC = 200
 NUM_OWN = 3
 """Test rows: synthetic ones, and the first ones of the user's dataset, as in Kaggle's sample."""
@@ -81,8 +82,12 @@ class Rehearsal:
         return asdict(self)
 
 
-def rehearse(bundle: Path, settings: BundleSettings) -> Rehearsal:
+def rehearse(bundle: Path, settings: BundleSettings, own: Sequence[str] = ()) -> Rehearsal:
     """Submit synthetic rows, and the first ones of the user's dataset, with a bundle.
+
+    Args:
+        own: columns beyond the challenge's that the ensembles read. If there are any, synthetic
+            rows are not submitted, because they lack them.
 
     Raises:
         UserError: a submission fails, loses a network or an image, or has other rows.
@@ -91,7 +96,7 @@ def rehearse(bundle: Path, settings: BundleSettings) -> Rehearsal:
     bundle = bundle.absolute()  # the process has another working directory
     with tempfile.TemporaryDirectory() as name, read_only(bundle):
         root = Path(name)
-        datasets = _datasets(root, settings.data)
+        datasets = _datasets(root, settings.data, own)
         uid = _other_user(bundle, root)
         rates: dict[str, float] = {}
         rows = {}
@@ -102,17 +107,21 @@ def rehearse(bundle: Path, settings: BundleSettings) -> Rehearsal:
                 _own(out, uid)
                 _run(bundle, data, out, uid, settings)
             rows[label] = _check(data, out / "submission.csv")
-            # Of the synthetic rows, the first dataset: a handful of own ones says nothing.
-            rates = rates or _rates(out)
+            if label == SYNTHETIC:  # a handful of own rows says nothing
+                rates = _rates(out)
     return Rehearsal(this_python(), "this user" if uid is None else "the user nobody", rows, rates)
 
 
-def _datasets(root: Path, data: Path | None) -> dict[str, Path]:
+def _datasets(root: Path, data: Path | None, own: Sequence[str]) -> dict[str, Path]:
     """Write the datasets of the test. Return their folders by name."""
-    found = {"synthetic": root / "synthetic"}
-    synthesize(
-        SynthSettings(output_dir=found["synthetic"], images=50, test_images=NUM_SYNTHETIC, pool=50)
-    )
+    found = {}
+    if not own:
+        found[SYNTHETIC] = root / SYNTHETIC
+        synthesize(
+            SynthSettings(
+                output_dir=found[SYNTHETIC], images=50, test_images=NUM_SYNTHETIC, pool=50
+            )
+        )
     if data:
         found["own"] = root / "own"
         _copy_rows(Dataset(data), found["own"])

@@ -61,7 +61,7 @@ class BundleSettings(Settings):
     data: Path | None = Field(
         None,
         description="dataset whose first test rows are also submitted in the test of the bundle; "
-        "synthetic rows are always",
+        "synthetic rows are always, unless an own column is read, which they lack",
     )
     test: bool = Field(True, description="run the bundle on synthetic rows before it gets its name")
     owner: str = Field(

@@ -17,7 +17,7 @@ from isic.runtime.errors import UserError
 from isic.runtime.files import read_json
 from isic.runtime.installed import this_python
 from tests.infer.submission.conftest import Project
-from tests.support.commands import Cli
+from tests.support.commands import Cli, run_module
 
 
 @pytest.mark.slow
@@ -60,6 +60,32 @@ def test_a_bundle_that_needs_more_than_the_other_machine_has_is_refused(
     settings = project.settings(tmp_path / "b")
     with pytest.raises(UserError, match=reason):
         rehearse(broken, settings)
+
+
+@pytest.mark.slow
+def test_an_ensemble_that_reads_an_own_column_is_tested_on_own_rows(
+    project: Project, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(project.data, tmp_path / "data"))
+    for split in ("train", "test"):
+        table = pl.read_csv(data / f"{split}-metadata.csv", infer_schema=False)
+        rows = pl.int_range(pl.len()) % 7
+        table.with_columns(clinic=rows).write_csv(data / f"{split}-metadata.csv")
+    (tmp_path / "own.yaml").write_text("room: CAST(clinic AS DOUBLE) / 2")
+    run_module(
+        *("infer", "fit", "--data", data, "--out", tmp_path / "ensembles", "--name", "own"),
+        *("--define", tmp_path / "own.yaml", "--features", "raw,own", "--num_folds", 3),
+        *("--seeds", 1, "--num_rounds", 5),
+    )
+    own = tmp_path / "ensembles" / "own"
+    with pytest.raises(
+        UserError, match=r"reads clinic, which the synthetic rows .* lack; add --data"
+    ):
+        project.bundle(tmp_path / "a", own, data=None, test=True)  # type: ignore[arg-type]
+    made = project.bundle(tmp_path / "b", own, data=data, test=True)  # type: ignore[arg-type]
+    rehearsal = read_json(made / "bundle.json")["rehearsal"]
+    assert rehearsal["rows"] == {"own": NUM_OWN}
+    assert rehearsal["images_per_second"] == {}
 
 
 @pytest.mark.slow
