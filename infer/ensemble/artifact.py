@@ -129,6 +129,16 @@ class Ensemble:
     def calibration(self) -> Calibration | None:
         return read_calibration(self.root, self.manifest)
 
+    def frame(self, metadata: pl.DataFrame, more: Iterable[pl.DataFrame]) -> pl.DataFrame:
+        """Return the feature table of new rows, see `FeatureSpec.frame`.
+
+        Raises:
+            UserError: a definition gives text in place of numbers, or the reverse.
+        """
+        encodings = self.state.encodings.values()
+        text = {name for encoding in encodings for name in encoding.categories}
+        return self.spec.frame(metadata, more, text)
+
     def oof(self) -> pl.DataFrame:
         """Return `isic_id`, `fold`, `target`, each model's out-of-fold scores, and `blend`."""
         return read_parquet(self.root / OOF_FILE)

@@ -137,7 +137,7 @@ def score_ensemble(
     """Score the rows of a table with one ensemble, which may use a part of `own_tables`."""
     images, origins = read_images(ensemble, sources, metadata)
     own_columns = [own_tables[name].columns(metadata) for name in ensemble.own_tables]
-    table = ensemble.spec.frame(metadata, [*own_columns, *images.tables()])
+    table = ensemble.frame(metadata, [*own_columns, *images.tables()])
     _warn_unseen(ensemble, table)
     weights = ensemble.weights
     # Only a blend of several libraries needs the ranks of the training rows.

@@ -91,7 +91,7 @@ class Member:
         """Return the feature table of changed rows; without boosters the scores themselves."""
         if not self.has_boosters:
             return given
-        return self.ensemble.spec.frame(metadata, [given])
+        return self.ensemble.frame(metadata, [given])
 
     def score(self, table: pl.DataFrame, folds: Collection[int] | None) -> Scores:
         """Return the scores by the boosters of some folds, of all folds for None."""

@@ -13,12 +13,13 @@ in `relative`, whose words are those of `relative.FORMS`.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import polars as pl
+import polars.selectors as cs
 
 from isic import schema
 from isic.features import FEATURES, compute, finite, in_canonical_order, needed_columns
@@ -31,6 +32,8 @@ KEYS = ("expr", "relative")
 IDENTITIES = (schema.ID, schema.PATIENT)
 NUM_ALONE = 8
 """Rows on which an expression is also computed alone."""
+CLOCK = re.compile(r"\b(now|(current|local)_?(date|time|timestamp))\b", re.IGNORECASE)
+QUOTED = re.compile("""'[^']*'|"[^"]*\"""")
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,11 @@ def _with_expression(definition: Definition, source: str) -> Definition:
             )
     if not inputs:
         raise UserError(f"{source}: {definition} reads no column by its name; name one")
+    if CLOCK.search(QUOTED.sub("", definition.text)):
+        raise UserError(
+            f"{source}: {definition} reads the clock, so a row has another value every day; leave "
+            "it out"
+        )
     return Definition(definition.name, definition.text, definition.relative, expr)
 
 
@@ -179,24 +187,34 @@ def relative_to_others(definitions: Sequence[Definition], names: Collection[str]
 
 
 def compute_definitions(
-    definitions: Sequence[Definition], metadata: pl.DataFrame, names: Collection[str]
+    definitions: Sequence[Definition],
+    metadata: pl.DataFrame,
+    names: Collection[str],
+    text: Collection[str] | None = None,
 ) -> pl.DataFrame:
     """Compute own features from the result of `read_metadata`.
+
+    Args:
+        text: the names that were text at the fit, for new rows; the others were numbers.
 
     Returns:
         A column per name, rows in the order of `metadata`. Categories are String; numbers and
         booleans are Float32, never NaN, null if blank or beyond float32.
 
     Raises:
-        UserError: a column is missing, or polars cannot compute an expression.
+        UserError: a column is missing, polars cannot compute an expression, or it gives text in
+            place of numbers or the reverse.
     """
     require(metadata, columns_of_definitions(definitions, names), "the metadata")
     used = needed_definitions(definitions, names)
     rows = _inputs(used, metadata)
     for definition in used:
-        rows = _with_features(rows, definition)
-    text = [name for name in names if rows.schema[name] == pl.String]
-    table = rows.select("_row", *(pl.col(name) if name in text else finite(name) for name in names))
+        values = _evaluate(definition, rows)
+        if text is not None and definition.name in names:
+            values = _as_fitted(definition, values, definition.name in text)
+        rows = _with_features(rows, definition, values)
+    columns = (pl.col(name) if rows.schema[name] == pl.String else finite(name) for name in names)
+    table = rows.select("_row", *columns)
     return table.sort("_row").drop("_row")
 
 
@@ -209,11 +227,38 @@ def _inputs(definitions: Sequence[Definition], metadata: pl.DataFrame) -> pl.Dat
     ]
     computed = compute(metadata, features).drop(schema.ID)
     table = metadata.drop(features, strict=False).hstack(computed)
-    return in_canonical_order(table, (*columns, *features))
+    rows = in_canonical_order(table, (*columns, *features))
+    # Own columns of a Parquet file may have integers of 8 bits, whose sums wrap around, and NaN,
+    # which polars counts as greater than any number.
+    own = [name for name in columns if name not in schema.DTYPES]
+    return rows.with_columns((cs.by_name(own) & cs.numeric()).cast(pl.Float64).fill_nan(None))
 
 
-def _with_features(rows: pl.DataFrame, definition: Definition) -> pl.DataFrame:
-    rows = rows.with_columns(_evaluate(definition, rows))
+def _as_fitted(definition: Definition, values: pl.Series, is_text: bool) -> pl.Series:
+    """Return the values as text or numbers, as they were at the fit.
+
+    Raises:
+        UserError: numbers are in place of text, or text that is no number in place of numbers.
+    """
+    if values.dtype == pl.String and not is_text:
+        numbers = values.cast(pl.Float64, strict=False)
+        wrong = values.filter(numbers.is_null() & values.is_not_null())
+        if len(wrong):
+            raise UserError(
+                f'{definition} gives text such as "{wrong[0]}", but gave numbers at the fit; '
+                "correct the column that it reads, or leave the cell blank"
+            )
+        return _finite(numbers)
+    if values.dtype != pl.String and is_text and values.null_count() < len(values):
+        raise UserError(
+            f"{definition} gives numbers, but gave text at the fit; save the table as the training "
+            "table was saved, for example as CSV"
+        )
+    return values.cast(pl.String) if is_text else values
+
+
+def _with_features(rows: pl.DataFrame, definition: Definition, values: pl.Series) -> pl.DataFrame:
+    rows = rows.with_columns(values)
     forms = (
         FORMS[form].of(definition.name).cast(pl.Float32).alias(f"{definition.name}_{form}")
         for form in definition.relative
@@ -234,7 +279,8 @@ def _evaluate(definition: Definition, rows: pl.DataFrame) -> pl.Series:
             raise _not_by_name(definition)
         values = found.to_series()
         is_text = values.dtype in (pl.String, pl.Categorical, pl.Enum)
-        if is_text or values.dtype.is_numeric() or values.dtype == pl.Boolean:
+        # Null: a column of a Parquet file is blank in every row.
+        if is_text or values.dtype.is_numeric() or values.dtype in (pl.Boolean, pl.Null):
             values = values.cast(pl.String) if is_text else _finite(values)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise UserError(
@@ -296,7 +342,8 @@ def check_definitions(definitions: Sequence[Definition], metadata: pl.DataFrame)
                 f"{definition} gives text, which has no relative forms; leave `relative` out"
             )
         _check_rows(definition, rows, values)
-        rows = _with_features(rows, definition)
+        _warn_of_hidden_steps(definition, rows, values)
+        rows = _with_features(rows, definition, values)
 
 
 def warn_of_untestable(
@@ -323,15 +370,55 @@ def _check_rows(definition: Definition, rows: pl.DataFrame, values: pl.Series) -
     order = np.random.default_rng(0).permutation(len(rows))
     halves = np.array_split(order, 2)
     alone = [row[None] for row in order[:NUM_ALONE]]
-    for part in (order, *halves, *alone):
-        if len(part) and not _equal(_evaluate(definition, rows[part]), values[part]):
+    # A step by itself, because it may count in few rows: COALESCE(x, AVG(x)) is the mean only if x
+    # is blank.
+    for step in _steps(definition.expr):
+        expected = _step_values(step, rows)
+        if not step.meta.root_names():  # a number, or the count of the rows
+            if not _equal(_step_values(step, rows[:1]), expected):
+                raise _not_by_row(definition)
+            continue
+        if len(expected) != len(rows):
             raise _not_by_row(definition)
+        for part in (order, *halves, *alone):
+            if len(part) and not _equal(_step_values(step, rows[part]), expected[part]):
+                raise _not_by_row(definition)
+
+
+def _steps(expr: pl.Expr) -> Iterator[pl.Expr]:
+    """Yield an expression and, in turn, the expressions that it is made of."""
+    yield expr
+    for step in expr.meta.pop():
+        yield from _steps(step)
+
+
+def _step_values(step: pl.Expr, rows: pl.DataFrame) -> pl.Series:
+    values = rows.select(step.alias("step")).to_series()
+    is_number = values.dtype.is_numeric() or values.dtype == pl.Boolean
+    return values.cast(pl.Float64) if is_number else values
+
+
+def _warn_of_hidden_steps(definition: Definition, rows: pl.DataFrame, values: pl.Series) -> None:
+    """Warn if a step has no finite value in rows whose result is not blank."""
+    is_hidden = np.zeros(len(rows), bool)
+    for step in _steps(definition.expr):
+        found = _step_values(step, rows)
+        if step.meta.root_names() and found.dtype == pl.Float64:
+            is_hidden |= ~found.is_finite().fill_null(True).to_numpy()
+    num_rows = int((is_hidden & values.is_not_null().to_numpy()).sum())
+    if num_rows:
+        warn(
+            f"{definition} has a step without a finite value, such as a division by zero, in "
+            f"{num_rows:,} rows whose result is not blank: NaN and infinity count as greater than "
+            "any number there; NULLIF(divisor, 0) as the divisor makes the step blank"
+        )
 
 
 def _equal(first: pl.Series, second: pl.Series) -> bool:
-    if pl.String in (first.dtype, second.dtype):
+    if first.dtype != pl.Float64:
         return first.equals(second, null_equal=True)
     if not first.is_null().equals(second.is_null()):
         return False
     # Vectorised functions may round the last bit of a value differently at the end of a table.
-    return np.allclose(first.fill_null(0).to_numpy(), second.fill_null(0).to_numpy(), 1e-9, 0)
+    numbers = (first.fill_null(0).to_numpy(), second.fill_null(0).to_numpy())
+    return np.allclose(*numbers, rtol=1e-9, atol=0, equal_nan=True)

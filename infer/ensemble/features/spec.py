@@ -1,6 +1,6 @@
 """The features of an ensemble, from the words of `--features`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import polars as pl
@@ -153,12 +153,18 @@ class FeatureSpec:
             if name in self.own_names
         )
 
-    def frame(self, metadata: pl.DataFrame, more: Iterable[pl.DataFrame]) -> pl.DataFrame:
+    def frame(
+        self,
+        metadata: pl.DataFrame,
+        more: Iterable[pl.DataFrame],
+        text: Collection[str] | None = None,
+    ) -> pl.DataFrame:
         """Return the feature table: `isic_id`, tabular, own and image columns.
 
         Args:
             metadata: the rows, whose order is kept.
             more: tables of columns in the same order, from own tables and images.
+            text: the columns that were text at the fit, for new rows.
         """
         tabular = features.compute(metadata, self.tabular)
         definitions = self.own.all_definitions
@@ -166,7 +172,7 @@ class FeatureSpec:
         names = [name for name in self.own_names if name in defined]
         parts = [tabular]
         if names:
-            parts.append(compute_definitions(definitions, metadata, names))
+            parts.append(compute_definitions(definitions, metadata, names, text))
         others = (table.drop(schema.ID, strict=False) for table in more)
         return pl.concat([*parts, *others], how="horizontal")
 

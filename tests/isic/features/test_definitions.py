@@ -102,6 +102,11 @@ OTHER_ROWS = (
     "RANK() OVER (ORDER BY tbp_lv_A)",
     "CASE WHEN COUNT(*) > 100 THEN tbp_lv_H ELSE 0 END",
     "FIRST(tbp_lv_H)",
+    # Only in rows that the training table may lack.
+    "COALESCE(tbp_lv_H, AVG(tbp_lv_H))",
+    "CASE WHEN MAX(tbp_lv_H) < 0 THEN 100 ELSE tbp_lv_H END",
+    "CASE WHEN tbp_lv_H > 1000 THEN tbp_lv_H / AVG(tbp_lv_H) ELSE 0 END",
+    "CASE WHEN COUNT(*) > 1000000 THEN 0 ELSE tbp_lv_H END",
 )
 """Expressions that look beyond their row."""
 
@@ -110,6 +115,70 @@ OTHER_ROWS = (
 def test_a_definition_that_depends_on_other_rows_is_refused(table: pl.DataFrame, text: str) -> None:
     with pytest.raises(UserError, match=r"the definition of x .* depends on other rows"):
         computed(table, {"x": text})
+
+
+@pytest.mark.parametrize("clock", ["NOW()", "CURRENT_DATE", "current_timestamp"])
+def test_a_definition_that_reads_the_clock_is_refused(clock: str) -> None:
+    with pytest.raises(UserError, match="reads the clock"):
+        parse_definitions({"age": f"EXTRACT(YEAR FROM {clock}) - age_approx"}, "mine.yaml")
+    assert parse_definitions({"x": "CASE WHEN clinic = 'now' THEN 1 ELSE 0 END"}, "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("zero / zero > 5", 1),
+        ("CASE WHEN tbp_lv_H / zero > 2 THEN 10 ELSE 1 END", 10),
+        ("SQRT(zero - 1) > 1", 1),
+        ("LN(zero) < 3", 1),
+        ("1 / (1 + tbp_lv_H / zero)", 0),
+    ],
+)
+def test_a_division_by_zero_within_an_expression_is_warned_of(
+    table: pl.DataFrame, text: str, expected: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It counts as greater than any number; with NULLIF it is blank."""
+    rows = table.with_columns(zero=pl.lit(0))
+    own = computed(rows, {"x": text})
+    assert own["x"].unique().to_list() == [expected]
+    assert f"in {len(rows)} rows whose result is not blank" in capsys.readouterr().err
+    computed(rows, {"y": "tbp_lv_H / zero", "z": "tbp_lv_H / NULLIF(zero, 0) > 5", "u": "zero > 1"})
+    assert not capsys.readouterr().err
+
+
+def test_integers_do_not_wrap_around(table: pl.DataFrame) -> None:
+    rows = table.with_columns(
+        small=pl.lit(2, pl.UInt8), five=pl.lit(5, pl.UInt8), signed=pl.lit(100, pl.Int8)
+    )
+    values = {"less": "small - five", "more": "signed * 30", "power": "POW(five, 40)"}
+    own = computed(rows, values).unique()
+    assert own.row(0) == (-3, 3000, pytest.approx(5.0**40))
+
+
+def test_a_missing_number_of_an_own_column_is_blank(table: pl.DataFrame) -> None:
+    rows = table.with_columns(mine=pl.lit(math.nan))
+    own = computed(rows, {"x": "mine > 3", "y": "COALESCE(mine, 7)"})
+    assert own["x"].null_count() == len(rows)
+    assert own["y"].unique().to_list() == [7]
+
+
+def test_a_definition_gives_what_it_gave_at_the_fit(table: pl.DataFrame) -> None:
+    definitions = parse_definitions(
+        {"room": {"expr": "clinic", "relative": ["patient_rank"]}}, "mine.yaml"
+    )
+
+    def again(clinic: object, text: tuple[str, ...]) -> pl.DataFrame:
+        rows = table.with_columns(clinic=pl.lit(clinic))
+        names = ["room"] if text else ["room", "room_patient_rank"]
+        return compute_definitions(definitions[:1], rows, names, text)
+
+    assert again("12", ())["room"].unique().to_list() == [12.0]
+    with pytest.raises(UserError, match='gives text such as "a", but gave numbers at the fit'):
+        again("a", ())
+    with pytest.raises(UserError, match="gives numbers, but gave text at the fit"):
+        again(12, ("room",))
+    for blank in (pl.Series([None], dtype=pl.Float64)[0], None):
+        assert again(blank, ("room",))["room"].null_count() == len(table)
 
 
 TRAIN_ONLY = "exists only in the training table"
