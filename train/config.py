@@ -253,8 +253,9 @@ class TrainSettings(Settings):
     positives_per_batch: int | None = Field(
         None,
         ge=1,
-        description="positives in every batch of --batch_size images, repeated or left out as it "
-        "takes; the number of batches and the shares of the datasets stay; if not given, as drawn",
+        description="positives in every batch of --batch_size images, repeated or dropped as needed; "
+        "the number of batches and the shares of the datasets stay; if not given, batches are drawn "
+        "at random",
     )
     select_epoch: Literal["last", "best"] = Field(
         "last",
@@ -417,6 +418,10 @@ def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> Train
     if len(named) > 1:
         raise UserError("--config and --model_config are two names for one thing; give one")
     if not named:
+        if "model" not in values:
+            raise UserError(
+                "give --config (`python -m train --help` lists them) or a --model of timm"
+            )
         return build(model, values)
     path = find_config(named[0])
     from_file = build_checked(model, path)

@@ -144,19 +144,26 @@ def refuse_difference(path: Path, saved: Mapping[str, Any], settings: TrainSetti
     keys = [key for key in sorted(now.keys() - FREE_TO_CHANGE) if now[key] != then[key]]
     if keys:
         first = keys[0]
-        flags = " ".join(as_flag(key, then[key]) for key in keys)
         raise UserError(
             f"{path} was made with {first}={in_short(then[first])}, now it is "
-            f"{in_short(now[first])}; continue with {flags}, choose another --name, or train "
-            "again with --force"
+            f"{in_short(now[first])}; continue {with_flags({key: then[key] for key in keys})}, "
+            "choose another --name, or train again with --force"
         )
+
+
+def with_flags(saved: Mapping[str, Any]) -> str:
+    """Return the flags that give settings their saved values: "with --lr 0.1, without --aux"."""
+    given = [as_flag(key, value) for key, value in saved.items() if value not in (None, [])]
+    absent = [f"--{key}" for key, value in saved.items() if value in (None, [])]
+    parts = [f"with {' '.join(given)}"] * bool(given) + [f"without {' '.join(absent)}"] * bool(
+        absent
+    )
+    return ", ".join(parts)
 
 
 def as_flag(key: str, value: Any) -> str:
     """Return the flag that gives a setting its saved value, as far as a flag can."""
     match value:
-        case None | []:
-            return f"(without --{key})"
         case dict():  # the content of a file
             return f"the earlier --{key}"
         case bool():

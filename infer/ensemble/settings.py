@@ -440,7 +440,7 @@ class PredictSettings(ScoreSettings):
 class BlendSettings(Settings):
     """Blend fitted ensembles by their ranks; the result is an ensemble's folder with copies of all.
 
-    Example: infer blend outputs/ensemble/engineered outputs/ensemble/multimodal --name final
+    Example: infer blend outputs/ensemble/engineered outputs/ensemble/multimodal_demo --name final
     """
 
     repeated: ClassVar[str | None] = "ensembles"

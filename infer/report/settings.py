@@ -19,7 +19,7 @@ class ReportSettings(Settings):
 
     ensemble: Path = Field(
         OUTPUT_DIR / "ensemble",
-        description="folder of an ensemble, or of a folder with a single ensemble in it",
+        description="folder of an ensemble, or a folder with a single ensemble in it",
     )
     data: Path = Field(
         Path("data/isic-2024"), description="dataset folder or URL that the ensemble was fitted on"

@@ -4,12 +4,14 @@ import contextlib
 import inspect
 import io
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import fire
 from fire.decorators import SetParseFn
@@ -212,9 +214,27 @@ def _print_help(command: Command) -> None:
     settings_type = command.settings_type
     print(f"{inspect.getdoc(settings_type)}\n")
     for name, field in settings_type.flags().items():
-        print(f"  --{name:24} {_default(field):20} {field.description or ''}")
+        print(f"  --{name:24} {_default(field):20} {_described(field)}")
     for name, note in settings_type.help_notes().items():
         print(f"  {name:26} {note}")
+
+
+def _described(field: FieldInfo) -> str:
+    """Return the description, with the values of a choice that it does not name."""
+    text = field.description or ""
+    choices = [str(value) for value in _choices(field.annotation)]
+    is_complete = all(re.search(rf"\b{re.escape(value)}\b", text) for value in choices)
+    return text if is_complete else f"{text}; one of {', '.join(choices)}"
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """Return the values of a Literal, also of one that may be None, else none."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    match [part for part in get_args(annotation) if part is not NoneType]:
+        case [part]:
+            return _choices(part)
+    return ()
 
 
 def _default(field: FieldInfo) -> str:

@@ -174,6 +174,8 @@ def _sentence(model: type[Settings], problem: Mapping[str, Any]) -> str:
         return f"--{key} is required"
     if problem["input"] == "True":
         return f"--{key} needs a value"  # a flag without one reads as true
+    if problem["type"] == "too_short":
+        return f"--{key} needs at least {problem['ctx']['min_length']}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     return f"--{key}: {message}, got {problem['input']!r}" if key else message

@@ -40,24 +40,32 @@ def test_finished_folds_are_skipped_and_other_settings_refused(
     assert "epochs=1, now it is 2" in ended.err
 
 
+BOTH_KINDS = "with --lr 0.5, without --extra_data --validate_every"
+
+
 @pytest.mark.parametrize(
     ("before", "now", "flags"),
     [
-        ({"freeze_epochs": 1}, {}, "--freeze_epochs 1"),
-        ({"lr": 0.5, "ema_decay": 0.9}, {}, "--ema_decay 0.9 --lr 0.5"),
-        ({}, {"pretrained": True, "use_sample": True}, "--pretrained false --use_sample false"),
-        ({"extra_data": "a,b c"}, {}, "--extra_data 'a,b c'"),
-        ({"aux": "mel: iddx_full ~ Mel"}, {}, "--aux 'mel: iddx_full ~ Mel'"),
-        ({}, {"validate_every": 3}, "(without --validate_every)"),
-        ({}, {"extra_data": "x"}, "(without --extra_data)"),
-        ({"augmentation": {"transform": {}}}, {}, "the earlier --augmentation"),
+        ({"freeze_epochs": 1}, {}, "with --freeze_epochs 1"),
+        ({"lr": 0.5, "ema_decay": 0.9}, {}, "with --ema_decay 0.9 --lr 0.5"),
+        (
+            {},
+            {"pretrained": True, "use_sample": True},
+            "with --pretrained false --use_sample false",
+        ),
+        ({"extra_data": "a,b c"}, {}, "with --extra_data 'a,b c'"),
+        ({"aux": "mel: iddx_full ~ Mel"}, {}, "with --aux 'mel: iddx_full ~ Mel'"),
+        ({"lr": 0.5}, {"extra_data": "x", "validate_every": 3}, BOTH_KINDS),
+        ({}, {"validate_every": 3}, "without --validate_every"),
+        ({}, {"extra_data": "x"}, "without --extra_data"),
+        ({"augmentation": {"transform": {}}}, {}, "with the earlier --augmentation"),
     ],
 )
 def test_settings_that_differ_are_named_as_the_flags_that_continue(
     before: dict[str, object], now: dict[str, object], flags: str
 ) -> None:
     saved = tiny_settings(**before).model_dump(mode="json")
-    words = rf"; continue with {re.escape(flags)}, choose another --name, or train again"
+    words = rf"; continue {re.escape(flags)}, choose another --name, or train again"
     with pytest.raises(UserError, match=words):
         refuse_difference(Path("config.yaml"), saved, tiny_settings(**now))
 

@@ -47,7 +47,7 @@ def test_the_nearest_word() -> None:
         (["train", "--config", "none.yaml"], "no config file none.yaml"),
         (["train", "--config", "demo", "--model_config", "demo"], "two names for one thing"),
         (["train", "vit_tiny"], 'unexpected argument "vit_tiny"'),
-        (["train"], "--model is required"),
+        (["train"], "give --config"),
         (["infer", "embedd"], 'unknown command "embedd", did you mean "embed"?'),
         (["infer", "embed"], "--config is required"),
         (["infer", "embed", "--config", "x", "--splitt", "train"], 'did you mean "split"?'),
@@ -110,6 +110,20 @@ def test_help_lists_every_key() -> None:
     for key in ("--epochs", "--lr_backbone", "--focal_gamma", "--use_sample"):
         assert key in text
     assert "images per micro-batch" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "choices"),
+    [
+        (("train",), "one of focal, bce, asl\n"),
+        (("infer", "embed"), "one of none, flips, d4\n"),
+        (("infer", "predict"), "one of warn, refuse, raw\n"),
+    ],
+)
+def test_help_lists_the_values_of_a_choice(
+    cli: Cli, command: tuple[str, ...], choices: str
+) -> None:
+    assert choices in cli(*command, "--help").out
 
 
 @pytest.mark.parametrize("module", ["isic", "export", "infer"])
