@@ -52,6 +52,8 @@ class TableScores:
     `score_table`."""
     own: pl.DataFrame = field(default_factory=pl.DataFrame)
     """[N] the own columns as `set.column`."""
+    unseen: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Rows by column and category that no training row has."""
 
     def replaced(self, rows: NDArray[np.bool_], others: Scores) -> "TableScores":
         """Return the scores with `others` [N] in some rows, which then have no std, probability."""
@@ -94,6 +96,7 @@ def score_table(
         found = _score_blend(scorer, metadata, sources, own_tables, num_threads, is_few)
     else:
         found = score_ensemble(scorer, metadata, sources, own_tables, num_threads)
+    _warn_unseen(found.unseen)
     # Rounding may lead a mean of probabilities beyond 0 or 1 by a last bit.
     score = np.clip(found.score, 0.0, 1.0)
     assert np.isfinite(score).all()
@@ -124,7 +127,11 @@ def _score_blend(
     # Under one key, because a member may have the name of another field of the manifest.
     origins = {"origins": {name: member.origins for name, member in members.items()}}
     own = pl.DataFrame({each.name: each for part in members.values() for each in part.own})
-    return TableScores(models, score, origins, own=own)
+    unseen: dict[str, Mapping[str, int]] = {}
+    for part in members.values():
+        for column, rows in part.unseen.items():
+            unseen[column] = {**unseen.get(column, {}), **rows}
+    return TableScores(models, score, origins, own=own, unseen=unseen)
 
 
 def score_ensemble(
@@ -138,18 +145,19 @@ def score_ensemble(
     images, origins = read_images(ensemble, sources, metadata)
     own_columns = [own_tables[name].columns(metadata) for name in ensemble.own_tables]
     table = ensemble.frame(metadata, [*own_columns, *images.tables()])
-    _warn_unseen(ensemble, table)
+    unseen = unseen_categories(table, ensemble.state.encodings.values())
     weights = ensemble.weights
     # Only a blend of several libraries needs the ranks of the training rows.
     reference = ensemble.oof_models() if len(weights) > 1 else {}
     if not ensemble.manifest["boosters"]:
         models = {"image": image_probability(images.by_column())}
-        return TableScores(models, blend(models, weights, reference), origins)
+        return TableScores(models, blend(models, weights, reference), origins, unseen=unseen)
     by_fold = _score_by_fold(ensemble, table, num_threads)
     models = mean_of_folds(by_fold)
     std = _std(by_fold, weights, reference)
     own = ensemble.spec.own_by_set(table)
-    return TableScores(models, blend(models, weights, reference), origins, std, own=own)
+    score = blend(models, weights, reference)
+    return TableScores(models, score, origins, std, own=own, unseen=unseen)
 
 
 def _few_lesions(scorer: Scorer, metadata: pl.DataFrame, few: Few) -> NDArray[np.bool_]:
@@ -174,16 +182,15 @@ def _few_lesions(scorer: Scorer, metadata: pl.DataFrame, few: Few) -> NDArray[np
     return none
 
 
-def _warn_unseen(ensemble: Ensemble, table: pl.DataFrame) -> None:
-    """Warn of categories that no training row has."""
-    unseen = unseen_categories(table, ensemble.state.encodings.values())
+def _warn_unseen(unseen: Mapping[str, Mapping[str, int]]) -> None:
+    """Warn of categories that no training row has: numbers of rows by column and category."""
     for name, rows in unseen.items():
         values = [f'"{value}" ({number:,} rows)' for value, number in rows.items()]
         num_more = len(values) - MAX_NAMED_VALUES
         more = f" and {num_more:,} more" if num_more > 0 else ""
         warn(
             f"{name} has values that no training row has, scored as unknown: "
-            f"{', '.join(values[:MAX_NAMED_VALUES])}{more}",
+            f"{', '.join(values[:MAX_NAMED_VALUES])}{more}"
         )
 
 

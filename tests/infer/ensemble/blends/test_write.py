@@ -76,6 +76,15 @@ def test_a_blend_scores_the_test_table_by_its_own_copies(
     assert manifest["weights"] == {"raw": 0.25, "multimodal_tiny": 0.75}
 
 
+def test_an_unseen_category_is_named_once_for_all_members(
+    project: Path, final: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predict_table(project, ensemble=str(final), output=tmp_path / "s.csv")
+    warned = capsys.readouterr().err
+    assert warned.count("attribution has values that no training row has") == 1
+    assert '"An institution never seen" (1 rows)' in warned
+
+
 def test_a_rows_score_does_not_depend_on_the_other_patients(
     project: Path, final: Path, tmp_path: Path
 ) -> None:
