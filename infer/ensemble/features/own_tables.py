@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from isic import schema
 from isic.features import finite
+from isic.features.rounding import warn_of_rounding
 from isic.folds import Folds
 from isic.metadata import MISSING, check_ids, clean_text
 from isic.metrics import roc_auc
@@ -229,16 +230,24 @@ def _refuse_other_columns(names: Sequence[str], expected: TableSpec, path: Path)
 
 
 def _kind_of(column: pl.Series, path: Path) -> str:
-    """Return whether a column holds numbers or texts; a CSV has only texts."""
-    if column.dtype.is_numeric() or column.dtype in (pl.Boolean, pl.Null):
+    """Return whether a column holds numbers or texts, and warn of what may not be meant.
+
+    A CSV has only texts.
+    """
+    if column.dtype.is_numeric():
+        warn_of_rounding(f"{path}: column {column.name}", column)
+        return NUMBER
+    if column.dtype in (pl.Boolean, pl.Null):
         return NUMBER
     if column.dtype not in (pl.String, pl.Categorical, pl.Enum):
         raise UserError(
             f"{path}: column {column.name} holds {column.dtype}; save it as numbers or text"
         )
     text = clean_text(column, path)
-    is_number = text.cast(pl.Float64, strict=False).is_not_null()
+    number = text.cast(pl.Float64, strict=False)
+    is_number = number.is_not_null()
     if is_number.any() and (is_number | text.is_null()).all():
+        warn_of_rounding(f"{path}: column {column.name}", number)
         return NUMBER
     _warn_of_blanks(column, text, path)
     if text.is_null().all():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from numpy.typing import NDArray
 
 from infer.ensemble.features.own_tables import IMPLAUSIBLE_AUC, read_train_tables, separation
 from infer.ensemble.lesions import patient_codes
@@ -236,6 +237,38 @@ def test_texts_that_are_hardly_categories_are_named(
     read_train_tables([f"label_free:{path}"])
     warned = capsys.readouterr().err
     assert re.search(f"column x.* {warning}", warned) if warning else not warned
+
+
+NUMBERS = np.arange(300) % 60
+COMPUTED = NUMBERS / 10 + np.arange(300) / 7 - np.arange(300) / 7  # the last digits are noise
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("values", "left"),
+    [
+        (1_600_000_000 + NUMBERS, "60 different numbers, which are 1 after"),
+        (1_600_000_000.0 + NUMBERS, "60 different numbers, which are 1 after"),
+        (2**24 + NUMBERS, "60 different numbers, which are 31 after"),
+        (1_600_000_000 + 86_400 * NUMBERS, None),
+        (NUMBERS / 7, None),
+        (COMPUTED, None),
+        (np.random.default_rng(0).standard_normal(300), None),
+    ],
+    ids=["codes", "floats", "half", "days", "small", "computed", "normal"],
+)
+def test_numbers_that_are_equal_in_32_bits_are_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    values: NDArray[np.generic],
+    left: str | None,
+    ending: str,
+) -> None:
+    ids = [f"ISIC_{row}" for row in range(len(values))]
+    path = write(pl.DataFrame({"isic_id": ids, "x": values}), tmp_path / f"big.{ending}")
+    read_train_tables([f"label_free:{path}"])
+    warned = capsys.readouterr().err
+    assert f"column x has {left}" in warned if left else not warned
 
 
 def write(table: pl.DataFrame, path: Path) -> Path:
