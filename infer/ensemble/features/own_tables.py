@@ -54,6 +54,15 @@ MAX_CODES = 20
 """Different texts that a category may have however few rows there are."""
 NEARLY_ALL = 0.9
 """Share of a column's texts that are numbers, or different, above which they are no categories."""
+MOST = 0.5
+"""The same of numbers, if there are more different texts than MAX_CODES."""
+
+BOOLEANS = {
+    form: number
+    for word, number in (("true", "1"), ("false", "0"))
+    for form in (word, word.title(), word.upper())
+}
+"""The numbers of texts that stand for booleans: polars writes `true`, pandas `True`, R `TRUE`."""
 
 
 @dataclass(frozen=True)
@@ -272,17 +281,19 @@ def _warn_of_blanks(column: pl.Series, text: pl.Series, path: Path) -> None:
 def _warn_of_numbers(text: pl.Series, is_number: pl.Series, path: Path) -> None:
     """Warn of a category whose texts are probably measurements, [N] null for blanks."""
     known = text.drop_nulls()
-    if is_number.sum() > NEARLY_ALL * len(known):
-        kind = "numbers"
-    elif known.n_unique() > max(MAX_CODES, NEARLY_ALL * len(known)):
-        kind = "different"
-    else:
-        return
-    other = text.filter(~is_number & text.is_not_null())[0]
-    warn(
-        f"{path}: column {text.name} is used as a category, but nearly all of its values are "
-        f'{kind}; if it holds measurements, correct those such as "{other}"'
-    )
+    num_texts = known.n_unique()
+    subject = f"{path}: column {text.name} is used as a category, but"
+    word = text.filter(~is_number).drop_nulls().mode().sort()[0]
+    if is_number.sum() > (MOST if num_texts > MAX_CODES else NEARLY_ALL) * len(known):
+        warn(
+            f"{subject} most of its values are numbers; if it holds measurements, leave the cells "
+            f'with "{word}" blank, or correct them'
+        )
+    elif num_texts > max(MAX_CODES, NEARLY_ALL * len(known)):
+        warn(
+            f"{subject} nearly all of its values are different; if it holds measurements, correct "
+            f'those such as "{word}"'
+        )
 
 
 def _typed(column: pl.Series, kind: str, path: Path) -> pl.Series:
@@ -297,6 +308,8 @@ def _typed(column: pl.Series, kind: str, path: Path) -> pl.Series:
             column = clean_text(column, path)
         if kind == CATEGORY:
             return column
+        if column.dtype == pl.String:
+            column = column.replace(BOOLEANS)
         return column.to_frame().select(finite(column.name)).to_series()
     except pl.exceptions.PolarsError as error:
         raise UserError(

@@ -10,7 +10,12 @@ import polars as pl
 import pytest
 from numpy.typing import NDArray
 
-from infer.ensemble.features.own_tables import IMPLAUSIBLE_AUC, read_train_tables, separation
+from infer.ensemble.features.own_tables import (
+    IMPLAUSIBLE_AUC,
+    read_test_tables,
+    read_train_tables,
+    separation,
+)
 from infer.ensemble.lesions import patient_codes
 from infer.ensemble.predict import predict_submission
 from infer.ensemble.rows import read_rows
@@ -215,7 +220,10 @@ def test_a_text_that_means_no_value_is_a_blank(data: Path, tmp_path: Path, missi
     ("values", "warning"),
     [
         ([f"{row},5" for row in range(99)] + ["NA"], 'are different.* such as "0,5"'),
-        (["0.25", "0.5", "0.75"] * 33 + ["failed"], 'are numbers.* such as "failed"'),
+        (["0.25", "0.5", "0.75"] * 33 + ["failed"], 'are numbers.* "failed" blank'),
+        ([f"{row / 7}" if row % 7 else "not done" for row in range(99)], '"not done" blank'),
+        ([f"{row / 7}" if row % 9 > 3 else "-1 cm" for row in range(99)], '"-1 cm" blank'),
+        ([f"{row / 7}" if row % 9 > 4 else "not done" for row in range(99)], None),
         (["NA"] * 50, "has no values"),
         (["+", "-", "unclear"] * 50, r'has "\+", which counts as blank'),
         (["yes", "none", "NA"] * 50, 'has "none", which counts as blank'),
@@ -224,8 +232,8 @@ def test_a_text_that_means_no_value_is_a_blank(data: Path, tmp_path: Path, missi
         ([f"place {row}" for row in range(20)], None),
     ],
     ids=[
-        *("decimal commas", "another word", "blanks", "signs", "none", "usual blanks"),
-        *("codes", "few rows"),
+        *("decimal commas", "another word", "a seventh", "four ninths", "five ninths"),
+        *("blanks", "signs", "none", "usual blanks", "codes", "few rows"),
     ],
 )
 def test_texts_that_are_hardly_categories_are_named(
@@ -277,6 +285,19 @@ def write(table: pl.DataFrame, path: Path) -> Path:
     else:
         table.write_parquet(path)
     return path
+
+
+@pytest.mark.parametrize("words", ["true false", "True False", "TRUE FALSE", "1 0"])
+def test_booleans_may_be_words_in_the_rows_to_score(tmp_path: Path, words: str) -> None:
+    """As polars, pandas and R write them, after a fit on a Parquet file."""
+    ids = [f"ISIC_{row}" for row in range(4)]
+    train = pl.DataFrame({"isic_id": ids, "x": [True, False, None, True]})
+    fitted = read_train_tables([f"label_free:{write(train, tmp_path / 'mine.parquet')}"])["mine"]
+    yes, no = words.split()
+    test = write(train.with_columns(x=pl.Series([yes, no, "", yes])), tmp_path / "mine.csv")
+    found = read_test_tables([str(test)], {"mine": fitted.spec})["mine"]
+    assert found.rows.equals(fitted.rows)
+    assert found.rows["x"].to_list() == [1, 0, None, 1]
 
 
 def test_a_table_of_another_plan_is_refused(data: Path, tmp_path: Path) -> None:
