@@ -10,18 +10,23 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from infer.ensemble.boosting.column_parameters import refuse_unknown_columns
 from infer.ensemble.boosting.libraries import (
     DEVICE,
     EXTRA,
     LIBRARIES,
+    REFERENCE_ROWS,
+    Matrix,
     fit_booster,
     refuse_parameter,
 )
 from isic.runtime.errors import UserError, did_you_mean, first_line
 
 NUM_ROWS = 200
+MANY_ROWS = REFERENCE_ROWS
+"""Rows of a second trial: `min_sum_hessian_in_leaf: 60` allows no split of the first one's."""
 NUM_ROUNDS = 2
 
 UNUSED = re.compile(r"Parameters: \{ (.+) \} are not used")
@@ -45,7 +50,7 @@ def check_library(library: str, parameters: Mapping[str, Any], names: Sequence[s
         if key in extra:
             refuse_unknown_columns(library, key, extra[key], form, names)
     if extra:
-        _try(library, {**parameters, DEVICE: "cpu"}, names)
+        _try_extra(library, {**parameters, DEVICE: "cpu"}, names)
     if on_gpu:
         try:
             _try(library, parameters, names)
@@ -56,11 +61,29 @@ def check_library(library: str, parameters: Mapping[str, Any], names: Sequence[s
             ) from None
 
 
-def _try(library: str, parameters: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Fit two trees on random rows, load them, and read their gains. Raise UserError."""
-    random = np.random.default_rng(0)
-    matrix = random.standard_normal((NUM_ROWS, len(names)), dtype=np.float32)
-    target = (matrix[:, 0] > 0).astype(np.int8)
+def _try_extra(library: str, parameters: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise a UserError if extra parameters do not work, or leave nothing to tell rows apart."""
+    tells_apart = any(_try(library, parameters, names, rows) for rows in (NUM_ROWS, MANY_ROWS))
+    # A setting may do the same, such as `min_data_in_leaf`, which the extra ones are not to blame for.
+    if not tells_apart and _try(library, {**parameters, EXTRA: {}}, names, MANY_ROWS):
+        raise UserError(
+            f"{library} scores all rows alike with the extra parameters "
+            f"{', '.join(parameters[EXTRA])}; change --{library}"
+        )
+
+
+def _try(
+    library: str, parameters: Mapping[str, Any], names: Sequence[str], num_rows: int = NUM_ROWS
+) -> bool:
+    """Fit two trees on random rows, load them, and read their gains.
+
+    Returns:
+        Whether the scores differ.
+
+    Raises:
+        UserError: the library refuses a parameter, or makes a model that is not readable.
+    """
+    matrix, target = _random_rows(num_rows, len(names))
     few = {**parameters, "num_rounds": NUM_ROUNDS}
     extra = parameters.get(EXTRA, {})
     with _capture() as messages:
@@ -75,11 +98,21 @@ def _try(library: str, parameters: Mapping[str, Any], names: Sequence[str]) -> N
         _refuse_warning(library, message, extra)
     try:
         row = LIBRARIES[library]
-        row.load(text)(matrix, 1)
+        scores = row.load(text)(matrix, 1)
         row.gains(text, len(names))
     except Exception as error:  # likewise
         problem = "makes a model that this toolkit cannot read"
         raise _refusal(library, extra, problem, error) from None
+    return bool(np.ptp(scores) > 0)
+
+
+def _random_rows(num_rows: int, num_columns: int) -> tuple[Matrix, NDArray[np.integer]]:
+    """Return [N, D] columns, each of which is high and low where the target, [N], is 1."""
+    # Each: a booster may see few of them by chance. High and low: so that it may only rise or fall.
+    random = np.random.default_rng(0)
+    hidden = random.standard_normal((num_rows, 1), dtype=np.float32)
+    noise = random.standard_normal((num_rows, num_columns), dtype=np.float32)
+    return hidden + 0.2 * noise, (np.abs(hidden[:, 0]) > 1).astype(np.int8)
 
 
 def _refusal(library: str, extra: Mapping[str, Any], problem: str, error: Exception) -> UserError:

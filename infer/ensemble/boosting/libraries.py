@@ -456,31 +456,87 @@ CATBOOST_FIXED = (
 
 UNUSED = "has no effect here"
 BY_POSITION = "takes positions of columns, which differ between fits"
-LIGHTGBM_REFUSED = dict.fromkeys(
+SEVERAL_MACHINES = "is for training on several machines"
+CONSTANT = "scores all rows alike here"
+LIGHTGBM_METRICS = (
+    *("metric", "metric_freq", "is_provide_training_metric", "eval_at", "multi_error_top_k"),
+    "auc_mu_weights",
+)
+LIGHTGBM_OBJECTIVES = (
+    *("reg_sqrt", "alpha", "fair_c", "poisson_max_delta_step", "tweedie_variance_power"),
+    *("lambdarank_truncation_level", "lambdarank_norm", "label_gain", "objective_seed"),
+    "lambdarank_position_bias_regularization",
+)
+"""Parameters of other objectives than the binary one."""
+LIGHTGBM_CATEGORIES = (
+    *("cat_l2", "cat_smooth", "max_cat_threshold", "max_cat_to_onehot"),
+    "min_data_per_group",
+)
+"""Parameters of categories, which are codes here, and split as numbers are."""
+LIGHTGBM_REFUSED = {
+    **dict.fromkeys(
+        (
+            *("data", "valid", "header", "two_round", "save_binary", "parser_config_file"),
+            *("label_column", "weight_column", "group_column", "ignore_column"),
+            *("task", "input_model", "output_model", "output_result", "snapshot_freq"),
+            *("convert_model", "convert_model_language", "early_stopping_round"),
+            *("early_stopping_min_delta", "first_metric_only", "predict_raw_score"),
+            *("predict_leaf_index", "predict_contrib", "predict_disable_shape_check"),
+            *("pred_early_stop", "pred_early_stop_freq", "pred_early_stop_margin"),
+            *("start_iteration_predict", "num_iteration_predict", "refit_decay_rate"),
+            *("precise_float_parser", *LIGHTGBM_METRICS, *LIGHTGBM_OBJECTIVES),
+            *LIGHTGBM_CATEGORIES,
+        ),
+        UNUSED,
+    ),
+    **dict.fromkeys(
+        (
+            *("categorical_feature", "max_bin_by_feature"),
+            *("forcedsplits_filename", "forcedbins_filename"),
+        ),
+        BY_POSITION,
+    ),
+    **dict.fromkeys(
+        (
+            *("num_machines", "machines", "machine_list_filename", "local_listen_port"),
+            *("time_out", "pre_partition"),
+        ),
+        SEVERAL_MACHINES,
+    ),
+    "bagging_by_query": CONSTANT,
+}
+XGBOOST_REFUSED = dict.fromkeys(
     (
-        *("data", "valid", "header", "two_round", "save_binary", "parser_config_file"),
-        *("label_column", "weight_column", "group_column", "ignore_column"),
-        *("task", "input_model", "output_model", "output_result", "snapshot_freq"),
-        *("convert_model", "convert_model_language", "early_stopping_round"),
-        *("early_stopping_min_delta", "first_metric_only", "predict_raw_score"),
-        *("predict_leaf_index", "predict_contrib", "pred_early_stop"),
-        *("start_iteration_predict", "num_iteration_predict"),
+        *("eval_metric", "disable_default_eval_metric", "validate_parameters"),
+        *("max_cat_to_onehot", "max_cat_threshold"),
     ),
     UNUSED,
-) | dict.fromkeys(
-    (
-        *("categorical_feature", "max_bin_by_feature"),
-        *("forcedsplits_filename", "forcedbins_filename"),
-    ),
-    BY_POSITION,
+)
+CATBOOST_CATEGORIES = (
+    *("one_hot_max_size", "max_ctr_complexity", "simple_ctr", "combinations_ctr"),
+    *("per_feature_ctr", "ctr_description", "counter_calc_method", "ctr_leaf_count_limit"),
+    *("store_all_simple_ctr", "ctr_history_unit", "final_ctr_computation_mode"),
+    "model_size_reg",
 )
 CATBOOST_REFUSED = {
     **dict.fromkeys(
-        ("early_stopping_rounds", "od_type", "od_wait", "od_pval", "use_best_model"), UNUSED
+        (
+            *("custom_metric", "custom_loss", "name", "mvs_reg", "roc_file", "snapshot_file"),
+            *("snapshot_interval", *CATBOOST_CATEGORIES),
+        ),
+        UNUSED,
     ),
     "per_float_feature_quantization": BY_POSITION,
     "ignored_features": "is what --features is for",
 }
+CATBOOST_NEEDS = dict.fromkeys(
+    (
+        *("eval_metric", "metric_period", "use_best_model"),
+        *("early_stopping_rounds", "od_type", "od_wait", "od_pval"),
+    ),
+    "eval_fraction",
+)
+"""They choose the number of trees by the rows that `eval_fraction` holds back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -510,6 +566,8 @@ class Library:
     """Parameters that name columns, and their form: NUMBERS or GROUPS."""
     refused: Mapping[str, str]
     """Other parameters that `extra` must not have, and why."""
+    needs: Mapping[str, str]
+    """Parameters that have an effect only beside another one, and that one."""
     extra: str | None
     """The extra of this toolkit that installs the package; None if it is always installed."""
 
@@ -527,6 +585,7 @@ LIBRARIES = {
         aliases={},
         columns=LIGHTGBM_COLUMNS,
         refused=LIGHTGBM_REFUSED,
+        needs={},
         extra=None,
     ),
     "xgboost": Library(
@@ -540,7 +599,8 @@ LIBRARIES = {
         fixed=XGBOOST_FIXED,
         aliases=XGBOOST_ALIASES,
         columns=XGBOOST_COLUMNS,
-        refused={},
+        refused=XGBOOST_REFUSED,
+        needs={},
         extra="boosters",
     ),
     "catboost": Library(
@@ -555,6 +615,7 @@ LIBRARIES = {
         aliases={},
         columns=CATBOOST_COLUMNS,
         refused=CATBOOST_REFUSED,
+        needs=CATBOOST_NEEDS,
         extra="boosters",
     ),
 }
@@ -598,6 +659,10 @@ def _check_extra(library: str, extra: Any) -> None:
     row = LIBRARIES[library]
     for key, value in extra.items():
         refuse_parameter(library, key, row.aliases.get(key, key))
+        if key in row.needs and row.needs[key] not in extra:
+            raise UserError(
+                f"{library}: {key} has no effect without {row.needs[key]}; leave it out of extra"
+            )
         if key in row.columns:
             refuse_other_form(library, key, value, row.columns[key])
 

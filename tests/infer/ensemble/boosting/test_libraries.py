@@ -224,11 +224,15 @@ BAD_EXTRA = (
     ("lightgbm", "{boosting: sideways}", r"does not fit \(Unknown boosting type sideways\)"),
     ("lightgbm", "{early_stopping_rounds: 5}", "early_stopping_rounds has no effect here; leave"),
     ("lightgbm", "{weight: 0}", "weight has no effect here"),
+    ("lightgbm", "{metrics: auc}", "metrics has no effect here"),
+    ("lightgbm", "{bagging_by_query: true}", "bagging_by_query scores all rows alike here"),
+    ("lightgbm", "{workers: 'a:1,b:1'}", "workers is for training on several machines"),
+    ("lightgbm", "{min_gain_to_split: 1.0e+9}", "alike with the extra parameters min_gain_to_spl"),
     ("lightgbm", "{cat_feature: [0]}", "cat_feature takes positions of columns"),
     (
         "lightgbm",
-        "{metric: {auc: 1}}",
-        r"extra parameters metric \(Unknown type of parameter:metric",
+        "{tree_learner: {serial: 1}}",
+        r"extra parameters tree_learner \(Unknown type of parameter:tree_learner",
     ),
     ("lightgbm", "{mc: {tbp_lv_A: 1}}", "mc in extra has another name here; write monotone_con"),
     (
@@ -248,6 +252,7 @@ BAD_EXTRA = (
     ("xgboost", "{eta: 2}", "eta in extra is a setting of its own; write learning_rate"),
     ("xgboost", "{nthread: 2}", "nthread is set by this toolkit"),
     ("xgboost", "{booster: gblinear}", "does not fit"),
+    ("catboost", "{eval_metric: AUC}", "eval_metric has no effect without eval_fraction; leave"),
     ("catboost", "{grow_polici: Lossguide}", r"Unknown option \{grow_polici\}"),
     ("catboost", "{max_depth: 2}", "only one of the parameters depth, max_depth"),
     ("catboost", "{bootstrap_type: Bayesian}", "bootstrap_type is set by this toolkit"),
@@ -263,6 +268,123 @@ def test_bad_extra_parameters_are_refused(
     with pytest.raises((UserError, ValidationError), match=message):
         fit_small(data, tmp_path, **flags)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "extra"),
+    [
+        ({}, {"min_sum_hessian_in_leaf": 60}),
+        ({"min_data_in_leaf": 30_000}, {"min_data_in_bin": 5}),
+        ({}, {"monotone_constraints": dict.fromkeys(NAMES, -1)}),
+    ],
+    ids=["many rows", "the setting", "falling"],
+)
+def test_parameters_that_only_seem_to_score_all_rows_alike_are_tried(
+    settings: dict[str, object], extra: dict[str, object]
+) -> None:
+    check_library("lightgbm", parameters_of("lightgbm", {**settings, "extra": extra}), NAMES)
+
+
+WITHOUT_EFFECT = {
+    "lightgbm": {
+        "metric": "auc",
+        "metric_freq": 5,
+        "is_provide_training_metric": True,
+        "eval_at": [1],
+        "multi_error_top_k": 2,
+        "reg_sqrt": True,
+        "alpha": 0.1,
+        "fair_c": 3.0,
+        "poisson_max_delta_step": 0.1,
+        "tweedie_variance_power": 1.2,
+        "lambdarank_truncation_level": 3,
+        "lambdarank_norm": False,
+        "lambdarank_position_bias_regularization": 1.0,
+        "label_gain": [0, 1],
+        "objective_seed": 3,
+        "cat_l2": 1.0,
+        "cat_smooth": 1.0,
+        "max_cat_threshold": 3,
+        "max_cat_to_onehot": 30,
+        "min_data_per_group": 3,
+        "refit_decay_rate": 0.1,
+        "precise_float_parser": True,
+        "predict_disable_shape_check": True,
+        "pred_early_stop_freq": 1,
+        "pred_early_stop_margin": 1.0,
+        "num_machines": 2,
+        "time_out": 1,
+    },
+    "xgboost": {
+        "eval_metric": "auc",
+        "disable_default_eval_metric": True,
+        "max_cat_to_onehot": 1,
+        "max_cat_threshold": 2,
+        "validate_parameters": False,
+    },
+    "catboost": {
+        "eval_metric": "AUC",
+        "metric_period": 5,
+        "early_stopping_rounds": 2,
+        "od_wait": 2,
+        "use_best_model": False,
+        "custom_metric": ["AUC"],
+        "custom_loss": ["AUC"],
+        "name": "x",
+        "mvs_reg": 9.0,
+        "roc_file": "roc.tsv",
+        "snapshot_file": "snapshot",
+        "snapshot_interval": 3,
+        "one_hot_max_size": 5,
+        "max_ctr_complexity": 2,
+        "simple_ctr": ["Borders"],
+        "combinations_ctr": ["Borders"],
+        "counter_calc_method": "Full",
+        "ctr_leaf_count_limit": 3,
+        "store_all_simple_ctr": True,
+        "final_ctr_computation_mode": "Skip",
+        "model_size_reg": 90.0,
+    },
+}
+"""Refused parameters per library, with values that are not the defaults."""
+
+WITH_EFFECT: dict[str, tuple[dict[str, object], ...]] = {
+    "lightgbm": ({"use_missing": False}, {"sigmoid": 2.0}, {"boost_from_average": False}),
+    "xgboost": ({"max_delta_step": 0.1}, {"base_score": 0.3}),
+    "catboost": (
+        {"nan_mode": "Max"},
+        {"eval_fraction": 0.2},
+        {"eval_fraction": 0.2, "eval_metric": "Accuracy"},
+        {"eval_fraction": 0.2, "eval_metric": "Accuracy", "metric_period": 7},
+        {"eval_fraction": 0.2, "eval_metric": "Accuracy", "early_stopping_rounds": 2},
+    ),
+}
+"""Parameters per library of which one might think the same, each with another effect."""
+
+
+def scores_with_blanks(library: str, extra: dict[str, object]) -> tuple[float, ...]:
+    """Return the scores of rows with blanks, by a booster that was fitted on them."""
+    matrix, _ = library_rows()
+    random = np.random.default_rng(1)
+    target = (matrix[:, 0] + random.standard_normal(len(matrix)) > 0).astype(np.int8)
+    matrix[random.random(matrix.shape) < 0.3] = np.nan
+    row = LIBRARIES[library]
+    parameters = {**parameters_of(library, {"num_rounds": 30}), "extra": extra}
+    return tuple(row.load(row.fit(matrix, target, NAMES, parameters, 0))(matrix, 1))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_parameters_are_refused_exactly_if_they_have_no_effect(library: str) -> None:
+    plain = scores_with_blanks(library, {})
+    for name, value in WITHOUT_EFFECT[library].items():
+        assert scores_with_blanks(library, {name: value}) == plain, name
+        with pytest.raises(UserError, match=f"{name} .*; leave it out of extra"):
+            parameters_of(library, {"extra": {name: value}})
+    found = {plain}
+    for extra in WITH_EFFECT[library]:
+        check_library(library, parameters_of(library, {"extra": extra}), NAMES)
+        found.add(scores_with_blanks(library, extra))
+    assert len(found) == 1 + len(WITH_EFFECT[library])
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, AttributeError, RuntimeError])
@@ -326,6 +448,9 @@ def test_parameters_without_a_place_in_extra_are_refused(library: str) -> None:
             parameters_of(library, {"extra": {name: 1}})
     for name, reason in row.refused.items():
         with pytest.raises(UserError, match=f"{name} {reason}; leave it out of extra"):
+            parameters_of(library, {"extra": {name: 1}})
+    for name, other in row.needs.items():
+        with pytest.raises(UserError, match=f"{name} has no effect without {other}"):
             parameters_of(library, {"extra": {name: 1}})
     for alias, name in row.aliases.items():
         assert name in row.defaults
