@@ -24,6 +24,7 @@ import polars.selectors as cs
 from isic import schema
 from isic.features import FEATURES, compute, finite, in_canonical_order, needed_columns
 from isic.features.relative import FORMS, WITHIN
+from isic.features.rounding import warn_of_rounding
 from isic.metadata import require
 from isic.runtime.errors import UserError, did_you_mean, first_line, warn
 
@@ -343,6 +344,8 @@ def check_definitions(definitions: Sequence[Definition], metadata: pl.DataFrame)
             )
         _check_rows(definition, rows, values)
         _warn_of_hidden_steps(definition, rows, values)
+        if values.dtype != pl.String:
+            warn_of_rounding(str(definition), values)
         rows = _with_features(rows, definition, values)
 
 

@@ -155,6 +155,16 @@ def test_integers_do_not_wrap_around(table: pl.DataFrame) -> None:
     assert own.row(0) == (-3, 3000, pytest.approx(5.0**40))
 
 
+def test_numbers_that_are_equal_in_32_bits_are_warned_of(
+    table: pl.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = pl.int_range(len(table)) + 1_600_000_000
+    computed(table.with_columns(seconds=seconds), {"x": "seconds"})
+    assert f'("seconds") has {len(table)} different numbers' in capsys.readouterr().err
+    computed(table.with_columns(seconds=seconds), {"x": "seconds - 1600000000", "y": "tbp_lv_H"})
+    assert not capsys.readouterr().err
+
+
 def test_a_missing_number_of_an_own_column_is_blank(table: pl.DataFrame) -> None:
     rows = table.with_columns(mine=pl.lit(math.nan))
     own = computed(rows, {"x": "mine > 3", "y": "COALESCE(mine, 7)"})
