@@ -58,12 +58,7 @@ def bundle(settings: BundleSettings) -> None:
     candidates = [
         candidate for name, each in scorers.items() for candidate in candidates_of(each, name)
     ]
-    own = _own_columns(scorers.values())
-    if own and settings.test and not settings.data:
-        raise UserError(
-            f"the ensemble reads {own[0]}, which the synthetic rows of the bundle's test lack; add "
-            "--data with a test table that has it, or --test false"
-        )
+    own = _own_columns(scorers.values(), settings)
     needs = needs_of(scorer, settings.rows)
     wanted = Wanted(settings.format, settings.precision)
     # All of them before the first is copied and before packages are downloaded.
@@ -124,15 +119,25 @@ def choose_ensembles(scorer: Scorer, settings: BundleSettings) -> dict[str, Scor
     return found
 
 
-def _own_columns(scorers: Iterable[Scorer]) -> list[str]:
-    """Return the columns beyond the challenge's that the features read."""
+def _own_columns(scorers: Iterable[Scorer], settings: BundleSettings) -> list[str]:
+    """Return the columns beyond the challenge's that the features read.
+
+    Raises:
+        UserError: there are some, and the bundle's test has no rows with them.
+    """
     columns = (
         name
         for scorer in scorers
         for ensemble in ensembles_of(scorer)
         for name in ensemble.spec.needed_columns
     )
-    return [name for name in dict.fromkeys(columns) if name not in schema.DTYPES]
+    own = [name for name in dict.fromkeys(columns) if name not in schema.DTYPES]
+    if own and settings.test and not settings.data:
+        raise UserError(
+            f"the ensemble reads {own[0]}, which the synthetic rows of the bundle's test lack; add "
+            "--data with a test table that has it, or --test false"
+        )
+    return own
 
 
 def _works_without_images(scorer: Scorer) -> bool:
