@@ -71,7 +71,7 @@ class Folds:
 
 
 def read_folds(path: Path) -> Folds:
-    """Read a fold plan. Raise UserError if it is missing, not a plan, or was edited."""
+    """Read a fold plan. Raise UserError if it is missing, of one fold, edited, or not a plan."""
     table = _read(path, {schema.ID: pl.String(), "fold": pl.Int8()}, "fold plan")
     folds = Folds(table, str(path))
     written = parquet_metadata(path).get("digest")
@@ -87,17 +87,26 @@ def read_folds(path: Path) -> Folds:
             f"{path} is not a fold plan: isic_ids must be unique and folds numbered 0, 1, 2 and so "
             "on; correct it"
         )
+    if len(present) < 2:
+        raise UserError(
+            f"{path} has a single fold, which leaves no rows to train on; use a plan of two or "
+            "more folds"
+        )
     return folds
 
 
 def _read(path: Path, columns: dict[str, pl.DataType], what: str) -> pl.DataFrame:
-    """Read the columns of a table, none of them blank. Raise UserError."""
+    """Read texts and whole numbers of a table, none of them blank. Raise UserError."""
     if not os.path.lexists(path):
         raise UserError(f"no {what} at {path}; run the step that makes it again")
     table = read_parquet(path)
     require(table, columns, f"{path} is not a {what}: it")
+    table = table.select(*columns)
+    # A cast to whole numbers would cut fractions off.
+    if any((column % 1 != 0).any() for column in table if column.dtype.is_numeric()):
+        raise UserError(f"{path} is not a {what}: it has numbers that are not whole; correct it")
     try:
-        table = table.select(*columns).cast(columns)  # type: ignore[arg-type]
+        table = table.cast(columns)  # type: ignore[arg-type]
     except pl.exceptions.PolarsError as error:
         raise UserError(f"{path} is not a {what} ({first_line(error)}); correct it") from None
     if sum(table.null_count().row(0)):

@@ -61,6 +61,8 @@ def test_a_plan_changed_by_hand_or_broken_is_refused(tmp_path: Path) -> None:
         (["a", "b"], [0, 2]),
         (["a", "b"], [-1, 0]),
         (["a", "b"], ["0", "first"]),
+        (["a", "b"], [0.4, 1.4]),
+        (["a", "b"], [0.0, float("nan")]),
         ([], []),
     ],
 )
@@ -72,11 +74,19 @@ def test_a_plan_of_someone_elses_must_make_sense(
         read_folds(tmp_path / "folds.parquet")
 
 
-def test_a_plan_is_read_whatever_its_types(tmp_path: Path) -> None:
-    pl.DataFrame({"isic_id": ["a", "b"], "fold": ["0", "1"]}).write_parquet(
-        tmp_path / "folds.parquet"
-    )
-    assert read_folds(tmp_path / "folds.parquet").table.dtypes == [pl.String, pl.Int8]
+def test_a_plan_of_a_single_fold_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "folds.parquet"
+    pl.DataFrame({"isic_id": ["a", "b"], "fold": [0, 0]}).write_parquet(path)
+    with pytest.raises(UserError, match=r"has a single fold, .* two or more"):
+        read_folds(path)
+
+
+@pytest.mark.parametrize("fold", [["0", "1"], [0.0, 1.0]])
+def test_a_plan_is_read_whatever_its_types(tmp_path: Path, fold: list[object]) -> None:
+    pl.DataFrame({"isic_id": ["a", "b"], "fold": fold}).write_parquet(tmp_path / "folds.parquet")
+    found = read_folds(tmp_path / "folds.parquet").table
+    assert found.dtypes == [pl.String, pl.Int8]
+    assert found["fold"].to_list() == [0, 1]
 
 
 def test_a_run_keeps_its_plan_and_refuses_other_data(tmp_path: Path) -> None:
