@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AliasChoices, Field, field_validator
 
 from isic.layout import REMOTE_DATASET, TABLE_SUFFIXES
-from isic.runtime.config import Settings, Several
+from isic.runtime.config import Settings, Several, ends_in
 from isic.runtime.machine import num_cores
 from isic.runtime.urls import Wanted, url_of
 
@@ -55,18 +55,11 @@ class CheckSettings(Settings):
         (),
         description="folders whose images are compared with the dataset's: datasets, or any images",
     )
-    output: Path | None = Field(
+    output: Annotated[Path | None, ends_in(*TABLE_SUFFIXES)] = Field(
         None,
         validation_alias=AliasChoices("output", "out"),
         description="table of the images that are alike to write (.csv or .parquet)",
     )
-
-    @field_validator("output")
-    @classmethod
-    def _is_table(cls, value: Path | None) -> Path | None:
-        if value is not None and value.suffix.lower() not in TABLE_SUFFIXES:
-            raise ValueError("give a name that ends in .csv or .parquet")
-        return value
 
     @field_validator("data")
     @classmethod
@@ -87,7 +80,7 @@ class FoldsSettings(Settings):
     data: Path = Field(description="dataset folder")
     group: str = Field(description="column of the training table, such as attribution")
     num_folds: int = Field(5, ge=2, le=50, description="number of folds")
-    output: Path | None = Field(
+    output: Annotated[Path | None, ends_in(".parquet")] = Field(
         None,
         validation_alias=AliasChoices("output", "out"),
         description="the plan to write; folds.parquet in the dataset if not given",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import AliasChoices, Field, field_validator, model_validator
@@ -13,7 +13,16 @@ from pydantic.fields import FieldInfo
 from infer.ensemble.boosting.libraries import DEVICE, LIBRARIES, parameters_of
 from isic.layout import OUTPUT_DIR, REMOTE_DATASET, REMOTE_TABLES
 from isic.runtime import yaml12
-from isic.runtime.config import Name, Settings, Several, build, find_config, read_yaml, yaml_reason
+from isic.runtime.config import (
+    Name,
+    Settings,
+    Several,
+    build,
+    ends_in,
+    find_config,
+    read_yaml,
+    yaml_reason,
+)
 from isic.runtime.errors import did_you_mean
 from isic.runtime.urls import Wanted
 
@@ -430,7 +439,7 @@ HOW_TO_SCORE = ("few", "rows", "prevalence")
 class PredictSettings(ScoreSettings):
     """Score the test table with a fitted ensemble and write the submission."""
 
-    output: Path = Field(
+    output: Annotated[Path, ends_in(".csv")] = Field(
         Path("submission.csv"),
         validation_alias=AliasChoices("output", "out"),
         description="the submission to write",

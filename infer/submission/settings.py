@@ -1,13 +1,13 @@
 """The settings of `python -m infer bundle` and `python -m infer submit`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
 from infer.formats import Precision, exported_formats
 from isic.layout import OUTPUT_DIR
-from isic.runtime.config import Settings, Several
+from isic.runtime.config import Settings, Several, ends_in
 from isic.runtime.installed import PLATFORMS, this_python
 
 Cuda = Literal["12", "13", "none"]
@@ -93,7 +93,7 @@ class SubmitSettings(Settings):
     input: Path = Field(
         Path("/kaggle/input"), description="folder in which the dataset is looked for"
     )
-    output: Path = Field(
+    output: Annotated[Path, ends_in(".csv")] = Field(
         Path("submission.csv"),
         validation_alias=AliasChoices("output", "out"),
         description="the submission to write",

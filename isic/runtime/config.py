@@ -140,6 +140,18 @@ def _refuse_path(value: str) -> str:
 Name = Annotated[str, AfterValidator(_refuse_path)]
 """The name of a folder or file that a command makes in the output folder."""
 
+
+def ends_in(*endings: str) -> AfterValidator:
+    """Return the check that the name of a file to write, if any, ends like its format."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is not None and path.suffix.lower() not in endings:
+            raise ValueError(f"give a name that ends in {' or '.join(endings)}")
+        return path
+
+    return AfterValidator(check)
+
+
 YAML_ENDINGS = (".yaml", ".yml")
 
 

@@ -126,7 +126,9 @@ def test_the_command_writes_the_plan_into_the_dataset(data: Path, cli: Cli) -> N
 
 
 def test_an_unknown_column_is_refused(data: Path, cli: Cli) -> None:
-    ended = cli("isic", "folds", "--data", data, "--group", "atribution", "--out", data / "f")
+    ended = cli(
+        "isic", "folds", "--data", data, "--group", "atribution", "--out", data / "f.parquet"
+    )
     assert ended.code == 2
     assert 'no column "atribution", did you mean "attribution"?' in ended.err
 

@@ -181,8 +181,9 @@ def test_a_table_of_the_dataset_is_not_overwritten(project: Path, tmp_path: Path
     data = copy_tree(project, tmp_path, "data")
     with pytest.raises(UserError, match="was not written by this command"):
         predict_table(project, "engineered", data=data, output=data / "test-metadata.csv")
+    (data / "folder.csv").mkdir()
     with pytest.raises(UserError, match="is not a regular file; choose another --output"):
-        predict_table(project, "engineered", data=data, output=data)
+        predict_table(project, "engineered", data=data, output=data / "folder.csv")
 
 
 def test_a_file_in_place_of_the_output_folder_is_reported(project: Path, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@ from pathlib import Path
 import pytest
 
 from export.options import ExportSettings
-from infer.ensemble.settings import BlendSettings, FitSettings, SelectSettings
+from infer.ensemble.settings import BlendSettings, FitSettings, PredictSettings, SelectSettings
+from infer.submission.settings import SubmitSettings
 from isic.runtime.config import CONFIG_DIR, Settings, build
 from isic.runtime.errors import UserError
+from isic.settings import FoldsSettings
 from train.config import TrainSettings, load_settings
 
 
@@ -89,6 +91,24 @@ def test_a_name_is_that_of_a_single_folder(
         load_settings(TrainSettings, {"model": "test_vit", "name": name})
     for good in ("a", "a.b", "raw+image_vit", "..a"):
         build(settings, {**others, "name": good})
+
+
+@pytest.mark.parametrize(
+    ("settings", "others", "ending", "other"),
+    [
+        (PredictSettings, {}, ".csv", ".parquet"),
+        (SubmitSettings, {"bundle": "bundle"}, ".csv", ".parquet"),
+        (FoldsSettings, {"data": "data", "group": "attribution"}, ".parquet", ".csv"),
+    ],
+)
+def test_an_output_is_named_like_its_format(
+    settings: type[Settings], others: dict[str, str], ending: str, other: str
+) -> None:
+    for good in (f"a{ending}", f"b/a.c{ending.upper()}"):
+        build(settings, {**others, "output": good})
+    for bad in ("a", f"a{other}", f"a{ending}.gz"):
+        with pytest.raises(UserError, match=f"--output: give a name that ends in {ending}"):
+            build(settings, {**others, "output": bad})
 
 
 @pytest.mark.parametrize("in_file", ["out", "output_dir"])
