@@ -68,6 +68,8 @@ TRAIN_ONLY_TEXT = (
 TRAIN_ONLY_NUMERIC = ("mel_thick_mm", "tbp_lv_dnn_lesion_confidence")
 TRAIN_ONLY = (TARGET, *TRAIN_ONLY_TEXT, *TRAIN_ONLY_NUMERIC)
 """Columns that the test table lacks; they are never features."""
+AFTER_DIAGNOSIS = tuple(name for name in TRAIN_ONLY if name.startswith(("iddx_", "mel_")))
+"""Columns that a pathologist's finding fills in."""
 
 DTYPES: dict[str, pl.DataType] = {
     ID: pl.String(),

@@ -30,7 +30,7 @@ from infer.report.importance import GROUPS, importance, share_by_group
 from infer.report.maps import projections
 from infer.report.occlusion import MapPicture, Network, draw_maps
 from infer.report.scored import BLEND, GROUP, Judgement, Scored, judge
-from infer.report.subgroups import ALL, ITA, METRICS, MIN_LESIONS, SENSITIVITY
+from infer.report.subgroups import ALL, ITA, METRICS, MIN_LESIONS, SENSITIVITY, diagnosis_note
 from isic import schema
 from isic.html import page
 from isic.html.markup import Markup, join, tag
@@ -354,9 +354,11 @@ def _subgroups(groups: pl.DataFrame) -> ReportSection:
         f"than {MIN_LESIONS} malignant or benign lesions are shown without the scores that would "
         "rest on them. Of many groups some differ by chance."
     )
+    note = diagnosis_note(groups["by"].unique(maintain_order=True))
     tables = [
         *(_group_table(rows) for _, rows in groups.group_by("by", maintain_order=True)),
         *([tag("p", ITA_CAVEAT)] if ITA in groups["by"] else []),
+        *([tag("p", f"Note that {note}.")] if note else []),
     ]
     return "Scores of subgroups", (tag("p", intro), tag("div", *tables, class_="tables wide"))
 

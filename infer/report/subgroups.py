@@ -1,6 +1,6 @@
 """Scores of groups of lesions, such as those of one skin tone: tables in, a table out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -64,6 +64,17 @@ def group_rows(metadata: pl.DataFrame, names: Sequence[str]) -> list[Grouping]:
         if name not in known:
             raise UserError(f'--by: there is no column "{name}", {did_you_mean(name, known)}')
     return [_group(metadata, name) for name in dict.fromkeys(names)]
+
+
+def diagnosis_note(names: Iterable[str]) -> str | None:
+    """Return a sentence on the properties that only a diagnosis tells; None without any."""
+    late = [name for name in names if name.lower() in schema.AFTER_DIAGNOSIS]
+    if not late:
+        return None
+    return (
+        f"the groups by {', '.join(late)} are known only after the diagnosis, so no lesion can be "
+        "put into one when it is scored"
+    )
 
 
 def _group(metadata: pl.DataFrame, name: str) -> Grouping:

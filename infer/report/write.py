@@ -9,9 +9,10 @@ from infer.report.occlusion import open_network
 from infer.report.scored import read_scored
 from infer.report.sections import header, sections
 from infer.report.settings import ReportSettings
-from infer.report.subgroups import group_rows, score_groups
+from infer.report.subgroups import diagnosis_note, group_rows, score_groups
 from isic.html import page
 from isic.html.markup import tag
+from isic.runtime.errors import warn
 from isic.runtime.files import write_text
 from isic.runtime.only_writer import only_writer
 
@@ -57,6 +58,9 @@ def write_report(
     """
     scored = read_scored(open_scorer(ensemble), data)
     groupings = group_rows(scored.rows, by)
+    note = diagnosis_note(by)
+    if note:
+        warn(note)
     network = open_network(scored.ensemble, maps, trust) if maps else None
     groups = score_groups(scored.oof, groupings) if groupings else None
     parts = sections(scored, embeddings, network, groups)

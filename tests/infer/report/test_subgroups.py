@@ -146,6 +146,17 @@ def test_the_command(fitted: Path, data: Path, tmp_path: Path, cli: Cli) -> None
     assert not (root / "subgroups.csv").exists()
 
 
+def test_groups_that_only_a_diagnosis_tells_are_named(
+    fitted: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(fitted, tmp_path / "copy"))
+    note = "the groups by mel_thick_mm, iddx_1 are known only after the diagnosis"
+    for by, is_late in ((("sex", "mel_thick_mm", "iddx_1"), True), (("sex", "age"), False)):
+        page = write_report(copy, data, by=by).read_text()
+        assert (f"warning: {note}" in capsys.readouterr().err) == is_late
+        assert (f"Note that {note}" in page) == is_late
+
+
 def test_without_by_there_is_no_section(page: str) -> None:
     assert 'id="subgroups"' not in page
 
