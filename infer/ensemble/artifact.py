@@ -215,6 +215,18 @@ def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:
             f"{root} holds an ensemble of another version of the toolkit; "
             "choose another --name, or replace it with --force"
         )
+    refuse_other_fields(manifest, fields, f"{root} holds an ensemble", "--name")
+
+
+def refuse_other_fields(
+    manifest: Mapping[str, Any], fields: Mapping[str, Any], held: str, flag: str
+) -> None:
+    """Raise a UserError if a manifest differs in these fields.
+
+    Args:
+        held: the beginning of the message, what is there.
+        flag: the flag that names another place.
+    """
     # Through JSON and back, so that tuples and integer keys compare as they were written.
     now = dict(_flatten(json.loads(json.dumps(fields))))
     then = dict(_flatten({key: manifest.get(key) for key in fields}))
@@ -223,8 +235,8 @@ def refuse_other_ensemble(root: Path, fields: Mapping[str, Any]) -> None:
         # earlier versions did not record them.
         if now.get(key) != then.get(key) and ".pretrained" not in key:
             raise UserError(
-                f"{root} holds an ensemble with {key} = {then.get(key)}, now it is "
-                f"{now.get(key)}; choose another --name, or replace it with --force"
+                f"{held} with {key} = {then.get(key)}, now it is {now.get(key)}; "
+                f"choose another {flag}, or replace it with --force"
             )
 
 

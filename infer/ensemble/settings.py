@@ -325,6 +325,9 @@ class SelectSettings(FitSettings):
     output: Path | None = Field(
         None, description="file of the list, in place of --output_dir and --name"
     )
+    force: bool = Field(
+        False, description="replace a list of that name that was chosen with other settings"
+    )
 
     @classmethod
     def flags(cls) -> dict[str, FieldInfo]:
@@ -333,7 +336,7 @@ class SelectSettings(FitSettings):
 
     @classmethod
     def _from_file(cls, path: Path) -> dict[str, Any]:
-        # The file is one of `infer fit`; the ensemble's name and folder are not those of the list.
+        # The file is one of `infer fit`: what it replaces, by name and folder, is an ensemble.
         return {key: value for key, value in read_yaml(path).items() if key not in NOT_FOR_LISTS}
 
     @model_validator(mode="after")
@@ -346,9 +349,9 @@ class SelectSettings(FitSettings):
         return self
 
 
-ONLY_FIT = ("force", "splits", "refit", "thin_patients", "few_table", "calibrate")
+ONLY_FIT = ("splits", "refit", "thin_patients", "few_table", "calibrate")
 """Flags of `infer fit` that `infer select` does not take."""
-NOT_FOR_LISTS = {*ONLY_FIT, "name", *OUTPUT_NAMES.choices}
+NOT_FOR_LISTS = {*ONLY_FIT, "name", "force", *OUTPUT_NAMES.choices}
 """Keys of a config of `infer fit` that `infer select` passes over."""
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from infer.ensemble.artifact import refuse_other_fields
 from infer.ensemble.blends.ranks import blend, model_name
 from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.ensemble.boosting.out_of_fold import FitResult, fit_boosters, fit_outside, num_at_once
@@ -40,6 +41,7 @@ from isic.runtime.errors import UserError
 from isic.runtime.files import (
     holds,
     manifest_path,
+    read_json,
     refuse_foreign,
     sha256,
     versions,
@@ -104,6 +106,10 @@ def select(settings: SelectSettings) -> None:
     refuse_foreign([path, manifest_path(path)], is_own, "--output or --name")
     rows = _read(settings)
     candidates = rows.spec.table_names
+    inputs = _manifest_inputs(rows, settings)
+    if is_own and not settings.force:
+        held = read_json(manifest_path(path))
+        refuse_other_fields(held, inputs, f"{path} holds a list", "--output or --name")
     print(
         f"choosing among {len(candidates)} features by {settings.by}: {len(rows.target):,} rows, "
         f"{rows.num_folds} folds",
@@ -118,14 +124,11 @@ def select(settings: SelectSettings) -> None:
     write_text(path, _text(chosen, rows, settings))
     write_manifest(
         path,
-        by=settings.by,
-        repeats=settings.repeats,
-        num_features=settings.num_features,
+        **inputs,
         chosen=chosen,
         by_fold={str(k): part for k, part in lists.items()},
         median_rank={name: float(ranks[candidates.index(name)]) for name in chosen},
         nested=nested,
-        **rows.origins,
         versions=versions("isic-toolkit", *_packages(settings), "numpy", "polars"),
     )
     _print(compared, nested, len(candidates), lists)
@@ -138,6 +141,16 @@ def list_path(settings: SelectSettings) -> Path:
     return settings.output or settings.output_dir / f"{name}.txt"
 
 
+def _manifest_inputs(rows: Rows, settings: SelectSettings) -> dict[str, Any]:
+    """Return the fields of the manifest that determine a list."""
+    return {
+        "by": settings.by,
+        "repeats": settings.repeats,
+        "num_features": settings.num_features,
+        **rows.origins,
+    }
+
+
 def _packages(settings: SelectSettings) -> list[str]:
     return [LIBRARIES[library].package for library in settings.libraries]
 
@@ -148,6 +161,11 @@ def _read(settings: SelectSettings) -> Rows:
     spec, metadata = rows.spec, rows.metadata
     if not spec.table_names:
         raise UserError(f'"{settings.features}" has no features to choose among; add a set')
+    if settings.num_features and settings.num_features > len(spec.table_names):
+        raise UserError(
+            f"--num_features {settings.num_features} are more than the {len(spec.table_names)} "
+            f"features of {settings.features}; give a smaller number, or leave it out"
+        )
     table = rows.table
     refuse_unknown_blanks(settings.blank, table.features.select(rows.names))
     warn_of_own_columns(spec, table.features, metadata)

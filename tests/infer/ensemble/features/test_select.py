@@ -167,16 +167,33 @@ def test_constraints_may_name_columns_that_are_left_out(data: Path, tmp_path: Pa
 def test_bad_choices_are_refused(data: Path, embeddings: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no features to choose among"):
         choose(data, tmp_path / "list.txt", features="image", embeddings=embeddings)
+    with pytest.raises(UserError, match="--num_features 500 are more than the 34 features of num"):
+        choose(data, tmp_path / "list.txt", num_features=500)
     (tmp_path / "list.txt").write_text("mine\n")
     with pytest.raises(UserError, match="exists and was not written by this command"):
         choose(data, tmp_path / "list.txt")
     for given, message in (
         ({"by": "gains"}, "by"),
-        ({"force": True}, "--force is not a key"),
+        ({"refit": True}, "--refit is not a key"),
         ({"output": "a.txt", "name": "b"}, "leave --output_dir and --name out"),
     ):
         with pytest.raises(UserError, match=message):
             build(SelectSettings, given)
+
+
+def test_a_list_of_other_settings_is_replaced_by_force_only(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "list.txt"
+    given = {"features": "tbp_lv_A,tbp_lv_B,sex", "by": "gain", "repeats": 1, "num_rounds": 2}
+    first = choose(data, output, **given, num_features=1)
+    before = output.read_bytes()
+    # Settings that do not matter for the list may differ.
+    assert choose(data, output, **given, num_features=1, num_threads=2) == first
+    for key, now in (("num_features", 2), ("seed", 3), ("features", "tbp_lv_A,tbp_lv_B")):
+        other = {**given, "num_features": 1, key: now}
+        with pytest.raises(UserError, match=rf"list.txt holds a list with .*{key} = .*, now it"):
+            choose(data, output, **other)
+        assert output.read_bytes() == before
+    assert choose(data, output, **given, num_features=2, force=True)["num_features"] == 2
 
 
 def test_a_category_to_blank_need_not_be_in_every_list(data: Path, tmp_path: Path) -> None:
