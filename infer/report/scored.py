@@ -8,10 +8,10 @@ from pathlib import Path
 import polars as pl
 
 from infer.ensemble.blends.artifact import Scorer
+from infer.ensemble.scoring.training_rows import patients_of
 from isic import schema
 from isic.dataset import Dataset
 from isic.images import ImageStore
-from isic.metadata import with_patient
 from isic.metrics import TopK, pauc, roc_auc, top_k
 from isic.runtime.errors import UserError
 
@@ -91,19 +91,16 @@ class Scored:
 
 
 def read_scored(ensemble: Scorer, data: Path) -> Scored:
-    """Join an ensemble's scores with its dataset. Raise UserError if that lacks a scored row."""
+    """Join an ensemble's scores with its dataset.
+
+    Raises:
+        UserError: it is another dataset, see `patients_of`.
+    """
     dataset = Dataset(data)
     metadata = dataset.metadata("train")
-    patients = with_patient(metadata).select(
-        schema.ID, schema.PATIENT, pl.col(schema.PATIENT).rank("dense").alias(GROUP)
-    )
-    oof = ensemble.oof().join(patients, on=schema.ID, how="left", maintain_order="left")
-    missing = oof[schema.PATIENT].null_count()
-    if missing:
-        raise UserError(
-            f"{data} lacks {missing} of the scored rows; "
-            f"give the --data that {ensemble.root} was fitted on"
-        )
+    oof = ensemble.oof()
+    patient = patients_of([ensemble], oof, dataset, metadata)
+    oof = oof.with_columns(patient, patient.rank("dense").alias(GROUP))
     images, reason = _find_images(dataset)
     return Scored(ensemble, oof, metadata, images, reason)
 

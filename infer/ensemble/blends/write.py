@@ -37,12 +37,13 @@ from infer.ensemble.scoring.calibration import (
     summarise_out_of_fold,
 )
 from infer.ensemble.scoring.chosen import CHOSEN_KEY, choice_notes, choices_of_blend
-from infer.ensemble.scoring.compare import patients_of, same_rows
+from infer.ensemble.scoring.compare import same_rows
 from infer.ensemble.scoring.scores import format_scores, summarise
+from infer.ensemble.scoring.training_rows import patients_of
 from infer.ensemble.scoring.triage import TRIAGE, summarise_triage
 from infer.ensemble.settings import BlendSettings
 from isic import schema
-from isic.dataset import refuse_dataset
+from isic.dataset import Dataset, refuse_dataset
 from isic.layout import FOLDS_FILE, OOF_FILE
 from isic.metrics import pauc
 from isic.runtime.errors import UserError
@@ -87,7 +88,9 @@ def _blend_into(root: Path, members: Mapping[str, Ensemble], settings: BlendSett
     searched = settings.weights == "search" and not _are_equal(by_fold)
     chosen = {CHOSEN_KEY: choices_of_blend(searched, manifests)}
     oof = rows.with_columns(**scores, blend=blended)
-    patient = patients_of(rows, settings.data).to_numpy()
+    dataset = Dataset(settings.data)
+    training = dataset.metadata("train")
+    patient = patients_of(list(members.values()), rows, dataset, training).to_numpy()
     columns = {**scores, "blend": blended}
     summaries = {key: summarise(target, value, fold, patient) for key, value in columns.items()}
     summaries["blend"] |= summarise_plans(plans, target)

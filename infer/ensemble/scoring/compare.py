@@ -21,10 +21,10 @@ from infer.ensemble.boosting.splits import (
 )
 from infer.ensemble.scoring.chosen import choice_notes
 from infer.ensemble.scoring.comparison import Comparison, patient_draws
+from infer.ensemble.scoring.training_rows import patients_of
 from infer.ensemble.settings import CompareSettings
 from isic import schema
 from isic.dataset import Dataset
-from isic.metadata import with_patient
 from isic.metrics import pauc
 from isic.runtime.errors import UserError
 
@@ -75,7 +75,7 @@ def compare_sides(
 
     Raises:
         UserError: the ensembles were scored on different rows or folds, two of a side have equal
-            scores, or the dataset lacks rows.
+            scores, or the dataset is another one, see `patients_of`.
     """
     tables = same_rows([*first, *second])
     blends = [table["blend"].to_numpy() for table in tables]
@@ -84,7 +84,9 @@ def compare_sides(
         _refuse_equal_scores(ensembles, scores)
     rows = tables[0]
     target = rows[schema.TARGET].to_numpy()
-    draws = partial(patient_draws, target, patient=patients_of(rows, data), num_draws=num_draws)
+    dataset = Dataset(data)
+    patient = patients_of([*first, *second], rows, dataset, dataset.metadata("train"))
+    draws = partial(patient_draws, target, patient=patient, num_draws=num_draws)
     images = any(ensemble.uses_images for ensemble in (*first, *second))
     pairs = _plans_to_compare(first, second)
     if pairs:
@@ -228,15 +230,3 @@ def _print(found: Comparison) -> None:
     )
     if not found.tested:
         print("the ensembles share fewer than two seeds, so only the bootstrap decides")
-
-
-def patients_of(oof: pl.DataFrame, data: Path) -> pl.Series:
-    """Return [N] the patient of each scored row. Raise UserError if the dataset lacks one."""
-    metadata = with_patient(Dataset(data).metadata("train")).select(schema.ID, schema.PATIENT)
-    rows = oof.select(schema.ID).join(metadata, on=schema.ID, how="left", maintain_order="left")
-    num_missing = rows[schema.PATIENT].null_count()
-    if num_missing:
-        raise UserError(
-            f"{data} lacks {num_missing} of the scored rows; give the --data of the ensembles"
-        )
-    return rows[schema.PATIENT]

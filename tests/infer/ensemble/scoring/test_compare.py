@@ -1,8 +1,11 @@
+import re
 import shutil
 from pathlib import Path
 
+import polars as pl
 import pytest
 
+from isic.folds import read_folds
 from tests.support.commands import Cli
 from tests.support.ensembles import (
     fit_small,
@@ -129,6 +132,47 @@ def test_ensembles_of_other_rows_are_refused(
     ended = cli("infer", "compare", "a", "b", "c")
     assert ended.code == 2
     assert 'unexpected argument "c"' in ended.err
+
+
+def write_changed(root: Path, tables: Path, **columns: pl.Series) -> Path:
+    """Write the training table with other columns; the ending of the root is the file's."""
+    root.mkdir()
+    changed = train_table(tables).with_columns(**columns)
+    if root.suffix == ".parquet":
+        changed.write_parquet(root / "train-metadata.parquet")
+    else:
+        changed.write_csv(root / "train-metadata.csv")
+    return root
+
+
+def test_only_the_data_of_the_fit_is_accepted(
+    ensembles: Path, tables: Path, tmp_path: Path, cli: Cli
+) -> None:
+    train = train_table(tables)
+    fold = read_folds(ensembles / "good" / "folds.parquet").of(train)
+    by_fold = train.select(pl.col("patient_id").shuffle(seed=1).over(fold)).to_series()
+    target = train["target"]
+    flipped = pl.Series([1 - target[0], *target[1:]])
+    hint = "give the --data that"
+    for name, columns, code, message in (
+        ("same.parquet", {}, 0, ""),
+        ("same.csv", {}, 0, ""),
+        ("targets", {"target": flipped}, 2, "has another target for 1 of the scored rows"),
+        ("patients", {"patient_id": train["patient_id"].shuffle(seed=1)}, 2, "in two folds"),
+        ("within_folds", {"patient_id": by_fold}, 0, "other values than .* in patient_id; "),
+        ("numbers", {"tbp_lv_x": train["tbp_lv_x"] + 1}, 0, "other values .* in tbp_lv_x; "),
+    ):
+        other = write_changed(tmp_path / name, tables, **columns)
+        copies = [shutil.copytree(ensembles / each, other / each) for each in ("poor", "good")]
+        for command in (
+            ("compare", *copies, "--draws", 100),
+            ("blend", *copies, "--out", other, "--name", "both"),
+            ("report", "--ensemble", copies[0]),
+        ):
+            ended = cli("infer", *command, "--data", other)
+            assert ended.code == code, (command, ended.err)
+            assert re.search(message, ended.err), command
+            assert (hint in ended.err) == bool(message), command
 
 
 def test_compare_blends_seed_by_seed(
