@@ -110,7 +110,8 @@ class FittedEnsemble:
             UserError: a column or a network is missing, or is another one than in the fit.
 
         Warns:
-            ResultWarning: patients have few lesions, or categories that no training row has.
+            ResultWarning: rows were in the fit, patients have few lesions, or categories that no
+                training row has.
         """
         for name, value, known in (("few", few, Few), ("rows", rows, Rows)):
             if value not in get_args(known):

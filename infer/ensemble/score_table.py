@@ -21,11 +21,14 @@ from infer.ensemble.images.networks import match_networks
 from infer.ensemble.images.scores import image_probability
 from infer.ensemble.lesions import few_lesions_warning, has_few_lesions
 from infer.ensemble.settings import SOURCES, EmbeddingSources, Few
+from isic import schema
 from isic.dataset import Split
 from isic.features import unseen_categories
+from isic.layout import OOF_FILE
 from isic.metadata import require
 from isic.runtime.errors import UserError, warn
 from isic.runtime.machine import num_cores
+from isic.tables import read_parquet
 
 MAX_NAMED_VALUES = 5
 """Unseen values of a column that a warning names."""
@@ -74,7 +77,9 @@ def score_table(
     few: Few = "warn",
     source: Path | str = "the metadata",
 ) -> TableScores:
-    """Score the rows of a table, each at its place, and warn of unseen categories.
+    """Score the rows of a table, each at its place.
+
+    Warns of rows that were in the fit and of unseen categories.
 
     Args:
         metadata: as `isic.metadata.check_metadata` returns it.
@@ -90,6 +95,7 @@ def score_table(
     """
     for ensemble in ensembles_of(scorer):
         require(metadata, ensemble.spec.needed_columns, source)
+    _warn_of_training_rows(scorer, metadata)
     is_few = _few_lesions(scorer, metadata, few)
     num_threads = num_threads or num_cores()
     if isinstance(scorer, Blend):
@@ -104,6 +110,18 @@ def score_table(
     if probability is not None:
         probability[is_few] = np.nan
     return replace(found, score=score, probability=probability, is_few=is_few)
+
+
+def _warn_of_training_rows(scorer: Scorer, metadata: pl.DataFrame) -> None:
+    """Warn of rows that the models have learned, whose scores tell nothing of other rows."""
+    path = scorer.root / OOF_FILE
+    fitted = read_parquet(path, [schema.ID])
+    known = metadata.select(schema.ID).join(fitted, on=schema.ID, how="semi")[schema.ID].sort()
+    if len(known):
+        warn(
+            f"{len(known):,} of {len(metadata):,} rows, such as {known[0]}, were in the fit, so "
+            f"their scores are too good; their out-of-fold scores are in {path}"
+        )
 
 
 def _score_blend(

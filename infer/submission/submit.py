@@ -45,7 +45,7 @@ from infer.submission.settings import SubmitSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.layout import ALL, ERRORS_FILE, find_embeddings
-from isic.runtime.errors import DiskError, UserError, first_line, warn
+from isic.runtime.errors import DiskError, UserError, collect_warnings, first_line, warn
 from isic.runtime.files import digest, read_manifest, remove_folder
 from isic.runtime.interrupt import Interrupted, interruptible
 from isic.runtime.only_writer import only_writer
@@ -145,6 +145,8 @@ class Run:
     """Why other networks are left out."""
     drift: pl.DataFrame | None = None
     """How the rows of the last submission written differ from those of training."""
+    warned: set[str] = field(default_factory=set)
+    """What was said of the rows; every candidate scores the same ones."""
     step: str = "the start"
     """The part of the work that is in progress."""
 
@@ -380,15 +382,22 @@ class Run:
             found[self.bundle.networks[name].flag].append(self.embedded[name])
         sources = EmbeddingSources(tuple(found["embeddings"]), tuple(found["frozen"]))
         scorer = choose_rows(scorer, self._rows(scorer), sources)
-        return scorer, score_table(
-            scorer,
-            self.test.metadata,
-            sources,
-            own_tables={},
-            num_threads=self.settings.num_threads or 0,
-            few=self.bundle.manifest["few"] if candidate == self.bundle.candidates[0] else "warn",
-            source=self.test.path,
-        )
+        is_first = candidate == self.bundle.candidates[0]
+        with collect_warnings() as messages:
+            scores = score_table(
+                scorer,
+                self.test.metadata,
+                sources,
+                own_tables={},
+                num_threads=self.settings.num_threads or 0,
+                few=self.bundle.manifest["few"] if is_first else "warn",
+                source=self.test.path,
+            )
+        for message in messages:
+            if message not in self.warned:
+                warn(message)
+        self.warned.update(messages)
+        return scorer, scores
 
     def _rows(self, scorer: Scorer) -> Rows:
         """Return the models that score; those of the folds if an ensemble has no others."""

@@ -10,9 +10,10 @@ import pytest
 
 from infer.embedding.store import shard_path
 from infer.ensemble.blends.ranks import blend
+from infer.ensemble.blends.write import write_blend
 from infer.ensemble.boosting.libraries import LIBRARIES
 from infer.ensemble.predict import predict_submission
-from infer.ensemble.settings import PredictSettings
+from infer.ensemble.settings import BlendSettings, PredictSettings
 from isic import schema
 from isic.dataset import Dataset
 from isic.folds import draw_folds
@@ -142,6 +143,29 @@ def test_unseen_categories_are_named(
     assert "and 2 more" in lines["tbp_tile_type"]
     assert "copyright_license" not in lines
     assert "tbp_lv_location" not in lines
+
+
+@pytest.mark.parametrize("name", ["engineered", "blend"])
+def test_training_rows_are_named(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    ensemble = project / "ensemble" / name
+    if name == "blend":
+        members = tuple(project / "ensemble" / each for each in ("raw", "engineered"))
+        settings = {"ensembles": members, "data": project / "data", "output_dir": tmp_path}
+        ensemble = write_blend(BlendSettings.model_validate({**settings, "calibrate": "platt"}))
+    test = read_test_text(project / "data")
+    train = pl.read_csv(project / "data" / "train-metadata.csv", infer_schema=False)
+    both = pl.concat([test, train[20:25].select(test.columns)])
+    chosen = {"ensemble": ensemble, "embeddings": ()}
+    predict_rows(project, tmp_path / "data", both, **chosen)
+    expected = (
+        f"warning: 5 of 35 rows, such as {train['isic_id'][20]}, were in the fit, so their scores "
+        f"are too good; their out-of-fold scores are in {ensemble}/oof.parquet\n"
+    )
+    assert expected in capsys.readouterr().err
+    predict_rows(project, tmp_path / "none", test, **chosen)
+    assert "were in the fit" not in capsys.readouterr().err
 
 
 def test_a_missing_column_is_named(project: Path, tmp_path: Path) -> None:

@@ -320,6 +320,24 @@ def test_no_time_at_all_still_submits(made: Path, project: Project, tmp_path: Pa
     assert "without images" in used(output)
 
 
+def test_training_rows_are_named_once(
+    made: Path, project: Project, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pl.read_csv(dataset / "test-metadata.csv", infer_schema=False)
+    train = pl.read_csv(project.data / "train-metadata.csv", infer_schema=False)[10:15]
+    pl.concat([table, train.select(table.columns)]).write_csv(dataset / "test-metadata.csv")
+    (dataset / "sample_submission.csv").unlink()
+    with h5py.File(project.data / "train-image.hdf5") as file:
+        rewrite_images(dataset, {name: bytes(file[name][()]) for name in train["isic_id"]})
+    output = run(made, dataset, tmp_path / "submission.csv", strict=True)
+    assert used(output).startswith("final, with tiny, tiny_b")
+    total, first = len(table) + 5, train["isic_id"].min()
+    warning = f"warning: 5 of {total:,} rows, such as {first}, were in the fit, so their scores are"
+    warned = capsys.readouterr().err
+    assert warned.count(warning) == 1
+    assert warned.count("were in the fit") == 1
+
+
 def test_unseen_categories_and_single_lesions_are_submitted(
     made: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
