@@ -33,12 +33,12 @@ def test_a_librarys_flag_keeps_the_other_settings_of_the_file(tmp_path: Path) ->
         "lightgbm: {num_rounds: 500, learning_rate: 0.02, extra: {min_data_in_bin: 5}}\n"
         "xgboost: {gamma: 1}\n"
     )
-    flag = "{max_depth: 6, learning_rate: 0.1, extra: {path_smooth: 1}}"
+    flag = "{max_depth: 6, learning_rate: 0.1, extra: {max_delta_step: 1}}"
     chosen = build(FitSettings, {"config": str(config), "lightgbm": flag})
     assert chosen.library_settings == {
         "lightgbm": {
             **{"num_rounds": 500, "learning_rate": 0.1, "max_depth": 6},
-            "extra": {"min_data_in_bin": 5, "path_smooth": 1},
+            "extra": {"min_data_in_bin": 5, "max_delta_step": 1},
         },
         "xgboost": {"gamma": 1},
     }
