@@ -342,7 +342,7 @@ def check_definitions(definitions: Sequence[Definition], metadata: pl.DataFrame)
             raise UserError(
                 f"{definition} gives text, which has no relative forms; leave `relative` out"
             )
-        _check_rows(definition, rows, values)
+        _check_rows(definition, rows)
         _warn_of_hidden_steps(definition, rows, values)
         if values.dtype != pl.String:
             warn_of_rounding(str(definition), values)
@@ -368,24 +368,26 @@ def warn_of_untestable(
         )
 
 
-def _check_rows(definition: Definition, rows: pl.DataFrame, values: pl.Series) -> None:
+def _check_rows(definition: Definition, rows: pl.DataFrame) -> None:
     """Raise a UserError if a value changes with the rows around it, or their order."""
+    rows = rows.select(definition.inputs)
     order = np.random.default_rng(0).permutation(len(rows))
-    halves = np.array_split(order, 2)
     alone = [row[None] for row in order[:NUM_ALONE]]
+    parts = [part for part in (order, *np.array_split(order, 2), *alone) if len(part)]
+    tables = [rows[part] for part in parts]
     # A step by itself, because it may count in few rows: COALESCE(x, AVG(x)) is the mean only if x
     # is blank.
     for step in _steps(definition.expr):
         expected = _step_values(step, rows)
         if not step.meta.root_names():  # a number, or the count of the rows
-            if not _equal(_step_values(step, rows[:1]), expected):
-                raise _not_by_row(definition)
-            continue
-        if len(expected) != len(rows):
+            same = _equal(_step_values(step, rows[:1]), expected)
+        else:
+            same = len(expected) == len(rows) and all(
+                _equal(_step_values(step, table), expected[part])
+                for part, table in zip(parts, tables, strict=True)
+            )
+        if not same:
             raise _not_by_row(definition)
-        for part in (order, *halves, *alone):
-            if len(part) and not _equal(_step_values(step, rows[part]), expected[part]):
-                raise _not_by_row(definition)
 
 
 def _steps(expr: pl.Expr) -> Iterator[pl.Expr]:
