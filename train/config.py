@@ -418,10 +418,8 @@ def load_settings(model: type[TrainSettings], flags: Mapping[str, Any]) -> Train
     if len(named) > 1:
         raise UserError("--config and --model_config are two names for one thing; give one")
     if not named:
-        if "model" not in values:
-            raise UserError(
-                "give --config (`python -m train --help` lists them) or a --model of timm"
-            )
+        if "model" not in values and values.keys() <= model.flags().keys():
+            raise UserError("give --config (`python -m train --help` lists them) or --model")
         return build(model, values)
     path = find_config(named[0])
     from_file = build_checked(model, path)
