@@ -12,6 +12,13 @@ from isic.runtime.errors import UserError, first_line, warn_once
 from isic.runtime.inputs import reading_input
 from isic.tables import read_column, read_table
 
+BOOLEANS = {
+    form: number
+    for word, number in (("true", "1"), ("false", "0"))
+    for form in (word, word.title(), word.upper())
+}
+"""The numbers of texts that stand for booleans: polars writes `true`, pandas `True`, R `TRUE`."""
+
 MISSING = (
     *("na", "n/a", "#na", "#n/a", "<na>", "nan", "-nan", "nat", "null", "none"),
     *("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),

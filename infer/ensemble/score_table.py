@@ -114,13 +114,12 @@ def score_table(
 
 def _warn_of_training_rows(scorer: Scorer, metadata: pl.DataFrame) -> None:
     """Warn of rows that the models have learned, whose scores tell nothing of other rows."""
-    path = scorer.root / OOF_FILE
-    fitted = read_parquet(path, [schema.ID])
+    fitted = read_parquet(scorer.root / OOF_FILE, [schema.ID])
     known = metadata.select(schema.ID).join(fitted, on=schema.ID, how="semi")[schema.ID].sort()
     if len(known):
         warn(
             f"{len(known):,} of {len(metadata):,} rows, such as {known[0]}, were in the fit, so "
-            f"their scores are too good; their out-of-fold scores are in {path}"
+            f"their scores are too good; their out-of-fold scores are in the ensemble's {OOF_FILE}"
         )
 
 

@@ -63,7 +63,7 @@ class BundleSettings(Settings):
         description="dataset whose first test rows are also submitted in the test of the bundle; "
         "synthetic rows are always, unless an own column is read, which they lack",
     )
-    test: bool = Field(True, description="run the bundle on synthetic rows before it gets its name")
+    test: bool = Field(True, description="run the bundle before it gets its name")
     owner: str = Field(
         "OWNER", description="user name on Kaggle, for the metadata of dataset and notebook"
     )

@@ -7,7 +7,7 @@ replaced only by one of a better candidate.
 import contextlib
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -383,7 +383,7 @@ class Run:
         sources = EmbeddingSources(tuple(found["embeddings"]), tuple(found["frozen"]))
         scorer = choose_rows(scorer, self._rows(scorer), sources)
         is_first = candidate == self.bundle.candidates[0]
-        with collect_warnings() as messages:
+        with self._warnings_once():
             scores = score_table(
                 scorer,
                 self.test.metadata,
@@ -393,11 +393,20 @@ class Run:
                 few=self.bundle.manifest["few"] if is_first else "warn",
                 source=self.test.path,
             )
-        for message in messages:
-            if message not in self.warned:
-                warn(message)
-        self.warned.update(messages)
         return scorer, scores
+
+    @contextlib.contextmanager
+    def _warnings_once(self) -> Iterator[None]:
+        """Within the block, warnings that were printed before are not printed again."""
+        messages: list[str] = []
+        try:
+            with collect_warnings() as messages:
+                yield
+        finally:
+            for message in messages:
+                if message not in self.warned:
+                    warn(message)
+            self.warned.update(messages)
 
     def _rows(self, scorer: Scorer) -> Rows:
         """Return the models that score; those of the folds if an ensemble has no others."""

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 import polars.selectors as cs
+from numpy.typing import NDArray
 
 from isic import schema
 from isic.features import FEATURES, compute, finite, in_canonical_order, needed_columns
 from isic.features.relative import FORMS, WITHIN
 from isic.features.rounding import warn_of_rounding
-from isic.metadata import require
+from isic.metadata import BOOLEANS, require
 from isic.runtime.errors import UserError, did_you_mean, first_line, warn
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -211,7 +212,7 @@ def compute_definitions(
     rows = _inputs(used, metadata)
     for definition in used:
         values = _evaluate(definition, rows)
-        if text is not None and definition.name in names:
+        if text is not None and (definition.name in names or definition.relative):
             values = _as_fitted(definition, values, definition.name in text)
         rows = _with_features(rows, definition, values)
     columns = (pl.col(name) if rows.schema[name] == pl.String else finite(name) for name in names)
@@ -242,7 +243,7 @@ def _as_fitted(definition: Definition, values: pl.Series, is_text: bool) -> pl.S
         UserError: numbers are in place of text, or text that is no number in place of numbers.
     """
     if values.dtype == pl.String and not is_text:
-        numbers = values.cast(pl.Float64, strict=False)
+        numbers = values.replace(BOOLEANS).cast(pl.Float64, strict=False)
         wrong = values.filter(numbers.is_null() & values.is_not_null())
         if len(wrong):
             raise UserError(
@@ -252,8 +253,8 @@ def _as_fitted(definition: Definition, values: pl.Series, is_text: bool) -> pl.S
         return _finite(numbers)
     if values.dtype != pl.String and is_text and values.null_count() < len(values):
         raise UserError(
-            f"{definition} gives numbers, but gave text at the fit; save the table as the training "
-            "table was saved, for example as CSV"
+            f"{definition} gives numbers, but gave text at the fit; give the column that it reads as "
+            "text, as in the training table"
         )
     return values.cast(pl.String) if is_text else values
 
@@ -405,18 +406,39 @@ def _step_values(step: pl.Expr, rows: pl.DataFrame) -> pl.Series:
 
 def _warn_of_hidden_steps(definition: Definition, rows: pl.DataFrame, values: pl.Series) -> None:
     """Warn if a step has no finite value in rows whose result is not blank."""
-    is_hidden = np.zeros(len(rows), bool)
-    for step in _steps(definition.expr):
-        found = _step_values(step, rows)
-        if step.meta.root_names() and found.dtype == pl.Float64:
-            is_hidden |= ~found.is_finite().fill_null(True).to_numpy()
+    is_hidden = _is_not_finite(definition.expr, rows, np.ones(len(rows), bool))
     num_rows = int((is_hidden & values.is_not_null().to_numpy()).sum())
     if num_rows:
         warn(
             f"{definition} has a step without a finite value, such as a division by zero, in "
             f"{num_rows:,} rows whose result is not blank: NaN and infinity count as greater than "
-            "any number there; NULLIF(divisor, 0) as the divisor makes the step blank"
+            "any number there, and -infinity as less; check these rows, or make the step blank, as "
+            "by NULLIF(divisor, 0)"
         )
+
+
+def _is_not_finite(
+    expr: pl.Expr, rows: pl.DataFrame, counts: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Return [N] whether a step has no finite value in a row.
+
+    Args:
+        counts: [N] whether the expression counts in a row; CASE computes all of its branches.
+    """
+    if not expr.meta.root_names():
+        return np.zeros(len(rows), bool)
+    values = _step_values(expr, rows)
+    found = np.zeros(len(rows), bool)
+    if values.dtype == pl.Float64:
+        found = counts & ~values.is_finite().fill_null(True).to_numpy()
+    steps = expr.meta.pop()
+    of_steps = [counts] * len(steps)
+    if str(expr).startswith(".when(") and len(steps) == len(("condition", "otherwise", "then")):
+        is_true = _step_values(steps[0], rows).fill_null(0).to_numpy() == 1
+        of_steps = [counts, counts & ~is_true, counts & is_true]
+    for step, of_step in zip(steps, of_steps, strict=True):
+        found |= _is_not_finite(step, rows, of_step)
+    return found
 
 
 def _equal(first: pl.Series, second: pl.Series) -> bool:

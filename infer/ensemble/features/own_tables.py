@@ -22,7 +22,7 @@ from isic import schema
 from isic.features import finite
 from isic.features.rounding import warn_of_rounding
 from isic.folds import Folds
-from isic.metadata import MISSING, check_ids, clean_text
+from isic.metadata import BOOLEANS, MISSING, check_ids, clean_text
 from isic.metrics import roc_auc
 from isic.runtime.errors import UserError, first_line, warn
 from isic.tables import read_table
@@ -56,13 +56,6 @@ NEARLY_ALL = 0.9
 """Share of a column's texts that are numbers, or different, above which they are no categories."""
 MOST = 0.5
 """The same of numbers, if there are more different texts than MAX_CODES."""
-
-BOOLEANS = {
-    form: number
-    for word, number in (("true", "1"), ("false", "0"))
-    for form in (word, word.title(), word.upper())
-}
-"""The numbers of texts that stand for booleans: polars writes `true`, pandas `True`, R `TRUE`."""
 
 
 @dataclass(frozen=True)

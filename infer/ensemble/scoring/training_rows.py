@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
+from infer.ensemble.artifact import Ensemble
 from infer.ensemble.blends.artifact import Scorer, ensembles_of
 from infer.ensemble.drift import ColumnSummary, Summary, summarise_table
 from isic import schema
@@ -39,19 +40,22 @@ def patients_of(
         raise UserError(
             f"{dataset.root} {problem}; give the --data that {scorers[0].root} was fitted on"
         )
-    ensembles = [each for scorer in scorers for each in ensembles_of(scorer)]
-    digests = {each.manifest["metadata_sha256"] for each in ensembles}
-    # The same table as another type of file has another digest.
-    if digests != {sha256(dataset.metadata_path("train"))}:
-        trained = {name: column for each in ensembles for name, column in each.training.items()}
-        others = _other_columns(trained, rows)
-        if others:
-            more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
-            warn(
-                f"{dataset.root} has other values than the training table of {scorers[0].root} in "
-                f"{', '.join(others[:MAX_NAMED])}{more}; give the --data that it was fitted on"
-            )
+    digest = sha256(dataset.metadata_path("train"))
+    for ensemble in (each for scorer in scorers for each in ensembles_of(scorer)):
+        # The same table as another type of file has another digest.
+        if ensemble.manifest["metadata_sha256"] != digest:
+            _warn_of_other_values(ensemble, dataset, rows)
     return rows[schema.PATIENT]
+
+
+def _warn_of_other_values(ensemble: Ensemble, dataset: Dataset, rows: pl.DataFrame) -> None:
+    others = _other_columns(ensemble.training, rows)
+    if others:
+        more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
+        warn(
+            f"{dataset.root} has other values than the training table of {ensemble.root} in "
+            f"{', '.join(others[:MAX_NAMED])}{more}; give the --data that it was fitted on"
+        )
 
 
 def _lacking(rows: pl.DataFrame) -> str | None:

@@ -161,7 +161,7 @@ def test_training_rows_are_named(
     predict_rows(project, tmp_path / "data", both, **chosen)
     expected = (
         f"warning: 5 of 35 rows, such as {train['isic_id'][20]}, were in the fit, so their scores "
-        f"are too good; their out-of-fold scores are in {ensemble}/oof.parquet\n"
+        f"are too good; their out-of-fold scores are in the ensemble's oof.parquet\n"
     )
     assert expected in capsys.readouterr().err
     predict_rows(project, tmp_path / "none", test, **chosen)

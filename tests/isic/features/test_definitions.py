@@ -142,7 +142,13 @@ def test_a_division_by_zero_within_an_expression_is_warned_of(
     own = computed(rows, {"x": text})
     assert own["x"].unique().to_list() == [expected]
     assert f"in {len(rows)} rows whose result is not blank" in capsys.readouterr().err
-    computed(rows, {"y": "tbp_lv_H / zero", "z": "tbp_lv_H / NULLIF(zero, 0) > 5", "u": "zero > 1"})
+    right = {
+        "y": "tbp_lv_H / zero",
+        "z": "tbp_lv_H / NULLIF(zero, 0) > 5",
+        "u": "CASE WHEN zero = 0 THEN -1 WHEN zero > 5 THEN 7 ELSE tbp_lv_H / zero END",
+        "v": "IF(zero > 0, LN(zero), 0)",
+    }
+    computed(rows, right)
     assert not capsys.readouterr().err
 
 
@@ -183,6 +189,10 @@ def test_a_definition_gives_what_it_gave_at_the_fit(table: pl.DataFrame) -> None
         return compute_definitions(definitions[:1], rows, names, text)
 
     assert again("12", ())["room"].unique().to_list() == [12.0]
+    assert again("True", ())["room"].unique().to_list() == [1.0]
+    rows = table.with_columns(clinic=pl.lit("12"))
+    alone = compute_definitions(definitions, rows, ["room_patient_rank"], ())
+    assert alone["room_patient_rank"].n_unique() > 1
     with pytest.raises(UserError, match='gives text such as "a", but gave numbers at the fit'):
         again("a", ())
     with pytest.raises(UserError, match="gives numbers, but gave text at the fit"):
