@@ -175,6 +175,15 @@ def test_only_the_data_of_the_fit_is_accepted(
             assert (hint in ended.err) == bool(message), command
 
 
+def test_the_ensemble_of_other_data_is_named(data: Path, tmp_path: Path, cli: Cli) -> None:
+    other = write_changed(tmp_path / "other", data, tbp_lv_x=train_table(data)["tbp_lv_x"] + 1)
+    one, two = (fit_small(each, tmp_path / each.name, features="raw") for each in (data, other))
+    for given, differs in ((data, two), (other, one)):
+        ended = cli("infer", "compare", one, two, "--data", given, "--draws", 100)
+        assert f"other values than the training table of {differs} in tbp_lv_x" in ended.err
+        assert ended.err.count("other values") == 1
+
+
 def test_compare_blends_seed_by_seed(
     data: Path, three_libraries: Path, tmp_path: Path, cli: Cli
 ) -> None:
