@@ -35,7 +35,9 @@ IDENTITIES = (schema.ID, schema.PATIENT)
 NUM_ALONE = 8
 """Rows on which an expression is also computed alone."""
 CLOCK = re.compile(r"\b(now|(current|local)_?(date|time|timestamp))\b", re.IGNORECASE)
+"""SQL that gives the date or the time."""
 QUOTED = re.compile("""'[^']*'|"[^"]*\"""")
+"""Texts and quoted names in SQL."""
 
 
 @dataclass(frozen=True)
@@ -253,8 +255,8 @@ def _as_fitted(definition: Definition, values: pl.Series, is_text: bool) -> pl.S
         return _finite(numbers)
     if values.dtype != pl.String and is_text and values.null_count() < len(values):
         raise UserError(
-            f"{definition} gives numbers, but gave text at the fit; give the column that it reads as "
-            "text, as in the training table"
+            f"{definition} gives numbers, but gave text at the fit; give the column that it reads "
+            "as text, as in the training table"
         )
     return values.cast(pl.String) if is_text else values
 
@@ -431,14 +433,23 @@ def _is_not_finite(
     found = np.zeros(len(rows), bool)
     if values.dtype == pl.Float64:
         found = counts & ~values.is_finite().fill_null(True).to_numpy()
-    steps = expr.meta.pop()
-    of_steps = [counts] * len(steps)
-    if str(expr).startswith(".when(") and len(steps) == len(("condition", "otherwise", "then")):
-        is_true = _step_values(steps[0], rows).fill_null(0).to_numpy() == 1
-        of_steps = [counts, counts & ~is_true, counts & is_true]
-    for step, of_step in zip(steps, of_steps, strict=True):
-        found |= _is_not_finite(step, rows, of_step)
+    match expr.meta.pop():
+        case [condition, otherwise, then] if _is_case(expr, condition, rows):
+            is_true = rows.select(condition.fill_null(False).alias("step")).to_series().to_numpy()
+            found |= _is_not_finite(condition, rows, counts)
+            found |= _is_not_finite(otherwise, rows, counts & ~is_true)
+            found |= _is_not_finite(then, rows, counts & is_true)
+        case steps:
+            for step in steps:
+                found |= _is_not_finite(step, rows, counts)
     return found
+
+
+def _is_case(expr: pl.Expr, condition: pl.Expr, rows: pl.DataFrame) -> bool:
+    """Return whether an expression of three steps is a CASE, the first step of which decides."""
+    # Only its text tells, and a function of a CASE and two other steps begins alike.
+    is_boolean = rows.select(condition.alias("step")).dtypes == [pl.Boolean]
+    return is_boolean and str(expr).startswith(".when(")
 
 
 def _equal(first: pl.Series, second: pl.Series) -> bool:

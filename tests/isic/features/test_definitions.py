@@ -152,6 +152,15 @@ def test_a_division_by_zero_within_an_expression_is_warned_of(
     assert not capsys.readouterr().err
 
 
+def test_a_function_of_a_case_is_no_case(
+    table: pl.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = table.with_columns(zero=pl.lit(0))
+    text = "REPLACE(CASE WHEN tbp_lv_H / zero > 5 THEN 'x' ELSE 'y' END, 'x', 'z')"
+    assert computed(rows, {"x": text})["x"].unique().to_list() == ["z"]
+    assert f"in {len(rows)} rows whose result is not blank" in capsys.readouterr().err
+
+
 def test_integers_do_not_wrap_around(table: pl.DataFrame) -> None:
     rows = table.with_columns(
         small=pl.lit(2, pl.UInt8), five=pl.lit(5, pl.UInt8), signed=pl.lit(100, pl.Int8)
