@@ -23,7 +23,7 @@ from isic.images import (
 )
 from isic.metadata import read_ids, with_patient
 from isic.preprocess import check_mask
-from isic.runtime.errors import UserError
+from isic.runtime.errors import UserError, first_of
 from isic.runtime.urls import shown
 from isic.settings import CheckSettings
 
@@ -417,5 +417,4 @@ def _listed(values: Iterable[object]) -> str:
     shown = list(map(str, values))
     if not shown:
         return "none"
-    more = f" and {len(shown) - SHOWN:,} more" if len(shown) > SHOWN else ""
-    return f"{len(shown):,}: {', '.join(shown[:SHOWN])}{more}"
+    return f"{len(shown):,}: {first_of(shown, SHOWN)}"

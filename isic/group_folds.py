@@ -16,7 +16,7 @@ from isic.arrays import codes
 from isic.dataset import Dataset
 from isic.folds import Folds, read_folds
 from isic.metadata import clean_text, with_patient
-from isic.runtime.errors import UserError, did_you_mean
+from isic.runtime.errors import UserError, did_you_mean, first_of
 from isic.settings import FoldsSettings
 
 BLANK = "blank"
@@ -131,10 +131,9 @@ def _print_folds(metadata: pl.DataFrame, column: str, folds: Folds) -> None:
         pl.col("value").unique().sort(),
     )
     for k, rows, positives, patients, values in by_fold.sort("fold").iter_rows():
-        more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
         print(
             f"fold {k}: {rows:,} rows, {positives:,} positive, {patients:,} patients, "
-            f"{column} {'; '.join(values[:SHOWN])}{more}"
+            f"{column} {first_of(values, SHOWN, '; ')}"
         )
     values_of = table.group_by(schema.PATIENT).agg(pl.col("value").unique().sort())
     shared = values_of.filter(pl.col("value").list.len() > 1).sort(schema.PATIENT)

@@ -253,9 +253,9 @@ class TrainSettings(Settings):
     positives_per_batch: int | None = Field(
         None,
         ge=1,
-        description="positives in every batch of --batch_size images, repeated or dropped as needed; "
-        "the number of batches and the shares of the datasets stay; if not given, batches are drawn "
-        "at random",
+        description="positives in every batch of --batch_size images, repeated or dropped as "
+        "needed; the number of batches and the shares of the datasets stay; if not given, batches "
+        "are drawn at random",
     )
     select_epoch: Literal["last", "best"] = Field(
         "last",

@@ -67,7 +67,7 @@ def train_fold(
     if time_left:
         time_left.skip(costs[:first_epoch].sum())
     for epoch in range(first_epoch, settings.epochs):
-        stats = training.train_epoch()
+        stats = training.train_next_epoch()
         predictions = training.predict_held_out()
         training.save(stats, predictions)
         if time_left and distributed.is_main():
@@ -102,7 +102,11 @@ class FoldTraining:
     def begin(
         cls, settings: TrainSettings, data: TrainData, fold: Fold, device: torch.device
     ) -> "FoldTraining":
-        """Prepare or resume a fold. Raise UserError if it lacks rows of a class or cannot resume."""
+        """Prepare or resume a fold.
+
+        Raises:
+            UserError: it lacks rows of a class, or cannot be resumed.
+        """
         state = create_state(settings, device, fold)
         loaders = fold_loaders(data, fold, state.model.spec, settings, device)
         if distributed.is_main():
@@ -128,8 +132,8 @@ class FoldTraining:
     def _aux_on_device(self) -> Tensor | None:
         return torch.from_numpy(self.aux).to(self.device) if self.settings.aux else None
 
-    def train_epoch(self) -> EpochStats:
-        """Train the next epoch, in all processes. Errors are those of the function."""
+    def train_next_epoch(self) -> EpochStats:
+        """Train the next epoch in all processes. Raise the errors of `train_epoch`."""
         epoch = self.state.epoch
         seed_epoch(self.settings.seed, self.fold, epoch, distributed.rank())
         self.loaders.sampler.epoch = epoch

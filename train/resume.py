@@ -155,10 +155,8 @@ def with_flags(saved: Mapping[str, Any]) -> str:
     """Return the flags that give settings their saved values: "with --lr 0.1, without --aux"."""
     given = [as_flag(key, value) for key, value in saved.items() if value not in (None, [])]
     absent = [f"--{key}" for key, value in saved.items() if value in (None, [])]
-    parts = [f"with {' '.join(given)}"] * bool(given) + [f"without {' '.join(absent)}"] * bool(
-        absent
-    )
-    return ", ".join(parts)
+    parts = {"with": given, "without": absent}
+    return ", ".join(f"{word} {' '.join(flags)}" for word, flags in parts.items() if flags)
 
 
 def as_flag(key: str, value: Any) -> str:

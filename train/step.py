@@ -9,6 +9,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from isic.runtime.errors import first_of
 from train import distributed
 from train.batch import Batch, split
 from train.config import TrainSettings
@@ -138,12 +139,10 @@ class NonFiniteGradient(Exception):
 
     def describe(self, ids: pl.Series) -> str:
         """Return the error message; `ids` [N] are those of the training table."""
-        names = ", ".join(ids[row] for row in self.rows[:MAX_NAMED])
-        num_more = len(self.rows) - MAX_NAMED
-        more = f" and {num_more} more" if num_more > 0 else ""
+        names = first_of([ids[row] for row in self.rows], MAX_NAMED)
         return (
             f"the gradient is not finite at step {self.step}, in epoch {self.epoch}, on the images "
-            f"{names}{more}; lower --lr and --lr_backbone, or check these images"
+            f"{names}; lower --lr and --lr_backbone, or check these images"
         )
 
 

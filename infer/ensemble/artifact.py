@@ -224,7 +224,7 @@ def refuse_other_fields(
     """Raise a UserError if a manifest differs in these fields.
 
     Args:
-        held: the beginning of the message, what is there.
+        held: the start of the message: "outputs/a holds an ensemble".
         flag: the flag that names another place.
     """
     # Through JSON and back, so that tuples and integer keys compare as they were written.

@@ -19,6 +19,7 @@ from infer.ensemble.blends.ranks import Scores
 from infer.ensemble.two_sample import UNLIKELY, TwoSample
 from isic import schema
 from isic.metadata import with_patient
+from isic.runtime.errors import first_of
 
 SCORE = "score"
 ALL_COLUMNS = "all columns together"
@@ -312,10 +313,9 @@ def drift_warning(drift: pl.DataFrame) -> str | None:
     found = drift.filter("differs").sort("errors", descending=True)["column"].to_list()
     if not found:
         return None
-    more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
     return (
         f"the rows differ from those of training by more than chance explains in "
-        f"{', '.join(found[:MAX_NAMED])}{more}, so their scores may be worse than out of fold"
+        f"{first_of(found, MAX_NAMED)}, so their scores may be worse than out of fold"
     )
 
 

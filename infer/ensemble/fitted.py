@@ -9,7 +9,13 @@ import polars as pl
 
 from infer.embedding.outputs import EmbeddedImages, NamedOutputs
 from infer.embedding.store import Embeddings, read_run
-from infer.ensemble.blends.artifact import Scorer, ensembles_of, needed_part, open_scorer
+from infer.ensemble.blends.artifact import (
+    Scorer,
+    columns_of,
+    ensembles_of,
+    needed_part,
+    open_scorer,
+)
 from infer.ensemble.blends.ranks import Scores
 from infer.ensemble.boosting.refit import Rows, choose_rows
 from infer.ensemble.features.own_tables import check_test_tables
@@ -56,9 +62,7 @@ class FittedEnsemble:
     @property
     def needed_columns(self) -> list[str]:
         """The metadata columns that the features read, in addition to `isic_id`."""
-        ensembles = ensembles_of(self._scorer)
-        names = (name for ensemble in ensembles for name in ensemble.spec.needed_columns)
-        return list(dict.fromkeys(names))
+        return columns_of(self._scorer)
 
     @property
     def embeddings(self) -> list[str]:

@@ -26,7 +26,7 @@ from isic.dataset import Split
 from isic.features import unseen_categories
 from isic.layout import OOF_FILE
 from isic.metadata import require
-from isic.runtime.errors import UserError, warn
+from isic.runtime.errors import UserError, first_of, warn
 from isic.runtime.machine import num_cores
 from isic.tables import read_parquet
 
@@ -203,11 +203,9 @@ def _warn_unseen(unseen: Mapping[str, Mapping[str, int]]) -> None:
     """Warn of categories that no training row has: numbers of rows by column and category."""
     for name, rows in unseen.items():
         values = [f'"{value}" ({number:,} rows)' for value, number in rows.items()]
-        num_more = len(values) - MAX_NAMED_VALUES
-        more = f" and {num_more:,} more" if num_more > 0 else ""
         warn(
             f"{name} has values that no training row has, scored as unknown: "
-            f"{', '.join(values[:MAX_NAMED_VALUES])}{more}"
+            f"{first_of(values, MAX_NAMED_VALUES)}"
         )
 
 

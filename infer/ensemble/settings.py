@@ -336,7 +336,7 @@ class SelectSettings(FitSettings):
 
     @classmethod
     def _from_file(cls, path: Path) -> dict[str, Any]:
-        # The file is one of `infer fit`: what it replaces, by name and folder, is an ensemble.
+        # The file is one of `infer fit`: its name, folder and --force are for an ensemble.
         return {key: value for key, value in read_yaml(path).items() if key not in NOT_FOR_LISTS}
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import Any
 from infer.ensemble.artifact import ENSEMBLE_FILE, MEMBERS_DIR, Ensemble
 from infer.ensemble.blends.artifact import (
     Scorer,
+    columns_of,
     ensembles_of,
     needed_part,
     networks_of,
@@ -91,7 +92,7 @@ def bundle(settings: BundleSettings) -> None:
             "files": digests(folder),
         }
         write_json(folder / BUNDLE_FILE, manifest)
-        rehearsal = rehearse(folder, settings, own) if settings.test else None
+        rehearsal = rehearse(folder, settings, synthetic=not own) if settings.test else None
         if rehearsal:
             write_json(folder / BUNDLE_FILE, {**manifest, "rehearsal": rehearsal.to_json()})
     report(target, manifest, candidates, choice_notes(scorer.root.name, scorer.manifest))
@@ -125,13 +126,8 @@ def _own_columns(scorers: Iterable[Scorer], settings: BundleSettings) -> list[st
     Raises:
         UserError: there are some, and the bundle's test has no rows with them.
     """
-    columns = (
-        name
-        for scorer in scorers
-        for ensemble in ensembles_of(scorer)
-        for name in ensemble.spec.needed_columns
-    )
-    own = [name for name in dict.fromkeys(columns) if name not in schema.DTYPES]
+    columns = (name for scorer in scorers for name in columns_of(scorer))
+    own = [name for name in columns if name not in schema.DTYPES]
     if own and settings.test and not settings.data:
         raise UserError(
             f"the ensemble reads {own[0]}, which the synthetic rows of the bundle's test lack; add "

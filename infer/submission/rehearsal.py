@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,12 @@ class Rehearsal:
         return asdict(self)
 
 
-def rehearse(bundle: Path, settings: BundleSettings, own: Sequence[str] = ()) -> Rehearsal:
+def rehearse(bundle: Path, settings: BundleSettings, synthetic: bool = True) -> Rehearsal:
     """Submit synthetic rows, and the first ones of the user's dataset, with a bundle.
 
     Args:
-        own: columns beyond the challenge's that the ensembles read. If there are any, synthetic
-            rows are not submitted, because they lack them.
+        synthetic: whether synthetic rows are submitted. They lack columns that are not the
+            challenge's.
 
     Raises:
         UserError: a submission fails, loses a network or an image, or has other rows.
@@ -96,7 +96,7 @@ def rehearse(bundle: Path, settings: BundleSettings, own: Sequence[str] = ()) ->
     bundle = bundle.absolute()  # the process has another working directory
     with tempfile.TemporaryDirectory() as name, read_only(bundle):
         root = Path(name)
-        datasets = _datasets(root, settings.data, own)
+        datasets = _datasets(root, settings.data, synthetic)
         uid = _other_user(bundle, root)
         rates: dict[str, float] = {}
         rows = {}
@@ -112,10 +112,10 @@ def rehearse(bundle: Path, settings: BundleSettings, own: Sequence[str] = ()) ->
     return Rehearsal(this_python(), "this user" if uid is None else "the user nobody", rows, rates)
 
 
-def _datasets(root: Path, data: Path | None, own: Sequence[str]) -> dict[str, Path]:
+def _datasets(root: Path, data: Path | None, synthetic: bool) -> dict[str, Path]:
     """Write the datasets of the test. Return their folders by name."""
     found = {}
-    if not own:
+    if synthetic:
         found[SYNTHETIC] = root / SYNTHETIC
         synthesize(
             SynthSettings(

@@ -146,7 +146,7 @@ class Run:
     drift: pl.DataFrame | None = None
     """How the rows of the last submission written differ from those of training."""
     warned: set[str] = field(default_factory=set)
-    """What was said of the rows; every candidate scores the same ones."""
+    """Warnings that were printed; every candidate scores the same rows."""
     step: str = "the start"
     """The part of the work that is in progress."""
 

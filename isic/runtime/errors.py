@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import cache
@@ -67,6 +67,13 @@ def first_line(error: BaseException, default: str = "") -> str:
     """Return the first line of an error's message; without one `default` or its type's name."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else default or type(error).__name__
+
+
+def first_of(values: Sequence[str], number: int, separator: str = ", ") -> str:
+    """Return the first values and how many others there are: "a, b and 3 more"."""
+    num_more = len(values) - number
+    more = f" and {num_more:,} more" if num_more > 0 else ""
+    return f"{separator.join(values[:number])}{more}"
 
 
 MAX_KNOWN = 12

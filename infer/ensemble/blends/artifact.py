@@ -184,6 +184,12 @@ def networks_of(scorer: Scorer) -> set[str]:
     }
 
 
+def columns_of(scorer: Scorer) -> list[str]:
+    """Return the metadata columns that the features of an ensemble or a blend read."""
+    columns = (name for each in ensembles_of(scorer) for name in each.spec.needed_columns)
+    return list(dict.fromkeys(columns))
+
+
 def _is_of_raw_features(ensemble: Ensemble) -> bool:
     return not (ensemble.is_relative or ensemble.uses_images or ensemble.own_tables)
 

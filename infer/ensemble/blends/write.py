@@ -318,11 +318,9 @@ def _notes_on_weights(members: Mapping[str, Ensemble], weights: Weights) -> list
     for name, member in members.items():
         (used if weights[name] else idle).update(networks_of(member))
     left = ", ".join(sorted(idle - used))
-    return (
-        [f"note: only members without a weight use {left}; give no embeddings of it"]
-        if left
-        else []
-    )
+    if not left:
+        return []
+    return [f"note: only members without a weight use {left}; give no embeddings of it"]
 
 
 def _notes_on_members(members: Mapping[str, Ensemble], plans: Plans) -> list[str]:

@@ -64,7 +64,7 @@ def check_library(library: str, parameters: Mapping[str, Any], names: Sequence[s
 def _try_extra(library: str, parameters: Mapping[str, Any], names: Sequence[str]) -> None:
     """Raise a UserError if extra parameters do not work, or leave nothing to tell rows apart."""
     tells_apart = any(_try(library, parameters, names, rows) for rows in (NUM_ROWS, MANY_ROWS))
-    # A setting may do the same, such as `min_data_in_leaf`, which the extra ones are not to blame for.
+    # Other settings may be to blame, such as `min_data_in_leaf`.
     if not tells_apart and _try(library, {**parameters, EXTRA: {}}, names, MANY_ROWS):
         raise UserError(
             f"{library} scores all rows alike with the extra parameters "

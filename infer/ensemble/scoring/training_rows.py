@@ -11,7 +11,7 @@ from infer.ensemble.drift import ColumnSummary, Summary, summarise_table
 from isic import schema
 from isic.dataset import Dataset
 from isic.metadata import with_patient
-from isic.runtime.errors import UserError, warn
+from isic.runtime.errors import UserError, first_of, warn
 from isic.runtime.files import sha256
 
 MAX_NAMED = 5
@@ -51,10 +51,9 @@ def patients_of(
 def _warn_of_other_values(ensemble: Ensemble, dataset: Dataset, rows: pl.DataFrame) -> None:
     others = _other_columns(ensemble.training, rows)
     if others:
-        more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
         warn(
             f"{dataset.root} has other values than the training table of {ensemble.root} in "
-            f"{', '.join(others[:MAX_NAMED])}{more}; give the --data that it was fitted on"
+            f"{first_of(others, MAX_NAMED)}; give the --data that it was fitted on"
         )
 
 
