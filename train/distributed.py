@@ -32,6 +32,13 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def leave_together() -> None:
+    """Leave the group before an error that ends all processes."""
+    # A process that ends as a member may be aborted: gloo's threads are still running then.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -136,6 +136,7 @@ def held_by_main(directory: Path) -> Iterator[None]:
             except UserError as error:
                 problem = error
         if any(distributed.gather(problem is not None)):
+            distributed.leave_together()
             raise problem or SystemExit(2)
         yield
 
